@@ -1,0 +1,1 @@
+"""From a checkpoint to ONNX, and from ONNX to an engine."""

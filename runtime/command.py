@@ -1,0 +1,53 @@
+"""A typed function becomes a command: its signature is the command line, its docstring the help."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from runtime.errors import GroundingError, PromiseBroken
+
+log = logging.getLogger("drn")
+
+
+def command(function: Callable[..., Any]) -> NoReturn:
+    """Run `function` with the arguments of the command line, and exit.
+
+    Results go to stdout, the log and progress to stderr. Exit codes: 0 done, 1 a promise was not met, 2 the
+    input is wrong, 130 interrupted.
+    """
+    import tyro
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    # tyro names the module "__main__.py"; what the user typed is `python -m room.command`.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    try:
+        tyro.cli(function, prog=program, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        sys.stdout.flush()
+    except GroundingError as error:
+        _fail(str(error), 2)
+    except PromiseBroken as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted; nothing half-written was left behind.", 130)
+    except BrokenPipeError:
+        # The reader of stdout (head, a pager) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def next_command(text: str) -> None:
+    """Say what to type next, on stderr, so that stdout holds results alone."""
+    log.info("\nNext:  %s", text)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {sentence}" if code != 130 else sentence, file=sys.stderr)
+    sys.exit(code)

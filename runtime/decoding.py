@@ -1,0 +1,224 @@
+"""From raw heads to ranked moments: boxes, scores, and non-maximum suppression, for a whole batch at once.
+
+Source: FCOS post-processing and soft-NMS in mmaction2's DRN (drn.py, drn_utils/fcos.py), and the hard NMS in the
+authors' evaluate_utils.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from runtime.errors import ModelFileError
+from runtime.moments import temporal_iou
+from runtime.tensors import Heads
+
+Protocol = Literal["mmaction2", "drn"]
+
+# Soft-NMS of mmaction2's DRN: an overlap above low + (high - low) * duration decays by exp(-IoU^2 / ALPHA).
+ALPHA = 0.4
+LOW_THRESHOLD = 0.5
+HIGH_THRESHOLD = 0.9
+# The published loop runs while at most top_k = 5 were taken, so it returns six.
+PUBLISHED_COUNT = 6
+# The authors suppress what overlaps by more than the metric's threshold less this; the threshold is 0.5 unless a
+# metric says otherwise.
+HARD_NMS_MARGIN = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How heads become moments. Travels in the manifest of every model.
+
+    Attributes:
+        num_segments: T, which also scales spans to [0, 1].
+        strides: segments per location, of each level, finest first.
+        score_threshold: a location counts when its matching probability alone is above this.
+        pre_nms_top_n: most proposals that a level keeps.
+        use_iou_scores: whether the IoU probability joins the score. False after training stage 1.
+        protocol: `mmaction2` soft-NMS, or the authors' (`drn`) hard NMS.
+    """
+
+    num_segments: int = 32
+    strides: tuple[int, ...] = (1, 2, 4)
+    score_threshold: float = 0.05
+    pre_nms_top_n: int = 32
+    use_iou_scores: bool = True
+    protocol: Protocol = "mmaction2"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strides", tuple(self.strides))
+        if self.num_segments < 1 or any(self.num_segments % stride for stride in self.strides):
+            raise ModelFileError(f"{self.num_segments} segments cannot be divided by the strides {self.strides}.")
+        if self.protocol not in ("mmaction2", "drn"):
+            raise ModelFileError(f"The protocol is mmaction2 or drn, and {self.protocol!r} was asked for.")
+
+    @property
+    def num_locations(self) -> int:
+        """P: 56 for 32 segments and strides 1, 2, 4."""
+        return sum(self.num_segments // stride for stride in self.strides)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "strides": list(self.strides)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Decoding:
+        return cls(**value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposals:
+    """Candidate spans before suppression.
+
+    Attributes:
+        spans: (B, P, 2) float32 fractions of the video.
+        scores: (B, P) float32 in [0, 1]; -inf where a location was not kept.
+    """
+
+    spans: np.ndarray
+    scores: np.ndarray
+
+
+@functools.cache
+def locations(num_segments: int, strides: tuple[int, ...]) -> np.ndarray:
+    """Return the centre of each location in segments, (P,) float32: stride * k + stride / 2, levels finest first."""
+    return np.concatenate(
+        [np.arange(0, num_segments, stride, dtype=np.float32) + np.float32(stride / 2) for stride in strides]
+    )
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)) without overflow, in the dtype of `logits`."""
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1, small) / (1 + small)
+
+
+def propose(heads: Heads, decoding: Decoding) -> Proposals:
+    """Turn heads at P locations into as many scored spans, of which those too unlikely score -inf.
+
+    A query without any likely location proposes the whole video with score 1, in the place of location 0.
+    """
+    matching = sigmoid(heads.matching_logits)
+    scores = matching * sigmoid(heads.iou_logits) if decoding.use_iou_scores else matching
+    kept = matching > np.float32(decoding.score_threshold)
+    kept &= _best_of_each_level(np.where(kept, scores, -np.inf), decoding)
+
+    centre = locations(decoding.num_segments, decoding.strides)
+    spans = np.empty(heads.boundary_distances.shape, np.float32)
+    np.subtract(centre, heads.boundary_distances[..., 0], out=spans[..., 0])
+    np.add(centre, heads.boundary_distances[..., 1], out=spans[..., 1])
+    spans /= np.float32(decoding.num_segments)
+    np.clip(spans, 0, 1, out=spans)
+    scores = np.where(kept, np.sqrt(scores), np.float32(-np.inf))
+
+    without = ~kept.any(axis=1)
+    if without.any():
+        spans[without, 0] = (0, 1)
+        scores[without, 0] = 1
+    return Proposals(spans, scores)
+
+
+def _best_of_each_level(scores: np.ndarray, decoding: Decoding) -> np.ndarray:
+    """Return (B, P) flags: among the `pre_nms_top_n` best of its level. With 32 segments all are."""
+    best = np.ones(scores.shape, bool)
+    start = 0
+    for stride in decoding.strides:
+        size = decoding.num_segments // stride
+        if size > decoding.pre_nms_top_n:
+            level = slice(start, start + size)
+            order = np.argsort(-scores[:, level], axis=1, kind="stable")
+            np.put_along_axis(best[:, level], order[:, decoding.pre_nms_top_n :], False, axis=1)
+        start += size
+    return best
+
+
+def soft_nms(proposals: Proposals, count: int = PUBLISHED_COUNT) -> np.ndarray:
+    """Pick the best proposal again and again, lowering the scores of what overlaps it.
+
+    A pick of duration w lowers every remaining proposal whose temporal IoU with it is above 0.5 + 0.4 w, by the
+    factor exp(-IoU^2 / 0.4); decays accumulate. Among equal scores the earlier one is picked, where the published
+    code leaves the order to the NumPy build.
+
+    Args:
+        proposals: B times P.
+        count: K, most picks per query.
+
+    Returns:
+        (B, K, 3) float32 starts, ends and scores at the time of the pick, scores never rising; NaN after the last.
+    """
+    scores = proposals.scores.copy()
+    rows = np.arange(len(scores))
+    picks = np.full((len(scores), count, 3), np.nan, np.float32)
+    spans = proposals.spans
+    for rank in range(min(count, scores.shape[1])):
+        best = scores.argmax(axis=1)
+        score = scores[rows, best]
+        left = score > -np.inf
+        if not left.any():
+            break
+        span = spans[rows, best]
+        picks[left, rank, :2] = span[left]
+        picks[left, rank, 2] = score[left]
+        overlap = temporal_iou(span[:, None], spans)[:, 0]
+        threshold = LOW_THRESHOLD + (HIGH_THRESHOLD - LOW_THRESHOLD) * (span[:, 1:] - span[:, :1])
+        # exp(-0) = 1 leaves the others as they are, and -inf stays -inf.
+        decay = np.where(overlap > threshold.astype(np.float32), overlap, np.float32(0))
+        scores *= np.exp(decay * decay * np.float32(-1 / ALPHA))
+        scores[rows, best] = -np.inf
+    return picks
+
+
+def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
+    """Pick the best proposal again and again, dropping what overlaps it by more than `threshold`.
+
+    Float64, as in the authors' evaluation; among equal scores the later location is picked, as there.
+
+    Args:
+        proposals: B times P.
+        count: K, most picks per query.
+        threshold: temporal IoU.
+
+    Returns:
+        (B, K, 3) float32 starts, ends and scores, scores never rising; NaN after the last.
+    """
+    scores = proposals.scores.astype(np.float64)
+    spans = proposals.spans.astype(np.float64)
+    rows = np.arange(len(scores))
+    picks = np.full((len(scores), count, 3), np.nan, np.float32)
+    last = scores.shape[1] - 1
+    for rank in range(min(count, scores.shape[1])):
+        best = last - scores[:, ::-1].argmax(axis=1)
+        score = scores[rows, best]
+        left = score > -np.inf
+        if not left.any():
+            break
+        span = spans[rows, best]
+        picks[left, rank, :2] = span[left]
+        picks[left, rank, 2] = score[left]
+        scores[temporal_iou(span[:, None], spans)[:, 0] > threshold] = -np.inf
+        scores[rows, best] = -np.inf
+    return picks
+
+
+def suppress(
+    proposals: Proposals, decoding: Decoding, count: int = PUBLISHED_COUNT, iou_threshold: float = 0.5
+) -> np.ndarray:
+    """Return the (B, count, 3) picks of the protocol's suppression; see `soft_nms` and `hard_nms`.
+
+    `iou_threshold` is the metric's: the authors' protocol suppresses at 0.05 below it, mmaction2's ignores it.
+    """
+    if decoding.protocol == "mmaction2":
+        return soft_nms(proposals, count)
+    return hard_nms(proposals, count, iou_threshold - HARD_NMS_MARGIN)
+
+
+def decode(heads: Heads, decoding: Decoding, count: int = PUBLISHED_COUNT) -> np.ndarray:
+    """Return the best moments of B queries: (B, count, 3) float32 start, end (fractions of the video) and score.
+
+    Best first; rows after the last moment are NaN.
+    """
+    return suppress(propose(heads, decoding), decoding, count)

@@ -1,0 +1,67 @@
+"""`python -m runtime.describe`: what a model file is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from runtime.backends import open_backend
+from runtime.command import command, next_command
+
+
+def describe(
+    model: Annotated[Path, tyro.conf.Positional], *, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+) -> dict[str, Any]:
+    """Say what a model file is: its network, features, decoding, words and origin.
+
+    Args:
+        model: .onnx or .pt file.
+        json_output: print the whole manifest as JSON, word table included.
+    """
+    backend = open_backend(model, "cpu")
+    manifest = backend.manifest
+    content = manifest.to_dict()
+    if json_output:
+        print(json.dumps(content, indent=2))
+        return content
+    features, decoding = manifest.features, manifest.decoding
+    nms = {"mmaction2": "soft-NMS", "drn": "hard NMS"}[decoding.protocol]
+    score = "matching x IoU" if decoding.use_iou_scores else "matching"
+    rows = [
+        ("file", f"{model.name}, {model.stat().st_size / 2**20:.1f} MiB"),
+        ("network", f"DRN after training stage {manifest.stage}, {manifest.precision}"),
+        (
+            "takes",
+            f"{features.kind} features of width {features.dim}, "
+            f"{features.window} frames a clip, one every {features.stride}",
+        ),
+        ("segments", f"{decoding.num_segments}, pooled as in {features.pooling}; {decoding.num_locations} locations"),
+        (
+            "queries",
+            f"1 to {manifest.max_query_length} tokens of {len(manifest.vocabulary)} words; "
+            f"unknown words: {manifest.vocabulary.unknown}",
+        ),
+        ("decoding", f"{score} above {decoding.score_threshold:g}, {nms} ({decoding.protocol} protocol)"),
+        *((f"source {name}", digest) for name, digest in manifest.sources.items()),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()) or "-"),
+        ("training", json.dumps({key: value for key, value in manifest.training.items() if key != "validation"})),
+    ]
+    validation = manifest.training.get("validation") or {}
+    scores = ", ".join(
+        f"{key} {100 * value:.2f}" for key, value in validation.items() if key.startswith(("R@", "mIoU"))
+    )
+    if scores:
+        rows.append(
+            ("validation", scores + (" (simulated features)" if manifest.training.get("simulated_features") else ""))
+        )
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+    next_command(f'python -m runtime.infer --model {model} --features FILE.npy --duration SECONDS --query "..."')
+    return content
+
+
+if __name__ == "__main__":
+    command(describe)

@@ -1,0 +1,143 @@
+"""`python -m runtime.doctor`: what this machine can run, and why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+from runtime.command import command, next_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing looked at: whether it works, what was seen, and what to do about it."""
+
+    subject: str
+    works: bool
+    seen: str
+    remedy: str = ""
+
+
+def doctor() -> list[Finding]:
+    """Look at this machine and say what of the toolkit runs on it, and what to type where something does not."""
+    findings = [_python(), *_gpu(), _onnxruntime(), _torch(), _exporter(), _tensorrt(), _tensorrt_rtx(), _plots()]
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
+        if finding.remedy:
+            print(f"{'':<{width + 4}}  -> {finding.remedy}")
+    next_command("python -m train.simulate --output data/simulated    (a data set to try everything on)")
+    return findings
+
+
+def _python() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("this machine", True, f"Python {platform.python_version()}, {platform.machine()}, {cores} CPU cores")
+
+
+def _gpu() -> list[Finding]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [Finding("NVIDIA GPU", False, "no nvidia-smi: no driver, so everything runs on the CPU")]
+    query = [tool, "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [Finding("NVIDIA GPU", False, f"nvidia-smi does not answer: {error}")]
+    if result.returncode or not result.stdout.strip():
+        seen = (result.stdout + result.stderr).strip().splitlines()[:1]
+        return [
+            Finding(
+                "NVIDIA GPU",
+                False,
+                f"nvidia-smi fails: {seen[0] if seen else 'no output'}",
+                "install or repair the NVIDIA driver",
+            )
+        ]
+    return [Finding("NVIDIA GPU", True, line.strip()) for line in result.stdout.strip().splitlines()]
+
+
+def _onnxruntime() -> Finding:
+    subject = "run .onnx models"
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if len(both) == 2:
+        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'drn-deploy[cpu]'  (or [gpu])"
+        return Finding(
+            subject, False, "onnxruntime and onnxruntime-gpu are both installed and overwrite each other", remedy
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(
+            subject, False, f"ONNX Runtime cannot be imported: {error}", "pip install 'drn-deploy[cpu]'  (or [gpu])"
+        )
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return Finding(subject, True, f"ONNX Runtime {onnxruntime.__version__} with {providers}")
+
+
+def _torch() -> Finding:
+    subject = "train, run .pt models"
+    version = _version("torch")
+    if version is None:
+        return Finding(subject, False, "torch is not installed", "pip install 'drn-deploy[train]'")
+    # In a process of its own: importing torch takes seconds and must not be a habit of `runtime`.
+    code = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines()
+        return Finding(subject, False, f"torch {version} cannot be imported: {lines[-1] if lines else 'no message'}")
+    available, cuda = result.stdout.split()
+    return Finding(subject, True, f"torch {version}, " + (f"CUDA {cuda}" if available == "True" else "CPU only"))
+
+
+def _exporter() -> Finding:
+    missing = [name for name in ("torch", "onnx", "onnxscript", "onnxruntime") if _version(name) is None]
+    missing = [name for name in missing if name != "onnxruntime" or _version("onnxruntime-gpu") is None]
+    if missing:
+        return Finding(
+            "export to ONNX", False, f"not installed: {', '.join(missing)}", "pip install 'drn-deploy[export]'"
+        )
+    return Finding("export to ONNX", True, f"onnx {_version('onnx')}, onnxscript {_version('onnxscript')}")
+
+
+def _tensorrt() -> Finding:
+    subject = "TensorRT"
+    names = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean")
+    version = next((f"{name} {_version(name)}" for name in names if _version(name)), None)
+    if version is None:
+        remedy = (
+            "pip install tensorrt  (10 and 11: the wheels on PyPI fetch their libraries from NVIDIA's own index, "
+            "so the install fails where only PyPI is reached; use NVIDIA's container or package there)"
+        )
+        return Finding(subject, False, "not installed; engines are not built by this version yet", remedy)
+    return Finding(subject, True, f"{version} is installed; engines are not built by this version yet")
+
+
+def _tensorrt_rtx() -> Finding:
+    version = _version("tensorrt-rtx-cu13") or _version("tensorrt-rtx")
+    if version is None:
+        return Finding("TensorRT-RTX", False, "not installed", "pip install 'drn-deploy[rtx]'")
+    return Finding("TensorRT-RTX", True, f"{version}: parses and builds graphs ahead of time, without a GPU")
+
+
+def _plots() -> Finding:
+    version = _version("matplotlib")
+    if version is None:
+        return Finding("plots", False, "matplotlib is not installed", "pip install 'drn-deploy[plot]'")
+    return Finding("plots", True, f"matplotlib {version}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    command(doctor)

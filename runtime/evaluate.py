@@ -1,0 +1,133 @@
+"""`python -m runtime.evaluate`: R@n IoU=m and mIoU of a model on a data set, beside what not looking would score."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.annotations import DataSet
+from runtime.backends import Device
+from runtime.command import command, next_command
+from runtime.decoding import Protocol
+from runtime.errors import GroundingError
+from runtime.evaluation import evaluate as evaluate_annotations
+from runtime.evaluation import predictions as predictions_of
+from runtime.files import replace_when_whole, write_json
+from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.metrics import Report, prior_report, table
+from runtime.videos import Segments
+
+log = logging.getLogger("drn")
+
+Ablation = Literal["none", "blind", "shuffled"]
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    protocol: Protocol | None = None,
+    output: Path | None = None,
+    predictions: Path | None = None,
+    ablation: Ablation = "none",
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> Report:
+    """Answer every query of a split and report recall, beside the best constant moments fitted on the training split.
+
+    Args:
+        model: .onnx or .pt file.
+        data: directory in the Charades-STA layout.
+        split: train or test.
+        protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, at least the threshold); the
+            model's own when not given.
+        output: JSON file for the report.
+        predictions: JSONL file for every query's moments, in the QVHighlights form.
+        ablation: what the answers owe to the video: blind replaces features by zeros, shuffled by another video's.
+        limit: answer only the first so many queries.
+        batch_size: queries that go through the network together; changes nothing but speed.
+        device: auto, cpu or cuda.
+        threads: CPU threads.
+    """
+    data_set = DataSet(data)
+    annotations = data_set.annotations(split)[:limit]
+    if not annotations or batch_size < 1:
+        raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
+    grounder = Grounder.load(model, device, threads)
+    with tqdm(total=len(annotations), desc="answering", unit="query", leave=False, disable=None) as bar:
+        evaluation = evaluate_annotations(
+            grounder,
+            data_set,
+            annotations,
+            protocol=protocol,
+            batch_size=batch_size,
+            segments_of=_ablated(grounder, data_set, [a.video for a in annotations], ablation),
+            on_progress=bar.update,
+        )
+    scored = evaluation.report
+    rows = [(model.name if ablation == "none" else f"{model.name}, {ablation}", scored)]
+    prior = None
+    if data_set.annotations_path("train").is_file():
+        training = data_set.annotations("train", invalid="drop")
+        prior = prior_report(data_set.spans(training), evaluation.truth, scored.protocol)
+        rows.append(("prior (constant moments)", prior))
+    print(table(rows))
+    print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
+    if data_set.simulated:
+        print("Features are simulated: not comparable with published numbers.")
+    if output:
+        content = {
+            **scored.to_dict(),
+            "prior": prior.to_dict() if prior else None,
+            "split": split,
+            "ablation": ablation,
+        }
+        write_json(output, {**content, "simulated_features": data_set.simulated, "model": model.name})
+    if predictions:
+        with replace_when_whole(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))
+    first = annotations[0]
+    next_command(
+        f'python -m runtime.infer --model {model} --data {data} --video {first.video} --query "{first.sentence}"'
+    )
+    return scored
+
+
+def _ablated(
+    grounder: Grounder, data_set: DataSet, videos: list[str], ablation: Ablation
+) -> Callable[[str], Segments] | None:
+    """Return how to get a video's segments when not as they are; None for as they are."""
+    if ablation == "none":
+        return None
+    if ablation == "blind":
+
+        def blind(name: str) -> Segments:
+            segments = grounder.segments(data_set.video(name))
+            return Segments(np.zeros_like(segments.features), segments.spans)
+
+        return blind
+    names = sorted(set(videos))
+    if len(names) < 2:
+        raise GroundingError("Shuffling needs at least two videos, and these queries are all about one.")
+    # A cycle through a seeded order: every video gets another's features, never its own.
+    order = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
+    other = dict(zip(order, order[1:] + order[:1]))
+
+    def shuffled(name: str) -> Segments:
+        spans = grounder.segments(data_set.video(name)).spans
+        return Segments(grounder.segments(data_set.video(other[name])).features, spans)
+
+    return shuffled
+
+
+if __name__ == "__main__":
+    command(evaluate)

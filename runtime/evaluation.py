@@ -1,0 +1,105 @@
+"""Ask a model every question of a split, and score the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.annotations import Annotation, DataSet
+from runtime.decoding import PUBLISHED_COUNT, Decoding, Protocol, propose, suppress
+from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
+from runtime.metrics import IOU_THRESHOLDS, Report, report
+from runtime.videos import Segments
+
+# Videos are read and pooled for this many queries at a time, which bounds memory whatever the split.
+CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The answers to N queries and their score.
+
+    Attributes:
+        picks: for each IoU threshold (N, 6, 3) starts, ends (fractions of the video) and scores.
+        truth: (N, 2) fractions of the video.
+        report: the metrics.
+    """
+
+    picks: dict[float, np.ndarray]
+    truth: np.ndarray
+    report: Report
+
+
+def evaluate(
+    grounder: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    *,
+    protocol: Protocol | None = None,
+    batch_size: int = BATCH_SIZE,
+    segments_of: Callable[[str], Segments] | None = None,
+    on_progress: Callable[[int], Any] = lambda queries: None,
+) -> Evaluation:
+    """Answer every annotation of a data set and compare with its moment.
+
+    Args:
+        grounder: the model.
+        data_set: where durations and features come from.
+        annotations: the N queries.
+        protocol: whose NMS and hit rule; the model's own when None.
+        batch_size: queries that go through the network together. Changes nothing but speed.
+        segments_of: pooled segments by video name, for callers that hold them already.
+        on_progress: called with the number of queries answered since the last call.
+    """
+    decoding = grounder.manifest.decoding
+    decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
+    picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in IOU_THRESHOLDS}
+    queries = [grounder.encode_query(annotation.sentence) for annotation in annotations]
+    for chunk in _by_video(annotations):
+        if segments_of is None:
+            known = {name: grounder.segments(data_set.video(name)) for name in {annotations[i].video for i in chunk}}
+            segments = [known[annotations[i].video] for i in chunk]
+        else:
+            segments = [segments_of(annotations[i].video) for i in chunk]
+        for indices, heads in grounder.run([queries[i] for i in chunk], segments, batch_size):
+            rows = np.asarray(chunk)[indices]
+            proposals = propose(heads, decoding)
+            for threshold, found in _suppressed(proposals, decoding):
+                picks[threshold][rows] = found
+            on_progress(len(rows))
+    truth = data_set.spans(annotations)
+    return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
+
+
+def predictions(
+    evaluation: Evaluation, annotations: Sequence[Annotation], data_set: DataSet, top_k: int = 5
+) -> Iterator[dict[str, Any]]:
+    """Yield every query's answer in the QVHighlights form, in the order of the annotations."""
+    picks = evaluation.picks[0.5]
+    for index, annotation in enumerate(annotations):
+        moments = in_seconds(picks[index, :top_k], data_set.durations[annotation.video])
+        yield {
+            "qid": annotation.line,
+            "query": annotation.sentence,
+            "vid": annotation.video,
+            "pred_relevant_windows": [[moment.start, moment.end, moment.score] for moment in moments],
+        }
+
+
+def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:
+    """Yield positions in chunks, the queries of one video next to each other, so that it is read once."""
+    order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
+    for start in range(0, len(order), CHUNK):
+        yield order[start : start + CHUNK]
+
+
+def _suppressed(proposals: Any, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:
+    found = None
+    for threshold in IOU_THRESHOLDS:
+        # Only the authors' protocol suppresses differently for each metric.
+        if found is None or decoding.protocol == "drn":
+            found = suppress(proposals, decoding, PUBLISHED_COUNT, threshold)
+        yield threshold, found

@@ -1,0 +1,94 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import AnnotationError, GroundingError, OutputError
+
+
+@contextlib.contextmanager
+def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` once the block ends without an error.
+
+    The directory is created. After any exception, Ctrl-C included, the temporary file is gone and `path` is as
+    it was before.
+
+    Raises:
+        OutputError: the place cannot be written (no permission, disk full, a file where a directory should be).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; name the file to write instead.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays, since some writers choose the format by it.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    with replace_when_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all. NaN is an error, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError) -> Any:
+    """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} ({what}) does not exist; check the path.") from None
+    except OSError as problem:
+        raise error(f"{path} ({what}) cannot be read: {problem.strerror}.") from problem
+    except ValueError as problem:
+        raise error(f"{path} ({what}) should be a JSON file and is not: {problem}.") from problem
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"No space is left on the disk for {path}; nothing was written. Free some or choose another --output."
+        )
+    return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,129 @@
+"""What a model file says of itself: all that grounding needs besides the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.decoding import Decoding
+from runtime.errors import GroundingError, ModelFileError
+from runtime.videos import ClipClock, Pooling
+from runtime.vocabulary import Vocabulary
+
+FORMAT = "drn-manifest/1"
+METADATA_KEY = "drn.manifest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The clip features a model was trained on.
+
+    Attributes:
+        kind: name of the extractor, for people.
+        dim: D.
+        window, stride: frames a clip saw, frames from clip to clip.
+        pooling: whose rule pools clips into segments.
+    """
+
+    kind: str = "C3D"
+    dim: int = 4096
+    window: int = 16
+    stride: int = 8
+    pooling: Pooling = "mmaction2"
+
+    @property
+    def clock(self) -> ClipClock:
+        return ClipClock(self.window, self.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime must know of a model.
+
+    Attributes:
+        vocabulary: word table, and what happens to other words.
+        decoding: how heads become moments.
+        features: what clip features it takes.
+        stage: the last training stage, 1 to 3.
+        precision: of the weights and arithmetic: fp32, fp16, bf16, int8.
+        max_query_length: most tokens of a query.
+        sources: what the file was made of: name to SHA-256.
+        producer: what made it: package to version.
+        training: how the weights came to be, for people.
+    """
+
+    vocabulary: Vocabulary
+    decoding: Decoding
+    features: Features
+    stage: int = 3
+    precision: str = "fp32"
+    max_query_length: int = 64
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    producer: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "stage": self.stage,
+            "precision": self.precision,
+            "features": dataclasses.asdict(self.features),
+            "decoding": self.decoding.to_dict(),
+            "max_query_length": self.max_query_length,
+            "sources": dict(self.sources),
+            "producer": dict(self.producer),
+            "training": dict(self.training),
+            "vocabulary": self.vocabulary.to_dict(),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "the manifest") -> Manifest:
+        """Read a manifest; `source` names it in messages.
+
+        Raises:
+            ModelFileError: it is of another version, or something is missing or of the wrong kind.
+        """
+        found = value.get("format") if isinstance(value, Mapping) else None
+        if found != FORMAT:
+            raise ModelFileError(
+                f"{source} has a manifest of format {found!r} and this version reads {FORMAT!r}; "
+                "export the model again with `python -m export.to_onnx`."
+            )
+        try:
+            return cls(
+                vocabulary=Vocabulary.from_dict(value["vocabulary"]),
+                decoding=Decoding.from_dict(value["decoding"]),
+                features=Features(**value["features"]),
+                stage=int(value["stage"]),
+                precision=str(value["precision"]),
+                max_query_length=int(value["max_query_length"]),
+                sources=dict(value["sources"]),
+                producer=dict(value["producer"]),
+                training=dict(value["training"]),
+            )
+        except GroundingError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelFileError(
+                f"The manifest of {source} is damaged ({type(error).__name__}: {error}); "
+                "export the model again with `python -m export.to_onnx`."
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str | None, source: str = "the manifest") -> Manifest:
+        """Read a manifest from JSON text; see `from_dict`. None stands for a file that carries none."""
+        if text is None:
+            raise ModelFileError(
+                f"{source} carries no {METADATA_KEY!r}, so it was not exported by drn-deploy; "
+                "export the checkpoint with `python -m export.to_onnx`."
+            )
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ModelFileError(f"The manifest of {source} is not JSON ({error}); export the model again.") from error
+        return cls.from_dict(value, source)

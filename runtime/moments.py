@@ -1,0 +1,43 @@
+"""Moments, and how much two of them overlap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A part of a video, in seconds from its start, and how well it fits the query.
+
+    The score orders the moments of one query. It is the square root of a product of probabilities, in [0, 1].
+    """
+
+    start: float
+    end: float
+    score: float
+
+
+def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Overlap of every span in `a` with every span in `b`, over their union.
+
+    The union is taken as the hull, which equals it whenever the two overlap; this is the order of operations
+    whose rounding decides a hit exactly as the published metrics do.
+
+    Args:
+        a: (..., N, 2) starts and ends, in any one unit of time.
+        b: (..., M, 2) the same, in the same unit; leading dimensions broadcast.
+
+    Returns:
+        (..., N, M) ratios in [0, 1], in the dtype of the arguments; 0 for spans that only touch, are empty, end
+        before they start or hold NaN.
+    """
+    start_a, end_a = a[..., :, None, 0], a[..., :, None, 1]
+    start_b, end_b = b[..., None, :, 0], b[..., None, :, 1]
+    overlap = np.minimum(end_a, end_b) - np.maximum(start_a, start_b)
+    hull = np.maximum(end_a, end_b) - np.minimum(start_a, start_b)
+    # A negative overlap is a gap. Reversed spans give a negative hull too, and count as empty.
+    ratio = np.zeros(np.broadcast(overlap, hull).shape, np.result_type(overlap, hull))
+    np.divide(overlap, hull, out=ratio, where=(overlap > 0) & (start_a < end_a) & (start_b < end_b))
+    return ratio

@@ -1,0 +1,62 @@
+"""What goes into a backend and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.videos import Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B queries, each with the segments of its video. Field names are the input names of every exported graph.
+
+    Attributes:
+        query_tokens: (B, L) int32 word ids, 0 past each length.
+        query_length: (B,) int32, at least 1.
+        segment_features: (B, T, D) float32.
+        segment_spans: (B, T, 2) float32, fractions of the video.
+    """
+
+    query_tokens: np.ndarray
+    query_length: np.ndarray
+    segment_features: np.ndarray
+    segment_spans: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Raw outputs for B queries at P locations, levels finest first, all float32.
+
+    Attributes:
+        matching_logits: (B, P), does this location lie in the moment.
+        boundary_distances: (B, P, 2), from the location back to the start and on to the end, in segments.
+        iou_logits: (B, P), how good is the proposal of this location.
+    """
+
+    matching_logits: np.ndarray
+    boundary_distances: np.ndarray
+    iou_logits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.matching_logits)
+
+
+def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
+    """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
+    lengths = np.array([len(tokens) for tokens in queries], np.int32)
+    tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
+    for row, ids in zip(tokens, queries):
+        row[: len(ids)] = ids
+    features = np.empty((len(videos), *videos[0].features.shape), np.float32)
+    spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
+    for index, segments in enumerate(videos):
+        features[index] = segments.features
+        spans[index] = segments.spans
+    return Batch(tokens, lengths, features, spans)

@@ -1,0 +1,201 @@
+"""A video as the network meets it: clip features, and the segments they are pooled into."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from runtime.errors import CheckpointError, FeatureError
+
+Pooling = Literal["mmaction2", "drn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipClock:
+    """Which frames a clip feature saw: `window` frames, one clip every `stride` frames (C3D: 16 and 8)."""
+
+    window: int = 16
+    stride: int = 8
+
+    def num_clips(self, num_frames: int) -> int:
+        """Return how many whole windows fit into `num_frames`, at least one."""
+        return max(1, (num_frames - self.window) // self.stride + 1)
+
+    def num_frames(self, num_clips: int) -> int:
+        """Return the frames that `num_clips` windows cover; the true count may be up to `stride` - 1 higher."""
+        return (num_clips - 1) * self.stride + self.window
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """What the network sees of a video.
+
+    Attributes:
+        features: (T, D), the element-wise maximum of the clips of each segment, in the dtype of the clips.
+        spans: (T, 2) float64, starts and ends as fractions of the video.
+    """
+
+    features: np.ndarray
+    spans: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Clip features of one video and its clock.
+
+    Attributes:
+        features: (num_clips, D) floats.
+        num_frames: length in frames.
+        duration: length in seconds.
+        name: how reports call it.
+    """
+
+    features: np.ndarray
+    num_frames: int
+    duration: float
+    name: str = "video"
+    _segments: dict[tuple[int, str, ClipClock], Segments] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        check_features(self.features, self.name)
+        if not (np.isfinite(self.duration) and self.duration > 0):
+            raise FeatureError(
+                f"The duration of {self.name} must be a positive number of seconds, and {self.duration} was given."
+            )
+        if self.num_frames < 2:
+            raise FeatureError(f"{self.name} needs at least 2 frames to be divided, and has {self.num_frames}.")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        duration: float,
+        num_frames: int | None = None,
+        name: str | None = None,
+        clock: ClipClock | None = None,
+    ) -> Video:
+        """Read a `.npy` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
+
+        Args:
+            path: a (num_clips, D) float array.
+            duration: seconds.
+            num_frames: taken from the number of clips when not given, which is right to within one clip stride.
+            name: the file's stem when not given.
+            clock: how clips lie on frames, for `num_frames`.
+
+        Raises:
+            FeatureError: the file is missing, is not such an array, or holds values that are not finite.
+        """
+        path = Path(path)
+        features = load_features(path)
+        if num_frames is None:
+            num_frames = (clock or ClipClock()).num_frames(len(features))
+        return cls(features, num_frames, duration, name or path.stem)
+
+    def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipClock | None = None) -> Segments:
+        """Divide the video into `num_segments` equal parts and max-pool the clips of each.
+
+        Args:
+            num_segments: T.
+            pooling: whose borders and rows. `mmaction2`: the first part starts at 0 and the last ends one frame
+                early, a part keeps every clip from the one its first frame is in to the one its last frame is in.
+                `drn`: borders count frames from 1, and a part of at most one window keeps a single clip.
+            clock: how clips lie on frames.
+
+        The result is kept, so that every further query of this video gets it for nothing.
+
+        Source: CharadesSTADataset in mmaction2; CharadesSTA and its proposal file in the authors' code.
+        """
+        key = (num_segments, pooling, clock or ClipClock())
+        if key not in self._segments:
+            first, last, spans = segment_rows(self.num_frames, *key)
+            self._segments[key] = Segments(max_over_rows(self.features, first, last), spans)
+        return self._segments[key]
+
+
+def segment_rows(
+    num_frames: int, num_segments: int, pooling: Pooling, clock: ClipClock
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the first and last clip of each segment, (T,) integers, last included, and the spans (T, 2) float64."""
+    if pooling == "mmaction2":
+        step = (num_frames - 1) / num_segments
+        borders = (step * np.arange(num_segments + 1)).astype(np.int64)
+        # T * ((N - 1) / T) may round below N - 1, and the last border is N - 1 by definition.
+        borders[-1] = num_frames - 1
+        starts, ends = borders[:-1], borders[1:]
+        return starts // clock.stride, ends // clock.stride, np.stack((starts, ends), 1) / num_frames
+    if pooling == "drn":
+        borders = np.floor(np.linspace(1, num_frames, num_segments + 1)).astype(np.int64)
+        starts, ends = borders[:-1], borders[1:]
+        first = starts // clock.stride
+        last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
+        return first, last, np.stack((starts, ends), 1) / num_frames
+    raise FeatureError(f"Segments are pooled as mmaction2 or drn, and {pooling!r} was asked for.")
+
+
+def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return (T, D) element-wise maxima over rows first..last, last included, of (num_clips, D) features.
+
+    Rows past the end are clipped to the last one: shorter feature files than the frame count promises occur.
+    """
+    end = len(features) - 1
+    return np.stack(
+        [features[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
+    )
+
+
+def load_features(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return the clip features in a `.npy` or `.pt` file as (num_clips, D) floats.
+
+    Raises:
+        FeatureError: the file is missing, empty, truncated, holds no such array, or would run code when read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FeatureError(f"The feature file {path} does not exist; check the path or the video's name.")
+    if path.stat().st_size == 0:
+        raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
+    if path.suffix == ".npy":
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise FeatureError(
+                f"{path} should be a NumPy array of clip features and cannot be read: {error}."
+            ) from error
+    if path.suffix in (".pt", ".pth"):
+        from runtime import torchfile
+
+        try:
+            value = torchfile.load(path)
+        except CheckpointError as error:
+            raise FeatureError(f"{path} should be a tensor of clip features: {error}") from error
+        if not isinstance(value, np.ndarray):
+            raise FeatureError(f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.")
+        return value
+    raise FeatureError(f"{path} should end in .npy or .pt; convert the features to one of them.")
+
+
+def check_features(features: np.ndarray, name: str) -> None:
+    """Raise FeatureError unless `features` is a (num_clips, D) array of finite floats with at least one clip."""
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
+        shape = getattr(features, "shape", None)
+        kind = getattr(features, "dtype", type(features).__name__)
+        raise FeatureError(
+            f"The features of {name} should be floats of shape (num_clips, D), and are {kind} of shape {shape}."
+        )
+    if 0 in features.shape:
+        raise FeatureError(f"The features of {name} hold no clips (shape {features.shape}); at least one is needed.")
+    # The sum is finite only if every value is, and costs no array of flags. A float16 sum could overflow.
+    if not np.isfinite(features.sum(dtype=np.float64)):
+        bad = np.argwhere(~np.isfinite(features))
+        if len(bad):
+            raise FeatureError(
+                f"The features of {name} hold {len(bad)} values that are not finite, "
+                f"the first in clip {bad[0][0]}; extract them again."
+            )

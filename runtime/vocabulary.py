@@ -1,0 +1,112 @@
+"""Sentences become word ids, exactly as in the published code."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from runtime.errors import ModelFileError, QueryError
+
+log = logging.getLogger("drn")
+
+Unknown = Literal["skip", "zero", "error"]
+
+
+class Vocabulary:
+    """The words a model knows, and what happens to those it does not.
+
+    A word is looked up as written, then in lower case: the published tables are lower case and the published code
+    looks up as written only, so a sentence they accept gets the same ids here.
+
+    Args:
+        words: word to id; ids are exactly 1..len(words), 0 is padding.
+        unknown: `skip` leaves an unknown word out, `zero` keeps its place with the padding row (a zero
+            embedding), `error` refuses the query. The first two warn and name the words.
+
+    Raises:
+        ModelFileError: the ids are not 1..len(words) or the policy is none of the three.
+    """
+
+    def __init__(self, words: Mapping[str, int], unknown: Unknown = "skip") -> None:
+        if sorted(words.values()) != list(range(1, len(words) + 1)):
+            raise ModelFileError(
+                f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not."
+            )
+        if unknown not in ("skip", "zero", "error"):
+            raise ModelFileError(f"Unknown words are treated by skip, zero or error, and {unknown!r} was asked for.")
+        self.words: dict[str, int] = dict(words)
+        self.unknown: Unknown = unknown
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and (self.words, self.unknown) == (other.words, other.unknown)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def encode(self, sentence: str) -> np.ndarray:
+        """Return the (L,) int32 ids of a sentence, L at least 1.
+
+        Raises:
+            QueryError: the sentence is empty, or no word of it is known, or one is unknown under `error`.
+        """
+        tokens = tokenize(sentence)
+        if not tokens:
+            raise QueryError(f"The query {sentence!r} holds no word; write what happens in the video.")
+        if not self.words:
+            raise QueryError(
+                "This model carries no word table; convert its checkpoint again with --vocabulary word2id.json."
+            )
+        ids, unknown = [], []
+        for token in tokens:
+            identity = self.words.get(token) or self.words.get(token.lower())
+            if identity is None:
+                unknown.append(token)
+                if self.unknown == "zero":
+                    ids.append(0)
+            else:
+                ids.append(identity)
+        if len(unknown) == len(tokens):
+            raise QueryError(f"The model knows none of the words of {sentence!r}; say it in words of its training set.")
+        if unknown:
+            named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
+            if self.unknown == "error":
+                raise QueryError(
+                    f"The model does not know {named} in {sentence!r}; say it in words of its training set."
+                )
+            treated = "left out" if self.unknown == "skip" else "given a zero embedding"
+            log.warning("The model does not know %s in %r; %s.", named, sentence, treated)
+        return np.array(ids, np.int32)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"unknown": self.unknown, "words": self.words}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
+        return cls(value["words"], value["unknown"])
+
+
+def tokenize(sentence: str) -> list[str]:
+    """Return the tokens of a sentence: full stops deleted, then Treebank rules ("person's" is "person" and "'s").
+
+    Source: the published code calls nltk.word_tokenize; without the sentence splitter, which needs data to be
+    downloaded, the result is equal on all 16,128 Charades-STA sentences.
+    """
+    return _tokenizer().tokenize(sentence.replace(".", ""))
+
+
+class _Tokenizer(Protocol):
+    def tokenize(self, text: str) -> list[str]: ...
+
+
+@functools.cache
+def _tokenizer() -> _Tokenizer:
+    # Imported late: nltk takes longer to import than a query to answer.
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+
+    return NLTKWordTokenizer()

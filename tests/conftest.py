@@ -1,0 +1,48 @@
+"""What tests share: goldens, the real annotations where they are at hand, and a planted data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The directory of reference numbers, made with mmaction2's own code."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def recipe() -> ModuleType:
+    """The module that makes the goldens' weights and features from a seed."""
+    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A directory of real annotations (DRN_REAL_DATA, or shared/data beside the repository); skips where absent."""
+    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (place / "charades_sta" / "Charades_sta_train.txt").is_file():
+        pytest.skip("the real annotations are not here; set DRN_REAL_DATA to a directory that holds charades_sta/")
+    return place
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small made-up data set with simulated features, D = 32."""
+    from train.simulate import simulate
+
+    directory = tmp_path_factory.mktemp("planted") / "data"
+    simulate(directory, feature_dim=32, videos=24, difficulty="easy", seed=1)
+    return directory

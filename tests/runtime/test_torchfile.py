@@ -1,0 +1,595 @@
+"""`runtime.torchfile` against torch itself, and against files that mean harm."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import functools
+import io
+import os
+import pickle
+import sys
+import tempfile
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from runtime import torchfile
+from runtime.errors import CheckpointError
+
+torch = pytest.importorskip("torch", reason="torch writes the files that are read here")
+
+FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+
+
+def save(value: Any, path: Path, zipped: bool = True) -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+class Persistent:
+    """Pickled as a reference to something outside the pickle."""
+
+    def __init__(self, identity: Any) -> None:
+        self.identity = identity
+
+
+class Call:
+    """Pickled as a call of `function` on `arguments`, as an attacker would."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, thing: Any) -> Any:
+        return thing.identity if isinstance(thing, Persistent) else None
+
+
+def pickled(value: Any, protocol: int = 2) -> bytes:
+    stream = io.BytesIO()
+    Pickler(stream, protocol).dump(value)
+    return stream.getvalue()
+
+
+def zip_file(path: Path, value: Any, records: dict[str, bytes] | None = None, **options: Any) -> Path:
+    """A torch file whose pickle is `value` (bytes are taken as the pickle itself)."""
+    content = value if isinstance(value, bytes) else pickled(value)
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", content)
+        for name, record in (records or {}).items():
+            archive.writestr(f"archive/{name}", record)
+    return path
+
+
+def legacy_file(path: Path, value: Any) -> Path:
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    path.write_bytes(b"".join(parts) + (value if isinstance(value, bytes) else pickled(value)) + pickle.dumps([], 2))
+    return path
+
+
+def storage(key: Any = "0", count: Any = 6, kind: Any = torch.FloatStorage) -> Persistent:
+    return Persistent(("storage", kind, key, "cpu", count))
+
+
+def tensor(offset: Any = 0, size: Any = (2, 3), stride: Any = (3, 1), **fields: Any) -> Call:
+    hooks: Any = collections.OrderedDict()
+    return Call(torch._utils._rebuild_tensor_v2, storage(**fields), offset, size, stride, False, hooks)
+
+
+SIX = {"data/0": np.arange(6, dtype="<f4").tobytes()}
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Path:
+    return tmp_path / "was-run"
+
+
+@FORMS
+def test_containers_come_back_with_arrays_in_place_of_tensors(tmp_path: Path, zipped: bool) -> None:
+    value = {
+        "weights": collections.OrderedDict(a=torch.arange(6.0).reshape(2, 3), b=torch.nn.Parameter(torch.ones(2))),
+        "list": [1, 2.5, None, True, "text", b"by\xfftes", (torch.tensor(7), {"x", "y"}), 1 + 2j, 1 << 80],
+        3: torch.Size([4, 5]),
+        "dtype": torch.float16,
+        "device": torch.device("cuda:1"),
+    }
+    value["weights"]._metadata = {"": {"version": 1}}
+    found = torchfile.load(save(value, tmp_path / "f.pt", zipped))
+    assert list(found) == list(value)
+    assert isinstance(found["weights"], collections.OrderedDict)
+    np.testing.assert_array_equal(found["weights"]["a"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(found["weights"]["b"], [1, 1])
+    assert found["list"][:6] == value["list"][:6]
+    assert found["list"][7:] == value["list"][7:]
+    assert found["list"][6][0].shape == ()
+    assert found["list"][6][0] == 7
+    assert found["list"][6][1] == {"x", "y"}
+    assert found[3] == (4, 5)
+    assert found["dtype"] == "torch.float16"
+    assert found["device"] == "cuda:1"
+
+
+@FORMS
+def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    content = {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    found = torchfile.load(save(content, tmp_path / "f.pt", zipped))
+    for name, weight in module.state_dict().items():
+        np.testing.assert_array_equal(found["state_dict"][name], weight.numpy())
+        assert found["state_dict"][name].shape == tuple(weight.shape)
+    moments = optimizer.state_dict()["state"][0]["exp_avg"].numpy()
+    np.testing.assert_array_equal(found["optimizer"]["state"][0]["exp_avg"], moments)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "dtype",
+    ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"],
+)
+def test_number_types_are_kept(tmp_path: Path, zipped: bool, dtype: str) -> None:
+    wanted = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
+    found = torchfile.load(save(wanted, tmp_path / "f.pt", zipped))
+    assert found.dtype == wanted.numpy().dtype
+    np.testing.assert_array_equal(found, wanted.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_number_types_that_torch_stores_untyped_are_kept(tmp_path: Path, dtype: str) -> None:
+    wanted = torch.arange(5).to(getattr(torch, dtype))[1:]
+    found = torchfile.load(save(wanted, tmp_path / "f.pt"))
+    assert found.dtype == np.dtype(dtype)
+    assert found.tolist() == [1, 2, 3, 4]
+
+
+@FORMS
+def test_bfloat16_becomes_float32_exactly(tmp_path: Path, zipped: bool) -> None:
+    wanted = torch.tensor([1.5, -3.0e38, float("inf"), 1e-40]).to(torch.bfloat16)
+    found = torchfile.load(save({"a": wanted, "view": wanted[1:]}, tmp_path / "f.pt", zipped))
+    assert found["a"].dtype == np.float32
+    np.testing.assert_array_equal(found["a"], wanted.float().numpy())
+    assert np.shares_memory(found["a"], found["view"])
+
+
+@FORMS
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) -> None:
+    shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+    dtype = data.draw(st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_]))
+    base = torch.from_numpy(data.draw(hnp.arrays(dtype, shape)))
+    view = base.permute(data.draw(st.permutations(range(base.ndim))))
+    for axis in range(view.ndim):
+        begin = data.draw(st.integers(0, view.shape[axis]))
+        view = view[(slice(None),) * axis + (slice(begin, None, data.draw(st.integers(1, 3))),)]
+    with tempfile.TemporaryDirectory() as directory:
+        found = torchfile.load(save([base, view], Path(directory, "f.pt"), zipped))
+    for array, wanted in zip(found, (base, view), strict=True):
+        assert array.shape == tuple(wanted.shape)
+        assert array.dtype == wanted.numpy().dtype
+        np.testing.assert_array_equal(array, wanted.numpy())
+    if view.numel():
+        assert np.shares_memory(*found)
+
+
+@FORMS
+def test_arrays_are_writable_and_share_what_the_tensors_shared(tmp_path: Path, zipped: bool) -> None:
+    base = torch.zeros(4, 3)
+    first, second, other = torchfile.load(save([base, base[:, 1], torch.zeros(2)], tmp_path / "f.pt", zipped))
+    first[2, 1] = 5
+    assert second[2] == 5
+    other[:] = 1
+    assert first.sum() == 5
+
+
+def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
+    found = torchfile.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
+    np.testing.assert_array_equal(found, [[1, 2]] * 3)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.array([True, False]),
+        np.arange(3, dtype=">i4"),
+        np.zeros((0, 2)),
+        np.array(2.5),
+        np.float32(1.5),
+        np.array(["a", "bcd"]),
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)
+def test_numpy_arrays_and_numbers_come_back(tmp_path: Path, zipped: bool, array: np.ndarray) -> None:
+    found = torchfile.load(save({"a": array}, tmp_path / "f.pt", zipped))["a"]
+    assert type(found) is type(array)
+    assert found.dtype == array.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(found, array)
+
+
+def test_a_list_that_holds_itself_comes_back(tmp_path: Path) -> None:
+    ring: list[Any] = [torch.ones(1)]
+    ring.append({"ring": ring})
+    found = torchfile.load(save(ring, tmp_path / "f.pt"))
+    assert found[1]["ring"] is found
+
+
+def test_big_endian_records_are_turned_round(tmp_path: Path) -> None:
+    records = {"byteorder": b"big", "data/0": np.arange(6, dtype=">f4").tobytes()}
+    found = torchfile.load(zip_file(tmp_path / "f.pt", tensor(), records))
+    np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_the_archive_may_have_any_name(tmp_path: Path) -> None:
+    torch.save(torch.ones(2), tmp_path / "odd name v1.2.pth.tar")
+    assert torchfile.load(tmp_path / "odd name v1.2.pth.tar").tolist() == [1, 1]
+
+
+def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always writes checksums")
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(torch.ones(2), tmp_path / "f.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torchfile.load(tmp_path / "f.pt").tolist() == [1, 1]
+
+
+def test_the_published_glove_table_is_read_like_torch_reads_it(real_data: Path) -> None:
+    path = real_data / "charades_sta" / "glove_weights"
+    np.testing.assert_array_equal(torchfile.load(path), torch.load(path, weights_only=True).numpy())
+
+
+# Files that mean harm. Every one is tried with and without `inert`: only the first may refuse, neither may run.
+
+
+def attacks(sentinel: Path) -> dict[str, tuple[Any, str]]:
+    command = f"touch {sentinel}"
+    opened = Call(open, str(sentinel), "w")
+    return {
+        "os.system": (Call(os.system, command), f"{os.system.__module__}.system"),
+        "nested": ({"state_dict": [{"a": (1, Call(os.system, command))}]}, f"{os.system.__module__}.system"),
+        "eval": (Call(eval, f"open({str(sentinel)!r}, 'w')"), "eval"),
+        "open": (opened, "open"),
+        "getattr": (Call(getattr, "x", "upper"), "getattr"),
+        "in a tensor's arguments": (
+            Call(torch._utils._rebuild_tensor_v2, opened, 0, (1,), (1,), False, {}),
+            "open",
+        ),
+        "in a state": (Call(collections.OrderedDict, state={"hooks": opened}), "open"),
+        "in a persistent id": (Persistent(("storage", opened, "0", "cpu", 6)), "open"),
+        "as a partial": (Call(functools.partial(os.system, command)), "functools.partial"),
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("name", list(attacks(Path())))
+def test_no_call_is_made_and_it_is_named(tmp_path: Path, sentinel: Path, name: str, zipped: bool) -> None:
+    value, asked = attacks(sentinel)[name]
+    path = (zip_file if zipped else legacy_file)(tmp_path / "f.pt", value)
+    with pytest.raises(CheckpointError, match=rf"asks to run .*{asked}.*nothing in it was run"):
+        torchfile.load(path)
+    assert not sentinel.exists()
+    try:
+        torchfile.load(path, inert=True)
+    except CheckpointError:
+        assert name == "in a persistent id"
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("inert", [False, True])
+@pytest.mark.parametrize("opcode", ["reduce", "inst", "obj", "newobj", "dotted", "stack_global"])
+def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: str, inert: bool) -> None:
+    command = f"touch {sentinel}".encode()
+    text = b"X" + len(command).to_bytes(4, "little") + command
+    program = {
+        "reduce": b"\x80\x02cos\nsystem\n(" + text + b"tR.",
+        "inst": b"\x80\x02(" + text + b"ios\nsystem\n.",
+        "obj": b"\x80\x02(cos\nsystem\n" + text + b"o.",
+        "newobj": b"\x80\x02cos\nsystem\n(" + text + b"t\x81.",
+        "dotted": b"\x80\x04\x8c\x05torch\x8c\x0d_utils.os.sys\x93(" + text + b"tR.",
+        "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93(" + text + b"tR.",
+    }[opcode]
+    path = zip_file(tmp_path / "f.pt", program)
+    if inert:
+        assert isinstance(torchfile.load(path, inert=True), torchfile.Inert)
+    else:
+        with pytest.raises(CheckpointError, match="asks to run"):
+            torchfile.load(path)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # BUILD on the stand-in of a function: would give it attributes or defaults.
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__)stb.",
+        b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.",
+        b"\x80\x02ctorch\nSize\n)\x81}b.",
+        b"\x80\x02ctorch\nFloatStorage\n)R.",
+        b"\x80\x02K\x05)R.",
+        b"\x80\x02\x82\x01.",  # EXT1
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # a memo of two thousand million entries
+        b"\x80\x02K\x01Q.",  # a persistent id that is a number
+        b"Pos.system\n.",
+        b"\x80\x04\x97.",  # NEXT_BUFFER without buffers
+        b"\x80\x02T\xff\xff\xff\x7fabc.",
+        b"\x80\x02",
+        b".",
+        b"\x80\x09N.",
+        b"garbage",
+    ],
+)
+@pytest.mark.parametrize("inert", [False, True])
+def test_a_pickle_that_abuses_its_opcodes_is_refused(tmp_path: Path, program: bytes, inert: bool) -> None:
+    with pytest.raises(CheckpointError):
+        torchfile.load(zip_file(tmp_path / "f.pt", program), inert=inert)
+
+
+def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("made_up.logging")
+
+    class HistoryBuffer:
+        calls = 0
+
+        def __init__(self) -> None:
+            self.log = np.arange(3.0)
+            HistoryBuffer.calls += 1
+
+        def mean(self) -> float:
+            return 1.0
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            HistoryBuffer.calls += 1
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "made_up", types.ModuleType("made_up"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    content = {
+        "hub": {"loss": HistoryBuffer(), "mean": HistoryBuffer.mean, "class": HistoryBuffer},
+        "queue": collections.deque([1, torch.ones(2)], maxlen=3),
+        "table": collections.defaultdict(list, a=[1]),
+        "when": datetime.datetime(2026, 1, 1),
+        "objects": np.array([None, "x"], dtype=object),
+        "weights": {"a": torch.arange(3)},
+    }
+    path = save(content, tmp_path / "f.pth")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    made = HistoryBuffer.calls
+    found = torchfile.load(path, inert=True)
+    assert found["weights"]["a"].tolist() == [0, 1, 2]
+    assert repr(found["hub"]["loss"]) == "<unread made_up.logging.HistoryBuffer>"
+    assert repr(found["queue"]) == "<unread collections.deque>"
+    for value in (*found["hub"].values(), found["queue"], found["table"], found["when"], found["objects"]):
+        assert isinstance(value, torchfile.Inert)
+    assert HistoryBuffer.calls == made
+    assert module.__name__ not in sys.modules
+    with pytest.raises(CheckpointError, match=r"asks to run made_up\.logging\.HistoryBuffer"):
+        torchfile.load(path)
+
+
+def test_a_whole_module_is_refused_by_name(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        path = save(torch.nn.Linear(2, 1), tmp_path / "f.pt", zipped)
+        with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear"):
+            torchfile.load(path)
+
+
+def test_reading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = zip_file(tmp_path / "f.pt", b"\x80\x02cimported_by_a_pickle\nf\n.")
+    torchfile.load(path, inert=True)
+    assert "imported_by_a_pickle" not in sys.modules
+
+
+def load_or_be_refused(path: Path, inert: bool) -> None:
+    try:
+        torchfile.load(path, inert=inert)
+    except CheckpointError as error:
+        sentence = str(error)
+    else:
+        sentence = str(path)
+    assert str(path) in sentence
+    assert "\n" not in sentence
+
+
+# Tensors that lie about themselves.
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        tensor(offset=1),
+        tensor(stride=(4, 1)),
+        tensor(size=(7,), stride=(1,)),
+        tensor(size=(2, 1 << 61), stride=(1, 8)),
+        tensor(size=(-1, 3)),
+        tensor(stride=(-3, 1)),
+        tensor(offset=-1),
+        tensor(offset=5, size=(2,), stride=(-1,)),
+        tensor(size=(2, 3), stride=(1,)),
+        tensor(size=(2.0, 3)),
+        tensor(size=(1,) * 99, stride=(1,) * 99),
+        tensor(size=(0, 1 << 61, 1 << 61), stride=(1, 1, 1)),
+        tensor(count=7),
+        tensor(count=1 << 61),
+        tensor(count=-6),
+        tensor(count=True),
+        tensor(key="../../etc/passwd"),
+        tensor(key=0),
+        tensor(kind=torch.DoubleStorage),
+        tensor(kind=torch.Size),
+        tensor(size=(1 << 40,), stride=(0,)),
+        Persistent(("storage", torch.FloatStorage, "0")),
+        Persistent(("module", "x")),
+        Persistent(("storage", torch.FloatStorage, "0", "cpu", 6, ("1", 4, 3))),
+        Call(torch._utils._rebuild_tensor_v2, "storage", 0, (1,), (1,), False, None),
+        Call(torch._utils._rebuild_tensor_v2, storage(), 0, (1,), (1,), False, None, {"conj": True}),
+        [storage(), storage(kind=torch.IntStorage)],
+    ],
+    ids=str,
+)
+def test_a_tensor_that_reaches_outside_its_numbers_is_refused(tmp_path: Path, lie: Any) -> None:
+    assert torchfile.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
+    with pytest.raises(CheckpointError):
+        torchfile.load(zip_file(tmp_path / "f.pt", lie, SIX))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "content"),
+    [
+        ((1 << 40,), "f8", b""),
+        ((2,), "f8", b"\0" * 15),
+        ((-1,), "f8", b"\0" * 8),
+        ((1,), "O", b"\0" * 8),
+        ((1,), "V8", b"\0" * 8),
+        ((1,), "M8[s]", b"\0" * 8),
+    ],
+)
+def test_a_numpy_array_that_lies_is_refused(tmp_path: Path, shape: Any, dtype: str, content: bytes) -> None:
+    reconstruct = np.zeros(1).__reduce__()[0]
+    state = (1, shape, Call(np.dtype, dtype, False, True), False, content)
+    path = zip_file(tmp_path / "f.pt", Call(reconstruct, np.ndarray, (0,), b"b", state=state))
+    with pytest.raises(CheckpointError):
+        torchfile.load(path)
+
+
+def test_a_record_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "f.pt", tensor(), SIX)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 20 : entry + 28] = (1 << 30).to_bytes(4, "little") * 2
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"f\.pt"):
+        torchfile.load(path)
+
+
+def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled([tensor(key=str(i), count=1000) for i in range(50)]))
+        archive.writestr("archive/data/0", bytes(4000))
+        first = archive.getinfo("archive/data/0")
+        for i in range(1, 50):
+            twin = zipfile.ZipInfo(f"archive/data/{i}")
+            twin.header_offset, twin.file_size = first.header_offset, first.file_size
+            twin.compress_size, twin.CRC = first.compress_size, first.CRC
+            archive.filelist.append(twin)
+            archive.NameToInfo[twin.filename] = twin
+    with pytest.raises(CheckpointError, match="claims to hold more"):
+        torchfile.load(path)
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "f.pt", tensor(), SIX, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed"):
+        torchfile.load(path)
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
+    path = save(torch.full((100,), 3.0), tmp_path / "f.pt")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\0\0\x40\x40", b"\0\1\x40\x40", 1))
+    with pytest.raises(CheckpointError, match="damaged"):
+        torchfile.load(path)
+
+
+@FORMS
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
+    whole = save({"a": torch.arange(20.0), "b": torch.ones(3)}, tmp_path / "whole.pt", zipped).read_bytes()
+    cut = tmp_path / "cut.pt"
+    for length in range(0, len(whole), 7):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pt"):
+            torchfile.load(cut)
+
+
+@FORMS
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(zipped: bool, data: st.DataObject) -> None:
+    stream = io.BytesIO()
+    value = {"a": torch.arange(4.0), "n": np.arange(3), "s": {1}, "z": torch.tensor(1).bool()}
+    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "f.pt")
+        path.write_bytes(content)
+        for inert in (False, True):
+            load_or_be_refused(path, inert)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_pickle_with_changed_bytes_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
+    parts = [tensor(), np.arange(3), np.float32(1), {1}, collections.OrderedDict(a=1), datetime.date(2026, 1, 1)]
+    content = bytearray(pickled(parts))
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as directory:
+        path = zip_file(Path(directory, "f.pt"), bytes(content), SIX)
+        for inert in (False, True):
+            load_or_be_refused(path, inert)
+
+
+def test_containers_nested_without_end_are_refused(tmp_path: Path) -> None:
+    depth = 200_000
+    with pytest.raises(CheckpointError, match="nests"):
+        torchfile.load(zip_file(tmp_path / "f.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"not a tensor at all", "not a file that torch.save writes"),
+        (b"\x93NUMPY\x01\x00", "not a file that torch.save writes"),
+        (pickle.dumps([1, 2], 2), "torch.save did not write"),
+        (b"PK\x03\x04 and no more", "damaged"),
+        (b"\0" * 257 + b"ustar\x0000", "tar archive"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "f.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        torchfile.load(path)
+
+
+def test_a_numpy_archive_is_not_taken_for_a_torch_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", a=np.ones(2))
+    with pytest.raises(CheckpointError, match=r"without data\.pkl"):
+        torchfile.load(tmp_path / "f.npz")
+
+
+def test_a_torchscript_archive_is_refused_as_a_program(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "f.pt", {"a": 1}, {"constants.pkl": b"\x80\x02).", "code/__torch__.py": b""})
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        torchfile.load(path)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.pt", tmp_path):
+        with pytest.raises(CheckpointError, match=path.name):
+            torchfile.load(path)

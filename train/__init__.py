@@ -1,0 +1,1 @@
+"""Everything torch: the DRN network, its losses and stages, checkpoints, simulated data."""

@@ -1,0 +1,234 @@
+"""`python -m train`: three stages, from a data set to drn.pt."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from runtime.annotations import DataSet
+from runtime.command import command, next_command
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError, GroundingError
+from train.backend import torch_device
+from train.checkpoints import load_checkpoint, source_hash
+from train.curves import draw_curves
+from train.data import TrainingData, pool, split_by_video
+from train.initialise import initialise_as_authors, load_glove
+from train.loop import Materials, Run, Settings, fresh_model
+from train.model import DRN, DRNConfig
+from train.processes import started_by_torchrun
+from train.stages import RECIPES, Stage
+
+log = logging.getLogger("drn")
+
+
+def train(
+    data: Path,
+    output: Path,
+    *,
+    stage: Literal["all", "1", "2", "3"] = "all",
+    load: Path | None = None,
+    recipe: Literal["mmaction2", "drn"] = "mmaction2",
+    epochs: tuple[int, ...] | None = None,
+    batch_size: int | None = None,
+    lr: tuple[float, ...] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    resume: bool = False,
+    validate_on: Literal["held-out", "test", "none"] = "held-out",
+    held_out: float = 0.1,
+    glove: Path | None = None,
+    cache: Path | None = None,
+    num_segments: int = 32,
+    embed_dim: int = 300,
+    hidden_dim: int = 512,
+    fpn_dim: int = 512,
+    iou_target: Literal["near", "all"] = "near",
+    faithful: bool = False,
+    blind: bool = False,
+) -> Path:
+    """Train DRN on a data set in the Charades-STA layout, in three stages, and write OUTPUT/drn.pt.
+
+    Stage 1 learns to match and to find boundaries, stage 2 to judge proposals, stage 3 both at a small rate; each
+    starts from the best checkpoint of the one before. Validation asks the model as `runtime.evaluate` does. For
+    several GPUs or processes: torchrun --nproc-per-node N -m train ...
+
+    Args:
+        data: directory in the Charades-STA layout.
+        output: directory of the run: stage1/best.pt ..., history.jsonl, curves.png, drn.pt.
+        stage: which stage to train; 2 and 3 alone start from --load.
+        load: checkpoint to start from.
+        recipe: whose published settings: mmaction2, or the authors' (drn).
+        epochs: of every stage, or one number for each; the recipe's when not given.
+        batch_size: queries per process and step; the recipe's when not given.
+        lr: learning rate of every stage, or one for each; the recipe's when not given.
+        seed: of initial weights, order and held-out videos.
+        device: auto, cpu or cuda.
+        precision: fp32, or automatic mixed precision.
+        resume: go on with an interrupted run; the weights are those of an uninterrupted one.
+        validate_on: held-out training videos, the test split (the published selection), or none (the last epoch is
+            kept).
+        held_out: fraction of the training videos to validate on.
+        glove: word vectors to start from: GloVe text, or the authors' glove_weights.
+        cache: where pooled features are kept; inside DATA when not given.
+        num_segments: T, a multiple of 4.
+        embed_dim: width of word vectors.
+        hidden_dim: LSTM width per direction.
+        fpn_dim: width of the pyramid and the head.
+        iou_target: locations that train the IoU head: those with IoU above 0.9 as published, or all.
+        faithful: keep what looks like slips of the published code: training lines whose moment ends before it starts,
+            statistics and divisors per process, and with --recipe drn the clamp of the first location only and the
+            gradients that pile up in stage 2.
+        blind: replace all features by zeros, to measure what can be learnt without looking.
+
+    Returns:
+        The path of drn.pt.
+    """
+    preset = RECIPES[recipe]
+    stages = _stages(preset.stages, stage, epochs, lr)
+    if stages[0].number > 1 and load is None:
+        raise CheckpointError(
+            f"Stage {stages[0].number} starts from a trained network; pass "
+            f"--load {output}/stage{stages[0].number - 1}/best.pt (or another checkpoint), or train --stage all."
+        )
+    if not 0 < held_out < 1:
+        raise GroundingError(
+            f"--held-out is the fraction of videos to validate on, between 0 and 1, and {held_out} is not."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
+    target = torch_device(device)
+    if precision == "fp16" and target.type == "cpu":
+        raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
+
+    data_set = DataSet(data)
+    with started_by_torchrun(target) as processes:
+        if not processes.leads:
+            log.setLevel(logging.ERROR)
+        if processes.count > 1 and target.type == "cuda":
+            target = torch.device("cuda", processes.local_rank)
+        annotations = data_set.annotations("train", invalid="keep" if faithful else "drop")
+        if validate_on == "held-out":
+            training, validation = split_by_video(annotations, held_out, seed)
+        else:
+            training = annotations
+            validation = data_set.annotations("test") if validate_on == "test" else []
+        if data_set.simulated:
+            log.warning(
+                "The features of %s are simulated: recall on them is not comparable with published numbers.",
+                data,
+            )
+
+        loaded = load_checkpoint(load) if load else None
+        vocabulary = loaded.vocabulary if loaded and len(loaded.vocabulary) else data_set.vocabulary
+        features = dataclasses.replace(data_set.features(), pooling=preset.pooling)
+        config = loaded.config if loaded else DRNConfig(
+            vocab_size=len(vocabulary),
+            embed_dim=embed_dim,
+            feature_dim=features.dim,
+            hidden_dim=hidden_dim,
+            fpn_dim=fpn_dim,
+            num_segments=_checked_segments(num_segments),
+        )  # fmt: skip
+        if config.feature_dim != features.dim:
+            raise GroundingError(
+                f"{load} takes features of width {config.feature_dim} and {data} holds features of width "
+                f"{features.dim}; use the features it was trained on."
+            )
+        videos = sorted({annotation.video for annotation in (*training, *validation)})
+        cache = cache or Path(data) / "cache"
+        if processes.leads:
+            pool(data_set, videos, config.num_segments, features, cache)
+        processes.wait()
+        pooled = pool(data_set, videos, config.num_segments, features, cache)
+
+        def initialise(model: DRN) -> None:
+            if preset.initialisation == "drn":
+                initialise_as_authors(model)
+            if glove:
+                load_glove(model, glove, vocabulary.words)
+
+        model = loaded.model() if loaded else fresh_model(config, seed, initialise)
+        losses = dataclasses.replace(
+            preset.losses, iou_target=iou_target, iou_clip="first" if faithful and recipe == "drn" else "all"
+        )
+        settings = Settings(
+            recipe=recipe,
+            stages=stages,
+            batch_size=batch_size or preset.batch_size,
+            clip_norm=preset.clip_norm,
+            losses=losses,
+            precision=precision,
+            seed=seed,
+            faithful=faithful,
+            processes=processes.count,
+            synchronised=not faithful,
+        )
+        materials = Materials(
+            data_set=data_set,
+            training=TrainingData(data_set, training, pooled, vocabulary, blind),
+            validation=validation,
+            vocabulary=vocabulary,
+            features=features,
+            decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
+        )
+        run = Run(output, settings, materials, target, processes)
+        inputs = {
+            "network": dataclasses.asdict(config),
+            "validate_on": validate_on,
+            "held_out": held_out if validate_on == "held-out" else None,
+            "queries": [len(training), len(validation)],
+            "glove": source_hash(glove) if glove else None,
+            "load": source_hash(load) if load else None,
+            "blind": blind,
+        }
+        run.open(resume, inputs)
+        log.info(
+            "Training on %d queries, validating on %d; %d process%s, %s, %s.",
+            len(training), len(validation), processes.count, "" if processes.count == 1 else "es", target, precision,
+        )  # fmt: skip
+        checkpoint = run.train(model)
+        if processes.leads:
+            draw_curves(output / "history.jsonl", output / "curves.png")
+            print(checkpoint)
+            next_command(f"python -m export.to_onnx --checkpoint {checkpoint} --output {output / 'drn.onnx'}")
+    return checkpoint
+
+
+def _stages(
+    stages: tuple[Stage, ...], chosen: str, epochs: tuple[int, ...] | None, rates: tuple[float, ...] | None
+) -> tuple[Stage, ...]:
+    if chosen != "all":
+        stages = (stages[int(chosen) - 1],)
+    for flag, values in (("--epochs", epochs), ("--lr", rates)):
+        if values is not None and (len(values) not in (1, len(stages)) or min(values) <= 0):
+            raise GroundingError(
+                f"{flag} takes one positive number, or one for each of the {len(stages)} stages, "
+                f"and {values} was given."
+            )
+    if epochs:
+        counts = epochs * len(stages) if len(epochs) == 1 else epochs
+        stages = tuple(dataclasses.replace(s, epochs=count) for s, count in zip(stages, counts, strict=True))
+    if rates:
+        each = rates * len(stages) if len(rates) == 1 else rates
+        stages = tuple(dataclasses.replace(s, learning_rate=rate) for s, rate in zip(stages, each, strict=True))
+    return stages
+
+
+def _checked_segments(num_segments: int) -> int:
+    if num_segments < 4 or num_segments % 4:
+        raise GroundingError(f"--num-segments must be a multiple of 4, and {num_segments} is not.")
+    return num_segments
+
+
+if __name__ == "__main__":
+    # One OpenMP team per process is torchrun's default; more would fight over the cores.
+    if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    command(train)

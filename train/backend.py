@@ -1,0 +1,56 @@
+"""The network in torch, behind the same protocol as an exported one."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from runtime.backends import Device
+from runtime.errors import DeviceError
+from runtime.manifest import Manifest
+from runtime.tensors import Batch, Heads
+from train.checkpoints import load_checkpoint, source_hash
+from train.model import DRN
+
+
+class TorchBackend:
+    """A network in evaluation mode, on the device its parameters are on."""
+
+    def __init__(self, model: DRN, manifest: Manifest) -> None:
+        self.model = model
+        self.manifest = manifest
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch; the network's training mode is restored afterwards."""
+        device = next(self.model.parameters()).device
+        training = self.model.training
+        self.model.eval()
+        heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
+        self.model.train(training)
+        return Heads(*(np.ascontiguousarray(tensor.float().cpu().numpy()) for tensor in heads))
+
+
+def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> TorchBackend:
+    """Open a `drn.pt`. The entry point through which `runtime.open_backend` finds torch.
+
+    `threads` sets torch's CPU threads, which hold for the whole process.
+    """
+    target = torch_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    checkpoint = load_checkpoint(path)
+    return TorchBackend(checkpoint.model().to(target), checkpoint.manifest(sources=source_hash(path)))
+
+
+def torch_device(device: str) -> torch.device:
+    """Return a device by name; `auto` is a GPU where there is one. Raises DeviceError for a GPU that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(
+            f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu."
+        )
+    return torch.device(device)

@@ -1,0 +1,175 @@
+"""`drn.pt`: a network and all that is needed to use it. Loading one never runs code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError, GroundingError
+from runtime.files import replace_when_whole, sha256
+from runtime.manifest import Features, Manifest
+from runtime.vocabulary import Vocabulary
+from train.model import DRN, DRNConfig
+
+FORMAT = "drn-checkpoint/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a `drn.pt` holds.
+
+    Attributes:
+        config: the shape of the network.
+        features: the clip features it was trained on.
+        vocabulary: its words; empty when the source had none.
+        decoding: how its heads become moments.
+        weights: its state dict, on the CPU.
+        training: how it came to be: at least `stage`.
+    """
+
+    config: DRNConfig
+    features: Features
+    vocabulary: Vocabulary
+    decoding: Decoding
+    weights: Mapping[str, Tensor]
+    training: Mapping[str, Any]
+
+    def model(self) -> DRN:
+        """Return the network in evaluation mode, on the CPU."""
+        model = DRN(self.config)
+        model.load_state_dict(dict(self.weights))
+        return model.eval()
+
+    def manifest(self, max_query_length: int = 64, **fields: Any) -> Manifest:
+        """Return what a model file made of this checkpoint says of itself; `fields` go to `Manifest`."""
+        return Manifest(
+            vocabulary=self.vocabulary,
+            decoding=self.decoding,
+            features=self.features,
+            stage=int(self.training["stage"]),
+            max_query_length=max_query_length,
+            training=dict(self.training),
+            **fields,
+        )
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all."""
+    config = dataclasses.asdict(checkpoint.config)
+    content = {
+        "format": FORMAT,
+        "config": {
+            **config,
+            "strides": list(config["strides"]),
+            "features": dataclasses.asdict(checkpoint.features),
+        },
+        "vocabulary": checkpoint.vocabulary.to_dict(),
+        "decoding": checkpoint.decoding.to_dict(),
+        "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
+        "training": dict(checkpoint.training),
+    }
+    save(path, content)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, not a torch file, holds code, or is not one of ours.
+    """
+    content = load(path)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        kind = f"format {found!r}" if found else "no format of ours"
+        raise CheckpointError(
+            f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
+            "convert published checkpoints with `python -m train.convert`."
+        )
+    try:
+        config = dict(content["config"])
+        features = Features(**config.pop("features"))
+        checkpoint = Checkpoint(
+            config=DRNConfig(**config),
+            features=features,
+            vocabulary=Vocabulary.from_dict(content["vocabulary"]),
+            decoding=Decoding.from_dict(content["decoding"]),
+            weights=content["weights"],
+            training={"stage": 3, **content["training"]},
+        )
+    except GroundingError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); train or convert again."
+        ) from error
+    check_weights(checkpoint.weights, checkpoint.config, str(path))
+    return checkpoint
+
+
+def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
+    """Raise CheckpointError, naming the tensors, unless `weights` has just the tensors of such a network."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
+    missing = [name for name in wanted if name not in weights]
+    extra = [name for name in weights if name not in wanted]
+    misshapen = [
+        f"{name} is {tuple(weights[name].shape)} and should be {shape}"
+        for name, shape in wanted.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = [
+        f"{kind} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for kind, names in (("missing:", missing), ("not DRN's:", extra), ("misshapen:", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"The tensors of {source} are not those of a DRN of its size ({'; '.join(problems)}).")
+
+
+def source_hash(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return {file name: SHA-256}, as a manifest's `sources` wants it."""
+    return {Path(path).name: sha256(path)}
+
+
+def save(path: str | os.PathLike[str], content: Any) -> None:
+    """Write tensors and plain containers with torch, whole or not at all."""
+    # RuntimeError is how torch's zip writer reports a full disk.
+    with replace_when_whole(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            raise OSError(None, str(error).splitlines()[0]) from error
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read tensors and plain containers with torch, running no code; raises CheckpointError."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint {path} does not exist; check the path.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
+            "DRN checkpoint, convert it with `python -m train.convert`."
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} should be a torch checkpoint and cannot be read: {reason}.") from error

@@ -1,0 +1,337 @@
+"""Published DRN checkpoints become `drn.pt`. The files are read without torch, and nothing in them is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from runtime import torchfile
+from runtime.command import command, next_command
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError
+from runtime.files import read_json, sha256
+from runtime.manifest import Features
+from runtime.vocabulary import Vocabulary
+from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
+from train.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
+
+log = logging.getLogger("drn")
+
+Layout = Literal["mmaction2", "drn"]
+
+# The authors' names -> mmaction2's, which are ours. Source: both code bases, checked on equal outputs.
+_RENAMES = (
+    (re.compile(r"query_encoder\.qInput\."), lambda match: "query_encoder.W3."),
+    (re.compile(r"query_encoder\.qInput(\d+)\."), lambda match: f"query_encoder.W2.{match[1]}."),
+    (re.compile(r"query_encoder\.cmd_inter2logits\."), lambda match: "query_encoder.W1."),
+    (re.compile(r"backbone_net\.forward_conv(\d+)\."), lambda match: f"backbone_net.layers.{match[1]}."),
+    (re.compile(r"fpn\.fpn_inner(\d+)\."), lambda match: f"fpn.inner_blocks.{int(match[1]) - 1}."),
+    (re.compile(r"fpn\.fpn_layer(\d+)\."), lambda match: f"fpn.layer_blocks.{int(match[1]) - 1}."),
+    (re.compile(r"qInput(\d+)\."), lambda match: f"qInput.{match[1]}."),
+)
+# Parts that the authors' network owns and never uses.
+_UNUSED = ("query_encoder.textualAttention.", "fcos.head.centerness.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a published checkpoint holds, under our names.
+
+    Attributes:
+        weights: name -> array, as stored.
+        layout: whose names it had.
+        unused: names that were left out, as they stood in the file.
+        stage: the training stage its configuration tells of, where it tells.
+        epoch: the epochs it was trained for, where it tells.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    layout: Layout
+    unused: tuple[str, ...]
+    stage: int | None
+    epoch: int | None
+
+
+def convert(
+    checkpoint: tyro.conf.Positional[Path],
+    output: Path = Path("drn.pt"),
+    vocabulary: Path | None = None,
+    stage: Literal[1, 2, 3] | None = None,
+) -> Checkpoint:
+    """Turn a published DRN checkpoint into `drn.pt`.
+
+    Takes mmaction2's published file, its training checkpoints (epoch_N.pth) and the authors' .pth.tar; which one it
+    is, and every size of the network, is read off the tensors. No code in the file is run.
+
+    Args:
+        checkpoint: the file to convert.
+        output: the checkpoint to write.
+        vocabulary: the word table of the network, as in Charades_word2id.json. Without it the network cannot be
+            asked in words: published checkpoints do not carry their words.
+        stage: the training stage the checkpoint comes from. After stage 1 the IoU head is untrained and is left out
+            of the scores. Default: what the checkpoint says, else 3.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not a DRN, or a tensor is missing, extra or misshapen; or the
+            word table does not fit the network.
+    """
+    if output.resolve() == checkpoint.resolve():
+        raise CheckpointError(f"--output {output} is the checkpoint itself; choose another name.")
+    table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
+    found = read(checkpoint)
+    config = read_config(found.weights, checkpoint)
+    check_weights(found.weights, config, str(checkpoint))
+    words = Vocabulary({}) if table is None else fitting_vocabulary(table, config, vocabulary)
+    stage_number = stage or found.stage or 3
+    training: dict[str, Any] = {
+        "stage": stage_number,
+        "recipe": found.layout,
+        "converted_from": {checkpoint.name: sha256(checkpoint)},
+    }
+    if found.epoch is not None:
+        training["epoch"] = found.epoch
+    converted = Checkpoint(
+        config=config,
+        features=Features(
+            kind="C3D" if config.feature_dim == 4096 else "unknown", dim=config.feature_dim, pooling=found.layout
+        ),
+        vocabulary=words,
+        decoding=Decoding(
+            num_segments=config.num_segments,
+            strides=config.strides,
+            use_iou_scores=stage_number > 1,
+            protocol=found.layout,
+        ),
+        weights=tensors(found.weights, checkpoint),
+        training=training,
+    )
+    save_checkpoint(output, converted)
+    print(report(converted, found, output))
+    if table is None:
+        log.warning(
+            "%s has no words, so sentences cannot be asked of it: convert again with --vocabulary and a table of %d "
+            "words (Charades_word2id.json for the published checkpoints).",
+            output,
+            config.vocab_size,
+        )
+    next_command(f"python -m export.to_onnx --checkpoint {output} --output {output.with_suffix('.onnx')}")
+    return converted
+
+
+def read(path: Path) -> Found:
+    """Return what a published checkpoint holds, with all names as in `train.model`.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no state dict.
+    """
+    content = torchfile.load(path, inert=True)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        raise CheckpointError(f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.")
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not (isinstance(state, dict) and state and all(isinstance(name, str) for name in state)):
+        raise CheckpointError(
+            f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved."
+        )
+    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    others = [f"{name!r}" for name in state if name not in arrays]
+    if others:
+        raise CheckpointError(f"{path} should map names to tensors, and {_few(others)} is none; is it a DRN?")
+    if all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
+    details = content if state is not content else {}
+    meta = details.get("meta")
+    details = {**details, **(meta if isinstance(meta, dict) else {})}
+    weights, unused, layout = _our_names(arrays, path)
+    epoch = details.get("epoch")
+    return Found(weights, layout, unused, _told_stage(details.get("cfg")), epoch if isinstance(epoch, int) else None)
+
+
+def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...], Layout]:
+    """Rename the authors' tensors; leave mmaction2's alone."""
+    if not any(pattern.match(name) for name in arrays for pattern, _ in _RENAMES):
+        return dict(arrays), (), "mmaction2"
+    weights: dict[str, np.ndarray] = {}
+    unused = []
+    for name, array in arrays.items():
+        if name.startswith(_UNUSED):
+            unused.append(name)
+            continue
+        ours = name
+        for pattern, renamed in _RENAMES:
+            match = pattern.match(name)
+            if match:
+                ours = renamed(match) + name[match.end() :]
+        if ours in weights:
+            raise CheckpointError(f"{path} holds {ours!r} twice, under the authors' and under mmaction2's name.")
+        weights[ours] = array
+    return weights, tuple(unused), "drn"
+
+
+def _told_stage(configuration: Any) -> int | None:
+    """Return the stage that mmaction2's configuration text tells of: two flags, and neither set means stage 3."""
+    if not isinstance(configuration, str) or "is_first_stage" not in configuration:
+        return None
+    flags = dict(re.findall(r"is_(first|second)_stage\s*=\s*(True|False)", configuration))
+    if flags.get("first") == "True":
+        return 1
+    return 2 if flags.get("second") == "True" else 3
+
+
+def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
+    """Return the configuration of the network that has these tensors.
+
+    Where tensors disagree, most of them are believed, so that the odd one can be named.
+
+    Raises:
+        CheckpointError: the tensors are of no DRN that the configuration can describe.
+    """
+    published = DRNConfig()
+
+    def most(default: int, *places: tuple[str, int, int]) -> int:
+        """The commonest length of `places`: name, axis, what to add."""
+        lengths = [
+            weights[name].shape[axis] + add
+            for name, axis, add in places
+            if name in weights and weights[name].ndim > axis
+        ]
+        return Counter(length for length in lengths if length > 0).most_common(1)[0][0] if lengths else default
+
+    def count(pattern: str) -> int:
+        """How many of a numbered series of tensors there are, from 0 on without a gap, and at least one."""
+        number = 0
+        while pattern.format(number) in weights:
+            number += 1
+        return max(number, 1)
+
+    names = (
+        "fcos.head.cls_logits.weight",
+        "fcos.head.bbox_pred.weight",
+        "fcos.head.cls_tower.0.weight",
+        "fcos.head.bbox_tower.0.weight",
+    )
+    blocks = [(f"fpn.{kind}_blocks.{level}.0.weight", 0, 0) for kind in ("inner", "layer") for level in range(3)]
+    layers = "query_encoder.biLSTM.weight_ih_l{}"
+    try:
+        return DRNConfig(
+            vocab_size=most(published.vocab_size, ("query_encoder.embedding.weight", 0, -1)),
+            embed_dim=most(
+                published.embed_dim,
+                ("query_encoder.embedding.weight", 1, 0),
+                (layers.format(0), 1, 0),
+                (layers.format("0_reverse"), 1, 0),
+            ),
+            feature_dim=most(
+                published.feature_dim,
+                ("prop_fc.weight", 0, 0),
+                ("prop_fc.weight", 1, 0),
+                ("prop_fc.bias", 0, 0),
+                ("qInput.0.weight", 0, 0),
+                ("qInput.0.bias", 0, 0),
+                ("backbone_net.layers.0.0.weight", 1, -POSITION_CHANNELS),
+            ),
+            hidden_dim=most(
+                published.hidden_dim,
+                ("query_encoder.biLSTM.weight_hh_l0", 1, 0),
+                ("query_encoder.biLSTM.weight_hh_l0_reverse", 1, 0),
+                ("query_encoder.W3.bias", 0, 0),
+                ("query_encoder.W2.0.weight", 1, 0),
+            ),
+            fpn_dim=most(published.fpn_dim, *((name, 1, 0) for name in names), *blocks),
+            head_convs=_head_convs(weights),
+            lstm_layers=count(layers),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no DRN of a known shape: {error}") from error
+
+
+def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
+    """Return how many convolutions stand in a tower: modules 0, 3, 6, ..., a batch norm and a ReLU after each."""
+    number = 0
+    while any(f"fcos.head.{tower}_tower.{3 * number}.weight" in weights for tower in ("cls", "bbox")):
+        number += 1
+    return max(number, 1)
+
+
+def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights as float32 tensors (counters as int64), in the order of `train.model`.
+
+    Raises:
+        CheckpointError: a tensor holds numbers of another kind, or infinite ones.
+    """
+    converted, odd = {}, []
+    for name, array in weights.items():
+        counter = name.endswith("num_batches_tracked")
+        if array.dtype.kind not in ("iu" if counter else "f"):
+            odd.append(f"{name} ({array.dtype})")
+            continue
+        with np.errstate(over="ignore"):
+            # A copy: the file's tensors may share their numbers, and those of a drn.pt do not.
+            copy = np.array(array, np.int64 if counter else np.float32, order="C")
+        if not np.isfinite(copy).all():
+            odd.append(f"{name} (not finite)")
+        converted[name] = torch.from_numpy(copy)
+    if odd:
+        raise CheckpointError(f"{path} should hold finite floating-point weights, and does not in {_few(odd)}.")
+    return converted
+
+
+def fitting_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabulary:
+    """Return the vocabulary of a word table.
+
+    Raises:
+        CheckpointError: it is not a table of exactly the network's words.
+    """
+    if not (
+        isinstance(table, dict)
+        and all(isinstance(number, int) and not isinstance(number, bool) for number in table.values())
+    ):
+        raise CheckpointError(f"{path} should map words to numbers, as Charades_word2id.json does, and does not.")
+    if len(table) != config.vocab_size:
+        raise CheckpointError(
+            f"{path} has {len(table):,} words and the network was trained with {config.vocab_size:,}; give the word "
+            f"table it was trained with."
+        )
+    if sorted(table.values()) != list(range(1, len(table) + 1)):
+        raise CheckpointError(f"{path} should number its words 1 to {len(table)}, each number once, and does not.")
+    return Vocabulary(table)
+
+
+def report(checkpoint: Checkpoint, found: Found, output: Path) -> str:
+    """Return what was found, for people."""
+    config = checkpoint.config
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in DRN(config).parameters())
+    words = f"{config.vocab_size:,} words" + ("" if len(checkpoint.vocabulary) else " (word table not given)")
+    owner = {"mmaction2": "mmaction2's", "drn": "the authors'"}[found.layout]
+    used = "used" if checkpoint.decoding.use_iou_scores else "not used"
+    epoch = "" if found.epoch is None else f", epoch {found.epoch}"
+    levels = ", ".join(map(str, BACKBONE_CHANNELS))
+    lines = [
+        f"{output}: a DRN from a checkpoint in {owner} layout, stage {checkpoint.training['stage']}{epoch}",
+        f"  parameters   {parameters:,} in {len(checkpoint.weights)} tensors",
+        f"  query        {words} x {config.embed_dim}, BiLSTM {config.hidden_dim} x {config.lstm_layers}",
+        f"  features     {config.feature_dim:,} channels, {config.num_segments} segments, {owner} pooling",
+        f"  pyramid      backbone {levels}; width {config.fpn_dim}; {config.head_convs} convolution(s) a tower",
+        f"  decoding     protocol {checkpoint.decoding.protocol}, IoU scores {used}",
+    ]
+    if found.unused:
+        parts = sorted({part.rstrip(".") for part in _UNUSED if any(part in name for name in found.unused)})
+        lines.append(f"  left out     {len(found.unused)} tensors that are never used: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _few(things: list[str]) -> str:
+    return ", ".join(things[:4]) + (f" and {len(things) - 4} more" if len(things) > 4 else "")
+
+
+if __name__ == "__main__":
+    command(convert)

@@ -1,0 +1,225 @@
+"""Training batches: features pooled once into a memory-mapped file, sentences encoded once, epochs shuffled by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.annotations import Annotation, DataSet
+from runtime.errors import FeatureError, OutputError
+from runtime.files import replace_when_whole
+from runtime.manifest import Features
+from runtime.tensors import Batch, collate
+from runtime.videos import Segments, check_features, load_features, max_over_rows, segment_rows
+from runtime.vocabulary import Vocabulary
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledFeatures:
+    """The segments of many videos.
+
+    Attributes:
+        rows: video name to its row.
+        features: (V, T, D) memory map, in the dtype of the feature files.
+        spans: (V, T, 2) float64 fractions of the video.
+    """
+
+    rows: dict[str, int]
+    features: np.ndarray
+    spans: np.ndarray
+
+    def segments(self, video: str) -> Segments:
+        row = self.rows[video]
+        return Segments(self.features[row], self.spans[row])
+
+
+def pool(
+    data_set: DataSet, videos: Sequence[str], num_segments: int, features: Features, cache: Path
+) -> PooledFeatures:
+    """Return the segments of `videos`, from the cache where it still holds for their files.
+
+    The cache is keyed by everything that its content depends on: the names, sizes and times of the feature files,
+    frame counts, T, the clock and the pooling rule. It is written whole or not at all.
+
+    Args:
+        data_set: where features and frame counts come from.
+        videos: names, each once.
+        num_segments: T.
+        features: their width, clock and pooling rule.
+        cache: directory of the cache.
+
+    Raises:
+        FeatureError: a file is missing or unusable, or of another width.
+        OutputError: the cache cannot be written.
+    """
+    paths = [data_set.feature_path(video) for video in videos]
+    stats = [path.stat() for path in paths]
+    recipe = {
+        "files": [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)],
+        "num_frames": [data_set.num_frames[video] for video in videos],
+        "num_segments": num_segments,
+        "features": dataclasses.asdict(features),
+    }
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    path = cache / f"pooled-{key}.npy"
+    places = [segment_rows(data_set.num_frames[v], num_segments, features.pooling, features.clock) for v in videos]
+    if not path.is_file():
+        try:
+            _write(path, videos, paths, places, num_segments, features.dim)
+        except OutputError as error:
+            raise OutputError(f"{error} The pooled features go to --cache, {cache} by default.") from error
+    mapped = np.load(path, mmap_mode="r")
+    spans = np.stack([spans for _, _, spans in places])
+    return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans)
+
+
+def _write(
+    path: Path,
+    videos: Sequence[str],
+    paths: Sequence[Path],
+    places: Sequence[tuple],
+    num_segments: int,
+    dim: int,
+) -> None:
+    dtype = load_features(paths[0]).dtype
+    with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+        # Plain writes, since a memory map that outgrows the disk kills the process instead of raising.
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (len(videos), num_segments, dim),
+        }
+        np.lib.format.write_array_header_2_0(stream, header)
+        progress = tqdm(
+            zip(videos, paths, places, strict=True),
+            "pooling features",
+            len(videos),
+            unit="video",
+            leave=False,
+        )
+        for video, source, (first, last, _) in progress:
+            clips = load_features(source)
+            check_features(clips, video)
+            if clips.shape[1] != dim:
+                raise FeatureError(
+                    f"{source} is {clips.shape[1]} wide where the first video's features are {dim} wide; "
+                    "extract it again."
+                )
+            if clips.dtype != dtype:
+                raise FeatureError(
+                    f"{source} holds {clips.dtype} where the first video holds {dtype}; store all features alike."
+                )
+            stream.write(np.ascontiguousarray(max_over_rows(clips, first, last)).tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBatch:
+    """Inputs of B queries and their moments, (B, 2) float32 fractions of the video."""
+
+    inputs: Batch
+    truth: np.ndarray
+
+    def tensors(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Return the network's inputs in order, and the moments, on a device."""
+        inputs = [torch.from_numpy(array).to(device, non_blocking=True) for array in vars(self.inputs).values()]
+        return inputs, torch.from_numpy(self.truth).to(device, non_blocking=True)
+
+
+class TrainingData:
+    """The queries of a split, ready to be batched.
+
+    Args:
+        data_set: where moments come from.
+        annotations: the queries.
+        pooled: segments of every video among them.
+        vocabulary: encodes the sentences.
+        blind: whether features are replaced by zeros, to measure what can be learnt without looking.
+    """
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        annotations: Sequence[Annotation],
+        pooled: PooledFeatures,
+        vocabulary: Vocabulary,
+        blind: bool = False,
+    ) -> None:
+        self.annotations = annotations
+        self.queries = [vocabulary.encode(annotation.sentence) for annotation in annotations]
+        self.truth = data_set.spans(annotations).astype(np.float32)
+        self.pooled = pooled
+        self.blind = blind
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def segments(self, video: str) -> Segments:
+        """Return what the network sees of a video, validation included."""
+        segments = self.pooled.segments(video)
+        return Segments(np.zeros_like(segments.features), segments.spans) if self.blind else segments
+
+    def batch(self, indices: np.ndarray) -> TrainingBatch:
+        """Return the queries at `indices`, in that order."""
+        segments = [self.segments(self.annotations[index].video) for index in indices]
+        inputs = collate([self.queries[index] for index in indices], segments)
+        return TrainingBatch(inputs, self.truth[indices])
+
+    def epoch(self, batch_size: int, seed: Sequence[int], rank: int = 0, processes: int = 1) -> list[np.ndarray]:
+        """Return the indices of every batch of one epoch of one process.
+
+        The order depends on `seed` alone. A step takes `batch_size` times `processes` queries, of which process `rank`
+        gets its part; what is left over at the end is dropped, as published.
+        """
+        order = np.random.default_rng(list(seed)).permutation(len(self))
+        step = batch_size * processes
+        starts = range(rank * batch_size, len(self) - step + rank * batch_size + 1, step)
+        return [order[start : start + batch_size] for start in starts]
+
+    def batches(self, epoch: Sequence[np.ndarray], device: torch.device) -> Iterator[TrainingBatch]:
+        """Yield the batches of an epoch; for a GPU they are made one ahead, in another process's time."""
+        if device.type == "cpu":
+            yield from map(self.batch, epoch)
+            return
+        loader = torch.utils.data.DataLoader(
+            _Batches(self, epoch),
+            batch_size=None,
+            num_workers=2,
+            prefetch_factor=4,
+            multiprocessing_context="fork",
+        )
+        yield from loader
+
+
+class _Batches(torch.utils.data.Dataset):
+    """The batches of one epoch by number, for torch's loader."""
+
+    def __init__(self, source: TrainingData, epoch: Sequence[np.ndarray]) -> None:
+        self.source, self.epoch = source, epoch
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def __getitem__(self, index: int) -> TrainingBatch:
+        return self.source.batch(self.epoch[index])
+
+
+def split_by_video(
+    annotations: Sequence[Annotation], fraction: float, seed: int
+) -> tuple[list[Annotation], list[Annotation]]:
+    """Return annotations to train on, and those of `fraction` of the videos to validate on; no video is in both."""
+    videos = sorted({annotation.video for annotation in annotations})
+    count = max(1, round(fraction * len(videos)))
+    held_out = {videos[index] for index in np.random.default_rng([seed, 1]).permutation(len(videos))[:count]}
+    kept = [annotation for annotation in annotations if annotation.video not in held_out]
+    return kept, [annotation for annotation in annotations if annotation.video in held_out]

@@ -1,0 +1,360 @@
+"""The three-stage training: epochs, validation, what is kept, and how an interrupted run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from runtime.annotations import Annotation, DataSet
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError, GroundingError, OutputError
+from runtime.evaluation import evaluate
+from runtime.files import read_json, replace_when_whole, write_json
+from runtime.grounder import Grounder
+from runtime.manifest import Features
+from runtime.metrics import recall_name
+from runtime.vocabulary import Vocabulary
+from train.backend import TorchBackend
+from train.checkpoints import Checkpoint, check_weights, load, load_checkpoint, save, save_checkpoint
+from train.data import TrainingData
+from train.losses import LossOptions, divide, loss_sums
+from train.model import DRN, DRNConfig
+from train.processes import Processes, synchronise_batch_norm
+from train.stages import Stage
+
+log = logging.getLogger("drn")
+
+SELECTION = recall_name(1, 0.5)
+RESUME_FORMAT = "drn-training/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the weights a run ends with, besides the data. A run resumes only under its own.
+
+    Attributes:
+        recipe: name of the preset.
+        stages: what to train, in order.
+        batch_size: queries per process and step.
+        clip_norm: largest total gradient norm.
+        losses: where losses follow which rule.
+        precision: of the arithmetic: fp32, or automatic mixed precision in bf16 or fp16.
+        seed: of the initial weights, the order of queries and the videos held out.
+        faithful: whether slips of the published code are kept; see `train.__main__`.
+        processes: how many train together.
+        synchronised: whether processes act as one with the whole batch, or each with statistics and divisors of its
+            own, as published.
+    """
+
+    recipe: str
+    stages: tuple[Stage, ...]
+    batch_size: int
+    clip_norm: float
+    losses: LossOptions
+    precision: Literal["fp32", "bf16", "fp16"]
+    seed: int
+    faithful: bool
+    processes: int
+    synchronised: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """What a run learns from and what its checkpoints carry along."""
+
+    data_set: DataSet
+    training: TrainingData
+    validation: list[Annotation]
+    vocabulary: Vocabulary
+    features: Features
+    decoding: Decoding
+
+
+class Run:
+    """A training run in its directory: `stageK/best.pt`, `stageK/last.pt`, `history.jsonl`, `run.json`, `drn.pt`.
+
+    Every file is whole at any moment. After each epoch `stageK/last.pt` holds what is needed to go on exactly as if
+    nothing had happened.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: Settings,
+        materials: Materials,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        self.output = output
+        self.settings = settings
+        self.materials = materials
+        self.device = device
+        self.processes = processes
+
+    def open(self, resume: bool, inputs: dict[str, Any]) -> None:
+        """Claim the directory, or check that it holds this very run.
+
+        Args:
+            resume: whether to go on with what is there.
+            inputs: what else decides the weights: data, held-out videos, checkpoint loaded.
+
+        Raises:
+            OutputError: there is a run already, or it was made with other settings.
+        """
+        description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": inputs}))
+        path = self.output / "run.json"
+        if path.is_file():
+            if not resume:
+                raise OutputError(
+                    f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output."
+                )
+            found = read_json(path, "settings of a run", OutputError)
+            if found != description:
+                raise OutputError(
+                    f"{self.output} was trained with other settings ({_difference(found, description)}); "
+                    "give the same ones to resume."
+                )
+        elif self.processes.leads:
+            if resume:
+                log.warning("%s holds no run yet; starting one.", self.output)
+            write_json(path, description)
+        self.processes.wait()
+
+    def train(self, model: DRN) -> Path:
+        """Train every stage and return the path of `drn.pt`, the best of the last one.
+
+        Each stage starts from the best checkpoint of the one before, as published.
+        """
+        model = model.to(self.device)
+        if self.processes.count > 1 and self.settings.synchronised:
+            synchronise_batch_norm(model)
+        for index, stage in enumerate(self.settings.stages):
+            if index > 0:
+                self._load_best(self.settings.stages[index - 1], model)
+            self._train_stage(stage, model)
+        if self.processes.leads:
+            with replace_when_whole(self.output / "drn.pt") as temporary:
+                shutil.copyfile(self._directory(self.settings.stages[-1]) / "best.pt", temporary)
+        self.processes.wait()
+        return self.output / "drn.pt"
+
+    def _train_stage(self, stage: Stage, model: DRN) -> None:
+        # The authors' stage 2 computes every gradient, steps with the IoU head's and never resets the others, so that
+        # those pile up in the norm that clips it.
+        piles_up = self.settings.faithful and self.settings.recipe == "drn" and stage.number == 2
+        stage.freeze(model)
+        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if piles_up:
+            model.requires_grad_(True)
+        optimizer = torch.optim.Adam(learnt, lr=stage.learning_rate, fused=True)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        done, best = self._restore(stage, model, optimizer, scaler)
+        if done >= stage.epochs:
+            return
+        network: nn.Module = model
+        if self.processes.count > 1:
+            network = DistributedDataParallel(model, broadcast_buffers=not self.settings.synchronised)
+        for epoch in range(done, stage.epochs):
+            rate = stage.learning_rate_at(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            record = {"stage": stage.number, "epoch": epoch + 1, "learning_rate": rate}
+            record |= self._train_epoch(stage, epoch, network, model, optimizer, scaler, piles_up)
+            record |= self._validate(stage, model)
+            # Every process sees the leader's figure, so that all agree on the best.
+            score = record.get(SELECTION, float(epoch))
+            improved = best is None or score > best
+            best = score if improved else best
+            if self.processes.leads:
+                directory = self._directory(stage)
+                if improved:
+                    save_checkpoint(directory / "best.pt", self.checkpoint(stage, model, record))
+                self._append_history(record)
+                state = {
+                    "format": RESUME_FORMAT,
+                    "epoch": epoch + 1,
+                    "best": best,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
+                # Last, so that a run killed before this line repeats the epoch to the same end.
+                save(directory / "last.pt", state)
+                self._log(record, improved)
+            self.processes.wait()
+
+    def _train_epoch(
+        self,
+        stage: Stage,
+        epoch: int,
+        network: nn.Module,
+        model: DRN,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        piles_up: bool,
+    ) -> dict[str, Any]:
+        settings, processes, data = self.settings, self.processes, self.materials.training
+        model.train()
+        epoch_seed = (settings.seed, 2, stage.number, epoch)
+        order = data.epoch(settings.batch_size, epoch_seed, processes.rank, processes.count)
+        if not order:
+            raise GroundingError(
+                f"{len(data)} queries do not fill one step of {settings.batch_size * processes.count}; "
+                "lower --batch-size."
+            )
+        seen = torch.zeros(4, device=self.device)
+        started = time.perf_counter()
+        progress = tqdm(
+            data.batches(order, self.device),
+            f"stage {stage.number} epoch {epoch + 1}/{stage.epochs}",
+            len(order),
+            unit="step",
+            leave=False,
+            disable=None if processes.leads else True,
+        )
+        for step, batch in enumerate(progress):
+            inputs, truth = batch.tensors(self.device)
+            with torch.autocast(self.device.type, _AMP.get(settings.precision), enabled=settings.precision != "fp32"):
+                heads = network(*inputs)
+            sums = loss_sums(heads, truth, model.config, stage.trains_iou_head, settings.losses)
+            if settings.synchronised:
+                losses = divide(sums, processes.sum(sums.counts))
+                # The wrapper averages gradients over processes, and these losses are parts of a sum.
+                share = processes.count
+            else:
+                losses, share = divide(sums), 1
+            minimised = losses.iou if piles_up else losses.total()
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(minimised * share).backward()
+            scaler.unscale_(optimizer)
+            clipped = model.parameters() if piles_up else optimizer.param_groups[0]["params"]
+            norm = nn.utils.clip_grad_norm_(clipped, settings.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            seen += torch.stack((*(loss.detach() for loss in losses), norm / share))
+            if step % 20 == 0 and not progress.disable:
+                progress.set_postfix(loss=f"{float(minimised.detach()) * share:.3f}", refresh=False)
+        if not settings.synchronised:
+            seen /= processes.count
+        means = (processes.sum(seen) / len(order)).tolist()
+        names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
+        seconds = time.perf_counter() - started
+        return {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
+
+    def _validate(self, stage: Stage, model: DRN) -> dict[str, float]:
+        annotations = self.materials.validation
+        if not annotations:
+            return {}
+        # Every process validates the whole set, since the network is the same everywhere: no figure is sent about.
+        checkpoint = self.checkpoint(stage, model, {})
+        grounder = Grounder(TorchBackend(model, checkpoint.manifest()))
+        quiet = None if self.processes.leads else True
+        with tqdm(total=len(annotations), desc="validating", unit="query", leave=False, disable=quiet) as bar:
+            evaluation = evaluate(
+                grounder,
+                self.materials.data_set,
+                annotations,
+                segments_of=self.materials.training.segments,
+                on_progress=bar.update,
+            )
+        return dict(evaluation.report.values)
+
+    def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
+        """Return the network with all that it needs, and how it came to be."""
+        materials = self.materials
+        return Checkpoint(
+            config=model.config,
+            features=materials.features,
+            vocabulary=materials.vocabulary,
+            decoding=dataclasses.replace(materials.decoding, use_iou_scores=stage.use_iou_scores),
+            weights=model.state_dict(),
+            training={
+                "stage": stage.number,
+                "recipe": self.settings.recipe,
+                "seed": self.settings.seed,
+                "simulated_features": materials.data_set.simulated,
+                "validation": record,
+            },
+        )
+
+    def _directory(self, stage: Stage) -> Path:
+        return self.output / f"stage{stage.number}"
+
+    def _load_best(self, stage: Stage, model: DRN) -> None:
+        model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
+
+    def _restore(
+        self, stage: Stage, model: DRN, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> tuple[int, float | None]:
+        """Return how many epochs of `stage` are done and the best score so far; the state is put back."""
+        path = self._directory(stage) / "last.pt"
+        if not path.is_file():
+            return 0, None
+        state = load(path)
+        if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
+            raise CheckpointError(
+                f"{path} is not the state of a training run of this version; start again with another --output."
+            )
+        check_weights(state["model"], model.config, str(path))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if self.processes.leads:
+            log.info("Stage %d: going on after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
+        return state["epoch"], state["best"]
+
+    def _append_history(self, record: dict[str, Any]) -> None:
+        path = self.output / "history.jsonl"
+        lines = [] if not path.is_file() else path.read_text().splitlines()
+        # An epoch that is repeated after a kill replaces its line.
+        same = ("stage", "epoch")
+        lines = [line for line in lines if any(json.loads(line)[key] != record[key] for key in same)]
+        with replace_when_whole(path) as temporary:
+            temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+
+    def _log(self, record: dict[str, Any], improved: bool) -> None:
+        losses = " + ".join(f"{record[f'loss_{name}']:.3f}" for name in ("matching", "boundary", "iou"))
+        scores = ", ".join(
+            f"{name} {100 * record[name]:.2f}" for name in (SELECTION, recall_name(1, 0.7), "mIoU") if name in record
+        )
+        log.info(
+            "Stage %d epoch %d: losses %s; %s; %.0f s%s",
+            record["stage"],
+            record["epoch"],
+            losses,
+            scores or "not validated",
+            record["seconds"],
+            "; best" if improved else "",
+        )
+
+
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] = lambda model: None) -> DRN:
+    """Return an untrained network; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DRN(config)
+        initialise(model)
+    return model
+
+
+def _difference(found: Any, wanted: Any, name: str = "") -> str:
+    """Name the first setting in which two runs differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**found, **wanted}:
+            if found.get(key) != wanted.get(key):
+                return _difference(found.get(key), wanted.get(key), key)
+    return f"{name} was {str(found)[:60]}, is now {str(wanted)[:60]}"
