@@ -9,6 +9,21 @@ for moment in grounder.ground(video, "person turns the light on"):
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    # Started as a command and still importing, which takes seconds with torch: Ctrl-C should not print a traceback.
+    # Once imported, `runtime.command` answers it.
+    _excepthook = sys.excepthook
+
+    def _quiet(kind, error, traceback):  # type: ignore[no-untyped-def]
+        if issubclass(kind, KeyboardInterrupt):
+            print("Interrupted; nothing half-written was left behind.", file=sys.stderr)
+        else:
+            _excepthook(kind, error, traceback)
+
+    sys.excepthook = _quiet
+
 from runtime.backends import Backend, open_backend
 from runtime.errors import GroundingError
 from runtime.grounder import Grounder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -37,8 +38,13 @@ def command(function: Callable[..., Any]) -> NoReturn:
         _fail("Interrupted; nothing half-written was left behind.", 130)
     except BrokenPipeError:
         # The reader of stdout (head, a pager) has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
+    except OSError as error:
+        # Files report a full disk themselves; what is left is stdout sent to one.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail("No space is left on the disk for the output; free some or send it elsewhere.", 2)
     sys.exit(0)
 
 
@@ -47,7 +53,14 @@ def next_command(text: str) -> None:
     log.info("\nNext:  %s", text)
 
 
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(sentence: str, code: int) -> NoReturn:
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
     print(f"error: {sentence}" if code != 130 else sentence, file=sys.stderr)
     sys.exit(code)

@@ -145,7 +145,9 @@ def draw(answers: Sequence[Answer], path: Path) -> None:
         axes.set_yticks([])
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-        axes.set_title("\n".join(textwrap.wrap(f"{answer.video}: “{answer.query}”", 110)), loc="left", fontsize=10)
+        title = "\n".join(textwrap.wrap(f"{answer.video}: “{answer.query}”", 110))
+        # A query may hold dollar signs, which are no formula here.
+        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         axes.xaxis.set_major_formatter(lambda value, _: clock(value, 0))
     with replace_when_whole(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -164,10 +164,10 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
     if path.suffix == ".npy":
         try:
             return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise FeatureError(
-                f"{path} should be a NumPy array of clip features and cannot be read: {error}."
-            ) from error
+        # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
+        except Exception as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            raise FeatureError(f"{path} should be a NumPy array of clip features and cannot be read: {said}.") from error
     if path.suffix in (".pt", ".pth"):
         from runtime import torchfile
 
@@ -192,7 +192,9 @@ def check_features(features: np.ndarray, name: str) -> None:
     if 0 in features.shape:
         raise FeatureError(f"The features of {name} hold no clips (shape {features.shape}); at least one is needed.")
     # The sum is finite only if every value is, and costs no array of flags. A float16 sum could overflow.
-    if not np.isfinite(features.sum(dtype=np.float64)):
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = features.sum(dtype=np.float64)
+    if not np.isfinite(total):
         bad = np.argwhere(~np.isfinite(features))
         if len(bad):
             raise FeatureError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -103,6 +104,13 @@ def train(
         )
     if batch_size is not None and batch_size < 1:
         raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
+    if seed < 0:
+        raise GroundingError(f"--seed must be 0 or more, and {seed} was given.")
+    for flag, width in (("--embed-dim", embed_dim), ("--hidden-dim", hidden_dim), ("--fpn-dim", fpn_dim)):
+        if width < 1 or (flag == "--fpn-dim" and width % 2):
+            raise GroundingError(f"{flag} must be {'even and ' * (flag == '--fpn-dim')}positive, and {width} was given.")
+    if glove and load:
+        raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
     target = torch_device(device)
     if precision == "fp16" and target.type == "cpu":
         raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
@@ -207,7 +215,7 @@ def _stages(
     if chosen != "all":
         stages = (stages[int(chosen) - 1],)
     for flag, values in (("--epochs", epochs), ("--lr", rates)):
-        if values is not None and (len(values) not in (1, len(stages)) or min(values) <= 0):
+        if values is not None and (len(values) not in (1, len(stages)) or not all(0 < v < math.inf for v in values)):
             raise GroundingError(
                 f"{flag} takes one positive number, or one for each of the {len(stages)} stages, "
                 f"and {values} was given."

@@ -46,9 +46,11 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
 
 
 def torch_device(device: str) -> torch.device:
-    """Return a device by name; `auto` is a GPU where there is one. Raises DeviceError for a GPU that is not there."""
+    """Return a device by name; `auto` is a GPU where there is one. Raises DeviceError for one that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise DeviceError(f"--device is auto, cpu or cuda, and {device!r} was given.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(
             f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu."

@@ -116,6 +116,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
     """Raise CheckpointError, naming the tensors, unless `weights` has just the tensors of such a network."""
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{source} is damaged: its weights are not named tensors; train or convert again.")
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
     missing = [name for name in wanted if name not in weights]

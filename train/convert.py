@@ -262,7 +262,7 @@ def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
 
 
 def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights as float32 tensors (counters as int64), in the order of `train.model`.
+    """Return the weights as float32 tensors, counters as int64.
 
     Raises:
         CheckpointError: a tensor holds numbers of another kind, or infinite ones.

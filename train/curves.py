@@ -46,7 +46,7 @@ def draw_curves(history: Path, output: Path) -> None:
             previous = record["stage"]
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     with replace_when_whole(output) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -114,7 +114,10 @@ class Run:
         """
         description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": inputs}))
         path = self.output / "run.json"
-        if path.is_file():
+        begun = path.is_file()
+        # All have looked before the first of them writes.
+        self.processes.wait()
+        if begun:
             if not resume:
                 raise OutputError(
                     f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output."
@@ -164,7 +167,12 @@ class Run:
             return
         network: nn.Module = model
         if self.processes.count > 1:
-            network = DistributedDataParallel(model, broadcast_buffers=not self.settings.synchronised)
+            # Without the other losses, the matching logits get no gradient.
+            network = DistributedDataParallel(
+                model,
+                broadcast_buffers=not self.settings.synchronised,
+                find_unused_parameters=piles_up,
+            )
         for epoch in range(done, stage.epochs):
             rate = stage.learning_rate_at(epoch)
             for group in optimizer.param_groups:
@@ -353,6 +361,10 @@ def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] =
 
 def _difference(found: Any, wanted: Any, name: str = "") -> str:
     """Name the first setting in which two runs differ."""
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = [(old, new) for old, new in zip(found, wanted, strict=True) if old != new]
+        if pairs and isinstance(pairs[0][0], dict):
+            return _difference(*pairs[0], name)
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in {**found, **wanted}:
             if found.get(key) != wanted.get(key):

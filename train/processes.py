@@ -75,6 +75,8 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, values: Tensor) -> Tensor:
         if not self.training:
             return super().forward(values)
+        # In float32 whatever the precision of the values, as batch norm on one device is.
+        dtype, values = values.dtype, values.float()
         count = all_reduce(values.new_tensor(values.shape[0] * values.shape[2]))
         mean = all_reduce(values.sum(dim=(0, 2))) / count
         centred = values - mean[:, None]
@@ -86,7 +88,7 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None] + self.bias[:, None]
+        return (centred * scale[:, None] + self.bias[:, None]).to(dtype)
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

@@ -1,0 +1,407 @@
+"""Published checkpoints, made up with recipe weights, become `drn.pt` without losing a bit or running a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="conversion writes torch files")
+
+from runtime.decoding import Decoding  # noqa: E402
+from runtime.errors import CheckpointError  # noqa: E402
+from runtime.manifest import Features  # noqa: E402
+from runtime.vocabulary import Vocabulary  # noqa: E402
+from train.checkpoints import Checkpoint, load_checkpoint  # noqa: E402
+from train.convert import convert, read, read_config, report  # noqa: E402
+from train.model import DRN, DRNConfig  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+SMALL = DRNConfig(feature_dim=64, embed_dim=16, fpn_dim=32)
+
+State = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def recipe_state(recipe: types.ModuleType, golden: Path) -> State:
+    """The small network's weights as torch tensors, in the published names and order."""
+    weights = recipe.make_state(recipe.load_shapes(golden / "state_dict_small.json"), seed=0)
+    return OrderedDict((name, torch.from_numpy(array)) for name, array in weights.items())
+
+
+@pytest.fixture
+def state(recipe_state: State) -> State:
+    return OrderedDict(recipe_state)
+
+
+@pytest.fixture
+def word_table(tmp_path: Path) -> Path:
+    path = tmp_path / "word2id.json"
+    path.write_text(json.dumps({f"word{number}": number for number in range(1, 1302)}))
+    return path
+
+
+def authors_state(state: State) -> State:
+    """The same weights under the authors' names, with the parts they never use, as saved from DataParallel."""
+
+    def theirs(name: str) -> str:
+        for pattern, old in (
+            (r"query_encoder\.W3\.", "query_encoder.qInput."),
+            (r"query_encoder\.W2\.(\d)\.", r"query_encoder.qInput\1."),
+            (r"query_encoder\.W1\.", "query_encoder.cmd_inter2logits."),
+            (r"backbone_net\.layers\.(\d)\.", r"backbone_net.forward_conv\1."),
+            (r"qInput\.(\d)\.", r"qInput\1."),
+        ):
+            name = re.sub(f"^{pattern}", old, name)
+        name = re.sub(r"^fpn\.inner_blocks\.(\d)", lambda match: f"fpn.fpn_inner{int(match[1]) + 1}", name)
+        return re.sub(r"^fpn\.layer_blocks\.(\d)", lambda match: f"fpn.fpn_layer{int(match[1]) + 1}", name)
+
+    renamed = OrderedDict((theirs(name), tensor) for name, tensor in state.items())
+    renamed["query_encoder.textualAttention.att.weight"] = torch.ones(1, 3)
+    renamed["fcos.head.centerness.weight"] = torch.ones(1, 32, 3)
+    renamed["fcos.head.centerness.bias"] = torch.ones(1)
+    return OrderedDict((f"module.{name}", tensor) for name, tensor in renamed.items())
+
+
+def published(state: State, path: Path, cfg: str = "model = dict(is_first_stage=False, is_second_stage=False)") -> Path:
+    meta = {"epoch": 10, "iter": 3870, "cfg": cfg, "seed": 1, "experiment_name": "drn", "dataset_meta": {}}
+    torch.save({"meta": meta, "state_dict": state}, path)
+    return path
+
+
+def training(state: State, path: Path) -> Path:
+    """As mmengine saves it after an epoch, with objects of classes that are not installed here."""
+    names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
+    saved = {name: sys.modules.get(name) for name in names}
+    modules = {name: types.ModuleType(name) for name in names}
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self._log_history = np.arange(4.0)
+            self._statistics_methods = {"mean": HistoryBuffer.mean}
+
+        def mean(self) -> float:
+            return 1.0
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = names[-1], "HistoryBuffer"
+    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = names[-1], "HistoryBuffer.mean"
+    modules[names[-1]].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    sys.modules.update(modules)
+    try:
+        torch.save(
+            {
+                "meta": {"epoch": 3, "cfg": "model = dict(is_first_stage=True, is_second_stage=False)"},
+                "state_dict": state,
+                "message_hub": {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": {"iter": 3}},
+                "optimizer": optimizer.state_dict(),
+                "param_schedulers": [{"base_values": [1e-3], "last_step": 3}],
+            },
+            path,
+        )
+    finally:
+        for name, module in saved.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+    return path
+
+
+def authors(state: State, path: Path) -> Path:
+    content = {"epoch": 7, "state_dict": authors_state(state), "loss": 1.5, "top1": np.float64(45.4), "top5": 0.5}
+    torch.save(content, path)
+    return path
+
+
+FILES: dict[str, Callable[[State, Path], Path]] = {
+    "published.pth": published,
+    "epoch_3.pth": training,
+    "model_best.pth.tar": authors,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_and_outputs_are_those_of_the_source(tmp_path: Path, state: State, word_table: Path, name: str) -> None:
+    source = FILES[name](state, tmp_path / name)
+    convert(source, tmp_path / "drn.pt", vocabulary=word_table)
+    checkpoint = load_checkpoint(tmp_path / "drn.pt")
+    assert checkpoint.config == SMALL
+    assert set(checkpoint.weights) == set(state)
+    for key, tensor in state.items():
+        assert torch.equal(checkpoint.weights[key], tensor), key
+        assert checkpoint.weights[key].dtype == tensor.dtype
+
+    wanted = DRN(SMALL)
+    wanted.load_state_dict(state)
+    generator = torch.Generator().manual_seed(0)
+    spans = torch.stack((torch.arange(32) / 32, torch.arange(1, 33) / 32), dim=1).expand(2, 32, 2)
+    batch = (torch.tensor([[1, 5, 9], [7, 2, 0]]), torch.tensor([3, 2]))
+    features = torch.rand(2, 32, 64, generator=generator)
+    with torch.no_grad():
+        for found, expected in zip(
+            checkpoint.model()(*batch, features, spans), wanted.eval()(*batch, features, spans), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "convention", "stage"),
+    [("published.pth", "mmaction2", 3), ("epoch_3.pth", "mmaction2", 1), ("model_best.pth.tar", "drn", 3)],
+)
+def test_pooling_and_protocol_are_the_sources_own(
+    tmp_path: Path, state: State, word_table: Path, name: str, convention: str, stage: int
+) -> None:
+    convert(FILES[name](state, tmp_path / name), tmp_path / "drn.pt", vocabulary=word_table)
+    checkpoint = load_checkpoint(tmp_path / "drn.pt")
+    assert checkpoint.features.pooling == convention
+    assert checkpoint.decoding.protocol == convention
+    assert checkpoint.training["stage"] == stage
+    assert checkpoint.decoding.use_iou_scores == (stage > 1)
+    assert checkpoint.features.dim == 64
+    assert checkpoint.vocabulary.words["word1301"] == 1301
+
+
+def test_the_stage_may_be_said(tmp_path: Path, state: State) -> None:
+    source = published(state, tmp_path / "f.pth")
+    assert not convert(source, tmp_path / "drn.pt", stage=1).decoding.use_iou_scores
+    second = published(state, tmp_path / "g.pth", cfg="is_first_stage=False, is_second_stage=True")
+    assert convert(second, tmp_path / "drn.pt").training["stage"] == 2
+    assert convert(second, tmp_path / "drn.pt", stage=3).training["stage"] == 3
+
+
+def test_the_unused_parts_are_dropped_by_name_and_reported(
+    tmp_path: Path, state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(authors(state, tmp_path / "f.pth.tar"), tmp_path / "drn.pt")
+    printed = capsys.readouterr().out
+    assert "the authors' layout" in printed
+    assert "3 tensors that are never used: fcos.head.centerness, query_encoder.textualAttention" in printed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DRNConfig(vocab_size=11, embed_dim=5, feature_dim=12, fpn_dim=6),
+        DRNConfig(vocab_size=7, embed_dim=4, feature_dim=8, fpn_dim=10, head_convs=3, lstm_layers=2),
+    ],
+)
+@pytest.mark.parametrize("layout", ["published.pth", "model_best.pth.tar"])
+def test_every_size_is_read_off_the_tensors(tmp_path: Path, config: DRNConfig, layout: str) -> None:
+    source = FILES[layout](DRN(config).state_dict(), tmp_path / layout)
+    assert convert(source, tmp_path / "drn.pt").config == config
+    assert load_checkpoint(tmp_path / "drn.pt").config == config
+
+
+def test_the_published_size_is_recognised(tmp_path: Path, recipe: types.ModuleType, golden: Path) -> None:
+    # Shapes alone matter here, so every tensor of the file shows one zero over and over.
+    shapes = recipe.load_shapes(golden / "state_dict_full.json")
+    state = OrderedDict(
+        (name, torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)) for name, shape, dtype in shapes
+    )
+    path = published(state, tmp_path / "f.pth")
+    found = read(path)
+    config = read_config(found.weights, path)
+    assert config == DRNConfig()
+    checkpoint = Checkpoint(config, Features(), Vocabulary({}), Decoding(), state, {"stage": 3})
+    printed = report(checkpoint, found, tmp_path / "drn.pt")
+    assert "39,214,288 in 120 tensors" in printed
+    assert "features     4,096 channels" in printed
+
+
+def test_half_precision_becomes_float32(tmp_path: Path, state: State) -> None:
+    half = OrderedDict((name, t.half() if t.is_floating_point() else t) for name, t in state.items())
+    checkpoint = convert(published(half, tmp_path / "f.pth"), tmp_path / "drn.pt")
+    assert {t.dtype for t in checkpoint.weights.values()} == {torch.float32, torch.int64}
+    assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"].half().float())
+
+
+def test_a_bare_state_dict_and_legacy_files_are_read(tmp_path: Path, state: State) -> None:
+    torch.save(state, tmp_path / "f.pth", _use_new_zipfile_serialization=False)
+    checkpoint = convert(tmp_path / "f.pth", tmp_path / "drn.pt")
+    assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"])
+
+
+def test_without_words_it_says_that_sentences_cannot_be_asked(
+    tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="drn"):
+        convert(published(state, tmp_path / "f.pth"), tmp_path / "drn.pt")
+    assert re.search(r"has no words.*--vocabulary.* 1301 words", caplog.text)
+    assert "python -m export.to_onnx --checkpoint" in caplog.text
+    assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 0
+
+
+# What does not fit.
+
+
+def refuse(source: Path, match: str, **options: Any) -> None:
+    output = source.with_name("refused.pt")
+    with pytest.raises(CheckpointError, match=match) as refusal:
+        convert(source, output, **options)
+    assert "\n" not in str(refusal.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(tmp_path: Path, state: State, name: str) -> None:
+    del state["fcos.head.mix_fc.0.bias"]
+    state["fcos.head.novelty.weight"] = torch.ones(2)
+    state["prop_fc.weight"] = torch.ones(64, 63)
+    source = FILES[name](state, tmp_path / name)
+    refuse(source, r"fcos\.head\.mix_fc\.0\.bias")
+    refuse(source, r"fcos\.head\.novelty\.weight")
+    refuse(source, r"prop_fc\.weight is \(64, 63\) and should be \(64, 64\)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query_encoder.embedding.weight",
+        "query_encoder.biLSTM.weight_hh_l0",
+        "query_encoder.biLSTM.weight_ih_l0_reverse",
+        "query_encoder.W3.bias",
+        "backbone_net.layers.0.0.weight",
+        "fpn.inner_blocks.0.0.weight",
+        "fcos.head.cls_tower.0.weight",
+        "prop_fc.weight",
+        "prop_fc.bias",
+        "qInput.0.bias",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "longer", "scalar"])
+def test_the_odd_tensor_is_named_even_where_sizes_are_read_from_it(
+    tmp_path: Path, state: State, name: str, damage: str
+) -> None:
+    tensor = state.pop(name)
+    if damage == "longer":
+        # The embedding alone says how many words there are, so only its other side can be wrong.
+        state[name] = torch.cat((tensor, tensor), dim=1 if name == "query_encoder.embedding.weight" else 0)
+    elif damage == "scalar":
+        state[name] = torch.tensor(1.0)
+    source = published(state, tmp_path / "f.pth")
+    with pytest.raises(CheckpointError, match=re.escape(name)) as refusal:
+        convert(source, tmp_path / "drn.pt")
+    blamed = re.findall(r"[\w.]+\.(?:weight|bias)[\w]*", str(refusal.value))
+    assert set(blamed) == {name}
+
+
+def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
+    few = OrderedDict(list(state.items())[:100])
+    refuse(published(few, tmp_path / "f.pth"), r"missing: .* and 16 more")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prop_fc.bias": torch.full((64,), float("nan"))}, r"prop_fc\.bias \(not finite\)"),
+        ({"prop_fc.bias": torch.ones(64, dtype=torch.int64)}, r"prop_fc\.bias \(int64\)"),
+        ({"prop_fc.bias": torch.full((64,), 1e300, dtype=torch.float64)}, r"prop_fc\.bias \(not finite\)"),
+        ({"prop_fc.bias": [1.0] * 64}, r"'prop_fc\.bias' is none"),
+        ({"query_encoder.qInput.bias": torch.ones(512)}, r"'query_encoder\.W3\.bias' twice"),
+    ],
+    ids=["nan", "integers", "overflow", "list", "twice"],
+)
+def test_weights_that_are_no_weights_are_named(tmp_path: Path, state: State, change: State, said: str) -> None:
+    refuse(published(OrderedDict(state, **change), tmp_path / "f.pth"), said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict": {}}, "holds no state_dict"),
+        ({"state_dict": 5}, "holds no state_dict"),
+        ([torch.ones(2)], "holds no state_dict"),
+        (torch.ones(3, 4096), "holds no state_dict"),
+        ({1: torch.ones(2)}, "holds no state_dict"),
+        ({"conv1.weight": torch.ones(2)}, r"conv1\.weight"),
+        ({"epoch": 3, "lr": 0.1}, "should map names to tensors"),
+    ],
+)
+def test_other_torch_files_are_called_what_they_are(tmp_path: Path, content: Any, said: str) -> None:
+    torch.save(content, tmp_path / "f.pth")
+    refuse(tmp_path / "f.pth", said)
+
+
+def test_a_missing_file_and_a_text_file_are_named(tmp_path: Path) -> None:
+    refuse(tmp_path / "absent.pth", r"absent\.pth")
+    (tmp_path / "f.pth").write_text("weights")
+    refuse(tmp_path / "f.pth", "not a file that torch.save writes")
+
+
+def test_a_drn_pt_needs_no_conversion_and_the_source_is_never_overwritten(tmp_path: Path, state: State) -> None:
+    source = published(state, tmp_path / "f.pth")
+    convert(source, tmp_path / "drn.pt")
+    refuse(tmp_path / "drn.pt", r"is a drn\.pt already")
+    before = source.read_bytes()
+    with pytest.raises(CheckpointError, match="choose another name"):
+        convert(source, source)
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["beside the weights", "among the weights"])
+def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, place: str) -> None:
+    sentinel = tmp_path / "was-run"
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {sentinel}",)
+
+    if place == "beside the weights":
+        torch.save({"state_dict": state, "message_hub": Attack()}, tmp_path / "f.pth")
+        convert(tmp_path / "f.pth", tmp_path / "drn.pt")
+    else:
+        state["prop_fc.weight"] = Attack()
+        torch.save({"state_dict": state}, tmp_path / "f.pth")
+        refuse(tmp_path / "f.pth", r"'prop_fc\.weight' is none")
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"a": 1}, r"has 1 words and the network was trained with 1,301"),
+        ({f"w{n}": n for n in range(1301)}, "should number its words 1 to 1301"),
+        (["a", "b"], "should map words to numbers"),
+        ({"a": "1"}, "should map words to numbers"),
+        ("{", "should be a JSON file"),
+    ],
+)
+def test_a_word_table_that_does_not_fit_is_refused(tmp_path: Path, state: State, table: Any, said: str) -> None:
+    path = tmp_path / "words.json"
+    path.write_text(table if isinstance(table, str) else json.dumps(table))
+    refuse(published(state, tmp_path / "f.pth"), said, vocabulary=path)
+
+
+def test_the_command_line_converts_and_refuses_in_one_line(tmp_path: Path, state: State, word_table: Path) -> None:
+    source = published(state, tmp_path / "f.pth")
+
+    def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "train.convert", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    done = run(source, "--vocabulary", word_table, "--output", tmp_path / "drn.pt")
+    assert done.returncode == 0, done.stderr
+    assert "mmaction2's layout, stage 3, epoch 10" in done.stdout
+    assert f"python -m export.to_onnx --checkpoint {tmp_path / 'drn.pt'}" in done.stderr
+    assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 1301
+
+    refused = run(tmp_path / "absent.pth", "--output", tmp_path / "other.pt")
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "other.pt").exists()

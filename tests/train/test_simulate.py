@@ -1,0 +1,420 @@
+"""Simulated data sets: their layout, their determinism, what the features depend on, and bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.annotations import FEATURE_DIRECTORY, DataSet
+from runtime.errors import AnnotationError, FeatureError, GroundingError, OutputError
+from runtime.vocabulary import tokenize
+from train import simulate as module
+from train.simulate import DIFFICULTIES, Plan, Simulator, Story, made_up_plan, simulate
+
+Usage = namedtuple("Usage", "total used free")
+
+CSV_HEAD = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length\n"
+CSV_ROWS = {
+    "train": [
+        'AAAAA,S1,Kitchen,5,6,Yes,"A, script.",cup;table,x,c010 1.00 6.00;c011 4.00 12.50;c150 9.00 8.00,14.0\n',
+        "BBBBB,S2,Garage,5,6,Yes,s,box,x,c040 0.00 5.00,20.0\n",
+        "EEEEE,S5,Garage,5,6,Yes,never annotated,box,x,c041 0.00 5.00,20.0\n",
+    ],
+    "test": ["CCCCC,S3,Kitchen,5,6,Yes,s,,x,,16.0\n", "DDDDD,S4,Other,5,6,Yes,s,cup,x,c011 2.00 9.00,18.0\n"],
+}
+LINES = {
+    "train": [
+        "AAAAA 1.0 6.0##person takes a cup.",
+        "AAAAA 4.0 12.5##person's cup.",
+        "BBBBB 0.0 5.0##person takes a box.",
+    ],
+    "test": ["CCCCC 1.0 5.0##person takes a cup.", "DDDDD 2.0 9.0##person takes a cup."],
+}
+FRAMES = {"AAAAA": 420, "BBBBB": 500, "CCCCC": 10, "DDDDD": 432, "EEEEE": 600}
+DURATIONS = {"AAAAA": 14.0, "BBBBB": 20.0, "CCCCC": 16.0, "DDDDD": 18.0, "EEEEE": 20.0}
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Path:
+    """Four annotated videos in the layout of the real annotations, one of them shorter than a clip."""
+    place = tmp_path / "annotated"
+    place.mkdir()
+    for split in ("train", "test"):
+        (place / f"Charades_sta_{split}.txt").write_text("\n".join(LINES[split]) + "\n")
+        (place / f"Charades_v1_{split}.csv").write_text(CSV_HEAD + "".join(CSV_ROWS[split]))
+    words = {word: number for number, word in enumerate(["person", "takes", "a", "cup", "box", "'s"], start=1)}
+    (place / "Charades_word2id.json").write_text(json.dumps(words))
+    (place / "Charades_fps_dict.json").write_text(json.dumps(dict.fromkeys(FRAMES, "30")))
+    (place / "Charades_frames_info.json").write_text(json.dumps(FRAMES))
+    (place / "Charades_duration.json").write_text(json.dumps(DURATIONS))
+    return place
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def features(directory: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path) for path in (directory / FEATURE_DIRECTORY).glob("*.npy")}
+
+
+# The layout.
+
+
+def test_a_made_up_data_set_is_whole_and_consistent(tmp_path: Path) -> None:
+    data = DataSet(simulate(tmp_path / "data", feature_dim=16, videos=20, seed=3))
+    names = {split: {one.video for one in data.annotations(split)} for split in ("train", "test")}
+    assert len(names["train"]) == 16
+    assert len(names["test"]) == 4
+    assert not names["train"] & names["test"]
+    assert sorted(data.words.values()) == list(range(1, len(data.words) + 1))
+    rates = json.loads((data.root / "Charades_fps_dict.json").read_text())
+    for split in ("train", "test"):
+        for one in data.annotations(split):
+            assert 0 <= one.start < one.end <= data.durations[one.video]
+            assert set(tokenize(one.sentence)) <= set(data.words)
+    for name in names["train"] | names["test"]:
+        video = data.video(name)
+        assert video.features.shape == ((video.num_frames - 16) // 8 + 1, 16)
+        assert isinstance(rates[name], str)
+        assert video.num_frames == pytest.approx(float(rates[name]) * video.duration, abs=1)
+    assert data.simulated
+    assert "not comparable" in json.loads((data.root / "simulated.json").read_text())["statement"]
+
+
+def test_word_ids_follow_their_first_appearance_in_train(tmp_path: Path) -> None:
+    directory = simulate(tmp_path / "data", feature_dim=4, videos=10)
+    words = json.loads((directory / "Charades_word2id.json").read_text())
+    text = (directory / "Charades_sta_train.txt").read_text()
+    seen = dict.fromkeys(word for line in text.splitlines() for word in tokenize(line.split("##")[1]))
+    assert list(words)[: len(seen)] == list(seen)
+
+
+def test_real_annotation_files_arrive_byte_for_byte(annotated: Path, tmp_path: Path) -> None:
+    directory = simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
+    for path in directory.glob("Charades_*"):
+        assert path.read_bytes() == (annotated / path.name).read_bytes()
+    assert {name: rows.shape for name, rows in features(directory).items()} == {
+        "AAAAA": (51, 8),
+        "BBBBB": (61, 8),
+        "CCCCC": (1, 8),
+        "DDDDD": (53, 8),
+    }
+    assert json.loads((directory / "simulated.json").read_text())["contents"]["moments_equal_to_an_action"] == {
+        "train": 3,
+        "test": 1,
+    }
+
+
+def test_pt_files_hold_what_npy_files_hold(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    npy = simulate(tmp_path / "npy", feature_dim=8, videos=2)
+    pt = simulate(tmp_path / "pt", feature_dim=8, videos=2, file_format="pt")
+    for name, rows in features(npy).items():
+        tensor = torch.load(pt / FEATURE_DIRECTORY / f"{name}.pt", weights_only=True)
+        np.testing.assert_array_equal(tensor.numpy(), rows)
+
+
+# Determinism.
+
+
+def test_the_same_arguments_write_the_same_bytes(annotated: Path, tmp_path: Path) -> None:
+    for source in (None, annotated):
+        first = simulate(tmp_path / f"first{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
+        second = simulate(tmp_path / f"second{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
+        assert contents(first) == contents(second)
+
+
+def test_another_seed_gives_other_features(tmp_path: Path) -> None:
+    directories = [simulate(tmp_path / str(seed), feature_dim=8, videos=2, seed=seed) for seed in (0, 1)]
+    first, second = (features(directory)["SIM00000"] for directory in directories)
+    assert first.shape != second.shape or not np.array_equal(first, second)
+
+
+def test_a_video_keeps_its_features_in_a_subset(annotated: Path, tmp_path: Path) -> None:
+    for source, few, many in ((None, 3, 9), (annotated, 1, None)):
+        name = "made up" if source is None else "annotated"
+        small = features(simulate(tmp_path / f"{name} few", annotations=source, feature_dim=8, videos=few))
+        large = features(simulate(tmp_path / f"{name} all", annotations=source, feature_dim=8, videos=many))
+        assert set(small) < set(large)
+        for video, rows in small.items():
+            np.testing.assert_array_equal(rows, large[video])
+
+
+def test_a_subset_keeps_the_lines_of_its_videos_alone(annotated: Path, tmp_path: Path) -> None:
+    directory = simulate(tmp_path / "data", annotations=annotated, feature_dim=8, videos=1)
+    for split in ("train", "test"):
+        lines = (directory / f"Charades_sta_{split}.txt").read_text().splitlines()
+        videos = {line.split()[0] for line in lines}
+        assert len(videos) == 1
+        assert lines == [line for line in LINES[split] if line.split()[0] in videos]
+        assert videos <= set(features(directory))
+
+
+def test_the_text_never_touches_the_features(annotated: Path, tmp_path: Path) -> None:
+    before = features(simulate(tmp_path / "before", annotations=annotated, feature_dim=8))
+    for split in ("train", "test"):
+        path = annotated / f"Charades_sta_{split}.txt"
+        path.write_text("".join(f"{line.split('##')[0]}##takes a box.\n" for line in LINES[split]))
+        path = annotated / f"Charades_v1_{split}.csv"
+        path.write_text(path.read_text().replace(",x,", ",another description,").replace(",s,", ",another script,"))
+    after = features(simulate(tmp_path / "after", annotations=annotated, feature_dim=8))
+    for video, rows in before.items():
+        np.testing.assert_array_equal(rows, after[video])
+
+
+# What the features are.
+
+
+def test_four_in_five_values_are_zero_and_the_tail_is_heavy(tmp_path: Path) -> None:
+    directory = simulate(tmp_path / "data", feature_dim=512, videos=80)
+    values = np.concatenate(list(features(directory).values())).astype(np.float32)
+    assert (values == 0).mean() == pytest.approx(0.8, abs=0.02)
+    assert np.isfinite(values).all()
+    assert values.min() == 0
+    kurtosis = ((values - values.mean()) ** 4).mean() / values.var() ** 2
+    assert kurtosis > 10, "a normal distribution has 3"
+
+
+@given(st.integers(1, 5000), st.floats(1, 300))
+def test_features_are_finite_whatever_the_clock(num_frames: int, duration: float) -> None:
+    story = Story("V", num_frames, duration, "kitchen", ("door",), (("open door", 0.0, duration / 2),))
+    rows = SIMULATOR.features(story)
+    assert rows.shape == (story.num_clips, 8)
+    assert np.isfinite(rows).all()
+
+
+def simulator(**changes: float) -> Simulator:
+    """A simulator in which nothing but the actions is left, save for `changes`."""
+    quiet = {"identity": 0.0, "noise": 0.0, "jitter": 0.0, "drop": 0.0, "confuse": 0.0}
+    return Simulator(made_up_plan(2, 0), module.Difficulty(**{**quiet, **changes}), 8, 0)
+
+
+SIMULATOR = Simulator(made_up_plan(2, 0), DIFFICULTIES["medium"], 8, 0)
+# 30 frames a second: clip k sees the frames 8k to 8k + 15. The action starts with frame 120 and ends before frame 240.
+STORY = Story("V", 480, 16.0, "kitchen", (), (("open door", 4.0, 8.0),))
+
+
+def test_an_action_counts_by_its_share_of_the_clip() -> None:
+    quiet = simulator()
+    latents = quiet.latents(STORY) - quiet.embedding("scene", "kitchen")
+    action = quiet.embedding("action", "open door")
+    weights = latents @ action / (action @ action)
+    expected = np.zeros(59)
+    expected[14] = expected[29] = 0.5  # frames 112 to 127, of which 120 on; and 232 to 247, of which up to 239
+    expected[15:29] = 1
+    np.testing.assert_allclose(weights, expected, atol=1e-5)
+
+
+def test_a_dropped_action_leaves_no_trace() -> None:
+    latents = simulator(drop=1.0).latents(STORY)
+    np.testing.assert_allclose(latents, np.broadcast_to(latents[0], latents.shape), atol=1e-6)
+
+
+def test_a_confused_action_leaves_the_trace_of_a_sibling() -> None:
+    confused = simulator(confuse=1.0)
+    trace = confused.latents(STORY)[20] - confused.embedding("scene", "kitchen")
+    siblings = module._deed_siblings("open door")
+    assert "close door" in siblings
+    assert "open window" in siblings
+    assert "open door" not in siblings
+    assert any(np.allclose(trace, confused.embedding("action", name), atol=1e-5) for name in siblings)
+
+
+def test_jitter_moves_boundaries_by_its_number_of_seconds() -> None:
+    jittered = simulator(jitter=0.9)
+    action = jittered.embedding("action", "open door")
+    onsets = []
+    for index in range(400):
+        story = Story(f"V{index}", 1800, 60.0, "kitchen", (), (("open door", 20.0, 40.0),))
+        weights = (jittered.latents(story) - jittered.embedding("scene", "kitchen")) @ action / (action @ action)
+        onsets.append(float(np.argmax(weights > 0.5)) * 8 / 30)
+    assert np.std(onsets) == pytest.approx(0.9, rel=0.15)
+
+
+def test_noise_is_remembered_for_about_a_second() -> None:
+    noisy = Simulator(made_up_plan(2, 0), module.Difficulty(0.0, 1.0, 0.0, 0.0, 0.0), 256, 0)
+    # 8 frames a second, so that neighbouring clips lie one second apart.
+    story = Story("V", 8 * 2000, 2000.0, "kitchen", (), ())
+    noise = noisy.latents(story) - noisy.embedding("scene", "kitchen")
+    assert noise.std() == pytest.approx(1, rel=0.05)
+    assert (noise[1:] * noise[:-1]).mean() == pytest.approx(np.exp(-1), abs=0.05)
+
+
+def test_charades_siblings_are_the_neighbouring_classes() -> None:
+    classes = ["c001", "c002", "c003", "c005", "c100"]
+    assert module._class_siblings(classes, "c003") == ["c001", "c002", "c005"]
+    assert module._class_siblings(classes, "c100") == []
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
+def test_a_linear_probe_tells_what_is_opened_better_when_it_is_easier(difficulty: str) -> None:
+    """Nearest class mean on unseen videos: which of two actions is under way."""
+    expected = {"easy": (0.93, 1.0), "medium": (0.72, 0.97), "hard": (0.6, 0.93)}[difficulty]
+    plan = made_up_plan(2, 0)
+    tool = Simulator(plan, DIFFICULTIES[difficulty], 512, 0)
+    rows, truth = [], []
+    for index in range(200):
+        deed = ("open door", "wash cup")[index % 2]
+        story = Story(f"V{index}", 480, 16.0, module.PLACES[index % 6], (), ((deed, 3.0, 13.0),))
+        rows.append(tool.features(story)[30:34].max(axis=0))
+        truth.append(index % 2)
+    rows, truth = np.stack(rows), np.array(truth)
+    means = [rows[:100][truth[:100] == which].mean(axis=0) for which in (0, 1)]
+    distance = np.stack([((rows[100:] - mean) ** 2).sum(axis=1) for mean in means])
+    accuracy = (distance.argmin(axis=0) == truth[100:]).mean()
+    assert expected[0] <= accuracy <= expected[1]
+
+
+# Interruption and the directory.
+
+
+def test_an_interrupted_run_does_not_look_whole_and_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = simulate(tmp_path / "whole", feature_dim=8, videos=6)
+    made = Simulator.features
+    asked: list[str] = []
+
+    def interrupted(self: Simulator, story: Story) -> np.ndarray:
+        asked.append(story.name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return made(self, story)
+
+    monkeypatch.setattr(Simulator, "features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tmp_path / "cut", feature_dim=8, videos=6)
+    cut = tmp_path / "cut"
+    assert not (cut / "simulated.json").exists()
+    with pytest.raises(GroundingError):
+        DataSet(cut)
+    (cut / FEATURE_DIRECTORY / ".SIM00004.killed.npy").write_bytes(b"half")
+
+    asked.clear()
+    asked += ["before"] * 4  # no further interruption
+    simulate(cut, feature_dim=8, videos=6)
+    assert asked[4:] == ["SIM00003", "SIM00004", "SIM00005"]
+    assert contents(cut) == contents(whole)
+
+
+def test_a_second_run_writes_no_feature_again(tmp_path: Path) -> None:
+    directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
+    times = {path: path.stat().st_mtime_ns for path in (directory / FEATURE_DIRECTORY).iterdir()}
+    simulate(directory, feature_dim=8, videos=3)
+    assert times == {path: path.stat().st_mtime_ns for path in (directory / FEATURE_DIRECTORY).iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"feature_dim": 9}, {"difficulty": "hard"}, {"videos": 4}])
+def test_a_simulation_of_other_parameters_is_refused_and_left_alone(tmp_path: Path, change: dict[str, int]) -> None:
+    directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
+    before = contents(directory)
+    with pytest.raises(OutputError, match=next(iter(change))):
+        simulate(directory, **{"feature_dim": 8, "videos": 3, **change})
+    assert contents(directory) == before
+
+
+def test_a_directory_of_something_else_is_refused_and_left_alone(annotated: Path) -> None:
+    before = contents(annotated)
+    with pytest.raises(OutputError, match="not empty"):
+        simulate(annotated, annotations=annotated, feature_dim=8)
+    assert contents(annotated) == before
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        simulate(tmp_path / "file", feature_dim=8, videos=2)
+    with pytest.raises(OutputError, match="cannot be written"):
+        simulate(tmp_path / "file" / "below", feature_dim=8, videos=2)
+
+
+def test_too_small_a_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
+    with pytest.raises(OutputError, match="disk"):
+        simulate(tmp_path / "data", feature_dim=8, videos=2)
+    assert not (tmp_path / "data").exists()
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"feature_dim": 0}, {"videos": 0}, {"videos": 1}, {"seed": -1}, {"difficulty": "nightmare"}, {"dtype": "int8"}],
+)
+def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(FeatureError, match=r"should|stored as"):
+        simulate(tmp_path / "data", **arguments)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", module._source_names())
+def test_a_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
+    (annotated / name).unlink()
+    with pytest.raises(AnnotationError, match=f"lacks {name}"):
+        simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00", "csv, line 3: actions"),
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00 five", "csv, line 3: actions"),
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "door 0.00 5.00", "csv, line 3: actions"),
+        ("Charades_v1_train.csv", ",c040 0.00 5.00,20.0", "", "csv, line 3: expected 11 columns"),
+        ("Charades_v1_test.csv", "actions", "deeds", "csv, line 1: the columns lack actions"),
+        ("Charades_v1_test.csv", "DDDDD", "FFFFF", "Video DDDDD is annotated but has no row"),
+        ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "train.txt, line 2"),
+        ("Charades_sta_train.txt", "BBBBB 0.0 5.0##", "BBBBB 0.0 5.0#", "train.txt, line 3"),
+        ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "test.txt, line 1"),
+        ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "Video BBBBB is annotated but has no number"),
+        ("Charades_frames_info.json", "500", "0", "Video BBBBB has 0 frames"),
+        ("Charades_duration.json", "{", "", "JSON"),
+    ],
+)
+def test_malformed_annotations_are_named(
+    annotated: Path, tmp_path: Path, name: str, old: str, new: str, message: str
+) -> None:
+    text = (annotated / name).read_text()
+    assert old in text
+    (annotated / name).write_text(text.replace(old, new))
+    with pytest.raises(AnnotationError, match=message):
+        simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "train.simulate", "--output", str(tmp_path / "data"), "--feature-dim"]
+    root = Path(__file__).parents[2]
+    failed = subprocess.run([*run, "0"], capture_output=True, text=True, cwd=root)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
+    assert "--feature-dim is 0" in failed.stderr
+    done = subprocess.run([*run, "8", "--videos", "5"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "not comparable with published numbers" in done.stdout
+    assert "Next:" in done.stderr
+
+
+# The real annotations.
+
+
+def test_every_charades_sta_moment_that_ends_after_its_start_is_an_action_interval(real_data: Path) -> None:
+    plan: Plan = module.real_plan(real_data / "charades_sta", None, 0)
+    assert len(plan.stories) == 6672
+    assert plan.facts["moments"] == {"train": 12408, "test": 3720}
+    # Four training lines end before they start, and so do the actions they equal.
+    assert plan.facts["moments_equal_to_an_action"] == {"train": 12404, "test": 3720}
