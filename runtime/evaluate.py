@@ -58,10 +58,10 @@ def evaluate(
         device: auto, cpu or cuda.
         threads: CPU threads.
     """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
     data_set = DataSet(data)
     annotations = data_set.annotations(split)[:limit]
-    if not annotations or batch_size < 1:
-        raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
     grounder = Grounder.load(model, device, threads)
     with tqdm(total=len(annotations), desc="answering", unit="query", leave=False, disable=None) as bar:
         evaluation = evaluate_annotations(

@@ -167,7 +167,9 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
         except Exception as error:
             said = " ".join(str(error).split()).rstrip(".")
-            raise FeatureError(f"{path} should be a NumPy array of clip features and cannot be read: {said}.") from error
+            raise FeatureError(
+                f"{path} should be a NumPy array of clip features and cannot be read: {said}."
+            ) from error
     if path.suffix in (".pt", ".pth"):
         from runtime import torchfile
 

@@ -11,3 +11,17 @@ DETECTIONS = 1e-5
 
 EXPORTED = 1e-4
 """Heads of a graph against torch, absolute: folded batch norm and merged convolutions round once more."""
+
+LOSSES = 2e-6
+"""Relative: sums of at most 840 float32 numbers in another order; losses of whole networks are held to HEADS."""
+
+STEPS = 1e-3
+"""Relative: losses over three optimiser steps. The recorded ones ran in float32, where Adam turns the rounding noise in
+gradients that are nearly zero into full steps of either sign."""
+
+STEP_HEADS = 1e-3
+"""Relative to the largest value of an output: heads after those steps."""
+
+PROCESSES = 2e-3
+"""Relative: losses, gradient norms and most weights of a run of two processes against one process with the whole batch.
+Sums over a batch are rounded in another order, and some tens of Adam steps amplify that."""

@@ -108,7 +108,9 @@ def train(
         raise GroundingError(f"--seed must be 0 or more, and {seed} was given.")
     for flag, width in (("--embed-dim", embed_dim), ("--hidden-dim", hidden_dim), ("--fpn-dim", fpn_dim)):
         if width < 1 or (flag == "--fpn-dim" and width % 2):
-            raise GroundingError(f"{flag} must be {'even and ' * (flag == '--fpn-dim')}positive, and {width} was given.")
+            raise GroundingError(
+                f"{flag} must be {'even and ' * (flag == '--fpn-dim')}positive, and {width} was given."
+            )
     if glove and load:
         raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
     target = torch_device(device)

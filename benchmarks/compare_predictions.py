@@ -1,0 +1,54 @@
+"""`python -m benchmarks.compare_predictions A.jsonl B.jsonl`: do two models give the same moments?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from runtime.command import command
+from runtime.errors import GroundingError, PromiseBroken
+
+
+def compare(
+    first: Annotated[Path, tyro.conf.Positional],
+    second: Annotated[Path, tyro.conf.Positional],
+    *,
+    tolerance: float = 0.01,
+) -> None:
+    """Compare two prediction files of `runtime.evaluate --predictions`, query by query and rank by rank.
+
+    Args:
+        first: predictions of one model.
+        second: predictions of the other, for the same queries.
+        tolerance: seconds by which the boundaries of a moment may differ; beyond it the exit code is 1.
+    """
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (first, second)]
+    if [row["qid"] for row in rows[0]] != [row["qid"] for row in rows[1]]:
+        raise GroundingError(f"{first} and {second} do not answer the same queries in the same order.")
+    counts = differing = 0
+    shifts, best_shifts = [], []
+    for a, b in zip(*rows, strict=True):
+        moments, others = (np.array(row["pred_relevant_windows"]).reshape(-1, 3) for row in (a, b))
+        if len(moments) != len(others):
+            differing += 1
+            continue
+        counts += len(moments)
+        shift = np.abs(moments[:, :2] - others[:, :2]).max(axis=1)
+        shifts.append(shift)
+        best_shifts.append(shift[0])
+    every, best = np.concatenate(shifts), np.array(best_shifts)
+    beyond = sum((shift > tolerance).any() for shift in shifts)
+    print(f"{len(rows[0])} queries, {counts} moments; {differing} queries with another number of moments.")
+    print(f"boundary shift of the best moment: p99 {np.percentile(best, 99):.1e} s, largest {best.max():.1e} s")
+    print(f"boundary shift of all moments:     p99 {np.percentile(every, 99):.1e} s, largest {every.max():.1e} s")
+    print(f"{beyond} queries with a moment that moved by more than {tolerance} s (order changed, or another moment).")
+    if differing or beyond:
+        raise PromiseBroken(f"{differing + beyond} of {len(rows[0])} queries are not answered alike.")
+
+
+if __name__ == "__main__":
+    command(compare)

@@ -1,0 +1,63 @@
+"""TensorRT-RTX's parser and ahead-of-time builder, which need no GPU: the gate that every exported graph must pass.
+
+Its API is TensorRT 11's, strongly typed. What parses and builds here has no operator or type that TensorRT lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import pytest
+
+Range = tuple[int, int, int]
+
+
+def build_with_rtx(model: onnx.ModelProto, *, batch: Range = (1, 4, 8), query_length: Range = (1, 8, 16)) -> bytes:
+    """Return the plan that TensorRT-RTX builds of `model`; skips the test where TensorRT-RTX is not installed.
+
+    Args:
+        model: an exported graph, its free sizes named `batch` and `query_length`.
+        batch, query_length: smallest, best and largest of the optimization profile.
+
+    Raises:
+        AssertionError: it does not parse or does not build; the parser's and builder's own words are in the message.
+    """
+    trt = pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install tensorrt-rtx-cu13)", exc_type=ImportError
+    )
+
+    class Complaints(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.lines.append(message)
+
+    logger = Complaints()
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(model.SerializeToString())
+    errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    assert parsed, "does not parse: " + "; ".join(errors or logger.lines)
+
+    settings = builder.create_builder_config()
+    # Without a GPU there is no current architecture to build for. 8.6 is that of most RTX cards in use.
+    settings.num_compute_capabilities = 1
+    settings.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    profile = builder.create_optimization_profile()
+    free: Mapping[str, Range] = {"batch": batch, "query_length": query_length}
+    for value in model.graph.input:
+        sizes = [
+            free[size.dim_param] if size.dim_param else (size.dim_value,) * 3
+            for size in value.type.tensor_type.shape.dim
+        ]
+        profile.set_shape(value.name, *zip(*sizes, strict=True))
+    settings.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, settings)
+    assert plan is not None, "parses but does not build: " + "; ".join(logger.lines)
+    return bytes(plan)

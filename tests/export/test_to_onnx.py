@@ -1,0 +1,303 @@
+"""The ONNX file: the same answers, free sizes, and nothing in it that should not be."""
+
+from __future__ import annotations
+
+import copy
+import getpass
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import export.to_onnx
+from export.to_onnx import (
+    INPUTS,
+    OUTPUTS,
+    check_against_torch,
+    drn_modules,
+    export_model,
+    relative_difference,
+    to_onnx,
+)
+from runtime.backends import open_backend
+from runtime.errors import CheckpointError, OutputError, PromiseBroken, ShapeError
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from tests import tolerances
+from tests.export.conftest import CONFIGS, MAX_QUERY_LENGTH, Inputs, manifest, random_inputs
+from tests.export.rtx import build_with_rtx
+from train.model import DRN
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def sessions(exported: dict[str, onnx.ModelProto]) -> dict[str, onnxruntime.InferenceSession]:
+    return {name: onnxruntime.InferenceSession(model.SerializeToString()) for name, model in exported.items()}
+
+
+def run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[np.ndarray]:
+    return session.run(list(OUTPUTS), {name: values.numpy() for name, values in zip(INPUTS, inputs, strict=True)})
+
+
+def assert_parity(session: onnxruntime.InferenceSession, model: DRN, inputs: Inputs) -> None:
+    with torch.inference_mode():
+        wanted = model(*inputs)
+    for name, ours, theirs in zip(OUTPUTS, run(session, inputs), wanted, strict=True):
+        assert relative_difference(ours, theirs.numpy()) <= tolerances.EXPORTED, name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_query_length_answers_as_torch(
+    sessions: dict[str, onnxruntime.InferenceSession], networks: dict[str, DRN], name: str
+) -> None:
+    for length in range(1, 40):
+        assert_parity(sessions[name], networks[name], random_inputs(CONFIGS[name], [length], seed=length))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 17])
+def test_ragged_batches_answer_as_torch_in_either_order(
+    sessions: dict[str, onnxruntime.InferenceSession], networks: dict[str, DRN], name: str, size: int
+) -> None:
+    lengths = [index % 11 + 1 for index in range(size)]
+    assert_parity(sessions[name], networks[name], random_inputs(CONFIGS[name], lengths))
+    assert_parity(sessions[name], networks[name], random_inputs(CONFIGS[name], lengths[::-1], longest=15))
+
+
+def test_sizes_are_free_and_integers_are_int32(exported: dict[str, onnx.ModelProto]) -> None:
+    signature = {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
+        )
+        for value in (*exported["tiny"].graph.input, *exported["tiny"].graph.output)
+    }
+    int32, float32 = onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
+    assert signature == {
+        "query_tokens": (int32, ["batch", "query_length"]),
+        "query_length": (int32, ["batch"]),
+        "segment_features": (float32, ["batch", 16, 16]),
+        "segment_spans": (float32, ["batch", 16, 2]),
+        "matching_logits": (float32, ["batch", 28]),
+        "boundary_distances": (float32, ["batch", 28, 2]),
+        "iou_logits": (float32, ["batch", 28]),
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_only_computed_int64_is_the_query_length(exported: dict[str, onnx.ModelProto], name: str) -> None:
+    graph = onnx.shape_inference.infer_shapes(exported[name], strict_mode=True).graph
+    int64 = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64} - {
+        tensor.name for tensor in graph.initializer
+    }
+    assert {node.op_type for node in graph.node if int64 & set(node.output)} <= {"Shape", "Squeeze"}
+    assert sum(node.op_type == "Cast" for node in graph.node) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_graph_is_tidy(exported: dict[str, onnx.ModelProto], name: str) -> None:
+    model = exported[name]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    assert model.producer_name == "drn-deploy"
+    assert model.doc_string
+    used = {name for node in model.graph.node for name in node.input} | set(OUTPUTS)
+    assert [node.name for node in model.graph.node if not used & set(node.output)] == []
+    assert [tensor.name for tensor in model.graph.initializer if tensor.name not in used] == []
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+    assert not {node.op_type for node in model.graph.node} & {"BatchNormalization", "Loop", "Scan", "If", "NonZero"}
+    assert not model.functions
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_read_as_they_are(exported: dict[str, onnx.ModelProto], name: str) -> None:
+    graph = exported[name].graph
+    weights = {tensor.name for tensor in graph.initializer}
+    assert {"prop_fc.weight", "qInput.0.weight", "fpn.inner_blocks.2.bias", "fcos.head.mix_fc.weight"} <= weights
+    places = {"LSTM": (1, 2, 3), "Gemm": (1, 2), "Conv": (1,)}
+    for node in graph.node:
+        assert all(node.input[place] in weights for place in places.get(node.op_type, ())), node.name
+
+
+def test_a_nodes_name_tells_its_modules(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
+    modules = {name for name, _ in networks["deep"].named_modules()}
+    told: set[str] = set()
+    for node in exported["deep"].graph.node:
+        found = drn_modules(node.name)
+        assert found, node.name
+        assert set(found) <= modules, node.name
+        told |= set(found)
+    with_weights = {
+        *("query_encoder.biLSTM", "query_encoder.W1", "query_encoder.W2", "query_encoder.W3"),
+        *(f"qInput.{level}" for level in range(3)),
+        *(f"backbone_net.layers.{level}" for level in range(3)),
+        *(f"fpn.{blocks}.{level}" for blocks in ("inner_blocks", "layer_blocks") for level in range(3)),
+        *(
+            f"fcos.head.{part}"
+            for part in ("cls_tower", "bbox_tower", "cls_logits", "bbox_pred", "mix_fc", "iou_scores")
+        ),
+        *("prop_fc", "position_transform"),
+    }
+    assert with_weights <= told
+
+
+def test_the_file_says_nothing_of_the_machine(exported: dict[str, onnx.ModelProto]) -> None:
+    content = exported["tiny"].SerializeToString()
+    for trace in (str(ROOT), str(Path.home()), sys.prefix, "site-packages", ".py", "stack_trace", 'File "'):
+        assert trace.encode() not in content, trace
+    if len(getpass.getuser()) > 5:
+        assert getpass.getuser().encode() not in content
+
+
+def test_the_manifest_comes_back(exported: dict[str, onnx.ModelProto]) -> None:
+    properties = {entry.key: entry.value for entry in exported["tiny"].metadata_props}
+    assert list(properties) == [METADATA_KEY]
+    assert Manifest.from_json(properties[METADATA_KEY]) == manifest(CONFIGS["tiny"])
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensorrt_rtx_builds_the_graph(exported: dict[str, onnx.ModelProto], name: str) -> None:
+    assert len(build_with_rtx(exported[name], batch=(1, 4, 8), query_length=(1, 8, 16))) > 10_000
+
+
+@pytest.mark.rtx
+def test_the_rtx_gate_refuses_an_operator_that_it_lacks(exported: dict[str, onnx.ModelProto]) -> None:
+    broken = copy.deepcopy(exported["tiny"])
+    next(node for node in broken.graph.node if node.op_type == "Softmax").op_type = "Hardmax3"
+    with pytest.raises(AssertionError, match=r"does not parse.*Plugin not found"):
+        build_with_rtx(broken)
+
+
+@pytest.fixture(scope="module")
+def drn_onnx(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """What the command writes, and how it went."""
+    path = tmp_path_factory.mktemp("exported") / "drn.onnx"
+    return path, command("--checkpoint", checkpoint, "--output", path, "--max-query-length", MAX_QUERY_LENGTH)
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "export.to_onnx", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_the_command_writes_one_file_that_the_runtime_runs(
+    drn_onnx: tuple[Path, subprocess.CompletedProcess[str]], checkpoint: Path
+) -> None:
+    path, result = drn_onnx
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", *OUTPUTS]
+    assert "Warning" not in result.stderr
+    assert "torchvision" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Next:  python -m ")
+    assert [entry.name for entry in path.parent.iterdir()] == ["drn.onnx"]
+    backend = open_backend(path, device="cpu")
+    assert backend.manifest.stage == 2
+    assert backend.manifest.max_query_length == MAX_QUERY_LENGTH
+    assert backend.manifest.sources == {"drn.pt": sha256(checkpoint)}
+    assert backend.manifest.producer["torch"] == torch.__version__
+    onnx.checker.check_model(path, full_check=True)
+
+
+def test_a_graph_that_differs_is_not_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: dict[str, onnx.ModelProto]
+) -> None:
+    spoilt = copy.deepcopy(exported["tiny"])
+    bias = next(tensor for tensor in spoilt.graph.initializer if tensor.name == "fcos.head.iou_scores.1.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-2), bias.name))
+    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: spoilt)
+    output = tmp_path / "drn.onnx"
+    output.write_text("what was here before")
+    with pytest.raises(PromiseBroken, match=r"iou_logits .* differs from torch .* nothing was kept"):
+        to_onnx(checkpoint, output, max_query_length=3)
+    assert output.read_text() == "what was here before"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_the_check_sees_a_direction_that_is_not_reversed(
+    exported: dict[str, onnx.ModelProto], networks: dict[str, DRN], tmp_path: Path
+) -> None:
+    spoilt = copy.deepcopy(exported["tiny"])
+    backwards = next(node for node in spoilt.graph.node if node.name == "query_encoder.biLSTM.0.backwards/LSTM")
+    forwards = next(node for node in spoilt.graph.node if node.name == "query_encoder.biLSTM.0.forwards/LSTM")
+    backwards.input[0] = forwards.input[0]
+    onnx.save(spoilt, tmp_path / "spoilt.onnx")
+    with pytest.raises(PromiseBroken):
+        check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
+
+
+def test_the_check_sees_a_frozen_query_length(
+    exported: dict[str, onnx.ModelProto], networks: dict[str, DRN], tmp_path: Path
+) -> None:
+    spoilt = copy.deepcopy(exported["tiny"])
+    steps = next(node for node in spoilt.graph.node if node.op_type == "Range")
+    spoilt.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.int32), "five"))
+    steps.input[1] = "five"
+    onnx.save(spoilt, tmp_path / "spoilt.onnx")
+    with pytest.raises(PromiseBroken):
+        check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
+
+
+def test_a_nan_is_a_broken_promise(
+    networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path
+) -> None:
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    model = copy.deepcopy(networks["tiny"])
+    with torch.no_grad():
+        model.fcos.head.cls_logits.bias.fill_(float("nan"))
+    with pytest.raises(PromiseBroken, match="matching_logits"):
+        check_against_torch(tmp_path / "drn.onnx", model, 2)
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "drn.pt").write_text("not a checkpoint")
+    result = command("--checkpoint", tmp_path / "drn.pt", "--output", tmp_path / "drn.onnx")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert not (tmp_path / "drn.onnx").exists()
+    with pytest.raises(CheckpointError):
+        to_onnx(tmp_path / "absent.pt", tmp_path / "drn.onnx")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "drn.onnx", checkpoint):
+        with pytest.raises(OutputError):
+            to_onnx(checkpoint, output)
+
+
+@pytest.mark.parametrize("options", [{"opset": 16}, {"opset": 99}, {"max_query_length": 0}])
+def test_options_out_of_range_are_refused(checkpoint: Path, tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(ShapeError):
+        to_onnx(checkpoint, tmp_path / "drn.onnx", **options)
+
+
+def test_a_network_in_training_mode_exports_the_same(
+    networks: dict[str, DRN], exported: dict[str, onnx.ModelProto]
+) -> None:
+    model = copy.deepcopy(networks["tiny"]).train()
+    again = export_model(model, manifest(model.config))
+    assert model.training
+    assert again.SerializeToString(deterministic=True) == exported["tiny"].SerializeToString(deterministic=True)
+
+
+@pytest.mark.rtx
+def test_a_newer_opset_can_be_asked_for(networks: dict[str, DRN], tmp_path: Path) -> None:
+    model = networks["tiny"]
+    newer = export_model(model, manifest(model.config), opset=21)
+    assert newer.opset_import[0].version == 21
+    onnx.save(newer, tmp_path / "drn.onnx")
+    assert max(check_against_torch(tmp_path / "drn.onnx", model, 4).values()) <= tolerances.EXPORTED
+    build_with_rtx(newer)

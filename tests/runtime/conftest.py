@@ -1,0 +1,192 @@
+"""What the tests of the runtime share: a backend whose answers are known, a tiny graph, and commands run in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from runtime.command import command
+from runtime.decoding import Decoding
+from runtime.manifest import METADATA_KEY, Features, Manifest
+from runtime.tensors import Batch, Heads
+from runtime.vocabulary import Vocabulary
+
+# No deadline: a test must not fail because its machine is busy.
+settings.register_profile("house", deadline=None, max_examples=50)
+settings.load_profile("house")
+
+# The words of the planted model, in the order of their ids.
+WORDS = ("cat", "dog", "door", "runs", "opens", "person")
+
+
+class PlantedBackend:
+    """Finds the last word of a query in the channel of its id: its moment is where that channel is above 0.5.
+
+    The whole second half of the video comes second, with a score that falls with the number of words. Whatever
+    lies in the padding of a query would change the answer.
+    """
+
+    def __init__(self, decoding: Decoding | None = None, dim: int = 8, max_query_length: int = 6) -> None:
+        words = {word: index for index, word in enumerate(WORDS, 1)}
+        self.manifest = Manifest(
+            Vocabulary(words), decoding or Decoding(), Features("planted", dim), max_query_length=max_query_length
+        )
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> Heads:
+        self.batches.append(batch)
+        decoding = self.manifest.decoding
+        matching = np.full((len(batch), decoding.num_locations), -9.0, np.float32)
+        distances = np.zeros((len(batch), decoding.num_locations, 2), np.float32)
+        iou = np.full(matching.shape, 4.0, np.float32)
+        for row, length in enumerate(batch.query_length):
+            channel = batch.query_tokens[row, :length][-1]
+            (on,) = np.nonzero(batch.segment_features[row, :, channel] > 0.5)
+            if len(on):
+                middle = (on[0] + on[-1]) // 2
+                matching[row, middle] = 4
+                distances[row, middle] = middle + 0.5 - on[0], on[-1] + 1 - (middle + 0.5)
+            # The last location of the coarsest level: the centre of the last four segments.
+            matching[row, -1] = 1 - 0.25 * length
+            distances[row, -1] = decoding.num_segments / 2 - 2, 2
+        return Heads(matching, distances, iou)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def planted_backend() -> type[PlantedBackend]:
+    """The class, so that tests choose its decoding."""
+    return PlantedBackend
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command function on command-line arguments, in this process."""
+
+    def run(function: Callable[..., Any], *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command(function)
+        captured = capsys.readouterr()
+        return Outcome(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(run_command: Callable[..., Outcome]) -> Callable[..., str]:
+    """Run a command that must fail on its input, and return the one sentence it says."""
+
+    def run(function: Callable[..., Any], *arguments: object) -> str:
+        outcome = run_command(function, *arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert outcome.err.startswith("error: ")
+        assert outcome.err.count("\n") == 1
+        assert "Traceback" not in outcome.err
+        return outcome.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_graph() -> Callable[..., Path]:
+    """Write a graph with the inputs and outputs of ours, D = 16, whose logits depend on query and features."""
+    onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
+    helper, kinds = onnx.helper, onnx.TensorProto
+
+    def write(path: Path, metadata: dict[str, str], outputs: tuple[str, ...] | None = None, dim: int = 16) -> Path:
+        normal = np.random.RandomState(0).normal
+        constants = {
+            "flat": np.array([-1, 32 * dim], np.int64),
+            "pairs": np.array([-1, 56, 2], np.int64),
+            "axes": np.array([1], np.int64),
+            "word": np.array([0.05], np.float32),
+            "to_matching": normal(0, 0.05, (32 * dim, 56)).astype(np.float32),
+            "to_distances": normal(0, 0.02, (32 * dim, 112)).astype(np.float32),
+        }
+        nodes = [
+            helper.make_node("Reshape", ["segment_features", "flat"], ["rows"]),
+            helper.make_node("MatMul", ["rows", "to_matching"], ["from_video"]),
+            helper.make_node("Cast", ["query_tokens"], ["words"], to=kinds.FLOAT),
+            helper.make_node("ReduceSum", ["words", "axes"], ["sum"], keepdims=1),
+            helper.make_node("Mul", ["sum", "word"], ["from_query"]),
+            helper.make_node("Add", ["from_video", "from_query"], ["matching_logits"]),
+            helper.make_node("MatMul", ["rows", "to_distances"], ["logarithms"]),
+            helper.make_node("Exp", ["logarithms"], ["distances"]),
+            helper.make_node("Reshape", ["distances", "pairs"], ["boundary_distances"]),
+            helper.make_node("Neg", ["matching_logits"], ["iou_logits"]),
+        ]
+        inputs = {
+            "query_tokens": (kinds.INT32, ["B", "L"]),
+            "query_length": (kinds.INT32, ["B"]),
+            "segment_features": (kinds.FLOAT, ["B", 32, dim]),
+            "segment_spans": (kinds.FLOAT, ["B", 32, 2]),
+        }
+        shapes = {
+            "matching_logits": ["B", 56],
+            "boundary_distances": ["B", 56, 2],
+            "iou_logits": ["B", 56],
+        }
+        graph = helper.make_graph(
+            nodes,
+            "tiny",
+            [helper.make_tensor_value_info(name, *what) for name, what in inputs.items()],
+            [helper.make_tensor_value_info(name, kinds.FLOAT, shapes[name]) for name in outputs or shapes],
+            [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.set_model_props(model, metadata)
+        onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest(golden: Path) -> Manifest:
+    """The manifest of `tiny_model`: the words of the mini data set, features of width 16."""
+    from runtime.annotations import DataSet
+
+    return Manifest(
+        DataSet(golden / "mini").vocabulary,
+        Decoding(),
+        Features("C3D", 16),
+        max_query_length=13,
+        sources={"drn.pt": "0" * 64},
+        producer={"drn-deploy": "0"},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(write_graph: Callable[..., Path], tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
+    """A graph file that the runtime takes, for the mini data set."""
+    path = tmp_path_factory.mktemp("model") / "tiny.onnx"
+    return write_graph(path, {METADATA_KEY: tiny_manifest.to_json()})
+
+
+@pytest.fixture
+def mini(golden: Path, tmp_path: Path) -> Path:
+    """A copy of the mini data set without its two broken test lines."""
+    directory = tmp_path / "mini"
+    shutil.copytree(golden / "mini", directory)
+    test = directory / "Charades_sta_test.txt"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:5]))
+    return directory

@@ -1,0 +1,215 @@
+"""`runtime.annotations`: data sets in the published layout."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.annotations import Annotation, DataSet
+from runtime.errors import AnnotationError, FeatureError
+
+FEATURES = "C3D_unit16_overlap0.5_merged"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A data set of two videos, of 30 and of 10 seconds, without a split."""
+    for name, table in {
+        "Charades_duration.json": {"AAAAA": 30.0, "BBBBB": 10},
+        "Charades_frames_info.json": {"AAAAA": 900, "BBBBB": 300},
+        "Charades_word2id.json": {"person": 1, "opens": 2, "door": 3},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(table))
+    return tmp_path
+
+
+def write(directory: Path, *lines: str) -> DataSet:
+    (directory / "Charades_sta_test.txt").write_text("".join(line + "\n" for line in lines))
+    return DataSet(directory)
+
+
+def test_lines_become_annotations_in_file_order(directory: Path) -> None:
+    data_set = write(directory, "BBBBB 1.5 4##person opens door.", "AAAAA 0.0 30.0##door.")
+    assert data_set.annotations("test") == [
+        Annotation("BBBBB", 1.5, 4.0, "person opens door.", 1),
+        Annotation("AAAAA", 0.0, 30.0, "door.", 2),
+    ]
+
+
+def test_spans_are_fractions_and_only_ends_are_clipped(directory: Path) -> None:
+    lines = ("AAAAA 3 15##door.", "AAAAA 3 31##door.", "BBBBB 11 12##door.")
+    data_set = write(directory, *lines)
+    spans = data_set.spans(data_set.annotations("test", "keep"))
+    assert spans.tolist() == [[0.1, 0.5], [0.1, 1], [1.1, 1]]
+    assert spans.dtype == np.float64
+    assert data_set.spans([]).shape == (0, 2)
+
+
+def test_ends_after_the_video_are_counted_in_the_log(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "drn"):
+        assert len(write(directory, "AAAAA 3 31##door.", "AAAAA 3 30##door.").annotations("test")) == 2
+    assert "1 of 2 moments end after their video" in caplog.text
+
+
+MALFORMED = [
+    "",
+    "AAAAA 1 2",
+    "AAAAA 1 2#door.",
+    "AAAAA 1 2##door##person.",
+    "AAAAA 1##door.",
+    "AAAAA 1 2 3##door.",
+    "AAAAA 1 2##",
+    "##door.",
+    "AAAAA one 2##door.",
+    "AAAAA 1 nan##door.",
+    "AAAAA -inf 2##door.",
+    "CCCCC 1 2##door.",
+]
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+@pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
+def test_a_malformed_line_is_named_by_its_number(directory: Path, line: str, invalid: str) -> None:
+    data_set = write(directory, "AAAAA 1 2##door.", line, "AAAAA 1 2##door.")
+    with pytest.raises(AnnotationError, match=r"Charades_sta_test\.txt, line 2: ") as caught:
+        data_set.annotations("test", invalid)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_video_is_named_with_the_table_it_is_missing_from(directory: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"'CCCCC' is not in Charades_duration\.json"):
+        write(directory, "CCCCC 1 2##door.").annotations("test")
+    (directory / "Charades_frames_info.json").write_text('{"AAAAA": 900}')
+    with pytest.raises(AnnotationError, match=r"'BBBBB' is not in Charades_frames_info\.json"):
+        write(directory, "BBBBB 1 2##door.").annotations("test")
+
+
+INVALID = {
+    "AAAAA 5 4##door.": "ends at 4 s, not after its start at 5 s",
+    "AAAAA 5 5##door.": "ends at 5 s, not after its start at 5 s",
+    "BBBBB 10 12##door.": "starts at 10 s and its video ends at 10 s",
+    "BBBBB -1 2##door.": "starts at -1 s, before its video",
+}
+
+
+@pytest.mark.parametrize("line", INVALID)
+def test_an_impossible_moment_is_refused_dropped_with_a_warning_or_kept(
+    directory: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_set = write(directory, "AAAAA 1 2##door.", line)
+    with pytest.raises(AnnotationError, match=f"line 2: the moment {INVALID[line]}"):
+        data_set.annotations("test")
+    assert not caplog.records
+    assert [annotation.line for annotation in data_set.annotations("test", "drop")] == [1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"2 (the moment {INVALID[line]})" in caplog.text
+    assert [annotation.line for annotation in data_set.annotations("test", "keep")] == [1, 2]
+
+
+def test_a_split_without_a_usable_line_is_refused(directory: Path) -> None:
+    with pytest.raises(AnnotationError, match="no usable annotation"):
+        write(directory, "AAAAA 5 4##door.").annotations("test", "drop")
+    with pytest.raises(AnnotationError, match=r"Charades_sta_test\.txt is empty"):
+        write(directory).annotations("test")
+
+
+def test_a_missing_split_is_named(directory: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"Charades_sta_val\.txt does not exist, so there is no split 'val'"):
+        DataSet(directory).annotations("val")
+
+
+def test_a_split_that_is_no_text_is_refused(directory: Path) -> None:
+    (directory / "Charades_sta_test.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AnnotationError, match="cannot be read as text"):
+        DataSet(directory).annotations("test")
+    (directory / "Charades_sta_train.txt").mkdir()
+    with pytest.raises(AnnotationError, match="Charades_sta_train"):
+        DataSet(directory).annotations("train")
+
+
+def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"gone does not exist.*python -m train\.simulate"):
+        DataSet(tmp_path / "gone")
+
+
+def test_an_empty_directory_names_the_first_table_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"Charades_duration\.json \(video to seconds\) does not exist"):
+        DataSet(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"AAAAA": "30"}', '{"AAAAA": -1}', '{"AAAAA": NaN}'])
+@pytest.mark.parametrize("name", ["Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"])
+def test_a_damaged_table_is_named(directory: Path, name: str, content: str) -> None:
+    (directory / name).write_text(content)
+    with pytest.raises(AnnotationError, match=name) as caught:
+        _ = DataSet(directory).vocabulary
+    assert "\n" not in str(caught.value)
+
+
+def test_word_ids_with_a_gap_name_the_word_table(directory: Path) -> None:
+    (directory / "Charades_word2id.json").write_text('{"person": 1, "door": 3}')
+    with pytest.raises(AnnotationError, match=r"Charades_word2id\.json: .*each once"):
+        _ = DataSet(directory).vocabulary
+
+
+def test_pt_features_go_before_npy(directory: Path) -> None:
+    (directory / FEATURES).mkdir()
+    data_set = DataSet(directory)
+    with pytest.raises(FeatureError, match=r"no features of 'AAAAA'.*AAAAA\.pt \(or \.npy\) is missing"):
+        data_set.video("AAAAA")
+    np.save(directory / FEATURES / "AAAAA.npy", np.ones((5, 4), np.float32))
+    assert data_set.feature_path("AAAAA").suffix == ".npy"
+    video = data_set.video("AAAAA")
+    assert (video.name, video.num_frames, video.duration, video.features.shape) == ("AAAAA", 900, 30.0, (5, 4))
+    (directory / FEATURES / "AAAAA.pt").touch()
+    assert data_set.feature_path("AAAAA").suffix == ".pt"
+
+
+def test_a_video_that_the_tables_do_not_know_is_named(directory: Path) -> None:
+    with pytest.raises(AnnotationError, match="'CCCCC' is not in"):
+        DataSet(directory).video("CCCCC")
+
+
+def test_the_width_of_the_features_is_read_off_them(golden: Path) -> None:
+    assert DataSet(golden / "mini").features().dim == 16
+
+
+def test_simulated_features_are_told_apart(directory: Path) -> None:
+    assert not DataSet(directory).simulated
+    (directory / "simulated.json").write_text("{}")
+    assert DataSet(directory).simulated
+
+
+def test_tokens_lengths_and_truth_are_those_of_the_published_loader(golden: Path) -> None:
+    reference = np.load(golden / "dataset_mini.npz")
+    data_set = DataSet(golden / "mini")
+    annotations = data_set.annotations("test", "keep")
+    assert len(annotations) == 7
+    spans = data_set.spans(annotations).astype(np.float32)
+    for index, annotation in enumerate(annotations):
+        assert annotation.video == reference[f"mini_{index}_vid_name"]
+        tokens = data_set.vocabulary.encode(annotation.sentence)
+        assert tokens.tolist() == reference[f"mini_{index}_tokens"].tolist()
+        assert len(tokens) == reference[f"mini_{index}_query_length"]
+        np.testing.assert_array_equal(spans[index], reference[f"mini_{index}_gt_bbox"])
+
+
+def test_four_broken_lines_of_the_real_training_file_are_found(
+    real_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    kept = data_set.annotations("train", "keep")
+    dropped = data_set.annotations("train", "drop")
+    assert (len(kept), len(dropped)) == (12408, 12404)
+    broken = sorted({a.line for a in kept} - {a.line for a in dropped})
+    assert [kept[line - 1].video for line in broken] == ["LEOL6", "IOL8Q", "AKKWU", "AKKWU"]
+    assert "left out 4 lines" in caplog.text
+    with pytest.raises(AnnotationError, match=f"line {broken[0]}:"):
+        data_set.annotations("train")
+    assert len(data_set.annotations("test")) == 3720
+    late = sum(a.end > data_set.durations[a.video] for a in kept)
+    assert late == 1768

@@ -1,0 +1,149 @@
+"""`runtime.command`: exit codes, and what is said where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.command import next_command
+from runtime.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
+
+ROOT = Path(__file__).parents[2]
+
+
+def add(first: int, *, second: int = 2) -> int:
+    """Add two numbers.
+
+    Args:
+        first: one number.
+        second: another.
+    """
+    print(first + second)
+    return first + second
+
+
+def test_a_signature_is_a_command_line(run_command: Callable[..., Any]) -> None:
+    outcome = run_command(add, "--first", 1)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "3\n", "")
+    assert run_command(add, "--first", 1, "--second", 5).out == "6\n"
+
+
+def test_the_docstring_is_the_help(run_command: Callable[..., Any]) -> None:
+    outcome = run_command(add, "--help")
+    assert outcome.code == 0
+    assert "Add two numbers." in outcome.out
+    assert "another." in outcome.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--first", "one"), ("--first", 1, "--third", 3)])
+def test_a_command_line_that_does_not_fit_exits_with_2(
+    run_command: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    outcome = run_command(add, *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(GroundingError, 2), (FeatureError, 2), (DeviceError, 2), (PromiseBroken, 1)]
+)
+def test_an_error_is_its_sentence_and_its_exit_code(
+    run_command: Callable[..., Any], error: type[Exception], code: int
+) -> None:
+    def fails() -> None:
+        print("a result")
+        raise error("What happened; what to do.")
+
+    outcome = run_command(fails)
+    assert (outcome.code, outcome.out, outcome.err) == (code, "a result\n", "error: What happened; what to do.\n")
+
+
+def test_an_interruption_is_exit_code_130(run_command: Callable[..., Any]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    outcome = run_command(interrupted)
+    assert outcome.code == 130
+    assert outcome.err.startswith("Interrupted")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.command import command
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        command(broken)
+
+
+def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "drn"):
+        next_command("python -m runtime.doctor")
+    assert "Next:  python -m runtime.doctor" in caplog.text
+
+
+def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
+    """Start a process whose command has this body."""
+    code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.command import command\n"
+    code += "from runtime.errors import GroundingError\nfrom runtime.files import replace_when_whole\n"
+    code += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    if unbuffered:
+        environment["PYTHONUNBUFFERED"] = "1"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, env=environment, **options)
+
+
+def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    process = start(
+        f"with replace_when_whole({str(tmp_path / 'report.json')!r}) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "Interrupted; nothing half-written was left behind.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_results_sent_to_a_full_disk_are_one_sentence(unbuffered: bool) -> None:
+    with open("/dev/full", "w") as full:
+        process = start("print('x' * 10)", stdout=full, unbuffered=unbuffered)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert err.startswith("error: No space is left on the disk")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_an_error_is_said_even_when_stdout_is_full() -> None:
+    with open("/dev/full", "w") as full:
+        process = start("print('x')\nraise GroundingError('What happened.')", stdout=full)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (2, "error: What happened.\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = start("for number in range(100_000): print(number)")
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 0

@@ -1,0 +1,478 @@
+"""`runtime.decoding`: heads to proposals, and both suppressions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from runtime.decoding import (
+    Decoding,
+    Proposals,
+    decode,
+    hard_nms,
+    locations,
+    propose,
+    sigmoid,
+    soft_nms,
+    suppress,
+)
+from runtime.errors import ModelFileError
+from runtime.tensors import Heads
+from tests.tolerances import DETECTIONS
+
+SMALL = Decoding(num_segments=4, strides=(1, 2))
+
+
+def heads(rows: int = 1, decoding: Decoding = SMALL, logit: float = -20.0) -> Heads:
+    """Heads without a likely location, to be filled in."""
+    places = decoding.num_locations
+    return Heads(
+        np.full((rows, places), logit, np.float32),
+        np.ones((rows, places, 2), np.float32),
+        np.zeros((rows, places), np.float32),
+    )
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+@st.composite
+def proposal_batches(draw: st.DrawFn, most_rows: int = 4, most_places: int = 12) -> Proposals:
+    """Any proposals: empty and reversed spans, equal scores, absent ones, rows without any."""
+    rows, places = draw(st.integers(1, most_rows)), draw(st.integers(1, most_places))
+    unit = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    spans = draw(st.lists(unit, min_size=rows * places * 2, max_size=rows * places * 2))
+    scores = draw(st.lists(unit | st.just(-math.inf), min_size=rows * places, max_size=rows * places))
+    return Proposals(
+        np.array(spans, np.float32).reshape(rows, places, 2), np.array(scores, np.float32).reshape(rows, places)
+    )
+
+
+SUPPRESSIONS = {
+    "soft": soft_nms,
+    "hard": lambda proposals, count=6: hard_nms(proposals, count, 0.45),
+}
+both = pytest.mark.parametrize("name", SUPPRESSIONS)
+
+
+# Locations and probabilities
+
+
+def test_locations_by_hand() -> None:
+    assert locations(4, (1, 2)).tolist() == [0.5, 1.5, 2.5, 3.5, 1, 3]
+
+
+def test_the_published_pyramid_has_56_locations() -> None:
+    assert Decoding().num_locations == 56
+    centres = locations(32, (1, 2, 4))
+    assert centres.shape == (56,)
+    assert centres[[0, 31, 32, 47, 48, 55]].tolist() == [0.5, 31.5, 1, 31, 2, 30]
+
+
+def test_sigmoid_neither_overflows_nor_loses_its_dtype() -> None:
+    with np.errstate(all="raise", under="ignore"):
+        values = sigmoid(np.array([-1e4, -1, 0, 1, 1e4], np.float32))
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, [0, 1 / (1 + math.e), 0.5, math.e / (1 + math.e), 1], rtol=1e-6)
+
+
+# Proposals
+
+
+def test_a_location_becomes_a_span_by_hand() -> None:
+    raw = heads()
+    raw.matching_logits[0, 1] = logit(0.81)
+    raw.boundary_distances[0, 1] = 0.5, 2
+    raw.iou_logits[0, 1] = logit(0.64)
+    proposals = propose(raw, SMALL)
+    assert proposals.spans[0, 1].tolist() == [0.25, 0.875]
+    assert proposals.scores[0, 1] == pytest.approx(0.9 * 0.8, abs=1e-6)
+    assert np.isneginf(np.delete(proposals.scores[0], 1)).all()
+
+
+def test_the_iou_head_is_ignored_after_stage_one() -> None:
+    raw = heads()
+    raw.matching_logits[0, 1] = logit(0.81)
+    raw.iou_logits[:] = logit(0.64)
+    without = dataclasses.replace(SMALL, use_iou_scores=False)
+    assert propose(raw, without).scores[0, 1] == pytest.approx(0.9, abs=1e-6)
+
+
+def test_spans_end_with_the_video() -> None:
+    raw = heads(logit=5)
+    raw.boundary_distances[:] = 100
+    assert propose(raw, SMALL).spans.tolist() == [[[0, 1]] * 6]
+
+
+def test_a_location_exactly_at_the_threshold_does_not_count() -> None:
+    raw = heads()
+    raw.matching_logits[0, 2:4] = 0, 1e-3
+    half = dataclasses.replace(SMALL, score_threshold=0.5)
+    assert (propose(raw, half).scores[0] > 0).tolist() == [False, False, False, True, False, False]
+
+
+def test_the_threshold_is_on_the_matching_probability_alone() -> None:
+    raw = heads()
+    raw.matching_logits[0, :2] = logit(0.06), logit(0.04)
+    raw.iou_logits[0, :2] = logit(0.01), logit(0.99)
+    scores = propose(raw, SMALL).scores[0]
+    assert scores[0] == pytest.approx(math.sqrt(0.06 * 0.01), rel=1e-5)
+    assert np.isneginf(scores[1:]).all()
+
+
+def test_a_query_without_likely_locations_gets_the_whole_video_alone() -> None:
+    raw = heads(rows=2)
+    raw.matching_logits[1, 3] = 3
+    picks = decode(raw, SMALL)
+    assert picks[0, 0].tolist() == [0, 1, 1]
+    assert np.isnan(picks[0, 1:]).all()
+    assert picks[1, 0].tolist() != [0, 1, 1]
+    assert np.isnan(picks[1, 1:]).all()
+
+
+def test_each_level_keeps_its_best_when_they_are_limited() -> None:
+    raw = heads(logit=2)
+    raw.iou_logits[0] = 1, 4, 3, 2, 0, 1
+    limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
+    assert np.isfinite(propose(raw, limited).scores[0]).tolist() == [False, True, True, False, True, True]
+    one = dataclasses.replace(SMALL, pre_nms_top_n=1)
+    assert np.isfinite(propose(raw, one).scores[0]).tolist() == [False, True, False, False, False, True]
+    assert np.isfinite(propose(raw, SMALL).scores).all()
+
+
+def test_a_limit_counts_only_locations_above_the_threshold() -> None:
+    raw = heads()
+    raw.matching_logits[0, :2] = 1, 2
+    # Unlikely locations have the better IoU score, and must not push the likely ones out.
+    raw.matching_logits[0, 2:4] = -4
+    raw.iou_logits[0, 2:4] = 9
+    limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
+    assert np.isfinite(propose(raw, limited).scores[0]).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("logit", [-20, 3])
+def test_heads_are_not_changed(logit: float) -> None:
+    raw = heads(rows=2, logit=logit)
+    before = [value.copy() for value in vars(raw).values()]
+    decode(raw, SMALL)
+    for value, copy in zip(vars(raw).values(), before, strict=True):
+        np.testing.assert_array_equal(value, copy)
+
+
+# Soft-NMS by hand
+
+
+def one(*rows: tuple[float, float, float]) -> Proposals:
+    array = np.array([rows], np.float32)
+    return Proposals(array[..., :2], array[..., 2])
+
+
+def picked(picks: np.ndarray) -> list[list[float]]:
+    """The picks of one row without the padding."""
+    assert (np.isnan(picks).all(-1) == np.isnan(picks[..., 0])).all()
+    return picks[0][~np.isnan(picks[0, :, 0])].tolist()
+
+
+def test_soft_nms_decays_by_the_squared_overlap_by_hand() -> None:
+    # IoU 0.8 with a pick of duration 0.5: above 0.5 + 0.4 * 0.5 = 0.7, so the factor is exp(-0.64 / 0.4).
+    picks = picked(soft_nms(one((0, 0.5, 0.9), (0, 0.4, 0.8), (0.6, 0.7, 0.3))))
+    assert [row[2] for row in picks] == pytest.approx([0.9, 0.3, 0.8 * math.exp(-1.6)], abs=1e-6)
+
+
+def test_long_picks_suppress_less_by_hand() -> None:
+    # IoU 0.8 with a pick of duration 1: below 0.5 + 0.4 = 0.9.
+    picks = picked(soft_nms(one((0, 1, 0.9), (0, 0.8, 0.8))))
+    assert [row[2] for row in picks] == pytest.approx([0.9, 0.8])
+
+
+def test_an_overlap_exactly_at_the_threshold_does_not_decay() -> None:
+    # A pick of duration 0.625 asks for more than 0.5 + 0.4 * 0.625 = 0.75, and 0.46875 / 0.625 is 0.75 in float32.
+    assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.46875, 0.8))))[1][2] == np.float32(0.8)
+    assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.47, 0.8))))[1][2] < 0.3
+
+
+def test_decays_accumulate() -> None:
+    wide, near = (0.5, 0.7), (0.505, 0.7)
+    picks = picked(soft_nms(one((*wide, 0.9), (*wide, 0.89), (*near, 0.88))))
+    overlap = (0.7 - 0.505) / (0.7 - 0.5)
+    factor = math.exp(-(overlap**2) / 0.4)
+    assert picks[1] == pytest.approx([*near, 0.88 * factor], rel=1e-4)
+    assert picks[2] == pytest.approx([*wide, 0.89 * math.exp(-2.5) * factor], rel=1e-4)
+
+
+def test_the_published_loop_returns_six() -> None:
+    spans = [(index / 10, index / 10 + 0.05, 0.9 - index / 100) for index in range(10)]
+    assert len(picked(suppress(one(*spans), Decoding()))) == 6
+    assert len(picked(soft_nms(one(*spans), 8))) == 8
+    assert len(picked(soft_nms(one(*spans), 40))) == 10
+
+
+def test_a_score_of_zero_is_a_proposal_and_an_absent_one_is_not() -> None:
+    assert len(picked(soft_nms(one((0, 0.5, 0), (0.6, 0.7, -math.inf))))) == 1
+    assert len(picked(hard_nms(one((0, 0.5, 0), (0.6, 0.7, -math.inf)), 6, 0.45))) == 1
+
+
+# Hard NMS by hand
+
+
+def test_hard_nms_drops_what_overlaps_by_more_than_the_threshold_by_hand() -> None:
+    # IoU with (0, 0.5): 0.8 and 0.4.
+    rows = ((0, 0.5, 0.9), (0, 0.4, 0.8), (0, 0.2, 0.7))
+    assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.45))] == pytest.approx([0.9, 0.7])
+    assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.3))] == pytest.approx([0.9])
+    assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.85))] == pytest.approx([0.9, 0.8, 0.7])
+
+
+def test_an_overlap_exactly_at_the_hard_threshold_stays() -> None:
+    assert len(picked(hard_nms(one((0, 1, 0.9), (0, 0.5, 0.8)), 6, 0.5))) == 2
+    assert len(picked(hard_nms(one((0, 1, 0.9), (0, 0.515625, 0.8)), 6, 0.5))) == 1
+
+
+def test_empty_proposals_are_not_dropped_and_do_not_repeat() -> None:
+    assert len(picked(hard_nms(one((0.4, 0.4, 0.9), (0.4, 0.4, 0.8)), 6, 0.45))) == 2
+
+
+def test_of_equal_scores_soft_nms_takes_the_first_and_hard_nms_the_last() -> None:
+    rows = one((0, 0.1, 0.5), (0.5, 0.6, 0.5))
+    assert picked(soft_nms(rows))[0][0] == 0
+    assert picked(hard_nms(rows, 6, 0.45))[0][0] == 0.5
+
+
+def test_the_authors_protocol_suppresses_at_a_little_below_the_metrics_threshold() -> None:
+    # IoU 0.48.
+    rows = one((0, 0.5, 0.9), (0, 0.24, 0.8))
+    drn = Decoding(protocol="drn")
+    assert len(picked(suppress(rows, drn))) == 1
+    assert len(picked(suppress(rows, drn, iou_threshold=0.5))) == 1
+    assert len(picked(suppress(rows, drn, iou_threshold=0.7))) == 2
+    assert len(picked(suppress(rows, Decoding(), iou_threshold=0.3))) == 2
+
+
+# Laws of both suppressions
+
+
+@both
+@given(proposal_batches())
+def test_the_first_pick_is_the_best_proposal(name: str, proposals: Proposals) -> None:
+    picks = SUPPRESSIONS[name](proposals)
+    best = proposals.scores.max(axis=1)
+    present = best > -np.inf
+    np.testing.assert_array_equal(picks[present, 0, 2], best[present])
+    assert np.isnan(picks[~present]).all()
+
+
+@both
+@given(proposal_batches())
+def test_picks_are_a_subset_of_the_proposals(name: str, proposals: Proposals) -> None:
+    found = SUPPRESSIONS[name](proposals, 20)
+    for picks, spans, scores in zip(found, proposals.spans, proposals.scores, strict=True):
+        left = [tuple(span) for span in spans[scores > -np.inf].tolist()]
+        for start, end, _ in picks[~np.isnan(picks[:, 0])].tolist():
+            left.remove((start, end))
+        # Soft-NMS keeps them all in the end.
+        assert not left or name == "hard"
+
+
+@both
+@given(proposal_batches())
+def test_scores_never_rise(name: str, proposals: Proposals) -> None:
+    scores = SUPPRESSIONS[name](proposals, 20)[..., 2]
+    for row in scores:
+        found = row[~np.isnan(row)]
+        assert np.isnan(row[len(found) :]).all()
+        assert (np.diff(found) <= 0).all()
+        assert (found >= 0).all()
+
+
+@both
+@given(proposal_batches(most_rows=6), st.randoms(use_true_random=False))
+def test_the_order_of_a_batch_never_matters(name: str, proposals: Proposals, random: object) -> None:
+    order = np.arange(len(proposals.scores))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    shuffled = Proposals(proposals.spans[order], proposals.scores[order])
+    np.testing.assert_array_equal(SUPPRESSIONS[name](shuffled), SUPPRESSIONS[name](proposals)[order])
+
+
+@both
+@given(proposal_batches())
+def test_a_row_of_a_batch_is_answered_as_if_alone(name: str, proposals: Proposals) -> None:
+    whole = SUPPRESSIONS[name](proposals)
+    for row in range(len(whole)):
+        alone = Proposals(proposals.spans[[row]], proposals.scores[[row]])
+        np.testing.assert_array_equal(SUPPRESSIONS[name](alone)[0], whole[row])
+
+
+@both
+@given(proposal_batches(), st.integers(1, 5), st.booleans())
+def test_absent_proposals_change_nothing(name: str, proposals: Proposals, more: int, before: bool) -> None:
+    rows = len(proposals.scores)
+    absent = np.full((rows, more), -np.inf, np.float32)
+    anything = np.tile(np.float32([0, 1]), (rows, more, 1))
+    parts = [(anything, absent), (proposals.spans, proposals.scores)]
+    parts = parts if before else parts[::-1]
+    padded = Proposals(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+    np.testing.assert_array_equal(SUPPRESSIONS[name](padded), SUPPRESSIONS[name](proposals))
+
+
+@both
+@given(proposal_batches(), st.integers(1, 8))
+def test_asking_for_fewer_gives_the_first_of_more(name: str, proposals: Proposals, count: int) -> None:
+    np.testing.assert_array_equal(SUPPRESSIONS[name](proposals, count), SUPPRESSIONS[name](proposals, 20)[:, :count])
+
+
+@both
+@given(proposal_batches())
+def test_proposals_are_not_changed(name: str, proposals: Proposals) -> None:
+    before = proposals.spans.copy(), proposals.scores.copy()
+    SUPPRESSIONS[name](proposals)
+    np.testing.assert_array_equal(proposals.spans, before[0])
+    np.testing.assert_array_equal(proposals.scores, before[1])
+
+
+@st.composite
+def separate_proposals(draw: st.DrawFn) -> list[list[float]]:
+    """Proper spans with distinct scores, on a grid."""
+    places = draw(st.integers(1, 10))
+    ticks = st.integers(0, 40)
+    spans = draw(st.lists(st.tuples(ticks, ticks).filter(lambda x: x[0] < x[1]), min_size=places, max_size=places))
+    scores = draw(st.permutations(range(1, places + 1)))
+    return [[start / 40, end / 40, score / (places + 1)] for (start, end), score in zip(spans, scores, strict=True)]
+
+
+def naive_iou(a: list[float], b: list[float]) -> float:
+    inter = max(min(a[1], b[1]) - max(a[0], b[0]), 0.0)
+    return inter / ((a[1] - a[0]) - inter + (b[1] - b[0]))
+
+
+@settings(max_examples=100)
+@given(separate_proposals())
+def test_soft_nms_equals_the_published_loop_written_plainly(rows: list[list[float]]) -> None:
+    left = sorted((list(row) for row in rows), key=lambda row: -row[2])
+    expected = []
+    while left and len(expected) <= 5:
+        best = max(left, key=lambda row: row[2])
+        assume(all(row is best or best[2] - row[2] > 1e-5 for row in left))
+        left.remove(best)
+        expected.append(best)
+        for row in left:
+            overlap, threshold = naive_iou(best, row), 0.5 + 0.4 * (best[1] - best[0])
+            assume(abs(overlap - threshold) > 1e-5)
+            if overlap > threshold:
+                row[2] *= math.exp(-(overlap**2) / 0.4)
+    np.testing.assert_allclose(picked(soft_nms(one(*map(tuple, rows)))), expected, atol=1e-6)
+
+
+@settings(max_examples=100)
+@given(separate_proposals(), st.sampled_from([0.25, 0.45, 0.65]))
+def test_hard_nms_equals_the_plain_loop(rows: list[list[float]], threshold: float) -> None:
+    expected: list[list[float]] = []
+    for row in sorted(rows, key=lambda row: -row[2]):
+        overlaps = [naive_iou(pick, row) for pick in expected]
+        assume(all(abs(overlap - threshold) > 1e-5 for overlap in overlaps))
+        if all(overlap <= threshold for overlap in overlaps):
+            expected.append(row)
+    np.testing.assert_allclose(picked(hard_nms(one(*map(tuple, rows)), 6, threshold)), expected[:6], atol=1e-6)
+
+
+# The whole of it
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000), st.integers(1, 6), st.sampled_from(["mmaction2", "drn"]))
+def test_decoding_a_batch_equals_decoding_each_query(seed: int, rows: int, protocol: str) -> None:
+    random = np.random.default_rng(seed)
+    decoding = Decoding(protocol=protocol)  # type: ignore[arg-type]
+    raw = Heads(
+        random.normal(-2, 2, (rows, 56)).astype(np.float32),
+        random.gamma(2, 2, (rows, 56, 2)).astype(np.float32),
+        random.normal(0, 2, (rows, 56)).astype(np.float32),
+    )
+    raw.matching_logits[random.random(rows) < 0.3] = -9
+    whole = decode(raw, decoding)
+    assert whole.shape == (rows, 6, 3)
+    assert whole.dtype == np.float32
+    for row in range(rows):
+        alone = Heads(*(value[[row]] for value in vars(raw).values()))
+        np.testing.assert_array_equal(decode(alone, decoding)[0], whole[row])
+
+
+def test_a_decoding_survives_its_dictionary() -> None:
+    decoding = Decoding(64, (1, 2, 4, 8), 0.1, 16, False, "drn")
+    assert Decoding.from_dict(decoding.to_dict()) == decoding
+    assert decoding.to_dict()["strides"] == [1, 2, 4, 8]
+
+
+def test_segments_that_strides_do_not_divide_are_refused() -> None:
+    with pytest.raises(ModelFileError, match="30 segments"):
+        Decoding(num_segments=30)
+
+
+def test_another_protocol_is_refused_by_name() -> None:
+    with pytest.raises(ModelFileError, match="'soft'"):
+        Decoding(protocol="soft")  # type: ignore[arg-type]
+
+
+# Goldens
+
+
+def recorded_heads(reference: np.lib.npyio.NpzFile, batch: str) -> Heads:
+    """The heads of a golden batch, rows in its own length-sorted order."""
+
+    def levels(name: str) -> np.ndarray:
+        return np.concatenate([reference[f"{batch}_{name}_{level}"] for level in range(3)], axis=2)
+
+    return Heads(levels("cls")[:, 0], np.ascontiguousarray(levels("box").transpose(0, 2, 1)), levels("iou")[:, 0])
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+@pytest.mark.parametrize(("tag", "use_iou_scores"), [("", True), ("1", False)])
+def test_proposals_are_those_of_the_published_code(golden: Path, batch: str, tag: str, use_iou_scores: bool) -> None:
+    reference = np.load(golden / "small_seed0.npz")
+    proposals = propose(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
+    rows, places = np.nonzero(proposals.scores > -np.inf)
+    np.testing.assert_array_equal(rows, reference[f"{batch}_det{tag}_sample"])
+    np.testing.assert_array_equal(locations(32, (1, 2, 4))[places] / 32, reference[f"{batch}_det{tag}_location"])
+    np.testing.assert_array_equal(proposals.spans[rows, places], reference[f"{batch}_det{tag}_segment"])
+    scores = proposals.scores[rows, places]
+    np.testing.assert_allclose(scores, reference[f"{batch}_det{tag}_score"], rtol=0, atol=DETECTIONS)
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+@pytest.mark.parametrize(("tag", "use_iou_scores"), [("", True), ("1", False)])
+def test_moments_are_those_of_the_published_code_for_every_query_of_a_batch(
+    golden: Path, batch: str, tag: str, use_iou_scores: bool
+) -> None:
+    reference = np.load(golden / "small_seed0.npz")
+    picks = decode(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
+    for row, sample in enumerate(reference[f"{batch}_sort_index"]):
+        expected = reference[f"{batch}_predict{tag}_{sample}"]
+        np.testing.assert_allclose(picks[row, : len(expected)], expected, rtol=0, atol=DETECTIONS)
+        assert np.isnan(picks[row, len(expected) :]).all()
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+def test_the_longest_query_of_a_batch_is_answered_as_published(golden: Path, batch: str) -> None:
+    reference = np.load(golden / "small_seed0.npz")
+    picks = decode(recorded_heads(reference, batch), Decoding())
+    np.testing.assert_allclose(picks[0], reference[f"{batch}_batch_predict"], rtol=0, atol=DETECTIONS)
+
+
+def test_the_fall_back_is_that_of_the_published_code(golden: Path) -> None:
+    reference = np.load(golden / "small_seed0.npz")
+    picks = decode(heads(decoding=Decoding()), Decoding())
+    np.testing.assert_array_equal(picked(picks), reference["none_predict"])
+
+
+def test_soft_nms_is_that_of_the_published_code_on_40_lists(golden: Path) -> None:
+    reference = np.load(golden / "metric.npz")
+    for index in range(40):
+        rows = reference[f"snms_in_{index}"]
+        picks = picked(soft_nms(Proposals(rows[None, :, :2], rows[None, :, 2])))
+        np.testing.assert_allclose(picks, reference[f"snms_out_{index}"], rtol=0, atol=DETECTIONS)

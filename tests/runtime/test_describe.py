@@ -1,0 +1,38 @@
+"""`runtime.describe`: what a model file is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runtime.describe import describe
+from runtime.manifest import Manifest
+
+
+def test_a_model_is_described_in_words(tiny_model: Path, run_command: Callable[..., Any]) -> None:
+    outcome = run_command(describe, tiny_model)
+    assert outcome.code == 0
+    rows = dict(line.split("  ", 1) for line in outcome.out.splitlines())
+    rows = {label.strip(): text.strip() for label, text in rows.items()}
+    assert rows["file"].startswith("tiny.onnx, ")
+    assert rows["network"] == "DRN after training stage 3, fp32"
+    assert "features of width 16, 16 frames a clip, one every 8" in rows["takes"]
+    assert rows["segments"] == "32, pooled as in mmaction2; 56 locations"
+    assert rows["queries"] == "1 to 13 tokens of 21 words; unknown words: skip"
+    assert "soft-NMS" in rows["decoding"]
+    assert rows["source drn.pt"] == "0" * 64
+
+
+def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, run_command: Callable[..., Any]) -> None:
+    outcome = run_command(describe, tiny_model, "--json")
+    assert outcome.code == 0
+    assert Manifest.from_json(outcome.out) == tiny_manifest
+    assert json.loads(outcome.out)["vocabulary"]["words"]["dog"] == 8
+
+
+def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "text.onnx").write_text("a text")
+    assert "text.onnx is not an ONNX model" in refused(describe, tmp_path / "text.onnx")
+    assert "gone.onnx does not exist" in refused(describe, tmp_path / "gone.onnx")

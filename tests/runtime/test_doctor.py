@@ -1,0 +1,122 @@
+"""`runtime.doctor`: what runs here, and what to do where something does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from runtime import doctor as module
+from runtime.doctor import doctor
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The distributions that doctor sees, empty at first; torch is not started, and there is no nvidia-smi."""
+    versions: dict[str, str] = {}
+    monkeypatch.setattr(module, "_version", versions.get)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    answer = subprocess.CompletedProcess([], 0, "False None\n", "")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
+    return versions
+
+
+def findings() -> dict[str, module.Finding]:
+    return {finding.subject: finding for finding in doctor()}
+
+
+def test_what_is_missing_is_named_with_the_line_to_type(
+    installed: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = findings()
+    remedies = {
+        "run .onnx models": "pip install 'drn-deploy[cpu]'",
+        "train, run .pt models": "pip install 'drn-deploy[train]'",
+        "export to ONNX": "pip install 'drn-deploy[export]'",
+        "TensorRT": "pip install tensorrt",
+        "TensorRT-RTX": "pip install 'drn-deploy[rtx]'",
+        "plots": "pip install 'drn-deploy[plot]'",
+    }
+    for subject, remedy in remedies.items():
+        assert not found[subject].works
+        assert found[subject].remedy.startswith(remedy)
+    assert not found["NVIDIA GPU"].works
+    assert found["this machine"].works
+    out = capsys.readouterr().out
+    assert all(remedy in out for remedy in remedies.values())
+    assert [line[:3] for line in out.splitlines() if "->" not in line].count("no ") == len(remedies) + 1
+
+
+def test_what_is_installed_works(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed.update(
+        {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
+    )
+    installed["tensorrt-rtx-cu13"] = "1.7"
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    pytest.importorskip("onnxruntime")
+    found = findings()
+    assert all(found[subject].works for subject in found if subject != "NVIDIA GPU")
+    assert found["train, run .pt models"].seen == "torch 2.13.0, CPU only"
+    assert "CPU" in found["run .onnx models"].seen
+
+
+def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) -> None:
+    installed.update({"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    finding = findings()["run .onnx models"]
+    assert not finding.works
+    assert "overwrite each other" in finding.seen
+    assert finding.remedy.startswith("pip uninstall")
+
+
+def test_a_torch_that_does_not_start_shows_its_last_line(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed["torch"] = "2.13.0"
+    answer = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: libcudart.so\n")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
+    finding = findings()["train, run .pt models"]
+    assert not finding.works
+    assert finding.seen.endswith("ImportError: libcudart.so")
+
+
+@pytest.mark.parametrize(
+    ("code", "out", "err", "works", "seen"),
+    [
+        (0, "NVIDIA H100, 550.1, 81559 MiB, 9.0\nNVIDIA T4, 550.1, 15360 MiB, 7.5\n", "", True, "H100"),
+        (9, "", "NVIDIA-SMI has failed\n", False, "NVIDIA-SMI has failed"),
+        (9, "", "", False, "no output"),
+    ],
+)
+def test_what_nvidia_smi_says_is_shown(
+    installed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    out: str,
+    err: str,
+    works: bool,
+    seen: str,
+) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    answer = subprocess.CompletedProcess([], code, out, err)
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
+    found = [finding for finding in doctor() if finding.subject == "NVIDIA GPU"]
+    assert len(found) == (2 if works else 1)
+    assert found[0].works is works
+    assert seen in found[0].seen
+
+
+def test_a_tool_that_hangs_is_given_up(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(module.subprocess, "run", hang)
+    assert "does not answer" in findings()["NVIDIA GPU"].seen
+
+
+def test_the_command_ends_well_whatever_is_missing(installed: dict[str, str], run_command: Callable[..., Any]) -> None:
+    assert run_command(doctor).code == 0

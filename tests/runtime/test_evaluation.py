@@ -1,0 +1,269 @@
+"""`runtime.evaluation` and `runtime.evaluate`: every question of a split, and the score of the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.evaluate import evaluate as evaluate_command
+from runtime.evaluation import evaluate, predictions
+from runtime.metrics import METRICS
+
+FEATURES = "C3D_unit16_overlap0.5_merged"
+# Video, duration, word, where it happens in 32nds, and the sentence asked.
+PLANTED = [
+    ("BBBBB", 32.0, 2, (8, 15), "person dog"),
+    ("AAAAA", 64.0, 3, (0, 3), "person opens the door"),
+    ("CCCCC", 16.0, 1, (20, 31), "cat"),
+]
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> DataSet:
+    """Three videos asked for what happens in them, in test; one of the answers cannot be found."""
+    (tmp_path / FEATURES).mkdir()
+    lines = []
+    for name, duration, channel, (first, last), sentence in PLANTED:
+        features = np.zeros((256, 8), np.float32)
+        features[8 * first + 1 : 8 * last + 8, channel] = 1
+        np.save(tmp_path / FEATURES / f"{name}.npy", features)
+        lines.append(f"{name} {first / 32 * duration} {(last + 1) / 32 * duration}##{sentence}.\n")
+    # Cats are not in this video: the planted model answers with its second half, which overlaps by a third.
+    lines.append("BBBBB 8.0 24.0##person cat.\n")
+    (tmp_path / "Charades_sta_test.txt").write_text("".join(lines))
+    (tmp_path / "Charades_sta_train.txt").write_text("AAAAA 0 8##cat.\nBBBBB 0 4##cat.\n")
+    tables = {
+        "Charades_duration.json": {name: duration for name, duration, *_ in PLANTED},
+        "Charades_frames_info.json": {name: 2049 for name, *_ in PLANTED},
+        "Charades_word2id.json": {"cat": 1, "dog": 2, "door": 3},
+    }
+    for name, table in tables.items():
+        (tmp_path / name).write_text(json.dumps(table))
+    return DataSet(tmp_path)
+
+
+@pytest.fixture
+def grounder(planted_backend: Any) -> Grounder:
+    return Grounder(planted_backend())
+
+
+@pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
+def test_the_report_by_hand(grounder: Grounder, data_set: DataSet, protocol: Any) -> None:
+    annotations = data_set.annotations("test")
+    evaluation = evaluate(grounder, data_set, annotations, protocol=protocol)
+    values = evaluation.report.to_dict()
+    # Three planted moments are found exactly; (0.25, 0.75) against the second half is 1/3.
+    assert values["R@1 IoU=0.5"] == values["R@1 IoU=0.7"] == values["R@5 IoU=0.5"] == 0.75
+    assert values["R@1 IoU=0.3"] == 1
+    assert values["mIoU"] == pytest.approx((3 + 1 / 3) / 4)
+    assert (values["queries"], values["protocol"]) == (4, protocol)
+    np.testing.assert_array_equal(evaluation.truth, data_set.spans(annotations))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_picks_stand_in_the_order_of_the_annotations_whatever_the_batch(
+    grounder: Grounder, data_set: DataSet, batch_size: int
+) -> None:
+    seen: list[int] = []
+    annotations = data_set.annotations("test")
+    evaluation = evaluate(grounder, data_set, annotations, batch_size=batch_size, on_progress=seen.append)
+    assert evaluation.picks[0.5][:, 0, :2].tolist() == [[0.25, 0.5], [0, 0.125], [0.625, 1], [0.5, 1]]
+    assert sum(seen) == 4
+    assert max(seen) <= batch_size
+
+
+def test_small_chunks_change_nothing(grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations = data_set.annotations("test")
+    whole = evaluate(grounder, data_set, annotations)
+    monkeypatch.setattr("runtime.evaluation.CHUNK", 2)
+    chunked = evaluate(grounder, data_set, annotations)
+    np.testing.assert_array_equal(chunked.picks[0.5], whole.picks[0.5])
+    assert chunked.report == whole.report
+
+
+def test_each_video_is_read_once(grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = DataSet.video
+    monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
+    evaluate(grounder, data_set, data_set.annotations("test"))
+    assert sorted(read) == ["AAAAA", "BBBBB", "CCCCC"]
+
+
+def test_segments_of_the_caller_are_used(grounder: Grounder, data_set: DataSet) -> None:
+    dog = grounder.segments(data_set.video("BBBBB"))
+    evaluation = evaluate(grounder, data_set, data_set.annotations("test"), segments_of=lambda name: dog)
+    # Only the dog is in it now.
+    assert evaluation.picks[0.5][:, 0, 0].tolist() == [0.25, 0.5, 0.5, 0.5]
+
+
+def test_the_protocol_is_the_models_own_unless_named(planted_backend: Any, data_set: DataSet) -> None:
+    annotations = data_set.annotations("test")
+    authors = Grounder(planted_backend(Decoding(protocol="drn")))
+    assert evaluate(authors, data_set, annotations).report.protocol == "drn"
+    assert evaluate(authors, data_set, annotations, protocol="mmaction2").report.protocol == "mmaction2"
+
+
+def test_the_authors_suppress_anew_for_each_threshold(planted_backend: Any, data_set: DataSet) -> None:
+    backend = planted_backend()
+
+    class Doubled:
+        """Proposes (0.5, 1) and, less surely, (0.5, 0.78), whose overlap is 0.56."""
+
+        manifest = backend.manifest
+
+        def run(self, batch: Any) -> Any:
+            heads = backend.run(batch)
+            heads.matching_logits[:] = -9
+            heads.matching_logits[:, 18:20] = 3, 1
+            heads.boundary_distances[:, 18] = 2.5, 13.5
+            heads.boundary_distances[:, 19] = 3.5, 5.5
+            return heads
+
+    annotations = data_set.annotations("test")
+    authors = evaluate(Grounder(Doubled()), data_set, annotations, protocol="drn").picks
+    counts = {threshold: int((~np.isnan(rows[0, :, 0])).sum()) for threshold, rows in authors.items()}
+    assert counts == {0.3: 1, 0.5: 1, 0.7: 2}
+    published = evaluate(Grounder(Doubled()), data_set, annotations, protocol="mmaction2").picks
+    np.testing.assert_array_equal(published[0.3], published[0.7])
+    assert {int((~np.isnan(rows[0, :, 0])).sum()) for rows in published.values()} == {2}
+
+
+def test_predictions_are_in_the_qvhighlights_form_in_seconds(grounder: Grounder, data_set: DataSet) -> None:
+    annotations = data_set.annotations("test")
+    rows = list(predictions(evaluate(grounder, data_set, annotations), annotations, data_set))
+    assert [set(row) for row in rows] == [{"qid", "query", "vid", "pred_relevant_windows"}] * 4
+    assert [row["qid"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["query"] == "person dog."
+    assert rows[0]["vid"] == "BBBBB"
+    (start, end, score), (second, *_) = rows[0]["pred_relevant_windows"]
+    assert (start, end, second) == (8, 16, 16)
+    assert 0 < score < 1
+    json.dumps(rows, allow_nan=False)
+
+
+def test_at_most_top_k_windows_are_predicted(grounder: Grounder, data_set: DataSet) -> None:
+    annotations = data_set.annotations("test")
+    evaluation = evaluate(grounder, data_set, annotations)
+    for row in predictions(evaluation, annotations, data_set, top_k=1):
+        assert len(row["pred_relevant_windows"]) == 1
+
+
+def test_a_sentence_the_model_cannot_take_stops_before_any_video_is_read(
+    grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.errors import QueryError
+
+    annotations = data_set.annotations("test")
+    bad = [*annotations, dataclasses.replace(annotations[0], sentence="dog " * 9)]
+    monkeypatch.setattr(DataSet, "video", lambda *_: pytest.fail("a video was read"))
+    with pytest.raises(QueryError, match="9 tokens"):
+        evaluate(grounder, data_set, bad)
+
+
+# The command
+
+
+@pytest.fixture
+def scored(tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]) -> Any:
+    return run_command(
+        evaluate_command,
+        *("--model", tiny_model, "--data", mini),
+        *("--output", tmp_path / "report.json", "--predictions", tmp_path / "p.jsonl"),
+    )
+
+
+def test_the_command_prints_the_model_beside_the_prior_and_writes_both(scored: Any, tmp_path: Path) -> None:
+    assert scored.code == 0
+    head, model, prior, line = scored.out.splitlines()
+    assert head.split()[:4] == ["R@1", "IoU=0.5", "R@1", "IoU=0.7"]
+    assert model.startswith("tiny.onnx ")
+    assert prior.startswith("prior (constant moments) ")
+    assert line == "5 queries of test, protocol mmaction2, percent."
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(METRICS) < set(report)
+    assert set(report["prior"]) == {*METRICS, "queries", "protocol"}
+    assert (report["queries"], report["protocol"], report["simulated_features"]) == (5, "mmaction2", False)
+    assert f"{100 * report['mIoU']:.2f}" in model
+    assert f"{100 * report['prior']['mIoU']:.2f}" in prior
+    rows = [json.loads(row) for row in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["vid"] for row in rows] == ["AAAA1", "AAAA1", "BBBB2", "CCCC3", "DDDD4"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command_answers_the_same_whatever_the_batch(
+    tiny_model: Path, mini: Path, run_command: Callable[..., Any]
+) -> None:
+    arguments = ("--model", tiny_model, "--data", mini)
+    whole = run_command(evaluate_command, *arguments)
+    assert run_command(evaluate_command, *arguments, "--batch-size", 1).out == whole.out
+    assert run_command(evaluate_command, *arguments, "--batch-size", 2).out == whole.out
+
+
+def test_the_command_says_that_features_are_simulated(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    (mini / "simulated.json").write_text("{}")
+    outcome = run_command(
+        evaluate_command, "--model", tiny_model, "--data", mini, "--output", tmp_path / "r.json", "--limit", 2
+    )
+    assert "Features are simulated: not comparable with published numbers." in outcome.out
+    assert "2 queries of test" in outcome.out
+    assert json.loads((tmp_path / "r.json").read_text())["simulated_features"] is True
+
+
+def test_ablations_take_the_video_away(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    windows = {}
+    for ablation in ("none", "blind", "shuffled"):
+        arguments = ("--model", tiny_model, "--data", mini, "--ablation", ablation)
+        path = tmp_path / f"{ablation}.jsonl"
+        assert run_command(evaluate_command, *arguments, "--predictions", path).code == 0
+        rows = [json.loads(row) for row in path.read_text().splitlines()]
+        duration = DataSet(mini).durations
+        windows[ablation] = [
+            [value / duration[row["vid"]] for value in row["pred_relevant_windows"][0][:2]] for row in rows
+        ]
+    # Without features a question alone decides, and this model does not move the borders by the question.
+    assert np.ptp(np.diff(windows["blind"], axis=1)) < 0.2
+    for index in range(5):
+        assert windows["shuffled"][index] != windows["none"][index]
+
+
+def test_broken_lines_of_the_split_are_refused_by_number(
+    tiny_model: Path, golden: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    said = refused(evaluate_command, "--model", tiny_model, "--data", golden / "mini", "--output", tmp_path / "r.json")
+    assert "Charades_sta_test.txt, line 6: the moment ends at 12 s, not after its start at 24 s" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_sentence(tiny_model: Path, mini: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    arguments = ("--model", tiny_model, "--data", mini)
+    assert "gone.onnx does not exist" in refused(evaluate_command, "--model", "gone.onnx", "--data", mini)
+    assert "does not exist" in refused(evaluate_command, "--model", tiny_model, "--data", tmp_path / "gone")
+    assert "no split 'val'" in refused(evaluate_command, *arguments, "--split", "val")
+    for option, number in (("--limit", 0), ("--limit", -2), ("--batch-size", 0)):
+        assert option in refused(evaluate_command, *arguments, option, number)
+
+
+def test_an_unwritable_report_is_refused(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    for option in ("--output", "--predictions"):
+        place = tmp_path / "file" / "r.json"
+        outcome = run_command(evaluate_command, "--model", tiny_model, "--data", mini, option, place)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: ")
+        assert "r.json cannot be written" in outcome.err
+    assert (tmp_path / "file").read_text() == "a file"

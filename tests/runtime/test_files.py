@@ -1,0 +1,157 @@
+"""`runtime.files`: whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from runtime.errors import AnnotationError, ModelFileError, OutputError
+from runtime.files import read_json, replace_when_whole, sha256, write_json, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def test_the_file_takes_its_place_only_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with replace_when_whole(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".json"
+    assert content(tmp_path) == {"report.json": "new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_after_any_interruption_all_is_as_before(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def interrupted() -> NoReturn:
+        with replace_when_whole(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert content(tmp_path) == {"report.json": "old"}
+
+
+def test_directories_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "report.txt", "text")
+    assert content(tmp_path / "a" / "b") == {"report.txt": "text"}
+
+
+def test_a_written_file_can_be_read_by_others_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "report.txt", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "report.txt").stat().st_mode) == 0o640
+
+
+def failing(number: int) -> Any:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["os.replace", "pathlib.Path.write_text", "tempfile.mkstemp"])
+def test_a_full_disk_is_said_so_and_leaves_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.json").write_text("old")
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failing(errno.ENOSPC))
+        with pytest.raises(OutputError, match=r"No space is left on the disk for .*report\.json"):
+            write_json(tmp_path / "report.json", {"a": 1})
+    assert content(tmp_path) == {"report.json": "old"}
+
+
+def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    # The limit on file sizes stands for the disk's end; both stop a write half-way.
+    code = f"from runtime.files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert "OutputError" in result.stderr
+    assert "big.txt cannot be written: File too large" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_failures_are_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", failing(errno.EROFS))
+    with pytest.raises(OutputError, match=r"report\.json cannot be written: Read-only file system"):
+        write_text(tmp_path / "report.json", "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_a_directory_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(OutputError, match=r"report\.json cannot be written"):
+        write_text(tmp_path / "runs" / "report.json", "text")
+    assert content(tmp_path) == {"runs": "a file"}
+
+
+def test_a_directory_where_the_file_should_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a directory"):
+        write_text(tmp_path, "text")
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(OutputError, match="Permission denied"):
+        write_text(tmp_path / "report.json", "text")
+
+
+def test_not_a_number_never_gets_into_a_json_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "report.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_survives_writing_and_reading(tmp_path: Path) -> None:
+    value = {"R@1 IoU=0.5": 0.25, "quote": "“person”", "list": [1, None]}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json", "a value") == value
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "should be a JSON file"), ("{", "should be a JSON file")])
+def test_a_file_that_is_no_json_is_named_with_its_purpose(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(AnnotationError, match=rf"table\.json \(video to seconds\) {said}"):
+        read_json(tmp_path / "table.json", "video to seconds")
+
+
+def test_a_missing_or_unreadable_json_file_is_named_in_the_class_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"gone\.json \(ranges\) does not exist"):
+        read_json(tmp_path / "gone.json", "ranges", ModelFileError)
+    with pytest.raises(ModelFileError, match=r"\(ranges\) cannot be read: Is a directory"):
+        read_json(tmp_path, "ranges", ModelFileError)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(AnnotationError, match=r"bytes\.json"):
+        read_json(tmp_path / "bytes.json", "ranges")
+
+
+def test_a_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 8192 + b"end"
+    (tmp_path / "plan").write_bytes(data)
+    assert sha256(tmp_path / "plan") == hashlib.sha256(data).hexdigest()

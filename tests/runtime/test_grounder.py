@@ -1,0 +1,173 @@
+"""`runtime.grounder`: sentences and videos in, moments in seconds out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import Grounder, Moment, Video
+from runtime.decoding import Decoding
+from runtime.errors import FeatureError, QueryError
+from runtime.grounder import in_seconds
+
+CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
+
+
+def video(duration: float, dim: int = 8, **moments: tuple[int, int]) -> Video:
+    """A video of 32 segments of one clip each, in which words happen in given segments, last included.
+
+    A clip every frame and windows of one frame would give segments that share a clip; 256 clips of which eight go
+    into a segment leave the borders free.
+    """
+    features = np.zeros((256, dim), np.float32)
+    for word, (first, last) in moments.items():
+        features[8 * first + 1 : 8 * last + 8, CHANNELS[word]] = 1
+    return Video(features, 8 * 256 + 1, duration, "-".join(moments) or "nothing")
+
+
+@pytest.fixture
+def grounder(planted_backend: Any) -> Grounder:
+    return Grounder(planted_backend())
+
+
+# One word happens in segments 8 to 15 of 32, that is from a quarter to a half of the video.
+QUARTER = video(60.0, dog=(8, 15))
+
+
+def test_a_planted_moment_is_found_in_seconds_by_hand(grounder: Grounder) -> None:
+    best, second = grounder.ground(QUARTER, "person dog")
+    assert (best.start, best.end) == (15.0, 30.0)
+    assert best.score == pytest.approx(0.982, abs=1e-3)
+    assert (second.start, second.end) == (30.0, 60.0)
+    assert second.score < best.score
+    assert isinstance(best, Moment)
+
+
+@given(st.floats(0.5, 5000))
+@settings(max_examples=20)
+def test_moments_scale_with_the_duration(planted_backend: Any, duration: float) -> None:
+    best = Grounder(planted_backend()).ground(video(duration, dog=(8, 15)), "dog")[0]
+    assert (best.start, best.end) == (0.25 * duration, 0.5 * duration)
+
+
+def test_at_most_top_k_moments_come_back_best_first(grounder: Grounder) -> None:
+    everything = grounder.ground(QUARTER, "dog", top_k=5)
+    assert len(everything) == 2
+    assert everything[0].score > everything[1].score
+    assert grounder.ground(QUARTER, "dog", top_k=1) == everything[:1]
+
+
+@pytest.mark.parametrize(("top_k", "found"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
+def test_top_k_may_pass_the_published_six(planted_backend: Any, top_k: int, found: int) -> None:
+    backend = planted_backend()
+
+    class Everywhere:
+        manifest = backend.manifest
+
+        def run(self, batch: Any) -> Any:
+            heads = backend.run(batch)
+            heads.matching_logits[:] = np.linspace(-1, 1, 56, dtype=np.float32)
+            return heads
+
+    moments = Grounder(Everywhere()).ground(QUARTER, "dog", top_k)
+    assert len(moments) == found
+
+
+def test_a_query_that_finds_nothing_likely_gets_the_whole_video(grounder: Grounder) -> None:
+    # Six words bring the second half below the threshold of the planted model.
+    strict = Grounder(type(grounder.backend)(Decoding(score_threshold=0.9)))
+    (whole,) = strict.ground(video(60.0), "person runs dog opens door cat")
+    assert whole == Moment(0.0, 60.0, 1.0)
+
+
+PAIRS = [
+    (QUARTER, "dog"),
+    (video(10.0, cat=(0, 3), door=(20, 31)), "person opens the door"),
+    (QUARTER, "person runs opens dog"),
+    (video(100.0, cat=(0, 3)), "cat"),
+    (video(10.0, cat=(0, 3), door=(20, 31)), "cat"),
+    (video(64.0, person=(31, 31)), "dog door person"),
+]
+
+
+def test_ragged_queries_and_mixed_videos_keep_their_order_by_hand(grounder: Grounder) -> None:
+    answers = grounder.ground_batch(PAIRS)
+    spans = [(moments[0].start, moments[0].end) for moments in answers]
+    assert spans == [(15, 30), (6.25, 10), (15, 30), (0, 12.5), (0, 1.25), (62, 64)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 6, 100])
+def test_the_batch_size_changes_nothing(planted_backend: Any, batch_size: int) -> None:
+    backend = planted_backend()
+    answers = Grounder(backend).ground_batch(PAIRS, batch_size=batch_size)
+    assert answers == [Grounder(backend).ground(*pair) for pair in PAIRS]
+    sizes = [len(batch) for batch in backend.batches[: -len(PAIRS)]]
+    assert sum(sizes) == len(PAIRS)
+    assert max(sizes) <= batch_size
+
+
+@given(st.permutations(range(len(PAIRS))), st.integers(1, 7))
+@settings(max_examples=25)
+def test_the_order_of_pairs_never_matters(planted_backend: Any, order: list[int], batch_size: int) -> None:
+    grounder = Grounder(planted_backend())
+    whole = grounder.ground_batch(PAIRS)
+    assert grounder.ground_batch([PAIRS[index] for index in order], batch_size=batch_size) == [
+        whole[index] for index in order
+    ]
+
+
+def test_queries_of_like_length_share_a_batch(planted_backend: Any) -> None:
+    backend = planted_backend()
+    Grounder(backend).ground_batch(PAIRS, batch_size=3)
+    # Three queries of one token need no padding.
+    assert [batch.query_tokens.shape for batch in backend.batches] == [(3, 1), (3, 4)]
+
+
+def test_no_pairs_give_no_answers(grounder: Grounder) -> None:
+    assert grounder.ground_batch([]) == []
+
+
+def test_features_of_another_width_are_refused_with_both_widths(grounder: Grounder) -> None:
+    with pytest.raises(FeatureError, match="dog are 9 wide and this model takes planted features of width 8"):
+        grounder.ground(video(10.0, dim=9, dog=(0, 3)), "dog")
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("", "holds no word"),
+        ("...", "holds no word"),
+        ("zorbs frimly", "knows none of the words"),
+        ("dog " * 7, "has 7 tokens and this model takes 1 to 6"),
+    ],
+)
+def test_a_query_that_cannot_be_asked_is_refused(grounder: Grounder, query: str, said: str) -> None:
+    with pytest.raises(QueryError, match=said):
+        grounder.ground(QUARTER, query)
+    assert not grounder.backend.batches  # type: ignore[attr-defined]
+
+
+def test_the_longest_query_that_fits_is_answered(grounder: Grounder) -> None:
+    assert grounder.ground(QUARTER, "dog " * 6)[0].start == 15
+
+
+def test_the_models_own_pooling_and_segments_are_used(planted_backend: Any) -> None:
+    import dataclasses
+
+    backend = planted_backend(Decoding(num_segments=64))
+    Grounder(backend).ground(QUARTER, "dog")
+    assert backend.batches[0].segment_features.shape == (1, 64, 8)
+    features = dataclasses.replace(backend.manifest.features, pooling="drn")
+    backend.manifest = dataclasses.replace(backend.manifest, features=features)
+    Grounder(backend).ground(QUARTER, "dog")
+    assert backend.batches[0].segment_spans[0, 0, 0] == 0
+    assert backend.batches[1].segment_spans[0, 0, 0] > 0
+
+
+def test_rows_after_the_last_pick_are_no_moments() -> None:
+    picks = np.array([[0.25, 0.5, 0.9], [np.nan] * 3], np.float32)
+    assert in_seconds(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]

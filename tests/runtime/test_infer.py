@@ -1,0 +1,279 @@
+"""`runtime.infer`: the command, from files to moments, and every input that it must refuse."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder
+from runtime.annotations import DataSet
+from runtime.infer import infer
+from runtime.manifest import METADATA_KEY, Manifest
+
+ROOT = Path(__file__).parents[2]
+FEATURES = "C3D_unit16_overlap0.5_merged"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A feature file that `tiny_model` takes."""
+    path = tmp_path / "hall.npy"
+    np.save(path, np.random.default_rng(0).random((30, 16)).astype(np.float32))
+    return path
+
+
+@pytest.fixture
+def of_clip(tiny_model: Path, clip: Path) -> tuple[Any, ...]:
+    return ("--model", tiny_model, "--features", clip, "--duration", 20)
+
+
+def test_json_on_stdout_is_what_the_grounder_answers(
+    of_clip: tuple[Any, ...], tiny_model: Path, golden: Path, run_command: Callable[..., Any]
+) -> None:
+    data = ("--data", golden / "mini", "--video", "AAAA1")
+    queries = ("--query", "person opens the door", "dog sits")
+    outcome = run_command(infer, "--model", tiny_model, *data, *queries, "--format", "json", "--top-k", 3)
+    assert outcome.code == 0
+    answers = json.loads(outcome.out)
+    assert [(answer["query"], answer["video"]) for answer in answers] == [
+        ("person opens the door", "AAAA1"),
+        ("dog sits", "AAAA1"),
+    ]
+    grounder, video = Grounder.load(tiny_model), DataSet(golden / "mini").video("AAAA1")
+    for answer in answers:
+        expected = [vars(moment) for moment in grounder.ground(video, answer["query"], top_k=3)]
+        assert answer["moments"] == expected
+        assert len(expected) == 3
+        assert all(0 <= moment["start"] <= moment["end"] <= 30 for moment in expected)
+
+
+def test_a_feature_file_and_its_duration_are_enough(of_clip: tuple[Any, ...], run_command: Callable[..., Any]) -> None:
+    outcome = run_command(infer, *of_clip, "--query", "person opens the door")
+    assert outcome.code == 0
+    assert "hall (0:20.0)" in outcome.out
+    assert "█" in outcome.out
+
+
+def test_the_truth_of_a_data_set_is_shown_and_clipped_to_the_video(
+    tiny_model: Path, golden: Path, run_command: Callable[..., Any]
+) -> None:
+    arguments = ("--model", tiny_model, "--data", golden / "mini", "--video", "AAAA1")
+    outcome = run_command(infer, *arguments, "--query", "person closes the door.")
+    assert "0:20.0 - 0:30.0  truth" in outcome.out
+    assert "truth" not in run_command(infer, *arguments, "--query", "dog sits").out
+
+
+def test_a_plot_is_written_whole(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any]) -> None:
+    pytest.importorskip("matplotlib")
+    assert run_command(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png").code == 0
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_unknown_word_is_named_and_the_rest_is_answered(
+    of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = run_command(infer, *of_clip, "--query", "person zorbs the door", "--format", "json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)[0]["moments"]
+    assert "'zorbs'" in caplog.text
+
+
+def test_a_pt_feature_file_gives_the_same_answer_as_npy(
+    tiny_model: Path, golden: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    source = golden / "mini" / FEATURES / "BBBB2.pt"
+    np.save(tmp_path / "BBBB2.npy", DataSet(golden / "mini").video("BBBB2").features)
+    outs = [
+        run_command(infer, "--model", tiny_model, "--features", path, "--duration", 11, "--query", "dog sits").out
+        for path in (source, tmp_path / "BBBB2.npy")
+    ]
+    assert outs[0] == outs[1]
+
+
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+def bad_features(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Feature files that cannot be used, each with what must be said of it."""
+    arrays = {
+        "wide": (np.ones((9, 17), np.float32), "17 wide and this model takes C3D features of width 16"),
+        "holes": (np.full((9, 16), np.nan, np.float32), "144 values that are not finite"),
+        "none": (np.ones((0, 16), np.float32), "no clips"),
+        "flat": (np.ones(16, np.float32), "(num_clips, D)"),
+        "counts": (np.ones((9, 16), np.int32), "int32"),
+        "objects": (np.array([Attack(directory / "ran")], object), "cannot be read"),
+    }
+    files = {}
+    for name, (array, said) in arrays.items():
+        np.save(directory / f"{name}.npy", array)
+        files[name] = directory / f"{name}.npy", said
+    whole = (directory / "holes.npy").read_bytes()
+    others = {
+        "gone.npy": (None, "does not exist"),
+        "empty.npy": (b"", "is empty"),
+        "empty.pt": (b"", "is empty"),
+        "cut.npy": (whole[:-100], "cannot be read"),
+        "text.pt": (b"a text", "should be a tensor of clip features"),
+        "attack.pt": (pickle.dumps(Attack(directory / "ran")), "attack.pt"),
+        "film.mp4": (b"\0\0", ".npy or .pt"),
+    }
+    for name, (data, said) in others.items():
+        if data is not None:
+            (directory / name).write_bytes(data)
+        files[name] = directory / name, said
+    return files
+
+
+def test_every_bad_feature_file_is_one_sentence_and_writes_nothing(
+    tiny_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    files = bad_features(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name, (path, said) in files.items():
+        arguments = ("--duration", 20, "--query", "dog sits", "--plot", tmp_path / "plot.png")
+        sentence = refused(infer, "--model", tiny_model, "--features", path, *arguments)
+        assert said in sentence
+        assert name in sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("", "holds no word"),
+        (" . ", "holds no word"),
+        ("zorbs frimly", "knows none of the words of 'zorbs frimly'"),
+        ("dog " * 14, "has 14 tokens and this model takes 1 to 13"),
+    ],
+)
+def test_a_query_that_cannot_be_asked_is_one_sentence(
+    of_clip: tuple[Any, ...], refused: Callable[..., str], query: str, said: str
+) -> None:
+    assert said in refused(infer, *of_clip, "--query", "dog sits", query)
+
+
+def test_missing_or_contradicting_options_are_one_sentence(
+    tiny_model: Path, clip: Path, golden: Path, refused: Callable[..., str]
+) -> None:
+    model, query, mini = ("--model", tiny_model), ("--query", "dog sits"), golden / "mini"
+    assert "Say which video" in refused(infer, *model, *query)
+    assert "Say which video" in refused(infer, *model, *query, "--features", clip, "--data", mini, "--duration", 1)
+    assert "Say which video" in refused(infer, *model, *query, "--data", mini)
+    assert "--duration" in refused(infer, *model, *query, "--features", clip)
+    assert "duration of hall" in refused(infer, *model, *query, "--features", clip, "--duration", 0)
+    of_one = ("--features", clip, "--duration", 1)
+    assert "at least 2 frames" in refused(infer, *model, *query, *of_one, "--num-frames", 1)
+    assert "--top-k" in refused(infer, *model, *query, *of_one, "--top-k", 0)
+    assert "'ZZZZZ'" in refused(infer, *model, *query, "--data", mini, "--video", "ZZZZZ")
+    assert "does not exist" in refused(infer, *model, *query, "--data", clip.parent / "gone", "--video", "AAAA1")
+
+
+def test_a_file_that_is_no_model_of_ours_is_one_sentence(
+    write_graph: Callable[..., Path],
+    tiny_manifest: Manifest,
+    clip: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    other = json.dumps({**tiny_manifest.to_dict(), "format": "drn-manifest/9"})
+    cut_off = {METADATA_KEY: tiny_manifest.to_json()}
+    files = {
+        tmp_path / "gone.onnx": "does not exist",
+        tmp_path / "model.txt": "ends in .onnx, .engine or .pt",
+        write_graph(tmp_path / "bare.onnx", {}): "carries no 'drn.manifest'",
+        write_graph(tmp_path / "later.onnx", {METADATA_KEY: other}): "'drn-manifest/9'",
+        write_graph(tmp_path / "torn.onnx", {METADATA_KEY: "{"}): "not JSON",
+        write_graph(tmp_path / "part.onnx", cut_off, ("matching_logits", "boundary_distances")): "lacks iou_logits",
+    }
+    for name, data in {"text.onnx": b"a text", "empty.onnx": b"", "cut.onnx": b""}.items():
+        (tmp_path / name).write_bytes(data or (tmp_path / "bare.onnx").read_bytes()[: 4000 * (name == "cut.onnx")])
+        files[tmp_path / name] = "is not an ONNX model"
+    (tmp_path / "model.txt").touch()
+    for path, said in files.items():
+        sentence = refused(infer, "--model", path, "--features", clip, "--duration", 20, "--query", "dog sits")
+        assert said in sentence
+        assert path.name in sentence
+
+
+def test_a_graph_of_another_width_than_its_manifest_is_one_sentence(
+    write_graph: Callable[..., Path], tiny_manifest: Manifest, clip: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    model = write_graph(tmp_path / "narrow.onnx", {METADATA_KEY: tiny_manifest.to_json()}, dim=12)
+    arguments = ("--features", clip, "--duration", 20, "--query", "dog sits")
+    assert "does not take this batch" in refused(infer, "--model", model, *arguments)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(of_clip: tuple[Any, ...], refused: Callable[..., str]) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has a GPU")
+    assert "--device cpu" in refused(infer, *of_clip, "--query", "dog sits", "--device", "cuda")
+
+
+def test_an_engine_is_refused_until_engines_are_run(clip: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "drn.engine").write_bytes(b"plan")
+    arguments = ("--features", clip, "--duration", 20, "--query", "dog sits")
+    assert "TensorRT" in refused(infer, "--model", tmp_path / "drn.engine", *arguments)
+
+
+def test_a_plot_on_a_full_disk_is_refused_and_leaves_nothing(
+    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    outcome = run_command(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png")
+    assert outcome.code == 2
+    assert "No space is left on the disk" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["hall.npy"]
+
+
+# The same from a shell
+
+
+def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime.infer", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_from_a_shell_stdout_holds_results_alone(of_clip: tuple[Any, ...]) -> None:
+    result = shell(*of_clip, "--query", "person zorbs", "--format", "json")
+    assert result.returncode == 0
+    assert len(json.loads(result.stdout)[0]["moments"]) == 5
+    assert "'zorbs'" in result.stderr
+    assert "Next:  python -m runtime.evaluate" in result.stderr
+
+
+def test_from_a_shell_bad_features_are_one_line_and_exit_code_2(tiny_model: Path, tmp_path: Path) -> None:
+    path = bad_features(tmp_path)["attack.pt"][0]
+    result = shell("--model", tiny_model, "--features", path, "--duration", 20, "--query", "dog sits")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_from_a_shell_an_unknown_option_is_exit_code_2(of_clip: tuple[Any, ...]) -> None:
+    result = shell(*of_clip, "--query", "dog sits", "--fast")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "--fast" in result.stderr
+    assert "Traceback" not in result.stderr

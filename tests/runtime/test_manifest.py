@@ -1,0 +1,106 @@
+"""`runtime.manifest`: what a model file says of itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from runtime.decoding import Decoding
+from runtime.errors import ModelFileError
+from runtime.manifest import FORMAT, Features, Manifest
+from runtime.videos import ClipClock
+from runtime.vocabulary import Vocabulary
+
+
+def full() -> Manifest:
+    """Nothing in it is a default."""
+    return Manifest(
+        Vocabulary({"person": 1, "“door”": 2}, "zero"),
+        Decoding(64, (1, 2, 4, 8), 0.1, 16, False, "drn"),
+        Features("I3D", 1024, 32, 4, "drn"),
+        stage=1,
+        precision="int8",
+        max_query_length=20,
+        sources={"drn.pt": "ab" * 32},
+        producer={"torch": "2.13.0"},
+        training={"seed": 3, "validation": {"mIoU": 0.5}},
+    )
+
+
+def test_a_manifest_survives_json() -> None:
+    assert Manifest.from_json(full().to_json()) == full()
+    minimal = Manifest(Vocabulary({"a": 1}), Decoding(), Features())
+    assert Manifest.from_json(minimal.to_json()) == minimal
+
+
+def test_json_names_the_format_first_and_every_field() -> None:
+    value = json.loads(full().to_json())
+    assert next(iter(value)) == "format"
+    assert value["format"] == FORMAT == "drn-manifest/1"
+    assert value["vocabulary"] == {"unknown": "zero", "words": {"person": 1, "“door”": 2}}
+    assert value["features"] == {"kind": "I3D", "dim": 1024, "window": 32, "stride": 4, "pooling": "drn"}
+    assert value["decoding"]["strides"] == [1, 2, 4, 8]
+    assert (value["stage"], value["precision"], value["max_query_length"]) == (1, "int8", 20)
+
+
+def test_features_know_their_clip_clock() -> None:
+    assert Features(window=32, stride=4).clock == ClipClock(32, 4)
+
+
+@pytest.mark.parametrize("other", ["drn-manifest/2", "drn-manifest/0", None, 1])
+def test_a_manifest_of_another_version_is_refused_with_both_versions(other: Any) -> None:
+    value = {**full().to_dict(), "format": other}
+    with pytest.raises(ModelFileError) as caught:
+        Manifest.from_json(json.dumps(value), "door.onnx")
+    for said in ("door.onnx", repr(other), repr(FORMAT), "export"):
+        assert said in str(caught.value)
+
+
+def test_a_file_without_a_manifest_is_named() -> None:
+    with pytest.raises(ModelFileError, match=r"door\.onnx carries no 'drn\.manifest'.*export"):
+        Manifest.from_json(None, "door.onnx")
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json"])
+def test_a_manifest_that_is_no_json_is_named(text: str) -> None:
+    with pytest.raises(ModelFileError, match=r"manifest of door\.onnx is not JSON"):
+        Manifest.from_json(text, "door.onnx")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}"])
+def test_json_that_is_no_manifest_is_named(text: str) -> None:
+    with pytest.raises(ModelFileError, match=r"door\.onnx"):
+        Manifest.from_json(text, "door.onnx")
+
+
+@pytest.mark.parametrize("field", [name for name in full().to_dict() if name != "format"])
+def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
+    value = full().to_dict()
+    del value[field]
+    with pytest.raises(ModelFileError, match=f"damaged.*{field}"):
+        Manifest.from_dict(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "content"),
+    [
+        ("features", {"width": 3}),
+        ("features", 3),
+        ("decoding", {"nms": 1}),
+        ("decoding", {"num_segments": 30}),
+        ("decoding", {"protocol": "best"}),
+        ("vocabulary", {"unknown": "skip", "words": {"a": 7}}),
+        ("vocabulary", {"unknown": "guess", "words": {"a": 1}}),
+        ("vocabulary", {"words": {"a": 1}}),
+        ("vocabulary", {"unknown": "skip", "words": {"a": "1"}}),
+        ("vocabulary", []),
+        ("stage", "three"),
+        ("max_query_length", None),
+        ("sources", 3),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_a_model_file_error(field: str, content: Any) -> None:
+    with pytest.raises(ModelFileError):
+        Manifest.from_dict({**full().to_dict(), field: content}, "door.onnx")

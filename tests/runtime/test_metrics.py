@@ -1,0 +1,259 @@
+"""`runtime.metrics`: recall, mean IoU, and the prior."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.annotations import DataSet
+from runtime.decoding import Proposals, hard_nms, soft_nms
+from runtime.metrics import (
+    METRICS,
+    Report,
+    best_overlap,
+    constant_moments,
+    hits,
+    prior_report,
+    report,
+    table,
+)
+from tests.tolerances import DETECTIONS
+
+PROTOCOLS = pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
+LISTS = pytest.mark.parametrize("name", ["random", "edge", "random_softnms", "random_sorted"])
+THRESHOLDS = pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+
+
+@pytest.fixture(scope="module")
+def recorded(golden: Path) -> dict[str, Any]:
+    return json.loads((golden / "metric.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lists(golden: Path) -> np.lib.npyio.NpzFile:
+    return np.load(golden / "metric.npz")
+
+
+def padded(lists: np.lib.npyio.NpzFile, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The recorded predictions of N queries as (N, K, 3), NaN after the last, and their truth (N, 2)."""
+    counts = lists[f"{name}_count"]
+    picks = np.full((len(counts), counts.max(), 3), np.nan, np.float32)
+    picks[np.arange(counts.max()) < counts[:, None]] = lists[f"{name}_pred"]
+    return picks, lists[f"{name}_gt"]
+
+
+def proposals(picks: np.ndarray) -> Proposals:
+    return Proposals(np.nan_to_num(picks[..., :2]), np.where(np.isnan(picks[..., 2]), -np.inf, picks[..., 2]))
+
+
+def recalls(picks: np.ndarray, truth: np.ndarray, threshold: float, protocol: Any) -> list[float]:
+    return [float(hits(picks, truth, rank, threshold, protocol).mean()) for rank in (1, 5)]
+
+
+# Goldens
+
+
+@LISTS
+@THRESHOLDS
+def test_recall_is_that_of_the_published_metric(
+    name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+) -> None:
+    expected = recorded["recall"][f"{name}@{threshold}"]
+    assert recalls(*padded(lists, name), threshold, "mmaction2") == list(expected.values())
+
+
+@LISTS
+@THRESHOLDS
+def test_recall_after_hard_nms_is_that_of_the_authors_evaluation(
+    name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+) -> None:
+    picks, truth = padded(lists, name)
+    kept = hard_nms(proposals(picks), 6, threshold - 0.05)
+    assert recalls(kept, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=True"]
+
+
+@LISTS
+@THRESHOLDS
+def test_recall_without_nms_is_that_of_the_authors_evaluation(
+    name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+) -> None:
+    picks, truth = padded(lists, name)
+    order = np.argsort(-picks[..., 2], axis=1, kind="stable")
+    by_score = np.take_along_axis(picks, order[..., None], 1)
+    assert recalls(by_score, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=False"]
+
+
+def test_the_recorded_soft_nms_of_200_queries_is_ours(lists: np.lib.npyio.NpzFile) -> None:
+    expected, _ = padded(lists, "random_softnms")
+    picks = soft_nms(proposals(padded(lists, "random")[0]))
+    np.testing.assert_allclose(picks, expected, rtol=0, atol=DETECTIONS)
+
+
+# Where the published metric counts a hit and we do not: a moment that ends before it starts has no length,
+# and NaN is nowhere.
+ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
+
+
+def test_odd_predictions_are_judged_as_published_but_for_two_named_cases(
+    lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+) -> None:
+    differing = []
+    for name, expected in recorded["odd"].items():
+        ours = recalls(lists[f"odd_pred_{name}"][None], lists[f"odd_gt_{name}"][None], 0.5, "mmaction2")
+        if ours != list(expected["recall"].values()):
+            differing.append(name)
+            assert ours == [0, 0]
+    assert tuple(differing) == ANSWERED_OTHERWISE
+    assert len(recorded["odd"]) >= 15
+
+
+def test_an_empty_truth_found_exactly_is_a_miss_where_the_published_code_divides_by_zero(
+    lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+) -> None:
+    name = "zero-length both, same place"
+    assert "ZeroDivisionError" in recorded["odd"][name]["official_plain"]
+    for protocol in ("mmaction2", "drn"):
+        ours = recalls(lists[f"odd_pred_{name}"][None], lists[f"odd_gt_{name}"][None], 0.5, protocol)
+        assert ours == [0, 0]
+
+
+# By hand
+
+
+def test_an_overlap_of_exactly_the_threshold_is_a_hit_for_the_authors_alone() -> None:
+    picks, truth = np.array([[[0, 0.5, 0.9]]], np.float32), np.array([[0.0, 1.0]])
+    assert not hits(picks, truth, 1, 0.5, "mmaction2")[0]
+    assert hits(picks, truth, 1, 0.5, "drn")[0]
+
+
+def test_mmaction2_compares_in_float32_and_the_authors_in_float64() -> None:
+    # 0.3 is less than float32(0.3): an overlap of float32(0.3) lies above the one and not above the other.
+    picks, truth = np.array([[[0, np.float32(0.3), 1]]], np.float32), np.array([[0.0, 1.0]])
+    assert not hits(picks, truth, 1, 0.3, "mmaction2")[0]
+    assert hits(picks, truth, 1, 0.3, "drn")[0]
+
+
+@PROTOCOLS
+def test_only_the_first_picks_count_as_given(protocol: Any) -> None:
+    miss, hit = [0.9, 1, 0.1], [0, 0.5, 0.9]
+    picks = np.array([[miss, hit, miss, miss, miss, miss], [miss] * 5 + [hit]], np.float32)
+    truth = np.array([[0.0, 0.5]] * 2)
+    assert hits(picks, truth, 1, 0.5, protocol).tolist() == [False, False]
+    assert hits(picks, truth, 2, 0.5, protocol).tolist() == [True, False]
+    assert hits(picks, truth, 5, 0.5, protocol).tolist() == [True, False]
+    assert hits(picks, truth, 6, 0.5, protocol).tolist() == [True, True]
+
+
+@PROTOCOLS
+def test_no_picks_are_a_miss(protocol: Any) -> None:
+    assert not hits(np.empty((2, 0, 3), np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
+    assert not hits(np.full((2, 6, 3), np.nan, np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
+
+
+def test_a_report_by_hand() -> None:
+    nothing = [np.nan] * 3
+    picks = np.array(
+        [[[0, 1, 0.9], [0, 0.5, 0.8]], [[0, 0.4, 0.9], nothing], [nothing, nothing], [[0.5, 1, 1], nothing]],
+        np.float32,
+    )
+    truth = np.array([[0, 0.5], [0, 1], [0, 1], [0.5, 1]])
+    found = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, "mmaction2").to_dict()
+    # Overlaps of the first picks: 0.5, 0.4, none, 1; the second of the first query is right.
+    assert found.pop("mIoU") == pytest.approx((0.5 + 0.4 + 0 + 1) / 4)
+    assert found == {
+        "R@1 IoU=0.3": 0.75,
+        "R@1 IoU=0.5": 0.25,
+        "R@1 IoU=0.7": 0.25,
+        "R@5 IoU=0.3": 0.75,
+        "R@5 IoU=0.5": 0.5,
+        "R@5 IoU=0.7": 0.5,
+        "queries": 4,
+        "protocol": "mmaction2",
+    }
+
+
+def test_each_threshold_is_judged_on_its_own_picks() -> None:
+    right, wrong = np.array([[[0, 1, 1]]], np.float32), np.array([[[0, 0.1, 1]]], np.float32)
+    values = report({0.3: wrong, 0.5: right, 0.7: wrong}, np.array([[0.0, 1.0]]), "drn").values
+    assert [values[f"R@1 IoU={threshold}"] for threshold in (0.3, 0.5, 0.7)] == [0, 1, 0]
+
+
+def test_reports_lead_with_what_carries_information() -> None:
+    assert METRICS[:3] == ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
+    picks = np.zeros((1, 1, 3), np.float32)
+    values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), np.array([[0.0, 1.0]]), "drn").values
+    assert tuple(values) == METRICS
+
+
+SPAN = st.tuples(*[st.floats(0, 1, width=32)] * 2)
+
+
+@PROTOCOLS
+@given(st.lists(st.tuples(SPAN, st.lists(SPAN, min_size=5, max_size=5)), min_size=1, max_size=6))
+def test_recall_rises_with_rank_and_falls_with_the_threshold(protocol: Any, queries: list) -> None:
+    truth = np.array([query[0] for query in queries])
+    picks = np.array([[(*span, 1) for span in query[1]] for query in queries], np.float32)
+    values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, protocol).values
+    assert all(0 <= value <= 1 for value in values.values())
+    for threshold in (0.3, 0.5, 0.7):
+        assert values[f"R@1 IoU={threshold}"] <= values[f"R@5 IoU={threshold}"]
+    for rank in (1, 5):
+        assert values[f"R@{rank} IoU=0.3"] >= values[f"R@{rank} IoU=0.5"] >= values[f"R@{rank} IoU=0.7"]
+
+
+@given(st.lists(st.tuples(SPAN, SPAN), min_size=1, max_size=6))
+def test_the_best_overlap_is_that_of_a_loop(pairs: list) -> None:
+    truth, picks = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
+    for got, (a, b), (c, d) in zip(best_overlap(picks[:, None], truth, 1), truth, picks, strict=True):
+        proper = a < b and c < d
+        union = (b - a) + (d - c) - max(min(b, d) - max(a, c), 0)
+        assert got == pytest.approx(max(min(b, d) - max(a, c), 0) / union if proper else 0)
+
+
+# The prior
+
+
+def test_constant_moments_by_hand() -> None:
+    truth = np.array([[0, 0.5]] * 5 + [[0.5, 1]] * 3 + [[0.2, 0.3]])
+    moments = constant_moments(truth, 3, 0.95)
+    np.testing.assert_allclose(moments, [[0, 0.5], [0.5, 1], [0.2, 0.3]], atol=0.03)
+
+
+def test_one_constant_moment_for_the_mean_lies_in_the_middle() -> None:
+    np.testing.assert_allclose(constant_moments(np.array([[0.2, 0.6]]), 1, None), [[0.2, 0.6]], atol=1e-6)
+
+
+def test_the_prior_is_fitted_on_the_training_truth_alone() -> None:
+    training, truth = np.array([[0.0, 0.5]] * 4), np.array([[0.0, 0.5], [0.9, 1.0]])
+    found = prior_report(training, truth, "mmaction2")
+    assert found.values["R@1 IoU=0.7"] == 0.5
+    assert found.values["mIoU"] == pytest.approx(0.5, abs=1e-6)
+    assert found.queries == 2
+    assert tuple(found.values) == METRICS
+
+
+def test_the_prior_on_the_real_annotations_is_the_recorded_floor(real_data: Path) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    training = data_set.spans(data_set.annotations("train", invalid="drop"))
+    values = prior_report(training, data_set.spans(data_set.annotations("test")), "mmaction2").values
+    floor = {"R@1 IoU=0.5": 0.3056, "R@1 IoU=0.7": 0.1745, "R@5 IoU=0.5": 0.8565, "R@5 IoU=0.7": 0.4866}
+    # Other greedy choices among nearly equal windows move it by less than a point.
+    assert {name: values[name] for name in floor} == pytest.approx(floor, abs=0.01)
+
+
+def test_a_table_has_a_row_for_each_report_in_percent() -> None:
+    rows = [
+        ("model", Report({"R@1 IoU=0.5": 0.4704, "mIoU": 1}, 10, "drn")),
+        ("prior", Report({"R@1 IoU=0.5": 0.3056, "mIoU": 0}, 10, "drn")),
+    ]
+    head, model, prior = table(rows).splitlines()
+    assert head.split() == ["R@1", "IoU=0.5", "mIoU"]
+    assert model.split() == ["model", "47.04", "100.00"]
+    assert prior.split() == ["prior", "30.56", "0.00"]
+    assert len(head) == len(model) == len(prior)

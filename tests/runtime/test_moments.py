@@ -1,0 +1,104 @@
+"""`runtime.moments`: temporal IoU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.moments import Moment, temporal_iou
+
+TIMES = st.floats(0, 1000, width=32)
+SPANS = st.tuples(TIMES, TIMES)
+ANY_SPANS = st.lists(st.tuples(*[st.floats(width=32, min_value=-10, max_value=10) | st.just(np.nan)] * 2), max_size=5)
+
+
+def iou(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return float(temporal_iou(np.array([a], np.float32), np.array([b], np.float32))[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((0, 2), (1, 3), 1 / 3),
+        ((0, 10), (0, 5), 0.5),
+        ((0, 10), (4, 6), 0.2),
+        ((3, 4), (3, 4), 1),
+    ],
+)
+def test_overlap_over_union_by_hand(a: tuple[float, float], b: tuple[float, float], expected: float) -> None:
+    assert iou(a, b) == np.float32(expected)
+
+
+def test_touching_moments_do_not_overlap() -> None:
+    assert iou((0, 1), (1, 2)) == 0
+
+
+def test_moments_apart_score_zero_and_not_less() -> None:
+    assert iou((0, 1), (5, 6)) == 0
+
+
+def test_a_reversed_moment_overlaps_nothing_not_even_itself() -> None:
+    assert iou((0.6, 0.2), (0.6, 0.2)) == 0
+    assert iou((0.6, 0.2), (0, 1)) == 0
+
+
+def test_an_empty_moment_overlaps_nothing_without_a_warning() -> None:
+    with np.errstate(all="raise"):
+        assert iou((0.4, 0.4), (0.4, 0.4)) == 0
+        assert iou((0.4, 0.4), (0, 1)) == 0
+
+
+def test_nan_overlaps_nothing() -> None:
+    assert iou((np.nan, 0.5), (0.2, 0.6)) == 0
+    assert iou((0.2, 0.6), (0.2, np.nan)) == 0
+
+
+@given(SPANS, SPANS)
+def test_temporal_iou_is_symmetric(a: tuple[float, float], b: tuple[float, float]) -> None:
+    assert iou(a, b) == iou(b, a)
+
+
+@given(ANY_SPANS, ANY_SPANS)
+def test_temporal_iou_lies_between_zero_and_one_whatever_is_given(a: list, b: list) -> None:
+    left, right = (np.array(spans, np.float32).reshape(-1, 2) for spans in (a, b))
+    with np.errstate(all="raise", under="ignore"):
+        ratios = temporal_iou(left, right)
+    assert ratios.shape == (len(a), len(b))
+    assert ((ratios >= 0) & (ratios <= 1)).all()
+
+
+@given(SPANS)
+def test_a_moment_overlaps_itself_entirely(span: tuple[float, float]) -> None:
+    assert iou(span, span) == (1 if span[0] < span[1] else 0)
+
+
+@given(SPANS, SPANS, st.integers(-6, 6))
+def test_the_unit_of_time_does_not_matter(a: tuple[float, float], b: tuple[float, float], power: int) -> None:
+    # Powers of two only: they scale without rounding (away from the subnormal numbers).
+    grid = [tuple(round(time * 64) / 64 for time in span) for span in (a, b)]
+    scaled = [tuple(time * 2.0**power for time in span) for span in grid]
+    assert iou(*scaled) == iou(*grid)
+
+
+def test_leading_dimensions_are_batches() -> None:
+    a = np.random.default_rng(0).random((3, 4, 2))
+    b = np.random.default_rng(1).random((3, 5, 2))
+    whole = temporal_iou(a, b)
+    assert whole.shape == (3, 4, 5)
+    for row in range(3):
+        np.testing.assert_array_equal(whole[row], temporal_iou(a[row], b[row]))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_arithmetic_is_in_the_dtype_of_the_arguments(dtype: type) -> None:
+    assert temporal_iou(np.zeros((1, 2), dtype), np.ones((1, 2), dtype)).dtype == dtype
+
+
+def test_a_moment_cannot_be_changed() -> None:
+    moment = Moment(1.0, 2.0, 0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        moment.start = 0.0  # type: ignore[misc]

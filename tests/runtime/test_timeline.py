@@ -1,0 +1,190 @@
+"""`runtime.timeline`: answers for people and for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import DeviceError, OutputError
+from runtime.moments import Moment
+from runtime.timeline import Answer, clock, draw, render
+
+ANSWERS = [
+    Answer(
+        'person says "hi", then\nleaves',
+        "3MSZA",
+        40.0,
+        [Moment(20.0, 30.5, 0.75), Moment(0.0, 10.0, 0.5), Moment(39.5, 40.0, 0.0625)],
+        (20.0, 40.0),
+    ),
+    Answer("a dog", "3MSZA", 4000.0, [Moment(1.25, 3661.5, 0.5)]),
+    Answer("nothing", "3MSZA", 40.0, []),
+]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00.0"),
+        (7.5, "0:07.5"),
+        (59.94, "0:59.9"),
+        (59.96, "1:00.0"),
+        (723, "12:03.0"),
+        (3599.99, "1:00:00.0"),
+        (3723, "1:02:03.0"),
+    ],
+)
+def test_times_are_written_as_people_read_them(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_times_without_decimals_round() -> None:
+    assert clock(59.6, 0) == "1:00"
+
+
+@given(st.floats(0, 1e6))
+def test_a_written_time_is_right_to_half_a_tenth(seconds: float) -> None:
+    parts = [float(part) for part in clock(seconds).split(":")]
+    value = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    assert value == pytest.approx(seconds, abs=0.0501)
+    assert all(part < 60 for part in parts[1:])
+
+
+def bars(text: str) -> list[str]:
+    return [line.split()[-1] for line in text.splitlines() if set(line.split()[-1]) <= set("·█▒")]
+
+
+def test_bars_mark_the_cells_of_the_moment() -> None:
+    (bar,) = bars(render([Answer("q", "v", 20.0, [Moment(5, 10, 1)])], "text", width=20))
+    assert bar == "·" * 5 + "█" * 5 + "·" * 10
+    found = bars(render(ANSWERS[:1], "text", width=20))
+    assert found[0] == "·" * 10 + "█" * 5 + "·" * 5
+    assert found[1] == "█" * 5 + "·" * 15
+    # Shorter than a cell, but to be seen.
+    assert found[2] == "·" * 19 + "█"
+    assert found[3] == "·" * 10 + "▒" * 10
+
+
+@given(st.floats(0, 50), st.floats(0, 50), st.integers(20, 200))
+def test_every_bar_is_as_long_as_the_others_and_marks_something(a: float, b: float, width: int) -> None:
+    moments = [Moment(min(a, b), max(a, b), 0.5), Moment(0, 50, 0.4)]
+    first, whole = bars(render([Answer("q", "v", 50.0, moments)], "text", width))
+    assert len(first) == len(whole) >= 20
+    assert re.fullmatch("·*█+·*", first)
+    assert set(whole) == {"█"}
+
+
+def test_text_fits_the_terminal_and_names_times_scores_and_truth() -> None:
+    text = render(ANSWERS[1:2], "text", width=100)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    text = render(ANSWERS[:1], "text", width=100)
+    assert "3MSZA (0:40.0)" in text
+    assert "0:20.0 - 0:30.5  0.750" in text
+    assert "0:20.0 - 0:40.0  truth" in text
+
+
+def test_json_is_exactly_the_shape_that_is_promised() -> None:
+    assert json.loads(render(ANSWERS, "json")) == [
+        {
+            "query": 'person says "hi", then\nleaves',
+            "video": "3MSZA",
+            "moments": [
+                {"start": 20.0, "end": 30.5, "score": 0.75},
+                {"start": 0.0, "end": 10.0, "score": 0.5},
+                {"start": 39.5, "end": 40.0, "score": 0.0625},
+            ],
+        },
+        {"query": "a dog", "video": "3MSZA", "moments": [{"start": 1.25, "end": 3661.5, "score": 0.5}]},
+        {"query": "nothing", "video": "3MSZA", "moments": []},
+    ]
+
+
+def test_jsonl_has_the_same_answers_a_line_each() -> None:
+    lines = render(ANSWERS, "jsonl").split("\n")
+    assert [json.loads(line) for line in lines] == json.loads(render(ANSWERS, "json"))
+
+
+def test_csv_has_a_row_for_each_moment_and_survives_quotes_and_line_breaks() -> None:
+    rows = list(csv.reader(io.StringIO(render(ANSWERS, "csv"))))
+    assert rows[0] == ["video", "query", "rank", "start", "end", "score"]
+    assert rows[1] == ["3MSZA", 'person says "hi", then\nleaves', "1", "20.0", "30.5", "0.75"]
+    assert [row[2] for row in rows[1:]] == ["1", "2", "3", "1"]
+
+
+def test_srt_numbers_the_best_moment_of_each_query_in_time_order() -> None:
+    blocks = render(ANSWERS, "srt").split("\n\n")
+    assert blocks == [
+        "1\n00:00:01,250 --> 01:01:01,500\na dog",
+        '2\n00:00:20,000 --> 00:00:30,500\nperson says "hi", then leaves',
+    ]
+
+
+@given(st.floats(0, 1e5))
+def test_srt_times_have_three_digits_after_a_comma(seconds: float) -> None:
+    line = render([Answer("q", "v", 2e5, [Moment(seconds, seconds, 1)])], "srt").splitlines()[1]
+    hours, minutes, whole, thousandths = map(int, re.fullmatch(r"(\d\d+):(\d\d):(\d\d),(\d{3}) --> .*", line).groups())
+    assert minutes < 60
+    assert whole < 60
+    assert hours * 3600 + minutes * 60 + whole + thousandths / 1000 == pytest.approx(seconds, abs=0.000501)
+
+
+def test_no_answers_are_still_a_document() -> None:
+    assert json.loads(render([], "json")) == []
+    assert render([], "csv") == "video,query,rank,start,end,score"
+    assert render(ANSWERS[2:], "srt") == ""
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_a_plot_is_a_png_that_grows_with_the_moments(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(ANSWERS[:2], tmp_path / "two.png")
+    draw(ANSWERS[1:2], tmp_path / "one.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+    (width, tall), (same_width, low) = png_size(tmp_path / "two.png"), png_size(tmp_path / "one.png")
+    assert width == same_width == 1200
+    assert 100 < low < tall < 1200
+
+
+def test_a_query_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw([Answer(r"pays $\frac$ and $5", "v", 10.0, [Moment(1, 2, 0)])], tmp_path / "plot.png")
+    png_size(tmp_path / "plot.png")
+
+
+def test_bars_of_a_plot_lie_where_the_moments_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    draw(ANSWERS[:1], tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert spans == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
+    assert axes.get_xlim() == (0, 40)
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[plot\]'"):
+        draw(ANSWERS, tmp_path / "plot.png")
+
+
+def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match=r"plot\.png cannot be written"):
+        draw(ANSWERS[1:2], tmp_path / "file" / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

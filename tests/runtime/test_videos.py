@@ -1,0 +1,309 @@
+"""`runtime.videos`: feature files, the clip clock, and pooling clips into segments."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import FeatureError
+from runtime.videos import ClipClock, Video, load_features, segment_rows
+
+
+def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
+    """The clips of each segment and its borders in frames, one at a time and in whole numbers, for windows of 16
+    frames every 8. As in the published loader, and in the authors' with its proposal file."""
+    rows, borders = [], []
+    for index in range(num_segments):
+        if pooling == "mmaction2":
+            start = (num_frames - 1) * index // num_segments
+            end = (num_frames - 1) * (index + 1) // num_segments
+            rows.append(list(range(start // 8, end // 8 + 1)))
+        else:
+            start, end = (math.floor(1 + Fraction((num_frames - 1) * k, num_segments)) for k in (index, index + 1))
+            if end - start <= 16:
+                rows.append([start // 8])
+            else:
+                rows.append(list(range(start // 8, (end - 1) // 8 + 1)))
+        borders.append((start, end))
+    return rows, borders
+
+
+def naive_pooling(features: np.ndarray, rows: list[list[int]]) -> list[list[float]]:
+    last = len(features) - 1
+    return [
+        [max(float(features[min(row, last), channel]) for row in clips) for channel in range(features.shape[1])]
+        for clips in rows
+    ]
+
+
+@settings(max_examples=100)
+@given(
+    num_frames=st.integers(2, 40) | st.integers(2, 3000),
+    num_clips=st.integers(1, 60),
+    num_segments=st.sampled_from([4, 8, 16, 32, 64]),
+    pooling=st.sampled_from(["mmaction2", "drn"]),
+    seed=st.integers(0, 9),
+)
+def test_pooling_equals_a_naive_loop_over_the_published_rule(
+    num_frames: int, num_clips: int, num_segments: int, pooling: str, seed: int
+) -> None:
+    features = np.random.default_rng(seed).normal(size=(num_clips, 3)).astype(np.float32)
+    segments = Video(features, num_frames, 10.0).segments(num_segments, pooling)  # type: ignore[arg-type]
+    rows, borders = naive_rows(num_frames, num_segments, pooling)
+    assert segments.features.tolist() == naive_pooling(features, rows)
+    assert segments.spans.dtype == np.float64
+    assert segments.spans.tolist() == [[start / num_frames, end / num_frames] for start, end in borders]
+
+
+@given(st.integers(2, 5000), st.integers(1, 100))
+def test_segments_of_any_number_cover_the_video_without_gaps(num_frames: int, num_segments: int) -> None:
+    for pooling, first, last in (("mmaction2", 0, num_frames - 1), ("drn", 1, num_frames)):
+        start, stop, spans = segment_rows(num_frames, num_segments, pooling, ClipClock())  # type: ignore[arg-type]
+        assert len(start) == len(stop) == len(spans) == num_segments
+        assert (start <= stop).all()
+        assert spans[0, 0] == first / num_frames
+        assert spans[-1, 1] == last / num_frames
+        assert (spans[1:, 0] == spans[:-1, 1]).all()
+        assert (spans[:, 0] <= spans[:, 1]).all()
+
+
+def test_neighbouring_segments_share_a_clip_in_mmaction2s_rule_by_hand() -> None:
+    # 33 frames in 2 segments: frames 0-16 and 16-32, so clips 0-2 and 2-4.
+    video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
+    assert video.segments(2).features.tolist() == [[2], [4]]
+    assert video.segments(2).spans.tolist() == [[0, 16 / 33], [16 / 33, 32 / 33]]
+
+
+def test_a_segment_of_one_window_keeps_one_clip_in_the_authors_rule_by_hand() -> None:
+    # 33 frames in 2 segments: frames 1-17 and 17-33, both one window long: clips 0 and 2.
+    video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
+    assert video.segments(2, "drn").features.tolist() == [[0], [2]]
+    # 37 frames: 1-19 and 19-37, longer than a window: clips 0-2 and 2-4.
+    assert Video(video.features, 37, 1.0).segments(2, "drn").features.tolist() == [[2], [4]]
+    assert Video(video.features, 37, 1.0).segments(2, "drn").spans[-1, 1] == 1
+
+
+def test_the_two_rules_differ() -> None:
+    video = Video(np.random.default_rng(0).normal(size=(112, 4)), 905, 30.0)
+    assert (video.segments(32).features != video.segments(32, "drn").features).any()
+    assert (video.segments(32).spans != video.segments(32, "drn").spans).all()
+
+
+@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
+def test_one_clip_fills_every_segment(pooling: str) -> None:
+    segments = Video(np.array([[3.0, -1.0]]), 900, 30.0).segments(32, pooling)  # type: ignore[arg-type]
+    assert segments.features.tolist() == [[3.0, -1.0]] * 32
+
+
+def test_another_clip_clock_reaches_other_rows() -> None:
+    video = Video(np.arange(40, dtype=np.float32)[:, None], 33, 1.0)
+    assert video.segments(2, clock=ClipClock(1, 1)).features.tolist() == [[16], [32]]
+    assert video.segments(2).features.tolist() == [[2], [4]]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_pooled_features_keep_their_dtype(dtype: type) -> None:
+    assert Video(np.ones((9, 2), dtype), 100, 3.0).segments(32).features.dtype == dtype
+
+
+def test_a_video_is_pooled_once_for_all_its_queries() -> None:
+    video = Video(np.ones((9, 2)), 100, 3.0)
+    assert video.segments(32) is video.segments(32)
+    assert video.segments(32) is not video.segments(16)
+
+
+def test_another_rule_is_refused_by_name() -> None:
+    with pytest.raises(FeatureError, match="'mean'"):
+        Video(np.ones((9, 2)), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_frames", "num_clips"), [(1, 1), (16, 1), (23, 1), (24, 2), (900, 111)])
+def test_clips_of_a_video_by_hand(num_frames: int, num_clips: int) -> None:
+    assert ClipClock().num_clips(num_frames) == num_clips
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
+def test_frames_and_clips_are_inverse_to_within_one_stride(num_clips: int, window: int, stride: int) -> None:
+    clock = ClipClock(window, stride)
+    frames = clock.num_frames(num_clips)
+    assert clock.num_clips(frames) == num_clips
+    assert clock.num_clips(frames + stride - 1) == num_clips
+    assert clock.num_clips(frames + stride) == num_clips + 1
+
+
+def test_frames_are_counted_from_the_clips_when_not_given(tmp_path: Path) -> None:
+    np.save(tmp_path / "door.npy", np.ones((115, 4), np.float32))
+    video = Video.load(tmp_path / "door.npy", duration=30.96)
+    assert (video.num_frames, video.duration, video.name) == (928, 30.96, "door")
+    video = Video.load(tmp_path / "door.npy", 30.96, num_frames=930, name="hall")
+    assert (video.num_frames, video.name) == (930, "hall")
+    assert Video.load(tmp_path / "door.npy", 30.96, clock=ClipClock(4, 4)).num_frames == 460
+
+
+def test_npy_and_pt_files_hold_the_same_features(golden: Path, tmp_path: Path) -> None:
+    source = golden / "mini" / "C3D_unit16_overlap0.5_merged" / "AAAA1.pt"
+    features = load_features(source)
+    assert features.dtype == np.float32
+    np.save(tmp_path / "AAAA1.npy", features)
+    np.testing.assert_array_equal(load_features(tmp_path / "AAAA1.npy"), features)
+
+
+@pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf])
+def test_a_duration_that_is_no_length_is_refused(duration: float) -> None:
+    with pytest.raises(FeatureError, match="duration of kitchen"):
+        Video(np.ones((9, 2)), 100, duration, "kitchen")
+
+
+@pytest.mark.parametrize("num_frames", [1, 0, -5])
+def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
+    with pytest.raises(FeatureError, match="kitchen needs at least 2 frames"):
+        Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        (np.ones(4), "floats of shape"),
+        (np.ones((2, 3, 4)), "floats of shape"),
+        (np.ones((2, 3), np.int64), "int64"),
+        (np.ones((2, 3), complex), "complex128"),
+        ([[1.0, 2.0]], "list"),
+        (np.ones((0, 4)), "no clips"),
+        (np.ones((4, 0)), "at least one"),
+        (np.array([[1.0, 2.0], [np.nan, np.inf]]), "2 values that are not finite, the first in clip 1"),
+        (np.array([[1.0], [np.inf]], np.float16), "1 values that are not finite"),
+    ],
+)
+def test_features_that_cannot_be_used_are_refused_and_named(features: np.ndarray, said: str) -> None:
+    with pytest.raises(FeatureError, match=f"The features of kitchen .*{said}"):
+        Video(features, 100, 1.0, "kitchen")
+
+
+def test_infinities_of_both_signs_are_found_without_a_warning() -> None:
+    with pytest.raises(FeatureError, match="2 values"), np.errstate(all="raise"):
+        Video(np.array([[np.inf], [-np.inf]]), 100, 1.0)
+
+
+def test_large_finite_values_are_not_mistaken_for_infinity() -> None:
+    with np.errstate(all="raise"):
+        Video(np.full((400, 400), 6e4, np.float16), 100, 1.0)
+        Video(np.full((20, 20), 1.7e308), 100, 1.0)
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def huge_npy() -> bytes:
+    """A header that promises 16 TB."""
+    stream = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 4096)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + b"\0" * 64
+
+
+WHOLE = npy(np.ones((5, 4), np.float32))
+BAD_FILES = {
+    "empty.npy": (b"", "is empty"),
+    "empty.pt": (b"", "is empty"),
+    "cut.npy": (WHOLE[:-8], "cannot be read"),
+    "header.npy": (WHOLE[:20], "cannot be read"),
+    "text.npy": (b"not an array", "cannot be read"),
+    "objects.npy": (npy(np.array([{}, []], object)), "cannot be read"),
+    "huge.npy": (huge_npy(), "cannot be read"),
+    "text.pt": (b"not a tensor", "should be a tensor of clip features"),
+    "plain.pt": (pickle.dumps([1.0]), "should be a tensor of clip features"),
+    "features.txt": (b"1 2 3", "should end in .npy or .pt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_holds_no_features_is_refused_and_named(name: str, tmp_path: Path) -> None:
+    content, said = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FeatureError, match=said) as caught:
+        Video.load(tmp_path / name, 1.0)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FeatureError, match=r"gone\.npy does not exist"):
+        Video.load(tmp_path / "gone.npy", 1.0)
+
+
+def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "many.npz", a=np.ones((2, 2)))
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
+    with pytest.raises(FeatureError, match="many"):
+        Video.load(tmp_path / "many.npy", 1.0)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_its_code_does_not_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple:
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    for name in ("attack.pt", "attack.npy"):
+        for protocol in (2, 4):
+            (tmp_path / name).write_bytes(pickle.dumps(Attack(), protocol))
+            with pytest.raises(FeatureError, match=name):
+                Video.load(tmp_path / name, 1.0)
+    (tmp_path / "attack.npy").write_bytes(npy(np.array([Attack()], object)))
+    with pytest.raises(FeatureError, match="attack"):
+        Video.load(tmp_path / "attack.npy", 1.0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_with_several_tensors_is_no_feature_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch writes the file")
+    torch.save({"features": torch.ones(3, 4)}, tmp_path / "many.pt")
+    with pytest.raises(FeatureError, match="one tensor of clip features, and holds a dict"):
+        Video.load(tmp_path / "many.pt", 1.0)
+
+
+def test_features_load_without_torch(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    source = golden / "mini" / "C3D_unit16_overlap0.5_merged" / "CCCC3.pt"
+    assert Video.load(source, 1.33, 32).features.shape[1] == 16
+
+
+@settings(max_examples=100)
+@given(position=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_array_is_an_array_or_a_feature_error_and_nothing_else(
+    position: int, value: int, cut: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    damaged = WHOLE[:position] if cut else WHOLE[:position] + bytes([value]) + WHOLE[position + 1 :]
+    path = tmp_path_factory.mktemp("damaged") / "clip.npy"
+    path.write_bytes(damaged)
+    try:
+        features = Video.load(path, 1.0).features
+    except FeatureError:
+        return
+    assert not cut
+    assert features.size == 20
+
+
+def test_pooled_rows_spans_and_frames_are_those_of_the_published_loader(golden: Path) -> None:
+    from runtime.annotations import DataSet
+
+    reference = np.load(golden / "dataset_mini.npz")
+    data_set = DataSet(golden / "mini")
+    for index in range(7):
+        video = data_set.video(str(reference[f"mini_{index}_vid_name"]))
+        assert video.num_frames == reference[f"mini_{index}_num_frames"]
+        segments = video.segments(int(reference[f"mini_{index}_num_proposals"]))
+        np.testing.assert_array_equal(segments.features, reference[f"mini_{index}_pooled"])
+        np.testing.assert_array_equal(segments.spans, reference[f"mini_{index}_proposals"])
+        assert segments.features.dtype == reference[f"mini_{index}_pooled"].dtype

@@ -1,0 +1,144 @@
+"""`runtime.vocabulary`: sentences to word ids."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.annotations import DataSet
+from runtime.errors import ModelFileError, QueryError
+from runtime.vocabulary import Vocabulary, tokenize
+
+WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 7}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "tokens"),
+    [
+        ("person opens the door.", ["person", "opens", "the", "door"]),
+        ("the person's door", ["the", "person", "'s", "door"]),
+        ("opens the door, then runs.", ["opens", "the", "door", ",", "then", "runs"]),
+        ("  dog  runs   away .", ["dog", "runs", "away"]),
+        ("person sits. dog sits.", ["person", "sits", "dog", "sits"]),
+        ("they can't", ["they", "ca", "n't"]),
+        ("e.g.this", ["egthis"]),
+        (".", []),
+        ("", []),
+        (" \t\n", []),
+    ],
+)
+def test_tokens_by_hand(sentence: str, tokens: list[str]) -> None:
+    assert tokenize(sentence) == tokens
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=40))
+def test_a_token_is_never_empty_and_holds_neither_space_nor_full_stop(sentence: str) -> None:
+    for token in tokenize(sentence):
+        assert token
+        assert "." not in token
+        assert " " not in token
+
+
+@given(st.lists(st.sampled_from(["person", "opens", "the", "door", "then"]), min_size=1, max_size=12))
+def test_plain_words_are_split_at_spaces(words: list[str]) -> None:
+    assert tokenize(" ".join(words) + ".") == words
+    assert Vocabulary(WORDS).encode(" ".join(words)).tolist() == [WORDS[word] for word in words]
+
+
+def test_ids_are_int32() -> None:
+    ids = Vocabulary(WORDS).encode("the person's door")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [3, 1, 5, 4]
+
+
+@pytest.mark.parametrize(("policy", "ids"), [("skip", [1, 4]), ("zero", [1, 0, 0, 4])])
+def test_unknown_words_follow_the_policy_and_are_named_in_a_warning(
+    policy: str, ids: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "drn"):
+        assert Vocabulary(WORDS, policy).encode("person zorbs frimly door").tolist() == ids
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "'zorbs', 'frimly'" in caplog.text
+
+
+def test_an_unknown_word_is_named_once_however_often_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+    Vocabulary(WORDS).encode("zorbs the zorbs")
+    assert caplog.records[0].getMessage().startswith("The model does not know 'zorbs' in")
+
+
+def test_known_words_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    Vocabulary(WORDS).encode("person opens the door")
+    assert not caplog.records
+
+
+def test_an_unknown_word_is_refused_under_error() -> None:
+    with pytest.raises(QueryError, match="does not know 'zorbs'"):
+        Vocabulary(WORDS, "error").encode("person zorbs")
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero", "error"])
+def test_a_query_of_only_unknown_words_is_refused_under_every_policy(policy: str) -> None:
+    with pytest.raises(QueryError, match="knows none of the words of 'zorbs frimly'"):
+        Vocabulary(WORDS, policy).encode("zorbs frimly")
+
+
+@pytest.mark.parametrize("sentence", ["", "  ", "...", "\n"])
+def test_a_query_without_a_word_is_refused(sentence: str) -> None:
+    with pytest.raises(QueryError, match="holds no word"):
+        Vocabulary(WORDS).encode(sentence)
+
+
+def test_a_word_is_looked_up_as_written_before_lower_case() -> None:
+    words = {"Door": 1, "door": 2, "person": 3}
+    assert Vocabulary(words).encode("Person DOOR Door door").tolist() == [3, 2, 1, 2]
+
+
+def test_a_capital_that_only_lower_case_knows_is_no_unknown_word(caplog: pytest.LogCaptureFixture) -> None:
+    Vocabulary(WORDS, "error").encode("Person Opens THE door")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("words", [{"a": 0}, {"a": 1, "b": 3}, {"a": 1, "b": 1}, {"a": 2}])
+def test_ids_other_than_one_to_n_are_refused(words: dict[str, int]) -> None:
+    with pytest.raises(ModelFileError, match="each once"):
+        Vocabulary(words)
+
+
+def test_another_policy_is_refused_by_name() -> None:
+    with pytest.raises(ModelFileError, match="'guess'"):
+        Vocabulary(WORDS, "guess")  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_word_table_says_how_to_get_one() -> None:
+    with pytest.raises(QueryError, match="--vocabulary"):
+        Vocabulary({}).encode("person")
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero", "error"])
+def test_a_vocabulary_survives_its_dictionary(policy: str) -> None:
+    vocabulary = Vocabulary(WORDS, policy)
+    assert Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    assert vocabulary != Vocabulary({**WORDS, "new": 8}, policy)
+    assert len(vocabulary) == 7
+
+
+def test_every_real_sentence_has_known_words_and_67_differ_from_splitting_at_spaces(real_data: Path) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    assert len(data_set.vocabulary) == 1301
+    lengths, differing = {}, {}
+    for split in ("train", "test"):
+        sentences = [annotation.sentence for annotation in data_set.annotations(split, "keep")]
+        tokens = [tokenize(sentence) for sentence in sentences]
+        assert all(token in data_set.words for row in tokens for token in row)
+        lengths[split] = len(tokens), min(map(len, tokens)), max(map(len, tokens))
+        differing[split] = sum(
+            row != text.replace(".", "").split() for row, text in zip(tokens, sentences, strict=True)
+        )
+    assert lengths == {"train": (12408, 2, 12), "test": (3720, 2, 11)}
+    assert differing == {"train": 54, "test": 13}

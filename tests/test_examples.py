@@ -1,0 +1,73 @@
+"""The examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from export.to_onnx import to_onnx
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.files import read_json
+from runtime.manifest import Features
+from train.checkpoints import Checkpoint, save_checkpoint
+from train.loop import fresh_model
+from train.model import DRNConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained small network for the planted data set, exported."""
+    data_set = DataSet(planted)
+    config = DRNConfig(vocab_size=len(data_set.words), embed_dim=8, feature_dim=32, hidden_dim=8, fpn_dim=8)
+    directory = tmp_path_factory.mktemp("model")
+    # A head that was never trained finds no location likely; half of them are after this.
+    network = fresh_model(config, seed=0)
+    network.fcos.head.cls_logits.bias.data.zero_()
+    features = Features(dim=32)
+    checkpoint = Checkpoint(config, features, data_set.vocabulary, Decoding(), network.state_dict(), {"stage": 3})
+    save_checkpoint(directory / "drn.pt", checkpoint)
+    return to_onnx(directory / "drn.pt", directory / "drn.onnx", max_query_length=16)
+
+
+def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("ground_many").main(str(model), str(planted), "person opens the door")
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == {annotation.video for annotation in DataSet(planted).annotations("test")}
+
+
+def test_the_demo_types_commands_that_exist(planted: Path) -> None:
+    demo = load("demo")
+    video, sentences = demo.longest_story(planted)
+    told = {annotation.sentence for annotation in DataSet(planted).annotations("test") if annotation.video == video}
+    assert set(sentences) <= told
+    source = (ROOT / "examples" / "demo.py").read_text()
+    for name in ("train.simulate", "train", "export.to_onnx", "runtime.infer", "runtime.evaluate"):
+        assert f'show("{name}"' in source
+        result = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0
+
+
+def test_the_benchmark_runs_and_finds_the_baseline_equal(model: Path, tmp_path: Path) -> None:
+    from benchmarks.cpu import benchmark
+
+    output = tmp_path / "cpu.json"
+    benchmark(model.with_suffix(".pt"), model, samples=4, batch=4, training=False, output=output)
+    report = read_json(output, "report")
+    assert report["speed-up over eager, batch 1"] > 0

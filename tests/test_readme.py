@@ -1,0 +1,59 @@
+"""What the README says to type works as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """Return every `python -m` line of the shell blocks of a Markdown text."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("python -m")]
+
+
+def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(line, comments=True)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
+    return subprocess.run([sys.executable, *words[1:]], cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:
+    block = README.split("tests/test_readme.py runs this block")[1].split("```")[1]
+    lines = [line for line in block.splitlines() if line.startswith("python")]
+    assert len(lines) == 6
+    for line in lines:
+        result = run(line, tmp_path)
+        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+        assert "Next:" in result.stderr, line
+    first = tmp_path / "runs" / "first"
+    report = json.loads((first / "report.json").read_text())
+    predictions = [json.loads(line) for line in (first / "predictions.jsonl").read_text().splitlines()]
+    assert {"R@1 IoU=0.5", "R@5 IoU=0.5", "R@1 IoU=0.7", "mIoU", "queries", "protocol", "prior"} <= set(report)
+    assert len(predictions) == report["queries"]
+    assert (first / "moments.png").read_bytes().startswith(b"\x89PNG")
+    assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", commands(README))
+def test_every_command_of_the_readme_parses(line: str, tmp_path: Path) -> None:
+    # On files that are not there a command must end with our sentence, not with a usage error or a traceback.
+    words = shlex.split(line, comments=True)
+    if words[2] == "train.simulate":
+        line += " --annotations nowhere"
+    result = run(line, tmp_path)
+    if words[2] == "runtime.doctor":
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,118 @@
+"""A checkpoint behind the runtime's protocol answers as the network does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import runtime
+from runtime.annotations import DataSet
+from runtime.backends import open_backend
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError, DeviceError
+from runtime.files import sha256
+from runtime.manifest import Features
+from runtime.tensors import Batch, Heads, collate
+from runtime.vocabulary import Vocabulary
+from tests.tolerances import HEADS
+from train.backend import TorchBackend, open_checkpoint, torch_device
+from train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def published(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the weights of the goldens."""
+    path = tmp_path_factory.mktemp("published") / "drn.pt"
+    config = reference.config
+    weights = reference.model().state_dict()
+    words = Vocabulary({f"w{i}": i for i in range(1, config.vocab_size + 1)})
+    save_checkpoint(
+        path, Checkpoint(config, Features(dim=config.feature_dim), words, Decoding(), weights, {"stage": 3})
+    )
+    return path
+
+
+def as_batch(reference: Any, name: str) -> Batch:
+    tokens, length, features, spans = (tensor.numpy() for tensor in reference.inputs(name))
+    return Batch(tokens.astype(np.int32), length.astype(np.int32), features, spans.astype(np.float32))
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+def test_opened_by_the_runtime_it_answers_as_the_published_code(reference: Any, published: Path, batch: str) -> None:
+    heads = open_backend(published, device="cpu").run(as_batch(reference, batch))
+    wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
+    assert isinstance(heads, Heads)
+    for found, expected in zip(vars(heads).values(), wanted, strict=True):
+        assert found.dtype == np.float32
+        assert found.flags.c_contiguous
+        np.testing.assert_allclose(found, expected, rtol=0, atol=HEADS * np.abs(expected).max())
+
+
+def test_opened_by_the_runtime_it_is_the_network(short_run: Path, planted: Path) -> None:
+    checkpoint = load_checkpoint(short_run / "drn.pt")
+    backend = runtime.open_backend(short_run / "drn.pt", device="cpu")
+    data_set = DataSet(planted)
+    annotations = data_set.annotations("test")[:5]
+    segments = [data_set.video(a.video).segments(checkpoint.config.num_segments) for a in annotations]
+    batch = collate([checkpoint.vocabulary.encode(a.sentence) for a in annotations], segments)
+    with torch.no_grad():
+        wanted = checkpoint.model()(*(torch.from_numpy(array) for array in vars(batch).values()))
+    for found, expected in zip(vars(backend.run(batch)).values(), wanted, strict=True):
+        np.testing.assert_array_equal(found, expected.numpy())
+    assert backend.manifest.vocabulary == data_set.vocabulary
+    assert backend.manifest.sources == {"drn.pt": sha256(short_run / "drn.pt")}
+    assert backend.manifest.decoding.num_segments == checkpoint.config.num_segments == 16
+
+
+def test_running_restores_the_training_mode_and_changes_nothing(reference: Any, published: Path) -> None:
+    checkpoint = load_checkpoint(published)
+    model = checkpoint.model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backend = TorchBackend(model, checkpoint.manifest())
+    first = backend.run(as_batch(reference, "a"))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.eval()
+    second = backend.run(as_batch(reference, "a"))
+    assert not model.training
+    np.testing.assert_array_equal(first.iou_logits, second.iou_logits)
+
+
+def test_threads_are_set(published: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        open_checkpoint(published, "cpu", threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_no_checkpoint_is_refused_by_the_runtime(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        open_backend(tmp_path / "x.pt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_absent_gpu_is_an_error_never_a_fall_back(published: Path) -> None:
+    with pytest.raises(DeviceError, match="no GPU"):
+        open_backend(published, device="cuda")
+    assert torch_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu:0", "", "mps"])
+def test_device_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="auto, cpu or cuda"):
+        torch_device(name)
+
+
+def test_decoding_after_stage_1_leaves_iou_scores_out(short_run: Path) -> None:
+    stages = [load_checkpoint(short_run / f"stage{number}" / "best.pt") for number in (1, 2, 3)]
+    assert [stage.decoding.use_iou_scores for stage in stages] == [False, True, True]
+    assert [stage.manifest().stage for stage in stages] == [1, 2, 3]
+    assert dataclasses.replace(stages[0].decoding, use_iou_scores=True) == stages[2].decoding

@@ -1,0 +1,217 @@
+"""drn.pt holds all that a network needs, loads without running code, and says what is wrong with one that does not."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.decoding import Decoding
+from runtime.errors import CheckpointError, GroundingError, OutputError
+from runtime.manifest import Features
+from runtime.vocabulary import Vocabulary
+from train.checkpoints import Checkpoint, check_weights, load_checkpoint, save_checkpoint
+from train.loop import fresh_model
+from train.model import DRNConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: DRNConfig) -> Checkpoint:
+    return Checkpoint(
+        config=tiny,
+        features=Features("made up", tiny.feature_dim, 32, 16, "drn"),
+        vocabulary=Vocabulary({f"w{i}": i for i in range(1, 21)}, "zero"),
+        decoding=Decoding(score_threshold=0.1, use_iou_scores=False, protocol="drn"),
+        weights=fresh_model(tiny, 3).state_dict(),
+        training={"stage": 1, "recipe": "drn"},
+    )
+
+
+@pytest.fixture
+def saved(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "drn.pt", checkpoint)
+    return tmp_path / "drn.pt"
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    return path
+
+
+def test_what_is_saved_is_loaded(checkpoint: Checkpoint, saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    for name in ("config", "features", "vocabulary", "decoding", "training"):
+        assert getattr(loaded, name) == getattr(checkpoint, name), name
+    assert list(loaded.weights) == list(checkpoint.weights)
+    assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in checkpoint.weights.items())
+
+
+def test_file_is_as_the_contract_says(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    assert list(content) == ["format", "config", "vocabulary", "decoding", "weights", "training"]
+    assert content["format"] == "drn-checkpoint/1"
+    assert content["config"]["feature_dim"] == content["config"]["features"]["dim"] == 32
+
+
+def test_manifest_says_what_the_checkpoint_holds(checkpoint: Checkpoint) -> None:
+    manifest = checkpoint.manifest(sources={"a": "b"})
+    assert (manifest.stage, manifest.decoding, manifest.features) == (1, checkpoint.decoding, checkpoint.features)
+    assert manifest.vocabulary == checkpoint.vocabulary
+    assert manifest.sources == {"a": "b"}
+
+
+def test_network_of_a_checkpoint_answers_as_the_one_that_was_saved(
+    checkpoint: Checkpoint, saved: Path, tiny: DRNConfig, made_up_inputs: Any
+) -> None:
+    inputs = made_up_inputs(tiny, [3, 2])
+    with torch.no_grad():
+        one, other = fresh_model(tiny, 3).eval()(*inputs), load_checkpoint(saved).model()(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.pt does not exist"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short", b"\x80\x02", b"\x80\x02K\x01."])
+def test_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "drn.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"drn\.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
+def test_truncated_file_is_refused(saved: Path, kept: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(saved)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, legacy: bool) -> None:
+    path, sprung = tmp_path / "drn.pt", tmp_path / "sprung"
+    content = {"format": "drn-checkpoint/1", "weights": Trap(sprung)}
+    if legacy:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        load_checkpoint(path)
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("format_", ["drn-checkpoint/2", None])
+def test_other_version_is_refused_with_both_named(saved: Path, format_: str | None) -> None:
+    with pytest.raises(CheckpointError, match="drn-checkpoint/1") as caught:
+        load_checkpoint(rewritten(saved, lambda content: content.update(format=format_)))
+    assert str(format_) in str(caught.value) or format_ is None
+
+
+@pytest.mark.parametrize("content", [{}, [], torch.zeros(3), {"state_dict": {}}])
+def test_torch_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"train\.convert"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+PARTS = ("config", "vocabulary", "decoding", "weights", "training")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *((part, value) for part in PARTS for value in (None, 3, "absent")),
+        # Decoding has defaults, and how a network came to be may be unknown.
+        *((part, value) for part in PARTS[:4] for value in ({"stage": []}, {}) if (part, value) != ("decoding", {})),
+    ],
+)
+def test_damaged_part_is_no_crash(saved: Path, part: str, value: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content.pop(part)
+        if value != "absent":
+            content[part] = value
+
+    with pytest.raises(GroundingError):
+        load_checkpoint(rewritten(saved, change))
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(saved: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        weights = content["weights"]
+        del weights["qInput.1.bias"]
+        weights["fcos.head.centerness.weight"] = torch.zeros(1)
+        weights["prop_fc.bias"] = torch.zeros(7)
+
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(rewritten(saved, change))
+    message = str(caught.value)
+    assert "missing: qInput.1.bias" in message
+    assert "not DRN's: fcos.head.centerness.weight" in message
+    assert "prop_fc.bias is (7,) and should be (32,)" in message
+
+
+def test_weight_that_is_no_tensor_is_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(rewritten(saved, lambda content: content["weights"].update({"prop_fc.bias": 3})))
+
+
+def test_many_wrong_tensors_are_counted_not_listed(tiny: DRNConfig) -> None:
+    with pytest.raises(CheckpointError, match="and 116 more"):
+        check_weights({}, tiny, "it")
+
+
+def test_interrupted_saving_leaves_what_was_there(
+    checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def interrupted(content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(saved, checkpoint)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("PytorchStreamWriter failed writing file"), OSError(28, "No space left")]
+)
+def test_full_disk_is_an_output_error(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(content: Any, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"drn\.pt"):
+        save_checkpoint(tmp_path / "drn.pt", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_on_file_are_plain_float32(saved: Path) -> None:
+    weights = torch.load(saved, weights_only=True)["weights"]
+    kinds = {str(tensor.dtype) for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    assert kinds == {"torch.float32"}
+    assert all(np.isfinite(tensor.numpy()).all() for tensor in weights.values())

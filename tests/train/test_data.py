@@ -1,0 +1,233 @@
+"""Pooled features are those of each video, kept as long as they hold, and an epoch deals each query once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.annotations import Annotation, DataSet
+from runtime.errors import FeatureError, OutputError
+from train.data import PooledFeatures, TrainingData, pool, split_by_video
+
+
+@pytest.fixture
+def data_set(planted: Path, tmp_path: Path) -> DataSet:
+    """A copy of the planted data set, free to be changed."""
+    shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    return DataSet(tmp_path / "data")
+
+
+@pytest.fixture
+def videos(data_set: DataSet) -> list[str]:
+    return sorted({annotation.video for annotation in data_set.annotations("train", invalid="drop")})
+
+
+def replace_features(data_set: DataSet, video: str, features: Any) -> None:
+    path = data_set.feature_path(video)
+    np.save(path.with_suffix(".npy"), features)
+    if path.suffix != ".npy":
+        path.unlink()
+
+
+def fill(data_set: DataSet, videos: list[str], cache: Path, num_segments: int = 32) -> PooledFeatures:
+    return pool(data_set, videos, num_segments, data_set.features(), cache)
+
+
+@pytest.mark.parametrize("num_segments", [16, 32])
+@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
+def test_cache_holds_what_pooling_each_video_gives(
+    data_set: DataSet, videos: list[str], tmp_path: Path, pooling: Any, num_segments: int
+) -> None:
+    features = dataclasses.replace(data_set.features(), pooling=pooling)
+    pooled = pool(data_set, videos, num_segments, features, tmp_path / "cache")
+    for video in videos:
+        wanted = data_set.video(video).segments(num_segments, pooling)
+        found = pooled.segments(video)
+        np.testing.assert_array_equal(found.features, wanted.features)
+        np.testing.assert_array_equal(found.spans, wanted.spans)
+
+
+def test_published_layout_is_read_as_the_published_loader_reads_it(golden: Path, tmp_path: Path) -> None:
+    data_set, wanted = DataSet(golden / "mini"), np.load(golden / "dataset_mini.npz")
+    annotations = data_set.annotations("train", invalid="keep")
+    pooled = fill(data_set, sorted({annotation.video for annotation in annotations}), tmp_path)
+    training = TrainingData(data_set, annotations, pooled, data_set.vocabulary)
+    assert len(training) > 5
+    for index, annotation in enumerate(annotations):
+        batch = training.batch(np.array([index]))
+        assert wanted[f"mini_{index}_vid_name"] == annotation.video
+        np.testing.assert_array_equal(batch.inputs.segment_features[0], wanted[f"mini_{index}_pooled"])
+        np.testing.assert_array_equal(pooled.segments(annotation.video).spans, wanted[f"mini_{index}_proposals"])
+        np.testing.assert_array_equal(batch.inputs.query_tokens[0], wanted[f"mini_{index}_tokens"])
+        np.testing.assert_array_equal(batch.truth[0], wanted[f"mini_{index}_gt_bbox"])
+
+
+def test_cache_is_used_again(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    fill(data_set, videos, tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    before = cached.stat()
+    pooled = fill(data_set, videos, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [cached]
+    assert (cached.stat().st_mtime_ns, cached.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert isinstance(pooled.features, np.memmap)
+
+
+def test_cache_is_made_anew_when_a_feature_file_changes(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
+    replace_features(data_set, videos[3], np.load(data_set.feature_path(videos[3])) + 1)
+    assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
+
+
+def test_cache_is_made_anew_for_other_videos_segments_and_frame_counts(
+    data_set: DataSet, videos: list[str], tmp_path: Path
+) -> None:
+    fill(data_set, videos, tmp_path / "cache")
+    fill(data_set, videos[1:], tmp_path / "cache")
+    fill(data_set, videos, tmp_path / "cache", num_segments=16)
+    data_set.num_frames[videos[0]] += 200
+    fill(data_set, videos, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FeatureError])
+def test_interrupted_pooling_leaves_nothing(
+    data_set: DataSet, videos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    import train.data
+
+    real, calls = train.data.load_features, []
+
+    def load(path: Path) -> np.ndarray:
+        calls.append(path)
+        if len(calls) == 5:
+            raise error("stop")
+        return real(path)
+
+    monkeypatch.setattr(train.data, "load_features", load)
+    with pytest.raises(error):
+        fill(data_set, videos, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.ones((9, 31), np.float16), "31 wide"),
+        (np.ones((9, 32), np.float64), "float64"),
+        (np.full((9, 32), np.nan, np.float16), "288 values that are not finite"),
+        (np.empty((0, 32), np.float16), "no clips"),
+    ],
+)
+def test_unusable_features_are_named_and_nothing_is_kept(
+    data_set: DataSet, videos: list[str], tmp_path: Path, features: np.ndarray, message: str
+) -> None:
+    replace_features(data_set, videos[2], features)
+    with pytest.raises(FeatureError, match=message) as caught:
+        fill(data_set, videos, tmp_path / "cache")
+    assert videos[2] in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_missing_features_are_named(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    data_set.feature_path(videos[2]).unlink()
+    with pytest.raises(FeatureError, match=videos[2]):
+        fill(data_set, videos, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unwritable_cache_is_an_output_error_that_names_the_option(
+    data_set: DataSet, videos: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    with pytest.raises(OutputError, match="--cache"):
+        fill(data_set, videos, tmp_path / "cache")
+
+
+@pytest.fixture
+def training(data_set: DataSet, videos: list[str], tmp_path: Path) -> TrainingData:
+    annotations = data_set.annotations("train", invalid="drop")
+    return TrainingData(data_set, annotations, fill(data_set, videos, tmp_path / "cache"), data_set.vocabulary)
+
+
+def test_batch_holds_its_queries_in_order(training: TrainingData, data_set: DataSet) -> None:
+    chosen = np.array([5, 0, 9])
+    batch = training.batch(chosen)
+    for row, index in enumerate(chosen):
+        annotation = training.annotations[index]
+        ids = data_set.vocabulary.encode(annotation.sentence)
+        assert batch.inputs.query_length[row] == len(ids)
+        np.testing.assert_array_equal(batch.inputs.query_tokens[row, : len(ids)], ids)
+        np.testing.assert_array_equal(
+            batch.inputs.segment_features[row], data_set.video(annotation.video).segments(32).features
+        )
+        np.testing.assert_allclose(batch.truth[row], data_set.span(annotation), rtol=1e-6)
+    inputs, truth = batch.tensors(torch.device("cpu"))
+    assert [tensor.dtype for tensor in (*inputs, truth)] == [torch.int32] * 2 + [torch.float32] * 3
+
+
+def test_blind_training_sees_zeros_and_all_else(training: TrainingData, data_set: DataSet) -> None:
+    blind = TrainingData(data_set, training.annotations, training.pooled, data_set.vocabulary, blind=True)
+    seeing, unseeing = training.batch(np.arange(3)).inputs, blind.batch(np.arange(3)).inputs
+    assert seeing.segment_features.any()
+    assert not unseeing.segment_features.any()
+    np.testing.assert_array_equal(seeing.segment_spans, unseeing.segment_spans)
+    np.testing.assert_array_equal(seeing.query_tokens, unseeing.query_tokens)
+
+
+class Counted(TrainingData):
+    """Training data of which nothing but the number of queries is known."""
+
+    def __init__(self, count: int) -> None:
+        self.annotations = [None] * count  # type: ignore[list-item]
+
+
+@given(st.integers(0, 90), st.integers(1, 12), st.integers(1, 4), st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_processes_divide_an_epoch_among_them(count: int, batch_size: int, processes: int, seed: int) -> None:
+    data = Counted(count)
+    shares = [data.epoch(batch_size, (seed,), rank, processes) for rank in range(processes)]
+    steps = count // (batch_size * processes)
+    assert [len(share) for share in shares] == [steps] * processes
+    dealt = np.concatenate([batch for share in shares for batch in share]) if steps else np.empty(0, int)
+    assert len(dealt) == len(set(dealt.tolist())) == steps * batch_size * processes
+    assert set(dealt.tolist()) <= set(range(count))
+    together = data.epoch(batch_size * processes, (seed,))
+    for step, batch in enumerate(together):
+        np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
+
+
+def test_epochs_differ_and_depend_on_the_seed_alone() -> None:
+    data = Counted(64)
+    first, again, next_epoch = (np.concatenate(data.epoch(8, seed)) for seed in ((0, 1), (0, 1), (0, 2)))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, next_epoch)
+    assert not np.array_equal(first, np.sort(first))
+
+
+@given(st.integers(2, 40), st.floats(0.01, 0.99), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_held_out_videos_are_never_trained_on(num_videos: int, fraction: float, seed: int) -> None:
+    annotations = [Annotation(f"V{i % num_videos}", 0, 1, "a", i) for i in range(3 * num_videos)]
+    training, validation = split_by_video(annotations, fraction, seed)
+    assert not {a.video for a in training} & {a.video for a in validation}
+    assert sorted((*training, *validation), key=lambda a: a.line) == annotations
+    assert len({a.video for a in validation}) == max(1, round(fraction * num_videos))
+    assert split_by_video(annotations[::-1], fraction, seed)[1] == validation[::-1]
+
+
+def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    fill(data_set, videos, tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert cached.stat().st_mode & 0o777 == 0o666 & ~umask
+    np.testing.assert_array_equal(np.load(cached).shape, (len(videos), 32, 32))

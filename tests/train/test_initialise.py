@@ -1,0 +1,156 @@
+"""A fresh network starts as the published ones do, and word vectors land on their words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from runtime.errors import CheckpointError, GroundingError
+from train.initialise import initialise_as_authors, load_glove
+from train.loop import fresh_model
+from train.model import DRN, DRNConfig
+
+WORDS = {f"w{i}": i for i in range(1, 21)}
+WIDE = DRNConfig(vocab_size=300, embed_dim=32, feature_dim=64, hidden_dim=64, fpn_dim=64)
+
+
+def test_same_seed_same_network_and_nothing_else_is_disturbed(tiny: DRNConfig) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, other, third = (fresh_model(tiny, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["prop_fc.weight"], third["prop_fc.weight"])
+
+
+def test_fresh_head_is_the_published_one() -> None:
+    model = fresh_model(WIDE, 0)
+    head = model.fcos.head
+    assert float(head.cls_logits.bias.detach()) == pytest.approx(-math.log(99), abs=1e-5) == pytest.approx(-4.59512, abs=1e-5)
+    assert [float(scale.scale.detach()) for scale in head.scales] == [1, 1, 1]
+    for module in head.modules():
+        if isinstance(module, nn.Conv1d):
+            if module.weight.numel() > 1000:
+                assert float(module.weight.std().detach()) == pytest.approx(0.01, rel=0.1)
+            if module is not head.cls_logits:
+                assert not module.bias.any()
+    table = model.query_encoder.embedding.weight
+    assert not table[0].any()
+    assert float(table[1:].std().detach()) == pytest.approx(1, rel=0.1)
+
+
+@torch.no_grad()
+def test_fresh_network_matches_nothing(made_up_inputs: Any) -> None:
+    scores = fresh_model(WIDE, 0).eval()(*made_up_inputs(WIDE, [4, 2])).matching_logits.sigmoid()
+    assert 0.005 < float(scores.min()) <= float(scores.max()) < 0.02
+
+
+def test_authors_initialisation_touches_what_theirs_does() -> None:
+    published, ours = fresh_model(WIDE, 0), fresh_model(WIDE, 0, initialise_as_authors)
+    plain = published.state_dict()
+    changed = {name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, plain[name])}
+    language = {name for name in plain if name.startswith("query_encoder.") and "embedding" not in name}
+    convolutions = {name for name in plain if name.startswith(("backbone_net.", "fpn.")) and name.endswith(".0.weight")}
+    assert changed == language | convolutions
+    for name, tensor in ours.query_encoder.named_parameters():
+        if tensor.ndim == 1:
+            assert not tensor.any(), name
+        elif not name.startswith("embedding"):
+            bound = math.sqrt(6 / sum(tensor.shape))
+            assert float(tensor.abs().max().detach()) == pytest.approx(bound, rel=0.1), name
+    for name in convolutions:
+        weight = ours.state_dict()[name]
+        # Kaiming-uniform with a = 1: the square root of 3 over the fan-in.
+        assert float(weight.abs().max()) == pytest.approx(math.sqrt(3 / (weight.shape[1] * weight.shape[2])), rel=0.01)
+
+
+@pytest.fixture
+def model(tiny: DRNConfig) -> DRN:
+    return fresh_model(tiny, 0)
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def line(word: str, value: float, width: int = 8) -> str:
+    return " ".join([word, *[str(value)] * width])
+
+
+def test_text_vectors_land_on_their_words(model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = model.query_encoder.embedding.weight.detach().clone()
+    path = write(tmp_path / "glove.txt", [line("w3", 0.5), line("elsewhere", 1), line(". . .", 2), line("w20", -1)])
+    with caplog.at_level(logging.INFO, "drn"):
+        assert load_glove(model, path, WORDS) == 2
+    table = model.query_encoder.embedding.weight
+    assert torch.equal(table[3], torch.full((8,), 0.5))
+    assert torch.equal(table[20], torch.full((8,), -1.0))
+    others = [row for row in range(21) if row not in (3, 20)]
+    assert torch.equal(table[others], before[others])
+    assert "2 of 20 words" in caplog.text
+    assert table.requires_grad
+
+
+def test_matrix_of_vectors_is_taken_by_row(model: DRN, tmp_path: Path) -> None:
+    matrix = torch.randn(21, 8)
+    torch.save(matrix, tmp_path / "glove_weights")
+    assert load_glove(model, tmp_path / "glove_weights", WORDS) == 20
+    table = model.query_encoder.embedding.weight
+    assert torch.equal(table[1:], matrix[1:])
+    assert not table[0].any()
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (21, 9), (21,)])
+def test_matrix_of_another_size_is_refused(model: DRN, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.save(torch.zeros(shape), tmp_path / "glove_weights")
+    with pytest.raises(CheckpointError, match="glove_weights"):
+        load_glove(model, tmp_path / "glove_weights", WORDS)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line("w1", 1), line("w2", 1, width=5)], "line 2"),
+        ([line("w1", 1).replace("1 1", "1 one")], "glove"),
+        ([line("nobody", 1)], "none of|no vector"),
+        ([], "no vector"),
+    ],
+)
+def test_text_that_does_not_fit_is_refused(model: DRN, tmp_path: Path, lines: list[str], message: str) -> None:
+    before = model.state_dict()["query_encoder.embedding.weight"].clone()
+    with pytest.raises(GroundingError, match=message):
+        load_glove(model, write(tmp_path / "glove.txt", lines), WORDS)
+    assert torch.equal(model.state_dict()["query_encoder.embedding.weight"], before)
+
+
+def test_missing_and_binary_files_are_refused(model: DRN, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.txt cannot be read"):
+        load_glove(model, tmp_path / "absent.txt", WORDS)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01" * 9)
+    with pytest.raises(CheckpointError, match="binary"):
+        load_glove(model, tmp_path / "binary", WORDS)
+
+
+def test_authors_vectors_fit_the_published_word_table(real_data: Path) -> None:
+    words = json.loads((real_data / "charades_sta" / "Charades_word2id.json").read_text())
+    model = fresh_model(DRNConfig(embed_dim=300, feature_dim=8, hidden_dim=8, fpn_dim=8), 0)
+    assert load_glove(model, real_data / "charades_sta" / "glove_weights", words) == 1301
+    vectors = model.query_encoder.embedding.weight.detach().numpy()
+    length = np.linalg.norm(vectors, axis=1)
+
+    def likeness(one: str, other: str) -> float:
+        rows = [words[one], words[other]]
+        return float(vectors[rows[0]] @ vectors[rows[1]] / length[rows].prod())
+
+    # The rows are those of the words: like words are close.
+    assert likeness("door", "window") > likeness("door", "eating") + 0.1

@@ -1,0 +1,453 @@
+"""A run learns, keeps its best, goes on after any interruption as if nothing had happened, and guards its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train.loop as loop
+import train.model
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.errors import GroundingError, OutputError
+from runtime.evaluation import evaluate
+from runtime.grounder import Grounder
+from runtime.manifest import Features
+from runtime.metrics import prior_report
+from runtime.videos import Segments
+from runtime.vocabulary import Vocabulary
+from tests.tolerances import HEADS, STEP_HEADS, STEPS
+from train.__main__ import train as run_training
+from train.checkpoints import load_checkpoint
+from train.data import split_by_video
+from train.losses import LossOptions, Losses
+from train.processes import Processes
+from train.simulate import simulate
+from train.stages import RECIPES, Stage
+
+ROOT = Path(__file__).parents[2]
+SELECTION = loop.SELECTION
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's history without what no two runs share."""
+    records = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(path).weights)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Fail unless two runs ended with the same weights, bit for bit, by the same way."""
+    for name in ("drn.pt", *(f"stage{number}/best.pt" for number in (1, 2, 3))):
+        wanted, found = weights(one / name), weights(other / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items()), name
+    for number in (1, 2, 3):
+        wanted, found = (torch.load(run / f"stage{number}/last.pt", weights_only=True) for run in (one, other))
+        moments = [state["optimizer"]["state"] for state in (wanted, found)]
+        assert moments[0].keys() == moments[1].keys()
+        for key, state in moments[0].items():
+            assert torch.equal(state["exp_avg_sq"], moments[1][key]["exp_avg_sq"])
+    assert history(one) == history(other)
+
+
+# The published optimiser, step by step.
+
+
+class GoldenData:
+    """The same batch over and over."""
+
+    def __init__(self, inputs: list[torch.Tensor], truth: torch.Tensor, steps: int) -> None:
+        self.inputs, self.truth, self.steps = inputs, truth, steps
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def epoch(self, *_: Any) -> list[int]:
+        return list(range(self.steps))
+
+    def batches(self, epoch: list[int], device: torch.device) -> Iterator[GoldenData]:
+        yield from (self for _ in epoch)
+
+    def tensors(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return self.inputs, self.truth
+
+
+@dataclasses.dataclass
+class NoDataSet:
+    simulated: bool = False
+
+
+def golden_run(output: Path, stage: Stage, data: GoldenData) -> loop.Run:
+    recipe = RECIPES["mmaction2"]
+    settings = loop.Settings(
+        "mmaction2", (stage,), 4, recipe.clip_norm, LossOptions(), "fp32", 0, False, processes=1, synchronised=True
+    )
+    materials = loop.Materials(NoDataSet(), data, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
+    return loop.Run(output, settings, materials, torch.device("cpu"), Processes())
+
+
+@pytest.mark.parametrize("truth", ["real", "near", "clip"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_three_steps_match_the_published_ones(
+    reference: Any, truth: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_arrays: Callable[..., Any]
+) -> None:
+    recorded, prefix = reference.training, f"{truth}_s{number}"
+    if not recorded:
+        pytest.skip("no training goldens of this seed are here")
+    if f"{prefix}_steps" not in recorded:
+        assert prefix == "real_s2"  # there the published code dies
+        return
+    taken: list[Losses] = []
+
+    def spy(*arguments: Any) -> Losses:
+        taken.append(divide(*arguments))
+        return taken[-1]
+
+    divide, with_duration = loop.divide, train.model.with_duration
+    monkeypatch.setattr(loop, "divide", spy)
+    # In float64: Adam makes full steps of rounding noise, which in float32 moves heads by up to 3 % in stage 1.
+    monkeypatch.setattr(train.model, "with_duration", lambda spans: with_duration(spans).double())
+    model, rate = reference.model().double(), RECIPES["mmaction2"].stages[number - 1].learning_rate
+    inputs = [tensor.double() if tensor.is_floating_point() else tensor for tensor in reference.inputs("a")]
+    data = GoldenData(inputs, torch.from_numpy(recorded[f"gt_{truth}"]), 3)
+    golden_run(tmp_path, Stage(number, rate, 1), data).train(model)
+    found = [[float(loss.detach()) for loss in (step.total(), *step)] for step in taken]
+    np.testing.assert_allclose(found, recorded[f"{prefix}_steps"], rtol=STEPS, atol=1e-7)
+    with torch.no_grad():
+        heads = as_arrays(model.eval()(*inputs))
+    for head, wanted in zip(heads, reference.heads(f"{prefix}_after", reference.arrays["a_sort_index"]), strict=True):
+        np.testing.assert_allclose(head, wanted, rtol=0, atol=STEP_HEADS * np.abs(wanted).max())
+
+
+def test_statistics_after_a_step_match_the_published_ones(reference: Any, tmp_path: Path) -> None:
+    recorded = reference.training
+    if not recorded:
+        pytest.skip("no training goldens of this seed are here")
+    model = reference.model()
+    data = GoldenData(reference.inputs("a"), torch.from_numpy(recorded["gt_near"]), 1)
+    golden_run(tmp_path, Stage(3, 1e-6, 1), data).train(model)
+    buffers = dict(model.named_buffers())
+    assert len(buffers) == 39
+    for name, tensor in buffers.items():
+        wanted = recorded[f"buffers_after_{name}"]
+        if name.endswith("num_batches_tracked"):
+            assert int(tensor) == int(wanted), name
+        else:
+            np.testing.assert_allclose(tensor, wanted, rtol=0, atol=HEADS * np.abs(wanted).max(), err_msg=name)
+
+
+# What a run leaves behind.
+
+
+def test_run_writes_all_that_it_promises(short_run: Path, tiny_sizes: dict[str, Any]) -> None:
+    found = {str(path.relative_to(short_run)) for path in short_run.rglob("*") if path.is_file()}
+    kept = {f"stage{number}/{name}.pt" for number in (1, 2, 3) for name in ("best", "last")}
+    assert found == {"run.json", "history.jsonl", "curves.png", "drn.pt", *kept}
+    assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    records = history(short_run)
+    assert [(record["stage"], record["epoch"]) for record in records] == [(1, 1), (1, 2), (2, 1), (3, 1)]
+    assert [record["learning_rate"] for record in records] == pytest.approx([1e-4, 3.25e-4, 1e-3, 1e-4])
+    for record in records:
+        assert {"loss_matching", "loss_boundary", "loss_iou", "gradient_norm", "steps", SELECTION, "mIoU"} <= set(record)
+        assert all(math.isfinite(value) for value in record.values())
+    assert [record["loss_iou"] > 0 for record in records] == [False, False, True, True]
+
+
+def test_drn_pt_is_the_best_of_the_last_stage_and_holds_no_code(short_run: Path) -> None:
+    content = torch.load(short_run / "drn.pt", weights_only=True)
+    assert content["format"] == "drn-checkpoint/1"
+    assert content["training"]["stage"] == 3
+    assert content["training"]["simulated_features"] is True
+    assert (short_run / "drn.pt").read_bytes() == (short_run / "stage3" / "best.pt").read_bytes()
+
+
+def test_same_seed_same_run_and_another_seed_another(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    run_training(planted, tmp_path / "again", **tiny_sizes)
+    assert_same_run(short_run, tmp_path / "again")
+    run_training(planted, tmp_path / "other", seed=1, stage="1", **{**tiny_sizes, "epochs": (1,), "lr": None})
+    assert history(tmp_path / "other")[0]["loss_matching"] != history(short_run)[0]["loss_matching"]
+
+
+def test_each_stage_starts_from_the_best_of_the_one_before_not_the_last(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.9, 0.1, 0.2, 0.2, 0.3])
+    monkeypatch.setattr(loop.Run, "_validate", lambda *_: {SELECTION: next(scores)})
+    run = tmp_path / "run"
+    run_training(planted, run, **{**tiny_sizes, "epochs": (3, 2, 1)})
+    best, last = (weights(run / "stage1" / "best.pt"), torch.load(run / "stage1" / "last.pt", weights_only=True)["model"])
+    second = weights(run / "stage2" / "best.pt")
+    # Stage 2 changes no weight of the backbone.
+    name = "backbone_net.layers.0.0.weight"
+    assert torch.equal(second[name], best[name])
+    assert not torch.equal(second[name], last[name])
+    validated = [load_checkpoint(run / f"stage{n}" / "best.pt").training["validation"] for n in (1, 2)]
+    # The first of equals is kept.
+    assert [(record["epoch"], record[SELECTION]) for record in validated] == [(2, 0.9), (1, 0.2)]
+
+
+@pytest.mark.parametrize("validate_on", ["test", "held-out"])
+def test_history_says_what_the_runtime_says_of_the_same_checkpoint(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, validate_on: Any
+) -> None:
+    options = {**tiny_sizes, "epochs": (1,), "lr": (3e-3,)}
+    run_training(planted, tmp_path, stage="1", validate_on=validate_on, recipe="drn", **options)
+    data_set, record = DataSet(planted), history(tmp_path)[0]
+    queries = data_set.annotations("test")
+    if validate_on == "held-out":
+        everything = data_set.annotations("train", invalid="drop")
+        queries = split_by_video(everything, 0.1, 0)[1]
+        assert record["steps"] == (len(everything) - len(queries)) // 16
+    else:
+        assert record["steps"] == len(data_set.annotations("train", invalid="drop")) // 16
+    report = evaluate(Grounder.load(tmp_path / "stage1" / "best.pt", device="cpu"), data_set, queries).report
+    assert {name: record[name] for name in report.values} == pytest.approx(report.values, abs=1e-6)
+
+
+def test_without_validation_the_last_epoch_is_kept(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+    run_training(planted, tmp_path, stage="1", validate_on="none", **{**tiny_sizes, "epochs": (2,), "lr": None})
+    last = torch.load(tmp_path / "stage1" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(last[name], tensor) for name, tensor in weights(tmp_path / "drn.pt").items())
+    assert all(SELECTION not in record for record in history(tmp_path))
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_bf16_trains_and_keeps_float32_weights(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+    run_training(planted, tmp_path, precision="bf16", validate_on="none", **{**tiny_sizes, "epochs": (1,)})
+    assert all(math.isfinite(value) for record in history(tmp_path) for value in record.values())
+    kept = weights(tmp_path / "drn.pt")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32, torch.int64}
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_authors_recipe_keeps_its_slips_only_when_asked(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+    options = {**tiny_sizes, "epochs": (1,), "validate_on": "none"}
+    for name, faithful in (("plain", False), ("faithful", True)):
+        run_training(planted, tmp_path / name, recipe="drn", faithful=faithful, **options)
+        before, after = (weights(tmp_path / name / f"stage{number}" / "best.pt") for number in (1, 2))
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert not [key for key in moved if "mix_fc" not in key and "iou_scores" not in key and "running" not in key
+                    and "tracked" not in key]  # fmt: skip
+    norms = {name: history(tmp_path / name)[1]["gradient_norm"] for name in ("plain", "faithful")}
+    # Gradients that are never reset pile up in the norm.
+    assert norms["faithful"] > 2 * norms["plain"]
+
+
+def test_data_set_smaller_than_a_step_is_refused(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(GroundingError, match="lower --batch-size"):
+        run_training(planted, tmp_path, **{**tiny_sizes, "batch_size": 5000})
+
+
+def test_stage_alone_starts_from_the_checkpoint_it_is_given(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {**tiny_sizes, "epochs": (1,), "lr": (1e-3,)}
+    run_training(planted, tmp_path, stage="2", load=short_run / "stage1" / "best.pt", **options)
+    wanted, found = weights(short_run / "stage2" / "best.pt"), weights(tmp_path / "drn.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# Interruption.
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
+    """Let the `call`th call of a function of the loop be a Ctrl-C."""
+    real, calls = getattr(loop, target), [0]
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, target, counting)
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        pytest.param("divide", 2, id="in the first epoch"),
+        pytest.param("save", 2, id="after an epoch, before its state is kept"),
+        pytest.param("divide", 13, id="in stage 2"),
+        pytest.param("draw", 1, id="at the very end"),
+    ],
+)
+def test_interrupted_run_ends_as_an_uninterrupted_one(
+    short_run: Path,
+    planted: Path,
+    tiny_sizes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    call: int,
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if target == "draw":
+            patch.setattr(loop.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            stop_at(patch, target, call)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(planted, run, **tiny_sizes)
+    assert not (run / "drn.pt").exists()
+    assert not [path for path in run.rglob(".*")], "an interrupted run leaves no half-written file"
+    run_training(planted, run, resume=True, **tiny_sizes)
+    assert_same_run(short_run, run)
+
+
+def test_killed_run_goes_on_to_the_same_end(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = []
+    for name, value in tiny_sizes.items():
+        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "--data", str(planted), "--output", str(run), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "stage1" / "last.pt").exists():
+            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()  # type: ignore[union-attr]
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "drn.pt").exists()
+    begun = history(run)
+    run_training(planted, run, resume=True, **tiny_sizes)
+    assert begun == history(short_run)[: len(begun)]
+    assert_same_run(short_run, run)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(short_run, tmp_path / "run")
+    run_training(planted, tmp_path / "run", resume=True, **tiny_sizes)
+    assert_same_run(short_run, tmp_path / "run")
+    assert (tmp_path / "run" / "drn.pt").read_bytes() == (short_run / "drn.pt").read_bytes()
+
+
+def files(directory: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_second_run_into_a_directory_is_refused(short_run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
+    before = files(short_run)
+    with pytest.raises(OutputError, match="--resume"):
+        run_training(planted, short_run, **tiny_sizes)
+    assert files(short_run) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("batch_size", 8),
+        ("epochs", (2, 1, 2)),
+        ("lr", (1e-3, 1e-3, 2e-4)),
+        ("iou_target", "near"),
+        ("precision", "bf16"),
+        ("held_out", 0.3),
+        ("validate_on", "test"),
+        ("fpn_dim", 32),
+        ("num_segments", 32),
+        ("faithful", True),
+        ("blind", True),
+        ("recipe", "drn"),
+    ],
+)
+def test_resuming_under_another_setting_is_refused_naming_it(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], name: str, value: Any
+) -> None:
+    before = files(short_run)
+    called = {"lr": "learning_rate"}.get(name, name)
+    with pytest.raises(OutputError, match=rf"\({called} was .*, is now ") as caught:
+        run_training(planted, short_run, resume=True, **{**tiny_sizes, name: value})
+    if not isinstance(value, tuple):
+        assert f"is now {value}" in str(caught.value)
+    assert files(short_run) == before
+
+
+def test_damaged_state_of_a_run_is_named(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(short_run, tmp_path / "run")
+    last = tmp_path / "run" / "stage2" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-5000])
+    with pytest.raises(GroundingError, match=r"stage2/last\.pt"):
+        run_training(planted, tmp_path / "run", resume=True, **tiny_sizes)
+
+
+# Learning.
+
+
+def test_tiny_network_learns_a_made_up_data_set_through_all_three_stages(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    simulate(data, feature_dim=32, videos=320, difficulty="easy", seed=1)
+    run_training(
+        data,
+        run,
+        # No warm-up, which takes a third of so few steps.
+        recipe="drn",
+        epochs=(4, 1, 1),
+        lr=(2e-3, 1e-3, 1e-5),
+        batch_size=32,
+        num_segments=16,
+        embed_dim=8,
+        hidden_dim=16,
+        fpn_dim=16,
+        validate_on="none",
+    )
+    records = history(run)
+    assert records[3]["loss_matching"] < 0.5 * records[0]["loss_matching"]
+    assert records[5]["loss_iou"] < records[4]["loss_iou"]
+    data_set = DataSet(data)
+    queries = data_set.annotations("test")
+    grounder = Grounder.load(run / "drn.pt", device="cpu")
+    segments = {query.video: grounder.segments(data_set.video(query.video)) for query in queries}
+    names = sorted(segments)
+    other = dict(zip(names, names[1:] + names[:1], strict=True))
+
+    def shuffled(video: str) -> Segments:
+        return Segments(segments[other[video]].features, segments[video].spans)
+
+    def blind(video: str) -> Segments:
+        return Segments(np.zeros_like(segments[video].features), segments[video].spans)
+
+    model, without, unseeing = (
+        evaluate(grounder, data_set, queries, segments_of=source).report.values
+        for source in (segments.__getitem__, shuffled, blind)
+    )
+    training = data_set.spans(data_set.annotations("train", invalid="drop"))
+    prior = prior_report(training, data_set.spans(queries), grounder.manifest.decoding.protocol).values
+    for name, least in ((SELECTION, 0.1), ("mIoU", 0.05)):
+        for floor in (prior, without, unseeing):
+            assert model[name] > floor[name] + least, (name, model, prior, without, unseeing)

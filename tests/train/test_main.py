@@ -1,0 +1,299 @@
+"""Bad input of `python -m train` ends in one sentence, exit code 2 and no run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.command import command
+from runtime.errors import CheckpointError, GroundingError
+from train.__main__ import train
+from train.checkpoints import load_checkpoint
+from train.stages import RECIPES
+
+ROOT = Path(__file__).parents[2]
+FEATURES = "C3D_unit16_overlap0.5_merged"
+
+
+@pytest.fixture
+def data(planted: Path, tmp_path: Path) -> Path:
+    """A copy of the planted data set, free to be spoilt."""
+    shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process; return its exit code and its last line on stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            command(train)
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        return int(stopped.value.code or 0), err.strip().splitlines()[-1]
+
+    return run
+
+
+def refused(outcome: Any, output: Path, message: str, *arguments: str | Path) -> None:
+    code, said = outcome("--output", output, *arguments)
+    assert code == 2
+    assert said.startswith("error: ")
+    assert message in said, said
+    assert not output.exists(), "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "2"], "--load"),
+        (["--stage", "3"], "--load"),
+        (["--held-out", "0"], "--held-out"),
+        (["--held-out", "1.5"], "--held-out"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "1", "2"], "3 stages"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--seed", "-1"], "--seed"),
+        (["--num-segments", "30"], "multiple of 4"),
+        (["--embed-dim", "0"], "--embed-dim"),
+        (["--hidden-dim", "-3"], "--hidden-dim"),
+        (["--fpn-dim", "15"], "--fpn-dim"),
+        (["--device", "tpu"], "auto, cpu or cuda"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--load", "absent.pt"], "absent.pt does not exist"),
+        (["--glove", "absent.txt"], "absent.txt"),
+        (["--batch-size", "100000"], "lower --batch-size"),
+    ],
+)
+def test_impossible_argument_is_named(
+    outcome: Any, planted: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    if message == "lower --batch-size":
+        code, said = outcome("--data", planted, "--output", tmp_path / "run", *arguments)
+        assert (code, message in said) == (2, True)
+        return
+    refused(outcome, tmp_path / "run", message, "--data", planted, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_that_is_not_there_is_an_error(outcome: Any, planted: Path, tmp_path: Path) -> None:
+    refused(outcome, tmp_path / "run", "no GPU", "--data", planted, "--device", "cuda")
+
+
+@pytest.mark.parametrize("arguments", [["--recipe", "other"], ["--stage", "4"], ["--epochs", "one"], ["--no-such-flag"]])
+def test_argument_the_command_line_does_not_know_exits_2(
+    outcome: Any, planted: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    code, _ = outcome("--data", planted, "--output", tmp_path / "run", *arguments)
+    assert code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def append(path: Path, line: str) -> int:
+    """Append a line and return its number."""
+    lines = [*path.read_text().splitlines(), line]
+    path.write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+@pytest.mark.parametrize(
+    "line", ["SIM00000 1.0 2.0 person opens the door.", "SIM00000 1.0##person opens", "SIM00000 one 2##person opens", "##"]
+)
+def test_malformed_line_is_named_by_number(outcome: Any, data: Path, tmp_path: Path, line: str) -> None:
+    number = append(data / "Charades_sta_train.txt", line)
+    refused(outcome, tmp_path / "run", f"line {number}", "--data", data)
+
+
+def test_unknown_video_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
+    number = append(data / "Charades_sta_train.txt", "NOBODY 1.0 2.0##person opens the door.")
+    refused(outcome, tmp_path / "run", "NOBODY", "--data", data)
+    code, said = outcome("--output", tmp_path / "run", "--data", data)
+    assert f"line {number}" in said
+
+
+def test_query_of_unknown_words_only_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
+    video = (data / "Charades_sta_train.txt").read_text().split()[0]
+    append(data / "Charades_sta_train.txt", f"{video} 1.0 2.0##xyzzy plugh.")
+    refused(outcome, tmp_path / "run", "xyzzy plugh", "--data", data)
+
+
+def test_broken_moments_are_left_out_unless_they_are_wanted(
+    data: Path, tmp_path: Path, tiny_sizes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    video = (data / "Charades_sta_train.txt").read_text().split()[0]
+    number = append(data / "Charades_sta_train.txt", f"{video} 2.0 1.0##person opens the door.")
+    options = {**tiny_sizes, "epochs": (1,), "lr": None, "validate_on": "none"}
+    with caplog.at_level("WARNING", "drn"):
+        train(data, tmp_path / "dropped", stage="1", **options)
+    assert f"left out 1 lines: {number} " in caplog.text
+    train(data, tmp_path / "kept", stage="1", faithful=True, **options)
+    counts = [json.loads((tmp_path / run / "run.json").read_text())["inputs"]["queries"][0] for run in ("dropped", "kept")]
+    assert counts[1] == counts[0] + 1 == number
+
+
+def feature_file(data: Path) -> Path:
+    return sorted((data / FEATURES).iterdir())[5]
+
+
+def save_array(value: Any) -> Callable[[Path], None]:
+    return lambda path: np.save(path, value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (Path.unlink, "missing"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "cannot be read"),
+        (lambda path: path.write_bytes(b"not an array at all"), "cannot be read"),
+        (save_array(np.full((9, 32), np.nan, np.float16)), "not finite"),
+        (save_array(np.empty((0, 32), np.float16)), "no clips"),
+        (save_array(np.ones((9, 33), np.float16)), "33 wide"),
+        (save_array(np.ones(9, np.float16)), "(num_clips, D)"),
+    ],
+    ids=["missing", "empty", "truncated", "no array", "nan", "no clips", "wider", "flat"],
+)
+def test_unusable_feature_file_is_named(
+    outcome: Any, data: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str
+) -> None:
+    path = feature_file(data)
+    spoil(path)
+    refused(outcome, tmp_path / "run", path.stem, "--data", data)
+    code, said = outcome("--output", tmp_path / "run", "--data", data)
+    assert message in said, said
+    assert not list((data / "cache").glob("*")) if (data / "cache").exists() else True
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("sprung",))
+
+
+def test_feature_file_with_code_in_it_is_refused_and_nothing_runs(
+    outcome: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = feature_file(data)
+    path.unlink()
+    torch.save(Trap(), path.with_suffix(".pt"))
+    refused(outcome, tmp_path / "run", path.stem, "--data", data)
+    assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["Charades_word2id.json", "Charades_duration.json", "Charades_frames_info.json"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
+def test_missing_or_malformed_table_is_named(
+    outcome: Any, data: Path, tmp_path: Path, name: str, content: str | None
+) -> None:
+    (data / name).unlink()
+    if content is not None:
+        (data / name).write_text(content)
+    refused(outcome, tmp_path / "run", name, "--data", data)
+
+
+def test_missing_data_directory_says_how_to_make_one(outcome: Any, tmp_path: Path) -> None:
+    refused(outcome, tmp_path / "run", "train.simulate", "--data", tmp_path / "absent")
+
+
+def test_output_that_is_a_file_is_refused(outcome: Any, planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    code, said = outcome("--data", planted, "--output", tmp_path / "run", "--epochs", "1")
+    assert (code, str(tmp_path / "run") in said) == (2, True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_checkpoint_of_another_feature_width_is_refused(
+    outcome: Any, short_run: Path, data: Path, tmp_path: Path
+) -> None:
+    for path in (data / FEATURES).iterdir():
+        np.save(path, np.load(path)[:, :31])
+    arguments = ["--data", data, "--load", short_run / "drn.pt"]
+    refused(outcome, tmp_path / "run", "width 32 and", *arguments)
+
+
+def test_vectors_beside_a_trained_network_are_refused(
+    outcome: Any, short_run: Path, planted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "glove.txt").write_text("door 1 2\n")
+    arguments = ["--data", planted, "--load", short_run / "drn.pt", "--glove", tmp_path / "glove.txt"]
+    refused(outcome, tmp_path / "run", "--glove", *arguments)
+
+
+def test_vectors_from_a_file_are_what_a_run_starts_from(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    words = json.loads((planted / "Charades_word2id.json").read_text())
+    (tmp_path / "glove.txt").write_text("".join(f"{word} {' '.join(['9'] * 8)}\n" for word in words))
+    options = {**tiny_sizes, "epochs": (1,), "lr": (1e-5,), "validate_on": "none"}
+    train(planted, tmp_path / "run", stage="1", glove=tmp_path / "glove.txt", **options)
+    table = load_checkpoint(tmp_path / "run" / "drn.pt").weights["query_encoder.embedding.weight"]
+    assert float((table[1:] - 9).abs().max()) < 0.01
+    assert not table[0].any()
+
+
+def test_defaults_are_the_published_recipe(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(run: Any, *_: Any) -> None:
+        seen.append(run.settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.Run.open", stop)
+    for recipe in ("mmaction2", "drn"):
+        with pytest.raises(KeyboardInterrupt):
+            train(planted, tmp_path / "run", recipe=recipe, embed_dim=8, hidden_dim=8, fpn_dim=8)  # type: ignore[arg-type]
+        wanted = RECIPES[recipe]
+        assert seen[-1].stages == wanted.stages
+        assert (seen[-1].batch_size, seen[-1].clip_norm) == (wanted.batch_size, wanted.clip_norm)
+    assert not seen[-1].faithful
+
+
+def test_stage_without_a_checkpoint_names_the_one_to_load(planted: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run/stage1/best\.pt"):
+        train(planted, tmp_path / "run", stage="2")
+
+
+def test_every_complaint_is_one_sentence(planted: Path, tmp_path: Path) -> None:
+    with pytest.raises(GroundingError) as caught:
+        train(planted, tmp_path / "run", batch_size=-4)
+    assert "\n" not in str(caught.value)
+    assert "-4" in str(caught.value)
+
+
+def test_ctrl_c_ends_with_a_sentence_and_130(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+    arguments: list[str] = []
+    for name, value in {**tiny_sizes, "epochs": (50,)}.items():
+        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "--data", str(planted), "--output", str(tmp_path / "run"), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "stage1" / "last.pt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "nterrupted" in err.strip().splitlines()[-1]
+    assert not [path for path in (tmp_path / "run").rglob(".*")]

@@ -1,0 +1,166 @@
+"""The network is the published one, number for number, and a batch is nothing but its queries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tolerances import HEADS
+from train.model import BACKBONE_CHANNELS, DRN, DRNConfig, locations, with_duration
+
+
+def assert_close(found: Any, wanted: Any, tolerance: float = HEADS) -> None:
+    """Fail where `found` is further from `wanted` than `tolerance` times the largest number wanted."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_state_dict_is_the_published_one(golden: Path, size: str) -> None:
+    listed = json.loads((golden / f"state_dict_{size}.json").read_text())
+    sizes = {**listed["config"], **listed["changed"]}
+    config = DRNConfig(
+        sizes["vocab_size"], sizes["embed_dim"], listed["feature_dim"], sizes["hidden_dim"], sizes["fpn_feature_dim"]
+    )
+    with torch.device("meta"):
+        model = DRN(config)
+    ours = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in model.state_dict().items()]
+    assert ours == listed["state_dict"]
+    assert [name for name, _ in model.named_parameters()] == listed["trainable"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == listed["parameters"]
+
+
+def test_published_size_is_the_default() -> None:
+    with torch.device("meta"):
+        model = DRN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 39_214_288
+    assert len(list(model.parameters())) == 81
+    assert len(model.state_dict()) == 120
+
+
+@torch.no_grad()
+def test_every_step_of_the_network_matches_the_published_one(reference: Any) -> None:
+    model, order = reference.model(), reference.arrays["a_sort_index"]
+    tokens, length, features, spans = reference.inputs("a")
+
+    def check(name: str, tensor: torch.Tensor) -> None:
+        assert_close(tensor[order], reference.arrays[f"a_{name}"])
+
+    queries = model.query_encoder(tokens, length)
+    gates = [gate(query) for gate, query in zip(model.qInput, queries, strict=True)]
+    for level in range(3):
+        check(f"query_feature_{level}", queries[level])
+        check(f"query_gate_{level}", gates[level])
+    projected = model.prop_fc(features)
+    positions = model.position_transform(with_duration(spans))
+    check("prop_fc", projected)
+    check("position_0", positions)
+    levels = model.backbone_net(projected.transpose(1, 2), positions.transpose(1, 2), gates)
+    pyramid = model.fpn(levels)
+    for level in range(3):
+        check(f"backbone_{level}", levels[level])
+        check(f"fpn_{level}", pyramid[level])
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+@torch.no_grad()
+def test_heads_match_the_published_ones(reference: Any, as_arrays: Any, batch: str) -> None:
+    wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
+    for found, expected in zip(as_arrays(reference.model()(*reference.inputs(batch))), wanted, strict=True):
+        assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_heads_in_training_mode_match_the_published_ones(reference: Any, as_arrays: Any) -> None:
+    if not reference.training:
+        pytest.skip("no training goldens of this seed are here")
+    wanted = reference.heads("near_train", reference.training["near_train_sort_index"])
+    for found, expected in zip(as_arrays(reference.model().train()(*reference.inputs("a"))), wanted, strict=True):
+        assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_order_of_a_batch_never_matters(reference: Any, as_arrays: Any) -> None:
+    model, inputs = reference.model(), reference.inputs("a")
+    order = torch.tensor([2, 0, 3, 1])
+    straight = as_arrays(model(*inputs))
+    shuffled = as_arrays(model(*(tensor[order] for tensor in inputs)))
+    for one, other in zip(straight, shuffled, strict=True):
+        assert_close(other, one[order.numpy()], 1e-5)
+
+
+@torch.no_grad()
+def test_a_query_alone_gets_the_answer_it_gets_in_company(reference: Any, as_arrays: Any) -> None:
+    model, inputs = reference.model(), reference.inputs("a")
+    together = as_arrays(model(*inputs))
+    for row, length in enumerate(inputs[1].tolist()):
+        tokens, lengths, features, spans = (tensor[row : row + 1] for tensor in inputs)
+        alone = as_arrays(model(tokens[:, :length], lengths, features, spans))
+        for one, other in zip(alone, together, strict=True):
+            assert_close(one[0], other[row], 1e-5)
+
+
+@torch.no_grad()
+def test_padding_never_reaches_an_answer(reference: Any, as_arrays: Any) -> None:
+    model, (tokens, length, features, spans) = reference.model(), reference.inputs("a")
+    wanted = as_arrays(model(tokens, length, features, spans))
+    # Words where padding should be, and more of them.
+    rubbish = torch.full((len(tokens), tokens.shape[1] + 3), 7)
+    for row, size in enumerate(length.tolist()):
+        rubbish[row, :size] = tokens[row, :size]
+    for found, expected in zip(as_arrays(model(rubbish, length, features, spans)), wanted, strict=True):
+        assert_close(found, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_only_level_0_sees_positions_and_no_gate_touches_them(reference: Any) -> None:
+    model = reference.model()
+    gates = [torch.zeros(1, n) for n in (reference.config.feature_dim, *BACKBONE_CHANNELS[:-1])]
+    nothing = torch.zeros(1, reference.config.feature_dim, 32)
+    one, other = (model.backbone_net(nothing, torch.full((1, 256, 32), value), gates) for value in (0.0, 1.0))
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("num_segments", [16, 32, 64])
+@torch.no_grad()
+def test_any_multiple_of_four_segments_runs(tiny: DRNConfig, made_up_inputs: Any, num_segments: int) -> None:
+    config = DRNConfig(20, 8, 32, 16, 16, num_segments)
+    heads = DRN(config).eval()(*made_up_inputs(config, [3, 1, 5]))
+    num_locations = num_segments * 7 // 4
+    assert config.num_locations == num_locations == len(locations(config))
+    assert [tuple(head.shape) for head in heads] == [(3, num_locations), (3, num_locations, 2), (3, num_locations)]
+    assert float(locations(config).max()) < num_segments
+    # The weights do not depend on the number of segments.
+    DRN(config).load_state_dict(DRN(tiny).state_dict())
+
+
+def test_locations_are_the_published_ones(golden: Path) -> None:
+    points = np.load(golden / "unit.npz")["points"]
+    np.testing.assert_array_equal(locations(DRNConfig()), points)
+    np.testing.assert_array_equal(points[[0, 1, 31, 32, 33, 48, 55]], [0.5, 1.5, 31.5, 1, 3, 2, 30])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_segments": 30}, {"num_segments": 0}, {"strides": (1, 2)}, {"strides": (2, 4, 8)}, {"fpn_dim": 15}]
+)
+def test_sizes_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"multiple|three levels|odd"):
+        DRNConfig(**wrong)
+
+
+@pytest.mark.parametrize("deeper", [{"head_convs": 2}, {"lstm_layers": 2}])
+@torch.no_grad()
+def test_deeper_networks_run(made_up_inputs: Any, deeper: dict[str, int]) -> None:
+    config = DRNConfig(20, 8, 32, 16, 16, **deeper)
+    model = DRN(config).eval()
+    assert model(*made_up_inputs(config, [2, 4])).iou_logits.shape == (2, 56)
+    if "head_convs" in deeper:
+        names = {name for name in model.state_dict() if "cls_tower" in name}
+        assert {"fcos.head.cls_tower.3.weight", "fcos.head.cls_tower.4.running_mean"} <= names

@@ -1,0 +1,177 @@
+"""Processes that train together do what one does with the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from runtime.decoding import Decoding
+from runtime.manifest import Features
+from runtime.vocabulary import Vocabulary
+from tests.tolerances import PROCESSES
+from train.__main__ import train
+from train.checkpoints import load_checkpoint
+from train.loop import Materials, Run, Settings
+from train.losses import LossOptions
+from train.processes import Processes, SyncedBatchNorm1d, started_by_torchrun, synchronise_batch_norm
+from train.stages import RECIPES
+
+ROOT = Path(__file__).parents[2]
+
+
+def together(data: Path, output: Path, *arguments: str) -> str:
+    """Train with two processes and return what they say on stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    result = subprocess.run(
+        [*command, "--data", str(data), "--output", str(output), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("drn.pt") == 1, "only the leader talks"
+    return result.stderr
+
+
+def as_arguments(sizes: dict[str, Any]) -> list[str]:
+    arguments = []
+    for name, value in sizes.items():
+        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return arguments
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {**tiny_sizes, "epochs": (1,), "lr": (1e-3, 1e-3, 1e-4)}
+    train(planted, tmp_path / "one", **{**sizes, "batch_size": 8})
+    said = together(planted, tmp_path / "two", *as_arguments({**sizes, "batch_size": 4}))
+    assert "2 processes" in said
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert [record["stage"] for record in two] == [1, 2, 3]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["steps"] == theirs["steps"] > 5
+        for name in ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=PROCESSES), (mine["stage"], name)
+    wanted, found = (load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("one", "two"))
+    for name, tensor in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(found[name], tensor), name
+            continue
+        # Most weights agree to rounding; those whose gradient is rounding noise take full steps of either sign.
+        apart = (found[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
+        assert float(apart.median()) < PROCESSES or _is_noise(name), name
+
+
+def _is_noise(name: str) -> bool:
+    before_batch_norm = ("cls_tower.0.bias", "bbox_tower.0.bias", "mix_fc.0.bias", "iou_scores.0.bias")
+    return name.endswith(("W1.bias", *before_batch_norm))
+
+
+def test_published_way_of_several_processes_and_the_authors_slips_run_too(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {**tiny_sizes, "epochs": (1,), "batch_size": 4, "validate_on": "none"}
+    together(planted, tmp_path / "faithful", *as_arguments(sizes), "--faithful", "--recipe", "drn")
+    train(planted, tmp_path / "one", **{**sizes, "batch_size": 8}, faithful=True, recipe="drn")
+    faithful, one = history(tmp_path / "faithful"), history(tmp_path / "one")
+    assert [record["stage"] for record in faithful] == [1, 2, 3]
+    # Statistics and divisors are each process's own, so that results are like one process's and not equal to them.
+    first = faithful[0]["loss_matching"], one[0]["loss_matching"]
+    assert first[0] == pytest.approx(first[1], rel=0.5)
+    assert first[0] != pytest.approx(first[1], rel=100 * PROCESSES)
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with started_by_torchrun(torch.device("cpu")) as processes:
+        assert processes == Processes(0, 1, 0)
+        assert processes.leads
+        processes.wait()
+        assert float(processes.sum(torch.tensor(3.0))) == 3
+    assert not dist.is_initialized()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process, in which the synchronised code runs as in one of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_is_batch_norm(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm1d(6)
+    nn.init.normal_(plain.weight)
+    synced = nn.Sequential(copy.deepcopy(plain))
+    synchronise_batch_norm(synced)
+    assert type(synced[0]) is SyncedBatchNorm1d
+    # A mean far from zero, where sums in half precision lose everything; and 15 values, which it cannot count in halves.
+    values = (torch.randn(5, 6, 3) + 20).to(precision)
+    inputs = [values.clone().requires_grad_() for _ in range(2)]
+    results = [module(tensor) for module, tensor in zip((plain, synced), inputs, strict=True)]
+    assert results[0].dtype == results[1].dtype == precision
+    close = {"rtol": 1e-4, "atol": 1e-5} if precision == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(results[1], results[0], **close)
+    for result in results:
+        (result.float() * torch.arange(18).reshape(6, 3)).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=close["rtol"], atol=close["atol"] * 10)
+    torch.testing.assert_close(synced[0].running_mean, plain.running_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(synced[0].running_var, plain.running_var, rtol=1e-4, atol=1e-5)
+    assert int(synced[0].num_batches_tracked) == 1
+    plain.eval()
+    synced.eval()
+    torch.testing.assert_close(synced(values.float()), plain(values.float()))
+    assert list(synced[0].state_dict()) == list(plain.state_dict())
+
+
+class Meeting(Processes):
+    """The leader, whose first wait lets the other process open the run."""
+
+    def wait(self) -> None:
+        others = self.others  # type: ignore[attr-defined]
+        if others:
+            others.pop()()
+
+
+def test_slow_process_does_not_take_the_leaders_run_for_an_older_one(tmp_path: Path) -> None:
+    recipe = RECIPES["mmaction2"]
+    settings = Settings("mmaction2", recipe.stages, 4, 5.0, LossOptions(), "fp32", 0, False, 2, True)
+    materials = Materials(None, None, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
+
+    @dataclasses.dataclass(frozen=True)
+    class Second(Processes):
+        def wait(self) -> None: ...
+
+    leader, second = Meeting(0, 2, 0), Second(1, 2, 1)
+    opened = []
+
+    def follow() -> None:
+        Run(tmp_path, settings, materials, torch.device("cpu"), second).open(False, {})
+        opened.append(True)
+
+    object.__setattr__(leader, "others", [follow])
+    Run(tmp_path, settings, materials, torch.device("cpu"), leader).open(False, {})
+    assert opened
+    assert (tmp_path / "run.json").is_file()

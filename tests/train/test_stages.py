@@ -1,0 +1,84 @@
+"""Each stage trains what the published one trains, at its rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.checkpoints import load_checkpoint
+from train.loop import fresh_model
+from train.losses import LossOptions
+from train.model import DRN, DRNConfig
+from train.stages import RECIPES, Stage
+
+IOU_HEAD = {
+    *(f"fcos.head.mix_fc.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias")),
+    *(f"fcos.head.iou_scores.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")),
+}
+
+
+@pytest.mark.parametrize(("number", "count"), [(1, 71), (2, 10), (3, 81)])
+def test_stage_learns_the_published_parameters(tiny: DRNConfig, number: int, count: int) -> None:
+    model = DRN(tiny)
+    names = {name for name, _ in model.named_parameters()}
+    # Whatever was frozen before.
+    for stage in (1, 2, 3, number):
+        RECIPES["mmaction2"].stages[stage - 1].freeze(model)
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(learnt) == count
+    assert learnt == {1: names - IOU_HEAD, 2: IOU_HEAD, 3: names}[number]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_learning_rates_are_the_published_ones(golden: Path, number: int) -> None:
+    wanted = np.load(golden / "unit.npz")[f"lr_s{number}"]
+    stage = RECIPES["mmaction2"].stages[number - 1]
+    assert stage.epochs == len(wanted)
+    np.testing.assert_allclose([stage.learning_rate_at(epoch) for epoch in range(stage.epochs)], wanted, rtol=1e-12)
+
+
+def test_authors_rates_have_no_warm_up() -> None:
+    recipe = RECIPES["drn"]
+    assert [stage.learning_rate_at(0) for stage in recipe.stages] == [1e-3, 1e-5, 1e-7]
+    assert (recipe.batch_size, recipe.clip_norm, recipe.pooling, recipe.protocol) == (32, 0.5, "drn", "drn")
+    assert recipe.initialisation == "drn"
+
+
+def test_published_recipe_is_mmaction2s() -> None:
+    recipe = RECIPES["mmaction2"]
+    assert (recipe.batch_size, recipe.clip_norm, recipe.pooling, recipe.protocol) == (16, 5.0, "mmaction2", "mmaction2")
+    assert recipe.initialisation == "torch"
+    assert recipe.losses == LossOptions("near", "all")
+    assert [stage.number for stage in recipe.stages] == [1, 2, 3]
+
+
+def test_iou_scores_count_once_their_head_was_trained() -> None:
+    assert [Stage(number, 1e-3, 1).use_iou_scores for number in (1, 2, 3)] == [False, True, True]
+
+
+def test_warm_up_of_one_epoch_is_none() -> None:
+    assert Stage(1, 1e-3, 3, warmup_epochs=1).learning_rate_at(0) == 1e-3
+    assert dataclasses.replace(Stage(1, 1e-3, 3), warmup_epochs=2).learning_rate_at(0) == pytest.approx(1e-4)
+
+
+def test_stage_2_leaves_all_but_the_iou_head_bit_for_bit_and_moves_statistics(short_run: Path) -> None:
+    before = load_checkpoint(short_run / "stage1" / "best.pt").weights
+    after = load_checkpoint(short_run / "stage2" / "best.pt").weights
+    parameters = {name for name, _ in DRN(load_checkpoint(short_run / "drn.pt").config).named_parameters()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed & parameters == IOU_HEAD
+    buffers = before.keys() - parameters
+    assert len(buffers) == 39
+    assert changed >= buffers
+
+
+def test_stage_1_leaves_the_iou_head_and_stage_3_moves_everything(short_run: Path) -> None:
+    weights = [load_checkpoint(short_run / f"stage{number}" / "best.pt").weights for number in (1, 2, 3)]
+    names = {name for name, _ in DRN(load_checkpoint(short_run / "drn.pt").config).named_parameters()}
+    fresh = fresh_model(load_checkpoint(short_run / "drn.pt").config, seed=0).state_dict()
+    assert {name for name in names if torch.equal(fresh[name], weights[0][name])} == IOU_HEAD
+    assert {name for name in names if torch.equal(weights[1][name], weights[2][name])} == set()
