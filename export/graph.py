@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from train.model import DRN, Backbone, FeaturePyramid, Head, NetworkHeads, QueryEncoder
 
-# Below every attention logit that a network gives, finite in half precision, and so far down that the softmax of
-# float32 gives exactly 0.
-BEYOND = -3e4
+# Below every attention logit that a network gives, far from the end of half precision, and so far down that the softmax
+# of float32 gives exactly 0.
+BEYOND = -1e4
 
 
 class ExportableDRN(nn.Module):

@@ -150,7 +150,7 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     differences = dict.fromkeys(OUTPUTS, 0.0)
-    batches = list(_check_batches(model.config, max_query_length))
+    batches = list(check_batches(model.config, max_query_length))
     training = model.training
     model.eval()
     try:
@@ -335,7 +335,7 @@ def _scopes(nodes: list[onnx.NodeProto]) -> list[str]:
     return scopes
 
 
-def _check_batches(config: DRNConfig, max_query_length: int) -> Iterator[Batch]:
+def check_batches(config: DRNConfig, max_query_length: int) -> Iterator[Batch]:
     """Yield batches of random queries and videos: every query length, and the batch sizes of `BATCH_SIZES`."""
     rng = np.random.default_rng(0)
     for longest in range(1, max_query_length + 1):

@@ -101,7 +101,17 @@ def propose(heads: Heads, decoding: Decoding) -> Proposals:
     """Turn heads at P locations into as many scored spans, of which those too unlikely score -inf.
 
     A query without any likely location proposes the whole video with score 1, in the place of location 0.
+
+    Raises:
+        ModelFileError: a head holds NaN or an infinity, as a model does whose precision overflows.
     """
+    for name, values in vars(heads).items():
+        if not np.isfinite(values).all():
+            queries = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+            raise ModelFileError(
+                f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries; if it runs in "
+                "FP16 or INT8, use the FP32 file or keep the module that overflows in FP32."
+            )
     matching = sigmoid(heads.matching_logits)
     scores = matching * sigmoid(heads.iou_logits) if decoding.use_iou_scores else matching
     kept = matching > np.float32(decoding.score_threshold)

@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import DataSet
+from runtime.annotations import DataSet, Invalid
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.decoding import Protocol
 from runtime.errors import GroundingError
 from runtime.evaluation import evaluate as evaluate_annotations
 from runtime.evaluation import predictions as predictions_of
-from runtime.files import replace_when_whole, write_json
+from runtime.files import check_writable, replace_when_whole, write_json
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.metrics import Report, prior_report, table
 from runtime.videos import Segments
@@ -37,6 +37,7 @@ def evaluate(
     output: Path | None = None,
     predictions: Path | None = None,
     ablation: Ablation = "none",
+    invalid: Invalid = "error",
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     device: Device = "auto",
@@ -53,6 +54,8 @@ def evaluate(
         output: JSON file for the report.
         predictions: JSONL file for every query's moments, in the QVHighlights form.
         ablation: what the answers owe to the video: blind replaces features by zeros, shuffled by another video's.
+        invalid: what to do with a moment that ends before it starts or starts after its video (the published training
+            split has four): stop, drop it with a warning, or keep it, which no answer can hit.
         limit: answer only the first so many queries.
         batch_size: queries that go through the network together; changes nothing but speed.
         device: auto, cpu or cuda.
@@ -60,8 +63,10 @@ def evaluate(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
+    for path in (output, predictions):
+        check_writable(path)
     data_set = DataSet(data)
-    annotations = data_set.annotations(split)[:limit]
+    annotations = data_set.annotations(split, invalid)[:limit]
     grounder = Grounder.load(model, device, threads)
     with tqdm(total=len(annotations), desc="answering", unit="query", leave=False, disable=None) as bar:
         evaluation = evaluate_annotations(

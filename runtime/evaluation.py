@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from runtime.annotations import Annotation, DataSet
-from runtime.decoding import PUBLISHED_COUNT, Decoding, Protocol, propose, suppress
+from runtime.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, propose, suppress
+from runtime.errors import QueryError
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.metrics import IOU_THRESHOLDS, Report, report
+from runtime.tensors import Batch, batches
 from runtime.videos import Segments
 
 # Videos are read and pooled for this many queries at a time, which bounds memory whatever the split.
@@ -57,19 +59,11 @@ def evaluate(
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
     picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in IOU_THRESHOLDS}
-    queries = [grounder.encode_query(annotation.sentence) for annotation in annotations]
-    for chunk in _by_video(annotations):
-        if segments_of is None:
-            known = {name: grounder.segments(data_set.video(name)) for name in {annotations[i].video for i in chunk}}
-            segments = [known[annotations[i].video] for i in chunk]
-        else:
-            segments = [segments_of(annotations[i].video) for i in chunk]
-        for indices, heads in grounder.run([queries[i] for i in chunk], segments, batch_size):
-            rows = np.asarray(chunk)[indices]
-            proposals = propose(heads, decoding)
-            for threshold, found in _suppressed(proposals, decoding):
-                picks[threshold][rows] = found
-            on_progress(len(rows))
+    for rows, batch in batches_of(grounder, data_set, annotations, batch_size, segments_of):
+        proposals = propose(grounder.backend.run(batch), decoding)
+        for threshold, found in suppressed(proposals, decoding):
+            picks[threshold][rows] = found
+        on_progress(len(rows))
     truth = data_set.spans(annotations)
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
 
@@ -89,17 +83,47 @@ def predictions(
         }
 
 
-def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:
-    """Yield positions in chunks, the queries of one video next to each other, so that it is read once."""
-    order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
-    for start in range(0, len(order), CHUNK):
-        yield order[start : start + CHUNK]
+def batches_of(
+    grounder: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    batch_size: int = BATCH_SIZE,
+    segments_of: Callable[[str], Segments] | None = None,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yield what the network is asked, each batch after the positions of its queries; arguments as for `evaluate`.
+
+    Every sentence is read before any video; each video is read once, and few at a time.
+    """
+    queries = [_encoded(grounder, annotation) for annotation in annotations]
+    for chunk in _by_video(annotations):
+        if segments_of is None:
+            known = {name: grounder.segments(data_set.video(name)) for name in {annotations[i].video for i in chunk}}
+            segments = [known[annotations[i].video] for i in chunk]
+        else:
+            segments = [segments_of(annotations[i].video) for i in chunk]
+        for indices, batch in batches([queries[i] for i in chunk], segments, batch_size):
+            yield np.asarray(chunk)[indices], batch
 
 
-def _suppressed(proposals: Any, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:
+def suppressed(proposals: Proposals, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield for each IoU threshold of the metrics the (B, 6, 3) picks to judge at it."""
     found = None
     for threshold in IOU_THRESHOLDS:
         # Only the authors' protocol suppresses differently for each metric.
         if found is None or decoding.protocol == "drn":
             found = suppress(proposals, decoding, PUBLISHED_COUNT, threshold)
         yield threshold, found
+
+
+def _encoded(grounder: Grounder, annotation: Annotation) -> np.ndarray:
+    try:
+        return grounder.encode_query(annotation.sentence)
+    except QueryError as error:
+        raise QueryError(f"Line {annotation.line} of the annotations: {error}") from error
+
+
+def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:
+    """Yield positions in chunks, the queries of one video next to each other, so that it is read once."""
+    order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
+    for start in range(0, len(order), CHUNK):
+        yield order[start : start + CHUNK]

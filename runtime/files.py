@@ -47,6 +47,17 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_writable(path: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError now if `path` could not be written later, before work is done for it. None is nothing to write."""
+    if path is not None:
+        with contextlib.suppress(_NotKept), replace_when_whole(path):
+            raise _NotKept
+
+
+class _NotKept(Exception):
+    """Ends a trial write, so that nothing is left of it."""
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
     with replace_when_whole(path) as temporary:

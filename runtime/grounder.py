@@ -11,7 +11,7 @@ from runtime.backends import Backend, Device, open_backend
 from runtime.decoding import PUBLISHED_COUNT, decode
 from runtime.errors import FeatureError, QueryError
 from runtime.moments import Moment
-from runtime.tensors import Heads, collate
+from runtime.tensors import Heads, batches
 from runtime.videos import Segments, Video
 
 BATCH_SIZE = 32
@@ -57,17 +57,9 @@ class Grounder:
     def run(
         self, queries: Sequence[np.ndarray], segments: Sequence[Segments], batch_size: int = BATCH_SIZE
     ) -> Iterator[tuple[np.ndarray, Heads]]:
-        """Yield for each batch the positions of its pairs and their heads.
-
-        Queries of like length are put into one batch, so that little of it is padding.
-        """
-        order = np.argsort([len(tokens) for tokens in queries], kind="stable")
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            yield (
-                chosen,
-                self.backend.run(collate([queries[i] for i in chosen], [segments[i] for i in chosen])),
-            )
+        """Yield for each batch the positions of its pairs and their heads; see `runtime.tensors.batches`."""
+        for chosen, batch in batches(queries, segments, batch_size):
+            yield chosen, self.backend.run(batch)
 
     def encode_query(self, query: str) -> np.ndarray:
         """Return the (L,) word ids of a query that this model can take; raises QueryError otherwise."""

@@ -9,6 +9,7 @@ from runtime.annotations import DataSet
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import GroundingError, QueryError
+from runtime.files import check_writable
 from runtime.grounder import Grounder
 from runtime.timeline import Answer, Format, draw, render
 from runtime.videos import Video
@@ -49,6 +50,7 @@ def infer(
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.")
     if not query:
         raise QueryError('Nothing was asked; pass --query "a sentence".')
+    check_writable(plot)
     grounder = Grounder.load(model, device, threads)
     truths: dict[str, tuple[float, float]] = {}
     clock = grounder.manifest.features.clock

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -60,3 +60,16 @@ def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
         features[index] = segments.features
         spans[index] = segments.spans
     return Batch(tokens, lengths, features, spans)
+
+
+def batches(
+    queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yield batches of at most `batch_size` pairs, each after the positions of its pairs.
+
+    Queries of like length are put into one batch, so that little of it is padding.
+    """
+    order = np.argsort([len(tokens) for tokens in queries], kind="stable")
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, collate([queries[i] for i in chosen], [videos[i] for i in chosen])

@@ -18,7 +18,7 @@ from runtime.errors import CheckpointError, GroundingError
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint, source_hash
 from train.curves import draw_curves
-from train.data import TrainingData, pool, split_by_video
+from train.data import TrainingData, encode, pool, split_by_video
 from train.initialise import initialise_as_authors, load_glove
 from train.loop import Materials, Run, Settings, fresh_model
 from train.model import DRN, DRNConfig
@@ -151,6 +151,8 @@ def train(
                 f"{load} takes features of width {config.feature_dim} and {data} holds features of width "
                 f"{features.dim}; use the features it was trained on."
             )
+        # Before the first epoch, not after it.
+        encode(validation, vocabulary)
         videos = sorted({annotation.video for annotation in (*training, *validation)})
         cache = cache or Path(data) / "cache"
         if processes.leads:

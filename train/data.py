@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
-from runtime.errors import FeatureError, OutputError
+from runtime.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.files import replace_when_whole
 from runtime.manifest import Features
 from runtime.tensors import Batch, collate
@@ -156,7 +156,7 @@ class TrainingData:
         blind: bool = False,
     ) -> None:
         self.annotations = annotations
-        self.queries = [vocabulary.encode(annotation.sentence) for annotation in annotations]
+        self.queries = encode(annotations, vocabulary)
         self.truth = data_set.spans(annotations).astype(np.float32)
         self.pooled = pooled
         self.blind = blind
@@ -199,6 +199,17 @@ class TrainingData:
             multiprocessing_context="fork",
         )
         yield from loader
+
+
+def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
+    """Return the word ids of every sentence; AnnotationError, naming the line, for one without a known word."""
+    queries = []
+    for annotation in annotations:
+        try:
+            queries.append(vocabulary.encode(annotation.sentence))
+        except QueryError as error:
+            raise AnnotationError(f"The annotation in line {annotation.line} cannot be used: {error}") from error
+    return queries
 
 
 class _Batches(torch.utils.data.Dataset):

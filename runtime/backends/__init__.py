@@ -15,6 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 # Packages that `runtime` must not import offer their backend here, named after the suffix they read.
 ENTRY_POINT_GROUP = "drn.backends"
+MOST_THREADS = 1024
 
 
 class Backend(Protocol):
@@ -42,6 +43,8 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         DeviceError: the library or the device is missing.
     """
     path = Path(path)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
     if path.suffix not in (".onnx", ".pt", ".engine"):
         raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {path.name!r} does not.")
     if not path.is_file():

@@ -16,9 +16,11 @@ import torch
 
 import export.to_onnx
 from export.to_onnx import (
+    BATCH_SIZES,
     INPUTS,
     OUTPUTS,
     check_against_torch,
+    check_batches,
     drn_modules,
     export_model,
     relative_difference,
@@ -38,7 +40,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def sessions(exported: dict[str, onnx.ModelProto]) -> dict[str, onnxruntime.InferenceSession]:
-    return {name: onnxruntime.InferenceSession(model.SerializeToString()) for name, model in exported.items()}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return {name: onnxruntime.InferenceSession(model.SerializeToString(), options) for name, model in exported.items()}
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[np.ndarray]:
@@ -205,6 +209,22 @@ def test_the_command_writes_one_file_that_the_runtime_runs(
     assert backend.manifest.sources == {"drn.pt": sha256(checkpoint)}
     assert backend.manifest.producer["torch"] == torch.__version__
     onnx.checker.check_model(path, full_check=True)
+
+
+def test_the_check_tries_every_length_and_batch_size_with_inputs_like_real_ones() -> None:
+    config = CONFIGS["tiny"]
+    batches = list(check_batches(config, 9))
+    assert {batch.query_tokens.shape[1] for batch in batches} == set(range(1, 10))
+    assert {len(batch) for batch in batches} == set(BATCH_SIZES)
+    assert any(np.any(np.diff(batch.query_length) > 0) for batch in batches)
+    assert any(np.any(np.diff(batch.query_length) < 0) for batch in batches)
+    for batch in batches:
+        words = batch.query_tokens[np.arange(batch.query_tokens.shape[1]) < batch.query_length[:, None]]
+        assert words.min() >= 1
+        assert words.max() <= config.vocab_size
+        assert batch.segment_features.min() == 0
+        assert 0.6 < np.mean(batch.segment_features == 0) < 0.95
+        assert np.all(batch.segment_spans[..., 0] < batch.segment_spans[..., 1])
 
 
 def test_a_graph_that_differs_is_not_kept(

@@ -149,10 +149,9 @@ def test_each_level_keeps_its_best_when_they_are_limited() -> None:
 
 def test_a_limit_counts_only_locations_above_the_threshold() -> None:
     raw = heads()
-    raw.matching_logits[0, :2] = 1, 2
-    # Unlikely locations have the better IoU score, and must not push the likely ones out.
-    raw.matching_logits[0, 2:4] = -4
-    raw.iou_logits[0, 2:4] = 9
+    raw.matching_logits[0, :4] = 1, 2, -4, -4
+    # The unlikely locations have the higher score by far, and must not push the likely ones out.
+    raw.iou_logits[0, :4] = -9, -9, 9, 9
     limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
     assert np.isfinite(propose(raw, limited).scores[0]).tolist() == [True, True, False, False, False, False]
 

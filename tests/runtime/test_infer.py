@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 from runtime import Grounder
 from runtime.annotations import DataSet
 from runtime.infer import infer
-from runtime.manifest import METADATA_KEY, Manifest
+from runtime.manifest import METADATA_KEY, Features, Manifest
 
 ROOT = Path(__file__).parents[2]
 FEATURES = "C3D_unit16_overlap0.5_merged"
@@ -150,6 +151,21 @@ def test_every_bad_feature_file_is_one_sentence_and_writes_nothing(
         assert said in sentence
         assert name in sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_frames_are_counted_by_the_clip_clock_of_the_model(
+    write_graph: Callable[..., Path],
+    tiny_manifest: Manifest,
+    clip: Path,
+    tmp_path: Path,
+    run_command: Callable[..., Any],
+) -> None:
+    manifest = dataclasses.replace(tiny_manifest, features=Features("I3D", 16, window=64, stride=4))
+    model = write_graph(tmp_path / "i3d.onnx", {METADATA_KEY: manifest.to_json()})
+    arguments = ("--model", model, "--features", clip, "--duration", 20, "--query", "dog sits", "--format", "json")
+    # 30 clips of 64 frames, one every 4.
+    assert run_command(infer, *arguments).out == run_command(infer, *arguments, "--num-frames", 180).out
+    assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 248).out
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,7 @@ def test_the_prior_is_fitted_on_the_training_truth_alone() -> None:
     training, truth = np.array([[0.0, 0.5]] * 4), np.array([[0.0, 0.5], [0.9, 1.0]])
     found = prior_report(training, truth, "mmaction2")
     assert found.values["R@1 IoU=0.7"] == 0.5
+    assert found.values["R@5 IoU=0.7"] == 0.5
     assert found.values["mIoU"] == pytest.approx(0.5, abs=1e-6)
     assert found.queries == 2
     assert tuple(found.values) == METRICS

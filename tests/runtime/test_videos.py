@@ -64,6 +64,15 @@ def test_pooling_equals_a_naive_loop_over_the_published_rule(
     assert segments.spans.tolist() == [[start / num_frames, end / num_frames] for start, end in borders]
 
 
+@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
+def test_the_clips_of_every_segment_are_the_published_ones_for_every_length_of_video(pooling: str) -> None:
+    for num_frames in range(2, 1000):
+        first, last, _ = segment_rows(num_frames, 16, pooling, ClipClock())  # type: ignore[arg-type]
+        rows, _ = naive_rows(num_frames, 16, pooling)
+        assert first.tolist() == [clips[0] for clips in rows], num_frames
+        assert last.tolist() == [clips[-1] for clips in rows], num_frames
+
+
 @given(st.integers(2, 5000), st.integers(1, 100))
 def test_segments_of_any_number_cover_the_video_without_gaps(num_frames: int, num_segments: int) -> None:
     for pooling, first, last in (("mmaction2", 0, num_frames - 1), ("drn", 1, num_frames)):

@@ -35,7 +35,11 @@ def test_same_seed_same_network_and_nothing_else_is_disturbed(tiny: DRNConfig) -
 def test_fresh_head_is_the_published_one() -> None:
     model = fresh_model(WIDE, 0)
     head = model.fcos.head
-    assert float(head.cls_logits.bias.detach()) == pytest.approx(-math.log(99), abs=1e-5) == pytest.approx(-4.59512, abs=1e-5)
+    assert (
+        float(head.cls_logits.bias.detach())
+        == pytest.approx(-math.log(99), abs=1e-5)
+        == pytest.approx(-4.59512, abs=1e-5)
+    )
     assert [float(scale.scale.detach()) for scale in head.scales] == [1, 1, 1]
     for module in head.modules():
         if isinstance(module, nn.Conv1d):

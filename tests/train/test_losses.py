@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from runtime.videos import ClipClock, max_over_rows, segment_rows
 from tests.tolerances import GRADIENTS, HEADS, LOSSES
 from train.losses import (
-    LossOptions,
     Losses,
+    LossOptions,
     distance_loss,
     divide,
     focal_loss,

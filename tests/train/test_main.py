@@ -96,7 +96,9 @@ def test_gpu_that_is_not_there_is_an_error(outcome: Any, planted: Path, tmp_path
     refused(outcome, tmp_path / "run", "no GPU", "--data", planted, "--device", "cuda")
 
 
-@pytest.mark.parametrize("arguments", [["--recipe", "other"], ["--stage", "4"], ["--epochs", "one"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments", [["--recipe", "other"], ["--stage", "4"], ["--epochs", "one"], ["--no-such-flag"]]
+)
 def test_argument_the_command_line_does_not_know_exits_2(
     outcome: Any, planted: Path, tmp_path: Path, arguments: list[str]
 ) -> None:
@@ -113,7 +115,8 @@ def append(path: Path, line: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "line", ["SIM00000 1.0 2.0 person opens the door.", "SIM00000 1.0##person opens", "SIM00000 one 2##person opens", "##"]
+    "line",
+    ["SIM00000 1.0 2.0 person opens the door.", "SIM00000 1.0##person opens", "SIM00000 one 2##person opens", "##"],
 )
 def test_malformed_line_is_named_by_number(outcome: Any, data: Path, tmp_path: Path, line: str) -> None:
     number = append(data / "Charades_sta_train.txt", line)
@@ -123,14 +126,15 @@ def test_malformed_line_is_named_by_number(outcome: Any, data: Path, tmp_path: P
 def test_unknown_video_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
     number = append(data / "Charades_sta_train.txt", "NOBODY 1.0 2.0##person opens the door.")
     refused(outcome, tmp_path / "run", "NOBODY", "--data", data)
-    code, said = outcome("--output", tmp_path / "run", "--data", data)
+    _code, said = outcome("--output", tmp_path / "run", "--data", data)
     assert f"line {number}" in said
 
 
 def test_query_of_unknown_words_only_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
-    video = (data / "Charades_sta_train.txt").read_text().split()[0]
-    append(data / "Charades_sta_train.txt", f"{video} 1.0 2.0##xyzzy plugh.")
-    refused(outcome, tmp_path / "run", "xyzzy plugh", "--data", data)
+    for split, arguments in (("test", ["--validate-on", "test"]), ("train", [])):
+        video = (data / f"Charades_sta_{split}.txt").read_text().split()[0]
+        number = append(data / f"Charades_sta_{split}.txt", f"{video} 1.0 2.0##xyzzy plugh.")
+        refused(outcome, tmp_path / "run", f"line {number} cannot be used", "--data", data, *arguments)
 
 
 def test_broken_moments_are_left_out_unless_they_are_wanted(
@@ -143,7 +147,9 @@ def test_broken_moments_are_left_out_unless_they_are_wanted(
         train(data, tmp_path / "dropped", stage="1", **options)
     assert f"left out 1 lines: {number} " in caplog.text
     train(data, tmp_path / "kept", stage="1", faithful=True, **options)
-    counts = [json.loads((tmp_path / run / "run.json").read_text())["inputs"]["queries"][0] for run in ("dropped", "kept")]
+    counts = [
+        json.loads((tmp_path / run / "run.json").read_text())["inputs"]["queries"][0] for run in ("dropped", "kept")
+    ]
     assert counts[1] == counts[0] + 1 == number
 
 
@@ -175,7 +181,7 @@ def test_unusable_feature_file_is_named(
     path = feature_file(data)
     spoil(path)
     refused(outcome, tmp_path / "run", path.stem, "--data", data)
-    code, said = outcome("--output", tmp_path / "run", "--data", data)
+    _code, said = outcome("--output", tmp_path / "run", "--data", data)
     assert message in said, said
     assert not list((data / "cache").glob("*")) if (data / "cache").exists() else True
 
@@ -296,4 +302,4 @@ def test_ctrl_c_ends_with_a_sentence_and_130(planted: Path, tiny_sizes: dict[str
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "nterrupted" in err.strip().splitlines()[-1]
-    assert not [path for path in (tmp_path / "run").rglob(".*")]
+    assert not list((tmp_path / "run").rglob(".*"))

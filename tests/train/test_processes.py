@@ -20,7 +20,7 @@ from torch import nn
 from runtime.decoding import Decoding
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
-from tests.tolerances import PROCESSES
+from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.loop import Materials, Run, Settings
@@ -61,7 +61,7 @@ def history(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_train_as_one_with_the_whole_batch(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
-    sizes = {**tiny_sizes, "epochs": (1,), "lr": (1e-3, 1e-3, 1e-4)}
+    sizes = {**tiny_sizes, "epochs": (1,), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none"}
     train(planted, tmp_path / "one", **{**sizes, "batch_size": 8})
     said = together(planted, tmp_path / "two", *as_arguments({**sizes, "batch_size": 4}))
     assert "2 processes" in said
@@ -76,9 +76,9 @@ def test_two_processes_train_as_one_with_the_whole_batch(
         if name.endswith("num_batches_tracked"):
             assert torch.equal(found[name], tensor), name
             continue
-        # Most weights agree to rounding; those whose gradient is rounding noise take full steps of either sign.
+        # Where the gradient is rounding noise, steps go either way.
         apart = (found[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
-        assert float(apart.median()) < PROCESSES or _is_noise(name), name
+        assert float(apart.median()) < PROCESS_WEIGHTS or _is_noise(name), name
 
 
 def _is_noise(name: str) -> bool:
@@ -89,7 +89,7 @@ def _is_noise(name: str) -> bool:
 def test_published_way_of_several_processes_and_the_authors_slips_run_too(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
-    sizes = {**tiny_sizes, "epochs": (1,), "batch_size": 4, "validate_on": "none"}
+    sizes = {**tiny_sizes, "epochs": (1,), "batch_size": 4}
     together(planted, tmp_path / "faithful", *as_arguments(sizes), "--faithful", "--recipe", "drn")
     train(planted, tmp_path / "one", **{**sizes, "batch_size": 8}, faithful=True, recipe="drn")
     faithful, one = history(tmp_path / "faithful"), history(tmp_path / "one")
@@ -97,7 +97,7 @@ def test_published_way_of_several_processes_and_the_authors_slips_run_too(
     # Statistics and divisors are each process's own, so that results are like one process's and not equal to them.
     first = faithful[0]["loss_matching"], one[0]["loss_matching"]
     assert first[0] == pytest.approx(first[1], rel=0.5)
-    assert first[0] != pytest.approx(first[1], rel=100 * PROCESSES)
+    assert first[0] != pytest.approx(first[1], rel=PROCESSES)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce:FutureWarning")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_synchronised_batch_norm_is_batch_norm(precision: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -127,7 +128,7 @@ def test_synchronised_batch_norm_is_batch_norm(precision: torch.dtype) -> None:
     synced = nn.Sequential(copy.deepcopy(plain))
     synchronise_batch_norm(synced)
     assert type(synced[0]) is SyncedBatchNorm1d
-    # A mean far from zero, where sums in half precision lose everything; and 15 values, which it cannot count in halves.
+    # A mean far from zero, where sums in half precision lose everything.
     values = (torch.randn(5, 6, 3) + 20).to(precision)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
     results = [module(tensor) for module, tensor in zip((plain, synced), inputs, strict=True)]
