@@ -475,3 +475,17 @@ def test_soft_nms_is_that_of_the_published_code_on_40_lists(golden: Path) -> Non
         rows = reference[f"snms_in_{index}"]
         picks = picked(soft_nms(Proposals(rows[None, :, :2], rows[None, :, 2])))
         np.testing.assert_allclose(picks, reference[f"snms_out_{index}"], rtol=0, atol=DETECTIONS)
+
+
+@pytest.mark.parametrize("name", ["matching_logits", "boundary_distances", "iou_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    arrays = {
+        "matching_logits": np.zeros((2, 56), np.float32),
+        "boundary_distances": np.ones((2, 56, 2), np.float32),
+        "iou_logits": np.zeros((2, 56), np.float32),
+    }
+    propose(Heads(**arrays), Decoding())
+    arrays[name][1].flat[3] = value
+    with pytest.raises(ModelFileError, match=f"{name} that are not finite for 1 of 2 queries"):
+        propose(Heads(**arrays), Decoding())

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from runtime.errors import AnnotationError, ModelFileError, OutputError
-from runtime.files import read_json, replace_when_whole, sha256, write_json, write_text
+from runtime.files import check_writable, read_json, replace_when_whole, sha256, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,3 +155,15 @@ def test_a_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 8192 + b"end"
     (tmp_path / "plan").write_bytes(data)
     assert sha256(tmp_path / "plan") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_trial_write_changes_nothing_and_names_what_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    check_writable(path)
+    assert content(tmp_path) == {}
+    path.write_text("old")
+    check_writable(path)
+    check_writable(None)
+    assert content(tmp_path) == {"report.json": "old"}
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_writable(path / "below a file.json")
