@@ -48,7 +48,7 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError now if `path` could not be written later, before work is done for it. None is nothing to write."""
+    """Raise OutputError now if `path` could not be written later, before work is done for it; None is no file."""
     if path is not None:
         with contextlib.suppress(_NotKept), replace_when_whole(path):
             raise _NotKept

@@ -150,6 +150,12 @@ def test_a_nodes_name_tells_its_modules(exported: dict[str, onnx.ModelProto], ne
     assert with_weights <= told
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_tensor_is_called_after_its_node(exported: dict[str, onnx.ModelProto], name: str) -> None:
+    for node in exported[name].graph.node:
+        assert set(node.output) <= set(OUTPUTS) or {output.split(":")[0] for output in node.output} == {node.name}
+
+
 def test_the_file_says_nothing_of_the_machine(exported: dict[str, onnx.ModelProto]) -> None:
     content = exported["tiny"].SerializeToString()
     for trace in (str(ROOT), str(Path.home()), sys.prefix, "site-packages", ".py", "stack_trace", 'File "'):
@@ -264,6 +270,15 @@ def test_the_check_sees_a_frozen_query_length(
     onnx.save(spoilt, tmp_path / "spoilt.onnx")
     with pytest.raises(PromiseBroken):
         check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
+
+
+def test_the_check_takes_a_network_in_training_mode_and_leaves_it_so(
+    networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path
+) -> None:
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    model = copy.deepcopy(networks["tiny"]).train()
+    assert set(check_against_torch(tmp_path / "drn.onnx", model, 2)) == set(OUTPUTS)
+    assert model.training
 
 
 def test_a_nan_is_a_broken_promise(

@@ -165,7 +165,7 @@ def test_a_sentence_the_model_cannot_take_stops_before_any_video_is_read(
     annotations = data_set.annotations("test")
     bad = [*annotations, dataclasses.replace(annotations[0], sentence="dog " * 9, line=41)]
     monkeypatch.setattr(DataSet, "video", lambda *_: pytest.fail("a video was read"))
-    with pytest.raises(QueryError, match="Line 41 .* 9 tokens"):
+    with pytest.raises(QueryError, match=r"Line 41 .* 9 tokens"):
         evaluate(grounder, data_set, bad)
 
 
