@@ -25,8 +25,18 @@ the same code in float32 and in float64 is as far apart as either is from the re
 
 PROCESSES = 1e-4
 """Relative: losses and gradient norms of two processes against one with the whole batch, in float32 at small learning
-rates, where 3e-7 was seen: sums over a batch are rounded in another order. (In float64 all printed digits agree; at 1e-3
-Adam makes full steps of rounding noise and float32 drifts by up to 1e-2 in thirty steps.)"""
+rates, where 3e-7 was seen: sums over a batch are rounded in another order. In float64 nine digits agree; at a rate of
+1e-3 Adam makes full steps of rounding noise, and float32 drifts by up to 1e-2 in thirty steps."""
 
 PROCESS_WEIGHTS = 1e-3
 """Relative to the largest of a tensor, median: its weights after such runs."""
+
+EXPORTED_SECONDS = 1e-3
+"""Boundaries of a graph against torch: EXPORTED of a few segments of a second each."""
+
+HALF = 1e-2
+"""Relative to the largest value of an output: FP16 rounds each tensor by 5e-4, some twenty times over. 3e-3 was seen."""
+
+INT8 = 0.15
+"""Relative to the largest value of an output, for 99 % of the values: INT8 rounds by up to 4e-3 of a tensor's range a
+dozen times over, and a network of width 16 averages little of it away."""
