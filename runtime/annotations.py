@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from runtime.errors import AnnotationError, FeatureError, GroundingError
-from runtime.files import read_json
+from runtime.files import read_json, sha256
 from runtime.manifest import Features
 from runtime.videos import Video, load_features
 from runtime.vocabulary import Vocabulary
@@ -23,6 +24,7 @@ log = logging.getLogger("drn")
 
 Invalid = Literal["error", "drop", "keep"]
 
+TABLES = ("Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json")
 FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
 
 
@@ -130,6 +132,11 @@ class DataSet:
         """Return the moment as fractions of its video; the end is clipped at 1, as published, the start is not."""
         duration = self.durations[annotation.video]
         return annotation.start / duration, min(annotation.end / duration, 1.0)
+
+    def digest(self, split: str) -> str:
+        """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
+        names = (self.annotations_path(split).name, *TABLES)
+        return hashlib.sha256("".join(sha256(self.root / name) for name in names).encode()).hexdigest()
 
     def spans(self, annotations: Sequence[Annotation]) -> np.ndarray:
         """Return the moments as fractions of their videos, (N, 2) float64; see `span`."""

@@ -25,7 +25,7 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """Look at this machine and say what of the toolkit runs on it, and what to type where something does not."""
-    findings = [_python(), *_gpu(), _onnxruntime(), _torch(), _exporter(), _tensorrt(), _tensorrt_rtx(), _plots()]
+    findings = [_python(), *gpus(), _onnxruntime(), _torch(), _exporter(), _tensorrt(), _tensorrt_rtx(), _plots()]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
@@ -40,7 +40,8 @@ def _python() -> Finding:
     return Finding("this machine", True, f"Python {platform.python_version()}, {platform.machine()}, {cores} CPU cores")
 
 
-def _gpu() -> list[Finding]:
+def gpus() -> list[Finding]:
+    """Return what nvidia-smi tells of every GPU: name, driver, memory, compute capability."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return [Finding("NVIDIA GPU", False, "no nvidia-smi: no driver, so everything runs on the CPU")]

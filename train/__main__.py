@@ -16,7 +16,7 @@ from runtime.command import command, next_command
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError
 from train.backend import torch_device
-from train.checkpoints import load_checkpoint, source_hash
+from train.checkpoints import Checkpoint, load_checkpoint, source_hash
 from train.curves import draw_curves
 from train.data import TrainingData, encode, pool, split_by_video
 from train.initialise import initialise_as_authors, load_glove
@@ -46,10 +46,10 @@ def train(
     held_out: float = 0.1,
     glove: Path | None = None,
     cache: Path | None = None,
-    num_segments: int = 32,
-    embed_dim: int = 300,
-    hidden_dim: int = 512,
-    fpn_dim: int = 512,
+    num_segments: int | None = None,
+    embed_dim: int | None = None,
+    hidden_dim: int | None = None,
+    fpn_dim: int | None = None,
     iou_target: Literal["near", "all"] = "near",
     faithful: bool = False,
     blind: bool = False,
@@ -78,10 +78,10 @@ def train(
         held_out: fraction of the training videos to validate on.
         glove: word vectors to start from: GloVe text, or the authors' glove_weights.
         cache: where pooled features are kept; inside DATA when not given.
-        num_segments: T, a multiple of 4.
-        embed_dim: width of word vectors.
-        hidden_dim: LSTM width per direction.
-        fpn_dim: width of the pyramid and the head.
+        num_segments: T, a multiple of 4 (32).
+        embed_dim: width of word vectors (300).
+        hidden_dim: LSTM width per direction (512).
+        fpn_dim: width of the pyramid and the head (512).
         iou_target: locations that train the IoU head: those with IoU above 0.9 as published, or all.
         faithful: keep what looks like slips of the published code: training lines whose moment ends before it starts,
             statistics and divisors per process, and with --recipe drn the clamp of the first location only and the
@@ -98,21 +98,8 @@ def train(
             f"Stage {stages[0].number} starts from a trained network; pass "
             f"--load {output}/stage{stages[0].number - 1}/best.pt (or another checkpoint), or train --stage all."
         )
-    if not 0 < held_out < 1:
-        raise GroundingError(
-            f"--held-out is the fraction of videos to validate on, between 0 and 1, and {held_out} is not."
-        )
-    if batch_size is not None and batch_size < 1:
-        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
-    if seed < 0:
-        raise GroundingError(f"--seed must be 0 or more, and {seed} was given.")
-    for flag, width in (("--embed-dim", embed_dim), ("--hidden-dim", hidden_dim), ("--fpn-dim", fpn_dim)):
-        if width < 1 or (flag == "--fpn-dim" and width % 2):
-            raise GroundingError(
-                f"{flag} must be {'even and ' * (flag == '--fpn-dim')}positive, and {width} was given."
-            )
-    if glove and load:
-        raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
+    sizes = Sizes(num_segments, embed_dim, hidden_dim, fpn_dim)
+    _check(sizes, held_out, batch_size, seed, glove, load)
     target = torch_device(device)
     if precision == "fp16" and target.type == "cpu":
         raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
@@ -137,20 +124,10 @@ def train(
 
         loaded = load_checkpoint(load) if load else None
         vocabulary = loaded.vocabulary if loaded and len(loaded.vocabulary) else data_set.vocabulary
-        features = dataclasses.replace(data_set.features(), pooling=preset.pooling)
-        config = loaded.config if loaded else DRNConfig(
-            vocab_size=len(vocabulary),
-            embed_dim=embed_dim,
-            feature_dim=features.dim,
-            hidden_dim=hidden_dim,
-            fpn_dim=fpn_dim,
-            num_segments=_checked_segments(num_segments),
-        )  # fmt: skip
-        if config.feature_dim != features.dim:
-            raise GroundingError(
-                f"{load} takes features of width {config.feature_dim} and {data} holds features of width "
-                f"{features.dim}; use the features it was trained on."
-            )
+        # A network goes on with the pooling it has learnt.
+        pooling = loaded.features.pooling if loaded else preset.pooling
+        features = dataclasses.replace(data_set.features(), pooling=pooling)
+        config = _network(sizes, loaded, len(vocabulary), features.dim, f"{data}")
         # Before the first epoch, not after it.
         encode(validation, vocabulary)
         videos = sorted({annotation.video for annotation in (*training, *validation)})
@@ -190,12 +167,19 @@ def train(
             features=features,
             decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
         )
+        if len(training) < settings.batch_size * processes.count:
+            raise GroundingError(
+                f"{len(training)} queries do not fill one step of {settings.batch_size * processes.count}; "
+                "lower --batch-size."
+            )
         run = Run(output, settings, materials, target, processes)
         inputs = {
             "network": dataclasses.asdict(config),
             "validate_on": validate_on,
             "held_out": held_out if validate_on == "held-out" else None,
             "queries": [len(training), len(validation)],
+            "annotations": [data_set.digest(s) for s in (("train", "test") if validate_on == "test" else ("train",))],
+            "features": pooled.key,
             "glove": source_hash(glove) if glove else None,
             "load": source_hash(load) if load else None,
             "blind": blind,
@@ -233,10 +217,58 @@ def _stages(
     return stages
 
 
-def _checked_segments(num_segments: int) -> int:
-    if num_segments < 4 or num_segments % 4:
-        raise GroundingError(f"--num-segments must be a multiple of 4, and {num_segments} is not.")
-    return num_segments
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes asked for on the command line; None takes those of --load, or the published ones."""
+
+    num_segments: int | None
+    embed_dim: int | None
+    hidden_dim: int | None
+    fpn_dim: int | None
+
+    def given(self) -> dict[str, int]:
+        return {name: size for name, size in vars(self).items() if size is not None}
+
+
+def _check(
+    sizes: Sizes, held_out: float, batch_size: int | None, seed: int, glove: Path | None, load: Path | None
+) -> None:
+    """Raise what can be known to be wrong before anything is read."""
+    if not 0 < held_out < 1:
+        raise GroundingError(
+            f"--held-out is the fraction of videos to validate on, between 0 and 1, and {held_out} is not."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
+    if seed < 0:
+        raise GroundingError(f"--seed must be 0 or more, and {seed} was given.")
+    multiples = {"num_segments": 4, "fpn_dim": 2}
+    for name, size in sizes.given().items():
+        multiple = multiples.get(name, 1)
+        if size < 1 or size % multiple:
+            flag = f"--{name.replace('_', '-')}"
+            wanted = "positive" if multiple == 1 else f"a positive multiple of {multiple}"
+            raise GroundingError(f"{flag} must be {wanted}, and {size} was given.")
+    if glove and load:
+        raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
+
+
+def _network(sizes: Sizes, loaded: Checkpoint | None, words: int, feature_dim: int, data: str) -> DRNConfig:
+    """Return the shape of the network: the loaded one, which what was asked for must not contradict, or a fresh one."""
+    if loaded is None:
+        return DRNConfig(vocab_size=words, feature_dim=feature_dim, **sizes.given())
+    for name, size in sizes.given().items():
+        if getattr(loaded.config, name) != size:
+            raise GroundingError(
+                f"--{name.replace('_', '-')} {size} was given and the network of --load has "
+                f"{getattr(loaded.config, name)}; leave the flag out."
+            )
+    if loaded.config.feature_dim != feature_dim:
+        raise GroundingError(
+            f"The network of --load takes features of width {loaded.config.feature_dim} and {data} holds features of "
+            f"width {feature_dim}; use the features it was trained on."
+        )
+    return loaded.config
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ class PooledFeatures:
         rows: video name to its row.
         features: (V, T, D) memory map, in the dtype of the feature files.
         spans: (V, T, 2) float64 fractions of the video.
+        key: hash of all that they depend on.
     """
 
     rows: dict[str, int]
     features: np.ndarray
     spans: np.ndarray
+    key: str
 
     def segments(self, video: str) -> Segments:
         row = self.rows[video]
@@ -81,7 +83,7 @@ def pool(
             raise OutputError(f"{error} The pooled features go to --cache, {cache} by default.") from error
     mapped = np.load(path, mmap_mode="r")
     spans = np.stack([spans for _, _, spans in places])
-    return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans)
+    return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
 
 
 def _write(
@@ -107,6 +109,7 @@ def _write(
             len(videos),
             unit="video",
             leave=False,
+            disable=None,
         )
         for video, source, (first, last, _) in progress:
             clips = load_features(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from train.stages import Stage
 log = logging.getLogger("drn")
 
 SELECTION = recall_name(1, 0.5)
+# A graph is exported for queries up to some length; torch takes any.
+ANY_LENGTH = 1 << 30
 RESUME_FORMAT = "drn-training/1"
 
 
@@ -216,11 +219,6 @@ class Run:
         model.train()
         epoch_seed = (settings.seed, 2, stage.number, epoch)
         order = data.epoch(settings.batch_size, epoch_seed, processes.rank, processes.count)
-        if not order:
-            raise GroundingError(
-                f"{len(data)} queries do not fill one step of {settings.batch_size * processes.count}; "
-                "lower --batch-size."
-            )
         seen = torch.zeros(4, device=self.device)
         started = time.perf_counter()
         progress = tqdm(
@@ -256,6 +254,11 @@ class Run:
         if not settings.synchronised:
             seen /= processes.count
         means = (processes.sum(seen) / len(order)).tolist()
+        if not all(map(math.isfinite, means)):
+            raise GroundingError(
+                f"The loss is not a number in stage {stage.number}, epoch {epoch + 1}: the training has diverged. "
+                f"Start again with a lower --lr than {stage.learning_rate:g}, or with --precision fp32."
+            )
         names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
         seconds = time.perf_counter() - started
         return {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
@@ -266,7 +269,7 @@ class Run:
             return {}
         # Every process validates the whole set, since the network is the same everywhere: no figure is sent about.
         checkpoint = self.checkpoint(stage, model, {})
-        grounder = Grounder(TorchBackend(model, checkpoint.manifest()))
+        grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
         quiet = None if self.processes.leads else True
         with tqdm(total=len(annotations), desc="validating", unit="query", leave=False, disable=quiet) as bar:
             evaluation = evaluate(

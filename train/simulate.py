@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -649,7 +648,7 @@ def _write_features(output: Path, stories: Sequence[Story], simulator: Simulator
     from tqdm import tqdm
 
     write = _write_npy if file_format == "npy" else _write_pt
-    for story in tqdm(stories, desc="features", unit="video", file=sys.stderr, dynamic_ncols=True):
+    for story in tqdm(stories, desc="features", unit="video", disable=None, leave=False):
         features = simulator.features(story).astype(dtype)
         with (
             replace_when_whole(_feature_path(output, story.name, file_format)) as path,
