@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # TensorRT-RTX comes as Linux x86-64 wheels; elsewhere its tests skip and say so.
-EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,train,export,rtx,dev || echo cpu,plot,train,export,dev)
+EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,train,export,engine,rtx,dev || echo cpu,plot,train,export,engine,dev)
 
 .PHONY: demo test lint environment clean
 

@@ -100,7 +100,7 @@ def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_qu
         ", ".join(map(str, BATCH_SIZES)),
         max_query_length,
     )
-    next_command(f"python -m runtime.evaluate --model {output} --data DIR")
+    next_command("runtime.evaluate", "--model", output, "--data", "DIR")
     return output
 
 

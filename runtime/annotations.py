@@ -82,7 +82,7 @@ class DataSet:
     def annotations_path(self, split: str) -> Path:
         return self.root / f"Charades_sta_{split}.txt"
 
-    def annotations(self, split: str, invalid: Invalid = "error") -> list[Annotation]:
+    def annotations(self, split: str, invalid: Invalid = "error", quiet: bool = False) -> list[Annotation]:
         """Return the sentences of a split in file order.
 
         Ends past the end of the video are common in the published files and are left as they are; `span` clips them.
@@ -91,6 +91,7 @@ class DataSet:
             split: `train` or `test`.
             invalid: what to do with a moment that ends before it starts, or starts after its video has ended:
                 `error`, `drop` with a warning that names the lines, or `keep` as the published code does.
+            quiet: whether nothing is said of moments that are cut off at the end of their video.
 
         Raises:
             AnnotationError: a line is malformed or names an unknown video, or is invalid under `error`.
@@ -117,7 +118,7 @@ class DataSet:
             annotations.append(annotation)
         if dropped:
             log.warning("%s: left out %d lines: %s.", path.name, len(dropped), "; ".join(dropped))
-        if clipped:
+        if clipped and not quiet:
             log.info(
                 "%s: %d of %d moments end after their video and are cut off there.",
                 path.name,
@@ -168,7 +169,9 @@ class DataSet:
 
     def features(self) -> Features:
         """Return what the clip features of this data set are, read off its first annotated video."""
-        first = self.annotations("train" if self.annotations_path("train").is_file() else "test", invalid="keep")[0]
+        first = self.annotations(
+            "train" if self.annotations_path("train").is_file() else "test", invalid="keep", quiet=True
+        )[0]
         return Features(dim=self.video(first.video).features.shape[1])
 
     def _table(self, name: str, what: str) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class DataSet:
         if not isinstance(table, dict) or not table:
             raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
         for key, value in table.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
                 raise AnnotationError(f"{self.root / name} should map {what}, and maps {key!r} to {value!r}.")
         return table
 

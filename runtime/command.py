@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -48,9 +49,9 @@ def command(function: Callable[..., Any]) -> NoReturn:
     sys.exit(0)
 
 
-def next_command(text: str) -> None:
-    """Say what to type next, on stderr, so that stdout holds results alone."""
-    log.info("\nNext:  %s", text)
+def next_command(module: str, *words: object) -> None:
+    """Say which command to type next, quoted for a shell, on stderr, so that stdout holds results alone."""
+    log.info("\nNext:  python -m %s", shlex.join([module, *map(str, words)]))
 
 
 def _drop_stdout() -> None:

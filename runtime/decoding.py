@@ -28,6 +28,7 @@ PUBLISHED_COUNT = 6
 # The authors suppress what overlaps by more than the metric's threshold less this; the threshold is 0.5 unless a
 # metric says otherwise.
 HARD_NMS_MARGIN = 0.05
+MOST_SEGMENTS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,14 @@ class Decoding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
-        if self.num_segments < 1 or any(self.num_segments % stride for stride in self.strides):
+        counts = (self.num_segments, self.pre_nms_top_n, *self.strides)
+        if not all(isinstance(count, int) and 1 <= count <= MOST_SEGMENTS for count in counts) or not self.strides:
+            raise ModelFileError(
+                f"Segments, strides and proposals per level are from 1 to {MOST_SEGMENTS}, and {counts} was given."
+            )
+        if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
+            raise ModelFileError(f"The score threshold lies in [0, 1), and {self.score_threshold!r} was given.")
+        if any(self.num_segments % stride for stride in self.strides):
             raise ModelFileError(f"{self.num_segments} segments cannot be divided by the strides {self.strides}.")
         if self.protocol not in ("mmaction2", "drn"):
             raise ModelFileError(f"The protocol is mmaction2 or drn, and {self.protocol!r} was asked for.")
@@ -105,17 +113,23 @@ def propose(heads: Heads, decoding: Decoding) -> Proposals:
     Raises:
         ModelFileError: a head holds NaN or an infinity, as a model does whose precision overflows.
     """
+    if heads.matching_logits.shape[1:] != (decoding.num_locations,):
+        raise ModelFileError(
+            f"The model gave {heads.matching_logits.shape[1]} locations where its manifest tells of "
+            f"{decoding.num_locations}; export it again."
+        )
     for name, values in vars(heads).items():
         if not np.isfinite(values).all():
             queries = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
             raise ModelFileError(
-                f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries; if it runs in "
-                "FP16 or INT8, use the FP32 file or keep the module that overflows in FP32."
+                f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries: its "
+                "weights are damaged, or a module overflows in FP16 or INT8; verify it against the file it was made of."
             )
     matching = sigmoid(heads.matching_logits)
     scores = matching * sigmoid(heads.iou_logits) if decoding.use_iou_scores else matching
     kept = matching > np.float32(decoding.score_threshold)
-    kept &= _best_of_each_level(np.where(kept, scores, -np.inf), decoding)
+    if decoding.num_segments // decoding.strides[0] > decoding.pre_nms_top_n:
+        kept &= _best_of_each_level(np.where(kept, scores, -np.inf), decoding)
 
     centre = locations(decoding.num_segments, decoding.strides)
     spans = np.empty(heads.boundary_distances.shape, np.float32)

@@ -59,7 +59,7 @@ def describe(
         )
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    next_command(f'python -m runtime.infer --model {model} --features FILE.npy --duration SECONDS --query "..."')
+    next_command("runtime.infer", "--model", model, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
 
 

@@ -31,7 +31,7 @@ def doctor() -> list[Finding]:
         print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
         if finding.remedy:
             print(f"{'':<{width + 4}}  -> {finding.remedy}")
-    next_command("python -m train.simulate --output data/simulated    (a data set to try everything on)")
+    next_command("train.simulate", "--output", "data/simulated")
     return findings
 
 

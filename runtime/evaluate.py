@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -63,8 +64,8 @@ def evaluate(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
-    for path in (output, predictions):
-        check_writable(path)
+    check_writable(output, model, predictions)
+    check_writable(predictions, model)
     data_set = DataSet(data)
     annotations = data_set.annotations(split, invalid)[:limit]
     grounder = Grounder.load(model, device, threads)
@@ -82,7 +83,7 @@ def evaluate(
     rows = [(model.name if ablation == "none" else f"{model.name}, {ablation}", scored)]
     prior = None
     if data_set.annotations_path("train").is_file():
-        training = data_set.annotations("train", invalid="drop")
+        training = data_set.annotations("train", invalid="drop", quiet=True)
         prior = prior_report(data_set.spans(training), evaluation.truth, scored.protocol)
         rows.append(("prior (constant moments)", prior))
     print(table(rows))
@@ -101,20 +102,23 @@ def evaluate(
         with replace_when_whole(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))
     first = annotations[0]
-    next_command(
-        f'python -m runtime.infer --model {model} --data {data} --video {first.video} --query "{first.sentence}"'
-    )
+    words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
+    next_command("runtime.infer", *words)
     return scored
 
 
 def _ablated(
     grounder: Grounder, data_set: DataSet, videos: list[str], ablation: Ablation
 ) -> Callable[[str], Segments] | None:
-    """Return how to get a video's segments when not as they are; None for as they are."""
+    """Return how to get a video's segments when not as they are; None for as they are.
+
+    Queries of one video come one after the other, so a few videos are kept.
+    """
     if ablation == "none":
         return None
     if ablation == "blind":
 
+        @functools.lru_cache(maxsize=64)
         def blind(name: str) -> Segments:
             segments = grounder.segments(data_set.video(name))
             return Segments(np.zeros_like(segments.features), segments.spans)
@@ -127,6 +131,7 @@ def _ablated(
     order = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
     other = dict(zip(order, order[1:] + order[:1]))
 
+    @functools.lru_cache(maxsize=64)
     def shuffled(name: str) -> Segments:
         spans = grounder.segments(data_set.video(name)).spans
         return Segments(grounder.segments(data_set.video(other[name])).features, spans)

@@ -25,9 +25,13 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: the place cannot be written (no permission, disk full, a file where a directory should be).
     """
-    path = Path(path)
+    # A link stays one: what it points to is replaced.
+    path = Path(path).resolve()
     if path.is_dir():
         raise OutputError(f"{path} is a directory; name the file to write instead.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is a device, and would be replaced by a file; name another file to write.")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays, since some writers choose the format by it.
@@ -45,11 +49,22 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        # Directories made for a file that did not come about go too; others in use are not empty and stay.
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
-def check_writable(path: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError now if `path` could not be written later, before work is done for it; None is no file."""
+def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError now if `path` could not be written later, before work is done for it; None is no file.
+
+    Neither may it be one of `inputs`: files that are read, or that are written too.
+    """
     if path is not None:
+        if Path(path).resolve() in {Path(other).resolve() for other in inputs if other is not None}:
+            raise OutputError(
+                f"{path} is named for something else already, and would be written over; name another file."
+            )
         with contextlib.suppress(_NotKept), replace_when_whole(path):
             raise _NotKept
 
@@ -78,7 +93,7 @@ def read_json(path: str | os.PathLike[str], what: str, error: type[GroundingErro
         raise error(f"{path} ({what}) does not exist; check the path.") from None
     except OSError as problem:
         raise error(f"{path} ({what}) cannot be read: {problem.strerror}.") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path} ({what}) should be a JSON file and is not: {problem}.") from problem
 
 
@@ -94,9 +109,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def _unwritable(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"No space is left on the disk for {path}; nothing was written. Free some or choose another --output."
+            f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place."
         )
-    return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
 
 
 def _umask() -> int:

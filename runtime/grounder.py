@@ -47,9 +47,10 @@ class Grounder:
         """
         queries = [self.encode_query(query) for _, query in pairs]
         segments = [self.segments(video) for video, _ in pairs]
+        decoding = self.manifest.decoding
         answers: list[list[Moment]] = [[] for _ in pairs]
         for indices, heads in self.run(queries, segments, batch_size):
-            picks = decode(heads, self.manifest.decoding, max(top_k, PUBLISHED_COUNT))
+            picks = decode(heads, decoding, max(min(top_k, decoding.num_locations), PUBLISHED_COUNT))
             for index, rows in zip(indices, picks[:, :top_k]):
                 answers[index] = in_seconds(rows, pairs[index][0].duration)
         return answers

@@ -50,7 +50,7 @@ def infer(
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.")
     if not query:
         raise QueryError('Nothing was asked; pass --query "a sentence".')
-    check_writable(plot)
+    check_writable(plot, model, features)
     grounder = Grounder.load(model, device, threads)
     truths: dict[str, tuple[float, float]] = {}
     clock = grounder.manifest.features.clock
@@ -59,6 +59,10 @@ def infer(
             raise GroundingError("--features needs --duration, the length of that video in seconds.")
         subject = Video.load(features, duration, num_frames, clock=clock)
     elif data is not None and video is not None and features is None:
+        if duration is not None or num_frames is not None:
+            raise GroundingError(
+                "--data knows the duration and frames of its videos; leave --duration and --num-frames out."
+            )
         data_set = DataSet(data)
         subject = data_set.video(video)
         truths = _truths(data_set, video)
@@ -72,7 +76,7 @@ def infer(
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     if plot:
         draw(answers, plot)
-    next_command(f"python -m runtime.evaluate --model {model} --data {data or 'DIR'}")
+    next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
 
 
@@ -81,8 +85,8 @@ def _truths(data_set: DataSet, video: str) -> dict[str, tuple[float, float]]:
     truths = {}
     for split in ("train", "test"):
         if data_set.annotations_path(split).is_file():
-            for annotation in data_set.annotations(split, invalid="drop"):
-                if annotation.video == video:
+            for annotation in data_set.annotations(split, invalid="keep", quiet=True):
+                if annotation.video == video and annotation.start < annotation.end:
                     end = min(annotation.end, data_set.durations[video])
                     truths[annotation.sentence] = (annotation.start, end)
     return truths

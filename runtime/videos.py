@@ -13,6 +13,12 @@ from runtime.errors import CheckpointError, FeatureError
 
 Pooling = Literal["mmaction2", "drn"]
 
+# A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
+LONGEST_SECONDS = 1e8
+MOST_FRAMES = 2**31 - 1
+# Clip features are of order 1 to 100. Far beyond, float32 sums over a layer are no numbers any more.
+LARGEST_FEATURE = 1e15
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipClock:
@@ -20,6 +26,13 @@ class ClipClock:
 
     window: int = 16
     stride: int = 8
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.stride < 1:
+            raise FeatureError(
+                f"A clip sees at least 1 frame, and the next starts at least 1 later; {self.window} and {self.stride} "
+                "were given."
+            )
 
     def num_clips(self, num_frames: int) -> int:
         """Return how many whole windows fit into `num_frames`, at least one."""
@@ -35,7 +48,8 @@ class Segments:
     """What the network sees of a video.
 
     Attributes:
-        features: (T, D), the element-wise maximum of the clips of each segment, in the dtype of the clips.
+        features: (T, D), the element-wise maximum of the clips of each segment, as stored: float32 from
+            `Video.segments`, so that every further query of the video gets them as the network takes them.
         spans: (T, 2) float64, starts and ends as fractions of the video.
     """
 
@@ -64,12 +78,15 @@ class Video:
 
     def __post_init__(self) -> None:
         check_features(self.features, self.name)
-        if not (np.isfinite(self.duration) and self.duration > 0):
+        if not 0 < self.duration <= LONGEST_SECONDS:
             raise FeatureError(
-                f"The duration of {self.name} must be a positive number of seconds, and {self.duration} was given."
+                f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
+                f"and {self.duration} was given."
             )
-        if self.num_frames < 2:
-            raise FeatureError(f"{self.name} needs at least 2 frames to be divided, and has {self.num_frames}.")
+        if not 2 <= self.num_frames <= MOST_FRAMES:
+            raise FeatureError(
+                f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given."
+            )
 
     @classmethod
     def load(
@@ -115,7 +132,9 @@ class Video:
         key = (num_segments, pooling, clock or ClipClock())
         if key not in self._segments:
             first, last, spans = segment_rows(self.num_frames, *key)
-            self._segments[key] = Segments(max_over_rows(self.features, first, last), spans)
+            self._segments[key] = Segments(
+                max_over_rows(self.features, first, last).astype(np.float32, copy=False), spans
+            )
         return self._segments[key]
 
 
@@ -163,13 +182,17 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
     if path.suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False)
+            value = np.load(path, allow_pickle=False)
         # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
         except Exception as error:
             said = " ".join(str(error).split()).rstrip(".")
             raise FeatureError(
                 f"{path} should be a NumPy array of clip features and cannot be read: {said}."
             ) from error
+        if not isinstance(value, np.ndarray):
+            value.close()
+            raise FeatureError(f"{path} is an archive of arrays under the name of one; save the array with numpy.save.")
+        return value
     if path.suffix in (".pt", ".pth"):
         from runtime import torchfile
 
@@ -196,7 +219,13 @@ def check_features(features: np.ndarray, name: str) -> None:
     # The sum is finite only if every value is, and costs no array of flags. A float16 sum could overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = features.sum(dtype=np.float64)
-    if not np.isfinite(total):
+    if np.isfinite(total):
+        # Finite, and yet too large for any layer? The sum of magnitudes tells without a look at each.
+        if not abs(total) <= LARGEST_FEATURE:
+            raise FeatureError(
+                f"The features of {name} are as large as {np.abs(features).max():.1e}; extract them again."
+            )
+    else:
         bad = np.argwhere(~np.isfinite(features))
         if len(bad):
             raise FeatureError(

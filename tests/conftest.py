@@ -46,3 +46,11 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("planted") / "data"
     simulate(directory, feature_dim=32, videos=24, difficulty="easy", seed=1)
     return directory
+
+
+@pytest.fixture(scope="session")
+def models(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `drn.pt` and `drn.onnx` of a small network that learnt the planted data set."""
+    from tests.parity.models import write_models
+
+    return write_models(tmp_path_factory.mktemp("models"), planted)

@@ -40,6 +40,9 @@ def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:
     predictions = [json.loads(line) for line in (first / "predictions.jsonl").read_text().splitlines()]
     assert {"R@1 IoU=0.5", "R@5 IoU=0.5", "R@1 IoU=0.7", "mIoU", "queries", "protocol", "prior"} <= set(report)
     assert len(predictions) == report["queries"]
+    assert report["R@1 IoU=0.5"] > report["prior"]["R@1 IoU=0.5"], (
+        "the model of the README should have learnt something"
+    )
     assert (first / "moments.png").read_bytes().startswith(b"\x89PNG")
     assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -14,7 +14,8 @@ import torch
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError
+from runtime.errors import CheckpointError, GroundingError, OutputError
+from runtime.files import check_writable
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
 from train.curves import draw_curves
@@ -104,6 +105,10 @@ def train(
     if precision == "fp16" and target.type == "cpu":
         raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
 
+    # Before features are pooled, which takes minutes.
+    if (output / "run.json").is_file() and not resume:
+        raise OutputError(f"{output} holds a training run; pass --resume to go on with it, or choose another --output.")
+    check_writable(output / "run.json")
     data_set = DataSet(data)
     with started_by_torchrun(target) as processes:
         if not processes.leads:
@@ -189,11 +194,15 @@ def train(
             "Training on %d queries, validating on %d; %d process%s, %s, %s.",
             len(training), len(validation), processes.count, "" if processes.count == 1 else "es", target, precision,
         )  # fmt: skip
-        checkpoint = run.train(model)
+        try:
+            checkpoint = run.train(model)
+        except KeyboardInterrupt:
+            log.warning("\nWhat is done is kept: the same command with --resume goes on from the last whole epoch.")
+            raise
         if processes.leads:
             draw_curves(output / "history.jsonl", output / "curves.png")
             print(checkpoint)
-            next_command(f"python -m export.to_onnx --checkpoint {checkpoint} --output {output / 'drn.onnx'}")
+            next_command("export.to_onnx", "--checkpoint", checkpoint, "--output", output / "drn.onnx")
     return checkpoint
 
 
@@ -240,15 +249,15 @@ def _check(
         )
     if batch_size is not None and batch_size < 1:
         raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
-    if seed < 0:
-        raise GroundingError(f"--seed must be 0 or more, and {seed} was given.")
+    if not 0 <= seed < 2**63:
+        raise GroundingError(f"--seed must be 0 or more and below 2**63, and {seed} was given.")
     multiples = {"num_segments": 4, "fpn_dim": 2}
     for name, size in sizes.given().items():
         multiple = multiples.get(name, 1)
-        if size < 1 or size % multiple:
+        if not 1 <= size <= 1 << 16 or size % multiple:
             flag = f"--{name.replace('_', '-')}"
-            wanted = "positive" if multiple == 1 else f"a positive multiple of {multiple}"
-            raise GroundingError(f"{flag} must be {wanted}, and {size} was given.")
+            wanted = "" if multiple == 1 else f"a multiple of {multiple}, and "
+            raise GroundingError(f"{flag} must be {wanted}from 1 to 65536, and {size} was given.")
     if glove and load:
         raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
 

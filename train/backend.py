@@ -55,4 +55,7 @@ def torch_device(device: str) -> torch.device:
         raise DeviceError(
             f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu."
         )
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"--device is auto, cpu or cuda, and {device!r} was given.") from error

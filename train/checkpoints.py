@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,21 +104,29 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             vocabulary=Vocabulary.from_dict(content["vocabulary"]),
             decoding=Decoding.from_dict(content["decoding"]),
             weights=content["weights"],
-            training={"stage": 3, **content["training"]},
+            training={**content["training"], "stage": int(content["training"].get("stage", 3))},
         )
     except GroundingError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); train or convert again."
         ) from error
+    words, told = len(checkpoint.vocabulary), checkpoint.config
+    if words not in (0, told.vocab_size):
+        raise CheckpointError(f"{path} has {words} words and its network takes {told.vocab_size}; convert it again.")
+    if (checkpoint.decoding.num_segments, checkpoint.decoding.strides) != (told.num_segments, told.strides):
+        raise CheckpointError(
+            f"{path} decodes {checkpoint.decoding.num_segments} segments and its network has {told.num_segments}; "
+            "train or convert again."
+        )
     check_weights(checkpoint.weights, checkpoint.config, str(path))
     return checkpoint
 
 
 def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
     """Raise CheckpointError, naming the tensors, unless `weights` has just the tensors of such a network."""
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    if not isinstance(weights, Mapping) or not all(hasattr(tensor, "shape") for tensor in weights.values()):
         raise CheckpointError(f"{source} is damaged: its weights are not named tensors; train or convert again.")
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
@@ -148,7 +158,17 @@ def save(path: str | os.PathLike[str], content: Any) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:
-            raise OSError(None, str(error).splitlines()[0]) from error
+            full = shutil.disk_usage(temporary.parent).free < _bytes(content)
+            raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write it") from error
+
+
+def _bytes(content: Any) -> int:
+    """Return how much room the tensors in plain containers take."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(map(_bytes, content.values()))
+    return sum(map(_bytes, content)) if isinstance(content, list | tuple) else 0
 
 
 def load(path: str | os.PathLike[str]) -> Any:

@@ -123,7 +123,10 @@ def convert(
             output,
             config.vocab_size,
         )
-    next_command(f"python -m export.to_onnx --checkpoint {output} --output {output.with_suffix('.onnx')}")
+    if table is None:
+        next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
+    else:
+        next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 

@@ -76,7 +76,10 @@ def pool(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
     places = [segment_rows(data_set.num_frames[v], num_segments, features.pooling, features.clock) for v in videos]
-    if not path.is_file():
+    if not _is_whole(path, (len(videos), num_segments, features.dim)):
+        # What a killed process left: nobody else would ever remove gigabytes of it.
+        for stray in cache.glob(f".{path.stem}.*"):
+            stray.unlink(missing_ok=True)
         try:
             _write(path, videos, paths, places, num_segments, features.dim)
         except OutputError as error:
@@ -84,6 +87,17 @@ def pool(
     mapped = np.load(path, mmap_mode="r")
     spans = np.stack([spans for _, _, spans in places])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether a cache file is there and holds what its name promises; a damaged one is written anew."""
+    if not path.is_file():
+        return False
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (ValueError, OSError, EOFError):
+        log.warning("%s is damaged; pooling again.", path)
+        return False
 
 
 def _write(
@@ -190,7 +204,7 @@ class TrainingData:
         return [order[start : start + batch_size] for start in starts]
 
     def batches(self, epoch: Sequence[np.ndarray], device: torch.device) -> Iterator[TrainingBatch]:
-        """Yield the batches of an epoch; for a GPU they are made one ahead, in another process's time."""
+        """Yield the batches of an epoch; for a GPU two other processes make them ahead."""
         if device.type == "cpu":
             yield from map(self.batch, epoch)
             return

@@ -267,7 +267,7 @@ class Run:
         annotations = self.materials.validation
         if not annotations:
             return {}
-        # Every process validates the whole set, since the network is the same everywhere: no figure is sent about.
+        # Every process validates the whole set, so that no figure is sent about; only the leader's is kept.
         checkpoint = self.checkpoint(stage, model, {})
         grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
         quiet = None if self.processes.leads else True

@@ -22,6 +22,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 # published codes: there, other values crash.
 BACKBONE_CHANNELS = (256, 512, 1024)
 POSITION_CHANNELS = 256
+# A word table of a million is more than any language has; beyond, a size is damage.
+LARGEST_SIZE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,10 @@ class DRNConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
+        sizes = {name: value for name, value in vars(self).items() if name not in ("strides", "prior_probability")}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
+                raise ValueError(f"{name} is a whole number from 1 to {LARGEST_SIZE}, and {size!r} is not.")
         if len(self.strides) != len(BACKBONE_CHANNELS) or self.strides != (1, 2, 4):
             raise ValueError(f"DRN has three levels of strides 1, 2, 4, and strides={self.strides} was asked for.")
         if self.num_segments < 4 or self.num_segments % self.strides[-1]:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -201,11 +200,8 @@ def simulate(
     for split in SPLITS:
         print(f"{split}: {facts['moments'][split]} moments")
     print(STATEMENT)
-    next_command(f"python -m train --data {output} --output runs/simulated")
+    next_command("train", "--data", output, "--output", "runs/simulated")
     return output
-
-
-# How features come about.
 
 
 def latent_dim(feature_dim: int) -> int:
@@ -316,9 +312,6 @@ def _channel_statistics(latents: np.ndarray, projection: np.ndarray) -> tuple[np
         channels.partition(rank, axis=1)
         thresholds.append(channels[:, rank])
     return np.concatenate(thresholds), np.concatenate(spreads) + np.float32(1e-6)
-
-
-# Real annotations.
 
 
 def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
@@ -482,8 +475,6 @@ def _seeded_order(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0order\0{name}".encode()).digest())
 
 
-# Made-up annotations.
-
 VERBS = {
     "open": ("opens", "opening"),
     "close": ("closes", "closing"),
@@ -585,9 +576,6 @@ def _deed_siblings(name: str) -> list[str]:
     return [f"{other} {at}" for other, at in deeds if (other == verb) != (at == thing)]
 
 
-# The directory.
-
-
 def _check_ours(output: Path, wanted: dict[str, Any]) -> None:
     """Raise OutputError unless `output` is new, empty, or left by the same command; changes nothing."""
     if output.exists() and not output.is_dir():
@@ -595,7 +583,7 @@ def _check_ours(output: Path, wanted: dict[str, Any]) -> None:
     try:
         names = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
     except OSError as error:
-        raise OutputError(f"{output} cannot be read: {error.strerror}. Choose another --output.") from error
+        raise OutputError(f"{output} cannot be read: {error.strerror}. Choose another place.") from error
     if not names:
         return
     marker = next((name for name in (DONE, UNDER_WAY) if name in names), None)
@@ -626,7 +614,7 @@ def _begin(output: Path, wanted: dict[str, Any]) -> None:
             if stray.name != UNDER_WAY:
                 stray.unlink()
     except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
+        raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def _feature_path(output: Path, video: str, file_format: str) -> Path:
@@ -669,9 +657,9 @@ def _write_pt(stream: BinaryIO, features: np.ndarray) -> None:
     try:
         torch.save(torch.from_numpy(features), stream)
     except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+        full = shutil.disk_usage(Path(stream.name).parent).free < features.nbytes
+        raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write it") from error
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     command(simulate)

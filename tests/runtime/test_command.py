@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -87,8 +88,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "drn"):
-        next_command("python -m runtime.doctor")
-    assert "Next:  python -m runtime.doctor" in caplog.text
+        next_command("runtime.infer", "--query", 'person\'s "door"', "--top-k", 5)
+    line = next(line for line in caplog.text.splitlines() if "Next:" in line)
+    assert shlex.split(line)[1:] == ["python", "-m", "runtime.infer", "--query", 'person\'s "door"', "--top-k", "5"]
 
 
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:

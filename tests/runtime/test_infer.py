@@ -193,7 +193,7 @@ def test_missing_or_contradicting_options_are_one_sentence(
     assert "--duration" in refused(infer, *model, *query, "--features", clip)
     assert "duration of hall" in refused(infer, *model, *query, "--features", clip, "--duration", 0)
     of_one = ("--features", clip, "--duration", 1)
-    assert "at least 2 frames" in refused(infer, *model, *query, *of_one, "--num-frames", 1)
+    assert "needs 2 to" in refused(infer, *model, *query, *of_one, "--num-frames", 1)
     assert "--top-k" in refused(infer, *model, *query, *of_one, "--top-k", 0)
     assert "'ZZZZZ'" in refused(infer, *model, *query, "--data", mini, "--video", "ZZZZZ")
     assert "does not exist" in refused(infer, *model, *query, "--data", clip.parent / "gone", "--video", "AAAA1")

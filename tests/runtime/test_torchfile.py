@@ -446,7 +446,6 @@ def load_or_be_refused(path: Path, inert: bool) -> None:
         Call(torch._utils._rebuild_tensor_v2, storage(), 0, (1,), (1,), False, None, {"conj": True}),
         [storage(), storage(kind=torch.IntStorage)],
     ],
-    ids=str,
 )
 def test_a_tensor_that_reaches_outside_its_numbers_is_refused(tmp_path: Path, lie: Any) -> None:
     assert torchfile.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)

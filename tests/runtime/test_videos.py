@@ -8,6 +8,7 @@ import pickle
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,8 +121,27 @@ def test_another_clip_clock_reaches_other_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_pooled_features_keep_their_dtype(dtype: type) -> None:
-    assert Video(np.ones((9, 2), dtype), 100, 3.0).segments(32).features.dtype == dtype
+def test_segments_are_float32_whatever_is_stored(dtype: type) -> None:
+    # Cast once for a video, not once for each of its queries.
+    assert Video(np.ones((9, 2), dtype), 100, 3.0).segments(32).features.dtype == np.float32
+
+
+@pytest.mark.parametrize("wrong", [{"num_frames": 1 << 40}, {"duration": 1e300}, {"duration": np.inf}])
+def test_lengths_beyond_reason_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(FeatureError, match=r"frames|seconds"):
+        Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, **wrong})
+
+
+def test_features_beyond_reason_are_refused() -> None:
+    with pytest.raises(FeatureError, match=r"as large as 1\.0e\+38"):
+        Video(np.full((9, 2), 1e38, np.float32), 100, 3.0)
+
+
+def test_an_npz_called_npy_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "a.npy", "wb") as stream:
+        np.savez(stream, features=np.ones((9, 2)))
+    with pytest.raises(FeatureError, match="archive"):
+        load_features(tmp_path / "a.npy")
 
 
 def test_a_video_is_pooled_once_for_all_its_queries() -> None:
@@ -174,7 +194,7 @@ def test_a_duration_that_is_no_length_is_refused(duration: float) -> None:
 
 @pytest.mark.parametrize("num_frames", [1, 0, -5])
 def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
-    with pytest.raises(FeatureError, match="kitchen needs at least 2 frames"):
+    with pytest.raises(FeatureError, match="kitchen needs 2 to"):
         Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
 
 

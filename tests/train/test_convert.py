@@ -242,7 +242,7 @@ def test_without_words_it_says_that_sentences_cannot_be_asked(
     with caplog.at_level(logging.INFO, logger="drn"):
         convert(published(state, tmp_path / "f.pth"), tmp_path / "drn.pt")
     assert re.search(r"has no words.*--vocabulary.* 1301 words", caplog.text)
-    assert "python -m export.to_onnx --checkpoint" in caplog.text
+    assert "Next:  python -m train.convert" in caplog.text
     assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 0
 
 

@@ -71,6 +71,21 @@ def test_published_layout_is_read_as_the_published_loader_reads_it(golden: Path,
         np.testing.assert_array_equal(batch.truth[0], wanted[f"mini_{index}_gt_bbox"])
 
 
+def test_a_damaged_cache_is_made_anew(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    whole = fill(data_set, videos, tmp_path / "cache").features.copy()
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-100])
+    np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
+
+
+def test_what_a_killed_process_left_is_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    fill(data_set, videos, tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.rename(cached.with_name(f".{cached.stem}.abc123.npy"))
+    fill(data_set, videos, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [cached]
+
+
 def test_cache_is_used_again(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     fill(data_set, videos, tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
@@ -115,7 +130,7 @@ def test_interrupted_pooling_leaves_nothing(
     monkeypatch.setattr(train.data, "load_features", load)
     with pytest.raises(error):
         fill(data_set, videos, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +149,7 @@ def test_unusable_features_are_named_and_nothing_is_kept(
     with pytest.raises(FeatureError, match=message) as caught:
         fill(data_set, videos, tmp_path / "cache")
     assert videos[2] in str(caught.value)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_features_are_named(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:

@@ -148,10 +148,20 @@ def test_locations_are_the_published_ones(golden: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_segments": 30}, {"num_segments": 0}, {"strides": (1, 2)}, {"strides": (2, 4, 8)}, {"fpn_dim": 15}]
+    "wrong",
+    [
+        {"num_segments": 30},
+        {"num_segments": 0},
+        {"hidden_dim": 0},
+        {"vocab_size": 10**18},
+        {"embed_dim": 3.5},
+        {"strides": (1, 2)},
+        {"strides": (2, 4, 8)},
+        {"fpn_dim": 15},
+    ],
 )
 def test_sizes_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"multiple|three levels|odd"):
+    with pytest.raises(ValueError, match=r"multiple|three levels|odd|whole number"):
         DRNConfig(**wrong)
 
 

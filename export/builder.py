@@ -1,0 +1,275 @@
+"""ONNX graphs become TensorRT plans: one path for TensorRT 8.6, 10, 11 and TensorRT-RTX.
+
+Always strongly typed where the library can be: precision is in the graph. TensorRT 8.6 cannot, so there the FP32 graph
+(with its Q/DQ pairs) is given together with the precision flags of that version. What a build will do is a value,
+`BuildOptions`; this module only carries it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+from export.profiles import Profile
+from runtime.errors import DeviceError, GroundingError, ModelFileError
+
+log = logging.getLogger("drn")
+
+Target = Literal["tensorrt", "tensorrt-rtx"]
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_WAYS_OUT = {
+    "tensorrt": "install TensorRT (10 and 11 come from NVIDIA's own index; 8.6 from PyPI for Python 3.10 and older)",
+    "tensorrt-rtx": "run `pip install 'drn-deploy[rtx]'`",
+}
+SUPPORTED_MAJORS = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What an engine build is to do. The defaults are TensorRT's own.
+
+    Attributes:
+        target: which library builds.
+        precision: fp32, fp16, bf16, int8 or fp8: what the graph is in, and the flags of a weakly typed build.
+        profiles: optimization profiles, at least one.
+        optimization_level: 0 to 5, how long to look for fast kernels.
+        workspace_gib: most scratch memory on the device.
+        version_compatible: a plan that later versions of the same major can load.
+        hardware_compatible: a plan that runs on Ampere and later, not only on the GPU it was built on.
+        compute_capabilities: for TensorRT-RTX, as "8.6"; the GPU of this machine when empty.
+    """
+
+    target: Target
+    precision: str
+    profiles: Sequence[Profile]
+    optimization_level: int | None = None
+    workspace_gib: float | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capabilities: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A built engine and what is known of it.
+
+    Attributes:
+        plan: the bytes that TensorRT deserialises.
+        library: name and version of what built it.
+        strongly_typed: whether the graph alone decided the precision.
+        inspector: the engine inspector's JSON; None where it cannot be had (no GPU).
+        timing_cache: measured kernel times, for the next build.
+    """
+
+    plan: bytes
+    library: str
+    strongly_typed: bool
+    inspector: str | None
+    timing_cache: bytes | None
+
+
+def cuda_devices() -> int:
+    """Return how many GPUs CUDA offers; 0 without a driver. The driver itself is asked: TensorRT dies without it."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def load_library(target: Target) -> ModuleType:
+    """Import TensorRT or TensorRT-RTX.
+
+    Raises:
+        DeviceError: it is not installed, cannot be loaded, or is of a version whose API is not known here.
+    """
+    try:
+        library = importlib.import_module(_MODULES[target])
+    except ImportError as error:
+        raise DeviceError(
+            f"The target {target} needs {_MODULES[target]}, which cannot be imported ({error}); {_WAYS_OUT[target]}."
+        ) from error
+    major = int(str(library.__version__).split(".")[0])
+    if major not in SUPPORTED_MAJORS[target]:
+        known = ", ".join(map(str, SUPPORTED_MAJORS[target]))
+        raise DeviceError(
+            f"{_MODULES[target]} {library.__version__} is installed, and majors {known} are known here; "
+            "install one of them."
+        )
+    return library
+
+
+def why_not(target: Target) -> str | None:
+    """Return why this machine cannot build for a target, in one sentence; None if it can."""
+    try:
+        load_library(target)
+    except DeviceError as error:
+        return str(error)
+    if target == "tensorrt" and not cuda_devices():
+        return (
+            "TensorRT builds on the GPU that it builds for, and CUDA finds none here; "
+            "use --target tensorrt-rtx or onnxruntime."
+        )
+    return None
+
+
+def is_strongly_typed(library: ModuleType) -> bool:
+    """Return whether the library can take precision from the graph alone (TensorRT 10 and later)."""
+    return hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None, library: Any = None) -> Plan:
+    """Build a plan.
+
+    Args:
+        graph: a serialised ONNX graph of ours, in the precision wanted; for a weakly typed library the FP32 one.
+        options: what to do.
+        timing_cache: of an earlier build on the same GPU and version.
+        library: stands in for the TensorRT module.
+
+    Raises:
+        DeviceError: the library or the GPU is missing, or the options do not go with it.
+        ModelFileError: the graph does not parse or does not build; the library's own words are in the message.
+    """
+    trt = library or load_library(options.target)
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    typed = is_strongly_typed(trt)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        told = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.lines
+        raise ModelFileError(f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.")
+    config = builder.create_builder_config()
+    _configure(trt, config, options, typed)
+    for profile in options.profiles:
+        shapes = builder.create_optimization_profile()
+        for name, (smallest, best, largest) in profile.shapes.items():
+            shapes.set_shape(name, smallest, best, largest)
+        config.add_optimization_profile(shapes)
+    cache = config.create_timing_cache(timing_cache or b"") if options.target == "tensorrt" else None
+    if cache is not None and not config.set_timing_cache(cache, False):
+        raise ModelFileError("The timing cache is of another GPU or TensorRT version; delete it or name another file.")
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ModelFileError(
+            f"{options.target} {trt.__version__} cannot build the engine: {'; '.join(logger.lines)[:500]}."
+        )
+    kept = config.get_timing_cache() if cache is not None else None
+    plan = bytes(plan)
+    inspector = _inspect(trt, logger, plan) if options.target == "tensorrt" or cuda_devices() else None
+    return Plan(
+        plan,
+        f"{_MODULES[options.target]} {trt.__version__}",
+        typed,
+        inspector,
+        bytes(kept.serialize()) if kept else None,
+    )
+
+
+def _network_flags(trt: Any) -> int:
+    """Names only: the integers behind them moved between versions."""
+    flags = trt.NetworkDefinitionCreationFlag
+    wanted = "STRONGLY_TYPED" if is_strongly_typed(trt) else "EXPLICIT_BATCH"
+    return 1 << int(getattr(flags, wanted))
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions, typed: bool) -> None:
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if not typed:
+        for name in _weak_flags(options.precision):
+            if not hasattr(trt.BuilderFlag, name):
+                raise DeviceError(
+                    f"TensorRT {trt.__version__} cannot build {options.precision}; "
+                    "use fp16 or int8, or a later version."
+                )
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    if options.target == "tensorrt-rtx":
+        _choose_capabilities(trt, config, options.compute_capabilities)
+
+
+def _weak_flags(precision: str) -> tuple[str, ...]:
+    # INT8 kernels stand among FP16 ones, as in the strongly typed graph.
+    return {"fp32": (), "fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16"), "fp8": ("FP8", "FP16")}[
+        precision
+    ]
+
+
+def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+    known = {name[2:-1] + "." + name[-1]: name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    if not wanted and not cuda_devices():
+        raise DeviceError(
+            "Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability "
+            f"({', '.join(sorted(known, key=float))})."
+        )
+    unknown = [capability for capability in wanted if capability not in known]
+    if unknown:
+        offered = ", ".join(sorted(known, key=float))
+        raise DeviceError(
+            f"TensorRT-RTX {trt.__version__} builds for compute capabilities {offered}, and "
+            f"{', '.join(unknown)} was asked for."
+        )
+    config.num_compute_capabilities = max(len(wanted), 1)
+    for index, capability in enumerate(wanted):
+        config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
+    if not wanted:
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+
+
+def _inspect(trt: Any, logger: Any, plan: bytes) -> str | None:
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ModelFileError(
+            f"TensorRT {trt.__version__} cannot load the plan it built: {'; '.join(logger.lines)[:500]}."
+        )
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps errors for our messages and passes warnings to the log."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.lines.append(message.strip())
+            elif severity == trt.ILogger.WARNING:
+                log.debug("TensorRT: %s", message.strip())
+
+    return Logger()
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Any:
+    """Turn what a library throws into one sentence of ours."""
+    try:
+        yield
+    except GroundingError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"{doing} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}."
+        ) from error

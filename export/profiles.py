@@ -1,0 +1,88 @@
+"""The shapes that an engine is built for, as values that tests read without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from runtime.errors import ShapeError
+from runtime.manifest import Manifest
+
+# Smallest, best and largest.
+Range = tuple[int, int, int]
+Shape = tuple[int, ...]
+
+DEFAULT_BATCH: Range = (1, 8, 32)
+DEFAULT_QUERY_LENGTH: Range = (1, 8, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One optimization profile: the shapes between which an engine works, and those it is tuned for.
+
+    Attributes:
+        name: how reports call it.
+        batch: queries that go through together.
+        query_length: tokens of a query.
+        shapes: for each input the smallest, best and largest shape.
+    """
+
+    name: str
+    batch: Range
+    query_length: Range
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+
+def profiles(batch: Range, query_length: Range, manifest: Manifest) -> list[Profile]:
+    """Return the optimization profiles of a domain: one for a single query, one for 2 to the largest batch.
+
+    A kernel chosen for 32 queries is seldom the best for one, so a domain that holds both gets a profile for each.
+
+    Raises:
+        ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
+    """
+    _check("--batch", batch)
+    _check("--query-length", query_length)
+    if query_length[2] > manifest.max_query_length:
+        raise ShapeError(
+            f"--query-length asks for up to {query_length[2]} tokens and this model was exported for at most "
+            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length[2]}."
+        )
+    smallest, best, largest = batch
+    if smallest > 1 or largest == 1:
+        return [_profile("batch", batch, query_length, manifest)]
+    several = (2, max(best, 2), largest)
+    return [
+        _profile("one query", (1, 1, 1), query_length, manifest),
+        _profile("several queries", several, query_length, manifest),
+    ]
+
+
+def _check(flag: str, domain: Range) -> None:
+    smallest, best, largest = domain
+    if not 1 <= smallest <= best <= largest:
+        raise ShapeError(
+            f"{flag} takes MIN OPT MAX with 1 <= MIN <= OPT <= MAX, and {smallest} {best} {largest} was given."
+        )
+
+
+def _profile(name: str, batch: Range, query_length: Range, manifest: Manifest) -> Profile:
+    segments, width = manifest.decoding.num_segments, manifest.features.dim
+
+    def shapes(tail: Shape, words: bool = False) -> tuple[Shape, Shape, Shape]:
+        smallest, best, largest = (
+            (size, length, *tail) if words else (size, *tail) for size, length in zip(batch, query_length)
+        )
+        return smallest, best, largest
+
+    return Profile(
+        name,
+        batch,
+        query_length,
+        {
+            "query_tokens": shapes((), words=True),
+            "query_length": shapes(()),
+            "segment_features": shapes((segments, width)),
+            "segment_spans": shapes((segments, 2)),
+        },
+    )

@@ -1,0 +1,351 @@
+"""`export.parity`: what two models are found to differ in, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export.parity import RESAMPLES, Budget, Difference, bootstrap, compare, mcnemar, verdict
+from runtime import Grounder, Vocabulary
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.errors import AnnotationError, ModelFileError, QueryError
+from runtime.evaluation import evaluate
+from runtime.manifest import Features, Manifest
+from runtime.tensors import Batch, Heads
+
+# Every query is one word, and every word one query: video, its duration, where it happens in fractions.
+QUERIES = [("VIDEO", 10.0, 0.2, 0.6), ("VIDEO", 10.0, 0.0, 0.5), ("OTHER", 40.0, 0.25, 0.75), ("OTHER", 40.0, 0.5, 1.0)]
+TRUTHS = [(start, end) for *_, start, end in QUERIES]
+FEATURES = "C3D_unit16_overlap0.5_merged"
+
+Spans = Sequence[tuple[float, float]]
+
+
+class Scripted:
+    """Answers the query that is word k with the spans of row k, best first, whatever the video."""
+
+    def __init__(self, answers: Sequence[Spans], **manifest: object) -> None:
+        words = {f"word{index}": index for index in range(1, len(QUERIES) + 1)}
+        fields = {"vocabulary": Vocabulary(words), "decoding": Decoding(), "features": Features(dim=4)}
+        self.manifest = Manifest(**{**fields, **manifest})
+        self.answers = answers
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> Heads:
+        self.batches.append(batch)
+        locations = self.manifest.decoding.num_locations
+        matching = np.full((len(batch), locations), -9, np.float32)
+        distances = np.zeros((len(batch), locations, 2), np.float32)
+        iou = np.full((len(batch), locations), 2, np.float32)
+        for row, (word,) in enumerate(batch.query_tokens):
+            for index, (start, end) in enumerate(self.answers[word - 1]):
+                matching[row, index] = 4 - index
+                distances[row, index] = index + 0.5 - 32 * start, 32 * end - index - 0.5
+        return Heads(matching, distances, iou)
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> DataSet:
+    (tmp_path / FEATURES).mkdir()
+    for name in ("VIDEO", "OTHER"):
+        np.save(tmp_path / FEATURES / f"{name}.npy", np.zeros((16, 4), np.float32))
+    lines = [
+        f"{video} {start * duration} {end * duration}##word{index}.\n"
+        for index, (video, duration, start, end) in enumerate(QUERIES, 1)
+    ]
+    (tmp_path / "Charades_sta_test.txt").write_text("".join(lines))
+    (tmp_path / "Charades_sta_train.txt").write_text("VIDEO 0 5##word1.\nOTHER 0 20##word2.\n")
+    tables = {
+        "Charades_duration.json": {video: duration for video, duration, *_ in QUERIES},
+        "Charades_frames_info.json": dict.fromkeys(("VIDEO", "OTHER"), 144),
+        "Charades_word2id.json": {f"word{index}": index for index in range(1, len(QUERIES) + 1)},
+    }
+    for name, table in tables.items():
+        (tmp_path / name).write_text(json.dumps(table))
+    return DataSet(tmp_path)
+
+
+def alone(*spans: tuple[float, float]) -> list[Spans]:
+    """Return answers of one span each."""
+    return [[span] for span in spans]
+
+
+def parity(data_set: DataSet, reference: Sequence[Spans], other: Sequence[Spans], **options: object):
+    sides = (Grounder(Scripted(answers)) for answers in (reference, other))
+    return compare(*sides, data_set, data_set.annotations("test"), **options)
+
+
+def test_a_model_equals_itself(data_set: DataSet) -> None:
+    found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
+    assert found.queries == 4
+    assert {(error.max, error.p99, error.not_finite) for error in found.heads.values()} == {(0, 0, 0)}
+    assert (found.boundaries.max, found.locations.max) == (0, 0)
+    assert (found.overlap.mean, found.overlap.min) == (1, 1)
+    assert (found.order.first, found.order.five) == (1, 1)
+    assert all(flips.gained == flips.lost == () and flips.p_value == 1 for flips in found.flips.values())
+    assert set(found.differences.values()) == {Difference(0, 0, 0)}
+    assert found.worst == ()
+    assert verdict(found, Budget(0, 0)) == []
+
+
+def test_boundaries_are_told_in_seconds_of_their_video(data_set: DataSet) -> None:
+    moved = [(0.2, 0.6), (0.0, 0.6), (0.25, 0.75), (0.45, 1.0)]
+    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    # The second moves its end by a tenth of 10 s, the last its start by a twentieth of 40 s; six borders stay.
+    assert found.boundaries.max == pytest.approx(2)
+    assert found.boundaries.p50 == pytest.approx(0)
+    assert found.boundaries.p99 == pytest.approx(np.quantile([0] * 6 + [1, 2], 0.99), rel=1e-5)
+    assert found.locations.max == pytest.approx(2)
+    assert found.overlap.mean == pytest.approx((1 + 5 / 6 + 1 + 10 / 11) / 4)
+    assert found.overlap.min == pytest.approx(5 / 6)
+
+
+def test_errors_of_the_heads_by_hand(data_set: DataSet) -> None:
+    class Off(Scripted):
+        def run(self, batch: Batch) -> Heads:
+            heads = super().run(batch)
+            return dataclasses.replace(heads, iou_logits=heads.iou_logits - np.arange(56, dtype=np.float32) / 100)
+
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Off(alone(*TRUTHS)))
+    found = compare(*sides, data_set, data_set.annotations("test")).heads
+    assert found["matching_logits"].max == 0
+    assert found["matching_logits"].largest == 9
+    iou = found["iou_logits"]
+    assert (iou.max, iou.largest) == pytest.approx((0.55, 2), rel=1e-5)
+    assert iou.p99 == pytest.approx(np.quantile(np.tile(np.arange(56) / 100, 4), 0.99), rel=1e-5)
+
+
+def test_gained_and_lost_are_lines_of_the_file(data_set: DataSet) -> None:
+    # IoU with the truth: reference 1, 0.6, 0.2, 1; other 1, 1, 0.6, 0.4.
+    reference = [(0.2, 0.6), (0.0, 0.3), (0.65, 0.75), (0.5, 1.0)]
+    other = [(0.2, 0.6), (0.0, 0.5), (0.45, 0.75), (0.5, 0.7)]
+    found = parity(data_set, alone(*reference), alone(*other))
+    half, strict = found.flips["R@1 IoU=0.5"], found.flips["R@1 IoU=0.7"]
+    assert (half.gained, half.lost) == ((3,), (4,))
+    assert (strict.gained, strict.lost) == ((2,), (4,))
+    assert half.p_value == strict.p_value == 1
+    assert found.differences["R@1 IoU=0.5"].mean == 0
+    assert found.differences["mIoU"].mean == pytest.approx((0 + 0.4 + 0.4 - 0.6) / 4, abs=1e-6)
+    assert [row.line for row in found.worst] == [3, 4, 2]
+
+
+@pytest.mark.parametrize("protocol", ["mmaction2", "drn", None])
+def test_recall_is_what_evaluate_says_of_each_model(data_set: DataSet, protocol: str | None) -> None:
+    rng = np.random.default_rng(0)
+    answers = [[[tuple(np.sort(rng.random(2))) for _ in range(6)] for _ in QUERIES] for _ in range(2)]
+    found = parity(data_set, *answers, protocol=protocol)
+    for side, said in zip(answers, (found.reference, found.other), strict=True):
+        alone = evaluate(Grounder(Scripted(side)), data_set, data_set.annotations("test"), protocol=protocol)
+        assert said == alone.report
+    for name, difference in found.differences.items():
+        assert difference.mean == pytest.approx(found.other.values[name] - found.reference.values[name])
+
+
+def test_the_protocol_asked_for_decodes_both(data_set: DataSet) -> None:
+    # The second overlaps the first by a half: the authors' NMS drops it, mmaction2's does not.
+    pair, first = [(0.0, 0.3), (0.1, 0.4)], [(0.0, 0.3)]
+    for sides in ((pair, first), (first, pair)):
+        answers = [[side] * 4 for side in sides]
+        assert parity(data_set, *answers, protocol="mmaction2").order.five == 0
+        assert parity(data_set, *answers, protocol="drn").order.five == 1
+
+
+def test_a_changed_order_below_the_first_is_told_apart(data_set: DataSet) -> None:
+    spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5), (0.6, 0.7), (0.8, 0.9)]
+    swapped = [spans[0], spans[2], spans[1], *spans[3:]]
+    found = parity(data_set, [spans] * 4, [spans, swapped, spans, spans])
+    assert (found.order.first, found.order.five) == (1, 0.75)
+    assert found.boundaries.max == 0
+    found = parity(data_set, [spans] * 4, [spans, spans, spans[::-1], spans[::-1]])
+    assert (found.order.first, found.order.five) == (0.5, 0.5)
+
+
+def test_a_moment_fewer_is_another_order(data_set: DataSet) -> None:
+    spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5)]
+    found = parity(data_set, [spans] * 4, [spans[:2], *[spans] * 3])
+    assert (found.order.first, found.order.five) == (1, 0.75)
+
+
+def test_moments_that_coincide_have_no_order_to_change(data_set: DataSet) -> None:
+    spans = [(0.0, 1.0), (0.0, 1.0), (0.3, 0.3)]
+    found = parity(data_set, [spans] * 4, [spans] * 4)
+    assert found.order.five == 1
+
+
+def test_both_models_see_the_very_same_batches_once(data_set: DataSet) -> None:
+    sides = [Scripted(alone(*TRUTHS)) for _ in range(2)]
+    seen: list[int] = []
+    annotations = data_set.annotations("test")
+    compare(*map(Grounder, sides), data_set, annotations, batch_size=3, on_progress=seen.append)
+    assert [len(batch) for batch in sides[0].batches] == seen == [3, 1]
+    assert all(ours is theirs for ours, theirs in zip(sides[0].batches, sides[1].batches, strict=True))
+
+
+def test_the_batch_changes_nothing(data_set: DataSet) -> None:
+    other = [(0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)]
+    whole = parity(data_set, alone(*TRUTHS), alone(*other))
+    assert parity(data_set, alone(*TRUTHS), alone(*other), batch_size=1) == whole
+
+
+def test_the_prior_is_fitted_on_the_training_split(data_set: DataSet) -> None:
+    found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
+    # The training moments are the first half of their videos, which answers the second query alone.
+    assert found.prior.values["R@1 IoU=0.7"] == 0.25
+    data_set.annotations_path("train").unlink()
+    assert parity(data_set, alone(*TRUTHS), alone(*TRUTHS)).prior is None
+
+
+def test_the_worst_queries_come_worst_first_with_both_moments_and_the_truth(data_set: DataSet) -> None:
+    moved = [(0.2, 0.6), (0.0, 0.6), (0.85, 0.95), (0.45, 1.0)]
+    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    assert [row.line for row in found.worst] == [3, 2, 4]
+    worst = found.worst[0]
+    assert (worst.video, worst.query, worst.duration, worst.overlap) == ("OTHER", "word3.", 40, 0)
+    assert worst.truth == (10, 30)
+    assert (worst.reference.start, worst.reference.end) == pytest.approx((10, 30))
+    assert (worst.other.start, worst.other.end) == pytest.approx((34, 38))
+    assert (worst.reference_iou, worst.other_iou) == pytest.approx((1, 0))
+    assert worst.shift == pytest.approx(24)
+
+
+@pytest.mark.parametrize("head", ["matching_logits", "boundary_distances", "iou_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_break_the_promise_and_still_make_a_report(
+    data_set: DataSet, head: str, value: float
+) -> None:
+    class Overflowed(Scripted):
+        def run(self, batch: Batch) -> Heads:
+            heads = super().run(batch)
+            getattr(heads, head)[batch.query_tokens[:, 0] == 2] = value
+            return heads
+
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Overflowed(alone(*TRUTHS)))
+    found = compare(*sides, data_set, data_set.annotations("test"))
+    assert found.heads[head].not_finite == (112 if head == "boundary_distances" else 56)
+    assert math.isfinite(found.heads[head].max)
+    assert {name for name, error in found.heads.items() if error.not_finite} == {head}
+    assert found.other.values["R@1 IoU=0.5"] == 0.75
+    assert found.flips["R@1 IoU=0.5"].lost == (2,)
+    assert found.boundaries.max == 10
+    broken = verdict(found, Budget(100, 100))
+    assert len(broken) == 1
+    assert head in broken[0]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_model_that_is_nothing_but_nan_loses_everything(data_set: DataSet) -> None:
+    class Nan(Scripted):
+        def run(self, batch: Batch) -> Heads:
+            heads = super().run(batch)
+            return Heads(heads.matching_logits, *(np.full_like(a, np.nan) for a in list(vars(heads).values())[1:]))
+
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Nan(alone(*TRUTHS)))
+    found = compare(*sides, data_set, data_set.annotations("test"))
+    assert found.other.values["mIoU"] == 0
+    assert found.boundaries.max == 40
+    assert {row.other for row in found.worst} == {None}
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_what_cannot_be_asked_the_same_question_is_refused(data_set: DataSet) -> None:
+    fewer = Vocabulary({"word1": 1, "word2": 2, "word3": 4, "word4": 3})
+    others = {
+        "words .4 words and 4, 2 of them": {"vocabulary": fewer},
+        "unknown words": {"vocabulary": Vocabulary({f"word{i}": i for i in range(1, 5)}, unknown="error")},
+        "segments T .32 and 64": {"decoding": Decoding(num_segments=64)},
+        "feature width .4 and 500": {"features": Features(dim=500)},
+        "pooling": {"features": Features(dim=4, pooling="drn")},
+        "clip clock": {"features": Features(dim=4, stride=16)},
+    }
+    for said, fields in others.items():
+        reference, other = (Scripted(alone(*TRUTHS), **f) for f in ({}, fields))
+        with pytest.raises(ModelFileError, match=said):
+            compare(Grounder(reference), Grounder(other), data_set, data_set.annotations("test"))
+        assert reference.batches == []
+
+
+def test_no_queries_and_queries_too_long_for_one_are_refused(data_set: DataSet) -> None:
+    annotations = data_set.annotations("test")
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS)))
+    with pytest.raises(AnnotationError, match="no queries"):
+        compare(*sides, data_set, [])
+    longer = [annotations[0], dataclasses.replace(annotations[1], sentence="word1 word2")]
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS), max_query_length=1))
+    with pytest.raises(QueryError, match=r"Line 2: .* 2 tokens .* 1 to 1"):
+        compare(*sides, data_set, longer)
+
+
+def test_the_protocol_of_the_reference_counts_for_both(data_set: DataSet) -> None:
+    authors = Scripted(alone(*TRUTHS), decoding=Decoding(protocol="drn"))
+    annotations = data_set.annotations("test")
+    published = Scripted(alone(*TRUTHS))
+    assert compare(Grounder(authors), Grounder(published), data_set, annotations).other.protocol == "drn"
+    assert compare(Grounder(published), Grounder(authors), data_set, annotations).other.protocol == "mmaction2"
+
+
+def test_a_budget_is_kept_up_to_its_last_query(data_set: DataSet) -> None:
+    lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
+    found = parity(data_set, alone(*TRUTHS), alone(*lost))
+    assert verdict(found, Budget(max_drop=25, boundary_p99=None)) == []
+    strict, mean = verdict(found, Budget(max_drop=24.9, boundary_p99=None))
+    assert strict == "R@1 IoU=0.7 falls by 25.00 points (100.00 to 75.00) where 24.9 may be lost"
+    assert mean.startswith("mIoU falls by 25.00 points")
+    # What is gained is no breach, however much.
+    assert verdict(parity(data_set, alone(*lost), alone(*TRUTHS)), Budget(0, None)) == []
+
+
+def test_boundaries_are_held_to_a_tenth_of_a_second_where_numbers_are_wide(data_set: DataSet) -> None:
+    moved = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.495, 1.0)]
+    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    assert found.boundaries.p99 == pytest.approx(0.186, abs=1e-3)
+    for precision, broken in (("fp32", 1), ("fp16", 1), ("bf16", 0), ("int8", 0), ("fp8", 0)):
+        assert len(verdict(found, Budget.of(precision, max_drop=5))) == broken, precision
+    assert len(verdict(found, Budget.of("int8", max_drop=5, boundary_p99=0.1))) == 1
+    assert verdict(found, Budget.of("fp16", max_drop=5, boundary_p99=0.2)) == []
+    assert Budget.of("fp16").max_drop == Budget().max_drop == 0.2
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"), [(0, 0, 1), (0, 5, 2 / 32), (1, 9, 22 / 1024), (4, 4, 1), (3, 1, 10 / 16)]
+)
+def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_a_probability_and_takes_no_side(gained: int, lost: int) -> None:
+    flips = gained + lost
+    tail = sum(math.comb(flips, k) for k in range(min(gained, lost) + 1))
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == min(1, 2 * tail / 2**flips)
+
+
+def test_mcnemar_takes_as_many_flips_as_there_are_queries() -> None:
+    assert mcnemar(0, 3720) == 0
+    assert 0.05 < mcnemar(1800, 1920) < 0.06
+
+
+def test_the_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
+    rng = np.random.default_rng(3)
+    values = np.stack((rng.choice([-1.0, 0, 1], 3720, p=[0.02, 0.95, 0.03]), rng.normal(1, 2, 3720)), axis=1)
+    low, high = bootstrap(values)
+    half_width = 1.96 * values.std(axis=0) / len(values) ** 0.5
+    np.testing.assert_allclose((high - low) / 2, half_width, rtol=0.05)
+    np.testing.assert_allclose((high + low) / 2, values.mean(axis=0), atol=0.1 * half_width.max())
+
+
+def test_the_interval_is_the_same_for_the_same_seed_only() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    assert bootstrap(values) == bootstrap(values)
+    assert bootstrap(values) != bootstrap(values, seed=1)
+    low, high = bootstrap(np.full((7, 1), 0.25))
+    assert low[0] == high[0] == 0.25
+    assert RESAMPLES >= 2000

@@ -1,0 +1,166 @@
+"""`export.precision`: half precision is in the graph, inputs and outputs are not in it, and little is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
+
+from export.precision import (
+    FLOAT16_MAX,
+    HEADROOM,
+    _half_tensor,
+    emulated,
+    modules,
+    opset_of,
+    overflowing,
+    raise_opset,
+    scan,
+    to_half,
+)
+from export.to_onnx import INPUTS, OUTPUTS, drn_modules
+from runtime.errors import ShapeError
+from runtime.tensors import Batch
+from tests.export.conftest import CONFIGS, random_inputs
+from tests.export.rtx import build_with_rtx
+from tests.tolerances import HALF
+
+LENGTHS = [4, 9, 1, 12]
+
+
+def batch(name: str) -> Batch:
+    return Batch(*(tensor.numpy() for tensor in random_inputs(CONFIGS[name], LENGTHS)))
+
+
+def run(model: onnx.ModelProto, given: Batch) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), vars(given)), strict=True))
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    return {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported[name])
+    onnx.checker.check_model(half, full_check=True)
+    given = batch(name)
+    found, wanted = run(half, given), run(exported[name], given)
+    for output in OUTPUTS:
+        assert found[output].dtype == np.float32
+        np.testing.assert_allclose(found[output], wanted[output], atol=HALF * np.abs(wanted[output]).max())
+        assert not np.array_equal(found[output], wanted[output])
+
+
+def test_the_source_graph_stays_as_it_is(exported: dict[str, onnx.ModelProto]) -> None:
+    before = exported["tiny"].SerializeToString(deterministic=True)
+    to_half(exported["tiny"])
+    assert exported["tiny"].SerializeToString(deterministic=True) == before
+
+
+def test_inputs_and_outputs_are_fp32_and_weights_take_half_the_room(exported: dict[str, onnx.ModelProto]) -> None:
+    model, half = exported["tiny"], to_half(exported["tiny"])
+    assert [value.SerializeToString() for value in half.graph.input] == [
+        value.SerializeToString() for value in model.graph.input
+    ]
+    assert {types(half)[name] for name in OUTPUTS} == {TensorProto.FLOAT}
+    assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 64]
+
+
+def test_every_product_is_half_except_in_what_is_kept(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"], keep=["prop_fc", "fcos.head.mix_fc"])
+    kinds = types(half)
+    for node in half.graph.node:
+        if node.op_type in ("Conv", "Gemm", "LSTM", "MatMul"):
+            kept = {"prop_fc", "fcos.head.mix_fc"} & set(drn_modules(node.name))
+            assert kinds[node.output[0]] == (TensorProto.FLOAT if kept else TensorProto.FLOAT16), node.name
+
+
+def test_exp_and_the_scale_before_it_stay_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"])
+    kinds = types(half)
+    (exp,) = [node for node in half.graph.node if node.op_type == "Exp"]
+    assert kinds[exp.input[0]] == kinds[exp.output[0]] == TensorProto.FLOAT
+
+
+def test_a_tensor_is_cast_once_whoever_reads_it(exported: dict[str, onnx.ModelProto]) -> None:
+    casts = [n for n in to_half(exported["deep"], keep=["fpn"]).graph.node if n.op_type == "Cast"]
+    assert len({(cast.input[0], onnx.helper.get_node_attr_value(cast, "to")) for cast in casts}) == len(casts)
+    assert len({cast.name for cast in casts}) == len(casts)
+
+
+def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.ModelProto]) -> None:
+    model = raise_opset(exported["tiny"], 22)
+    assert opset_of(model) == 22
+    assert run(model, batch("tiny")).keys() == set(OUTPUTS)
+    half = to_half(model, "bf16")
+    onnx.checker.check_model(half, full_check=True)
+    given = batch("tiny")
+    found, wanted = run(emulated(half), given), run(model, given)
+    for output in OUTPUTS:
+        # Three bits fewer than FP16.
+        np.testing.assert_allclose(found[output], wanted[output], atol=16 * HALF * np.abs(wanted[output]).max())
+        assert not np.array_equal(found[output], wanted[output])
+
+
+def test_a_graph_without_bf16_is_not_emulated(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"])
+    assert emulated(half) is half
+
+
+@given(st.floats(-(2.0**126), 2.0**126, width=32))
+def test_bf16_weights_are_rounded_to_the_nearest(value: float) -> None:
+    tensor = _half_tensor(np.array([value], np.float32), "w", TensorProto.BFLOAT16)
+    stored = (np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16).view(np.float32)[0]
+    step = 2.0 ** (np.floor(np.log2(max(abs(value), 2.0**-126))) - 7)
+    assert abs(float(stored) - value) <= step / 2
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.rtx
+def test_half_graphs_parse_and_build_in_tensorrt_rtx(kind: str, exported: dict[str, onnx.ModelProto]) -> None:
+    model = raise_opset(exported["tiny"], 22) if kind == "bf16" else exported["tiny"]
+    assert build_with_rtx(to_half(model, kind))  # type: ignore[arg-type]
+
+
+def test_an_unknown_module_and_too_low_an_opset_are_refused(exported: dict[str, onnx.ModelProto]) -> None:
+    with pytest.raises(ShapeError, match="There is no module prop_fcc"):
+        to_half(exported["tiny"], keep=["prop_fcc"])
+    with pytest.raises(ShapeError, match="bf16 needs opset 22"):
+        to_half(exported["tiny"], "bf16")
+
+
+def test_the_scan_finds_the_largest_magnitude_of_each_module(exported: dict[str, onnx.ModelProto]) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(exported["tiny"])
+    (weight,) = [t for t in model.graph.initializer if t.name == "fpn.layer_blocks.1.weight"]
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] = -7e4
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    scanned = scan(model, [batch("tiny")])
+    assert set(scanned) <= modules(model)
+    assert scanned["fpn.layer_blocks.1"] >= 7e4
+    assert scanned["prop_fc"] == scan(exported["tiny"], [batch("tiny")])["prop_fc"] < 1e3
+    assert "fpn.layer_blocks.1" in overflowing(scanned)
+
+
+def test_a_module_is_held_back_from_a_quarter_of_the_largest_number_on() -> None:
+    limit = FLOAT16_MAX / HEADROOM
+    scanned = {"a": limit, "b": limit * 1.01, "c": float("inf"), "d": float("nan")}
+    assert set(overflowing(scanned)) == {"b", "c", "d"}
+    assert overflowing({"b": limit * 1.01, "c": float("inf")}) == ("c", "b")
+    assert overflowing({"c": 1e30}, "bf16") == ()
+
+
+def test_a_fresh_export_needs_no_module_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
+    assert overflowing(scan(exported["tiny"], [batch("tiny")])) == ()
+
+
+def test_inputs_are_what_the_runtime_gives() -> None:
+    assert tuple(INPUTS) == tuple(Batch.__dataclass_fields__)

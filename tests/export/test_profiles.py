@@ -1,0 +1,43 @@
+"""`export.profiles`: the shapes an engine is built for."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.profiles import profiles
+from runtime.errors import ShapeError
+from tests.export.conftest import TINY, manifest
+
+ABOUT = manifest(TINY)
+
+
+def test_one_query_and_several_get_a_profile_each() -> None:
+    one, several = profiles((1, 8, 32), (1, 8, 12), ABOUT)
+    assert one.shapes["query_tokens"] == ((1, 1), (1, 8), (1, 12))
+    assert one.shapes["segment_features"] == ((1, 16, 16),) * 3
+    assert several.shapes["query_tokens"] == ((2, 1), (8, 8), (32, 12))
+    assert several.shapes["query_length"] == ((2,), (8,), (32,))
+    assert several.shapes["segment_spans"] == ((2, 16, 2), (8, 16, 2), (32, 16, 2))
+
+
+@pytest.mark.parametrize("batch", [(1, 1, 1), (4, 8, 8)])
+def test_a_domain_of_one_kind_gets_one_profile(batch: tuple[int, int, int]) -> None:
+    (only,) = profiles(batch, (1, 8, 12), ABOUT)
+    assert only.shapes["query_length"] == tuple((size,) for size in batch)
+
+
+def test_the_best_of_several_is_several() -> None:
+    assert profiles((1, 1, 4), (1, 8, 12), ABOUT)[1].batch == (2, 2, 4)
+
+
+@pytest.mark.parametrize("wrong", [(0, 1, 2), (4, 2, 8), (1, 9, 8), (8, 8, 1)])
+def test_a_range_that_does_not_rise_is_refused(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ShapeError, match="--batch takes MIN OPT MAX"):
+        profiles(wrong, (1, 8, 12), ABOUT)
+    with pytest.raises(ShapeError, match="--query-length takes MIN OPT MAX"):
+        profiles((1, 1, 1), wrong, ABOUT)
+
+
+def test_queries_longer_than_the_graph_was_checked_for_are_refused() -> None:
+    with pytest.raises(ShapeError, match="--max-query-length 13"):
+        profiles((1, 1, 1), (1, 8, 13), ABOUT)

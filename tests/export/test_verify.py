@@ -1,0 +1,407 @@
+"""`python -m export.verify`, its passport, and the comparison layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export.layers import compare_layers
+from export.parity import Budget, Disagreement, compare, verdict
+from export.passport import ModelFile, lineage, passport
+from export.verify import verify
+from runtime import Grounder
+from runtime.annotations import DataSet
+from runtime.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.evaluation import batches_of
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.moments import Moment
+from tests.parity.models import save_twin
+
+ROOT = Path(__file__).parents[2]
+
+
+def changed(source: Path, path: Path, change: Callable[[np.ndarray], np.ndarray], *weights: str) -> Path:
+    """Write a copy of an ONNX file with some weights changed."""
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            values = change(onnx.numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    return path
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "export.verify", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def wrong(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose IoU head judges the other way round."""
+    path = tmp_path_factory.mktemp("wrong") / "wrong.onnx"
+    return changed(models / "drn.onnx", path, np.negative, "fcos.head.iou_scores.1.weight", "fcos.head.scales")
+
+
+@pytest.fixture
+def judged(models: Path, wrong: Path, planted: Path) -> tuple[Any, ...]:
+    """The parity, files and broken promises of that model, for a page."""
+    data_set = DataSet(planted)
+    sides = [Grounder.load(path, "cpu", 1) for path in (models / "drn.onnx", wrong)]
+    parity = compare(*sides, data_set, data_set.annotations("test"))
+    files = [ModelFile.of(path, side.manifest) for path, side in zip((models / "drn.onnx", wrong), sides, strict=True)]
+    return parity, *files, verdict(parity, Budget())
+
+
+# The command
+
+
+def test_a_model_that_answers_alike_passes_and_is_documented(
+    models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, model = models / "drn.pt", models / "drn.onnx"
+    report, page = tmp_path / "report.json", tmp_path / "passport.html"
+    found = verify(reference, model, planted, split="train", output=report, html=page, threads=1)
+    said = capsys.readouterr().out
+    assert "95 queries of train, protocol mmaction2, percent." in said
+    assert "Features are simulated: not comparable with published numbers." in said
+    assert "drn.onnx was made from this very drn.pt: it records its hash." in said
+    assert "drn.onnx answers as drn.pt: every promise is kept." in said
+
+    written = json.loads(report.read_text())
+    assert written["format"] == "drn-parity/1"
+    assert written["broken"] == []
+    assert written["simulated_features"] is True
+    assert written["reference"]["sha256"] == sha256(reference)
+    assert written["model"]["sources"] == {"drn.pt": sha256(reference)}
+    assert written["recall"]["other"]["mIoU"] == found.other.values["mIoU"]
+    assert written["recall"]["prior"]["mIoU"] == found.prior.values["mIoU"]
+    assert set(written["flips"]) == {"R@1 IoU=0.5", "R@1 IoU=0.7"}
+    assert set(written["heads"]) == {"matching_logits", "boundary_distances", "iou_logits"}
+    text = page.read_text()
+    assert sha256(reference) in text
+    assert sha256(model) in text
+    assert "Promises kept" in text
+    assert "Features are simulated" in text
+    assert "100.0 % in fp32" in text
+    assert "--split train --max-drop 0.2" in text
+
+
+def test_the_written_command_finds_the_same_again(models: Path, planted: Path, tmp_path: Path) -> None:
+    arguments = ("--reference", models / "drn.onnx", "--model", models / "drn.onnx", "--data", planted, "--limit", 3)
+    first = command(*arguments, "--protocol", "drn", "--boundary-p99", 0.5, "--output", tmp_path / "a.json")
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.splitlines()[-1].startswith("Next:  python -m ")
+    written = json.loads((tmp_path / "a.json").read_text())
+    again = written["command"].split()
+    assert again[:3] == ["python", "-m", "export.verify"]
+    assert command(*again[3:], "--output", tmp_path / "b.json").returncode == 0
+    assert json.loads((tmp_path / "b.json").read_text()) == written
+
+
+def test_a_model_that_loses_answers_fails_and_is_documented_all_the_same(
+    models: Path, wrong: Path, planted: Path, tmp_path: Path
+) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "passport.html"
+    arguments = ("--reference", models / "drn.onnx", "--model", wrong, "--data", planted, "--split", "train")
+    result = command(*arguments, "--output", report, "--html", page)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: wrong.onnx does not answer as drn.onnx: R@1 IoU=0.7 falls by ")
+    assert last.endswith("Add --layers to see where.")
+    assert "Worst queries, in seconds:" in result.stdout
+    assert len(json.loads(report.read_text())["broken"]) == 3
+    assert "Promises broken" in page.read_text()
+
+
+def test_a_larger_budget_lets_it_pass(models: Path, wrong: Path, planted: Path) -> None:
+    with pytest.raises(PromiseBroken, match="mIoU falls"):
+        verify(models / "drn.onnx", wrong, planted, boundary_p99=100, threads=1)
+    verify(models / "drn.onnx", wrong, planted, boundary_p99=100, max_drop=100, threads=1)
+
+
+def test_what_cannot_be_judged_is_refused_in_one_sentence(models: Path, planted: Path, tmp_path: Path) -> None:
+    good = models / "drn.onnx"
+    truncated, foreign, narrow = (tmp_path / name for name in ("truncated.onnx", "foreign.onnx", "narrow.onnx"))
+    truncated.write_bytes(good.read_bytes()[:5000])
+    model = onnx.load(good)
+    about = Manifest.from_json(model.metadata_props[0].value)
+    other = dataclasses.replace(about, features=dataclasses.replace(about.features, dim=500))
+    onnx.helper.set_model_props(model, {METADATA_KEY: other.to_json()})
+    onnx.save(model, narrow)
+    del model.metadata_props[:]
+    onnx.save(model, foreign)
+    empty = tmp_path / "empty"
+    shutil.copytree(planted, empty)
+    (empty / "Charades_sta_test.txt").write_text("")
+    refused: dict[str, tuple[type[GroundingError], dict[str, Any]]] = {
+        "does not exist": (ModelFileError, {"model": models / "gone.onnx"}),
+        "is not an ONNX file that can be read": (ModelFileError, {"model": truncated}),
+        "was not exported by drn-deploy": (ModelFileError, {"model": foreign}),
+        "feature width .32 and 500": (ModelFileError, {"model": narrow}),
+        "ends in .onnx, .engine or .pt": (ModelFileError, {"model": models / "history.jsonl"}),
+        "Charades_sta_test.txt is empty": (AnnotationError, {"data": empty}),
+        "no split 'val'": (AnnotationError, {"split": "val"}),
+        "--limit": (GroundingError, {"limit": 0}),
+        "--batch-size": (GroundingError, {"batch_size": 0}),
+        "--max-drop": (GroundingError, {"max_drop": math.nan}),
+        "--boundary-p99": (GroundingError, {"boundary_p99": -1.0}),
+        "is a directory": (OutputError, {"output": tmp_path}),
+        "named twice": (OutputError, {"html": good}),
+        "named  ?twice": (OutputError, {"output": tmp_path / "x", "html": tmp_path / "x"}),
+        "drn.pt is none": (ModelFileError, {"reference": models / "drn.pt", "layers": True}),
+    }
+    before = sha256(good)
+    for said, (kind, options) in refused.items():
+        arguments = {"reference": good, "model": good, "data": planted, "threads": 1, **options}
+        with pytest.raises(kind, match=said) as caught:
+            verify(**arguments)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).endswith(".")
+    assert sha256(good) == before
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_twin_of_any_precision_is_judged_on_a_cpu(
+    models: Path, planted: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from calib.batches import draw
+    from calib.calibrate import measure_table
+    from calib.qdq import quantize
+    from export.precision import raise_opset, to_half
+
+    source = models / "drn.onnx"
+    graph = onnx.load(source)
+    if precision == "int8":
+        manifest = Grounder.load(source, "cpu", 1).manifest
+        drawn = draw(DataSet(planted), manifest, samples=32, held_out=32)
+        twin = quantize(graph, measure_table(graph, drawn, "minmax"))
+    else:
+        twin = to_half(raise_opset(graph, 22) if precision == "bf16" else graph, precision)
+    path = save_twin(twin, source, tmp_path / "twin.onnx", precision)
+    caplog.set_level("INFO", "drn")
+    found = verify(source, path, planted, limit=4, max_drop=100, threads=1)
+    assert found.heads["matching_logits"].max > 0
+    assert found.overlap.mean > 0.8
+    assert ("as it stands" in caplog.text) == (precision != "fp16")
+
+
+def test_torch_is_left_alone_where_no_checkpoint_is_judged(models: Path, planted: Path) -> None:
+    code = (
+        "import sys; from export.verify import verify; "
+        "verify(sys.argv[1], sys.argv[1], sys.argv[2], limit=2); print('torch' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, models / "drn.onnx", planted]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+# The passport
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and attributes, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_asks_for_nothing_outside_itself(judged: tuple[Any, ...]) -> None:
+    parity, reference, other, broken = judged
+    text = passport(parity, reference, other, broken, budget=Budget(), commands=("python -m export.verify",))
+    page = Page(text)
+    assert page.open == []
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "img", "iframe", "object", "base"}
+    attributes = {name for _, values in page.tags for name in values}
+    assert not attributes & {"src", "href", "srcset", "action", "data"}
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_time_lines_stand_where_the_moments_are(judged: tuple[Any, ...]) -> None:
+    parity, reference, other, broken = judged
+    row = Disagreement(
+        7, "VID", "person opens", 20.0, (5.0, 10.0), Moment(4, 9, 0.9), None, overlap=0.0, reference_iou=2 / 3,
+        other_iou=0.0, shift=20.0,
+    )  # fmt: skip
+    calm = dataclasses.replace(row, query="person sits", shift=0.01)
+    parity = dataclasses.replace(parity, worst=(row, calm))
+    page = Page(passport(parity, reference, other, broken, budget=Budget()))
+    bars = {values["class"]: values for tag, values in page.tags if tag == "rect"}
+    assert (bars["truth"]["x"], bars["truth"]["width"]) == ("25.00%", "25.00%")
+    assert (bars["reference"]["x"], bars["reference"]["width"]) == ("20.00%", "25.00%")
+    assert "other" not in bars
+    labels = [values["aria-label"] for tag, values in page.tags if tag == "svg"]
+    assert labels == ["truth: 5.0–10.0 s of 20.0 s", "drn.onnx: 4.0–9.0 s of 20.0 s", "wrong.onnx: no moment of 20.0 s"]
+
+
+def test_what_a_query_holds_is_text_and_nothing_else(judged: tuple[Any, ...]) -> None:
+    parity, reference, other, _ = judged
+    hostile = "<script>alert('\"&')</script>"
+    worst = tuple(dataclasses.replace(row, query=hostile, video=hostile) for row in parity.worst)
+    assert worst
+    named = dataclasses.replace(other, path=Path(f"{hostile.replace('/', '')}.onnx"))
+    parity = dataclasses.replace(parity, worst=worst)
+    text = passport(parity, reference, named, [hostile], budget=Budget(), commands=(hostile,))
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "&lt;script&gt;" in text
+
+
+def test_latency_and_census_stand_there_when_measured(judged: tuple[Any, ...]) -> None:
+    parity, reference, other, broken = judged
+    without = passport(parity, reference, other, broken, budget=Budget())
+    assert "<h2>Latency</h2>" not in without
+    assert "its layers were not counted" in without
+    page = passport(
+        parity,
+        reference,
+        other,
+        broken,
+        budget=Budget(),
+        census=("Of its multiply-adds 95.0 % in int8.", (("module", "int8"), [("prop_fc", "536.87")])),
+        latency=(("", "p50 ms"), [("batch 1", "0.42")]),
+    )
+    assert "95.0 % in int8" in page
+    assert "<td>536.87</td>" in page
+    assert "<h2>Latency</h2>" in page
+    assert "<td>0.42</td>" in page
+
+
+def test_lineage_goes_by_hashes(judged: tuple[Any, ...]) -> None:
+    _, reference, other, _ = judged
+    assert lineage(reference, other) == (True, "Both come from the same drn.pt: they record its hash.")
+    strange = dataclasses.replace(other.manifest, sources={"drn.pt": "1" * 64})
+    known, said = lineage(reference, dataclasses.replace(other, manifest=strange))
+    assert not known
+    assert said == "wrong.onnx records no file that drn.onnx is or was made from."
+    made = dataclasses.replace(other.manifest, sources={"some.onnx": reference.sha256})
+    assert "was made from this very drn.onnx" in lineage(reference, dataclasses.replace(other, manifest=made))[1]
+    assert lineage(reference, reference)[0]
+
+
+# Layer by layer
+
+
+@pytest.fixture
+def asked(models: Path, planted: Path) -> list[Any]:
+    pytest.importorskip("polygraphy", reason="layers are compared by Polygraphy (pip install 'drn-deploy[engine]')")
+    data_set = DataSet(planted)
+    grounder = Grounder.load(models / "drn.onnx", "cpu", 1)
+    return [batch for _, batch in batches_of(grounder, data_set, data_set.annotations("test")[:4], 2)]
+
+
+def test_a_model_has_no_layer_that_differs_from_itself(models: Path, asked: list[Any]) -> None:
+    found = compare_layers(models / "drn.onnx", models / "drn.onnx", asked)
+    assert {module.worst.relative for module in found.modules} == {0}
+    assert (found.first_wrong, found.unmatched, found.queries) == (None, 0, 4)
+    assert found.sentence().startswith("No module goes wrong")
+    names = [module.module for module in found.modules]
+    assert names.index("query_encoder.biLSTM") < names.index("qInput.0") < names.index("backbone_net.layers.0")
+    assert {"prop_fc", "fpn.inner_blocks.1", "fcos.head.mix_fc"} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("weight", "module", "untouched"),
+    [
+        ("fpn.inner_blocks.1.weight", "fpn.inner_blocks.1", ["backbone_net.layers.2", "fpn.inner_blocks.0"]),
+        ("query_encoder.biLSTM.0.backwards.W", "query_encoder.biLSTM", ["prop_fc", "position_transform"]),
+        ("fcos.head.mix_fc.weight", "fcos.head.mix_fc", ["fpn.layer_blocks.0"]),
+    ],
+)
+def test_the_module_that_goes_wrong_first_is_named(
+    models: Path, asked: list[Any], tmp_path: Path, weight: str, module: str, untouched: list[str]
+) -> None:
+    other = changed(models / "drn.onnx", tmp_path / "other.onnx", lambda values: values * 1.01, weight)
+    seen: list[int] = []
+    found = compare_layers(models / "drn.onnx", other, asked, on_progress=seen.append)
+    assert found.first_wrong is not None
+    assert found.first_wrong[0] == module
+    assert found.sentence().startswith(f"It goes wrong first in {module}: ")
+    right = {row.module for row in found.modules if row.worst.relative == 0}
+    assert set(untouched) <= right
+    assert seen == [1, 1]
+    assert found.to_dict()["first_wrong"] == module
+
+
+def test_what_is_right_depends_on_the_precision_unless_said(models: Path, asked: list[Any], tmp_path: Path) -> None:
+    other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * 1.01, "fcos.head.mix_fc.weight")
+    model = onnx.load(other)
+    about = Manifest.from_json(model.metadata_props[0].value)
+    onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(about, precision="int8").to_json()})
+    onnx.save(model, other)
+    assert compare_layers(models / "drn.onnx", other, asked[:1]).first_wrong is None
+    assert compare_layers(models / "drn.onnx", other, asked[:1], tolerance=1e-3).first_wrong is not None
+
+
+def test_an_overflow_is_wrong_whatever_the_tolerance(models: Path, asked: list[Any], tmp_path: Path) -> None:
+    other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * np.inf, "prop_fc.bias")
+    found = compare_layers(models / "drn.onnx", other, asked, tolerance=100)
+    assert found.first_wrong is not None
+    assert found.first_wrong[0] == "prop_fc"
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_tensors_that_the_other_model_lacks_are_counted(models: Path, asked: list[Any], tmp_path: Path) -> None:
+    model = onnx.load(models / "drn.onnx")
+    renamed = next(node for node in model.graph.node if node.name == "fpn.inner_blocks.0/Conv")
+    for node in model.graph.node:
+        node.input[:] = ["fused" if name == renamed.output[0] else name for name in node.input]
+    renamed.output[0] = "fused"
+    onnx.save(model, tmp_path / "fused.onnx")
+    found = compare_layers(models / "drn.onnx", tmp_path / "fused.onnx", asked)
+    assert (found.unmatched, found.first_wrong) == (1, None)
+
+
+def test_the_command_names_the_module(
+    models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[Any]
+) -> None:
+    other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * 1.5, "fpn.layer_blocks.1.weight")
+    options = {"layers": True, "max_drop": 100, "boundary_p99": 100, "limit": 4, "threads": 1}
+    report, page = tmp_path / "r.json", tmp_path / "p.html"
+    verify(models / "drn.onnx", other, planted, output=report, html=page, **options)
+    assert "It goes wrong first in fpn.layer_blocks.1: " in capsys.readouterr().out
+    assert json.loads(report.read_text())["layers"]["first_wrong"] == "fpn.layer_blocks.1"
+    assert "It goes wrong first in fpn.layer_blocks.1: " in page.read_text()
+
+
+def test_without_polygraphy_layers_are_refused_before_the_work(
+    models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[engine\]'"):
+        verify(models / "drn.onnx", models / "drn.onnx", planted, layers=True)

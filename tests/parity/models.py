@@ -1,0 +1,59 @@
+"""One small trained network as every kind of file, and what it is asked: a planted data set of 95 and 18 queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from export.parity import Parity, compare
+from export.to_onnx import export_model, producer
+from export.verify import open_model
+from runtime.annotations import DataSet
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from train.__main__ import train
+from train.checkpoints import load_checkpoint
+
+
+def write_models(directory: Path, data: Path) -> Path:
+    """Write `drn.pt` and `drn.onnx` of one small network that learnt the data set, and return where."""
+    checkpoint = train(
+        data,
+        directory,
+        epochs=(8, 1, 1),
+        lr=(3e-3, 1e-3, 1e-4),
+        batch_size=16,
+        embed_dim=16,
+        hidden_dim=16,
+        fpn_dim=32,
+        iou_target="all",
+        validate_on="none",
+        device="cpu",
+    )
+    loaded = load_checkpoint(checkpoint)
+    manifest = loaded.manifest(16, sources={checkpoint.name: sha256(checkpoint)}, producer=producer())
+    onnx.save(export_model(loaded.model(), manifest, opset=19), directory / "drn.onnx")
+    return directory
+
+
+def save_twin(model: onnx.ModelProto, source: Path, path: Path, precision: str) -> Path:
+    """Write a graph made from `source` with the manifest of one."""
+    about = {entry.key: entry.value for entry in onnx.load(source).metadata_props}
+    manifest = Manifest.from_json(about[METADATA_KEY])
+    manifest = dataclasses.replace(
+        manifest, precision=precision, sources={**manifest.sources, source.name: sha256(source)}
+    )
+    onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def parity(reference: Path, other: Path, data: Path, split: str = "test", **options: Any) -> Parity:
+    """Compare two model files on a split, on one CPU thread."""
+    data_set = DataSet(data)
+    device = options.pop("device", "cpu")
+    sides = [open_model(path, device, 1) for path in (reference, other)]
+    return compare(*sides, data_set, data_set.annotations(split), **options)

@@ -1,0 +1,114 @@
+"""The second error: what narrower numbers cost. `.onnx` against its twins, all in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.parity import Budget, Parity, verdict
+from runtime import Grounder
+from runtime.annotations import DataSet
+from tests import tolerances
+from tests.parity.models import parity, save_twin
+
+# Until the module that makes a twin is there, its tests cannot run.
+needs_half = pytest.mark.skipif(
+    importlib.util.find_spec("export.precision") is None, reason="export/precision.py, which makes FP16, is missing"
+)
+needs_calib = pytest.mark.skipif(
+    importlib.util.find_spec("calib.qdq") is None, reason="calib/qdq.py, which makes INT8, is missing"
+)
+
+
+@pytest.fixture(scope="module")
+def half(models: Path) -> Path:
+    from export.precision import to_half
+
+    twin = to_half(onnx.load(models / "drn.onnx"), "fp16")
+    return save_twin(twin, models / "drn.onnx", models / "drn.fp16.onnx", "fp16")
+
+
+@pytest.fixture(scope="module")
+def int8(models: Path, planted: Path) -> Path:
+    from calib.batches import draw
+    from calib.calibrate import measure_table
+    from calib.qdq import quantize
+
+    source = models / "drn.onnx"
+    model = onnx.load(source)
+    drawn = draw(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
+    table = measure_table(model, drawn, "percentile")
+    return save_twin(quantize(model, table), source, models / "drn.int8.onnx", "int8")
+
+
+@pytest.fixture(scope="module")
+def halved(models: Path, half: Path, planted: Path) -> Parity:
+    return parity(models / "drn.onnx", half, planted, "train")
+
+
+@pytest.fixture(scope="module")
+def quantised(models: Path, int8: Path, planted: Path) -> Parity:
+    return parity(models / "drn.onnx", int8, planted, "train")
+
+
+@needs_half
+def test_fp16_stays_within_its_rounding(halved: Parity) -> None:
+    for name, error in halved.heads.items():
+        assert error.not_finite == 0
+        assert error.max <= tolerances.HALF * error.largest, name
+
+
+@needs_half
+def test_fp16_moves_no_boundary_by_a_tenth_of_a_second(halved: Parity) -> None:
+    assert halved.locations.max < 0.1
+    assert verdict(halved, Budget.of("fp16", max_drop=1.1)) == []
+
+
+@needs_half
+def test_fp16_really_rounds(halved: Parity) -> None:
+    # Else the twin would be FP32 under another name.
+    assert all(error.max > 1e-4 for error in halved.heads.values())
+
+
+@needs_calib
+def test_int8_stays_within_its_rounding(quantised: Parity) -> None:
+    for name, error in quantised.heads.items():
+        assert error.not_finite == 0
+        assert error.p99 <= tolerances.INT8 * error.largest, name
+
+
+@needs_calib
+def test_int8_answers_as_fp32_on_the_whole(quantised: Parity) -> None:
+    assert quantised.overlap.mean > 0.9
+    assert abs(quantised.differences["mIoU"].mean) < 0.02
+    assert all(len(flips.lost) <= 4 for flips in quantised.flips.values())
+
+
+@needs_calib
+def test_int8_rounds_more_than_fp16(quantised: Parity, halved: Parity) -> None:
+    for name, error in quantised.heads.items():
+        assert error.p99 > halved.heads[name].p99, name
+
+
+@needs_calib
+def test_int8_on_ranges_that_are_too_small_breaks_the_promise(models: Path, planted: Path, tmp_path: Path) -> None:
+    from calib.batches import draw
+    from calib.calibrate import measure_table
+    from calib.qdq import quantize
+
+    source = models / "drn.onnx"
+    model = onnx.load(source)
+    drawn = draw(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
+    table = measure_table(model, drawn, "minmax")
+    small = {
+        name: dataclasses.replace(found, low=found.low / 16, high=found.high / 16)
+        for name, found in table.ranges.items()
+    }
+    twin = quantize(model, dataclasses.replace(table, ranges=small))
+    wrong = parity(source, save_twin(twin, source, tmp_path / "wrong.onnx", "int8"), planted, "train")
+    assert verdict(wrong, Budget.of("int8"))
+    assert wrong.overlap.mean < 0.9
