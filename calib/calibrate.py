@@ -1,0 +1,143 @@
+"""`python -m calib.calibrate`: measure the ranges of a graph's tensors on training videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
+
+from calib.balance import balanced_name, measure_gains
+from calib.batches import HELD_OUT, SAMPLES, CalibrationSet, check_held_out, coverage_table, draw
+from calib.errors import CalibrationError
+from calib.graphs import manifest_of, read_graph
+from calib.judge import Judge, choose_method, cost_table, table_of
+from calib.qdq import balanced, observed
+from calib.ranges import METHODS, Histogram, Method, observe
+from calib.table import SUFFIX, CalibrationTable
+from runtime.annotations import DataSet
+from runtime.command import command, next_command
+from runtime.errors import OutputError
+from runtime.files import replace_when_whole
+from runtime.grounder import BATCH_SIZE
+from runtime.tensors import Batch
+
+if TYPE_CHECKING:
+    import onnx
+
+log = logging.getLogger("drn")
+
+GAIN_SAMPLES = 128
+"""Enough to tell loud channels from quiet ones; ranges are then measured on all samples."""
+
+
+def calibrate(
+    onnx: Path,
+    data: Path,
+    output: Path,
+    *,
+    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
+    samples: int = SAMPLES,
+    held_out: int = HELD_OUT,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+) -> CalibrationTable:
+    """Measure ranges on a spread of the training split, and choose how on training videos held out from it.
+
+    Args:
+        onnx: the FP32 graph, as `python -m export.to_onnx` writes it.
+        data: directory in the Charades-STA layout. Only its training split is looked at.
+        output: the table to write, best called `*.calibration.json`.
+        method: how a range is found; auto takes the one whose INT8 graph answers held-out queries most like FP32.
+        samples: sentences to calibrate on, at least 32.
+        held_out: sentences of other training videos to choose the method by.
+        seed: of the draw.
+        batch_size: sentences that go through the network together; changes nothing but speed and memory.
+        threads: CPU threads.
+
+    Returns:
+        The table.
+
+    Raises:
+        ModelFileError: `onnx` is not an FP32 graph of ours.
+        CalibrationError: there are too few samples, or they are of test videos.
+    """
+    if batch_size < 1 or held_out < 1:
+        raise CalibrationError(
+            f"--batch-size and --held-out must be at least 1, and {batch_size} and {held_out} were given."
+        )
+    if Path(output).resolve() == Path(onnx).resolve():
+        raise OutputError(f"--output {output} is the graph itself; choose another, as drn{SUFFIX}.")
+    model = read_graph(onnx)
+    data_set = DataSet(data)
+    log.info("Drawing calibration samples ...")
+    drawn = draw(data_set, manifest_of(model), samples, seed, held_out=held_out)
+    # Entered before the work, so that an unwritable output is known at once.
+    with replace_when_whole(output) as temporary:
+        table = measure_table(model, drawn, method, batch_size, threads)
+        table.save(temporary)
+    print(coverage_table(drawn.coverage))
+    print(f"{output}: ranges of {len(table.ranges)} tensors by {table.key['method']}, digest {table.digest[:12]}…")
+    if data_set.simulated:
+        print("Features are simulated: calibrate on real ones before using the model on them.")
+    twin = Path(onnx).with_suffix(".int8.onnx")
+    next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", twin)
+    return table
+
+
+def measure_table(
+    model: onnx.ModelProto,
+    drawn: CalibrationSet,
+    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+) -> CalibrationTable:
+    """Return the table of a drawn calibration set; with `auto`, print what each method costs on the held-out part."""
+    gains, histograms = observe_set(model, drawn, batch_size, threads)
+    if method != "auto":
+        return table_of(model, histograms, drawn, method, gains)
+    check_held_out(len(drawn.held_out))
+    judge = Judge(model, drawn.data_set, drawn.held_out, threads)
+    best, costs = choose_method(model, histograms, drawn, judge, gains)
+    print(cost_table([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
+    print(f"* chosen: answers most like FP32 on {costs[best].queries} queries of held-out training videos.")
+    choice = {"by": "agreement with FP32 on held-out training videos"}
+    choice |= {"costs": {name: cost.to_dict() for name, cost in costs.items()}}
+    return table_of(model, histograms, drawn, best, gains, choice)
+
+
+def observe_set(
+    model: onnx.ModelProto, drawn: CalibrationSet, batch_size: int = BATCH_SIZE, threads: int | None = None
+) -> tuple[dict[str, list[int]], dict[str, Histogram]]:
+    """Return how channels are balanced, and what is then seen of the default policy's tensors, with progress.
+
+    Tensors keep the names that they have in `model`.
+    """
+    first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
+    gains = measure_gains(model, _with_bar(first, model, batch_size, "balancing channels"), threads)
+    after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
+    names = {balanced_name(model, name) if name in gains else name: name for name in observed(model)}
+    histograms = observe(after, list(names), _with_bar(drawn, model, batch_size, "calibrating"), threads)
+    return gains, {names[name]: histogram for name, histogram in histograms.items()}
+
+
+def _with_bar(drawn: CalibrationSet, model: onnx.ModelProto, batch_size: int, what: str) -> Iterable[Batch]:
+    batches = -(-len(drawn.annotations) // batch_size)
+    return tqdm(
+        drawn.batches(manifest_of(model), batch_size),
+        total=batches,
+        desc=what,
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+
+
+__all__ = ["METHODS", "Method", "calibrate", "measure_table", "observe_set"]
+
+if __name__ == "__main__":
+    command(calibrate)

@@ -1,0 +1,183 @@
+"""ONNX graphs of ours: read, told apart by hash, run as they stand, and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import CalibrationError
+from runtime.errors import DeviceError, ModelFileError
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.tensors import Batch, Heads
+
+if TYPE_CHECKING:
+    import onnx
+
+OUTPUTS = tuple(Heads.__dataclass_fields__)
+
+
+def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the FP32 graph in an `.onnx` file.
+
+    Raises:
+        ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
+        DeviceError: onnx is not installed.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise DeviceError(
+            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install onnx onnxruntime`."
+        ) from error
+    path = Path(path)
+    if not path.is_file():
+        raise ModelFileError(f"The ONNX file {path} does not exist; check the path.")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelFileError(f"{path} is not a valid ONNX model ({said}); export it again.") from error
+    manifest = manifest_of(model, str(path))
+    if manifest.precision != "fp32":
+        raise ModelFileError(
+            f"{path} is {manifest.precision} already, and ranges and narrow weights are made from the FP32 graph; "
+            "give the file that `python -m export.to_onnx` wrote."
+        )
+    return model
+
+
+def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
+    """Return the manifest that travels in a graph; ModelFileError if it has none or is no DRN graph."""
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    manifest = Manifest.from_json(properties.get(METADATA_KEY), source)
+    names = {value.name for value in (*model.graph.input, *model.graph.output)}
+    missing = (set(Batch.__dataclass_fields__) | set(OUTPUTS)) - names
+    if missing:
+        raise ModelFileError(f"{source} lacks {', '.join(sorted(missing))}, so it is no DRN graph; export it again.")
+    return manifest
+
+
+def graph_hash(model: onnx.ModelProto) -> str:
+    """Return the SHA-256 of what is computed: operators, attributes, wiring and shapes, without weights or manifest."""
+    total = hashlib.sha256()
+    for opset in model.opset_import:
+        total.update(f"{opset.domain} {opset.version}\n".encode())
+    for value in (*model.graph.input, *model.graph.output, *model.graph.node):
+        total.update(value.SerializeToString(deterministic=True))
+    for tensor in model.graph.initializer:
+        total.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}\n".encode())
+    return total.hexdigest()
+
+
+def weights_hash(model: onnx.ModelProto) -> str:
+    """Return the SHA-256 of the numbers in a graph."""
+    from onnx import numpy_helper
+
+    total = hashlib.sha256()
+    for tensor in sorted(model.graph.initializer, key=lambda entry: entry.name):
+        total.update(tensor.name.encode() + b"\n")
+        total.update(numpy_helper.to_array(tensor).tobytes())
+    return total.hexdigest()
+
+
+def open_session(model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    `optimised` lets ONNX Runtime rewrite the graph. For INT8 that is not what is asked here: its own fusions compute
+    in other steps, with errors of up to 2.7e-2 that no engine will show.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DeviceError("ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`.") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def tapped(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy of a graph that also gives out these tensors; CalibrationError if it lacks one."""
+    import onnx
+
+    known = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
+    missing = sorted(set(tensors) - known)
+    if missing:
+        raise CalibrationError(f"The graph has no tensor {', '.join(missing)}; export it with this version.")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {value.name for value in copy.graph.output}
+    for name in tensors:
+        if name not in present:
+            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return copy
+
+
+def cut_video(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto] | None:
+    """Return a graph in two: what depends on the video alone (`prop_fc`, most of the arithmetic), and the rest.
+
+    The first takes `segment_features` and returns (B, C, 1, T); the second takes all that the whole takes, but in
+    place of the features what the first returned, as (B, T, C). Together they compute what the whole does. None if
+    the graph has no `prop_fc` of the expected kind.
+    """
+    import onnx
+
+    makers = {node.output[0]: node for node in model.graph.node}
+    project = next(
+        (node for node in model.graph.node if node.op_type == "Conv" and node.name.startswith("prop_fc")), None
+    )
+    if project is None:
+        return None
+    arranged = project.input[0]
+    while arranged in makers and makers[arranged].op_type in ("QuantizeLinear", "DequantizeLinear", "Mul"):
+        arranged = makers[arranged].input[0]
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def part(nodes: list[onnx.NodeProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        wanted = {value.name for value in outputs}
+        kept: list[onnx.NodeProto] = []
+        for node in reversed(nodes):
+            if wanted & set(node.output):
+                kept.insert(0, node)
+                wanted |= set(node.input)
+        piece = onnx.ModelProto()
+        piece.ir_version = model.ir_version
+        piece.opset_import.extend(model.opset_import)
+        piece.metadata_props.extend(model.metadata_props)
+        piece.graph.name = model.graph.name
+        piece.graph.node.extend(kept)
+        piece.graph.initializer.extend(constants[name] for name in sorted(wanted & constants.keys()))
+        piece.graph.input.extend(value for value in model.graph.input if value.name in wanted)
+        piece.graph.output.extend(outputs)
+        return piece
+
+    encoder = part(list(model.graph.node), [onnx.helper.make_empty_tensor_value_info(project.output[0])])
+    rest = []
+    for node in model.graph.node:
+        if node.name == project.name:
+            continue
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [arranged if name == project.output[0] else name for name in node.input]
+        rest.append(copy)
+    return encoder, part(rest, list(model.graph.output))
+
+
+class GraphBackend:
+    """A graph in memory as a `runtime.Backend`, computed operator by operator as it stands."""
+
+    def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
+        self.manifest = manifest_of(model)
+        self._session = open_session(model, threads, optimised)
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch."""
+        return Heads(*self._session.run(OUTPUTS, vars(batch)))

@@ -1,0 +1,85 @@
+"""`python -m calib.quantize`: an FP32 graph and its calibration table become an INT8 (or FP8) graph."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from calib.errors import CalibrationError
+from calib.graphs import read_graph
+from calib.plan import Plan
+from calib.qdq import LEAST_SHARE, Kind, Policy, modules, narrow_share
+from calib.qdq import quantize as quantize_model
+from calib.table import CalibrationTable
+from runtime.command import command, next_command
+from runtime.errors import OutputError
+from runtime.files import replace_when_whole
+
+log = logging.getLogger("drn")
+
+
+def quantize(
+    onnx: Path,
+    table: Path,
+    output: Path,
+    *,
+    keep: tuple[str, ...] = (),
+    plan: Path | None = None,
+    kind: Kind = "int8",
+    opset: int | None = None,
+) -> Path:
+    """Write explicit QuantizeLinear and DequantizeLinear nodes into a graph.
+
+    Args:
+        onnx: the FP32 graph that the table was measured on.
+        table: of `python -m calib.calibrate`.
+        output: the ONNX file to write.
+        keep: modules to leave alone, as prop_fc, fpn, fcos.head.mix_fc.
+        plan: of `python -m calib.restore`: modules to leave alone, found by measurement on this graph.
+        kind: int8, or fp8 (E4M3).
+        opset: of the file; the graph's own when not given. FP16 around INT8 needs 19, fp8 takes 19 by itself.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ModelFileError: `onnx` is not an FP32 graph of ours.
+        CalibrationError: the table or plan was measured on another graph, or a module is unknown.
+    """
+    import onnx as onnx_library
+
+    for given in (onnx, table, plan):
+        if given is not None and Path(output).resolve() == Path(given).resolve():
+            raise OutputError(f"--output {output} is an input; choose another.")
+    calibration = CalibrationTable.load(table)
+    model = read_graph(onnx)
+    calibration.check(model, str(onnx))
+    if plan is not None:
+        keep = (*keep, *Plan.load(plan).checked(model, calibration, kind, str(onnx)).keep)
+    policy = Policy(keep=tuple(dict.fromkeys(keep)))
+    log.info("Quantising ...")
+    with replace_when_whole(output) as temporary:
+        result = quantize_model(model, calibration, policy, kind, opset)
+        onnx_library.save(result, temporary)
+        size = temporary.stat().st_size
+    share = narrow_share(result)
+    print(f"{kind.upper()}: {', '.join(modules(model, policy, kind))}")
+    if policy.keep:
+        print(f"kept: {', '.join(policy.keep)}")
+    print(
+        f"{100 * share:.1f} % of the multiply-adds in {kind.upper()}; {size / 1e6:.1f} MB, "
+        f"{size / Path(onnx).stat().st_size:.3f} of FP32; opset {result.opset_import[0].version}."
+    )
+    if share < LEAST_SHARE:
+        log.warning(
+            "Less than %.0f %% of the multiply-adds are narrow: FP16 may well be faster; measure both, or keep less.",
+            100 * LEAST_SHARE,
+        )
+    next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
+    return Path(output)
+
+
+__all__ = ["CalibrationError", "quantize"]
+
+if __name__ == "__main__":
+    command(quantize)

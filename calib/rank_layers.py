@@ -1,0 +1,166 @@
+"""`python -m calib.rank_layers`: what each DRN module alone costs when it is INT8, in recall, seconds and flips."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from calib.batches import HELD_OUT, draw, hold_out
+from calib.calibrate import measure_table
+from calib.errors import CalibrationError
+from calib.graphs import manifest_of, read_graph
+from calib.judge import Cost, Judge, cost_table
+from calib.qdq import Kind, Policy, modules, multiply_adds, quantize, sites
+from calib.table import CalibrationTable
+from runtime.annotations import DataSet
+from runtime.command import command, next_command
+from runtime.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import onnx
+
+log = logging.getLogger("drn")
+
+FORMAT = "drn-layer-ranking/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """One module: its share of the multiply-adds, and what the graph loses when it alone is narrow."""
+
+    module: str
+    share: float
+    cost: Cost
+
+
+def rank_layers(
+    onnx: Path,
+    data: Path,
+    *,
+    table: Path | None = None,
+    output: Path | None = None,
+    held_out: int = HELD_OUT,
+    seed: int = 0,
+    kind: Kind = "int8",
+    threads: int | None = None,
+) -> list[Ranked]:
+    """Narrow one module after the other, each alone, and compare answers to training queries held out.
+
+    Args:
+        onnx: the FP32 graph.
+        data: directory in the Charades-STA layout. Only its training split is looked at.
+        table: of `python -m calib.calibrate`; measured here when not given.
+        output: JSON file for the ranking, which `python -m calib.restore --ranking` reads.
+        held_out: queries to compare.
+        seed: of the draw.
+        kind: int8 or fp8.
+        threads: CPU threads.
+
+    Returns:
+        The modules, costliest first.
+    """
+    model = read_graph(onnx)
+    data_set = DataSet(data)
+    calibration = given_table(model, data_set, table, seed, threads, str(onnx))
+    judge = judge_for(model, data_set, calibration, held_out, seed, threads)
+    everything = judge.cost(quantize(model, calibration, kind=kind), "all")
+    ranking = rank(model, calibration, judge, kind=kind)
+    print(ranking_table(ranking, everything))
+    print(
+        f"Change in points against FP32 on {everything.queries} queries of held-out training videos; costliest first."
+    )
+    if output:
+        write_json(output, ranking_json(ranking, everything, calibration, kind))
+    given = ("--onnx", onnx, "--data", data, "--table", table or "TABLE")
+    next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
+    return ranking
+
+
+def rank(
+    model: onnx.ModelProto,
+    table: CalibrationTable,
+    judge: Judge,
+    policy: Policy | None = None,
+    kind: Kind = "int8",
+) -> list[Ranked]:
+    """Return every module that the policy narrows with its cost alone, the one that changes answers most first."""
+    policy = policy or Policy()
+    macs = multiply_adds(model)
+    total = sum(count for count, _ in macs.values())
+    work: dict[str, int] = {}
+    for site in sites(model, policy, kind):
+        work[site.module] = work.get(site.module, 0) + macs.get(site.node, (0, False))[0]
+    ranking = []
+    for module in tqdm(modules(model, policy, kind), desc="ranking", unit="module", leave=False, disable=None):
+        alone = quantize(model, table, policy.only(module), kind)
+        ranking.append(Ranked(module, work[module] / total, judge.cost(alone, module)))
+    return sorted(ranking, key=lambda entry: entry.cost.agreement)
+
+
+def ranking_table(ranking: list[Ranked], everything: Cost) -> str:
+    """Return a ranking as text, with the share of the multiply-adds beside each module."""
+    rows = [(f"{entry.module} ({100 * entry.share:.1f} %)", entry.cost) for entry in ranking]
+    return cost_table([*rows, ("all of them", everything)])
+
+
+def ranking_json(ranking: list[Ranked], everything: Cost, table: CalibrationTable, kind: Kind) -> dict[str, Any]:
+    """Return a ranking as JSON values."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "table": table.digest,
+        "all": everything.to_dict(),
+        "modules": [
+            {"module": entry.module, "share of multiply-adds": round(entry.share, 6), **entry.cost.to_dict()}
+            for entry in ranking
+        ],
+    }
+
+
+def ranked_names(path: Path, table: CalibrationTable, kind: Kind) -> list[str]:
+    """Return the modules in a ranking file, costliest first; CalibrationError if it is of another table or kind."""
+    value = read_json(path, "layer ranking", CalibrationError)
+    try:
+        found = value["format"], value["kind"], value["table"]
+        names = [str(entry["module"]) for entry in value["modules"]]
+    except (KeyError, TypeError) as error:
+        raise CalibrationError(f"{path} is no layer ranking; make one with `python -m calib.rank_layers`.") from error
+    if found != (FORMAT, kind, table.digest):
+        raise CalibrationError(
+            f"{path} ranks {found[1]} by the table {str(found[2])[:12]}…, and {kind} by {table.digest[:12]}… is asked; "
+            "rank again with `python -m calib.rank_layers --table`."
+        )
+    return names
+
+
+def given_table(
+    model: onnx.ModelProto, data_set: DataSet, table: Path | None, seed: int, threads: int | None, source: str
+) -> CalibrationTable:
+    """Return the table in a file, checked against graph and test split, or one measured now."""
+    if table is None:
+        return measure_table(model, draw(data_set, manifest_of(model), seed=seed), threads=threads)
+    calibration = CalibrationTable.load(table)
+    calibration.check(model, source)
+    calibration.check_videos(data_set)
+    return calibration
+
+
+def judge_for(
+    model: onnx.ModelProto,
+    data_set: DataSet,
+    table: CalibrationTable,
+    held_out: int,
+    seed: int,
+    threads: int | None,
+) -> Judge:
+    """Return a judge over training videos that the table was not measured on."""
+    queries = hold_out(data_set, manifest_of(model), held_out, seed, exclude=table.videos)
+    return Judge(model, data_set, queries, threads)
+
+
+if __name__ == "__main__":
+    command(rank_layers)

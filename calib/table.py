@@ -1,0 +1,143 @@
+"""The calibration table: ranges, and what exactly they were measured on. Never used for anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import CalibrationError
+from calib.graphs import graph_hash, weights_hash
+from calib.ranges import METHODS, Range
+from runtime.annotations import DataSet
+from runtime.files import read_json, write_text
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT = "drn-calibration/1"
+SUFFIX = ".calibration.json"
+KEYS = ("graph", "weights", "samples", "method", "split")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationTable:
+    """Ranges by tensor name.
+
+    Attributes:
+        ranges: tensor to what of it must be represented.
+        key: what they hold for: `graph` and `weights` hashes of the FP32 model, `samples` digest, `method`, `split`.
+        videos: what was calibrated on, sorted.
+        coverage: how the samples were spread.
+        choice: how the method was chosen, where it was.
+        gains: tensor to the power of two of each channel that its range was measured after; see `calib.balance`.
+    """
+
+    ranges: Mapping[str, Range]
+    key: Mapping[str, str]
+    videos: tuple[str, ...] = ()
+    coverage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    choice: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides a quantised graph: the key and the ranges."""
+        content = {"key": dict(self.key), "ranges": _rows(self.ranges), "gains": _lists(self.gains)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def check(self, model: onnx.ModelProto, source: str = "the graph") -> None:
+        """Raise CalibrationError unless the ranges were measured on this very model."""
+        for what, found in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
+            measured = self.key[what]
+            if measured != found:
+                raise CalibrationError(
+                    f"This table was measured on a model whose {what} hash to {measured[:12]}…, and the {what} of "
+                    f"{source} hash to {found[:12]}…: calibrate anew with `python -m calib.calibrate --onnx {source} "
+                    "--data DIR --output TABLE`."
+                )
+
+    def check_videos(self, data_set: DataSet) -> None:
+        """Raise CalibrationError if the table was measured on videos of the data set's test split."""
+        from calib.batches import refuse_test_videos
+
+        refuse_test_videos(data_set, self.videos, "The calibration table")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON that a person can read, a tensor a line."""
+        value = {
+            "format": FORMAT,
+            "key": dict(self.key),
+            "digest": self.digest,
+            "choice": dict(self.choice),
+            "coverage": dict(self.coverage),
+            "videos": "@videos",
+            "ranges": "@ranges",
+            "gains": "@gains",
+        }
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in _rows(self.ranges).items())
+        gains = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in _lists(self.gains).items())
+        text = json.dumps(value, indent=2, allow_nan=False)
+        text = text.replace('"@videos"', json.dumps(list(self.videos)), 1).replace('"@ranges"', f"{{\n{rows}\n  }}", 1)
+        write_text(path, text.replace('"@gains"', f"{{\n{gains}\n  }}", 1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:
+        """Read a table.
+
+        Raises:
+            CalibrationError: it is missing, no such table, edited, or not measured on a training split.
+        """
+        path = Path(path)
+        value = read_json(path, "calibration table", CalibrationError)
+        found = value.get("format") if isinstance(value, dict) else None
+        if found != FORMAT:
+            raise CalibrationError(
+                f"{path} has the format {found!r} and a calibration table has {FORMAT!r}; make one with "
+                "`python -m calib.calibrate`."
+            )
+        try:
+            ranges = {str(name): Range(float(low), float(high)) for name, (low, high) in value["ranges"].items()}
+            gains = {str(name): tuple(int(shift) for shift in row) for name, row in value["gains"].items()}
+            key = {name: str(value["key"][name]) for name in KEYS}
+            table = cls(ranges, key, tuple(value["videos"]), dict(value["coverage"]), dict(value["choice"]), gains)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(
+                f"{path} is a damaged calibration table ({type(error).__name__}: {error}); calibrate again."
+            ) from error
+        if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
+            raise CalibrationError(f"{path} has no ranges, or one upside down or not finite; calibrate again.")
+        if key["method"] not in METHODS or table.digest != value.get("digest"):
+            raise CalibrationError(
+                f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again."
+            )
+        if key["split"] != "train":
+            raise CalibrationError(
+                f"{path} was measured on the split {key['split']!r}, and recall on what ranges were tuned for says "
+                "nothing; calibrate on the training split with `python -m calib.calibrate`."
+            )
+        return table
+
+
+def key_of(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
+    """Return what ranges measured on `model` over training samples of this digest hold for."""
+    return {
+        "graph": graph_hash(model),
+        "weights": weights_hash(model),
+        "samples": samples,
+        "method": method,
+        "split": "train",
+    }
+
+
+def _lists(gains: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {name: list(row) for name, row in gains.items()}
+
+
+def _rows(ranges: Mapping[str, Range]) -> dict[str, list[float]]:
+    return {name: [entry.low, entry.high] for name, entry in ranges.items()}

@@ -1,0 +1,97 @@
+"""A small data set, a tiny lively network for it, and what calibration sees of the two, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.batches import CalibrationSet, draw
+from calib.calibrate import observe_set
+from calib.judge import table_of
+from calib.ranges import Histogram
+from calib.table import CalibrationTable
+from export.to_onnx import export_model
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.manifest import Features, Manifest
+from runtime.tensors import Batch
+from tests.export.conftest import lively
+from train.model import DRNConfig
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """298 training sentences of 64 videos, 68 test sentences, D = 16."""
+    from train.simulate import simulate
+
+    directory = tmp_path_factory.mktemp("calibration") / "data"
+    simulate(directory, feature_dim=16, videos=80, difficulty="easy", seed=1)
+    return DataSet(directory)
+
+
+@pytest.fixture(scope="session")
+def model(data_set: DataSet) -> onnx.ModelProto:
+    config = DRNConfig(vocab_size=len(data_set.words), embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16)
+    network = lively(config)
+    # So that a good part of the locations counts, and moments have lengths of a few segments.
+    network.fcos.head.bbox_pred.weight.data *= 0.3
+    manifest = Manifest(data_set.vocabulary, Decoding(), Features(dim=16), sources={"drn.pt": "0" * 64})
+    return export_model(network, manifest)
+
+
+@pytest.fixture(scope="session")
+def manifest(data_set: DataSet) -> Manifest:
+    return Manifest(data_set.vocabulary, Decoding(), Features(dim=16))
+
+
+@pytest.fixture(scope="session")
+def drawn(data_set: DataSet, manifest: Manifest) -> CalibrationSet:
+    return draw(data_set, manifest, samples=64, seed=0, held_out=48)
+
+
+@pytest.fixture(scope="session")
+def seen(model: onnx.ModelProto, drawn: CalibrationSet) -> tuple[dict[str, list[int]], dict[str, Histogram]]:
+    return observe_set(model, drawn, batch_size=16, threads=1)
+
+
+@pytest.fixture(scope="session")
+def histograms(seen: tuple[dict[str, list[int]], dict[str, Histogram]]) -> dict[str, Histogram]:
+    return seen[1]
+
+
+@pytest.fixture(scope="session")
+def table(
+    model: onnx.ModelProto, seen: tuple[dict[str, list[int]], dict[str, Histogram]], drawn: CalibrationSet
+) -> CalibrationTable:
+    return table_of(model, seen[1], drawn, "mse", seen[0])
+
+
+@pytest.fixture(scope="session")
+def batch(drawn: CalibrationSet, manifest: Manifest) -> Batch:
+    return next(drawn.batches(manifest, 32))
+
+
+@pytest.fixture(scope="session")
+def onnx_file(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "drn.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Return the constants of a graph by name."""
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def altered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which one number of one weight is another."""
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[0] += 1e-3
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return other

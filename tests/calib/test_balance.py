@@ -1,0 +1,126 @@
+"""Balancing channels changes no answer, and makes 8 bits go further."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from calib.balance import balance, balanced_name, exponents, gain_sites, measure_gains
+from calib.batches import CalibrationSet
+from calib.errors import CalibrationError
+from calib.graphs import OUTPUTS, GraphBackend
+from calib.judge import table_of
+from calib.qdq import Policy, quantize
+from calib.ranges import Histogram, Range, measure
+from calib.table import CalibrationTable, key_of
+from runtime.manifest import Manifest
+from runtime.tensors import Batch
+from tests.calib.conftest import weights
+
+
+def test_the_gated_products_and_the_features_are_balanced(model: onnx.ModelProto) -> None:
+    assert gain_sites(model) == {
+        "prop_fc/Unsqueeze": ("prop_fc/Conv", None),
+        **{
+            f"backbone_net/Mul{suffix}": (f"backbone_net.layers.{level}/Conv", f"qInput.{level}/Gemm")
+            for level, suffix in enumerate(("", "_2", "_3"))
+        },
+    }
+
+
+def test_a_balanced_graph_answers_the_same_to_the_bit(model: onnx.ModelProto, batch: Batch) -> None:
+    rng = np.random.default_rng(0)
+    constants = weights(model)
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    gains = {
+        name: rng.integers(-6, 7, constants[conv.replace("/Conv", ".weight")].shape[1]).tolist()
+        for name, (conv, _) in gain_sites(model).items()
+    }
+    balance(other, gains)
+    onnx.checker.check_model(other, full_check=True)
+    changed = {name for name, values in weights(other).items() if not np.array_equal(values, constants.get(name))}
+    assert {name.rpartition(".")[0] for name in changed} == {
+        "prop_fc",
+        *(f"backbone_net.layers.{level}" for level in range(3)),
+        *(f"qInput.{level}" for level in range(3)),
+    }
+    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (other, model))
+    for name in OUTPUTS:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+REACH = arrays.arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1e3).map(lambda x: x if x > 1e-6 else 0))
+
+
+@given(REACH, st.floats(0, 1))
+def test_no_channel_becomes_louder_than_the_loudest_for_weights_alike(reach: np.ndarray, share: float) -> None:
+    found = exponents(reach, np.ones(len(reach)), share)
+    assert found[np.argmax(reach)] == 0
+    assert np.all(found >= 0)
+    # Rounding to a power of two passes the loudest by a factor of sqrt(2) at most.
+    assert np.all(reach * np.exp2(found) <= reach.max() * 2**0.5 * (1 + 1e-9))
+    assert np.all(found[reach == 0] == 0)
+
+
+def test_a_light_weight_takes_more_of_the_factor_than_a_heavy_one() -> None:
+    reach = np.array([8.0, 1.0, 1.0])
+    assert exponents(reach, np.array([1.0, 1.0, 1.0]), 1.0).tolist() == [0, 3, 3]
+    first, light, heavy = exponents(reach, np.array([1.0, 1 / 16, 1.0]), 0.5).tolist()
+    assert first <= 0 or first == 0
+    assert light < heavy
+
+
+def test_balancing_lowers_the_error_of_uneven_channels(
+    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, batch: Batch
+) -> None:
+    # Every other channel of the features is 30 times quieter, and its weights louder: FP32 answers as before.
+    uneven = onnx.ModelProto()
+    uneven.CopyFrom(model)
+    loudness = np.where(np.arange(16) % 2, 1, 1 / 32).astype(np.float32)
+    tensor = next(entry for entry in uneven.graph.initializer if entry.name == "prop_fc.weight")
+    values = onnx.numpy_helper.to_array(tensor) / loudness[None, :, None, None]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    def quieter(entry: Batch) -> Batch:
+        return Batch(entry.query_tokens, entry.query_length, entry.segment_features * loudness, entry.segment_spans)
+
+    batches = [quieter(entry) for entry in drawn.batches(manifest, 32)]
+    gains = measure_gains(uneven, batches, 1)
+    assert min(gains["prop_fc/Unsqueeze"][0::2]) >= max(gains["prop_fc/Unsqueeze"][1::2]) + 3
+    found = {}
+    for label, used in (("plain", {}), ("balanced", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
+        after = onnx.ModelProto()
+        after.CopyFrom(uneven)
+        balance(after, used)
+        name = balanced_name(uneven, "prop_fc/Unsqueeze") if used else "prop_fc/Unsqueeze"
+        (reached,) = measure(after, [name], batches, "minmax", 1).values()
+        table = CalibrationTable(
+            {"prop_fc/Unsqueeze": reached}, key_of(uneven, "-", "minmax"), gains={k: tuple(v) for k, v in used.items()}
+        )
+        narrowed = quantize(uneven, table, Policy().only("prop_fc"))
+        ours, theirs = (GraphBackend(entry, 1).run(quieter(batch)) for entry in (narrowed, uneven))
+        found[label] = np.abs(ours.matching_logits - theirs.matching_logits).mean()
+    assert found["balanced"] < 0.4 * found["plain"]
+
+
+def test_only_what_becomes_narrow_is_balanced(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    assert set(table.gains) == set(gain_sites(model))
+    found = quantize(model, table, Policy().only("fpn"))
+    before = weights(model)
+    for name in ("prop_fc.weight", "backbone_net.layers.0.weight", "qInput.0.weight", "qInput.0.bias"):
+        np.testing.assert_array_equal(weights(found)[name], before[name])
+    assert "prop_fc/Mul" not in {node.name for node in found.graph.node}
+
+
+def test_gains_of_another_graph_are_refused(
+    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet
+) -> None:
+    table = table_of(model, histograms, drawn, "minmax", {"fpn/Add": [1] * 16})
+    with pytest.raises(CalibrationError, match="balances fpn/Add"):
+        quantize(model, table)
+    assert isinstance(table.ranges["fpn/Add"], Range)

@@ -1,0 +1,192 @@
+"""Which sentences are calibrated on."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calib.batches import LEAST_SAMPLES, CalibrationSet, coverage_table, draw, hold_out, refuse_test_videos
+from calib.errors import CalibrationError
+from runtime.annotations import DataSet
+from runtime.errors import FeatureError
+from runtime.manifest import Manifest
+from runtime.vocabulary import Vocabulary, tokenize
+
+
+def videos(annotations) -> set[str]:  # type: ignore[no-untyped-def]
+    return {entry.video for entry in annotations}
+
+
+@pytest.fixture
+def copy(data_set: DataSet, tmp_path: Path) -> Path:
+    """The data set's directory, free to be spoilt."""
+    return Path(shutil.copytree(data_set.root, tmp_path / "data"))
+
+
+def rewrite_training(root: Path, lines: list[str]) -> DataSet:
+    DataSet(root).annotations_path("train").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return DataSet(root)
+
+
+def test_samples_are_training_sentences_and_none_of_a_held_out_video(drawn: CalibrationSet, data_set: DataSet) -> None:
+    train = set(data_set.annotations("train"))
+    assert set(drawn.annotations) <= train
+    assert set(drawn.held_out) <= train
+    assert len(drawn.annotations) == 64
+    assert len(drawn.held_out) == 48
+    assert not videos(drawn.annotations) & videos(drawn.held_out)
+    assert not videos(data_set.annotations("test")) & (videos(drawn.annotations) | videos(drawn.held_out))
+
+
+def test_a_seed_decides_the_draw(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
+    again = draw(data_set, manifest, samples=64, seed=0, held_out=48)
+    assert again.annotations == drawn.annotations
+    assert again.digest == drawn.digest
+    assert again.coverage == drawn.coverage
+    other = draw(data_set, manifest, samples=64, seed=1, held_out=48)
+    assert other.digest != drawn.digest
+    assert videos(other.held_out) != videos(drawn.held_out)
+
+
+def test_the_digest_covers_features_and_sentences(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
+    data_set = DataSet(copy)
+    same = dataclasses.replace(drawn, data_set=data_set)
+    assert same.digest == drawn.digest
+    fewer = dataclasses.replace(drawn, annotations=drawn.annotations[1:])
+    assert fewer.digest != drawn.digest
+    path = data_set.feature_path(drawn.videos[0])
+    features = data_set.video(drawn.videos[0]).features.copy()
+    features[0, 0] += 1
+    path.unlink()
+    np.save(path.with_suffix(".npy"), features)
+    assert dataclasses.replace(drawn, data_set=DataSet(copy)).digest != drawn.digest
+
+
+def test_a_video_comes_twice_only_after_all_others(
+    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
+) -> None:
+    few = draw(data_set, manifest, samples=40)
+    assert len(videos(few.annotations)) == 40
+    counts = Counter(entry.video for entry in drawn.annotations)
+    assert max(counts.values()) == 2
+
+
+def test_every_stratum_gets_its_share(data_set: DataSet, manifest: Manifest) -> None:
+    coverage = draw(data_set, manifest, samples=50).coverage
+    for axis, strata in coverage["axes"].items():
+        samples = [entry["samples"] for entry in strata]
+        assert sum(samples) == coverage["sentences"] == 50, axis
+        assert min(samples) >= 0.6 * 50 / len(strata), (axis, samples)
+
+
+def test_rare_words_are_looked_for(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
+    lines = data_set.annotations_path("train").read_text().splitlines()
+    apart = videos(hold_out(data_set, manifest))
+    # One sentence of another vocabulary, in a video that is calibrated on.
+    line = next(index for index, text in enumerate(lines) if text.split()[0] not in apart)
+    lines[line] = lines[line].split("##")[0] + "##person laughs."
+    assert "laughs" not in {word for entry in data_set.annotations("train") for word in tokenize(entry.sentence)}
+    vocabulary = Vocabulary({**manifest.vocabulary.words, "laughs": 33})
+    knowing = dataclasses.replace(manifest, vocabulary=vocabulary)
+    drawn = draw(rewrite_training(copy, lines), knowing, samples=120)
+    assert any("laughs" in entry.sentence for entry in drawn.annotations)
+
+
+def test_training_videos_that_are_test_videos_are_refused(copy: Path, manifest: Manifest) -> None:
+    data_set = DataSet(copy)
+    leaked = data_set.annotations("test")[0]
+    lines = data_set.annotations_path("train").read_text().splitlines()
+    spoilt = rewrite_training(copy, [*lines, f"{leaked.video} 0.0 5.0##person opens the door."])
+    with pytest.raises(CalibrationError, match=rf"1 videos of the test split \({leaked.video}"):
+        draw(spoilt, manifest, samples=40)
+    with pytest.raises(CalibrationError, match="test split"):
+        hold_out(spoilt, manifest)
+
+
+def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet, data_set: DataSet) -> None:
+    with pytest.raises(CalibrationError, match="test split"):
+        CalibrationSet(data_set, data_set.annotations("test"), [], drawn.coverage)
+    with pytest.raises(CalibrationError, match="What is tuned on"):
+        refuse_test_videos(data_set, {data_set.annotations("test")[0].video}, "What is tuned on")
+
+
+@pytest.mark.parametrize("samples", [0, 1, LEAST_SAMPLES - 1])
+def test_too_few_samples_are_refused_with_the_least_and_the_reason(
+    data_set: DataSet, manifest: Manifest, samples: int
+) -> None:
+    with pytest.raises(CalibrationError, match=rf"{samples} calibration samples .* at least {LEAST_SAMPLES} .* strata"):
+        draw(data_set, manifest, samples=samples)
+
+
+def test_too_small_a_data_set_is_refused(copy: Path, manifest: Manifest) -> None:
+    lines = DataSet(copy).annotations_path("train").read_text().splitlines()
+    with pytest.raises(CalibrationError, match=f"at least {LEAST_SAMPLES}"):
+        draw(rewrite_training(copy, lines[:20]), manifest)
+
+
+def test_a_data_set_smaller_than_asked_gives_all_and_says_so(
+    data_set: DataSet, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawn = draw(data_set, manifest, samples=10_000)
+    apart = videos(hold_out(data_set, manifest))
+    assert len(drawn.annotations) == sum(entry.video not in apart for entry in data_set.annotations("train"))
+    assert "10000 calibration samples were asked for" in caplog.text
+
+
+def test_excluded_videos_are_left_alone(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
+    again = draw(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
+    assert not videos(again.annotations) & set(drawn.videos[:5])
+    assert again.held_out == drawn.held_out
+
+
+def test_what_is_held_out_by_a_seed_is_never_what_it_calibrates_on(
+    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
+) -> None:
+    judged = hold_out(data_set, manifest, 48, seed=0)
+    assert judged == drawn.held_out
+    assert not videos(judged) & set(drawn.videos)
+    # Another seed would, if the table's videos were not named.
+    assert videos(hold_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)
+    assert not videos(hold_out(data_set, manifest, 48, seed=3, exclude=drawn.videos)) & set(drawn.videos)
+    with pytest.raises(CalibrationError, match="at least 8"):
+        hold_out(data_set, manifest, 7)
+
+
+def test_batches_hold_every_sample_once(drawn: CalibrationSet, manifest: Manifest) -> None:
+    batches = list(drawn.batches(manifest, 20))
+    assert [len(batch) for batch in batches] == [20, 20, 20, 4]
+    lengths = np.concatenate([batch.query_length for batch in batches])
+    wanted = [len(manifest.vocabulary.encode(entry.sentence)) for entry in drawn.annotations]
+    assert lengths.tolist() == sorted(wanted)
+    assert all(batch.query_tokens.shape[1] == batch.query_length.max() for batch in batches)
+
+
+def test_a_video_without_features_is_an_error(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
+    data_set = DataSet(copy)
+    data_set.feature_path(drawn.videos[3]).unlink()
+    with pytest.raises(FeatureError, match=drawn.videos[3]):
+        list(dataclasses.replace(drawn, data_set=data_set).batches(manifest))
+
+
+def test_coverage_reads_as_text(drawn: CalibrationSet) -> None:
+    text = coverage_table(drawn.coverage)
+    assert text.startswith(f"64 sentences of {len(drawn.videos)} training videos")
+    assert all(axis in text for axis in ("query tokens", "video seconds", "moment centre", "moment share"))
+    words = {word for entry in drawn.annotations for word in tokenize(entry.sentence)}
+    assert drawn.coverage["words"]["covered"] == len(words)
+
+
+def test_real_annotations_are_covered(real_data: Path) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    drawn = draw(data_set, Manifest(data_set.vocabulary, None, None))  # type: ignore[arg-type]
+    assert drawn.coverage["sentences"] == len(videos(drawn.annotations)) == 512
+    assert drawn.coverage["words"]["of_all_tokens"] > 0.95
+    # Without looking at words, a like draw finds about 460 of 1,000.
+    assert drawn.coverage["words"]["covered"] > 700
+    for strata in drawn.coverage["axes"].values():
+        assert min(entry["samples"] for entry in strata) > 40

@@ -1,0 +1,180 @@
+"""The commands, from a graph to an INT8 file, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.calibrate import calibrate
+from calib.errors import CalibrationError
+from calib.quantize import quantize
+from calib.rank_layers import rank_layers
+from calib.restore import restore
+from calib.table import CalibrationTable
+from runtime import open_backend
+from runtime.annotations import DataSet
+from runtime.errors import AnnotationError, FeatureError, GroundingError, ModelFileError, OutputError
+from runtime.files import read_json
+from runtime.tensors import Batch
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_no_module_of_the_room_needs_torch() -> None:
+    names = [f"calib.{path.stem}" for path in (ROOT / "calib").glob("*.py") if path.stem != "__init__"]
+    code = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.fixture(scope="module")
+def table_file(onnx_file: Path, data_set: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "drn.calibration.json"
+    calibrate(onnx_file, data_set.root, path, samples=40, held_out=24, threads=1)
+    return path
+
+
+def test_calibrating_chooses_a_method_and_writes_why(table_file: Path) -> None:
+    table = CalibrationTable.load(table_file)
+    assert set(table.choice["costs"]) == {"minmax", "percentile", "entropy", "mse"}
+    costs = {name: cost["agreement with FP32, mean IoU"] for name, cost in table.choice["costs"].items()}
+    assert costs[table.key["method"]] == max(costs.values())
+    assert table.coverage["sentences"] == 40
+    assert [entry.name for entry in table_file.parent.iterdir()] == [table_file.name]
+
+
+def test_a_named_method_is_taken_as_it_is(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+    table = calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
+    assert table.key["method"] == "minmax"
+    assert table.choice == {}
+
+
+def test_from_graph_to_int8_file_and_back_within_budget(
+    onnx_file: Path,
+    table_file: Path,
+    data_set: DataSet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    batch: Batch,
+) -> None:
+    output = tmp_path / "drn.int8.onnx"
+    quantize(onnx_file, table_file, output)
+    assert "of the multiply-adds in INT8" in capsys.readouterr().out
+    onnx.checker.check_model(output, full_check=True)
+    backend = open_backend(output, device="cpu")
+    assert backend.manifest.precision == "int8"
+    ours, theirs = (found.run(batch) for found in (backend, open_backend(onnx_file, device="cpu")))
+    assert np.abs(ours.matching_logits - theirs.matching_logits).max() > 0
+    assert np.corrcoef(ours.matching_logits.ravel(), theirs.matching_logits.ravel())[0, 1] > 0.99
+
+    ranking = rank_layers(
+        onnx_file, data_set.root, table=table_file, output=tmp_path / "ranking.json", held_out=24, threads=1
+    )
+    written = read_json(tmp_path / "ranking.json", "ranking")
+    assert [entry["module"] for entry in written["modules"]] == [entry.module for entry in ranking]
+    text = capsys.readouterr().out
+    assert all(entry.module in text for entry in ranking)
+    assert "all of them" in text
+
+    plan = restore(
+        onnx_file,
+        data_set.root,
+        table_file,
+        tmp_path / "plan.json",
+        ranking=tmp_path / "ranking.json",
+        held_out=24,
+        max_drop=100,
+        threads=1,
+    )
+    assert plan.keep == ()
+    value = json.loads((tmp_path / "plan.json").read_text())
+    value["keep"] = ["fpn.layer_blocks.0"]
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    quantize(onnx_file, table_file, output, keep=("prop_fc",), plan=tmp_path / "plan.json")
+    text = capsys.readouterr().out
+    assert "kept: prop_fc, fpn.layer_blocks.0" in text
+    value["modules"], value["format"] = [], "drn-layer-ranking/1"
+    (tmp_path / "ranking.json").write_text(json.dumps({**written, "table": "0" * 64}))
+    with pytest.raises(CalibrationError, match="rank again"):
+        restore(
+            onnx_file, data_set.root, table_file, tmp_path / "plan.json", ranking=tmp_path / "ranking.json", threads=1
+        )
+
+
+def refused(function, *arguments, error: type[GroundingError], match: str, output: Path, **options) -> None:  # type: ignore[no-untyped-def]
+    """Assert that a command refuses in one sentence and leaves what was there."""
+    output.write_text("before")
+    beside = sorted(output.parent.iterdir())
+    with pytest.raises(error, match=match) as found:
+        function(*arguments, **options)
+    assert "\n" not in str(found.value)
+    assert output.read_text() == "before"
+    assert sorted(output.parent.iterdir()) == beside
+
+
+def test_calibrate_refuses(onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+    output = tmp_path / "t.json"
+    root = data_set.root
+    refused(calibrate, onnx_file, root, output, samples=5, error=CalibrationError, match="at least 32", output=output)
+    refused(calibrate, onnx_file, root, output, batch_size=0, error=CalibrationError, match="at least 1", output=output)
+    refused(calibrate, tmp_path / "no.onnx", root, output, error=ModelFileError, match="does not exist", output=output)
+    refused(calibrate, onnx_file, tmp_path / "no", output, error=AnnotationError, match="does not exist", output=output)
+    refused(calibrate, onnx_file, root, onnx_file.parent, error=OutputError, match="is a directory", output=output)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(onnx_file.read_bytes()[:5000])
+    refused(calibrate, broken, root, output, error=ModelFileError, match="not a valid ONNX model", output=output)
+    narrowed = quantize(onnx_file, table_file, tmp_path / "drn.int8.onnx")
+    refused(calibrate, narrowed, root, output, error=ModelFileError, match="is int8 already", output=output)
+    strange = onnx.load(onnx_file)
+    del strange.metadata_props[:]
+    onnx.save(strange, broken)
+    refused(calibrate, broken, root, output, error=ModelFileError, match="not exported by drn-deploy", output=output)
+    with pytest.raises(OutputError, match="the graph itself"):
+        calibrate(onnx_file, root, onnx_file)
+
+
+def test_calibration_data_without_features_is_refused(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in data_set.root.glob("Charades_*"):
+        (bare / path.name).write_bytes(path.read_bytes())
+    output = tmp_path / "t.json"
+    refused(calibrate, onnx_file, bare, output, error=FeatureError, match="no features of", output=output)
+
+
+def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path) -> None:
+    from tests.calib.conftest import altered
+
+    output = tmp_path / "drn.int8.onnx"
+    onnx.save(altered(model), tmp_path / "other.onnx")
+    refused(
+        quantize,
+        tmp_path / "other.onnx",
+        table_file,
+        output,
+        error=CalibrationError,
+        match="measured on a model whose weights .*other.onnx",
+        output=output,
+    )
+    refused(quantize, onnx_file, onnx_file, output, error=CalibrationError, match="JSON", output=output)
+    refused(quantize, onnx_file, table_file, output, keep=("no",), error=CalibrationError, match="'no'", output=output)
+    refused(quantize, onnx_file, table_file, output, opset=16, error=CalibrationError, match="opset", output=output)
+    with pytest.raises(OutputError, match="is an input"):
+        quantize(onnx_file, table_file, table_file)
+
+
+def test_a_command_says_one_sentence_and_exits_with_2(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+    arguments = ["--onnx", onnx_file, "--data", data_set.root, "--output", tmp_path / "t.json", "--samples", "8"]
+    result = subprocess.run(
+        [sys.executable, "-m", "calib.calibrate", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,190 @@
+"""What a narrowed graph costs, and what is decided by it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.batches import CalibrationSet
+from calib.errors import CalibrationError
+from calib.graphs import OUTPUTS, GraphBackend, cut_video
+from calib.judge import Cost, Judge, choose_method, cost_table
+from calib.plan import Plan
+from calib.qdq import Policy, modules, quantize
+from calib.ranges import METHODS, Histogram
+from calib.rank_layers import rank
+from calib.restore import search
+from calib.table import CalibrationTable
+from runtime.annotations import DataSet
+from runtime.errors import PromiseBroken
+from runtime.tensors import Batch
+from tests.calib.conftest import altered
+
+
+@pytest.fixture(scope="module")
+def judge(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> Judge:
+    return Judge(model, data_set, drawn.held_out, threads=1)
+
+
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_a_graph_cut_at_the_video_answers_as_a_whole(
+    model: onnx.ModelProto, table: CalibrationTable, batch: Batch, narrowed: bool
+) -> None:
+    whole = quantize(model, table) if narrowed else model
+    parts = cut_video(whole)
+    assert parts is not None
+    encoder, rest = parts
+    assert [value.name for value in encoder.graph.input] == ["segment_features"]
+    assert not any("prop_fc.weight" in tensor.name for tensor in rest.graph.initializer)
+    from calib.graphs import open_session
+
+    (encoded,) = open_session(encoder, 1).run(None, {"segment_features": batch.segment_features})
+    features = np.ascontiguousarray(encoded[:, :, 0].transpose(0, 2, 1))
+    ours = GraphBackend(rest, 1).run(dataclasses.replace(batch, segment_features=features))
+    theirs = GraphBackend(whole, 1).run(batch)
+    for name in OUTPUTS:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_the_graph_itself_costs_nothing(judge: Judge, model: onnx.ModelProto) -> None:
+    cost = judge.cost(model, "itself")
+    assert cost == Cost(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
+
+
+def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: Judge, model: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(altered(model))
+    tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 3, tensor.name))
+    first = judge.cost(other, "other")
+    assert first.agreement < 0.99
+    assert judge.cost(model, "itself").agreement == 1
+    assert judge.cost(other, "other") == first
+
+
+def test_costs_are_what_they_are_by_hand(judge: Judge) -> None:
+    wanted = judge.reference
+    moved = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
+    truth = wanted.truth.copy()
+    # Query 0 was right and is wrong by half a video; query 1 was wrong and is right.
+    for picks in moved.values():
+        picks[0, 0, :2] = truth[0] + (0.5 if truth[0, 0] < 0.5 else -0.5)
+        picks[1, 0, :2] = truth[1]
+    before = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
+    for picks in before.values():
+        picks[0, 0, :2] = truth[0]
+        picks[1, 0, :2] = (0, 1) if truth[1, 1] - truth[1, 0] < 0.4 else (0, 0.01)
+    kept = judge.reference
+    judge.reference = dataclasses.replace(kept, picks=before)
+    try:
+        cost = judge.compare(dataclasses.replace(kept, picks=moved))
+    finally:
+        judge.reference = kept
+    assert (cost.lost_50, cost.gained_50, cost.lost_70, cost.gained_70) == (1, 1, 1, 1)
+    assert cost.drop_50 == cost.drop_70 == 0
+    assert cost.shift_median == 0
+    assert cost.shift_p99 > 0
+    assert cost.agreement == pytest.approx((46 + overlap(moved[0.5][:2, 0], before[0.5][:2, 0])) / 48, abs=1e-6)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    shared = np.maximum(0, np.minimum(a[:, 1], b[:, 1]) - np.maximum(a[:, 0], b[:, 0]))
+    return float((shared / (a[:, 1] - a[:, 0] + b[:, 1] - b[:, 0] - shared)).sum())
+
+
+def test_test_sentences_are_refused(model: onnx.ModelProto, data_set: DataSet) -> None:
+    with pytest.raises(CalibrationError, match=r"judged by holds .* test split"):
+        Judge(model, data_set, data_set.annotations("test")[:4])
+
+
+def test_the_method_chosen_is_the_one_that_agrees_most(
+    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet, judge: Judge
+) -> None:
+    best, costs = choose_method(model, histograms, drawn, judge)
+    assert set(costs) == set(METHODS)
+    assert all(costs[best].agreement >= cost.agreement for cost in costs.values())
+    assert "agreement" in cost_table(list(costs.items()))
+    # An outlier that is in no held-out video spoils min-max alone.
+    spoilt = {}
+    for name, histogram in histograms.items():
+        spoilt[name] = Histogram()
+        spoilt[name].__dict__.update({**vars(histogram), "counts": histogram.counts.copy()})
+        spoilt[name].add(np.full(1, 60 * histogram.magnitude, np.float32))
+    best, costs = choose_method(model, spoilt, drawn, judge, methods=("minmax", "percentile"))
+    assert best == "percentile"
+    assert costs["minmax"].agreement < costs["percentile"].agreement - 0.05
+
+
+def test_modules_are_ranked_by_what_they_change(model: onnx.ModelProto, table: CalibrationTable, judge: Judge) -> None:
+    # Ranges of one module's input are made far too tight: it must come out first.
+    tensor = "fpn/Add"
+    tight = dataclasses.replace(table.ranges[tensor], low=0.0, high=table.ranges[tensor].high / 30)
+    ranking = rank(model, dataclasses.replace(table, ranges={**table.ranges, tensor: tight}), judge)
+    assert ranking[0].module == "fpn.layer_blocks.1"
+    assert {entry.module for entry in ranking} == set(modules(model, Policy()))
+    assert [entry.cost.agreement for entry in ranking] == sorted(entry.cost.agreement for entry in ranking)
+    assert sum(entry.share for entry in ranking) < 1
+    assert ranking[0].share > 0
+
+
+class Scripted:
+    """A judge for whom a graph loses 1 point for each of these modules that is narrow."""
+
+    def __init__(self, *harmful: str) -> None:
+        self.harmful = harmful
+        self.annotations = list(range(1000))
+        self.asked = 0
+
+    def cost(self, model: onnx.ModelProto, label: str) -> Cost:
+        self.asked += 1
+        narrowed = {node.name.rpartition("/")[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        drop = float(len(narrowed & set(self.harmful)))
+        return Cost(drop, drop, drop, 0, 0, 0, 0, 0, 0, 1 - drop / 10, 1000)
+
+
+def test_nothing_is_restored_when_the_budget_holds(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    judge = Scripted()
+    plan, steps = search(model, table, judge, 0.2)  # type: ignore[arg-type]
+    assert plan.keep == ()
+    assert judge.asked == len(steps) == 1
+
+
+@pytest.mark.parametrize("order", [None, ["fpn.layer_blocks.1", "qInput.0", "fcos.head.towers.0", "prop_fc"]])
+def test_the_fewest_modules_are_restored(
+    model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None
+) -> None:
+    judge = Scripted("fpn.layer_blocks.1", "fcos.head.towers.0")
+    plan, steps = search(model, table, judge, 0.2, order)  # type: ignore[arg-type]
+    assert set(plan.keep) == {"fpn.layer_blocks.1", "fcos.head.towers.0"}
+    assert plan.measured["cost"]["drop of mIoU, points"] == 0
+    assert len(plan.measured["steps"]) == len(steps)
+    # Each point that may be lost saves a module.
+    assert len(search(model, table, judge, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
+
+
+def test_a_budget_that_no_narrow_graph_holds_is_a_broken_promise(
+    model: onnx.ModelProto, table: CalibrationTable
+) -> None:
+    judge = Scripted(*modules(model, Policy()))
+    with pytest.raises(PromiseBroken, match="build FP16"):
+        search(model, table, judge, 0.2)  # type: ignore[arg-type]
+
+
+def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: CalibrationTable, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    plan, _ = search(model, table, Scripted("prop_fc"), 0.2)  # type: ignore[arg-type]
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert again.checked(model, table, "int8").keep == ("prop_fc",)
+    with pytest.raises(CalibrationError, match="measured on a model whose weights"):
+        again.checked(altered(model), table, "int8")
+    with pytest.raises(CalibrationError, match="calibration table"):
+        again.checked(model, dataclasses.replace(table, ranges={}), "int8")
+    with pytest.raises(CalibrationError, match="for int8 and fp8"):
+        again.checked(model, table, "fp8")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="no quantisation plan"):
+        Plan.load(tmp_path / "plan.json")

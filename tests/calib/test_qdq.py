@@ -1,0 +1,359 @@
+"""Where Q/DQ stands, and what it changes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from calib.errors import CalibrationError
+from calib.graphs import OUTPUTS, GraphBackend, manifest_of
+from calib.qdq import (
+    LARGEST,
+    LEAST_SHARE,
+    Policy,
+    half_precision_scale,
+    modules,
+    multiply_adds,
+    narrow,
+    narrow_share,
+    observed,
+    quantize,
+    restamp,
+)
+from calib.table import CalibrationTable
+from runtime.tensors import Batch
+from tests.calib.conftest import altered, weights
+from tests.export.rtx import build_with_rtx
+
+COMPUTED = [
+    "prop_fc",
+    *(f"backbone_net.layers.{level}" for level in range(3)),
+    *(f"fpn.inner_blocks.{level}" for level in range(3)),
+    *(f"fpn.layer_blocks.{level}" for level in range(3)),
+    "fcos.head.towers.0",
+    "fcos.head.mix_fc",
+    "fcos.head.iou_scores.0",
+]
+STORED = ["query_encoder.embedding", "query_encoder.W3", "query_encoder.W2", "qInput.0", "qInput.1", "qInput.2"]
+
+
+@pytest.fixture(scope="module")
+def int8(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
+    return quantize(model, table)
+
+
+def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in model.graph.node for output in node.output}
+
+
+def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def module_of(node: onnx.NodeProto) -> str:
+    return node.name.rpartition("/")[0]
+
+
+def measured(quantiser: onnx.NodeProto) -> str:
+    """Return the tensor whose range a QuantizeLinear has: the features are quantised after balancing."""
+    return "prop_fc/Unsqueeze" if quantiser.input[0] == "prop_fc/Mul" else quantiser.input[0]
+
+
+def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dict[str, float]:
+    """Return for each output the root mean square error as a share of the output's spread."""
+    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (found, wanted))
+    return {
+        name: float(np.sqrt(((getattr(ours, name) - getattr(theirs, name)) ** 2).mean()) / getattr(theirs, name).std())
+        for name in OUTPUTS
+    }
+
+
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 40)), elements=st.floats(-50, 50, width=32)),
+    st.sampled_from([None, 0, 1]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_dequantised_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None) -> None:
+    numbers, scale = narrow(weight, "int8", axis)
+    shape = [1, 1]
+    if axis is not None:
+        shape[axis] = -1
+        assert scale.shape == (weight.shape[axis],)
+    step = scale.reshape(shape).astype(np.float64)
+    assert np.all(np.abs(numbers * step - weight) <= step / 2 * (1 + 1e-6))
+    assert numbers.dtype == np.int8
+    assert numbers.min() >= -127
+    assert np.all(scale > 0)
+
+
+@given(st.floats(1e-12, 6e4))
+def test_a_scale_is_one_of_fp16_and_never_too_small(wanted: float) -> None:
+    scale = half_precision_scale(np.array(wanted))
+    assert scale == np.float16(scale)
+    assert wanted <= scale <= max(wanted * (1 + 2**-10), 2**-24 + wanted)
+
+
+def test_every_output_channel_uses_its_whole_scale(int8: onnx.ModelProto) -> None:
+    constants = weights(int8)
+    for module in COMPUTED:
+        numbers = constants[f"{module}.weight"]
+        assert numbers.dtype == np.int8
+        assert np.all(np.abs(numbers.astype(int)).reshape(len(numbers), -1).max(axis=1) == 127), module
+        assert constants[f"{module}.weight_scale"].shape == (len(numbers),)
+
+
+def test_both_factors_of_the_computed_modules_are_narrow_and_no_bias_is(int8: onnx.ModelProto) -> None:
+    made_by, constants = makers(int8), weights(int8)
+    for module in COMPUTED:
+        (conv,) = [node for node in nodes(int8, "Conv") if module_of(node) == module]
+        data, weight = (made_by[name] for name in conv.input[:2])
+        assert data.op_type == weight.op_type == "DequantizeLinear"
+        assert made_by[data.input[0]].op_type == "QuantizeLinear"
+        assert constants[weight.input[0]].dtype == np.int8
+        for bias in conv.input[2:]:
+            assert constants[bias].dtype == np.float32
+    assert modules_of(int8, "Conv") == set(COMPUTED)
+
+
+def modules_of(model: onnx.ModelProto, op_type: str) -> set[str]:
+    """Return the modules of the operators of a type that read any DequantizeLinear."""
+    narrowed = {node.output[0] for node in nodes(model, "DequantizeLinear")}
+    return {module_of(node) for node in nodes(model, op_type) if narrowed & set(node.input)}
+
+
+def test_gates_and_attention_store_narrow_weights_and_read_what_they_read(
+    int8: onnx.ModelProto, model: onnx.ModelProto
+) -> None:
+    made_by, before = makers(int8), {node.name: node for node in model.graph.node}
+    assert modules_of(int8, "Gemm") == set(STORED) - {"query_encoder.embedding"}
+    for gemm in nodes(int8, "Gemm"):
+        assert made_by[gemm.input[1]].op_type == "DequantizeLinear"
+        assert gemm.input[0] == before[gemm.name].input[0]
+        assert gemm.input[2] == before[gemm.name].input[2]
+
+
+def test_lstm_attention_and_last_layers_are_as_they_were(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    before = {node.name: node for node in model.graph.node}
+    kept = [node for node in int8.graph.node if node.op_type in ("LSTM", "MatMul", "Softmax", "Exp", "Mul")]
+    kept += [
+        node
+        for node in nodes(int8, "Conv")
+        if module_of(node) in ("fcos.head.predictions", "fcos.head.iou_scores.1", "position_transform")
+    ]
+    assert len(kept) >= 12
+    for node in kept:
+        if node.name == "prop_fc/Mul":
+            continue
+        assert node == before[node.name]
+
+
+def test_the_quantised_tensors_are_the_observed_ones_each_once(
+    int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
+) -> None:
+    tensors = [measured(node) for node in nodes(int8, "QuantizeLinear")]
+    assert sorted(tensors) == sorted(observed(model)) == sorted(table.ranges)
+
+
+def test_a_tensor_with_two_readers_is_quantised_once(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    policy = Policy()
+    wider = dataclasses.replace(policy, computed=(*policy.computed, "fcos.head.predictions"))
+    assert observed(model, wider) == observed(model)
+    found = quantize(model, table, wider)
+    (quantiser,) = [node for node in nodes(found, "QuantizeLinear") if node.input[0] == "fcos.head/Mul_2"]
+    (back,) = [node for node in nodes(found, "DequantizeLinear") if node.input[0] == quantiser.output[0]]
+    readers = {module_of(node) for node in nodes(found, "Conv") if node.input[0] == back.output[0]}
+    assert readers == {"fcos.head.mix_fc", "fcos.head.predictions"}
+    # The embedding is read twice, and stored and widened once.
+    (table_of_words,) = [node for node in nodes(found, "DequantizeLinear") if "embedding" in node.input[0]]
+    assert sum(table_of_words.output[0] in node.input for node in nodes(found, "Gather")) == 2
+
+
+def test_scales_are_those_of_the_table(int8: onnx.ModelProto, table: CalibrationTable) -> None:
+    constants = weights(int8)
+    for node in nodes(int8, "QuantizeLinear"):
+        assert constants[node.input[1]] == half_precision_scale(table.ranges[measured(node)].magnitude / 127)
+        assert constants[node.input[2]] == 0
+        assert constants[node.input[2]].dtype == np.int8
+
+
+def test_names_are_module_and_operator_and_unique(int8: onnx.ModelProto) -> None:
+    names = [node.name for node in int8.graph.node]
+    assert len(set(names)) == len(names)
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        for node in nodes(int8, op_type):
+            assert module_of(node) in (*COMPUTED, *STORED)
+            assert node.name.rpartition("/")[2].split("_")[0] == op_type
+            assert node.output[0] == node.name
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (("prop_fc",), {"prop_fc"}),
+        (("fpn",), {name for name in COMPUTED if name.startswith("fpn.")}),
+        (("fcos.head.cls_tower", "fcos.head.mix_fc"), {"fcos.head.towers.0", "fcos.head.mix_fc"}),
+        (("qInput.1",), {"qInput.1"}),
+    ],
+)
+def test_modules_to_keep_are_kept(
+    model: onnx.ModelProto, table: CalibrationTable, keep: tuple[str, ...], left: set[str]
+) -> None:
+    policy = Policy(keep=keep)
+    assert set(modules(model, policy)) == {*COMPUTED, *STORED} - left
+    found = quantize(model, table, policy)
+    assert modules_of(found, "Conv") == set(COMPUTED) - left
+    kept = weights(found)
+    for module in left:
+        assert kept[f"{module}.weight"].dtype == np.float32
+        # A gate takes the powers of two of the channels that it multiplies, and nothing else.
+        factor = np.log2(np.abs(kept[f"{module}.weight"] / weights(model)[f"{module}.weight"]))
+        np.testing.assert_array_equal(factor, np.rint(factor))
+        assert module.startswith("qInput") or not factor.any()
+
+
+def test_an_unknown_module_to_keep_is_refused_with_the_known_ones(
+    model: onnx.ModelProto, table: CalibrationTable
+) -> None:
+    with pytest.raises(CalibrationError, match=r"no module 'fpm' to keep.*fpn\.layer_blocks\.0"):
+        quantize(model, table, Policy(keep=("fpm",)))
+    with pytest.raises(CalibrationError, match="Nothing is left"):
+        quantize(model, table, Policy(keep=tuple(modules(model, Policy()))))
+
+
+def test_one_module_alone_can_be_narrowed(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    for module in ("fpn.layer_blocks.1", "qInput.0"):
+        found = quantize(model, table, Policy().only(module))
+        assert {module_of(node) for node in nodes(found, "DequantizeLinear")} == {module}
+        assert bool(nodes(found, "QuantizeLinear")) == (module in COMPUTED)
+
+
+def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    assert narrow_share(int8) >= LEAST_SHARE
+    assert narrow_share(model) == 0
+    counts = multiply_adds(model)
+    assert {name: count for name, (count, _) in multiply_adds(int8).items()} == {
+        name: count for name, (count, _) in counts.items()
+    }
+    # 16 x 16 channels at 32 segments; both LSTMs, 8 words, 4 gates of 12, from 8 + 12.
+    assert counts["prop_fc/Conv"][0] == 32 * 16 * 16
+    assert counts["query_encoder.biLSTM.0.forwards/LSTM"][0] == 8 * 48 * 20
+    assert counts["qInput.0/Gemm"][0] == 24 * 16
+
+
+def test_the_share_counts_only_what_both_factors_are_narrow_of(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    assert narrow_share(quantize(model, table, Policy().only("qInput"))) == 0
+    alone = narrow_share(quantize(model, table, Policy().only("prop_fc")))
+    counts = multiply_adds(model)
+    assert alone == counts["prop_fc/Conv"][0] / sum(count for count, _ in counts.values())
+
+
+def test_the_answers_stay_close(int8: onnx.ModelProto, model: onnx.ModelProto, batch: Batch) -> None:
+    found = errors(int8, model, batch)
+    assert all(0 < error < 0.15 for error in found.values()), found
+
+
+def test_narrowing_less_changes_less(
+    int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch
+) -> None:
+    stored = errors(quantize(model, table, Policy().only(*STORED)), model, batch)
+    everything = errors(int8, model, batch)
+    assert all(stored[name] < 0.7 * everything[name] for name in OUTPUTS)
+
+
+def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
+    ranges = table.ranges.items()
+    tight = {name: dataclasses.replace(found, low=found.low / 8, high=found.high / 8) for name, found in ranges}
+    clipped = errors(quantize(model, dataclasses.replace(table, ranges=tight)), model, batch)
+    well = errors(quantize(model, table), model, batch)
+    assert all(clipped[name] > 3 * well[name] for name in OUTPUTS)
+
+
+def test_the_manifest_says_what_the_graph_is_and_came_from(
+    int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
+) -> None:
+    before, after = manifest_of(model), manifest_of(int8)
+    assert after.precision == "int8"
+    assert after.sources == {
+        **before.sources,
+        "fp32 graph": hashlib.sha256(model.SerializeToString()).hexdigest(),
+        "calibration": table.digest,
+    }
+    assert dataclasses.replace(after, precision="fp32", sources=before.sources) == before
+
+
+def test_the_model_given_stays_as_it_is(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    before = model.SerializeToString(deterministic=True)
+    quantize(model, table)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_the_table_of_another_network_is_refused(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    with pytest.raises(CalibrationError, match="measured on a model whose weights"):
+        quantize(altered(model), table)
+    few = dict(list(table.ranges.items())[1:])
+    with pytest.raises(CalibrationError, match=f"no range for {next(iter(table.ranges))}"):
+        quantize(model, dataclasses.replace(table, ranges=few))
+
+
+@pytest.mark.parametrize("opset", [18, 19, 21, 23])
+def test_a_newer_opset_answers_the_same(
+    int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch, opset: int
+) -> None:
+    newer = quantize(model, table, opset=opset)
+    assert newer.opset_import[0].version == opset
+    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (newer, int8))
+    for name in OUTPUTS:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_an_opset_is_not_raised_over_what_may_read_differently(model: onnx.ModelProto) -> None:
+    strange = copy.deepcopy(model)
+    strange.graph.node[-1].op_type = "ReduceMean"
+    with pytest.raises(CalibrationError, match="ReduceMean"):
+        restamp(strange, 19)
+    for opset in (16, 24):
+        with pytest.raises(CalibrationError, match=f"opset {opset}"):
+            restamp(copy.deepcopy(model), opset)
+
+
+def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
+    model: onnx.ModelProto, table: CalibrationTable, batch: Batch, int8: onnx.ModelProto
+) -> None:
+    found = quantize(model, table, kind="fp8")
+    assert found.opset_import[0].version == 19
+    assert manifest_of(found).precision == "fp8"
+    types = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
+    for module in COMPUTED:
+        assert types[f"{module}.weight"] == onnx.TensorProto.FLOAT8E4M3FN
+    assert types["qInput.0.weight"] == onnx.TensorProto.FLOAT
+    constants = weights(found)
+    for node in nodes(found, "QuantizeLinear"):
+        magnitude = table.ranges[measured(node)].magnitude
+        assert constants[node.input[1]] == half_precision_scale(magnitude / LARGEST["fp8"])
+    assert narrow_share(found) == narrow_share(int8)
+    assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
+    with pytest.raises(CalibrationError, match="opset 19"):
+        quantize(model, table, kind="fp8", opset=18)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("opset", [17, 21])
+def test_tensorrt_rtx_builds_int8(model: onnx.ModelProto, table: CalibrationTable, opset: int) -> None:
+    assert len(build_with_rtx(quantize(model, table, opset=opset))) > 10_000
+
+
+@pytest.mark.rtx
+def test_tensorrt_rtx_takes_fp8_and_asks_for_hardware_that_has_it(
+    model: onnx.ModelProto, table: CalibrationTable
+) -> None:
+    # The helper builds for compute capability 8.6, and E4M3 came with 8.9. All else was accepted by then.
+    with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
+        build_with_rtx(quantize(model, table, kind="fp8"))

@@ -1,0 +1,161 @@
+"""How ranges are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from calib.batches import CalibrationSet
+from calib.errors import CalibrationError
+from calib.qdq import observed
+from calib.ranges import LEVELS, METHODS, PERCENTILE, Histogram, Range, measure, observe, ranges
+from runtime.manifest import Manifest
+from runtime.tensors import Batch
+
+VALUES = arrays.arrays(
+    np.float32, st.integers(1, 300), elements=st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0)
+)
+
+
+def histogram(*chunks: np.ndarray, bins: int = 16384) -> Histogram:
+    found = Histogram(bins)
+    for chunk in chunks:
+        found.add(np.asarray(chunk, np.float32))
+    return found
+
+
+def squared_error(values: np.ndarray, limit: float) -> float:
+    step = limit / LEVELS
+    return float(((values - np.clip(np.rint(values / step), -LEVELS, LEVELS) * step) ** 2).mean())
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+@settings(max_examples=15, deadline=None)
+def test_min_max_contains_every_value_and_no_method_is_wider(chunks: list[np.ndarray]) -> None:
+    seen = histogram(*chunks)
+    values = np.concatenate(chunks)
+    widest = seen.range("minmax")
+    assert widest == Range(float(values.min()), float(values.max()))
+    for method in METHODS:
+        found = seen.range(method)
+        assert widest.low <= found.low <= found.high <= widest.high
+        assert found.magnitude <= widest.magnitude
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+@settings(max_examples=15, deadline=None)
+def test_every_value_is_counted_once_however_the_range_grows(chunks: list[np.ndarray]) -> None:
+    seen = histogram(*chunks, bins=64)
+    values = np.abs(np.concatenate(chunks)).astype(np.float64)
+    assert seen.counts.sum() + seen.zeros == len(values)
+    if seen.width:
+        # Bins are merged, never redrawn: what a bin end has below it, it has from the values themselves, but for
+        # those whose float32 quotient rounds across the border.
+        for index in (7, 31, 62):
+            edge = seen.edges[index]
+            near = np.abs(values - edge) <= 1e-5 * edge
+            below = int(((values < edge) & (values > 0) & ~near).sum())
+            assert below <= seen.counts[: index + 1].sum() <= below + near.sum()
+
+
+@given(VALUES, VALUES)
+@settings(max_examples=15, deadline=None)
+def test_the_percentile_contains_its_share(first: np.ndarray, second: np.ndarray) -> None:
+    found = histogram(first, second).range("percentile")
+    values = np.abs(np.concatenate((first, second)))
+    assert (values <= found.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
+
+
+def test_a_lone_outlier_moves_min_max_alone() -> None:
+    values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
+    spoilt = values.copy()
+    spoilt[0] = 100
+    before, after = histogram(values), histogram(spoilt)
+    assert after.range("minmax").magnitude == 100
+    for method in ("percentile", "entropy"):
+        assert after.range(method).magnitude == pytest.approx(before.range(method).magnitude, rel=0.2), method
+        assert squared_error(values, after.range(method).magnitude) < 0.1 * squared_error(values, 100), method
+
+
+def test_the_mse_limit_is_the_best_limit() -> None:
+    values = np.random.default_rng(1).laplace(size=100_000).astype(np.float32)
+    found = squared_error(values, histogram(values).range("mse").magnitude)
+    best = min(squared_error(values, limit) for limit in np.linspace(0.05, 1, 300) * np.abs(values).max())
+    assert found <= 1.02 * best
+    assert found < 0.9 * squared_error(values, float(np.abs(values).max()))
+
+
+def test_values_that_fill_their_range_are_not_clipped() -> None:
+    values = np.linspace(-1, 1, 100_001)
+    for method in METHODS:
+        assert histogram(values).range(method).magnitude > 0.98, method
+
+
+def test_zeros_do_not_decide_the_entropy() -> None:
+    values = np.abs(np.random.default_rng(2).standard_normal(50_000))
+    with_zeros = histogram(values, np.zeros(1_000_000))
+    assert with_zeros.range("entropy") == Range(0.0, histogram(values).range("entropy").high)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_of_zeros_has_an_empty_range(method: str) -> None:
+    assert histogram(np.zeros(10)).range(method) == Range(0, 0)  # type: ignore[arg-type]
+
+
+def test_values_that_are_not_finite_are_named_with_their_tensor(model: onnx.ModelProto, batch: Batch) -> None:
+    spoilt = Batch(
+        batch.query_tokens, batch.query_length, np.full_like(batch.segment_features, np.nan), batch.segment_spans
+    )
+    tensor = observed(model)[0]
+    with pytest.raises(CalibrationError, match=rf"{tensor} holds values that are not finite"):
+        measure(model, [tensor], [spoilt], "minmax")
+    with pytest.raises(CalibrationError, match="single calibration sample"):
+        measure(model, [tensor], [], "minmax")
+    with pytest.raises(CalibrationError, match="no tensor nowhere"):
+        measure(model, ["nowhere"], [batch], "minmax")
+
+
+def test_batches_of_any_size_give_the_same_ranges(
+    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
+) -> None:
+    tensors = observed(model)[:4]
+    whole = measure(model, tensors, drawn.batches(manifest, 64), "minmax", threads=1)
+    apart = measure(model, tensors, drawn.batches(manifest, 7), "minmax", threads=1)
+    for tensor in tensors:
+        assert apart[tensor].magnitude == pytest.approx(whole[tensor].magnitude, rel=1e-5)
+
+
+def test_the_histograms_agree_with_onnx_runtimes_calibrators(
+    model: onnx.ModelProto,
+    drawn: CalibrationSet,
+    manifest: Manifest,
+    tmp_path: Path,
+) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(drawn.batches(manifest, 16))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else vars(batch)
+
+    path = tmp_path / "drn.onnx"
+    onnx.save(model, path)
+    histograms = observe(model, observed(model), drawn.batches(manifest, 16), threads=1)
+    for ours, theirs in (("minmax", CalibrationMethod.MinMax), ("percentile", CalibrationMethod.Percentile)):
+        options = {"symmetric": ours == "percentile", "num_bins": 4096, "percentile": PERCENTILE}
+        calibrator = create_calibrator(path, ["Conv"], str(tmp_path / "tapped.onnx"), theirs, extra_options=options)
+        calibrator.collect_data(Reader())
+        wanted = calibrator.compute_data()
+        for tensor, found in ranges(histograms, ours).items():  # type: ignore[arg-type]
+            low, high = (float(np.max(end)) for end in wanted[tensor].range_value)
+            assert found.magnitude == pytest.approx(max(-low, high), rel=2e-2 if ours == "percentile" else 1e-5), tensor

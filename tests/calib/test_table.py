@@ -1,0 +1,117 @@
+"""The calibration table and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from calib.errors import CalibrationError
+from calib.graphs import graph_hash, weights_hash
+from calib.qdq import observed
+from calib.table import CalibrationTable
+from runtime.annotations import DataSet
+from tests.calib.conftest import altered
+
+
+def test_a_table_survives_the_file(table: CalibrationTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "drn.calibration.json")
+    again = CalibrationTable.load(tmp_path / "drn.calibration.json")
+    assert again == table
+    assert again.digest == table.digest
+
+
+def test_a_table_is_readable(table: CalibrationTable, tmp_path: Path, model: onnx.ModelProto) -> None:
+    table.save(tmp_path / "t.json")
+    text = (tmp_path / "t.json").read_text()
+    for tensor in observed(model):
+        lines = text[text.index('"ranges"') : text.index('"gains"')].splitlines()
+        (line,) = [line for line in lines if line.strip().startswith(f'"{tensor}":')]
+        low, high = json.loads(line.split(":", 1)[1].rstrip(","))
+        assert low <= high
+    key = json.loads(text)["key"]
+    assert set(key) == {"graph", "weights", "samples", "method", "split"}
+    assert (key["method"], key["split"]) == ("mse", "train")
+
+
+def test_the_table_of_another_network_is_refused_and_both_are_named(
+    table: CalibrationTable, model: onnx.ModelProto
+) -> None:
+    table.check(model)
+    other = altered(model)
+    with pytest.raises(CalibrationError) as refused:
+        table.check(other, "other.onnx")
+    assert weights_hash(model)[:12] in str(refused.value)
+    assert weights_hash(other)[:12] in str(refused.value)
+    assert "other.onnx" in str(refused.value)
+
+
+def test_the_table_of_another_graph_is_refused(table: CalibrationTable, model: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    conv = next(node for node in other.graph.node if node.op_type == "Conv")
+    next(entry for entry in conv.attribute if entry.name == "strides").ints[1] = 2
+    with pytest.raises(CalibrationError, match=rf"{graph_hash(model)[:12]}.*{graph_hash(other)[:12]}"):
+        table.check(other)
+
+
+def test_words_about_a_model_are_no_part_of_it(table: CalibrationTable, model: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    other.doc_string = "another"
+    table.check(other)
+
+
+def test_a_table_of_test_videos_is_refused(table: CalibrationTable, data_set: DataSet, tmp_path: Path) -> None:
+    table.check_videos(data_set)
+    test = tuple(sorted({entry.video for entry in data_set.annotations("test")}))
+    with pytest.raises(CalibrationError, match="test split"):
+        dataclasses.replace(table, videos=test).check_videos(data_set)
+    dataclasses.replace(table, key={**table.key, "split": "test"}).save(tmp_path / "t.json")
+    with pytest.raises(CalibrationError, match="measured on the split 'test'"):
+        CalibrationTable.load(tmp_path / "t.json")
+
+
+def test_the_digest_tells_tables_apart(table: CalibrationTable) -> None:
+    name, found = next(iter(table.ranges.items()))
+    wider = {**table.ranges, name: dataclasses.replace(found, high=found.high * 2)}
+    assert dataclasses.replace(table, ranges=wider).digest != table.digest
+    assert dataclasses.replace(table, key={**table.key, "samples": "other"}).digest != table.digest
+
+
+def edited(value: dict, *path_and_new) -> dict:  # type: ignore[no-untyped-def, type-arg]
+    *path, last, new = path_and_new
+    inner = value
+    for name in path:
+        inner = inner[name]
+    inner[last] = new
+    return value
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda value: edited(value, "format", "other/1"), "has the format 'other/1'"),
+        (lambda value: edited(value, "key", "method", "mean"), "edited or damaged"),
+        (lambda value: edited(value, "ranges", "fcos.head/Mul", [0.0, 1e-3]), "edited or damaged"),
+        (lambda value: edited(value, "ranges", "fcos.head/Mul", [1.0, 0.0]), "upside down"),
+        (lambda value: edited(value, "ranges", "fcos.head/Mul", [1.0]), "damaged calibration table"),
+        (lambda value: edited(value, "ranges", {}), "no ranges"),
+        (lambda value: edited(value, "key", {}), "damaged calibration table"),
+        (lambda value: [value], "has the format None"),
+    ],
+)
+def test_what_is_no_table_any_more_is_refused(table: CalibrationTable, tmp_path: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "t.json"
+    table.save(path)
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationTable.load(path)
+
+
+def test_a_missing_table_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="does not exist"):
+        CalibrationTable.load(tmp_path / "absent.json")
