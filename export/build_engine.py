@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from export.builder import BuildOptions, Plan, build, cuda_devices, explained, why_not
 from export.profiles import DEFAULT_BATCH, DEFAULT_QUERY_LENGTH, Profile, profiles
+from runtime import sidecar
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
@@ -30,7 +31,6 @@ Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 
 # FP16 around Q/DQ needs opset 19, BF16 convolutions 22; TensorRT 8.6 reads 17 at most, so no more than is needed.
 OPSETS = {"fp32": 17, "fp16": 17, "bf16": 22, "int8": 19, "fp8": 19}
-SIDECAR_FORMAT = "drn-engine/1"
 SCAN_QUERIES = 128
 
 
@@ -211,7 +211,7 @@ class Job:
 
     @property
     def sidecar(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.json")
+        return sidecar.path_beside(self.output)
 
     @property
     def kind(self) -> Literal["onnx", "checkpoint", "published"]:
@@ -422,8 +422,8 @@ def _write_engine(job: Job, engine: Plan, options: BuildOptions, counted: Census
     twin_manifest = json.loads({entry.key: entry.value for entry in _load(job.twin).metadata_props}[METADATA_KEY])
     with replace_when_whole(job.output) as temporary:
         temporary.write_bytes(engine.plan)
-    sidecar = {
-        "format": SIDECAR_FORMAT,
+    content = {
+        "format": sidecar.FORMAT,
         "manifest": twin_manifest,
         "library": engine.library,
         "python": sys.version.split()[0],
@@ -441,7 +441,7 @@ def _write_engine(job: Job, engine: Plan, options: BuildOptions, counted: Census
         "census": {"twin": counted.to_dict(), "engine": found.to_dict() if found else None},
         "sha256": {job.output.name: sha256(job.output), job.twin.name: sha256(job.twin)},
     }
-    write_json(job.sidecar, sidecar)
+    write_json(job.sidecar, content)
     measured = (
         "engine layers: " + ", ".join(f"{n} {kind}" for kind, n in found.layers.items())
         if found

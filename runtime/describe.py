@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import tyro
 
 from runtime.backends import open_backend
 from runtime.command import command, next_command
+from runtime.sidecar import read_sidecar
 
 
 def describe(
@@ -18,12 +20,12 @@ def describe(
     """Say what a model file is: its network, features, decoding, words and origin.
 
     Args:
-        model: .onnx or .pt file.
+        model: .onnx, .pt or .engine file; an engine is told of by its sidecar, once that is seen to vouch for it.
         json_output: print the whole manifest as JSON, word table included.
     """
-    backend = open_backend(model, "cpu")
-    manifest = backend.manifest
-    content = manifest.to_dict()
+    sidecar = read_sidecar(model) if model.suffix == ".engine" and model.is_file() else None
+    manifest = sidecar.manifest if sidecar else open_backend(model, "cpu").manifest
+    content = dict(sidecar.content) if sidecar else manifest.to_dict()
     if json_output:
         print(json.dumps(content, indent=2))
         return content
@@ -57,10 +59,29 @@ def describe(
         rows.append(
             ("validation", scores + (" (simulated features)" if manifest.training.get("simulated_features") else ""))
         )
+    if sidecar:
+        rows += _engine_rows(sidecar.content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     next_command("runtime.infer", "--model", model, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
+
+
+def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a sidecar says beyond the manifest."""
+    shares = content.get("census", {}).get("twin", {}).get("shares", {})
+    counted = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
+    built_for = ", ".join(content.get("compute_capabilities", ())) or content.get("gpu") or "unknown"
+    rows = [
+        ("built with", f"{content.get('library')}, for {built_for}"),
+        ("precision", f"{counted} of the multiply-adds of its twin"),
+    ]
+    for profile in content.get("profiles", ()):
+        sizes = [" ".join(map(str, profile[name])) for name in ("batch", "query_length")]
+        rows.append(
+            (f"profile: {profile['name']}", f"batch {sizes[0]}, query length {sizes[1]} (smallest best largest)")
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def _tensorrt() -> Finding:
             "pip install tensorrt  (10 and 11: the wheels on PyPI fetch their libraries from NVIDIA's own index, "
             "so the install fails where only PyPI is reached; use NVIDIA's container or package there)"
         )
-        return Finding(subject, False, "not installed; engines are not built by this version yet", remedy)
-    return Finding(subject, True, f"{version} is installed; engines are not built by this version yet")
+        return Finding(subject, False, "not installed", remedy)
+    return Finding(subject, True, f"{version} is installed; this version builds engines and does not run them yet")
 
 
 def _tensorrt_rtx() -> Finding:
