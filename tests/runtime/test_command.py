@@ -15,6 +15,7 @@ import pytest
 
 from runtime.command import next_command
 from runtime.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
+from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +103,9 @@ def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.
     if unbuffered:
         environment["PYTHONUNBUFFERED"] = "1"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, env=environment, preexec_fn=heed_ctrl_c, **options
+    )
 
 
 def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:

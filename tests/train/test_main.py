@@ -19,6 +19,7 @@ import torch
 
 from runtime.command import command
 from runtime.errors import CheckpointError, GroundingError
+from tests.processes import heed_ctrl_c
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.stages import RECIPES
@@ -292,6 +293,7 @@ def test_ctrl_c_ends_with_a_sentence_and_130(planted: Path, tiny_sizes: dict[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "stage1" / "last.pt").exists() and process.poll() is None:
