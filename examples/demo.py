@@ -32,7 +32,7 @@ def main(directory: Path) -> None:
     model = run / "drn.onnx"
     # Full-width features and network; few videos and short stages, so that it ends in minutes on two cores.
     show("train.simulate", "--output", data, "--videos", "160", "--difficulty", "easy")
-    stages = ("--epochs", "3", "1", "1", "--lr", "5e-4", "1e-4", "1e-5", "--iou-target", "all")
+    stages = ("--epochs", "5", "1", "1", "--lr", "5e-4", "1e-4", "1e-5", "--iou-target", "all")
     show("train", "--data", data, "--output", run, *stages, "--resume")
     show("export.to_onnx", "--checkpoint", run / "drn.pt", "--output", model)
     video, sentences = longest_story(data)
