@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -175,25 +175,14 @@ def soft_nms(proposals: Proposals, count: int = PUBLISHED_COUNT) -> np.ndarray:
         (B, K, 3) float32 starts, ends and scores at the time of the pick, scores never rising; NaN after the last.
     """
     scores = proposals.scores.copy()
-    rows = np.arange(len(scores))
-    picks = np.full((len(scores), count, 3), np.nan, np.float32)
-    spans = proposals.spans
-    for rank in range(min(count, scores.shape[1])):
-        best = scores.argmax(axis=1)
-        score = scores[rows, best]
-        left = score > -np.inf
-        if not left.any():
-            break
-        span = spans[rows, best]
-        picks[left, rank, :2] = span[left]
-        picks[left, rank, 2] = score[left]
-        overlap = temporal_iou(span[:, None], spans)[:, 0]
+
+    def lower(span: np.ndarray, overlap: np.ndarray) -> None:
         threshold = LOW_THRESHOLD + (HIGH_THRESHOLD - LOW_THRESHOLD) * (span[:, 1:] - span[:, :1])
         # exp(-0) = 1 leaves the others as they are, and -inf stays -inf.
         decay = np.where(overlap > threshold.astype(np.float32), overlap, np.float32(0))
-        scores *= np.exp(decay * decay * np.float32(-1 / ALPHA))
-        scores[rows, best] = -np.inf
-    return picks
+        np.multiply(scores, np.exp(decay * decay * np.float32(-1 / ALPHA)), out=scores)
+
+    return _pick(scores, proposals.spans, count, lambda: scores.argmax(axis=1), lower)
 
 
 def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
@@ -210,21 +199,48 @@ def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
         (B, K, 3) float32 starts, ends and scores, scores never rising; NaN after the last.
     """
     scores = proposals.scores.astype(np.float64)
+    last = scores.shape[1] - 1
+
+    def drop(span: np.ndarray, overlap: np.ndarray) -> None:
+        scores[overlap > threshold] = -np.inf
+
     spans = proposals.spans.astype(np.float64)
+    return _pick(scores, spans, count, lambda: last - scores[:, ::-1].argmax(axis=1), drop)
+
+
+def _pick(
+    scores: np.ndarray,
+    spans: np.ndarray,
+    count: int,
+    best: Callable[[], np.ndarray],
+    suppress_overlapping: Callable[[np.ndarray, np.ndarray], None],
+) -> np.ndarray:
+    """Take the best proposal of every query `count` times, and change the scores of the others after each.
+
+    Args:
+        scores: (B, P), changed in place; -inf where there is nothing to take.
+        spans: (B, P, 2).
+        count: K.
+        best: returns the position of the best, (B,).
+        suppress_overlapping: changes `scores`, given the spans just taken, (B, 2), and their temporal IoU with all
+            proposals, (B, P).
+
+    Returns:
+        (B, K, 3) float32 starts, ends and scores at the time of the pick; NaN after the last.
+    """
     rows = np.arange(len(scores))
     picks = np.full((len(scores), count, 3), np.nan, np.float32)
-    last = scores.shape[1] - 1
     for rank in range(min(count, scores.shape[1])):
-        best = last - scores[:, ::-1].argmax(axis=1)
-        score = scores[rows, best]
+        chosen = best()
+        score = scores[rows, chosen]
         left = score > -np.inf
         if not left.any():
             break
-        span = spans[rows, best]
+        span = spans[rows, chosen]
         picks[left, rank, :2] = span[left]
         picks[left, rank, 2] = score[left]
-        scores[temporal_iou(span[:, None], spans)[:, 0] > threshold] = -np.inf
-        scores[rows, best] = -np.inf
+        suppress_overlapping(span, temporal_iou(span[:, None], spans)[:, 0])
+        scores[rows, chosen] = -np.inf
     return picks
 
 
