@@ -63,7 +63,11 @@ def describe(
         rows += _engine_rows(sidecar.content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    next_command("runtime.infer", "--model", model, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    if sidecar:
+        # This version runs no engines; the twin beside it answers alike.
+        next_command("runtime.describe", model.with_suffix(".onnx"))
+    else:
+        next_command("runtime.infer", "--model", model, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
 
 
