@@ -489,3 +489,24 @@ def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
     arrays[name][1].flat[3] = value
     with pytest.raises(ModelFileError, match=f"{name} that are not finite for 1 of 2 queries"):
         propose(Heads(**arrays), Decoding())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strides": (0,)},
+        {"strides": ()},
+        {"num_segments": 1 << 32, "strides": (1,)},
+        {"score_threshold": "x"},
+        {"pre_nms_top_n": 0},
+    ],
+)
+def test_a_decoding_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ModelFileError):
+        Decoding(**wrong)  # type: ignore[arg-type]
+
+
+def test_heads_of_another_number_of_locations_are_refused() -> None:
+    heads = Heads(np.zeros((2, 56), np.float32), np.ones((2, 56, 2), np.float32), np.zeros((2, 56), np.float32))
+    with pytest.raises(ModelFileError, match="56 locations where its manifest tells of 48"):
+        propose(heads, Decoding(strides=(1, 2)))

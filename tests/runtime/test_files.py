@@ -167,3 +167,37 @@ def test_a_trial_write_changes_nothing_and_names_what_cannot_be_written(tmp_path
     assert content(tmp_path) == {"report.json": "old"}
     with pytest.raises(OutputError, match="cannot be written"):
         check_writable(path / "below a file.json")
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for refused in (pipe, tmp_path):
+        with pytest.raises(OutputError):
+            write_text(refused, "text")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.txt", tmp_path / "target.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("weights")
+    (tmp_path / "same.onnx").symlink_to(tmp_path / "model.onnx")
+    check_writable(tmp_path / "report.json", tmp_path / "model.onnx", None)
+    with pytest.raises(OutputError, match="would be written over"):
+        check_writable(tmp_path / "same.onnx", tmp_path / "model.onnx")
+
+
+def test_directories_made_for_a_file_that_did_not_come_about_are_gone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), replace_when_whole(tmp_path / "a" / "b" / "report.json"):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "a" / "b" / "report.json", "text")
+    assert (tmp_path / "a" / "b" / "report.json").is_file()
