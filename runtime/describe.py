@@ -53,7 +53,9 @@ def describe(
     ]
     validation = manifest.training.get("validation") or {}
     scores = ", ".join(
-        f"{key} {100 * value:.2f}" for key, value in validation.items() if key.startswith(("R@", "mIoU"))
+        f"{key} {100 * value:.2f}"
+        for key, value in validation.items()
+        if key.startswith(("R@", "mIoU")) and isinstance(value, float)
     )
     if scores:
         rows.append(

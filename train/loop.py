@@ -37,6 +37,7 @@ from train.stages import Stage
 log = logging.getLogger("drn")
 
 SELECTION = recall_name(1, 0.5)
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A graph is exported for queries up to some length; torch takes any.
 ANY_LENGTH = 1 << 30
 RESUME_FORMAT = "drn-training/1"
@@ -348,9 +349,6 @@ class Run:
             record["seconds"],
             "; best" if improved else "",
         )
-
-
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] = lambda model: None) -> DRN:
