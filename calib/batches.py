@@ -220,7 +220,7 @@ class OnPaper:
 def _too_few(found: str) -> str:
     return (
         f"{found} and at least {LEAST_SAMPLES} are needed: with fewer, strata of query length, video length and moment "
-        f"position stay empty and single videos set the ranges; take --samples {SAMPLES}, or a larger data set."
+        f"position stay empty and single videos set the ranges; take {SAMPLES}, or a larger data set."
     )
 
 

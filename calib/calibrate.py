@@ -15,7 +15,7 @@ from calib.batches import HELD_OUT, SAMPLES, CalibrationSet, check_held_out, cov
 from calib.errors import CalibrationError
 from calib.graphs import manifest_of, read_graph
 from calib.judge import Judge, choose_method, cost_table, table_of
-from calib.qdq import balanced, observed
+from calib.qdq import Kind, balanced, observed
 from calib.ranges import METHODS, Histogram, Method, observe
 from calib.table import SUFFIX, CalibrationTable
 from runtime.annotations import DataSet
@@ -95,14 +95,25 @@ def measure_table(
     method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
+    judge: Judge | None = None,
+    kind: Kind = "int8",
 ) -> CalibrationTable:
-    """Return the table of a drawn calibration set; with `auto`, print what each method costs on the held-out part."""
+    """Return the table of a drawn calibration set; with `auto`, print what each method costs on the held-out part.
+
+    Args:
+        model: the FP32 graph.
+        drawn: what to calibrate on, and what to choose by.
+        method: how a range is found.
+        batch_size, threads: of the passes over the samples.
+        judge: over the held-out part, where the caller has one.
+        kind: what the methods are compared as.
+    """
     gains, histograms = observe_set(model, drawn, batch_size, threads)
     if method != "auto":
         return table_of(model, histograms, drawn, method, gains)
     check_held_out(len(drawn.held_out))
-    judge = Judge(model, drawn.data_set, drawn.held_out, threads)
-    best, costs = choose_method(model, histograms, drawn, judge, gains)
+    judge = judge or Judge(model, drawn.data_set, drawn.held_out, threads)
+    best, costs = choose_method(model, histograms, drawn, judge, gains, kind=kind)
     print(cost_table([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
     print(f"* chosen: answers most like FP32 on {costs[best].queries} queries of held-out training videos.")
     choice = {"by": "agreement with FP32 on held-out training videos"}

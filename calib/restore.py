@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ def search(
     order: Sequence[str] | None = None,
     policy: Policy | None = None,
     kind: Kind = "int8",
+    ranker: Judge | None = None,
 ) -> tuple[Plan, list[tuple[str, Cost]]]:
     """Return the plan that keeps fewest modules within the budget, and what each step of the search cost.
 
@@ -103,17 +104,19 @@ def search(
         order: modules, costliest first; ranked when None and needed.
         policy: what is narrowed to begin with.
         kind: int8 or fp8.
+        ranker: ranks in place of `judge`: agreement with FP32 needs fewer queries than recall.
 
     Raises:
         PromiseBroken: the budget holds for no narrow graph.
     """
     policy = policy or Policy()
-    steps: list[tuple[str, Cost]] = []
 
-    def holds(keep: Sequence[str], label: str) -> bool:
-        cost = judge.cost(quantize(model, table, policy.keeping(*keep), kind), label)
-        steps.append((label, cost))
-        return cost.worst_drop <= max_drop
+    def ranked() -> list[str]:
+        names = order
+        if names is None:
+            names = [entry.module for entry in rank(model, table, ranker or judge, policy, kind)]
+        narrow = modules(model, policy, kind)
+        return [name for name in names if name in narrow]
 
     if 100 / len(judge.annotations) > max_drop:
         log.info(
@@ -122,27 +125,16 @@ def search(
             100 / len(judge.annotations),
             max_drop,
         )
-    keep: list[str] = []
-    if not holds(keep, "all narrow"):
-        ranked = (
-            list(order) if order is not None else [entry.module for entry in rank(model, table, judge, policy, kind)]
+    keep, steps = fewest(
+        ranked,
+        lambda keep, label: judge.cost(quantize(model, table, policy.keeping(*keep), kind), label),
+        lambda cost: cost.worst_drop <= max_drop,
+    )
+    if keep is None:
+        raise PromiseBroken(
+            f"Even with all but one module restored, {kind.upper()} loses {steps[-1][1].worst_drop:.2f} points and "
+            f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop."
         )
-        narrow = modules(model, policy, kind)
-        ranked = [name for name in ranked if name in narrow]
-        # The last one is not restored: a graph without anything narrow is not what was asked for.
-        for module in ranked[:-1]:
-            keep.append(module)
-            if holds(keep, f"+ {module}"):
-                break
-        else:
-            raise PromiseBroken(
-                f"Even with {', '.join(keep)} restored, {kind.upper()} loses {steps[-1][1].worst_drop:.2f} points and "
-                f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop."
-            )
-        for module in keep[:-1]:
-            fewer = [name for name in keep if name != module]
-            if holds(fewer, f"- {module}"):
-                keep = fewer
     final = next(cost for label, cost in reversed(steps) if cost.worst_drop <= max_drop)
     measured: dict[str, Any] = {
         "max_drop": max_drop,
@@ -150,6 +142,45 @@ def search(
         "steps": [{"step": label, **cost.to_dict()} for label, cost in steps],
     }
     return Plan(tuple(keep), kind, table.digest, dict(table.key), measured), steps
+
+
+def fewest(
+    ranked: Callable[[], Sequence[str]],
+    cost_of: Callable[[Sequence[str], str], Cost],
+    holds: Callable[[Cost], bool],
+) -> tuple[list[str] | None, list[tuple[str, Cost]]]:
+    """Return the fewest modules to keep in higher precision for a promise to hold, and what each step cost.
+
+    Args:
+        ranked: returns the modules that may be kept, costliest first; asked only when something must be kept.
+        cost_of: returns what the graph that keeps these modules costs; its second argument names the step.
+        holds: whether a cost is within the budget.
+
+    Returns:
+        The modules, or None where the promise holds for no graph that narrows anything; and (label, cost) of each step.
+    """
+    steps: list[tuple[str, Cost]] = []
+
+    def good(keep: Sequence[str], label: str) -> bool:
+        cost = cost_of(keep, label)
+        steps.append((label, cost))
+        return holds(cost)
+
+    keep: list[str] = []
+    if good(keep, "all narrow"):
+        return keep, steps
+    # The last one is not kept: a graph without anything narrow is not what was asked for.
+    for module in list(ranked())[:-1]:
+        keep.append(module)
+        if good(keep, f"+ {module}"):
+            break
+    else:
+        return None, steps
+    for module in keep[:-1]:
+        fewer = [name for name in keep if name != module]
+        if good(fewer, f"- {module}"):
+            keep = fewer
+    return keep, steps
 
 
 if __name__ == "__main__":

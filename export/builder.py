@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from export.profiles import Profile
+from export.to_onnx import drn_modules
 from runtime.errors import DeviceError, GroundingError, ModelFileError
 
 log = logging.getLogger("drn")
@@ -44,6 +45,7 @@ class BuildOptions:
         version_compatible: a plan that later versions of the same major can load.
         hardware_compatible: a plan that runs on Ampere and later, not only on the GPU it was built on.
         compute_capabilities: for TensorRT-RTX, as "8.6"; the GPU of this machine when empty.
+        in_fp32: DRN modules that a weakly typed build must not narrow; a strongly typed graph says so itself.
     """
 
     target: Target
@@ -54,6 +56,7 @@ class BuildOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     compute_capabilities: Sequence[str] = ()
+    in_fp32: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,31 @@ class Plan:
     strongly_typed: bool
     inspector: str | None
     timing_cache: bytes | None
+
+
+def cuda_version() -> str | None:
+    """Return the CUDA version of the driver, as 13.0; None without one."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the first GPU, as (9, 0); None without one."""
+    if not cuda_devices():
+        return None
+    cuda = ctypes.CDLL("libcuda.so.1")
+    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+    for attribute, number in zip((75, 76), numbers):
+        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    return numbers[0].value, numbers[1].value
 
 
 def cuda_devices() -> int:
@@ -123,6 +151,65 @@ def why_not(target: Target) -> str | None:
     return None
 
 
+# Compute capability from which tensor cores multiply in a type; below it no engine has it.
+LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
+
+
+def check_options(options: BuildOptions, library: Any = None) -> None:
+    """Raise DeviceError where library, GPU, precision and options do not go together; nothing is built."""
+    trt = library or load_library(options.target)
+    name = f"{_MODULES[options.target]} {trt.__version__}"
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise DeviceError(f"--optimization-level is 0 to 5, and {options.optimization_level} was given.")
+    if options.workspace_gib is not None and not options.workspace_gib > 0:
+        raise DeviceError(f"--workspace is GiB of scratch memory, more than 0, and {options.workspace_gib} was given.")
+    if options.target == "tensorrt-rtx":
+        flags = {
+            "--version-compatible": options.version_compatible,
+            "--hardware-compatible": options.hardware_compatible,
+        }
+        refused = [flag for flag, given in flags.items() if given]
+        if refused:
+            raise DeviceError(
+                f"{' and '.join(refused)}: of TensorRT, not of TensorRT-RTX; name the GPUs with --compute-capability."
+            )
+        _known_capabilities(trt, options.compute_capabilities)
+    elif options.compute_capabilities:
+        raise DeviceError(
+            "--compute-capability is for --target tensorrt-rtx; TensorRT builds for the GPU it runs on "
+            "(--hardware-compatible makes a plan for Ampere and later)."
+        )
+    if not is_strongly_typed(trt):
+        _check_weak(trt, options.precision)
+    if options.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+        raise DeviceError(f"{name} has no version-compatible plans; leave --version-compatible out.")
+    least = LEAST_CAPABILITY.get(options.precision)
+    if least is None:
+        return
+    if options.compute_capabilities:
+        built_for = [
+            (int(text.partition(".")[0]), int(text.partition(".")[2])) for text in options.compute_capabilities
+        ]
+    else:
+        here = compute_capability()
+        built_for = [here] if here else []
+    for capability in built_for:
+        if capability < least:
+            raise DeviceError(
+                f"{options.precision} needs a GPU of compute capability {least[0]}.{least[1]} or later, and "
+                f"{capability[0]}.{capability[1]} was asked for; use fp16 or int8."
+            )
+
+
+def _check_weak(trt: Any, precision: str) -> None:
+    # 8.6 knows the flag of FP8, but not the Q/DQ nodes that carry it.
+    missing = [name for name in _weak_flags(precision) if not hasattr(trt.BuilderFlag, name)]
+    if missing or precision == "fp8":
+        raise DeviceError(
+            f"TensorRT {trt.__version__} cannot build {precision}; use fp16 or int8, or TensorRT 10 or later."
+        )
+
+
 def is_strongly_typed(library: ModuleType) -> bool:
     """Return whether the library can take precision from the graph alone (TensorRT 10 and later)."""
     return hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
@@ -142,6 +229,7 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
         ModelFileError: the graph does not parse or does not build; the library's own words are in the message.
     """
     trt = library or load_library(options.target)
+    check_options(options, trt)
     logger = _logger(trt)
     builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
@@ -152,6 +240,8 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
         raise ModelFileError(f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.")
     config = builder.create_builder_config()
     _configure(trt, config, options, typed)
+    if not typed:
+        _hold_in_fp32(trt, network, config, options.in_fp32)
     for profile in options.profiles:
         shapes = builder.create_optimization_profile()
         for name, (smallest, best, largest) in profile.shapes.items():
@@ -196,11 +286,6 @@ def _configure(trt: Any, config: Any, options: BuildOptions, typed: bool) -> Non
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not typed:
         for name in _weak_flags(options.precision):
-            if not hasattr(trt.BuilderFlag, name):
-                raise DeviceError(
-                    f"TensorRT {trt.__version__} cannot build {options.precision}; "
-                    "use fp16 or int8, or a later version."
-                )
             config.set_flag(getattr(trt.BuilderFlag, name))
     if options.target == "tensorrt-rtx":
         _choose_capabilities(trt, config, options.compute_capabilities)
@@ -213,25 +298,42 @@ def _weak_flags(precision: str) -> tuple[str, ...]:
     ]
 
 
-def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+def _known_capabilities(trt: Any, wanted: Sequence[str]) -> dict[str, str]:
+    """Return what TensorRT-RTX calls the compute capabilities it builds for; DeviceError if `wanted` holds others."""
     known = {name[2:-1] + "." + name[-1]: name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    offered = ", ".join(sorted(known, key=float))
     if not wanted and not cuda_devices():
         raise DeviceError(
-            "Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability "
-            f"({', '.join(sorted(known, key=float))})."
+            f"Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability ({offered})."
         )
     unknown = [capability for capability in wanted if capability not in known]
     if unknown:
-        offered = ", ".join(sorted(known, key=float))
         raise DeviceError(
             f"TensorRT-RTX {trt.__version__} builds for compute capabilities {offered}, and "
             f"{', '.join(unknown)} was asked for."
         )
+    return known
+
+
+def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+    known = _known_capabilities(trt, wanted)
     config.num_compute_capabilities = max(len(wanted), 1)
     for index, capability in enumerate(wanted):
         config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
     if not wanted:
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+
+
+def _hold_in_fp32(trt: Any, network: Any, config: Any, modules: Sequence[str]) -> None:
+    """Tell a weakly typed build which layers keep FP32: their names are those of the graph's nodes."""
+    held = set(modules)
+    if not held:
+        return
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if held.intersection(drn_modules(layer.name)):
+            layer.precision = trt.float32
 
 
 def _inspect(trt: Any, logger: Any, plan: bytes) -> str | None:

@@ -77,6 +77,7 @@ def passport(
     census: tuple[str, Table] | None = None,
     layers: Layers | None = None,
     latency: Table | None = None,
+    engine: ModelFile | None = None,
     commands: Sequence[str] = (),
 ) -> str:
     """Return the page.
@@ -90,14 +91,15 @@ def passport(
         census: how much of the model is computed in which type: a sentence, and the table behind it.
         layers: where the two part.
         latency: what was measured, with its conditions.
+        engine: built of the second file, which is its twin; the passport is then the engine's.
         commands: what to type to see the same again.
     """
-    title = f"Passport of {other.path.name}"
+    title = f"Passport of {(engine or other).path.name}"
     names = (reference.path.name, other.path.name)
     if names[0] == names[1]:
         names = ("reference", "model")
     sections = [
-        _lineage(reference, other),
+        _lineage(*(file for file in (reference, other, engine) if file)),
         _precision(other, census),
         _recall(parity, names),
         _flips(parity),
@@ -117,7 +119,10 @@ def passport(
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             f"<h1>{_text(title)}</h1>",
-            _paragraph(f"Held against {names[0]} on {parity.queries} queries of {split}, protocol {parity.protocol}."),
+            _paragraph(
+                (f"Its twin {other.path.name} was held" if engine else "Held")
+                + f" against {names[0]} on {parity.queries} queries of {split}, protocol {parity.protocol}."
+            ),
             simulated if parity.simulated else "",
             f'<div class="verdict {kept}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
             _list(broken) if broken else _list(_kept(parity, budget)),
@@ -148,9 +153,9 @@ def _precision(other: ModelFile, census: tuple[str, Table] | None) -> str:
     return _section("Precision", _paragraph(census[0]) + _folded("By module", _table(census[1])))
 
 
-def _lineage(reference: ModelFile, other: ModelFile) -> str:
+def _lineage(*files: ModelFile) -> str:
     items: dict[str, str] = {}
-    for file in (reference, other):
+    for file in files:
         for name, digest in file.manifest.sources.items():
             items.setdefault(digest, f"<b>{_text(name)}</b><code>{_text(digest)}</code>")
         about = f"{file.manifest.precision}, stage {file.manifest.stage}, {file.size / 2**20:.1f} MiB"
@@ -161,7 +166,7 @@ def _lineage(reference: ModelFile, other: ModelFile) -> str:
             f"<small>{_text(f'made with {made}' if made else '')}</small>"
         )
     chain = "".join(f"<li>{item}</li>" for item in items.values())
-    return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(lineage(reference, other)[1]))
+    return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(lineage(*files[:2])[1]))
 
 
 def _recall(parity: Parity, names: tuple[str, str]) -> str:

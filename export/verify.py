@@ -6,9 +6,9 @@ import dataclasses
 import importlib.util
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,6 +25,10 @@ from runtime.evaluation import batches_of
 from runtime.files import write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.metrics import table as recall_table
+from runtime.sidecar import read_sidecar
+
+if TYPE_CHECKING:
+    from export.census import Census
 
 log = logging.getLogger("drn")
 
@@ -85,55 +89,138 @@ def verify(
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides, strict=True)]
+    budget = Budget.of(files[1].manifest.precision, max_drop, boundary_p99)
+    again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers)
+    proof = prove(
+        sides, files, data_set, annotations, budget, split=split, protocol=protocol, batch_size=batch_size, again=again
+    )
+    if layers:
+        proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
+    print(proof.text())
+    proof.write(output, html, census_of(model) if html else None, commands=_commands(again, model, data, split))
+    if proof.broken:
+        where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
+        raise PromiseBroken(f"{proof.sentence()}{where}")
+    print(proof.sentence())
+    next_command(*_next(model, files[1], data, annotations[0]))
+    return proof.parity
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the answers of two models to the queries of a split come to.
+
+    Attributes:
+        parity: what was found between the two.
+        reference, model: the files.
+        budget: what the second is held to.
+        broken: the promises that do not hold, a clause each.
+        split: where the queries come from.
+        again: the command that finds the same again.
+        layers: where the two part, if that was looked at.
+    """
+
+    parity: Parity
+    reference: ModelFile
+    model: ModelFile
+    budget: Budget
+    broken: Sequence[str]
+    split: str
+    again: str
+    layers: Layers | None = None
+
+    def sentence(self) -> str:
+        """Return the verdict."""
+        names = self.model.path.name, self.reference.path.name
+        if self.broken:
+            return f"{names[0]} does not answer as {names[1]}: {'; '.join(self.broken)}."
+        return f"{names[0]} answers as {names[1]}: every promise is kept."
+
+    def text(self) -> str:
+        """Return all but the verdict, for a terminal."""
+        parts = [
+            summary(self.parity, (self.reference.path.name, self.model.path.name), self.split),
+            lineage(self.reference, self.model)[1],
+        ]
+        if self.layers:
+            parts.append(f"\n{layer_table(self.layers)}\n{self.layers.sentence()}")
+        return "\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.parity.to_dict(),
+            "reference": self.reference.to_dict(),
+            "model": self.model.to_dict(),
+            "lineage": lineage(self.reference, self.model)[1],
+            "split": self.split,
+            "budget": dataclasses.asdict(self.budget),
+            "broken": list(self.broken),
+            "layers": self.layers.to_dict() if self.layers else None,
+            "command": self.again,
+        }
+
+    def write(
+        self,
+        output: Path | None,
+        html: Path | None,
+        census: tuple[str, Table] | None = None,
+        engine: ModelFile | None = None,
+        commands: Sequence[str] = (),
+    ) -> None:
+        """Write the JSON report and the passport, those of the two that are named.
+
+        Args:
+            output, html: the files.
+            census: what the model is computed in; see `census_of`.
+            engine: built of the model, where the model is its twin.
+            commands: what to type to see the same again.
+        """
+        if output:
+            write_json(output, self.to_dict())
+        if html:
+            page = passport(
+                self.parity,
+                self.reference,
+                self.model,
+                self.broken,
+                budget=self.budget,
+                split=self.split,
+                census=census,
+                layers=self.layers,
+                engine=engine,
+                commands=commands,
+            )
+            write_text(html, page)
+            log.info("The passport is in %s.", html)
+
+
+def prove(
+    sides: Sequence[Grounder],
+    files: Sequence[ModelFile],
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    budget: Budget,
+    *,
+    split: str,
+    again: str,
+    protocol: Protocol | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Proof:
+    """Ask both models every query, with progress, and hold the second to its budget.
+
+    Args:
+        sides: the reference and the model to judge.
+        files: what they were opened from.
+        data_set, annotations: the queries.
+        budget: what may be lost.
+        split, again: for the report.
+        protocol, batch_size: see `verify`.
+    """
     with tqdm(total=len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
         parity = compare(
             *sides, data_set, annotations, protocol=protocol, batch_size=batch_size, on_progress=bar.update
         )
-    by_layer = _compare_layers(reference, model, sides[0], data_set, annotations) if layers else None
-    budget = Budget.of(files[1].manifest.precision, max_drop, boundary_p99)
-    broken = verdict(parity, budget)
-
-    print(summary(parity, (reference.name, model.name), split))
-    print(lineage(files[0], files[1])[1])
-    if by_layer:
-        print(f"\n{layer_table(by_layer)}\n{by_layer.sentence()}")
-    again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers)
-    if output:
-        write_json(
-            output,
-            {
-                **parity.to_dict(),
-                "reference": files[0].to_dict(),
-                "model": files[1].to_dict(),
-                "lineage": lineage(files[0], files[1])[1],
-                "split": split,
-                "budget": dataclasses.asdict(budget),
-                "broken": broken,
-                "layers": by_layer.to_dict() if by_layer else None,
-                "command": again,
-            },
-        )
-    if html:
-        evaluate = f"python -m runtime.evaluate --model {shlex.quote(str(model))} --data {shlex.quote(str(data))}"
-        page = passport(
-            parity,
-            files[0],
-            files[1],
-            broken,
-            budget=budget,
-            split=split,
-            census=census_of(model),
-            layers=by_layer,
-            commands=(again, f"{evaluate} --split {split}", f"python -m runtime.describe {shlex.quote(str(model))}"),
-        )
-        write_text(html, page)
-        log.info("The passport is in %s.", html)
-    if broken:
-        where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
-        raise PromiseBroken(f"{model.name} does not answer as {reference.name}: {'; '.join(broken)}.{where}")
-    print(f"{model.name} answers as {reference.name}: every promise is kept.")
-    next_command(_next(model, files[1], data, annotations[0]))
-    return parity
+    return Proof(parity, files[0], files[1], budget, verdict(parity, budget), split, again)
 
 
 def summary(parity: Parity, names: Sequence[str], split: str) -> str:
@@ -184,7 +271,10 @@ def summary(parity: Parity, names: Sequence[str], split: str) -> str:
 
 
 def census_of(model: Path) -> tuple[str, Table] | None:
-    """Return what an .onnx file is computed in, in a sentence and by DRN module; None for other files."""
+    """Return what a model is computed in, in a sentence and as a table: an .onnx file by DRN module, an engine by what
+    its sidecar counted; None for other files."""
+    if model.suffix == ".engine":
+        return engine_census_table(read_sidecar(model).content.get("census", {}))
     if model.suffix != ".onnx":
         return None
     try:
@@ -194,7 +284,11 @@ def census_of(model: Path) -> tuple[str, Table] | None:
         return None
     from export.census import census
 
-    found = census(onnx.load(model))
+    return census_table(census(onnx.load(model)))
+
+
+def census_table(found: Census) -> tuple[str, Table]:
+    """Return the census of a graph as a sentence, and the table behind it by DRN module."""
     total = found.total()
     kinds = sorted(total, key=total.__getitem__, reverse=True)
     shares = ", ".join(f"{100 * found.share(kind):.1f} % in {kind}" for kind in kinds)
@@ -206,6 +300,26 @@ def census_of(model: Path) -> tuple[str, Table] | None:
     ]
     sentence = f"Of its multiply-adds {shares}; of its weights {weights}."
     return sentence, (("million multiply-adds of one query", *kinds), rows)
+
+
+def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
+    """Return what a sidecar's `census` says: layers of the engine by type, or its twin's where no GPU counted them."""
+    engine = counted.get("engine")
+    if engine:
+        kinds = sorted({*engine["layers"], *engine["quantised_inputs"]})
+        rows = [
+            (name, *(str(engine[key].get(kind, "")) for kind in kinds))
+            for name, key in (("write it", "layers"), ("read it", "quantised_inputs"))
+        ]
+        told = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items())
+        return f"Layers of the engine, as its inspector tells: {told}.", (("layers that", *kinds), rows)
+    shares = counted.get("twin", {}).get("shares", {})
+    if not shares:
+        return None
+    told = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
+    rows = [(kind, f"{100 * share:.1f}") for kind, share in shares.items()]
+    sentence = f"Of its twin's multiply-adds {told}; its own layers can be counted on the GPU only."
+    return sentence, (("type", "percent of the multiply-adds"), rows)
 
 
 def _check(
@@ -293,10 +407,16 @@ def _again(
     return shlex.join(map(str, parts + (["--layers"] if layers else [])))
 
 
-def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> str:
+def _commands(again: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
+    """Return what a passport's reader may type."""
+    told = ("python", "-m", "runtime.evaluate", "--model", model, "--data", data, "--split", split)
+    return again, shlex.join(map(str, told)), shlex.join(("python", "-m", "runtime.describe", str(model)))
+
+
+def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:
     if model.suffix == ".onnx" and file.manifest.precision == "fp32":
-        return f"python -m export.build_engine --model {model} --precision fp16 --data {data}"
-    return f'python -m runtime.infer --model {model} --data {data} --video {first.video} --query "{first.sentence}"'
+        return "export.build_engine", "--model", model, "--precision", "fp16", "--data", data
+    return "runtime.infer", "--model", model, "--data", data, "--video", first.video, "--query", first.sentence
 
 
 if __name__ == "__main__":

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
+from calib.batches import draw
+from calib.calibrate import measure_table
+from calib.errors import CalibrationError
 from export.build_engine import build_engine, choose_target
 from export.builder import cuda_devices
 from runtime import Grounder
-from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken, ShapeError
+from runtime.annotations import DataSet
+from runtime.errors import (
+    DeviceError,
+    FeatureError,
+    GroundingError,
+    ModelFileError,
+    OutputError,
+    PromiseBroken,
+    ShapeError,
+)
+from runtime.files import sha256
 from runtime.sidecar import read_sidecar
 
 # A network this small loses more to eight bits than a real one, on thirty queries where one is three points.
@@ -34,6 +51,19 @@ def test_fp16_writes_a_twin_that_answers_alike(model: Path, planted: Path, capsy
     manifest = Grounder.load(output).manifest
     assert manifest.precision == "fp16"
     assert "drn.onnx" in manifest.sources
+    assert manifest.training["precision"]["multiply-adds"] == {"fp16": 1.0}
+
+
+def test_a_build_leaves_its_report_and_its_passport(model: Path, planted: Path) -> None:
+    output = build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
+    report = json.loads(model.with_name("drn.fp16.parity.json").read_text())
+    assert report["broken"] == []
+    assert report["model"]["sha256"] == sha256(output)
+    assert report["reference"]["sha256"] == sha256(model)
+    page = model.with_name("drn.fp16.passport.html").read_text()
+    assert "Passport of drn.fp16.onnx" in page
+    assert "export.build_engine" in page
+    assert sha256(output) in page
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -73,13 +103,51 @@ def test_a_dry_run_says_what_would_be_built_and_writes_nothing(model: Path, caps
     assert [path.name for path in model.parent.iterdir()] == ["drn.onnx"]
 
 
-def test_a_broken_promise_is_not_called_a_success(model: Path, planted: Path) -> None:
+def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted: Path) -> None:
     with pytest.raises(PromiseBroken, match="int8 was asked for"):
         build_engine(
             model, precision="int8", data=planted, keep=("prop_fc", "fpn", "backbone_net"), calib_samples=64,
-            calib_method="minmax", query_length=(1, 8, 12),
+            calib_method="minmax", max_drop=LOOSE, query_length=(1, 8, 12),
         )  # fmt: skip
     assert not model.with_name("drn.int8.onnx").exists()
+
+
+def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
+    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.with_name("drn.fp16.onnx").write_text("an earlier one")
+    monkeypatch.setattr("export.parity.Budget.boundary_p99", -1.0)
+    with pytest.raises(PromiseBroken, match=r"kept as drn\.fp16\.rejected\.onnx"):
+        build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
+    assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
+    rejected = model.with_name("drn.fp16.rejected.onnx")
+    assert Grounder.load(rejected).manifest.precision == "fp16"
+    assert "Promises broken" in model.with_name("drn.fp16.passport.html").read_text()
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("place", ["plan", "sidecar"])
+def test_a_disk_that_fills_up_in_the_middle_loses_no_earlier_engine(
+    place: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    wanted = {"precision": "fp32", "target": "tensorrt-rtx", "compute_capability": ("8.6",), "query_length": (1, 8, 12)}
+    output = build_engine(model, **wanted)  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    whole = Path.write_bytes if place == "plan" else Path.write_text
+
+    def full(path: Path, content: Any, *arguments: Any, **options: Any) -> Any:
+        if path.name.startswith(".") and path.suffix == (".engine" if place == "plan" else ".json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(path, content, *arguments, **options)  # type: ignore[operator]
+
+    monkeypatch.setattr(Path, "write_bytes" if place == "plan" else "write_text", full)
+    with pytest.raises(OutputError, match="No space is left"):
+        build_engine(model, **wanted)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert {path.name for path in model.parent.iterdir()} == set(before)
+    assert output.read_bytes() == before[output.name]
+    assert read_sidecar(output).manifest.precision == "fp32"
 
 
 def test_what_does_not_go_together_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
@@ -97,6 +165,52 @@ def test_what_does_not_go_together_is_refused_before_any_work(model: Path, tmp_p
         build_engine(tmp_path / "absent.onnx")
     with pytest.raises(ShapeError, match="--batch takes MIN OPT MAX"):
         build_engine(model, batch=(4, 2, 1), dry_run=True)
+
+
+def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
+    with pytest.raises(GroundingError, match="--workspace: of engines"):
+        build_engine(model, target="onnxruntime", workspace=1.0)
+    with pytest.raises(GroundingError, match="--compute-capability"):
+        build_engine(model, target="onnxruntime", compute_capability=("8.6",))
+
+
+@pytest.mark.rtx
+def test_what_a_gpu_or_library_cannot_do_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    rtx: dict[str, Any] = {"target": "tensorrt-rtx", "query_length": (1, 8, 12), "dry_run": True}
+    for precision, capability in (("fp8", "8.6"), ("bf16", "7.5")):
+        with pytest.raises(DeviceError, match=f"{precision} needs a GPU of compute capability"):
+            build_engine(model, precision=precision, compute_capability=(capability,), data=tmp_path, **rtx)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match=r"builds for compute capabilities .*9\.0 was asked for"):
+        build_engine(model, compute_capability=("9.0",), **rtx)
+    with pytest.raises(DeviceError, match="of TensorRT, not of TensorRT-RTX"):
+        build_engine(model, compute_capability=("8.6",), version_compatible=True, **rtx)
+    with pytest.raises(DeviceError, match="--optimization-level is 0 to 5"):
+        build_engine(model, compute_capability=("8.6",), optimization_level=9, **rtx)
+    with pytest.raises(DeviceError, match="--workspace is GiB"):
+        build_engine(model, compute_capability=("8.6",), workspace=0.0, **rtx)
+
+
+def test_calibration_data_that_does_not_serve_is_refused(model: Path, planted: Path, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"precision": "int8", "query_length": (1, 8, 12), "threads": 1}
+    with pytest.raises(CalibrationError, match="8 calibration samples were asked for and at least 32"):
+        build_engine(model, data=planted, calib_samples=8, **wanted)
+    bare = tmp_path / "bare"
+    shutil.copytree(planted, bare)
+    for features in (bare / "C3D_unit16_overlap0.5_merged").iterdir():
+        features.unlink()
+    with pytest.raises(FeatureError, match=r"C3D_unit16_overlap0\.5_merged"):
+        build_engine(model, data=bare, calib_samples=32, **wanted)
+    other = tmp_path / "other.onnx"
+    changed = onnx.load(model)
+    bias = next(tensor for tensor in changed.graph.initializer if tensor.name == "prop_fc.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(changed, other)
+    drawn = draw(DataSet(planted), Grounder.load(other).manifest, samples=48, held_out=16)
+    measure_table(changed, drawn, "minmax", threads=1).save(tmp_path / "t.calibration.json")
+    with pytest.raises(CalibrationError, match="was measured on a model whose weights"):
+        build_engine(model, table=tmp_path / "t.calibration.json", **wanted)
+    assert sorted(path.name for path in model.parent.glob("drn.*")) == ["drn.onnx"]
 
 
 def test_a_graph_that_is_not_ours_is_refused(tmp_path: Path) -> None:

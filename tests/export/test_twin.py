@@ -1,0 +1,130 @@
+"""`export.twin`: what stays in higher precision, by a scan and by held-out queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from calib.batches import draw
+from calib.calibrate import measure_table
+from calib.graphs import manifest_of
+from calib.table import CalibrationTable
+from export.census import census
+from export.precision import opset_of
+from export.twin import Wishes, make_twin
+from runtime.annotations import DataSet
+from runtime.errors import PromiseBroken
+
+
+@pytest.fixture(scope="module")
+def source(models: Path) -> onnx.ModelProto:
+    return onnx.load(models / "drn.onnx")
+
+
+@pytest.fixture(scope="module")
+def data_set(planted: Path) -> DataSet:
+    return DataSet(planted)
+
+
+@pytest.fixture(scope="module")
+def table(source: onnx.ModelProto, data_set: DataSet) -> CalibrationTable:
+    drawn = draw(data_set, manifest_of(source), samples=48, held_out=32)
+    return measure_table(source, drawn, "minmax", threads=1)
+
+
+def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
+    """Return a copy with some weights multiplied; `__` stands for the dot."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    wanted = {name.replace("__", "."): factor for name, factor in factors.items()}
+    for tensor in copy.graph.initializer:
+        if tensor.name in wanted:
+            values = numpy_helper.to_array(tensor) * np.float32(wanted.pop(tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    assert not wanted
+    return copy
+
+
+def test_what_would_overflow_stays_in_fp32_and_is_named(source: onnx.ModelProto, data_set: DataSet) -> None:
+    # The product of the two factors is as before; in between numbers are beyond FP16.
+    loud = scaled(
+        source,
+        prop_fc__weight=2.0**18,
+        prop_fc__bias=2.0**18,
+        backbone_net__layers__0__weight=2.0**-18,
+    )
+    twin = make_twin(loud, "fp16", Wishes(threads=1), data_set)
+    assert "prop_fc" in twin.facts["held back in FP32"]
+    assert census(twin.graph).macs["prop_fc"].keys() == {"fp32"}
+    untouched = make_twin(source, "fp16", Wishes(threads=1), data_set)
+    assert untouched.facts["held back in FP32"] == []
+    assert untouched.facts["restored to FP32"] == []
+
+
+def test_what_loses_accuracy_in_half_precision_is_restored(source: onnx.ModelProto, data_set: DataSet) -> None:
+    # Weights so small that FP16 has next to no digits left for them: nothing overflows, and answers are lost.
+    faint = scaled(
+        source,
+        fpn__layer_blocks__0__weight=2.0**-21,
+        fpn__layer_blocks__0__bias=2.0**-21,
+        fcos__head__towers__0__weight=1.0,
+    )
+    for name in ("fpn.layer_blocks.1", "fpn.layer_blocks.2"):
+        faint = scaled(
+            faint, **{f"{name}.weight".replace(".", "__"): 2.0**-21, f"{name}.bias".replace(".", "__"): 2.0**-21}
+        )
+    faint = scaled(faint, fcos__head__towers__0__weight=2.0**21)
+    twin = make_twin(faint, "fp16", Wishes(threads=1), data_set)
+    assert twin.facts["restored to FP32"]
+    assert {name.split(".")[0] for name in twin.facts["restored to FP32"]} <= {"fpn", "fcos"}
+
+
+def test_the_fewest_modules_go_back_to_fp16_and_the_plan_makes_the_same_graph_again(
+    source: onnx.ModelProto,
+    data_set: DataSet,
+    table: CalibrationTable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = dict(table.ranges)
+    small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.1)
+    path = tmp_path / "spoilt.calibration.json"
+    dataclasses.replace(table, ranges=small).save(path)
+    wishes = Wishes(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
+    twin = make_twin(source, "int8", wishes, data_set)
+    kept = twin.facts["kept out of 8 bits"]
+    assert kept == ["prop_fc"]
+    assert "Restored to FP16" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["keep"] == kept
+    again = make_twin(source, "int8", dataclasses.replace(wishes, plan=tmp_path / "plan.json", plan_output=None), None)
+    assert again.graph.SerializeToString() == twin.graph.SerializeToString()
+
+
+def test_a_budget_that_no_precision_holds_is_said_so(
+    source: onnx.ModelProto, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.twin.BOUNDARY_P99", -1.0)
+    monkeypatch.setattr("export.twin.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
+    with pytest.raises(PromiseBroken, match="even with all but one module in FP32"):
+        make_twin(source, "fp16", Wishes(threads=1), data_set)
+
+
+def test_what_a_weakly_typed_tensorrt_is_given_has_no_half_precision(
+    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path
+) -> None:
+    # TensorRT 8.6 takes FP16 from a flag, and no later opset than an export has by itself.
+    table.save(tmp_path / "t.calibration.json")
+    for precision in ("fp16", "int8"):
+        wishes = Wishes(table=tmp_path / "t.calibration.json" if precision == "int8" else None, threads=1)
+        twin = make_twin(source, precision, wishes, None)  # type: ignore[arg-type]
+        kinds = {tensor.data_type for tensor in twin.weak.graph.initializer}
+        assert TensorProto.FLOAT16 not in kinds
+        assert opset_of(twin.weak) == opset_of(source)
+        has_qdq = any(node.op_type == "DequantizeLinear" for node in twin.weak.graph.node)
+        assert has_qdq == (precision == "int8")
