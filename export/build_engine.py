@@ -480,9 +480,10 @@ class Court:
         from export.precision import emulated
         from runtime.grounder import Grounder
 
-        # ONNX Runtime has no BF16 kernels on a CPU, and its own fusions of Q/DQ compute something else than is asked.
+        # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
+        # they are in only where ONNX Runtime is what will answer.
         graph = emulated(onnx.load_from_string(made.content))
-        optimised = self.job.precision in ("fp32", "fp16", "bf16")
+        optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         return self._judge(Grounder(GraphBackend(graph, self.threads, optimised)), made.file(self.job.twin))
 
     def judge_engine(self, made: Made) -> Proof:
