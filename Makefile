@@ -6,14 +6,28 @@ DEMO := demo
 # TensorRT-RTX comes as Linux x86-64 wheels; elsewhere its tests skip and say so.
 EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,train,export,engine,rtx,dev || echo cpu,plot,train,export,engine,dev)
 
-.PHONY: demo test lint environment clean
+# The Python API of TensorRT 10 and 11 without its libraries: tests hold the names we use against it. Two versions of one
+# package cannot share a folder, nor constraints.txt, so each has its own and is pinned here.
+BINDINGS_10.16 := 10.16.1.11
+BINDINGS_11.4 := 11.4.0.106
+BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
+
+.PHONY: demo test lint environment bindings clean
 
 environment: $(VENV)/ready
+	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
+
+bindings: $(BINDINGS)
 
 # constraints.txt pins everything, so that today's environment is tomorrow's.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/bindings/%/ready: Makefile | $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) tensorrt-cu13-bindings==$(BINDINGS_$*)
 	touch $@
 
 test: environment

@@ -287,6 +287,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions, typed: bool) -> Non
     if not typed:
         for name in _weak_flags(options.precision):
             config.set_flag(getattr(trt.BuilderFlag, name))
+        # As from TensorRT 10 on: the runtime keeps a context, and a CUDA graph, for each shape of a profile.
+        if hasattr(trt, "PreviewFeature"):
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if options.target == "tensorrt-rtx":
         _choose_capabilities(trt, config, options.compute_capabilities)
 

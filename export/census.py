@@ -109,7 +109,7 @@ def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
     graph.node.extend(model.graph.node)
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
-    free = {"batch": 1, "query_length": query_length}
+    free = {"batch": 1, "query_length": query_length, "video": 1}
     for value in graph.input:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:

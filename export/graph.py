@@ -54,7 +54,7 @@ class ExportableDRN(nn.Module):
         """Score every location; see `DRN.forward`. What stands past a query's length is never looked at."""
         queries = self.query_encoder(query_tokens, query_length)
         gates = [gate(query) for gate, query in zip(self.qInput, queries, strict=True)]
-        # These two depend on the video alone: a graph can be cut here to encode it once and ask often.
+        # These two depend on the video alone: `export.split` cuts here, to encode it once and ask often.
         projected = self.prop_fc(segment_features)
         positions = self.position_transform(segment_spans)
         levels = self.backbone_net(projected, positions, gates)
@@ -82,24 +82,45 @@ class Convolution(nn.Module):
         bias: Tensor | None,
         *,
         stride: int = 1,
-        margin: int = 0,
+        beyond: int = 0,
         groups: int = 1,
         relu: bool = False,
     ) -> None:
-        """Pad so that T stays T, and by `margin` more on either side: the output is then that much longer."""
+        """Pad so that T stays T, and by `beyond` more at the end: the output is then that much longer."""
         super().__init__()
         self.weight = _constant(weight[:, :, None])
         self.bias = None if bias is None else _constant(bias)
         self.stride = (1, stride)
-        self.padding = (0, weight.shape[2] // 2 + margin)
+        self.padding = (0, weight.shape[2] // 2)
+        self.beyond = beyond
         self.groups = groups
         self.relu = relu
 
     def forward(self, inputs: Tensor, added: Tensor | None = None) -> Tensor:
-        outputs = functional.conv2d(inputs, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        outputs = self._longer(inputs) if self.beyond else self._convolved(inputs)
         if added is not None:
             outputs = outputs + added
         return functional.relu(outputs) if self.relu else outputs
+
+    def _convolved(self, inputs: Tensor) -> Tensor:
+        return functional.conv2d(inputs, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+    def _longer(self, inputs: Tensor) -> Tensor:
+        if not torch.onnx.is_in_onnx_export():
+            return self._convolved(functional.pad(inputs, (0, self.beyond)))
+        # torch's convolution pads both ends alike, and would need a node of its own for this.
+        batch, _, _, length = inputs.shape
+        tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
+        return torch.onnx.ops.symbolic(
+            "Conv",
+            tensors,
+            {
+                "kernel_shape": list(self.weight.shape[2:]),
+                "pads": [0, self.padding[1], 0, self.padding[1] + self.beyond],
+            },
+            dtype=inputs.dtype,
+            shape=(batch, len(self.weight), 1, length + self.beyond),
+        )
 
 
 class VideoProjection(Convolution):
@@ -252,18 +273,19 @@ class ExportableBackbone(nn.Module):
 
 
 class ExportablePyramid(nn.Module):
-    """As `train.model.FeaturePyramid`, except that each output is one position longer on either side: what stands
-    there belongs to no location and is the head's gap between levels."""
+    """As `train.model.FeaturePyramid`, except that each output but the last is one position longer: what stands there
+    belongs to no location and is the head's gap between levels."""
 
     def __init__(self, pyramid: FeaturePyramid) -> None:
         super().__init__()
         self.inner_blocks = nn.ModuleList(Convolution(*_fold(*block[:2]), relu=True) for block in pyramid.inner_blocks)
         self.layer_blocks = nn.ModuleList(
-            Convolution(*_fold(*block[:2]), margin=1, relu=True) for block in pyramid.layer_blocks
+            Convolution(*_fold(*block[:2]), beyond=int(block is not pyramid.layer_blocks[-1]), relu=True)
+            for block in pyramid.layer_blocks
         )
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return three (B, fpn_dim, 1, T_i + 2), finest first."""
+        """Return three (B, fpn_dim, 1, T_i + 1), the last (B, fpn_dim, 1, T_i), finest first."""
         merged = [block(level) for block, level in zip(self.inner_blocks, levels, strict=True)]
         for level in reversed(range(len(merged) - 1)):
             merged[level] = merged[level] + _upsample(merged[level + 1])
@@ -271,10 +293,10 @@ class ExportablePyramid(nn.Module):
 
 
 class ExportableHead(nn.Module):
-    """As `train.model.Head`, with the levels side by side in one tensor of width W = P + 2 per level.
+    """As `train.model.Head`, with the levels side by side in one tensor, one position between neighbours.
 
-    The positions beyond the ends of each level are set to zero before every convolution that would see them, so
-    each level is padded with zeros as if it stood alone.
+    That position is set to zero before every convolution that would see it, so each level is padded with zeros as if it
+    stood alone: no convolution here reaches further than one position.
     """
 
     def __init__(self, head: Head, lengths: list[int]) -> None:
@@ -307,11 +329,11 @@ class ExportableHead(nn.Module):
         self.scales = _constant(
             torch.cat([scale.scale.expand(length) for scale, length in zip(head.scales, lengths, strict=True)])
         )
-        self.inside = _constant(torch.cat([functional.pad(torch.ones(length), (1, 1)) for length in lengths]))
+        self.inside = _constant(torch.cat([functional.pad(torch.ones(length), (0, 1)) for length in lengths])[:-1])
         self.register_buffer("locations", self.inside.nonzero().flatten().int())
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (B, P), (B, P, 2) and (B, P) from three (B, fpn_dim, 1, T_i + 2)."""
+        """Return (B, P), (B, P, 2) and (B, P) from what `ExportablePyramid` returns."""
         towers = torch.cat(levels, dim=3) * self.inside
         for layer in self.towers:
             towers = layer(towers) * self.inside

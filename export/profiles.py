@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from runtime.errors import ShapeError
 from runtime.manifest import Manifest
@@ -14,6 +14,10 @@ Shape = tuple[int, ...]
 
 DEFAULT_BATCH: Range = (1, 8, 32)
 DEFAULT_QUERY_LENGTH: Range = (1, 8, 32)
+VIDEOS = 64
+"""Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
+MOST_ENCODED = 8
+"""Videos that are encoded together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,46 @@ def profiles(batch: Range, query_length: Range, manifest: Manifest) -> list[Prof
         _profile("one query", (1, 1, 1), query_length, manifest),
         _profile("several queries", several, query_length, manifest),
     ]
+
+
+def part_profiles(
+    part: str, whole: Sequence[Profile], manifest: Manifest, videos: int, encoded_dim: int
+) -> list[Profile]:
+    """Return the optimization profiles of one part of a split model, from those of the whole.
+
+    Args:
+        part: video or query.
+        whole: of `profiles`.
+        manifest: of the part.
+        videos: encodings that the query part keeps at hand; it always sees so many.
+        encoded_dim: channels of an encoding.
+    """
+    segments, width = manifest.decoding.num_segments, manifest.features.dim
+    if part == "video":
+        most = min(videos, MOST_ENCODED)
+        features = tuple((size, segments, width) for size in (1, min(2, most), most))
+        return [Profile("videos", (1, min(2, most), most), (1, 1, 1), {"segment_features": _trio(features)})]
+    kept = {
+        "encoded_features": _trio([(size, encoded_dim, segments) for size in (1, videos, videos)]),
+        "segment_spans": _trio([(size, segments, 2) for size in (1, videos, videos)]),
+    }
+    return [
+        dataclasses.replace(
+            profile,
+            shapes={
+                "query_tokens": profile.shapes["query_tokens"],
+                "query_length": profile.shapes["query_length"],
+                "video_index": profile.shapes["query_length"],
+                **kept,
+            },
+        )
+        for profile in whole
+    ]
+
+
+def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
+    smallest, best, largest = shapes
+    return smallest, best, largest
 
 
 def _check(flag: str, domain: Range) -> None:

@@ -9,20 +9,22 @@ import logging
 import platform
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.split import pair_paths, prepared_graphs, prepared_paths, split_graph, write_pair
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, OutputError, PromiseBroken, ShapeError
-from runtime.files import replace_when_whole
+from runtime.files import check_writable, replace_when_whole
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import Batch, Heads
+from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
     import onnx
+    from torch import nn
 
     from train.model import DRN, DRNConfig
 
@@ -40,7 +42,15 @@ smaller). Folded and merged layers round once more, over sums of up to 12,288 pr
 BATCH_SIZES = (1, 2, 3, 8, 17)
 
 
-def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_query_length: int = 64) -> Path:
+def to_onnx(
+    checkpoint: Path,
+    output: Path,
+    *,
+    split: bool = False,
+    prepare: bool = False,
+    opset: int = OLDEST_OPSET,
+    max_query_length: int = 64,
+) -> Path:
     """Export a checkpoint to one self-sufficient ONNX file, once ONNX Runtime is seen to answer as torch does.
 
     Batch size and query length are free. The largest differences are printed; beyond the tolerance nothing is kept.
@@ -48,6 +58,10 @@ def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_qu
     Args:
         checkpoint: a `drn.pt`, of `python -m train` or `python -m train.convert`.
         output: the ONNX file to write.
+        split: also write the model in two files, NAME.video.onnx and NAME.query.onnx, so that a video is encoded once
+            and asked often; the second is the one to give as --model.
+        prepare: with --split, also write what makes dozens of queries on one video at once faster still on a CPU,
+            NAME.prepare.onnx and NAME.prepared.onnx.
         opset: of the graph, 17 to 23; TensorRT 8.6 reads 17 at most.
         max_query_length: most words of a query; every length up to it is checked.
 
@@ -79,6 +93,11 @@ def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_qu
 
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"--output {output} is the checkpoint itself; choose another.")
+    if prepare and not split:
+        raise ShapeError("--prepare writes parts of a model that is split; pass --split too.")
+    parts = (*pair_paths(output), *(prepared_paths(output) if prepare else ())) if split else ()
+    for part in parts:
+        check_writable(part, checkpoint)
     log.info("Reading %s ...", checkpoint)
     loaded = load_checkpoint(checkpoint)
     manifest = loaded.manifest(max_query_length, sources=source_hash(checkpoint), producer=producer())
@@ -86,9 +105,16 @@ def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_qu
     # Entered before the work, so that an unwritable output is known at once.
     with replace_when_whole(output) as temporary:
         log.info("Tracing the network (10 to 30 s) ...")
-        onnx.save(export_model(model, manifest, opset=opset), temporary)
+        exported = export_model(model, manifest, opset=opset)
+        onnx.save(exported, temporary)
         differences = check_against_torch(temporary, model, max_query_length)
         size = temporary.stat().st_size
+        query = output
+        if split:
+            pair = split_graph(exported)
+            for name, difference in check_pair_against_torch(*pair, model, max_query_length, prepare=prepare).items():
+                differences[name] = max(differences[name], difference)
+            *_, query = write_pair(*pair, output, prepare=prepare)
     print(report(differences))
     log.info(
         "%s: %.1f MB, opset %d, checked against torch in ONNX Runtime %s for batches of %s and every query length "
@@ -100,11 +126,15 @@ def to_onnx(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET, max_qu
         ", ".join(map(str, BATCH_SIZES)),
         max_query_length,
     )
-    next_command("runtime.evaluate", "--model", output, "--data", "DIR")
+    if split:
+        log.info("%s: the same in parts, checked likewise.", ", ".join(path.name for path in parts))
+    next_command("runtime.evaluate", "--model", query, "--data", "DIR")
     return output
 
 
-def export_model(model: DRN, manifest: Manifest, *, opset: int = OLDEST_OPSET) -> onnx.ModelProto:
+def export_model(
+    model: DRN, manifest: Manifest, *, opset: int = OLDEST_OPSET, graph: nn.Module | None = None
+) -> onnx.ModelProto:
     """Return the inference graph of `model` with `manifest` inside.
 
     A node is called `<module>/<operator>`, as `fcos.head.mix_fc/Conv`, where the module is the one of
@@ -115,15 +145,18 @@ def export_model(model: DRN, manifest: Manifest, *, opset: int = OLDEST_OPSET) -
         model: the network, in any mode, on the CPU; it stays as it is.
         manifest: what the file says of itself.
         opset: of the graph, 17 to 23.
+        graph: what is traced; `export.graph.ExportableDRN` of the model when None.
     """
     import onnx
 
-    graph = _traced(model, max(opset, TRACED_OPSET))
-    _tidy(graph.graph)
+    from export.graph import ExportableDRN
+
+    traced = _traced(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
+    _tidy(traced.graph)
     if opset < TRACED_OPSET:
-        _lower(graph.graph)
+        _lower(traced.graph)
     exported = onnx.helper.make_model(
-        graph.graph,
+        traced.graph,
         opset_imports=[onnx.helper.make_opsetid("", opset)],
         ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]),
         producer_name="drn-deploy",
@@ -142,24 +175,83 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     Raises:
         PromiseBroken: one is beyond `TOLERANCE`, or the graph does not run.
     """
+    session = _session(str(path))
+    questions = ((batch, list(range(len(batch)))) for batch in check_batches(model.config, max_query_length))
+    return _differences(model, questions, lambda batch, _: session.run(list(OUTPUTS), vars(batch)))
+
+
+def check_pair_against_torch(
+    video: onnx.ModelProto, query: onnx.ModelProto, model: DRN, max_query_length: int, *, prepare: bool = False
+) -> dict[str, float]:
+    """Return the largest differences between a split graph and torch, as `check_against_torch`.
+
+    The queries of a batch ask fewer videos than there are queries, some several times, in any order. With `prepare`,
+    those about one video alone go the way of `export.split.prepared_graphs`.
+    """
+    parts = (video, query, *(prepared_graphs(query) if prepare else ()))
+    encoder, asker, *prepared = (_session(part.SerializeToString()) for part in parts)
+
+    def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
+        distinct, index = np.unique(videos, return_inverse=True)
+        (encoded,) = encoder.run([ENCODED_FEATURES], {"segment_features": batch.segment_features[distinct]})
+        feed = {
+            "query_tokens": batch.query_tokens,
+            "query_length": batch.query_length,
+            VIDEO_INDEX: index.astype(np.int32),
+            ENCODED_FEATURES: encoded,
+            "segment_spans": batch.segment_spans[distinct],
+        }
+        if prepared and len(distinct) == 1:
+            (features,) = prepared[0].run([PREPARED_FEATURES], {ENCODED_FEATURES: encoded})
+            for name in (VIDEO_INDEX, ENCODED_FEATURES):
+                del feed[name]
+            return prepared[1].run(list(OUTPUTS), {**feed, PREPARED_FEATURES: features})
+        return asker.run(list(OUTPUTS), feed)
+
+    def questions() -> Iterator[tuple[Batch, list[int]]]:
+        rng = np.random.default_rng(1)
+        for batch in check_batches(model.config, max_query_length):
+            # Every second batch asks one video alone.
+            kinds = rng.integers(1, len(batch) + 1) if batch.query_tokens.shape[1] % 2 else 1
+            yield batch, rng.integers(0, kinds, len(batch)).tolist()
+
+    return _differences(model, questions(), ask)
+
+
+def _session(source: str | bytes) -> Any:
     import onnxruntime
-    import torch
-    from tqdm import tqdm
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _differences(
+    model: DRN,
+    questions: Iterator[tuple[Batch, list[int]]],
+    answer: Callable[[Batch, list[int]], Sequence[np.ndarray]],
+) -> dict[str, float]:
+    """Return the largest difference of each output between `answer` and torch; see `check_against_torch`.
+
+    A question is a batch, and for each of its queries the row of the batch whose video it is about.
+    """
+    import torch
+    from tqdm import tqdm
+
     differences = dict.fromkeys(OUTPUTS, 0.0)
-    batches = list(check_batches(model.config, max_query_length))
     training = model.training
     model.eval()
     try:
-        for batch in tqdm(batches, desc="Checking against torch", unit="batch", leave=False, disable=None):
-            feed = {name: getattr(batch, name) for name in INPUTS}
+        for batch, videos in tqdm(
+            list(questions), desc="Checking against torch", unit="batch", leave=False, disable=None
+        ):
+            asked = Batch(
+                batch.query_tokens, batch.query_length, batch.segment_features[videos], batch.segment_spans[videos]
+            )
             with torch.inference_mode():
-                wanted = model(*(torch.from_numpy(values) for values in feed.values()))
+                wanted = model(*(torch.from_numpy(getattr(asked, name)) for name in INPUTS))
             try:
-                found = session.run(list(OUTPUTS), feed)
+                found = answer(batch, videos)
             # ONNX Runtime's exceptions share no base class below Exception.
             except Exception as error:
                 raise PromiseBroken(
@@ -238,12 +330,9 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _traced(model: DRN, opset: int) -> onnx.ModelProto:
+def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
     import torch
 
-    from export.graph import ExportableDRN
-
-    config = model.config
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("query_length", min=1)
     # Any sizes but 0 and 1, which torch would take for special.
     example = (
@@ -254,7 +343,7 @@ def _traced(model: DRN, opset: int) -> onnx.ModelProto:
     )
     with _silence(), torch.no_grad():
         program = torch.onnx.export(
-            ExportableDRN(model),
+            graph,
             example,
             dynamo=True,
             opset_version=opset,

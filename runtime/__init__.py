@@ -24,7 +24,8 @@ if sys.argv[:1] == ["-m"]:
 
     sys.excepthook = _quiet
 
-from runtime.backends import Backend, open_backend
+from runtime.backends import Backend, PairBackend, open_backend
+from runtime.encodings import EncodedVideo
 from runtime.errors import GroundingError
 from runtime.grounder import Grounder
 from runtime.moments import Moment, temporal_iou
@@ -33,9 +34,11 @@ from runtime.vocabulary import Vocabulary
 
 __all__ = [
     "Backend",
+    "EncodedVideo",
     "Grounder",
     "GroundingError",
     "Moment",
+    "PairBackend",
     "Segments",
     "Video",
     "Vocabulary",

@@ -229,18 +229,24 @@ def _pick(
         (B, K, 3) float32 starts, ends and scores at the time of the pick; NaN after the last.
     """
     rows = np.arange(len(scores))
-    picks = np.full((len(scores), count, 3), np.nan, np.float32)
-    for rank in range(min(count, scores.shape[1])):
+    ranks = min(count, scores.shape[1])
+    taken = np.zeros((len(scores), ranks), np.intp)
+    taken_scores = np.full((len(scores), ranks), -np.inf, np.float32)
+    for rank in range(ranks):
         chosen = best()
         score = scores[rows, chosen]
-        left = score > -np.inf
-        if not left.any():
+        if score.max(initial=-np.inf) == -np.inf:
             break
-        span = spans[rows, chosen]
-        picks[left, rank, :2] = span[left]
-        picks[left, rank, 2] = score[left]
-        suppress_overlapping(span, temporal_iou(span[:, None], spans)[:, 0])
-        scores[rows, chosen] = -np.inf
+        taken[:, rank] = chosen
+        taken_scores[:, rank] = score
+        if rank + 1 < ranks:
+            span = spans[rows, chosen]
+            suppress_overlapping(span, temporal_iou(span[:, None], spans)[:, 0])
+            scores[rows, chosen] = -np.inf
+    picks = np.full((len(scores), count, 3), np.nan, np.float32)
+    picks[:, :ranks, :2] = spans[rows[:, None], taken]
+    picks[:, :ranks, 2] = taken_scores
+    picks[picks[..., 2] == -np.inf] = np.nan
     return picks
 
 

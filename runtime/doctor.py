@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from runtime.command import command, next_command
+from runtime.errors import DeviceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +117,29 @@ def _tensorrt() -> Finding:
             "so the install fails where only PyPI is reached; use NVIDIA's container or package there)"
         )
         return Finding(subject, False, "not installed", remedy)
-    return Finding(subject, True, f"{version} is installed; this version builds engines and does not run them yet")
+    return _engines(subject, version)
+
+
+def _engines(subject: str, installed: str) -> Finding:
+    """Return whether engines run here. CUDA is asked, not TensorRT, which may die without a GPU."""
+    from runtime.backends.cuda import Cuda
+
+    try:
+        gpu = Cuda()
+    except DeviceError as error:
+        return Finding(
+            subject, False, f"{installed} is installed; it builds and runs engines on a GPU only", str(error)
+        )
+    seen = f"{installed} builds and runs engines on {gpu.name} ({gpu.capability}), CUDA {gpu.driver}"
+    return Finding(subject, True, seen)
 
 
 def _tensorrt_rtx() -> Finding:
     version = _version("tensorrt-rtx-cu13") or _version("tensorrt-rtx")
     if version is None:
         return Finding("TensorRT-RTX", False, "not installed", "pip install 'drn-deploy[rtx]'")
-    return Finding("TensorRT-RTX", True, f"{version}: parses and builds graphs ahead of time, without a GPU")
+    seen = f"{version}: parses and builds graphs ahead of time, without a GPU; runs engines on an RTX GPU"
+    return Finding("TensorRT-RTX", True, seen)
 
 
 def _plots() -> Finding:

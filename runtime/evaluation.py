@@ -10,10 +10,11 @@ import numpy as np
 
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, propose, suppress
+from runtime.encodings import EncodedVideo
 from runtime.errors import QueryError
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.metrics import IOU_THRESHOLDS, Report, report
-from runtime.tensors import Batch, batches
+from runtime.tensors import Batch, Heads, batches
 from runtime.videos import Segments
 
 # Videos are read and pooled for this many queries at a time, which bounds memory whatever the split.
@@ -59,8 +60,8 @@ def evaluate(
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
     picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in IOU_THRESHOLDS}
-    for rows, batch in batches_of(grounder, data_set, annotations, batch_size, segments_of):
-        proposals = propose(grounder.backend.run(batch), decoding)
+    for rows, heads in heads_of(grounder, data_set, annotations, batch_size, segments_of):
+        proposals = propose(heads, decoding)
         for threshold, found in suppressed(proposals, decoding):
             picks[threshold][rows] = found
         on_progress(len(rows))
@@ -94,6 +95,39 @@ def batches_of(
 
     Every sentence is read before any video; each video is read once, and few at a time.
     """
+    for chunk, queries, segments in _chunks(grounder, data_set, annotations, segments_of):
+        for indices, batch in batches(queries, segments, batch_size):
+            yield chunk[indices], batch
+
+
+def heads_of(
+    grounder: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    batch_size: int = BATCH_SIZE,
+    segments_of: Callable[[str], Segments] | None = None,
+) -> Iterator[tuple[np.ndarray, Heads]]:
+    """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
+    for chunk, queries, segments in _chunks(grounder, data_set, annotations, segments_of):
+        videos: Sequence[Segments | EncodedVideo] = segments
+        if grounder.is_pair:
+            names = [annotations[i].video for i in chunk]
+            encoded = {
+                name: grounder.encode_segments(entry, data_set.durations[name], name)
+                for name, entry in dict(zip(names, segments)).items()
+            }
+            videos = [encoded[name] for name in names]
+        for indices, heads in grounder.run(queries, videos, batch_size):
+            yield chunk[indices], heads
+
+
+def _chunks(
+    grounder: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    segments_of: Callable[[str], Segments] | None,
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[Segments]]]:
+    """Yield positions of queries with their word ids and their videos' segments, a bounded number at a time."""
     queries = [_encoded(grounder, annotation) for annotation in annotations]
     for chunk in _by_video(annotations):
         if segments_of is None:
@@ -101,8 +135,7 @@ def batches_of(
             segments = [known[annotations[i].video] for i in chunk]
         else:
             segments = [segments_of(annotations[i].video) for i in chunk]
-        for indices, batch in batches([queries[i] for i in chunk], segments, batch_size):
-            yield np.asarray(chunk)[indices], batch
+        yield np.asarray(chunk), [queries[i] for i in chunk], segments
 
 
 def suppressed(proposals: Proposals, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:

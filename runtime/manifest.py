@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from runtime.decoding import Decoding
 from runtime.errors import GroundingError, ModelFileError
@@ -14,6 +14,9 @@ from runtime.vocabulary import Vocabulary
 
 FORMAT = "drn-manifest/1"
 METADATA_KEY = "drn.manifest"
+
+Part = Literal["whole", "video", "query", "prepare", "prepared"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Manifest:
         sources: what the file was made of: name to SHA-256.
         producer: what made it: package to version.
         training: how the weights came to be, for people.
+        part: `whole`, or which of the two files that a model was split into.
+        video_part: of a query part: the file of its video part, which stands beside it, to SHA-256.
+        prepared_parts: of a query part: the files that prepare an encoding for very many queries and that ask it, in
+            this order, to SHA-256; empty where there are none.
     """
 
     vocabulary: Vocabulary
@@ -63,6 +70,13 @@ class Manifest:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     producer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    part: Part = "whole"
+    video_part: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prepared_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ModelFileError(f"A model file is one of {', '.join(PARTS)}, and {self.part!r} was given.")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -76,6 +90,9 @@ class Manifest:
             "producer": dict(self.producer),
             "training": dict(self.training),
             "vocabulary": self.vocabulary.to_dict(),
+            # Files of before there were parts say nothing, and are whole.
+            **({} if self.part == "whole" else {"part": self.part, "video_part": dict(self.video_part)}),
+            **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
         }
 
     def to_json(self) -> str:
@@ -105,6 +122,9 @@ class Manifest:
                 sources=dict(value["sources"]),
                 producer=dict(value["producer"]),
                 training=dict(value["training"]),
+                part=value.get("part", "whole"),
+                video_part=dict(value.get("video_part", {})),
+                prepared_parts=dict(value.get("prepared_parts", {})),
             )
         except GroundingError:
             raise

@@ -9,6 +9,10 @@ import numpy as np
 
 from runtime.videos import Segments
 
+# What stands between the two parts of a model; see `export.split`.
+ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
+PREPARED_FEATURES = "prepared_features"
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -50,26 +54,33 @@ class Heads:
 
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
     """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
-    lengths = np.array([len(tokens) for tokens in queries], np.int32)
-    tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
-    for row, ids in zip(tokens, queries):
-        row[: len(ids)] = ids
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)
     spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
     for index, segments in enumerate(videos):
         features[index] = segments.features
         spans[index] = segments.spans
-    return Batch(tokens, lengths, features, spans)
+    return Batch(*padded(queries), features, spans)
+
+
+def padded(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 past each length, and (B,) int32 lengths."""
+    lengths = np.array([len(tokens) for tokens in queries], np.int32)
+    tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
+    for row, ids in zip(tokens, queries):
+        row[: len(ids)] = ids
+    return tokens, lengths
+
+
+def of_like_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the positions of at most `batch_size` queries at a time, of like length, so that little is padding."""
+    order = np.argsort([len(tokens) for tokens in queries], kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def batches(
     queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield batches of at most `batch_size` pairs, each after the positions of its pairs.
-
-    Queries of like length are put into one batch, so that little of it is padding.
-    """
-    order = np.argsort([len(tokens) for tokens in queries], kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    """Yield batches of at most `batch_size` pairs, each after the positions of its pairs."""
+    for chosen in of_like_length(queries, batch_size):
         yield chosen, collate([queries[i] for i in chosen], [videos[i] for i in chosen])

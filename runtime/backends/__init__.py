@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
+from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
@@ -29,8 +33,37 @@ class Backend(Protocol):
         """Return the heads of every query of the batch, in its order."""
 
 
+class PairBackend(Backend, Protocol):
+    """Something that runs a network cut in two: videos are encoded once and asked often.
+
+    Its manifest is that of the query part: `part` is "query", `video_part` names the other. `run` answers as the whole
+    model would (`run_pair`).
+    """
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
+
+    def ask(
+        self,
+        query_tokens: np.ndarray,
+        query_length: np.ndarray,
+        videos: Sequence[EncodedVideo],
+        video_index: np.ndarray,
+    ) -> Heads:
+        """Return the heads of B queries, (B, L) and (B,) int32, each about the video that `video_index`, (B,), says."""
+
+
+def run_pair(pair: PairBackend, batch: Batch) -> Heads:
+    """Return what a whole model would: for callers that hold batches of segments, and share no video."""
+    features = pair.encode(batch.segment_features)
+    videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans)]
+    return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
+
+
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
-    """Open a model file by its suffix: `.onnx`, or `.pt` where torch is installed.
+    """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
+
+    The query part of a model that was split opens both parts: the other stands beside it.
 
     Args:
         path: the model file.
@@ -50,13 +83,13 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
     if not path.is_file():
         raise ModelFileError(f"The model file {path} does not exist; check the path.")
     if path.suffix == ".onnx":
-        from runtime.backends.ort import OnnxRuntimeBackend
+        from runtime.backends.ort import open_graph
 
-        return OnnxRuntimeBackend(path, device, threads)
+        return open_graph(path, device, threads)
     if path.suffix == ".engine":
-        raise DeviceError(
-            "This version runs no TensorRT engines yet; give the .onnx file that the engine was built from."
-        )
+        from runtime.backends.trt import open_engine
+
+        return open_engine(path, device, threads)
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if entry_point.name == path.suffix[1:]:
             try:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import os
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import Batch, Heads
+from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
     from runtime.backends import Device
 
-OUTPUTS = ["matching_logits", "boundary_distances", "iou_logits"]
+INPUTS = ("query_tokens", "query_length", "segment_features", "segment_spans")
+OUTPUTS = ("matching_logits", "boundary_distances", "iou_logits")
+VIDEO_INPUTS = ("segment_features",)
+VIDEO_OUTPUTS = (ENCODED_FEATURES,)
+QUERY_INPUTS = ("query_tokens", "query_length", VIDEO_INDEX, ENCODED_FEATURES, "segment_spans")
+PREPARED_INPUTS = ("query_tokens", "query_length", PREPARED_FEATURES, "segment_spans")
+# With fewer queries, reading what is prepared (134 MB at full size) takes longer than computing without it.
+LEAST_PREPARED = 12
+# Encodings that stay on a GPU, 0.5 MB each at full size.
+KEPT_ON_DEVICE = 256
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxRuntimeBackend:
-    """A `.onnx` file exported by this toolkit.
+class Session:
+    """An ONNX file of ours in ONNX Runtime.
 
     Raises:
         ModelFileError: the file is not such a graph.
         DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> None:
+    def __init__(self, path: Path, device: Device = "auto", threads: int | None = None) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -46,7 +63,6 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        path = Path(path)
         try:
             session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
         # ONNX Runtime's exceptions share no base class below Exception.
@@ -62,28 +78,201 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
                 "missing; run `python -m runtime.doctor`, or pass --device cpu."
             )
-        self.device = device
+        self.path = path
+        self.device: Device = device
+        # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
+        self.binds = device == "cuda"
         self.manifest = Manifest.from_json(
             session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), source=str(path)
         )
-        inputs = {argument.name for argument in session.get_inputs()}
-        outputs = {argument.name for argument in session.get_outputs()}
-        missing = (set(Batch.__dataclass_fields__) - inputs) | (set(OUTPUTS) - outputs)
-        if missing:
-            raise ModelFileError(
-                f"{path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph of ours; export it again."
-            )
         self._session = session
 
-    def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch.
+    def require(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Raise ModelFileError unless the graph has these inputs and outputs."""
+        missing = (set(inputs) - {argument.name for argument in self._session.get_inputs()}) | (
+            set(outputs) - {argument.name for argument in self._session.get_outputs()}
+        )
+        if missing:
+            raise ModelFileError(
+                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph of ours; export it again."
+            )
+
+    def run(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        """Return the outputs.
+
+        `feed` holds arrays and, where the session binds, tensors that `resident` returned.
 
         Raises:
             ShapeError: the arrays do not fit the graph.
+            DeviceError: memory ran out.
         """
         try:
-            return Heads(*self._session.run(OUTPUTS, vars(batch)))
+            return self._bound(outputs, feed) if self.binds else self._session.run(outputs, feed)
+        # Its own exceptions share no base class below Exception, and what is bound fails with a RuntimeError.
         except Exception as error:
-            if type(error).__module__.startswith("onnxruntime"):
-                raise ShapeError(f"The model does not take this batch: {str(error).splitlines()[0]}.") from error
-            raise
+            if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError)):
+                raise
+            said = str(error).strip().splitlines()[0]
+            if "allocate memory" in said:
+                raise DeviceError(
+                    f"The {self.device} device has no memory left for this batch ({said}); pass a smaller --batch-size."
+                ) from error
+            raise ShapeError(f"The model does not take this batch: {said}.") from error
+
+    def resident(self, array: np.ndarray) -> Any:
+        """Return an array as a tensor on the session's device."""
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def _bound(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        binding = self._session.io_binding()
+        for name, value in feed.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
+
+
+class OnnxRuntimeBackend:
+    """A whole `.onnx` file exported by this toolkit; errors as of `Session`."""
+
+    def __init__(self, session: Session) -> None:
+        session.require(INPUTS, OUTPUTS)
+        self.device = session.device
+        self.manifest = session.manifest
+        self._session = session
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch; ShapeError if its arrays do not fit the graph."""
+        return Heads(*self._session.run(OUTPUTS, vars(batch)))
+
+
+class OnnxRuntimePair:
+    """The two `.onnx` files that a model was split into.
+
+    Raises:
+        ModelFileError: the video part is missing, is not the one that the query part was made with, or no such graph.
+    """
+
+    def __init__(self, query: Session, threads: int | None = None) -> None:
+        query.require(QUERY_INPUTS, OUTPUTS)
+        self.device = query.device
+        self.manifest = query.manifest
+        self._query = query
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._residents: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        named = self.manifest.video_part
+        if len(named) != 1:
+            raise ModelFileError(f"{query.path} names {len(named)} video parts and needs one; export it again.")
+        (self._video,) = self._opened(named)
+        self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
+        (encoded,) = self._video.run(VIDEO_OUTPUTS, {"segment_features": segment_features})
+        return encoded
+
+    def prepare(self, encoded_features: np.ndarray) -> np.ndarray:
+        """Return what `EncodedVideo.prepared` holds from (D, T) encoded features.
+
+        Raises:
+            ModelFileError: the model was split without what prepares.
+        """
+        if len(self.manifest.prepared_parts) != 2:
+            raise ModelFileError(
+                f"{self._query.path} was split without what prepares a video for dozens of queries at once; "
+                "export it again with `python -m export.to_onnx --split --prepare`."
+            )
+        (prepared,) = self._prepared[0].run((PREPARED_FEATURES,), {ENCODED_FEATURES: encoded_features[None]})
+        return prepared
+
+    def ask(
+        self,
+        query_tokens: np.ndarray,
+        query_length: np.ndarray,
+        videos: Sequence[EncodedVideo],
+        video_index: np.ndarray,
+    ) -> Heads:
+        """Return the heads of B queries; see `PairBackend`."""
+        (first, *others) = videos
+        if not others and first.prepared is not None and len(query_length) >= LEAST_PREPARED:
+            prepared = (query_tokens, query_length, first.prepared, first.spans[None])
+            return Heads(*self._prepared[1].run(OUTPUTS, dict(zip(PREPARED_INPUTS, prepared))))
+        features = np.stack([video.features for video in videos]) if others else self._features(first)
+        spans = np.stack([video.spans for video in videos]) if others else first.spans[None]
+        arrays: tuple[Any, ...] = (query_tokens, query_length, video_index, features, spans)
+        return Heads(*self._query.run(OUTPUTS, dict(zip(QUERY_INPUTS, arrays))))
+
+    def _features(self, video: EncodedVideo) -> Any:
+        """Return (1, D, T) of one video; on a GPU the last few stay there."""
+        if not self._query.binds:
+            return video.features[None]
+        with self._lock:
+            known = self._residents.pop(video.key, None)
+        if known is None:
+            known = self._query.resident(video.features[None])
+        with self._lock:
+            self._residents[video.key] = known
+            while len(self._residents) > KEPT_ON_DEVICE:
+                self._residents.popitem(last=False)
+        return known
+
+    @functools.cached_property
+    def _prepared(self) -> tuple[Session, Session]:
+        """What prepares, and what asks; opened when first needed, as most callers do not."""
+        prepare, asked = self._opened(self.manifest.prepared_parts)
+        prepare.require((ENCODED_FEATURES,), (PREPARED_FEATURES,))
+        asked.require(PREPARED_INPUTS, OUTPUTS)
+        return prepare, asked
+
+    def _opened(self, parts: Mapping[str, str]) -> list[Session]:
+        """Open files that the query part names.
+
+        Raises:
+            ModelFileError: one is not beside the query part, or is another one.
+        """
+        query = self._query.path
+        return [Session(part_beside(query, name, digest), self.device, self._threads) for name, digest in parts.items()]
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch, as the whole model would."""
+        from runtime.backends import run_pair
+
+        return run_pair(self, batch)
+
+
+def open_graph(
+    path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
+) -> OnnxRuntimeBackend | OnnxRuntimePair:
+    """Open a whole graph, or the pair that a query part belongs to; errors as of `Session` and `OnnxRuntimePair`."""
+    session = Session(Path(path), device, threads)
+    part = session.manifest.part
+    if part in ("whole", "query"):
+        return OnnxRuntimePair(session, threads) if part == "query" else OnnxRuntimeBackend(session)
+    raise ModelFileError(
+        f"{path} is one part of a model ({part}), which answers nothing by itself; give the query part "
+        "(its name ends in .query.onnx)."
+    )
+
+
+def part_beside(query: Path, name: str, digest: str) -> Path:
+    """Return the path of a part that a query part names by file name and SHA-256.
+
+    Raises:
+        ModelFileError: the file is not beside the query part, or is another one.
+    """
+    path = query.with_name(Path(name).name)
+    if not path.is_file():
+        raise ModelFileError(f"{query} needs {path.name} beside it, and there is none; copy it there.")
+    if sha256(path) != digest:
+        raise ModelFileError(
+            f"{path} is not the file that {query.name} was made with (another export, or damaged); "
+            "copy all files of one export, or export again with --split."
+        )
+    return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +18,28 @@ from tests.export.conftest import TINY, manifest
 SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
 
 
-class Recorder:
-    """Answers every call, and remembers name and arguments."""
+class Calls(list[tuple[str, tuple[Any, ...]]]):
+    """Calls with their arguments, in order; `asked` holds every name asked for, with TensorRT's class that has it.
 
-    def __init__(self, calls: list[tuple[str, tuple[Any, ...]]], **answers: Any) -> None:
+    `tests/export/test_conformance.py` holds `asked` against the real bindings.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[tuple[str, str]] = set()
+
+
+class Recorder:
+    """Stands in for an object of TensorRT's class `of`: answers every call, and remembers name and arguments."""
+
+    def __init__(self, calls: Calls, of: str, **answers: Any) -> None:
         object.__setattr__(self, "_calls", calls)
+        object.__setattr__(self, "_of", of)
         object.__setattr__(self, "_answers", answers)
+        calls.asked |= {(of, name) for name in answers}
 
     def __getattr__(self, name: str) -> Any:
+        self._calls.asked.add((self._of, name))
         if name in self._answers and not callable(self._answers[name]):
             return self._answers[name]
 
@@ -34,38 +50,69 @@ class Recorder:
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._calls.asked.add((self._of, name))
         self._calls.append((name, (value,)))
 
 
-def stand_in(version: str, *, typed: bool, flags: tuple[str, ...] = (), **answers: Any) -> tuple[Any, list[Any]]:
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """What one TensorRT has: its network flags with the integers behind them, and its builder flags."""
+
+    network_flags: Mapping[str, int]
+    builder_flags: tuple[str, ...]
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+WEAK = ("FP16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE")
+VERSIONS = {
+    "8.6.1": Version({"EXPLICIT_BATCH": 0}, WEAK),
+    "10.16.1": Version({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, (*WEAK, "BF16")),
+    "11.4.0": Version({"STRONGLY_TYPED": 0}, ("VERSION_COMPATIBLE",)),
+    "1.7.1": Version(
+        {"STRONGLY_TYPED": 0},
+        ("VERSION_COMPATIBLE",),
+        {"ComputeCapability": SimpleNamespace(SM75=75, SM86=86, SM120=120, CURRENT=-1, NONE=0)},
+    ),
+}
+"""TensorRT's versions, and TensorRT-RTX 1.7.1; `tests/export/test_conformance.py` holds them against the real ones."""
+
+
+def stand_in(version: str, **answers: Any) -> tuple[Any, Calls]:
     """Return a module like TensorRT's of that version, and the list in which its calls are recorded."""
-    calls: list[Any] = []
-    profile = Recorder(calls)
-    cache = SimpleNamespace(serialize=lambda: b"times")
-    config = Recorder(calls, create_timing_cache=lambda known: cache, get_timing_cache=lambda: cache)
-    parser = Recorder(calls, **{"num_errors": 0, "parse": lambda graph: True, **answers.get("parser", {})})
+    calls = Calls()
+    profile = Recorder(calls, "IOptimizationProfile")
+    cache = Recorder(calls, "ITimingCache", serialize=lambda: b"times")
+    config = Recorder(calls, "IBuilderConfig", create_timing_cache=lambda known: cache, get_timing_cache=lambda: cache)
+    network = Recorder(calls, "INetworkDefinition", num_layers=0)
+    parser = Recorder(
+        calls, "OnnxParser", **{"num_errors": 0, "parse": lambda graph: True, **answers.get("parser", {})}
+    )
     builder = Recorder(
         calls,
-        create_network=lambda given: "network",
+        "Builder",
+        create_network=lambda given: network,
         create_builder_config=lambda: config,
         create_optimization_profile=lambda: profile,
         build_serialized_network=answers.get("build", lambda network, config: b"plan"),
     )
-    inspector = SimpleNamespace(get_engine_information=lambda form: '{"Layers": []}')
-    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    inspector = Recorder(calls, "EngineInspector", get_engine_information=lambda form: '{"Layers": []}')
+    engine = Recorder(calls, "ICudaEngine", create_engine_inspector=lambda: inspector)
+    runtime = Recorder(calls, "Runtime", deserialize_cuda_engine=lambda plan: engine)
+    known = VERSIONS[version]
     library = SimpleNamespace(
         __version__=version,
         ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2, "__init__": lambda self: None}),
         Builder=lambda logger: builder,
         OnnxParser=lambda network, logger: parser,
-        NetworkDefinitionCreationFlag=SimpleNamespace(**({"STRONGLY_TYPED": 0} if typed else {"EXPLICIT_BATCH": 0})),
-        BuilderFlag=SimpleNamespace(**{name: name for name in flags}),
+        NetworkDefinitionCreationFlag=SimpleNamespace(**known.network_flags),
+        BuilderFlag=SimpleNamespace(**{name: name for name in known.builder_flags}),
         ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere"),
         LayerInformationFormat=SimpleNamespace(JSON="json"),
-        ComputeCapability=SimpleNamespace(SM75=75, SM86=86, SM120=120, CURRENT=-1, NONE=0),
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+        Runtime=lambda logger: runtime,
+        float32="float32",
+        **known.more,
     )
     return library, calls
 
@@ -74,42 +121,55 @@ def options(precision: str = "fp16", target: Any = "tensorrt", **more: Any) -> B
     return BuildOptions(target=target, precision=precision, profiles=SHAPES, **more)
 
 
-def named(calls: list[Any], name: str) -> list[Any]:
+def named(calls: Calls, name: str) -> list[Any]:
     return [arguments for called, arguments in calls if called == name]
 
 
-@pytest.mark.parametrize("version", ["10.16.0", "11.4.0"])
-def test_strongly_typed_versions_get_no_precision_flag(version: str) -> None:
-    library, calls = stand_in(version, typed=True, flags=("VERSION_COMPATIBLE",))
+@pytest.mark.parametrize(("version", "flag"), [("10.16.1", 2), ("11.4.0", 1)])
+def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) -> None:
+    library, calls = stand_in(version)
     plan = build(b"graph", options("int8", workspace_gib=2, optimization_level=5), library=library)
     assert plan.plan == b"plan"
     assert plan.strongly_typed
     assert plan.timing_cache == b"times"
-    assert named(calls, "create_network") == [(1,)]
+    assert named(calls, "create_network") == [(flag,)], "STRONGLY_TYPED moved from 1 to 0"
     assert named(calls, "set_flag") == []
     assert named(calls, "set_memory_pool_limit") == [("workspace", 2 * 2**30)]
     assert named(calls, "builder_optimization_level") == [(5,)]
     assert named(calls, "profiling_verbosity") == [("detailed",)]
 
 
-@pytest.mark.parametrize(
-    ("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8", "FP16"]), ("bf16", ["BF16"])]
-)
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8", "FP16"])])
 def test_a_weakly_typed_version_gets_the_flags_of_the_precision(precision: str, flags: list[str]) -> None:
-    library, calls = stand_in("8.6.0", typed=False, flags=("FP16", "INT8", "BF16"))
+    library, calls = stand_in("8.6.1")
     plan = build(b"graph", options(precision), library=library)
     assert not plan.strongly_typed
     assert named(calls, "set_flag") == [(flag,) for flag in flags]
 
 
-def test_a_precision_that_the_version_lacks_is_refused() -> None:
-    library, _ = stand_in("8.6.0", typed=False, flags=("FP16", "INT8"))
-    with pytest.raises(DeviceError, match=r"TensorRT 8\.6\.0 cannot build fp8"):
-        build(b"graph", options("fp8"), library=library)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_precision_that_the_version_lacks_is_refused(precision: str) -> None:
+    library, calls = stand_in("8.6.1")
+    with pytest.raises(DeviceError, match=rf"TensorRT 8\.6\.1 cannot build {precision}"):
+        build(b"graph", options(precision), library=library)
+    assert named(calls, "build_serialized_network") == []
+
+
+def test_modules_held_in_fp32_are_so_in_a_weakly_typed_build_too() -> None:
+    library, calls = stand_in("8.6.1")
+    layers = [Recorder(calls, "ILayer", name=name) for name in ("prop_fc/Conv", "fpn.layer_blocks.0/Conv")]
+    network = library.Builder(None).create_network(1)
+    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
+    build(b"graph", options(in_fp32=("prop_fc",)), library=library)
+    assert named(calls, "precision") == [("float32",)]
+    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
+    library, calls = stand_in("11.4.0")
+    build(b"graph", options(in_fp32=("prop_fc",)), library=library)
+    assert named(calls, "set_flag") == []
 
 
 def test_every_profile_is_set_for_every_input() -> None:
-    library, calls = stand_in("11.4.0", typed=True)
+    library, calls = stand_in("11.4.0")
     build(b"graph", options(), library=library)
     assert len(named(calls, "add_optimization_profile")) == 2
     assert ("query_tokens", (1, 1), (1, 8), (1, 12)) in named(calls, "set_shape")
@@ -118,14 +178,14 @@ def test_every_profile_is_set_for_every_input() -> None:
 
 
 def test_compatibility_is_asked_for_by_name() -> None:
-    library, calls = stand_in("10.16.0", typed=True, flags=("VERSION_COMPATIBLE",))
+    library, calls = stand_in("10.16.1")
     build(b"graph", options(version_compatible=True, hardware_compatible=True), library=library)
     assert named(calls, "set_flag") == [("VERSION_COMPATIBLE",)]
     assert named(calls, "hardware_compatibility_level") == [("ampere",)]
 
 
 def test_rtx_is_told_which_gpus_to_build_for() -> None:
-    library, calls = stand_in("1.7.1", typed=True)
+    library, calls = stand_in("1.7.1")
     given = options(target="tensorrt-rtx", compute_capabilities=("8.6", "12.0"))
     assert build(b"graph", given, library=library).inspector is None
     assert named(calls, "num_compute_capabilities") == [(2,)]
@@ -137,13 +197,13 @@ def test_rtx_is_told_which_gpus_to_build_for() -> None:
 def test_without_a_gpu_rtx_must_be_told() -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
-    library, _ = stand_in("1.7.1", typed=True)
+    library, _ = stand_in("1.7.1")
     with pytest.raises(DeviceError, match="--compute-capability"):
         build(b"graph", options(target="tensorrt-rtx"), library=library)
 
 
 def test_a_timing_cache_of_another_gpu_is_refused() -> None:
-    library, _ = stand_in("11.4.0", typed=True)
+    library, _ = stand_in("11.4.0")
     builder = library.Builder(None)
     config = builder.create_builder_config()
     config._answers["set_timing_cache"] = lambda cache, ignore: False
@@ -152,12 +212,12 @@ def test_a_timing_cache_of_another_gpu_is_refused() -> None:
 
 
 def test_what_does_not_parse_or_build_is_one_sentence() -> None:
-    broken = SimpleNamespace(desc=lambda: "node 7 is odd")
+    broken = Recorder(Calls(), "ParserError", desc=lambda: "node 7 is odd")
     answers = {"parser": {"parse": lambda graph: False, "num_errors": 1, "get_error": lambda index: broken}}
-    library, _ = stand_in("11.4.0", typed=True, **answers)
+    library, _ = stand_in("11.4.0", **answers)
     with pytest.raises(ModelFileError, match="cannot parse the graph: node 7 is odd"):
         build(b"graph", options(), library=library)
-    library, _ = stand_in("11.4.0", typed=True, build=lambda network, config: None)
+    library, _ = stand_in("11.4.0", build=lambda network, config: None)
     with pytest.raises(ModelFileError, match="cannot build the engine"):
         build(b"graph", options(), library=library)
 

@@ -65,8 +65,8 @@ def test_multiply_adds_by_hand(exported: dict[str, onnx.ModelProto]) -> None:
     assert counted.macs["backbone_net.layers.1"] == {"fp32": segments // 2 * 512 * 256 * 3}
     hidden, words = TINY.hidden_dim, TINY.embed_dim
     assert counted.macs["query_encoder.biLSTM"] == {"fp32": 2 * 8 * 4 * hidden * (words + hidden)}
-    # Three levels, each with a gap of one on either side.
-    locations = TINY.num_locations + 6
+    # Three levels, with one position between neighbours.
+    locations = TINY.num_locations + 2
     assert counted.macs["fcos.head.mix_fc"] == {"fp32": locations * width * 2 * width}
     assert counted.share("fp32") == 1
     assert counted.precision() == "fp32"

@@ -18,6 +18,7 @@ import export.to_onnx
 from export.to_onnx import (
     BATCH_SIZES,
     INPUTS,
+    NEWEST_OPSET,
     OUTPUTS,
     check_against_torch,
     check_batches,
@@ -168,12 +169,6 @@ def test_the_manifest_comes_back(exported: dict[str, onnx.ModelProto]) -> None:
     properties = {entry.key: entry.value for entry in exported["tiny"].metadata_props}
     assert list(properties) == [METADATA_KEY]
     assert Manifest.from_json(properties[METADATA_KEY]) == manifest(CONFIGS["tiny"])
-
-
-@pytest.mark.rtx
-@pytest.mark.parametrize("name", CONFIGS)
-def test_tensorrt_rtx_builds_the_graph(exported: dict[str, onnx.ModelProto], name: str) -> None:
-    assert len(build_with_rtx(exported[name], batch=(1, 4, 8), query_length=(1, 8, 16))) > 10_000
 
 
 @pytest.mark.rtx
@@ -331,8 +326,8 @@ def test_a_network_in_training_mode_exports_the_same(
 @pytest.mark.rtx
 def test_a_newer_opset_can_be_asked_for(networks: dict[str, DRN], tmp_path: Path) -> None:
     model = networks["tiny"]
-    newer = export_model(model, manifest(model.config), opset=21)
-    assert newer.opset_import[0].version == 21
+    newer = export_model(model, manifest(model.config), opset=NEWEST_OPSET)
+    assert newer.opset_import[0].version == NEWEST_OPSET
     onnx.save(newer, tmp_path / "drn.onnx")
     assert max(check_against_torch(tmp_path / "drn.onnx", model, 4).values()) <= tolerances.EXPORTED
     build_with_rtx(newer)

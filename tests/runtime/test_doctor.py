@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from runtime import doctor as module
 from runtime.doctor import doctor
+from runtime.errors import DeviceError
 
 
 @pytest.fixture
@@ -59,9 +61,25 @@ def test_what_is_installed_works(installed: dict[str, str], monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
     found = findings()
-    assert all(found[subject].works for subject in found if subject != "NVIDIA GPU")
+    assert all(found[subject].works for subject in found if subject not in ("NVIDIA GPU", "TensorRT"))
     assert found["train, run .pt models"].seen == "torch 2.13.0, CPU only"
     assert "CPU" in found["run .onnx models"].seen
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    def cuda() -> Any:
+        if not gpu:
+            raise DeviceError("There is no CUDA driver here; install it.")
+        return SimpleNamespace(name="NVIDIA H100", capability="9.0", driver="13.0")
+
+    installed["tensorrt"] = "11.4"
+    monkeypatch.setattr("runtime.backends.cuda.Cuda", cuda)
+    finding = findings()["TensorRT"]
+    assert finding.works is gpu
+    assert finding.seen.startswith("tensorrt 11.4")
+    assert ("NVIDIA H100 (9.0), CUDA 13.0" in finding.seen) is gpu
+    assert ("no CUDA driver" in finding.remedy) is not gpu
 
 
 def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) -> None:

@@ -241,10 +241,10 @@ def test_a_gpu_that_is_not_there_is_one_sentence(of_clip: tuple[Any, ...], refus
     assert "--device cpu" in refused(infer, *of_clip, "--query", "dog sits", "--device", "cuda")
 
 
-def test_an_engine_is_refused_until_engines_are_run(clip: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_an_engine_that_no_sidecar_vouches_for_is_refused(clip: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "drn.engine").write_bytes(b"plan")
     arguments = ("--features", clip, "--duration", 20, "--query", "dog sits")
-    assert "TensorRT" in refused(infer, "--model", tmp_path / "drn.engine", *arguments)
+    assert "sidecar" in refused(infer, "--model", tmp_path / "drn.engine", *arguments)
 
 
 def test_a_plot_on_a_full_disk_is_refused_and_leaves_nothing(

@@ -104,3 +104,23 @@ def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
 def test_a_field_of_the_wrong_kind_is_a_model_file_error(field: str, content: Any) -> None:
     with pytest.raises(ModelFileError):
         Manifest.from_dict({**full().to_dict(), field: content}, "door.onnx")
+
+
+def test_a_file_of_before_there_were_parts_is_whole(tiny_manifest: Manifest) -> None:
+    content = tiny_manifest.to_dict()
+    assert not {"part", "video_part", "prepared_parts"} & set(content)
+    assert Manifest.from_dict(content).part == "whole"
+
+
+def test_a_part_says_which_and_names_the_others(tiny_manifest: Manifest) -> None:
+    import dataclasses
+
+    parts = {"drn.prepare.onnx": "2" * 64, "drn.prepared.onnx": "3" * 64}
+    query = dataclasses.replace(
+        tiny_manifest, part="query", video_part={"drn.video.onnx": "1" * 64}, prepared_parts=parts
+    )
+    back = Manifest.from_json(query.to_json())
+    assert back == query
+    assert list(back.prepared_parts) == list(parts)
+    with pytest.raises(ModelFileError, match="'half' was given"):
+        Manifest.from_dict({**query.to_dict(), "part": "half"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import string
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.annotations import DataSet
 from runtime.errors import ModelFileError, QueryError
-from runtime.vocabulary import Vocabulary, tokenize
+from runtime.vocabulary import TAKEN_APART, Vocabulary, _tokenizer, tokenize
 
 WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 7}
 
@@ -142,3 +143,16 @@ def test_every_real_sentence_has_known_words_and_67_differ_from_splitting_at_spa
         )
     assert lengths == {"train": (12408, 2, 12), "test": (3720, 2, 11)}
     assert differing == {"train": 54, "test": 13}
+
+
+@given(
+    st.lists(st.sampled_from([*sorted(TAKEN_APART), "person", "Opens", "a", "3", "Cannot", "canNot", "gonnas", "x9"]))
+)
+def test_plain_sentences_are_read_as_by_the_tokenizer(words: list[str]) -> None:
+    for text in (" ".join(words), "  ".join(words) + " ", " " + ".".join(words)):
+        assert tokenize(text) == _tokenizer().tokenize(text.replace(".", ""))
+
+
+@given(st.text(string.ascii_letters + string.digits + " ", max_size=40))
+def test_letters_and_digits_are_read_as_by_the_tokenizer(text: str) -> None:
+    assert tokenize(text) == _tokenizer().tokenize(text)

@@ -1,0 +1,434 @@
+"""Models that are TensorRT or TensorRT-RTX engines: whole ones, and pairs that keep encoded videos on the GPU.
+
+One call runs at a time: threads may share a model, and wait for each other. What is decided is in
+`runtime.backends.plans` and `runtime.backends.shapes`; `runtime.backends.network` carries it out.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.backends import plans
+from runtime.backends.cuda import Cuda, OutOfDeviceMemory
+from runtime.backends.network import OUTPUTS, SPANS, Network
+from runtime.backends.shapes import asked, layout, pieces, pieces_by_video
+from runtime.encodings import EncodedVideo
+from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.manifest import Manifest
+from runtime.sidecar import Sidecar, read_sidecar
+from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+
+if TYPE_CHECKING:
+    from runtime.backends import Device
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What a model holds, in bytes.
+
+    Attributes:
+        plan: size of the plan, most of which are the weights.
+        device: buffers on the GPU: scratch of the network, inputs, outputs, encodings.
+        pinned: page-locked memory of the host.
+        free, total: of the GPU as a whole, as it is now.
+    """
+
+    plan: int
+    device: int
+    pinned: int
+    free: int
+    total: int
+
+
+def open_engine(
+    path: Path,
+    device: Device = "auto",
+    threads: int | None = None,
+    *,
+    library: Any = None,
+    cuda: Cuda | None = None,
+) -> TensorRTBackend | TensorRTPair:
+    """Open a plan, or the pair of plans that a query part belongs to.
+
+    Args:
+        path: the `.engine` file; its sidecar stands beside it.
+        device: an engine runs on a GPU only, so `cpu` is an error.
+        threads: has no meaning for a GPU.
+        library, cuda: stand in for the TensorRT module and the driver.
+
+    Raises:
+        ModelFileError: the sidecar does not vouch for the plan, or it is not an engine of ours.
+        DeviceError: the plan was built for another library, version or GPU, or there is none.
+    """
+    del threads
+    sidecar = read_sidecar(path)
+    part = sidecar.manifest.part
+    if device == "cpu":
+        raise DeviceError(f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.")
+    if part == "video":
+        raise ModelFileError(
+            f"{path} is the video part of a model, which answers nothing by itself; give the query part "
+            "(its name ends in .query.engine)."
+        )
+    beside = [(path, sidecar)]
+    if part == "query":
+        beside.append(_video_part(path, sidecar))
+    networks = []
+    try:
+        for plan, about in beside:
+            cuda, library = _ready(plan, about, cuda, library)
+            networks.append(Network(library, cuda, plan, about))
+    except BaseException:
+        for network in networks:
+            network.close()
+        raise
+    return TensorRTPair(*networks) if part == "query" else TensorRTBackend(*networks)
+
+
+def _video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
+    """The plan of the video part: named by itself or by the graph it was built from, whose hash its sidecar has."""
+    if len(sidecar.manifest.video_part) != 1:
+        raise ModelFileError(f"The sidecar of {path} should name one video part; build both parts again.")
+    ((name, digest),) = sidecar.manifest.video_part.items()
+    plan = path.with_name(Path(name).name).with_suffix(".engine")
+    if not plan.is_file():
+        raise ModelFileError(f"{path} needs its video part {plan.name} beside it, and there is none; copy it there.")
+    found = read_sidecar(plan)
+    if digest not in found.content["sha256"].values():
+        raise ModelFileError(
+            f"{plan} is not the video part that {path.name} was made with; copy both files of one build, or build both "
+            f"again: `{plans.rebuild_command(path, sidecar)}`."
+        )
+    return plan, found
+
+
+def _ready(plan: Path, sidecar: Sidecar, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
+    """Return the driver and the library that run a plan, or say why this machine cannot.
+
+    CUDA comes first: without it TensorRT 8.6 returns nulls, and a lean TensorRT 11 dies at the first use.
+    """
+    reasons = ["", ""]
+    if cuda is None:
+        try:
+            cuda = Cuda()
+        except DeviceError as error:
+            reasons[0] = str(error).rstrip(".")
+    if library is None and cuda is not None:
+        library, reasons[1] = _import(plans.libraries(sidecar.content))
+    machine = plans.Machine(
+        f"{library.__name__} {library.__version__}" if library is not None else None,
+        cuda.name if cuda is not None else None,
+        cuda.capability if cuda is not None else None,
+        why_no_library=reasons[1],
+        why_no_gpu=reasons[0],
+    )
+    reason = plans.misfit(plan, sidecar, machine)
+    if reason is not None:
+        raise DeviceError(reason)
+    assert cuda is not None
+    return cuda, library
+
+
+def _import(names: Sequence[str]) -> tuple[Any, str]:
+    reasons = [] if names else ["its target is not known to this version"]
+    for name in names:
+        try:
+            return importlib.import_module(name), ""
+        except ImportError as error:
+            reasons.append(str(error))
+    return None, "; ".join(reasons)
+
+
+class _Model:
+    """What a whole engine and a pair share."""
+
+    def __init__(self, *networks: Network) -> None:
+        self._networks = networks
+        self._network = networks[0]
+        self._lock = threading.Lock()
+        self.device = "cuda"
+        self.manifest: Manifest = networks[0].sidecar.manifest
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, on the GPU that the model is on."""
+        self._network.cuda.enter()
+        with self._lock:
+            yield
+
+    def time_gpu(self, on: bool) -> None:
+        """Count from now on, or no longer, what `gpu_ms` tells."""
+        with self._turn():
+            for network in self._networks:
+                network.timed = on
+
+    @property
+    def gpu_ms(self) -> float:
+        """Milliseconds that the GPU spent on the network in the last call, without copies, if `time_gpu` is on."""
+        return sum(network.gpu_ms for network in self._networks)
+
+    def memory_report(self) -> MemoryReport:
+        """Return what the model holds."""
+        with self._turn():
+            plan, device, pinned = (sum(sizes) for sizes in zip(*(network.bytes_held for network in self._networks)))
+            free, total = self._network.cuda.memory()
+            return MemoryReport(plan, device, pinned, free, total)
+
+    def close(self) -> None:
+        """Free the GPU's memory; the model cannot run any more."""
+        with self._lock:
+            for network in self._networks:
+                network.close()
+
+    def _reset_clock(self) -> None:
+        for network in self._networks:
+            network.gpu_ms = 0.0
+
+    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> Any:
+        """Yield pairs of rows and outputs; where memory does not do, what is kept is given back and halves are tried.
+
+        Raises:
+            DeviceError: a half is still too much.
+        """
+        try:
+            yield rows, run(rows)
+            return
+        except OutOfDeviceMemory as error:
+            log.info("The GPU's memory is full (%s); trying again in two halves.", error)
+        for network in self._networks:
+            network.forget_programs()
+        for half in np.array_split(rows, 2) if len(rows) > 1 else [rows]:
+            try:
+                yield half, run(half)
+            except OutOfDeviceMemory as error:
+                free, total = self._network.cuda.memory()
+                raise DeviceError(
+                    f"The GPU's memory is full ({free / 2**20:.0f} of {total / 2**20:.0f} MiB are free), also for "
+                    f"{len(half)} at once; end what else uses it, or ask in smaller batches."
+                ) from error
+
+    def _check_length(self, query_length: np.ndarray) -> int:
+        """Return the tokens of the longest query; ShapeError if the engine was built for shorter ones."""
+        longest = int(query_length.max(initial=1))
+        shortest, best, most = self._network.query_length
+        if longest > most:
+            again = plans.rebuild_command(self._network.path, self._network.sidecar, longest)
+            raise ShapeError(
+                f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
+                f"or rebuild: `{again}`."
+            )
+        return longest
+
+
+class TensorRTBackend(_Model):
+    """A whole model as one engine."""
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch; what is beyond the largest profile goes in pieces.
+
+        Raises:
+            ShapeError: the arrays do not fit the engine.
+            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
+        """
+        longest = self._check_length(batch.query_length)
+        tokens = batch.query_tokens[:, :longest]
+
+        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            part = _part(rows)
+            arrays = {
+                "query_tokens": tokens[part],
+                "query_length": batch.query_length[part],
+                "segment_features": batch.segment_features[part],
+                SPANS: batch.segment_spans[part],
+            }
+            return self._network.run(arrays, {"batch": len(rows), "query_length": longest})
+
+        most = max(profile.ranges["batch"][2] for profile in self._network.domains)
+        with self._turn():
+            self._reset_clock()
+            return _gathered(
+                len(batch),
+                (
+                    answer
+                    for part in pieces(len(batch), most)
+                    for answer in self._answer(np.arange(part.start, part.stop), some)
+                ),
+            )
+
+
+class Bank:
+    """Which encodings are in which slots of the device's memory; the one not asked for longest makes place."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = list(range(slots))[::-1]
+        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
+
+    def place(self, keys: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+        """Return (V,) int32 slots for keys, no more than there are slots, and the positions of those to be filled."""
+        for key in keys:
+            if key in self._slots:
+                self._slots.move_to_end(key)
+        missing = []
+        for position, key in enumerate(keys):
+            if key not in self._slots:
+                missing.append(position)
+                # Those asked for now were moved to the end, so the first is another.
+                self._slots[key] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+        for key in keys:
+            self._slots.move_to_end(key)
+        return np.array([self._slots[key] for key in keys], np.int32), missing
+
+    def clear(self) -> None:
+        """Forget what is where."""
+        self._free += self._slots.values()
+        self._slots.clear()
+
+
+class TensorRTPair(_Model):
+    """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
+
+    def __init__(self, query: Network, video: Network) -> None:
+        super().__init__(query, video)
+        self._video = video
+        self._banks = {slots: Bank(slots) for slots, _ in query.resident}
+        most = max(self._banks)
+        tails = query.domains[0].tails
+        shapes = {name: (most, *tails[name]) for name in (ENCODED_FEATURES, SPANS)}
+        regions, size = layout(shapes, {name: query.dtype(name) for name in shapes})
+        staging = query.pinned(size)
+        self._staged = {name: region.view(staging) for name, region in regions.items()}
+        self._rounds = 0
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        """Return (V, D, T) encoded features of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""
+        most = max(profile.ranges["video"][2] for profile in self._video.domains)
+
+        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            return self._video.run({"segment_features": segment_features[_part(rows)]}, {"video": len(rows)})
+
+        with self._turn():
+            self._reset_clock()
+            found = [
+                answer[ENCODED_FEATURES]
+                for part in pieces(len(segment_features), most)
+                for _, answer in self._answer(np.arange(part.start, part.stop), some)
+            ]
+        encoded = found[0] if len(found) == 1 else np.concatenate(found)
+        return from_bfloat16(encoded) if self._video.half_bits else encoded
+
+    def ask(
+        self,
+        query_tokens: np.ndarray,
+        query_length: np.ndarray,
+        videos: Sequence[EncodedVideo],
+        video_index: np.ndarray,
+    ) -> Heads:
+        """Return the heads of B queries, (B, L) and (B,) int32, each about the video that `video_index`, (B,), says.
+
+        A video is copied to the GPU when it is not there; its key stands for its content. Raises as
+        `TensorRTBackend.run`.
+        """
+        longest = self._check_length(query_length)
+        tokens = query_tokens[:, :longest]
+        network = self._network
+
+        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            part = _part(rows)
+            needed, which = asked(video_index[part], len(videos), most_videos)
+            sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
+            profile, _ = network.choose(sizes)
+            slots = self._placed([videos[index] for index in needed], profile.ranges["video"][2])
+            arrays = {
+                "query_tokens": tokens[part],
+                "query_length": query_length[part],
+                VIDEO_INDEX: slots[which],
+            }
+            return network.run(arrays, sizes)
+
+        largest = max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
+        most_videos = largest["video"][2]
+        with self._turn():
+            self._reset_clock()
+            return _gathered(
+                len(query_length),
+                (
+                    answer
+                    for rows in pieces_by_video(video_index, largest["batch"][2], most_videos, len(videos))
+                    for answer in self._answer(rows, some)
+                ),
+            )
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch, as the whole model would; raises as `TensorRTBackend.run`."""
+        # No video comes again, and none may be taken for one of another call.
+        self._rounds += 1
+        videos = [
+            EncodedVideo(encoded, spans, 1.0, key=f"row {row} of call {self._rounds}")
+            for row, (encoded, spans) in enumerate(zip(self.encode(batch.segment_features), batch.segment_spans))
+        ]
+        return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
+
+    def _placed(self, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
+        """Return the slots of videos, (V,) int32, after copying those that are not on the device."""
+        bank = self._banks[most]
+        slots, missing = bank.place([video.key for video in videos])
+        try:
+            for position in missing:
+                self._upload(videos[position], int(slots[position]), most)
+        except BaseException:
+            bank.clear()
+            raise
+        return slots
+
+    def _upload(self, video: EncodedVideo, slot: int, most: int) -> None:
+        features = to_bfloat16(video.features) if self._network.half_bits else video.features
+        for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
+            staged = self._staged[name][slot]
+            if array.shape != staged.shape:
+                raise ShapeError(
+                    f"The encoding of {video.name} has {name} of shape {array.shape} and this engine takes "
+                    f"{staged.shape}; encode the video with this model."
+                )
+            # A slot's place here is copied to no other slot, so nothing has to wait before it is written again.
+            staged[...] = array
+            self._network.upload(self._network.resident[most, name] + slot * staged.nbytes, staged)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Return the bits of floats rounded to bfloat16, ties to even, as uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return bfloat16 numbers, given as uint16, as float32; nothing is lost."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _part(rows: np.ndarray) -> Any:
+    """Rows as a slice where they follow each other, so that nothing is copied before it is staged."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+def _gathered(rows: int, answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> Heads:
+    """Return the heads of all rows from those of some at a time."""
+    whole: dict[str, np.ndarray] = {}
+    for some, found in answers:
+        if len(some) == rows and _part(some) == slice(0, rows):
+            return Heads(*(np.asarray(found[name], np.float32) for name in OUTPUTS))
+        for name in OUTPUTS:
+            whole.setdefault(name, np.empty((rows, *found[name].shape[1:]), np.float32))[some] = found[name]
+    return Heads(*(whole[name] for name in OUTPUTS))

@@ -1,0 +1,273 @@
+"""Every name of TensorRT's that our source uses exists in 8.6, 10.16, 11.4 and TensorRT-RTX, and takes what it gets.
+
+10.16 and 11.4 are the real Python bindings, of which only the libraries are stood in for; `make bindings` brings them.
+8.6 has no bindings for this Python: its names are those recorded by `tests/export/bindings.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from export.builder import _network_flags, _weak_flags, is_strongly_typed
+from tests.export.bindings import ROOT, Surface, compiler, read_surface, run_with
+from tests.export.test_builder import VERSIONS, build, options, stand_in
+from tests.export.uses import Reading, lines_of
+
+BINDINGS = os.environ.get("DRN_TENSORRT_BINDINGS")
+RECORDED = Path(__file__).parent / "recorded" / "tensorrt-8.6.json"
+LIBRARIES = ("8.6", "10.16", "11.4", "rtx")
+STAND_INS = {"8.6": "8.6.1", "10.16": "10.16.1", "11.4": "11.4.0", "rtx": "1.7.1"}
+# Names that are chosen as the program runs: precision flags of a weakly typed build, and RTX's GPUs.
+CHOSEN = {"8.6": {"BuilderFlag"}, "10.16": set(), "11.4": set(), "rtx": {"ComputeCapability"}}
+
+
+def sources() -> list[Path]:
+    """Return the files of ours that touch TensorRT."""
+    rooms = [path for room in ("runtime", "export", "calib", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    return sorted(path for path in rooms if re.search(r"(\b|_)trt\.|import tensorrt", path.read_text(encoding="utf-8")))
+
+
+def folder_of(version: str) -> Path:
+    """Return where the bindings of a version lie; skips, saying why, where there are none and none were promised."""
+    folder = Path(BINDINGS or ROOT / ".venv" / "bindings") / version
+    lacking = None
+    if not (folder / "tensorrt_bindings").is_dir():
+        lacking = f"no bindings of TensorRT {version} in {folder}; run `make bindings` (6 MB each, Linux x86-64)"
+    elif compiler() is None:
+        lacking = "no C compiler (cc) to make stand-ins for TensorRT's libraries with; install one"
+    if lacking and BINDINGS:
+        pytest.fail(f"{lacking}, or unset DRN_TENSORRT_BINDINGS")
+    if lacking:
+        pytest.skip(lacking)
+    return folder
+
+
+def surface_of(library: str) -> Surface:
+    if library == "8.6":
+        return dict(json.loads(RECORDED.read_text(encoding="utf-8")))
+    if library == "rtx":
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            pytest.skip("TensorRT-RTX is not installed (pip install tensorrt-rtx-cu13)")
+        return read_surface(None, "tensorrt_rtx")
+    return read_surface(folder_of(library), "tensorrt_bindings")
+
+
+def reading(path: Path, library: str) -> Reading:
+    return Reading(path, surface_of(library), "tensorrt-rtx" if library == "rtx" else "tensorrt")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_name_we_use_exists(path: Path, library: str) -> None:
+    read = reading(path, library)
+    assert not read.problems(), f"{path.name} on {library}:\n{lines_of(read.problems())}"
+    assert not read.untracked, (
+        f"{path.name}: TensorRT's names on what `uses.py` cannot follow: {sorted(read.untracked)}"
+    )
+    assert {owner for owner, _ in read.chosen} <= CHOSEN[library], read.chosen
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_bindings_are_of_the_version_asked_for(library: str) -> None:
+    assert surface_of(library)["version"].startswith("1." if library == "rtx" else library + ".")
+
+
+def test_the_builder_is_read_through_and_through() -> None:
+    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "builder.py", "8.6").uses.values()}
+    ends_of_chains = {
+        ("ParserError", "desc"),
+        ("ITimingCache", "serialize"),
+        ("IOptimizationProfile", "set_shape"),
+        ("EngineInspector", "get_engine_information"),
+        ("ILogger", "INTERNAL_ERROR"),
+        ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"),
+        ("BuilderFlag", "VERSION_COMPATIBLE"),
+    }
+    assert ends_of_chains <= seen
+    assert len(seen) >= 40
+
+
+def test_the_runtime_is_read_through_and_through() -> None:
+    paths = [path for path in sources() if path.is_relative_to(ROOT / "runtime")]
+    uses = [use for path in paths for use in reading(path, "8.6").uses.values()]
+    ends_of_chains = {
+        ("ICudaEngine", "get_tensor_dtype"),
+        ("IExecutionContext", "execute_async_v3"),
+        ("IExecutionContext", "get_tensor_shape"),
+        ("IExecutionContext", "set_input_shape"),
+        ("IExecutionContext", "set_tensor_address"),
+        ("Runtime", "engine_host_code_allowed"),
+        ("TensorIOMode", "INPUT"),
+    }
+    assert ends_of_chains <= {(use.owner, use.name) for use in uses}
+
+
+@pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
+def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
+    from runtime.backends.network import _DTYPES
+
+    assert set(_DTYPES) <= set(surface_of(library)["names"]["DataType"]["members"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("config.set_memory_pool_limit(", "config.set_memory_limit(", "IBuilderConfig.set_memory_limit: does not"),
+        ("config.profiling_verbosity =", "config.verbosity =", "IBuilderConfig.verbosity: does not exist"),
+        ("HardwareCompatibilityLevel.AMPERE_PLUS", "HardwareCompatibilityLevel.AMPERE", "AMPERE: does not exist"),
+        (".desc()", ".description()", "ParserError.description: does not exist"),
+        ("kept.serialize()", "kept.serialise()", "ITimingCache.serialise: does not exist"),
+        ('"EXPLICIT_BATCH"', '"EXPLICIT"', "NetworkDefinitionCreationFlag.EXPLICIT: does not exist"),
+        ("trt.OnnxParser(network, logger)", "trt.OnnxParser(network)", "OnnxParser.__init__: needs logger"),
+        ("trt.OnnxParser(network, logger)", "trt.OnnxParser(builder, logger)", "network is a INetworkDefinition, and"),
+        ("set_timing_cache(cache, False)", "set_timing_cache(cache)", "set_timing_cache: needs ignore_mismatch"),
+        ("MemoryPoolType.WORKSPACE, ", "ProfilingVerbosity.NONE, ", "pool is a MemoryPoolType, and gets"),
+        ("builder.build_serialized_network(network, config)", "builder.build_engine_plan(config)", "build_engine_plan"),
+        ("parser.num_errors", "len(parser.errors)", "OnnxParser.errors: does not exist"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_noticed(old: str, new: str, told: str, tmp_path: Path) -> None:
+    text = (ROOT / "export" / "builder.py").read_text(encoding="utf-8")
+    assert old in text, "builder.py no longer says so; mutate what it says now"
+    (tmp_path / "builder.py").write_text(text.replace(old, new), encoding="utf-8")
+    assert told in lines_of(reading(tmp_path / "builder.py", "8.6").problems())
+
+
+def test_what_cannot_be_followed_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text("def run(thing):\n    thing.execute_async_v3(0)\n")
+    assert reading(tmp_path / "lost.py", "8.6").untracked == {(2, "execute_async_v3")}
+
+
+@pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
+def test_precision_is_left_to_the_graph_where_the_library_can(library: str) -> None:
+    used = {
+        use.name for use in reading(ROOT / "export" / "builder.py", library).uses.values() if use.owner == "BuilderFlag"
+    }
+    assert used <= {"VERSION_COMPATIBLE"}
+
+
+def test_tensorrt_11_has_no_precision_flags_left() -> None:
+    flags = surface_of("11.4")["names"]["BuilderFlag"]["members"]
+    gone = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"}
+    assert not gone & set(flags)
+    assert "EXPLICIT_BATCH" not in surface_of("11.4")["names"]["NetworkDefinitionCreationFlag"]["members"]
+    assert gone < set(surface_of("10.16")["names"]["BuilderFlag"]["members"])
+
+
+def test_the_flags_of_a_weakly_typed_build_exist() -> None:
+    surface = surface_of("8.6")["names"]
+    flags = {name for precision in ("fp32", "fp16", "int8") for name in _weak_flags(precision)}
+    assert flags == {"FP16", "INT8"}
+    assert flags <= set(surface["BuilderFlag"]["members"])
+    assert "BF16" not in surface["BuilderFlag"]["members"]
+
+
+_BUILD = """
+import tensorrt_bindings as trt
+from export.builder import BuildOptions, build
+from export.profiles import Profile
+
+shapes = {"query_tokens": ((1, 1), (1, 8), (1, 12)), "query_length": ((1,), (1,), (1,))}
+profile = Profile("one query", (1, 1, 1), (1, 8, 12), shapes)
+options = BuildOptions(
+    "tensorrt", "int8", [profile, profile], optimization_level=3, workspace_gib=0.5, version_compatible=True,
+    hardware_compatible=True,
+)
+plan = build(b"graph", options, b"times", trt)
+print(plan.strongly_typed, len(plan.plan) > 0, len(plan.timing_cache) > 0, repr(plan.inspector))
+"""
+
+
+def low_memory() -> None:
+    """Skip where the system keeps low addresses back, which the stand-ins for TensorRT's libraries need."""
+    least = Path("/proc/sys/vm/mmap_min_addr")
+    if least.exists() and int(least.read_text()) > 65536:
+        pytest.skip(f"vm.mmap_min_addr is {least.read_text().strip()}, and 65536 or less is needed")
+
+
+@pytest.mark.parametrize("version", ["10.16", "11.4"])
+def test_every_call_of_a_build_is_taken_by_the_real_bindings(version: str) -> None:
+    low_memory()
+    assert run_with(folder_of(version), _BUILD).split() == ["True", "True", "True", "''"]
+
+
+_REFUSED = """
+import tensorrt_bindings as trt
+builder = trt.Builder(trt.Logger())
+config = builder.create_builder_config()
+for call in (
+    "config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 0.5)",
+    "config.set_memory_pool_limit('WORKSPACE', 1)",
+    "config.set_timing_cache(b'times', False)",
+    "config.__class__.profiling_verbosity.fset(config, 2)",
+    "builder.create_optimization_profile().set_shape('query_tokens', (1, 1), (4, 8))",
+    "builder.build_serialized_network(config, builder.create_network(0))",
+):
+    try:
+        eval(call)
+        print("taken:", call)
+    except TypeError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("version", ["10.16", "11.4"])
+def test_the_stood_in_libraries_do_not_make_the_bindings_take_everything(version: str) -> None:
+    low_memory()
+    assert run_with(folder_of(version), _REFUSED) == ""
+
+
+@pytest.mark.parametrize("version", ["10.16", "11.4"])
+def test_a_network_is_strongly_typed_by_name(version: str) -> None:
+    code = (
+        "import json, tensorrt_bindings as trt; from export.builder import _network_flags, is_strongly_typed; "
+        "flag = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED); "
+        "print(json.dumps([is_strongly_typed(trt), _network_flags(trt), flag]))"
+    )
+    typed, given, flag = json.loads(run_with(folder_of(version), code))
+    assert typed is True
+    assert given == 1 << flag
+    assert flag == {"10.16": 1, "11.4": 0}[version], "the integers differ, so only names will do"
+
+
+def test_tensorrt_86_is_weakly_typed() -> None:
+    members = surface_of("8.6")["names"]["NetworkDefinitionCreationFlag"]["members"]
+    flags = {name: told["value"] for name, told in members.items() if "value" in told}
+    library: Any = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(**flags))
+    assert not is_strongly_typed(library)
+    assert _network_flags(library) == 1 << flags["EXPLICIT_BATCH"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_stand_in_offers_nothing_that_the_library_lacks(library: str) -> None:
+    """What `test_builder.py` proves calls on is like the real thing, also in what it lacks."""
+    names = surface_of(library)["names"]
+    version = STAND_INS[library]
+    module, calls = stand_in(version)
+    rtx = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if library == "rtx" else {}
+    more = {} if rtx else {"version_compatible": True, "hardware_compatible": True}
+    build(b"graph", options("fp16", workspace_gib=1, optimization_level=1, **rtx, **more), library=module)
+    offered = calls.asked | {
+        (name, member)
+        for name, thing in vars(module).items()
+        if isinstance(thing, (SimpleNamespace, type))
+        for member in vars(thing)
+        if not member.startswith("__")
+    }
+    assert {name for name in vars(module) if name != "__version__"} <= set(names)
+    assert not {(name, member) for name, member in offered if member not in names[name]["members"]}
+    known = VERSIONS[version]
+    real = names["NetworkDefinitionCreationFlag"]["members"]
+    assert {name: real[name]["value"] for name in known.network_flags} == known.network_flags
+    for name in ("STRONGLY_TYPED", "EXPLICIT_BATCH"):
+        assert (name in known.network_flags) == (name in real)
+    for name in ("FP16", "BF16", "INT8", "FP8"):
+        assert (name in known.builder_flags) == (name in names["BuilderFlag"]["members"])

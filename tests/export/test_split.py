@@ -1,0 +1,239 @@
+"""`export.split`: two graphs that answer as the whole, and know each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export.to_onnx
+from export.precision import to_half
+from export.split import pair_paths, prepared_graphs, split_graph, write_pair
+from export.to_onnx import check_pair_against_torch, relative_difference, to_onnx
+from runtime.backends import open_backend, run_pair
+from runtime.backends.ort import OnnxRuntimePair
+from runtime.encodings import EncodedVideo
+from runtime.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.tensors import Batch
+from tests.export.conftest import CONFIGS, TINY, random_inputs
+from tests.export.rtx import build_with_rtx
+from train.model import DRN
+
+SAME = 1e-5
+"""Relative: the same operators on the same numbers, but for what ONNX Runtime fuses across the cut."""
+
+
+def written(model: onnx.ModelProto, directory: Path) -> Path:
+    """Write a pair, and the whole graph beside it; return the latter's path."""
+    path = directory / "drn.onnx"
+    onnx.save(model, path)
+    write_pair(*split_graph(model), path)
+    return path
+
+
+def signature(values: object) -> dict[str, tuple[int, list[object]]]:
+    return {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
+        )
+        for value in values  # type: ignore[attr-defined]
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("videos", [[0], [0, 0, 0], [2, 0, 2, 1], [4, 3, 2, 1, 0]])
+def test_the_pair_answers_as_the_whole(
+    exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, videos: list[int]
+) -> None:
+    path = written(exported[name], tmp_path)
+    tokens, lengths, *_ = (values.numpy() for values in random_inputs(CONFIGS[name], [5, 1, 9, 3, 9][: len(videos)]))
+    *_, features, spans = (values.numpy() for values in random_inputs(CONFIGS[name], [1] * (max(videos) + 1), seed=1))
+    pair = open_backend(pair_paths(path)[1], "cpu", 1)
+    encoded = pair.encode(features)  # type: ignore[attr-defined]
+    assert encoded.shape == (len(features), CONFIGS[name].feature_dim, CONFIGS[name].num_segments)
+    known = [EncodedVideo(row, span, 1.0) for row, span in zip(encoded, spans, strict=True)]
+    found = pair.ask(tokens, lengths, known, np.array(videos, np.int32))  # type: ignore[attr-defined]
+    batch = Batch(tokens, lengths, features[videos], spans[videos])
+    wanted = open_backend(path, "cpu", 1).run(batch)
+    for field, theirs in vars(wanted).items():
+        assert relative_difference(getattr(found, field), theirs) <= SAME, field
+        assert relative_difference(getattr(pair.run(batch), field), theirs) <= SAME, field
+
+
+def test_the_parts_take_and_give_what_the_contract_says(exported: dict[str, onnx.ModelProto]) -> None:
+    video, query = split_graph(exported["tiny"])
+    int32, float32 = onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
+    encoded = (float32, ["video", 16, 16])
+    assert signature(video.graph.input) == {"segment_features": (float32, ["video", 16, 16])}
+    assert signature(video.graph.output) == {"encoded_features": encoded}
+    assert signature(query.graph.input) == {
+        "query_tokens": (int32, ["batch", "query_length"]),
+        "query_length": (int32, ["batch"]),
+        "video_index": (int32, ["batch"]),
+        "encoded_features": encoded,
+        "segment_spans": (float32, ["video", 16, 2]),
+    }
+    assert signature(query.graph.output) == signature(exported["tiny"].graph.output)
+
+
+def test_every_weight_is_in_one_part_only(exported: dict[str, onnx.ModelProto]) -> None:
+    parts = [{tensor.name for tensor in part.graph.initializer} for part in split_graph(exported["deep"])]
+    assert {name for name in parts[0] if "." in name} == {"prop_fc.weight", "prop_fc.bias"}
+    assert not any(name.startswith("prop_fc") for name in parts[1])
+    whole = {tensor.name for tensor in exported["deep"].graph.initializer}
+    assert whole <= parts[0] | parts[1]
+
+
+def test_the_query_part_names_the_video_part_by_its_hash(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
+    path = written(exported["tiny"], tmp_path)
+    video, query = pair_paths(path)
+    assert (video.name, query.name) == ("drn.video.onnx", "drn.query.onnx")
+    manifests = [
+        Manifest.from_json({entry.key: entry.value for entry in onnx.load(part).metadata_props}[METADATA_KEY])
+        for part in (video, query)
+    ]
+    assert [manifest.part for manifest in manifests] == ["video", "query"]
+    assert manifests[0].video_part == {}
+    assert manifests[1].video_part == {"drn.video.onnx": sha256(video)}
+
+
+def test_half_precision_twins_are_cut_without_a_cast(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
+    half = to_half(exported["tiny"])
+    video, query = split_graph(half)
+    float16 = onnx.TensorProto.FLOAT16
+    assert signature(video.graph.output)["encoded_features"][0] == float16
+    assert signature(query.graph.input)["encoded_features"][0] == float16
+    whole = sum(node.op_type == "Cast" for node in half.graph.node)
+    assert sum(node.op_type == "Cast" for part in (video, query) for node in part.graph.node) == whole
+    path = written(half, tmp_path)
+    batch = Batch(*(values.numpy() for values in random_inputs(TINY, [3, 7])))
+    pair = open_backend(pair_paths(path)[1], "cpu", 1)
+    wanted = open_backend(path, "cpu", 1).run(batch)
+    for field, theirs in vars(run_pair(pair, batch)).items():  # type: ignore[arg-type]
+        assert relative_difference(theirs, getattr(wanted, field)) <= 2e-3, field
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("half", [False, True])
+def test_both_parts_parse_and_build_in_tensorrt_rtx(exported: dict[str, onnx.ModelProto], half: bool) -> None:
+    for part in split_graph(to_half(exported["tiny"]) if half else exported["tiny"]):
+        build_with_rtx(part, video=(1, 2, 8))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lengths", [[4], [5, 1, 9], [3] * 14])
+def test_a_prepared_video_is_answered_as_the_whole(
+    exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, lengths: list[int]
+) -> None:
+    path = tmp_path / "drn.onnx"
+    onnx.save(exported[name], path)
+    files = write_pair(*split_graph(exported[name]), path, prepare=True)
+    assert [file.name for file in files] == [
+        "drn.video.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx",
+    ]  # fmt: skip
+    tokens, length, features, spans = (values.numpy() for values in random_inputs(CONFIGS[name], lengths))
+    pair = open_backend(files[-1], "cpu", 1)
+    assert isinstance(pair, OnnxRuntimePair)
+    (encoded,) = pair.encode(features[:1])
+    video = EncodedVideo(encoded, spans[0], 1.0, prepared=pair.prepare(encoded))
+    assert video.prepared is not None
+    assert video.prepared.shape == (256 * CONFIGS[name].num_segments, CONFIGS[name].feature_dim)
+    # Whatever is too few to be worth it here is still asked that way.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.backends.ort.LEAST_PREPARED", 1)
+        # That the other way is not taken shows in this: it would not know the encoding.
+        found = pair.ask(tokens, length, [replace(video, features=encoded * np.nan)], np.zeros(len(tokens), np.int32))
+    one = [0] * len(tokens)
+    wanted = open_backend(path, "cpu", 1).run(Batch(tokens, length, features[one], spans[one]))
+    for field, theirs in vars(wanted).items():
+        assert relative_difference(getattr(found, field), theirs) <= SAME, field
+
+
+def test_only_fp32_query_parts_can_be_prepared_for(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"])
+    for graph in (exported["tiny"], split_graph(exported["tiny"])[0], split_graph(half)[1]):
+        with pytest.raises(ModelFileError, match="no FP32 query part"):
+            prepared_graphs(graph)
+
+
+def test_a_part_is_not_split_again(exported: dict[str, onnx.ModelProto]) -> None:
+    for part in split_graph(exported["tiny"]):
+        with pytest.raises(ModelFileError, match="part of a pair already"):
+            split_graph(part)
+
+
+def test_a_graph_without_a_place_to_cut_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(exported["tiny"])
+    for node in other.graph.node:
+        if node.name == "prop_fc/Conv":
+            # A second way around the projection.
+            node.output[0] = "elsewhere"
+        elif node.name == "backbone_net/Mul":
+            node.input[0] = "prop_fc/Unsqueeze"
+    with pytest.raises(ModelFileError, match="one tensor at which"):
+        split_graph(_twice(other))
+
+
+def _twice(model: onnx.ModelProto) -> onnx.ModelProto:
+    gate = next(node for node in model.graph.node if node.name == "backbone_net/Mul")
+    model.graph.node.append(
+        onnx.helper.make_node("Mul", ["elsewhere", gate.input[1]], ["second way"], "backbone_net/Mul_twice")
+    )
+    return model
+
+
+def test_the_command_writes_all_three(checkpoint: Path, tmp_path: Path) -> None:
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True, max_query_length=3)
+    names = ["drn.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx", "drn.video.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with pytest.raises(ShapeError, match="pass --split too"):
+        to_onnx(checkpoint, tmp_path / "drn.onnx", prepare=True)
+    assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
+
+
+def test_a_pair_that_differs_from_torch_is_not_kept(
+    checkpoint: Path, networks: dict[str, DRN], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        video, query = split_graph(model)
+        for node in query.graph.node:
+            if node.op_type == "Gather" and node.name.endswith("_asked"):
+                # The first video's positions for every query.
+                node.input[1] = "zero"
+        zero = onnx.numpy_helper.from_array(np.zeros(1, np.int32), "zero")
+        query.graph.initializer.append(zero)
+        return video, query
+
+    monkeypatch.setattr(export.to_onnx, "split_graph", wrong)
+    with pytest.raises(PromiseBroken):
+        to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_cannot_be_written_are_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
+    (tmp_path / "drn.query.onnx").mkdir()
+    with pytest.raises(OutputError):
+        to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
+
+
+def test_the_check_tells_a_wrong_pair(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
+    video, query = split_graph(exported["tiny"])
+    for prepare in (False, True):
+        assert max(check_pair_against_torch(video, query, networks["tiny"], 3, prepare=prepare).values()) <= SAME
+    other = DRN(TINY).eval()
+    other.load_state_dict(networks["tiny"].state_dict())
+    with torch.no_grad():
+        other.prop_fc.bias.add_(1)
+    with pytest.raises(PromiseBroken):
+        check_pair_against_torch(video, query, other, 3)

@@ -1,0 +1,552 @@
+"""A GPU and a TensorRT that are made of NumPy and ONNX Runtime, and that insist on the rules of the real ones.
+
+The driver is as late as a driver may be: what is put on a stream happens when the stream is waited for, so memory that
+is read or written too early shows. Device memory has addresses of its own, host memory must be page-locked, a thread
+must have entered the context, and nothing may be allocated or waited for while a stream is captured.
+
+TensorRT has, for each version, the names that version has. A plan names the graph that it stands for; contexts want
+memory, a profile that was waited for, shapes within it, aligned addresses, and a run before they are captured.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import dataclasses
+import json
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONTEXT = 2, 1, 201
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
+_NAMES = {1: "CUDA_ERROR_INVALID_VALUE", 2: "CUDA_ERROR_OUT_OF_MEMORY", 201: "CUDA_ERROR_INVALID_CONTEXT"}
+# Host code that reads through a device address should crash rather than work.
+_DEVICE_SIDE = 1 << 56
+VERSIONS = ("8.6.1", "10.16.1.11", "11.4.0.106", "1.7.1.116")
+
+
+def _written(pointer: Any, value: Any) -> None:
+    pointer._obj.value = value
+
+
+@dataclasses.dataclass
+class Stream:
+    """Work that was asked for and has not happened yet."""
+
+    waiting: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    captured: list[Callable[[], None]] | None = None
+    broken: bool = False
+
+
+class Driver:
+    """libcuda, as far as `runtime.backends.cuda` calls it.
+
+    Attributes:
+        calls: every call's name, in order.
+        room: bytes of device memory that may be allocated.
+        failing: name -> code, for calls that are to fail.
+    """
+
+    def __init__(self, name: str = "NVIDIA H100", capability: tuple[int, int] = (9, 0), devices: int = 1) -> None:
+        self.calls: list[str] = []
+        self.room = 1 << 32
+        self.failing: dict[str, int] = {}
+        self.streams: dict[int, Stream] = {}
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float] = {}
+        self.clock_ms = 0.0
+        self._name, self._capability, self._devices = name, capability, devices
+        self._memory: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        self._last = 1000
+        self._entered = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        function = getattr(type(self), "_" + name.removesuffix("_v2"), None)
+        if function is None:
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name in self.failing:
+                if name == "cuStreamEndCapture":
+                    # Whatever it says, the capture is over.
+                    self.streams[arguments[0]].captured = None
+                return self.failing[name]
+            free_of_context = ("cuInit", "cuDriver", "cuDevice", "cuGet", "cuCtx")
+            if not name.startswith(free_of_context) and not getattr(self._entered, "yes", False):
+                return INVALID_CONTEXT
+            return int(function(self, *arguments) or 0)
+
+        return call
+
+    def held(self) -> dict[str, int]:
+        """Everything that has not been given back."""
+        things = {
+            "device": self._memory,
+            "pinned": self._pinned,
+            "streams": self.streams,
+            "events": self.events,
+            "graphs": self.graphs,
+        }
+        return {name: len(held) for name, held in things.items() if held}
+
+    def allocated(self) -> int:
+        return sum(len(block) for block in self._memory.values())
+
+    def array(self, address: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """Return device memory as an array, for the network that works on it."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        start, block = self._block(self._memory, address, size)
+        return np.frombuffer(block, np.uint8, size, address - start).view(dtype).reshape(shape)
+
+    def put(self, stream: int, work: Callable[[], None]) -> None:
+        """Put work on a stream, or into what it captures."""
+        chosen = self.streams[stream]
+        (chosen.waiting if chosen.captured is None else chosen.captured).append(work)
+
+    def capturing(self) -> Stream | None:
+        return next((stream for stream in self.streams.values() if stream.captured is not None), None)
+
+    @staticmethod
+    def _block(blocks: dict[int, Any], address: int, size: int) -> tuple[int, Any]:
+        for start, block in blocks.items():
+            if start <= address and address + size <= start + len(block):
+                return start, block
+        raise AssertionError(f"{size} bytes at {address:#x} are not in such memory")
+
+    def _forbidden(self) -> int:
+        stream = self.capturing()
+        if stream is not None:
+            stream.broken = True
+            return CAPTURE_UNSUPPORTED
+        return 0
+
+    def _handle(self) -> int:
+        self._last += 1
+        return self._last
+
+    def _cuInit(self, flags: int) -> None: ...
+
+    def _cuDriverGetVersion(self, version: Any) -> None:
+        _written(version, 13000)
+
+    def _cuGetErrorName(self, code: int, text: Any) -> None:
+        _written(text, _NAMES.get(code, "CUDA_ERROR_UNKNOWN").encode())
+
+    def _cuGetErrorString(self, code: int, text: Any) -> None:
+        _written(text, f"code {code}".encode())
+
+    def _cuDeviceGetCount(self, count: Any) -> None:
+        _written(count, self._devices)
+
+    def _cuDeviceGet(self, device: Any, ordinal: int) -> None:
+        _written(device, ordinal)
+
+    def _cuDeviceGetName(self, text: Any, size: int, device: int) -> None:
+        text.value = self._name.encode()
+
+    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
+        _written(value, {75: self._capability[0], 76: self._capability[1]}[attribute])
+
+    def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
+        _written(context, 7)
+
+    def _cuCtxSetCurrent(self, context: int) -> int:
+        self._entered.yes = context == 7
+        return 0 if context == 7 else INVALID_VALUE
+
+    def _cuMemGetInfo(self, free: Any, total: Any) -> None:
+        _written(free, self.room - self.allocated())
+        _written(total, self.room)
+
+    def _cuMemAlloc(self, address: Any, size: int) -> int:
+        if self._forbidden():
+            return CAPTURE_UNSUPPORTED
+        if self.allocated() + size > self.room:
+            return OUT_OF_MEMORY
+        # What was in memory before is anything.
+        block = bytearray(b"\xff" * size)
+        start = _DEVICE_SIDE + (self._handle() << 32)
+        self._memory[start] = block
+        _written(address, start)
+        return 0
+
+    def _cuMemFree(self, address: int) -> int:
+        return 0 if self._memory.pop(address, None) is not None else INVALID_VALUE
+
+    def _cuMemAllocHost(self, address: Any, size: int) -> int:
+        if self._forbidden():
+            return CAPTURE_UNSUPPORTED
+        block = (ctypes.c_uint8 * size)()
+        self._pinned[ctypes.addressof(block)] = block
+        _written(address, ctypes.addressof(block))
+        return 0
+
+    def _cuMemFreeHost(self, address: int) -> int:
+        return 0 if self._pinned.pop(address, None) is not None else INVALID_VALUE
+
+    def _cuMemcpyHtoDAsync(self, address: int, host: int, size: int, stream: int) -> None:
+        start, block = self._block(self._memory, address, size)
+        self._block(self._pinned, host, size)
+
+        def work() -> None:
+            block[address - start : address - start + size] = ctypes.string_at(host, size)
+
+        self.put(stream, work)
+
+    def _cuMemcpyDtoHAsync(self, host: int, address: int, size: int, stream: int) -> None:
+        start, block = self._block(self._memory, address, size)
+        self._block(self._pinned, host, size)
+        self.put(stream, lambda: ctypes.memmove(host, bytes(block[address - start : address - start + size]), size))
+
+    def _cuStreamCreate(self, stream: Any, flags: int) -> None:
+        assert flags == 1, "a stream that waits for the default one"
+        handle = self._handle()
+        self.streams[handle] = Stream()
+        _written(stream, handle)
+
+    def _cuStreamSynchronize(self, stream: int) -> int:
+        if self._forbidden():
+            return CAPTURE_UNSUPPORTED
+        waiting = self.streams[stream].waiting
+        while waiting:
+            waiting.pop(0)()
+        return 0
+
+    def _cuStreamDestroy(self, stream: int) -> None:
+        del self.streams[stream]
+
+    def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
+        self.streams[stream].captured, self.streams[stream].broken = [], False
+
+    def _cuStreamEndCapture(self, stream: int, graph: Any) -> int:
+        captured, broken = self.streams[stream].captured, self.streams[stream].broken
+        self.streams[stream].captured = None
+        if captured is None:
+            return INVALID_VALUE
+        if broken:
+            return CAPTURE_INVALIDATED
+        handle = self._handle()
+        self.graphs[handle] = captured
+        _written(graph, handle)
+        return 0
+
+    def _cuGraphInstantiateWithFlags(self, executable: Any, graph: int, flags: int) -> None:
+        handle = self._handle()
+        self.graphs[handle] = list(self.graphs[graph])
+        _written(executable, handle)
+
+    def _cuGraphDestroy(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    def _cuGraphExecDestroy(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    def _cuGraphLaunch(self, graph: int, stream: int) -> None:
+        for work in self.graphs[graph]:
+            self.put(stream, work)
+
+    def _cuEventCreate(self, event: Any, flags: int) -> None:
+        handle = self._handle()
+        self.events[handle] = -1.0
+        _written(event, handle)
+
+    def _cuEventRecord(self, event: int, stream: int) -> None:
+        def work() -> None:
+            self.events[event] = self.clock_ms
+
+        self.put(stream, work)
+
+    def _cuEventElapsedTime(self, elapsed: Any, start: int, end: int) -> None:
+        _written(elapsed, self.events[end] - self.events[start])
+
+    def _cuEventDestroy(self, event: int) -> None:
+        del self.events[event]
+
+
+class Library:
+    """TensorRT of some version, or TensorRT-RTX for 1.x; its module's names are attributes.
+
+    Attributes:
+        calls: name and arguments of every call that changes something.
+        runs: shapes of the inputs of every time the network was computed.
+        fed: what it was given last.
+        failing: names of calls that are to fail, with what the logger is told.
+        network_ms: what a run takes, by the driver's clock.
+    """
+
+    def __init__(self, driver: Driver, version: str) -> None:
+        self.driver = driver
+        self.__version__ = version
+        rtx = version.startswith("1.")
+        self.__name__ = "tensorrt_rtx" if rtx else "tensorrt"
+        self.calls: list[tuple[Any, ...]] = []
+        self.runs: list[dict[str, tuple[int, ...]]] = []
+        self.fed: dict[str, np.ndarray] = {}
+        self.failing: dict[str, str] = {}
+        self.network_ms = 3.0
+        self.contexts = 0
+        self.old = version.startswith("8.")
+        self.newest = version.startswith("11.") or rtx
+        self.rtx = rtx
+        self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+        self.TensorLocation = SimpleNamespace(DEVICE="device", HOST="host")
+        self.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2})
+        if not self.old:
+            self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+        if rtx:
+            self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+
+    def Runtime(self, logger: Any) -> Runtime:
+        return Runtime(self, logger)
+
+
+class Runtime:
+    __slots__ = ("_library", "_logger", "engine_host_code_allowed")
+
+    def __init__(self, library: Library, logger: Any) -> None:
+        self._library, self._logger = library, logger
+        self.engine_host_code_allowed = False
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+        self._library.calls.append(("deserialize_cuda_engine", self.engine_host_code_allowed))
+        if "deserialize_cuda_engine" in self._library.failing:
+            self._logger.log(1, self._library.failing["deserialize_cuda_engine"])
+            return None
+        return Engine(self._library, self._logger, json.loads(plan))
+
+
+class Engine:
+    """A plan's graph in ONNX Runtime; `half` features come and go as float16."""
+
+    SCRATCH = 4096
+
+    def __init__(self, library: Library, logger: Any, plan: dict[str, Any]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        session = onnxruntime.InferenceSession(plan["graph"], options, providers=["CPUExecutionProvider"])
+        self._library, self._logger, self._session = library, logger, session
+        self._profiles = plan["profiles"]
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = {value.name: value for value in session.get_outputs()}
+        self.num_io_tensors = len(self._inputs) + len(self._outputs)
+        self.num_optimization_profiles = len(self._profiles)
+        if library.newest:
+            self.device_memory_size_v2 = self.SCRATCH
+        elif library.old:
+            self.device_memory_size = self.SCRATCH
+            self.create_execution_context_without_device_memory = self._create
+        else:
+            self.device_memory_size = self.device_memory_size_v2 = self.SCRATCH
+        if library.rtx:
+            self.create_runtime_config = RuntimeConfig
+        self._types: dict[str, str] = plan.get("types", {})
+        # Before TensorRT 10 a profile belongs to one context.
+        self._owners: dict[int, weakref.ref[Context]] = {}
+
+    def create_execution_context(self, strategy: Any) -> Context | None:
+        wanted = "user" if not isinstance(strategy, RuntimeConfig) else strategy._strategy
+        assert wanted == "user", "it would allocate scratch memory of its own"
+        return self._create()
+
+    def _create(self) -> Context | None:
+        if "create_execution_context" in self._library.failing:
+            self._logger.log(1, self._library.failing["create_execution_context"])
+            return None
+        self._library.contexts += 1
+        return Context(self)
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self._inputs, *self._outputs][index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name in self._inputs else "output"
+
+    def get_tensor_location(self, name: str) -> str:
+        return "device"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        kind = (self._inputs | self._outputs)[name].type
+        names = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32"}
+        return f"DataType.{self._types.get(name, names[kind])}"
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        return [tuple(shape) for shape in self._profiles[index][name]]
+
+
+class RuntimeConfig:
+    __slots__ = ("_strategy", "cuda_graph_strategy")
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self._strategy = strategy
+
+
+class Context:
+    __slots__ = (
+        "__weakref__",
+        "_addresses",
+        "_engine",
+        "_fresh",
+        "_profile",
+        "_scratch",
+        "_shapes",
+        "_waited",
+        "device_memory",
+    )
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._profile = -1
+        self._waited: list[int] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch = 0
+        self._fresh = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "set_device_memory" and not self._engine._library.old:
+            return self._set_device_memory
+        raise AttributeError(name)
+
+    def _set_device_memory(self, address: int, size: int) -> None:
+        assert size >= Engine.SCRATCH
+        self._scratch = address
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        owners = self._engine._owners
+        owner = owners[index]() if index in owners and self._engine._library.old else None
+        if owner is not None and owner is not self:
+            self._engine._logger.log(1, f"Profile {index} has been chosen by another IExecutionContext.")
+            return False
+        owners[index] = weakref.ref(self)
+        self._engine._library.driver.put(stream, lambda: self._waited.append(index))
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self._waited, "the profile has not been waited for"
+        self._profile = self._waited[-1]
+        smallest, _, largest = self._engine._profiles[self._profile][name]
+        if not all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)):
+            self._engine._logger.log(1, f"{name} {shape} is outside profile {self._profile}")
+            return False
+        self._shapes[name] = tuple(shape)
+        self._fresh = True
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        outputs = self._engine._outputs
+        if name not in outputs:
+            return self._shapes[name]
+        first = next(iter(self._shapes.values()))[0]
+        return (first, *outputs[name].shape[1:])
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name} at {address:#x} is not aligned"
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine, library = self._engine, self._engine._library
+        library.calls.append(("execute_async_v3", stream))
+        told = library.failing.get("execute_async_v3")
+        capturing = library.driver.streams[stream].captured is not None
+        if told is None and capturing and "capture" in library.failing:
+            told = library.failing["capture"]
+        if told is not None:
+            if capturing:
+                library.driver.streams[stream].broken = True
+            engine._logger.log(1, told)
+            return False
+        if not library.old:
+            assert self._scratch, "no device memory"
+        else:
+            self._scratch = self.device_memory
+        assert set(self._shapes) == set(engine._inputs)
+        assert set(self._addresses) == set(engine._inputs) | set(engine._outputs)
+        assert not (capturing and self._fresh), "what was deferred is not settled before the capture"
+        if not capturing:
+            self._fresh = False
+        shapes, addresses, scratch = dict(self._shapes), dict(self._addresses), self._scratch
+        outputs = {name: self.get_tensor_shape(name) for name in engine._outputs}
+
+        def work() -> None:
+            driver = library.driver
+            driver.array(scratch, (Engine.SCRATCH,), np.dtype("u1"))[:] = 0
+            library.runs.append(shapes)
+            kinds = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "BF16": "u2"}
+            dtype = {
+                name: np.dtype(kinds[engine.get_tensor_dtype(name).partition(".")[2]]) for name in (*shapes, *outputs)
+            }
+            feed = {name: driver.array(addresses[name], shape, dtype[name]).copy() for name, shape in shapes.items()}
+            feed = library.fed = {name: _from_bits(array) for name, array in feed.items()}
+            for name, found in zip(engine._outputs, engine._session.run(list(engine._outputs), feed), strict=True):
+                driver.array(addresses[name], outputs[name], dtype[name])[...] = (
+                    _to_bits(found) if dtype[name] == np.uint16 else found
+                )
+            driver.clock_ms += library.network_ms
+
+        library.driver.put(stream, work)
+        return True
+
+
+def _from_bits(array: np.ndarray) -> np.ndarray:
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+
+
+def _to_bits(array: np.ndarray) -> np.ndarray:
+    """Cut to bfloat16, without rounding."""
+    return (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_plan(
+    path: Path,
+    graph: Path,
+    profiles: Sequence[dict[str, Any]],
+    manifest: Any,
+    version: str = "10.16.1.11",
+    types: dict[str, str] | None = None,
+    **content: Any,
+) -> Path:
+    """Write a plan that stands for a graph, and its sidecar, as `export.build_engine` writes them.
+
+    Args:
+        profiles: `name`, `batch`, `query_length` and `shapes` of each.
+        types: inputs and outputs that are of another type than in the graph.
+        content: other fields of the sidecar.
+    """
+    from runtime.files import sha256
+    from runtime.sidecar import FORMAT, path_beside
+
+    shapes = [profile["shapes"] for profile in profiles]
+    path.write_text(json.dumps({"graph": str(graph), "profiles": shapes, "types": types or {}}))
+    rtx = version.startswith("1.")
+    about = {
+        "format": FORMAT,
+        "manifest": manifest.to_dict(),
+        "library": f"{'tensorrt_rtx' if rtx else 'tensorrt'} {version}",
+        "target": "tensorrt-rtx" if rtx else "tensorrt",
+        "gpu": "NVIDIA H100, 580.1, 81559 MiB, 9.0",
+        "compute_capabilities": [],
+        "profiles": profiles,
+        "options": {"version_compatible": False, "hardware_compatible": False},
+        "sha256": {path.name: sha256(path), graph.name: sha256(graph)},
+        **content,
+    }
+    path_beside(path).write_text(json.dumps(about))
+    return path
+
+
+def counted(calls: Sequence[str]) -> collections.Counter[str]:
+    """How often each call was made."""
+    return collections.Counter(calls)

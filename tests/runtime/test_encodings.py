@@ -1,0 +1,340 @@
+"""`runtime.encodings`, and the pair behind it: videos encoded once, asked often, never by the wrong model."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import EncodedVideo, Grounder
+from runtime.annotations import DataSet
+from runtime.backends import open_backend
+from runtime.decoding import Decoding
+from runtime.errors import FeatureError, GroundingError, ModelFileError, ShapeError
+from runtime.evaluate import evaluate as evaluate_command
+from runtime.evaluation import evaluate
+from runtime.infer import infer
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.tensors import Batch, Heads
+from tests.runtime.test_grounder import PAIRS, QUARTER, video
+
+onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
+
+
+class PlantedPair:
+    """The planted model in two: its encoding is the features themselves, laid on their side."""
+
+    def __init__(self, whole: Any, model: str = "1" * 64) -> None:
+        self.whole = whole
+        self.manifest = dataclasses.replace(whole.manifest, part="query", video_part={"planted.video.onnx": model})
+        self.encoded = 0
+        self.asked: list[tuple[int, int]] = []
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        self.encoded += len(segment_features)
+        return np.ascontiguousarray(segment_features.transpose(0, 2, 1))
+
+    def ask(self, query_tokens: Any, query_length: Any, videos: Any, video_index: Any) -> Heads:
+        assert query_tokens.dtype == query_length.dtype == video_index.dtype == np.int32
+        self.asked.append((len(query_length), len(videos)))
+        features = np.stack([videos[index].features.T for index in video_index])
+        spans = np.stack([videos[index].spans for index in video_index])
+        return self.whole.run(Batch(query_tokens, query_length, features, spans))
+
+    def run(self, batch: Batch) -> Heads:
+        return self.whole.run(batch)
+
+
+@pytest.fixture
+def pair(planted_backend: Any) -> PlantedPair:
+    return PlantedPair(planted_backend())
+
+
+@pytest.fixture
+def grounder(pair: PlantedPair) -> Grounder:
+    return Grounder(pair)
+
+
+def test_an_encoded_video_is_answered_as_the_video(grounder: Grounder, planted_backend: Any) -> None:
+    wanted = Grounder(planted_backend()).ground_batch(PAIRS)
+    assert grounder.ground_batch(PAIRS) == wanted
+    encoded = [(grounder.encode(video), query) for video, query in PAIRS]
+    assert grounder.ground_batch(encoded) == wanted
+    mixed = [encoded[i] if i % 2 else PAIRS[i] for i in range(len(PAIRS))]
+    assert grounder.ground_batch(mixed, batch_size=2) == wanted
+    assert [grounder.ground(*asked) for asked in encoded] == wanted
+
+
+def test_each_video_is_encoded_once_and_stands_in_a_batch_once(grounder: Grounder, pair: PlantedPair) -> None:
+    subject = video(10.0, cat=(0, 3))
+    grounder.ground_batch([(subject, "cat"), (QUARTER, "dog"), (subject, "dog"), (subject, "cat")])
+    assert pair.encoded == 2
+    assert pair.asked == [(4, 2)]
+    grounder.ground(subject, "person cat")
+    assert pair.encoded == 2
+
+
+def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    vocabulary = type(grounder.manifest.vocabulary)
+    original = vocabulary.encode
+    monkeypatch.setattr(vocabulary, "encode", lambda self, text: read.append(text) or original(self, text))
+    grounder.ground_batch([(QUARTER, "dog"), (video(10.0, cat=(0, 3)), "dog"), (QUARTER, "cat")])
+    assert read == ["dog", "cat"]
+
+
+def test_only_so_many_encodings_are_kept_and_none_of_a_video_that_is_gone(
+    grounder: Grounder, pair: PlantedPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grounder._encodings._size = 2
+    subjects = [video(10.0 + index, cat=(0, 3)) for index in range(3)]
+    for subject in subjects:
+        grounder.ground(subject, "cat")
+    grounder.ground(subjects[1], "cat")
+    assert pair.encoded == 3
+    grounder.ground(subjects[0], "cat")
+    assert pair.encoded == 4
+    assert len(grounder._encodings._known) == 2
+    # Another video at an address that is known: the reference tells.
+    stranger = video(99.0, dog=(0, 3))
+    known = grounder._encodings._known
+    known[id(stranger)] = known.pop(id(subjects[0]))
+    assert grounder.ground(stranger, "dog")[0].end == pytest.approx(99 / 8)
+
+
+def test_an_encoding_comes_back_from_a_file_as_it_was(grounder: Grounder, tmp_path: Path) -> None:
+    encoded = grounder.encode(QUARTER)
+    encoded.save(tmp_path / "deep" / "video.npz")
+    back = EncodedVideo.load(tmp_path / "deep" / "video.npz")
+    for name, value in vars(encoded).items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+    assert back.features.dtype == np.float32
+    assert grounder.ground(back, "dog") == grounder.ground(QUARTER, "dog")
+
+
+def test_the_key_tells_videos_and_models_apart(planted_backend: Any) -> None:
+    one, other = (Grounder(PlantedPair(planted_backend(), digit * 64)) for digit in "12")
+    keys = [
+        one.encode(QUARTER).key,
+        one.encode(video(60.0, dog=(8, 16))).key,
+        other.encode(QUARTER).key,
+        Grounder(PlantedPair(planted_backend(Decoding(num_segments=64)))).encode(QUARTER).key,
+    ]
+    assert len(set(keys)) == 4
+    # Neither the name nor the duration changes what the network sees.
+    assert one.encode(video(30.0, dog=(8, 15))).key == keys[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "text", "pickle", "empty", "another", "shapes"])
+def test_a_damaged_encoding_is_refused_in_one_sentence(grounder: Grounder, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "video.npz"
+    encoded = grounder.encode(QUARTER)
+    encoded.save(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "changed":
+        object.__setattr__(encoded, "features", encoded.features + 1)
+        encoded.save(path)
+    elif damage == "text":
+        path.write_text("not an archive")
+    elif damage == "pickle":
+        np.savez(path, about=np.array([{}], object), features=encoded.features, spans=encoded.spans)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "another":
+        np.savez(path, features=encoded.features)
+    elif damage == "shapes":
+        object.__setattr__(encoded, "spans", encoded.spans[1:])
+        encoded.save(path)
+    with pytest.raises(FeatureError, match="encode the video again") as told:
+        EncodedVideo.load(path)
+    assert str(told.value).count("\n") == 0
+    with pytest.raises(FeatureError, match="does not exist"):
+        EncodedVideo.load(tmp_path / "absent.npz")
+
+
+def test_an_encoding_of_another_model_is_refused(planted_backend: Any, pair: PlantedPair) -> None:
+    encoded = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
+    with pytest.raises(FeatureError, match=r"encoded by another model .*222222.*111111"):
+        Grounder(pair).ground(encoded, "dog")
+    assert pair.asked == []
+
+
+def test_an_encoding_of_another_width_is_refused(grounder: Grounder) -> None:
+    encoded = grounder.encode(QUARTER)
+    narrow = dataclasses.replace(encoded, features=encoded.features[:5], key="")
+    with pytest.raises(FeatureError, match=r"shape \(5, 32\) and this model takes \(8, 32\)"):
+        grounder.ground(narrow, "dog")
+    with pytest.raises(FeatureError, match="9 wide and this model takes"):
+        grounder.encode(video(10.0, dim=9, dog=(0, 3)))
+
+
+def test_a_whole_model_encodes_nothing_and_says_how_to_split_it(planted_backend: Any, grounder: Grounder) -> None:
+    whole = Grounder(planted_backend())
+    with pytest.raises(ModelFileError, match=r"export\.to_onnx --split"):
+        whole.encode(QUARTER)
+    with pytest.raises(ModelFileError, match="is encoded and this model is whole"):
+        whole.ground(grounder.encode(QUARTER), "dog")
+
+
+def test_a_prepared_video_has_batches_of_its_own(grounder: Grounder, pair: PlantedPair) -> None:
+    pair.prepare = lambda features: np.tile(features.T, (4, 1))  # type: ignore[attr-defined]
+    subject = video(10.0, cat=(0, 3))
+    prepared = grounder.encode(QUARTER, prepare=True)
+    assert prepared.prepared is not None
+    assert grounder.encode(grounder.encode(QUARTER), prepare=True).key == prepared.key
+    pairs = [(prepared, "dog"), (subject, "cat"), (prepared, "person dog"), (subject, "dog"), (prepared, "cat")]
+    found = grounder.ground_batch(pairs)
+    assert sorted(pair.asked) == [(2, 1), (3, 1)]
+    assert found == [grounder.ground(QUARTER if asked is prepared else asked, query) for asked, query in pairs]
+
+
+def test_what_cannot_be_prepared_says_so(grounder: Grounder, pair_files: Path, mini: Path) -> None:
+    with pytest.raises(ModelFileError, match="leave prepare=True out"):
+        grounder.encode(QUARTER, prepare=True)
+    with pytest.raises(ModelFileError, match="--split --prepare"):
+        Grounder.load(pair_files, "cpu").encode(DataSet(mini).video("AAAA1"), prepare=True)
+
+
+# Real files from here on: the tiny graph, and the same cut by hand.
+
+
+@pytest.fixture(scope="module")
+def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
+    """The query part of `tiny_model`, its video part beside it."""
+    directory = tmp_path_factory.mktemp("pair")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    encoded = helper.make_tensor_value_info("encoded_features", kinds.FLOAT, ["video", 16, 32])
+
+    def save(name: str, graph: Any, manifest: Manifest) -> Path:
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, directory / name)
+        return directory / name
+
+    features = helper.make_tensor_value_info("segment_features", kinds.FLOAT, ["video", 32, 16])
+    node = helper.make_node("Transpose", ["segment_features"], ["encoded_features"], perm=[0, 2, 1])
+    video_graph = helper.make_graph([node], "video", [features], [encoded])
+    video_file = save("tiny.video.onnx", video_graph, dataclasses.replace(tiny_manifest, part="video"))
+
+    whole = onnx.load(tiny_model).graph
+    inputs = [value for value in whole.input if value.name != "segment_features"]
+    inputs += [helper.make_tensor_value_info("video_index", kinds.INT32, ["B"]), encoded]
+    next(value for value in inputs if value.name == "segment_spans").type.tensor_type.shape.dim[0].dim_param = "video"
+    nodes = [
+        helper.make_node("Gather", ["encoded_features", "video_index"], ["asked"], axis=0),
+        helper.make_node("Transpose", ["asked"], ["segment_features"], perm=[0, 2, 1]),
+        *whole.node,
+    ]
+    query_graph = helper.make_graph(nodes, "query", inputs, list(whole.output), list(whole.initializer))
+    from runtime.files import sha256
+
+    named = dataclasses.replace(tiny_manifest, part="query", video_part={"tiny.video.onnx": sha256(video_file)})
+    return save("tiny.query.onnx", query_graph, named)
+
+
+@pytest.fixture
+def copied(pair_files: Path, tmp_path: Path) -> Path:
+    for path in pair_files.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    return tmp_path / pair_files.name
+
+
+def test_the_query_part_opens_both(pair_files: Path, tiny_model: Path, mini: Path) -> None:
+    subject = DataSet(mini).video("AAAA1")
+    wanted = Grounder.load(tiny_model, "cpu").ground(subject, "person opens the door")
+    split = Grounder.load(pair_files, "cpu")
+    assert split.is_pair
+    assert split.ground(subject, "person opens the door") == wanted
+    assert split.ground(split.encode(subject), "person opens the door") == wanted
+
+
+def test_the_video_part_alone_is_refused(pair_files: Path) -> None:
+    with pytest.raises(ModelFileError, match="give the query part"):
+        open_backend(pair_files.with_name("tiny.video.onnx"), "cpu")
+
+
+def test_a_video_part_that_is_missing_or_another_is_refused(copied: Path) -> None:
+    part = copied.with_name("tiny.video.onnx")
+    content = part.read_bytes()
+    part.write_bytes(content + b"\0")
+    with pytest.raises(ModelFileError, match=r"is not the file that tiny\.query\.onnx was made with"):
+        open_backend(copied, "cpu")
+    part.unlink()
+    with pytest.raises(ModelFileError, match=r"needs tiny\.video\.onnx beside it"):
+        open_backend(copied, "cpu")
+
+
+def test_a_query_part_that_names_no_video_part_is_refused(copied: Path) -> None:
+    model = onnx.load(copied)
+    manifest = Manifest.from_json(model.metadata_props[0].value)
+    onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest, video_part={}).to_json()})
+    onnx.save(model, copied)
+    with pytest.raises(ModelFileError, match="names 0 video parts and needs one"):
+        open_backend(copied, "cpu")
+
+
+def test_evaluation_of_a_pair_is_that_of_the_whole_and_encodes_each_video_once(
+    pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set = DataSet(mini)
+    annotations = data_set.annotations("test")
+    wanted = evaluate(Grounder.load(tiny_model, "cpu"), data_set, annotations)
+    split = Grounder.load(pair_files, "cpu")
+    encoded: list[int] = []
+    original = split.backend.encode  # type: ignore[attr-defined]
+    monkeypatch.setattr(split.backend, "encode", lambda rows: encoded.append(len(rows)) or original(rows))
+    found = evaluate(split, data_set, annotations, batch_size=2)
+    assert found.report == wanted.report
+    np.testing.assert_array_equal(found.picks[0.5], wanted.picks[0.5])
+    assert sum(encoded) == len({annotation.video for annotation in annotations})
+
+
+def test_the_commands_take_the_query_part(pair_files: Path, mini: Path, run_command: Callable[..., Any]) -> None:
+    words = ("--model", pair_files, "--data", mini, "--device", "cpu")
+    outcome = run_command(infer, *words, "--video", "AAAA1", "--query", "person opens the door")
+    assert outcome.code == 0, outcome.err
+    assert "AAAA1" in outcome.out
+    for ablation in ("none", "shuffled", "blind"):
+        outcome = run_command(evaluate_command, *words, "--ablation", ablation)
+        assert outcome.code == 0, outcome.err
+
+
+def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
+    pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on a CPU: tensors are bound, and of encodings the last few are kept."""
+    monkeypatch.setattr("runtime.backends.ort.KEPT_ON_DEVICE", 2)
+    data_set = DataSet(mini)
+    subjects = [data_set.video(name) for name in ("AAAA1", "BBBB2", "CCCC3")]
+    pairs = [(subject, query) for subject in subjects for query in ("person opens the door", "person sits")]
+    wanted = Grounder.load(tiny_model, "cpu").ground_batch(pairs)
+    split = Grounder.load(pair_files, "cpu")
+    backend: Any = split.backend
+    placed: list[int] = []
+    original = backend._query.resident
+    monkeypatch.setattr(backend._query, "resident", lambda array: placed.append(len(array)) or original(array))
+    for session in (backend._query, backend._video):
+        monkeypatch.setattr(session, "binds", True)
+    assert [split.ground(*pair) for pair in pairs] == wanted
+    assert placed == [1, 1, 1]
+    assert split.ground(*pairs[0]) == wanted[0]
+    assert placed == [1] * 4
+    assert split.ground_batch(pairs) == wanted
+    with pytest.raises(ShapeError, match="does not take this batch"):
+        backend.encode(np.zeros((1, 32, 5), np.float32))
+
+
+def test_nothing_an_encoding_is_told_goes_unchecked() -> None:
+    features, spans = np.zeros((8, 4), np.float32), np.zeros((4, 2), np.float32)
+    for wrong in ((features, spans[1:], 1.0), (features[0], spans, 1.0), (features.astype(int), spans, 1.0)):
+        with pytest.raises(FeatureError, match="shape"):
+            EncodedVideo(*wrong)
+    with pytest.raises(GroundingError, match="duration"):
+        EncodedVideo(features, spans, float("nan"))

@@ -1,0 +1,862 @@
+"""`runtime.backends.trt` and what it stands on: engines answer as their graphs, on a stand-in for CUDA and TensorRT."""
+
+from __future__ import annotations
+
+import ctypes.util
+import dataclasses
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.backends import open_backend, plans
+from runtime.backends.cuda import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
+from runtime.backends.network import MOST_PROGRAMS, close_all
+from runtime.backends.shapes import (
+    ALIGNMENT,
+    AXES,
+    Domain,
+    asked,
+    bucket,
+    choose,
+    domain,
+    layout,
+    pieces,
+    pieces_by_video,
+)
+from runtime.backends.trt import Bank, TensorRTBackend, TensorRTPair, from_bfloat16, open_engine, to_bfloat16
+from runtime.encodings import EncodedVideo
+from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.files import sha256
+from runtime.grounder import Grounder
+from runtime.manifest import Manifest
+from runtime.sidecar import Sidecar, path_beside
+from runtime.tensors import Batch, Heads
+from tests.runtime.standin import VERSIONS, Driver, Engine, Library, counted, write_plan
+from tests.tolerances import HALF
+
+LONGEST = 12
+# Batch sizes change how ONNX Runtime sums.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """A small network as ONNX, whole and in two parts."""
+
+    whole: Path
+    video: Path
+    query: Path
+    manifest: Manifest
+    query_manifest: Manifest
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    for name in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} makes and computes the graphs")
+    import onnx
+
+    from export.split import split_graph, write_pair
+    from export.to_onnx import export_model
+    from runtime.manifest import METADATA_KEY
+    from tests.export.conftest import TINY, lively, manifest
+
+    path = tmp_path_factory.mktemp("graphs") / "drn.onnx"
+    about = manifest(TINY)
+    model = export_model(lively(TINY), about)
+    onnx.save(model, path)
+    video, query = write_pair(*split_graph(model), path)
+    told = {entry.key: entry.value for entry in onnx.load(query).metadata_props}
+    return Graphs(path, video, query, about, Manifest.from_json(told[METADATA_KEY]))
+
+
+def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 0) -> Batch:
+    """Return random queries of these lengths, padded to `width`, each on a video of its own."""
+    from tests.export.conftest import TINY, random_inputs
+
+    longest = max(width, max(lengths))
+    return Batch(*(values.numpy() for values in random_inputs(TINY, list(lengths), longest, seed)))
+
+
+def profile(
+    batch: tuple[int, int, int], part: str = "whole", videos: tuple[int, int, int] = (1, 2, 3)
+) -> dict[str, Any]:
+    sizes = {"batch": batch, "query_length": (2, 8, LONGEST), "video": videos}
+    tails = {"segment_features": (16, 16), "segment_spans": (16, 2), "encoded_features": (16, 16)}
+    shapes = {
+        name: [[*(sizes[axis][place] for axis in axes), *tails.get(name, ())] for place in range(3)]
+        for name, axes in AXES[part].items()
+    }
+    return {"name": "p", "batch": batch, "query_length": sizes["query_length"], "shapes": shapes}
+
+
+PROFILES = [profile((1, 1, 1)), profile((2, 4, 8))]
+
+
+class Bench:
+    """A made-up machine, and engines opened on it."""
+
+    def __init__(self, directory: Path, graphs: Graphs, version: str = "10.16.1.11") -> None:
+        self.directory, self.graphs = directory, graphs
+        self.driver = Driver()
+        self.library = Library(self.driver, version)
+        self.cuda = Cuda(self.driver)
+        self.version = version
+
+    def whole(self, profiles: Sequence[dict[str, Any]] = PROFILES, **content: Any) -> TensorRTBackend:
+        plan = self.directory / "drn.fp32.engine"
+        write_plan(plan, self.graphs.whole, profiles, self.graphs.manifest, self.version, **content)
+        return self.open(plan)
+
+    def pair(self, videos: int = 3, types: dict[str, str] | None = None) -> TensorRTPair:
+        (name,) = self.graphs.query_manifest.video_part
+        video_manifest = dataclasses.replace(self.graphs.manifest, part="video")
+        write_plan(
+            (self.directory / name).with_suffix(".engine"),
+            self.graphs.video,
+            [profile((1, 1, 1), "video", (1, 2, 3))],
+            video_manifest,
+            self.version,
+            types,
+        )
+        plan = self.directory / "drn.query.engine"
+        both = [profile((1, 1, 1), "query", (1, 2, videos)), profile((2, 4, 8), "query", (1, 2, videos))]
+        write_plan(plan, self.graphs.query, both, self.graphs.query_manifest, self.version, types)
+        return self.open(plan)
+
+    def open(self, plan: Path) -> Any:
+        return open_engine(plan, library=self.library, cuda=self.cuda)
+
+    def calls(self, run: Callable[[], Any]) -> list[str]:
+        """Return the driver's calls that something makes."""
+        before = len(self.driver.calls)
+        run()
+        return [name for name in self.driver.calls[before:] if name != "cuCtxSetCurrent"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, graphs: Graphs) -> Bench:
+    return Bench(tmp_path, graphs)
+
+
+def known(pair: TensorRTPair, batch: Batch) -> list[EncodedVideo]:
+    encoded = pair.encode(batch.segment_features)
+    return [EncodedVideo(features, spans, 1.0) for features, spans in zip(encoded, batch.segment_spans, strict=True)]
+
+
+def reference(graphs: Graphs, batch: Batch) -> Heads:
+    return open_backend(graphs.whole, "cpu", 1).run(batch)
+
+
+def assert_same(found: Heads, expected: Heads, **close: float) -> None:
+    for name, values in vars(expected).items():
+        given_values = getattr(found, name)
+        assert given_values.dtype == np.float32
+        assert given_values.shape == values.shape
+        np.testing.assert_allclose(given_values, values, **(close or CLOSE), err_msg=name)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_engine_gives_the_moments_of_its_graph(tmp_path: Path, graphs: Graphs, version: str) -> None:
+    backend = Bench(tmp_path, graphs, version).whole()
+    model = open_backend(graphs.whole, "cpu", 1)
+    from runtime.decoding import decode
+
+    # Every kind of size three times: plainly, with what is then captured, and from the graph.
+    for seed in range(3):
+        for lengths in ([5], [1], [12], [3, 7], [2, 5, 5, 9, 1], [4] * 8, [6] * 19):
+            batch = batch_of(lengths, seed)
+            found, expected = backend.run(batch), model.run(batch)
+            assert_same(found, expected)
+            decoding = backend.manifest.decoding
+            np.testing.assert_allclose(decode(found, decoding, 5), decode(expected, decoding, 5), atol=1e-4)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_pair_answers_as_the_whole(tmp_path: Path, graphs: Graphs, version: str) -> None:
+    pair = Bench(tmp_path, graphs, version).pair()
+    for seed in range(3):
+        batch = batch_of([5, 2, 9, 1, 12, 3, 3, 8, 7, 4], seed)
+        expected = reference(graphs, batch)
+        assert_same(pair.run(batch), expected)
+        encoded = pair.encode(batch.segment_features)
+        assert encoded.shape == (10, 16, 16)
+        videos = known(pair, batch)
+        index = np.array([4, 4, 0, 9, 4, 0, 1, 2, 3, 9], np.int32)
+        asked = Batch(batch.query_tokens, batch.query_length, batch.segment_features[index], batch.segment_spans[index])
+        assert_same(pair.ask(batch.query_tokens, batch.query_length, videos, index), reference(graphs, asked))
+
+
+def test_no_video_of_a_batch_is_taken_for_one_of_another(bench: Bench, graphs: Graphs) -> None:
+    pair = bench.pair(videos=3)
+    for seed in range(3):
+        batch = batch_of([5, 2], seed)
+        assert_same(pair.run(batch), reference(graphs, batch))
+
+
+def test_a_grounder_takes_an_engine(bench: Bench, graphs: Graphs) -> None:
+    from runtime import Video
+
+    video = Video(np.random.default_rng(0).random((40, 16), np.float32), 30.0, 400)
+    engine, graph = Grounder(bench.whole()), Grounder.load(graphs.whole, "cpu", 1)
+    for query in ("word1 word2", "word3 word7 word1 word5 word9", "word4"):
+        for ours, theirs in zip(engine.ground(video, query), graph.ground(video, query), strict=True):
+            assert (ours.start, ours.end) == pytest.approx((theirs.start, theirs.end), abs=1e-3)
+
+
+def test_a_grounder_takes_a_pair_of_engines_and_encoded_videos(bench: Bench, graphs: Graphs) -> None:
+    from runtime import Video
+
+    rng = np.random.default_rng(0)
+    videos = [Video(rng.random((40 + index, 16), np.float32), 30.0, 400) for index in range(5)]
+    engine, graph = Grounder(bench.pair()), Grounder.load(graphs.query, "cpu", 1)
+    encoded = [engine.encode(video) for video in videos]
+    queries = ("word1 word2", "word3 word7 word1 word5 word9", "word4")
+    for seen in (videos, encoded):
+        ours = engine.ground_batch([(video, query) for video in seen for query in queries])
+        theirs = graph.ground_batch([(video, query) for video in videos for query in queries])
+        for found, expected in zip(ours, theirs, strict=True):
+            for moment, other in zip(found, expected, strict=True):
+                assert (moment.start, moment.end) == pytest.approx((other.start, other.end), abs=1e-3)
+    assert len(engine.ground(encoded[0], "word4")) == len(graph.ground(videos[0], "word4"))
+
+
+def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs) -> None:
+    backend = bench.whole([profile((3, 4, 8))])
+    backend.run(batch_of([12] * 4, 1))
+    for batch in (batch_of([9, 10, 11, 12], 2), batch_of([9], 3), batch_of([2, 1], 4, width=12)):
+        assert_same(backend.run(batch), reference(graphs, batch))
+    assert bench.library.runs[-1]["query_tokens"] == (3, 4)
+    # The network's masks hide it as well.
+    assert not bench.library.fed["query_tokens"][:, 2:].any()
+    assert bench.library.fed["query_length"].tolist() == [2, 1, 1]
+
+
+def test_encodings_in_half_precision_stay_in_it(tmp_path: Path, graphs: Graphs) -> None:
+    import onnx
+
+    from export.precision import to_half
+    from export.split import split_graph, write_pair
+
+    half = to_half(onnx.load(graphs.whole), "fp16")
+    video, query = write_pair(*split_graph(half), tmp_path / "drn.onnx")
+    manifest = dataclasses.replace(graphs.query_manifest, video_part={video.name: sha256(video)})
+    pair = Bench(tmp_path, dataclasses.replace(graphs, video=video, query=query, query_manifest=manifest)).pair()
+    batch = batch_of([5, 2, 7])
+    assert pair.encode(batch.segment_features).dtype == np.float16
+    graph = open_backend(query, "cpu", 1)
+    for _ in range(3):
+        assert_same(pair.run(batch), graph.run(batch), rtol=HALF, atol=HALF)
+
+
+def test_bfloat16_encodings_go_in_and_out_as_float32(tmp_path: Path, graphs: Graphs) -> None:
+    pair = Bench(tmp_path, graphs).pair(types={"encoded_features": "BF16"})
+    batch = batch_of([5, 2])
+    encoded = pair.encode(batch.segment_features)
+    assert encoded.dtype == np.float32
+    assert not np.any(encoded.view(np.uint32) & 0xFFFF)
+    assert_same(pair.run(batch), reference(graphs, batch), rtol=0.05, atol=0.1)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**126), max_value=2.0**126))
+def test_bfloat16_is_the_nearest(value: float) -> None:
+    numbers = np.array([value], np.float32)
+    bits = to_bfloat16(numbers)
+    near = [from_bfloat16((bits.astype(np.int64) + step).astype(np.uint16))[0] for step in (-1, 0, 1)]
+    errors = [abs(float(number) - value) for number in near if np.isfinite(number)]
+    assert abs(float(near[1]) - value) == min(errors)
+    assert np.array_equal(to_bfloat16(from_bfloat16(bits)), bits)
+
+
+def test_after_opening_nothing_is_allocated_and_one_wait_ends_a_call(bench: Bench) -> None:
+    backend = bench.whole()
+    batch = batch_of([5, 7, 3])
+    plain = ["cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"]
+    # A new context waits for its profile once.
+    assert bench.calls(lambda: backend.run(batch)) == ["cuStreamSynchronize", *plain]
+    captured = ["cuStreamBeginCapture_v2", *plain[:2], "cuStreamEndCapture", "cuGraphInstantiateWithFlags"]
+    assert bench.calls(lambda: backend.run(batch)) == [*plain, *captured, "cuGraphDestroy"]
+    for seed in range(3):
+        again = batch_of([6, 8, 1], seed)
+        assert bench.calls(lambda again=again: backend.run(again)) == ["cuGraphLaunch", "cuStreamSynchronize"]
+    assert counted(bench.driver.calls)["cuMemAlloc_v2"] == 3
+
+
+def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench) -> None:
+    backend = bench.whole([profile((1, 4, 64))])
+    before = bench.library.contexts
+    for length in (5, 6):
+        for size in (7, 8):
+            backend.run(batch_of([length] * size))
+    assert bench.library.contexts - before == 1
+    for size in (1, 2, 3, 4, 6, 8, 12, 16, 24):
+        for length in (4, 8):
+            for _ in range(2):
+                backend.run(batch_of([length] * size))
+    assert len(backend._network._programs) == MOST_PROGRAMS
+    assert bench.driver.held()["graphs"] == MOST_PROGRAMS
+
+
+def test_contexts_share_a_profile_where_the_version_lets_them(tmp_path: Path, graphs: Graphs) -> None:
+    for version, kept in (("8.6.1", 1), ("10.16.1.11", 2)):
+        bench = Bench(tmp_path, graphs, version)
+        backend = bench.whole([profile((1, 4, 8))])
+        for _ in range(3):
+            for lengths in ([3, 3], [9, 9, 9]):
+                batch = batch_of(lengths)
+                assert_same(backend.run(batch), reference(graphs, batch))
+        assert len(backend._network._programs) == kept
+
+
+def test_rtx_captures_by_itself(tmp_path: Path, graphs: Graphs) -> None:
+    bench = Bench(tmp_path, graphs, "1.7.1.116")
+    backend = bench.whole()
+    for _ in range(3):
+        backend.run(batch_of([5]))
+    assert "cuStreamBeginCapture_v2" not in bench.driver.calls
+
+
+def test_batches_go_through_the_profile_made_for_them(bench: Bench) -> None:
+    backend = bench.whole()
+    for size, expected in ((1, [1]), (2, [2]), (5, [6]), (8, [8]), (19, [8, 8, 3])):
+        bench.library.runs.clear()
+        backend.run(batch_of([4] * size))
+        assert [run["query_length"][0] for run in bench.library.runs] == expected
+
+
+def test_only_encodings_that_are_not_on_the_gpu_are_copied(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = bench.pair(videos=3)
+    batch = batch_of([3] * 5)
+    videos = known(pair, batch)
+
+    copied: list[int] = []
+    upload = pair._network.upload
+    monkeypatch.setattr(pair._network, "upload", lambda address, host: copied.append(address) or upload(address, host))
+
+    def copies(*asked: int) -> int:
+        before, rows = len(copied), slice(0, len(asked))
+        pair.ask(batch.query_tokens[rows], batch.query_length[rows], videos, np.array(asked, np.int32))
+        # Of each video its features and its spans.
+        return (len(copied) - before) // 2
+
+    assert [copies(0), copies(0), copies(0, 1, 2), copies(2, 0, 1)] == [1, 0, 2, 0]
+    # There is room for three, and the one not asked for longest went.
+    assert [copies(1, 0), copies(3), copies(0, 1), copies(2)] == [0, 1, 0, 1]
+    assert copies(0, 1, 2, 3, 4) >= 2
+
+
+def test_the_gpu_is_timed_without_the_copies(bench: Bench) -> None:
+    backend = bench.whole()
+    batch = batch_of([4] * 19)
+    backend.run(batch)
+    assert backend.gpu_ms == 0
+    backend.time_gpu(True)
+    for _ in range(4):
+        backend.run(batch)
+        assert backend.gpu_ms == 3 * bench.library.network_ms
+    assert_same(backend.run(batch), reference(bench.graphs, batch))
+    backend.time_gpu(False)
+    assert_same(backend.run(batch), reference(bench.graphs, batch))
+    assert backend.gpu_ms == 0
+
+
+def test_memory_is_told_and_given_back(bench: Bench) -> None:
+    for open_one in (bench.whole, bench.pair):
+        backend = open_one()
+        for _ in range(2):
+            backend.run(batch_of([4, 4]))
+        report = backend.memory_report()
+        assert report.device == bench.driver.allocated()
+        assert report.total - report.free == report.device
+        assert report.plan > 0
+        assert report.pinned > 0
+        backend.close()
+        assert bench.driver.held() == {}
+        backend.close()
+
+
+def test_what_is_open_at_the_end_of_the_process_is_closed(bench: Bench) -> None:
+    backend = bench.whole()
+    backend.run(batch_of([4]))
+    close_all()
+    assert bench.driver.held() == {}
+
+
+def test_what_is_no_longer_used_is_freed(bench: Bench) -> None:
+    backend = bench.whole()
+    backend.run(batch_of([4]))
+    del backend
+    assert bench.driver.held() == {}
+
+
+def test_a_query_beyond_the_engine_names_the_range_and_the_command(bench: Bench) -> None:
+    backend = bench.whole()
+    with pytest.raises(ShapeError, match=r"13 tokens and this engine takes 2 to 12.*--query-length 2 8 13"):
+        backend.run(batch_of([13]))
+    # What is past the longest query is padding, and is left away.
+    assert len(backend.run(batch_of([4], width=30))) == 1
+
+
+def test_features_of_another_width_are_refused(bench: Bench) -> None:
+    backend = bench.whole()
+    batch = batch_of([4])
+    for features in (batch.segment_features[:, :, :1], batch.segment_features[:, :8]):
+        with pytest.raises(ShapeError, match="segment_features is of shape"):
+            backend.run(dataclasses.replace(batch, segment_features=features))
+    assert_same(backend.run(batch), reference(bench.graphs, batch))
+
+
+def test_an_encoding_of_another_model_is_refused_and_not_kept(bench: Bench) -> None:
+    pair = bench.pair()
+    batch = batch_of([4])
+    odd = EncodedVideo(np.zeros((8, 16), np.float32), batch.segment_spans[0], 1.0)
+    for _ in range(2):
+        with pytest.raises(ShapeError, match="encode the video with this model"):
+            pair.ask(batch.query_tokens, batch.query_length, [odd], np.zeros(1, np.int32))
+    assert_same(pair.run(batch), reference(bench.graphs, batch))
+
+
+def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = bench.whole()
+    bench.library.failing["capture"] = "operation not permitted when stream is capturing"
+    with caplog.at_level(logging.WARNING, "drn"):
+        for seed in range(4):
+            for lengths in ([5], [2, 3]):
+                batch = batch_of(lengths, seed)
+                assert_same(backend.run(batch), reference(bench.graphs, batch))
+    assert [record.message.count("cannot be captured") for record in caplog.records] == [1]
+    assert "operation not permitted" in caplog.text
+    assert "cuGraphLaunch" not in bench.driver.calls
+
+
+@pytest.mark.parametrize("call", ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
+def test_a_driver_that_cannot_capture_is_no_obstacle(bench: Bench, call: str) -> None:
+    backend = bench.whole()
+    bench.driver.failing[call] = 801
+    for seed in range(3):
+        batch = batch_of([5, 2], seed)
+        assert_same(backend.run(batch), reference(bench.graphs, batch))
+
+
+def test_when_memory_is_full_halves_are_tried(bench: Bench) -> None:
+    backend = bench.whole()
+    for lengths in ([4], [4], [9, 9]):
+        backend.run(batch_of(lengths))
+    failing = iter([True, False, False])
+    create = Engine._create
+
+    def sometimes(engine: Engine) -> Any:
+        if next(failing, False):
+            engine._logger.log(1, "CUDA error 2: out of memory")
+            return None
+        return create(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_create", sometimes)
+        backend._network._engine.create_execution_context = lambda strategy: sometimes(backend._network._engine)
+        batch = batch_of([4] * 8, 1)
+        bench.library.runs.clear()
+        assert_same(backend.run(batch), reference(bench.graphs, batch))
+    assert [run["query_length"] for run in bench.library.runs] == [(4,), (4,)]
+    # What was kept for other shapes was given back first.
+    assert len(backend._network._programs) == 1
+
+
+def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench) -> None:
+    backend = bench.whole()
+    batch = batch_of([4] * 4)
+    bench.library.failing["execute_async_v3"] = "Requested amount of GPU memory: CUDA out of memory"
+    with pytest.raises(DeviceError, match=r"memory is full.*2 at once.*smaller batches"):
+        backend.run(batch)
+    del bench.library.failing["execute_async_v3"]
+    assert_same(backend.run(batch), reference(bench.graphs, batch))
+
+
+def test_a_gpu_too_small_for_an_engine_is_an_error_and_nothing_stays(bench: Bench) -> None:
+    bench.driver.room = 6000
+    with pytest.raises(DeviceError, match=r"not enough memory for drn.fp32.engine.*--batch"):
+        bench.whole()
+    assert bench.driver.held() == {}
+
+
+def test_what_tensorrt_says_is_in_the_error(bench: Bench) -> None:
+    backend = bench.whole()
+    bench.library.failing["execute_async_v3"] = "shape mismatch in layer 7"
+    with pytest.raises(DeviceError, match=r"tensorrt 10.16.1.11 could not run.*shape mismatch in layer 7"):
+        backend.run(batch_of([4]))
+
+
+def test_threads_share_an_engine(bench: Bench) -> None:
+    backend = bench.whole()
+    batches = [batch_of([3 + seed, 5], seed) for seed in range(4)]
+    expected = [reference(bench.graphs, batch) for batch in batches]
+    found: list[list[Heads]] = [[] for _ in batches]
+
+    def ask(index: int) -> None:
+        found[index] += [backend.run(batches[index]) for _ in range(10)]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answers, heads in zip(found, expected, strict=True):
+        assert len(answers) == 10
+        for answer in answers:
+            assert_same(answer, heads)
+
+
+def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bench.whole()
+    here = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: here + 1)
+    with pytest.raises(DeviceError, match="was forked"):
+        backend.run(batch_of([4]))
+    calls = len(bench.driver.calls)
+    backend.close()
+    assert len(bench.driver.calls) == calls
+    monkeypatch.undo()
+
+
+def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
+    bench.whole().close()
+    plan = bench.directory / "drn.fp32.engine"
+    plan.write_bytes(plan.read_bytes() + b" ")
+    bench.library.calls.clear()
+    with pytest.raises(ModelFileError, match="is not the plan"):
+        bench.open(plan)
+    assert bench.library.calls == []
+
+
+def test_a_plan_that_does_not_fit_is_not_loaded(bench: Bench) -> None:
+    with pytest.raises(DeviceError, match=r"was built by tensorrt 10\.16\.1\.11 for NVIDIA T4"):
+        bench.whole(gpu="NVIDIA T4, 1, 1 MiB, 7.5")
+    assert bench.library.calls == []
+
+
+def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_words(bench: Bench) -> None:
+    bench.library.failing["deserialize_cuda_engine"] = "serialization version 239 does not match 240"
+    with pytest.raises(DeviceError, match=r"does not match 240; build it again: `python -m export.build_engine"):
+        bench.whole()
+    assert bench.driver.held() == {}
+
+
+def test_host_code_is_allowed_only_where_the_sidecar_says_so(bench: Bench) -> None:
+    bench.whole()
+    bench.whole(options={"version_compatible": True})
+    assert bench.library.calls == [("deserialize_cuda_engine", False), ("deserialize_cuda_engine", True)]
+
+
+def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> None:
+    plan = bench.directory / "odd.engine"
+    write_plan(plan, graphs.video, [profile((1, 1, 1), "video")], graphs.manifest, bench.version)
+    with pytest.raises(ModelFileError, match=r"not an engine of ours: .*query_tokens"):
+        bench.open(plan)
+    assert bench.driver.held() == {}
+
+
+def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
+    bench.pair().close()
+    query, video = bench.directory / "drn.query.engine", bench.directory / "drn.video.engine"
+    with pytest.raises(ModelFileError, match=r"give the query part"):
+        bench.open(video)
+    about = json.loads(path_beside(video).read_text())
+    about["sha256"] = {video.name: about["sha256"][video.name]}
+    path_beside(video).write_text(json.dumps(about))
+    with pytest.raises(ModelFileError, match=r"is not the video part that drn\.query\.engine was made with"):
+        bench.open(query)
+    video.unlink()
+    with pytest.raises(ModelFileError, match=r"needs its video part drn\.video\.engine beside it"):
+        bench.open(query)
+
+
+def test_the_cpu_is_refused(bench: Bench) -> None:
+    bench.whole()
+    with pytest.raises(DeviceError, match="runs on a GPU only"):
+        open_backend(bench.directory / "drn.fp32.engine", "cpu")
+
+
+def test_an_engine_is_opened_by_its_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.whole()
+    monkeypatch.setattr("runtime.backends.trt.Cuda", lambda: bench.cuda)
+    monkeypatch.setattr("runtime.backends.trt._import", lambda names: ({("tensorrt",): bench.library}[names], ""))
+    grounder = Grounder.load(bench.directory / "drn.fp32.engine", "cuda", 2)
+    assert isinstance(grounder.backend, TensorRTBackend)
+    assert grounder.backend.device == "cuda"
+
+
+def test_without_a_gpu_tensorrt_is_not_touched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.whole()
+
+    def absent() -> Cuda:
+        raise DeviceError("There is no CUDA driver here.")
+
+    monkeypatch.setattr("runtime.backends.trt.Cuda", absent)
+    monkeypatch.setattr("runtime.backends.trt._import", lambda names: pytest.fail(f"imports {names}"))
+    with pytest.raises(DeviceError, match=r"no CUDA driver here\); run .*drn.onnx on the CPU"):
+        open_backend(bench.directory / "drn.fp32.engine")
+
+
+H100 = plans.Machine("tensorrt 10.16.0", "NVIDIA H100", "9.0")
+
+
+def sidecar_of(**content: Any) -> Sidecar:
+    from tests.export.conftest import TINY, manifest
+
+    about = dataclasses.replace(manifest(TINY), precision="int8", sources={"drn.pt": "0", "drn.onnx": "1"})
+    profiles = [
+        {"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16]},
+        {"name": "several queries", "batch": [2, 8, 32], "query_length": [1, 8, 16]},
+    ]
+    known = {
+        "library": "tensorrt 10.16.0",
+        "target": "tensorrt",
+        "gpu": "NVIDIA H100, 580.1, 81559 MiB, 9.0",
+        "compute_capabilities": [],
+        "options": {"version_compatible": False, "hardware_compatible": False},
+        "profiles": profiles,
+        "sha256": {"drn.int8.engine": "2", "drn.int8.onnx": "3"},
+    }
+    return Sidecar(about, {**known, **content})
+
+
+COMPATIBLE = {"options": {"version_compatible": True}}
+HARDWARE = {"options": {"hardware_compatible": True}}
+RTX = {"target": "tensorrt-rtx", "library": "tensorrt_rtx 1.7.1", "gpu": None, "compute_capabilities": ["8.6", "8.9"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "changed", "told"),
+    [
+        ({}, {}, None),
+        ({}, {"gpu": "NVIDIA H100 MIG 1g.10gb"}, "this machine has NVIDIA H100 MIG 1g.10gb"),
+        ({}, {"gpu": "NVIDIA H200"}, "for NVIDIA H100 (9.0), and this machine has NVIDIA H200 (9.0)"),
+        ({}, {"capability": "8.0"}, "this machine has NVIDIA H100 (8.0)"),
+        ({}, {"library": "tensorrt 10.16.1"}, "tensorrt 10.16.0 for NVIDIA H100 (9.0), and this machine has tensorrt"),
+        ({}, {"library": "tensorrt_rtx 1.7.1"}, "this machine has tensorrt_rtx 1.7.1; install tensorrt 10.16.0"),
+        ({}, {"library": None, "why_no_library": "No module"}, "cannot be imported here (No module)"),
+        ({}, {"gpu": None, "why_no_gpu": "no driver"}, "no GPU can be used here (no driver)"),
+        (COMPATIBLE, {"library": "tensorrt 10.16.1"}, None),
+        (COMPATIBLE, {"library": "tensorrt 10.20.0"}, None),
+        (COMPATIBLE, {"library": "tensorrt_lean 10.16.0"}, None),
+        (COMPATIBLE, {"library": "tensorrt 10.9.0"}, "this machine has tensorrt 10.9.0"),
+        (COMPATIBLE, {"library": "tensorrt 11.4.0"}, "this machine has tensorrt 11.4.0"),
+        (COMPATIBLE, {"gpu": "NVIDIA H200"}, "this machine has NVIDIA H200"),
+        (HARDWARE, {"gpu": "NVIDIA A100", "capability": "8.0"}, None),
+        (HARDWARE, {"gpu": "NVIDIA B200", "capability": "10.0"}, None),
+        (HARDWARE, {"gpu": "NVIDIA T4", "capability": "7.5"}, "for Ampere and later, and this machine has NVIDIA T4"),
+        (RTX, {"library": "tensorrt_rtx 1.7.1", "gpu": "RTX 3090", "capability": "8.6"}, None),
+        (RTX, {"library": "tensorrt_rtx 1.7.1"}, "for compute capability 8.6, 8.9, and this machine has NVIDIA H100"),
+        ({"gpu": None}, {"gpu": "anything", "capability": "8.0"}, None),
+    ],
+)
+def test_both_sides_are_named_where_a_plan_does_not_fit(
+    content: dict[str, Any], changed: dict[str, Any], told: str | None
+) -> None:
+    machine = dataclasses.replace(H100, **changed)
+    reason = plans.misfit(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
+    if told is None:
+        assert reason is None
+    else:
+        assert told in str(reason)
+        assert str(reason).startswith("drn.int8.engine was built by")
+        assert "python -m export.build_engine" in str(reason) or "models/drn.int8.onnx on the CPU" in str(reason)
+
+
+def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
+    pytest.importorskip("onnx")
+    from export.build_engine import build_engine
+
+    plan = Path("models/drn.int8.engine")
+    command = plans.rebuild_command(plan, sidecar_of(options={"version_compatible": True, "hardware_compatible": True}))
+    assert command == (
+        "python -m export.build_engine --model models/drn.onnx --precision int8 --target tensorrt --data DIR "
+        "--batch 1 8 32 --query-length 1 8 16 --version-compatible --hardware-compatible "
+        "--output models/drn.int8.engine"
+    )
+    known = inspect.signature(build_engine).parameters
+    flags = [word[2:].replace("-", "_") for word in command.split() if word.startswith("--")]
+    assert set(flags) <= set(known)
+
+
+def test_a_lean_runtime_is_looked_for_only_where_it_will_do() -> None:
+    assert plans.libraries({"target": "tensorrt"}) == ("tensorrt",)
+    assert plans.libraries({"target": "tensorrt", **COMPATIBLE}) == ("tensorrt", "tensorrt_lean")
+    assert plans.libraries(RTX) == ("tensorrt_rtx",)
+    assert plans.libraries({"target": "abacus"}) == ()
+
+
+@given(st.integers(1, 5000))
+def test_padding_is_at_most_a_third(size: int) -> None:
+    padded = bucket(size)
+    assert size <= padded
+    assert padded - size <= padded / 3
+    assert bucket(padded) == padded
+
+
+def test_few_sizes_are_left() -> None:
+    assert sorted({bucket(size) for size in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+
+
+def domains(*batches: tuple[int, int, int]) -> list[Domain]:
+    made = []
+    for index, batch in enumerate(batches):
+        shapes = {name: [tuple(shape) for shape in trio] for name, trio in profile(batch)["shapes"].items()}
+        made.append(domain(index, AXES["whole"], shapes))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "index", "padded"),
+    [(1, 1, 0, (1, 4)), (2, 5, 1, (2, 6)), (5, 9, 1, (6, 12)), (7, 12, 1, (8, 12)), (10, 11, 2, (12, 12))],
+)
+def test_the_profile_with_the_least_padding_is_taken(
+    batch: int, length: int, index: int, padded: tuple[int, int]
+) -> None:
+    chosen, sizes = choose(domains((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length})
+    assert chosen.index == index
+    assert (sizes["batch"], sizes["query_length"]) == padded
+
+
+def test_a_request_beyond_every_profile_names_the_ranges() -> None:
+    with pytest.raises(ShapeError, match=r"batch 1 to 1, query_length 2 to 12 or batch 2 to 8.*batch 9"):
+        choose(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4))
+def test_pieces_hold_every_row_once_and_few_videos(which: list[int], largest: int, most: int) -> None:
+    index, videos = np.array(which, np.int32), max(which) + 1
+    parts = list(pieces_by_video(index, largest, most, videos))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(which)))
+    for rows in parts:
+        assert 1 <= len(rows) <= largest
+        needed, row_asks = asked(index[rows], videos, most)
+        assert len(needed) <= most
+        assert np.array_equal(needed[row_asks], index[rows])
+    plain = [row for part in pieces(len(which), largest) for row in range(len(which))[part]]
+    assert plain == list(range(len(which)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["f4", "f2", "i4"])), min_size=1, max_size=6))
+def test_tensors_lie_side_by_side_aligned_and_apart(tensors: list[tuple[int, str]]) -> None:
+    shapes = {str(number): (size, 3) for number, (size, _) in enumerate(tensors)}
+    dtypes = {str(number): np.dtype(kind) for number, (_, kind) in enumerate(tensors)}
+    regions, size = layout(shapes, dtypes)
+    buffer = np.zeros(size, np.uint8)
+    for region in regions.values():
+        assert region.offset % ALIGNMENT == 0
+        view = region.view(buffer)
+        assert view.shape == region.shape
+        assert not view.any()
+        view[...] = 1
+
+
+@given(st.integers(1, 5), st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5, unique=True)))
+def test_a_bank_always_knows_what_is_where(slots: int, asked: list[list[str]]) -> None:
+    bank, content = Bank(slots), {}
+    recent: list[str] = []
+    for keys in (some[:slots] for some in asked):
+        places, missing = bank.place(keys)
+        assert len(set(places.tolist())) == len(keys)
+        for position in missing:
+            content[int(places[position])] = keys[position]
+        assert [content[slot] for slot in places.tolist()] == keys
+        # Those asked for last are there still.
+        recent = [key for key in recent if key not in keys] + keys
+        assert set(recent[-slots:]) == set(content.values())
+
+
+def test_a_failed_call_is_named_with_the_drivers_words() -> None:
+    driver = Driver()
+    cuda = Cuda(driver)
+    assert (cuda.name, cuda.capability, cuda.driver) == ("NVIDIA H100", "9.0", "13.0")
+    with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_VALUE, code 1"):
+        cuda.free(3)
+    driver.room = 100
+    with pytest.raises(OutOfDeviceMemory, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        cuda.allocate(200)
+
+
+def test_a_driver_without_gpus_or_too_old_is_an_error() -> None:
+    with pytest.raises(DeviceError, match="shows no GPU"):
+        Cuda(Driver(devices=0))
+    driver = Driver()
+    names = {name: getattr(driver, name) for name in SIGNATURES if name != "cuGraphInstantiateWithFlags"}
+    with pytest.raises(DeviceError, match="too old: it has no cuGraphInstantiateWithFlags"):
+        Cuda(type("Old", (), {name: staticmethod(call) for name, call in names.items()}))
+
+
+def test_a_machine_without_a_driver_says_so() -> None:
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has a CUDA driver")
+    with pytest.raises(DeviceError, match="no CUDA driver here"):
+        Cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.parametrize("split", [False, True])
+def test_a_real_engine_answers_as_its_graph(tmp_path: Path, graphs: Graphs, split: bool) -> None:
+    """As `test_an_engine_gives_the_moments_of_its_graph`, with TensorRT's own kernels and CUDA's own graphs."""
+    if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        pytest.skip("neither TensorRT nor TensorRT-RTX is installed")
+    try:
+        cuda = Cuda()
+    except DeviceError as error:
+        pytest.skip(f"an engine runs on a GPU: {error}")
+    backend = real_pair(tmp_path, graphs, cuda) if split else real_whole(tmp_path, graphs, cuda)
+    for seed in range(4):
+        for lengths in ([5], [3, 7], [2, 5, 5, 9, 2], [6] * 19):
+            batch = batch_of(lengths, seed)
+            expected = reference(graphs, batch)
+            for name, values in vars(backend.run(batch)).items():
+                largest = float(np.abs(getattr(expected, name)).max())
+                np.testing.assert_allclose(values, getattr(expected, name), atol=HALF * largest, rtol=HALF)
+    backend.time_gpu(True)
+    backend.run(batch_of([5]))
+    assert 0 < backend.gpu_ms < 1000
+    backend.close()
+
+
+def real_plan(plan: Path, graph: Path, shapes: Sequence[dict[str, Any]], manifest: Manifest, cuda: Cuda) -> Path:
+    """Build a plan for the GPU that is here, with whichever TensorRT is."""
+    from export.builder import BuildOptions, build, why_not
+    from export.profiles import Profile
+
+    target = "tensorrt-rtx" if why_not("tensorrt") else "tensorrt"
+    profiles = [
+        Profile(p["name"], p["batch"], p["query_length"], {n: tuple(map(tuple, s)) for n, s in p["shapes"].items()})
+        for p in shapes
+    ]
+    built = build(graph.read_bytes(), BuildOptions(target=target, precision="fp32", profiles=profiles))
+    gpu = f"{cuda.name}, 0, 0, {cuda.capability}"
+    write_plan(plan, graph, shapes, manifest, library=built.library, target=target, gpu=gpu)
+    plan.write_bytes(built.plan)
+    about = json.loads(path_beside(plan).read_text())
+    about["sha256"][plan.name] = sha256(plan)
+    path_beside(plan).write_text(json.dumps(about))
+    return plan
+
+
+def real_whole(directory: Path, graphs: Graphs, cuda: Cuda) -> Any:
+    return open_engine(real_plan(directory / "drn.engine", graphs.whole, PROFILES, graphs.manifest, cuda))
+
+
+def real_pair(directory: Path, graphs: Graphs, cuda: Cuda) -> Any:
+    about = dataclasses.replace(graphs.manifest, part="video")
+    real_plan(directory / "drn.video.engine", graphs.video, [profile((1, 1, 1), "video")], about, cuda)
+    both = [profile((1, 1, 1), "query", (1, 2, 3)), profile((2, 4, 8), "query", (1, 2, 3))]
+    return open_engine(real_plan(directory / "drn.query.engine", graphs.query, both, graphs.query_manifest, cuda))
