@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from calib.errors import CalibrationError
+from runtime.backends import run_pair
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import Batch, Heads
+from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
     import onnx
+
+    from runtime.encodings import EncodedVideo
 
 OUTPUTS = tuple(Heads.__dataclass_fields__)
 
@@ -181,3 +186,39 @@ class GraphBackend:
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch."""
         return Heads(*self._session.run(OUTPUTS, vars(batch)))
+
+
+class GraphPair:
+    """A graph in two parts in memory, cut by `export.split`, as a `runtime.PairBackend`: videos are encoded once."""
+
+    def __init__(
+        self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimised: bool = False
+    ) -> None:
+        properties = {entry.key: entry.value for entry in query.metadata_props}
+        self.manifest = Manifest.from_json(properties.get(METADATA_KEY), "the query part")
+        self._video, self._query = (open_session(part, threads, optimised) for part in (video, query))
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        """Return the encodings of V videos."""
+        return self._video.run(None, {"segment_features": segment_features})[0]
+
+    def ask(
+        self,
+        query_tokens: np.ndarray,
+        query_length: np.ndarray,
+        videos: Sequence[EncodedVideo],
+        video_index: np.ndarray,
+    ) -> Heads:
+        """Return the heads of B queries."""
+        given = {
+            "query_tokens": query_tokens,
+            "query_length": query_length,
+            VIDEO_INDEX: video_index,
+            ENCODED_FEATURES: np.stack([video.features for video in videos]),
+            "segment_spans": np.stack([video.spans for video in videos]),
+        }
+        return Heads(*self._query.run(OUTPUTS, given))
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch."""
+        return run_pair(self, batch)

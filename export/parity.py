@@ -17,7 +17,7 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError, QueryError
-from runtime.evaluation import batches_of, suppressed
+from runtime.evaluation import heads_of, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.metrics import IOU_THRESHOLDS, Report, best_overlap, hits, prior_report, recall_name, report
@@ -217,6 +217,7 @@ def compare(
     *,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
+    known: Heads | None = None,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Parity:
     """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
@@ -228,7 +229,8 @@ def compare(
         annotations: the N queries.
         protocol: whose NMS and hit rule, for both; the reference's own when None.
         batch_size: queries that go through the networks together.
-        on_progress: called with the number of queries answered since the last call.
+        known: what `answers` gave for the reference, for callers that compare several models with it.
+        on_progress: called with the number of queries that one of the two has answered since the last call.
 
     Raises:
         ModelFileError: the two do not take the same words, features or segments.
@@ -238,7 +240,10 @@ def compare(
     if not annotations:
         raise AnnotationError("There are no queries to compare the two models on; choose another split or --limit.")
     check_comparable(reference.manifest, other.manifest)
-    heads = _heads_of((reference, other), data_set, annotations, batch_size, on_progress)
+    _check_queries(other, annotations)
+    if known is None:
+        known = answers(reference, data_set, annotations, batch_size, on_progress)
+    heads = [known, answers(other, data_set, annotations, batch_size, on_progress)]
     prior_truth = None
     if data_set.annotations_path("train").is_file():
         prior_truth = data_set.spans(data_set.annotations("train", invalid="drop"))
@@ -330,30 +335,29 @@ def bootstrap(
     return low, high
 
 
-def _heads_of(
-    models: Sequence[Grounder],
+def _check_queries(model: Grounder, annotations: Sequence[Annotation]) -> None:
+    """Raise QueryError where the second of two models does not take a sentence, before the first is asked all."""
+    for annotation in annotations:
+        try:
+            model.encode_query(annotation.sentence)
+        except QueryError as error:
+            raise QueryError(f"Line {annotation.line}: {error}") from error
+
+
+def answers(
+    model: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    batch_size: int,
-    on_progress: Callable[[int], Any],
-) -> list[Heads]:
-    """Return the heads of all N queries for each model: under 2 kB a query, the videos are let go of."""
-    for annotation in annotations:
-        for model in models[1:]:
-            try:
-                model.encode_query(annotation.sentence)
-            except QueryError as error:
-                raise QueryError(f"Line {annotation.line}: {error}") from error
-    count, locations = len(annotations), models[0].manifest.decoding.num_locations
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[int], Any] = lambda queries: None,
+) -> Heads:
+    """Return the heads of all N queries, in their order: under 2 kB a query, the videos are let go of."""
+    count, locations = len(annotations), model.manifest.decoding.num_locations
     shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
-    gathered = [
-        Heads(**{name: np.empty((count, *shape), np.float32) for name, shape in shapes.items()}) for _ in models
-    ]
-    for rows, batch in batches_of(models[0], data_set, annotations, batch_size):
-        for model, heads in zip(models, gathered, strict=True):
-            found = model.backend.run(batch)
-            for name in shapes:
-                getattr(heads, name)[rows] = getattr(found, name)
+    gathered = Heads(**{name: np.empty((count, *shape), np.float32) for name, shape in shapes.items()})
+    for rows, found in heads_of(model, data_set, annotations, batch_size):
+        for name in shapes:
+            getattr(gathered, name)[rows] = getattr(found, name)
         on_progress(len(rows))
     return gathered
 

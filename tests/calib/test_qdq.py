@@ -31,7 +31,6 @@ from calib.qdq import (
 from calib.table import CalibrationTable
 from runtime.tensors import Batch
 from tests.calib.conftest import altered, weights
-from tests.export.rtx import build_with_rtx
 
 COMPUTED = [
     "prop_fc",
@@ -342,18 +341,3 @@ def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
     assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
     with pytest.raises(CalibrationError, match="opset 19"):
         quantize(model, table, kind="fp8", opset=18)
-
-
-@pytest.mark.rtx
-@pytest.mark.parametrize("opset", [17, 21])
-def test_tensorrt_rtx_builds_int8(model: onnx.ModelProto, table: CalibrationTable, opset: int) -> None:
-    assert len(build_with_rtx(quantize(model, table, opset=opset))) > 10_000
-
-
-@pytest.mark.rtx
-def test_tensorrt_rtx_takes_fp8_and_asks_for_hardware_that_has_it(
-    model: onnx.ModelProto, table: CalibrationTable
-) -> None:
-    # The helper builds for compute capability 8.6, and E4M3 came with 8.9. All else was accepted by then.
-    with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
-        build_with_rtx(quantize(model, table, kind="fp8"))

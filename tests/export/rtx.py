@@ -5,7 +5,6 @@ Its API is TensorRT 11's, strongly typed. What parses and builds here has no ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -13,13 +12,17 @@ import pytest
 
 Range = tuple[int, int, int]
 
+SIZES: dict[str, Range] = {"batch": (1, 4, 8), "query_length": (1, 8, 16), "video": (1, 2, 4)}
+"""Smallest, best and largest of the free sizes of our graphs."""
 
-def build_with_rtx(model: onnx.ModelProto, *, batch: Range = (1, 4, 8), query_length: Range = (1, 8, 16)) -> bytes:
+
+def build_with_rtx(model: onnx.ModelProto, *, capability: str = "8.6", **sizes: Range) -> bytes:
     """Return the plan that TensorRT-RTX builds of `model`; skips the test where TensorRT-RTX is not installed.
 
     Args:
-        model: an exported graph, its free sizes named `batch` and `query_length`.
-        batch, query_length: smallest, best and largest of the optimization profile.
+        model: an exported graph.
+        capability: compute capability of the GPU to build for. 8.6 is that of most RTX cards in use; FP8 needs 8.9.
+        sizes: smallest, best and largest of free sizes, where they are not those of `SIZES`.
 
     Raises:
         AssertionError: it does not parse or does not build; the parser's and builder's own words are in the message.
@@ -46,17 +49,17 @@ def build_with_rtx(model: onnx.ModelProto, *, batch: Range = (1, 4, 8), query_le
     assert parsed, "does not parse: " + "; ".join(errors or logger.lines)
 
     settings = builder.create_builder_config()
-    # Without a GPU there is no current architecture to build for. 8.6 is that of most RTX cards in use.
+    # Without a GPU there is no current architecture to build for.
     settings.num_compute_capabilities = 1
-    settings.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    settings.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
     profile = builder.create_optimization_profile()
-    free: Mapping[str, Range] = {"batch": batch, "query_length": query_length}
+    free = SIZES | sizes
     for value in model.graph.input:
-        sizes = [
+        trios = [
             free[size.dim_param] if size.dim_param else (size.dim_value,) * 3
             for size in value.type.tensor_type.shape.dim
         ]
-        profile.set_shape(value.name, *zip(*sizes, strict=True))
+        profile.set_shape(value.name, *zip(*trios, strict=True))
     settings.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, settings)
     assert plan is not None, "parses but does not build: " + "; ".join(logger.lines)

@@ -42,6 +42,12 @@ def model(models: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def _measure(model: Path, planted: Path, path: Path) -> Path:
+    drawn = draw(DataSet(planted), Grounder.load(model).manifest, samples=48, held_out=16)
+    measure_table(onnx.load(model), drawn, "minmax", threads=1).save(path)
+    return path
+
+
 def test_fp16_writes_a_twin_that_answers_alike(model: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12))
     assert output == model.with_name("drn.fp16.onnx")
@@ -167,6 +173,36 @@ def test_what_does_not_go_together_is_refused_before_any_work(model: Path, tmp_p
         build_engine(model, batch=(4, 2, 1), dry_run=True)
 
 
+def test_a_split_build_makes_a_pair_that_answers_as_the_whole(model: Path, planted: Path) -> None:
+    output = build_engine(model, precision="fp16", data=planted, split=True, query_length=(1, 8, 12), threads=1)
+    assert output == model.with_name("drn.fp16.query.onnx")
+    whole, pair = Grounder.load(model.with_name("drn.fp16.onnx")), Grounder.load(output)
+    assert sha256(model.with_name("drn.fp16.onnx")) in pair.manifest.sources.values()
+    data_set = DataSet(planted)
+    for annotation in data_set.annotations("test")[:4]:
+        video = data_set.video(annotation.video)
+        wanted = whole.ground(video, annotation.sentence)
+        found = pair.ground(pair.encode(video), annotation.sentence)
+        assert [moment.start for moment in found] == pytest.approx([moment.start for moment in wanted], abs=0.05)
+
+
+@pytest.mark.rtx
+def test_a_split_build_makes_two_engines_each_vouched_for(model: Path, planted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    output = build_engine(
+        model, precision="int8", target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12),
+        split=True, videos=16, table=_measure(model, planted, tmp_path / "t.json"), threads=1,
+    )  # fmt: skip
+    assert output.name == "drn.int8.query.engine"
+    query, video = read_sidecar(output), read_sidecar(model.with_name("drn.int8.video.engine"))
+    assert (query.manifest.part, video.manifest.part) == ("query", "video")
+    (named,) = query.manifest.video_part.items()
+    assert named == ("drn.int8.video.onnx", sha256(model.with_name("drn.int8.video.onnx")))
+    assert video.content["sha256"]["drn.int8.video.onnx"] == named[1]
+    assert query.content["profiles"][0]["shapes"]["encoded_features"][2][0] == 16
+    assert query.content["census"]["twin"]["shares"]["int8"] > 0.8
+
+
 def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
     with pytest.raises(GroundingError, match="--workspace: of engines"):
         build_engine(model, target="onnxruntime", workspace=1.0)
@@ -206,8 +242,7 @@ def test_calibration_data_that_does_not_serve_is_refused(model: Path, planted: P
     bias = next(tensor for tensor in changed.graph.initializer if tensor.name == "prop_fc.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
     onnx.save(changed, other)
-    drawn = draw(DataSet(planted), Grounder.load(other).manifest, samples=48, held_out=16)
-    measure_table(changed, drawn, "minmax", threads=1).save(tmp_path / "t.calibration.json")
+    _measure(other, planted, tmp_path / "t.calibration.json")
     with pytest.raises(CalibrationError, match="was measured on a model whose weights"):
         build_engine(model, table=tmp_path / "t.calibration.json", **wanted)
     assert sorted(path.name for path in model.parent.glob("drn.*")) == ["drn.onnx"]

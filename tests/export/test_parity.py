@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.parity import RESAMPLES, Budget, Difference, bootstrap, compare, mcnemar, verdict
+from export.parity import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
 from runtime import Grounder, Vocabulary
 from runtime.annotations import DataSet
 from runtime.decoding import Decoding
@@ -181,13 +181,25 @@ def test_moments_that_coincide_have_no_order_to_change(data_set: DataSet) -> Non
     assert found.order.five == 1
 
 
-def test_both_models_see_the_very_same_batches_once(data_set: DataSet) -> None:
+def test_both_models_see_the_same_batches_once(data_set: DataSet) -> None:
     sides = [Scripted(alone(*TRUTHS)) for _ in range(2)]
     seen: list[int] = []
     annotations = data_set.annotations("test")
     compare(*map(Grounder, sides), data_set, annotations, batch_size=3, on_progress=seen.append)
-    assert [len(batch) for batch in sides[0].batches] == seen == [3, 1]
-    assert all(ours is theirs for ours, theirs in zip(sides[0].batches, sides[1].batches, strict=True))
+    assert [len(batch) for batch in sides[0].batches] == [3, 1]
+    assert seen == [3, 1, 3, 1], "each model tells of its own"
+    for ours, theirs in zip(sides[0].batches, sides[1].batches, strict=True):
+        assert all(np.array_equal(value, vars(theirs)[name]) for name, value in vars(ours).items())
+
+
+def test_what_is_known_of_the_reference_is_not_asked_again(data_set: DataSet) -> None:
+    sides = [Scripted(alone(*TRUTHS)), Scripted(alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)))]
+    annotations = data_set.annotations("test")
+    whole = compare(*map(Grounder, sides), data_set, annotations)
+    known = answers(Grounder(Scripted(alone(*TRUTHS))), data_set, annotations)
+    silent = Scripted(alone(*TRUTHS))
+    assert compare(Grounder(silent), Grounder(sides[1]), data_set, annotations, known=known) == whole
+    assert silent.batches == []
 
 
 def test_the_batch_changes_nothing(data_set: DataSet) -> None:

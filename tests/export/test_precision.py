@@ -26,7 +26,6 @@ from export.to_onnx import INPUTS, OUTPUTS, drn_modules
 from runtime.errors import ShapeError
 from runtime.tensors import Batch
 from tests.export.conftest import CONFIGS, random_inputs
-from tests.export.rtx import build_with_rtx
 from tests.tolerances import HALF
 
 LENGTHS = [4, 9, 1, 12]
@@ -120,13 +119,6 @@ def test_bf16_weights_are_rounded_to_the_nearest(value: float) -> None:
     stored = (np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16).view(np.float32)[0]
     step = 2.0 ** (np.floor(np.log2(max(abs(value), 2.0**-126))) - 7)
     assert abs(float(stored) - value) <= step / 2
-
-
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
-@pytest.mark.rtx
-def test_half_graphs_parse_and_build_in_tensorrt_rtx(kind: str, exported: dict[str, onnx.ModelProto]) -> None:
-    model = raise_opset(exported["tiny"], 22) if kind == "bf16" else exported["tiny"]
-    assert build_with_rtx(to_half(model, kind))  # type: ignore[arg-type]
 
 
 def test_an_unknown_module_and_too_low_an_opset_are_refused(exported: dict[str, onnx.ModelProto]) -> None:

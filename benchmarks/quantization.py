@@ -1,0 +1,165 @@
+"""`python -m benchmarks.quantization`: what each precision and calibration method costs, on every query of a split.
+
+The table of docs/quantization.md. All graphs are computed operator by operator as they stand, as an engine would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import onnx
+from tqdm import tqdm
+
+from benchmarks.cpu import _cpu_name
+from calib.batches import coverage_table, draw
+from calib.calibrate import observe_set
+from calib.graphs import GraphPair, manifest_of, read_graph
+from calib.judge import table_of
+from calib.qdq import quantize
+from calib.ranges import METHODS
+from export.census import census
+from export.parity import Parity, answers, compare, points
+from export.precision import emulated, raise_opset, to_half
+from export.split import split_graph
+from export.twin import OPSETS
+from runtime.annotations import DataSet
+from runtime.command import command
+from runtime.files import write_json
+from runtime.grounder import Grounder
+
+ROW = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One graph and what it costs."""
+
+    precision: str
+    method: str
+    share: float
+    size: float
+    parity: Parity
+
+
+def tabulate(
+    onnx_file: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    samples: int = 512,
+    threads: int = 1,
+    precisions: tuple[str, ...] = ("fp16", "bf16", "int8", "fp8"),
+    output: Path | None = None,
+) -> list[Entry]:
+    """Judge a graph in every precision, and in 8 bits by every method, against FP32.
+
+    Args:
+        onnx_file: the FP32 graph.
+        data: directory in the Charades-STA layout; calibrated on its training split.
+        split: whose queries judge.
+        limit: only the first so many.
+        samples: calibration samples.
+        threads: CPU threads.
+        precisions: which.
+        output: JSON file for the table.
+    """
+    source, data_set = read_graph(onnx_file), DataSet(data)
+    annotations = data_set.annotations(split)[:limit]
+    reference = _grounder(source, threads)
+    with tqdm(total=len(annotations), desc="fp32", unit="query", leave=False, disable=None) as bar:
+        known = answers(reference, data_set, annotations, on_progress=bar.update)
+    drawn = draw(data_set, manifest_of(source), samples)
+    started = time.perf_counter()
+    gains, histograms = observe_set(source, drawn, threads=threads)
+    calibrated_in = time.perf_counter() - started
+    tables = {method: table_of(source, histograms, drawn, method, gains) for method in METHODS}
+    fp32_bytes = len(source.SerializeToString())
+    entries = []
+    for precision, method, graph in _graphs(source, precisions, tables):
+        counted = census(graph)
+        with tqdm(total=len(annotations), desc=f"{precision} {method}", unit="query", leave=False, disable=None) as bar:
+            judged = _grounder(emulated(graph), threads)
+            parity = compare(reference, judged, data_set, annotations, known=known, on_progress=bar.update)
+        size = len(graph.SerializeToString()) / fp32_bytes
+        entries.append(Entry(precision, method, counted.share(precision), size, parity))
+        print(_line(entries[-1]), flush=True)
+    print(_markdown(entries))
+    print(coverage_table(drawn.coverage))
+    if output:
+        versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")}
+        write_json(
+            output,
+            {
+                "date": date.today().isoformat(),
+                "machine": _cpu_name(),
+                "threads": threads,
+                "versions": versions,
+                "split": split,
+                "queries": len(annotations),
+                "simulated_features": data_set.simulated,
+                "coverage": drawn.coverage,
+                "seconds of one calibration pass": calibrated_in,
+                "rows": [
+                    {
+                        "precision": entry.precision,
+                        "method": entry.method,
+                        "share of the multiply-adds": entry.share,
+                        "size of FP32": entry.size,
+                        **entry.parity.to_dict(),
+                    }
+                    for entry in entries
+                ],
+            },
+        )
+    return entries
+
+
+def _graphs(source: onnx.ModelProto, precisions: tuple[str, ...], tables: Any) -> Iterator[tuple[str, str, Any]]:
+    for precision in precisions:
+        if precision in ("fp16", "bf16"):
+            yield precision, "", to_half(raise_opset(source, OPSETS[precision]), precision)  # type: ignore[arg-type]
+            continue
+        for method, table in tables.items():
+            yield precision, method, to_half(quantize(source, table, None, precision, OPSETS[precision]), "fp16")
+
+
+def _grounder(graph: onnx.ModelProto, threads: int) -> Grounder:
+    # Cut in two, so that the queries of one video share its part: the same numbers in less time.
+    return Grounder(GraphPair(*split_graph(graph), threads))
+
+
+def _line(entry: Entry) -> str:
+    parity = entry.parity
+    flips = parity.flips["R@1 IoU=0.7"]
+    recall = " | ".join(f"{100 * parity.other.values[name]:.2f}" for name in ROW)
+    change = " | ".join(points(parity.differences[name].mean) for name in ("R@1 IoU=0.7", "mIoU"))
+    return (
+        f"| {entry.precision.upper()} | {entry.method} | {recall} | {change} | {len(flips.gained)}, {len(flips.lost)} "
+        f"({flips.p_value:.2f}) | {parity.boundaries.p50:.4f}, {parity.boundaries.p99:.3f} | {parity.overlap.mean:.4f} "
+        f"| {100 * entry.share:.1f} % | {entry.size:.2f} |"
+    )
+
+
+def _markdown(entries: list[Entry]) -> str:
+    reference = entries[0].parity.reference
+    recall = " | ".join(f"{100 * reference.values[name]:.2f}" for name in ROW)
+    return "\n".join(
+        [
+            "| precision | method | R@1 IoU=0.5 | R@1 IoU=0.7 | mIoU | change of R@1 0.7 | of mIoU | gained, lost at "
+            "0.7 (McNemar p) | boundary shift p50, p99, s | mean IoU with FP32 | multiply-adds in it | size |",
+            "|" + " --- |" * 12,
+            f"| FP32 | | {recall} | | | | | | 100 % | 1 |",
+            *map(_line, entries),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    command(tabulate)

@@ -1,0 +1,107 @@
+"""Does what was built answer as the FP32 graph? Twins are judged on the CPU, engines where a GPU runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.made import Made, read_source
+from runtime import sidecar
+from runtime.annotations import Annotation, DataSet
+
+if TYPE_CHECKING:
+    import onnx
+
+    from export.job import Job
+    from export.passport import ModelFile
+    from export.verify import Proof
+    from runtime.grounder import Grounder
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Court:
+    """What a twin and an engine are held against: the FP32 graph's answers to a split.
+
+    Attributes:
+        job: the build.
+        source: the FP32 graph.
+        data_set, annotations, split: the queries; None and empty without --data.
+        max_drop: points that may be lost.
+        again: the command that builds the same again.
+        threads: CPU threads.
+    """
+
+    job: Job
+    source: Path
+    data_set: DataSet | None
+    annotations: Sequence[Annotation]
+    split: str
+    max_drop: float
+    again: str
+    threads: int | None
+
+    def judge_twin(self, made: Made) -> Proof:
+        """Hold the twin, as it will be on disk, against the FP32 graph; on the CPU."""
+        import onnx
+
+        from export.precision import emulated
+
+        # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
+        # they are in only where ONNX Runtime is what will answer.
+        graph = emulated(onnx.load_from_string(made.content))
+        optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
+        return self._judge(self._sharing(graph, optimised), made.file(self.job.twin))
+
+    def judge_engine(self, made: Made) -> Proof:
+        """Hold the engine against the FP32 graph; on the GPU."""
+        from export.passport import ModelFile
+        from runtime.grounder import Grounder
+
+        judged = Grounder.load(self.job.output, "cuda")
+        return self._judge(judged, ModelFile.of(self.job.output, made.manifest))
+
+    def _sharing(self, graph: onnx.ModelProto, optimised: bool) -> Grounder:
+        """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
+        two thirds of the time."""
+        from calib.graphs import GraphPair
+        from export.split import split_graph
+        from runtime.grounder import Grounder
+
+        return Grounder(GraphPair(*split_graph(graph), self.threads, optimised))
+
+    def _judge(self, judged: Grounder, file: ModelFile) -> Proof:
+        from export.parity import Budget
+        from export.passport import ModelFile
+        from export.verify import prove
+
+        assert self.data_set is not None
+        log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
+        graph, manifest = read_source(self.source)
+        return prove(
+            (self._sharing(graph, optimised=True), judged),
+            (ModelFile.of(self.source, manifest), file),
+            self.data_set,
+            self.annotations,
+            Budget.of(self.job.precision, self.max_drop),
+            split=self.split,
+            again=self.again,
+        )
+
+    def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None) -> None:
+        """Write the JSON report and the passport of what was judged."""
+        from export.verify import census_table, engine_census_table
+
+        census = census_table(made.census)
+        if engine:
+            told = engine_census_table(sidecar.read_sidecar(engine.path).content["census"])
+            census = (f"{census[0]} {told[0]}" if told else census[0], census[1])
+            if proof.model.path == engine.path:
+                engine = None
+        commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(self.job.output))))
+        proof.write(self.job.beside("parity.json"), self.job.beside("passport.html"), census, engine, commands)

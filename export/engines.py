@@ -1,0 +1,124 @@
+"""A sealed twin, or a part of one, becomes a plan with its sidecar: built, counted, written as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.builder import BuildOptions, Plan, build, cuda_devices, cuda_version, explained
+from export.made import Part
+from runtime import sidecar
+from runtime.backends.cuda import Cuda
+from runtime.errors import PromiseBroken
+from runtime.files import replace_when_whole, sha256, write_json
+
+if TYPE_CHECKING:
+    from export.job import Job
+    from export.passport import ModelFile
+
+log = logging.getLogger("drn")
+
+
+def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) -> ModelFile:
+    """Build the engine, count its precision, and write plan and sidecar."""
+    from export.census import check_engine, engine_census
+    from export.passport import ModelFile
+
+    built = _build(part, options, cache)
+    found = engine_census(built.inspector, len(built.plan)) if built.inspector else None
+    content = _sidecar_content(part, built, options, found, cache)
+    try:
+        if found:
+            check_engine(found, job.precision, part.fp32_weight_bytes)
+    except PromiseBroken as error:
+        rejected = _rejected(part.engine)
+        _write_engine(rejected, built.plan, content)
+        raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
+    _write_engine(part.engine, built.plan, content)
+    measured = (
+        "engine layers: " + ", ".join(f"{n} {kind}" for kind, n in found.layers.items())
+        if found
+        else "its layers can be counted on the GPU only; the twin's are"
+    )
+    print(f"{part.engine}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {measured}.")
+    return ModelFile.of(part.engine, part.manifest)
+
+
+def _rejected(engine: Path) -> Path:
+    return engine.with_name(f"{engine.stem}.rejected.engine")
+
+
+def reject(engine: Path) -> Path:
+    """Take an engine's name from it, and return its new one."""
+    content = dict(sidecar.read_sidecar(engine).content)
+    content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
+    rejected = _rejected(engine)
+    _write_engine(rejected, engine.read_bytes(), content)
+    for old in (sidecar.path_beside(engine), engine):
+        old.unlink()
+    return rejected
+
+
+def _build(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
+    from export.builder import is_strongly_typed, load_library
+
+    library = load_library(options.target)
+    # A weakly typed TensorRT takes the graph without casts and its own flags; what is in the twin would be cast twice.
+    given = part.graph if is_strongly_typed(library) else part.weak
+    log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
+    known = cache.read_bytes() if cache and cache.is_file() else None
+    options = dataclasses.replace(options, profiles=part.profiles, in_fp32=part.in_fp32)
+    with explained("Building the engine"):
+        built = build(given.SerializeToString(), options, known)
+    if cache and built.timing_cache:
+        with replace_when_whole(cache) as temporary:
+            temporary.write_bytes(built.timing_cache)
+    return built
+
+
+def _sidecar_content(part: Part, built: Plan, options: BuildOptions, found: Any, cache: Path | None) -> dict[str, Any]:
+    return {
+        "format": sidecar.FORMAT,
+        "manifest": part.manifest.to_dict(),
+        "library": built.library,
+        "cuda": cuda_version(),
+        "python": sys.version.split()[0],
+        "strongly_typed": built.strongly_typed,
+        "target": options.target,
+        "gpu": _gpu(),
+        "compute_capabilities": list(options.compute_capabilities),
+        "profiles": [dataclasses.asdict(profile) for profile in part.profiles],
+        "options": {
+            "optimization_level": options.optimization_level,
+            "workspace_gib": options.workspace_gib,
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+        },
+        "timing_cache": sha256(cache) if cache and cache.is_file() else None,
+        "census": {"twin": part.census.to_dict(), "engine": found.to_dict() if found else None},
+        "sha256": {part.twin.name: part.twin_hash},
+    }
+
+
+def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
+    """Write plan and sidecar: both are whole before either takes its place, so that no old pair is lost to half a new
+    one."""
+    hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
+    with replace_when_whole(sidecar.path_beside(path)) as beside, replace_when_whole(path) as temporary:
+        temporary.write_bytes(plan)
+        write_json(beside, {**content, "sha256": hashes})
+
+
+def _gpu() -> str | None:
+    """Return name, CUDA version, memory and compute capability of the GPU that is built for, as the driver tells them.
+
+    Not as nvidia-smi does: the runtime compares the name with the driver's.
+    """
+    if not cuda_devices():
+        return None
+    gpu = Cuda()
+    return f"{gpu.name}, CUDA {gpu.driver}, {gpu.memory()[1] >> 20} MiB, {gpu.capability}"

@@ -1,0 +1,205 @@
+"""What one build is to do: its files, its target, and what can be known to be wrong before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from export.builder import BuildOptions, check_options
+from export.made import read_source
+from export.profiles import Profile, Range, profiles
+from export.split import pair_paths
+from export.twin import Precision
+from runtime import sidecar
+from runtime.errors import GroundingError, ModelFileError, OutputError
+from runtime.files import check_writable
+
+# Tokens that an exported checkpoint takes, unless more are asked for.
+LONGEST_QUERY = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The files of one build."""
+
+    model: Path
+    precision: Precision
+    target: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    data: Path | None
+    given_output: Path | None
+    split: bool = False
+
+    @property
+    def stem(self) -> Path:
+        """MODEL without what says its format, as runs/drn for runs/drn.pt and published.pth.tar."""
+        name = self.model.name
+        for suffix in (".pth.tar", ".pth", ".pt", ".onnx", ".tar"):
+            name = name.removesuffix(suffix)
+        return self.model.with_name(name)
+
+    @property
+    def output(self) -> Path:
+        """What runs: of a pair its query part."""
+        if self.given_output:
+            return self.given_output
+        suffix = "onnx" if self.target == "onnxruntime" else "engine"
+        part = "query." if self.split else ""
+        return self.stem.with_name(f"{self.stem.name}.{self.precision}.{part}{suffix}")
+
+    @property
+    def twin(self) -> Path:
+        """The whole graph in the precision asked for."""
+        if self.target == "onnxruntime" and not self.split:
+            return self.output
+        stem = self.output.with_suffix("")
+        if self.split:
+            # The pair takes its names from the whole.
+            return stem.with_name(f"{stem.name.removesuffix('.query')}.onnx")
+        if not stem.name.endswith(f".{self.precision}"):
+            stem = stem.with_name(f"{stem.name}.{self.precision}")
+        return stem.with_name(f"{stem.name}.onnx")
+
+    @property
+    def sidecar(self) -> Path:
+        return sidecar.path_beside(self.output)
+
+    @property
+    def kind(self) -> Literal["onnx", "checkpoint", "published"]:
+        name = self.model.name
+        if name.endswith(".onnx"):
+            return "onnx"
+        return "checkpoint" if name.endswith(".pt") else "published"
+
+    def beside(self, ending: str) -> Path:
+        """Return the path of a file that goes with the output, as drn.int8.plan.json."""
+        stem = self.twin.with_suffix("")
+        return stem.with_name(f"{stem.name}.{ending}")
+
+    def rejected(self, suffix: str) -> Path:
+        """Return where what breaks its promise is kept."""
+        return self.beside(f"rejected.{suffix}")
+
+    def check(
+        self, table: Path | None, plan: Path | None, limit: int | None, keep: Sequence[str], max_drop: float
+    ) -> None:
+        """Raise what can be known to be wrong before any work is done."""
+        if not self.model.is_file():
+            raise ModelFileError(f"The model file {self.model} does not exist; check the path.")
+        if not self.model.name.endswith((".onnx", ".pt", ".pth", ".tar")):
+            raise ModelFileError(f"{self.model.name} should end in .onnx, .pt, .pth or .pth.tar.")
+        if self.output.suffix != (".onnx" if self.target == "onnxruntime" else ".engine"):
+            raise OutputError(
+                f"--output {self.output} should end in {'.onnx' if self.target == 'onnxruntime' else '.engine'} "
+                f"for the target {self.target}."
+            )
+        if self.split and not self.output.name.endswith((".query.onnx", ".query.engine")):
+            raise OutputError(
+                f"--output {self.output} names the query part of the pair that --split makes, and should end in "
+                f".query{self.output.suffix}."
+            )
+        if self.model.resolve() in (self.output.resolve(), self.twin.resolve()):
+            raise OutputError(
+                f"{self.model} would be overwritten by its own {self.precision} form; choose another --output."
+            )
+        narrow = self.precision in ("int8", "fp8")
+        if narrow and self.data is None and table is None:
+            raise GroundingError(f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.")
+        if (table or plan) and not narrow:
+            raise GroundingError(f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.")
+        for given in (table, plan):
+            if given and not given.is_file():
+                raise GroundingError(f"{given} does not exist; check the path.")
+        if plan and not table:
+            raise GroundingError(
+                "--plan was found with one calibration table and holds for it alone; give that with --table."
+            )
+        if self.precision == "fp32" and keep:
+            raise GroundingError("--keep names modules for a higher precision than fp32, and there is none.")
+        if limit is not None and limit < 1:
+            raise GroundingError(f"--limit must be at least 1, and {limit} was given.")
+        if not max_drop >= 0:
+            raise GroundingError(f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.")
+        written = list(dict.fromkeys((self.output, self.twin, self.sidecar)))
+        for path in written:
+            check_writable(path, self.model, table, plan, *(other for other in {*written} - {path}))
+
+    def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str) -> None:
+        """Raise what the library of the target, or the GPU, cannot do; also before any work."""
+        if self.target == "onnxruntime":
+            flags = {
+                "--optimization-level": options.optimization_level,
+                "--workspace": options.workspace_gib,
+                "--timing-cache": timing_cache,
+                "--version-compatible": options.version_compatible,
+                "--hardware-compatible": options.hardware_compatible,
+                "--compute-capability": options.compute_capabilities,
+            }
+            given = [flag for flag, value in flags.items() if value not in (None, False, ())]
+            if given:
+                raise GroundingError(
+                    f"{', '.join(given)}: of engines, and the target is onnxruntime ({why.rstrip('.')}); leave it out, "
+                    "or name a --target that builds one."
+                )
+            return
+        check_options(options)
+
+    def early_profiles(self, batch: Range, query_length: Range) -> list[Profile] | None:
+        """Return the optimization profiles; None where they are known only after a published file is converted."""
+        if self.kind == "published":
+            return None
+        if self.kind == "onnx":
+            return profiles(batch, query_length, read_source(self.model)[1])
+        from train.checkpoints import load_checkpoint
+
+        return profiles(batch, query_length, load_checkpoint(self.model).manifest(max(query_length[2], LONGEST_QUERY)))
+
+    def describe(self, why: str, shapes: Sequence[Profile] | None, options: BuildOptions, samples: int | None) -> str:
+        """Return what a build would do, for --dry-run."""
+        lines = [
+            f"model      {self.model} ({self.kind})",
+            f"precision  {self.precision}",
+            f"target     {self.target}: {why}",
+        ]
+        if self.precision in ("int8", "fp8"):
+            told = f"{samples} training queries of {self.data}" if samples else "by the table given"
+            lines.append(f"ranges     {told}")
+        lines.append(f"twin       {self.twin}")
+        if self.split:
+            lines.append(f"pair       {', '.join(map(str, pair_paths(self.twin)))}")
+        if self.target != "onnxruntime":
+            lines += [f"engine     {self.output}", f"sidecar    {self.sidecar}"]
+        if options.compute_capabilities:
+            lines.append(f"for        compute capability {', '.join(options.compute_capabilities)}")
+        if shapes is None:
+            lines.append("profiles   known once the checkpoint is converted")
+        for profile in shapes or ():
+            lines.append(f"profile    {profile.name}: smallest, best, largest")
+            lines += [f"  {name:<17}{' '.join(map(str, trio))}" for name, trio in profile.shapes.items()]
+        if self.target == "onnxruntime":
+            lines.append("           (of an engine; ONNX Runtime takes any batch)")
+        if self.data:
+            lines += [
+                f"proof      parity with FP32 on {self.data}",
+                f"reports    {self.beside('parity.json')}, {self.beside('passport.html')}",
+            ]
+        else:
+            lines.append("proof      the precision alone (no --data for parity)")
+        return "\n".join(lines)
+
+
+def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
+    """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint."""
+    if job.kind == "onnx":
+        return job.model
+    from export.to_onnx import to_onnx
+
+    checkpoint = job.model
+    if job.kind == "published":
+        from train.convert import convert
+
+        checkpoint = job.stem.with_name(f"{job.stem.name}.pt")
+        convert(job.model, checkpoint, vocabulary)
+    graph = job.stem.with_name(f"{job.stem.name}.onnx")
+    return to_onnx(checkpoint, graph, max_query_length=max(longest, LONGEST_QUERY))

@@ -1,0 +1,162 @@
+"""Twins that have the precision they are called by, whole and in parts: what is written to disk, and built of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.profiles import Profile, part_profiles
+from export.split import split_graph, write_pair
+from export.twin import Twin
+from runtime.files import replace_when_whole, sha256
+from runtime.manifest import METADATA_KEY, Manifest
+
+if TYPE_CHECKING:
+    import onnx
+
+    from export.census import Census
+    from export.job import Job
+    from export.passport import ModelFile
+
+
+def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
+    """Return an FP32 graph and its manifest; ModelFileError if it is none of ours."""
+    from calib.graphs import manifest_of, read_graph
+
+    graph = read_graph(path)
+    return graph, manifest_of(graph, str(path))
+
+
+def manifest_in(path: Path) -> Manifest:
+    """Return the manifest of a graph of any precision."""
+    import onnx
+
+    properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    return Manifest.from_json(properties.get(METADATA_KEY), str(path))
+
+
+def counted_text(counted: Census) -> str:
+    """Return what most is computed in, for a terminal."""
+    shares = sorted(counted.total(), key=lambda kind: -counted.share(kind))
+    return ", ".join(f"{100 * counted.share(kind):.1f} % {kind}" for kind in shares) + " of the multiply-adds"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A twin that has the precision it is called by, not yet on disk.
+
+    Attributes:
+        content: the file's bytes.
+        manifest: what it says of itself.
+        census: what was counted in it.
+        fp32_weight_bytes: size of the source's weights.
+    """
+
+    content: bytes
+    manifest: Manifest
+    census: Census
+    fp32_weight_bytes: int
+
+    @classmethod
+    def of(cls, job: Job, source: Path, manifest: Manifest, twin: Twin) -> Made:
+        """Count what a twin is computed in, and seal it; PromiseBroken unless it is what was asked for."""
+        from onnx.helper import set_model_props
+
+        from export.census import census, check
+
+        counted = census(twin.graph)
+        check(counted, job.precision)
+        shares = {kind: round(counted.share(kind), 6) for kind in counted.total()}
+        about = dataclasses.replace(
+            manifest,
+            precision=job.precision,
+            sources={**manifest.sources, source.name: sha256(source)},
+            training={**manifest.training, "precision": {**twin.facts, "multiply-adds": shares}},
+        )
+        del twin.graph.metadata_props[:]
+        set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
+        weights = sum(census(read_source(source)[0]).weight_bytes.values())
+        return cls(twin.graph.SerializeToString(), about, counted, weights)
+
+    def file(self, path: Path) -> ModelFile:
+        """Return the file that these bytes are, or will be."""
+        from export.passport import ModelFile
+
+        return ModelFile(path, hashlib.sha256(self.content).hexdigest(), len(self.content), self.manifest)
+
+    def save(self, path: Path) -> Path:
+        with replace_when_whole(path) as temporary:
+            temporary.write_bytes(self.content)
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one engine is built of: the whole model, or one of the two parts that it was cut in.
+
+    Attributes:
+        graph, weak: for a strongly and a weakly typed library; see `Twin`.
+        manifest: what the file says of itself.
+        twin: the ONNX file.
+        twin_hash: its SHA-256.
+        engine: where the plan goes.
+        profiles: what it is built for.
+        census: of `graph`.
+        fp32_weight_bytes: what its weights would be in FP32.
+        in_fp32: modules that were held back.
+    """
+
+    graph: onnx.ModelProto
+    weak: onnx.ModelProto
+    manifest: Manifest
+    twin: Path
+    twin_hash: str
+    engine: Path
+    profiles: Sequence[Profile]
+    census: Census
+    fp32_weight_bytes: int
+    in_fp32: tuple[str, ...]
+
+
+def whole_part(job: Job, made: Made, twin: Twin, shapes: Sequence[Profile]) -> Part:
+    """Return what the engine of a whole model is built of."""
+    digest = made.file(job.twin).sha256
+    held = tuple(twin.facts.get("held back in FP32", ()))
+    return Part(
+        twin.graph, twin.weak, made.manifest, job.twin, digest, job.output, shapes, made.census,
+        made.fp32_weight_bytes, held,
+    )  # fmt: skip
+
+
+def cut_parts(
+    job: Job, made: Made, twin: Twin, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
+) -> list[Part]:
+    """Write the pair that a proven twin is cut into, and return its parts, the query part last."""
+    import onnx
+
+    from export.census import census
+
+    proven = onnx.load_from_string(made.content)
+    whole = dataclasses.replace(made.manifest, sources={**made.manifest.sources, job.twin.name: sha256(job.twin)})
+    onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
+    pair = split_graph(proven)
+    written = write_pair(*pair, job.twin)
+    held = tuple(twin.facts.get("held back in FP32", ()))
+    weak, wide = split_graph(twin.weak), split_graph(source)
+    encoded = pair[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    parts = []
+    for index, path in enumerate((written[0], written[-1])):
+        manifest = manifest_in(path)
+        weights = sum(census(wide[index]).weight_bytes.values())
+        engine = job.output if index else path.with_suffix(".engine")
+        built_for = part_profiles(manifest.part, shapes, manifest, videos, encoded)
+        counted, digest = census(pair[index]), sha256(path)
+        part = Part(
+            pair[index], weak[index], manifest, path, digest, engine, built_for, counted, weights, held
+        )  # fmt: skip
+        print(f"{path}: {counted_text(part.census)}.")
+        parts.append(part)
+    return parts

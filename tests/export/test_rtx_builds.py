@@ -1,0 +1,106 @@
+"""Every graph that we write parses and builds in TensorRT-RTX, which takes precision from the graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+import pytest
+
+from calib.balance import balanced_name, measure_gains
+from calib.qdq import NEWEST_OPSET, Policy, balanced, observed, quantize
+from calib.ranges import measure
+from calib.table import CalibrationTable, key_of
+from export.census import census
+from export.precision import QDQ_OPSET, raise_opset, to_half
+from export.split import split_graph
+from export.to_onnx import OLDEST_OPSET
+from runtime.tensors import Batch
+from tests.export.conftest import CONFIGS, random_inputs
+from tests.export.rtx import build_with_rtx
+from train.model import DRNConfig
+
+pytestmark = pytest.mark.rtx
+
+KEPT = ("prop_fc", "fcos.head.mix_fc", "query_encoder.W2")
+"""A convolution, one that others feed, and one of the query's: casts stand on all sides of them."""
+
+Tables = dict[str, CalibrationTable]
+Make = Callable[[onnx.ModelProto, CalibrationTable], onnx.ModelProto]
+
+
+def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
+    """Return ranges of made-up inputs, with or without balanced channels."""
+    batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
+    gains = {name: tuple(row) for name, row in measure_gains(model, batches).items()} if balance else {}
+    after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
+    names = {balanced_name(model, name) if name in gains else name: name for name in observed(model)}
+    ranges = {names[name]: range_ for name, range_ in measure(after, list(names), batches, "minmax").items()}
+    return CalibrationTable(ranges, key_of(model, "0" * 64, "minmax"), gains=gains)
+
+
+@pytest.fixture(scope="module")
+def tables(exported: dict[str, onnx.ModelProto]) -> Tables:
+    return {name: table_for(model, CONFIGS[name], balance=True) for name, model in exported.items()}
+
+
+FORMS: dict[str, tuple[Make, str, str]] = {
+    "fp32": (lambda model, table: model, "8.6", "fp32"),
+    "fp16": (lambda model, table: to_half(model), "8.6", "fp16"),
+    "fp16, modules kept": (lambda model, table: to_half(model, keep=KEPT), "8.6", "fp16"),
+    "bf16": (lambda model, table: to_half(raise_opset(model, 22), "bf16"), "8.6", "bf16"),
+    "bf16, modules kept": (lambda model, table: to_half(raise_opset(model, 22), "bf16", KEPT), "8.6", "bf16"),
+    "int8": (lambda model, table: to_half(quantize(model, table, opset=19)), "8.6", "int8"),
+    "int8, modules kept": (
+        lambda model, table: to_half(quantize(model, table, Policy(keep=("fpn", *KEPT)), opset=19), keep=KEPT),
+        "8.6",
+        "int8",
+    ),
+    "fp8": (lambda model, table: to_half(quantize(model, table, kind="fp8")), "8.9", "fp8"),
+    "fp8, modules kept": (
+        lambda model, table: to_half(quantize(model, table, Policy(keep=("fpn", *KEPT)), "fp8"), keep=KEPT),
+        "8.9",
+        "fp8",
+    ),
+}
+"""Each form: how it is made, the compute capability that it needs, and the precision that must be in it.
+
+Around INT8 and FP8 there is FP16; of the modules kept out of 8 bits, `KEPT` are FP32 and the pyramid is FP16.
+"""
+CASES = [*((form, "tiny") for form in FORMS), *((form, "deep") for form in ("fp32", "fp16", "int8", "fp8"))]
+
+
+@pytest.mark.parametrize(("form", "network"), CASES)
+def test_every_precision_builds(form: str, network: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+    make, capability, precision = FORMS[form]
+    model = make(exported[network], tables[network])
+    assert precision in census(model).total()
+    assert len(build_with_rtx(model, capability=capability)) > 10_000
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_both_quantised_parts_of_a_pair_build(form: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+    make, capability, _ = FORMS[form]
+    for part in split_graph(make(exported["tiny"], tables["tiny"])):
+        assert build_with_rtx(part, capability=capability)
+
+
+def test_int8_without_balanced_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:
+    table = table_for(exported["tiny"], CONFIGS["tiny"], balance=False)
+    plain = quantize(exported["tiny"], table, opset=19)
+    assert "prop_fc.gain" not in {tensor.name for tensor in plain.graph.initializer}
+    assert build_with_rtx(to_half(plain))
+
+
+@pytest.mark.parametrize("opset", range(OLDEST_OPSET, NEWEST_OPSET + 1))
+def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+    narrow = quantize(exported["tiny"], tables["tiny"], opset=opset)
+    assert narrow.opset_import[0].version == opset
+    # Below 19 Q/DQ know FP32 scales alone, so that there is FP32 around them.
+    assert build_with_rtx(to_half(narrow) if opset >= QDQ_OPSET else narrow)
+
+
+def test_fp8_is_refused_for_hardware_without_it(exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+    # E4M3 came with 8.9. All else was accepted by then.
+    with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
+        build_with_rtx(quantize(exported["tiny"], tables["tiny"], kind="fp8"), capability="8.6")
