@@ -22,10 +22,11 @@ from runtime.command import command, next_command
 from runtime.decoding import Protocol
 from runtime.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.evaluation import batches_of
-from runtime.files import write_json, write_text
+from runtime.files import sha256, write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.metrics import table as recall_table
 from runtime.sidecar import read_sidecar
+from runtime.speed import latency_table, read_report
 
 if TYPE_CHECKING:
     from export.census import Census
@@ -52,6 +53,7 @@ def verify(
     output: Path | None = None,
     html: Path | None = None,
     layers: bool = False,
+    latency: Path | None = None,
 ) -> Parity:
     """Ask two models every query of a split and judge what changed: heads, seconds, order, each answer gained or lost.
 
@@ -73,6 +75,7 @@ def verify(
         output: JSON file for everything that was found.
         html: the model's passport: one HTML page, complete in itself.
         layers: also compare every tensor that two .onnx files share, and name the DRN module that goes wrong first.
+        latency: report that `runtime.benchmark --output` wrote of this very model, for the passport.
 
     Returns:
         What was found.
@@ -83,6 +86,7 @@ def verify(
     """
     reference, model, data = Path(reference), Path(model), Path(data)
     _check(reference, model, batch_size, limit, max_drop, boundary_p99, output, html, layers)
+    measured = _latency(latency, model, html, output)
     data_set = DataSet(data)
     annotations = data_set.annotations(split)[:limit]
     sides = [open_model(path, device, threads) for path in (reference, model)]
@@ -97,7 +101,8 @@ def verify(
     if layers:
         proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
     print(proof.text())
-    proof.write(output, html, census_of(model) if html else None, commands=_commands(again, model, data, split))
+    census = census_of(model) if html else None
+    proof.write(output, html, census, commands=_commands(again, model, data, split), latency=measured)
     if proof.broken:
         where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
         raise PromiseBroken(f"{proof.sentence()}{where}")
@@ -166,6 +171,7 @@ class Proof:
         census: tuple[str, Table] | None = None,
         engine: ModelFile | None = None,
         commands: Sequence[str] = (),
+        latency: Table | None = None,
     ) -> None:
         """Write the JSON report and the passport, those of the two that are named.
 
@@ -174,6 +180,7 @@ class Proof:
             census: what the model is computed in; see `census_of`.
             engine: built of the model, where the model is its twin.
             commands: what to type to see the same again.
+            latency: of the model, with its conditions.
         """
         if output:
             write_json(output, self.to_dict())
@@ -187,6 +194,7 @@ class Proof:
                 split=self.split,
                 census=census,
                 layers=self.layers,
+                latency=latency,
                 engine=engine,
                 commands=commands,
             )
@@ -216,7 +224,7 @@ def prove(
         split, again: for the report.
         protocol, batch_size: see `verify`.
     """
-    with tqdm(total=len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
+    with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
         parity = compare(
             *sides, data_set, annotations, protocol=protocol, batch_size=batch_size, on_progress=bar.update
         )
@@ -358,6 +366,19 @@ def _check(
                     "from or into."
                 )
         require_polygraphy()
+
+
+def _latency(report: Path | None, model: Path, html: Path | None, output: Path | None) -> Table | None:
+    """Return what was measured of the model, for its passport; refuse what was measured of another."""
+    if report is None:
+        return None
+    if html is None:
+        raise GroundingError("--latency goes into the passport; pass --html FILE too.")
+    if Path(report).resolve() in {Path(path).resolve() for path in (html, output) if path is not None}:
+        raise OutputError(f"{report} is read, and would be written over; choose another --output or --html.")
+    if not model.is_file():
+        raise ModelFileError(f"The model file {model} does not exist; check the path.")
+    return latency_table(read_report(report), sha256(model))
 
 
 def open_model(path: Path, device: Device, threads: int | None) -> Grounder:

@@ -26,9 +26,11 @@ from runtime import Grounder
 from runtime.annotations import DataSet
 from runtime.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.evaluation import batches_of
-from runtime.files import sha256
+from runtime.files import sha256, write_json
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.moments import Moment
+from runtime.speed import ONE_QUERY, Case, Memory, Report, Subject, Timing
+from runtime.timing import Latency
 from tests.parity.models import save_twin
 
 ROOT = Path(__file__).parents[2]
@@ -299,6 +301,52 @@ def test_latency_and_census_stand_there_when_measured(judged: tuple[Any, ...]) -
     assert "<td>536.87</td>" in page
     assert "<h2>Latency</h2>" in page
     assert "<td>0.42</td>" in page
+
+
+def latency_report(path: Path, model: Path) -> Path:
+    """Write what the benchmark would of a model that answers in 4 ms."""
+    latency = Latency.of([0.004] * 500)
+    timing = Timing(Case(ONE_QUERY, "known video", "end to end"), model.name, latency)
+    about = Subject(model.name, sha256(model), {}, "fp32", "whole", "cpu", 0.1, 0.2, 1.0, Memory(1))
+    hardware = {"cpu": "A CPU", "cores": 2, "gpu": None, "gpu_driver": None}
+    settings = {"samples": 500, "batch": 32, "device": "auto", "threads": 1}
+    told = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"told": "", "made_up": True})
+    write_json(path, Report(*told, [about], [], [timing], [], 1, [], [], interrupted=False).to_dict())
+    return path
+
+
+def test_a_measured_latency_comes_into_the_passport(models: Path, planted: Path, tmp_path: Path) -> None:
+    model, page = models / "drn.onnx", tmp_path / "p.html"
+    report = latency_report(tmp_path / "speed.json", model)
+    verify(model, model, planted, limit=2, html=page, latency=report, threads=1)
+    text = page.read_text()
+    assert "<h2>Latency</h2>" in text
+    assert "Milliseconds: A CPU, 2 cores, 1 thread, numpy 2, 2026-11-23." in text
+    assert '<th scope="row">end to end: known video</th><td>4.00</td>' in text
+    assert "<td>250.0</td>" in text
+
+
+def test_a_latency_of_another_model_is_refused_before_the_work(
+    models: Path, wrong: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    model, page = models / "drn.onnx", tmp_path / "p.html"
+    report = latency_report(tmp_path / "speed.json", wrong)
+    written = report.read_bytes()
+    with pytest.raises(
+        ModelFileError, match=r"tells of wrong.onnx \([0-9a-f]{12}…\) and not of the model with SHA-256"
+    ):
+        verify(model, model, planted, html=page, latency=report)
+    with pytest.raises(GroundingError, match="pass --html FILE too"):
+        verify(model, wrong, planted, latency=report)
+    with pytest.raises(OutputError, match="would be written over"):
+        verify(model, wrong, planted, latency=report, html=report)
+    with pytest.raises(ModelFileError, match="does not exist"):
+        verify(model, wrong, planted, latency=tmp_path / "none.json", html=page)
+    with pytest.raises(ModelFileError, match="does not exist"):
+        verify(model, tmp_path / "none.onnx", planted, latency=report, html=page)
+    assert report.read_bytes() == written
+    assert not page.exists()
 
 
 def test_lineage_goes_by_hashes(judged: tuple[Any, ...]) -> None:

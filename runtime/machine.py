@@ -1,0 +1,201 @@
+"""The machine that something is measured on: what it is, and how busy, fast and hot it is right now."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Libraries that a backend brings in: told of where they are in use.
+LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
+# Reasons for a lower clock that are no trouble: idle, and a limit that was asked for.
+HARMLESS = 0x1 | 0x2
+REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power limit",
+    0x8: "hardware slowdown",
+    0x10: "synchronised with another GPU",
+    0x20: "heat (software)",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.draw",
+    "memory.used",
+    "memory.total",
+)
+# The newer name first; drivers before 535 know the older one alone.
+THROTTLE_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi tells of it; None where it does not say."""
+
+    name: str
+    driver: str
+    sm_mhz: float | None
+    max_sm_mhz: float | None
+    temperature_c: float | None
+    power_w: float | None
+    used_mib: float | None
+    total_mib: float | None
+    throttled_by: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """How the machine is at one moment.
+
+    Attributes:
+        when: for people: before, after, or what was measured last.
+        load: processes that ran or waited, on average over the last minute; None where the system does not say.
+        cpu_mhz: mean clock of the CPU's cores.
+        governor: how Linux chooses that clock.
+        gpu: the first GPU that CUDA would take.
+    """
+
+    when: str
+    load: float | None
+    cpu_mhz: float | None
+    governor: str | None
+    gpu: Gpu | None
+
+
+def cpu_name() -> str:
+    """Return the CPU's name as the system tells it."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Return Python's, NumPy's and ours, and those of the libraries that run a network in this process."""
+    found = {"python": platform.python_version()}
+    for name in ("drn-deploy", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    found.update((name, str(sys.modules[name].__version__)) for name in LIBRARIES if name in sys.modules)
+    return found
+
+
+def conditions(when: str) -> Conditions:
+    """Look at the machine now; takes up to a second where there is a GPU."""
+    try:
+        load: float | None = os.getloadavg()[0]
+    except OSError:
+        load = None
+    clocks = [float(line.partition(":")[2]) for line in _lines("/proc/cpuinfo") if line.startswith("cpu MHz")]
+    governor = "".join(_lines("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")).strip()
+    return Conditions(when, load, sum(clocks) / len(clocks) if clocks else None, governor or None, gpu())
+
+
+def others_load(before: float | None, after: float | None, num_cores: int, threads: int) -> str | None:
+    """Return a sentence if others left too little of the machine, else None.
+
+    Args:
+        before: load before anything was measured, which is of others.
+        after: load at the end, our own included.
+        num_cores: that this process may use.
+        threads: that it used.
+    """
+    others = max(before or 0.0, (after or 0.0) - threads)
+    if others + threads <= num_cores + 0.25:
+        return None
+    return (
+        f"The machine was busy: others kept {others:.1f} of its {num_cores} cores at work, and this took {threads} "
+        "more. Times are longer than on a quiet machine; ratios of one run are steadier than times."
+    )
+
+
+def throttling(seen: Sequence[Conditions]) -> tuple[str, ...]:
+    """Return what slowed the GPU's clock at any of these moments."""
+    reasons = [reason for moment in seen if moment.gpu for reason in moment.gpu.throttled_by]
+    return tuple(dict.fromkeys(reasons))
+
+
+def gpu() -> Gpu | None:
+    """Return what nvidia-smi tells of the GPU that CUDA would take first; None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+    for field in THROTTLE_FIELDS:
+        fields = ",".join((*GPU_FIELDS, field))
+        words = [tool, f"--id={chosen}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            result = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if result.returncode == 0 and result.stdout.strip():
+            return parse_gpu(result.stdout.strip().splitlines()[0])
+    return None
+
+
+def parse_gpu(line: str) -> Gpu | None:
+    """Read a line of nvidia-smi's table of `GPU_FIELDS` and a throttle field; None if it is another."""
+    cells = [cell.strip() for cell in line.split(",")]
+    if len(cells) != len(GPU_FIELDS) + 1:
+        return None
+    sm, most, heat, power, used, total = (_number(cell) for cell in cells[2:8])
+    return Gpu(cells[0], cells[1], sm, most, heat, power, used, total, throttle_reasons(cells[8]))
+
+
+def throttle_reasons(mask: str) -> tuple[str, ...]:
+    """Return in words what a mask such as 0x0000000000000004 says, without what is no trouble."""
+    try:
+        bits = int(mask, 16) & ~HARMLESS
+    except ValueError:
+        return ()
+    unknown = bits & ~sum(REASONS)
+    return tuple(reason for bit, reason in REASONS.items() if bits & bit) + ((hex(unknown),) if unknown else ())
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In bytes on macOS, in kilobytes elsewhere.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int | None:
+    """Return the memory that this process has now; None where the system does not say."""
+    for line in _lines("/proc/self/statm"):
+        return int(line.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

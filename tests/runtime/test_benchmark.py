@@ -1,0 +1,511 @@
+"""`python -m runtime.benchmark`: every case of every kind of model, in turns, and nothing lost when it is stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder, Moment, Vocabulary
+from runtime import benchmark as module
+from runtime.benchmark import (
+    Model,
+    agreement,
+    benchmark,
+    data_questions,
+    files_of,
+    labels,
+    made_up_questions,
+    sizes,
+    walk,
+)
+from runtime.errors import GroundingError, ModelFileError, QueryError, ShapeError
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.speed import latency_table, read_report
+from runtime.tensors import Batch, Heads
+from tests.processes import heed_ctrl_c
+from tests.runtime.test_encodings import PlantedPair
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short windows, no GPU, and no fresh processes."""
+    monkeypatch.setattr("runtime.timing.WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.machine.shutil.which", lambda _: None)
+    monkeypatch.setattr(module, "cold_start", lambda *_: 1.25)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Path]]:
+    """Make files of no content that open as these backends, in turn."""
+
+    def files(**backends: Any) -> list[Path]:
+        known = {}
+        for name, backend in backends.items():
+            path = tmp_path / f"{name}.onnx"
+            path.write_text(name)
+            known[path] = backend
+        monkeypatch.setattr(Grounder, "load", lambda path, device, threads: Grounder(known[path]))
+        return list(known)
+
+    return files
+
+
+def measured(report: dict[str, Any]) -> dict[tuple[str, str, str], list[int]]:
+    """Return the sizes that were measured of each group, boundary and case."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for timing in report["timings"]:
+        case = timing["case"]
+        found.setdefault((case["group"], case["boundary"], case["name"]), []).append(case["size"])
+    return found
+
+
+WHOLE = {
+    ("one query", "end to end", "new video"): [1],
+    ("one query", "end to end", "known video"): [1],
+    ("one query", "host", "network"): [1],
+    ("batch size", "end to end", "known videos"): [1, 2, 3],
+    ("batch size", "host", "network"): [1, 2, 3],
+    ("queries per video", "end to end", "known video"): [1, 2, 3],
+}
+
+
+# The whole command
+
+
+def test_a_file_is_measured_and_the_report_is_complete(
+    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    output, plot = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = ("--model", tiny_model, "--samples", 20, "--batch", 3, "--threads", 1, "--output", output)
+    outcome = run_command(benchmark, *arguments, "--plot", plot)
+    assert outcome.code == 0, outcome.err
+    told = caplog.records[-1].getMessage()
+    assert told == f"\nNext:  python -m runtime.evaluate --model {tiny_model} --data DIR"
+    report = json.loads(output.read_text())
+    assert report["format"] == "drn-benchmark/1"
+    assert report["interrupted"] is False
+    assert report["settings"] == {"samples": 20, "batch": 3, "device": "auto", "threads": 1}
+    assert {"python", "numpy", "onnxruntime"} <= set(report["versions"])
+    assert report["hardware"]["cpu"]
+    assert measured(report) == {**WHOLE, ("query length", "host", "network"): [1, 2, 4, 8, 13]}
+    for timing in report["timings"]:
+        assert timing["latency"]["samples"] == 20
+        assert 0 < timing["latency"]["p50_ms"] <= timing["latency"]["p95_ms"] <= timing["latency"]["max_ms"]
+        assert timing["latency"]["p99_ms"] is None
+        assert timing["queries_per_s"] > 0
+        assert len(timing["warm_up"]["windows_ms"]) >= 3
+    (model,) = report["models"]
+    assert model["sha256"] == sha256(tiny_model)
+    assert model["memory"]["files"] == tiny_model.stat().st_size
+    assert (model["kind"], model["device"], model["cold_start_s"]) == ("whole", "cpu", 1.25)
+    assert 0 < model["open_s"] <= model["first_answer_s"]
+    assert [(row["queries"], set(row["ms"])) for row in report["phases"]] == [
+        (size, {"tokenise", "segment", "collate", "network", "decode", "NMS", "seconds"}) for size in (1, 3)
+    ]
+    assert report["peak_rss_bytes"] > 2**20
+    assert [moment["when"] for moment in report["conditions"]][:2] == ["before", "after one query"]
+    assert any("Only 20 samples" in note for note in report["notes"])
+    assert any("no times of the GPU alone, since it runs on the CPU" in note for note in report["notes"])
+    assert report["inputs"]["made_up"] is True
+    assert "Inputs are made up" in outcome.out
+    assert "around, known" in outcome.out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(latency_table(read_report(output), sha256(tiny_model))[1]) == len(report["timings"])
+
+
+def test_the_written_command_does_the_same_again(
+    opened: Callable[..., list[Path]], planted_backend: Any, run_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    a, b = opened(a=planted_backend(), b=planted_backend())
+    first = benchmark(a, compare=(b,), samples=2, batch=2, threads=1)
+    assert first.command == (
+        f"python -m runtime.benchmark --model {a} --compare {b} --samples 2 --batch 2 --device auto --threads 1"
+    )
+    outcome = run_command(benchmark, *first.command.split()[3:], "--output", tmp_path / "r.json")
+    assert outcome.code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["command"] == first.command
+
+
+def test_a_pair_encodes_apart(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+    (path,) = opened(pair=PlantedPair(planted_backend()))
+    report = benchmark(path, samples=4, batch=3).to_dict()
+    encode = {("one query", "host", "encode a video"): [1]}
+    assert measured(report) == {**WHOLE, **encode, ("query length", "host", "network"): [1, 2, 4, 6]}
+    assert "encode" in report["phases"][0]["ms"]
+    assert report["models"][0]["kind"] == "pair"
+
+
+def test_real_inputs_are_asked(tiny_model: Path, mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = benchmark(tiny_model, data=mini, samples=2, batch=1, threads=1)
+    assert report.inputs["made_up"] is False
+    assert str(mini) in capsys.readouterr().out
+
+
+# Comparing
+
+
+class Slower:
+    """The same answers as another backend, and a log of who was asked."""
+
+    def __init__(self, inner: Any, log: list[str], name: str) -> None:
+        self.inner, self.log, self.name, self.manifest = inner, log, name, inner.manifest
+
+    def run(self, batch: Batch) -> Heads:
+        self.log.append(self.name)
+        return self.inner.run(batch)
+
+
+def test_models_take_turns_and_are_compared_with_the_first(
+    opened: Callable[..., list[Path]], planted_backend: Any
+) -> None:
+    log: list[str] = []
+    paths = opened(**{name: Slower(planted_backend(), log, name) for name in "abc"})
+    report = benchmark(compare=tuple(paths), samples=6, batch=1)
+    assert [model.label for model in report.models] == ["a.onnx", "b.onnx", "c.onnx"]
+    assert [found.different for found in report.agreements] == [0, 0]
+    # Wherever the three are timed, every one is asked once before any is asked again.
+    asked = "".join(log)
+    assert "abcbcacababcbcacab" in asked
+    for timing in report.timings:
+        assert (timing.speedup is None) is (timing.model == "a.onnx")
+        if timing.speedup:
+            assert timing.speedup.rounds == 6
+            assert timing.speedup.low <= timing.speedup.median <= timing.speedup.high
+    assert "times as fast" in report.text()
+
+
+def test_two_files_are_compared_and_different_answers_are_said(
+    tiny_model: Path,
+    tiny_manifest: Manifest,
+    write_graph: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
+    other = write_graph(tmp_path / "other.onnx", {METADATA_KEY: tiny_manifest.to_json()})
+    graph = onnx.load(other)
+    for tensor in graph.graph.initializer:
+        if tensor.name == "to_matching":
+            weights = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights[:, ::-1].copy(), tensor.name))
+    onnx.save(graph, other)
+    report = benchmark(tiny_model, compare=(other,), samples=3, batch=1, threads=1)
+    (found,) = report.agreements
+    assert found.different > 10
+    assert found.iou_min < 0.9
+    assert found.shift_max_s > 0.1
+    assert "differently from tiny.onnx" in capsys.readouterr().out
+    assert report.models[0].sha256 != report.models[1].sha256
+
+
+def test_what_cannot_be_asked_the_same_is_refused(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+    a, b = opened(a=planted_backend(), b=planted_backend(dim=16))
+    with pytest.raises(ModelFileError, match=r"a.onnx takes features of width 8 and b.onnx of width 16"):
+        benchmark(a, compare=(b,), samples=1)
+    manifest = planted_backend().manifest
+    foreign = dataclasses.replace(manifest, vocabulary=Vocabulary({"zebra": 1}))
+    with pytest.raises(QueryError, match="no word in common"):
+        made_up_questions([manifest, foreign])
+
+
+def test_agreement_is_of_best_moments() -> None:
+    def moment(start: float, end: float) -> list[Moment]:
+        return [Moment(start, end, 0.9), Moment(0, 100, 0.5)]
+
+    found = agreement("b", [moment(0, 10), moment(5, 10), [], []], [moment(0, 10.04), moment(0, 10), moment(1, 2), []])
+    assert found.queries == 4
+    assert found.different == 2
+    assert found.iou_min == pytest.approx(0.5)
+    assert found.shift_max_s == 5
+    assert found.iou_mean == pytest.approx((0.5 + 10 / 10.04) / 2)
+
+
+# Boundaries
+
+
+class OnGpu(Slower):
+    """A backend that tells what a GPU took: a quarter of a millisecond for every query."""
+
+    device = "cuda"
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner, [], "gpu")
+        self.timed: list[bool] = []
+        self.gpu_ms = 0.0
+
+    def run(self, batch: Batch) -> Heads:
+        self.gpu_ms = 0.25 * len(batch) if self.timed and self.timed[-1] else 0.0
+        return super().run(batch)
+
+    def time_gpu(self, on: bool) -> None:
+        self.timed.append(on)
+
+    def memory_report(self) -> Any:
+        return SimpleNamespace(plan=10, device=20, pinned=30, free=1, total=2)
+
+
+def test_the_gpu_is_timed_by_its_own_events(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+    backend = OnGpu(planted_backend())
+    (path,) = opened(gpu=backend)
+    report = benchmark(path, samples=3, batch=2)
+    on_gpu = {
+        (timing.case.group, timing.case.size): timing.latency
+        for timing in report.timings
+        if timing.case.boundary == "gpu"
+    }
+    assert set(on_gpu) == {("one query", 1), ("batch size", 1), ("batch size", 2)}
+    assert {key[1]: latency.max_ms for key, latency in on_gpu.items() if latency} == pytest.approx({1: 0.25, 2: 0.5})
+    # Off again for whatever comes next.
+    assert backend.timed == [True, False, True, False]
+    memory = report.models[0].memory
+    assert (memory.plan, memory.device, memory.pinned) == (10, 20, 30)
+    assert not any("no times of the GPU" in note for note in report.notes)
+
+
+def test_what_an_engine_was_not_built_for_is_said_and_the_rest_goes_on(
+    opened: Callable[..., list[Path]], planted_backend: Any
+) -> None:
+    class Short(Slower):
+        def run(self, batch: Batch) -> Heads:
+            if batch.query_length.max() > 5:
+                raise ShapeError("The query has 6 tokens and this engine takes 1 to 5.")
+            return super().run(batch)
+
+    backend = planted_backend()
+    (path,) = opened(short=Short(backend, [], "short"))
+    questions = made_up_questions([dataclasses.replace(backend.manifest, max_query_length=5)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "made_up_questions", lambda *_: questions)
+        report = benchmark(path, samples=2, batch=1)
+    failed = [timing for timing in report.timings if timing.latency is None]
+    assert [(timing.case.group, timing.case.size) for timing in failed] == [("query length", 6)]
+    assert failed[0].failed.startswith("The query has 6 tokens")
+    assert len(report.phases) == 1
+
+
+def test_a_new_video_was_never_seen_and_a_known_one_is_ready(planted_backend: Any) -> None:
+    pair = PlantedPair(planted_backend())
+    grounder = Grounder(pair)
+    model = Model.of("pair", grounder, made_up_questions([pair.manifest]).pairs)
+    ready = pair.encoded
+    grounder.ground_batch(model.again(3, 8))
+    assert pair.encoded == ready
+    for number in range(3):
+        grounder.ground_batch(model.fresh(0, 8))
+        assert pair.encoded == ready + 8 * (number + 1)
+    # The same question in both, and a video that stands in a batch twice is one.
+    assert [query for _, query in model.fresh(3, 8)] == [query for _, query in model.again(3, 8)]
+    assert len({id(video) for video, _ in model.fresh(0, 16)}) == 8
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_walking_through_the_phases_answers_as_the_grounder(planted_backend: Any, split: bool) -> None:
+    backend = planted_backend()
+    grounder = Grounder(PlantedPair(backend) if split else backend)
+    pairs = made_up_questions([backend.manifest]).pairs[:12]
+    ticks = iter(range(100))
+    answers, seconds = walk(grounder, pairs, lambda: float(next(ticks)))
+    assert answers == grounder.ground_batch(pairs)
+    assert len(answers[0]) > 0
+    assert set(seconds.values()) == {1.0}
+    assert ("encode" in seconds) is split
+
+
+# Stopping
+
+
+def stopping(backend: Any, after: int) -> Any:
+    """A backend whose user presses Ctrl-C at its so-many-th run."""
+    count = iter(range(10**9))
+
+    class Stopped(Slower):
+        def run(self, batch: Batch) -> Heads:
+            if next(count) == after:
+                raise KeyboardInterrupt
+            return super().run(batch)
+
+    return Stopped(backend, [], "stopped")
+
+
+@pytest.mark.parametrize("after", [0, 5, 150, 400])
+def test_ctrl_c_keeps_what_was_measured(
+    opened: Callable[..., list[Path]],
+    planted_backend: Any,
+    tmp_path: Path,
+    after: int,
+    run_command: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (path,) = opened(stopped=stopping(planted_backend(), after))
+    output = tmp_path / "r.json"
+    outcome = run_command(benchmark, "--model", path, "--samples", 120, "--batch", 1, "--output", output)
+    assert outcome.code == 130
+    assert "Next:" not in caplog.text
+    report = json.loads(output.read_text())
+    assert report["interrupted"] is True
+    assert report["notes"][0].startswith("The run was interrupted")
+    samples = [timing["latency"]["samples"] for timing in report["timings"]]
+    # While it opens nothing is measured yet; later, all but the last case is whole.
+    assert bool(samples) is (after > 5)
+    assert samples[:-1] == [120] * len(samples[:-1])
+    assert all(0 < count <= 120 for count in samples)
+    assert report["phases"] == []
+
+
+def test_a_real_ctrl_c_ends_with_130_and_a_whole_report(tiny_model: Path, tmp_path: Path) -> None:
+    # The signal comes from the process itself once it measures, so that nothing depends on the machine's speed.
+    code = """
+import os, signal
+from runtime import benchmark as module, timing
+from runtime.command import command
+module.cold_start = lambda *_: 1.0
+timing.WINDOW_SECONDS = 0.0
+plain = module.take_turns
+def take_turns(calls, rounds, samples, **options):
+    count = iter(range(10**9))
+    def on_round():
+        if next(count) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+    plain(calls, rounds, samples, **{**options, "on_round": on_round})
+module.take_turns = take_turns
+command(module.benchmark)
+"""
+    output = tmp_path / "r.json"
+    words = ["--model", tiny_model, "--samples", 100000, "--threads", 1, "--output", output]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+    report = json.loads(output.read_text())
+    assert report["interrupted"] is True
+    assert [timing["latency"]["samples"] for timing in report["timings"]] == [31]
+    assert sorted(tmp_path.iterdir()) == [output]
+    assert "The run was interrupted" in result.stdout
+
+
+# What goes in
+
+
+def test_bad_input_is_refused_before_any_work(
+    tiny_model: Path, mini: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    model = ("--model", tiny_model)
+    kept = tiny_model.read_bytes()
+    wrong: list[tuple[tuple[Any, ...], str]] = [
+        ((), "No model was named"),
+        ((*model, "--samples", 0), "--samples must be at least 1, and 0 was given"),
+        ((*model, "--batch", 0), "--batch must be 1 to 4096, and 0 was given"),
+        ((*model, "--batch", 10**9), "--batch must be 1 to 4096"),
+        ((*model, "--threads", 0), "--threads must be 1 to"),
+        (("--model", tmp_path / "none.onnx"), "does not exist"),
+        ((*model, "--compare", tmp_path / "none.onnx"), "does not exist"),
+        ((*model, "--output", tmp_path), "is a directory"),
+        ((*model, "--output", tiny_model), "named for something else"),
+        ((*model, "--plot", tmp_path / "a", "--output", tmp_path / "a"), "named for something else"),
+        ((*model, "--video", "A"), "--video names a video of a data set; pass --data DIR too"),
+        ((*model, "--data", mini, "--query", "x"), "--query asks about one video"),
+        ((*model, "--data", tmp_path / "none"), "does not exist"),
+        ((*model, "--data", mini, "--video", "none"), "--video"),
+    ]
+    for arguments, said in wrong:
+        assert said in refused(benchmark, *arguments), arguments
+    assert tiny_model.read_bytes() == kept
+
+
+def test_without_matplotlib_a_plot_is_refused_before_the_work(
+    tiny_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.speed.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    said = refused(benchmark, "--model", tiny_model, "--plot", tmp_path / "a.png")
+    assert "pip install 'drn-deploy[plot]'" in said
+
+
+def test_made_up_inputs_are_of_the_models_own_sizes_and_words(planted_backend: Any) -> None:
+    manifest = planted_backend().manifest
+    questions = made_up_questions([manifest], 70)
+    assert len(questions.pairs) == 70
+    assert len({id(video) for video, _ in questions.pairs}) == 64
+    grounder = Grounder(planted_backend())
+    lengths = {len(grounder.encode_query(query)) for _, query in questions.pairs}
+    assert lengths == {3, 4, 5, 6}
+    assert all(video.features.shape[1] == manifest.features.dim for video, _ in questions.pairs)
+    again = made_up_questions([manifest], 70)
+    assert [query for _, query in again.pairs] == [query for _, query in questions.pairs]
+    assert np.array_equal(again.pairs[0][0].features, questions.pairs[0][0].features)
+
+
+def test_questions_of_a_data_set(mini: Path) -> None:
+    lines = [line.split("##") for line in (mini / "Charades_sta_test.txt").read_text().splitlines()]
+    found = data_questions(mini, None, ())
+    assert [(video.name, query) for video, query in found.pairs] == [(head.split()[0], query) for head, query in lines]
+    name = lines[0][0].split()[0]
+    of_one = data_questions(mini, name, ())
+    assert {video.name for video, _ in of_one.pairs} == {name}
+    assert lines[0][1] in {query for _, query in of_one.pairs}
+    asked = data_questions(mini, name, ("person opens", "person sits"))
+    assert [(video.name, query) for video, query in asked.pairs] == [(name, "person opens"), (name, "person sits")]
+    with pytest.raises(GroundingError, match="none"):
+        data_questions(mini, "none", ())
+
+
+def test_a_warning_is_said_once_however_often_a_sentence_is_asked(
+    tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sentence = data_questions(mini, None, ()).pairs[0][1]
+    name = data_questions(mini, None, ()).pairs[0][0].name
+    benchmark(tiny_model, data=mini, video=name, query=(f"{sentence} xyzzy",), samples=5, batch=1, threads=1)
+    assert sum("'xyzzy'" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_sizes_double_up_to_the_largest() -> None:
+    assert [sizes(most) for most in (1, 2, 3, 32, 33)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4, 8, 16, 32],
+        [1, 2, 4, 8, 16, 32, 33],
+    ]
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    paths = [Path(name) for name in ("a/x.onnx", "b/x.onnx", "y.onnx", "y.onnx")]
+    assert labels(paths) == ["a/x.onnx", "b/x.onnx", "y.onnx (1)", "y.onnx (2)"]
+
+
+def test_all_files_of_a_model_count(tmp_path: Path, planted_backend: Any) -> None:
+    manifest = dataclasses.replace(planted_backend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
+    for suffix in ("onnx", "engine"):
+        query, video = tmp_path / f"m.query.{suffix}", tmp_path / f"m.video.{suffix}"
+        video.write_text("video")
+        assert files_of(query, manifest) == [query, video]
+    assert files_of(query, planted_backend().manifest) == [query]
+
+
+def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    assert module.cold_start(tiny_model, "cpu", 1) > 0
+    broken = tmp_path / "broken.onnx"
+    broken.write_text("no model")
+    with pytest.raises(GroundingError, match=r"The cold start of broken.onnx was not measured"):
+        module.cold_start(broken, "cpu", 1)

@@ -1,0 +1,83 @@
+"""`runtime.machine`: what is read off nvidia-smi and the system, and when a machine is called busy."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from runtime import machine
+from runtime.machine import Conditions, conditions, others_load, parse_gpu, throttle_reasons, throttling
+
+LINE = "NVIDIA H100 80GB HBM3, 575.57, 1980, 1980, 31, 113.27, 1024, 81559, 0x0000000000000044"
+
+
+def test_a_line_of_nvidia_smi_is_read() -> None:
+    found = parse_gpu(LINE)
+    assert found == machine.Gpu(
+        "NVIDIA H100 80GB HBM3", "575.57", 1980, 1980, 31, 113.27, 1024, 81559, ("power limit", "heat (hardware)")
+    )
+
+
+def test_what_a_gpu_does_not_tell_is_none() -> None:
+    found = parse_gpu("Tesla, 1.0, [N/A], [Not Supported], 31, [N/A], 1, 2, [N/A]")
+    assert found is not None
+    assert (found.sm_mhz, found.max_sm_mhz, found.power_w, found.throttled_by) == (None, None, None, ())
+    assert parse_gpu("No devices were found") is None
+
+
+def test_idling_is_no_throttling() -> None:
+    assert throttle_reasons("0x0000000000000001") == ()
+    assert throttle_reasons("0x0000000000000028") == ("hardware slowdown", "heat (software)")
+    assert throttle_reasons("0x0000000000001000") == ("0x1000",)
+
+
+def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(words)
+        new = "clocks_event_reasons" in words[2]
+        return subprocess.CompletedProcess(words, 2 if new else 0, "not a valid field" if new else LINE + "\n", "")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    found = machine.gpu()
+    assert found is not None
+    assert found.sm_mhz == 1980
+    assert [words[1] for words in asked] == ["--id=2", "--id=2"]
+    assert throttling([conditions("now"), conditions("then")]) == ("power limit", "heat (hardware)")
+
+
+def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    found = conditions("before")
+    assert isinstance(found, Conditions)
+    assert (found.when, found.gpu) == ("before", None)
+    assert throttling([found]) == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "cores", "threads", "busy"),
+    [
+        (0.1, 1.1, 2, 1, False),
+        (1.8, 1.0, 2, 1, True),
+        (0.1, 3.2, 2, 1, True),
+        (1.8, 2.8, 16, 1, False),
+        (0.9, 2.0, 2, 2, True),
+        (None, None, 2, 1, False),
+    ],
+)
+def test_a_machine_is_busy_where_others_leave_too_little(
+    before: float | None, after: float | None, cores: int, threads: int, busy: bool
+) -> None:
+    assert (others_load(before, after, cores, threads) is not None) is busy
+
+
+def test_this_process_has_memory_and_versions() -> None:
+    assert machine.peak_rss_bytes() > 10 * 2**20
+    assert {"python", "numpy", "drn-deploy"} <= set(machine.versions())
+    assert machine.cores() >= 1
+    assert machine.cpu_name()

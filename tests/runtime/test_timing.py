@@ -1,0 +1,203 @@
+"""`runtime.timing`: percentiles, warm-up, turns and ratios, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import timing
+from runtime.timing import Call, Latency, agree, percentile, speed_ratio, take_turns, turns, warm_up, window_size
+
+
+@dataclasses.dataclass
+class FakeClock:
+    now: float = 0.0
+    log: list[str] = dataclasses.field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, seconds: Callable[[int], float], **options: Any) -> Call:
+        """A call whose n-th run takes `seconds(n)`."""
+
+        def run(number: int) -> None:
+            self.log.append(f"{name}{number}")
+            self.now += seconds(number)
+
+        return Call(run, **options)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+# Percentiles
+
+
+def test_percentiles_are_samples_counted_by_hand() -> None:
+    found = Latency.of([ms / 1e3 for ms in range(1, 101)])
+    assert found.samples == 100
+    values = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
+    assert values == pytest.approx((50, 90, 95, 99, 100))
+    assert found.mean_ms == pytest.approx(50.5)
+
+
+def test_outliers_are_kept() -> None:
+    found = Latency.of([0.001] * 999 + [5.0])
+    assert found.max_ms == 5000
+    assert found.mean_ms == pytest.approx(5.999)
+    assert found.p99_ms == 1
+
+
+@pytest.mark.parametrize(("q", "fewest"), [(50, 2), (90, 10), (95, 20), (99, 100)])
+def test_a_percentile_needs_samples_beyond_it(q: int, fewest: int) -> None:
+    assert percentile(range(fewest - 1), q) is None
+    assert percentile(range(fewest), q) == fewest - 1 - fewest * (100 - q) // 100
+
+
+def test_one_sample_is_its_own_median() -> None:
+    found = Latency.of([0.002])
+    assert (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms) == (2, None, None, 2)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=100, max_size=300), st.sampled_from([50, 90, 95, 99]))
+def test_a_percentile_is_a_sample_that_so_many_do_not_exceed(values: list[float], q: int) -> None:
+    found = percentile(values, q)
+    assert found in values
+    assert sum(value <= found for value in values) * 100 >= q * len(values)
+    assert sum(value < found for value in values) * 100 < q * len(values)
+
+
+# Warm-up
+
+
+@pytest.mark.parametrize(
+    ("medians", "wanted"),
+    [
+        ([1.0, 1.0], False),
+        ([1.0, 1.03, 1.0], True),
+        ([1.0, 1.031, 1.0], False),
+        # Each within 3 % of the one before, and yet still falling.
+        ([1.05, 1.025, 1.0], False),
+        ([9.0, 5.0, 1.0, 1.01, 1.02], True),
+        ([1.0, 1.0, 1.0, 2.0], False),
+    ],
+)
+def test_windows_agree_within_three_percent(medians: list[float], wanted: bool) -> None:
+    assert agree(medians) is wanted
+
+
+def test_a_window_fills_its_time_within_bounds() -> None:
+    assert [window_size(seconds) for seconds in (0.0, 1e-6, 0.02, 10.0)] == [100, 100, 10, 3]
+
+
+def test_warming_up_ends_when_the_slow_start_is_over(clock: FakeClock) -> None:
+    call = clock.call("a", lambda number: 0.02 if number > 25 else 0.05 - 0.001 * number)
+    (found,) = warm_up([call], clock)
+    assert found.settled
+    # The first call, then windows of 4 (0.2 s of 0.05 s): three of them must lie past call 25.
+    assert found.calls == 1 + 4 * len(found.windows_ms)
+    assert found.windows_ms[-3:] == pytest.approx((20, 20, 20))
+    assert found.windows_ms[-4] > 20.6
+
+
+def test_warming_up_is_bounded_and_says_when_it_never_settles(clock: FakeClock) -> None:
+    (found,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, most_seconds=1e9)
+    assert not found.settled
+    assert len(found.windows_ms) == timing.MOST_WINDOWS
+    clock.now = 0.0
+    (found,) = warm_up([clock.call("a", lambda number: 1.0 + number)], clock, most_seconds=5)
+    assert not found.settled
+    assert len(found.windows_ms) == timing.WINDOWS
+
+
+def test_all_are_warm_before_any_counts(clock: FakeClock) -> None:
+    steady = clock.call("a", lambda number: 0.02)
+    late = clock.call("b", lambda number: 0.02 if number > 60 else 0.1 / (1 + number))
+    first, second = warm_up([steady, late], clock)
+    assert first.settled
+    assert second.settled
+    assert first.calls == second.calls > 60
+
+
+# Turns
+
+
+def test_each_is_called_once_a_round_and_another_first() -> None:
+    assert [list(turns(number, 3)) for number in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
+
+
+def test_models_are_interleaved_call_by_call(clock: FakeClock) -> None:
+    samples: list[list[float]] = [[], []]
+    rounds: list[int] = []
+    calls = [clock.call("a", lambda number: 1 + number), clock.call("b", lambda number: 10 + number)]
+    take_turns(calls, 3, samples, clock=clock, on_round=lambda: rounds.append(len(samples[0])))
+    assert clock.log == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert samples == [[1, 2, 3], [10, 11, 12]]
+    assert rounds == [1, 2, 3]
+
+
+def test_preparing_is_not_timed_and_a_device_may_tell_its_own_time(clock: FakeClock) -> None:
+    def prepare(number: int) -> int:
+        clock.now += 100
+        return number
+
+    assert clock.call("a", lambda number: 2.0, prepare=prepare).seconds(0, clock) == 2
+    assert clock.call("a", lambda number: 2.0, told=lambda: 0.5).seconds(0, clock) == 0.5
+
+
+def test_a_limit_of_time_leaves_the_fewest_calls(clock: FakeClock) -> None:
+    for most, fewest, wanted in ((3.5, 1, 4), (0.5, 3, 3), (1e9, 1, 50)):
+        samples: list[list[float]] = [[]]
+        take_turns([clock.call("a", lambda _: 1.0)], 50, samples, most_seconds=most, fewest=fewest, clock=clock)
+        assert len(samples[0]) == wanted
+
+
+def test_an_interruption_loses_no_sample(clock: FakeClock) -> None:
+    def seconds(number: int) -> float:
+        if number == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    samples: list[list[float]] = [[], []]
+    calls = [clock.call("a", lambda _: 2.0), clock.call("b", seconds)]
+    with pytest.raises(KeyboardInterrupt):
+        take_turns(calls, 10, samples, clock=clock)
+    assert samples == [[2, 2, 2], [1, 1, 1]]
+
+
+# Ratios
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    # The machine slows down tenfold half-way; the ratio of every round is 2 all the same.
+    ours, theirs = [1.0] * 50 + [10.0] * 50, [2.0] * 50 + [20.0] * 50
+    found = speed_ratio(ours, theirs)
+    assert (found.median, found.low, found.high, found.rounds) == (2, 2, 2, 100)
+
+
+def test_the_interval_holds_the_median_and_shrinks_with_rounds() -> None:
+    def spread(rounds: int) -> float:
+        ours = [1 + 0.1 * ((7 * index) % 11) for index in range(rounds)]
+        found = speed_ratio(ours, [1.0] * rounds)
+        assert found.low <= found.median <= found.high
+        assert found.median == pytest.approx(statistics.median(1 / value for value in ours))
+        return found.high - found.low
+
+    assert spread(600) < spread(20)
+
+
+def test_a_round_that_was_cut_off_is_left_out() -> None:
+    assert speed_ratio([1.0, 1.0, 1.0], [3.0, 3.0]).rounds == 2
+
+
+def test_of_equal_times_the_ratio_is_one() -> None:
+    values = [0.001, 0.002, 0.003]
+    assert speed_ratio(values, values) == timing.Ratio(1, 1, 1, 3)
