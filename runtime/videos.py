@@ -164,9 +164,18 @@ def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> 
     Rows past the end are clipped to the last one: shorter feature files than the frame count promises occur.
     """
     end = len(features) - 1
-    return np.stack(
-        [features[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
+    # NumPy compares halves in software, ten times slower than integers of the same order.
+    ordered = _mirrored(features.view(np.int16)) if features.dtype == np.float16 else features
+    rows = np.stack(
+        [ordered[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
     )
+    return _mirrored(rows).view(np.float16) if features.dtype == np.float16 else rows
+
+
+def _mirrored(bits: np.ndarray) -> np.ndarray:
+    """Return the bits of finite halves as integers of the same order, and such integers as the bits again: negative
+    numbers grow in magnitude, so all but their sign is turned round."""
+    return bits ^ ((bits >> 15) & np.int16(0x7FFF))
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:

@@ -241,7 +241,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(of_clip: tuple[Any, ...], refus
     assert "--device cpu" in refused(infer, *of_clip, "--query", "dog sits", "--device", "cuda")
 
 
-def test_an_engine_that_no_sidecar_vouches_for_is_refused(clip: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_an_engine_without_a_sidecar_is_refused(clip: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "drn.engine").write_bytes(b"plan")
     arguments = ("--features", clip, "--duration", 20, "--query", "dog sits")
     assert "sidecar" in refused(infer, "--model", tmp_path / "drn.engine", *arguments)

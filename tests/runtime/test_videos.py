@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FeatureError
-from runtime.videos import ClipClock, Video, load_features, segment_rows
+from runtime.videos import ClipClock, Video, load_features, max_over_rows, segment_rows
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
@@ -336,3 +336,14 @@ def test_pooled_rows_spans_and_frames_are_those_of_the_published_loader(golden: 
         np.testing.assert_array_equal(segments.features, reference[f"mini_{index}_pooled"])
         np.testing.assert_array_equal(segments.spans, reference[f"mini_{index}_proposals"])
         assert segments.features.dtype == reference[f"mini_{index}_pooled"].dtype
+
+
+def test_maxima_of_halves_are_exact_whatever_their_signs() -> None:
+    finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = finite[np.isfinite(finite)]
+    features = np.random.default_rng(0).permutation(finite)[:63360].reshape(40, -1)
+    first, last = np.array([0, 3, 39, 12]), np.array([5, 3, 45, 30])
+    pooled = max_over_rows(features, first, last)
+    assert pooled.dtype == np.float16
+    for row, start, stop in zip(pooled, first, last, strict=True):
+        assert np.array_equal(row, features[start : stop + 1].max(axis=0))
