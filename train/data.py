@@ -6,12 +6,10 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
@@ -147,11 +145,6 @@ class TrainingBatch:
     inputs: Batch
     truth: np.ndarray
 
-    def tensors(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Return the network's inputs in order, and the moments, on a device."""
-        inputs = [torch.from_numpy(array).to(device, non_blocking=True) for array in vars(self.inputs).values()]
-        return inputs, torch.from_numpy(self.truth).to(device, non_blocking=True)
-
 
 class TrainingData:
     """The queries of a split, ready to be batched.
@@ -176,6 +169,7 @@ class TrainingData:
         self.queries = encode(annotations, vocabulary)
         self.truth = data_set.spans(annotations).astype(np.float32)
         self.pooled = pooled
+        self.video_rows = np.array([pooled.rows[annotation.video] for annotation in annotations], np.int64)
         self.blind = blind
 
     def __len__(self) -> int:
@@ -185,6 +179,11 @@ class TrainingData:
         """Return what the network sees of a video, validation included."""
         segments = self.pooled.segments(video)
         return Segments(np.zeros_like(segments.features), segments.spans) if self.blind else segments
+
+    def features(self, rows: np.ndarray) -> np.ndarray:
+        """Return the features of the videos at `rows` of the pooled ones, (n, T, D) float32."""
+        chosen = self.pooled.features[rows]
+        return np.zeros(chosen.shape, np.float32) if self.blind else chosen.astype(np.float32)
 
     def batch(self, indices: np.ndarray) -> TrainingBatch:
         """Return the queries at `indices`, in that order."""
@@ -203,20 +202,6 @@ class TrainingData:
         starts = range(rank * batch_size, len(self) - step + rank * batch_size + 1, step)
         return [order[start : start + batch_size] for start in starts]
 
-    def batches(self, epoch: Sequence[np.ndarray], device: torch.device) -> Iterator[TrainingBatch]:
-        """Yield the batches of an epoch; for a GPU two other processes make them ahead."""
-        if device.type == "cpu":
-            yield from map(self.batch, epoch)
-            return
-        loader = torch.utils.data.DataLoader(
-            _Batches(self, epoch),
-            batch_size=None,
-            num_workers=2,
-            prefetch_factor=4,
-            multiprocessing_context="fork",
-        )
-        yield from loader
-
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
     """Return the word ids of every sentence; AnnotationError, naming the line, for one without a known word."""
@@ -227,19 +212,6 @@ def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np
         except QueryError as error:
             raise AnnotationError(f"The annotation in line {annotation.line} cannot be used: {error}") from error
     return queries
-
-
-class _Batches(torch.utils.data.Dataset):
-    """The batches of one epoch by number, for torch's loader."""
-
-    def __init__(self, source: TrainingData, epoch: Sequence[np.ndarray]) -> None:
-        self.source, self.epoch = source, epoch
-
-    def __len__(self) -> int:
-        return len(self.epoch)
-
-    def __getitem__(self, index: int) -> TrainingBatch:
-        return self.source.batch(self.epoch[index])
 
 
 def split_by_video(

@@ -8,12 +8,12 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from train.data import TrainingData
 from train.losses import LossOptions, divide, loss_sums
 from train.model import DRN, DRNConfig
 from train.processes import Processes, synchronise_batch_norm
+from train.sources import AfterStem, Source, StemSource, open_source, stems_fit
 from train.stages import Stage
 
 log = logging.getLogger("drn")
@@ -85,6 +86,64 @@ class Materials:
     decoding: Decoding
 
 
+class Learner:
+    """A network that takes the steps of one stage."""
+
+    def __init__(self, stage: Stage, settings: Settings, processes: Processes, model: DRN) -> None:
+        self.stage, self.settings, self.processes, self.model = stage, settings, processes, model
+        self.network: nn.Module = model
+        self.autocast = _AMP.get(settings.precision)
+        # The authors' stage 2 computes every gradient, steps with the IoU head's and never resets the others, so that
+        # those pile up in the norm that clips it.
+        self.piles_up = settings.faithful and settings.recipe == "drn" and stage.number == 2
+        stage.freeze(model)
+        self.learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.clipped = list(model.parameters()) if self.piles_up else self.learnt
+        if self.piles_up:
+            model.requires_grad_(True)
+        self.device = self.learnt[0].device
+        self.optimizer = torch.optim.Adam(self.learnt, lr=stage.learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+
+    def take(self, network: nn.Module) -> None:
+        """Step with `network`, a part of the model or all of it, from here on."""
+        self.network = network
+        if self.processes.count > 1:
+            # Without the other losses, the matching logits get no gradient.
+            self.network = DistributedDataParallel(
+                network,
+                broadcast_buffers=not self.settings.synchronised,
+                find_unused_parameters=self.piles_up,
+            )
+
+    def step(self, inputs: Sequence[Tensor], truth: Tensor) -> Tensor:
+        """Learn from one batch.
+
+        Returns:
+            (5,) on the device, this process's share of each: the three losses, the gradient's norm, and 1; these last
+            two are 0 for a step that was left out because its gradients overflowed in fp16.
+        """
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            heads = self.network(*inputs)
+        sums = loss_sums(heads, truth, self.model.config, self.stage.trains_iou_head, self.settings.losses)
+        if self.settings.synchronised:
+            losses = divide(sums, self.processes.sum(sums.counts))
+            # The wrapper averages gradients over processes, and these losses are parts of a sum.
+            share = self.processes.count
+        else:
+            losses, share = divide(sums), 1
+        minimised = losses.iou if self.piles_up else losses.total()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(minimised * share).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.clipped, self.settings.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        taken = norm.isfinite() | (not self.scaler.is_enabled())
+        norm = torch.where(taken, norm, 0.0)
+        return torch.stack((*(loss.detach() for loss in losses), norm / share, taken / share))
+
+
 class Run:
     """A training run in its directory: `stageK/best.pt`, `stageK/last.pt`, `history.jsonl`, `run.json`, `drn.pt`.
 
@@ -105,6 +164,7 @@ class Run:
         self.materials = materials
         self.device = device
         self.processes = processes
+        self._whole: Source | None = None
 
     def open(self, resume: bool, inputs: dict[str, Any]) -> None:
         """Claim the directory, or check that it holds this very run.
@@ -157,32 +217,18 @@ class Run:
         return self.output / "drn.pt"
 
     def _train_stage(self, stage: Stage, model: DRN) -> None:
-        # The authors' stage 2 computes every gradient, steps with the IoU head's and never resets the others, so that
-        # those pile up in the norm that clips it.
-        piles_up = self.settings.faithful and self.settings.recipe == "drn" and stage.number == 2
-        stage.freeze(model)
-        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if piles_up:
-            model.requires_grad_(True)
-        optimizer = torch.optim.Adam(learnt, lr=stage.learning_rate, fused=True)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
-        done, best = self._restore(stage, model, optimizer, scaler)
+        learner = Learner(stage, self.settings, self.processes, model)
+        done, best = self._restore(stage, model, learner)
         if done >= stage.epochs:
             return
-        network: nn.Module = model
-        if self.processes.count > 1:
-            # Without the other losses, the matching logits get no gradient.
-            network = DistributedDataParallel(
-                model,
-                broadcast_buffers=not self.settings.synchronised,
-                find_unused_parameters=piles_up,
-            )
+        source, network = self._source(learner)
+        learner.take(network)
         for epoch in range(done, stage.epochs):
             rate = stage.learning_rate_at(epoch)
-            for group in optimizer.param_groups:
+            for group in learner.optimizer.param_groups:
                 group["lr"] = rate
             record = {"stage": stage.number, "epoch": epoch + 1, "learning_rate": rate}
-            record |= self._train_epoch(stage, epoch, network, model, optimizer, scaler, piles_up)
+            record |= self._train_epoch(stage, epoch, source, learner)
             record |= self._validate(stage, model)
             # Every process sees the leader's figure, so that all agree on the best.
             score = record.get(SELECTION, float(epoch))
@@ -198,63 +244,50 @@ class Run:
                     "epoch": epoch + 1,
                     "best": best,
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
+                    "optimizer": learner.optimizer.state_dict(),
+                    "scaler": learner.scaler.state_dict(),
                 }
                 # Last, so that a run killed before this line repeats the epoch to the same end.
                 save(directory / "last.pt", state)
                 self._log(record, improved)
             self.processes.wait()
 
-    def _train_epoch(
-        self,
-        stage: Stage,
-        epoch: int,
-        network: nn.Module,
-        model: DRN,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        piles_up: bool,
-    ) -> dict[str, Any]:
+    def _source(self, learner: Learner) -> tuple[Source, nn.Module]:
+        """Return where the batches of a stage come from, and the part of the network that takes them."""
+        data, stage, model = self.materials.training, learner.stage, learner.model
+        # Every process computes the stems of all pairs, which pays when it would otherwise come by that many.
+        pays = stage.epochs >= self.processes.count
+        if stage.freezes_stem and not learner.piles_up and pays and stems_fit(data, model, self.device):
+            return StemSource(data, model, self.device, learner.autocast), AfterStem(model)
+        if self._whole is None:
+            self._whole = open_source(data, self.device)
+        return self._whole, model
+
+    def _train_epoch(self, stage: Stage, epoch: int, source: Source, learner: Learner) -> dict[str, Any]:
         settings, processes, data = self.settings, self.processes, self.materials.training
-        model.train()
+        learner.model.train()
         epoch_seed = (settings.seed, 2, stage.number, epoch)
         order = data.epoch(settings.batch_size, epoch_seed, processes.rank, processes.count)
-        seen = torch.zeros(4, device=self.device)
+        seen = torch.zeros(5, device=self.device)
         started = time.perf_counter()
         progress = tqdm(
-            data.batches(order, self.device),
+            source.batches(order),
             f"stage {stage.number} epoch {epoch + 1}/{stage.epochs}",
             len(order),
             unit="step",
             leave=False,
             disable=None if processes.leads else True,
         )
-        for step, batch in enumerate(progress):
-            inputs, truth = batch.tensors(self.device)
-            with torch.autocast(self.device.type, _AMP.get(settings.precision), enabled=settings.precision != "fp32"):
-                heads = network(*inputs)
-            sums = loss_sums(heads, truth, model.config, stage.trains_iou_head, settings.losses)
-            if settings.synchronised:
-                losses = divide(sums, processes.sum(sums.counts))
-                # The wrapper averages gradients over processes, and these losses are parts of a sum.
-                share = processes.count
-            else:
-                losses, share = divide(sums), 1
-            minimised = losses.iou if piles_up else losses.total()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(minimised * share).backward()
-            scaler.unscale_(optimizer)
-            clipped = model.parameters() if piles_up else optimizer.param_groups[0]["params"]
-            norm = nn.utils.clip_grad_norm_(clipped, settings.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            seen += torch.stack((*(loss.detach() for loss in losses), norm / share))
+        for step, (inputs, truth) in enumerate(progress):
+            taken = learner.step(inputs, truth)
+            seen += taken
             if step % 20 == 0 and not progress.disable:
-                progress.set_postfix(loss=f"{float(minimised.detach()) * share:.3f}", refresh=False)
+                # A figure fetched at every step would let a GPU wait.
+                progress.set_postfix(loss=f"{float(taken[:3].sum()):.3f}", refresh=False)
         if not settings.synchronised:
             seen /= processes.count
-        means = (processes.sum(seen) / len(order)).tolist()
+        *sums, norms, steps = processes.sum(seen).tolist()
+        means = [*(loss / len(order) for loss in sums), norms / steps if steps else math.nan]
         if not all(map(math.isfinite, means)):
             raise GroundingError(
                 f"The loss is not a number in stage {stage.number}, epoch {epoch + 1}: the training has diverged. "
@@ -262,7 +295,8 @@ class Run:
             )
         names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
         seconds = time.perf_counter() - started
-        return {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
+        record = {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
+        return record | ({"steps_left_out": len(order) - round(steps)} if learner.scaler.is_enabled() else {})
 
     def _validate(self, stage: Stage, model: DRN) -> dict[str, float]:
         annotations = self.materials.validation
@@ -306,9 +340,7 @@ class Run:
     def _load_best(self, stage: Stage, model: DRN) -> None:
         model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
 
-    def _restore(
-        self, stage: Stage, model: DRN, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> tuple[int, float | None]:
+    def _restore(self, stage: Stage, model: DRN, learner: Learner) -> tuple[int, float | None]:
         """Return how many epochs of `stage` are done and the best score so far; the state is put back."""
         path = self._directory(stage) / "last.pt"
         if not path.is_file():
@@ -320,8 +352,8 @@ class Run:
             )
         check_weights(state["model"], model.config, str(path))
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.scaler.load_state_dict(state["scaler"])
         if self.processes.leads:
             log.info("Stage %d: going on after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
         return state["epoch"], state["best"]

@@ -9,6 +9,7 @@ Source: FCOSLoss in mmaction2's drn_utils/fcos.py, after loss.py in the authors'
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,18 +73,25 @@ def targets(truth: Tensor, config: DRNConfig) -> tuple[Tensor, Tensor]:
     centre = locations(config, truth.device)
     moment = truth.float() * config.num_segments
     distances = torch.stack((centre - moment[:, :1], moment[:, 1:] - centre), dim=-1)
-    factor = config.num_segments / 32
-    ranges = torch.tensor(
-        [
-            (nearest * factor if nearest > 0 else nearest, farthest * factor)
-            for (nearest, farthest), stride in zip(DISTANCE_RANGES, config.strides, strict=True)
-            for _ in range(config.num_segments // stride)
-        ],
-        device=truth.device,
-    )
+    ranges = _distance_ranges(config, truth.device)
     farther = distances.amax(dim=-1)
     positive = (distances.amin(dim=-1) > 0) & (farther >= ranges[:, 0]) & (farther <= ranges[:, 1])
     return positive, distances
+
+
+@functools.lru_cache(maxsize=8)
+def _distance_ranges(config: DRNConfig, device: torch.device) -> Tensor:
+    """Return the nearest and farthest that the farther boundary of each location may be, (P, 2), in segments.
+
+    Kept, since a constant copied to a GPU waits for all that the GPU has to do.
+    """
+    factor = config.num_segments / 32
+    ranges = [
+        (nearest * factor if nearest > 0 else nearest, farthest * factor)
+        for (nearest, farthest), stride in zip(DISTANCE_RANGES, config.strides, strict=True)
+        for _ in range(config.num_segments // stride)
+    ]
+    return torch.tensor(ranges, device=device)
 
 
 def loss_sums(

@@ -74,6 +74,14 @@ class NetworkHeads(NamedTuple):
     iou_logits: Tensor  # (B, P)
 
 
+class Stem(NamedTuple):
+    """What becomes of each pair before the first batch norm: nothing of it depends on the other pairs of a batch."""
+
+    first: Tensor  # (B, 256, T): the output of the first convolution
+    second_gate: Tensor  # (B, 256): of the input of the second
+    third_gate: Tensor  # (B, 512): of the input of the third
+
+
 class QueryEncoder(nn.Module):
     """A sentence becomes three features, one for each level: words weighted by three attentions over a BiLSTM."""
 
@@ -89,9 +97,12 @@ class QueryEncoder(nn.Module):
         self.W1 = nn.Linear(width, 1)
 
     def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
-        """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1."""
+        """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1.
+
+        Lengths may stay on the CPU, where packing wants them: fetched from a GPU, they would wait for all it has to do.
+        """
         words = self.words(query_tokens, query_length)
-        return self.attend(words, query_length)
+        return self.attend(words, query_length.to(words.device, non_blocking=True))
 
     def words(self, query_tokens: Tensor, query_length: Tensor) -> Tensor:
         """Return the BiLSTM's outputs, (B, L, 2H), zero past each length."""
@@ -133,14 +144,19 @@ class Backbone(nn.Module):
 
     def forward(self, features: Tensor, positions: Tensor, gates: list[Tensor]) -> list[Tensor]:
         """Return (B, 256, T), (B, 512, T/2) and (B, 1024, T/4) from (B, D, T) features and (B, 256, T) positions."""
-        levels = []
-        for level, layer in enumerate(self.layers):
-            features = features * gates[level][:, :, None]
-            if level == 0:
-                # Positions are appended after the gate: they are not gated.
-                features = torch.cat((features, positions), dim=1)
-            features = layer(features)
-            levels.append(features)
+        return self.onward(self.first(features, positions, gates[0]), gates[1:])
+
+    def first(self, features: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
+        """Return the first convolution's (B, 256, T), before its batch norm."""
+        # Positions are appended after the gate: they are not gated.
+        return self.layers[0][0](torch.cat((features * gate[:, :, None], positions), dim=1))
+
+    def onward(self, first: Tensor, gates: list[Tensor]) -> list[Tensor]:
+        """Return the three levels from the first convolution's output and the other two gates."""
+        _, norm, relu = self.layers[0]
+        levels = [relu(norm(first))]
+        for layer, gate in zip(self.layers[1:], gates, strict=True):
+            levels.append(layer(levels[-1] * gate[:, :, None]))
         return levels
 
 
@@ -274,12 +290,18 @@ class DRN(nn.Module):
         Returns:
             Heads at P locations: matching logits (B, P), boundary distances in segments (B, P, 2), IoU logits (B, P).
         """
-        gates = [
-            gate(query) for gate, query in zip(self.qInput, self.query_encoder(query_tokens, query_length), strict=True)
-        ]
-        features = self.prop_fc(segment_features).transpose(1, 2)
+        return self.score(self.stem(query_tokens, query_length, self.prop_fc(segment_features), segment_spans))
+
+    def stem(self, query_tokens: Tensor, query_length: Tensor, projected: Tensor, segment_spans: Tensor) -> Stem:
+        """Return all that comes before the first batch norm; `projected` are the (B, T, D) outputs of `prop_fc`."""
+        queries = self.query_encoder(query_tokens, query_length)
+        gate, *other_gates = (gate(query) for gate, query in zip(self.qInput, queries, strict=True))
         positions = self.position_transform(with_duration(segment_spans)).transpose(1, 2)
-        return self.fcos(self.fpn(self.backbone_net(features, positions, gates)))
+        return Stem(self.backbone_net.first(projected.transpose(1, 2), positions, gate), *other_gates)
+
+    def score(self, stem: Stem) -> NetworkHeads:
+        """Return the heads of what `stem` left."""
+        return self.fcos(self.fpn(self.backbone_net.onward(stem.first, list(stem[1:]))))
 
 
 def with_duration(spans: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
             return super().forward(values)
         # In float32 whatever the precision of the values, as batch norm on one device is.
         dtype, values = values.dtype, values.float()
-        count = all_reduce(values.new_tensor(values.shape[0] * values.shape[2]))
+        count = all_reduce(values.new_full((), values.shape[0] * values.shape[2]))
         mean = all_reduce(values.sum(dim=(0, 2))) / count
         centred = values - mean[:, None]
         # Two passes: the difference of two large sums would lose the variance.

@@ -36,6 +36,11 @@ class Stage:
         return self.number > 1
 
     @property
+    def freezes_stem(self) -> bool:
+        """Whether nothing before the first batch norm learns, so that each pair gets there the same in every epoch."""
+        return self.number == 2
+
+    @property
     def use_iou_scores(self) -> bool:
         """Whether the IoU probability joins the score: a head that was never trained must not."""
         return self.number > 1

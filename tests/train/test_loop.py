@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import train.loop as loop
-from runtime.annotations import DataSet
+from runtime.annotations import Annotation, DataSet
 from runtime.decoding import Decoding
 from runtime.errors import GroundingError, OutputError
 from runtime.evaluation import evaluate
@@ -32,7 +33,7 @@ from runtime.vocabulary import Vocabulary
 from tests.tolerances import HEADS, STEP_HEADS, STEPS
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint, save_checkpoint
-from train.data import split_by_video
+from train.data import PooledFeatures, TrainingData, split_by_video
 from train.losses import Losses, LossOptions
 from train.processes import Processes
 from train.simulate import simulate
@@ -69,23 +70,20 @@ def assert_same_run(one: Path, other: Path) -> None:
 # The published optimiser, step by step.
 
 
-class GoldenData:
+class GoldenData(TrainingData):
     """The same batch over and over."""
 
     def __init__(self, inputs: list[torch.Tensor], truth: torch.Tensor, steps: int) -> None:
-        self.inputs, self.truth, self.steps = inputs, truth, steps
+        tokens, lengths, features, spans = (tensor.numpy() for tensor in inputs)
+        names = [str(row) for row in range(len(truth))]
+        self.annotations = [Annotation(name, 0, 1, "", 0) for name in names]
+        self.queries = [row[:length].astype(np.int32) for row, length in zip(tokens, lengths, strict=True)]
+        self.truth, self.steps, self.blind = truth.numpy(), steps, False
+        self.video_rows = np.arange(len(truth))
+        self.pooled = PooledFeatures({name: int(name) for name in names}, features, spans, "golden")
 
-    def __len__(self) -> int:
-        return len(self.truth)
-
-    def epoch(self, *_: Any) -> list[int]:
-        return list(range(self.steps))
-
-    def batches(self, epoch: list[int], device: torch.device) -> Iterator[GoldenData]:
-        yield from (self for _ in epoch)
-
-    def tensors(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        return self.inputs, self.truth
+    def epoch(self, *_: Any) -> list[np.ndarray]:
+        return [np.arange(len(self))] * self.steps
 
 
 @dataclasses.dataclass
@@ -156,6 +154,26 @@ def test_statistics_after_a_step_match_the_published_ones(reference: Any, tmp_pa
             assert int(tensor) == int(wanted), name
         else:
             np.testing.assert_allclose(tensor, wanted, rtol=0, atol=HEADS * np.abs(wanted).max(), err_msg=name)
+
+
+def test_steps_that_overflow_in_fp16_are_left_out_and_counted(
+    reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The scaler of fp16 around arithmetic in float32, where such a scale overflows too.
+    monkeypatch.setattr(loop, "_AMP", {})
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**127))
+    data = GoldenData(reference.inputs("a"), torch.tensor([[0.2, 0.6]] * 4), 12)
+    run = golden_run(tmp_path, Stage(3, 1e-6, 1), data)
+    run.settings = dataclasses.replace(run.settings, precision="fp16")
+    run.train(reference.model())
+    record = history(tmp_path)[0]
+    assert 0 < record["steps_left_out"] < 12
+    assert 0 < record["gradient_norm"] < 1e4
+    # Where none fits, that is no training.
+    data.steps, run = 1, golden_run(tmp_path / "none", Stage(3, 1e-6, 1), data)
+    run.settings = dataclasses.replace(run.settings, precision="fp16")
+    with pytest.raises(GroundingError, match="diverged"):
+        run.train(reference.model())
 
 
 # What a run leaves behind.

@@ -1,0 +1,189 @@
+"""Wherever a batch comes from, it is the same batch, and what is computed once is what each step would compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train.loop as loop
+from runtime.annotations import DataSet
+from tests.tolerances import HEADS, PROCESS_WEIGHTS, PROCESSES
+from train import sources
+from train.__main__ import train as run_training
+from train.checkpoints import load_checkpoint
+from train.data import TrainingData, pool
+from train.model import DRN, DRNConfig, Stem
+from train.sources import AfterStem, DeviceSource, HostSource, StemSource, Step, open_source, stems_fit
+from train.stages import RECIPES, Stage
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data_set(planted: Path) -> DataSet:
+    return DataSet(planted)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["seeing", "blind"])
+def training(data_set: DataSet, tmp_path_factory: pytest.TempPathFactory, request: Any) -> TrainingData:
+    annotations = data_set.annotations("train", invalid="drop")
+    # The queries of one video stand together in the file.
+    annotations = [annotations[index] for index in np.random.default_rng(0).permutation(len(annotations))]
+    videos = sorted({annotation.video for annotation in annotations})
+    pooled = pool(data_set, videos, 32, data_set.features(), tmp_path_factory.mktemp("cache"))
+    return TrainingData(data_set, annotations, pooled, data_set.vocabulary, blind=request.param)
+
+
+@pytest.fixture(scope="module")
+def model(data_set: DataSet) -> DRN:
+    torch.manual_seed(0)
+    return DRN(DRNConfig(len(data_set.vocabulary), 8, 32, 16, 16))
+
+
+def flat(step: Step) -> list[torch.Tensor]:
+    return [*step[0], step[1]]
+
+
+def test_all_sources_yield_the_same_batches(training: TrainingData) -> None:
+    epoch = training.epoch(7, (3,))
+    host = [flat(step) for step in HostSource(training, CPU).batches(epoch)]
+    assert len(host) == len(epoch) > 5
+    for source in (HostSource(training, CPU, workers=2), DeviceSource(training, CPU)):
+        for wanted, found in zip(host, source.batches(epoch), strict=True):
+            for one, other in zip(wanted, flat(found), strict=True):
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
+    first = training.batch(epoch[0])
+    for wanted, found in zip((*vars(first.inputs).values(), first.truth), host[0], strict=True):
+        np.testing.assert_array_equal(found.numpy(), wanted)
+
+
+def test_stems_are_those_of_each_batch(training: TrainingData, model: DRN) -> None:
+    epoch = training.epoch(7, (3,))
+    stems = StemSource(training, model, CPU, None)
+    for ((tokens, lengths, features, spans), truth), (stem, same) in zip(
+        HostSource(training, CPU).batches(epoch), stems.batches(epoch), strict=True
+    ):
+        assert torch.equal(truth, same)
+        with torch.no_grad():
+            wanted = model.stem(tokens, lengths, model.prop_fc(features), spans)
+            heads = model.eval()(tokens, lengths, features, spans)
+            for one, other in zip(AfterStem(model)(*stem), heads, strict=True):
+                torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6)
+        for name, one, other in zip(Stem._fields, stem, wanted, strict=True):
+            assert not one.requires_grad
+            torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6, msg=name)
+
+
+def test_each_video_is_projected_once_for_its_queries(
+    training: TrainingData, model: DRN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projected = []
+    model.prop_fc.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
+    StemSource(training, model, CPU, None)
+    model.prop_fc._forward_hooks.clear()
+    # One video may stand at the end of one chunk and at the beginning of the next.
+    chunks = -(-len(training) // sources.STEM_PAIRS)
+    assert len(projected) == chunks
+    assert sum(projected) < len(set(training.video_rows.tolist())) + chunks < len(training)
+
+
+def test_stems_that_do_not_fit_are_left_and_that_is_said(
+    training: TrainingData, model: DRN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="drn")
+    assert stems_fit(training, model, CPU)
+    assert not caplog.records
+    monkeypatch.setattr(sources, "STEM_GIB", 1e-3)
+    assert not stems_fit(training, model, CPU)
+    assert "at every step" in caplog.text
+
+
+def test_only_stage_2_has_a_frozen_stem_and_nothing_of_it_learns_there(model: DRN) -> None:
+    assert [stage.freezes_stem for stage in RECIPES["mmaction2"].stages] == [False, True, False]
+    Stage(2, 1e-5, 1).freeze(model)
+    stem = ("query_encoder.", "qInput.", "prop_fc.", "position_transform.", "backbone_net.layers.0.0.")
+    parts = {name: parameter for name, parameter in model.named_parameters() if name.startswith(stem)}
+    assert len(parts) > 20
+    assert not any(parameter.requires_grad for parameter in parts.values())
+    # No batch norm in it: buffers would move, and mix the pairs of a batch.
+    assert not [name for name, _ in model.named_buffers() if name.startswith(stem)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_2_ends_where_it_ends_without_stems(
+    short_run: Path,
+    planted: Path,
+    tiny_sizes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Any,
+) -> None:
+    options = {**tiny_sizes, "epochs": (3,), "lr": (1e-4,), "load": short_run / "stage1" / "best.pt"}
+    options |= {"stage": "2", "validate_on": "none", "precision": precision}
+    run_training(planted, tmp_path / "kept", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stems_fit", lambda *_: False)
+        run_training(planted, tmp_path / "plain", **options)
+    kept, plain = (
+        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("kept", "plain")
+    )
+    rounded = PROCESSES if precision == "fp32" else 0.02
+    for one, other in zip(kept, plain, strict=True):
+        for name in ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=rounded), name
+        assert one["steps"] == other["steps"] >= 5
+    weights = [load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("kept", "plain")]
+    before = load_checkpoint(options["load"]).weights
+    moved = {name for name in before if not torch.equal(before[name], weights[0][name])}
+    assert moved == {name for name in before if not torch.equal(before[name], weights[1][name])}
+    assert {"backbone_net.layers.0.1.running_mean", "fcos.head.cls_tower.1.num_batches_tracked"} < moved
+    assert "fcos.head.mix_fc.0.weight" in moved
+    # Before a batch norm a bias changes nothing: its gradient is rounding noise, and its steps go either way.
+    noise = {"fcos.head.mix_fc.0.bias", "fcos.head.iou_scores.0.bias"}
+    for name in moved - noise:
+        one, other = (found[name].double() for found in weights)
+        apart = (one - other).abs() / other.abs().max().clamp(min=1e-3)
+        assert float(apart.median()) < (PROCESS_WEIGHTS if precision == "fp32" else 0.02), name
+
+
+def test_resumed_stage_2_ends_as_an_uninterrupted_one(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**tiny_sizes, "epochs": (3,), "lr": (1e-3,), "load": short_run / "stage1" / "best.pt", "stage": "2"}
+    run_training(planted, tmp_path / "whole", **options)
+    real, calls = loop.save, [0]
+
+    def stop(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(planted, tmp_path / "cut", **options)
+    run_training(planted, tmp_path / "cut", resume=True, **options)
+    wanted, found = (
+        torch.load(tmp_path / name / "stage2" / "last.pt", weights_only=True)["model"] for name in ("whole", "cut")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(("free", "kind"), [(1 << 40, DeviceSource), (1 << 10, HostSource)])
+def test_a_gpu_holds_the_features_itself_if_it_can(
+    training: TrainingData, monkeypatch: pytest.MonkeyPatch, free: int, kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="drn")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(sources.DeviceSource, "__init__", lambda self, data, device: None)
+    assert type(open_source(training, torch.device("cuda"))) is kind
+    assert ("stay on the host" in caplog.text) == (kind is HostSource)
+    assert type(open_source(training, CPU)) is HostSource
