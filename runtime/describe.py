@@ -11,6 +11,7 @@ import tyro
 
 from runtime.backends import open_backend
 from runtime.command import command, next_command
+from runtime.doctor import gpus
 from runtime.sidecar import read_sidecar
 
 
@@ -65,11 +66,9 @@ def describe(
         rows += _engine_rows(sidecar.content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    if sidecar:
-        # This version runs no engines; the twin beside it answers alike.
-        next_command("runtime.describe", model.with_suffix(".onnx"))
-    else:
-        next_command("runtime.infer", "--model", model, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    # Where no GPU runs an engine, the twin beside it answers alike.
+    runs = model if not sidecar or gpus()[0].works else model.with_suffix(".onnx")
+    next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
 
 
