@@ -28,6 +28,10 @@ PUBLISHED_COUNT = 6
 # The authors suppress what overlaps by more than the metric's threshold less this; the threshold is 0.5 unless a
 # metric says otherwise.
 HARD_NMS_MARGIN = 0.05
+# Queries up to which each is suppressed by itself, and locations up to which all their pairs at once pay.
+FEW, FEW_LOCATIONS = 4, 128
+# Queries decoded at a time: more would leave the cache.
+BLOCK = 256
 MOST_SEGMENTS = 1 << 20
 
 
@@ -174,15 +178,48 @@ def soft_nms(proposals: Proposals, count: int = PUBLISHED_COUNT) -> np.ndarray:
     Returns:
         (B, K, 3) float32 starts, ends and scores at the time of the pick, scores never rising; NaN after the last.
     """
-    scores = proposals.scores.copy()
+    if len(proposals.scores) <= FEW:
+        picked = [_soft_nms_of_one(*one, count) for one in zip(proposals.spans, proposals.scores)]
+        return np.stack(picked) if picked else np.empty((0, count, 3), np.float32)
+    scores, spans = proposals.scores.copy(), proposals.spans
 
-    def lower(span: np.ndarray, overlap: np.ndarray) -> None:
-        threshold = LOW_THRESHOLD + (HIGH_THRESHOLD - LOW_THRESHOLD) * (span[:, 1:] - span[:, :1])
-        # exp(-0) = 1 leaves the others as they are, and -inf stays -inf.
-        decay = np.where(overlap > threshold.astype(np.float32), overlap, np.float32(0))
-        np.multiply(scores, np.exp(decay * decay * np.float32(-1 / ALPHA)), out=scores)
+    def lower(span: np.ndarray) -> None:
+        taken = span[:, None]
+        np.multiply(scores, _decay(taken, temporal_iou(taken, spans))[:, 0], out=scores)
 
-    return _pick(scores, proposals.spans, count, lambda: scores.argmax(axis=1), lower)
+    return _pick(scores, spans, count, lambda: scores.argmax(axis=1), lower)
+
+
+def _soft_nms_of_one(spans: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the (count, 3) picks of one query, from (P, 2) and (P,).
+
+    A few small arrays cost calls, not arithmetic: all factors that could be needed are one round of calls.
+    """
+    kept = np.flatnonzero(scores > -np.inf)
+    spans, scores = spans[kept], scores[kept]
+    factors = None
+    if len(kept) <= FEW_LOCATIONS:
+        factors = _decay(spans[None], temporal_iou(spans, spans)[None])[0]
+    picks = np.full((count, 3), np.nan, np.float32)
+    for pick in picks[: len(kept)]:
+        best = int(scores.argmax())
+        pick[:2] = spans[best]
+        pick[2] = scores[best]
+        if factors is not None:
+            scores *= factors[best]
+        else:
+            taken = spans[None, best : best + 1]
+            scores *= _decay(taken, temporal_iou(taken, spans[None]))[0, 0]
+        scores[best] = -np.inf
+    return picks
+
+
+def _decay(taken: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+    """Return the factors, (B, N, P), by which the N spans taken, (B, N, 2), lower proposals of that temporal IoU."""
+    threshold = LOW_THRESHOLD + (HIGH_THRESHOLD - LOW_THRESHOLD) * (taken[..., 1:] - taken[..., :1])
+    # exp(-0) = 1 leaves the others as they are, and -inf stays -inf.
+    decay = np.where(overlap > threshold.astype(np.float32), overlap, np.float32(0))
+    return np.exp(decay * decay * np.float32(-1 / ALPHA))
 
 
 def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
@@ -201,10 +238,11 @@ def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
     scores = proposals.scores.astype(np.float64)
     last = scores.shape[1] - 1
 
-    def drop(span: np.ndarray, overlap: np.ndarray) -> None:
-        scores[overlap > threshold] = -np.inf
-
     spans = proposals.spans.astype(np.float64)
+
+    def drop(span: np.ndarray) -> None:
+        scores[temporal_iou(span[:, None], spans)[:, 0] > threshold] = -np.inf
+
     return _pick(scores, spans, count, lambda: last - scores[:, ::-1].argmax(axis=1), drop)
 
 
@@ -213,7 +251,7 @@ def _pick(
     spans: np.ndarray,
     count: int,
     best: Callable[[], np.ndarray],
-    suppress_overlapping: Callable[[np.ndarray, np.ndarray], None],
+    suppress_overlapping: Callable[[np.ndarray], None],
 ) -> np.ndarray:
     """Take the best proposal of every query `count` times, and change the scores of the others after each.
 
@@ -222,8 +260,7 @@ def _pick(
         spans: (B, P, 2).
         count: K.
         best: returns the position of the best, (B,).
-        suppress_overlapping: changes `scores`, given the spans just taken, (B, 2), and their temporal IoU with all
-            proposals, (B, P).
+        suppress_overlapping: changes `scores`, given the spans just taken, (B, 2).
 
     Returns:
         (B, K, 3) float32 starts, ends and scores at the time of the pick; NaN after the last.
@@ -240,8 +277,7 @@ def _pick(
         taken[:, rank] = chosen
         taken_scores[:, rank] = score
         if rank + 1 < ranks:
-            span = spans[rows, chosen]
-            suppress_overlapping(span, temporal_iou(span[:, None], spans)[:, 0])
+            suppress_overlapping(spans[rows, chosen])
             scores[rows, chosen] = -np.inf
     picks = np.full((len(scores), count, 3), np.nan, np.float32)
     picks[:, :ranks, :2] = spans[rows[:, None], taken]
@@ -267,4 +303,10 @@ def decode(heads: Heads, decoding: Decoding, count: int = PUBLISHED_COUNT) -> np
 
     Best first; rows after the last moment are NaN.
     """
-    return suppress(propose(heads, decoding), decoding, count)
+    if len(heads) <= BLOCK:
+        return suppress(propose(heads, decoding), decoding, count)
+    parts = (
+        Heads(*(value[start : start + BLOCK] for value in vars(heads).values()))
+        for start in range(0, len(heads), BLOCK)
+    )
+    return np.concatenate([suppress(propose(part, decoding), decoding, count) for part in parts])
