@@ -1,0 +1,1 @@
+"""The legs of the GPU acceptance; `benchmarks.gpu` runs them."""

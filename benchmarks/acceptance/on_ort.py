@@ -1,0 +1,129 @@
+"""Leg `ort-cuda`: ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.acceptance.job import (
+    MAX_DROP,
+    Job,
+    benchmark_step,
+    device_of,
+    fault,
+    gpu_absent,
+    judge,
+    need,
+    run_module,
+    there,
+)
+from benchmarks.acceptance.steps import Found, Leg, Skip
+from runtime.backends.ort import PROVIDERS
+from runtime.grounder import Grounder
+from runtime.manifest import METADATA_KEY, Manifest
+
+# Operators that hold the arithmetic: shapes are computed on the CPU whatever is asked for, and these must not be.
+HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "FusedConv", "FusedMatMul")
+
+
+def run(job: Job, leg: Leg) -> None:
+    """ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
+    need(("onnxruntime", "onnx"), "the leg")
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if job.device == "cuda" and "CUDAExecutionProvider" not in available:
+        raise Skip(
+            f"onnxruntime {onnxruntime.__version__} offers {', '.join(available)}, and no CUDAExecutionProvider."
+        )
+    half = job.output / "ort" / "drn.fp16.query.onnx"
+    leg.step("FP16 twin", lambda: _half_twin(job, leg, half))
+    whole = half.with_name("drn.fp16.onnx")
+    models = {"fp32": job.graph, "fp32, pair": job.query_graph, "fp16": whole, "fp16, pair": half}
+    for name, path in models.items():
+        leg.step(f"provider, {name}", functools.partial(_provider, job, path))
+        leg.step(f"answers, {name}", functools.partial(_graph_answers, job, path))
+    leg.step("fault: GPU absent", lambda: gpu_absent(job, job.graph))
+    leg.step("fault: threads", lambda: fault(job, leg, "threads", job.query_graph, needs_gpu=False))
+    leg.step("fault: fork", lambda: fault(job, leg, "fork", job.query_graph))
+    leg.step("fault: out of memory", lambda: fault(job, leg, "memory", job.query_graph))
+    leg.step("speed", lambda: benchmark_step(job, leg, "ort", [path for path in models.values() if path.is_file()]))
+
+
+def _half_twin(job: Job, leg: Leg, output: Path) -> Found:
+    words: list[object] = ["--model", job.graph, "--precision", "fp16", "--target", "onnxruntime", "--split"]
+    words += ["--data", job.data, "--max-drop", MAX_DROP, "--query-length", *job.sizes.query_length]
+    words += ["--output", output]
+    run_module(job, leg, "export.build_engine", *words)
+    return Found(f"{output.name} and its video part are proven against FP32 on the CPU.")
+
+
+def _provider(job: Job, path: Path) -> Found:
+    """Say on which device ONNX Runtime computes each node, from its own profile of one query."""
+    import onnxruntime
+
+    there(path)
+    wanted = PROVIDERS[device_of(job)]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(job.output / "logs" / "ort-profile")
+    (job.output / "logs").mkdir(parents=True, exist_ok=True)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+    manifest = Manifest.from_json(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), str(path))
+    feed = _feed(session, manifest)
+    for _ in range(3):
+        session.run(None, feed)
+    log_file = Path(session.end_profiling())
+    events = json.loads(log_file.read_text(encoding="utf-8"))
+    log_file.unlink()
+    spent: dict[str, float] = {}
+    nodes: dict[str, set[str]] = {}
+    for event in events:
+        where = event.get("args", {}).get("provider")
+        if event.get("cat") == "Node" and where:
+            spent[where] = spent.get(where, 0.0) + event["dur"]
+            nodes.setdefault(where, set()).add(event["name"])
+    counts = {where: len(names) for where, names in nodes.items()}
+    told = ", ".join(f"{count} nodes on {where}" for where, count in counts.items())
+    broken = []
+    if session.get_providers()[0] != wanted:
+        broken.append(f"the session runs on {session.get_providers()[0]} where {wanted} was asked for")
+    elsewhere = sorted(
+        {
+            event["name"]
+            for event in events
+            if event.get("args", {}).get("op_name") in HEAVY and event["args"].get("provider") != wanted
+        }
+    )
+    if elsewhere:
+        broken.append(f"{len(elsewhere)} nodes that multiply run elsewhere, as {elsewhere[0]}")
+    return Found(f"{path.name}: {told}.", {"nodes": counts, "microseconds": spent}, broken)
+
+
+def _feed(session: Any, manifest: Any) -> dict[str, Any]:
+    """Return one query of six words about one video, for any of our graphs."""
+
+    free = {"batch": 1, "query_length": 6, "video": 1}
+    kinds = {"tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+    rng = np.random.default_rng(0)
+    feed = {}
+    for argument in session.get_inputs():
+        shape = [size if isinstance(size, int) else free[size] for size in argument.shape]
+        values = rng.integers(1, len(manifest.vocabulary), shape) if "int" in argument.type else rng.random(shape)
+        feed[argument.name] = values.astype(kinds[argument.type])
+    feed["query_length"] = np.array([6], np.int32)
+    if "video_index" in feed:
+        feed["video_index"] = np.zeros(1, np.int32)
+    return feed
+
+
+def _graph_answers(job: Job, path: Path) -> Found:
+    there(path)
+    other = Grounder.load(path, device_of(job))
+    names = (f"{job.graph.name} on the CPU", f"{path.name} on {job.device}")
+    return judge(job, Grounder.load(job.graph, "cpu"), other, other.manifest.precision, names)

@@ -1,0 +1,221 @@
+"""The GPU acceptance in one command, `benchmarks/gpu.sh`: what must hold on a CUDA GPU, leg by leg.
+
+Every leg is a process of its own, writes LEG.json after each step, and goes on there when it was cut off. A last step
+gathers all of them into gpu-DATE-NAME.json and .md, which are what benchmarks/results/ keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.acceptance.job import ROOT, Job
+from benchmarks.acceptance.steps import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
+from export.builder import cuda_devices
+from runtime import machine
+from runtime.errors import GroundingError
+from runtime.files import check_writable, write_text
+
+log = logging.getLogger("drn")
+
+# Leg -> the module that has it, as `run(job, leg)`. All but the first stand by themselves.
+MODULES = {"prepare": "prepare", "torch": "on_torch", "ort-cuda": "on_ort", "tensorrt": "on_tensorrt"}
+LEGS = tuple(MODULES)[1:]
+# Without these nothing of ours starts; all but NumPy are small wheels of Python alone.
+NEEDED = ("numpy", "tqdm", "nltk", "tyro")
+# A leg must end within ten minutes, with what it has to write.
+LEG_SECONDS, GRACE_SECONDS = 570.0, 20.0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run legs and return the exit code: 0 every leg that ran kept its promises, 1 one did not, 2 nothing could run."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh",
+        description="Acceptance on a CUDA GPU, with whichever of torch, onnxruntime-gpu, TensorRT and TensorRT-RTX can "
+        "be imported. Each leg ends within ten minutes and leaves LEG.json; the same command goes on with a leg that "
+        "was cut off. Exit code 0: every leg that ran kept its promises; 1: one did not; 2: nothing could run.",
+    )
+    parser.add_argument("legs", nargs="*", metavar="LEG", help=f"{', '.join(MODULES)}; all when none is named")
+    parser.add_argument("--output", type=Path, required=True, help="directory of everything that is made and found")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses what runs there")
+    parser.add_argument("--small", action="store_true", help="rehearse with a tiny network")
+    parser.add_argument("--limit", type=float, default=LEG_SECONDS, help="seconds that a leg may take")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(words)
+    job = Job(given.output.resolve(), given.device, given.small)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    unknown = [leg for leg in given.legs if leg not in MODULES]
+    if unknown:
+        return _refuse(f"There is no leg {unknown[0]!r}; the legs are {', '.join(MODULES)}.")
+    if given.inside:
+        _run_inside(job, given.legs[0], given.limit)
+        return 0
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _refuse(
+            f"{', '.join(missing)} cannot be imported, and {', '.join(NEEDED)} are needed; bring their wheels and put "
+            "them on PYTHONPATH."
+        )
+    if job.device == "cuda" and not cuda_devices():
+        return _refuse("CUDA finds no GPU here; `--device cpu --small` rehearses what runs without one.")
+    try:
+        check_writable(job.output / "torch.json")
+        return _run_legs(job, given.legs or LEGS, given.limit)
+    except GroundingError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted; what was found is kept, and the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _refuse(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _run_legs(job: Job, wanted: Sequence[str], limit: float) -> int:
+    legs = [leg for leg in dict.fromkeys(wanted) if leg != "prepare"]
+    environment = _environment(job)
+    ran: list[str] = []
+    if "prepare" in wanted or not _prepared(job):
+        _run_leg(job, "prepare", limit, environment)
+        ran.append("prepare")
+    if _prepared(job):
+        for leg in legs:
+            _run_leg(job, leg, limit, environment)
+            ran.append(leg)
+    else:
+        for leg in legs:
+            _leg(job, leg).end("skipped", "There is nothing to run it on: the leg `prepare` did not end well.")
+            ran.append(leg)
+    contents = [read_leg(job.results(leg)) for leg in ran]
+    report = gather(job.output, tuple(MODULES), _about_machine(job), _name(job))
+    print()
+    for leg, content in zip(ran, contents, strict=True):
+        print(f"{leg:<10} {verdict(content)}")
+    print(*report, sep="\n")
+    # What is only made is no acceptance.
+    tried = [c for c in contents if c["state"] != "skipped" and (c["leg"] != "prepare" or not kept(c) or not legs)]
+    if not tried:
+        return 2
+    return 0 if all(map(kept, tried)) else 1
+
+
+def _prepared(job: Job) -> bool:
+    path = job.results("prepare")
+    if not path.is_file() or not all(file.is_file() for file in (job.checkpoint, job.graph, job.query_graph)):
+        return False
+    content = read_leg(path)
+    # Made on one device it is as good on another.
+    return kept(content) and content["about"]["settings"]["small"] == job.small
+
+
+def _run_leg(job: Job, leg: str, limit: float, environment: Mapping[str, str]) -> None:
+    """Run a leg in a process of its own, and again behind a step in which that process dies."""
+    print(f"\n== {leg}", file=sys.stderr, flush=True)
+    deadline = time.time() + limit
+    path = job.results(leg)
+    while True:
+        words = [sys.executable, "-m", "benchmarks.gpu", leg, *job.flags(), "--inside"]
+        words += ["--limit", str(max(deadline - time.time(), 0))]
+        # A process group of its own, so that what it started ends with it.
+        with subprocess.Popen(words, env=environment, cwd=ROOT, start_new_session=True) as process:
+            try:
+                code = process.wait(max(deadline - time.time(), 0) + GRACE_SECONDS)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    log.warning("%s was ended after %.0f s; what it found is kept.", leg, limit)
+                    return
+                raise
+        if not path.is_file():
+            _leg(job, leg).end("unfinished", f"Its process ended with code {code} before it began.")
+        if not code or not record_crash(path, code):
+            return
+        log.warning("%s: the process ended with code %d; going on with the next step.", leg, code)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Return the environment of the legs: the checkout can be imported, and `.pt` files can be opened.
+
+    The package is not installed in a plain checkout, so that nobody would tell which module opens `.pt`.
+    """
+    places = [str(ROOT)]
+    if not importlib.metadata.entry_points(group="drn.backends"):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        about = job.output / "installed" / f"drn_deploy-{project['version']}.dist-info"
+        write_text(
+            about / "METADATA", f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        lines = [f"{name} = {target}" for name, target in project["entry-points"]["drn.backends"].items()]
+        write_text(about / "entry_points.txt", "\n".join(["[drn.backends]", *lines, ""]))
+        places.append(str(about.parent))
+    if os.environ.get("PYTHONPATH"):
+        places.append(os.environ["PYTHONPATH"])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def _about_machine(job: Job) -> dict[str, Any]:
+    gpu = machine.gpu() if job.device == "cuda" else None
+    told = f"{machine.cpu_name()}, {machine.cores()} cores"
+    if gpu:
+        told = f"{gpu.name}, driver {gpu.driver}, {told}"
+    about: dict[str, Any] = {"told": f"{told},", "versions": _versions(), "gpu": gpu and dataclasses.asdict(gpu)}
+    if job.rehearsal:
+        about["note"] = "A rehearsal: its times and answers say that the command runs, and nothing of a GPU."
+    return about
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
+    names = (*libraries, "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _name(job: Job) -> str:
+    gpu = machine.gpu() if job.device == "cuda" else None
+    name = gpu.name if gpu else job.device
+    return f"rehearsal {name}" if job.rehearsal else name
+
+
+def _leg(job: Job, leg: str, deadline: float | None = None) -> Leg:
+    about = {"command": job.command(leg), "settings": job.settings(), "machine": _about_machine(job)}
+    return Leg(job.results(leg), leg, about, deadline)
+
+
+def _run_inside(job: Job, name: str, limit: float) -> None:
+    """Run a leg in this process."""
+    leg = _leg(job, name, time.time() + limit)
+    module = importlib.import_module(f"benchmarks.acceptance.{MODULES[name]}")
+    try:
+        module.run(job, leg)
+    except Skip as reason:
+        leg.end("skipped", str(reason))
+    except OutOfTime:
+        leg.end("unfinished", "Its time was over before its last step; the same command goes on.")
+    else:
+        leg.end("finished")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The GPU acceptance, rehearsed: what it finds is on disk step by step, and nothing that went wrong is called right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu
+from benchmarks.acceptance import job as acceptance
+from benchmarks.acceptance.job import Job
+from benchmarks.acceptance.on_tensorrt import missed_bars
+from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
+from runtime.errors import ModelFileError, PromiseBroken
+from runtime.machine import Gpu
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"settings": {"device": "cpu", "small": True}}
+
+
+def outcomes(path: Path) -> dict[str, str]:
+    return {step["name"]: step["outcome"] for step in read_leg(path)["steps"]}
+
+
+def raising(error: BaseException) -> Callable[[], Found]:
+    def step() -> Found:
+        raise error
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The command as it is typed, with everything tiny, on the CPU."""
+    pytest.importorskip("torch", reason="the rehearsal trains a network")
+    pytest.importorskip("onnxscript", reason="the rehearsal exports a network")
+    output = tmp_path_factory.mktemp("gpu") / "found"
+    words = [ROOT / "benchmarks" / "gpu.sh", "prepare", "torch", "--output", output, "--device", "cpu", "--small"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=output.parent), output
+
+
+def test_a_rehearsal_keeps_its_promises(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    result, output = rehearsed
+    assert result.returncode == 0, result.stderr
+    found = outcomes(output / "torch.json")
+    assert found["losses, fp32"] == found["answers, TF32 off"] == found["fault: threads"] == "kept"
+    assert found["fault: GPU absent"] == found["speed"] == "kept"
+    # A rehearsal of a GPU's faults cannot be had, and is not called a success.
+    assert found["fault: fork"] == found["fault: out of memory"] == found["speed, torch.compile"] == "skipped"
+
+
+def test_every_skip_has_a_reason(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    steps = read_leg(rehearsed[1] / "torch.json")["steps"]
+    reasons = [step["told"] for step in steps if step["outcome"] == "skipped"]
+    assert reasons
+    assert all(reason.endswith(".") and len(reason) > 15 for reason in reasons)
+
+
+def test_a_rehearsal_is_never_taken_for_a_gpu(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    (report,) = rehearsed[1].glob("gpu-*-rehearsal-cpu.md")
+    text = report.read_text()
+    assert "**A rehearsal:" in text
+    assert "| losses, fp32 | kept |" in text
+    assert "| eager PyTorch, FP32 | host | 1 |" in text
+    whole = json.loads(report.with_suffix(".json").read_text())
+    assert [leg["leg"] for leg in whole["legs"]] == ["prepare", "torch"]
+
+
+def test_a_step_that_fails_is_no_obstacle_and_no_success(tmp_path: Path) -> None:
+    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
+    assert leg.step("good", lambda: Found("all is well."))
+    for name, error in {"broken": PromiseBroken("it moved."), "bug": ZeroDivisionError("division")}.items():
+        before = read_leg(tmp_path / "torch.json")["steps"]
+        assert not leg.step(name, raising(error))
+        assert read_leg(tmp_path / "torch.json")["steps"][:-1] == before
+    assert not leg.step("judged", lambda: Found("it ran.", broken=["too slow"]))
+    assert leg.step("last", lambda: Found("well again."))
+    leg.end("finished")
+    expected = {"good": "kept", "broken": "broken", "bug": "failed", "judged": "broken", "last": "kept"}
+    assert outcomes(tmp_path / "torch.json") == expected
+    assert not kept(read_leg(tmp_path / "torch.json"))
+    assert "ZeroDivisionError: division" in read_leg(tmp_path / "torch.json")["steps"][2]["told"]
+
+
+def test_skips_alone_are_no_pass(tmp_path: Path) -> None:
+    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
+    leg.step("first", raising(Skip("It is not here.")))
+    leg.end("finished")
+    assert not kept(leg.content)
+    leg.end("skipped", "No GPU.")
+    assert not kept(leg.content)
+    assert verdict(leg.content) == "skipped: No GPU."
+
+
+def test_a_leg_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, calls = tmp_path / "torch.json", []
+
+    def counted() -> Found:
+        calls.append(1)
+        return Found("done.")
+
+    late = Leg(path, "torch", SETTINGS, deadline=0.0)
+    with pytest.raises(OutOfTime):
+        late.step("first", counted)
+    Leg(path, "torch", SETTINGS).step("first", counted)
+    Leg(path, "torch", SETTINGS).step("first", counted)
+    assert len(calls) == 1
+    # What another run found says nothing of this one.
+    Leg(path, "torch", {"settings": {"device": "cuda", "small": False}}).step("first", counted)
+    assert len(calls) == 2
+    leg = Leg(path, "torch", {"settings": {"device": "cuda", "small": False}})
+    leg.end("finished")
+    Leg(path, "torch", {"settings": {"device": "cuda", "small": False}}).step("first", counted)
+    assert len(calls) == 3
+
+
+def test_a_process_that_dies_costs_its_step_alone(tmp_path: Path) -> None:
+    path = tmp_path / "torch.json"
+    leg = Leg(path, "torch", SETTINGS)
+    leg.step("first", lambda: Found("done."))
+    with pytest.raises(KeyboardInterrupt):
+        leg.step("second", raising(KeyboardInterrupt()))
+    assert record_crash(path, -11)
+    leg = Leg(path, "torch", SETTINGS)
+    assert not leg.step("second", lambda: pytest.fail("it was taken again"))
+    assert leg.step("third", lambda: Found("done."))
+    assert outcomes(path) == {"first": "kept", "second": "failed", "third": "kept"}
+    assert not record_crash(path, -11)
+
+
+def test_what_is_no_number_is_still_written(tmp_path: Path) -> None:
+    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
+    values = {"loss": float("nan"), "count": np.int64(3), "rates": (np.float32(0.5), float("inf"))}
+    leg.step("losses", lambda: Found("they diverged.", values, ["they are no numbers"]))
+    assert read_leg(leg.path)["steps"][0]["values"] == {"loss": "nan", "count": 3, "rates": [0.5, "inf"]}
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]]) -> None:
+    """Run legs in this process, and take everything as prepared."""
+
+    def run_leg(job: Job, name: str, limit: float, environment: Any) -> None:
+        leg = Leg(job.results(name), name, {"settings": job.settings(), "command": job.command(name)})
+        try:
+            legs[name](leg)
+        except Skip as reason:
+            leg.end("skipped", str(reason))
+        else:
+            leg.end("finished")
+
+    monkeypatch.setattr(gpu, "_run_leg", run_leg)
+    monkeypatch.setattr(gpu, "_prepared", lambda job: True)
+
+
+def good(leg: Leg) -> None:
+    leg.step("answers", lambda: Found("they are the same."))
+
+
+def bad(leg: Leg) -> None:
+    good(leg)
+    leg.step("speed", lambda: Found("it ran.", broken=["0.3 ms where 0.25 is the bar"]))
+
+
+def absent(leg: Leg) -> None:
+    raise Skip("onnxruntime offers no CUDA.")
+
+
+@pytest.mark.parametrize(
+    ("legs", "code"),
+    [
+        ({"torch": good, "ort-cuda": absent, "tensorrt": absent}, 0),
+        ({"torch": good, "ort-cuda": bad, "tensorrt": absent}, 1),
+        ({"torch": absent, "ort-cuda": absent, "tensorrt": absent}, 2),
+    ],
+)
+def test_the_exit_code_is_that_of_the_legs_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]], code: int
+) -> None:
+    pretend(monkeypatch, legs)
+    assert gpu.main(["--output", str(tmp_path), "--device", "cpu", "--small"]) == code
+    (report,) = tmp_path.glob("gpu-*.md")
+    assert "skipped: onnxruntime offers no CUDA." in report.read_text()
+    assert ("NOT KEPT" in report.read_text()) == (code == 1)
+
+
+def test_results_of_earlier_legs_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"torch": bad, "ort-cuda": good})
+    assert gpu.main(["torch", "--output", str(tmp_path), "--device", "cpu", "--small"]) == 1
+    assert gpu.main(["ort-cuda", "--output", str(tmp_path), "--device", "cpu", "--small"]) == 0
+    (report,) = tmp_path.glob("gpu-*.json")
+    assert [leg["leg"] for leg in json.loads(report.read_text())["legs"]] == ["torch", "ort-cuda"]
+
+
+def test_without_inputs_no_leg_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(leg: Leg) -> None:
+        leg.step("network", raising(ModelFileError("The training diverged.")))
+
+    pretend(monkeypatch, {"prepare": failing})
+    monkeypatch.setattr(gpu, "_prepared", lambda job: False)
+    assert gpu.main(["torch", "--output", str(tmp_path), "--device", "cpu", "--small"]) == 1
+    assert read_leg(tmp_path / "torch.json")["state"] == "skipped"
+
+
+def test_what_cannot_be_imported_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("numpy", "no_such_package"))
+    assert gpu.main(["--output", str(tmp_path / "found")]) == 2
+    assert "no_such_package cannot be imported" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+
+
+def test_without_a_gpu_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "cuda_devices", lambda: 0)
+    assert gpu.main(["torch", "--output", str(tmp_path / "found")]) == 2
+    assert "CUDA finds no GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+
+
+def test_an_unknown_leg_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["onnx", "--output", str(tmp_path)]) == 2
+    assert "the legs are prepare, torch, ort-cuda, tensorrt" in capsys.readouterr().err
+
+
+def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.importlib.metadata, "entry_points", lambda **_: ())
+    environment = gpu._environment(Job(tmp_path, "cpu", small=True))
+    code = "import importlib.metadata as m; print(*[e.value for e in m.entry_points(group='drn.backends')])"
+    # Isolated from what is installed, so that only what was written tells.
+    place = environment["PYTHONPATH"].split(os.pathsep)[1]
+    words = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; {code}",
+    ]
+    told = subprocess.run(words, capture_output=True, text=True, env={**environment, "PYTHONPATH": place}, check=True)
+    assert told.stdout.split() == ["train.backend:open_checkpoint"]
+
+
+def test_bars_in_times_are_for_their_class_of_gpu() -> None:
+    slow = {"p50": 0.5, "p99": 0.9, "part": 0.3, "rate": 10_000.0}
+    ratios = {"eager PyTorch, FP32": 25.0, "CUDA graphs, FP16": 1.5, "CUDA graphs, FP16, encoded videos": 1.1}
+    old, new = (Gpu(name, "580", None, None, None, None, None, None) for name in ("Tesla T4", "NVIDIA H200"))
+    assert missed_bars(old, **slow, ratios=ratios) == ["1.5 times CUDA graphs, FP16 where 2 is the bar"]
+    assert len(missed_bars(new, **slow, ratios=ratios)) == 5
+    fast = {"p50": 0.2, "p99": 0.3, "part": 0.1, "rate": 70_000.0}
+    assert missed_bars(new, **fast, ratios={"eager PyTorch, FP32": 25.0, "torch.compile, FP16": 2.0}) == []
+    # A tail that was not measured is no tail that was kept.
+    assert missed_bars(new, 0.2, None, 0.1, 70_000.0, {}) == [
+        "p99 of one query is - ms where 0.25 is the bar".replace("0.25", "0.4")
+    ]
+
+
+def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leg, job = Leg(tmp_path / "torch.json", "torch", SETTINGS), Job(tmp_path, "cpu", small=True)
+    module = tmp_path / "breaks.py"
+    monkeypatch.setattr(acceptance, "ROOT", tmp_path)
+    module.write_text("import sys\nprint('error: it moved.')\nsys.exit(1)\n")
+    with pytest.raises(PromiseBroken, match=r"it moved\. \(logs/"):
+        acceptance.run_module(job, leg, "breaks")
+    module.write_text("import time\ntime.sleep(60)\n")
+    with pytest.raises(Exception, match="was not done in time"):
+        acceptance.run_module(job, leg, "breaks", most=1)
+
+
+def test_the_report_holds_every_table(tmp_path: Path) -> None:
+    leg = Leg(tmp_path / "torch.json", "torch", {**SETTINGS, "command": "benchmarks/gpu.sh torch"})
+    table = (("case", "p50 ms"), [["a | b", "0.1"]])
+    leg.step("speed", lambda: Found("fast.", judged=False, table=table))
+    leg.end("finished")
+    text = markdown({"name": "GPU", "date": "2026-01-01", "machine": {}, "legs": [leg.content]})
+    assert "| torch | every promise is kept (1 measured) |" in text
+    assert "### speed" in text
+    assert "| a \\| b | 0.1 |" in text
