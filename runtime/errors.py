@@ -35,6 +35,10 @@ class DeviceError(GroundingError):
     """A device or library was asked for and is not there."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A batch does not fit the memory of its device; a smaller one may."""
+
+
 class OutputError(GroundingError):
     """A result could not be written."""
 

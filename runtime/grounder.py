@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Union, cast
 
 import numpy as np
@@ -15,10 +17,12 @@ import numpy as np
 from runtime.backends import Backend, Device, PairBackend, open_backend
 from runtime.decoding import decode
 from runtime.encodings import EncodedVideo
-from runtime.errors import FeatureError, ModelFileError, QueryError
+from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
 from runtime.moments import Moment
-from runtime.tensors import Heads, batches, of_like_length, padded
+from runtime.tensors import Batch, Heads, batches, of_like_length, padded
 from runtime.videos import Segments, Video
+
+log = logging.getLogger("drn")
 
 BATCH_SIZE = 32
 # Encodings kept for videos that are asked again: 0.5 MB each at full size.
@@ -85,11 +89,19 @@ class Grounder:
     ) -> Iterator[tuple[np.ndarray, Heads]]:
         """Yield for each batch the positions of its pairs and their heads.
 
-        `videos` are segments, or for a model that was split encodings; each stands in a batch once.
+        `videos` are segments, or for a model that was split encodings; each stands in a batch once. A batch that does
+        not fit the memory of its device is asked once more in halves.
         """
+        for chosen, ask in self._batches(queries, videos, batch_size):
+            yield chosen, _in_halves(ask, len(chosen))
+
+    def _batches(
+        self, queries: Sequence[np.ndarray], videos: Sequence[Segments | EncodedVideo], batch_size: int
+    ) -> Iterator[tuple[np.ndarray, Callable[[slice], Heads]]]:
+        """Yield for each batch the positions of its pairs, and what answers a part of them."""
         if not self.is_pair:
             for chosen, batch in batches(queries, cast("Sequence[Segments]", videos), batch_size):
-                yield chosen, self.backend.run(batch)
+                yield chosen, functools.partial(self._run_part, batch)
             return
         encoded = cast("Sequence[EncodedVideo]", videos)
         for positions in _together(encoded):
@@ -98,7 +110,18 @@ class Grounder:
                 distinct = {id(encoded[i]): encoded[i] for i in rows}
                 place = {key: index for index, key in enumerate(distinct)}
                 video_index = np.array([place[id(encoded[i])] for i in rows], np.int32)
-                yield rows, self._pair.ask(*padded([queries[i] for i in rows]), list(distinct.values()), video_index)
+                asked = (*padded([queries[i] for i in rows]), list(distinct.values()), video_index)
+                yield rows, functools.partial(self._ask_part, *asked)
+
+    def _run_part(self, batch: Batch, part: slice) -> Heads:
+        if part == slice(0, len(batch)):
+            return self.backend.run(batch)
+        return self.backend.run(Batch(*(value[part] for value in vars(batch).values())))
+
+    def _ask_part(
+        self, tokens: np.ndarray, lengths: np.ndarray, videos: list[EncodedVideo], index: np.ndarray, part: slice
+    ) -> Heads:
+        return self._pair.ask(tokens[part], lengths[part], videos, index[part])
 
     def encode(self, video: Subject, *, prepare: bool = False) -> EncodedVideo:
         """Return what the model's video part makes of a video: `ground` takes it in the video's place, without
@@ -221,6 +244,18 @@ class _Encodings:
             while len(self._known) > self._size:
                 self._known.popitem(last=False)
         return encoded
+
+
+def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
+    """Return the answers to a batch of so many rows; where memory does not do, to its halves, one after the other."""
+    try:
+        return ask(slice(0, rows))
+    except DeviceMemoryError:
+        if rows < 2:
+            raise
+        log.warning("The device has no memory left for %d queries at once; asking them in halves.", rows)
+        halves = [ask(part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
+        return Heads(*(np.concatenate(pair) for pair in zip(*(vars(half).values() for half in halves))))
 
 
 def in_seconds(picks: np.ndarray, duration: float) -> list[Moment]:

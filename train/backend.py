@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from runtime.backends import Device
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, DeviceMemoryError
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
 from train.checkpoints import load_checkpoint, source_hash
@@ -24,12 +24,24 @@ class TorchBackend:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; the network's training mode is restored afterwards."""
+        """Return the heads of a batch; the network's training mode is restored afterwards.
+
+        Raises:
+            DeviceMemoryError: the GPU has no memory left for it.
+        """
         device = next(self.model.parameters()).device
         training = self.model.training
         self.model.eval()
-        heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
-        self.model.train(training)
+        try:
+            heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
+        except torch.OutOfMemoryError as error:
+            # What torch keeps for later would be missing to a smaller batch now.
+            torch.cuda.empty_cache()
+            raise DeviceMemoryError(
+                f"{device} has no memory left for a batch of {len(batch)} queries; pass a smaller --batch-size."
+            ) from error
+        finally:
+            self.model.train(training)
         return Heads(*(np.ascontiguousarray(tensor.float().cpu().numpy()) for tensor in heads))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
@@ -82,6 +82,7 @@ class Session:
         self.device: Device = device
         # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
         self.binds = device == "cuda"
+        self._process = os.getpid()
         self.manifest = Manifest.from_json(
             session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), source=str(path)
         )
@@ -104,8 +105,14 @@ class Session:
 
         Raises:
             ShapeError: the arrays do not fit the graph.
-            DeviceError: memory ran out.
+            DeviceMemoryError: memory ran out.
+            DeviceError: the process was forked after CUDA had started.
         """
+        if self.binds and os.getpid() != self._process:
+            raise DeviceError(
+                "This process was forked from one that had started CUDA, which does not survive that; open the model in "
+                "the process that asks, or start processes by 'spawn'."
+            )
         try:
             return self._bound(outputs, feed) if self.binds else self._session.run(outputs, feed)
         # Its own exceptions share no base class below Exception, and what is bound fails with a RuntimeError.
@@ -114,7 +121,7 @@ class Session:
                 raise
             said = str(error).strip().splitlines()[0]
             if "allocate memory" in said:
-                raise DeviceError(
+                raise DeviceMemoryError(
                     f"The {self.device} device has no memory left for this batch ({said}); pass a smaller --batch-size."
                 ) from error
             raise ShapeError(f"The model does not take this batch: {said}.") from error

@@ -15,7 +15,7 @@ from runtime import EncodedVideo, Grounder
 from runtime.annotations import DataSet
 from runtime.backends import open_backend
 from runtime.decoding import Decoding
-from runtime.errors import FeatureError, GroundingError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate
 from runtime.infer import infer
@@ -329,6 +329,9 @@ def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
     assert split.ground_batch(pairs) == wanted
     with pytest.raises(ShapeError, match="does not take this batch"):
         backend.encode(np.zeros((1, 32, 5), np.float32))
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(DeviceError, match="forked from one that had started CUDA"):
+        split.ground(*pairs[0])
 
 
 def test_nothing_an_encoding_is_told_goes_unchecked() -> None:

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Moment, Video
+from runtime.backends import Backend
 from runtime.decoding import Decoding
-from runtime.errors import FeatureError, QueryError
+from runtime.errors import DeviceMemoryError, FeatureError, QueryError
 from runtime.grounder import in_seconds
+from runtime.tensors import Batch, Heads
 
 CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
 
@@ -171,3 +173,35 @@ def test_the_models_own_pooling_and_segments_are_used(planted_backend: Any) -> N
 def test_rows_after_the_last_pick_are_no_moments() -> None:
     picks = np.array([[0.25, 0.5, 0.9], [np.nan] * 3], np.float32)
     assert in_seconds(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]
+
+
+FIVE = ("dog", "person dog", "cat runs", "door opens", "dog runs person")
+
+
+class Small:
+    """A backend whose device holds so many queries at a time."""
+
+    def __init__(self, inner: Backend, room: int) -> None:
+        self.manifest, self.inner, self.room = inner.manifest, inner, room
+        self.asked: list[int] = []
+
+    def run(self, batch: Batch) -> Heads:
+        self.asked.append(len(batch))
+        if len(batch) > self.room:
+            raise DeviceMemoryError("no memory left")
+        return self.inner.run(batch)
+
+
+@pytest.mark.parametrize(("room", "asked"), [(8, [5]), (3, [5, 2, 3])])
+def test_a_batch_that_does_not_fit_is_asked_in_halves_and_answered_alike(
+    room: int, asked: list[int], grounder: Grounder
+) -> None:
+    pairs = [(QUARTER, query) for query in FIVE]
+    small = Small(grounder.backend, room)
+    assert Grounder(small).ground_batch(pairs) == grounder.ground_batch(pairs)
+    assert small.asked == asked
+
+
+def test_what_does_not_fit_in_halves_either_is_said_so(grounder: Grounder) -> None:
+    with pytest.raises(DeviceMemoryError, match="no memory left"):
+        Grounder(Small(grounder.backend, 1)).ground_batch([(QUARTER, query) for query in FIVE])

@@ -14,7 +14,7 @@ import runtime
 from runtime.annotations import DataSet
 from runtime.backends import open_backend
 from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, DeviceError
+from runtime.errors import CheckpointError, DeviceError, DeviceMemoryError
 from runtime.files import sha256
 from runtime.manifest import Features
 from runtime.tensors import Batch, Heads, collate
@@ -116,3 +116,17 @@ def test_decoding_after_stage_1_leaves_iou_scores_out(short_run: Path) -> None:
     assert [stage.decoding.use_iou_scores for stage in stages] == [False, True, True]
     assert [stage.manifest().stage for stage in stages] == [1, 2, 3]
     assert dataclasses.replace(stages[0].decoding, use_iou_scores=True) == stages[2].decoding
+
+
+def test_a_gpu_without_memory_for_a_batch_is_said_so(
+    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_checkpoint(published, device="cpu")
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backend.model, "forward", full)
+    with pytest.raises(DeviceMemoryError, match="no memory left for a batch of"):
+        backend.run(as_batch(reference, "a"))
+    assert not backend.model.training
