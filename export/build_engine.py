@@ -131,10 +131,10 @@ def build_engine(
         job.beside("plan.json"),
     )  # fmt: skip
     twin = make_twin(graph, precision, wishes, data_set, str(source))
-    made = Made.of(job, source, manifest, twin)
+    made = Made.of(job, source, graph, twin)
     print(f"{job.twin}: {counted_text(made.census)}, {len(made.content) / source.stat().st_size:.2f} of FP32.")
     again = _again(job, parity_split, limit, max_drop)
-    court = Court(job, source, data_set, annotations, parity_split, max_drop, again, threads)
+    court = Court(job, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
     proof = None
     if data_set:
         proof = court.judge_twin(made)

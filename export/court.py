@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.made import Made, read_source
+from calib.graphs import manifest_of
+from export.made import Made
 from runtime import sidecar
 from runtime.annotations import Annotation, DataSet
 
@@ -30,7 +31,7 @@ class Court:
 
     Attributes:
         job: the build.
-        source: the FP32 graph.
+        source, graph: the FP32 graph, and the file it is from.
         data_set, annotations, split: the queries; None and empty without --data.
         max_drop: points that may be lost.
         again: the command that builds the same again.
@@ -39,6 +40,7 @@ class Court:
 
     job: Job
     source: Path
+    graph: onnx.ModelProto
     data_set: DataSet | None
     annotations: Sequence[Annotation]
     split: str
@@ -82,9 +84,9 @@ class Court:
 
         assert self.data_set is not None
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
-        graph, manifest = read_source(self.source)
+        manifest = manifest_of(self.graph, str(self.source))
         return prove(
-            (self._sharing(graph, optimised=True), judged),
+            (self._sharing(self.graph, optimised=True), judged),
             (ModelFile.of(self.source, manifest), file),
             self.data_set,
             self.annotations,

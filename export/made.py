@@ -61,14 +61,17 @@ class Made:
     fp32_weight_bytes: int
 
     @classmethod
-    def of(cls, job: Job, source: Path, manifest: Manifest, twin: Twin) -> Made:
-        """Count what a twin is computed in, and seal it; PromiseBroken unless it is what was asked for."""
+    def of(cls, job: Job, source: Path, graph: onnx.ModelProto, twin: Twin) -> Made:
+        """Count what the twin of an FP32 graph is computed in, and seal it; PromiseBroken unless that is what was asked
+        for."""
         from onnx.helper import set_model_props
 
+        from calib.graphs import manifest_of
         from export.census import census, check
 
         counted = census(twin.graph)
         check(counted, job.precision)
+        manifest = manifest_of(graph, str(source))
         shares = {kind: round(counted.share(kind), 6) for kind in counted.total()}
         about = dataclasses.replace(
             manifest,
@@ -78,7 +81,7 @@ class Made:
         )
         del twin.graph.metadata_props[:]
         set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
-        weights = sum(census(read_source(source)[0]).weight_bytes.values())
+        weights = sum(census(graph).weight_bytes.values())
         return cls(twin.graph.SerializeToString(), about, counted, weights)
 
     def file(self, path: Path) -> ModelFile:
