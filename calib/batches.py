@@ -188,8 +188,8 @@ def refuse_test_videos(data_set: DataSet, videos: Collection[str], what: str = "
     shared = sorted(set(videos) & {line.split(maxsplit=1)[0] for line in lines if line.strip()})
     if shared:
         raise CalibrationError(
-            f"{what} holds {len(shared)} videos of the test split ({', '.join(shared[:3])}, …), and "
-            " recall on test would then say nothing; take training videos that are not in it."
+            f"{what} holds {_videos(shared)} of the test split, and "
+            "recall on test would then say nothing; take training videos that are not in it."
         )
 
 
@@ -215,6 +215,12 @@ class OnPaper:
 
     def run(self, batch: Batch) -> Any:
         raise AssertionError("this backend runs nothing")
+
+
+def _videos(names: Sequence[str]) -> str:
+    """Return how many videos there are, with the first of their names."""
+    told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} video{'s' if len(names) > 1 else ''} ({told})"
 
 
 def _too_few(found: str) -> str:

@@ -84,9 +84,13 @@ def calibrate(
     print(f"{output}: ranges of {len(table.ranges)} tensors by {table.key['method']}, digest {table.digest[:12]}…")
     if data_set.simulated:
         print("Features are simulated: calibrate on real ones before using the model on them.")
-    twin = Path(onnx).with_suffix(".int8.onnx")
-    next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", twin)
+    next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", unproven_name(onnx))
     return table
+
+
+def unproven_name(onnx: Path, kind: Kind = "int8") -> Path:
+    """Return what to call a graph of `calib.quantize`: no twin that `export.build_engine` proved is replaced by it."""
+    return Path(onnx).with_suffix(f".{kind}-unproven.onnx")
 
 
 def measure_table(
@@ -148,7 +152,7 @@ def _with_bar(drawn: CalibrationSet, model: onnx.ModelProto, batch_size: int, wh
     )
 
 
-__all__ = ["METHODS", "Method", "calibrate", "measure_table", "observe_set"]
+__all__ = ["METHODS", "Method", "calibrate", "measure_table", "observe_set", "unproven_name"]
 
 if __name__ == "__main__":
     command(calibrate)

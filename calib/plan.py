@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import CalibrationError
 from calib.table import CalibrationTable
-from runtime.files import read_json, write_json
+from runtime.files import json_digest, read_json, write_json
 
 if TYPE_CHECKING:
     import onnx
 
 FORMAT = "drn-quantization-plan/1"
+_AGAIN = "search again with `python -m calib.restore`."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Plan:
     key: Mapping[str, str]
     measured: Mapping[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the plan says."""
+        return json_digest(dataclasses.asdict(self))
+
     def checked(self, model: onnx.ModelProto, table: CalibrationTable, kind: str, source: str = "the graph") -> Plan:
         """Return this plan; CalibrationError if it was made for another graph, table or kind."""
         dataclasses.replace(table, key={**table.key, **self.key}).check(model, source)
@@ -50,18 +56,26 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
-        write_json(path, {"format": FORMAT, **dataclasses.asdict(self), "keep": list(self.keep)})
+        write_json(path, {"format": FORMAT, "digest": self.digest, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan; CalibrationError if it is none."""
+        """Read a plan; CalibrationError if it is none, or was edited."""
         value = read_json(Path(path), "quantisation plan", CalibrationError)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise CalibrationError(f"{path} is no quantisation plan; make one with `python -m calib.restore`.")
         try:
-            keep = tuple(str(name) for name in value["keep"])
-            return cls(keep, str(value["kind"]), str(value["table"]), dict(value["key"]), dict(value["measured"]))
-        except (KeyError, TypeError, ValueError) as error:
+            keep, key, measured = value["keep"], value["key"], value["measured"]
+            kind, table, digest = value["kind"], value["table"], value["digest"]
+        except KeyError as error:
+            raise CalibrationError(f"{path} is a damaged quantisation plan without {error}; {_AGAIN}") from None
+        if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
+            raise CalibrationError(f"{path} should keep a list of module names, and has {keep!r}; {_AGAIN}")
+        if not isinstance(key, dict) or not isinstance(measured, dict):
             raise CalibrationError(
-                f"{path} is a damaged quantisation plan ({type(error).__name__}: {error}); search again."
-            ) from error
+                f"{path} is a damaged quantisation plan: 'key' and 'measured' should be tables; {_AGAIN}"
+            )
+        plan = cls(tuple(keep), str(kind), str(table), key, measured)
+        if plan.digest != digest:
+            raise CalibrationError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
+        return plan

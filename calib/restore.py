@@ -1,4 +1,4 @@
-"""`python -m calib.restore`: the fewest modules that must not be INT8 for the recall budget to hold."""
+"""`python -m calib.restore`: few modules that must not be INT8 for the recall budget to hold, one if one is enough."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.batches import SAMPLES
+from calib.calibrate import unproven_name
 from calib.errors import CalibrationError
 from calib.graphs import read_graph
 from calib.judge import Cost, Judge, cost_table
@@ -77,8 +78,8 @@ def restore(
     print(
         f"Restored: {kept}; {len(judge.annotations)} queries of held-out training videos, budget {max_drop:g} points."
     )
-    words = ("--onnx", onnx, "--table", table, "--plan", output, "--output", f"drn.{kind}.onnx")
-    next_command("calib.quantize", *words)
+    words = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
+    next_command("calib.quantize", *words, *(() if kind == "int8" else ("--kind", kind)))
     return plan
 
 
@@ -92,10 +93,9 @@ def search(
     kind: Kind = "int8",
     ranker: Judge | None = None,
 ) -> tuple[Plan, list[tuple[str, Cost]]]:
-    """Return the plan that keeps fewest modules within the budget, and what each step of the search cost.
+    """Return a plan that keeps few modules, one if one is enough, and what each step of the search cost.
 
-    Greedy: modules are restored in the order of what they cost alone until the budget holds, then each of them is
-    narrowed again if the budget holds without it.
+    See `fewest` for how they are looked for, and for what is promised of them.
 
     Args:
         model, table: the FP32 graph and its ranges.
@@ -131,8 +131,9 @@ def search(
         lambda cost: cost.worst_drop <= max_drop,
     )
     if keep is None:
+        least = min(cost.worst_drop for _, cost in steps)
         raise PromiseBroken(
-            f"Even with all but one module restored, {kind.upper()} loses {steps[-1][1].worst_drop:.2f} points and "
+            f"Even with all but one module restored, {kind.upper()} loses at least {least:.2f} points and "
             f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop."
         )
     final = next(cost for label, cost in reversed(steps) if cost.worst_drop <= max_drop)
@@ -149,7 +150,15 @@ def fewest(
     cost_of: Callable[[Sequence[str], str], Cost],
     holds: Callable[[Cost], bool],
 ) -> tuple[list[str] | None, list[tuple[str, Cost]]]:
-    """Return the fewest modules to keep in higher precision for a promise to hold, and what each step cost.
+    """Return few modules to keep in higher precision for a promise to hold, and what each step cost.
+
+    Modules are kept, costliest first, until the promise holds; where it does not hold even with all but the last one
+    kept, each other one in turn is left narrow alone. From what then holds each module is dropped that can be. If
+    several remain, each module is tried as the only one.
+
+    Promised of what is returned: the promise was seen to hold for it. One module is returned if there is one that is
+    enough; several may be more than the fewest, but none of them could be dropped when it was tried. Of n modules, no
+    more than 4 n sets are judged, one where the promise holds from the start, and none twice.
 
     Args:
         ranked: returns the modules that may be kept, costliest first; asked only when something must be kept.
@@ -157,30 +166,51 @@ def fewest(
         holds: whether a cost is within the budget.
 
     Returns:
-        The modules, or None where the promise holds for no graph that narrows anything; and (label, cost) of each step.
+        The modules, or None where the promise does not hold even with all modules but one kept, whichever that one
+        is; and (label, cost) of each step. The last step that holds is what the modules returned cost.
     """
     steps: list[tuple[str, Cost]] = []
+    failed: set[frozenset[str]] = set()
 
     def good(keep: Sequence[str], label: str) -> bool:
+        if frozenset(keep) in failed:
+            return False
         cost = cost_of(keep, label)
         steps.append((label, cost))
-        return holds(cost)
+        if holds(cost):
+            return True
+        failed.add(frozenset(keep))
+        return False
 
-    keep: list[str] = []
-    if good(keep, "all narrow"):
-        return keep, steps
-    # The last one is not kept: a graph without anything narrow is not what was asked for.
-    for module in list(ranked())[:-1]:
-        keep.append(module)
-        if good(keep, f"+ {module}"):
-            break
-    else:
+    if good([], "all narrow"):
+        return [], steps
+    names = list(ranked())
+    keep = _enough(names, good)
+    if keep is None:
         return None, steps
-    for module in keep[:-1]:
+    for module in list(keep):
         fewer = [name for name in keep if name != module]
         if good(fewer, f"- {module}"):
             keep = fewer
+    if len(keep) > 1:
+        keep = next(([name] for name in names if good([name], f"only {name}")), keep)
     return keep, steps
+
+
+def _enough(names: Sequence[str], good: Callable[[Sequence[str], str], bool]) -> list[str] | None:
+    """Return modules to keep that are enough, though perhaps too many; None if all but one never are.
+
+    Never all of them: a graph without anything narrow is not what was asked for.
+    """
+    for count in range(1, len(names)):
+        if good(names[:count], f"+ {names[count - 1]}"):
+            return list(names[:count])
+    # Most likely to hold first: what costs least alone is narrow. The last one was, just now.
+    for narrow in reversed(names[:-1]):
+        others = [name for name in names if name != narrow]
+        if good(others, f"all but {narrow}"):
+            return others
+    return None
 
 
 if __name__ == "__main__":

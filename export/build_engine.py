@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.builder import BuildOptions, cuda_devices, why_not
 from export.court import Court
 from export.engines import build_part, reject
-from export.job import Job, source_graph
-from export.made import Made, counted_text, cut_parts, read_source, whole_part
+from export.job import Job, check_modules, source_graph
+from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
+from export.passport import ModelFile
 from export.profiles import DEFAULT_BATCH, DEFAULT_QUERY_LENGTH, VIDEOS, profiles
 from export.twin import Precision, Wishes, make_twin
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, PromiseBroken
+from runtime.files import Staging
+
+if TYPE_CHECKING:
+    from export.verify import Proof
 
 log = logging.getLogger("drn")
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
+
+# Said in the command of a passport even where they are the defaults, which may change.
+ALWAYS_SAID = ("precision", "target", "max_drop")
 
 
 def build_engine(
@@ -100,6 +110,8 @@ def build_engine(
         GroundingError: something is missing or does not go together.
         PromiseBroken: precision or parity is not what was promised.
     """
+    given = dict(locals())
+    compute_capability = tuple(dict.fromkeys(compute_capability))
     chosen, why = choose_target(target, compute_capability)
     job = Job(model, precision, chosen, data, output, split)
     options = BuildOptions(
@@ -112,59 +124,55 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         compute_capabilities=compute_capability,
     )
-    job.check(table, plan, limit, keep, max_drop)
+    job.check(table, plan, limit, keep, max_drop, calib_samples, threads)
     if videos < 1:
         raise GroundingError(f"--videos must be at least 1, and {videos} was given.")
     job.check_options(options, timing_cache, why)
-    shapes = job.early_profiles(batch, query_length)
+    shapes = job.early_profiles(batch, query_length, keep)
+    data_set = DataSet(data) if data else None
+    annotations = data_set.annotations(parity_split)[:limit] if data_set else []
     if dry_run:
         print(job.describe(why, shapes, options, calib_samples if table is None else None))
         return job.output
     log.info("Target %s: %s", chosen, why)
-    data_set = DataSet(data) if data else None
-    annotations = data_set.annotations(parity_split)[:limit] if data_set else []
     source = source_graph(job, vocabulary, query_length[2])
     graph, manifest = read_source(source)
+    check_modules(graph, precision, keep)
     shapes = shapes or profiles(batch, query_length, manifest)
-    wishes = Wishes(
-        keep, table, plan, calib_samples, calib_method, max_drop, threads, job.beside("calibration.json"),
-        job.beside("plan.json"),
-    )  # fmt: skip
-    twin = make_twin(graph, precision, wishes, data_set, str(source))
-    made = Made.of(job, source, graph, twin)
-    print(f"{job.twin}: {counted_text(made.census)}, {len(made.content) / source.stat().st_size:.2f} of FP32.")
-    again = _again(job, parity_split, limit, max_drop)
-    court = Court(job, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
-    proof = None
-    if data_set:
-        proof = court.judge_twin(made)
-        print(proof.text())
-        if proof.broken:
-            made.save(job.rejected("onnx"))
-            court.write_reports(proof, made, None)
-            raise PromiseBroken(
-                f"{proof.sentence()} It is kept as {job.rejected('onnx').name}; keep the costliest modules in higher "
-                "precision (--keep; `python -m calib.rank_layers` finds them), or raise --max-drop."
-            )
-    made.save(job.twin)
-    parts = cut_parts(job, made, twin, graph, shapes, videos) if split else [whole_part(job, made, twin, shapes)]
-    engine = None
-    if chosen != "onnxruntime":
-        for part in parts:
-            engine = build_part(job, part, options, timing_cache)
-        if data_set and cuda_devices():
-            proof = court.judge_engine(made)
-            print(proof.text())
-            if proof.broken:
-                kept = [reject(part.engine) for part in parts]
-                court.write_reports(proof, made, None)
-                raise PromiseBroken(
-                    f"{proof.sentence()} Its twin {job.twin.name} does, so its kernels lose it. It is kept as "
-                    f"{', '.join(path.name for path in kept)}; build it with another --optimization-level, or keep "
-                    "modules."
-                )
+    again = _again({**given, "target": chosen, "output": job.output})
+    with Staging() as staging:
+        # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
+        staged = dataclasses.replace(job, given_output=staging.path(job.output))
+        court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
+        wishes = Wishes(
+            keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
+            staged.beside("plan.json"),
+        )  # fmt: skip
+        try:
+            twin = make_twin(graph, precision, wishes, data_set, str(source))
+            made = Made.of(staged, source, graph, twin)
+            size = len(made.content) / source.stat().st_size
+            print(f"{job.twin.name}: {counted_text(made.census)}, {size:.2f} of FP32.")
+            proof = _proven_twin(staged, court, made)
+            made.save(staged.twin)
+            parts = [whole_part(staged, made, twin, shapes)]
+            if split:
+                parts = cut_parts(staged, made, twin, graph, shapes, videos)
+            engine = None
+            if chosen != "onnxruntime":
+                for part in parts:
+                    engine = build_part(staged, part, options, timing_cache)
+                if data_set and cuda_devices():
+                    proof = _proven_engine(staged, court, made, parts)
+            if proof:
+                court.write_reports(proof, made, engine)
+        except PromiseBroken:
+            # Ranges and a plan cost minutes and are good whatever came of them.
+            staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
+            raise
+        settled = staging.settle()
+    print(f"Written: {', '.join(path.name for path in settled)}.")
     if proof:
-        court.write_reports(proof, made, engine)
         print(f"{proof.sentence()} {job.beside('passport.html')} tells all.")
     else:
         log.warning("Parity was not checked: pass --data DIR to prove on its queries that nothing was lost.")
@@ -178,6 +186,57 @@ def build_engine(
         next_command("export.verify", "--reference", source, "--model", job.twin, "--data", "DIR")
     print(job.output)
     return job.output
+
+
+def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
+    """Return the proof of a twin that has its precision and answers as FP32; None without queries.
+
+    Raises:
+        PromiseBroken: it does not; it is then kept as rejected.
+    """
+    from export.census import check
+
+    rejected = job.rejected("onnx")
+    try:
+        check(made.census, job.precision)
+    except PromiseBroken as error:
+        made.save(rejected)
+        raise PromiseBroken(
+            f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
+            f"{job.precision}, build fp16."
+        ) from error
+    if not court.data_set:
+        return None
+    proof = court.judge_twin(made)
+    print(proof.text())
+    if proof.broken:
+        made.save(rejected)
+        proof = dataclasses.replace(proof, model=made.file(rejected))
+        court.write_reports(proof, made, None)
+        raise PromiseBroken(
+            f"{proof.sentence()} Keep the costliest modules in higher precision (--keep; `python -m calib.rank_layers` "
+            "finds them), or raise --max-drop."
+        )
+    return proof
+
+
+def _proven_engine(job: Job, court: Court, made: Made, parts: Sequence[Part]) -> Proof:
+    """Return the proof of an engine that answers as FP32 on this machine's GPU.
+
+    Raises:
+        PromiseBroken: it does not; it is then kept as rejected.
+    """
+    proof = court.judge_engine(made)
+    print(proof.text())
+    if proof.broken:
+        kept = [reject(part.engine) for part in parts]
+        proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
+        court.write_reports(proof, made, None)
+        raise PromiseBroken(
+            f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "
+            "--optimization-level, or keep modules."
+        )
+    return proof
 
 
 def choose_target(
@@ -208,13 +267,18 @@ def choose_target(
     return "onnxruntime", f"no engine can be built here ({reason.rstrip('.')})."
 
 
-def _again(job: Job, split: str, limit: int | None, max_drop: float) -> str:
-    """Return the command that builds the same again."""
-    words: list[Any] = ["python", "-m", "export.build_engine", "--model", job.model, "--precision", job.precision]
-    words += ["--target", job.target, "--data", job.data, "--output", job.output, "--max-drop", max_drop]
-    words += ["--split"] if job.split else []
-    words += ["--parity-split", split] if split != "test" else []
-    words += ["--limit", limit] if limit else []
+def _again(given: Mapping[str, Any]) -> str:
+    """Return the command that builds the same again: all that was given and is not the default."""
+    words: list[Any] = ["python", "-m", "export.build_engine"]
+    for name, parameter in inspect.signature(build_engine).parameters.items():
+        value = given[name]
+        if name == "dry_run" or value is None or (value == parameter.default and name not in ALWAYS_SAID):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words += value
+        elif value is not True:
+            words.append(value)
     return shlex.join(map(str, words))
 
 

@@ -30,7 +30,8 @@ class Court:
     """What a twin and an engine are held against: the FP32 graph's answers to a split.
 
     Attributes:
-        job: the build.
+        job: the build, where it is written until it is proven.
+        final: what it will be called.
         source, graph: the FP32 graph, and the file it is from.
         data_set, annotations, split: the queries; None and empty without --data.
         max_drop: points that may be lost.
@@ -39,6 +40,7 @@ class Court:
     """
 
     job: Job
+    final: Path
     source: Path
     graph: onnx.ModelProto
     data_set: DataSet | None
@@ -96,7 +98,7 @@ class Court:
         )
 
     def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None) -> None:
-        """Write the JSON report and the passport of what was judged."""
+        """Write the JSON report and the passport of what was judged; of what was rejected, under that name."""
         from export.verify import census_table, engine_census_table
 
         census = census_table(made.census)
@@ -105,5 +107,8 @@ class Court:
             census = (f"{census[0]} {told[0]}" if told else census[0], census[1])
             if proof.model.path == engine.path:
                 engine = None
-        commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(self.job.output))))
-        proof.write(self.job.beside("parity.json"), self.job.beside("passport.html"), census, engine, commands)
+        rejected = "rejected." if proof.broken else ""
+        subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
+        commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(subject))))
+        beside = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
+        proof.write(*beside, census, engine, commands)

@@ -44,7 +44,7 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
         if found
         else "its layers can be counted on the GPU only; the twin's are"
     )
-    print(f"{part.engine}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {measured}.")
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {measured}.")
     return ModelFile.of(part.engine, part.manifest)
 
 
@@ -110,7 +110,7 @@ def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
     hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
     with replace_when_whole(sidecar.path_beside(path)) as beside, replace_when_whole(path) as temporary:
         temporary.write_bytes(plan)
-        write_json(beside, {**content, "sha256": hashes})
+        write_json(beside, sidecar.sealed({**content, "sha256": hashes}))
 
 
 def _gpu() -> str | None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from calib.batches import LEAST_SAMPLES
 from export.builder import BuildOptions, check_options
 from export.made import read_source
-from export.profiles import Profile, Range, profiles
+from export.profiles import Profile, Range, check_ranges, profiles
 from export.split import pair_paths
 from export.twin import Precision
 from runtime import sidecar
-from runtime.errors import GroundingError, ModelFileError, OutputError
-from runtime.files import check_writable
+from runtime.backends import MOST_THREADS
+from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
+from runtime.files import check_writable, sha256
+
+if TYPE_CHECKING:
+    import onnx
+
+log = logging.getLogger("drn")
 
 # Tokens that an exported checkpoint takes, unless more are asked for.
 LONGEST_QUERY = 64
@@ -82,7 +90,14 @@ class Job:
         return self.beside(f"rejected.{suffix}")
 
     def check(
-        self, table: Path | None, plan: Path | None, limit: int | None, keep: Sequence[str], max_drop: float
+        self,
+        table: Path | None,
+        plan: Path | None,
+        limit: int | None,
+        keep: Sequence[str],
+        max_drop: float,
+        samples: int,
+        threads: int | None,
     ) -> None:
         """Raise what can be known to be wrong before any work is done."""
         if not self.model.is_file():
@@ -103,6 +118,11 @@ class Job:
             raise OutputError(
                 f"{self.model} would be overwritten by its own {self.precision} form; choose another --output."
             )
+        if self.target == "onnxruntime" and self.precision == "bf16":
+            raise DeviceError(
+                "ONNX Runtime has no bf16 kernels, so it could not open what was built; take --precision fp16, or "
+                "build an engine with --target tensorrt or tensorrt-rtx."
+            )
         narrow = self.precision in ("int8", "fp8")
         if narrow and self.data is None and table is None:
             raise GroundingError(f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.")
@@ -119,11 +139,52 @@ class Job:
             raise GroundingError("--keep names modules for a higher precision than fp32, and there is none.")
         if limit is not None and limit < 1:
             raise GroundingError(f"--limit must be at least 1, and {limit} was given.")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
+        if narrow and table is None and samples < LEAST_SAMPLES:
+            raise GroundingError(
+                f"--calib-samples {samples} was given and at least {LEAST_SAMPLES} are needed: single videos would set "
+                "the ranges; 512 is a good number."
+            )
         if not max_drop >= 0:
             raise GroundingError(f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.")
-        written = list(dict.fromkeys((self.output, self.twin, self.sidecar)))
+        reports = (self.beside(ending) for ending in ("calibration.json", "plan.json", "parity.json", "passport.html"))
+        pair = pair_paths(self.twin) if self.split else ()
+        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *reports)))
         for path in written:
             check_writable(path, self.model, table, plan, *(other for other in {*written} - {path}))
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Raise OutputError where exporting MODEL would write over a file that is not known to come from it."""
+        if self.kind == "published" and self.checkpoint.exists():
+            raise OutputError(
+                f"{self.checkpoint} is there already, and {self.model.name} would be converted to it; give it as "
+                "--model, or move it away."
+            )
+        if self.kind == "checkpoint" and self.source.exists() and not self.is_exported:
+            raise OutputError(
+                f"{self.source} is there already and was not exported from this {self.model.name}; give it as --model, "
+                "or move it away."
+            )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The drn.pt that MODEL is, or is converted to."""
+        return self.model if self.kind == "checkpoint" else self.stem.with_name(f"{self.stem.name}.pt")
+
+    @property
+    def source(self) -> Path:
+        """The FP32 graph that MODEL is, or is exported to."""
+        return self.model if self.kind == "onnx" else self.stem.with_name(f"{self.stem.name}.onnx")
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the FP32 graph beside a checkpoint was exported from that very file."""
+        try:
+            return sha256(self.checkpoint) in read_source(self.source)[1].sources.values()
+        except GroundingError:
+            return False
 
     def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str) -> None:
         """Raise what the library of the target, or the GPU, cannot do; also before any work."""
@@ -143,14 +204,26 @@ class Job:
                     "or name a --target that builds one."
                 )
             return
+        if timing_cache and self.target == "tensorrt-rtx":
+            raise GroundingError(
+                "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out."
+            )
+        check_writable(timing_cache, self.model, self.output, self.twin)
         check_options(options)
 
-    def early_profiles(self, batch: Range, query_length: Range) -> list[Profile] | None:
-        """Return the optimization profiles; None where they are known only after a published file is converted."""
+    def early_profiles(self, batch: Range, query_length: Range, keep: Sequence[str] = ()) -> list[Profile] | None:
+        """Return the optimization profiles; None where they are known only after a published file is converted.
+
+        Raises:
+            ShapeError: a range does not rise, or there is no module of a name to keep.
+        """
+        check_ranges(batch, query_length)
         if self.kind == "published":
             return None
         if self.kind == "onnx":
-            return profiles(batch, query_length, read_source(self.model)[1])
+            graph, manifest = read_source(self.model)
+            check_modules(graph, self.precision, keep)
+            return profiles(batch, query_length, manifest)
         from train.checkpoints import load_checkpoint
 
         return profiles(batch, query_length, load_checkpoint(self.model).manifest(max(query_length[2], LONGEST_QUERY)))
@@ -193,13 +266,32 @@ def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
     """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint."""
     if job.kind == "onnx":
         return job.model
-    from export.to_onnx import to_onnx
-
-    checkpoint = job.model
     if job.kind == "published":
         from train.convert import convert
 
-        checkpoint = job.stem.with_name(f"{job.stem.name}.pt")
-        convert(job.model, checkpoint, vocabulary)
-    graph = job.stem.with_name(f"{job.stem.name}.onnx")
-    return to_onnx(checkpoint, graph, max_query_length=max(longest, LONGEST_QUERY))
+        convert(job.model, job.checkpoint, vocabulary)
+    longest = max(longest, LONGEST_QUERY)
+    if job.source.exists() and read_source(job.source)[1].max_query_length >= longest:
+        log.info("%s was exported from this %s already.", job.source, job.checkpoint.name)
+        return job.source
+    from export.to_onnx import to_onnx
+
+    return to_onnx(job.checkpoint, job.source, max_query_length=longest)
+
+
+def check_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
+    """Raise what a build would raise for modules to keep that a graph has not."""
+    if not keep:
+        return
+    if precision in ("int8", "fp8"):
+        from calib.qdq import Policy, sites
+
+        sites(graph, Policy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
+        return
+    from export.precision import modules
+
+    unknown = set(keep) - modules(graph)
+    if unknown:
+        raise ShapeError(
+            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(graph)))}."
+        )

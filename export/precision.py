@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.to_onnx import drn_modules
-from runtime.errors import ShapeError
+from runtime.errors import ModelFileError, ShapeError
 from runtime.tensors import Batch
 
 Half = Literal["fp16", "bf16"]
@@ -212,6 +212,9 @@ def scan(model: onnx.ModelProto, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the largest magnitude in each DRN module's weights and in what its nodes compute, over all batches.
 
     Runs the FP32 graph in ONNX Runtime with every float tensor as an output.
+
+    Raises:
+        ModelFileError: a weight, or what a module computes in FP32, is NaN or infinite.
     """
     import onnxruntime
 
@@ -236,20 +239,32 @@ def scan(model: onnx.ModelProto, batches: Iterable[Batch]) -> dict[str, float]:
         if tensor.data_type == TensorProto.FLOAT and readers:
             _raise_to(found, readers[0], numpy_helper.to_array(tensor))
     for batch in batches:
-        for name, values in zip(names, session.run(names, vars(batch))):
-            _raise_to(found, owner[name], values)
+        computed = dict(zip(names, session.run(names, vars(batch))))
+        # In the order of the nodes, so that the first module to go wrong is named, not one that it spoils.
+        for name in filter(computed.__contains__, owner):
+            _raise_to(found, owner[name], computed[name])
     return found
 
 
 def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:
+    # NaN comes through both maxima.
     largest = float(np.abs(values).max(initial=0))
+    if not np.isfinite(largest):
+        raise ModelFileError(
+            f"The FP32 model is not finite in {' and '.join(drn_modules(node)) or node}: it holds or computes "
+            f"{largest}, so no precision can be chosen for it; check the checkpoint and the features with "
+            "`python -m runtime.evaluate`."
+        )
     for module in drn_modules(node):
-        found[module] = max(found.get(module, 0.0), largest)
+        found[module] = float(np.maximum(found.get(module, 0.0), largest))
 
 
 def overflowing(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
-    """Return the modules that come too near the largest number of the type, largest first. BF16 has FP32's range."""
+    """Return the modules that come too near the largest number of the type, largest first; NaN is beyond any.
+
+    BF16 has FP32's range.
+    """
     if kind == "bf16":
         return ()
     beyond = [module for module, largest in scanned.items() if not largest * HEADROOM <= FLOAT16_MAX]
-    return tuple(sorted(beyond, key=lambda module: -scanned[module]))
+    return tuple(sorted(beyond, key=lambda module: -np.nan_to_num(scanned[module], nan=np.inf)))

@@ -45,8 +45,7 @@ def profiles(batch: Range, query_length: Range, manifest: Manifest) -> list[Prof
     Raises:
         ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
     """
-    _check("--batch", batch)
-    _check("--query-length", query_length)
+    check_ranges(batch, query_length)
     if query_length[2] > manifest.max_query_length:
         raise ShapeError(
             f"--query-length asks for up to {query_length[2]} tokens and this model was exported for at most "
@@ -100,6 +99,12 @@ def part_profiles(
 def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     smallest, best, largest = shapes
     return smallest, best, largest
+
+
+def check_ranges(batch: Range, query_length: Range) -> None:
+    """Raise ShapeError for a range that does not rise or starts below 1."""
+    _check("--batch", batch)
+    _check("--query-length", query_length)
 
 
 def _check(flag: str, domain: Range) -> None:

@@ -104,6 +104,9 @@ def make_twin(
     if precision == "fp32":
         return Twin(raised, source, {})
     held: tuple[str, ...] = ()
+    if data_set and precision in ("fp16", "bf16") and not data_set.annotations_path("train").is_file():
+        log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
+        data_set = None
     if data_set:
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision in ("fp16", "bf16"):
@@ -162,9 +165,10 @@ def _accurate(
 
     restored, steps = fewest(ranked, cost_of, holds)
     if restored is None:
+        least = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
         raise PromiseBroken(
-            f"{kind} moves boundaries by {steps[-1][1].shift_p99:.2f} s and loses {steps[-1][1].worst_drop:.2f} points "
-            "even with all but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16."
+            f"{kind} moves boundaries by {least.shift_p99:.2f} s and loses {least.worst_drop:.2f} points even with all "
+            "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16."
         )
     if restored:
         print(cost_table(steps))
@@ -243,9 +247,6 @@ def _within_budget(
 ) -> tuple[str, ...]:
     """Return the modules to keep for the recall budget to hold on held-out training videos; a plan is written if
     there are more than were asked for."""
-    if not data_set.annotations_path("train").is_file():
-        log.warning("%s has no training split, so the budget is held against %s alone.", data_set.root, "the queries")
-        return keep
     policy = Policy(keep=keep)
     judge = judge or Judge(
         source, data_set, hold_out(data_set, manifest, HELD_OUT, exclude=table.videos), wishes.threads
@@ -271,9 +272,10 @@ def _within_budget(
     larger = Judge(source, data_set, more, wishes.threads) if len(more) > first.queries else judge
     plan, steps = search(source, table, larger, wishes.max_drop, policy=policy, kind=kind, ranker=judge)
     print(cost_table(steps))
+    everything = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
         print(f"Restored to FP16 for the budget of {wishes.max_drop:g} points: {', '.join(plan.keep)}.")
         if wishes.plan_output:
-            plan.save(wishes.plan_output)
-            print(f"{wishes.plan_output}: the plan; give it with --plan to build the same again.")
-    return tuple(dict.fromkeys((*keep, *plan.keep)))
+            dataclasses.replace(plan, keep=everything).save(wishes.plan_output)
+            print(f"{wishes.plan_output.name}: the plan; with --plan and --table it makes the same graph again.")
+    return everything

@@ -29,6 +29,8 @@ from runtime.sidecar import read_sidecar
 from runtime.speed import latency_table, read_report
 
 if TYPE_CHECKING:
+    import onnx
+
     from export.census import Census
 
 log = logging.getLogger("drn")
@@ -54,6 +56,7 @@ def verify(
     html: Path | None = None,
     layers: bool = False,
     latency: Path | None = None,
+    exact: bool = False,
 ) -> Parity:
     """Ask two models every query of a split and judge what changed: heads, seconds, order, each answer gained or lost.
 
@@ -76,6 +79,8 @@ def verify(
         html: the model's passport: one HTML page, complete in itself.
         layers: also compare every tensor that two .onnx files share, and name the DRN module that goes wrong first.
         latency: report that `runtime.benchmark --output` wrote of this very model, for the passport.
+        exact: compute 8-bit .onnx files operator by operator, as an engine would, and not with ONNX Runtime's own
+            fusions, which is how they run otherwise.
 
     Returns:
         What was found.
@@ -89,12 +94,12 @@ def verify(
     measured = _latency(latency, model, html, output)
     data_set = DataSet(data)
     annotations = data_set.annotations(split)[:limit]
-    sides = [open_model(path, device, threads) for path in (reference, model)]
+    sides = [open_model(path, device, threads, exact) for path in (reference, model)]
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides, strict=True)]
     budget = Budget.of(files[1].manifest.precision, max_drop, boundary_p99)
-    again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers)
+    again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact)
     proof = prove(
         sides, files, data_set, annotations, budget, split=split, protocol=protocol, batch_size=batch_size, again=again
     )
@@ -381,21 +386,34 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
     return latency_table(read_report(report), sha256(model))
 
 
-def open_model(path: Path, device: Device, threads: int | None) -> Grounder:
-    """Open a model as it is to be judged: on a CPU, a graph narrower than FP16 is computed as it stands.
+def open_model(path: Path, device: Device, threads: int | None, exact: bool = False) -> Grounder:
+    """Open a model as it is to be judged: as it runs, and on a CPU BF16 by rounding every result.
 
-    ONNX Runtime has no BF16 kernels there, and its fusions of Q/DQ add errors of up to 2.7e-2 that no engine has.
+    ONNX Runtime has no BF16 kernels there. Its fusions of Q/DQ add errors of up to 2.7e-2 that no engine has: with
+    `exact`, 8-bit graphs are computed on the CPU without them.
     """
     if path.suffix == ".onnx" and path.is_file() and device != "cuda" and importlib.util.find_spec("onnx"):
         graph = load_graph(path)
         precision = precision_of(graph, path)
-        if precision not in ("fp32", "fp16"):
-            from calib.graphs import GraphBackend
-            from export.precision import emulated
-
-            log.info("%s is %s: computed on the CPU as it stands, without ONNX Runtime's fusions.", path, precision)
-            return Grounder(GraphBackend(emulated(graph), threads, optimised=precision == "bf16"))
+        if precision == "bf16" or (exact and precision in ("int8", "fp8")):
+            how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
+            log.info("%s is %s: computed on the CPU %s.", path, precision, how)
+            return _computed(path, graph, threads, optimised=precision == "bf16")
     return Grounder.load(path, device, threads)
+
+
+def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
+    from calib.graphs import GraphBackend, GraphPair
+    from export.made import manifest_in
+    from export.precision import emulated
+    from runtime.backends.ort import part_beside
+
+    manifest = manifest_in(path)
+    if manifest.part != "query":
+        return Grounder(GraphBackend(emulated(graph), threads, optimised))
+    ((name, digest),) = manifest.video_part.items()
+    video = load_graph(part_beside(path, name, digest))
+    return Grounder(GraphPair(emulated(video), emulated(graph), threads, optimised))
 
 
 def _compare_layers(
@@ -418,6 +436,7 @@ def _again(
     boundary_p99: float | None,
     protocol: Protocol | None,
     layers: bool,
+    exact: bool,
 ) -> str:
     """Return the command that finds the same again."""
     parts: list[Any] = ["python", "-m", "export.verify", "--reference", reference, "--model", model, "--data", data]
@@ -425,7 +444,8 @@ def _again(
     for option, value in (("--limit", limit), ("--boundary-p99", boundary_p99), ("--protocol", protocol)):
         if value is not None:
             parts += [option, value]
-    return shlex.join(map(str, parts + (["--layers"] if layers else [])))
+    parts += ["--layers"] if layers else []
+    return shlex.join(map(str, parts + (["--exact"] if exact else [])))
 
 
 def _commands(again: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
@@ -437,6 +457,9 @@ def _commands(again: str, model: Path, data: Path, split: str) -> tuple[str, ...
 def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:
     if model.suffix == ".onnx" and file.manifest.precision == "fp32":
         return "export.build_engine", "--model", model, "--precision", "fp16", "--data", data
+    if model.suffix == ".onnx" and file.manifest.precision == "bf16":
+        # ONNX Runtime cannot open it: what runs it is an engine.
+        return ("runtime.doctor",)
     return "runtime.infer", "--model", model, "--data", data, "--video", first.video, "--query", first.sentence
 
 

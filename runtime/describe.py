@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from runtime.backends import open_backend
+from runtime.backends import open_backend, plans
 from runtime.command import command, next_command
 from runtime.doctor import gpus
 from runtime.sidecar import read_sidecar
@@ -67,7 +67,7 @@ def describe(
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
-    runs = model if not sidecar or gpus()[0].works else model.with_suffix(".onnx")
+    runs = model if not sidecar or gpus()[0].works else plans.twin(model, sidecar.content)
     next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
 

@@ -7,8 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,54 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+class Staging:
+    """Files that take their places together: until `settle`, what was there before stays as it was.
+
+    Used as a context; afterwards, whatever happened, nothing temporary is left.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Path, Path] = {}
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place in self._places.values():
+            shutil.rmtree(place, ignore_errors=True)
+
+    def path(self, final: str | os.PathLike[str]) -> Path:
+        """Return where to write what is to stand at `final`; OutputError if its directory cannot be written."""
+        final = Path(final)
+        if final.is_dir():
+            raise OutputError(f"{final} is a directory; name the file to write instead.")
+        parent = final.resolve().parent
+        if parent not in self._places:
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                self._places[parent] = Path(tempfile.mkdtemp(dir=parent, prefix=".drn-"))
+            except OSError as error:
+                raise _unwritable(final, error) from error
+        return self._places[parent] / final.name
+
+    def settle(self, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+        """Move what was written to its place, file by file in the order of names; return where it stands now.
+
+        Args:
+            wanted: whether a file of this name is to be kept; others are dropped.
+        """
+        settled = []
+        for parent, place in self._places.items():
+            for file in sorted(place.iterdir()):
+                if wanted(file.name):
+                    try:
+                        os.replace(file, parent / file.name)
+                    except OSError as error:
+                        raise _unwritable(parent / file.name, error) from error
+                    settled.append(parent / file.name)
+        return settled
 
 
 def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
@@ -104,6 +153,13 @@ def sha256(path: str | os.PathLike[str]) -> str:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, the same however it is laid out and whatever the order of its keys."""
+    # Once there and back: tuples become lists and number keys text, as they are when they are read from a file.
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -35,7 +35,7 @@ from runtime import machine
 from runtime.errors import DeviceError
 from runtime.files import sha256, write_json
 from runtime.grounder import Grounder
-from runtime.sidecar import path_beside, read_sidecar
+from runtime.sidecar import path_beside, read_sidecar, sealed
 from runtime.timing import Call, speed_ratio
 
 # Bars in absolute times are for GPUs of this class.
@@ -300,7 +300,7 @@ def _other_version(job: Job, pair: Path) -> Found:
         content = dict(read_sidecar(copied).content)
         content["library"] = f"{content['library'].split()[0]} 99.1.0.1"
         content["sha256"] = {**content["sha256"], copied.name: sha256(copied)}
-        write_json(path_beside(copied), content)
+        write_json(path_beside(copied), sealed(content))
         try:
             Grounder.load(copied, "cuda")
         except DeviceError as error:

@@ -54,7 +54,7 @@ def misfit(plan: Path, sidecar: Sidecar, machine: Machine) -> str | None:
     built_by, built_for = str(content.get("library", "an unknown library")), built_for_gpu(content)
     what = f"{plan.name} was built by {built_by} for {built_for}"
     if machine.gpu is None or machine.capability is None:
-        return f"{what}, and no GPU can be used here ({machine.why_no_gpu}); run {_twin(plan, content)} on the CPU."
+        return f"{what}, and no GPU can be used here ({machine.why_no_gpu}); run {twin(plan, content)} on the CPU."
     way_out = f"build it again here: `{rebuild_command(plan, sidecar)}`."
     if machine.library is None:
         return f"{what}, and that library cannot be imported here ({machine.why_no_library}); install it, or {way_out}"
@@ -86,11 +86,12 @@ def rebuild_command(plan: Path, sidecar: Sidecar, query_length: int = 0) -> str:
     """
     content, manifest = sidecar.content, sidecar.manifest
     graphs = [name for name in manifest.sources if name.endswith(".onnx")]
-    source = graphs[-1] if graphs else next(iter(manifest.sources), "drn.onnx")
+    # The FP32 graph; after it stands the twin that parts were cut from.
+    source = graphs[0] if graphs else next(iter(manifest.sources), "drn.onnx")
     parts: list[Any] = ["python", "-m", "export.build_engine", "--model", plan.with_name(source)]
     parts += ["--precision", manifest.precision, "--target", content.get("target", "tensorrt")]
     if manifest.precision in ("int8", "fp8"):
-        table = _twin(plan, content).with_suffix(".calibration.json")
+        table = twin(plan, content).with_suffix(".calibration.json")
         parts += ["--table", table] if table.is_file() else ["--data", "DIR"]
     for flag, name in (("--batch", "batch"), ("--query-length", "query_length")):
         domain = _domain(content, name)
@@ -103,7 +104,7 @@ def rebuild_command(plan: Path, sidecar: Sidecar, query_length: int = 0) -> str:
     output = plan
     if manifest.part != "whole":
         parts.append("--split")
-        output = plan.with_name(plan.name.replace(f".{manifest.part}.", ".", 1))
+        output = plan.with_name(plan.name.replace(f".{manifest.part}.", ".query.", 1))
     return shlex.join(map(str, [*parts, "--output", output]))
 
 
@@ -151,7 +152,8 @@ def _domain(content: Mapping[str, Any], name: str) -> list[int]:
         return []
 
 
-def _twin(plan: Path, content: Mapping[str, Any]) -> Path:
+def twin(plan: Path, content: Mapping[str, Any]) -> Path:
+    """Return the graph beside a plan that it was built from, as its sidecar names it."""
     hashes = content.get("sha256")
     names = [name for name in hashes if name.endswith(".onnx")] if isinstance(hashes, Mapping) else []
     return plan.with_name(names[0]) if names else plan.with_suffix(".onnx")

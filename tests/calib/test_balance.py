@@ -75,6 +75,17 @@ def test_a_light_weight_takes_more_of_the_factor_than_a_heavy_one() -> None:
     assert light < heavy
 
 
+def test_three_quarters_of_the_unevenness_go_into_the_weights(
+    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
+) -> None:
+    assert exponents(np.array([16.0, 1.0]), np.ones(2)).tolist() == [0, 3]
+    assert exponents(np.array([1.0, 1.0]), np.array([16.0, 1.0])).tolist() == [0, -1]
+    batches = list(drawn.batches(manifest, 32))[:1]
+    gains = measure_gains(model, batches, 1)
+    assert gains == measure_gains(model, batches, 1, share=0.75)
+    assert gains != measure_gains(model, batches, 1, share=0)
+
+
 def test_balancing_lowers_the_error_of_uneven_channels(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, batch: Batch
 ) -> None:

@@ -102,7 +102,7 @@ def test_training_videos_that_are_test_videos_are_refused(copy: Path, manifest: 
     leaked = data_set.annotations("test")[0]
     lines = data_set.annotations_path("train").read_text().splitlines()
     spoilt = rewrite_training(copy, [*lines, f"{leaked.video} 0.0 5.0##person opens the door."])
-    with pytest.raises(CalibrationError, match=rf"1 videos of the test split \({leaked.video}"):
+    with pytest.raises(CalibrationError, match=rf"holds 1 video \({leaked.video}\) of the test split"):
         draw(spoilt, manifest, samples=40)
     with pytest.raises(CalibrationError, match="test split"):
         hold_out(spoilt, manifest)
@@ -113,6 +113,11 @@ def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet
         CalibrationSet(data_set, data_set.annotations("test"), [], drawn.coverage)
     with pytest.raises(CalibrationError, match="What is tuned on"):
         refuse_test_videos(data_set, {data_set.annotations("test")[0].video}, "What is tuned on")
+    names = sorted(videos(data_set.annotations("test")))
+    with pytest.raises(CalibrationError, match=rf"3 videos \({', '.join(names[:3])}\) of"):
+        refuse_test_videos(data_set, names[:3])
+    with pytest.raises(CalibrationError, match=rf"4 videos \({', '.join(names[:3])}, …\) of"):
+        refuse_test_videos(data_set, names[:4])
 
 
 @pytest.mark.parametrize("samples", [0, 1, LEAST_SAMPLES - 1])

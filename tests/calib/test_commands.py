@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -93,18 +94,59 @@ def test_from_graph_to_int8_file_and_back_within_budget(
         threads=1,
     )
     assert plan.keep == ()
-    value = json.loads((tmp_path / "plan.json").read_text())
-    value["keep"] = ["fpn.layer_blocks.0"]
-    (tmp_path / "plan.json").write_text(json.dumps(value))
+    dataclasses.replace(plan, keep=("fpn.layer_blocks.0",)).save(tmp_path / "plan.json")
     quantize(onnx_file, table_file, output, keep=("prop_fc",), plan=tmp_path / "plan.json")
     text = capsys.readouterr().out
     assert "kept: prop_fc, fpn.layer_blocks.0" in text
-    value["modules"], value["format"] = [], "drn-layer-ranking/1"
     (tmp_path / "ranking.json").write_text(json.dumps({**written, "table": "0" * 64}))
     with pytest.raises(CalibrationError, match="rank again"):
         restore(
             onnx_file, data_set.root, table_file, tmp_path / "plan.json", ranking=tmp_path / "ranking.json", threads=1
         )
+
+
+def test_what_comes_next_replaces_no_twin_that_was_proved(
+    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unproven = onnx_file.with_name("drn.int8-unproven.onnx")
+    with caplog.at_level("INFO", "drn"):
+        calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
+        assert f"calib.quantize --onnx {onnx_file} --table {tmp_path / 't.json'} --output {unproven}" in caplog.text
+        caplog.clear()
+        given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
+        restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
+        assert f"--plan {tmp_path / 'plan.json'} --output {unproven}" in caplog.text
+        caplog.clear()
+        quantize(onnx_file, table_file, tmp_path / unproven.name)
+        assert f"export.verify --reference {onnx_file} --model {tmp_path / unproven.name}" in caplog.text
+
+
+def test_a_table_of_test_videos_is_refused_wherever_one_is_given(
+    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
+) -> None:
+    leaked = data_set.annotations("test")[0].video
+    table = tmp_path / "t.json"
+    loaded = CalibrationTable.load(table_file)
+    dataclasses.replace(loaded, videos=(*loaded.videos, leaked)).save(table)
+    message = rf"The calibration table holds 1 video \({leaked}\) of the test split"
+    with pytest.raises(CalibrationError, match=message):
+        rank_layers(onnx_file, data_set.root, table=table, threads=1)
+    with pytest.raises(CalibrationError, match=message):
+        restore(onnx_file, data_set.root, table, tmp_path / "plan.json", threads=1)
+
+
+def test_a_plan_of_another_table_is_refused(
+    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
+) -> None:
+    given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
+    restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
+    loaded = CalibrationTable.load(table_file)
+    name, found = next(iter(loaded.ranges.items()))
+    wider = {**loaded.ranges, name: dataclasses.replace(found, high=found.high * 2)}
+    dataclasses.replace(loaded, ranges=wider).save(tmp_path / "t.json")
+    with pytest.raises(CalibrationError, match="The plan was made with the calibration table"):
+        quantize(onnx_file, tmp_path / "t.json", tmp_path / "drn.int8.onnx", plan=tmp_path / "plan.json")
+    assert not (tmp_path / "drn.int8.onnx").exists()
 
 
 def refused(function, *arguments, error: type[GroundingError], match: str, output: Path, **options) -> None:  # type: ignore[no-untyped-def]

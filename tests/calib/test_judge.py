@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +21,7 @@ from calib.plan import Plan
 from calib.qdq import Policy, modules, quantize
 from calib.ranges import METHODS, Histogram
 from calib.rank_layers import rank
-from calib.restore import search
+from calib.restore import fewest, search
 from calib.table import CalibrationTable
 from runtime.annotations import DataSet
 from runtime.errors import PromiseBroken
@@ -165,11 +170,89 @@ def test_the_fewest_modules_are_restored(
     assert len(search(model, table, judge, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
 
 
+NOTHING_LOST = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1000)
+
+
+class Sets:
+    """What `fewest` asks: sets of modules are enough or not, as a test says, and each is asked once."""
+
+    def __init__(self, enough: Callable[[set[str]], bool], ranked: str = "ABCDE") -> None:
+        self.enough, self.ranked = enough, ranked
+        self.asked: list[frozenset[str]] = []
+
+    def cost(self, keep: Sequence[str], label: str) -> Cost:
+        assert len(set(keep)) == len(keep)
+        assert frozenset(keep) not in self.asked
+        assert len(keep) < len(self.ranked), "nothing would be narrow"
+        self.asked.append(frozenset(keep))
+        return dataclasses.replace(NOTHING_LOST, drop_70=0 if self.enough(set(keep)) else 1)
+
+    def fewest(self) -> list[str] | None:
+        found, steps = fewest(lambda: list(self.ranked), self.cost, lambda cost: cost.worst_drop <= 0)
+        assert len(steps) == len(self.asked) <= 4 * len(self.ranked)
+        if found is not None:
+            # The last step that holds tells the cost of what is returned.
+            assert [asked for asked in self.asked if self.enough(set(asked))][-1] == set(found)
+        return found
+
+
+def test_one_module_that_is_enough_is_found_where_two_costlier_ones_are_too() -> None:
+    sets = Sets(lambda keep: "D" in keep or {"A", "B"} <= keep)
+    assert sets.fewest() == ["D"]
+    # Nothing, A, AB; B (A is known); C and D.
+    assert len(sets.asked) == 6
+
+
+def test_the_last_ranked_module_may_be_the_only_one_kept() -> None:
+    assert Sets(lambda keep: "E" in keep).fewest() == ["E"]
+    assert Sets(lambda keep: "E" in keep or {"A", "B", "C"} <= keep).fewest() == ["E"]
+    assert Sets(lambda keep: "B" in keep, ranked="AB").fewest() == ["B"]
+
+
+def test_the_last_two_may_be_what_is_kept() -> None:
+    assert Sets(lambda keep: {"D", "E"} <= keep).fewest() == ["D", "E"]
+
+
+def test_what_the_first_look_finds_is_judged_no_further_than_needed() -> None:
+    sets = Sets(lambda keep: "A" in keep)
+    assert sets.fewest() == ["A"]
+    assert len(sets.asked) == 2
+    sets = Sets(lambda keep: True)
+    assert sets.fewest() == []
+    assert len(sets.asked) == 1
+
+
+def test_no_module_is_left_narrow_for_nothing() -> None:
+    sets = Sets(lambda keep: False)
+    assert sets.fewest() is None
+    assert len(sets.asked) == 9
+    assert {asked for asked in sets.asked if len(asked) == 4} == set(map(frozenset, itertools.combinations("ABCDE", 4)))
+    assert Sets(lambda keep: "A" in keep, ranked="A").fewest() is None
+
+
+@pytest.mark.parametrize("needed", [set(some) for n in (1, 2, 3, 4) for some in itertools.combinations("ABCDE", n)])
+def test_what_must_be_kept_is_what_is_kept(needed: set[str]) -> None:
+    found = Sets(lambda keep: needed <= keep).fewest()
+    assert found is not None
+    assert set(found) == needed
+
+
+def test_a_loss_of_miou_alone_is_a_loss(model: onnx.ModelProto, table: CalibrationTable) -> None:
+    class OfMiou(Scripted):
+        def cost(self, model: onnx.ModelProto, label: str) -> Cost:
+            return dataclasses.replace(super().cost(model, label), drop_50=0.0, drop_70=0.0)
+
+    plan, _ = search(model, table, OfMiou("fpn.layer_blocks.1"), 0.2)  # type: ignore[arg-type]
+    assert plan.keep == ("fpn.layer_blocks.1",)
+    assert dataclasses.replace(NOTHING_LOST, drop_miou=2.0).worst_drop == 2.0
+    assert dataclasses.replace(NOTHING_LOST, drop_70=2.0).worst_drop == 2.0
+
+
 def test_a_budget_that_no_narrow_graph_holds_is_a_broken_promise(
     model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     judge = Scripted(*modules(model, Policy()))
-    with pytest.raises(PromiseBroken, match="build FP16"):
+    with pytest.raises(PromiseBroken, match=r"loses at least 1\.00 points .* build FP16"):
         search(model, table, judge, 0.2)  # type: ignore[arg-type]
 
 
@@ -185,6 +268,49 @@ def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: Calibr
         again.checked(model, dataclasses.replace(table, ranges={}), "int8")
     with pytest.raises(CalibrationError, match="for int8 and fp8"):
         again.checked(model, table, "fp8")
+    # The key of a table tells graph and samples, and not how its ranges were narrowed since.
+    name, found = next(iter(table.ranges.items()))
+    tighter = {**table.ranges, name: dataclasses.replace(found, high=found.high / 2)}
+    with pytest.raises(CalibrationError, match="made with the calibration table"):
+        again.checked(model, dataclasses.replace(table, ranges=tighter), "int8")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(CalibrationError, match="no quantisation plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"keep": []}, "own digest"),
+        ({"keep": ["prop_fc", "fpn"]}, "own digest"),
+        ({"kind": "fp8"}, "own digest"),
+        ({"table": "0" * 64}, "own digest"),
+        ({"measured": {}}, "own digest"),
+        ({"digest": None}, "own digest"),
+        ({"keep": "fpn"}, "list of module names, and has 'fpn'"),
+        ({"keep": [7]}, "list of module names"),
+        ({"keep": None}, "list of module names"),
+        ({"key": "x"}, "should be tables"),
+        ({"measured": []}, "should be tables"),
+    ],
+)
+def test_an_edited_plan_is_refused(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    path = tmp_path / "plan.json"
+    plan = Plan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2, "steps": [{"step": "all narrow"}]})
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(CalibrationError, match=told) as found:
+        Plan.load(path)
+    assert "search again" in str(found.value)
+
+
+@pytest.mark.parametrize("field", ["keep", "kind", "table", "key", "measured", "digest"])
+def test_a_plan_that_lacks_something_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "plan.json"
+    Plan(("prop_fc",), "int8", "1" * 64, {}, {}).save(path)
+    value = json.loads(path.read_text())
+    del value[field]
+    path.write_text(json.dumps(value))
+    with pytest.raises(CalibrationError, match=f"damaged quantisation plan without '{field}'"):
+        Plan.load(path)

@@ -72,6 +72,12 @@ def test_the_percentile_contains_its_share(first: np.ndarray, second: np.ndarray
     assert (values <= found.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
 
 
+@pytest.mark.parametrize(("outliers", "limit"), [(5, 1), (20, 10)])
+def test_the_percentile_leaves_out_one_value_in_ten_thousand(outliers: int, limit: float) -> None:
+    found = histogram(np.ones(100_000 - outliers), np.full(outliers, 10)).range("percentile")
+    assert found.magnitude == pytest.approx(limit, rel=1e-3)
+
+
 def test_a_lone_outlier_moves_min_max_alone() -> None:
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     spoilt = values.copy()

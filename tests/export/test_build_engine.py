@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -17,9 +20,11 @@ from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from export.build_engine import build_engine, choose_target
 from export.builder import cuda_devices
+from export.engines import _write_engine, reject
 from runtime import Grounder
 from runtime.annotations import DataSet
 from runtime.errors import (
+    AnnotationError,
     DeviceError,
     FeatureError,
     GroundingError,
@@ -72,19 +77,25 @@ def test_a_build_leaves_its_report_and_its_passport(model: Path, planted: Path) 
     assert sha256(output) in page
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_other_precisions_are_in_the_graph_and_in_its_manifest(precision: str, model: Path, planted: Path) -> None:
-    output = build_engine(
-        model,
-        precision=precision,  # type: ignore[arg-type]
-        data=planted,
-        calib_samples=64,
-        calib_method="mse",
-        max_drop=LOOSE,
-        query_length=(1, 8, 12),
-    )
-    properties = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
+@pytest.mark.rtx
+@pytest.mark.parametrize(("precision", "capability"), [("bf16", "8.6"), ("int8", "8.6"), ("fp8", "8.9")])
+def test_other_precisions_are_in_the_graph_and_in_its_manifest(
+    precision: Any, capability: str, model: Path, planted: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    build_engine(
+        model, precision=precision, target="tensorrt-rtx", compute_capability=(capability,), data=planted,
+        calib_samples=64, calib_method="mse", max_drop=LOOSE, query_length=(1, 8, 12), threads=1,
+    )  # fmt: skip
+    properties = {
+        entry.key: entry.value for entry in onnx.load(model.with_name(f"drn.{precision}.onnx")).metadata_props
+    }
     assert json.loads(properties["drn.manifest"])["precision"] == precision
+
+
+def test_what_onnx_runtime_could_not_open_is_not_built_for_it(model: Path) -> None:
+    with pytest.raises(DeviceError, match="no bf16 kernels"):
+        build_engine(model, precision="bf16", target="onnxruntime")
 
 
 @pytest.mark.rtx
@@ -116,6 +127,7 @@ def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted:
             calib_method="minmax", max_drop=LOOSE, query_length=(1, 8, 12),
         )  # fmt: skip
     assert not model.with_name("drn.int8.onnx").exists()
+    assert Grounder.load(model.with_name("drn.int8.rejected.onnx")).manifest.precision == "int8"
 
 
 def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
@@ -123,12 +135,57 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
     monkeypatch.setattr("export.parity.Budget.boundary_p99", -1.0)
-    with pytest.raises(PromiseBroken, match=r"kept as drn\.fp16\.rejected\.onnx"):
+    with pytest.raises(PromiseBroken, match=r"drn\.fp16\.rejected\.onnx does not answer as drn\.onnx"):
         build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
     rejected = model.with_name("drn.fp16.rejected.onnx")
     assert Grounder.load(rejected).manifest.precision == "fp16"
-    assert "Promises broken" in model.with_name("drn.fp16.passport.html").read_text()
+    page = model.with_name("drn.fp16.rejected.passport.html").read_text()
+    assert "Promises broken" in page
+    assert sha256(rejected) in page
+    assert not model.with_name("drn.fp16.passport.html").exists()
+
+
+def test_the_command_in_a_passport_builds_the_same_again(model: Path, planted: Path, tmp_path: Path) -> None:
+    table = _measure(model, planted, tmp_path / "t.json")
+    output = build_engine(
+        model, precision="int8", data=planted, table=table, keep=("fcos.head.mix_fc",), max_drop=LOOSE, limit=9,
+        query_length=(1, 8, 12), threads=1,
+    )  # fmt: skip
+    said = json.loads(model.with_name("drn.int8.parity.json").read_text())["command"].split()
+    assert said[:3] == ["python", "-m", "export.build_engine"]
+    for words in ("--keep fcos.head.mix_fc", "--limit 9", "--query-length 1 8 12", f"--table {table}"):
+        assert words in " ".join(said)
+    first = output.read_bytes()
+    output.unlink()
+    assert subprocess.run([sys.executable, *said[1:]], capture_output=True).returncode == 0
+    assert output.read_bytes() == first
+
+
+@pytest.mark.rtx
+def test_an_engine_that_cannot_be_built_leaves_the_earlier_twin(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model.with_name("drn.fp16.onnx").write_text("an earlier one")
+
+    def broken(*_: Any) -> Any:
+        raise ModelFileError("cannot build the engine")
+
+    monkeypatch.setattr("export.engines.build", broken)
+    with pytest.raises(ModelFileError):
+        build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
+    assert {path.name for path in model.parent.iterdir()} == {"drn.onnx", "drn.fp16.onnx"}
+    assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
+
+
+def test_a_graph_that_is_not_of_this_checkpoint_is_not_written_over(
+    models: Path, planted: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "drn.pt"
+    shutil.copy(models / "drn.pt", checkpoint)
+    (tmp_path / "drn.onnx").write_text("precious")
+    with pytest.raises(OutputError, match=r"was not exported from this drn\.pt"):
+        build_engine(checkpoint, precision="fp16", query_length=(1, 8, 12))
+    assert (tmp_path / "drn.onnx").read_text() == "precious"
 
 
 @pytest.mark.rtx
@@ -229,8 +286,13 @@ def test_what_a_gpu_or_library_cannot_do_is_refused_before_any_work(model: Path,
 
 def test_calibration_data_that_does_not_serve_is_refused(model: Path, planted: Path, tmp_path: Path) -> None:
     wanted: dict[str, Any] = {"precision": "int8", "query_length": (1, 8, 12), "threads": 1}
-    with pytest.raises(CalibrationError, match="8 calibration samples were asked for and at least 32"):
-        build_engine(model, data=planted, calib_samples=8, **wanted)
+    for dry_run in (False, True):
+        with pytest.raises(GroundingError, match="--calib-samples 8 was given and at least 32"):
+            build_engine(model, data=planted, calib_samples=8, dry_run=dry_run, **wanted)
+        with pytest.raises(CalibrationError, match="no module 'nonsense'"):
+            build_engine(model, data=planted, keep=("nonsense",), dry_run=dry_run, **wanted)
+        with pytest.raises(AnnotationError, match="does not exist"):
+            build_engine(model, data=tmp_path / "nowhere", dry_run=dry_run, **wanted)
     bare = tmp_path / "bare"
     shutil.copytree(planted, bare)
     for features in (bare / "C3D_unit16_overlap0.5_merged").iterdir():
@@ -262,3 +324,70 @@ def test_the_target_is_chosen_with_a_reason() -> None:
     assert "no engine can be built here" in why
     with pytest.raises(DeviceError):
         choose_target("tensorrt")
+
+
+@pytest.mark.parametrize(("target", "optimised"), [("onnxruntime", True), ("tensorrt-rtx", False)])
+def test_eight_bits_are_judged_as_what_will_answer_computes_them(
+    target: Any, optimised: bool, model: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def stop(_: Any, graph: onnx.ModelProto, optimised: bool) -> Any:
+        seen.append(optimised)
+        raise Enough
+
+    monkeypatch.setattr("export.court.Court._sharing", stop)
+    with pytest.raises(Enough):
+        build_engine(
+            model, precision="int8", target=target, data=planted, table=_measure(model, planted, tmp_path / "t.json"),
+            compute_capability=("8.6",) if target == "tensorrt-rtx" else (), max_drop=LOOSE, threads=1,
+            query_length=(1, 8, 12),
+        )  # fmt: skip
+    assert seen == [optimised]
+
+
+def test_a_weakly_typed_library_is_given_the_graph_without_casts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def record(graph: bytes, *_: Any) -> Any:
+        given.append(onnx.load_from_string(graph))
+        raise ModelFileError("enough")
+
+    monkeypatch.setattr(
+        "export.builder.load_library", lambda target: SimpleNamespace(__name__="trt", __version__="8.6.1")
+    )
+    monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: False)
+    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.engines.build", record)
+    with pytest.raises(ModelFileError, match="enough"):
+        build_engine(model, precision="fp16", target="tensorrt", query_length=(1, 8, 12))
+    (graph,) = given
+    assert all(tensor.data_type != onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
+
+
+def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, model: Path) -> None:
+    engine = tmp_path / "drn.fp16.engine"
+    content = {
+        "format": "drn-engine/1", "manifest": Grounder.load(model).manifest.to_dict(), "library": "tensorrt 11.4.0",
+        "target": "tensorrt", "gpu": None, "compute_capabilities": [], "profiles": [], "options": {}, "census": {},
+        "sha256": {"drn.fp16.onnx": "0" * 64},
+    }  # fmt: skip
+    _write_engine(engine, b"plan", content)
+    kept = reject(engine)
+    assert {path.name for path in tmp_path.iterdir()} >= {kept.name, f"{kept.name}.json"}
+    assert not engine.exists()
+    assert not engine.with_name("drn.fp16.engine.json").exists()
+    assert kept.read_bytes() == b"plan"
+    assert read_sidecar(kept).content["sha256"]["drn.fp16.onnx"] == "0" * 64
+
+
+def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(GroundingError, match="give that with --table"):
+        build_engine(model, precision="int8", data=planted, plan=tmp_path / "plan.json")

@@ -23,7 +23,7 @@ from export.precision import (
     to_half,
 )
 from export.to_onnx import INPUTS, OUTPUTS, drn_modules
-from runtime.errors import ShapeError
+from runtime.errors import ModelFileError, ShapeError
 from runtime.tensors import Batch
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.tolerances import HALF
@@ -148,6 +148,37 @@ def test_a_module_is_held_back_from_a_quarter_of_the_largest_number_on() -> None
     assert set(overflowing(scanned)) == {"b", "c", "d"}
     assert overflowing({"b": limit * 1.01, "c": float("inf")}) == ("c", "b")
     assert overflowing({"c": 1e30}, "bf16") == ()
+    # 16,376 in numbers, so that the margin itself is held.
+    assert overflowing({"a": 16_300.0, "b": 16_400.0}) == ("b",)
+    assert overflowing({"b": 1e6, "d": float("nan"), "c": 1e9}) == ("d", "c", "b")
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["weight", "features"])
+def test_a_model_that_is_not_finite_in_fp32_is_refused_and_the_module_named(
+    exported: dict[str, onnx.ModelProto], spoilt: float, where: str
+) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(exported["tiny"])
+    given = batch("tiny")
+    if where == "weight":
+        (weight,) = [t for t in model.graph.initializer if t.name == "fpn.layer_blocks.1.weight"]
+        values = numpy_helper.to_array(weight).copy()
+        values.flat[0] = spoilt
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    else:
+        given.segment_features[1, 3, 2] = spoilt
+    module = {"weight": r"fpn\.layer_blocks\.1", "features": "prop_fc"}[where]
+    with pytest.raises(ModelFileError, match=rf"FP32 model is not finite in {module}: "):
+        scan(model, [batch("tiny"), given])
+
+
+def test_a_later_batch_of_smaller_numbers_lowers_nothing(exported: dict[str, onnx.ModelProto]) -> None:
+    loud, quiet = batch("tiny"), batch("tiny")
+    loud.segment_features[:] *= 50
+    alone = scan(exported["tiny"], [loud])
+    assert alone["prop_fc"] > scan(exported["tiny"], [quiet])["prop_fc"]
+    assert scan(exported["tiny"], [loud, quiet])["prop_fc"] == alone["prop_fc"]
 
 
 def test_a_fresh_export_needs_no_module_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:

@@ -55,5 +55,5 @@ def parity(reference: Path, other: Path, data: Path, split: str = "test", **opti
     """Compare two model files on a split, on one CPU thread."""
     data_set = DataSet(data)
     device = options.pop("device", "cpu")
-    sides = [open_model(path, device, 1) for path in (reference, other)]
+    sides = [open_model(path, device, 1, exact=True) for path in (reference, other)]
     return compare(*sides, data_set, data_set.annotations(split), **options)

@@ -526,7 +526,7 @@ def write_plan(
         content: other fields of the sidecar.
     """
     from runtime.files import sha256
-    from runtime.sidecar import FORMAT, path_beside
+    from runtime.sidecar import FORMAT, path_beside, sealed
 
     shapes = [profile["shapes"] for profile in profiles]
     path.write_text(json.dumps({"graph": str(graph), "profiles": shapes, "types": types or {}}))
@@ -543,7 +543,7 @@ def write_plan(
         "sha256": {path.name: sha256(path), graph.name: sha256(graph)},
         **content,
     }
-    path_beside(path).write_text(json.dumps(about))
+    path_beside(path).write_text(json.dumps(sealed(about)))
     return path
 
 

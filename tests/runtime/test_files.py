@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from runtime.errors import AnnotationError, ModelFileError, OutputError
-from runtime.files import check_writable, read_json, replace_when_whole, sha256, write_json, write_text
+from runtime.files import Staging, check_writable, read_json, replace_when_whole, sha256, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -201,3 +201,33 @@ def test_directories_made_for_a_file_that_did_not_come_about_are_gone(tmp_path: 
     assert list(tmp_path.iterdir()) == []
     write_text(tmp_path / "a" / "b" / "report.json", "text")
     assert (tmp_path / "a" / "b" / "report.json").is_file()
+
+
+def test_staged_files_take_their_places_together_and_leave_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with Staging() as staging:
+        for name in ("a.txt", "b.txt", "draft.txt"):
+            staging.path(tmp_path / name).write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+        settled = staging.settle(lambda name: name != "draft.txt")
+    assert [path.name for path in settled] == ["a.txt", "b.txt"]
+    assert content(tmp_path) == {"a.txt": "new", "b.txt": "new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_was_staged_before_an_interruption_is_gone(error: type[BaseException], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+
+    def interrupted() -> NoReturn:
+        with Staging() as staging:
+            staging.path(tmp_path / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert content(tmp_path) == {"a.txt": "old"}
+
+
+def test_nothing_is_staged_for_a_directory(tmp_path: Path) -> None:
+    with Staging() as staging, pytest.raises(OutputError, match="is a directory"):
+        staging.path(tmp_path)

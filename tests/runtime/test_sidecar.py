@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from runtime.describe import describe
+from runtime.doctor import Finding
 from runtime.errors import ModelFileError
 from runtime.files import sha256
 from runtime.manifest import Manifest
-from runtime.sidecar import FORMAT, path_beside, read_sidecar
+from runtime.sidecar import FORMAT, path_beside, read_sidecar, sealed
 
 
 @pytest.fixture
@@ -27,15 +28,16 @@ def plan(tmp_path: Path, tiny_manifest: Manifest) -> Path:
         "compute_capabilities": ["9.0"],
         "profiles": [profile],
         "census": {"twin": {"shares": {"fp16": 0.97, "fp32": 0.03}}},
-        "sha256": {path.name: sha256(path)},
+        "sha256": {path.name: sha256(path), "twin.of.it.onnx": "0" * 64},
     }
-    path_beside(path).write_text(json.dumps(content))
+    path_beside(path).write_text(json.dumps(sealed(content)))
     return path
 
 
 def change(plan: Path, **fields: Any) -> None:
+    """Write other fields into a sidecar, and seal it again."""
     content = json.loads(path_beside(plan).read_text())
-    path_beside(plan).write_text(json.dumps({**content, **fields}))
+    path_beside(plan).write_text(json.dumps(sealed({**content, **fields})))
 
 
 def test_a_whole_pair_is_read(plan: Path, tiny_manifest: Manifest) -> None:
@@ -56,7 +58,93 @@ def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
         read_sidecar(other)
 
 
-@pytest.mark.parametrize("fields", [{"format": "drn-engine/9"}, {"manifest": {}}, {"sha256": None}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"precision": "int8"},
+        {"census": {"twin": {"shares": {"int8": 1.0}}}},
+        {"profiles": []},
+        {"library": "tensorrt 11.4.1"},
+        {"digest": "0" * 64},
+        {"digest": None},
+        {"another": float("nan")},
+    ],
+)
+def test_an_edited_sidecar_is_refused(plan: Path, field: dict[str, Any]) -> None:
+    content = json.loads(path_beside(plan).read_text())
+    if "precision" in field:
+        content["manifest"] |= field
+    else:
+        content |= field
+    path_beside(plan).write_text(json.dumps(content))
+    with pytest.raises(ModelFileError, match=r"does not hash to its own digest.*python -m export\.build_engine"):
+        read_sidecar(plan)
+
+
+def test_a_sidecar_without_digest_is_refused(plan: Path) -> None:
+    content = json.loads(path_beside(plan).read_text())
+    del content["digest"]
+    path_beside(plan).write_text(json.dumps(content))
+    with pytest.raises(ModelFileError, match="does not hash to its own digest"):
+        read_sidecar(plan)
+
+
+def test_a_seal_holds_however_the_file_is_laid_out(plan: Path) -> None:
+    content = json.loads(path_beside(plan).read_text())
+    assert sealed(content) == content
+    assert (
+        sealed({**content, "shape": (1, 2), "by_size": {10: "a", 9: "b"}})["digest"]
+        == (sealed({**content, "by_size": {"9": "b", "10": "a"}, "shape": [1, 2]})["digest"])
+    )
+    path_beside(plan).write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    read_sidecar(plan)
+
+
+PROFILE = {"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("manifest", "fp16"),
+        ("sha256", None),
+        ("sha256", {"drn.fp16.engine": 7}),
+        ("library", 10),
+        ("target", ["tensorrt"]),
+        ("gpu", 9.0),
+        ("compute_capabilities", "9.0"),
+        ("profiles", "x"),
+        ("profiles", [7]),
+        ("profiles", [{**PROFILE, "name": None}]),
+        ("profiles", [{**PROFILE, "batch": [1, 2]}]),
+        ("profiles", [{**PROFILE, "query_length": [1, 8, "16"]}]),
+        ("profiles", [{"name": "one query", "batch": [1, 1, 1]}]),
+        ("options", []),
+        ("census", 7),
+        ("census", {"twin": 7}),
+        ("census", {"twin": {"shares": {"fp16": "most"}}}),
+        ("census", {"engine": {"layers": 7}}),
+    ],
+)
+def test_a_field_of_another_shape_is_one_sentence(plan: Path, field: str, value: Any, refused: Any) -> None:
+    change(plan, **{field: value})
+    assert f"'{field}' should be" in refused(describe, plan)
+
+
+@pytest.mark.parametrize("field", ["manifest", "sha256", "library", "profiles"])
+def test_a_field_that_is_missing_is_one_sentence(plan: Path, field: str, refused: Any) -> None:
+    content = json.loads(path_beside(plan).read_text())
+    del content[field]
+    path_beside(plan).write_text(json.dumps(sealed(content)))
+    assert f"'{field}' is missing" in refused(describe, plan)
+
+
+def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
+    change(plan, census={"twin": {"shares": {"fp16": 1}}, "engine": None}, gpu=None)
+    read_sidecar(plan)
+
+
+@pytest.mark.parametrize("fields", [{"format": "drn-engine/9"}, {"manifest": {}}, {"sha256": {}}])
 def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any]) -> None:
     change(plan, **fields)
     with pytest.raises(ModelFileError):
@@ -65,7 +153,7 @@ def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any]
 
 def test_a_plan_without_sidecar_is_refused(plan: Path) -> None:
     path_beside(plan).unlink()
-    with pytest.raises(ModelFileError, match="does not exist"):
+    with pytest.raises(ModelFileError, match=r"engine\.json.*does not exist.*python -m export\.build_engine"):
         read_sidecar(plan)
 
 
@@ -75,3 +163,13 @@ def test_describe_tells_of_an_engine(plan: Path, capsys: pytest.CaptureFixture[s
     assert "tensorrt 11.4.0, for 9.0" in told
     assert "97.0 % fp16, 3.0 % fp32" in told
     assert "profile: one query" in told
+
+
+@pytest.mark.parametrize(("works", "runs"), [(False, "twin.of.it.onnx"), (True, "drn.fp16.engine")])
+def test_where_no_gpu_is_the_twin_that_the_sidecar_names_comes_next(
+    plan: Path, works: bool, runs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("runtime.describe.gpus", lambda: [Finding("NVIDIA GPU", works, "")])
+    with caplog.at_level("INFO", "drn"):
+        describe(plan)
+    assert f"runtime.infer --model {plan.with_name(runs)} " in caplog.text

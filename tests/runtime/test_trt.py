@@ -40,7 +40,7 @@ from runtime.errors import DeviceError, ModelFileError, ShapeError
 from runtime.files import sha256
 from runtime.grounder import Grounder
 from runtime.manifest import Manifest
-from runtime.sidecar import Sidecar, path_beside
+from runtime.sidecar import Sidecar, path_beside, sealed
 from runtime.tensors import Batch, Heads
 from tests.runtime.standin import VERSIONS, Driver, Engine, Library, counted, write_plan
 from tests.tolerances import HALF
@@ -575,7 +575,7 @@ def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
         bench.open(video)
     about = json.loads(path_beside(video).read_text())
     about["sha256"] = {video.name: about["sha256"][video.name]}
-    path_beside(video).write_text(json.dumps(about))
+    path_beside(video).write_text(json.dumps(sealed(about)))
     with pytest.raises(ModelFileError, match=r"is not the video part that drn\.query\.engine was made with"):
         bench.open(query)
     video.unlink()
@@ -690,6 +690,16 @@ def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
     known = inspect.signature(build_engine).parameters
     flags = [word[2:].replace("-", "_") for word in command.split() if word.startswith("--")]
     assert set(flags) <= set(known)
+
+
+@pytest.mark.parametrize("part", ["video", "query"])
+def test_the_command_that_rebuilds_a_part_builds_the_pair_from_the_fp32_graph(part: Any) -> None:
+    whole = sidecar_of()
+    sources = {"drn.pt": "0" * 64, "drn.onnx": "1" * 64, "drn.int8.onnx": "2" * 64}
+    manifest = dataclasses.replace(whole.manifest, part=part, sources=sources)
+    command = plans.rebuild_command(Path(f"models/drn.int8.{part}.engine"), Sidecar(manifest, whole.content))
+    assert "--model models/drn.onnx " in command
+    assert command.endswith("--split --output models/drn.int8.query.engine")
 
 
 def test_a_lean_runtime_is_looked_for_only_where_it_will_do() -> None:
@@ -847,7 +857,7 @@ def real_plan(plan: Path, graph: Path, shapes: Sequence[dict[str, Any]], manifes
     plan.write_bytes(built.plan)
     about = json.loads(path_beside(plan).read_text())
     about["sha256"][plan.name] = sha256(plan)
-    path_beside(plan).write_text(json.dumps(about))
+    path_beside(plan).write_text(json.dumps(sealed(about)))
     return plan
 
 
