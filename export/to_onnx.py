@@ -56,7 +56,8 @@ def to_onnx(
     Batch size and query length are free. The largest differences are printed; beyond the tolerance nothing is kept.
 
     Args:
-        checkpoint: a `drn.pt`, of `python -m train` or `python -m train.convert`.
+        checkpoint: a `drn.pt`, of `python -m train` or `python -m train.convert`; or a `c3d.pt` of the latter, which
+            becomes an extractor of clip features: of the other flags only --opset concerns it.
         output: the ONNX file to write.
         split: also write the model in two files, NAME.video.onnx and NAME.query.onnx, so that a video is encoded once
             and asked often; the second is the one to give as --model.
@@ -84,6 +85,7 @@ def to_onnx(
         import onnx
         import onnxruntime
 
+        from train.c3d import is_c3d_file
         from train.checkpoints import load_checkpoint, source_hash
     except ImportError as error:
         raise DeviceError(
@@ -93,6 +95,12 @@ def to_onnx(
 
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"--output {output} is the checkpoint itself; choose another.")
+    if is_c3d_file(checkpoint):
+        from export.extractor import export_extractor
+
+        if split:
+            raise ShapeError(f"{checkpoint} is an extractor of clip features, which is not split; leave --split out.")
+        return export_extractor(checkpoint, output, opset=opset)
     if prepare and not split:
         raise ShapeError("--prepare writes parts of a model that is split; pass --split too.")
     parts = (*pair_paths(output), *(prepared_paths(output) if prepare else ())) if split else ()
@@ -147,11 +155,22 @@ def export_model(
         opset: of the graph, 17 to 23.
         graph: what is traced; `export.graph.ExportableDRN` of the model when None.
     """
-    import onnx
-
     from export.graph import ExportableDRN
 
     traced = _traced(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
+    return finished(
+        traced,
+        opset,
+        {METADATA_KEY: manifest.to_json()},
+        "Dense Regression Network: where in a video a sentence happens. All that is needed to use it "
+        f"stands under the metadata key {METADATA_KEY!r}.",
+    )
+
+
+def finished(traced: onnx.ModelProto, opset: int, metadata: dict[str, str], doc_string: str) -> onnx.ModelProto:
+    """Return what the exporter traced, tidied, in the opset asked for, with its metadata, and checked."""
+    import onnx
+
     _tidy(traced.graph)
     if opset < TRACED_OPSET:
         _lower(traced.graph)
@@ -161,10 +180,9 @@ def export_model(
         ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]),
         producer_name="drn-deploy",
         producer_version=producer()["drn-deploy"],
-        doc_string="Dense Regression Network: where in a video a sentence happens. All that is needed to use it "
-        f"stands under the metadata key {METADATA_KEY!r}.",
+        doc_string=doc_string,
     )
-    onnx.helper.set_model_props(exported, {METADATA_KEY: manifest.to_json()})
+    onnx.helper.set_model_props(exported, metadata)
     onnx.checker.check_model(exported, full_check=True)
     return exported
 
@@ -175,7 +193,7 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     Raises:
         PromiseBroken: one is beyond `TOLERANCE`, or the graph does not run.
     """
-    session = _session(str(path))
+    session = open_session(str(path))
     questions = ((batch, list(range(len(batch)))) for batch in check_batches(model.config, max_query_length))
     return _differences(model, questions, lambda batch, _: session.run(list(OUTPUTS), vars(batch)))
 
@@ -189,7 +207,7 @@ def check_pair_against_torch(
     those about one video alone go the way of `export.split.prepared_graphs`.
     """
     parts = (video, query, *(prepared_graphs(query) if prepare else ()))
-    encoder, asker, *prepared = (_session(part.SerializeToString()) for part in parts)
+    encoder, asker, *prepared = (open_session(part.SerializeToString()) for part in parts)
 
     def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
         distinct, index = np.unique(videos, return_inverse=True)
@@ -218,7 +236,7 @@ def check_pair_against_torch(
     return _differences(model, questions(), ask)
 
 
-def _session(source: str | bytes) -> Any:
+def open_session(source: str | bytes) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -318,7 +336,7 @@ def _version(distribution: str) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep torch's exporter quiet: it warns of packages that we do not use."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -341,7 +359,7 @@ def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
         torch.zeros(3, config.num_segments, config.feature_dim),
         torch.zeros(3, config.num_segments, 2),
     )
-    with _silence(), torch.no_grad():
+    with silence(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             example,

@@ -26,7 +26,17 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """Look at this machine and say what of the toolkit runs on it, and what to type where something does not."""
-    findings = [_python(), *gpus(), _onnxruntime(), _torch(), _exporter(), _tensorrt(), _tensorrt_rtx(), _plots()]
+    findings = [
+        _python(),
+        *gpus(),
+        _onnxruntime(),
+        _torch(),
+        _exporter(),
+        _tensorrt(),
+        _tensorrt_rtx(),
+        _plots(),
+        _videos(),
+    ]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
@@ -147,6 +157,19 @@ def _plots() -> Finding:
     if version is None:
         return Finding("plots", False, "matplotlib is not installed", "pip install 'drn-deploy[plot]'")
     return Finding("plots", True, f"matplotlib {version}")
+
+
+def _videos() -> Finding:
+    subject = "read video files"
+    version = _version("av")
+    if version is None:
+        return Finding(subject, False, "PyAV is not installed", "pip install 'drn-deploy[video]'")
+    try:
+        import av
+    except ImportError as error:
+        return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install 'drn-deploy[video]'")
+    codecs = [name for name in ("h264", "hevc", "vp9", "av1") if name in av.codecs_available]
+    return Finding(subject, True, f"PyAV {version} decodes {', '.join(codecs)} and {len(av.codecs_available)} more")
 
 
 def _version(distribution: str) -> str | None:

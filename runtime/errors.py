@@ -15,6 +15,10 @@ class FeatureError(GroundingError):
     """Clip features that cannot be read or used."""
 
 
+class FootageError(GroundingError):
+    """A video file that cannot be decoded, or not as far as was asked."""
+
+
 class AnnotationError(GroundingError):
     """A data set whose annotation files are missing, malformed or contradict each other."""
 

@@ -9,6 +9,8 @@ from runtime.annotations import DataSet
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import GroundingError, QueryError
+from runtime.extraction import cached_video
+from runtime.extractors import open_extractor
 from runtime.files import check_writable
 from runtime.grounder import Grounder
 from runtime.timeline import Answer, Format, draw, render
@@ -24,13 +26,15 @@ def infer(
     num_frames: int | None = None,
     data: Path | None = None,
     video: str | None = None,
+    extractor: Path | None = None,
+    partial: bool = False,
     top_k: int = 5,
     format: Format = "text",
     plot: Path | None = None,
     device: Device = "auto",
     threads: int | None = None,
 ) -> list[Answer]:
-    """Ground sentences in one video: a feature file with its duration, or a video of a data set.
+    """Ground sentences in one video: a feature file with its duration, a video of a data set, or a video file.
 
     Args:
         model: .onnx or .pt file.
@@ -39,7 +43,10 @@ def infer(
         duration: of that video, in seconds.
         num_frames: of that video; taken from the number of clips when not given.
         data: directory in the Charades-STA layout.
-        video: name of a video in it.
+        video: name of a video in it; with --extractor a video file.
+        extractor: .onnx file that makes the clip features of a video file. They are kept in the user's cache directory
+            (or DRN_CACHE), so that asking again costs nothing.
+        partial: use what can be decoded of a damaged video file.
         top_k: most moments for each query.
         format: how moments are printed; srt holds the best of each query.
         plot: PNG file for the moments on the video's time line.
@@ -50,11 +57,21 @@ def infer(
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.")
     if not query:
         raise QueryError('Nothing was asked; pass --query "a sentence".')
-    check_writable(plot, model, features)
+    if partial and extractor is None:
+        raise GroundingError("--partial is about a video file; pass --video FILE --extractor ONNX, or leave it out.")
+    check_writable(plot, model, features, extractor, video if extractor else None)
     grounder = Grounder.load(model, device, threads)
     truths: dict[str, tuple[float, float]] = {}
     clock = grounder.manifest.features.clock
-    if features is not None and data is None and video is None:
+    if extractor is not None and video is not None and features is None and data is None:
+        if duration is not None or num_frames is not None:
+            raise GroundingError("A video file tells its duration and frames; leave --duration and --num-frames out.")
+        network = open_extractor(extractor, device, threads)
+        network.manifest.check_fits(grounder.manifest.features)
+        subject = cached_video(Path(video), network, extractor, partial=partial, threads=threads)
+    elif extractor is not None:
+        raise GroundingError("--extractor makes features of a video file; pass --video FILE with it, and nothing else.")
+    elif features is not None and data is None and video is None:
         if duration is None:
             raise GroundingError("--features needs --duration, the length of that video in seconds.")
         subject = Video.load(features, duration, num_frames, clock=clock)
@@ -67,7 +84,10 @@ def infer(
         subject = data_set.video(video)
         truths = _truths(data_set, video)
     else:
-        raise GroundingError("Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME.")
+        raise GroundingError(
+            "Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME, or --video FILE "
+            "--extractor ONNX."
+        )
     found = grounder.ground_batch([(subject, sentence) for sentence in query], top_k)
     answers = [
         Answer(sentence, subject.name, subject.duration, moments, truths.get(sentence))

@@ -39,6 +39,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_videos() -> Path:
+    """A directory of three real videos, DRN_REAL_DATA/videos; skips where absent."""
+    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "videos"
+    if not (place / "univtg_charades.mp4").is_file():
+        pytest.skip("the real videos are not here; set DRN_REAL_DATA to a directory that holds videos/")
+    return place
+
+
+@pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small made-up data set with simulated features, D = 32."""
     from train.simulate import simulate

@@ -21,6 +21,7 @@ from runtime.errors import CheckpointError
 from runtime.files import read_json, sha256
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
+from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
 from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
 from train.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
@@ -63,18 +64,19 @@ class Found:
 
 def convert(
     checkpoint: tyro.conf.Positional[Path],
-    output: Path = Path("drn.pt"),
+    output: Path | None = None,
     vocabulary: Path | None = None,
     stage: Literal[1, 2, 3] | None = None,
-) -> Checkpoint:
-    """Turn a published DRN checkpoint into `drn.pt`.
+) -> Checkpoint | C3DCheckpoint:
+    """Turn a published DRN checkpoint into `drn.pt`, or a published C3D, which makes clip features, into `c3d.pt`.
 
     Takes mmaction2's published file, its training checkpoints (epoch_N.pth) and the authors' .pth.tar; which one it
-    is, and every size of the network, is read off the tensors. No code in the file is run.
+    is, and every size of the network, is read off the tensors. So it is with C3D: mmaction2's files and the plain
+    c3d.pickle. No code in the file is run.
 
     Args:
         checkpoint: the file to convert.
-        output: the checkpoint to write.
+        output: the checkpoint to write. Default: drn.pt or c3d.pt.
         vocabulary: the word table of the network, as in Charades_word2id.json. Without it the network cannot be
             asked in words: published checkpoints do not carry their words.
         stage: the training stage the checkpoint comes from. After stage 1 the IoU head is untrained and is left out
@@ -84,10 +86,18 @@ def convert(
         CheckpointError: the file cannot be read, is not a DRN, or a tensor is missing, extra or misshapen; or the
             word table does not fit the network.
     """
-    if output.resolve() == checkpoint.resolve():
-        raise CheckpointError(f"--output {output} is the checkpoint itself; choose another name.")
+    for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
+        if path.resolve() == checkpoint.resolve():
+            raise CheckpointError(f"--output {path} is the checkpoint itself; choose another name.")
     table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
     found = read(checkpoint)
+    if published_layout(found.weights):
+        if table is not None or stage is not None:
+            raise CheckpointError(
+                f"{checkpoint} is a C3D, which has neither words nor stages; leave --vocabulary and --stage out."
+            )
+        return _convert_c3d(found.weights, checkpoint, output or Path("c3d.pt"))
+    output = output or Path("drn.pt")
     config = read_config(found.weights, checkpoint)
     check_weights(found.weights, config, str(checkpoint))
     words = Vocabulary({}) if table is None else fitting_vocabulary(table, config, vocabulary)
@@ -127,6 +137,24 @@ def convert(
         next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
     else:
         next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    return converted
+
+
+def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Path) -> C3DCheckpoint:
+    layout = published_layout(weights)
+    assert layout is not None
+    converted = from_published(weights, layout, str(checkpoint), {checkpoint.name: sha256(checkpoint)})
+    save_c3d(output, converted)
+    owner = {"mmaction2": "mmaction2's", "plain": "the plain"}[layout]
+    red, green, blue = converted.mean
+    print(
+        f"{output}: a C3D from a checkpoint in {owner} layout\n"
+        f"  parameters   {sum(tensor.numel() for tensor in converted.weights.values()):,}\n"
+        f"  convolutions {', '.join(map(str, converted.config.widths))}\n"
+        f"  features     {converted.config.dim:,} channels, of {WINDOW} frames every {STRIDE}\n"
+        f"  pictures     {CROP[0]} x {CROP[1]}, less a mean of red {red:g}, green {green:g}, blue {blue:g}"
+    )
+    next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 

@@ -34,6 +34,50 @@ KEPT_ON_DEVICE = 256
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device]:
+    """Open an ONNX file of any kind, and return ONNX Runtime's session and the device that it runs on.
+
+    Raises:
+        ModelFileError: the file is no graph that ONNX Runtime takes.
+        DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DeviceError(
+            "ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`, or `'drn-deploy[gpu]'` for a "
+            "CUDA GPU (one of them: both own the same folder)."
+        ) from error
+    available = ort.get_available_providers()
+    if device == "auto":
+        device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    if PROVIDERS[device] not in available:
+        raise DeviceError(
+            f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
+            f"{', '.join(available)}; "
+            "install 'drn-deploy[gpu]' in place of 'drn-deploy[cpu]', or pass --device cpu."
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+    # ONNX Runtime's exceptions share no base class below Exception.
+    except Exception as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelFileError(
+            f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); export it again."
+        ) from error
+    # A GPU session falls back to the CPU without a word when a CUDA library is missing.
+    if PROVIDERS[device] not in session.get_providers():
+        raise DeviceError(
+            f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
+            "missing; run `python -m runtime.doctor`, or pass --device cpu."
+        )
+    return session, device
+
+
 class Session:
     """An ONNX file of ours in ONNX Runtime.
 
@@ -43,41 +87,7 @@ class Session:
     """
 
     def __init__(self, path: Path, device: Device = "auto", threads: int | None = None) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise DeviceError(
-                "ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`, or `'drn-deploy[gpu]'` for a "
-                "CUDA GPU (one of them: both own the same folder)."
-            ) from error
-        available = ort.get_available_providers()
-        if device == "auto":
-            device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
-        if PROVIDERS[device] not in available:
-            raise DeviceError(
-                f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
-                f"{', '.join(available)}; "
-                "install 'drn-deploy[gpu]' in place of 'drn-deploy[cpu]', or pass --device cpu."
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
-        # ONNX Runtime's exceptions share no base class below Exception.
-        except Exception as error:
-            first_line = str(error).splitlines()[0]
-            raise ModelFileError(
-                f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); "
-                "export it again."
-            ) from error
-        # A GPU session falls back to the CPU without a word when a CUDA library is missing.
-        if PROVIDERS[device] not in session.get_providers():
-            raise DeviceError(
-                f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
-                "missing; run `python -m runtime.doctor`, or pass --device cpu."
-            )
+        session, device = start(path, device, threads)
         self.path = path
         self.device: Device = device
         # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
@@ -110,8 +120,8 @@ class Session:
         """
         if self.binds and os.getpid() != self._process:
             raise DeviceError(
-                "This process was forked from one that had started CUDA, which does not survive that; open the model in "
-                "the process that asks, or start processes by 'spawn'."
+                "This process was forked from one that had started CUDA, which does not survive that; open the model "
+                "in the process that asks, or start processes by 'spawn'."
             )
         try:
             return self._bound(outputs, feed) if self.binds else self._session.run(outputs, feed)

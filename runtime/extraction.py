@@ -1,0 +1,218 @@
+"""Clip features of a video file, written as they come, so that a video of any length fits into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import FootageError, GroundingError
+from runtime.extractors import Extractor
+from runtime.files import read_json, replace_when_whole, sha256, write_json
+from runtime.footage import Footage, clips, look, pictures
+from runtime.videos import ClipClock, Video
+
+log = logging.getLogger("drn")
+
+FORMAT = "drn-extracted/1"
+BATCH_SIZE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """What was extracted of a video, without the features.
+
+    Attributes:
+        video, extractor: SHA-256 of the files.
+        num_clips: features.
+        num_frames, frame_rate: of the video, as `Footage` counts them.
+        whole: whether the file was seen to be: what `partial` let pass may lack frames.
+    """
+
+    video: str
+    extractor: str
+    num_clips: int
+    num_frames: int
+    frame_rate: float
+    whole: bool = True
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self.num_frames / self.frame_rate
+
+    def serves(self, video: str, extractor: str, partial: bool) -> bool:
+        """Whether these features are what extracting again would give."""
+        return (self.video, self.extractor) == (video, extractor) and (self.whole or partial)
+
+
+def check_length(footage: Footage, clock: ClipClock) -> None:
+    """Raise FootageError if a video is shorter than one clip."""
+    if footage.num_frames < max(2, clock.window):
+        frames = "1 frame" if footage.num_frames == 1 else f"{footage.num_frames} frames"
+        raise FootageError(
+            f"{footage.path} has {frames} and a clip sees {clock.window}; give a video of at least "
+            f"{max(2, clock.window)} frames."
+        )
+
+
+def extract(
+    footage: Footage,
+    extractor: Extractor,
+    output: str | os.PathLike[str],
+    *,
+    partial: bool = False,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+) -> tuple[int, int]:
+    """Write the features of a video to a `.npy` file, (num_clips, D) float32, whole or not at all.
+
+    Only one batch of clips is held in memory.
+
+    Returns:
+        The number of clips, and of frames.
+
+    Raises:
+        FootageError: the video is damaged and `partial` is not set, or is too short for one clip.
+        OutputError: `output` cannot be written.
+    """
+    from tqdm import tqdm
+
+    about = extractor.manifest
+    clock = ClipClock(about.window, about.stride)
+    check_length(footage, clock)
+    # An image encoder needs no more than the frames it looks at.
+    every = clock.stride if clock.window == 1 else 1
+    seen = num_clips = 0
+    progress = tqdm(
+        total=footage.num_frames, desc=f"Extracting {footage.path.name}", unit="frame", leave=False, disable=None
+    )
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal seen
+        for picture in pictures(footage, about.framing, every=every, partial=partial, threads=threads):
+            seen += 1
+            progress.update(every)
+            yield picture
+
+    windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
+    with replace_when_whole(output) as temporary, open(temporary, "wb") as stream, progress:
+        _write_header(stream, 0, about.dim)
+        for batch in _batches(windows, batch_size):
+            stream.write(np.ascontiguousarray(extractor.extract(batch), np.float32).data)
+            num_clips += len(batch)
+        # Of every second frame, say, the last may stand for one or for two.
+        num_frames = seen if every == 1 else min(footage.num_frames, seen * every)
+        if not num_clips:
+            raise FootageError(
+                f"{footage.path} decodes to {num_frames} frames and a clip sees {clock.window}; give a longer video."
+            )
+        stream.seek(0)
+        _write_header(stream, num_clips, about.dim)
+    return num_clips, num_frames
+
+
+def _write_header(stream: Any, rows: int, dim: int) -> None:
+    """Write the head of a `.npy` file; NumPy leaves room in it for any number of rows, so that it never moves."""
+    np.lib.format.write_array_header_1_0(
+        stream,
+        {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (rows, dim)},
+    )
+
+
+def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    while True:
+        batch = list(itertools.islice(windows, size))
+        if not batch:
+            return
+        yield np.stack(batch)
+
+
+def extracted(
+    path: Path,
+    extractor: Extractor,
+    output: Path,
+    video_hash: str,
+    extractor_hash: str,
+    *,
+    known: Extracted | None = None,
+    partial: bool = False,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+) -> Extracted:
+    """Return what is known of a video if `output` still holds just that, else extract it and return that.
+
+    Args:
+        path: the video file.
+        extractor: what makes the features.
+        output: the `.npy` file.
+        video_hash, extractor_hash: SHA-256 of the two files.
+        known: what an earlier run noted of `output`.
+        partial, batch_size, threads: see `extract`.
+    """
+    if known is not None and output.is_file() and known.serves(video_hash, extractor_hash, partial):
+        log.info("%s: features are there already, in %s.", path.name, output)
+        return known
+    footage = look(path)
+    if footage.damage and partial:
+        log.warning("%s %s; what can be decoded is used.", path, footage.damage)
+    num_clips, num_frames = extract(footage, extractor, output, partial=partial, batch_size=batch_size, threads=threads)
+    return Extracted(video_hash, extractor_hash, num_clips, num_frames, footage.frame_rate, not partial)
+
+
+def cached_video(
+    path: Path,
+    extractor: Extractor,
+    extractor_path: Path,
+    *,
+    partial: bool = False,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+) -> Video:
+    """Return a video file as its clip features, extracted once and kept in `cache_directory`.
+
+    They are found again by what is in the video and in the extractor, whatever their names. Raises as `extract`.
+    """
+    video, maker = hash_of(path), sha256(extractor_path)
+    output = cache_directory() / f"{video[:24]}-{maker[:24]}.npy"
+    note = output.with_suffix(".json")
+    known = read_note(read_json(note, "note on features"), note) if note.is_file() else None
+    found = extracted(
+        path, extractor, output, video, maker, known=known, partial=partial, batch_size=batch_size, threads=threads
+    )
+    if found != known:
+        write_json(note, {"format": FORMAT, **dataclasses.asdict(found)})
+    return Video(np.load(output), found.num_frames, found.duration, path.stem)
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a video file; FootageError if there is none, or it cannot be read."""
+    if not path.is_file():
+        raise FootageError(f"The video {path} does not exist; check the path.")
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise FootageError(f"The video {path} cannot be read: {error.strerror}.") from error
+
+
+def cache_directory() -> Path:
+    """Return where features of videos are kept: DRN_CACHE, else drn-deploy in the user's cache directory."""
+    told = os.environ.get("DRN_CACHE")
+    if told:
+        return Path(told)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drn-deploy"
+
+
+def read_note(value: Any, source: Path) -> Extracted:
+    """Return what a note says that `dataclasses.asdict` made; FootageError if it is damaged."""
+    try:
+        fields = {name: item for name, item in value.items() if name != "format"}
+        return Extracted(**fields)
+    except (AttributeError, TypeError, GroundingError) as error:
+        raise FootageError(f"{source} was changed since it was written ({error}); remove it.") from error

@@ -1,0 +1,206 @@
+"""Networks that turn frames into clip features: C3D on runs of frames, an image encoder on frames one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.backends import Device
+from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError
+from runtime.files import read_json
+from runtime.footage import Framing
+from runtime.manifest import Features
+
+FORMAT = "drn-extractor/1"
+METADATA_KEY = "drn.extractor"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorManifest:
+    """What an extractor says of itself, under the metadata key "drn.extractor" or in NAME.onnx.json beside it.
+
+    Attributes:
+        kind: its name, for people: C3D, CLIP.
+        dim: D, channels of a feature.
+        window, stride: frames that a clip sees, frames from clip to clip.
+        resize: height and width of a frame before the crop, or its shorter side.
+        crop: height and width of the network's picture.
+        mean, std: of red, green and blue; taken off and divided by. A network of clips does so itself.
+        white: what value stands for white in `mean` and `std`: 255, or 1 for most image encoders.
+        sources: what the file was made of: name to SHA-256.
+    """
+
+    kind: str
+    dim: int
+    window: int
+    stride: int
+    resize: tuple[int, int] | int
+    crop: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    white: float = 255.0
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", tuple(self.resize))
+        counts = (self.dim, self.window, self.stride)
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ModelFileError(f"An extractor's dim, window and stride are 1 or more, and {counts} were given.")
+        if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
+            raise ModelFileError(
+                f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
+                f"and {self.white} were given."
+            )
+        try:
+            _ = self.framing
+        except GroundingError as error:
+            raise ModelFileError(str(error)) from error
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.resize, self.crop)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
+        """Read a manifest; `source` names it in the ModelFileError that says what is wrong with it."""
+        found = value.get("format") if isinstance(value, Mapping) else None
+        if found != FORMAT:
+            raise ModelFileError(
+                f"{source} is of format {found!r} and extractors of this version are {FORMAT!r}; export it again."
+            )
+        try:
+            return cls(**{name: item for name, item in value.items() if name != "format"})
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(
+                f"{source} does not describe an extractor ({error}); see docs/your-own-video.md."
+            ) from error
+
+    def check_fits(self, features: Features) -> None:
+        """Raise FeatureError unless a model that takes `features` can take this extractor's."""
+        if self.dim != features.dim:
+            raise FeatureError(
+                f"The extractor gives features of {self.dim} channels and the model takes {features.dim} "
+                f"({features.kind}); give the extractor that the model was trained with."
+            )
+        if (self.window, self.stride) != (features.window, features.stride):
+            raise FeatureError(
+                f"The extractor's clips see {self.window} frames and start every {self.stride}, and the model was "
+                f"trained with {features.window} and {features.stride}; give the extractor that it was trained with."
+            )
+
+
+class Extractor(Protocol):
+    """Something that turns clips of frames into features."""
+
+    @property
+    def manifest(self) -> ExtractorManifest:
+        """What the extractor says of itself."""
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 clips in RGB, of the size of `crop`."""
+
+
+class ClipExtractor:
+    """An ONNX graph that takes clips as they are, (N, window, height, width, 3) uint8: C3D of `export.to_onnx`."""
+
+    def __init__(self, session: Any, manifest: ExtractorManifest) -> None:
+        self.manifest = manifest
+        self._session = session
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features; see `Extractor`."""
+        return _run(self._session, clips, self.manifest)
+
+
+class ImageExtractor:
+    """An ONNX image encoder, (N, 3, height, width) float32 in and (N, D) out, on the middle frame of each clip."""
+
+    def __init__(self, session: Any, manifest: ExtractorManifest) -> None:
+        self.manifest = manifest
+        self._session = session
+        # One multiplication and one addition for scaling, mean and deviation together.
+        self._factor = (1 / np.array(manifest.std, np.float32) / (255 / manifest.white)).astype(np.float32)
+        self._offset = (-np.array(manifest.mean) / np.array(manifest.std)).astype(np.float32)
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features; see `Extractor`."""
+        images = clips[:, clips.shape[1] // 2] * self._factor + self._offset
+        return _run(self._session, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.manifest)
+
+
+def open_extractor(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Extractor:
+    """Open an extractor: an `.onnx` file that carries its manifest, or has it in NAME.onnx.json beside it.
+
+    What goes in says of which kind it is: clips in uint8, or one picture a clip in float32.
+
+    Raises:
+        ModelFileError: there is no such file, or it is no extractor.
+        DeviceError: ONNX Runtime or the device is missing.
+    """
+    from runtime.backends.ort import start
+
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ModelFileError(f"An extractor is an .onnx file, and {path.name!r} is none; see docs/your-own-video.md.")
+    if not path.is_file():
+        raise ModelFileError(f"The extractor {path} does not exist; check the path.")
+    session, _ = start(path, device, threads)
+    manifest = _manifest(session, path)
+    taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
+    if taken == [("tensor(uint8)", 5)]:
+        return ClipExtractor(session, manifest)
+    if taken == [("tensor(float)", 4)]:
+        return ImageExtractor(session, manifest)
+    raise ModelFileError(
+        f"{path} takes {', '.join(f'{kind} of {axes} axes' for kind, axes in taken) or 'nothing'}; an extractor takes "
+        "clips (uint8, 5 axes) or images (float, 4 axes) alone."
+    )
+
+
+def _manifest(session: Any, path: Path) -> ExtractorManifest:
+    beside = path.with_name(f"{path.name}.json")
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is not None:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
+        return ExtractorManifest.from_dict(value, str(path))
+    if not beside.is_file():
+        raise ModelFileError(
+            f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
+            f"own encoder in {beside.name} as docs/your-own-video.md shows."
+        )
+    return ExtractorManifest.from_dict(read_json(beside, "description of an extractor", ModelFileError), str(beside))
+
+
+def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.ndarray:
+    try:
+        found = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    # ONNX Runtime's exceptions share no base class below Exception.
+    except Exception as error:
+        said = str(error).strip().splitlines()[0]
+        if "allocate memory" in said:
+            raise DeviceMemoryError(
+                f"The device has no memory left for {len(batch)} clips ({said}); pass a smaller --batch-size."
+            ) from error
+        raise ModelFileError(f"The extractor does not take pictures as its manifest says: {said}.") from error
+    features = np.asarray(found, np.float32)
+    if features.shape != (len(batch), manifest.dim):
+        raise ModelFileError(
+            f"The extractor's manifest says features of {manifest.dim} channels, and it gave {features.shape} for "
+            f"{len(batch)} clips; correct the manifest."
+        )
+    return features

@@ -1,0 +1,375 @@
+"""A video file as its frames: decoded one by one, upright, at a constant rate, and as large as a network takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import DeviceError, FootageError
+
+log = logging.getLogger("drn")
+
+# Steps between frames that differ by less than this share count as one: 30 frames a second in whole milliseconds
+# are 33 or 34 apart, and 60 are 16 or 17.
+STEP_TOLERANCE = 0.1
+# From this share of equal steps on, the others are gaps in a steady video; below, its rate varies.
+STEADY = 0.9
+# Shares of pixels are whole numbers that add up to this, as finely divided as OpenCV's; rounded, to one or two more or
+# less, which is a quarter of a grey level.
+WHOLE_BITS = 11
+WHOLE = 1 << WHOLE_BITS
+# A file that ends earlier than it says by more than this many seconds, and this share of a frame count, is truncated.
+# Containers round durations, and the last frame of some has no length.
+LATEST_SECONDS = 0.5
+FEWEST_FRAMES = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """What a video file holds, told from its packets without decoding them.
+
+    Frames lie on a grid: number k is what is seen k / `frame_rate` seconds after the first. In a video of constant
+    rate these are the frames of the file. Where the rate varies or frames are missing, the one before stays on, and
+    of several in one place the first counts.
+
+    Attributes:
+        path: the file.
+        num_frames: places of the grid.
+        frame_rate: frames per second.
+        height, width: of a frame as it is stored, before it is turned.
+        quarter_turns: how often a frame is to be turned by 90 degrees counterclockwise, to stand upright.
+        damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
+        start: time of the first frame on the file's own clock, in seconds.
+    """
+
+    path: Path
+    num_frames: int
+    frame_rate: float
+    height: int
+    width: int
+    quarter_turns: int = 0
+    damage: str = ""
+    start: float = 0.0
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds; the last frame is as long as the others."""
+        return self.num_frames / self.frame_rate
+
+    def check_whole(self, partial: bool) -> None:
+        """Raise FootageError if the file is damaged, unless what can be decoded of it is enough."""
+        if self.damage and not partial:
+            raise _damaged(self.path, self.damage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How a frame becomes the network's picture: resized, then cut out of the middle.
+
+    Attributes:
+        resize: height and width, whatever the shape of the frame; or one number, the shorter side.
+        crop: height and width of what is cut out.
+    """
+
+    resize: tuple[int, int] | int = (128, 171)
+    crop: tuple[int, int] = (112, 112)
+
+    def __post_init__(self) -> None:
+        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
+            raise FootageError(
+                f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
+                f"{self.resize} and {self.crop} were given."
+            )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width after the resizing of a frame of this size."""
+        if not isinstance(self.resize, int):
+            return self.resize
+        shorter = min(height, width)
+        return round(height * self.resize / shorter), round(width * self.resize / shorter)
+
+
+class Picture:
+    """Makes the network's picture of every frame of one size, by bilinear interpolation between pixel centres.
+
+    Nothing is smoothed before: the published C3D features come from OpenCV's `resize`, which does not. Only pixels
+    that the crop keeps are computed.
+
+    Args:
+        height, width: of the frames.
+        framing: what becomes of them.
+        quarter_turns: counterclockwise, before all else.
+    """
+
+    def __init__(self, height: int, width: int, framing: Framing, quarter_turns: int = 0) -> None:
+        pixels = np.rot90(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns)
+        (top, below, across), (left, right, along) = (
+            _taps(length, resized, cut)
+            for length, resized, cut in zip(pixels.shape, framing.resized(*pixels.shape), framing.crop)
+        )
+        self._places, found = [], []
+        for rows, vertical in ((top, 1 - across), (below, across)):
+            for columns, horizontal in ((left, 1 - along), (right, along)):
+                self._places.append(np.ascontiguousarray(pixels[np.ix_(rows, columns)]))
+                found.append(np.rint(np.outer(vertical, horizontal) * WHOLE).astype(np.uint32))
+        self._shares = np.stack(found)[..., None].repeat(4, -1)
+        self._total, self._parts = np.empty((2, *framing.crop, 4), np.uint32)
+
+    def of(self, frame: np.ndarray) -> np.ndarray:
+        """Return the picture, `crop` by 3 uint8, of a (height, width, 4) uint8 frame, RGB and one byte to spare."""
+        # Whole pixels are gathered as one number each, and integers of one size multiply fastest: a third of the time
+        # that floats take.
+        pixels = frame.reshape(-1).view(np.uint32)
+        self._total.fill(WHOLE // 2)
+        for places, shares in zip(self._places, self._shares):
+            self._parts[:] = pixels.take(places).view(np.uint8).reshape(self._parts.shape)
+            np.multiply(self._parts, shares, out=self._parts)
+            np.add(self._total, self._parts, out=self._total)
+        np.right_shift(self._total, WHOLE_BITS, out=self._total)
+        return self._total[..., :3].astype(np.uint8)
+
+
+def _taps(length: int, resized: int, cut: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pixels before and after each kept place along one side, and the share of the second."""
+    first = (resized - cut) // 2
+    places = (np.arange(first, first + cut) + 0.5) * (length / resized) - 0.5
+    places = places.clip(0, length - 1)
+    before = np.floor(places).astype(np.intp)
+    return before, np.minimum(before + 1, length - 1), places - before
+
+
+def look(path: str | os.PathLike[str]) -> Footage:
+    """Return what a video file holds; it is read once, and nothing but its first frame is decoded.
+
+    Raises:
+        FootageError: the file is missing or empty, is no video, or has no frame.
+        DeviceError: PyAV is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FootageError(f"The video {path} does not exist; check the path.")
+    if path.stat().st_size == 0:
+        raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
+    with _opened(path) as (container, stream):
+        times, reached, damage = _packets(container, stream)
+        if not len(times):
+            raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
+        unit = float(stream.time_base)
+        rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
+        if not rate > 0:
+            raise FootageError(
+                f"{path} does not tell its frame rate, and one frame alone has none; give a longer video."
+            )
+        damage = _shortfall(container, stream, len(times), reached) or damage
+    with _opened(path) as (container, stream):
+        first = next(_decoded(container, stream, path, damaged=True), None)
+    if first is None:
+        raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
+    return Footage(
+        path=path,
+        num_frames=round((int(times[-1]) - int(times[0])) * unit * rate) + 1,
+        frame_rate=rate,
+        height=first.height,
+        width=first.width,
+        quarter_turns=_quarter_turns(first.rotation, path),
+        damage=damage,
+        start=int(times[0]) * unit,
+    )
+
+
+def pictures(
+    footage: Footage, framing: Framing, *, every: int = 1, partial: bool = False, threads: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the picture of each frame of the grid, or of every `every`-th from the first on: (height, width, 3) uint8.
+
+    Frames are decoded one by one; a frame that stays on is yielded again, the same array.
+
+    Args:
+        footage: what `look` returned.
+        framing: resizing and crop.
+        every: grid places from picture to picture.
+        partial: whether a damaged file is used as far as it can be decoded.
+        threads: CPU threads for decoding; as many as FFmpeg likes when None.
+
+    Raises:
+        FootageError: the file is damaged and `partial` is not set.
+    """
+    footage.check_whole(partial)
+    av = _av()
+    makers: dict[tuple[int, int], Picture] = {}
+    reformatter = av.video.reformatter.VideoReformatter()
+
+    def picture(frame: Any) -> np.ndarray:
+        size = (frame.height, frame.width)
+        if size not in makers:
+            makers[size] = Picture(*size, framing, footage.quarter_turns)
+        return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
+
+    reached, waiting, shown = -1, None, None
+    with _opened(footage.path, threads) as (container, stream):
+        for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=partial)):
+            time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
+            place = int(time * footage.frame_rate + 0.5)
+            if place <= reached:
+                # Its place is taken, but it is on from now.
+                waiting, shown = frame, None
+                continue
+            # Until now the frame before was on; a first frame that comes late stands for those before it too.
+            before = frame if waiting is None else waiting
+            for filled in range(reached + 1, place):
+                if filled % every == 0:
+                    shown = picture(before) if shown is None else shown
+                    yield shown
+            shown = None
+            if place % every == 0:
+                shown = picture(frame)
+                yield shown
+            reached, waiting = place, frame
+    if not partial and reached + 1 < FEWEST_FRAMES * footage.num_frames:
+        raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets promise {footage.num_frames}")
+
+
+def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:
+    """Yield every whole window of consecutive pictures, one every `stride`, as (window, height, width, 3) uint8."""
+    held: list[np.ndarray] = []
+    skipped = 0
+    for frame in frames:
+        if skipped:
+            skipped -= 1
+            continue
+        held.append(frame)
+        if len(held) == window:
+            yield np.stack(held)
+            skipped = max(0, stride - window)
+            held = held[stride:]
+
+
+def _damaged(path: Path, damage: str) -> FootageError:
+    return FootageError(f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.")
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise DeviceError(
+            f"Videos are decoded by PyAV, which cannot be imported here ({error}); "
+            "run `pip install 'drn-deploy[video]'`."
+        ) from error
+    # FFmpeg's own remarks on odd files go to stderr otherwise, one for every frame.
+    av.logging.set_level(None)
+    return av
+
+
+@contextlib.contextmanager
+def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Open a file at its first video stream that is no cover picture."""
+    av = _av()
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        said = str(getattr(error, "strerror", "") or error)
+        raise FootageError(
+            f"{path} is not a video that FFmpeg can open, or was cut off before its index ({said}); give an mp4, mkv, "
+            "webm, avi or the like, or copy it again."
+        ) from error
+    with container:
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            kinds = sorted({stream.type for stream in container.streams})
+            only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
+            raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.")
+        stream = streams[0]
+        try:
+            stream.thread_type = "AUTO"
+            if threads is not None:
+                stream.thread_count = threads
+        except (AttributeError, RuntimeError) as error:
+            raise FootageError(f"{path} is of a codec that this FFmpeg cannot decode; convert it to H.264.") from error
+        yield container, stream
+
+
+def _packets(container: Any, stream: Any) -> tuple[np.ndarray, float, str]:
+    """Return the sorted times of the stream's frames in its unit, the second that any stream reaches, and damage."""
+    av = _av()
+    times, reached, damage = array("q"), 0.0, ""
+    try:
+        for packet in container.demux():
+            if packet.is_corrupt:
+                damage = "holds a frame that is cut short"
+            time = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and time is not None:
+                reached = max(reached, (time + (packet.duration or 0)) * float(packet.time_base))
+                if packet.stream.index == stream.index and not packet.is_discard:
+                    times.append(time)
+            elif packet.size and packet.stream.index == stream.index:
+                # A bare stream of frames, without a clock: counted, at the rate it tells.
+                times.append(round(len(times) / (float(stream.guessed_rate or 25) * float(stream.time_base))))
+    except (av.FFmpegError, OSError) as error:
+        damage = f"cannot be read to its end ({error.strerror or error})"
+    return np.sort(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64), reached, damage
+
+
+def _rate(times: np.ndarray, unit: float) -> float | None:
+    """Return frames per second: of the steady steps where nearly all are alike, else on average; None for one frame."""
+    steps = np.diff(times)
+    steps = steps[steps > 0]
+    if not len(steps):
+        return None
+    usual = np.median(steps)
+    alike = np.abs(steps - usual) <= np.maximum(1, STEP_TOLERANCE * usual)
+    chosen = steps[alike] if alike.mean() >= STEADY else steps
+    return 1 / (float(chosen.mean()) * unit)
+
+
+def _shortfall(container: Any, stream: Any, found: int, reached: float) -> str:
+    """Return how much less is there than the file says, as a clause; empty when all is there."""
+    if stream.frames and found < FEWEST_FRAMES * stream.frames - 1:
+        return f"is cut off: it says {stream.frames} frames and holds {found}"
+    # Some containers count from the first frame and some from zero, so that only an end before both is too early.
+    told = (container.duration or 0) / 1e6
+    if reached and reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
+        return f"is cut off: it says {told:.1f} s and ends after {reached:.1f} s"
+    return ""
+
+
+def _decoded(container: Any, stream: Any, path: Path, *, damaged: bool) -> Iterator[Any]:
+    """Yield the frames of a stream; with `damaged`, packets that cannot be decoded are passed over."""
+    av = _av()
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError) as error:
+            if damaged:
+                return
+            raise _damaged(path, f"cannot be read to its end ({error.strerror or error})") from error
+        if packet is None:
+            return
+        if packet.is_corrupt and damaged:
+            # The decoder would make up what is missing of its frame.
+            continue
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if not damaged:
+                raise _damaged(path, f"holds a frame that cannot be decoded ({error.strerror or error})") from error
+            log.debug("%s: passed over a packet: %s", path, error)
+            continue
+        yield from frames
+
+
+def _quarter_turns(rotation: int, path: Path) -> int:
+    turns = round(rotation / 90)
+    if rotation % 90:
+        log.warning("%s says it is turned by %d degrees; it is turned by %d.", path, rotation, 90 * turns)
+    return turns % 4

@@ -1,0 +1,96 @@
+"""The ONNX C3D answers as torch does, for any number of clips, and is an extractor that the runtime opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export.extractor
+from export.extractor import export_c3d
+from export.to_onnx import relative_difference, to_onnx
+from runtime.errors import PromiseBroken, ShapeError
+from runtime.extractors import ClipExtractor, open_extractor
+from runtime.files import sha256
+from runtime.footage import clips, look, pictures
+from tests import tolerances
+from tests.films import film
+from train.c3d import C3D, MEANS, C3DCheckpoint, C3DConfig, save_c3d
+
+TINY = C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), 32)
+
+
+def lively() -> C3D:
+    """Return a network whose features are of order 1 to 100, as those of trained weights."""
+    torch.manual_seed(0)
+    model = C3D(TINY, MEANS["plain"]).eval()
+    for name, values in model.named_parameters():
+        if name.endswith("weight"):
+            torch.nn.init.kaiming_normal_(values)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("c3d") / "c3d.pt"
+    weights = lively().state_dict()
+    save_c3d(path, C3DCheckpoint(TINY, MEANS["plain"], weights, {"c3d.pickle": "1" * 64}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Path:
+    return to_onnx(checkpoint, checkpoint.with_name("c3d.onnx"))
+
+
+def test_onnx_answers_as_torch_for_any_number_of_clips(checkpoint: Path, exported: Path) -> None:
+    extractor = open_extractor(exported, "cpu", 1)
+    assert isinstance(extractor, ClipExtractor)
+    model = lively()
+    rng = np.random.default_rng(5)
+    for count in (1, 2, 5):
+        batch = rng.integers(0, 256, (count, 16, 112, 112, 3), dtype=np.uint8)
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(batch)).numpy()
+        assert wanted.max() > 3
+        assert relative_difference(extractor.extract(batch), wanted) <= tolerances.EXPORTED
+
+
+def test_the_file_says_what_it_takes(checkpoint: Path, exported: Path) -> None:
+    manifest = open_extractor(exported, "cpu", 1).manifest
+    assert (manifest.kind, manifest.dim, manifest.window, manifest.stride) == ("C3D", 32, 16, 8)
+    assert manifest.mean == MEANS["plain"]
+    assert manifest.sources == {"c3d.pickle": "1" * 64, "c3d.pt": sha256(checkpoint)}
+    graph = onnx.load(exported).graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["clips", "features"]
+    assert {tensor.name for tensor in graph.initializer} >= {"conv1a.weight", "conv5b.bias", "fc6.bias"}
+    assert onnx.load(exported).opset_import[0].version == 17
+
+
+def test_clips_of_a_video_go_through(tmp_path: Path, exported: Path) -> None:
+    extractor = open_extractor(exported, "cpu", 1)
+    footage = look(film(tmp_path / "hall.mp4", 33))
+    found = [extractor.extract(clip[None]) for clip in clips(pictures(footage, extractor.manifest.framing), 16, 8)]
+    assert [features.shape for features in found] == [(1, 32)] * 3
+
+
+def test_a_graph_that_differs_from_torch_is_not_kept(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: C3D, *arguments: object, **options: object) -> onnx.ModelProto:
+        other = C3D(TINY, MEANS["mmaction2"])
+        other.load_state_dict(model.state_dict())
+        return export_c3d(other.eval(), *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export.extractor, "export_c3d", wrong)
+    with pytest.raises(PromiseBroken, match="nothing was kept"):
+        to_onnx(checkpoint, tmp_path / "c3d.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extractor_is_not_split(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ShapeError, match="not split"):
+        to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)

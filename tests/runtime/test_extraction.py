@@ -1,0 +1,229 @@
+"""`runtime.extraction` and `runtime.extract`: from video files to the published layout, once, and never by halves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import extraction
+from runtime.annotations import FEATURE_DIRECTORY, DataSet
+from runtime.errors import FootageError
+from runtime.extract import extract
+from runtime.extraction import cached_video
+from runtime.extractors import ClipExtractor, open_extractor
+from runtime.footage import Framing, look, pictures
+from runtime.infer import infer
+from runtime.videos import load_features
+from tests.films import film, sound_only, truncated
+from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
+
+pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_clips(tmp_path / "tiny.onnx")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many clips each run of an extractor had."""
+    counts: list[int] = []
+    run = ClipExtractor.extract
+
+    def counted(self: ClipExtractor, clips: np.ndarray) -> np.ndarray:
+        counts.append(len(clips))
+        return run(self, clips)
+
+    monkeypatch.setattr(ClipExtractor, "extract", counted)
+    return counts
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def whole_file(path: Path) -> np.ndarray:
+    """Return the features of `tiny`, from all frames at once."""
+    frames = np.stack(list(pictures(look(path), CLIPS.framing))).astype(float)
+    starts = range(0, len(frames) - 15, 8)
+    return np.stack([frames[start : start + 16].mean(axis=(0, 1, 2)) for start in starts]) @ mixing()
+
+
+@pytest.mark.parametrize("count", [16, 23, 24, 95])
+def test_streamed_features_are_those_of_the_whole_file(tmp_path: Path, tiny: Path, count: int) -> None:
+    path = film(tmp_path / "hall.mkv", count)
+    output = extract((path,), tiny, tmp_path / "data", batch_size=3)
+    features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
+    assert features.dtype == np.float32
+    assert features.shape == ((count - 16) // 8 + 1, 16)
+    assert features == pytest.approx(whole_file(path), rel=1e-4)
+
+
+def test_a_filled_directory_is_a_data_set(tmp_path: Path, tiny: Path) -> None:
+    videos = (film(tmp_path / "hall.mkv", 40, rate=20), film(tmp_path / "yard.mp4", 50))
+    data = DataSet(extract(videos, tiny, tmp_path / "data"))
+    assert data.durations == {"hall": pytest.approx(2), "yard": pytest.approx(2)}
+    assert data.num_frames == {"hall": 40, "yard": 50}
+    assert json.loads((tmp_path / "data" / "Charades_fps_dict.json").read_text()) == {"hall": "20", "yard": "25"}
+    assert data.video("yard").features.shape == (5, 16)
+
+
+def test_others_of_the_directory_stay(tmp_path: Path, tiny: Path, golden: Path, mini: Path) -> None:
+    before = DataSet(mini).durations
+    extract((film(tmp_path / "hall.mkv", 20),), tiny, mini)
+    assert DataSet(mini).durations == {**before, "hall": pytest.approx(0.8)}
+
+
+def test_what_is_there_is_not_extracted_again(
+    tmp_path: Path, tiny: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
+    seen = extraction.extract
+
+    def interrupted(footage: Any, *arguments: Any, **options: Any) -> Any:
+        if footage.path.stem == "yard":
+            raise KeyboardInterrupt
+        return seen(footage, *arguments, **options)
+
+    monkeypatch.setattr(extraction, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(videos, tiny, tmp_path / "data")
+    monkeypatch.setattr(extraction, "extract", seen)
+    assert sum(runs) == 4
+    extract(videos, tiny, tmp_path / "data")
+    assert sum(runs) == 4 + 5
+    extract(videos, tiny, tmp_path / "data")
+    assert sum(runs) == 4 + 5
+    other = write_clips(tmp_path / "other.onnx", dataclasses.replace(CLIPS, kind="other"))
+    # Another extractor, or features that were removed, are work again.
+    extract(videos[:1], other, tmp_path / "data")
+    assert sum(runs) == 4 + 5 + 4
+    (tmp_path / "data" / FEATURE_DIRECTORY / "yard.npy").unlink()
+    extract(videos[1:], tiny, tmp_path / "data")
+    assert sum(runs) == 4 + 5 + 4 + 5
+
+
+def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:
+    path = film(tmp_path / "hall.mkv", 41)
+    output = extract((path,), write_images(tmp_path / "clip.onnx"), tmp_path / "data")
+    features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
+    frames = np.stack(list(pictures(look(path), IMAGES.framing)))[::8]
+    pixels = (frames / 255 - np.array(IMAGES.mean)) / np.array(IMAGES.std)
+    assert features.shape == (6, 16)
+    assert features == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
+    assert DataSet(output).num_frames == {"hall": 41}
+
+
+def test_two_videos_of_one_name_are_refused(tmp_path: Path, tiny: Path, refused: Callable[..., str]) -> None:
+    hall = film(tmp_path / "hall.mkv", 20)
+    other = film(tmp_path / "hall.mp4", 20)
+    line = ("--extractor", tiny, "--output", tmp_path / "data")
+    assert "would both be called 'hall'" in refused(extract, hall, other, *line)
+    extract((hall,), tiny, tmp_path / "data")
+    assert "another video called 'hall'" in refused(extract, other, *line)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("no video"), "is not a video"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: None, "does not exist"),
+        (sound_only, "no video stream"),
+        (lambda path: film(path, 1), "1 frame"),
+        (lambda path: film(path, 15), "has 15 frames and a clip sees 16"),
+        (
+            lambda path: truncated(film(path.with_name("w.mp4"), 90, options={"movflags": "faststart"}), path),
+            "pass --partial",
+        ),
+    ],
+)
+def test_a_bad_video_stops_all_before_the_first_is_extracted(
+    tmp_path: Path, tiny: Path, refused: Callable[..., str], runs: list[int], make: Callable[[Path], Any], message: str
+) -> None:
+    good, bad = film(tmp_path / "good.mkv", 20), tmp_path / "bad.mp4"
+    make(bad)
+    said = refused(extract, good, bad, "--extractor", tiny, "--output", tmp_path / "data")
+    assert message in said
+    assert not runs
+    assert not (tmp_path / "data").exists()
+
+
+def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
+    tmp_path: Path, tiny: Path, cache: Path
+) -> None:
+    whole = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
+    path = truncated(whole, tmp_path / "cut.mp4")
+    extractor = open_extractor(tiny, "cpu")
+    video = cached_video(path, extractor, tiny, partial=True)
+    assert 20 < video.num_frames < 80
+    assert len(video.features) == (video.num_frames - 16) // 8 + 1
+    assert video.duration == pytest.approx(video.num_frames / 25)
+    assert video.features == pytest.approx(cached_video(whole, extractor, tiny).features[: len(video.features)])
+    # Kept in the cache, and yet not taken for a whole video's.
+    with pytest.raises(FootageError, match="--partial"):
+        cached_video(path, extractor, tiny)
+
+
+def test_a_video_is_known_by_its_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
+    extractor = open_extractor(tiny, "cpu")
+    path = film(tmp_path / "hall.mkv", 40)
+    first = cached_video(path, extractor, tiny)
+    assert sum(runs) == 4
+    again = cached_video(path.rename(tmp_path / "renamed.mkv"), extractor, tiny)
+    assert sum(runs) == 4
+    assert again.name == "renamed"
+    assert (again.features == first.features).all()
+    cached_video(film(tmp_path / "hall.mkv", 41), extractor, tiny)
+    assert sum(runs) == 8
+
+
+def test_infer_grounds_in_a_video_file_as_in_its_features(
+    tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Callable[..., Any]
+) -> None:
+    path = film(tmp_path / "hall.mkv", 300)
+    query = ("--query", "person opens the door", "--format", "json")
+    asked = run_command(infer, "--model", tiny_model, "--video", path, "--extractor", tiny, *query)
+    assert asked.code == 0, asked.err
+    data = extract((path,), tiny, tmp_path / "data")
+    stored = run_command(infer, "--model", tiny_model, "--data", data, "--video", "hall", *query)
+    assert json.loads(asked.out) == json.loads(stored.out)
+    assert json.loads(asked.out)[0]["video"] == "hall"
+
+
+def test_an_extractor_that_does_not_fit_is_refused_before_decoding(
+    tmp_path: Path, tiny_model: Path, refused: Callable[..., str]
+) -> None:
+    wide = write_clips(tmp_path / "wide.onnx", dataclasses.replace(CLIPS, dim=24))
+    said = refused(infer, "--model", tiny_model, "--video", tmp_path / "none.mp4", "--extractor", wide, "--query", "x")
+    assert "features of 24 channels and the model takes 16" in said
+
+
+def test_flags_that_contradict_a_video_file_are_refused(
+    tmp_path: Path, tiny: Path, tiny_model: Path, mini: Path, refused: Callable[..., str]
+) -> None:
+    line = ("--model", tiny_model, "--query", "door", "--extractor", tiny)
+    assert "pass --video FILE" in refused(infer, *line)
+    assert "pass --video FILE" in refused(infer, *line, "--data", mini, "--video", "AAAA1")
+    assert "leave --duration" in refused(infer, *line, "--video", tmp_path / "hall.mp4", "--duration", 3)
+    assert "--partial is about" in refused(infer, *line[:4], "--data", mini, "--video", "AAAA1", "--partial")
+    assert "does not exist" in refused(infer, *line, "--video", tmp_path / "hall.mp4")
+
+
+def test_real_videos_have_the_clips_that_their_frames_make(tmp_path: Path, tiny: Path, real_videos: Path) -> None:
+    names = ("univtg_charades", "v_GGSY1Qvo990", "v_ZNVhz7ctTq0")
+    data = DataSet(extract(tuple(real_videos / f"{name}.mp4" for name in names), tiny, tmp_path / "data"))
+    assert [len(data.video(name).features) for name in names] == [56, 43, 51]
+
+
+def test_the_published_preprocessing_is_the_default() -> None:
+    assert (Framing().resize, Framing().crop) == ((128, 171), (112, 112))

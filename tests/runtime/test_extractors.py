@@ -1,0 +1,109 @@
+"""`runtime.extractors`: clips and images become features, and files that are no extractors are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import FeatureError, ModelFileError
+from runtime.extractors import FORMAT, ClipExtractor, ExtractorManifest, ImageExtractor, open_extractor
+from runtime.manifest import Features
+from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
+
+pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")
+
+
+@pytest.fixture
+def clips() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (3, 16, 24, 24, 3), dtype=np.uint8)
+
+
+def test_clips_go_in_as_they_are(tmp_path: Path, clips: np.ndarray) -> None:
+    extractor = open_extractor(write_clips(tmp_path / "tiny.onnx"), "cpu")
+    assert isinstance(extractor, ClipExtractor)
+    assert extractor.manifest == CLIPS
+    wanted = clips.astype(float).mean(axis=(1, 2, 3)) @ mixing()
+    assert extractor.extract(clips) == pytest.approx(wanted, rel=1e-4)
+    assert extractor.extract(clips[:1]) == pytest.approx(wanted[:1], rel=1e-4)
+
+
+def test_images_are_scaled_as_their_description_says(tmp_path: Path, clips: np.ndarray) -> None:
+    extractor = open_extractor(write_images(tmp_path / "clip.onnx"), "cpu")
+    assert isinstance(extractor, ImageExtractor)
+    frames = clips[:, :1]
+    pixels = (frames[:, 0] / 255 - np.array(IMAGES.mean)) / np.array(IMAGES.std)
+    found = extractor.extract(frames)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
+
+
+def test_a_mean_of_bytes_is_that_of_shares_of_white(tmp_path: Path, clips: np.ndarray) -> None:
+    red, green, blue = (255 * value for value in IMAGES.mean)
+    deviations = tuple(255 * value for value in IMAGES.std)
+    in_bytes = dataclasses.replace(IMAGES, mean=(red, green, blue), std=deviations, white=255.0)
+    one, other = (
+        open_extractor(write_images(tmp_path / f"{manifest.white}.onnx", manifest), "cpu").extract(clips[:, :1])
+        for manifest in (IMAGES, in_bytes)
+    )
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+def test_a_manifest_comes_back_as_it_was_written() -> None:
+    for manifest in (CLIPS, IMAGES, dataclasses.replace(CLIPS, sources={"c3d.pt": "0" * 64})):
+        assert ExtractorManifest.from_dict(json.loads(manifest.to_json()), "x") == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is of format 'other'"),
+        ({"window": 0}, "1 or more"),
+        ({"std": [1, 0, 1]}, "above 0"),
+        ({"mean": [1, 2]}, "three numbers each"),
+        ({"crop": [25, 24]}, "crop fits into"),
+        ({"colour": "blue"}, "does not describe an extractor"),
+        ({"mean": 3}, "does not describe an extractor"),
+    ],
+)
+def test_a_description_that_is_wrong_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = write_images(tmp_path / "clip.onnx")
+    description = {"format": FORMAT, **dataclasses.asdict(IMAGES), **change}
+    path.with_name("clip.onnx.json").write_text(json.dumps(description))
+    with pytest.raises(ModelFileError, match=message):
+        open_extractor(path, "cpu")
+
+
+def test_files_that_are_no_extractors_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ModelFileError, match="does not exist"):
+        open_extractor(tmp_path / "none.onnx", "cpu")
+    with pytest.raises(ModelFileError, match=r"is an \.onnx file"):
+        open_extractor(tmp_path / "c3d.pt", "cpu")
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(ModelFileError, match="not an ONNX model"):
+        open_extractor(tmp_path / "text.onnx", "cpu")
+    with pytest.raises(ModelFileError, match=r"describe your own encoder in bare\.onnx\.json"):
+        open_extractor(write_images(tmp_path / "bare.onnx", beside=False), "cpu")
+    with pytest.raises(ModelFileError, match="does not say which frames"):
+        open_extractor(tiny_model, "cpu")
+
+
+def test_a_manifest_that_tells_another_width_or_size_is_found_out(tmp_path: Path, clips: np.ndarray) -> None:
+    path = write_images(tmp_path / "clip.onnx")
+    description = {"format": FORMAT, **dataclasses.asdict(IMAGES), "dim": 17}
+    path.with_name("clip.onnx.json").write_text(json.dumps(description))
+    with pytest.raises(ModelFileError, match="17 channels"):
+        open_extractor(path, "cpu").extract(clips[:, :1])
+    with pytest.raises(ModelFileError, match="does not take pictures"):
+        open_extractor(write_clips(tmp_path / "tiny.onnx"), "cpu").extract(clips[:, :, :20])
+
+
+def test_an_extractor_must_fit_the_model() -> None:
+    CLIPS.check_fits(Features("tiny", 16))
+    with pytest.raises(FeatureError, match="16 channels and the model takes 4096"):
+        CLIPS.check_fits(Features())
+    with pytest.raises(FeatureError, match="see 1 frames and start every 8"):
+        IMAGES.check_fits(Features("tiny", 16))

@@ -1,0 +1,239 @@
+"""`runtime.footage`: frames at their times, upright, of the right size, one by one; and files that are no videos."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import DeviceError, FootageError
+from runtime.footage import Framing, Picture, clips, look, pictures
+from runtime.videos import ClipClock
+from tests.films import film, scene, sound_only, truncated
+
+AS_IT_IS = Framing((48, 64), (48, 64))
+"""Neither resized nor cropped."""
+
+
+def bilinear(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return a frame resized by the textbook: one pixel after the other, from the four around its centre."""
+    result = np.empty((height, width, 3))
+    for row in range(height):
+        for column in range(width):
+            y = min(max((row + 0.5) * frame.shape[0] / height - 0.5, 0), frame.shape[0] - 1)
+            x = min(max((column + 0.5) * frame.shape[1] / width - 0.5, 0), frame.shape[1] - 1)
+            top, left = int(y), int(x)
+            below, right = min(top + 1, frame.shape[0] - 1), min(left + 1, frame.shape[1] - 1)
+            upper = frame[top, left] * (1 - (x - left)) + frame[top, right] * (x - left)
+            lower = frame[below, left] * (1 - (x - left)) + frame[below, right] * (x - left)
+            result[row, column] = upper * (1 - (y - top)) + lower * (y - top)
+    return result
+
+
+def with_spare_byte(frame: np.ndarray) -> np.ndarray:
+    return np.concatenate((frame, np.full((*frame.shape[:2], 1), 255, np.uint8)), -1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (15, 20), (90, 31)])
+def test_a_picture_is_the_middle_of_the_resized_frame(height: int, width: int) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    wanted = bilinear(frame, 30, 41)[3:27, 8:32]
+    found = Picture(height, width, Framing((30, 41), (24, 24))).of(with_spare_byte(frame))
+    assert found.shape == (24, 24, 3)
+    assert np.abs(found - wanted).max() <= 1
+
+
+def test_white_stays_white_and_black_black() -> None:
+    for value in (0, 255):
+        frame = np.full((37, 53, 4), value, np.uint8)
+        assert (Picture(37, 53, Framing()).of(frame) == value).all()
+
+
+def test_c3d_crops_where_caffe_does() -> None:
+    # Of 128 x 171, rows 8 to 119 and columns 29 to 140: halves are rounded down.
+    frame = np.zeros((128, 171, 4), np.uint8)
+    frame[8:120, 29:141] = 255
+    assert (Picture(128, 171, Framing()).of(frame) == 255).all()
+    frame[7, :], frame[120, :], frame[:, 28], frame[:, 141] = 255, 255, 255, 255
+    frame[8, 29], frame[119, 140] = 1, 2
+    found = Picture(128, 171, Framing()).of(frame)
+    assert (found[0, 0, 0], found[-1, -1, 0]) == (1, 2)
+
+
+def test_a_shorter_side_keeps_the_shape_of_the_frame() -> None:
+    assert Framing(224, (224, 224)).resized(360, 480) == (224, 299)
+    assert Framing(224, (224, 224)).resized(480, 360) == (299, 224)
+    with pytest.raises(FootageError, match="crop fits into"):
+        Framing((100, 171), (112, 112))
+
+
+@pytest.mark.parametrize("name", ["steady.mkv", "steady.mp4", "steady.avi"])
+def test_a_steady_video_gives_its_own_frames(tmp_path: Path, name: str) -> None:
+    frames = scene(40)
+    footage = look(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
+    # Matroska keeps whole milliseconds.
+    assert footage.frame_rate == pytest.approx(30000 / 1001, rel=1e-3)
+    assert footage.num_frames == 40
+    assert footage.duration == pytest.approx(40 * 1001 / 30000, rel=1e-3)
+    assert (footage.height, footage.width, footage.quarter_turns, footage.damage) == (48, 64, 0, "")
+    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    if name.endswith("mkv"):
+        assert (found == frames).all()
+    else:
+        assert found.shape == frames.shape
+        assert np.abs(found.astype(int) - frames).mean() < 12
+
+
+def test_matroska_does_not_count_its_frames_and_is_counted(tmp_path: Path) -> None:
+    import av
+
+    path = film(tmp_path / "uncounted.mkv", 21)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert look(path).num_frames == 21
+
+
+@pytest.mark.parametrize("turned", [0, 90, 180, -90])
+def test_frames_stand_upright(tmp_path: Path, turned: int) -> None:
+    stored = scene(3)
+    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
+    upright = np.rot90(stored, turned // 90, axes=(1, 2))
+    size = upright.shape[1:3]
+    found = np.stack(list(pictures(footage, Framing(size, size))))
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 12
+
+
+def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
+    # Ten frames in 0.4 s, then ten in 2 s: on the grid those of the first part are thinned, and the others stay on.
+    times = [40 * number for number in range(10)] + [400 + 200 * number for number in range(10)]
+    frames = scene(20)
+    footage = look(film(tmp_path / "varying.mkv", frames, times=times))
+    assert footage.frame_rate == pytest.approx(19 / 2.2)
+    found = list(pictures(footage, AS_IT_IS))
+    assert len(found) == footage.num_frames == 20
+    for place, picture in enumerate(found):
+        (shown,) = np.nonzero((frames == picture).all(axis=(1, 2, 3)))[0]
+        # What is seen began at most half a place late, and the next had not begun half a place before.
+        assert times[shown] / 1000 <= (place + 0.5) / footage.frame_rate
+        after = times[shown + 1] if shown < 19 else np.inf
+        assert after / 1000 >= (place - 0.5) / footage.frame_rate
+
+
+def test_a_gap_in_a_steady_video_is_filled_with_the_frame_before(tmp_path: Path) -> None:
+    kept = [number for number in range(60) if not 20 <= number < 23]
+    frames = scene(60)
+    footage = look(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
+    assert footage.frame_rate == pytest.approx(25)
+    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    wanted = frames.copy()
+    wanted[20:23] = frames[19]
+    assert (found == wanted).all()
+
+
+def test_a_late_first_frame_is_the_start(tmp_path: Path) -> None:
+    frames = scene(20)
+    footage = look(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
+    assert footage.num_frames == 20
+    assert footage.start == pytest.approx(5)
+    assert (np.stack(list(pictures(footage, AS_IT_IS))) == frames).all()
+
+
+def test_every_fourth_picture_is_that_of_all(tmp_path: Path) -> None:
+    times = sorted(np.random.default_rng(0).choice(3000, 50, replace=False).tolist())
+    footage = look(film(tmp_path / "odd.mkv", 50, times=times))
+    every = list(pictures(footage, AS_IT_IS))
+    fourth = list(pictures(footage, AS_IT_IS, every=4))
+    assert (np.stack(every)[::4] == np.stack(fourth)).all()
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20))
+def test_clips_are_whole_windows_of_consecutive_frames(count: int, window: int, stride: int) -> None:
+    frames = np.arange(count)[:, None, None, None]
+    found = list(clips(iter(frames), window, stride))
+    starts = range(0, count - window + 1, stride)
+    assert [clip[:, 0, 0, 0].tolist() for clip in found] == [list(range(start, start + window)) for start in starts]
+    if count >= window:
+        assert len(found) == ClipClock(window, stride).num_clips(count)
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        footage = look(film(tmp_path / f"{count}.mp4", count))
+        tracemalloc.start()
+        number = sum(1 for _ in clips(pictures(footage, Framing()), 16, 8))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert number == (count - 16) // 8 + 1
+        return most
+
+    peak(40)
+    short, long = peak(40), peak(400)
+    # One picture is 38 kB: 360 more would be 13 MB.
+    assert long - short < 100_000
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("no video"), "is not a video"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: None, "does not exist"),
+        (sound_only, "no video stream \\(only audio\\)"),
+        (lambda path: truncated(film(path.with_name("whole.mp4"), 60), path), "cut off before its index"),
+        (lambda path: film(path, 1), None),
+    ],
+)
+def test_what_is_no_video_is_said_in_one_sentence(tmp_path: Path, make: object, message: str | None) -> None:
+    path = tmp_path / "clip.mp4"
+    make(path)  # type: ignore[operator]
+    if message is None:
+        assert look(path).num_frames == 1
+        return
+    with pytest.raises(FootageError, match=message) as raised:
+        look(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "options"), [("cut.mp4", {"movflags": "faststart"}), ("cut.mkv", {})])
+def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, options: dict[str, str]) -> None:
+    whole = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
+    footage = look(truncated(whole, tmp_path / name))
+    assert "cut" in footage.damage
+    with pytest.raises(FootageError, match="--partial"):
+        next(pictures(footage, AS_IT_IS))
+    found = list(pictures(footage, AS_IT_IS, partial=True))
+    assert 30 < len(found) < 80
+    every = list(pictures(look(whole), AS_IT_IS))
+    assert all((ours == theirs).all() for ours, theirs in zip(found, every, strict=False))
+
+
+def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
+    footage = look(film(tmp_path / "talk.mkv", 20, sound=4))
+    assert (footage.num_frames, footage.damage) == (20, "")
+
+
+def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "clip.mp4", 20)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[video\]'"):
+        look(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "duration"),
+    [("univtg_charades", 460, 30.697), ("v_GGSY1Qvo990", 355, 18.094), ("v_ZNVhz7ctTq0", 420, 14.0)],
+)
+def test_real_videos_have_the_frames_and_seconds_that_they_tell(
+    real_videos: Path, name: str, num_frames: int, duration: float
+) -> None:
+    footage = look(real_videos / f"{name}.mp4")
+    assert (footage.num_frames, footage.damage) == (num_frames, "")
+    assert footage.duration == pytest.approx(duration, abs=1e-3)
+    assert sum(1 for _ in clips(pictures(footage, Framing()), 16, 8)) == (num_frames - 16) // 8 + 1

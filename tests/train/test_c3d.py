@@ -1,0 +1,209 @@
+"""C3D is the published network at every layer, and published weights become `c3d.pt` whatever their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="C3D is a torch network")
+
+from runtime.errors import CheckpointError  # noqa: E402
+from train.c3d import C3D, MEANS, C3DConfig, is_c3d_file, load_c3d, save_c3d  # noqa: E402
+from train.convert import convert  # noqa: E402
+
+TINY = C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8)
+
+State = dict[str, Any]
+
+
+@pytest.fixture
+def tiny() -> C3D:
+    torch.manual_seed(0)
+    return C3D(TINY, (0.0, 0.0, 0.0)).eval()
+
+
+def plain(model: C3D) -> State:
+    """Return the weights as the plain c3d.pickle names them: for frames in BGR, with the layers after fc6."""
+    state = {
+        name.replace("conv1a", "conv1").replace("conv2a", "conv2"): value.clone()
+        for name, value in model.state_dict().items()
+    }
+    state["conv1.weight"] = state["conv1.weight"].flip(1)
+    return {**state, "fc7.weight": torch.ones(8, 8), "fc7.bias": torch.ones(8), "fc8.weight": torch.ones(9, 8)}
+
+
+def mmaction2(model: C3D, prefix: str) -> State:
+    """Return the weights as mmaction2 names them, alone or as a recogniser's backbone."""
+    state = {
+        prefix + (name.replace(".", ".conv.", 1) if name.startswith("conv") else name): value.clone()
+        for name, value in model.state_dict().items()
+    }
+    return {**state, f"{prefix}fc7.weight": torch.ones(8, 8)}
+
+
+LAYOUTS: dict[str, Callable[[C3D, Path], None]] = {
+    "c3d.pickle": lambda model, path: torch.save(plain(model), path, _use_new_zipfile_serialization=False),
+    "pretrain.pth": lambda model, path: torch.save({"state_dict": mmaction2(model, "")}, path),
+    "epoch_45.pth": lambda model, path: torch.save(
+        {"meta": {"epoch": 45}, "state_dict": {**mmaction2(model, "backbone."), "cls_head.fc_cls.bias": torch.ones(2)}},
+        path,
+    ),
+}
+
+
+def test_every_layer_has_the_published_shape() -> None:
+    # Source: Tran et al. 2015, figure 3 and section 3.3, and the padding of Caffe's pool5.
+    with torch.device("meta"):
+        model = C3D(C3DConfig(), (0.0, 0.0, 0.0))
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    for name, module in model.named_children():
+        module.register_forward_hook(lambda *given, name=name: seen.append((name, tuple(given[2].shape[1:]))))
+    features = model(torch.empty(1, 16, 112, 112, 3, device="meta", dtype=torch.uint8))
+    assert seen == [
+        ("conv1a", (64, 16, 112, 112)),
+        ("pool1", (64, 16, 56, 56)),
+        ("conv2a", (128, 16, 56, 56)),
+        ("pool2", (128, 8, 28, 28)),
+        ("conv3a", (256, 8, 28, 28)),
+        ("conv3b", (256, 8, 28, 28)),
+        ("pool3", (256, 4, 14, 14)),
+        ("conv4a", (512, 4, 14, 14)),
+        ("conv4b", (512, 4, 14, 14)),
+        ("pool4", (512, 2, 7, 7)),
+        ("conv5a", (512, 2, 7, 7)),
+        ("conv5b", (512, 2, 7, 7)),
+        ("pool5", (512, 1, 4, 4)),
+        ("fc6", (4096,)),
+    ]
+    assert features.shape == (1, 4096)
+    # Of the convolutions, 27 weights for each pair of channels and a bias; of fc6, 8192 * 4096 weights and a bias.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 27_655_936 + 33_558_528
+
+
+def test_the_network_is_its_layers_in_numpy(tiny: C3D) -> None:
+    """The forward pass once more, from the published description, in NumPy."""
+    rng = np.random.default_rng(0)
+    tiny.mean = torch.tensor([100.0, 90.0, 80.0]).reshape(3, 1, 1, 1)
+    clip = rng.integers(0, 256, (16, 112, 112, 3), dtype=np.uint8)
+    state = {name: value.numpy() for name, value in tiny.state_dict().items()}
+
+    def convolved(x: np.ndarray, layer: str) -> np.ndarray:
+        weight, bias = state[f"conv{layer}.weight"], state[f"conv{layer}.bias"]
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1)))
+        time, height, width = x.shape[1:]
+        total = np.zeros((len(weight), time, height, width)) + bias[:, None, None, None]
+        for t, h, w in np.ndindex(3, 3, 3):
+            part = padded[:, t : t + time, h : h + height, w : w + width]
+            total += np.tensordot(weight[:, :, t, h, w], part, 1)
+        return np.maximum(total, 0)
+
+    def pooled(x: np.ndarray, time: int) -> np.ndarray:
+        channels, length, height, width = x.shape
+        parts = x.reshape(channels, length // time, time, height // 2, 2, width // 2, 2)
+        return parts.max(axis=(2, 4, 6))
+
+    x = (clip.astype(float) - [100, 90, 80]).transpose(3, 0, 1, 2)
+    x = pooled(convolved(x, "1a"), 1)
+    x = pooled(convolved(x, "2a"), 2)
+    x = pooled(convolved(convolved(x, "3a"), "3b"), 2)
+    x = pooled(convolved(convolved(x, "4a"), "4b"), 2)
+    x = np.pad(convolved(convolved(x, "5a"), "5b"), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+    # 7 with one on each side are 9, of which the last row and column find no partner.
+    x = pooled(x[:, :, :8, :8], 2)
+    wanted = np.maximum(state["fc6.weight"] @ x.ravel() + state["fc6.bias"], 0)
+    with torch.inference_mode():
+        found = tiny(torch.from_numpy(clip)[None]).numpy()[0]
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert (found > 0).any()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_published_layouts_become_one_checkpoint(
+    tmp_path: Path, tiny: C3D, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LAYOUTS[name](tiny, tmp_path / name)
+    converted = convert(tmp_path / name, tmp_path / "c3d.pt")
+    loaded = load_c3d(tmp_path / "c3d.pt")
+    assert is_c3d_file(tmp_path / "c3d.pt")
+    assert loaded.config == converted.config == TINY
+    assert loaded.mean == MEANS["plain" if name == "c3d.pickle" else "mmaction2"]
+    assert list(loaded.sources) == [name]
+    for key, value in tiny.state_dict().items():
+        assert torch.equal(loaded.weights[key], value), key
+    assert "2, 3, 4, 4, 5, 5, 6, 6" in capsys.readouterr().out
+    manifest = loaded.manifest({"c3d.pt": "0"})
+    assert (manifest.dim, manifest.window, manifest.stride) == (8, 16, 8)
+    assert (manifest.resize, manifest.crop) == ((128, 171), (112, 112))
+
+
+def test_frames_in_rgb_meet_what_bgr_frames_met(tmp_path: Path, tiny: C3D) -> None:
+    LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
+    model = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt").model()
+    clip = torch.randint(0, 256, (1, 16, 112, 112, 3), dtype=torch.uint8)
+    theirs = plain(tiny)
+    with torch.inference_mode():
+        bgr = clip.flip(-1).permute(0, 4, 1, 2, 3) - torch.tensor([90.25, 97.66, 101.41]).reshape(3, 1, 1, 1)
+        wanted = torch.nn.functional.conv3d(bgr, theirs["conv1.weight"], theirs["conv1.bias"], padding=1)
+        found = model.conv1a(clip.permute(0, 4, 1, 2, 3) - model.mean)
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("conv3b.bias"), "lacks conv3b.bias"),
+        (lambda state: state.update({"conv4a.weight": torch.ones(5, 9, 3, 3, 3)}), "conv4a.weight is"),
+        (lambda state: state.update({"fc6.weight": torch.ones(8, 54)}), "fc6.weight is"),
+        (lambda state: state.update({"fc6.bias": torch.full((8,), torch.nan)}), "fc6.bias"),
+        (lambda state: state.update({"conv1.weight": torch.ones(2, 3, 3, 3, 3, dtype=torch.int8)}), "conv1.weight"),
+    ],
+)
+def test_what_is_no_whole_c3d_is_refused(
+    tmp_path: Path, tiny: C3D, change: Callable[[State], Any], message: str
+) -> None:
+    state = plain(tiny)
+    change(state)
+    torch.save(state, tmp_path / "c3d.pickle")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
+    assert os.listdir(tmp_path) == ["c3d.pickle"]
+
+
+def test_a_c3d_has_neither_words_nor_stages(tmp_path: Path, tiny: C3D) -> None:
+    LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
+    with pytest.raises(CheckpointError, match="neither words nor stages"):
+        convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt", stage=1)
+
+
+def test_nothing_in_a_pickle_is_run(tmp_path: Path, tiny: C3D) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    torch.save({**plain(tiny), "fc9": Trap()}, tmp_path / "c3d.pickle")
+    with pytest.raises(CheckpointError):
+        convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_damaged_c3d_pt_is_refused(tmp_path: Path, tiny: C3D) -> None:
+    LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
+    checkpoint = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
+    content = torch.load(tmp_path / "c3d.pt", weights_only=True)
+    for change, message in (
+        ({"format": "other"}, "is no c3d.pt"),
+        ({"mean": [1.0]}, "is damaged"),
+        ({"weights": {}}, "missing"),
+        ({"config": {"widths": [1], "dim": 8}}, "is damaged"),
+    ):
+        torch.save({**content, **change}, tmp_path / "c3d.pt")
+        with pytest.raises(CheckpointError, match=message):
+            load_c3d(tmp_path / "c3d.pt")
+    save_c3d(tmp_path / "c3d.pt", checkpoint)
+    assert load_c3d(tmp_path / "c3d.pt").config == TINY
+    assert not is_c3d_file(tmp_path / "none.pt")
