@@ -12,6 +12,9 @@ import tyro
 from runtime.backends import open_backend, plans
 from runtime.command import command, next_command
 from runtime.doctor import gpus
+from runtime.errors import ModelFileError
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import read_metadata
 from runtime.sidecar import read_sidecar
 
 
@@ -25,7 +28,7 @@ def describe(
         json_output: print the whole manifest as JSON, word table included.
     """
     sidecar = read_sidecar(model) if model.suffix == ".engine" and model.is_file() else None
-    manifest = sidecar.manifest if sidecar else open_backend(model, "cpu").manifest
+    manifest = sidecar.manifest if sidecar else _manifest(model)
     content = dict(sidecar.content) if sidecar else manifest.to_dict()
     if json_output:
         print(json.dumps(content, indent=2))
@@ -68,8 +71,25 @@ def describe(
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
     runs = model if not sidecar or gpus()[0].works else plans.twin(model, sidecar.content)
+    if runs.suffix == ".onnx" and manifest.precision == "bf16":
+        next_command("runtime.doctor")
+        return content
     next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
+
+
+def _manifest(model: Path) -> Manifest:
+    """Return what a model file says of itself, also of a graph in a precision that ONNX Runtime has no kernels for."""
+    try:
+        return open_backend(model, "cpu").manifest
+    except ModelFileError:
+        if model.suffix != ".onnx" or not model.is_file():
+            raise
+        text = read_metadata(model).get(METADATA_KEY)
+        manifest = Manifest.from_json(text, str(model)) if text else None
+        if manifest is None or manifest.precision != "bf16":
+            raise
+        return manifest
 
 
 def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:

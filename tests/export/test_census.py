@@ -105,13 +105,15 @@ def test_what_tells_no_types_is_refused(text: str) -> None:
 
 
 def test_an_engine_is_held_to_its_name() -> None:
-    weights = 1000
-    check_engine(EngineCensus({"fp16": 9, "fp32": 1}, {"int8": 5}, 300), "int8", weights)
-    check_engine(EngineCensus({"fp16": 9}, {}, 520), "fp16", weights)
+    weights = 200_000_000
+    check_engine(EngineCensus({"fp16": 9, "fp32": 1}, {"int8": 5}, 60_000_000), "int8", weights)
+    check_engine(EngineCensus({"fp16": 9}, {}, 105_000_000), "fp16", weights)
+    # Kernels weigh something too, and more than a small network.
+    check_engine(EngineCensus({"fp16": 9}, {}, 21_500_000), "fp16", 10_000)
     with pytest.raises(PromiseBroken, match="no layer of the engine is in it"):
-        check_engine(EngineCensus({"fp32": 9}, {"fp32": 9}, 520), "fp16", weights)
+        check_engine(EngineCensus({"fp32": 9}, {"fp32": 9}, 105_000_000), "fp16", weights)
     with pytest.raises(PromiseBroken, match="held in a wider type"):
-        check_engine(EngineCensus({"fp16": 9}, {}, 1040), "fp16", weights)
+        check_engine(EngineCensus({"fp16": 9}, {}, 208_000_000), "fp16", weights)
 
 
 def test_shares_add_up() -> None:

@@ -1,0 +1,28 @@
+"""`runtime.onnxfile`: metadata without the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import ModelFileError
+from runtime.manifest import METADATA_KEY
+from runtime.onnxfile import read_metadata
+
+
+def test_metadata_is_what_was_written(write_graph: Callable[..., Path], tmp_path: Path) -> None:
+    written = {METADATA_KEY: "{}" * 5000, "other": "\u00fcber"}
+    assert read_metadata(write_graph(tmp_path / "m.onnx", written)) == written
+
+
+def test_what_is_no_onnx_file_is_refused(write_graph: Callable[..., Path], tmp_path: Path) -> None:
+    whole = write_graph(tmp_path / "m.onnx", {METADATA_KEY: "{}" * 5000}).read_bytes()
+    for name, content in (("cut", whole[:-40]), ("text", b"not a graph at all"), ("odd", b"\xff" * 64)):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError, match="not an ONNX file"):
+            read_metadata(path)
+    with pytest.raises(ModelFileError):
+        read_metadata(tmp_path / "absent")
