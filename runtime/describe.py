@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,13 +84,11 @@ def _manifest(model: Path) -> Manifest:
     try:
         return open_backend(model, "cpu").manifest
     except ModelFileError:
-        if model.suffix != ".onnx" or not model.is_file():
-            raise
-        text = read_metadata(model).get(METADATA_KEY)
-        manifest = Manifest.from_json(text, str(model)) if text else None
-        if manifest is None or manifest.precision != "bf16":
-            raise
-        return manifest
+        with contextlib.suppress(ModelFileError):
+            manifest = Manifest.from_json(read_metadata(model).get(METADATA_KEY), str(model))
+            if model.suffix == ".onnx" and manifest.precision == "bf16":
+                return manifest
+        raise
 
 
 def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
