@@ -108,6 +108,8 @@ def verify(
     print(proof.text())
     census = census_of(model) if html else None
     proof.write(output, html, census, commands=_commands(again, model, data, split), latency=measured)
+    if html:
+        log.info("The passport is in %s.", html)
     if proof.broken:
         where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
         raise PromiseBroken(f"{proof.sentence()}{where}")
@@ -204,7 +206,6 @@ class Proof:
                 commands=commands,
             )
             write_text(html, page)
-            log.info("The passport is in %s.", html)
 
 
 def prove(
