@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from export.profiles import Profile
 from export.to_onnx import drn_modules
+from runtime.backends.network import logger_for
 from runtime.errors import DeviceError, GroundingError, ModelFileError
 
 log = logging.getLogger("drn")
@@ -230,7 +231,7 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
     """
     trt = library or load_library(options.target)
     check_options(options, trt)
-    logger = _logger(trt)
+    logger = logger_for(trt)
     builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
     network = builder.create_network(_network_flags(trt))
@@ -348,23 +349,6 @@ def _inspect(trt: Any, logger: Any, plan: bytes) -> str | None:
         )
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps errors for our messages and passes warnings to the log."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.lines.append(message.strip())
-            elif severity == trt.ILogger.WARNING:
-                log.debug("TensorRT: %s", message.strip())
-
-    return Logger()
 
 
 @contextlib.contextmanager

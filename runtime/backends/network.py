@@ -72,7 +72,7 @@ class Network:
         self.path, self.sidecar, self.cuda = path, sidecar, cuda
         self.gpu_ms = 0.0
         self._trt = library
-        self._logger = _logger(library)
+        self._logger = logger_for(library)
         self._programs: collections.OrderedDict[tuple[int, ...], _Program] = collections.OrderedDict()
         self._device: list[int] = []
         self._pinned: list[np.ndarray] = []
@@ -454,8 +454,8 @@ def _is_out_of_memory(told: str) -> bool:
     return "outofmemory" in flat or "memoryallocation" in flat
 
 
-def _logger(trt: Any) -> Any:
-    """A logger that keeps errors for our messages and passes warnings to the log."""
+def logger_for(trt: Any) -> Any:
+    """Return a logger of TensorRT's that keeps errors for our messages and passes warnings to the log."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

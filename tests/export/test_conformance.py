@@ -87,7 +87,6 @@ def test_the_builder_is_read_through_and_through() -> None:
         ("ITimingCache", "serialize"),
         ("IOptimizationProfile", "set_shape"),
         ("EngineInspector", "get_engine_information"),
-        ("ILogger", "INTERNAL_ERROR"),
         ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"),
         ("BuilderFlag", "VERSION_COMPATIBLE"),
     }
