@@ -235,9 +235,14 @@ def check_engine(found: EngineCensus, precision: str, fp32_weight_bytes: int) ->
     if not there:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.layers.items()) or "none told"
         raise PromiseBroken(f"{precision} was asked for and no layer of the engine is in it (layers: {kinds}).")
+    check_size(found.plan_bytes, precision, fp32_weight_bytes)
+
+
+def check_size(plan_bytes: int, precision: str, fp32_weight_bytes: int) -> None:
+    """Raise PromiseBroken for a plan that is larger than its weights in that precision, and kernels, can make it."""
     largest = _LARGEST_PLAN[precision] * fp32_weight_bytes + _KERNEL_BYTES
-    if found.plan_bytes > largest:
+    if plan_bytes > largest:
         raise PromiseBroken(
-            f"{precision} was asked for and the plan has {found.plan_bytes / 1e6:.0f} MB, where at most "
+            f"{precision} was asked for and the plan has {plan_bytes / 1e6:.0f} MB, where at most "
             f"{largest / 1e6:.0f} MB are expected: some weights are held in a wider type."
         )

@@ -25,7 +25,7 @@ log = logging.getLogger("drn")
 
 def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) -> ModelFile:
     """Build the engine, count its precision, and write plan and sidecar."""
-    from export.census import check_engine, engine_census
+    from export.census import check_engine, check_size, engine_census
     from export.passport import ModelFile
 
     built = _build(part, options, cache)
@@ -34,6 +34,9 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     try:
         if found:
             check_engine(found, job.precision, part.fp32_weight_bytes)
+        else:
+            # Without a GPU the plan cannot be opened; its size still tells of weights that were left wide.
+            check_size(len(built.plan), job.precision, part.fp32_weight_bytes)
     except PromiseBroken as error:
         rejected = _rejected(part.engine)
         _write_engine(rejected, built.plan, content)

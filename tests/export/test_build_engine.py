@@ -19,7 +19,7 @@ from calib.batches import draw
 from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from export.build_engine import build_engine, choose_target
-from export.builder import cuda_devices
+from export.builder import Plan, cuda_devices
 from export.engines import _write_engine, reject
 from runtime import Grounder
 from runtime.annotations import DataSet
@@ -394,3 +394,16 @@ def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tm
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(GroundingError, match="give that with --table"):
         build_engine(model, precision="int8", data=planted, plan=tmp_path / "plan.json")
+
+
+@pytest.mark.rtx
+def test_a_plan_too_large_for_its_precision_is_rejected_also_without_a_gpu(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    large = Plan(bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None)
+    monkeypatch.setattr("export.engines.build", lambda *_: large)
+    with pytest.raises(PromiseBroken, match=r"held in a wider type.*drn\.fp16\.rejected\.engine"):
+        build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
+    assert not model.with_name("drn.fp16.engine").exists()
+    assert model.with_name("drn.fp16.rejected.engine").stat().st_size == 90_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,9 @@ from onnx import TensorProto, numpy_helper
 
 from calib.batches import draw
 from calib.calibrate import measure_table
+from calib.errors import CalibrationError
 from calib.graphs import manifest_of
+from calib.plan import Plan
 from calib.table import CalibrationTable
 from export.census import census
 from export.precision import opset_of
@@ -128,3 +131,38 @@ def test_what_a_weakly_typed_tensorrt_is_given_has_no_half_precision(
         assert opset_of(twin.weak) == opset_of(source)
         has_qdq = any(node.op_type == "DequantizeLinear" for node in twin.weak.graph.node)
         assert has_qdq == (precision == "int8")
+
+
+def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(
+    source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path
+) -> None:
+    video = data_set.annotations("test")[0].video
+    dataclasses.replace(table, videos=(video,)).save(tmp_path / "test.json")
+    with pytest.raises(CalibrationError, match="test split"):
+        make_twin(source, "int8", Wishes(table=tmp_path / "test.json", threads=1), data_set)
+    table.save(tmp_path / "t.json")
+    Plan(("prop_fc",), "int8", "0" * 64, dict(table.key), {}).save(tmp_path / "plan.json")
+    with pytest.raises(CalibrationError, match="use that table"):
+        make_twin(source, "int8", Wishes(table=tmp_path / "t.json", plan=tmp_path / "plan.json", threads=1), None)
+
+
+def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
+    source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        name: dataclasses.replace(entry, low=entry.low / 1e4, high=entry.high / 1e4)
+        for name, entry in table.ranges.items()
+    }
+    dataclasses.replace(table, ranges=small).save(tmp_path / "t.json")
+    asked = {}
+
+    def search(model: Any, table: Any, judge: Any, max_drop: float, *, ranker: Any, **_: Any) -> Any:
+        asked.update(judge=len(judge.annotations), ranker=len(ranker.annotations))
+        raise PromiseBroken("enough")
+
+    monkeypatch.setattr("export.twin.HELD_OUT", 8)
+    monkeypatch.setattr("export.twin.search", search)
+    with pytest.raises(PromiseBroken, match="enough"):
+        make_twin(source, "int8", Wishes(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set)
+    assert asked["ranker"] == 8
+    assert asked["judge"] > 8
