@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,11 @@ class Court:
         # they are in only where ONNX Runtime is what will answer.
         graph = emulated(onnx.load_from_string(made.content))
         optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
-        return self._judge(self._sharing(graph, optimised), made.file(self.job.twin))
+        # One core for each of the two serves better than all cores for one after the other.
+        threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
+        at_once = self.threads != 1
+        judged, reference = self._sharing(graph, optimised, threads), self._sharing(self.graph, True, threads)
+        return self._judge(judged, made.file(self.job.twin), reference, at_once)
 
     def judge_engine(self, made: Made) -> Proof:
         """Hold the engine against the FP32 graph; on the GPU."""
@@ -68,18 +73,19 @@ class Court:
         from runtime.grounder import Grounder
 
         judged = Grounder.load(self.job.output, "cuda")
-        return self._judge(judged, ModelFile.of(self.job.output, made.manifest))
+        reference = self._sharing(self.graph, True, self.threads)
+        return self._judge(judged, ModelFile.of(self.job.output, made.manifest), reference, False)
 
-    def _sharing(self, graph: onnx.ModelProto, optimised: bool) -> Grounder:
+    def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
         """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
         two thirds of the time."""
         from calib.graphs import GraphPair
         from export.split import split_graph
         from runtime.grounder import Grounder
 
-        return Grounder(GraphPair(*split_graph(graph), self.threads, optimised))
+        return Grounder(GraphPair(*split_graph(graph), threads, optimised))
 
-    def _judge(self, judged: Grounder, file: ModelFile) -> Proof:
+    def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> Proof:
         from export.parity import Budget
         from export.passport import ModelFile
         from export.verify import prove
@@ -88,13 +94,14 @@ class Court:
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
         manifest = manifest_of(self.graph, str(self.source))
         return prove(
-            (self._sharing(self.graph, optimised=True), judged),
+            (reference, judged),
             (ModelFile.of(self.source, manifest), file),
             self.data_set,
             self.annotations,
             Budget.of(self.job.precision, self.max_drop),
             split=self.split,
             again=self.again,
+            at_once=at_once,
         )
 
     def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError, QueryError
-from runtime.evaluation import heads_of, suppressed
+from runtime.evaluation import Chunk, answers_to, chunks, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.metrics import IOU_THRESHOLDS, Report, best_overlap, hits, prior_report, recall_name, report
@@ -218,6 +219,7 @@ def compare(
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
     known: Heads | None = None,
+    at_once: bool = False,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Parity:
     """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
@@ -230,6 +232,7 @@ def compare(
         protocol: whose NMS and hit rule, for both; the reference's own when None.
         batch_size: queries that go through the networks together.
         known: what `answers` gave for the reference, for callers that compare several models with it.
+        at_once: ask both at the same time, in a thread each; for models on the CPU.
         on_progress: called with the number of queries that one of the two has answered since the last call.
 
     Raises:
@@ -241,9 +244,9 @@ def compare(
         raise AnnotationError("There are no queries to compare the two models on; choose another split or --limit.")
     check_comparable(reference.manifest, other.manifest)
     _check_queries(other, annotations)
-    if known is None:
-        known = answers(reference, data_set, annotations, batch_size, on_progress)
-    heads = [known, answers(other, data_set, annotations, batch_size, on_progress)]
+    models = (reference, other) if known is None else (other,)
+    found = _answers(models, data_set, annotations, batch_size, at_once, on_progress)
+    heads = found if known is None else [known, *found]
     prior_truth = None
     if data_set.annotations_path("train").is_file():
         prior_truth = data_set.spans(data_set.annotations("train", invalid="drop"))
@@ -352,13 +355,36 @@ def answers(
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Heads:
     """Return the heads of all N queries, in their order: under 2 kB a query, the videos are let go of."""
-    count, locations = len(annotations), model.manifest.decoding.num_locations
+    return _answers((model,), data_set, annotations, batch_size, False, on_progress)[0]
+
+
+def _answers(
+    models: Sequence[Grounder],
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    batch_size: int,
+    at_once: bool,
+    on_progress: Callable[[int], Any],
+) -> list[Heads]:
+    """Return the heads of all N queries for each model; every video is read once for all of them."""
+    locations = models[0].manifest.decoding.num_locations
     shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
-    gathered = Heads(**{name: np.empty((count, *shape), np.float32) for name, shape in shapes.items()})
-    for rows, found in heads_of(model, data_set, annotations, batch_size):
-        for name in shapes:
-            getattr(gathered, name)[rows] = getattr(found, name)
-        on_progress(len(rows))
+    gathered = [
+        Heads(**{name: np.empty((len(annotations), *shape), np.float32) for name, shape in shapes.items()})
+        for _ in models
+    ]
+    with ThreadPoolExecutor(len(models)) as pool:
+        for chunk in chunks(models[0], data_set, annotations):
+
+            def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
+                return list(answers_to(model, chunk, batch_size))
+
+            every = pool.map(ask, models) if at_once else map(ask, models)
+            for heads, found in zip(gathered, every, strict=True):
+                for rows, part in found:
+                    for name in shapes:
+                        getattr(heads, name)[rows] = getattr(part, name)
+                    on_progress(len(rows))
     return gathered
 
 

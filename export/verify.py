@@ -219,6 +219,7 @@ def prove(
     again: str,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
+    at_once: bool = False,
 ) -> Proof:
     """Ask both models every query, with progress, and hold the second to its budget.
 
@@ -229,10 +230,17 @@ def prove(
         budget: what may be lost.
         split, again: for the report.
         protocol, batch_size: see `verify`.
+        at_once: see `export.parity.compare`.
     """
     with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
         parity = compare(
-            *sides, data_set, annotations, protocol=protocol, batch_size=batch_size, on_progress=bar.update
+            *sides,
+            data_set,
+            annotations,
+            protocol=protocol,
+            batch_size=batch_size,
+            at_once=at_once,
+            on_progress=bar.update,
         )
     return Proof(parity, files[0], files[1], budget, verdict(parity, budget), split, again)
 

@@ -95,9 +95,9 @@ def batches_of(
 
     Every sentence is read before any video; each video is read once, and few at a time.
     """
-    for chunk, queries, segments in _chunks(grounder, data_set, annotations, segments_of):
-        for indices, batch in batches(queries, segments, batch_size):
-            yield chunk[indices], batch
+    for chunk in chunks(grounder, data_set, annotations, segments_of):
+        for indices, batch in batches(chunk.queries, chunk.segments, batch_size):
+            yield chunk.rows[indices], batch
 
 
 def heads_of(
@@ -108,34 +108,58 @@ def heads_of(
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
-    for chunk, queries, segments in _chunks(grounder, data_set, annotations, segments_of):
-        videos: Sequence[Segments | EncodedVideo] = segments
-        if grounder.is_pair:
-            names = [annotations[i].video for i in chunk]
-            encoded = {
-                name: grounder.encode_segments(entry, data_set.durations[name], name)
-                for name, entry in dict(zip(names, segments)).items()
-            }
-            videos = [encoded[name] for name in names]
-        for indices, heads in grounder.run(queries, videos, batch_size):
-            yield chunk[indices], heads
+    for chunk in chunks(grounder, data_set, annotations, segments_of):
+        yield from answers_to(grounder, chunk, batch_size)
 
 
-def _chunks(
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A bounded number of queries whose videos have been read.
+
+    Attributes:
+        rows: (C,) their positions in the annotations.
+        queries: C times (L,) word ids.
+        segments: C times the segments of the video.
+        names, durations: C times the video's name and its length in seconds.
+    """
+
+    rows: np.ndarray
+    queries: list[np.ndarray]
+    segments: list[Segments]
+    names: list[str]
+    durations: list[float]
+
+
+def answers_to(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
+    """Yield the positions and heads of each batch of a chunk. A model that was split encodes each video once."""
+    videos: Sequence[Segments | EncodedVideo] = chunk.segments
+    if grounder.is_pair:
+        distinct = dict(zip(chunk.names, zip(chunk.segments, chunk.durations)))
+        encoded = {
+            name: grounder.encode_segments(segments, duration, name) for name, (segments, duration) in distinct.items()
+        }
+        videos = [encoded[name] for name in chunk.names]
+    for indices, heads in grounder.run(chunk.queries, videos, batch_size):
+        yield chunk.rows[indices], heads
+
+
+def chunks(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments] | None,
-) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[Segments]]]:
-    """Yield positions of queries with their word ids and their videos' segments, a bounded number at a time."""
+    segments_of: Callable[[str], Segments] | None = None,
+) -> Iterator[Chunk]:
+    """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
     queries = [_encoded(grounder, annotation) for annotation in annotations]
-    for chunk in _by_video(annotations):
+    for rows in _by_video(annotations):
+        names = [annotations[i].video for i in rows]
         if segments_of is None:
-            known = {name: grounder.segments(data_set.video(name)) for name in {annotations[i].video for i in chunk}}
-            segments = [known[annotations[i].video] for i in chunk]
+            known = {name: grounder.segments(data_set.video(name)) for name in set(names)}
+            segments = [known[name] for name in names]
         else:
-            segments = [segments_of(annotations[i].video) for i in chunk]
-        yield np.asarray(chunk), [queries[i] for i in chunk], segments
+            segments = [segments_of(name) for name in names]
+        durations = [data_set.durations[name] for name in names]
+        yield Chunk(np.asarray(rows), [queries[i] for i in rows], segments, names, durations)
 
 
 def suppressed(proposals: Proposals, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:

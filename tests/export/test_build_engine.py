@@ -340,7 +340,7 @@ def test_eight_bits_are_judged_as_what_will_answer_computes_them(
     class Enough(Exception):
         pass
 
-    def stop(_: Any, graph: onnx.ModelProto, optimised: bool) -> Any:
+    def stop(_: Any, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Any:
         seen.append(optimised)
         raise Enough
 

@@ -192,6 +192,22 @@ def test_both_models_see_the_same_batches_once(data_set: DataSet) -> None:
         assert all(np.array_equal(value, vars(theirs)[name]) for name, value in vars(ours).items())
 
 
+def test_asking_both_at_once_changes_nothing_and_reads_each_video_once(
+    data_set: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = DataSet.video
+    monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
+    other = alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0))
+    annotations = data_set.annotations("test")
+    found = [
+        compare(Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(other)), data_set, annotations, at_once=at_once)
+        for at_once in (False, True)
+    ]
+    assert found[0] == found[1]
+    assert sorted(read) == sorted(2 * [*{entry.video for entry in annotations}]), "once a comparison"
+
+
 def test_what_is_known_of_the_reference_is_not_asked_again(data_set: DataSet) -> None:
     sides = [Scripted(alone(*TRUTHS)), Scripted(alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)))]
     annotations = data_set.annotations("test")
