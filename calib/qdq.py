@@ -15,7 +15,7 @@ import numpy as np
 
 from calib.balance import balance, balanced_name, gain_sites
 from calib.errors import CalibrationError
-from calib.graphs import manifest_of
+from calib.graphs import manifest_of, without_weights
 from calib.ranges import Range
 from calib.table import CalibrationTable
 from runtime.manifest import METADATA_KEY
@@ -334,7 +334,7 @@ def multiply_adds(model: onnx.ModelProto, query_length: int = 8) -> dict[str, tu
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(_without_weights(model))
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model))
     free = {"batch": 1, "query_length": query_length}
     shapes = {
         value.name: [free.get(size.dim_param, size.dim_value) for size in value.type.tensor_type.shape.dim]
@@ -437,23 +437,3 @@ class _Writer:
             if op_type == "QuantizeLinear":
                 value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
         return name
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with its large constants as inputs, which is all that shapes need."""
-    import onnx
-
-    light = onnx.ModelProto()
-    light.opset_import.extend(model.opset_import)
-    light.ir_version = model.ir_version
-    light.graph.name = model.graph.name
-    light.graph.node.extend(model.graph.node)
-    light.graph.input.extend(model.graph.input)
-    light.graph.output.extend(model.graph.output)
-    light.graph.value_info.extend(model.graph.value_info)
-    for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) > 1024:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            light.graph.initializer.append(tensor)
-    return light

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from calib.graphs import without_weights
 from export.to_onnx import drn_modules
 from runtime.errors import ModelFileError, PromiseBroken
 
@@ -103,14 +104,10 @@ def census(model: onnx.ModelProto, query_length: int = 8) -> Census:
 
 def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
     """Return the graph for one query of `query_length` tokens, without weights: shapes are all that is needed."""
-    sized = onnx.ModelProto()
-    sized.opset_import.extend(model.opset_import)
-    sized.ir_version = model.ir_version
+    sized = without_weights(model)
     graph = sized.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
+    # Noted by the exporter for free sizes.
+    del graph.value_info[:]
     free = {"batch": 1, "query_length": query_length, "video": 1}
     for value in graph.input:
         for size in value.type.tensor_type.shape.dim:
@@ -118,11 +115,6 @@ def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
                 size.dim_value = free[size.dim_param]
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
-    for tensor in model.graph.initializer:
-        if int(np.prod(tensor.dims)) <= 64:
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return sized
 
 

@@ -373,8 +373,12 @@ def _answers(
         Heads(**{name: np.empty((len(annotations), *shape), np.float32) for name, shape in shapes.items()})
         for _ in models
     ]
-    with ThreadPoolExecutor(len(models)) as pool:
-        for chunk in chunks(models[0], data_set, annotations):
+    waiting = chunks(models[0], data_set, annotations)
+    with ThreadPoolExecutor(len(models) + 1) as pool:
+        # The next videos are read while these are asked about.
+        upcoming = pool.submit(next, waiting, None)
+        while (chunk := upcoming.result()) is not None:
+            upcoming = pool.submit(next, waiting, None)
 
             def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
                 return list(answers_to(model, chunk, batch_size))

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from calib.graphs import without_weights
 from export.to_onnx import drn_modules
 from runtime.errors import ModelFileError, ShapeError
 from runtime.tensors import Batch
@@ -88,7 +89,7 @@ class _Halving:
         self.half = half
         self.keep = keep
         self.initialisers = {tensor.name: tensor for tensor in self.graph.initializer}
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.types.update({tensor.name: tensor.data_type for tensor in self.graph.initializer})
@@ -181,7 +182,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     casts = [n for n in model.graph.node if n.op_type == "Cast" and helper.get_node_attr_value(n, "to") == kind]
     if not casts and all(tensor.data_type != kind for tensor in model.graph.initializer):
         return model
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     rounded = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == kind}
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
@@ -220,7 +221,7 @@ def scan(model: onnx.ModelProto, batches: Iterable[Batch]) -> dict[str, float]:
 
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     owner = {name: node.name for node in model.graph.node for name in node.output}
     floats = {
         value.name: value

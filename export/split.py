@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calib.graphs import without_weights
 from runtime.errors import ModelFileError
 from runtime.files import replace_when_whole
 from runtime.manifest import METADATA_KEY, Manifest
@@ -53,7 +54,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     manifest = _manifest(model)
     if manifest.part != "whole":
         raise ModelFileError(f"This graph is the {manifest.part} part of a pair already; split the whole one.")
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    graph = model.graph
     depends = _dependence(graph)
     # What is computed of the video alone and read by something that also sees the query.
     border = {
@@ -64,7 +65,8 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
         if depends[name] <= {FEATURES, SPANS}
     }
     cuts = [name for name, seen in border.items() if FEATURES in seen]
-    kinds = {value.name: value.type.tensor_type for value in graph.value_info}
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    kinds = {value.name: value.type.tensor_type for value in inferred.value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
             f"The graph should have one tensor at which what depends on the video alone ends, and has {len(cuts)}; "

@@ -170,9 +170,10 @@ def _accurate(
             f"{kind} moves boundaries by {least.shift_p99:.2f} s and loses {least.worst_drop:.2f} points even with all "
             "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16."
         )
-    if restored:
-        print(cost_table(steps))
-        log.warning("%s stay in FP32: in %s they move answers by more than is allowed.", ", ".join(restored), kind)
+    if not restored:
+        return half, []
+    print(cost_table(steps))
+    log.warning("%s stay in FP32: in %s they move answers by more than is allowed.", ", ".join(restored), kind)
     return to_half(graph, kind, (*keep, *restored)), restored
 
 
