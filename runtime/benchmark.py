@@ -22,6 +22,7 @@ from runtime.annotations import Annotation, DataSet
 from runtime.backends import MOST_THREADS, Device, PairBackend
 from runtime.command import command, next_command
 from runtime.decoding import PUBLISHED_COUNT, propose, suppress
+from runtime.drawing import check_plots
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, GroundingError, ModelFileError, QueryError
 from runtime.files import check_writable, sha256, write_json
@@ -41,7 +42,6 @@ from runtime.speed import (
     Report,
     Subject,
     Timing,
-    check_plots,
     draw,
 )
 from runtime.tensors import collate, padded

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ WHOLE = 1 << WHOLE_BITS
 # Containers round durations, and the last frame of some has no length.
 LATEST_SECONDS = 0.5
 FEWEST_FRAMES = 0.98
+# Containers keep times in units of up to a millisecond.
+ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Footage:
         quarter_turns: how often a frame is to be turned by 90 degrees counterclockwise, to stand upright.
         damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
         start: time of the first frame on the file's own clock, in seconds.
+        pixel_aspect: how many times as wide as high a stored pixel is shown.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Footage:
     quarter_turns: int = 0
     damage: str = ""
     start: float = 0.0
+    pixel_aspect: float = 1.0
 
     @property
     def duration(self) -> float:
@@ -170,6 +174,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
                 f"{path} does not tell its frame rate, and one frame alone has none; give a longer video."
             )
         damage = _shortfall(container, stream, len(times), reached) or damage
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
     with _opened(path) as (container, stream):
         first = next(_decoded(container, stream, path, damaged=True), None)
     if first is None:
@@ -183,6 +188,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
         quarter_turns=_quarter_turns(first.rotation, path),
         damage=damage,
         start=int(times[0]) * unit,
+        pixel_aspect=pixel_aspect,
     )
 
 
@@ -236,6 +242,76 @@ def pictures(
             reached, waiting = place, frame
     if not partial and reached + 1 < FEWEST_FRAMES * footage.num_frames:
         raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets promise {footage.num_frames}")
+
+
+def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.ndarray]:
+    """Return what is seen at some times, upright and in its true shape: (height, width, 3) uint8 each.
+
+    Decoding starts at the last key frame before, so that a few frames of a long video cost little. Of a damaged file
+    the last frame that can be decoded stands for what comes after it.
+
+    Args:
+        footage: what `look` returned.
+        times: in seconds from the first frame, rising.
+        height: of the pictures, in pixels; none is made larger than it is stored.
+    """
+    found: list[np.ndarray] = []
+    last = None
+    for frame in _frames_at(footage, [footage.start + time for time in times]):
+        # A frame that stays on for several of the times is one picture.
+        picture = found[-1] if found and frame is last else _small(frame, footage, height)
+        found.append(picture)
+        last = frame
+    return found
+
+
+def _frames_at(footage: Footage, times: Sequence[float]) -> Iterator[Any]:
+    """Yield the frame that is on at each of the rising times of the file's clock; no part is decoded twice."""
+    with _opened(footage.path) as (container, stream):
+        # Of a damaged file nothing is sure but its start.
+        packets = container.demux(stream) if not footage.damage else ()
+        keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
+        unit = float(stream.time_base)
+    after = np.searchsorted(keys * unit, np.array(times) + ROUNDING, side="right") - 1
+    for key in np.unique(after):
+        wanted = [time for time, its_key in zip(times, after) if its_key == key]
+        yield from _decoded_at(footage, wanted, int(keys[key]) if key > 0 else None)
+
+
+def _decoded_at(footage: Footage, times: Sequence[float], key: int | None) -> Iterator[Any]:
+    """Yield the frame that is on at each time, decoding from a key frame, or from the start of the file."""
+    av = _av()
+    shown, place = None, 0
+    with _opened(footage.path) as (container, stream):
+        try:
+            if key is not None:
+                container.seek(key, stream=stream)
+        except av.FFmpegError:
+            key = None
+        for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=True)):
+            time = footage.start + number / footage.frame_rate if frame.time is None else frame.time
+            if shown is None and key is not None and time > times[0] + ROUNDING:
+                # Some containers are sought by bytes, and land where they like.
+                yield from _decoded_at(footage, times, None)
+                return
+            while shown is not None and time > times[place] + ROUNDING:
+                yield shown
+                place += 1
+                if place == len(times):
+                    return
+            shown = frame
+    assert shown is not None, "look found a first frame"
+    for _ in times[place:]:
+        yield shown
+
+
+def _small(frame: Any, footage: Footage, height: int) -> np.ndarray:
+    """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
+    tall, wide = frame.height, frame.width * footage.pixel_aspect
+    share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
+    size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
+    picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
+    return np.ascontiguousarray(np.rot90(picture, footage.quarter_turns))
 
 
 def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:

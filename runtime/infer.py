@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from runtime.annotations import DataSet
 from runtime.backends import Device
+from runtime.choice import VideoChoice, open_choice
 from runtime.command import command, next_command
+from runtime.drawing import check_plots, draw
 from runtime.errors import GroundingError, QueryError
-from runtime.extraction import cached_video
-from runtime.extractors import open_extractor
 from runtime.files import check_writable
 from runtime.grounder import Grounder
-from runtime.timeline import Answer, Format, draw, render
-from runtime.videos import Video
+from runtime.timeline import Answer, Format, render
 
 
 def infer(
@@ -28,6 +26,7 @@ def infer(
     video: str | None = None,
     extractor: Path | None = None,
     partial: bool = False,
+    footage: Path | None = None,
     top_k: int = 5,
     format: Format = "text",
     plot: Path | None = None,
@@ -47,9 +46,10 @@ def infer(
         extractor: .onnx file that makes the clip features of a video file. They are kept in the user's cache directory
             (or DRN_CACHE), so that asking again costs nothing.
         partial: use what can be decoded of a damaged video file.
+        footage: the video file that --features or --data were made of, for the frames of --plot.
         top_k: most moments for each query.
         format: how moments are printed; srt holds the best of each query.
-        plot: PNG file for the moments on the video's time line.
+        plot: PNG file for the moments on the video's time line, over frames of the video where its file is given.
         device: auto, cpu or cuda.
         threads: CPU threads.
     """
@@ -57,59 +57,24 @@ def infer(
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.")
     if not query:
         raise QueryError('Nothing was asked; pass --query "a sentence".')
-    if partial and extractor is None:
-        raise GroundingError("--partial is about a video file; pass --video FILE --extractor ONNX, or leave it out.")
-    check_writable(plot, model, features, extractor, video if extractor else None)
+    choice = VideoChoice(features, duration, num_frames, data, video, extractor, partial, footage)
+    choice.check()
+    check_writable(plot, model, features, extractor, choice.film)
+    if plot:
+        check_plots()
     grounder = Grounder.load(model, device, threads)
-    truths: dict[str, tuple[float, float]] = {}
-    clock = grounder.manifest.features.clock
-    if extractor is not None and video is not None and features is None and data is None:
-        if duration is not None or num_frames is not None:
-            raise GroundingError("A video file tells its duration and frames; leave --duration and --num-frames out.")
-        network = open_extractor(extractor, device, threads)
-        network.manifest.check_fits(grounder.manifest.features)
-        subject = cached_video(Path(video), network, extractor, partial=partial, threads=threads)
-    elif extractor is not None:
-        raise GroundingError("--extractor makes features of a video file; pass --video FILE with it, and nothing else.")
-    elif features is not None and data is None and video is None:
-        if duration is None:
-            raise GroundingError("--features needs --duration, the length of that video in seconds.")
-        subject = Video.load(features, duration, num_frames, clock=clock)
-    elif data is not None and video is not None and features is None:
-        if duration is not None or num_frames is not None:
-            raise GroundingError(
-                "--data knows the duration and frames of its videos; leave --duration and --num-frames out."
-            )
-        data_set = DataSet(data)
-        subject = data_set.video(video)
-        truths = _truths(data_set, video)
-    else:
-        raise GroundingError(
-            "Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME, or --video FILE "
-            "--extractor ONNX."
-        )
-    found = grounder.ground_batch([(subject, sentence) for sentence in query], top_k)
+    chosen = open_choice(choice, grounder.manifest.features, device, threads)
+    asked = chosen.video
+    found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k)
     answers = [
-        Answer(sentence, subject.name, subject.duration, moments, truths.get(sentence))
+        Answer(sentence, asked.name, asked.duration, moments, chosen.truths.get(sentence))
         for sentence, moments in zip(query, found)
     ]
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     if plot:
-        draw(answers, plot)
+        draw(answers, plot, chosen.footage)
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
-
-
-def _truths(data_set: DataSet, video: str) -> dict[str, tuple[float, float]]:
-    """Return the moments that the data set gives for this video's sentences, cut off at its end."""
-    truths = {}
-    for split in ("train", "test"):
-        if data_set.annotations_path(split).is_file():
-            for annotation in data_set.annotations(split, invalid="keep", quiet=True):
-                if annotation.video == video and annotation.start < annotation.end:
-                    end = min(annotation.end, data_set.durations[video])
-                    truths[annotation.sentence] = (annotation.start, end)
-    return truths
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.errors import DeviceError, ModelFileError
+from runtime.drawing import check_plots
+from runtime.errors import ModelFileError
 from runtime.files import read_json, replace_when_whole
 from runtime.machine import Conditions
 from runtime.timing import Latency, Ratio, WarmUp
@@ -425,12 +425,6 @@ def _machine(report: Report) -> list[str]:
             told.append(f"slowed by {', '.join(moment.gpu.throttled_by) or 'nothing'}")
         lines.append(f"  {moment.when:<24} {', '.join(told) or 'nothing told'}")
     return lines
-
-
-def check_plots() -> None:
-    """Raise DeviceError if no picture can be drawn here."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.")
 
 
 def draw(report: Report, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Moments for people: text, tables, subtitles, and a picture of the video's time line."""
+"""Moments for people and programs: text, tables, subtitles."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import csv
 import dataclasses
 import io
 import json
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from runtime.errors import DeviceError
-from runtime.files import replace_when_whole
 from runtime.moments import Moment
 
 Format = Literal["text", "json", "jsonl", "csv", "srt"]
@@ -111,53 +107,3 @@ def _srt_time(seconds: float) -> str:
     milliseconds = round(seconds * 1000)
     minutes, rest = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02},{rest % 1000:03}"
-
-
-def draw(answers: Sequence[Answer], path: Path) -> None:
-    """Draw the moments of every query on the video's time line into a PNG; truth beneath, where known.
-
-    Raises:
-        DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.") from error
-    rows = [len(answer.moments) + (answer.truth is not None) for answer in answers]
-    heights = [0.9 + 0.28 * count for count in rows]
-    figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
-    panels = figure.subplots(len(answers), squeeze=False, height_ratios=heights)[:, 0]
-    for answer, axes in zip(answers, panels):
-        top = max((moment.score for moment in answer.moments), default=1.0) or 1.0
-        for rank, moment in enumerate(answer.moments):
-            # The best is full, the others fade with their score.
-            shade = 0.25 + 0.75 * moment.score / top
-            axes.barh(rank, moment.end - moment.start, left=moment.start, color="tab:blue", alpha=shade, height=0.75)
-            label = f"{clock(moment.start)}–{clock(moment.end)}  {moment.score:.2f}"
-            _label(axes, rank, moment.start, moment.end, answer.duration, label)
-        if answer.truth:
-            start, end = answer.truth
-            axes.barh(len(answer.moments), end - start, left=start, color="tab:green", height=0.75)
-            _label(axes, len(answer.moments), start, end, answer.duration, f"{clock(start)}–{clock(end)}  truth")
-        axes.set_xlim(0, answer.duration)
-        axes.set_ylim(max(len(answer.moments) + (answer.truth is not None), 1) - 0.4, -0.6)
-        axes.set_yticks([])
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-        title = "\n".join(textwrap.wrap(f"{answer.video}: “{answer.query}”", 110))
-        # A query may hold dollar signs, which are no formula here.
-        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-        axes.xaxis.set_major_formatter(lambda value, _: clock(value, 0))
-    with replace_when_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-
-
-def _label(axes: Any, row: int, start: float, end: float, duration: float, text: str) -> None:
-    """Write beside a bar, on the side that has room."""
-    if end < 0.8 * duration:
-        axes.text(end + 0.008 * duration, row, text, va="center", fontsize=8)
-    elif start > 0.2 * duration:
-        axes.text(start - 0.008 * duration, row, text, va="center", ha="right", fontsize=8)
-    else:
-        axes.text((start + end) / 2, row, text, va="center", ha="center", fontsize=8, color="white", fontweight="bold")

@@ -435,7 +435,7 @@ def test_bad_input_is_refused_before_any_work(
 def test_without_matplotlib_a_plot_is_refused_before_the_work(
     tiny_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.speed.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     said = refused(benchmark, "--model", tiny_model, "--plot", tmp_path / "a.png")
     assert "pip install 'drn-deploy[plot]'" in said

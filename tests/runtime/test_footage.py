@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import footage as footage_module
 from runtime.errors import DeviceError, FootageError
-from runtime.footage import Framing, Picture, clips, look, pictures
+from runtime.footage import Framing, Picture, clips, look, pictures, stills
 from runtime.videos import ClipClock
 from tests.films import film, scene, sound_only, truncated
 
@@ -151,6 +152,64 @@ def test_every_fourth_picture_is_that_of_all(tmp_path: Path) -> None:
     every = list(pictures(footage, AS_IT_IS))
     fourth = list(pictures(footage, AS_IT_IS, every=4))
     assert (np.stack(every)[::4] == np.stack(fourth)).all()
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that will hold the time of every frame that is decoded."""
+    seen: list[float] = []
+    decode = footage_module._decoded
+
+    def noted(*arguments: object, **options: object) -> object:
+        for frame in decode(*arguments, **options):  # type: ignore[arg-type]
+            seen.append(frame.time)
+            yield frame
+
+    monkeypatch.setattr(footage_module, "_decoded", noted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["long.mkv", "long.mp4", "long.ts", "long.avi"])
+def test_stills_are_what_is_seen_then_and_little_else_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    frames = scene(200)
+    footage = look(film(tmp_path / name, frames))
+    seen = decoded(monkeypatch)
+    times = [0.0, 0.02, 2.0, 5.019, 7.96, 9.0]
+    found = stills(footage, times, 48)
+    for time, picture in zip(times, found, strict=True):
+        wanted = frames[min(int(time * 25 + 1e-6), 199)]
+        assert np.abs(picture.astype(int) - wanted).mean() < 12, time
+    # MPEG-4 has a key frame every 12; FFV1 has nothing else.
+    assert len(seen) < 100
+
+
+def test_stills_of_a_rate_that_varies_and_of_a_late_start_are_those_on_then(tmp_path: Path) -> None:
+    times = [5000, 5040, 5900, 6000, 8000]
+    frames = scene(5)
+    footage = look(film(tmp_path / "odd.mkv", frames, times=times))
+    found = stills(footage, [0.0, 0.5, 0.95, 2.0, 3.5], 48)
+    assert [next(n for n in range(5) if (frames[n] == picture).all()) for picture in found] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("turned", [90, 180])
+def test_stills_stand_upright_and_are_no_larger_than_asked(tmp_path: Path, turned: int) -> None:
+    stored = scene(3)
+    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
+    (picture,) = stills(footage, [0.0], 24)
+    upright = np.rot90(stored[0], turned // 90)
+    assert picture.shape == (24, round(24 * upright.shape[1] / upright.shape[0]), 3)
+    corners = picture[2, 2], picture[-3, 2]
+    wanted = upright[2, 2], upright[-3, 2]
+    assert np.abs(np.array(corners, int) - np.array(wanted, int)).max() < 60
+
+
+def test_the_last_frame_of_a_damaged_file_stands_for_what_is_missing(tmp_path: Path) -> None:
+    whole = film(tmp_path / "whole.mp4", 100, options={"movflags": "faststart"})
+    footage = look(truncated(whole, tmp_path / "cut.mp4"))
+    first, last, after = stills(footage, [0.0, 3.5, 3.9], 48)
+    assert (last == after).all()
+    assert (first != last).any()
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20))

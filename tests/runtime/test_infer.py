@@ -80,6 +80,27 @@ def test_a_plot_is_written_whole(of_clip: tuple[Any, ...], tmp_path: Path, run_c
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_film_beside_features_must_be_as_long_as_they_say(
+    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    films = pytest.importorskip("tests.films")
+    pytest.importorskip("matplotlib")
+    line = (*of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png", "--footage")
+    assert "lasts 4.0 s and hall 20.0 s" in refused(infer, *line, films.film(tmp_path / "short.mp4", 100))
+    assert "does not exist" in refused(infer, *line, tmp_path / "gone.mp4")
+    assert not (tmp_path / "plot.png").exists()
+    assert run_command(infer, *line, films.film(tmp_path / "long.mp4", 100, rate=5)).code == 0
+    assert "written over" in refused(infer, *line[:-2], tmp_path / "long.mp4", "--footage", tmp_path / "long.mp4")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_model_is_opened(
+    of_clip: tuple[Any, ...], tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    assert "drn-deploy[plot]" in refused(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png")
+
+
 def test_an_unknown_word_is_named_and_the_rest_is_answered(
     of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,17 +6,13 @@ import csv
 import io
 import json
 import re
-import struct
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import DeviceError, OutputError
 from runtime.moments import Moment
-from runtime.timeline import Answer, clock, draw, render
+from runtime.timeline import Answer, clock, render
 
 ANSWERS = [
     Answer(
@@ -141,50 +137,3 @@ def test_no_answers_are_still_a_document() -> None:
     assert json.loads(render([], "json")) == []
     assert render([], "csv") == "video,query,rank,start,end,score"
     assert render(ANSWERS[2:], "srt") == ""
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", head[16:24])
-
-
-def test_a_plot_is_a_png_that_grows_with_the_moments(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    draw(ANSWERS[:2], tmp_path / "two.png")
-    draw(ANSWERS[1:2], tmp_path / "one.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
-    (width, tall), (same_width, low) = png_size(tmp_path / "two.png"), png_size(tmp_path / "one.png")
-    assert width == same_width == 1200
-    assert 100 < low < tall < 1200
-
-
-def test_a_query_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    draw([Answer(r"pays $\frac$", "v", 10.0, [Moment(1, 2, 0)])], tmp_path / "plot.png")
-    png_size(tmp_path / "plot.png")
-
-
-def test_bars_of_a_plot_lie_where_the_moments_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-    draw(ANSWERS[:1], tmp_path / "plot.png")
-    (axes,) = drawn[0].axes
-    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
-    assert spans == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
-    assert axes.get_xlim() == (0, 40)
-
-
-def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[plot\]'"):
-        draw(ANSWERS, tmp_path / "plot.png")
-
-
-def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("a file")
-    with pytest.raises(OutputError, match=r"plot\.png cannot be written"):
-        draw(ANSWERS[1:2], tmp_path / "file" / "plot.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

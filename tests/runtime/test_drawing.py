@@ -1,0 +1,192 @@
+"""`runtime.drawing`: bars where the moments are, one row a query, and frames of the video beneath."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.drawing import BEST, FRAMES, TRUTH, draw
+from runtime.errors import DeviceError, OutputError
+from runtime.footage import look
+from runtime.moments import Moment
+from runtime.timeline import Answer
+
+pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-deploy[plot]')")
+
+MOMENTS = [Moment(20.0, 30.5, 0.75), Moment(0.0, 10.0, 0.5), Moment(39.5, 40.0, 0.0625)]
+ANSWERS = [
+    Answer('person says "hi", then\nleaves', "3MSZA", 40.0, MOMENTS, (20.0, 40.0)),
+    Answer("a dog", "3MSZA", 40.0, [Moment(1.25, 36.5, 0.5)]),
+    Answer("nothing", "3MSZA", 40.0, []),
+]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, kept instead of written."""
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
+    return figures
+
+
+def bars(axes: Any) -> list[tuple[float, float]]:
+    return [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches if bar.get_gid() == "bar"]
+
+
+def rows(axes: Any) -> int:
+    return len({bar.get_y() for bar in axes.patches if bar.get_gid() == "track"})
+
+
+def said(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_a_picture_is_a_png_that_grows_with_the_queries(tmp_path: Path) -> None:
+    draw(ANSWERS, tmp_path / "three.png")
+    draw(ANSWERS[1:2], tmp_path / "one.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "three.png"]
+    (width, tall), (same_width, low) = png_size(tmp_path / "three.png"), png_size(tmp_path / "one.png")
+    assert width == same_width == 1200
+    assert 100 < low < tall < 1200
+
+
+def test_one_query_has_a_line_for_each_moment_and_for_the_truth(drawn: list[Any], tmp_path: Path) -> None:
+    draw(ANSWERS[:1], tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert bars(axes) == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
+    assert rows(axes) == 4
+    assert axes.get_xlim() == (0, 40)
+    assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(said(axes))
+
+
+def test_several_queries_have_one_line_each_on_one_axis_the_best_moment_in_full(
+    drawn: list[Any], tmp_path: Path
+) -> None:
+    draw(ANSWERS, tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    # Three lines, and one of truth; the best is drawn last, over what it overlaps.
+    assert rows(axes) == 4
+    assert bars(axes) == [(39.5, 40.0), (0.0, 10.0), (20.0, 30.5), (20.0, 40.0), (1.25, 36.5)]
+    colours = [to_hex(bar) for bar in axes.patches if bar.get_gid() == "bar"]
+    assert [colour in (BEST, TRUTH) for colour in colours] == [False, False, True, True, True]
+    heights = [bar.get_height() for bar in axes.patches if bar.get_gid() == "bar"]
+    assert heights[0] == heights[1] < heights[2]
+    assert "no moment found" in said(axes)
+
+
+def to_hex(bar: Any) -> str:
+    from matplotlib.colors import to_hex
+
+    return to_hex(bar.get_facecolor())
+
+
+def test_the_shortest_moment_at_an_edge_can_be_seen_and_stays_inside(drawn: list[Any], tmp_path: Path) -> None:
+    draw([Answer("edges", "v", 7200.0, [Moment(0, 0, 0.9), Moment(7200, 7200, 0)])], tmp_path / "plot.png")
+    first, last = bars(drawn[0].axes[0])
+    assert first[0] == 0
+    assert last[1] == pytest.approx(7200)
+    assert min(first[1] - first[0], last[1] - last[0]) == pytest.approx(7200 * 0.003)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize(
+    "query",
+    [
+        r"pays $\frac$",
+        "$x",
+        "word " * 300,
+        "x" * 5000,
+        "男は庭で車を洗っている" * 9,
+        "a\tb\u0301 \U0001f600",
+        "رجل يفتح الباب",
+    ],
+)
+def test_whatever_is_asked_is_written_within_the_picture(tmp_path: Path, drawn: list[Any], query: str) -> None:
+    draw([Answer(query, "v", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
+    figure = drawn[0]
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    assert 1 <= len([line for line in said(figure.axes[0]) if line]) <= 5
+    for text in figure.axes[0].texts:
+        assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("duration", [0.04, 3.0, 18.1, 59.0, 3600.0, 86400.0 * 30, 1e8])
+def test_ticks_stand_at_whole_steps_of_a_clock(drawn: list[Any], tmp_path: Path, duration: float) -> None:
+    draw([Answer("a", "v", duration, [])], tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    ticks = axes.get_xticks()
+    assert 1 <= len(ticks) <= 200
+    labels = [axes.xaxis.get_major_formatter()(tick) for tick in ticks]
+    assert len(set(labels)) == len(labels)
+    assert axes.get_xlim() == (0, duration)
+
+
+def shade(picture: np.ndarray) -> float:
+    """Return how bright the top right quarter of `scene` is: the number of the frame times seven."""
+    height, width = picture.shape[:2]
+    return float(picture[height // 8 : height * 3 // 8, width * 5 // 8 : width * 7 // 8].mean())
+
+
+def test_the_strip_shows_the_middle_of_each_part_of_the_time_line(drawn: list[Any], tmp_path: Path) -> None:
+    films = pytest.importorskip("tests.films")
+    footage = look(films.film(tmp_path / "hall.mkv", 36, rate=10))
+    draw([Answer("a", "hall", footage.duration, MOMENTS[:0])], tmp_path / "plot.png", footage)
+    _, strip = drawn[0].axes
+    count = len(strip.images)
+    assert FRAMES[0] <= count <= FRAMES[1]
+    for number, image in enumerate(strip.images):
+        left, right, *_ = image.get_extent()
+        assert (left, right) == pytest.approx((number * 3.6 / count, (number + 1) * 3.6 / count))
+        shown = int((left + right) / 2 * 10 + 1e-6)
+        assert shade(np.asarray(image.get_array())) == pytest.approx(shown * 7, abs=4)
+
+
+def test_of_one_query_the_strip_is_bright_where_the_best_moment_is(drawn: list[Any], tmp_path: Path) -> None:
+    films = pytest.importorskip("tests.films")
+    footage = look(films.film(tmp_path / "hall.mkv", 40, rate=10))
+    answers = [Answer("a", "hall", 4.0, [Moment(1, 2, 0.5)]), Answer("b", "hall", 4.0, [Moment(0, 4, 0.5)])]
+    draw(answers[:1], tmp_path / "plot.png", footage)
+    draw(answers, tmp_path / "plot.png", footage)
+    veils = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in drawn[0].axes[1].patches]
+    assert veils == [(0, 1), (2, 4)]
+    assert not drawn[1].axes[1].patches
+
+
+@pytest.mark.parametrize(("size", "turned"), [((48, 64), None), ((64, 48), 90), ((16, 320), None), ((320, 16), None)])
+def test_frames_of_any_shape_keep_it_and_fill_the_strip(
+    drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None
+) -> None:
+    films = pytest.importorskip("tests.films")
+    footage = look(films.film(tmp_path / "odd.mp4", films.scene(20, *size), turned=turned))
+    draw([Answer("a", "odd", footage.duration, [])], tmp_path / "plot.png", footage)
+    figure = drawn[0]
+    strip = figure.axes[1].get_window_extent()
+    height, width = np.asarray(figure.axes[1].images[0].get_array()).shape[:2]
+    shown = strip.width / len(figure.axes[1].images) / strip.height
+    assert shown == pytest.approx(width / height, rel=0.1)
+    assert 0.25 * 0.9 <= shown <= 8 * 1.1
+    assert figure.get_size_inches()[1] < 5
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[plot\]'"):
+        draw(ANSWERS, tmp_path / "plot.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match=r"plot\.png cannot be written"):
+        draw(ANSWERS[1:2], tmp_path / "file" / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
