@@ -1,0 +1,99 @@
+"""`python -m runtime.serve`: ground sentences over HTTP, with a page to do it by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from runtime.annotations import DataSet
+from runtime.backends import Device
+from runtime.command import command
+from runtime.errors import DeviceError, GroundingError
+from runtime.files import sha256
+from runtime.grounder import BATCH_SIZE, Grounder
+
+NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+MIB = 1 << 20
+
+
+def serve(
+    model: Path,
+    *,
+    data: Path | None = None,
+    media: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    allow_host: tuple[str, ...] = (),
+    api_key: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    wait_ms: float = 2.0,
+    queue_size: int = 512,
+    timeout: float = 30.0,
+    grace: int = 30,
+    cache_mib: int = 512,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> None:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C; then finish what was taken.
+
+    Args:
+        model: .onnx, .engine or .pt file; of a split model the query part, so that videos are encoded once.
+        data: directory of videos that can be asked about by name.
+        media: directory of the same videos as files, named after them, for the page's player.
+        host: address to listen at; any other than this machine's own wants --api-key.
+        port: 0 takes a free one.
+        allow_host: names that clients call the service by, where it is not this machine's own.
+        api_key: what clients must show, also as DRN_API_KEY in the environment, which other users cannot read.
+        batch_size: most sentences asked at once.
+        wait_ms: how long the first of a batch waits for others, where others are expected.
+        queue_size: most sentences that wait; what would be more is answered 429.
+        timeout: seconds until a request is given up.
+        grace: seconds to finish in after SIGTERM.
+        cache_mib: memory for videos that are ready to be asked.
+        device: auto, cpu or cuda.
+        threads: CPU threads of the model.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DeviceError(f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.")
+    from runtime.service.app import Service, ServiceOptions
+    from runtime.service.batching import BatchOptions
+    from runtime.service.gate import LOOPBACK, GateOptions
+    from runtime.service.server import run
+
+    api_key = api_key or os.environ.get("DRN_API_KEY") or None
+    here = host in ("localhost", "::1") or host.startswith("127.")
+    if not here and api_key is None:
+        raise GroundingError(
+            f"At {host} others than this machine can ask; pass --api-key (or DRN_API_KEY), or keep to 127.0.0.1."
+        )
+    if not 0 <= port <= 65535:
+        raise GroundingError(f"--port must be 0 to 65535, and {port} was given.")
+    if not (0 < timeout <= 3600 and 0 <= grace <= 3600 and cache_mib >= 0):
+        raise GroundingError(
+            f"--timeout is above 0 and --grace 0 or more, both at most 3600 seconds, and --cache-mib 0 or more; "
+            f"{timeout:g}, {grace} and {cache_mib} were given."
+        )
+    hosts = tuple(dict.fromkeys(name.lower() for name in (*LOOPBACK, host, *allow_host))) if here or allow_host else ()
+    options = ServiceOptions(
+        timeout_s=timeout,
+        cache_bytes=cache_mib * MIB,
+        batching=BatchOptions(batch_size, wait_ms, queue_size),
+        gate=GateOptions(api_key, hosts),
+    )
+    grounder = Grounder.load(model, device, threads)
+    digest = sha256(model)
+    service = Service(
+        grounder,
+        DataSet(data) if data else None,
+        model=model.name,
+        digest=digest,
+        media=media,
+        options=options,
+    )
+    run(service, host, port, grace)
+
+
+if __name__ == "__main__":
+    command(serve)

@@ -1,0 +1,77 @@
+"""One HTTP connection: what uvicorn leaves open is closed here, and what it says in plain text is said in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runtime.service.refusals import Refusal
+
+HEADER_SECONDS = 10.0
+HEADER_BYTES = 16 << 10
+MOST_CONNECTIONS = 512
+
+
+class Connection(H11Protocol):
+    """Ends clients that do not send a whole request head in `HEADER_SECONDS`, and those that are too many."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._say(Refusal(503, "Too many connections are open; try again later.", headers={"retry-after": "1"}))
+            return
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        # The first bytes of another request on this connection: its head has as long as the first one's.
+        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._head_came()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._say(
+            Refusal(
+                400,
+                f"This is no HTTP request, or its head is above {HEADER_BYTES >> 10} KiB; send HTTP/1.1 and shorter "
+                "headers.",
+            )
+        )
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEADER_SECONDS, self._late)
+
+    def _head_came(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _late(self) -> None:
+        self._head_timer = None
+        self._say(Refusal(408, f"No whole request head came in {HEADER_SECONDS:g} s; send it at once."))
+
+    def _say(self, refusal: Refusal) -> None:
+        """Answer outside of any request, and close."""
+        self._head_came()
+        if not self.transport.is_closing():
+            body = refusal.body()
+            extra = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
+            self.transport.write(
+                f"HTTP/1.1 {refusal.status} {refusal.code}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n".encode()
+                + body
+            )
+            self.transport.close()

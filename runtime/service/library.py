@@ -1,0 +1,193 @@
+"""The videos a service knows by name: read and encoded once, however many ask, and kept while there is room."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from runtime.annotations import DataSet
+from runtime.encodings import EncodedVideo
+from runtime.errors import AnnotationError, FeatureError, GroundingError
+from runtime.grounder import Grounder, Subject
+from runtime.service.batching import Batcher
+from runtime.service.refusals import Refusal
+from runtime.videos import Video
+
+# What browsers play; a data set's own videos are found by these endings.
+MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".mov": "video/quicktime",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".avi": "video/x-msvideo",
+    ".ogv": "video/ogg",
+}
+READERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A video as a list shows it.
+
+    Attributes:
+        id: what it is asked by.
+        name: what answers call it.
+        duration: seconds.
+        num_frames: frames.
+        media: the file that plays it, where there is one.
+    """
+
+    id: str
+    name: str
+    duration: float
+    num_frames: int
+    media: Path | None = None
+
+
+class Library:
+    """The videos of a data set.
+
+    Args:
+        data: the data set; None knows no video.
+        media: directory of its video files, named after the videos.
+    """
+
+    def __init__(self, data: DataSet | None, media: Path | None = None) -> None:
+        self._data = data
+        self._media = _media_files(media) if media else {}
+        self.names = sorted(set(data.durations) & set(data.num_frames)) if data else []
+        self._known = frozenset(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def entry(self, name: str) -> Entry:
+        """Return a video of the data set, whose features were not looked at."""
+        assert self._data is not None
+        return Entry(name, name, self._data.durations[name], self._data.num_frames[name], self._media.get(name))
+
+    def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
+        """Return how many names contain a text, in whatever case, and so many of them from `offset` on."""
+        wanted = contains.lower()
+        found = [name for name in self.names if wanted in name.lower()] if wanted else self.names
+        return len(found), [self.entry(name) for name in found[offset : offset + limit]]
+
+    def load(self, name: str) -> Video:
+        """Read a video. Refusal if it cannot be used: that is not for the client to put right."""
+        assert self._data is not None
+        try:
+            return self._data.video(name)
+        except (FeatureError, AnnotationError) as error:
+            # The sentence names files of this machine.
+            raise Refusal(
+                404, f"The features of {name!r} are missing or cannot be used; ask about another video.", "no_features"
+            ) from error
+
+
+class Shelf:
+    """Videos ready to be asked, the last few of them: whoever comes while one is made ready waits for the same.
+
+    Args:
+        grounder: the model; one that was split encodes them.
+        batcher: the thread that owns it.
+        capacity: bytes; the videos asked last stay.
+        seen: told of every look: `hit`, `joined` (another is making it ready) or `miss`.
+    """
+
+    def __init__(
+        self, grounder: Grounder, batcher: Batcher, capacity: int, seen: Callable[[str], None] = lambda what: None
+    ) -> None:
+        self._grounder = grounder
+        self._batcher = batcher
+        self._capacity = capacity
+        self._seen = seen
+        self._ready: collections.OrderedDict[str, tuple[Subject, int]] = collections.OrderedDict()
+        self._coming: dict[str, asyncio.Task[Subject]] = {}
+        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    async def subject(self, key: str, load: Callable[[], Video]) -> Subject:
+        """Return the video of this key as the model takes it; `load` reads it, in another thread, if it is not there.
+
+        Raises what `load` does, and Refusal if the features do not fit the model.
+        """
+        found = self._ready.get(key)
+        if found is not None:
+            self._ready.move_to_end(key)
+            self._seen("hit")
+            return found[0]
+        task = self._coming.get(key)
+        self._seen("joined" if task else "miss")
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._make_ready(key, load))
+            self._coming[key] = task
+            task.add_done_callback(functools.partial(self._arrived, key))
+        # One who leaves does not take it from the others.
+        return await asyncio.shield(task)
+
+    def forget(self, key: str) -> None:
+        """Drop a video."""
+        found = self._ready.pop(key, None)
+        if found is not None:
+            self.bytes -= found[1]
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    async def _make_ready(self, key: str, load: Callable[[], Video]) -> Subject:
+        def read() -> Video:
+            video = load()
+            # Checked and pooled here, so that the model's thread finds it done.
+            self._grounder.segments(video)
+            return video
+
+        video = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        subject: Subject = video
+        if self._grounder.is_pair:
+            subject = await self._batcher.do(lambda: self._grounder.encode(video))
+        self._keep(key, subject)
+        return subject
+
+    def _keep(self, key: str, subject: Subject) -> None:
+        size = _bytes(subject)
+        self._ready[key] = (subject, size)
+        self.bytes += size
+        while self.bytes > self._capacity and len(self._ready) > 1:
+            self.forget(next(iter(self._ready)))
+
+    def _arrived(self, key: str, task: asyncio.Task[Subject]) -> None:
+        self._coming.pop(key, None)
+        # Read, so that a failure whose askers have all left is no warning of the loop's.
+        if not task.cancelled():
+            task.exception()
+
+
+def _bytes(subject: Subject) -> int:
+    arrays: list[np.ndarray] = [subject.features]
+    if isinstance(subject, EncodedVideo):
+        arrays.append(subject.spans)
+    else:
+        arrays += [part.features for part in subject._segments.values()]
+    return sum(array.nbytes for array in arrays)
+
+
+def _media_files(directory: Path) -> dict[str, Path]:
+    """Return the video files of a directory by the names of their videos."""
+    if not directory.is_dir():
+        raise GroundingError(f"The directory of video files {directory} does not exist; check --media.")
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
+    order = list(MEDIA_TYPES)
+    # Of several of one name, what browsers play best.
+    files.sort(key=lambda path: -order.index(path.suffix.lower()))
+    return {path.stem: path for path in files}

@@ -1,0 +1,65 @@
+"""What a request is answered that cannot be served: one shape of JSON, whatever went wrong and wherever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from runtime.errors import DeviceError, GroundingError, QueryError
+
+# Status to the code that stands for it where nothing more exact is known.
+CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "not_ready",
+    411: "length_required",
+    413: "too_large",
+    415: "unsupported_media_type",
+    416: "range_not_satisfiable",
+    422: "invalid",
+    429: "busy",
+    431: "headers_too_large",
+    500: "internal",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+class Refusal(Exception):
+    """An answer that says what happened, what was expected and what to do.
+
+    Attributes:
+        status: of HTTP.
+        message: the sentence.
+        code: for programs.
+        headers: that go with it.
+        close: whether the connection ends with it, since what the client is still sending is not read.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or CODES.get(status, "error")
+        self.headers = {**(headers or {}), **({"connection": "close"} if close else {})}
+
+    def body(self) -> bytes:
+        return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
+
+
+def refusal_of(error: GroundingError) -> Refusal:
+    """Return how a client is told of something it can put right; what is wrong on our side is not described to it."""
+    if isinstance(error, DeviceError):
+        return Refusal(503, "The service cannot do this now; try again later, or tell whoever runs it.")
+    return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)

@@ -1,0 +1,81 @@
+"""A service on a port, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from runtime.errors import GroundingError
+from runtime.service.app import Service
+from runtime.service.connection import HEADER_BYTES, Connection
+
+log = logging.getLogger("drn.service")
+
+KEEP_ALIVE_SECONDS = 15
+# How long a thread may hold Python before another gets its turn: replies go out while a batch is decoded.
+SWITCH_SECONDS = 0.001
+
+
+class _Server(uvicorn.Server):
+    """Ends at SIGTERM and Ctrl-C with what it took answered, and the process goes on."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.gate.draining = True
+        # A second one does not wait.
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(service: Service, host: str, port: int, grace: int) -> None:
+    """Serve until told to end; print the address once requests are taken.
+
+    Raises:
+        GroundingError: the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            service.close()
+            raise GroundingError(
+                f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host."
+            ) from error
+        config = uvicorn.Config(
+            service.gate,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=grace,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+        )
+        listener.listen(config.backlog)
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
+        sys.setswitchinterval(SWITCH_SECONDS)
+        _Server(config, service).run([listener])

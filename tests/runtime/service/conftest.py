@@ -1,0 +1,132 @@
+"""A small model and data set behind a real service on loopback, and what a client says to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.grounder import Grounder
+from runtime.manifest import METADATA_KEY, Features, Manifest
+
+for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+    pytest.importorskip(module, reason="the service needs drn-deploy[serve]")
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def refused(self, status: int, *words: str) -> str:
+        """Return the sentence of an error, which must be of this status and hold these words."""
+        assert self.status == status, (self.status, self.body[:500])
+        assert self.headers["content-type"] == "application/json"
+        assert set(self.json) == {"error"}
+        assert set(self.json["error"]) == {"code", "message"}
+        for word in words:
+            assert word in self.json["error"]["message"]
+        return self.json["error"]["message"]
+
+
+class Running:
+    """The command in a process of its own, started as a person would."""
+
+    def __init__(self, *words: object) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.serve", *map(str, words)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+        if not self.url:
+            pytest.fail(f"the service did not start: {self.process.communicate()[1]}")
+        self.port = int(self.url.rsplit(":", 1)[1].strip("/"))
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.request("GET", path, headers=headers)
+
+    def ask(self, value: Any, **headers: str) -> Reply:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        return self.request("POST", "/v1/ground", body, {"content-type": "application/json", **headers})
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """End it and return its exit code and log."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            _, log = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, log
+
+
+@pytest.fixture(scope="session")
+def model(write_graph: Callable[..., Path], planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph whose answers depend on video and sentence, for the planted data set."""
+    manifest = Manifest(DataSet(planted).vocabulary, Decoding(), Features("C3D", 32), max_query_length=20)
+    path = tmp_path_factory.mktemp("service") / "drn.onnx"
+    return write_graph(path, {METADATA_KEY: manifest.to_json()}, dim=32)
+
+
+@pytest.fixture(scope="session")
+def offline(model: Path) -> Grounder:
+    """The same model in this process."""
+    return Grounder.load(model, "cpu", 1)
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Callable[..., Running]]:
+    """Start services that end with the tests."""
+    started: list[Running] = []
+
+    def begin(*words: object) -> Running:
+        started.append(Running(*words, "--port", 0, "--threads", 1))
+        return started[-1]
+
+    yield begin
+    for service in started:
+        if service.process.poll() is None:
+            service.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def service(start: Callable[..., Running], model: Path, planted: Path) -> Running:
+    """A service of the planted data set."""
+    return start("--model", model, "--data", planted)

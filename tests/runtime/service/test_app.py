@@ -1,0 +1,159 @@
+"""`runtime.service.app`: what is asked over HTTP, and what comes back."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.files import sha256
+from runtime.grounder import Grounder
+from runtime.infer import infer
+from tests.runtime.service.conftest import Running
+from tests.tolerances import BATCHED_SECONDS
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Whether two answers are the same but for the last digits of their numbers."""
+    if isinstance(expected, float):
+        return abs(found - expected) <= BATCHED_SECONDS
+    if isinstance(expected, dict):
+        return set(found) == set(expected) and all(alike(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(alike, found, expected))
+    return bool(found == expected)
+
+
+def test_an_answer_is_what_infer_prints(service: Running, model: Path, planted: Path) -> None:
+    name = DataSet(planted).annotations("test")[0].video
+    sentences = ("person opens the door", "person closes the door")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        infer(model, sentences, data=planted, video=name, format="json", top_k=3, threads=1)
+    reply = service.ask({"video": name, "query": list(sentences), "top_k": 3})
+    assert reply.status == 200
+    assert alike(reply.json, json.loads(printed.getvalue()))
+    assert [len(answer["moments"]) for answer in reply.json] == [3, 3]
+
+
+def test_one_sentence_needs_no_list(service: Running) -> None:
+    one = service.ask({"video": "SIM00001", "query": "person opens the door"})
+    many = service.ask({"video": "SIM00001", "query": ["person opens the door"]})
+    assert one.status == many.status == 200
+    assert one.body == many.body
+
+
+def test_many_at_once_get_their_own_answers(service: Running, planted: Path, offline: Grounder) -> None:
+    data = DataSet(planted)
+    asked = [(annotation.video, annotation.sentence) for annotation in data.annotations("train")[:80]]
+    videos = {name: data.video(name) for name, _ in asked}
+    expected = offline.ground_batch([(videos[name], query) for name, query in asked])
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        replies = list(clients.map(lambda pair: service.ask({"video": pair[0], "query": pair[1]}), asked))
+    for (name, query), reply, moments in zip(asked, replies, expected, strict=True):
+        assert reply.status == 200
+        assert alike(reply.json, [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}])
+
+
+def test_health_tells_of_the_model(service: Running, model: Path) -> None:
+    reply = service.get("/healthz")
+    assert reply.status == 200
+    assert reply.json == {"status": "ready", "model": "drn.onnx", "digest": sha256(model)}
+
+
+def test_videos_are_listed_in_pages(service: Running, planted: Path) -> None:
+    names = sorted(DataSet(planted).durations)
+    found, offset = [], 0
+    while page := service.get(f"/v1/videos?offset={offset}&limit=10").json["videos"]:
+        found += page
+        offset += 10
+    assert [video["id"] for video in found] == names
+    assert found[3] == service.get(f"/v1/videos/{names[3]}").json
+    assert found[3]["duration"] == DataSet(planted).durations[names[3]]
+    some = service.get("/v1/videos?contains=sim0000&limit=3").json
+    assert some["total"] == sum("SIM0000" in name for name in names)
+    assert len(some["videos"]) == 3
+
+
+def test_metrics_count_what_was_asked(service: Running) -> None:
+    def count(name: str) -> float:
+        lines = service.get("/metrics").body.decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    before = count('drn_requests_total{code="200",route="/v1/ground"}'), count("drn_batch_pairs_sum")
+    service.ask({"video": "SIM00002", "query": ["person opens the door", "person closes the door"]})
+    service.ask({"video": "SIM00002", "query": "person opens the door"})
+    after = count('drn_requests_total{code="200",route="/v1/ground"}'), count("drn_batch_pairs_sum")
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 3)
+    assert count("drn_queue_pairs") == 0
+    assert count('drn_video_cache_total{result="hit"}') >= 1
+    assert count("process_resident_memory_bytes") > 0
+    assert count('drn_model_info{digest="') == 1
+
+
+QUESTION = {"video": "SIM00001", "query": "person opens the door"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 422, ["the body"]),
+        (b"{", 422, ["the body", "JSON"]),
+        (b"[]", 422, ["the body"]),
+        (b"\xff\xfe", 422, ["the body"]),
+        ({"video": "SIM00001"}, 422, ["query: Field required"]),
+        ({**QUESTION, "qeury": 1}, 422, ["qeury: Extra inputs are not permitted"]),
+        ({**QUESTION, "query": []}, 422, ["query", "at least 1"]),
+        ({**QUESTION, "query": [3]}, 422, ["query.0", "valid string"]),
+        ({**QUESTION, "query": "x" * 501}, 422, ["query.0", "at most 500"]),
+        ({**QUESTION, "query": ["person"] * 65}, 422, ["query", "at most 64"]),
+        ({**QUESTION, "query": "..."}, 422, ["holds no word"]),
+        ({**QUESTION, "query": ["person", "zork"]}, 422, ["Sentence 2", "knows none of the words of 'zork'"]),
+        ({**QUESTION, "query": "person " * 21}, 422, ["21 tokens", "1 to 20"]),
+        ({**QUESTION, "top_k": 0}, 422, ["top_k"]),
+        ({**QUESTION, "top_k": 101}, 422, ["top_k"]),
+        ({**QUESTION, "top_k": "5"}, 422, ["top_k", "valid integer"]),
+        (b'{"video": "SIM00001", "query": "person", "top_k": NaN}', 422, ["top_k"]),
+        ({**QUESTION, "video": "nobody"}, 404, ["no video 'nobody'", "/v1/videos"]),
+        ({**QUESTION, "video": "../SIM00001"}, 404, ["no video"]),
+        ({**QUESTION, "video": "C3D_unit16_overlap0.5_merged/SIM00001"}, 404, ["no video"]),
+        ({**QUESTION, "video": "SIM00001\0.pt"}, 404, ["no video"]),
+        ({**QUESTION, "query": "person \ud800"}, 422, []),
+    ],
+)
+def test_a_malformed_question_is_told_what_is_wrong(service: Running, body: Any, status: int, words: list[str]) -> None:
+    service.ask(body).refused(status, *words)
+    assert service.ask(QUESTION).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/videos/..%2f..%2f..%2fetc%2fpasswd", 404),
+        ("GET", "/v1/videos/SIM00001/media", 404),
+        ("GET", "/page/..%2fapp.py", 404),
+        ("GET", "/v1/ground", 405),
+        ("DELETE", "/healthz", 405),
+        ("POST", "/v1/ground", 415),
+        ("GET", "/v1/videos?limit=0", 422),
+        ("GET", "/v1/videos?limit=many", 422),
+        ("GET", "/v1/videos?offset=-1", 422),
+    ],
+)
+def test_a_wrong_address_is_answered_in_json(service: Running, method: str, path: str, status: int) -> None:
+    service.request(method, path).refused(status)
+
+
+def test_every_answer_carries_the_headers_that_keep_a_page_safe(service: Running) -> None:
+    for reply in (service.get("/"), service.get("/nowhere"), service.ask(QUESTION), service.get("/metrics")):
+        assert "default-src 'self'" in reply.headers["content-security-policy"]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in reply.headers
+        assert "server" not in reply.headers

@@ -1,0 +1,235 @@
+"""`runtime.service.batching`: one thread, many askers, each with answers of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import Grounder, Moment
+from runtime.annotations import DataSet
+from runtime.errors import GroundingError
+from runtime.service.batching import Batcher, BatchOptions
+from runtime.service.refusals import Refusal
+from tests.tolerances import BATCHED_SECONDS
+
+
+class Held(Grounder):
+    """A grounder that answers when it is let, and notes what it was asked."""
+
+    def __init__(self, inner: Grounder, fails_on: str = "") -> None:
+        super().__init__(inner.backend)
+        self.let = threading.Event()
+        self.let.set()
+        self.busy = threading.Event()
+        self.asked: list[list[str]] = []
+        self.fails_on = fails_on
+
+    def ground_batch(self, pairs: Sequence[Any], top_k: int = 5, batch_size: int = 32) -> list[list[Moment]]:
+        self.asked.append([query for _, query in pairs])
+        self.busy.set()
+        assert self.let.wait(30)
+        if self.fails_on and any(query == self.fails_on for _, query in pairs):
+            raise RuntimeError("the model failed")
+        return super().ground_batch(pairs, top_k, batch_size)
+
+
+@pytest.fixture
+def held(offline: Grounder) -> Held:
+    return Held(offline)
+
+
+@pytest.fixture(scope="module")
+def pairs(planted: Path) -> list[Any]:
+    data = DataSet(planted)
+    annotations = data.annotations("test") + data.annotations("train")[:30]
+    videos = {name: data.video(name) for name in {annotation.video for annotation in annotations}}
+    return [(videos[annotation.video], annotation.sentence) for annotation in annotations]
+
+
+def close_to(found: Sequence[Moment], expected: Sequence[Moment]) -> bool:
+    return len(found) == len(expected) and all(
+        abs(getattr(one, name) - getattr(other, name)) <= BATCHED_SECONDS
+        for one, other in zip(found, expected, strict=True)
+        for name in ("start", "end", "score")
+    )
+
+
+def test_everyone_gets_the_answers_to_their_own_question(held: Held, pairs: list[Any]) -> None:
+    # Groups of one to four sentences, asked all at once; no two answers are alike, so that a mix-up shows.
+    groups = [pairs[start : start + 1 + start % 4] for start in range(0, len(pairs), 3)]
+    expected = [[held.ground(*pair) for pair in group] for group in groups]
+    assert len({tuple(answer) for group in expected for answer in group}) == len(
+        {(id(video), query) for group in groups for video, query in group}
+    )
+    held.asked.clear()
+
+    async def ask() -> list[Any]:
+        batcher = Batcher(held, BatchOptions(batch_size=8))
+        try:
+            return await asyncio.gather(*(batcher.ask(group, 5) for group in groups))
+        finally:
+            batcher.close()
+
+    found = asyncio.run(ask())
+    for group, answers in zip(expected, found, strict=True):
+        assert all(close_to(*both) for both in zip(answers, group, strict=True))
+    assert len(held.asked) < len(groups)
+    assert max(map(len, held.asked)) == 8
+
+
+def test_askers_of_few_and_of_many_moments_share_a_batch(held: Held, pairs: list[Any]) -> None:
+    expected = [held.ground(*pairs[0], top_k=count) for count in (1, 3, 50)]
+
+    async def ask() -> list[Any]:
+        held.let.clear()
+        held.busy.clear()
+        batcher = Batcher(held, BatchOptions())
+        first = asyncio.create_task(batcher.ask(pairs[1:2], 5))
+        await asyncio.to_thread(held.busy.wait, 30)
+        later = [asyncio.create_task(batcher.ask(pairs[:1], count)) for count in (1, 3, 50)]
+        await asyncio.sleep(0)
+        held.asked.clear()
+        held.let.set()
+        await first
+        found = await asyncio.gather(*later)
+        batcher.close()
+        return found
+
+    for found, wanted in zip(asyncio.run(ask()), expected, strict=True):
+        assert close_to(found[0], wanted)
+    assert held.asked == [[pairs[0][1]] * 3]
+
+
+def test_a_pair_that_fails_does_not_fail_its_neighbours(offline: Grounder, pairs: list[Any]) -> None:
+    held = Held(offline, fails_on=pairs[1][1])
+    held.let.clear()
+
+    async def ask() -> list[Any]:
+        batcher = Batcher(held, BatchOptions(batch_size=8))
+        tasks = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:4]]
+        await asyncio.to_thread(held.busy.wait, 30)
+        held.let.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        batcher.close()
+        return found
+
+    found = asyncio.run(ask())
+    poisoned = [pair[1] == held.fails_on for pair in pairs[:4]]
+    assert [isinstance(answer, RuntimeError) for answer in found] == poisoned
+    assert sum(poisoned) == 1
+    for answer, pair in zip(found, pairs, strict=False):
+        if pair[1] != held.fails_on:
+            assert close_to(answer[0], offline.ground(*pair))
+
+
+def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> None:
+    async def ask() -> Refusal:
+        batcher = Batcher(held, BatchOptions(batch_size=2, queue_size=4))
+        await batcher.ask(pairs[:1], 5)
+        held.let.clear()
+        held.busy.clear()
+        running = asyncio.create_task(batcher.ask(pairs[:1], 5))
+        await asyncio.to_thread(held.busy.wait, 30)
+        waiting = asyncio.create_task(batcher.ask(pairs[:3], 5))
+        await asyncio.sleep(0)
+        assert batcher.depth == 3
+        with pytest.raises(Refusal, match="3 sentences wait and at most 4 may, so 2 more") as refused:
+            await batcher.ask(pairs[:2], 5)
+        held.let.set()
+        assert len(await waiting) == 3
+        assert len(await running) == 1
+        batcher.close()
+        return refused.value
+
+    refusal = asyncio.run(ask())
+    assert refusal.status == 429
+    assert int(refusal.headers["retry-after"]) >= 1
+
+
+def test_what_is_given_up_is_never_asked(held: Held, pairs: list[Any]) -> None:
+    async def ask() -> None:
+        held.let.clear()
+        batcher = Batcher(held, BatchOptions())
+        running = asyncio.create_task(batcher.ask(pairs[:1], 5))
+        await asyncio.to_thread(held.busy.wait, 30)
+        given_up = asyncio.create_task(batcher.ask(pairs[1:4], 5))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        assert batcher.depth == 0
+        held.let.set()
+        await running
+        batcher.close()
+
+    asyncio.run(ask())
+    assert held.asked == [[pairs[0][1]]]
+
+
+def test_closing_answers_what_was_taken_and_takes_no_more(held: Held, pairs: list[Any]) -> None:
+    async def ask() -> None:
+        held.let.clear()
+        batcher = Batcher(held, BatchOptions(batch_size=2))
+        tasks = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:5]]
+        await asyncio.to_thread(held.busy.wait, 30)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        held.let.set()
+        await closing
+        assert [len(answer) for answer in await asyncio.gather(*tasks)] == [1] * 5
+        with pytest.raises(Refusal, match="shutting down"):
+            await batcher.ask(pairs[:1], 5)
+
+    asyncio.run(ask())
+
+
+def test_who_asks_alone_does_not_wait_for_others(held: Held, pairs: list[Any]) -> None:
+    # Forty waits of a second would not fit.
+    async def ask() -> None:
+        batcher = Batcher(held, BatchOptions(wait_ms=1000))
+        for pair in pairs[:40]:
+            await batcher.ask([pair], 5)
+        batcher.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_those_who_asked_together_wait_for_each_other(held: Held, pairs: list[Any]) -> None:
+    async def ask() -> None:
+        batcher = Batcher(held, BatchOptions(wait_ms=1000))
+        held.let.clear()
+        first = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:3]]
+        await asyncio.sleep(0.05)
+        held.let.set()
+        await asyncio.gather(*first)
+        held.asked.clear()
+        late = [asyncio.create_task(batcher.ask([pairs[0]], 5))]
+        await asyncio.sleep(0.02)
+        late += [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[1:3]]
+        await asyncio.gather(*late)
+        batcher.close()
+
+    asyncio.run(ask())
+    assert held.asked[0] == [query for _, query in pairs[: len(held.asked[0])]]
+    assert len(held.asked[0]) >= 2
+
+
+def test_a_job_runs_in_the_thread_that_owns_the_model(held: Held) -> None:
+    async def ask() -> tuple[str, BaseException]:
+        batcher = Batcher(held, BatchOptions())
+        name = await batcher.do(lambda: threading.current_thread().name)
+        with pytest.raises(ZeroDivisionError) as error:
+            await batcher.do(lambda: 1 // 0)
+        batcher.close()
+        return name, error.value
+
+    assert asyncio.run(ask())[0] == "drn-model"
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"wait_ms": -1.0}, {"batch_size": 9, "queue_size": 8}])
+def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(GroundingError, match="--batch-size"):
+        BatchOptions(**wrong)
