@@ -25,16 +25,18 @@ if sys.argv[:1] == ["-m"]:
     sys.excepthook = _quiet
 
 from runtime.backends import Backend, PairBackend, open_backend
-from runtime.encodings import EncodedVideo
+from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import GroundingError
 from runtime.grounder import Grounder
 from runtime.moments import Moment, temporal_iou
 from runtime.videos import Segments, Video
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 
 __all__ = [
     "Backend",
     "EncodedVideo",
+    "EncodedWindows",
     "Grounder",
     "GroundingError",
     "Moment",
@@ -42,6 +44,7 @@ __all__ = [
     "Segments",
     "Video",
     "Vocabulary",
+    "Windows",
     "open_backend",
     "temporal_iou",
 ]

@@ -297,8 +297,8 @@ class Model:
         for video, query in pairs:
             grounder.encode_query(query)
             if id(video) not in seen:
-                grounder.segments(video)
-                seen[id(video)] = grounder.encode(video) if grounder.is_pair else video
+                segments, about = grounder.segments(video), (video.duration, video.name)
+                seen[id(video)] = grounder.encode_segments(segments, *about) if grounder.is_pair else video
         return cls(label, grounder, pairs, [(seen[id(video)], query) for video, query in pairs])
 
     def fresh(self, first: int, count: int) -> list[tuple[Video, str]]:
@@ -532,6 +532,8 @@ class _Run:
         rss, graphics = machine.rss_bytes(), machine.gpu()
         began = time.perf_counter()
         grounder = Grounder.load(path, self._device, self._threads)
+        # Times are of queries of one run of the network each.
+        grounder.windows = None
         opened = time.perf_counter() - began
         pairs = self._questions.pairs or made_up_questions([grounder.manifest]).pairs
         began_asking = time.perf_counter()
@@ -611,7 +613,8 @@ class _Run:
         for model in self._models:
             if model.grounder.manifest.prepared_parts and hasattr(model.grounder.backend, "prepare"):
                 try:
-                    found[model] = model.grounder.encode(model.known[0][0], prepare=True)
+                    encoded = model.grounder.encode(model.known[0][0], prepare=True)
+                    found[model] = cast(EncodedVideo, encoded)
                 except GroundingError as error:
                     self._notes.append(f"{model.label}: no prepared video was asked: {error}")
         return found

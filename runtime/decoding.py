@@ -110,9 +110,18 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def propose(heads: Heads, decoding: Decoding) -> Proposals:
-    """Turn heads at P locations into as many scored spans, of which those too unlikely score -inf.
+    """Return what `likely` does, but for a query without any likely location: it proposes the whole video with score 1,
+    in the place of location 0, as published."""
+    proposals = likely(heads, decoding)
+    without = ~(proposals.scores > -np.inf).any(axis=1)
+    if without.any():
+        proposals.spans[without, 0] = (0, 1)
+        proposals.scores[without, 0] = 1
+    return proposals
 
-    A query without any likely location proposes the whole video with score 1, in the place of location 0.
+
+def likely(heads: Heads, decoding: Decoding) -> Proposals:
+    """Turn heads at P locations into as many scored spans, of which those too unlikely score -inf.
 
     Raises:
         ModelFileError: a head holds NaN or an infinity, as a model does whose precision overflows.
@@ -141,13 +150,7 @@ def propose(heads: Heads, decoding: Decoding) -> Proposals:
     np.add(centre, heads.boundary_distances[..., 1], out=spans[..., 1])
     spans /= np.float32(decoding.num_segments)
     np.clip(spans, 0, 1, out=spans)
-    scores = np.where(kept, np.sqrt(scores), np.float32(-np.inf))
-
-    without = ~kept.any(axis=1)
-    if without.any():
-        spans[without, 0] = (0, 1)
-        scores[without, 0] = 1
-    return Proposals(spans, scores)
+    return Proposals(spans, np.where(kept, np.sqrt(scores), np.float32(-np.inf)))
 
 
 def _best_of_each_level(scores: np.ndarray, decoding: Decoding) -> np.ndarray:

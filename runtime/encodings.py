@@ -6,16 +6,21 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from runtime.errors import FeatureError
 from runtime.files import replace_when_whole
 from runtime.videos import LONGEST_SECONDS
+from runtime.windows import Window
 
 FORMAT = "drn-encoding/1"
+WINDOWS_FORMAT = "drn-encoded-windows/1"
+
+Read = TypeVar("Read")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,8 +65,7 @@ class EncodedVideo:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the encoding to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
         about = {"format": FORMAT, "duration": self.duration, "name": self.name, "model": self.model, "key": self.key}
-        with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, features=self.features, spans=self.spans, about=np.array(json.dumps(about)))
+        _save(path, about, self.features, self.spans)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedVideo:
@@ -70,32 +74,91 @@ class EncodedVideo:
         Raises:
             FeatureError: the file is missing, damaged, or not an encoding.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FeatureError(f"The encoding {path} does not exist; check the path.")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                features, spans = arrays["features"], arrays["spans"]
-            found = _read(about, features, spans)
-        # On damaged files zipfile and NumPy raise what their parsers do, without a common base.
-        except Exception as error:
-            said = " ".join(str(error).split()).rstrip(".")
-            raise FeatureError(
-                f"{path} should be an encoding that `EncodedVideo.save` wrote and cannot be read ({said}); "
-                "encode the video again."
-            ) from error
+        found = _load(path, _read)
         if found.key != _key(found):
             raise FeatureError(f"{path} was changed since it was written; encode the video again.")
         return found
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedWindows:
+    """What a model's video part makes of a long video, window by window: at full size 0.5 MB for each.
+
+    Attributes:
+        parts: an encoding for each window.
+        windows: the windows, in time order.
+        duration: length of the video in seconds.
+        name: how reports call the video.
+    """
+
+    parts: tuple[EncodedVideo, ...]
+    windows: tuple[Window, ...]
+    duration: float
+    name: str = "video"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the encodings to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
+        first = self.parts[0]
+        about = {"format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": first.model}
+        told = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
+        arrays = (np.stack([getattr(part, name) for part in self.parts]) for name in ("features", "spans"))
+        _save(path, {**about, **told}, *arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:
+        """Read what `save` wrote; see `EncodedVideo.load`."""
+        found = _load(path, _read_windows)
+        if any(part.key != _key(part) for part in found.parts):
+            raise FeatureError(f"{path} was changed since it was written; encode the video again.")
+        return found
+
+
+def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
+    with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, features=features, spans=spans, about=np.array(json.dumps(about)))
+
+
+def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndarray], Read]) -> Read:
+    """Return what `read` makes of a file's facts, features and spans."""
+    path = Path(path)
+    if not path.is_file():
+        raise FeatureError(f"The encoding {path} does not exist; check the path.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            features, spans = arrays["features"], arrays["spans"]
+        return read(about, features, spans)
+    # On damaged files zipfile and NumPy raise what their parsers do, without a common base.
+    except Exception as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise FeatureError(
+            f"{path} should be an encoding that drn-deploy saved and cannot be read ({said}); encode the video again."
+        ) from error
+
+
 def _read(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
-    if about["format"] != FORMAT:
-        raise ValueError(f"its format is {about['format']!r} and this version reads {FORMAT!r}")
+    _check_format(about, FORMAT)
     return EncodedVideo(
         features, spans, float(about["duration"]), str(about["name"]), str(about["model"]), str(about["key"])
     )
+
+
+def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedWindows:
+    _check_format(about, WINDOWS_FORMAT)
+    windows = tuple(Window(*values) for values in about["windows"])
+    name, model = str(about["name"]), str(about["model"])
+    if not len(features) == len(spans) == len(windows) == len(about["keys"]) > 0:
+        raise ValueError("it does not hold as many encodings as windows")
+    parts = tuple(
+        EncodedVideo(encoded, borders, window.duration, name, model, str(key))
+        for encoded, borders, window, key in zip(features, spans, windows, about["keys"])
+    )
+    return EncodedWindows(parts, windows, float(about["duration"]), name)
+
+
+def _check_format(about: Any, wanted: str) -> None:
+    if about["format"] != wanted:
+        raise ValueError(f"its format is {about['format']!r} and {wanted!r} is read here")
 
 
 def _key(video: EncodedVideo) -> str:

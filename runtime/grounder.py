@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -15,12 +16,13 @@ from typing import Union, cast
 import numpy as np
 
 from runtime.backends import Backend, Device, PairBackend, open_backend
-from runtime.decoding import decode
-from runtime.encodings import EncodedVideo
+from runtime.decoding import decode, likely
+from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
 from runtime.moments import Moment
 from runtime.tensors import Batch, Heads, batches, of_like_length, padded
-from runtime.videos import Segments, Video
+from runtime.videos import Segments, Video, pooled
+from runtime.windows import Candidates, Window, cut
 
 log = logging.getLogger("drn")
 
@@ -28,18 +30,26 @@ BATCH_SIZE = 32
 # Encodings kept for videos that are asked again: 0.5 MB each at full size.
 KEPT_ENCODINGS = 32
 
-Subject = Union[Video, EncodedVideo]
+Subject = Union[Video, EncodedVideo, EncodedWindows]
 
 
 class Grounder:
     """A model and all that stands around it: sentences and videos in, moments in seconds out.
 
     A model that was split encodes a video once: `encode` it, or pass the same `Video` again.
+
+    A video longer than any of the training videos is grounded in overlapping windows whose answers are merged, if the
+    model tells of windows.
+
+    Attributes:
+        windows: how long videos are cut: as the model tells. May be set to others, or to None: every video is then
+            grounded whole, as the published code does.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.manifest = backend.manifest
+        self.windows = backend.manifest.windows
         self._encodings = _Encodings(KEPT_ENCODINGS)
 
     @classmethod
@@ -72,14 +82,61 @@ class Grounder:
         """
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
         videos = {id(video): video for video, _ in pairs}
-        seen = {key: self._seen(video) for key, video in videos.items()}
+        cuts = {key: self.cut(video) for key, video in videos.items()}
+        seen = {key: self._seen(video) for key, video in videos.items() if not cuts[key]}
         decoding = self.manifest.decoding
         answers: list[list[Moment]] = [[] for _ in pairs]
-        asked = self.run([tokens[query] for _, query in pairs], [seen[id(video)] for video, _ in pairs], batch_size)
-        for indices, heads in asked:
+        whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
+        asked = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
+        for indices, heads in self.run(*asked, batch_size):
             for index, rows in zip(indices, decode(heads, decoding, min(top_k, decoding.num_locations))):
-                answers[index] = in_seconds(rows, pairs[index][0].duration)
+                answers[whole[index]] = in_seconds(rows, pairs[whole[index]][0].duration)
+        for key in videos.keys() - seen.keys():
+            chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
+            found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
+            for index, picks in zip(chosen, found.picks(decoding, top_k)):
+                # As published: where nothing is likely, the whole video with score 1.
+                answers[index] = in_seconds(picks, found.unit) or [Moment(0.0, videos[key].duration, 1.0)]
         return answers
+
+    def cut(self, video: Subject) -> Sequence[Window]:
+        """Return the windows in which a video is grounded; none if it is grounded whole."""
+        if isinstance(video, EncodedWindows):
+            return video.windows
+        if isinstance(video, EncodedVideo) or self.windows is None or video.duration <= self.windows.longest:
+            return ()
+        clock = self.manifest.features.clock
+        return cut(len(video.features), video.num_frames, video.duration, self.windows, clock)
+
+    def _ask_windows(
+        self, video: Subject, windows: Sequence[Window], queries: Sequence[np.ndarray], batch_size: int
+    ) -> Candidates:
+        """Ask every window every query. No more windows are held at a time than fit into a batch, at least one."""
+        found = Candidates(len(queries), windows)
+        seen = self._seen_windows(video, windows)
+        together = max(1, batch_size // len(queries))
+        for start in range(0, len(windows), together):
+            part = list(itertools.islice(seen, together))
+            asked = [(query, window) for window in range(len(part)) for query in range(len(queries))]
+            subjects = [part[window] for _, window in asked]
+            for rows, heads in self.run([queries[query] for query, _ in asked], subjects, batch_size):
+                proposals = likely(heads, self.manifest.decoding)
+                for row, spans, scores in zip(rows, proposals.spans, proposals.scores):
+                    query, window = asked[row]
+                    found.add(query, start + window, spans, scores)
+        return found
+
+    def _seen_windows(self, video: Subject, windows: Sequence[Window]) -> Iterator[Segments | EncodedVideo]:
+        """Yield the windows of a video as the backend takes them, each made when it is asked for."""
+        if not isinstance(video, Video):
+            yield from cast(EncodedWindows, self._checked(video)).parts
+            return
+        self._check_width(video)
+        features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
+        for window in windows:
+            clips = video.features[window.first : window.last + 1]
+            segments = pooled(clips, window.num_frames, num_segments, features.pooling, features.clock)
+            yield self.encode_segments(segments, window.duration, video.name) if self.is_pair else segments
 
     def run(
         self,
@@ -123,9 +180,9 @@ class Grounder:
     ) -> Heads:
         return self._pair.ask(tokens[part], lengths[part], videos, index[part])
 
-    def encode(self, video: Subject, *, prepare: bool = False) -> EncodedVideo:
+    def encode(self, video: Subject, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
         """Return what the model's video part makes of a video: `ground` takes it in the video's place, without
-        computing it again.
+        computing it again. A video that is grounded in windows is encoded window by window.
 
         Args:
             video: a video, or an encoding that is to be prepared.
@@ -133,15 +190,27 @@ class Grounder:
                 one `ground_batch` faster, takes as long as five encodings, and 134 MB of memory at full size.
 
         Raises:
-            FeatureError: the features are not of the width that the model takes.
+            FeatureError: the features are not of the width that the model takes, or windows are to be prepared.
             ModelFileError: the model is whole, or was split without what prepares.
         """
-        if isinstance(video, EncodedVideo):
-            self._check_encoding(video)
-            encoded = video
+        if isinstance(video, Video):
+            windows = self.cut(video)
+            encoded: EncodedVideo | EncodedWindows
+            if windows:
+                parts = cast("Iterator[EncodedVideo]", self._seen_windows(video, windows))
+                encoded = EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name)
+            else:
+                encoded = self.encode_segments(self.segments(video), video.duration, video.name)
         else:
-            encoded = self.encode_segments(self.segments(video), video.duration, video.name)
-        if not prepare or encoded.prepared is not None:
+            encoded = self._checked(video)
+        if not prepare:
+            return encoded
+        if isinstance(encoded, EncodedWindows):
+            raise FeatureError(
+                f"{video.name} is grounded in {len(encoded.windows)} windows, and only what is grounded whole can be "
+                "prepared; leave prepare=True out."
+            )
+        if encoded.prepared is not None:
             return encoded
         if not hasattr(self.backend, "prepare"):
             raise ModelFileError("Only the .query.onnx of a model can prepare a video; leave prepare=True out.")
@@ -167,12 +236,8 @@ class Grounder:
 
     def segments(self, video: Video) -> Segments:
         """Return the segments of a video as this model was trained on; FeatureError if the width does not fit."""
+        self._check_width(video)
         features = self.manifest.features
-        if video.features.shape[1] != features.dim:
-            raise FeatureError(
-                f"The features of {video.name} are {video.features.shape[1]} wide and this model takes {features.kind} "
-                f"features of width {features.dim}; extract them with the same network."
-            )
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
 
     @property
@@ -186,12 +251,25 @@ class Grounder:
 
     def _seen(self, video: Subject) -> Segments | EncodedVideo:
         """Return a video as the backend takes it."""
-        if isinstance(video, EncodedVideo):
-            self._check_encoding(video)
-            return video
+        if not isinstance(video, Video):
+            return cast(EncodedVideo, self._checked(video))
         if not self.is_pair:
             return self.segments(video)
-        return self._encodings.get(video) or self._encodings.keep(video, self.encode(video))
+        return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
+
+    def _check_width(self, video: Video) -> None:
+        features = self.manifest.features
+        if video.features.shape[1] != features.dim:
+            raise FeatureError(
+                f"The features of {video.name} are {video.features.shape[1]} wide and this model takes {features.kind} "
+                f"features of width {features.dim}; extract them with the same network."
+            )
+
+    def _checked(self, video: EncodedVideo | EncodedWindows) -> EncodedVideo | EncodedWindows:
+        """Return an encoding that this model can read, or say why it cannot."""
+        for part in video.parts if isinstance(video, EncodedWindows) else (video,):
+            self._check_encoding(part)
+        return video
 
     def _check_encoding(self, video: EncodedVideo) -> None:
         if not self.is_pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from runtime.errors import GroundingError, QueryError
 from runtime.files import check_writable
 from runtime.grounder import Grounder
 from runtime.timeline import Answer, Format, render
+from runtime.windows import windows_asked
+
+log = logging.getLogger("drn")
 
 
 def infer(
@@ -27,6 +31,8 @@ def infer(
     extractor: Path | None = None,
     partial: bool = False,
     footage: Path | None = None,
+    window: float | None = None,
+    overlap: float | None = None,
     top_k: int = 5,
     format: Format = "text",
     plot: Path | None = None,
@@ -47,6 +53,9 @@ def infer(
             (or DRN_CACHE), so that asking again costs nothing.
         partial: use what can be decoded of a damaged video file.
         footage: the video file that --features or --data were made of, for the frames of --plot.
+        window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
+            video whole. The model's own when not given: it cuts videos longer than those it learnt from.
+        overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
         top_k: most moments for each query.
         format: how moments are printed; srt holds the best of each query.
         plot: PNG file for the moments on the video's time line, over frames of the video where its file is given.
@@ -63,8 +72,15 @@ def infer(
     if plot:
         check_plots()
     grounder = Grounder.load(model, device, threads)
+    grounder.windows = windows_asked(grounder.windows, window, overlap)
     chosen = open_choice(choice, grounder.manifest.features, device, threads)
     asked = chosen.video
+    windows = grounder.cut(asked)
+    if len(windows) > 1:
+        log.info(
+            "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
+            *(asked.name, asked.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
+        )
     found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k)
     answers = [
         Answer(sentence, asked.name, asked.duration, moments, chosen.truths.get(sentence))

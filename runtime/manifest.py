@@ -11,6 +11,7 @@ from runtime.decoding import Decoding
 from runtime.errors import GroundingError, ModelFileError
 from runtime.videos import ClipClock, Pooling
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 
 FORMAT = "drn-manifest/1"
 METADATA_KEY = "drn.manifest"
@@ -59,6 +60,7 @@ class Manifest:
         video_part: of a query part: the file of its video part, which stands beside it, to SHA-256.
         prepared_parts: of a query part: the files that prepare an encoding for very many queries and that ask it, in
             this order, to SHA-256; empty where there are none.
+        windows: how videos longer than the training videos are cut; None for files of before, which take them whole.
     """
 
     vocabulary: Vocabulary
@@ -73,6 +75,7 @@ class Manifest:
     part: Part = "whole"
     video_part: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prepared_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    windows: Windows | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -93,6 +96,7 @@ class Manifest:
             # Files of before there were parts say nothing, and are whole.
             **({} if self.part == "whole" else {"part": self.part, "video_part": dict(self.video_part)}),
             **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
+            **({"windows": self.windows.to_dict()} if self.windows else {}),
         }
 
     def to_json(self) -> str:
@@ -125,6 +129,7 @@ class Manifest:
                 part=value.get("part", "whole"),
                 video_part=dict(value.get("video_part", {})),
                 prepared_parts=dict(value.get("prepared_parts", {})),
+                windows=Windows.from_dict(value["windows"]) if "windows" in value else None,
             )
         except GroundingError:
             raise

@@ -18,6 +18,8 @@ LONGEST_SECONDS = 1e8
 MOST_FRAMES = 2**31 - 1
 # Clip features are of order 1 to 100. Far beyond, float32 sums over a layer are no numbers any more.
 LARGEST_FEATURE = 1e15
+# A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
+MAPPED_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +133,14 @@ class Video:
         """
         key = (num_segments, pooling, clock or ClipClock())
         if key not in self._segments:
-            first, last, spans = segment_rows(self.num_frames, *key)
-            self._segments[key] = Segments(
-                max_over_rows(self.features, first, last).astype(np.float32, copy=False), spans
-            )
+            self._segments[key] = pooled(self.features, self.num_frames, *key)
         return self._segments[key]
+
+
+def pooled(features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipClock) -> Segments:
+    """Return the segments of (num_clips, D) features that cover `num_frames` frames; see `Video.segments`."""
+    first, last, spans = segment_rows(num_frames, num_segments, pooling, clock)
+    return Segments(max_over_rows(features, first, last).astype(np.float32, copy=False), spans)
 
 
 def segment_rows(
@@ -179,7 +184,7 @@ def _mirrored(bits: np.ndarray) -> np.ndarray:
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return the clip features in a `.npy` or `.pt` file as (num_clips, D) floats.
+    """Return the clip features in a `.npy` or `.pt` file as (num_clips, D) floats; a large `.npy` is mapped.
 
     Raises:
         FeatureError: the file is missing, empty, truncated, holds no such array, or would run code when read.
@@ -191,7 +196,8 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
     if path.suffix == ".npy":
         try:
-            value = np.load(path, allow_pickle=False)
+            mapped = path.stat().st_size > MAPPED_BYTES
+            value = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
         except Exception as error:
             said = " ".join(str(error).split()).rstrip(".")

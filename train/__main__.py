@@ -19,7 +19,7 @@ from runtime.files import check_writable
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
 from train.curves import draw_curves
-from train.data import TrainingData, encode, pool, split_by_video
+from train.data import TrainingData, encode, pool, split_by_video, windows_of
 from train.initialise import initialise_as_authors, load_glove
 from train.loop import Materials, Run, Settings, fresh_model
 from train.model import DRN, DRNConfig
@@ -171,6 +171,7 @@ def train(
             vocabulary=vocabulary,
             features=features,
             decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
+            windows=windows_of(data_set, training),
         )
         if len(training) < settings.batch_size * processes.count:
             raise GroundingError(

@@ -19,6 +19,7 @@ from runtime.errors import CheckpointError, GroundingError
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 from train.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"
@@ -35,6 +36,7 @@ class Checkpoint:
         decoding: how its heads become moments.
         weights: its state dict, on the CPU.
         training: how it came to be: at least `stage`.
+        windows: how videos longer than the training videos are cut; None if it is not known how long those were.
     """
 
     config: DRNConfig
@@ -43,6 +45,7 @@ class Checkpoint:
     decoding: Decoding
     weights: Mapping[str, Tensor]
     training: Mapping[str, Any]
+    windows: Windows | None = None
 
     def model(self) -> DRN:
         """Return the network in evaluation mode, on the CPU."""
@@ -59,6 +62,7 @@ class Checkpoint:
             stage=int(self.training["stage"]),
             max_query_length=max_query_length,
             training=dict(self.training),
+            windows=self.windows,
             **fields,
         )
 
@@ -77,6 +81,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "decoding": checkpoint.decoding.to_dict(),
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "training": dict(checkpoint.training),
+        **({"windows": checkpoint.windows.to_dict()} if checkpoint.windows else {}),
     }
     save(path, content)
 
@@ -105,6 +110,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             decoding=Decoding.from_dict(content["decoding"]),
             weights=content["weights"],
             training={**content["training"], "stage": int(content["training"].get("stage", 3))},
+            windows=Windows.from_dict(content["windows"]) if "windows" in content else None,
         )
     except GroundingError:
         raise

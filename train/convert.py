@@ -21,6 +21,7 @@ from runtime.errors import CheckpointError
 from runtime.files import read_json, sha256
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
 from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
 from train.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
@@ -39,6 +40,8 @@ _RENAMES = (
     (re.compile(r"fpn\.fpn_layer(\d+)\."), lambda match: f"fpn.layer_blocks.{int(match[1]) - 1}."),
     (re.compile(r"qInput(\d+)\."), lambda match: f"qInput.{match[1]}."),
 )
+# Of Charades-STA's training videos and moments (`windows_of`), which the published networks learnt from.
+CHARADES_STA = Windows(longest=194.42, length=43.0, overlap=14.5)
 # Parts that the authors' network owns and never uses.
 _UNUSED = ("query_encoder.textualAttention.", "fcos.head.centerness.")
 
@@ -123,6 +126,8 @@ def convert(
         ),
         weights=tensors(found.weights, checkpoint),
         training=training,
+        # The published networks of other data sets have other words, and do not tell how long their videos were.
+        windows=CHARADES_STA if config.vocab_size == DRNConfig().vocab_size else None,
     )
     save_checkpoint(output, converted)
     print(report(converted, found, output))
@@ -346,12 +351,15 @@ def report(checkpoint: Checkpoint, found: Found, output: Path) -> str:
     used = "used" if checkpoint.decoding.use_iou_scores else "not used"
     epoch = "" if found.epoch is None else f", epoch {found.epoch}"
     levels = ", ".join(map(str, BACKBONE_CHANNELS))
+    windows = checkpoint.windows
+    cuts = f"{windows}; Charades-STA's" if windows else "grounded whole: it is not known what the network learnt from"
     lines = [
         f"{output}: a DRN from a checkpoint in {owner} layout, stage {checkpoint.training['stage']}{epoch}",
         f"  parameters   {parameters:,} in {len(checkpoint.weights)} tensors",
         f"  query        {words} x {config.embed_dim}, BiLSTM {config.hidden_dim} x {config.lstm_layers}",
         f"  features     {config.feature_dim:,} channels, {config.num_segments} segments, {owner} pooling",
         f"  pyramid      backbone {levels}; width {config.fpn_dim}; {config.head_convs} convolution(s) a tower",
+        f"  long videos  {cuts}",
         f"  decoding     protocol {checkpoint.decoding.protocol}, IoU scores {used}",
     ]
     if found.unused:

@@ -19,6 +19,7 @@ from runtime.manifest import Features
 from runtime.tensors import Batch, collate
 from runtime.videos import Segments, check_features, load_features, max_over_rows, segment_rows
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 
 log = logging.getLogger("drn")
 
@@ -223,3 +224,14 @@ def split_by_video(
     held_out = {videos[index] for index in np.random.default_rng([seed, 1]).permutation(len(videos))[:count]}
     kept = [annotation for annotation in annotations if annotation.video not in held_out]
     return kept, [annotation for annotation in annotations if annotation.video in held_out]
+
+
+def windows_of(data_set: DataSet, annotations: Sequence[Annotation]) -> Windows:
+    """Return how a model that learns from these annotations cuts videos that are longer than theirs."""
+    durations = [data_set.durations[video] for video in sorted({annotation.video for annotation in annotations})]
+    moments = [
+        min(annotation.end, data_set.durations[annotation.video]) - annotation.start
+        for annotation in annotations
+        if annotation.end > annotation.start
+    ]
+    return Windows.of(durations, moments)

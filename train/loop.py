@@ -26,6 +26,7 @@ from runtime.grounder import Grounder
 from runtime.manifest import Features
 from runtime.metrics import recall_name
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 from train.backend import TorchBackend
 from train.checkpoints import Checkpoint, check_weights, load, load_checkpoint, save, save_checkpoint
 from train.data import TrainingData
@@ -84,6 +85,7 @@ class Materials:
     vocabulary: Vocabulary
     features: Features
     decoding: Decoding
+    windows: Windows | None = None
 
 
 class Learner:
@@ -332,6 +334,7 @@ class Run:
                 "simulated_features": materials.data_set.simulated,
                 "validation": record,
             },
+            windows=materials.windows,
         )
 
     def _directory(self, stage: Stage) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.annotations import DataSet
-from runtime.encodings import EncodedVideo
+from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import AnnotationError, FeatureError, GroundingError
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
@@ -174,6 +174,8 @@ class Shelf:
 
 
 def _bytes(subject: Subject) -> int:
+    if isinstance(subject, EncodedWindows):
+        return sum(map(_bytes, subject.parts))
     arrays: list[np.ndarray] = [subject.features]
     if isinstance(subject, EncodedVideo):
         arrays.append(subject.spans)

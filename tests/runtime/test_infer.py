@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -314,3 +315,39 @@ def test_from_a_shell_an_unknown_option_is_exit_code_2(of_clip: tuple[Any, ...])
     assert result.stdout == ""
     assert "--fast" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_long_video_is_grounded_in_the_windows_asked_for_which_are_told(
+    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "drn")
+    np.save(tmp_path / "hall.npy", np.random.default_rng(0).random((900, 16)).astype(np.float32))
+    of_hall = ("--model", tiny_model, "--features", tmp_path / "hall.npy", "--duration", 300, "--format", "json")
+    asked = (*of_hall, "--query", "person opens the door")
+    whole = run_command(infer, *asked)
+    assert "windows" not in caplog.text
+    cut = run_command(infer, *asked, "--window", 43, "--overlap", 14.5)
+    assert (
+        "hall lasts 300.0 s and is grounded in 11 windows of 43.0 s, each of which shares 15.0 s with the next"
+        in caplog.text
+    )
+    (answer,) = json.loads(cut.out)
+    assert set(answer) == {"query", "video", "moments"}
+    assert all(moment["end"] - moment["start"] <= 43.1 for moment in answer["moments"])
+    assert run_command(infer, *asked, "--window", 0).out == whole.out
+    run_command(infer, *asked, "--window", 43)
+    assert "shares 22.0 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--overlap", 10), "does not tell how long its training videos were"),
+        (("--window", 40, "--overlap", 21), "shares at most half of itself"),
+        (("--window", -1), "cannot be cut"),
+    ],
+)
+def test_windows_that_make_no_sense_are_refused(
+    of_clip: tuple[Any, ...], flags: tuple[Any, ...], said: str, refused: Callable[..., str]
+) -> None:
+    assert said in refused(infer, *of_clip, "--query", "dog sits", *flags)

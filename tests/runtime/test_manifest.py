@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ from runtime.errors import ModelFileError
 from runtime.manifest import FORMAT, Features, Manifest
 from runtime.videos import ClipClock
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 
 
 def full() -> Manifest:
@@ -26,6 +28,7 @@ def full() -> Manifest:
         sources={"drn.pt": "ab" * 32},
         producer={"torch": "2.13.0"},
         training={"seed": 3, "validation": {"mIoU": 0.5}},
+        windows=Windows(194.42, 43.0, 14.5),
     )
 
 
@@ -33,6 +36,13 @@ def test_a_manifest_survives_json() -> None:
     assert Manifest.from_json(full().to_json()) == full()
     minimal = Manifest(Vocabulary({"a": 1}), Decoding(), Features())
     assert Manifest.from_json(minimal.to_json()) == minimal
+
+
+def test_files_of_before_there_were_windows_are_read() -> None:
+    value = full().to_dict()
+    del value["windows"]
+    assert Manifest.from_dict(value) == dataclasses.replace(full(), windows=None)
+    assert "windows" not in dataclasses.replace(full(), windows=None).to_dict()
 
 
 def test_json_names_the_format_first_and_every_field() -> None:
@@ -75,7 +85,7 @@ def test_json_that_is_no_manifest_is_named(text: str) -> None:
         Manifest.from_json(text, "door.onnx")
 
 
-@pytest.mark.parametrize("field", [name for name in full().to_dict() if name != "format"])
+@pytest.mark.parametrize("field", [name for name in full().to_dict() if name not in ("format", "windows")])
 def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
     value = full().to_dict()
     del value[field]

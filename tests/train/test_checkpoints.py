@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError, OutputError
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
+from runtime.windows import Windows
 from train.checkpoints import Checkpoint, check_weights, load_checkpoint, save_checkpoint
 from train.loop import fresh_model
 from train.model import DRNConfig
@@ -50,6 +52,14 @@ def test_what_is_saved_is_loaded(checkpoint: Checkpoint, saved: Path) -> None:
         assert getattr(loaded, name) == getattr(checkpoint, name), name
     assert list(loaded.weights) == list(checkpoint.weights)
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in checkpoint.weights.items())
+
+
+def test_windows_are_kept_and_reach_the_manifest(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    windows = Windows(194.42, 43.0, 14.5)
+    save_checkpoint(tmp_path / "drn.pt", dataclasses.replace(checkpoint, windows=windows))
+    loaded = load_checkpoint(tmp_path / "drn.pt")
+    assert loaded.windows == loaded.manifest().windows == windows
+    assert checkpoint.manifest().windows is None
 
 
 def test_file_is_as_the_contract_says(saved: Path) -> None:

@@ -24,7 +24,7 @@ from runtime.errors import CheckpointError  # noqa: E402
 from runtime.manifest import Features  # noqa: E402
 from runtime.vocabulary import Vocabulary  # noqa: E402
 from train.checkpoints import Checkpoint, load_checkpoint  # noqa: E402
-from train.convert import convert, read, read_config, report  # noqa: E402
+from train.convert import CHARADES_STA, convert, read, read_config, report  # noqa: E402
 from train.model import DRN, DRNConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,16 @@ FILES: dict[str, Callable[[State, Path], Path]] = {
     "epoch_3.pth": training,
     "model_best.pth.tar": authors,
 }
+
+
+def test_only_a_network_of_the_published_words_has_the_windows_of_charades(
+    tmp_path: Path, state: State, word_table: Path
+) -> None:
+    convert(published(state, tmp_path / "drn.pth"), tmp_path / "drn.pt", word_table)
+    assert load_checkpoint(tmp_path / "drn.pt").windows == CHARADES_STA
+    state["query_encoder.embedding.weight"] = state["query_encoder.embedding.weight"][:-1]
+    convert(published(state, tmp_path / "other.pth"), tmp_path / "other.pt")
+    assert load_checkpoint(tmp_path / "other.pt").windows is None
 
 
 @pytest.mark.parametrize("name", FILES)

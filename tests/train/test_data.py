@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import FeatureError, OutputError
-from train.data import PooledFeatures, TrainingData, pool, split_by_video
+from runtime.windows import Windows
+from train.convert import CHARADES_STA
+from train.data import PooledFeatures, TrainingData, pool, split_by_video, windows_of
 
 
 @pytest.fixture
@@ -236,6 +238,21 @@ def test_held_out_videos_are_never_trained_on(num_videos: int, fraction: float, 
     assert sorted((*training, *validation), key=lambda a: a.line) == annotations
     assert len({a.video for a in validation}) == max(1, round(fraction * num_videos))
     assert split_by_video(annotations[::-1], fraction, seed)[1] == validation[::-1]
+
+
+def test_windows_follow_from_the_videos_and_moments_learnt_from(data_set: DataSet) -> None:
+    data_set.durations.update(short=20.0, long=90.0)
+    moments = [("short", 5.0, 15.0), ("short", 15.0, 30.0), ("long", 0.0, 40.0), ("short", 9.0, 8.0)]
+    found = windows_of(data_set, [Annotation(*moment, "a", 1) for moment in moments])
+    # Cut off at the end of its video, the second lasts 5 s.
+    assert found == Windows.of([20.0, 90.0], [10.0, 5.0, 40.0])
+    assert found.longest == 90
+
+
+def test_charades_sta_has_the_windows_of_the_published_networks(real_data: Path) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    found = windows_of(data_set, data_set.annotations("train", invalid="drop"))
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(CHARADES_STA), abs=0.05)
 
 
 def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,284 @@
+"""`runtime.windows`: long videos are cut without a gap, and what is found does not depend on where they are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import EncodedVideo, EncodedWindows, Grounder, Moment, Video, Windows
+from runtime import videos as videos_module
+from runtime.backends import Backend
+from runtime.decoding import HARD_NMS_MARGIN, Decoding
+from runtime.errors import FeatureError, ModelFileError
+from runtime.moments import temporal_iou
+from runtime.tensors import Batch, Heads
+from runtime.videos import ClipClock
+from runtime.windows import cut
+from tests.runtime.test_encodings import PlantedPair
+from tests.runtime.test_grounder import CHANNELS, PAIRS
+
+CLOCK = ClipClock()
+RATE = 24
+CLIP = CLOCK.stride / RATE
+# As Charades-STA's, but for what is long: so that tests need not be.
+WINDOWS = Windows(longest=50.0, length=43.0, overlap=14.5)
+SEGMENT = WINDOWS.length / 32
+
+
+class Finder:
+    """The planted model without its second half: a moment is the surer the more of it is seen."""
+
+    def __init__(self, planted: Any, windows: Windows | None = WINDOWS) -> None:
+        self.planted = planted
+        self.manifest = dataclasses.replace(planted.manifest, windows=windows)
+
+    def run(self, batch: Batch) -> Heads:
+        heads: Heads = self.planted.run(batch)
+        heads.matching_logits[heads.matching_logits < 3] = -9
+        found = heads.matching_logits > 0
+        seen = heads.boundary_distances.sum(-1)
+        heads.matching_logits[found] = 3 + 0.05 * seen[found]
+        return heads
+
+
+def long_video(seconds: float, dim: int = 8, **moments: tuple[float, float]) -> Video:
+    """A video in which words happen at given seconds; a clip shows what happens at its first frame."""
+    num_frames = round(seconds * RATE)
+    features = np.zeros((CLOCK.num_clips(num_frames), dim), np.float32)
+    for word, (start, end) in moments.items():
+        features[int(np.ceil(start / CLIP)) : int(np.ceil(end / CLIP)), CHANNELS[word]] = 1
+    return Video(features, num_frames, num_frames / RATE, "long")
+
+
+@pytest.fixture
+def finder(planted_backend: Any) -> Finder:
+    return Finder(planted_backend())
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 7),
+    st.floats(1, 60),
+    st.floats(0.5, 200),
+    st.floats(0, 0.5),
+    st.sampled_from([CLOCK, ClipClock(1, 8), ClipClock(32, 4), ClipClock(8, 8)]),
+)
+@settings(max_examples=200)
+def test_windows_are_alike_hold_every_clip_and_share_what_they_should(
+    num_clips: int, more: int, rate: float, length: float, share: float, clock: ClipClock
+) -> None:
+    num_frames = max(2, clock.num_frames(num_clips) + min(more, clock.stride - 1))
+    windows = Windows(1e6, length, share * length)
+    cuts = cut(num_clips, num_frames, num_frames / rate, windows, clock)
+    assert {clip for window in cuts for clip in range(window.first, window.last + 1)} == set(range(num_clips))
+    assert len({window.last - window.first for window in cuts}) == 1
+    assert cuts[-1].end == pytest.approx(num_frames / rate)
+    for one, other in itertools.pairwise(cuts):
+        assert one.first < other.first
+        shared = one.last + 1 - other.first
+        assert shared * clock.stride / rate >= windows.overlap - 1e-9 or other.first == one.first + 1
+        assert other.start == pytest.approx(other.first * clock.stride / rate)
+    assert all(window.num_frames >= 2 for window in cuts)
+
+
+def test_a_file_that_lacks_clips_is_cut_as_far_as_it_goes() -> None:
+    cuts = cut(300, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)
+    assert cuts[-1].last == 299
+    assert cuts[-1].end == pytest.approx(CLOCK.num_frames(300) / RATE)
+    assert cut(900, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)[-1].last == 599
+
+
+@given(st.floats(0, 570), st.floats(3 * SEGMENT, 14))
+@settings(max_examples=60)
+def test_a_moment_is_found_wherever_it_lies_as_in_the_short_clip(
+    planted_backend: Any, start: float, length: float
+) -> None:
+    grounder = Grounder(Finder(planted_backend()))
+    video = long_video(600, dog=(start, start + length))
+    assert len(grounder.cut(video)) > 20
+    best = grounder.ground(video, "person dog")[0]
+    # A segment shows what any of its clips does, and so does the clip that two segments share; a clip stands for a
+    # third of a second.
+    tolerance = SEGMENT + 2 * CLIP
+    assert best.start == pytest.approx(start, abs=tolerance)
+    assert best.end == pytest.approx(start + length, abs=tolerance)
+    first = min(int(max(start - 10, 0) / CLIP), len(video.features) - 128)
+    short = Video(video.features[first : first + 128], CLOCK.num_frames(128), CLOCK.num_frames(128) / RATE)
+    alone = grounder.ground(short, "person dog")[0]
+    assert not grounder.cut(short)
+    assert best.start == pytest.approx(alone.start + first * CLIP, abs=2 * tolerance)
+    assert best.end == pytest.approx(alone.end + first * CLIP, abs=2 * tolerance)
+
+
+def test_one_window_answers_as_no_windows(finder: Finder) -> None:
+    # Clips of 43 s, and a few frames more than those.
+    video = dataclasses.replace(long_video(43, dog=(10, 20)), num_frames=43 * RATE + 4, duration=43 + 4 / RATE)
+    grounder = Grounder(finder)
+    grounder.windows = Windows(43, 43, 10)
+    assert len(grounder.cut(video)) == 1
+    in_window = grounder.ground(video, "dog")
+    grounder.windows = None
+    assert in_window == grounder.ground(video, "dog")
+
+
+def test_a_moment_that_two_windows_see_is_answered_once(finder: Finder) -> None:
+    # The first window ends at 43 s.
+    grounder = Grounder(finder)
+    video = long_video(80, dog=(31, 40))
+    assert [round(window.start, 1) for window in grounder.cut(video)] == [0.0, 28.0, 37.0]
+    best, *others = grounder.ground(video, "dog")
+    assert best.score > 0.9
+    for other in others:
+        overlap = temporal_iou(np.array([[best.start, best.end]]), np.array([[other.start, other.end]]))[0, 0]
+        # What was seen of it from 37 s on is another proposal, and soft-NMS leaves it; the same moment again is lowered
+        # by exp(-IoU^2 / 0.4).
+        assert overlap < 0.6 or other.score < 0.2
+
+
+class Noisy:
+    """Proposes anything anywhere."""
+
+    def __init__(self, planted: Any) -> None:
+        self.manifest = dataclasses.replace(planted.manifest, windows=WINDOWS)
+        self.rng = np.random.default_rng(0)
+
+    def run(self, batch: Batch) -> Heads:
+        size = (len(batch), self.manifest.decoding.num_locations)
+        return Heads(
+            self.rng.normal(0, 2, size).astype(np.float32),
+            self.rng.uniform(0, 8, (*size, 2)).astype(np.float32),
+            self.rng.normal(0, 2, size).astype(np.float32),
+        )
+
+
+def test_no_two_answers_overlap_more_than_the_rule_allows_across_borders_too(planted_backend: Any) -> None:
+    grounder = Grounder(Noisy(planted_backend(Decoding(protocol="drn"))))
+    found = grounder.ground(long_video(300), "dog", top_k=200)
+    spans = np.array([(moment.start, moment.end) for moment in found])
+    assert len(found) > 20
+    assert max(moment.end for moment in found) > 280
+    overlap = temporal_iou(spans, spans)[~np.eye(len(spans), dtype=bool)]
+    # Seconds are rounded after the rule was kept.
+    assert overlap.max() <= 0.5 - HARD_NMS_MARGIN + 1e-5
+    assert overlap.max() > 0.3
+
+
+def test_windows_without_a_likely_location_win_nothing(finder: Finder) -> None:
+    grounder = Grounder(finder)
+    video = long_video(300, dog=(200, 210))
+    found, nothing = grounder.ground_batch([(video, "dog"), (video, "cat")])
+    assert all(195 < moment.start < moment.end < 215 for moment in found)
+    # As published, once for the video rather than once for each window.
+    assert nothing == [Moment(0.0, 300.0, 1.0)]
+
+
+def test_short_videos_are_answered_as_ever_beside_long_ones(planted_backend: Any) -> None:
+    grounder = Grounder(Finder(planted_backend()))
+    grounder.windows = Windows(100.0, 43.0, 14.5)
+    before = Grounder(Finder(planted_backend(), None))
+    videos = [long_video(200, dog=(150, 160)), long_video(120, cat=(3, 9))]
+    pairs = [PAIRS[0], (videos[0], "dog"), *PAIRS[1:4], (videos[1], "cat"), (videos[0], "cat dog"), *PAIRS[4:]]
+    answers = grounder.ground_batch(pairs, batch_size=3)
+    assert answers == [grounder.ground(*pair) for pair in pairs]
+    long = (1, 5, 6)
+    assert [answers[i] for i in range(len(pairs)) if i not in long] == before.ground_batch(PAIRS)
+    assert [round(answers[index][0].start / 10) for index in long] == [15, 0, 15]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_pair_encodes_each_window_once_and_answers_as_the_whole_model(planted_backend: Any, batch_size: int) -> None:
+    whole = Finder(planted_backend())
+    pair = PlantedPair(whole)
+    grounder = Grounder(pair)
+    video = long_video(300, dog=(200, 210), cat=(20, 30))
+    asked = [(video, "dog"), (video, "cat"), (video, "person dog"), (video, "person runs cat")]
+    wanted = Grounder(whole).ground_batch(asked)
+    assert grounder.ground_batch(asked, batch_size=batch_size) == wanted
+    assert pair.encoded == len(grounder.cut(video)) == 11
+    encoded = grounder.encode(video)
+    assert isinstance(encoded, EncodedWindows)
+    assert grounder.ground_batch([(encoded, query) for _, query in asked]) == wanted
+    assert pair.encoded == 22
+    assert grounder.encode(encoded) is encoded
+
+
+def test_encoded_windows_come_back_from_a_file_as_they_were(planted_backend: Any, tmp_path: Path) -> None:
+    grounder = Grounder(PlantedPair(Finder(planted_backend())))
+    video = long_video(120, dog=(100, 110))
+    encoded = grounder.encode(video)
+    encoded.save(tmp_path / "long.npz")
+    back = EncodedWindows.load(tmp_path / "long.npz")
+    assert (back.windows, back.duration, back.name) == (tuple(grounder.cut(video)), 120.0, "long")
+    assert [part.key for part in back.parts] == [part.key for part in encoded.parts]  # type: ignore[union-attr]
+    assert grounder.ground(back, "dog") == grounder.ground(video, "dog")
+    with pytest.raises(FeatureError, match="'drn-encoding/1' is read here"):
+        EncodedVideo.load(tmp_path / "long.npz")
+    changed = dict(np.load(tmp_path / "long.npz"))
+    changed["features"][1, 0, 0] += 1
+    np.savez(tmp_path / "long.npz", **changed)
+    with pytest.raises(FeatureError, match="was changed"):
+        EncodedWindows.load(tmp_path / "long.npz")
+
+
+def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) -> None:
+    pair = Grounder(PlantedPair(Finder(planted_backend())))
+    encoded = pair.encode(long_video(120))
+    with pytest.raises(FeatureError, match="4 windows, and only what is grounded whole can be prepared"):
+        pair.encode(encoded, prepare=True)
+    with pytest.raises(ModelFileError, match="long is encoded and this model is whole"):
+        Grounder(planted_backend()).ground(encoded, "dog")
+    with pytest.raises(FeatureError, match="encoded by another model"):
+        Grounder(PlantedPair(Finder(planted_backend()), "2" * 64)).ground(encoded, "dog")
+    with pytest.raises(FeatureError, match="9 wide and this model takes planted features of width 8"):
+        pair.ground(long_video(120, dim=9), "dog")
+
+
+def test_two_hours_stay_on_the_disk_and_are_asked_in_little_memory(
+    planted_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = long_video(7200, 256, dog=(5000, 5010), cat=(100, 112))
+    assert video.features.shape == (21599, 256)
+    np.save(tmp_path / "long.npy", video.features)
+    size = (tmp_path / "long.npy").stat().st_size
+    monkeypatch.setattr(videos_module, "MAPPED_BYTES", size - 1)
+    backend: Backend = Finder(planted_backend(dim=256))
+    grounder = Grounder(backend)
+    backend.planted.batches = Nothing()  # type: ignore[attr-defined]
+    queries = [" ".join(words) for words in itertools.product(("person", "runs", "opens", "door", ""), ("cat", "dog"))]
+    tracemalloc.start()
+    mapped = Video.load(tmp_path / "long.npy", video.duration, video.num_frames)
+    answers = grounder.ground_batch([(mapped, query) for query in 2 * queries])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(mapped.features, np.memmap)
+    # A batch of 32 windows takes 1 MB, of features of 22 MB.
+    assert peak < size / 4
+    assert [round(moments[0].start / 100) for moments in answers] == 10 * [1, 50]
+
+
+class Nothing(list[Any]):
+    """Forgets what it is given."""
+
+    def append(self, _: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("sizes", [(50, 43, 22), (40, 43, 10), (50, 0, 0), (50, 43, -1), (1e9, 43, 10), ("50", 43, 10)])
+def test_windows_that_cannot_be_cut_are_refused(sizes: tuple[Any, ...]) -> None:
+    with pytest.raises(ModelFileError, match="cannot be cut"):
+        Windows(*sizes)
+
+
+def test_windows_follow_from_the_durations_of_the_training_data() -> None:
+    found = Windows.of([10.0 * n for n in range(1, 22)], [float(n) for n in range(1, 22)])
+    assert found == Windows(longest=210.0, length=200.0, overlap=20.0)
+    # Moments that fill their videos: neighbours share half.
+    assert Windows.of([30.0, 30.0], [30.0, 29.0]) == Windows(30.0, 30.0, 15.0)
