@@ -68,7 +68,7 @@ class CalibrationSet:
             row = [annotation.video, annotation.start, annotation.end, annotation.sentence]
             total.update(json.dumps(row).encode() + b"\n")
         for video in self.videos:
-            total.update(self.data_set.feature_path(video).read_bytes())
+            total.update(self.data_set.store.content(video))
         return total.hexdigest()
 
     def batches(self, manifest: Manifest, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
@@ -180,12 +180,11 @@ def check_held_out(count: int) -> None:
 
 def refuse_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
     """Raise CalibrationError if one of `videos` is in the test split: what is tuned on test tells nothing by test."""
-    if not data_set.annotations_path("test").is_file():
+    if "test" not in data_set.splits:
         log.warning("%s has no test split, so nothing can be held against it.", data_set.root)
         return
-    # The names alone: what else stands in the lines is nothing to be looked at here.
-    lines = data_set.annotations_path("test").read_text(encoding="utf-8").splitlines()
-    shared = sorted(set(videos) & {line.split(maxsplit=1)[0] for line in lines if line.strip()})
+    # The names alone: what else is said of them is nothing to be looked at here.
+    shared = sorted(set(videos) & data_set.videos("test"))
     if shared:
         raise CalibrationError(
             f"{what} holds {_videos(shared)} of the test split, and "

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.annotations import Annotation, DataSet
+from runtime.annotations import Annotation, DataSet, each_moment
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError, QueryError
 from runtime.evaluation import Chunk, answers_to, chunks, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
-from runtime.metrics import IOU_THRESHOLDS, Report, best_overlap, hits, prior_report, recall_name, report
+from runtime.metrics import Report, best_overlap, hits, prior_report, recall_name, report
 from runtime.moments import Moment, temporal_iou
 from runtime.tensors import Heads
 
@@ -248,8 +248,8 @@ def compare(
     found = _answers(models, data_set, annotations, batch_size, at_once, on_progress)
     heads = found if known is None else [known, *found]
     prior_truth = None
-    if data_set.annotations_path("train").is_file():
-        prior_truth = data_set.spans(data_set.annotations("train", invalid="drop"))
+    if "train" in data_set.splits:
+        prior_truth = data_set.spans(each_moment(data_set.annotations("train", invalid="drop")))
     return _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
 
 
@@ -405,12 +405,14 @@ def _judge(
     protocol = protocol or reference.decoding.protocol
     decodings = [dataclasses.replace(manifest.decoding, protocol=protocol) for manifest in (reference, other)]
     durations = np.array([data_set.durations[annotation.video] for annotation in annotations], np.float64)
-    truth = data_set.spans(annotations)
+    truth, thresholds = data_set.truths(annotations), data_set.preset.iou_thresholds
     # Decoding refuses what is not finite; a query that a model overflowed on counts as one without an answer.
     silent = ~_finite_rows(heads[1])
     answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
     proposals = [propose(found, decoding) for found, decoding in zip((heads[0], answerable), decodings, strict=True)]
-    picks = [dict(suppressed(found, decoding)) for found, decoding in zip(proposals, decodings, strict=True)]
+    picks = [
+        dict(suppressed(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings, strict=True)
+    ]
     for silenced in (proposals[1].spans, *picks[1].values()):
         silenced[silent] = np.nan
     kept = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
@@ -426,7 +428,7 @@ def _judge(
         name = recall_name(1, threshold)
         flips[name] = Flips(tuple(gained.tolist()), tuple(lost.tolist()), mcnemar(len(gained), len(lost)))
         columns[name] = after.astype(np.float64) - before
-    ious = [best_overlap(found[IOU_THRESHOLDS[0]].astype(np.float64), truth, 1) for found in picks]
+    ious = [best_overlap(found[thresholds[0]].astype(np.float64), truth, 1) for found in picks]
     columns["mIoU"] = ious[1] - ious[0]
     scored = [report(found, truth, protocol) for found in picks]
     first, five = _same_order(*tops)
@@ -447,7 +449,7 @@ def _judge(
         },
         reference=scored[0],
         other=scored[1],
-        prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol),
+        prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
         worst=tuple(_worst(annotations, durations, truth, tops, overlap, ious, by_query.max(axis=-1))),
     )
 
@@ -511,13 +513,14 @@ def _worst(
         if not shift[index] > 0:
             continue
         annotation, duration = annotations[index], float(durations[index])
+        first = truth[index].reshape(-1, 2)[0].tolist()
         moments = [next(iter(in_seconds(found[index, :1], duration)), None) for found in tops]
         yield Disagreement(
             line=annotation.line,
             video=annotation.video,
             query=annotation.sentence,
             duration=duration,
-            truth=(float(truth[index, 0]) * duration, float(truth[index, 1]) * duration),
+            truth=(first[0] * duration, first[1] * duration),
             reference=_finite(moments[0]),
             other=_finite(moments[1]),
             overlap=float(overlap[index]),

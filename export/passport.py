@@ -15,7 +15,6 @@ from export.layers import Layers
 from export.parity import CONFIDENCE, GATED, Budget, Disagreement, Parity, points
 from runtime.files import sha256
 from runtime.manifest import Manifest
-from runtime.metrics import METRICS
 from runtime.moments import Moment
 
 VISIBLE_S = 0.05
@@ -173,7 +172,7 @@ def _recall(parity: Parity, names: tuple[str, str]) -> str:
     reports = [(names[0], parity.reference), (names[1], parity.other)]
     if parity.prior:
         reports.append(("prior", parity.prior))
-    metrics = [name for name in METRICS if name in parity.reference.values]
+    metrics = list(parity.reference.values)
     rows = [(name, *(f"{100 * scored.values[name]:.2f}" for _, scored in reports)) for name in metrics]
     note = "Percent. The prior answers every query with the same moments, fitted on the training split."
     return _section(

@@ -1,4 +1,4 @@
-"""A data set in the published Charades-STA layout: sentences, moments, clocks, and where the features are."""
+"""A data set in a published layout: sentences, moments, clocks, words, and where the features are."""
 
 from __future__ import annotations
 
@@ -6,81 +6,92 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from runtime.errors import AnnotationError, FeatureError, GroundingError
-from runtime.files import read_json, sha256
+from runtime.errors import AnnotationError, GroundingError
+from runtime.featurestores import FeatureStore, open_store
+from runtime.files import sha256
+from runtime.layouts import Annotation as Annotation
+from runtime.layouts import Row, open_layout
+from runtime.layouts.charades import FEATURE_DIRECTORY as FEATURE_DIRECTORY
+from runtime.layouts.form import Times
+from runtime.layouts.values import SPLITS
 from runtime.manifest import Features
-from runtime.videos import Video, load_features
-from runtime.vocabulary import Vocabulary
+from runtime.presets import Preset
+from runtime.videos import Video
+from runtime.vocabulary import Vocabulary, word_table
 
 log = logging.getLogger("drn")
 
 Invalid = Literal["error", "drop", "keep"]
 
-TABLES = ("Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json")
-FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
-
-
-@dataclasses.dataclass(frozen=True)
-class Annotation:
-    """One sentence of a data set and the moment it describes.
-
-    Attributes:
-        video: its name.
-        start, end: seconds, as written in the file.
-        sentence: as written in the file.
-        line: where it stands in the file, from 1.
-    """
-
-    video: str
-    start: float
-    end: float
-    sentence: str
-    line: int
+# How far the clips of a video may be from what its frame count promises, before they are taken for another clock's.
+CLOCK_SLACK = 0.1
+# Rows left out that a warning names, of however many.
+NAMED = 20
 
 
 class DataSet:
-    """A directory in the published Charades-STA layout.
+    """A directory in the layout of Charades-STA, ActivityNet Captions, TACoS or QVHighlights, or in the common form.
+
+    Which one is told by the files that are there; see docs/formats.md. Features lie where the data set publishes them
+    (Charades-STA: `C3D_unit16_overlap0.5_merged/`), in `features/`, or in one HDF5 file.
 
     Raises:
-        AnnotationError: the directory or one of its tables is missing or malformed.
+        AnnotationError: the directory or one of its tables is missing or malformed, or holds a mixture of formats.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise AnnotationError(
-                f"The data directory {self.root} does not exist; give a directory in the Charades-STA layout, "
-                "or make one with `python -m train.simulate --output DIR`."
+                f"The data directory {self.root} does not exist; give a directory in a published layout "
+                "(docs/formats.md lists them), or make one with `python -m train.simulate --output DIR`."
             )
-        self.durations: dict[str, float] = self._table("Charades_duration.json", "video to seconds")
-        self.num_frames: dict[str, int] = self._table("Charades_frames_info.json", "video to frame count")
+        self._layout = open_layout(self.root)
+        self.durations: dict[str, float] = self._layout.durations
+        # Frame counts that the annotations tell; `frames` knows those of every video.
+        self.num_frames: dict[str, int] = self._layout.num_frames
+        self._told_of_stride = False
+
+    @property
+    def preset(self) -> Preset:
+        """What is usual for this data set."""
+        return self._layout.preset
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are there."""
+        return [split for split in SPLITS if self.annotations_path(split).is_file()]
 
     @functools.cached_property
-    def words(self) -> dict[str, int]:
-        return self._table("Charades_word2id.json", "word to id")
+    def words(self) -> Mapping[str, int]:
+        """Word to id, as published; of the words of the training split where nothing is."""
+        published = self._layout.words()
+        if published is not None:
+            return published
+        training = self.annotations("train", invalid="keep", quiet=True)
+        return word_table(annotation.sentence for annotation in training)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         try:
             return Vocabulary(self.words)
         except GroundingError as error:
-            raise AnnotationError(f"{self.root / 'Charades_word2id.json'}: {error}") from error
+            raise AnnotationError(f"{self._layout.files('train')[-1]}: {error}") from error
 
     @functools.cached_property
     def simulated(self) -> bool:
         """Whether the features are simulated, so that recall on them says nothing of published numbers."""
-        return (self.root / "simulated.json").is_file()
+        return self._layout.simulated or (self.root / "simulated.json").is_file()
 
     def annotations_path(self, split: str) -> Path:
-        return self.root / f"Charades_sta_{split}.txt"
+        return self._layout.path(split)
 
     def annotations(self, split: str, invalid: Invalid = "error", quiet: bool = False) -> list[Annotation]:
         """Return the sentences of a split in file order.
@@ -88,36 +99,33 @@ class DataSet:
         Ends past the end of the video are common in the published files and are left as they are; `span` clips them.
 
         Args:
-            split: `train` or `test`.
+            split: `train`, `val` or `test`.
             invalid: what to do with a moment that ends before it starts, or starts after its video has ended:
-                `error`, `drop` with a warning that names the lines, or `keep` as the published code does.
+                `error`, `drop` with a warning that names the rows, or `keep` as the published code does. Of a sentence
+                with several moments, the others stay.
             quiet: whether nothing is said of moments that are cut off at the end of their video.
 
         Raises:
-            AnnotationError: a line is malformed or names an unknown video, or is invalid under `error`.
+            AnnotationError: a row is malformed or names an unknown video, or is invalid under `error`.
         """
-        path = self.annotations_path(split)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise AnnotationError(f"{path} does not exist, so there is no split {split!r} in this data set.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
-        if not lines:
-            raise AnnotationError(f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.")
         annotations, dropped, clipped = [], [], 0
-        for number, line in enumerate(lines, 1):
-            annotation = self._parse(line, f"{path}, line {number}", number)
-            problem = self._problem(annotation)
-            if problem and invalid == "error":
-                raise AnnotationError(f"{path}, line {number}: {problem}; correct the line or leave it out.")
-            if problem and invalid == "drop":
-                dropped.append(f"{number} ({problem})")
-                continue
-            clipped += annotation.end > self.durations[annotation.video]
-            annotations.append(annotation)
+        for row in self._layout.rows(split):
+            annotation, problems = self._judged(row)
+            if problems and invalid == "error":
+                raise AnnotationError(f"{row.place}: {problems[0]}; {self._layout.correction}.")
+            if problems and invalid == "drop":
+                dropped.append(f"{row.label} ({problems[0]})")
+                if annotation is None:
+                    continue
+                row = dataclasses.replace(row, annotation=annotation)
+            kept = row.annotation
+            clipped += any(end > self.durations[kept.video] for _, end in kept.moments)
+            annotations.append(kept)
+        path = self.annotations_path(split)
         if dropped:
-            log.warning("%s: left out %d lines: %s.", path.name, len(dropped), "; ".join(dropped))
+            more = f"; and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
+            named = "; ".join(dropped[:NAMED])
+            log.warning("%s: left out %d %s: %s%s.", path.name, len(dropped), self._layout.unit, named, more)
         if clipped and not quiet:
             log.info(
                 "%s: %d of %d moments end after their video and are cut off there.",
@@ -129,92 +137,120 @@ class DataSet:
             raise AnnotationError(f"{path} holds no usable annotation.")
         return annotations
 
+    def videos(self, split: str) -> set[str]:
+        """Return the names of the videos of a split, without a look at what is said of them."""
+        return self._layout.videos(split)
+
     def span(self, annotation: Annotation) -> tuple[float, float]:
         """Return the moment as fractions of its video; the end is clipped at 1, as published, the start is not."""
-        duration = self.durations[annotation.video]
-        return annotation.start / duration, min(annotation.end / duration, 1.0)
-
-    def digest(self, split: str) -> str:
-        """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
-        names = (self.annotations_path(split).name, *TABLES)
-        return hashlib.sha256("".join(sha256(self.root / name) for name in names).encode()).hexdigest()
+        return self._fractions(annotation.video, (annotation.start, annotation.end))
 
     def spans(self, annotations: Sequence[Annotation]) -> np.ndarray:
         """Return the moments as fractions of their videos, (N, 2) float64; see `span`."""
         return np.array([self.span(annotation) for annotation in annotations], np.float64).reshape(-1, 2)
 
+    def truths(self, annotations: Sequence[Annotation]) -> np.ndarray:
+        """Return all moments of every sentence as fractions of their videos, (N, W, 2) float64, NaN after the last.
+
+        Where each has one moment, as in most data sets, W is left out: (N, 2), as `spans`.
+        """
+        most = max((len(annotation.moments) for annotation in annotations), default=1)
+        if most == 1:
+            return self.spans(annotations)
+        truths = np.full((len(annotations), most, 2), np.nan)
+        for row, annotation in zip(truths, annotations):
+            row[: len(annotation.moments)] = [self._fractions(annotation.video, one) for one in annotation.moments]
+        return truths
+
+    def digest(self, split: str) -> str:
+        """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
+        return hashlib.sha256("".join(map(sha256, self._layout.files(split))).encode()).hexdigest()
+
+    @functools.cached_property
+    def store(self) -> FeatureStore:
+        """Where the features are."""
+        return open_store(self.root, self._layout.feature_place())
+
     def feature_path(self, video: str) -> Path:
-        """Return the feature file of a video, `.pt` before `.npy`.
+        """Return the file that holds the features of a video: `.pt` before `.npy` before `.npz`, or an HDF5 file.
 
         Raises:
-            FeatureError: neither exists.
+            FeatureError: there is none.
         """
-        for suffix in (".pt", ".npy"):
-            path = self.root / FEATURE_DIRECTORY / f"{video}{suffix}"
-            if path.is_file():
-                return path
-        raise FeatureError(
-            f"There are no features of {video!r}: {self.root / FEATURE_DIRECTORY / video}.pt (or .npy) is missing."
-        )
+        return self.store.path(video)
+
+    def frames(self, video: str, num_clips: int | None = None) -> int:
+        """Return the frames of a video, as its segments are counted in.
+
+        They are what the annotations tell. Where these tell nothing, frames are counted from the clips by the clock of
+        the data set's features, and so they are where the preset says `spread` and the clips of the file are not as
+        many as the clock makes of the frames told (TACoS, whose features are published at several strides): segments
+        are then equal parts of the clips, and so of the video.
+
+        Args:
+            video: its name.
+            num_clips: of its features, where they have been read already.
+        """
+        told, clock = self.num_frames.get(video), self.preset.features.clock
+        if told is not None and not self.preset.spread:
+            return told
+        clips = self.store.num_clips(video) if num_clips is None else num_clips
+        if told is not None:
+            wanted = clock.num_clips(told)
+            if abs(wanted - clips) <= max(1, CLOCK_SLACK * wanted):
+                return told
+            if not self._told_of_stride:
+                self._told_of_stride = True
+                log.warning(
+                    "%s: %d clips of %r do not fit its %d frames, of which the clock makes %d; segments of such videos "
+                    "are equal parts of their clips (said once).",
+                    self.root, clips, video, told, wanted,
+                )  # fmt: skip
+        return clock.num_frames(clips)
 
     def video(self, name: str) -> Video:
         """Return a video with its features and clock.
 
         Raises:
-            AnnotationError: the tables do not know it.
+            AnnotationError: the annotations do not know it.
             FeatureError: its features are missing or unusable.
         """
-        self._check_known(name, "--video")
-        return Video(load_features(self.feature_path(name)), self.num_frames[name], self.durations[name], name)
+        self._layout.check_known(name, "--video")
+        features = self.store.load(name)
+        return Video(features, self.frames(name, len(features)), self.durations[name], name)
 
     def features(self) -> Features:
-        """Return what the clip features of this data set are, read off its first annotated video."""
-        first = self.annotations(
-            "train" if self.annotations_path("train").is_file() else "test", invalid="keep", quiet=True
-        )[0]
-        return Features(dim=self.video(first.video).features.shape[1])
+        """Return what the clip features of this data set are, their width read off its first annotated video."""
+        split = "train" if "train" in self.splits else "test"
+        first = self.annotations(split, invalid="keep", quiet=True)[0]
+        return dataclasses.replace(self.preset.features, dim=self.video(first.video).features.shape[1])
 
-    def _table(self, name: str, what: str) -> dict[str, Any]:
-        table = read_json(self.root / name, what)
-        if not isinstance(table, dict) or not table:
-            raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
-        for key, value in table.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-                raise AnnotationError(f"{self.root / name} should map {what}, and maps {key!r} to {value!r}.")
-        return table
+    def _judged(self, row: Row) -> tuple[Annotation | None, list[str]]:
+        """Return a row with the moments that make sense, None without any, and what is wrong with the others."""
+        annotation, good, problems = row.annotation, [], []
+        for window in annotation.moments:
+            problem = self._problem(annotation.video, *window)
+            if problem:
+                problems.append(problem)
+            else:
+                good.append(window)
+        return (annotation.narrowed(tuple(good)) if good else None), problems
 
-    def _parse(self, line: str, place: str, number: int) -> Annotation:
-        parts = line.strip().split("##")
-        fields = parts[0].split()
-        if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
-            raise AnnotationError(
-                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line."
-            )
-        try:
-            start, end = float(fields[1]), float(fields[2])
-        except ValueError:
-            start = end = math.nan
-        if not (math.isfinite(start) and math.isfinite(end)):
-            raise AnnotationError(
-                f"{place}: start and end should be seconds, and are {fields[1]!r} and {fields[2]!r}; correct the line."
-            )
-        self._check_known(fields[0], place)
-        return Annotation(fields[0], start, end, parts[1].strip(), number)
+    def _fractions(self, video: str, window: Times) -> tuple[float, float]:
+        duration = self.durations[video]
+        return window[0] / duration, min(window[1] / duration, 1.0)
 
-    def _check_known(self, video: str, place: str) -> None:
-        for table, name in (
-            (self.durations, "Charades_duration.json"),
-            (self.num_frames, "Charades_frames_info.json"),
-        ):
-            if video not in table:
-                raise AnnotationError(f"{place}: the video {video!r} is not in {name}; add it there or check the name.")
-
-    def _problem(self, annotation: Annotation) -> str | None:
-        duration = self.durations[annotation.video]
-        if annotation.start < 0:
-            return f"the moment starts at {annotation.start:g} s, before its video"
-        if annotation.start >= duration:
-            return f"the moment starts at {annotation.start:g} s and its video ends at {duration:g} s"
-        if annotation.end <= annotation.start:
-            return f"the moment ends at {annotation.end:g} s, not after its start at {annotation.start:g} s"
+    def _problem(self, video: str, start: float, end: float) -> str | None:
+        duration = self.durations[video]
+        if start < 0:
+            return f"the moment starts at {start:g} s, before its video"
+        if start >= duration:
+            return f"the moment starts at {start:g} s and its video ends at {duration:g} s"
+        if end <= start:
+            return f"the moment ends at {end:g} s, not after its start at {start:g} s"
         return None
+
+
+def each_moment(annotations: Iterable[Annotation]) -> list[Annotation]:
+    """Return one annotation for every moment of each sentence, as networks and priors learn from them."""
+    return [annotation.narrowed((window,)) for annotation in annotations for window in annotation.moments]

@@ -27,7 +27,7 @@ class VideoChoice:
 
     Attributes:
         features, duration, num_frames: a feature file, and what it does not tell.
-        data, video: a directory in the Charades-STA layout and a name in it.
+        data, video: the directory of a data set and a name in it.
         video, extractor, partial: a video file, what makes its features, and whether a damaged one will do.
         footage: the video file that features were made of.
     """
@@ -140,10 +140,9 @@ def open_choice(
 def _truths(data_set: DataSet, video: str) -> dict[str, tuple[float, float]]:
     """Return the moments that the data set gives for this video's sentences, cut off at its end."""
     truths = {}
-    for split in ("train", "test"):
-        if data_set.annotations_path(split).is_file():
-            for annotation in data_set.annotations(split, invalid="keep", quiet=True):
-                if annotation.video == video and annotation.start < annotation.end:
-                    end = min(annotation.end, data_set.durations[video])
-                    truths[annotation.sentence] = (annotation.start, end)
+    for split in data_set.splits:
+        for annotation in data_set.annotations(split, invalid="keep", quiet=True):
+            if annotation.video == video and annotation.start < annotation.end:
+                end = min(annotation.end, data_set.durations[video])
+                truths[annotation.sentence] = (annotation.start, end)
     return truths

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import DataSet, Invalid
+from runtime.annotations import DataSet, Invalid, each_moment
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.decoding import Protocol
@@ -48,8 +48,8 @@ def evaluate(
 
     Args:
         model: .onnx or .pt file.
-        data: directory in the Charades-STA layout.
-        split: train or test.
+        data: directory of a data set; docs/formats.md lists the formats.
+        split: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, at least the threshold); the
             model's own when not given.
         output: JSON file for the report.
@@ -82,9 +82,10 @@ def evaluate(
     scored = evaluation.report
     rows = [(model.name if ablation == "none" else f"{model.name}, {ablation}", scored)]
     prior = None
-    if data_set.annotations_path("train").is_file():
+    if "train" in data_set.splits:
         training = data_set.annotations("train", invalid="drop", quiet=True)
-        prior = prior_report(data_set.spans(training), evaluation.truth, scored.protocol)
+        learnt = data_set.spans(each_moment(training))
+        prior = prior_report(learnt, evaluation.truth, scored.protocol, data_set.preset.iou_thresholds)
         rows.append(("prior (constant moments)", prior))
     print(table(rows))
     print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")

@@ -13,7 +13,7 @@ from runtime.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, pro
 from runtime.encodings import EncodedVideo
 from runtime.errors import QueryError
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
-from runtime.metrics import IOU_THRESHOLDS, Report, report
+from runtime.metrics import Report, report
 from runtime.tensors import Batch, Heads, batches
 from runtime.videos import Segments
 
@@ -27,7 +27,7 @@ class Evaluation:
 
     Attributes:
         picks: for each IoU threshold (N, 6, 3) starts, ends (fractions of the video) and scores.
-        truth: (N, 2) fractions of the video.
+        truth: (N, 2) fractions of the video, or (N, W, 2); see `DataSet.truths`.
         report: the metrics.
     """
 
@@ -59,13 +59,14 @@ def evaluate(
     """
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
-    picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in IOU_THRESHOLDS}
+    thresholds = data_set.preset.iou_thresholds
+    picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in thresholds}
     for rows, heads in heads_of(grounder, data_set, annotations, batch_size, segments_of):
         proposals = propose(heads, decoding)
-        for threshold, found in suppressed(proposals, decoding):
+        for threshold, found in suppressed(proposals, decoding, thresholds):
             picks[threshold][rows] = found
         on_progress(len(rows))
-    truth = data_set.spans(annotations)
+    truth = data_set.truths(annotations)
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
 
 
@@ -77,7 +78,7 @@ def predictions(
     for index, annotation in enumerate(annotations):
         moments = in_seconds(picks[index, :top_k], data_set.durations[annotation.video])
         yield {
-            "qid": annotation.line,
+            "qid": annotation.line if annotation.qid is None else annotation.qid,
             "query": annotation.sentence,
             "vid": annotation.video,
             "pred_relevant_windows": [[moment.start, moment.end, moment.score] for moment in moments],
@@ -162,10 +163,12 @@ def chunks(
         yield Chunk(np.asarray(rows), [queries[i] for i in rows], segments, names, durations)
 
 
-def suppressed(proposals: Proposals, decoding: Decoding) -> Iterator[tuple[float, np.ndarray]]:
+def suppressed(
+    proposals: Proposals, decoding: Decoding, iou_thresholds: Sequence[float]
+) -> Iterator[tuple[float, np.ndarray]]:
     """Yield for each IoU threshold of the metrics the (B, 6, 3) picks to judge at it."""
     found = None
-    for threshold in IOU_THRESHOLDS:
+    for threshold in iou_thresholds:
         # Only the authors' protocol suppresses differently for each metric.
         if found is None or decoding.protocol == "drn":
             found = suppress(proposals, decoding, PUBLISHED_COUNT, threshold)

@@ -133,17 +133,36 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError) -> Any:
-    """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed."""
+def read_json(
+    path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError, *, unique: bool = False
+) -> Any:
+    """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed.
+
+    Where `unique`, no name may stand twice in one object: JSON readers keep the last and say nothing.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique else None)
+    except _Twice as problem:
+        raise error(f"{path} ({what}) has two entries of the name {str(problem)!r}; rename or remove one.") from None
     except FileNotFoundError:
         raise error(f"{path} ({what}) does not exist; check the path.") from None
     except OSError as problem:
         raise error(f"{path} ({what}) cannot be read: {problem.strerror}.") from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} ({what}) should be a JSON file and is not: {problem}.") from problem
+
+
+class _Twice(ValueError):
+    """A name that stands twice in a JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return value
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

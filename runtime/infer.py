@@ -47,7 +47,7 @@ def infer(
         features: .npy or .pt file of clip features, (num_clips, D).
         duration: of that video, in seconds.
         num_frames: of that video; taken from the number of clips when not given.
-        data: directory in the Charades-STA layout.
+        data: directory of a data set; docs/formats.md lists the formats.
         video: name of a video in it; with --extractor a video file.
         extractor: .onnx file that makes the clip features of a video file. They are kept in the user's cache directory
             (or DRN_CACHE), so that asking again costs nothing.

@@ -20,13 +20,21 @@ def recall_name(rank: int, iou_threshold: float) -> str:
     return f"R@{rank} IoU={iou_threshold:g}"
 
 
-# Reports lead with what carries information (R@5 IoU=0.5 hardly does: constant moments reach 85 % on Charades-STA).
-METRICS = (
-    *(recall_name(1, threshold) for threshold in (0.5, 0.7)),
-    "mIoU",
-    recall_name(1, 0.3),
-    *(recall_name(5, threshold) for threshold in IOU_THRESHOLDS),
-)
+def metric_names(iou_thresholds: Sequence[float]) -> tuple[str, ...]:
+    """Return the metrics of a report in its order.
+
+    It leads with what carries information (R@5 IoU=0.5 hardly does: constant moments reach 85 % on Charades-STA).
+    """
+    rising = sorted(iou_thresholds)
+    return (
+        *(recall_name(1, threshold) for threshold in rising if threshold >= 0.5),
+        "mIoU",
+        *(recall_name(1, threshold) for threshold in reversed(rising) if threshold < 0.5),
+        *(recall_name(rank, threshold) for rank in RANKS[1:] for threshold in rising),
+    )
+
+
+METRICS = metric_names(IOU_THRESHOLDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +54,14 @@ def best_overlap(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
 
     Args:
         picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
-        truth: (N, 2) in the same unit.
+        truth: (N, 2) in the same unit, or (N, W, 2) where queries have several moments, NaN after the last: the one
+            that fits best counts, as in the QVHighlights evaluator.
         rank: how many picks count.
     """
     if picks.shape[1] == 0:
         return np.zeros(len(truth), np.result_type(picks, truth))
-    return temporal_iou(picks[:, :rank, :2], truth[:, None])[..., 0].max(axis=1)
+    moments = truth[:, None] if truth.ndim == 2 else truth
+    return temporal_iou(picks[:, :rank, :2], moments).max(axis=(1, 2))
 
 
 def hits(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
@@ -72,7 +82,7 @@ def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Proto
     Args:
         picks: for each IoU threshold the (N, K, 3) picks to judge at it, K at least 5 for R@5. The authors' protocol
             suppresses differently for each threshold, mmaction2's does not.
-        truth: (N, 2), in the unit of the picks.
+        truth: (N, 2) or (N, W, 2), in the unit of the picks; see `best_overlap`.
         protocol: whose hit rule.
     """
     values = {
@@ -81,14 +91,19 @@ def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Proto
         for rank in RANKS
     }
     values["mIoU"] = float(best_overlap(next(iter(picks.values())).astype(np.float64), truth, 1).mean())
-    return Report({name: values[name] for name in METRICS if name in values}, len(truth), protocol)
+    return Report({name: values[name] for name in metric_names(list(picks))}, len(truth), protocol)
 
 
-def prior_report(training_truth: np.ndarray, truth: np.ndarray, protocol: Protocol) -> Report:
+def prior_report(
+    training_truth: np.ndarray,
+    truth: np.ndarray,
+    protocol: Protocol,
+    iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+) -> Report:
     """Score the best constant moments, blind to video and query, fitted on the training split for each metric."""
     picks = {
         threshold: np.broadcast_to(constant_moments(training_truth, max(RANKS), threshold), (len(truth), max(RANKS), 2))
-        for threshold in IOU_THRESHOLDS
+        for threshold in iou_thresholds
     }
     scored = report(picks, truth, protocol)
     mean = np.broadcast_to(constant_moments(training_truth, 1, None), (len(truth), 1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ MOST_FRAMES = 2**31 - 1
 LARGEST_FEATURE = 1e15
 # A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
 MAPPED_BYTES = 1 << 26
+# Compressed features: what unfolds to more than this, and to so many times its size, is a mistake or an attack.
+LARGEST_UNFOLDED, LARGEST_RATIO = 1 << 28, 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Video:
         name: str | None = None,
         clock: ClipClock | None = None,
     ) -> Video:
-        """Read a `.npy` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
+        """Read a `.npy`, `.npz` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
 
         Args:
             path: a (num_clips, D) float array.
@@ -184,7 +187,7 @@ def _mirrored(bits: np.ndarray) -> np.ndarray:
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return the clip features in a `.npy` or `.pt` file as (num_clips, D) floats; a large `.npy` is mapped.
+    """Return the clip features in a `.npy`, `.npz` or `.pt` file as (num_clips, D) floats; a large `.npy` is mapped.
 
     Raises:
         FeatureError: the file is missing, empty, truncated, holds no such array, or would run code when read.
@@ -208,6 +211,8 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
             value.close()
             raise FeatureError(f"{path} is an archive of arrays under the name of one; save the array with numpy.save.")
         return value
+    if path.suffix == ".npz":
+        return _only_array(path)
     if path.suffix in (".pt", ".pth"):
         from runtime import torchfile
 
@@ -218,7 +223,36 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         if not isinstance(value, np.ndarray):
             raise FeatureError(f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.")
         return value
-    raise FeatureError(f"{path} should end in .npy or .pt; convert the features to one of them.")
+    raise FeatureError(f"{path} should end in .npy, .npz or .pt; convert the features to one of them.")
+
+
+def refuse_bomb(what: str, unfolded: int, stored: int) -> None:
+    """Raise FeatureError for compressed bytes that would unfold to far more than features do."""
+    if unfolded > max(LARGEST_UNFOLDED, LARGEST_RATIO * stored):
+        raise FeatureError(
+            f"{what} would unfold from {stored} bytes to {unfolded}, as no features do; store them uncompressed."
+        )
+
+
+def _only_array(path: Path) -> np.ndarray:
+    """Return the one array of a `.npz` file; its directory is looked at before anything is unfolded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise FeatureError(f"{path} should be a NumPy archive of clip features and cannot be read: {error}.") from error
+    if len(members) != 1:
+        raise FeatureError(f"{path} should hold one array of clip features, and holds {len(members)}; keep that one.")
+    refuse_bomb(f"{path}", members[0].file_size, members[0].compress_size)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            value = arrays[arrays.files[0]]
+    except Exception as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise FeatureError(f"{path} should hold an array of clip features and cannot be read: {said}.") from error
+    if not isinstance(value, np.ndarray):
+        raise FeatureError(f"{path} should hold an array of clip features, and holds something else.")
+    return value
 
 
 def check_features(features: np.ndarray, name: str) -> None:

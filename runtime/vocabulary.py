@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -94,6 +95,13 @@ class Vocabulary:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
         return cls(value["words"], value["unknown"])
+
+
+def word_table(sentences: Iterable[str], least: int = 1) -> dict[str, int]:
+    """Return word to id for the words that stand in `sentences` at least so often: lower case, commonest first."""
+    counts = Counter(token.lower() for sentence in sentences for token in tokenize(sentence))
+    kept = sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
+    return {word: identity for identity, word in enumerate(kept, 1)}
 
 
 def tokenize(sentence: str) -> list[str]:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError, FeatureError, OutputError, QueryError
+from runtime.featurestores import FeatureStore
 from runtime.files import replace_when_whole
 from runtime.manifest import Features
 from runtime.tensors import Batch, collate
-from runtime.videos import Segments, check_features, load_features, max_over_rows, segment_rows
+from runtime.videos import Segments, check_features, max_over_rows, segment_rows
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 
@@ -51,7 +52,7 @@ def pool(
     """Return the segments of `videos`, from the cache where it still holds for their files.
 
     The cache is keyed by everything that its content depends on: the names, sizes and times of the feature files,
-    frame counts, T, the clock and the pooling rule. It is written whole or not at all.
+    places in an HDF5 file, frame counts, T, the clock and the pooling rule. It is written whole or not at all.
 
     Args:
         data_set: where features and frame counts come from.
@@ -64,23 +65,24 @@ def pool(
         FeatureError: a file is missing or unusable, or of another width.
         OutputError: the cache cannot be written.
     """
-    paths = [data_set.feature_path(video) for video in videos]
-    stats = [path.stat() for path in paths]
+    store = data_set.store
+    stamps = [store.stamp(video) for video in videos]
+    num_frames = [data_set.frames(video) for video in videos]
     recipe = {
-        "files": [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)],
-        "num_frames": [data_set.num_frames[video] for video in videos],
+        "files": stamps,
+        "num_frames": num_frames,
         "num_segments": num_segments,
         "features": dataclasses.asdict(features),
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
-    places = [segment_rows(data_set.num_frames[v], num_segments, features.pooling, features.clock) for v in videos]
+    places = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
     if not _is_whole(path, (len(videos), num_segments, features.dim)):
         # What a killed process left: nobody else would ever remove gigabytes of it.
         for stray in cache.glob(f".{path.stem}.*"):
             stray.unlink(missing_ok=True)
         try:
-            _write(path, videos, paths, places, num_segments, features.dim)
+            _write(path, videos, store, places, num_segments, features.dim)
         except OutputError as error:
             raise OutputError(f"{error} The pooled features go to --cache, {cache} by default.") from error
     mapped = np.load(path, mmap_mode="r")
@@ -102,12 +104,12 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
 def _write(
     path: Path,
     videos: Sequence[str],
-    paths: Sequence[Path],
+    store: FeatureStore,
     places: Sequence[tuple],
     num_segments: int,
     dim: int,
 ) -> None:
-    dtype = load_features(paths[0]).dtype
+    dtype = store.load(videos[0]).dtype
     with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
         # Plain writes, since a memory map that outgrows the disk kills the process instead of raising.
         header = {
@@ -117,24 +119,24 @@ def _write(
         }
         np.lib.format.write_array_header_2_0(stream, header)
         progress = tqdm(
-            zip(videos, paths, places, strict=True),
+            zip(videos, places, strict=True),
             "pooling features",
             len(videos),
             unit="video",
             leave=False,
             disable=None,
         )
-        for video, source, (first, last, _) in progress:
-            clips = load_features(source)
+        for video, (first, last, _) in progress:
+            clips = store.load(video)
             check_features(clips, video)
+            place = f"The features of {video} in {store.path(video)} are"
             if clips.shape[1] != dim:
                 raise FeatureError(
-                    f"{source} is {clips.shape[1]} wide where the first video's features are {dim} wide; "
-                    "extract it again."
+                    f"{place} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again."
                 )
             if clips.dtype != dtype:
                 raise FeatureError(
-                    f"{source} holds {clips.dtype} where the first video holds {dtype}; store all features alike."
+                    f"{place} {clips.dtype} where the first video's are {dtype}; store all features alike."
                 )
             stream.write(np.ascontiguousarray(max_over_rows(clips, first, last)).tobytes())
 

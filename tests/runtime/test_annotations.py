@@ -159,7 +159,7 @@ def test_word_ids_with_a_gap_name_the_word_table(directory: Path) -> None:
 def test_pt_features_go_before_npy(directory: Path) -> None:
     (directory / FEATURES).mkdir()
     data_set = DataSet(directory)
-    with pytest.raises(FeatureError, match=r"no features of 'AAAAA'.*AAAAA\.pt \(or \.npy\) is missing"):
+    with pytest.raises(FeatureError, match=r"no features of 'AAAAA'.*AAAAA\.pt \(or \.npy, \.npz\) is missing"):
         data_set.video("AAAAA")
     np.save(directory / FEATURES / "AAAAA.npy", np.ones((5, 4), np.float32))
     assert data_set.feature_path("AAAAA").suffix == ".npy"

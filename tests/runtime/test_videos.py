@@ -253,7 +253,7 @@ BAD_FILES = {
     "huge.npy": (huge_npy(), "cannot be read"),
     "text.pt": (b"not a tensor", "should be a tensor of clip features"),
     "plain.pt": (pickle.dumps([1.0]), "should be a tensor of clip features"),
-    "features.txt": (b"1 2 3", "should end in .npy or .pt"),
+    "features.txt": (b"1 2 3", "should end in .npy, .npz or .pt"),
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import FeatureError, OutputError
+from runtime.featurestores import FeatureFiles
 from runtime.windows import Windows
 from train.convert import CHARADES_STA
 from train.data import PooledFeatures, TrainingData, pool, split_by_video, windows_of
@@ -118,17 +119,15 @@ def test_cache_is_made_anew_for_other_videos_segments_and_frame_counts(
 def test_interrupted_pooling_leaves_nothing(
     data_set: DataSet, videos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    import train.data
+    real, calls = FeatureFiles.load, []
 
-    real, calls = train.data.load_features, []
-
-    def load(path: Path) -> np.ndarray:
-        calls.append(path)
+    def load(store: FeatureFiles, video: str) -> np.ndarray:
+        calls.append(video)
         if len(calls) == 5:
             raise error("stop")
-        return real(path)
+        return real(store, video)
 
-    monkeypatch.setattr(train.data, "load_features", load)
+    monkeypatch.setattr(FeatureFiles, "load", load)
     with pytest.raises(error):
         fill(data_set, videos, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

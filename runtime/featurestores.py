@@ -1,0 +1,197 @@
+"""Where the clip features of a data set are: a file for each video, or one HDF5 file."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.errors import DeviceError, FeatureError
+from runtime.layouts.values import file_stem, is_file_name
+from runtime.videos import load_features, refuse_bomb
+
+SUFFIXES = (".pt", ".npy", ".npz")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+# In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
+DATASET = "c3d_features"
+
+
+class FeatureStore(Protocol):
+    """The clip features of many videos, by name. Every method raises FeatureError for a video that is not there."""
+
+    def path(self, video: str) -> Path:
+        """Return the file that holds a video."""
+
+    def load(self, video: str) -> np.ndarray:
+        """Return the features of a video, as stored."""
+
+    def num_clips(self, video: str) -> int:
+        """Return how many clips a video has, without reading them where the format allows it."""
+
+    def stamp(self, video: str) -> tuple[Any, ...]:
+        """Return what changes whenever the features of a video do: file name, size, time, and the place in the file."""
+
+    def content(self, video: str) -> bytes:
+        """Return all that the features of a video are, to be hashed."""
+
+
+class FeatureFiles:
+    """A directory with a `.pt`, `.npy` or `.npz` file for each video; of several for one, the first of these counts."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, video: str) -> Path:
+        for name in _spellings(video):
+            for suffix in SUFFIXES:
+                path = self.directory / f"{name}{suffix}"
+                if path.is_file():
+                    return path
+        raise FeatureError(
+            f"There are no features of {video!r}: {self.directory / video}{SUFFIXES[0]} (or "
+            f"{', '.join(SUFFIXES[1:])}) is missing."
+        )
+
+    def load(self, video: str) -> np.ndarray:
+        return load_features(self.path(video))
+
+    def num_clips(self, video: str) -> int:
+        path = self.path(video)
+        if path.suffix == ".npy":
+            try:
+                return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
+            except (ValueError, OSError, EOFError, IndexError):
+                # Whatever is wrong with the file, `load_features` says it.
+                pass
+        return len(load_features(path))
+
+    def stamp(self, video: str) -> tuple[Any, ...]:
+        path = self.path(video)
+        stat = path.stat()
+        return path.name, stat.st_size, stat.st_mtime_ns
+
+    def content(self, video: str) -> bytes:
+        return self.path(video).read_bytes()
+
+
+class FeatureArchive:
+    """One HDF5 file: a dataset (num_clips, D) named after each video, or a group of that name with one in it.
+
+    Links out of the file are not followed: it is read as it is, and nothing else.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def path(self, video: str) -> Path:
+        self._dataset(video)
+        return self.file
+
+    def load(self, video: str) -> np.ndarray:
+        dataset = self._dataset(video)
+        refuse_bomb(f"{self.file}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
+        try:
+            return np.asarray(dataset[()])
+        except (OSError, MemoryError) as error:
+            raise FeatureError(f"{self.file}: {dataset.name} cannot be read: {_said(error)}.") from error
+
+    def num_clips(self, video: str) -> int:
+        return int(self._dataset(video).shape[0])
+
+    def stamp(self, video: str) -> tuple[Any, ...]:
+        stat = self.file.stat()
+        return self.file.name, stat.st_size, stat.st_mtime_ns, self._dataset(video).name
+
+    def content(self, video: str) -> bytes:
+        features = self.load(video)
+        return f"{features.dtype} {features.shape} ".encode() + features.tobytes()
+
+    @functools.cached_property
+    def _root(self) -> Any:
+        try:
+            import h5py
+        except ImportError as error:
+            raise DeviceError(
+                f"Features in HDF5 need h5py, which cannot be imported ({error}); run `pip install 'drn-deploy[hdf5]'`."
+            ) from error
+        if not self.file.is_file():
+            raise FeatureError(f"The feature file {self.file} does not exist; check the path.")
+        try:
+            return h5py.File(self.file, "r")
+        except OSError as error:
+            raise FeatureError(
+                f"{self.file} should be an HDF5 file of clip features and cannot be read: {_said(error)}."
+            ) from error
+
+    def _dataset(self, video: str) -> Any:
+        members = (self._member(self._root, name) for name in _spellings(video))
+        node = next((member for member in members if member is not None), None)
+        if node is None:
+            raise FeatureError(
+                f"There are no features of {video!r} in {self.file}: neither a dataset nor a group has this name."
+            )
+        if hasattr(node, "keys"):
+            names = list(node.keys())
+            name = DATASET if DATASET in names else names[0] if len(names) == 1 else None
+            inner = None if name is None else self._member(node, name)
+            if inner is None:
+                raise FeatureError(
+                    f"{self.file}: the group of {video!r} should hold one dataset, or one called {DATASET!r}, and "
+                    f"holds {', '.join(names[:3]) or 'nothing'}."
+                )
+            node = inner
+        if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f":
+            raise FeatureError(
+                f"{self.file}: the features of {video!r} should be floats of shape (num_clips, D), and are "
+                f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
+            )
+        if node.external or node.is_virtual:
+            raise FeatureError(f"{self.file}: the features of {video!r} lie in another file; copy them into this one.")
+        return node
+
+    def _member(self, group: Any, name: str) -> Any:
+        """Return a member of a group, or None; FeatureError for a link to somewhere else."""
+        import h5py
+
+        link = group.get(name, getlink=True)
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise FeatureError(
+                f"{self.file}: {name!r} is a link to somewhere else; copy what it points to into this file."
+            )
+        return group[name]
+
+
+def open_store(root: Path, place: Path | None) -> FeatureStore:
+    """Return the features of the data set in a directory.
+
+    Args:
+        root: the directory.
+        place: a directory or an HDF5 file; None for `features/` in the directory or, without it, its one HDF5 file. A
+            `place` that is not there gives way to the one HDF5 file too.
+
+    Raises:
+        FeatureError: the directory holds several HDF5 files, or one beside `features/`.
+    """
+    if place is not None and place.suffix in HDF5_SUFFIXES:
+        return FeatureArchive(place)
+    directory = place or root / "features"
+    archives = sorted(path for suffix in HDF5_SUFFIXES for path in root.glob(f"*{suffix}"))
+    if len(archives) > 1 or (archives and directory.is_dir()):
+        beside = [path.name for path in archives] + ([f"{directory.name}/"] if directory.is_dir() else [])
+        raise FeatureError(f"{root} holds features in {' and '.join(beside)}; keep one of them.")
+    return FeatureArchive(archives[0]) if archives else FeatureFiles(directory)
+
+
+def _spellings(video: str) -> list[str]:
+    """Return how a video's features may be called: by its name, or without the suffix of a video file."""
+    if not is_file_name(video):
+        raise FeatureError(f"{video!r} cannot be the name of a video, as its features are found by it.")
+    return list(dict.fromkeys((video, file_stem(video))))
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")

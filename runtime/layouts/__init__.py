@@ -1,0 +1,53 @@
+"""Published data sets, one module a format, told apart by the files that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.errors import AnnotationError
+from runtime.layouts.activitynet import activitynet, is_activitynet
+from runtime.layouts.captions import Entries, read_splits
+from runtime.layouts.charades import CharadesSTA
+from runtime.layouts.form import Annotation, Layout, Row
+from runtime.layouts.qvhighlights import QVHighlights
+from runtime.layouts.tacos import is_tacos, tacos
+
+__all__ = ["Annotation", "Layout", "Row", "open_layout"]
+
+
+def open_layout(root: Path) -> Layout:
+    """Return the data set in a directory; a directory without any is taken for an incomplete Charades-STA.
+
+    Raises:
+        AnnotationError: the directory holds files of several formats, or one is malformed.
+    """
+    claims = {"Charades-STA": CharadesSTA.claims(root), "QVHighlights": QVHighlights.claims(root)}
+    captions = read_splits(root)
+    for split, entries in captions.items():
+        path = root / f"{split}.json"
+        claims.setdefault(_kind(entries, path), []).append(path)
+    found = {kind: paths for kind, paths in claims.items() if paths}
+    if len(found) > 1:
+        told = " and ".join(f"{paths[0].name} ({kind})" for kind, paths in found.items())
+        raise AnnotationError(
+            f"{root} holds a mixture of formats, {told}; keep each data set in a directory of its own."
+        )
+    kind = next(iter(found), "Charades-STA")
+    if kind == "QVHighlights":
+        return QVHighlights(root)
+    if kind == "Charades-STA":
+        return CharadesSTA(root)
+    return tacos(root, captions) if kind == "TACoS" else activitynet(root, captions)
+
+
+def _kind(entries: Entries, path: Path) -> str:
+    """Return which of the two formats that share a file name a file is of, by its first entry."""
+    entry = next(iter(entries.values()))
+    if is_tacos(entry) and not is_activitynet(entry):
+        return "TACoS"
+    if is_activitynet(entry) and not is_tacos(entry):
+        return "ActivityNet Captions"
+    raise AnnotationError(
+        f"{path} is neither ActivityNet Captions, whose videos have a duration, nor TACoS, whose videos have fps and "
+        "num_frames; see docs/formats.md."
+    )

@@ -1,0 +1,100 @@
+"""Charades-STA as published: a line for each sentence, and tables of videos and words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import AnnotationError
+from runtime.files import read_json
+from runtime.layouts.form import Annotation, Row
+from runtime.presets import PRESETS
+
+DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
+TABLES = (DURATIONS, FRAMES, WORDS)
+FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
+
+
+class CharadesSTA:
+    """`Charades_sta_SPLIT.txt`, one `VIDEO START END##SENTENCE` a line, and JSON tables; see `Layout`.
+
+    Raises:
+        AnnotationError: a table is missing or malformed.
+    """
+
+    unit, correction, simulated = "lines", "correct the line or leave it out", False
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.preset = root, PRESETS["charades-sta"]
+        self.durations: dict[str, float] = self._table(DURATIONS, "video to seconds")
+        self.num_frames: dict[str, int] = self._table(FRAMES, "video to frame count")
+
+    @staticmethod
+    def claims(root: Path) -> list[Path]:
+        """Return the files of a directory that are of this format."""
+        named = [root / name for name in TABLES if (root / name).exists()]
+        return [*named, *sorted(root.glob("Charades_sta_*.txt"))]
+
+    def path(self, split: str) -> Path:
+        return self.root / f"Charades_sta_{split}.txt"
+
+    def files(self, split: str) -> list[Path]:
+        return [self.path(split), *(self.root / name for name in TABLES)]
+
+    def words(self) -> Mapping[str, int]:
+        return self._table(WORDS, "word to id")
+
+    def feature_place(self) -> Path:
+        return self.root / FEATURE_DIRECTORY
+
+    def videos(self, split: str) -> set[str]:
+        lines = self.path(split).read_text(encoding="utf-8").splitlines()
+        return {line.split(maxsplit=1)[0] for line in lines if line.strip()}
+
+    def rows(self, split: str) -> Iterator[Row]:
+        path = self.path(split)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise AnnotationError(f"{path} does not exist, so there is no split {split!r} in this data set.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
+        if not lines:
+            raise AnnotationError(f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.")
+        for number, line in enumerate(lines, 1):
+            place = f"{path}, line {number}"
+            yield Row(self._parse(line, place, number), str(number), place)
+
+    def check_known(self, video: str, place: str) -> None:
+        for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
+            if video not in table:
+                raise AnnotationError(f"{place}: the video {video!r} is not in {name}; add it there or check the name.")
+
+    def _table(self, name: str, what: str) -> dict[str, Any]:
+        table = read_json(self.root / name, what, unique=True)
+        if not isinstance(table, dict) or not table:
+            raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
+        for key, value in table.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+                raise AnnotationError(f"{self.root / name} should map {what}, and maps {key!r} to {value!r}.")
+        return table
+
+    def _parse(self, line: str, place: str, number: int) -> Annotation:
+        parts = line.strip().split("##")
+        fields = parts[0].split()
+        if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
+            raise AnnotationError(
+                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line."
+            )
+        try:
+            start, end = float(fields[1]), float(fields[2])
+        except ValueError:
+            start = end = math.nan
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise AnnotationError(
+                f"{place}: start and end should be seconds, and are {fields[1]!r} and {fields[2]!r}; correct the line."
+            )
+        self.check_known(fields[0], place)
+        return Annotation(fields[0], start, end, parts[1].strip(), number)

@@ -1,0 +1,80 @@
+"""Values that published annotation files hold, checked once where they are read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from runtime.errors import AnnotationError
+from runtime.videos import LONGEST_SECONDS, MOST_FRAMES
+
+SPLITS = ("train", "val", "test")
+# Suffixes of video files, which some data sets have in the names of their videos (TACoS: s17-d69.avi).
+FILE_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
+
+
+class Videos:
+    """The videos of a data set and their lengths, each name once."""
+
+    def __init__(self) -> None:
+        self.durations: dict[str, float] = {}
+        self.num_frames: dict[str, int] = {}
+        self._called: dict[str, str] = {}
+
+    def add(self, name: str, duration: Any, place: str, num_frames: Any | None = None) -> None:
+        """Take a video in, again if it is the same.
+
+        Args:
+            name: as the annotations call it.
+            duration: seconds.
+            place: where it is said, for messages.
+            num_frames: None where nothing is said of it.
+
+        Raises:
+            AnnotationError: the name or a number is none, or another video has this name.
+        """
+        if not is_file_name(name):
+            raise AnnotationError(f"{place}: {name!r} cannot be the name of a video, as its features are found by it.")
+        if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
+            raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {duration!r}.")
+        if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
+            raise AnnotationError(f"{place}: the frame count should be at least 2, and is {num_frames!r}.")
+        known = self._called.setdefault(file_stem(name), name)
+        if known != name:
+            raise AnnotationError(
+                f"{place}: two videos have one name, {known!r} and {name!r}, and their features could not be told "
+                "apart; rename one."
+            )
+        told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
+        if told != (duration, num_frames):
+            raise AnnotationError(
+                f"{place}: two videos have the name {name!r}, of {told[0]:g} and of {duration:g} seconds; rename one."
+            )
+        if num_frames is not None:
+            self.num_frames[name] = int(num_frames)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name stays in the directory it is looked up in."""
+    return bool(name.strip()) and not set(name) & set("/\\\0\n\r") and name not in (".", "..")
+
+
+def file_stem(name: str) -> str:
+    """Return a video's name without the suffix of a video file."""
+    for suffix in FILE_SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def sentence_of(value: Any, place: str) -> str:
+    """Return a sentence in one line; AnnotationError if it is none."""
+    sentence = " ".join(value.split()) if isinstance(value, str) else ""
+    if not sentence:
+        raise AnnotationError(f"{place}: a sentence is expected, and {value!r} was found; correct it or leave it out.")
+    return sentence

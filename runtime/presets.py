@@ -1,0 +1,67 @@
+"""What is usual for each data set: segments, clip features, metrics, query lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.errors import AnnotationError
+from runtime.manifest import Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a command takes for a data set where nothing else is asked for.
+
+    Attributes:
+        title: the data set, as papers call it.
+        num_segments: T. Moments far shorter than 1 / T of their video cannot be found.
+        features: kind, clip clock and width of the features published for it. The width is read off the files.
+        iou_thresholds: of the recall that papers report.
+        query_length: shortest, usual and longest query in tokens: what graphs and engines are made for.
+        spread: whether a video whose clips do not fit its frame count is divided by its clips; see `DataSet.frames`.
+    """
+
+    title: str
+    num_segments: int = 32
+    features: Features = dataclasses.field(default_factory=Features)
+    iou_thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)
+    query_length: tuple[int, int, int] = (1, 8, 32)
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iou_thresholds", tuple(self.iou_thresholds))
+        object.__setattr__(self, "query_length", tuple(self.query_length))
+        lengths, thresholds = self.query_length, self.iou_thresholds
+        if self.num_segments < 4 or self.num_segments % 4:
+            raise AnnotationError(f"The number of segments is a multiple of 4, and {self.num_segments} is not.")
+        # Models are compared at 0.5 and 0.7, whatever the data set.
+        if not {0.5, 0.7} <= set(thresholds) or not all(0 < threshold < 1 for threshold in thresholds):
+            raise AnnotationError(
+                f"IoU thresholds lie between 0 and 1, 0.5 and 0.7 among them, and are {list(thresholds)}."
+            )
+        if len(lengths) != 3 or not 1 <= lengths[0] <= lengths[1] <= lengths[2]:
+            raise AnnotationError(f"Query lengths are MIN OPT MAX, from 1 and rising, and are {list(lengths)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Preset:
+        """Read what `to_dict` returned; TypeError, ValueError or a GroundingError where it is something else."""
+        return cls(**{**value, "features": Features(**value["features"])})
+
+
+PRESETS: Mapping[str, Preset] = {
+    "charades-sta": Preset("Charades-STA"),
+    "activitynet": Preset("ActivityNet Captions", features=Features(dim=500), query_length=(1, 16, 96)),
+    # A third of its moments are shorter than 1/32 of their video. Its features are published at several strides.
+    "tacos": Preset(
+        "TACoS", num_segments=128, iou_thresholds=(0.1, 0.3, 0.5, 0.7), query_length=(1, 8, 64), spread=True
+    ),
+    # Clips of two seconds side by side: 60 frames, were there 30 a second.
+    "qvhighlights": Preset(
+        "QVHighlights", num_segments=64, features=Features("CLIP", 512, window=60, stride=60), query_length=(1, 10, 64)
+    ),
+}

@@ -1,0 +1,209 @@
+"""`runtime.featurestores`: features in files by video, or in one HDF5 file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.errors import DeviceError, FeatureError
+from runtime.featurestores import FeatureArchive, FeatureFiles, open_store
+from runtime.videos import ClipClock, load_features
+
+h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+
+CLIPS = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """One file with a group a video, as ActivityNet's, and a dataset a video, as TACoS's."""
+    with h5py.File(tmp_path / "features.hdf5", "w") as file:
+        file["v_a/c3d_features"] = CLIPS
+        file["v_a/other"] = CLIPS + 1
+        file["s1-d1"] = CLIPS + 2
+        file["v_only/whatever"] = CLIPS + 3
+        file["v_two/x"] = file["v_two/y"] = CLIPS
+        file["v_words/c3d_features"] = np.ones((6, 4), np.int32)
+    return tmp_path / "features.hdf5"
+
+
+def test_groups_and_datasets_are_found_by_the_video(published: Path) -> None:
+    store = FeatureArchive(published)
+    np.testing.assert_array_equal(store.load("v_a"), CLIPS)
+    np.testing.assert_array_equal(store.load("s1-d1.avi"), CLIPS + 2)
+    np.testing.assert_array_equal(store.load("v_only"), CLIPS + 3)
+    assert store.num_clips("v_a") == 6
+    assert store.path("v_a") == published
+
+
+REFUSED = {
+    "v_gone": "no features of 'v_gone' in .*features.hdf5: neither a dataset nor a group",
+    "v_two": "the group of 'v_two' should hold one dataset, or one called 'c3d_features', and holds x, y",
+    "v_words": "should be floats of shape .* and are int32",
+    "../v_a": "cannot be the name of a video",
+    "v_a/other": "cannot be the name of a video",
+}
+
+
+@pytest.mark.parametrize("video", REFUSED)
+def test_what_is_not_there_or_not_features_is_named(published: Path, video: str) -> None:
+    with pytest.raises(FeatureError, match=REFUSED[video]):
+        FeatureArchive(published).load(video)
+
+
+def test_links_out_of_the_file_are_not_followed(tmp_path: Path, published: Path) -> None:
+    with h5py.File(tmp_path / "links.h5", "w") as file:
+        file["v_out"] = h5py.ExternalLink(str(published), "/s1-d1")
+        file["v_soft"] = h5py.SoftLink("/v_out")
+        (tmp_path / "raw.bin").write_bytes(CLIPS.tobytes())
+        file.create_dataset("v_raw", (6, 4), "f4", external=[(str(tmp_path / "raw.bin"), 0, h5py.h5f.UNLIMITED)])
+        layout = h5py.VirtualLayout((6, 4), "f4")
+        layout[:] = h5py.VirtualSource(str(published), "s1-d1", (6, 4))
+        file.create_virtual_dataset("v_virtual", layout)
+    store = FeatureArchive(tmp_path / "links.h5")
+    for video in ("v_out", "v_soft"):
+        with pytest.raises(FeatureError, match="is a link to somewhere else"):
+            store.load(video)
+    for video in ("v_raw", "v_virtual"):
+        with pytest.raises(FeatureError, match="lie in another file"):
+            store.load(video)
+
+
+def test_a_file_that_is_no_hdf5_or_is_cut_short_is_named(tmp_path: Path, published: Path) -> None:
+    (tmp_path / "text.h5").write_text("no features")
+    (tmp_path / "short.h5").write_bytes(published.read_bytes()[:700])
+    for name in ("text.h5", "short.h5"):
+        with pytest.raises(FeatureError, match=f"{name} should be an HDF5 file of clip features") as caught:
+            FeatureArchive(tmp_path / name).load("v_a")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FeatureError, match=r"gone\.h5 does not exist"):
+        FeatureArchive(tmp_path / "gone.h5").load("v_a")
+
+
+def test_without_h5py_the_install_command_is_told(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[hdf5\]'"):
+        FeatureArchive(published).load("v_a")
+
+
+def test_a_stamp_changes_with_the_file_and_from_video_to_video(published: Path) -> None:
+    before = FeatureArchive(published)
+    stamps = [before.stamp(video) for video in ("v_a", "s1-d1")]
+    assert stamps[0] != stamps[1]
+    before._root.close()
+    with h5py.File(published, "a") as file:
+        file["v_new"] = CLIPS
+    assert FeatureArchive(published).stamp("v_a") != stamps[0]
+
+
+def test_content_is_that_of_the_video_alone(published: Path) -> None:
+    store = FeatureArchive(published)
+    assert store.content("v_a") == FeatureArchive(published).content("v_a")
+    assert store.content("v_a") != store.content("s1-d1")
+
+
+def test_files_are_found_with_and_without_the_suffix_of_the_video(tmp_path: Path) -> None:
+    np.save(tmp_path / "s1-d1.npy", CLIPS)
+    np.savez(tmp_path / "v_a.npz", features=CLIPS + 1)
+    store = FeatureFiles(tmp_path)
+    np.testing.assert_array_equal(store.load("s1-d1.avi"), CLIPS)
+    np.testing.assert_array_equal(store.load("v_a"), CLIPS + 1)
+    assert (store.num_clips("s1-d1"), store.num_clips("v_a")) == (6, 6)
+    with pytest.raises(FeatureError, match="cannot be the name of a video"):
+        store.load("../x")
+
+
+def test_features_in_two_places_are_refused(tmp_path: Path, published: Path) -> None:
+    assert isinstance(open_store(tmp_path, None), FeatureArchive)
+    (tmp_path / "features").mkdir()
+    with pytest.raises(FeatureError, match=r"holds features in features\.hdf5 and features/; keep one"):
+        open_store(tmp_path, None)
+    published.rename(tmp_path / "a.h5")
+    (tmp_path / "features").rmdir()
+    (tmp_path / "b.hdf5").touch()
+    with pytest.raises(FeatureError, match=r"holds features in a\.h5 and b\.hdf5"):
+        open_store(tmp_path, None)
+
+
+def test_an_archive_with_one_array_is_features_and_any_other_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", CLIPS)
+    np.testing.assert_array_equal(load_features(tmp_path / "one.npz"), CLIPS)
+    np.savez(tmp_path / "two.npz", a=CLIPS, b=CLIPS)
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "objects.npz", np.array([{}], object))
+    (tmp_path / "text.npz").write_text("PK no archive")
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("features.txt", "1 2 3")
+    messages = {
+        "two": "holds 2; keep that one",
+        "none": "holds 0",
+        "objects": "cannot be read: Object arrays",
+        "text": "cannot be read",
+        "other": "holds something else|cannot be read",
+    }
+    for name, message in messages.items():
+        with pytest.raises(FeatureError, match=message) as caught:
+            load_features(tmp_path / f"{name}.npz")
+        assert "\n" not in str(caught.value)
+
+
+def bomb(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.videos.LARGEST_UNFOLDED", 1000)
+    if path.suffix == ".npz":
+        np.savez_compressed(path, np.zeros((1000, 400), np.float32))
+    else:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("bomb", data=np.zeros((1000, 400), np.float32), compression="gzip", chunks=(1000, 400))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+def test_a_bomb_is_refused_before_it_unfolds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    bomb(path, monkeypatch)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unfolded"))
+    load: Any = load_features if suffix == ".npz" else lambda path: FeatureArchive(path).load("bomb")
+    with pytest.raises(FeatureError, match=r"would unfold from \d+ bytes to 1600"):
+        load(path)
+
+
+def captions(directory: Path, entry: dict[str, Any], clips: int) -> DataSet:
+    """A data set of one video with so many clips of features."""
+    entry = {"timestamps": [[0, 1]], "sentences": ["A man sits."], **entry}
+    (directory / "train.json").write_text(json.dumps({"v.avi": entry}))
+    (directory / "features").mkdir()
+    np.save(directory / "features" / "v.npy", np.random.default_rng(0).random((clips, 4), np.float32))
+    return DataSet(directory)
+
+
+def test_frames_are_counted_from_clips_where_the_annotations_tell_none(tmp_path: Path) -> None:
+    data_set = captions(tmp_path, {"duration": 60.0}, clips=100)
+    assert data_set.video("v.avi").num_frames == data_set.frames("v.avi") == ClipClock().num_frames(100)
+
+
+def test_frames_that_fit_the_clips_are_taken_and_others_give_equal_parts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "fits").mkdir()
+    (tmp_path / "other").mkdir()
+    told = {"fps": 30.0, "num_frames": 1000}
+    assert captions(tmp_path / "fits", told, clips=ClipClock().num_clips(1000) - 1).frames("v.avi") == 1000
+    assert not caplog.records
+    # One clip of 64 frames every 16, say: half as many as the clock expects.
+    data_set = captions(tmp_path / "other", told, clips=60)
+    with caplog.at_level(logging.WARNING, "drn"):
+        video = data_set.video("v.avi")
+        data_set.frames("v.avi")
+    assert len(caplog.records) == 1
+    assert "60 clips of 'v.avi' do not fit its 1000 frames, of which the clock makes 124" in caplog.text
+    segments = video.segments(4)
+    np.testing.assert_allclose(segments.spans[:, 0], [0, 0.25, 0.5, 0.75], atol=0.01)
+    # The last segment sees the last quarter of the clips, and no segment sees one clip again and again.
+    np.testing.assert_array_equal(segments.features[-1], video.features[45:].max(axis=0))

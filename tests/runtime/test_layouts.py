@@ -1,0 +1,260 @@
+"""`runtime.layouts`: every published format is told by its files and read into one form."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet, each_moment
+from runtime.errors import AnnotationError
+from runtime.layouts.qvhighlights import FORMAT
+from runtime.presets import PRESETS, Preset
+
+ACTIVITYNET = {
+    "v_a": {"duration": 50, "timestamps": [[0, 5.5], [10, 60]], "sentences": ["A man  sits.", "\nHe stands up."]},
+    "v_b": {"duration": 20.5, "timestamps": [[1, 2]], "sentences": [" A dog runs."]},
+}
+TACOS = {
+    "s1-d1.avi": {
+        "fps": 29.4,
+        "num_frames": 1470,
+        "timestamps": [[294, 588], [0, 1500]],
+        "sentences": ["He took out a pan", "He cooked."],
+    }
+}
+ROWS: list[dict[str, Any]] = [
+    {"qid": 7, "query": "A cat.", "vid": "x_0_150", "duration": 150, "relevant_windows": [[0, 10], [40, 60.5]]},
+    {"qid": 9, "query": "A dog.", "vid": "x_0_150", "duration": 150, "relevant_windows": [[20, 30]]},
+]
+
+
+def write_json(directory: Path, **splits: Any) -> Path:
+    for split, content in splits.items():
+        (directory / f"{split}.json").write_text(json.dumps(content))
+    return directory
+
+
+def write_rows(directory: Path, name: str, rows: list[dict[str, Any]] = ROWS) -> Path:
+    (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def test_activitynet_is_read_in_seconds_and_counts_its_sentences(tmp_path: Path) -> None:
+    data_set = DataSet(write_json(tmp_path, train=ACTIVITYNET, val={"v_b": ACTIVITYNET["v_b"]}))
+    first, second, third = data_set.annotations("train")
+    assert (first.video, first.start, first.end, first.sentence, first.line) == ("v_a", 0, 5.5, "A man sits.", 1)
+    assert (second.sentence, second.line, third.video, third.line) == ("He stands up.", 2, "v_b", 3)
+    assert data_set.spans([first, second]).tolist() == [[0, 0.11], [0.2, 1]]
+    assert (data_set.durations, data_set.num_frames) == ({"v_a": 50, "v_b": 20.5}, {})
+    assert (data_set.splits, data_set.preset.title) == (["train", "val"], "ActivityNet Captions")
+
+
+def test_timestamps_of_tacos_are_frame_numbers(tmp_path: Path) -> None:
+    data_set = DataSet(write_json(tmp_path, test=TACOS))
+    first, second = data_set.annotations("test")
+    assert (first.start, first.end) == pytest.approx((10, 20))
+    np.testing.assert_allclose(data_set.spans([first, second]), [[0.2, 0.4], [0, 1]])
+    assert data_set.num_frames == {"s1-d1.avi": 1470}
+    assert data_set.durations["s1-d1.avi"] == pytest.approx(50)
+    assert (data_set.preset.num_segments, data_set.preset.iou_thresholds[0]) == (128, 0.1)
+
+
+@pytest.mark.parametrize("name", ["val.jsonl", "highlight_val_release.jsonl"])
+def test_a_query_of_qvhighlights_keeps_its_name_and_all_its_moments(tmp_path: Path, name: str) -> None:
+    data_set = DataSet(write_rows(tmp_path, name))
+    several, one = data_set.annotations("val")
+    assert (several.qid, several.several, several.start, several.end) == (7, ((0, 10), (40, 60.5)), 0, 10)
+    assert (one.qid, one.several, one.moments) == (9, (), ((20, 30),))
+    assert [(a.qid, a.start, a.several) for a in each_moment([several, one])] == [(7, 0, ()), (7, 40, ()), (9, 20, ())]
+    truths = data_set.truths([several, one])
+    np.testing.assert_allclose(truths[0], [[0, 10 / 150], [40 / 150, 60.5 / 150]])
+    np.testing.assert_allclose(truths[1], [[20 / 150, 0.2], [np.nan, np.nan]])
+    assert data_set.truths([one]).shape == (1, 2)
+
+
+def test_of_several_moments_only_the_impossible_are_dropped(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "relevant_windows": [[5, 4], [20, 30], [151, 160]]}, {**ROWS[1], "relevant_windows": [[9, 9]]}]
+    data_set = DataSet(write_rows(tmp_path, "train.jsonl", rows))
+    (kept,) = data_set.annotations("train", "drop")
+    assert (kept.qid, kept.moments, kept.several) == (7, ((20, 30),), ())
+    with pytest.raises(AnnotationError, match=r"train\.jsonl, line 1: the moment ends at 4 s"):
+        data_set.annotations("train")
+
+
+def test_the_common_form_brings_its_preset_words_and_frame_counts(tmp_path: Path) -> None:
+    write_rows(tmp_path, "train.jsonl")
+    preset = Preset("Mine", num_segments=16, query_length=(1, 2, 3))
+    about = {"format": FORMAT, "preset": preset.to_dict(), "num_frames": {"x_0_150": 4500}, "simulated": True}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    (tmp_path / "vocabulary.json").write_text('{"cat": 1, "dog": 2}')
+    data_set = DataSet(tmp_path)
+    assert data_set.preset == preset
+    assert (dict(data_set.words), data_set.frames("x_0_150"), data_set.simulated) == ({"cat": 1, "dog": 2}, 4500, True)
+
+
+def test_words_of_the_training_split_are_the_vocabulary_where_none_is_published(tmp_path: Path) -> None:
+    data_set = DataSet(write_json(tmp_path, train=ACTIVITYNET, val={"v_c": {**ACTIVITYNET["v_b"], "duration": 9}}))
+    assert list(data_set.words) == ["a", "dog", "he", "man", "runs", "sits", "stands", "up"]
+    assert data_set.vocabulary.encode("A man runs.").tolist() == [1, 4, 5]
+
+
+MIXTURES = {
+    "activitynet and tacos": lambda d: write_json(d, train=ACTIVITYNET, val=TACOS),
+    "tacos and rows": lambda d: write_rows(write_json(d, train=TACOS), "val.jsonl"),
+    "charades and activitynet": lambda d: (
+        (d / "Charades_sta_train.txt").write_text(""),
+        write_json(d, train=ACTIVITYNET),
+    ),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_of_formats_is_refused_by_the_names_of_its_files(tmp_path: Path, mixture: str) -> None:
+    MIXTURES[mixture](tmp_path)
+    with pytest.raises(AnnotationError, match=r"holds a mixture of formats, \S+ \(.+\) and \S+ \(.+\); keep each"):
+        DataSet(tmp_path)
+
+
+def test_a_mixture_inside_one_file_is_refused_by_the_name_of_the_video(tmp_path: Path) -> None:
+    write_json(tmp_path, train={**TACOS, **ACTIVITYNET})
+    with pytest.raises(AnnotationError, match=r"train\.json, video 'v_a': fps and num_frames are expected"):
+        DataSet(tmp_path)
+    write_json(tmp_path, train={**ACTIVITYNET, **TACOS})
+    with pytest.raises(AnnotationError, match=r"train\.json, video 's1-d1\.avi': a duration in seconds"):
+        DataSet(tmp_path)
+
+
+def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path, "val.jsonl")
+    write_rows(tmp_path, "highlight_val_release.jsonl")
+    with pytest.raises(AnnotationError, match=r"holds val twice, val\.jsonl and highlight_val_release\.jsonl"):
+        DataSet(tmp_path)
+
+
+def twice(directory: Path) -> None:
+    text = json.dumps(ACTIVITYNET)
+    (directory / "train.json").write_text(text[:-1] + ", " + text[1:])
+
+
+TWO_OF_ONE_NAME = {
+    "in one file": (twice, "train.json .* two entries of the name 'v_a'"),
+    "in two splits": (
+        lambda d: write_json(d, train=ACTIVITYNET, val={"v_b": {**ACTIVITYNET["v_b"], "duration": 99}}),
+        "val.json, video 'v_b': two videos have the name 'v_b', of 20.5 and of 99 seconds",
+    ),
+    "but for a suffix": (
+        lambda d: write_json(d, train=TACOS, val={"s1-d1": TACOS["s1-d1.avi"]}),
+        "val.json, video 's1-d1': two videos have one name, 's1-d1.avi' and 's1-d1'",
+    ),
+    "in rows": (
+        lambda d: write_rows(d, "train.jsonl", [ROWS[0], {**ROWS[1], "duration": 90}]),
+        "train.jsonl, line 2: two videos have the name 'x_0_150', of 150 and of 90 seconds",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TWO_OF_ONE_NAME)
+def test_two_videos_of_one_name_are_refused(tmp_path: Path, case: str) -> None:
+    write, message = TWO_OF_ONE_NAME[case]
+    write(tmp_path)
+    with pytest.raises(AnnotationError, match=message) as caught:
+        DataSet(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_video_in_two_splits_is_one_video(tmp_path: Path) -> None:
+    assert set(DataSet(write_json(tmp_path, val=ACTIVITYNET, test=ACTIVITYNET)).durations) == {"v_a", "v_b"}
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", " ", "a\nb"])
+def test_a_name_that_leaves_the_feature_directory_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AnnotationError, match="cannot be the name of a video"):
+        DataSet(write_json(tmp_path, train={name: ACTIVITYNET["v_a"]}))
+
+
+BROKEN_ENTRIES = [
+    ({"duration": 0}, "the duration should be seconds above 0"),
+    ({"duration": "50"}, "the duration should be seconds above 0"),
+    ({"timestamps": [[0, 5.5]]}, "as many timestamps as sentences"),
+    ({"timestamps": None}, "as many timestamps as sentences"),
+    ({"timestamps": [[0, 5.5], [1]]}, r"sentence 2: the timestamps should be \[start, end\]"),
+    ({"timestamps": [[0, 5.5], [1, "2"]]}, r"sentence 2: the timestamps should be \[start, end\]"),
+    ({"sentences": ["A man sits.", " "]}, "sentence 2: a sentence is expected"),
+    ({"sentences": ["A man sits.", 3]}, "sentence 2: a sentence is expected"),
+    ({"timestamps": [[0, 5.5], [4, 3]]}, "sentence 2: the moment ends at 3 s"),
+    ({"timestamps": [[-1, 5.5], [4, 5]]}, "sentence 1: the moment starts at -1 s"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_ENTRIES)
+def test_a_broken_entry_is_named_by_video_and_sentence(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_json(tmp_path, train={**ACTIVITYNET, "v_a": {**ACTIVITYNET["v_a"], **change}})
+    with pytest.raises(AnnotationError, match=rf"train\.json, video 'v_a'.*{message}") as caught:
+        DataSet(tmp_path).annotations("train")
+    assert "\n" not in str(caught.value)
+
+
+BROKEN_ROWS = [
+    ("{", "a JSON object is expected"),
+    ("[1]", "its qid is missing"),
+    (json.dumps({**ROWS[1], "qid": None}), "its qid is missing"),
+    (json.dumps({**ROWS[1], "query": 3}), "its query is missing"),
+    (json.dumps({**ROWS[1], "vid": "../x"}), "cannot be the name of a video"),
+    (json.dumps({**ROWS[1], "relevant_windows": []}), "relevant_windows should be"),
+    (json.dumps({**ROWS[1], "relevant_windows": [[1, 2, 3]]}), "relevant_windows should be"),
+    (json.dumps({**ROWS[1], "qid": 7}), "the qid 7 stands in a line before"),
+    ("AAAAA 1 2##a person opens the door.", "a JSON object is expected"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN_ROWS)
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}\n")
+    with pytest.raises(AnnotationError, match=rf"train\.jsonl, line 2: .*{message}") as caught:
+        DataSet(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_whose_moments_are_secret_knows_its_videos_and_is_not_scored(tmp_path: Path) -> None:
+    write_rows(tmp_path, "train.jsonl")
+    secret = {key: value for key, value in ROWS[0].items() if key != "relevant_windows"}
+    write_rows(tmp_path, "highlight_test_release.jsonl", [{**secret, "vid": "y_0_150"}])
+    data_set = DataSet(tmp_path)
+    assert data_set.videos("test") == {"y_0_150"}
+    assert len(data_set.annotations("train")) == 2
+    with pytest.raises(AnnotationError, match="kept secret"):
+        data_set.annotations("test")
+
+
+@pytest.mark.parametrize("change", [{"format": "drn-dataset/0"}, {"preset": None}, {"num_frames": {"x": 0}}])
+def test_a_damaged_description_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    about = {"format": FORMAT, "preset": PRESETS["tacos"].to_dict()}
+    (write_rows(tmp_path, "train.jsonl") / "dataset.json").write_text(json.dumps({**about, **change}))
+    with pytest.raises(AnnotationError, match=r"dataset\.json is .*prepare it again"):
+        DataSet(tmp_path)
+
+
+def test_a_file_of_neither_kind_names_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"train\.json is neither ActivityNet Captions.*nor TACoS"):
+        DataSet(write_json(tmp_path, train={"v": {"sentences": []}}))
+    with pytest.raises(AnnotationError, match=r"train\.json should map videos"):
+        DataSet(write_json(tmp_path, train=[1]))
+
+
+def test_real_annotations_are_counted_as_published(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    activitynet, tacos = DataSet(real_data / "activitynet"), DataSet(real_data / "tacos")
+    highlights = DataSet(real_data / "qvhighlights")
+    counts = {split: len(activitynet.annotations(split, "keep", quiet=True)) for split in activitynet.splits}
+    assert counts == {"train": 37421, "val": 17505, "test": 17031}
+    assert len(activitynet.annotations("train", "drop", quiet=True)) == 37417
+    counts = {split: len(tacos.annotations(split)) for split in tacos.splits}
+    assert counts == {"train": 9790, "val": 4436, "test": 4001}
+    rows = highlights.annotations("val")
+    assert (len(rows), len({row.video for row in rows}), highlights.splits) == (1550, 1519, ["val"])
+    assert len(each_moment(rows)) / len(rows) == pytest.approx(1.8, abs=0.05)
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING]
