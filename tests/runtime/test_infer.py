@@ -153,7 +153,7 @@ def bad_features(directory: Path) -> dict[str, tuple[Path, str]]:
         "cut.npy": (whole[:-100], "cannot be read"),
         "text.pt": (b"a text", "should be a tensor of clip features"),
         "attack.pt": (pickle.dumps(Attack(directory / "ran")), "attack.pt"),
-        "film.mp4": (b"\0\0", ".npy or .pt"),
+        "film.mp4": (b"\0\0", ".npy, .npz or .pt"),
     }
     for name, (data, said) in others.items():
         if data is not None:
