@@ -32,6 +32,8 @@ LATEST_SECONDS = 0.5
 FEWEST_FRAMES = 0.98
 # Containers keep times in units of up to a millisecond.
 ROUNDING = 1e-3
+# Most videos have a key frame within so many seconds.
+KEY_SECONDS = 12.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,7 @@ def pictures(
         FootageError: the file is damaged and `partial` is not set.
     """
     footage.check_whole(partial)
-    av = _av()
+    av = load_av()
     makers: dict[tuple[int, int], Picture] = {}
     reformatter = av.video.reformatter.VideoReformatter()
 
@@ -257,7 +259,7 @@ def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.nda
     """
     found: list[np.ndarray] = []
     last = None
-    for frame in _frames_at(footage, [footage.start + time for time in times]):
+    for frame in _frames_at(footage, times):
         # A frame that stays on for several of the times is one picture.
         picture = found[-1] if found and frame is last else _small(frame, footage, height)
         found.append(picture)
@@ -266,43 +268,57 @@ def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.nda
 
 
 def _frames_at(footage: Footage, times: Sequence[float]) -> Iterator[Any]:
-    """Yield the frame that is on at each of the rising times of the file's clock; no part is decoded twice."""
+    """Yield the frame that is on at each of the rising times; no part is decoded twice."""
     with _opened(footage.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
         packets = container.demux(stream) if not footage.damage else ()
         keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
-        unit = float(stream.time_base)
-    after = np.searchsorted(keys * unit, np.array(times) + ROUNDING, side="right") - 1
+        starts = keys * float(stream.time_base) - footage.start
+    after = np.searchsorted(starts, np.array(times) + ROUNDING, side="right") - 1
     for key in np.unique(after):
         wanted = [time for time, its_key in zip(times, after) if its_key == key]
-        yield from _decoded_at(footage, wanted, int(keys[key]) if key > 0 else None)
-
-
-def _decoded_at(footage: Footage, times: Sequence[float], key: int | None) -> Iterator[Any]:
-    """Yield the frame that is on at each time, decoding from a key frame, or from the start of the file."""
-    av = _av()
-    shown, place = None, 0
-    with _opened(footage.path) as (container, stream):
-        try:
-            if key is not None:
-                container.seek(key, stream=stream)
-        except av.FFmpegError:
-            key = None
-        for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=True)):
-            time = footage.start + number / footage.frame_rate if frame.time is None else frame.time
-            if shown is None and key is not None and time > times[0] + ROUNDING:
-                # Some containers are sought by bytes, and land where they like.
-                yield from _decoded_at(footage, times, None)
-                return
-            while shown is not None and time > times[place] + ROUNDING:
+        shown, place = None, 0
+        for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0):
+            while shown is not None and place < len(wanted) and time > wanted[place] + ROUNDING:
                 yield shown
                 place += 1
-                if place == len(times):
-                    return
+            if place == len(wanted):
+                break
             shown = frame
-    assert shown is not None, "look found a first frame"
-    for _ in times[place:]:
-        yield shown
+        for _ in wanted[place:]:
+            assert shown is not None, "look found a first frame"
+            yield shown
+
+
+def frames_from(footage: Footage, start: float, threads: int | None = None) -> Iterator[tuple[float, Any]]:
+    """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
+
+    Args:
+        footage: what `look` returned; what cannot be decoded of a damaged file is passed over.
+        start: seconds; the first frame is that of a key frame at or before it.
+        threads: CPU threads for decoding; as many as FFmpeg likes when None.
+    """
+    av = load_av()
+    # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
+    # from further back, and at last from the start of the file.
+    for target in (start, start - KEY_SECONDS, 0.0):
+        with _opened(footage.path, threads) as (container, stream):
+            if target > 0:
+                try:
+                    container.seek(int((footage.start + target) / float(stream.time_base) + 1e-6), stream=stream)
+                except av.FFmpegError:
+                    continue
+            reached = target <= 0
+            for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=True)):
+                time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
+                if not reached and (frame.time is None or time > start + ROUNDING):
+                    break
+                # What comes before a key frame was decoded without what it refers to.
+                reached = reached or frame.key_frame
+                if reached:
+                    yield time, frame
+            if reached:
+                return
 
 
 def _small(frame: Any, footage: Footage, height: int) -> np.ndarray:
@@ -333,7 +349,8 @@ def _damaged(path: Path, damage: str) -> FootageError:
     return FootageError(f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.")
 
 
-def _av() -> Any:
+def load_av() -> Any:
+    """Import PyAV, with FFmpeg's own remarks silenced; DeviceError if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -349,7 +366,7 @@ def _av() -> Any:
 @contextlib.contextmanager
 def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Open a file at its first video stream that is no cover picture."""
-    av = _av()
+    av = load_av()
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
@@ -376,7 +393,7 @@ def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]
 
 def _packets(container: Any, stream: Any) -> tuple[np.ndarray, float, str]:
     """Return the sorted times of the stream's frames in its unit, the second that any stream reaches, and damage."""
-    av = _av()
+    av = load_av()
     times, reached, damage = array("q"), 0.0, ""
     try:
         for packet in container.demux():
@@ -420,7 +437,7 @@ def _shortfall(container: Any, stream: Any, found: int, reached: float) -> str:
 
 def _decoded(container: Any, stream: Any, path: Path, *, damaged: bool) -> Iterator[Any]:
     """Yield the frames of a stream; with `damaged`, packets that cannot be decoded are passed over."""
-    av = _av()
+    av = load_av()
     packets = container.demux(stream)
     while True:
         try:

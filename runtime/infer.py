@@ -9,6 +9,8 @@ from pathlib import Path
 from runtime.backends import Device
 from runtime.choice import VideoChoice, open_choice
 from runtime.command import command, next_command
+from runtime.cutting import check_encoder, clip_names
+from runtime.cutting import cut as write_clips
 from runtime.drawing import check_plots, draw
 from runtime.errors import GroundingError, QueryError
 from runtime.files import check_writable
@@ -36,6 +38,7 @@ def infer(
     top_k: int = 5,
     format: Format = "text",
     plot: Path | None = None,
+    cut: Path | None = None,
     device: Device = "auto",
     threads: int | None = None,
 ) -> list[Answer]:
@@ -52,13 +55,14 @@ def infer(
         extractor: .onnx file that makes the clip features of a video file. They are kept in the user's cache directory
             (or DRN_CACHE), so that asking again costs nothing.
         partial: use what can be decoded of a damaged video file.
-        footage: the video file that --features or --data were made of, for the frames of --plot.
+        footage: the video file that --features or --data were made of, for the frames of --plot and for --cut.
         window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
             video whole. The model's own when not given: it cuts videos longer than those it learnt from.
         overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
         top_k: most moments for each query.
         format: how moments are printed; srt holds the best of each query.
         plot: PNG file for the moments on the video's time line, over frames of the video where its file is given.
+        cut: directory for the best moment of each query as an mp4 file.
         device: auto, cpu or cuda.
         threads: CPU threads.
     """
@@ -68,9 +72,13 @@ def infer(
         raise QueryError('Nothing was asked; pass --query "a sentence".')
     choice = VideoChoice(features, duration, num_frames, data, video, extractor, partial, footage)
     choice.check()
-    check_writable(plot, model, features, extractor, choice.film)
+    inputs = (model, features, extractor, choice.film)
+    check_writable(plot, *inputs)
     if plot:
         check_plots()
+    clips = _clips(choice, cut, query)
+    for clip in clips:
+        check_writable(clip, plot, *inputs)
     grounder = Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
     chosen = open_choice(choice, grounder.manifest.features, device, threads)
@@ -89,8 +97,27 @@ def infer(
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     if plot:
         draw(answers, plot, chosen.footage)
+    best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
+    if best:
+        assert chosen.footage is not None
+        write_clips(
+            chosen.footage, [(moment.start, moment.end) for moment, _ in best], [clip for _, clip in best], threads
+        )
+        log.info("Cut:  %s", "\n      ".join(str(clip) for _, clip in best))
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
+
+
+def _clips(choice: VideoChoice, directory: Path | None, queries: tuple[str, ...]) -> list[Path]:
+    """Return the file of each query's best moment; none where nothing is to be cut."""
+    if directory is None:
+        return []
+    if choice.film is None:
+        raise GroundingError(
+            "--cut needs the video itself; pass --video FILE --extractor FILE, or --footage FILE beside the features."
+        )
+    check_encoder()
+    return [directory / name for name in clip_names(choice.film.stem, queries)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""`runtime.cutting`: clips begin and end at the right frame, upright, with their sound, all of them or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import cutting
+from runtime.cutting import check_encoder, clip_names, cut
+from runtime.errors import DeviceError, OutputError
+from runtime.footage import frames_from, look
+from runtime.infer import infer
+from tests.films import film, scene, sound_only, truncated
+from tests.runtime.extractor_graphs import write_clips
+
+av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
+
+RATE = 16000
+# AAC comes in frames of 1024 samples, and begins with one of silence that not every container hides.
+AAC_PADDING = 2048
+
+
+def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Return frames that tell their number: eight vertical stripes, white for a 1 of it and black for a 0."""
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        for bit in range(8):
+            frame[:, bit * width // 8 : (bit + 1) * width // 8] = 255 * (number >> bit & 1)
+    return frames
+
+
+def number_of(picture: np.ndarray) -> int:
+    """Return the number that a frame of `numbered` tells."""
+    middle, each = picture.shape[0] // 2, picture.shape[1] / 8
+    return sum((picture[middle, int((bit + 0.5) * each)].mean() > 127) << bit for bit in range(8))
+
+
+def shown(path: Path) -> list[tuple[float, int]]:
+    """Return the seconds and the number of every frame of a clip."""
+    return [(time, number_of(frame.to_ndarray(format="rgb24"))) for time, frame in frames_from(look(path), 0)]
+
+
+def heard(path: Path) -> tuple[np.ndarray, int]:
+    """Return the samples of the first channel of a file's sound, and how many a second."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        parts = [frame.to_ndarray()[0] for frame in container.decode(stream)]
+        return np.concatenate(parts), stream.rate
+
+
+def length(path: Path) -> float:
+    """Return the seconds of a file's pictures."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float(stream.duration * stream.time_base)
+
+
+@pytest.mark.parametrize("rate", [25, Fraction(30000, 1001), 10])
+@pytest.mark.parametrize("name", ["hall.mkv", "hall.mp4", "hall.ts", "hall.avi"])
+def test_a_clip_has_the_frames_of_the_moment_and_no_others(tmp_path: Path, name: str, rate: Any) -> None:
+    source = film(tmp_path / name, numbered(120), rate=rate)
+    step = 1 / float(rate)
+    for first, last in ((0, 119), (0, 0), (31, 74), (100, 119)):
+        # A third of a frame after the first begins, and before the last ends.
+        cut(look(source), [((first + 0.33) * step, (last + 0.67) * step)], [tmp_path / "clip.mp4"])
+        found = shown(tmp_path / "clip.mp4")
+        assert [number for _, number in found] == list(range(first, last + 1))
+        assert found[0][0] == 0
+        if last > first:
+            assert found[-1][0] == pytest.approx((last - first - 0.33) * step, abs=2e-3)
+            assert length(tmp_path / "clip.mp4") == pytest.approx((last - first + 0.34) * step, abs=2e-3)
+
+
+def test_a_rate_that_varies_keeps_its_times(tmp_path: Path) -> None:
+    times = [5000, 5040, 5080, 5500, 6500, 7000, 7040]
+    footage = look(film(tmp_path / "odd.mkv", numbered(7), times=times))
+    cut(footage, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
+    found = shown(tmp_path / "clip.mp4")
+    assert [number for _, number in found] == [2, 3, 4]
+    assert [time for time, _ in found] == pytest.approx([0, 0.2, 1.2], abs=1e-3)
+    assert length(tmp_path / "clip.mp4") == pytest.approx(1.5, abs=1e-3)
+
+
+def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
+    footage = look(film(tmp_path / "hall.mkv", numbered(50)))
+    cut(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    assert shown(tmp_path / "a.mp4")[0] == (0, 25)
+    # Nothing comes after the end of the film.
+    assert shown(tmp_path / "b.mp4") == [(0, 49)]
+
+
+@pytest.mark.parametrize("turned", [90, 180, -90])
+def test_a_turned_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
+    stored = scene(30)
+    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
+    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    made = look(tmp_path / "clip.mp4")
+    assert made.quarter_turns == 0
+    wanted = np.rot90(stored[10], turned // 90)
+    _, first = next(frames_from(made, 0))
+    picture = first.to_ndarray(format="rgb24").astype(int)
+    assert picture.shape == wanted.shape
+    assert np.abs(picture - wanted).mean() < 12
+
+
+def test_frames_of_odd_sizes_are_cut_too(tmp_path: Path) -> None:
+    footage = look(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
+    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    made = look(tmp_path / "clip.mp4")
+    assert (made.height, made.width) == (46, 64)
+    assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
+
+
+def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
+    """Write a film of black frames with a tenth of a second of a tone at each of some times."""
+    samples = np.zeros(int(seconds * RATE), np.float32)
+    for beep in beeps:
+        place = np.arange(int(beep * RATE), int((beep + 0.1) * RATE))
+        samples[place] = 0.5 * np.sin(2 * np.pi * 1000 * place / RATE)
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream("mpeg4", rate=25)
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        voices = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=RATE)
+        voices.layout = "stereo"
+        for frame in scene(int(seconds * 25)):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for start in range(0, len(samples), 1024):
+            part = (samples[start : start + 1024] * 32767).astype(np.int16).repeat(2)[None]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="s16", layout="stereo")
+            frame.sample_rate, frame.pts = RATE, start
+            container.mux(voices.encode(frame))
+        for stream in (pictures, voices):
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["talk.mkv", "talk.mp4"])
+def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) -> None:
+    footage = look(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
+    cut(footage, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
+    samples, rate = heard(tmp_path / "clip.mp4")
+    assert rate == RATE
+    assert len(samples) / rate == pytest.approx(2.3, abs=AAC_PADDING / rate)
+    (loud,) = np.nonzero(np.abs(samples) > 0.2)
+    starts = loud[np.diff(loud, prepend=-RATE) > RATE // 4] / rate
+    assert starts == pytest.approx([0.2, 1.7], abs=0.01)
+
+
+def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:
+    footage = look(film(tmp_path / "talk.mkv", 100, sound=1))
+    cut(footage, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
+    samples, rate = heard(tmp_path / "some.mp4")
+    assert len(samples) / rate == pytest.approx(0.5, abs=AAC_PADDING / rate)
+    assert length(tmp_path / "none.mp4") == pytest.approx(1.0, abs=1e-3)
+
+
+def test_colours_are_those_of_the_source(tmp_path: Path) -> None:
+    stored = scene(20)
+    cut(look(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
+    _, first = next(frames_from(look(tmp_path / "clip.mp4"), 0))
+    found = first.to_ndarray(format="rgb24").astype(int)
+    # The middles of the quarters, where no neighbour bleeds in.
+    for row in (12, 36):
+        for column in (16, 60):
+            assert np.abs(found[row, column] - stored[5, row, column]).max() <= 12
+
+
+def test_what_can_be_decoded_of_a_damaged_film_is_cut(tmp_path: Path) -> None:
+    whole = film(tmp_path / "whole.mp4", numbered(100), options={"movflags": "faststart"})
+    footage = look(truncated(whole, tmp_path / "cut.mp4"))
+    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
+
+
+def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    footage = look(film(tmp_path / "hall.mkv", numbered(50)))
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_text("before")
+    written = []
+
+    def interrupted(*arguments: Any) -> None:
+        written.append(arguments)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    write = cutting._write
+    monkeypatch.setattr(cutting, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cut(footage, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
+    assert (tmp_path / "clips" / "a.mp4").read_text() == "before"
+    with pytest.raises(OutputError, match="cannot be written"):
+        cut(footage, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
+
+
+def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_encoder() in cutting.ENCODERS
+    monkeypatch.setattr(av.codec, "codecs_available", {"aac", "vp9"})
+    with pytest.raises(DeviceError, match="libx264 or libopenh264 or mpeg4 with AAC"):
+        check_encoder()
+    monkeypatch.setattr(av.codec, "codecs_available", {"libx264"})
+    with pytest.raises(DeviceError, match="with AAC"):
+        check_encoder()
+
+
+def test_without_h264_clips_are_mpeg4_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(av.codec, "codecs_available", {"aac", "mpeg4"})
+    cut(look(film(tmp_path / "hall.mkv", numbered(50))), [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
+    assert "no H.264 encoder" in caplog.text
+
+
+def test_names_tell_video_number_and_words() -> None:
+    assert clip_names("hall", ["Person opens the door.", "it's a/b \\ c: d?", "男は庭で車を洗う", "…", "w " * 99]) == [
+        "hall-1-person-opens-the-door.mp4",
+        "hall-2-its-a-b-c-d.mp4",
+        "hall-3-男は庭で車を洗う.mp4",
+        "hall-4-moment.mp4",
+        f"hall-5-{'w-' * 29}w.mp4",
+    ]
+    assert clip_names("hall", ["a"] * 10)[:2] == ["hall-01-a.mp4", "hall-02-a.mp4"]
+    assert all(len(name.encode()) < 255 for name in clip_names("hall", ["\U0001d5ee" * 500]))
+
+
+def test_infer_cuts_the_best_moment_of_each_query(
+    tmp_path: Path, tiny_model: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
+    source, tiny = film(tmp_path / "hall.mkv", numbered(200)), write_clips(tmp_path / "tiny.onnx")
+    line = (
+        "--model",
+        tiny_model,
+        "--video",
+        source,
+        "--extractor",
+        tiny,
+        "--query",
+        "dog sits",
+        "person opens the door",
+    )
+    outcome = run_command(infer, *line, "--cut", tmp_path / "clips")
+    assert outcome.code == 0, outcome.err
+    clips = sorted((tmp_path / "clips").iterdir())
+    assert [path.name for path in clips] == ["hall-1-dog-sits.mp4", "hall-2-person-opens-the-door.mp4"]
+    answers = infer(tiny_model, line[7:], video=str(source), extractor=tiny)
+    for answer, path in zip(answers, clips, strict=True):
+        best = answer.moments[0]
+        numbers = [number for _, number in shown(path)]
+        assert numbers[0] == int(best.start * 25 + 1e-3)
+        assert abs(numbers[-1] - (best.end * 25 - 0.5)) <= 1
+
+
+def test_a_cut_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, tiny_model: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
+    np.save(tmp_path / "f.npy", np.ones((9, 16), np.float32))
+    of_features = ("--model", tiny_model, "--query", "dog sits", "--features", tmp_path / "f.npy", "--duration", 4)
+    assert "--cut needs the video itself" in refused(infer, *of_features, "--cut", tmp_path / "clips")
+    # The name that the clip would take is the source's own.
+    source = film(tmp_path / "hall-1-dog-sits.mp4", 100)
+    other = source.rename(tmp_path / "hall.mp4")
+    (tmp_path / "hall-1-dog-sits.mp4").symlink_to(other)
+    whole = (*of_features, "--footage", other, "--cut")
+    kept = other.read_bytes()
+    assert "written over" in refused(infer, *whole, tmp_path)
+    assert other.read_bytes() == kept
+    assert "cannot be written" in refused(infer, *whole, other)
+    monkeypatch.setattr(av.codec, "codecs_available", set())
+    assert "was built without" in refused(infer, *whole, tmp_path / "clips")
+    assert not (tmp_path / "clips").exists()
+    assert "no video stream" in refused(infer, *of_features, "--footage", sound_only(tmp_path / "talk.mp4"))
