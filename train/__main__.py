@@ -28,6 +28,8 @@ from train.stages import RECIPES, Stage
 
 log = logging.getLogger("drn")
 
+MOST_NEGATIVES = 100
+
 
 def train(
     data: Path,
@@ -52,6 +54,7 @@ def train(
     hidden_dim: int | None = None,
     fpn_dim: int | None = None,
     iou_target: Literal["near", "all"] = "near",
+    negatives: float = 0.0,
     faithful: bool = False,
     blind: bool = False,
 ) -> Path:
@@ -84,6 +87,8 @@ def train(
         hidden_dim: LSTM width per direction (512).
         fpn_dim: width of the pyramid and the head (512).
         iou_target: locations that train the IoU head: those with IoU above 0.9 as published, or all.
+        negatives: for each pair of a sentence and its video, so many of a sentence and a video that is not its own, in
+            which no location is to match; the published recipes ask none. They teach to tell videos apart.
         faithful: keep what looks like slips of the published code: training lines whose moment ends before it starts,
             statistics and divisors per process, and with --recipe drn the clamp of the first location only and the
             gradients that pile up in stage 2.
@@ -101,6 +106,7 @@ def train(
         )
     sizes = Sizes(num_segments, embed_dim, hidden_dim, fpn_dim)
     _check(sizes, held_out, batch_size, seed, glove, load)
+    _check_negatives(negatives, batch_size or preset.batch_size)
     target = torch_device(device)
     if precision == "fp16" and target.type == "cpu":
         raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
@@ -163,6 +169,7 @@ def train(
             faithful=faithful,
             processes=processes.count,
             synchronised=not faithful,
+            negatives=negatives,
         )
         materials = Materials(
             data_set=data_set,
@@ -173,6 +180,8 @@ def train(
             decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
             windows=windows_of(data_set, training),
         )
+        if negatives and len({annotation.video for annotation in training}) < 2:
+            raise GroundingError("--negatives asks other videos, and there is only one; leave it out.")
         if len(training) < settings.batch_size * processes.count:
             raise GroundingError(
                 f"{len(training)} queries do not fill one step of {settings.batch_size * processes.count}; "
@@ -225,6 +234,14 @@ def _stages(
         each = rates * len(stages) if len(rates) == 1 else rates
         stages = tuple(dataclasses.replace(s, learning_rate=rate) for s, rate in zip(stages, each, strict=True))
     return stages
+
+
+def _check_negatives(negatives: float, batch_size: int) -> None:
+    if not 0 <= negatives <= MOST_NEGATIVES or (negatives and not round(negatives * batch_size)):
+        raise GroundingError(
+            f"--negatives is 0 to {MOST_NEGATIVES} mismatched pairs for each matching one, and, if any, one or more in "
+            f"a step of {batch_size}; {negatives:g} was given."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

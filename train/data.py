@@ -143,7 +143,7 @@ def _write(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """Inputs of B queries and their moments, (B, 2) float32 fractions of the video."""
+    """Inputs of B matching pairs, then of mismatched ones; and the moments, (B, 2) float32 fractions of the video."""
 
     inputs: Batch
     truth: np.ndarray
@@ -188,10 +188,11 @@ class TrainingData:
         chosen = self.pooled.features[rows]
         return np.zeros(chosen.shape, np.float32) if self.blind else chosen.astype(np.float32)
 
-    def batch(self, indices: np.ndarray) -> TrainingBatch:
-        """Return the queries at `indices`, in that order."""
-        segments = [self.segments(self.annotations[index].video) for index in indices]
-        inputs = collate([self.queries[index] for index in indices], segments)
+    def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
+        """Return the queries at `indices`, in that order, and after them the pairs of `mismatched`; see there."""
+        asked = np.stack((indices, indices)) if mismatched is None else beside(indices, mismatched)
+        segments = [self.segments(self.annotations[index].video) for index in asked[1]]
+        inputs = collate([self.queries[index] for index in asked[0]], segments)
         return TrainingBatch(inputs, self.truth[indices])
 
     def epoch(self, batch_size: int, seed: Sequence[int], rank: int = 0, processes: int = 1) -> list[np.ndarray]:
@@ -204,6 +205,35 @@ class TrainingData:
         step = batch_size * processes
         starts = range(rank * batch_size, len(self) - step + rank * batch_size + 1, step)
         return [order[start : start + batch_size] for start in starts]
+
+    def mismatched(
+        self, epoch: Sequence[np.ndarray], count: int, seed: Sequence[int], rank: int = 0, processes: int = 1
+    ) -> list[np.ndarray]:
+        """Return for every batch of an epoch `count` pairs of a sentence of the batch and a video that is not its own.
+
+        Sentences take turns. A video is that of a query drawn from all of the data set, and the draw depends on `seed`
+        alone: processes together ask the pairs that one process with all of their batches would.
+
+        Returns:
+            For each batch (2, count) indices: of the query, and of the query whose video it asks.
+        """
+        steps = len(epoch)
+        drawn = np.random.default_rng([*seed, 1]).random((steps, processes, count))[:, rank]
+        by_video = np.argsort(self.video_rows, kind="stable")
+        rows = self.video_rows[by_video]
+        pairs = []
+        for batch, draw in zip(epoch, drawn, strict=True):
+            queries = batch[np.arange(count) * len(batch) // count]
+            first, end = (np.searchsorted(rows, self.video_rows[queries], side) for side in ("left", "right"))
+            # Among all but the video's own queries, which stand together.
+            place = (draw * (len(rows) - (end - first))).astype(np.int64)
+            pairs.append(np.stack((queries, by_video[np.where(place < first, place, place + end - first)])))
+        return pairs
+
+
+def beside(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
+    """Return (2, B + M) indices: of the queries, and of the queries whose videos they ask, B matching pairs first."""
+    return np.concatenate((np.stack((indices, indices)), mismatched), axis=1)
 
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:

@@ -61,6 +61,7 @@ class Settings:
         processes: how many train together.
         synchronised: whether processes act as one with the whole batch, or each with statistics and divisors of its
             own, as published.
+        negatives: mismatched pairs for each matching one, in the stages that learn from them.
     """
 
     recipe: str
@@ -73,6 +74,12 @@ class Settings:
     faithful: bool
     processes: int
     synchronised: bool
+    negatives: float = 0.0
+
+    @property
+    def mismatched(self) -> int:
+        """Mismatched pairs per process and step."""
+        return round(self.negatives * self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +277,13 @@ class Run:
         learner.model.train()
         epoch_seed = (settings.seed, 2, stage.number, epoch)
         order = data.epoch(settings.batch_size, epoch_seed, processes.rank, processes.count)
+        mismatched = None
+        if settings.mismatched and stage.learns_from_mismatched:
+            mismatched = data.mismatched(order, settings.mismatched, epoch_seed, processes.rank, processes.count)
         seen = torch.zeros(5, device=self.device)
         started = time.perf_counter()
         progress = tqdm(
-            source.batches(order),
+            source.batches(order, mismatched),
             f"stage {stage.number} epoch {epoch + 1}/{stage.epochs}",
             len(order),
             unit="step",
@@ -331,6 +341,7 @@ class Run:
                 "stage": stage.number,
                 "recipe": self.settings.recipe,
                 "seed": self.settings.seed,
+                **({"negatives": self.settings.negatives} if self.settings.negatives else {}),
                 "simulated_features": materials.data_set.simulated,
                 "validation": record,
             },

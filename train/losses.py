@@ -47,7 +47,7 @@ class LossSums(NamedTuple):
     matching: Tensor
     boundary: Tensor
     iou: Tensor
-    counts: Tensor  # (3,) float: positives + B, positives, locations that train the IoU head
+    counts: Tensor  # (3,) float: positives + pairs asked, positives, locations that train the IoU head
 
 
 class Losses(NamedTuple):
@@ -100,7 +100,8 @@ def loss_sums(
     """Return the sums and counts of the three losses of a batch.
 
     Args:
-        heads: of B queries at P locations.
+        heads: of B queries at P locations, after which may stand those of pairs whose video does not show what the
+            sentence says: no location of theirs is positive, and the other two losses do not count them.
         truth: (B, 2) moments as fractions of the video.
         config: of the network.
         with_iou: whether the IoU head is trained; its sum is 0 otherwise.
@@ -109,7 +110,11 @@ def loss_sums(
     options = options or LossOptions()
     positive, distances = targets(truth, config)
     positives = positive.sum()
-    matching = focal_loss(heads.matching_logits.float(), positive).sum()
+    asked, known = len(heads.matching_logits), len(truth)
+    labels = functional.pad(positive, (0, 0, 0, asked - known)) if asked > known else positive
+    matching = focal_loss(heads.matching_logits.float(), labels).sum()
+    if asked > known:
+        heads = NetworkHeads(*(head[:known] for head in heads))
     boundary = (distance_loss(heads.boundary_distances.float(), distances, positive)).sum()
     if with_iou:
         overlap = proposal_overlap(heads.boundary_distances.float(), truth.float(), config, options)
@@ -120,7 +125,8 @@ def loss_sums(
         iou, near = torch.where(trained, errors, 0.0).sum(), trained.sum()
     else:
         iou = near = torch.zeros((), device=truth.device)
-    counts = torch.stack((positives + len(truth), positives, near)).float()
+    # As published, every pair that is asked counts once, a mismatched one too.
+    counts = torch.stack((positives + asked, positives, near)).float()
     return LossSums(matching, boundary, iou, counts)
 
 

@@ -1,6 +1,7 @@
 """Where a step gets its batches: from the host's memory, from the device's, or half computed already.
 
 A source yields the inputs of its network and the moments, (B, 2), for every batch of an epoch, on the device.
+Mismatched pairs stand behind those that match, and have no moments.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.tensors import padded
-from train.data import TrainingData
+from train.data import TrainingData, beside
 from train.model import DRN, NetworkHeads, Stem
 
 log = logging.getLogger("drn")
@@ -27,8 +28,9 @@ STEM_PAIRS = 64
 
 
 class Source(Protocol):
-    def batches(self, epoch: Sequence[np.ndarray]) -> Iterator[Step]:
-        """Yield inputs and moments of every batch of `epoch`, given by the indices of its queries."""
+    def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
+        """Yield inputs and moments of every batch of `epoch`, given by the indices of its queries, with the batch's
+        pairs of `mismatched` (`TrainingData.mismatched`)."""
         ...
 
 
@@ -49,9 +51,9 @@ class HostSource:
     def __init__(self, data: TrainingData, device: torch.device, workers: int = 0) -> None:
         self.data, self.device, self.workers = data, device, workers
 
-    def batches(self, epoch: Sequence[np.ndarray]) -> Iterator[Step]:
+    def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
         loader = torch.utils.data.DataLoader(
-            _Batches(self.data, epoch),
+            _Batches(self.data, epoch, mismatched),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
@@ -84,11 +86,13 @@ class DeviceSource:
         self.truth = torch.from_numpy(data.truth).to(device)
         self.device = device
 
-    def batches(self, epoch: Sequence[np.ndarray]) -> Iterator[Step]:
-        for chosen, here in _on_both(epoch, self.device):
-            lengths, rows = self.lengths[chosen], self.rows[here]
-            tokens = self.tokens[here, : int(lengths.max())]
-            yield (tokens, lengths, self.features[rows].float(), self.spans[rows]), self.truth[here]
+    def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
+        asked = np.stack((epoch, epoch), 1) if mismatched is None else list(map(beside, epoch, mismatched))
+        for (chosen, _), (queries, videos) in _on_both(asked, self.device):
+            lengths, rows = self.lengths[chosen], self.rows[videos]
+            tokens = self.tokens[queries, : int(lengths.max())]
+            truth = self.truth[queries[: len(epoch[0])]]
+            yield (tokens, lengths, self.features[rows].float(), self.spans[rows]), truth
 
 
 class StemSource:
@@ -103,7 +107,8 @@ class StemSource:
         self.truth = torch.from_numpy(data.truth).to(device)
         self.stem = _stems(data, model, device, autocast)
 
-    def batches(self, epoch: Sequence[np.ndarray]) -> Iterator[Step]:
+    def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
+        assert mismatched is None, "stems are those of matching pairs"
         for _, here in _on_both(epoch, self.device):
             yield tuple(part[here] for part in self.stem), self.truth[here]
 
@@ -164,12 +169,14 @@ def _on_both(epoch: Sequence[np.ndarray], device: torch.device) -> Iterator[tupl
 class _Batches(torch.utils.data.Dataset):
     """The batches of one epoch by number, for torch's loader."""
 
-    def __init__(self, data: TrainingData, epoch: Sequence[np.ndarray]) -> None:
-        self.data, self.epoch = data, epoch
+    def __init__(
+        self, data: TrainingData, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None
+    ) -> None:
+        self.data, self.epoch, self.mismatched = data, epoch, mismatched
 
     def __len__(self) -> int:
         return len(self.epoch)
 
     def __getitem__(self, index: int) -> Step:
-        batch = self.data.batch(self.epoch[index])
+        batch = self.data.batch(self.epoch[index], self.mismatched[index] if self.mismatched else None)
         return tuple(torch.from_numpy(array) for array in vars(batch.inputs).values()), torch.from_numpy(batch.truth)

@@ -41,6 +41,11 @@ class Stage:
         return self.number == 2
 
     @property
+    def learns_from_mismatched(self) -> bool:
+        """Whether a video that does not show what the sentence says has something to teach: no overlap to judge."""
+        return self.number != 2
+
+    @property
     def use_iou_scores(self) -> bool:
         """Whether the IoU probability joins the score: a head that was never trained must not."""
         return self.number > 1

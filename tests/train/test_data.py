@@ -220,6 +220,51 @@ def test_processes_divide_an_epoch_among_them(count: int, batch_size: int, proce
         np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
 
 
+class Placed(Counted):
+    """Of which the videos are known too."""
+
+    def __init__(self, video_rows: list[int]) -> None:
+        super().__init__(len(video_rows))
+        self.video_rows = np.array(video_rows)
+
+
+@given(st.lists(st.integers(0, 5), min_size=12, max_size=60), st.integers(1, 30), st.integers(1, 3), st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_mismatched_pairs_ask_other_videos_whatever_the_number_of_processes(
+    video_rows: list[int], count: int, processes: int, seed: int
+) -> None:
+    data = Placed([*video_rows, 6])
+    epochs = [data.epoch(4, (seed,), rank, processes) for rank in range(processes)]
+    pairs = [data.mismatched(epoch, count, (seed,), rank, processes) for rank, epoch in enumerate(epochs)]
+    for epoch, found in zip(epochs, pairs, strict=True):
+        for batch, (queries, asked) in zip(epoch, found, strict=True):
+            assert len(queries) == count
+            assert set(queries) <= set(batch)
+            # Every sentence as often as any other, but for one time.
+            times = np.unique(queries, return_counts=True)[1]
+            assert times.max() - (times.min() if count >= len(batch) else 1) <= 1
+            assert (data.video_rows[queries] != data.video_rows[asked]).all()
+    together = data.mismatched(data.epoch(4 * processes, (seed,)), count * processes, (seed,))
+    for step, whole in enumerate(together):
+        np.testing.assert_array_equal(np.concatenate([share[step] for share in pairs], axis=1), whole)
+
+
+def test_mismatched_videos_are_those_of_all_other_queries_alike() -> None:
+    data = Placed([0, 0, 1, 2, 2, 2])
+    asked = data.mismatched([np.array([0])], 3000, (0,))[0][1]
+    np.testing.assert_allclose(np.bincount(asked, minlength=6) / 3000, [0, 0, 0.25, 0.25, 0.25, 0.25], atol=0.03)
+
+
+def test_mismatched_pairs_stand_behind_the_others(training: TrainingData) -> None:
+    chosen = np.array([5, 0])
+    pairs = np.array([[0, 5, 5], [9, 20, 12]])
+    batch, alone = training.batch(chosen, pairs), training.batch(chosen)
+    np.testing.assert_array_equal(batch.truth, alone.truth)
+    np.testing.assert_array_equal(batch.inputs.query_tokens[[1, 0, 0]], batch.inputs.query_tokens[2:])
+    for row, index in zip(batch.inputs.segment_features, (5, 0, 9, 20, 12), strict=True):
+        np.testing.assert_array_equal(row, training.segments(training.annotations[index].video).features)
+
+
 def test_epochs_differ_and_depend_on_the_seed_alone() -> None:
     data = Counted(64)
     first, again, next_epoch = (np.concatenate(data.epoch(8, seed)) for seed in ((0, 1), (0, 1), (0, 2)))

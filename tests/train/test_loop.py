@@ -356,6 +356,28 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
     assert_same_run(short_run, run)
 
 
+def test_run_with_negatives_resumes_to_the_same_bits_and_asks_them_where_they_teach(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    step = loop.Learner.step
+
+    def spy(self: Any, inputs: Any, truth: Any) -> Any:
+        asked.append((self.stage.number, len(inputs[0]), len(truth)))
+        return step(self, inputs, truth)
+
+    monkeypatch.setattr(loop.Learner, "step", spy)
+    run_training(planted, tmp_path / "whole", **tiny_sizes, negatives=0.5)
+    assert set(asked) == {(1, 24, 16), (2, 16, 16), (3, 24, 16)}
+    with monkeypatch.context() as patch:
+        stop_at(patch, "save", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(planted, tmp_path / "cut", **tiny_sizes, negatives=0.5)
+    run_training(planted, tmp_path / "cut", resume=True, **tiny_sizes, negatives=0.5)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert load_checkpoint(tmp_path / "whole" / "drn.pt").training["negatives"] == 0.5
+
+
 def test_killed_run_goes_on_to_the_same_end(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -421,6 +443,7 @@ def test_second_run_into_a_directory_is_refused(short_run: Path, planted: Path, 
         ("validate_on", "test"),
         ("fpn_dim", 32),
         ("num_segments", 32),
+        ("negatives", 1.0),
         ("faithful", True),
         ("blind", True),
         ("recipe", "drn"),

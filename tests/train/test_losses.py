@@ -349,3 +349,26 @@ def test_level_ranges_grow_with_the_number_of_segments(num_segments: int) -> Non
     assert distances[:, level_0].amax(-1)[positive[:, level_0]].max() <= 6 * num_segments / 32
     level_2 = slice(config.num_locations - num_segments // 4, None)
     assert distances[:, level_2].amax(-1)[positive[:, level_2]].min() >= 11 * num_segments / 32
+
+
+@pytest.mark.parametrize("iou_target", ["near", "all"])
+def test_mismatched_pairs_teach_that_nothing_matches_and_no_more(iou_target: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = NetworkHeads(
+        torch.randn(5, 56, generator=generator, requires_grad=True),
+        (torch.rand(5, 56, 2, generator=generator) * 12).requires_grad_(),
+        torch.randn(5, 56, generator=generator, requires_grad=True),
+    )
+    truth, options = torch.tensor([[0.1, 0.4], [0.2, 0.3], [0.5, 1.0]]), LossOptions(iou_target=iou_target)
+    sums = loss_sums(heads, truth, PUBLISHED, True, options)
+    alone = loss_sums(NetworkHeads(*(head[:3] for head in heads)), truth, PUBLISHED, True, options)
+    for name in ("boundary", "iou"):
+        assert torch.equal(getattr(sums, name), getattr(alone, name)), name
+    refused = focal_loss(heads.matching_logits[3:], torch.zeros(2, 56, dtype=torch.bool)).sum()
+    torch.testing.assert_close(sums.matching, alone.matching + refused)
+    # Each pair asked counts once, and positives are those of matching pairs.
+    assert (sums.counts - alone.counts).tolist() == [2, 0, 0]
+    divide(sums).total().backward()
+    assert (heads.matching_logits.grad[3:] > 0).all(), "every location of theirs is to match less"
+    assert not heads.boundary_distances.grad[3:].any()
+    assert not heads.iou_logits.grad[3:].any()

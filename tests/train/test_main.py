@@ -79,6 +79,9 @@ def refused(outcome: Any, output: Path, message: str, *arguments: str | Path) ->
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--load", "absent.pt"], "absent.pt does not exist"),
         (["--glove", "absent.txt"], "absent.txt"),
+        (["--negatives", "-1"], "--negatives"),
+        (["--negatives", "nan"], "--negatives"),
+        (["--negatives", "0.01"], "one or more in a step of 16"),
         (["--batch-size", "100000"], "lower --batch-size"),
     ],
 )

@@ -58,11 +58,12 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("negatives", [0, 0.5])
 def test_two_processes_train_as_one_with_the_whole_batch(
-    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, negatives: float
 ) -> None:
     # As many epochs of stage 2 as processes, so that each computes its frozen part once.
-    sizes = {**tiny_sizes, "epochs": (1, 2, 1), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none"}
+    sizes = {**tiny_sizes, "epochs": (1, 2, 1), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none", "negatives": negatives}
     train(planted, tmp_path / "one", **{**sizes, "batch_size": 8})
     said = together(planted, tmp_path / "two", *as_arguments({**sizes, "batch_size": 4}))
     assert "2 processes" in said

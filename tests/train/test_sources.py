@@ -49,16 +49,19 @@ def flat(step: Step) -> list[torch.Tensor]:
     return [*step[0], step[1]]
 
 
-def test_all_sources_yield_the_same_batches(training: TrainingData) -> None:
+@pytest.mark.parametrize("negatives", [False, True])
+def test_all_sources_yield_the_same_batches(training: TrainingData, negatives: bool) -> None:
     epoch = training.epoch(7, (3,))
-    host = [flat(step) for step in HostSource(training, CPU).batches(epoch)]
+    mismatched = training.mismatched(epoch, 5, (3,)) if negatives else None
+    host = [flat(step) for step in HostSource(training, CPU).batches(epoch, mismatched)]
     assert len(host) == len(epoch) > 5
+    assert [len(part) for part in host[0]] == [12 if negatives else 7] * 4 + [7]
     for source in (HostSource(training, CPU, workers=2), DeviceSource(training, CPU)):
-        for wanted, found in zip(host, source.batches(epoch), strict=True):
+        for wanted, found in zip(host, source.batches(epoch, mismatched), strict=True):
             for one, other in zip(wanted, flat(found), strict=True):
                 assert one.dtype == other.dtype
                 assert torch.equal(one, other)
-    first = training.batch(epoch[0])
+    first = training.batch(epoch[0], mismatched[0] if mismatched else None)
     for wanted, found in zip((*vars(first.inputs).values(), first.truth), host[0], strict=True):
         np.testing.assert_array_equal(found.numpy(), wanted)
 
