@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.cpu import environment
+from calib.padding import padding_apart
 from export.graph import Convolution, ExportableDRN
 from export.split import split_graph
 from export.to_onnx import TOLERANCE, export_model, relative_difference
+from runtime.backends.ort import KEPT_APART
 from runtime.command import command
 from runtime.errors import PromiseBroken
 from runtime.files import write_json
@@ -35,6 +37,7 @@ from train.model import DRN, DRNConfig, with_duration
 
 LENGTHS = (4, 8, 12)
 EXPORTED, PRODUCT, MILLISECONDS = "as exported", "prop_fc as a matrix product", "as exported, ms each"
+PADDED = "convolutions that pad by themselves"
 
 
 def rewritings(
@@ -75,8 +78,10 @@ def rewritings(
     graphs.update((name, exported(change)) for name, change in TRACED.items() if wanted(name))
     graphs.update((name, rewrite(whole)) for name, rewrite in REWRITTEN.items() if wanted(name))
     # Asked on an encoded video, where a rewriting weighs most; what encodes the video is timed by itself.
-    questions = {name: _session(split_graph(graph)[1], threads) for name, graph in graphs.items()}
-    question = split_graph(whole)[1]
+    questions = {name: _session(padding_apart(split_graph(graph)[1]), threads) for name, graph in graphs.items()}
+    if wanted(PADDED):
+        questions[PADDED] = _session(split_graph(whole)[1], threads)
+    question = padding_apart(split_graph(whole)[1])
     questions.update((name, _session(question, threads, change)) for name, change in SETTINGS.items() if wanted(name))
     encoders = {EXPORTED: _session(split_graph(whole)[0], threads)}
     if wanted(PRODUCT):
@@ -398,7 +403,9 @@ def _session(model: onnx.ModelProto, threads: int, change: Callable[[Any], None]
     options.intra_op_num_threads = threads
     if change:
         change(options)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART
+    )
 
 
 def _question(config: DRNConfig, size: int, length: int) -> dict[str, np.ndarray]:

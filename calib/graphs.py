@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.errors import CalibrationError
+from calib.padding import padding_inside
 from runtime.backends import run_pair
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
@@ -25,7 +26,7 @@ OUTPUTS = tuple(Heads.__dataclass_fields__)
 
 
 def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return the FP32 graph in an `.onnx` file.
+    """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.padding`).
 
     Raises:
         ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
@@ -53,7 +54,7 @@ def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
             f"{path} is {manifest.precision} already, and ranges and narrow weights are made from the FP32 graph; "
             "give the file that `python -m export.to_onnx` wrote."
         )
-    return model
+    return padding_inside(model)
 
 
 def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calib.padding import padding_apart, padding_inside
 from export.profiles import Profile, part_profiles
 from export.split import split_graph, write_pair
 from export.twin import Twin
@@ -80,7 +81,8 @@ class Made:
         del twin.graph.metadata_props[:]
         set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
         weights = sum(census(graph).weight_bytes.values())
-        return cls(twin.graph.SerializeToString(), about, counted, weights)
+        written = padding_apart(twin.graph) if job.precision == "fp32" else twin.graph
+        return cls(written.SerializeToString(), about, counted, weights)
 
     def file(self, path: Path) -> ModelFile:
         """Return the file that these bytes are, or will be."""
@@ -140,7 +142,7 @@ def cut_parts(
 
     from export.census import census
 
-    proven = onnx.load_from_string(made.content)
+    proven = padding_inside(onnx.load_from_string(made.content))
     whole = dataclasses.replace(made.manifest, sources={**made.manifest.sources, job.twin.name: sha256(job.twin)})
     onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
     pair = split_graph(proven)

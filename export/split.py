@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calib.graphs import without_weights
+from calib.padding import padding_apart
 from runtime.errors import ModelFileError
 from runtime.files import replace_when_whole
 from runtime.manifest import METADATA_KEY, Manifest
@@ -230,12 +231,17 @@ def write_pair(video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, pr
         digests = []
         for place, part in parts.items():
             temporary = whole_or_none.enter_context(replace_when_whole(place))
-            content = part.SerializeToString()
+            content = _written(part).SerializeToString()
             temporary.write_bytes(content)
             digests.append((place.name, hashlib.sha256(content).hexdigest()))
         temporary = whole_or_none.enter_context(replace_when_whole(query_path))
-        temporary.write_bytes(named(query, dict(digests[:1]), dict(digests[1:])).SerializeToString())
+        temporary.write_bytes(_written(named(query, dict(digests[:1]), dict(digests[1:]))).SerializeToString())
     return [*parts, query_path]
+
+
+def _written(part: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a part as it is written: in FP32, with its padding where ONNX Runtime is fastest."""
+    return padding_apart(part) if _manifest(part).precision == "fp32" else part
 
 
 def named(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calib.padding import padding_apart
 from export.split import pair_paths, prepared_graphs, prepared_paths, split_graph, write_pair
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, OutputError, PromiseBroken, ShapeError
@@ -114,7 +115,7 @@ def to_onnx(
     with replace_when_whole(output) as temporary:
         log.info("Tracing the network (10 to 30 s) ...")
         exported = export_model(model, manifest, opset=opset)
-        onnx.save(exported, temporary)
+        onnx.save(padding_apart(exported), temporary)
         differences = check_against_torch(temporary, model, max_query_length)
         size = temporary.stat().st_size
         query = output

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from calib.balance import balanced_name, measure_gains
+from calib.padding import padding_apart
 from calib.qdq import NEWEST_OPSET, Policy, balanced, observed, quantize
 from calib.ranges import measure
 from calib.table import CalibrationTable, key_of
@@ -46,6 +47,7 @@ def tables(exported: dict[str, onnx.ModelProto]) -> Tables:
 
 FORMS: dict[str, tuple[Make, str, str]] = {
     "fp32": (lambda model, table: model, "8.6", "fp32"),
+    "fp32, as it is written": (lambda model, table: padding_apart(model), "8.6", "fp32"),
     "fp16": (lambda model, table: to_half(model), "8.6", "fp16"),
     "fp16, modules kept": (lambda model, table: to_half(model, keep=KEPT), "8.6", "fp16"),
     "bf16": (lambda model, table: to_half(raise_opset(model, 22), "bf16"), "8.6", "bf16"),

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calib.graphs import graph_hash, open_session, read_graph, weights_hash
+from calib.padding import padding_apart, padding_inside
+from runtime.backends.ort import KEPT_APART
+from runtime.tensors import Batch, Heads
+
+OUTPUTS = list(Heads.__dataclass_fields__)
+
+
+def padding(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Return the pads of every convolution that has some."""
+    found = {}
+    for node in model.graph.node:
+        for entry in node.attribute:
+            if node.op_type == "Conv" and entry.name == "pads" and any(entry.ints):
+                found[node.name] = list(entry.ints)
+    return found
+
+
+def test_padding_apart_answers_as_before_to_the_bit(model: onnx.ModelProto, batch: Batch) -> None:
+    wanted = open_session(model, threads=1).run(OUTPUTS, vars(batch))
+    found = open_session(padding_apart(model), threads=1).run(OUTPUTS, vars(batch))
+    for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_convolutions_of_many_channels_no_longer_pad(model: onnx.ModelProto) -> None:
+    apart = padding_apart(model)
+    # The tiny network's head has 16 channels; its backbone is of full width.
+    assert set(padding(model)) - set(padding(apart)) == {f"backbone_net.layers.{level}/Conv" for level in (1, 2)}
+    assert [node.name for node in apart.graph.node if node.op_type == "Pad"] == [
+        f"backbone_net.layers.{level}/Pad" for level in (1, 2)
+    ]
+
+
+def test_padding_inside_undoes_it_wholly(model: onnx.ModelProto) -> None:
+    again = padding_inside(padding_apart(model))
+    assert graph_hash(again) == graph_hash(model)
+    assert weights_hash(again) == weights_hash(model)
+    assert graph_hash(padding_apart(model)) != graph_hash(model)
+
+
+def test_a_graph_is_read_with_its_padding_inside(model: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(padding_apart(model), tmp_path / "drn.onnx")
+    assert graph_hash(read_graph(tmp_path / "drn.onnx")) == graph_hash(model)
+
+
+@pytest.mark.parametrize("pads", [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 1]])
+def test_what_also_pads_channels_or_is_read_twice_stays_a_step_of_its_own(pads: list[int]) -> None:
+    weight = numpy_helper.from_array(np.ones((64, 64 + sum(pads[1::4]), 1, 3), np.float32), "w")
+    nodes = [
+        helper.make_node("Pad", ["x", "p"], ["padded"], "a/Pad"),
+        helper.make_node("Conv", ["padded", "w"], ["y"], "a/Conv", kernel_shape=[1, 3], pads=[0, 0, 0, 0]),
+        helper.make_node("Identity", ["padded"], ["z"], "a/Identity"),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "yz"]
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64, 1, 8])
+    constants = [weight, numpy_helper.from_array(np.array(pads, np.int64), "p")]
+    # The second reader forbids merging of the plain one; the channels that of the other.
+    chosen = nodes if pads[1] == 0 else nodes[:2]
+    graph = helper.make_graph(chosen, "g", [shape], values[: len(chosen) - 1], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    assert [node.op_type for node in padding_inside(model).graph.node] == [node.op_type for node in chosen]
+
+
+def test_onnx_runtime_leaves_the_padding_apart_where_it_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """A newer ONNX Runtime that calls its step by another name would put the padding back without a word."""
+    kept: dict[bool, int] = {}
+    for told in (False, True):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / f"{told}.onnx")
+        onnxruntime.InferenceSession(
+            padding_apart(model).SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=KEPT_APART if told else None,
+        )
+        optimised = onnx.load(options.optimized_model_filepath)
+        kept[told] = sum(node.op_type == "Pad" for node in optimised.graph.node)
+    assert kept == {False: 0, True: 2}
