@@ -1,0 +1,36 @@
+"""Growth is timed over all that docs/performance.md tells of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import growth
+from runtime.errors import GroundingError
+
+
+def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "QUERIES", (1, 4))
+    monkeypatch.setattr(growth, "QUERY_LENGTHS", (2, 5))
+    report = growth.growth(
+        segments=(8, 16), feature_dim=16, fpn_dim=8, samples=2,
+        output=tmp_path / "growth.json", plot=tmp_path / "growth.png",
+    )  # fmt: skip
+    curves = report["ms"]
+    assert set(curves[growth.BY_SEGMENTS]) == {growth.ENCODE, growth.ONE, growth.MANY}
+    assert all(set(found) == {8, 16} for found in curves[growth.BY_SEGMENTS].values())
+    assert all(set(found) == {2, 5} for found in curves[growth.BY_LENGTH].values())
+    for queries, each in curves[growth.BY_QUERIES][growth.EACH].items():
+        assert curves[growth.BY_QUERIES][growth.ENCODED_FOR][queries] > each > 0
+    # Twice the segments are twice the multiply-adds of the video.
+    work = report["1e6 multiply-adds"]
+    assert work[16]["video"] == 2 * work[8]["video"]
+    assert json.loads((tmp_path / "growth.json").read_text())["network"]["T"] == 8
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_segments_that_the_levels_cannot_divide_are_refused() -> None:
+    with pytest.raises(GroundingError, match="multiples of 4"):
+        growth.growth(segments=(32, 30))
