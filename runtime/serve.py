@@ -10,6 +10,8 @@ from runtime.annotations import DataSet
 from runtime.backends import Device
 from runtime.command import command
 from runtime.errors import DeviceError, GroundingError
+from runtime.extraction import cache_directory
+from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.grounder import BATCH_SIZE, Grounder
 
@@ -22,6 +24,7 @@ def serve(
     *,
     data: Path | None = None,
     media: Path | None = None,
+    extractor: Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     allow_host: tuple[str, ...] = (),
@@ -32,6 +35,10 @@ def serve(
     timeout: float = 30.0,
     grace: int = 30,
     cache_mib: int = 512,
+    uploads: Path | None = None,
+    upload_mib: int = 512,
+    uploads_mib: int = 2048,
+    keep_minutes: float = 60.0,
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
@@ -41,6 +48,7 @@ def serve(
         model: .onnx, .engine or .pt file; of a split model the query part, so that videos are encoded once.
         data: directory of videos that can be asked about by name.
         media: directory of the same videos as files, named after them, for the page's player.
+        extractor: .onnx file that makes features of a video file, so that videos can be sent.
         host: address to listen at; any other than this machine's own wants --api-key.
         port: 0 takes a free one.
         allow_host: names that clients call the service by, where it is not this machine's own.
@@ -51,16 +59,21 @@ def serve(
         timeout: seconds until a request is given up.
         grace: seconds to finish in after SIGTERM.
         cache_mib: memory for videos that are ready to be asked.
+        uploads: directory for what clients send, in the user's cache directory (or DRN_CACHE) when not given.
+        upload_mib: largest body of an upload.
+        uploads_mib: disk for all uploads; the oldest go first.
+        keep_minutes: how long an upload stays after it was last asked.
         device: auto, cpu or cuda.
         threads: CPU threads of the model.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceError(f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.")
-    from runtime.service.app import Service, ServiceOptions
     from runtime.service.batching import BatchOptions
     from runtime.service.gate import LOOPBACK, GateOptions
     from runtime.service.server import run
+    from runtime.service.service import Service, ServiceOptions
+    from runtime.service.uploads import UploadOptions
 
     api_key = api_key or os.environ.get("DRN_API_KEY") or None
     here = host in ("localhost", "::1") or host.startswith("127.")
@@ -70,26 +83,38 @@ def serve(
         )
     if not 0 <= port <= 65535:
         raise GroundingError(f"--port must be 0 to 65535, and {port} was given.")
-    if not (0 < timeout <= 3600 and 0 <= grace <= 3600 and cache_mib >= 0):
+    if not (0 < timeout <= 3600 and 0 <= grace <= 3600):
         raise GroundingError(
-            f"--timeout is above 0 and --grace 0 or more, both at most 3600 seconds, and --cache-mib 0 or more; "
-            f"{timeout:g}, {grace} and {cache_mib} were given."
+            f"--timeout is above 0, --grace 0 or more, and both at most 3600 s; {timeout:g} and {grace} were given."
+        )
+    if not (cache_mib >= 0 and 0 < upload_mib <= uploads_mib and keep_minutes > 0):
+        raise GroundingError(
+            f"--cache-mib is 0 or more, --upload-mib above 0 and at most --uploads-mib, and --keep-minutes above 0; "
+            f"{cache_mib}, {upload_mib}, {uploads_mib} and {keep_minutes:g} were given."
         )
     hosts = tuple(dict.fromkeys(name.lower() for name in (*LOOPBACK, host, *allow_host))) if here or allow_host else ()
     options = ServiceOptions(
         timeout_s=timeout,
         cache_bytes=cache_mib * MIB,
         batching=BatchOptions(batch_size, wait_ms, queue_size),
-        gate=GateOptions(api_key, hosts),
+        gate=GateOptions(api_key, hosts, upload_bytes=upload_mib * MIB),
+        uploads=UploadOptions(
+            uploads or cache_directory() / "uploads", total_bytes=uploads_mib * MIB, keep_s=60 * keep_minutes
+        ),
     )
     grounder = Grounder.load(model, device, threads)
     digest = sha256(model)
+    if extractor is not None:
+        # Opened once, to see that it is one whose features the model takes.
+        open_extractor(extractor, "cpu", 1).manifest.check_fits(grounder.manifest.features)
     service = Service(
         grounder,
         DataSet(data) if data else None,
         model=model.name,
         digest=digest,
         media=media,
+        extractor=extractor,
+        threads=threads,
         options=options,
     )
     run(service, host, port, grace)

@@ -2,220 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import dataclasses
 import hashlib
-import json
-import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from runtime.annotations import DataSet
-from runtime.errors import GroundingError, QueryError
-from runtime.grounder import Grounder, Subject
-from runtime.service.batching import Batcher, BatchOptions
-from runtime.service.gate import Gate, GateOptions, Gone, unless_gone
-from runtime.service.library import MEDIA_TYPES, Entry, Library, Shelf
+from runtime.errors import GroundingError
+from runtime.service.gate import Gate, Gone, unless_gone
+from runtime.service.library import MEDIA_TYPES
+from runtime.service.messages import (
+    Failure,
+    Grounded,
+    Health,
+    SentVideo,
+    VideoEntry,
+    VideoList,
+    asking,
+    form_schema,
+    parsed,
+    told,
+)
 from runtime.service.refusals import Refusal, refusal_of
-from runtime.service.telemetry import Telemetry
-from runtime.timeline import Answer
+from runtime.service.service import Service, json_response
 
-log = logging.getLogger("drn.service")
-
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ServiceOptions:
-    """What one request may ask, and how long it may take.
-
-    Attributes:
-        timeout_s: seconds until a request is given up.
-        most_queries: sentences of one request.
-        longest_query: characters of a sentence.
-        cache_bytes: of videos that stay ready.
-        batching: how sentences wait for each other.
-        gate: who may ask, and how much.
-    """
-
-    timeout_s: float = 30.0
-    most_queries: int = 64
-    longest_query: int = 500
-    cache_bytes: int = 512 << 20
-    batching: BatchOptions = dataclasses.field(default_factory=BatchOptions)
-    gate: GateOptions = dataclasses.field(default_factory=GateOptions)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.most_queries <= self.batching.queue_size:
-            raise GroundingError(
-                f"--queue-size must hold one whole request of {self.most_queries} sentences, and is "
-                f"{self.batching.queue_size}; choose a larger one."
-            )
-
-
-class Moment(BaseModel):
-    """A part of the video, in seconds from its start, and how well it fits."""
-
-    start: float
-    end: float
-    score: float
-
-
-class Grounded(BaseModel):
-    """The moments of one sentence, best first."""
-
-    query: str
-    video: str
-    moments: list[Moment]
-
-
-class Problem(BaseModel):
-    code: str = Field(description="for programs", examples=["not_found"])
-    message: str = Field(description="what happened, what was expected, and what to do")
-
-
-class Failure(BaseModel):
-    """How every request is answered that cannot be served."""
-
-    error: Problem
-
-
-class VideoEntry(BaseModel):
-    id: str
-    name: str
-    duration: float = Field(description="seconds")
-    num_frames: int
-    media: str | None = Field(description="where a player finds the video, if the service has its file")
-
-
-class VideoList(BaseModel):
-    total: int = Field(description="videos whose names contain the text")
-    videos: list[VideoEntry]
-
-
-class Health(BaseModel):
-    status: str = Field(description="ready, or draining while it ends", examples=["ready"])
-    model: str
-    digest: str = Field(description="SHA-256 of the model file as it was loaded")
-
-
-class Service:
-    """One model, its videos, and the queue before it."""
-
-    def __init__(
-        self,
-        grounder: Grounder,
-        data: DataSet | None = None,
-        *,
-        model: str = "model",
-        digest: str = "",
-        media: Path | None = None,
-        options: ServiceOptions | None = None,
-    ) -> None:
-        options = options or ServiceOptions()
-        self.grounder = grounder
-        self.model = model
-        self.digest = digest
-        self.options = options
-        self.telemetry = Telemetry()
-        self.library = Library(data, media)
-        self.batcher = Batcher(grounder, options.batching, self.telemetry.batch)
-        self.shelf = Shelf(grounder, self.batcher, options.cache_bytes, self.telemetry.looked)
-        self.gate = Gate(routes(self), options.gate, self.telemetry)
-        self.telemetry.model(
-            {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
-        )
-        self.telemetry.gauge("queue_pairs", "Sentences that wait.", lambda: self.batcher.depth)
-        self.telemetry.gauge("video_cache_bytes", "Memory of videos that are ready.", lambda: self.shelf.bytes)
-
-    def close(self) -> None:
-        """Finish what was taken, and end."""
-        self.gate.draining = True
-        self.batcher.close()
-        self.shelf.close()
-
-    async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
-        """Answer as `infer --format json` prints it."""
-        found = await self.batcher.ask([(subject, query) for query in queries], top_k)
-        answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
-        return json_response(answers)
-
-    def check_queries(self, queries: list[str]) -> None:
-        """Raise Refusal unless the model can take every sentence: one that cannot be asked fails nobody else."""
-        for number, query in enumerate(queries, 1):
-            try:
-                self.grounder.encode_query(query)
-            except QueryError as error:
-                which = f"Sentence {number}: " if len(queries) > 1 else ""
-                raise Refusal(422, which + str(error), "invalid_query") from error
-
-    async def subject(self, name: str) -> Subject:
-        """Return a video as the model takes it; Refusal if it is not known."""
-        if name in self.library:
-            return await self.shelf.subject(name, lambda: self.library.load(name))
-        raise unknown_video(name)
-
-    def entry(self, name: str) -> Entry:
-        if name in self.library:
-            return self.library.entry(name)
-        raise unknown_video(name)
-
-    def shown(self, entry: Entry) -> dict[str, Any]:
-        """Return a video as a list shows it."""
-        place = None
-        if entry.media is not None:
-            place = f"/v1/videos/{entry.id}/media"
-            if self.gate.needs_key:
-                place += f"?ticket={self.gate.ticket(place)}"
-        return {
-            "id": entry.id,
-            "name": entry.name,
-            "duration": entry.duration,
-            "num_frames": entry.num_frames,
-            "media": place,
-        }
-
-
-def unknown_video(name: str) -> Refusal:
-    return Refusal(
-        404, f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked.", "unknown_video"
-    )
-
-
-def json_response(value: Any, status: int = 200) -> Response:
-    # NaN is an error: JSON has none.
-    return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")
-
-
-def asking(options: ServiceOptions) -> type[BaseModel]:
-    """Return the model of a question within these limits."""
-    sentence = Annotated[str, Field(min_length=1, max_length=options.longest_query)]
-    one = {"type": "string", "minLength": 1, "maxLength": options.longest_query}
-    several = {"type": "array", "items": one, "minItems": 1, "maxItems": options.most_queries}
-
-    class Question(BaseModel):
-        """One or more sentences about one video."""
-
-        model_config = ConfigDict(extra="forbid", strict=True)
-
-        video: Annotated[str, Field(min_length=1, max_length=200, description="its id")]
-        query: Annotated[
-            list[sentence],
-            Field(min_length=1, max_length=options.most_queries, description="a sentence, or several"),
-            BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-            WithJsonSchema({"description": "a sentence, or several", "anyOf": [one, several]}),
-        ]
-        top_k: Annotated[int, Field(ge=1, le=100, description="most moments for each sentence")] = 5
-
-    return Question
 
 
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -224,13 +44,20 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def routes(service: Service) -> FastAPI:
+def application(service: Service) -> Gate:
+    """Return the service as an ASGI application."""
+    return Gate(_routes(service), service.options.gate, service.keys, service.telemetry, lambda: service.draining)
+
+
+def _routes(service: Service) -> FastAPI:
     """Return the routes of a service."""
     options = service.options
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(service.sweep())
         yield
+        sweeping.cancel()
         service.close()
 
     app = FastAPI(
@@ -242,20 +69,22 @@ def routes(service: Service) -> FastAPI:
         lifespan=lifespan,
         responses=FAILURES,
     )
-    question = asking(options)
+    question, sent_question = asking(options.most_queries, options.longest_query)
+    asked_so = {JSON: question.model_json_schema(), MULTIPART: form_schema(sent_question)}
 
     @app.post(
         "/v1/ground",
         response_model=list[Grounded],
-        openapi_extra={"requestBody": _body({"application/json": question.model_json_schema()})},
+        openapi_extra={"requestBody": _body(asked_so)},
     )
     async def ground(request: Request) -> Response:
-        """Say when in a video each sentence happens."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            asked = _parsed(question, await request.body())
-        else:
-            raise Refusal(415, f"The body is {kind or 'of no type'}; send application/json.")
+        """Say when in a video each sentence happens: a video that is known here, or one that is sent along."""
+        kind = _kind(request)
+        if kind == MULTIPART:
+            return await service.ground_upload(request, sent_question)
+        if kind != JSON:
+            raise _wrong_kind(kind, JSON, MULTIPART)
+        asked = parsed(question, await request.body())
 
         async def answer() -> Response:
             service.check_queries(asked.query)
@@ -279,6 +108,29 @@ def routes(service: Service) -> FastAPI:
         """Tell of one video."""
         return json_response(service.shown(service.entry(video)))
 
+    @app.post(
+        "/v1/videos",
+        response_model=VideoEntry,
+        status_code=201,
+        openapi_extra={"requestBody": _body({MULTIPART: form_schema(SentVideo)})},
+    )
+    async def send(request: Request) -> Response:
+        """Send a video, as features or as a file, to be asked by its id; it is kept for a while."""
+        if _kind(request) != MULTIPART:
+            raise _wrong_kind(_kind(request), MULTIPART)
+        with service.uploads.incoming() as upload:
+            await service.receive(request, upload, SentVideo)
+            service.uploads.keep(upload)
+        return json_response(service.shown(upload.entry), 201)
+
+    @app.delete("/v1/videos/{video}", status_code=204)
+    async def forget(video: str) -> Response:
+        """Remove an upload before its time."""
+        if video in service.library:
+            raise Refusal(403, f"{video!r} belongs to the data set; only uploads can be removed.")
+        service.uploads.forget(service.upload(video))
+        return Response(status_code=204)
+
     @app.get("/v1/videos/{video}/media", response_class=FileResponse)
     async def media(video: str) -> Response:
         """The video itself, for a player; ranges are served."""
@@ -290,7 +142,7 @@ def routes(service: Service) -> FastAPI:
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
         """Whether the service takes requests: 503 while it ends."""
-        draining = service.gate.draining
+        draining = service.draining
         about = {"status": "draining" if draining else "ready", "model": service.model, "digest": service.digest}
         return json_response(about, 503 if draining else 200)
 
@@ -310,19 +162,12 @@ def _body(schemas: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}
 
 
-def _parsed(model: type[BaseModel], body: bytes) -> Any:
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise Refusal(422, _told(error.errors(include_url=False, include_input=False))) from error
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _told(problems: Any) -> str:
-    """Return what is wrong with a request, the first few places of it."""
-    places = [
-        f"{'.'.join(str(part) for part in problem['loc']) or 'the body'}: {problem['msg']}" for problem in problems[:3]
-    ]
-    return f"The request cannot be read: {'; '.join(places)}. See /docs for what is expected."
+def _wrong_kind(kind: str, *wanted: str) -> Refusal:
+    return Refusal(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(wanted)}.")
 
 
 def _of_http(error: Exception) -> Refusal:
@@ -336,7 +181,7 @@ def _of_http(error: Exception) -> Refusal:
 
 def _of_validation(error: Exception) -> Refusal:
     assert isinstance(error, RequestValidationError)
-    return Refusal(422, _told(error.errors()))
+    return Refusal(422, told(error.errors()))
 
 
 def _of_grounding(error: Exception) -> Refusal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.service.refusals import Refusal
@@ -27,7 +28,8 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        # The first bytes of another request on this connection: its head has as long as the first one's.
+        # The first bytes of another request on this connection have as long as the first one's head; so has the rest of
+        # a body that was refused, which is read and dropped, so that the client comes to read why.
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         super().data_received(data)
@@ -35,7 +37,8 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
-        if self.cycle is not before:
+        drained = self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        if self.cycle is not before or drained:
             self._head_came()
 
     def connection_lost(self, exc: Exception | None) -> None:

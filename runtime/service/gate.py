@@ -64,6 +64,38 @@ class GateOptions:
     upload_bytes: int = 512 << 20
 
 
+class Keys:
+    """Who may ask: all where there is no key, else who shows it, or a ticket that was made with it."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key
+
+    def ticket(self, path: str) -> str:
+        """Return a path so that a player, which sends no headers, can open it for some hours."""
+        if self._key is None:
+            return path
+        until = str(int(time.time()) + TICKET_SECONDS)
+        return f"{path}?ticket={until}.{self._signature(path, until)}"
+
+    def let_in(self, scope: MutableMapping[str, Any], authorization: str) -> bool:
+        """Return whether a request may pass; comparisons take as long whatever is shown."""
+        if self._key is None:
+            return True
+        scheme, _, shown = authorization.partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode("latin-1"), self._key.encode()):
+            return True
+        until, _, signature = _ticket_in(scope["query_string"]).partition(".")
+        return (
+            scope["method"] == "GET"
+            and until.isdecimal()
+            and int(until[:12]) > time.time()
+            and hmac.compare_digest(signature.encode(), self._signature(scope["path"], until).encode())
+        )
+
+    def _signature(self, path: str, until: str) -> str:
+        return hmac.new((self._key or "").encode(), f"{path} {until}".encode(), hashlib.sha256).hexdigest()
+
+
 class Gone(Exception):
     """The client has left; there is nobody to answer."""
 
@@ -74,18 +106,19 @@ class Gate:
     Args:
         app: the routes.
         options: who may ask, and how much.
+        keys: of `options`.
         telemetry: told of every answer.
+        draining: whether the service ends, and takes no more.
     """
 
-    def __init__(self, app: App, options: GateOptions, telemetry: Telemetry) -> None:
+    def __init__(
+        self, app: App, options: GateOptions, keys: Keys, telemetry: Telemetry, draining: Callable[[], bool]
+    ) -> None:
         self._app = app
         self._options = options
+        self._keys = keys
         self._telemetry = telemetry
-        self.draining = False
-
-    @property
-    def needs_key(self) -> bool:
-        return self._options.api_key is not None
+        self._draining = draining
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,11 +127,19 @@ class Gate:
         started = time.perf_counter()
         status = 0
 
+        instead: Refusal | None = None
+
         async def out(message: Message) -> None:
-            nonlocal status
+            nonlocal status, instead
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *_ENCODED]}
+                instead = _in_plain_text(message)
+                head = start_of(instead) if instead else message
+                message = {**head, "headers": [*head.get("headers", ()), *_ENCODED]}
+            elif instead is not None:
+                if message.get("more_body"):
+                    return
+                message = {"type": "http.response.body", "body": instead.body()}
             if message.get("more_body"):
                 await asyncio.wait_for(send(message), SEND_SECONDS)
             else:
@@ -135,14 +176,6 @@ class Gate:
         await out(start_of(refusal))
         await out({"type": "http.response.body", "body": refusal.body()})
 
-    def ticket(self, path: str) -> str:
-        """Return what opens this path for some hours in place of the key, for players, which send no headers."""
-        until = str(int(time.time()) + TICKET_SECONDS)
-        return f"{until}.{self._signature(path, until)}"
-
-    def _signature(self, path: str, until: str) -> str:
-        return hmac.new((self._options.api_key or "").encode(), f"{path} {until}".encode(), hashlib.sha256).hexdigest()
-
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
@@ -154,7 +187,6 @@ class Gate:
                 f"This service is called {' or '.join(self._options.hosts)} and was asked for as {host[:80]!r}; use "
                 "one of these names, or start it with --allow-host.",
                 "wrong_host",
-                close=True,
             )
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != host:
@@ -162,32 +194,17 @@ class Gate:
                 403,
                 f"A page of {origin[:80]!r} may not ask this service; ask from its own page, or not from a browser.",
                 "wrong_origin",
-                close=True,
             )
         path = scope["path"]
         open_to_all = path in OPEN or path.startswith("/page/")
-        if self._options.api_key is not None and not open_to_all and not self._knows_key(scope, headers):
+        if not open_to_all and not self._keys.let_in(scope, headers.get("authorization", "")):
             raise Refusal(
                 401,
                 "This service wants a key; send it as `Authorization: Bearer KEY`.",
                 headers={"www-authenticate": "Bearer"},
-                close=True,
             )
-        if self.draining and path not in ("/healthz", "/metrics"):
-            raise Refusal(503, "The service is shutting down; ask another, or this one later.", "draining", close=True)
-
-    def _knows_key(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> bool:
-        scheme, _, shown = headers.get("authorization", "").partition(" ")
-        key = self._options.api_key or ""
-        if scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode("latin-1"), key.encode()):
-            return True
-        until, _, signature = _ticket_in(scope["query_string"]).partition(".")
-        return (
-            scope["method"] in ("GET", "HEAD")
-            and until.isdigit()
-            and int(until[:12]) > time.time()
-            and hmac.compare_digest(signature.encode(), self._signature(scope["path"], until).encode())
-        )
+        if self._draining() and path not in ("/healthz", "/metrics"):
+            raise Refusal(503, "The service is shutting down; ask another, or this one later.", "draining")
 
     def _limit(self, scope: MutableMapping[str, Any]) -> int:
         kinds = [value for name, value in scope["headers"] if name == b"content-type"]
@@ -231,7 +248,7 @@ class _Body:
         return message
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"The body is above the limit of {self._limit} bytes; send less.", close=True)
+        return Refusal(413, f"The body is above the limit of {self._limit} bytes; send less.")
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Any], seconds: float) -> Any:
@@ -262,6 +279,20 @@ def start_of(refusal: Refusal) -> Message:
     headers = {"content-type": "application/json", "content-length": str(len(refusal.body())), **refusal.headers}
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     return {"type": "http.response.start", "status": refusal.status, "headers": encoded}
+
+
+def _in_plain_text(start: Message) -> Refusal | None:
+    """Return what is said in place of an error that a library tells in plain text: of files, and ranges of them."""
+    headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+    if start["status"] < 400 or headers.get(b"content-type") == b"application/json":
+        return None
+    length = headers.get(b"content-range", b"").rpartition(b"/")[2].decode()
+    return Refusal(
+        start["status"],
+        f"The Range header asks for what the file does not have{f' in its {length} bytes' if length else ''}; send "
+        "`Range: bytes=FIRST-LAST` within its length, or none.",
+        headers={"content-range": f"bytes */{length}"} if length else None,
+    )
 
 
 def _ticket_in(query: bytes) -> str:

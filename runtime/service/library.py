@@ -43,6 +43,8 @@ class Entry:
         duration: seconds.
         num_frames: frames.
         media: the file that plays it, where there is one.
+        state: ready, extracting, or failed.
+        problem: what failed.
     """
 
     id: str
@@ -50,6 +52,8 @@ class Entry:
     duration: float
     num_frames: int
     media: Path | None = None
+    state: str = "ready"
+    problem: str | None = None
 
 
 class Library:
@@ -145,7 +149,9 @@ class Shelf:
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
 
-    async def _make_ready(self, key: str, load: Callable[[], Video]) -> Subject:
+    async def prepared(self, load: Callable[[], Video]) -> Subject:
+        """Return a video as the model takes it, without keeping it. Raises as `subject`."""
+
         def read() -> Video:
             video = load()
             # Checked and pooled here, so that the model's thread finds it done.
@@ -153,9 +159,12 @@ class Shelf:
             return video
 
         video = await asyncio.get_running_loop().run_in_executor(self._readers, read)
-        subject: Subject = video
         if self._grounder.is_pair:
-            subject = await self._batcher.do(lambda: self._grounder.encode(video))
+            return await self._batcher.do(lambda: self._grounder.encode(video))
+        return video
+
+    async def _make_ready(self, key: str, load: Callable[[], Video]) -> Subject:
+        subject = await self.prepared(load)
         self._keep(key, subject)
         return subject
 

@@ -13,8 +13,9 @@ from types import FrameType
 import uvicorn
 
 from runtime.errors import GroundingError
-from runtime.service.app import Service
+from runtime.service.app import application
 from runtime.service.connection import HEADER_BYTES, Connection
+from runtime.service.service import Service
 
 log = logging.getLogger("drn.service")
 
@@ -31,7 +32,7 @@ class _Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.gate.draining = True
+        self._service.draining = True
         # A second one does not wait.
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -63,7 +64,7 @@ def run(service: Service, host: str, port: int, grace: int) -> None:
                 f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host."
             ) from error
         config = uvicorn.Config(
-            service.gate,
+            application(service),
             http=Connection,
             ws="none",
             log_config=None,

@@ -85,6 +85,11 @@ class Running:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         return self.request("POST", "/v1/ground", body, {"content-type": "application/json", **headers})
 
+    def send(self, path: str = "/v1/videos", **parts: Any) -> Reply:
+        """Send a form; see `form`."""
+        body, kind = form(**parts)
+        return self.request("POST", path, body, {"content-type": kind})
+
     def end(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """End it and return its exit code and log."""
         if self.process.poll() is None:
@@ -127,6 +132,37 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture(scope="session")
-def service(start: Callable[..., Running], model: Path, planted: Path) -> Running:
-    """A service of the planted data set."""
-    return start("--model", model, "--data", planted)
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small extractor whose features the model takes."""
+    from tests.runtime.extractor_graphs import CLIPS, write_clips
+
+    return write_clips(tmp_path_factory.mktemp("extractor") / "tiny.onnx", dataclasses.replace(CLIPS, dim=32))
+
+
+@pytest.fixture(scope="session")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `service` keeps what clients send."""
+    return tmp_path_factory.mktemp("uploads") / "uploads"
+
+
+@pytest.fixture(scope="session")
+def service(start: Callable[..., Running], model: Path, planted: Path, extractor: Path, uploads: Path) -> Running:
+    """A service of the planted data set, which takes videos too."""
+    return start("--model", model, "--data", planted, "--extractor", extractor, "--uploads", uploads)
+
+
+def form(**parts: Any) -> tuple[bytes, str]:
+    """Return the body and type of a form: texts, lists of texts, and files as (name, bytes)."""
+    boundary = b"------------------------7d1a"
+    body = b""
+    for field, value in parts.items():
+        for one in value if isinstance(value, list) else [value]:
+            name, content = one if isinstance(one, tuple) else (None, str(one).encode())
+            file = f'; filename="{name}"'.encode() if name is not None else b""
+            body += b'--%b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % (
+                boundary,
+                field.encode(),
+                file,
+                content,
+            )
+    return body + b"--%b--\r\n" % boundary, f"multipart/form-data; boundary={boundary.decode()}"

@@ -1,0 +1,217 @@
+"""One model, its videos, and the queue before it: what the routes ask of."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.annotations import DataSet
+from runtime.errors import GroundingError, QueryError
+from runtime.grounder import Grounder, Subject
+from runtime.service.batching import Batcher, BatchOptions
+from runtime.service.forms import read_form
+from runtime.service.gate import GateOptions, Keys, unless_gone
+from runtime.service.library import Entry, Library, Shelf
+from runtime.service.messages import SentVideo, checked
+from runtime.service.refusals import Refusal
+from runtime.service.telemetry import Telemetry
+from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
+from runtime.timeline import Answer
+from runtime.videos import Video
+
+SWEEP_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceOptions:
+    """What one request may ask, and how long it may take.
+
+    Attributes:
+        timeout_s: seconds until a request is given up.
+        most_queries: sentences of one request.
+        longest_query: characters of a sentence.
+        cache_bytes: of videos that stay ready.
+        batching: how sentences wait for each other.
+        gate: who may ask, and how much.
+        uploads: how much clients may leave here.
+    """
+
+    timeout_s: float = 30.0
+    most_queries: int = 64
+    longest_query: int = 500
+    cache_bytes: int = 512 << 20
+    batching: BatchOptions = dataclasses.field(default_factory=BatchOptions)
+    gate: GateOptions = dataclasses.field(default_factory=GateOptions)
+    uploads: UploadOptions = dataclasses.field(default_factory=UploadOptions)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.most_queries <= self.batching.queue_size:
+            raise GroundingError(
+                f"--queue-size must hold one whole request of {self.most_queries} sentences, and is "
+                f"{self.batching.queue_size}; choose a larger one."
+            )
+
+
+class Service:
+    """One model, its videos, and the queue before it."""
+
+    def __init__(
+        self,
+        grounder: Grounder,
+        data: DataSet | None = None,
+        *,
+        model: str = "model",
+        digest: str = "",
+        media: Path | None = None,
+        extractor: Path | None = None,
+        threads: int | None = None,
+        options: ServiceOptions | None = None,
+    ) -> None:
+        options = options or ServiceOptions()
+        self.grounder = grounder
+        self.model = model
+        self.digest = digest
+        self.options = options
+        self.telemetry = Telemetry()
+        self.library = Library(data, media)
+        self.batcher = Batcher(grounder, options.batching, self.telemetry.batch)
+        self.shelf = Shelf(grounder, self.batcher, options.cache_bytes, self.telemetry.looked)
+        self.uploads = Uploads(options.uploads, grounder.manifest.features.clock, extractor, threads, self.shelf.forget)
+        self.keys = Keys(options.gate.api_key)
+        self.draining = False
+        self.telemetry.model(
+            {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
+        )
+        self.telemetry.gauge("queue_pairs", "Sentences that wait.", lambda: self.batcher.depth)
+        self.telemetry.gauge("video_cache_bytes", "Memory of videos that are ready.", lambda: self.shelf.bytes)
+        self.telemetry.gauge("upload_bytes", "Disk that uploads take.", lambda: self.uploads.bytes)
+
+    def close(self) -> None:
+        """Finish what was taken, and end."""
+        self.draining = True
+        self.batcher.close()
+        self.shelf.close()
+        self.uploads.close()
+
+    async def sweep(self) -> None:
+        """Remove uploads that nobody asks any more, again and again."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.uploads.sweep()
+
+    async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
+        """Answer as `infer --format json` prints it."""
+        found = await self.batcher.ask([(subject, query) for query in queries], top_k)
+        answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
+        return json_response(answers)
+
+    def check_queries(self, queries: list[str]) -> None:
+        """Raise Refusal unless the model can take every sentence: one that cannot be asked fails nobody else."""
+        for number, query in enumerate(queries, 1):
+            try:
+                self.grounder.encode_query(query)
+            except QueryError as error:
+                which = f"Sentence {number}: " if len(queries) > 1 else ""
+                raise Refusal(422, which + str(error), "invalid_query") from error
+
+    async def subject(self, name: str) -> Subject:
+        """Return a video as the model takes it; Refusal if it is not known."""
+        if name in self.library:
+            return await self.shelf.subject(name, lambda: self.library.load(name))
+        upload = self.upload(name)
+        if upload.extraction is not None:
+            await asyncio.shield(upload.extraction)
+        return await self.shelf.subject(name, upload.load)
+
+    def upload(self, name: str) -> Upload:
+        """Return an upload by its id; Refusal if there is none."""
+        upload = self.uploads.get(name)
+        if upload is None:
+            raise Refusal(
+                404,
+                f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
+                "kept for a while only.",
+                "unknown_video",
+            )
+        return upload
+
+    def entry(self, name: str) -> Entry:
+        return self.library.entry(name) if name in self.library else self.upload(name).entry
+
+    async def receive(self, request: Request, upload: Upload, form: type[SentVideo]) -> tuple[Any, Video | None]:
+        """Take a form with one file into an upload.
+
+        Returns:
+            The fields, and the video if features came. If it was a video file, its extraction is under way.
+        """
+
+        def place(field: str) -> Path:
+            if field not in ("features", "video"):
+                raise Refusal(422, f"The form has a file {field[:80]!r}; send one called features or video.")
+            if field == "video" and not self.uploads.takes_videos:
+                raise Refusal(
+                    422, "This service takes no video files, as it was started without --extractor; send features."
+                )
+            return upload.directory / f"{field}.sent"
+
+        sent = await read_form(
+            request.headers["content-type"],
+            request.stream(),
+            place,
+            lambda size: self.uploads.spend(upload, size),
+        )
+        if len(sent.files) != 1:
+            raise Refusal(422, f"The form has {len(sent.files)} files; send one, called features or video.")
+        many = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]
+        if many:
+            raise Refusal(422, f"The field {many[0][:80]!r} is there more than once; send it once.")
+        ((field, file),) = sent.files.items()
+        asked = checked(form, {name: values if name == "query" else values[0] for name, values in sent.fields.items()})
+        upload.name = shown_name(asked.name or Path(file.name).stem)
+        if field == "video":
+            if asked.duration is not None or asked.num_frames is not None:
+                raise Refusal(422, "A video file tells its duration and frames; leave duration and num_frames out.")
+            self.uploads.take_video(upload, file.path)
+            return asked, None
+        if asked.duration is None:
+            raise Refusal(422, "Features need a duration, the length of their video in seconds; send it as a field.")
+        dim = self.grounder.manifest.features.dim
+        return asked, await self.uploads.take_features(upload, file.path, dim, asked.duration, asked.num_frames)
+
+    async def ground_upload(self, request: Request, form: type[SentVideo]) -> Response:
+        """Answer a form of a video and sentences, and forget the video."""
+        with self.uploads.incoming() as upload:
+            asked, video = await self.receive(request, upload, form)
+
+            async def answer() -> Response:
+                self.check_queries(asked.query)
+                if upload.extraction is not None:
+                    await upload.extraction
+                subject = await self.shelf.prepared(upload.load if video is None else lambda: video)
+                return await self.ground(upload.name, subject, asked.query, asked.top_k)
+
+            return await unless_gone(request.receive, answer(), self.options.timeout_s)
+
+    def shown(self, entry: Entry) -> dict[str, Any]:
+        """Return a video as a list shows it."""
+        return {
+            "id": entry.id,
+            "name": entry.name,
+            "duration": entry.duration,
+            "num_frames": entry.num_frames,
+            "media": self.keys.ticket(f"/v1/videos/{quote(entry.id, safe='')}/media") if entry.media else None,
+            "state": entry.state,
+            "problem": entry.problem,
+        }
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    # NaN is an error: JSON has none.
+    return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")

@@ -1,0 +1,424 @@
+"""What clients send: clip features and video files, in one directory, bounded, and gone after a while.
+
+Nothing of it names a file, nothing of it is unpickled, and a video is decoded in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from runtime.annotations import DataSet
+from runtime.errors import OutputError
+from runtime.extraction import cache_directory
+from runtime.service.library import MEDIA_TYPES, Entry
+from runtime.service.refusals import Refusal
+from runtime.videos import ClipClock, Video
+
+log = logging.getLogger("drn.service")
+
+# A .npz of one array has one entry of some 100 bytes in its directory; a directory of millions would fill the memory.
+ZIP_DIRECTORY_BYTES = 4 << 10
+ZIP_END = 22
+# Beyond what a network and a video need, so that a file made to fill the memory ends its own process alone.
+EXTRACTOR_MEMORY = 8 << 30
+# `python -m runtime.extract` within that memory.
+EXTRACT = (
+    "import resource, runpy, sys; most = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_AS, (most, most)); "
+    "runpy.run_module('runtime.extract', run_name='__main__', alter_sys=True)"
+)
+NAME_LENGTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadOptions:
+    """How much clients may leave here, and for how long.
+
+    Attributes:
+        directory: where; this service's own is made in it.
+        total_bytes: of all uploads; the oldest go first.
+        most: uploads.
+        keep_s: seconds an upload stays after it was last asked.
+        features_bytes: of an array, unpacked.
+        extract_s: seconds that extraction may take.
+        most_extractions: videos that are extracted or wait for it.
+    """
+
+    directory: Path = dataclasses.field(default_factory=lambda: cache_directory() / "uploads")
+    total_bytes: int = 2 << 30
+    most: int = 256
+    keep_s: float = 3600.0
+    features_bytes: int = 128 << 20
+    extract_s: float = 900.0
+    most_extractions: int = 4
+
+
+@dataclasses.dataclass(eq=False)
+class Upload:
+    """A video that a client has sent.
+
+    Attributes:
+        id: by which it is asked: nobody can guess it.
+        name: what answers call it.
+        directory: of its files.
+        features: a `.npy` file, once it is there.
+        media: the video file, if it is one.
+        duration, num_frames: once known.
+        extraction: what makes the features, where a video file was sent.
+        used: when it was last asked.
+        bytes: of its files.
+    """
+
+    id: str
+    name: str
+    directory: Path
+    features: Path | None = None
+    media: Path | None = None
+    duration: float = 0.0
+    num_frames: int = 0
+    extraction: asyncio.Task[None] | None = None
+    used: float = 0.0
+    bytes: int = 0
+
+    @property
+    def entry(self) -> Entry:
+        state, problem = "ready", None
+        if self.extraction is not None and not self.extraction.done():
+            state = "extracting"
+        elif self.features is None:
+            state, error = "failed", self.extraction.exception() if self.extraction else None
+            problem = error.message if isinstance(error, Refusal) else "The video could not be extracted."
+        return Entry(self.id, self.name, self.duration, self.num_frames, self.media, state, problem)
+
+    def load(self) -> Video:
+        """Read the video; the features must be there."""
+        assert self.features is not None
+        return Video(np.load(self.features, allow_pickle=False), self.num_frames, self.duration, self.name)
+
+
+class Uploads:
+    """The uploads of one service. Its directory is removed at the end, and after a crash by the next service.
+
+    Args:
+        options: how much, and for how long.
+        clock: how clips lie on frames, for features whose frames are not told.
+        extractor: file of what makes features of videos; without it no video is taken.
+        threads: CPU threads for it.
+        forgotten: told of every upload that is gone.
+    """
+
+    def __init__(
+        self,
+        options: UploadOptions,
+        clock: ClipClock,
+        extractor: Path | None = None,
+        threads: int | None = None,
+        forgotten: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._options = options
+        self._clock = clock
+        self._forgotten = forgotten
+        self._extractor = extractor
+        self._threads = threads
+        self._uploads: dict[str, Upload] = {}
+        self._extracting = asyncio.Semaphore(1)
+        self._extractions = 0
+        self.bytes = 0
+        try:
+            options.directory.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            self._own = options.directory / f"service-{secrets.token_hex(8)}"
+            self._own.mkdir(mode=0o700)
+            self._lock = _locked(self._own)
+        except OSError as error:
+            raise OutputError(
+                f"Uploads cannot be kept in {options.directory} ({error.strerror or error}); name another place with "
+                "--uploads."
+            ) from error
+
+    @property
+    def takes_videos(self) -> bool:
+        return self._extractor is not None
+
+    def __len__(self) -> int:
+        return len(self._uploads)
+
+    def get(self, name: str) -> Upload | None:
+        """Return an upload by its id."""
+        upload = self._uploads.get(name)
+        if upload is not None:
+            upload.used = time.monotonic()
+        return upload
+
+    @contextlib.contextmanager
+    def incoming(self) -> Iterator[Upload]:
+        """Yield an upload to fill; unless `keep` was called with it, its files are gone at the end of the block."""
+        self.sweep()
+        token = f"upload-{secrets.token_hex(16)}"
+        upload = Upload(token, "video", self._own / token, used=time.monotonic())
+        upload.directory.mkdir(mode=0o700)
+        try:
+            yield upload
+        finally:
+            if token not in self._uploads:
+                self.forget(upload)
+
+    def spend(self, upload: Upload, size: int) -> None:
+        """Make room for so many more bytes of an upload, at the expense of the oldest; Refusal if there is none."""
+        while self.bytes + size > self._options.total_bytes:
+            others = [other for other in self._uploads.values() if other is not upload]
+            if not others:
+                raise Refusal(
+                    503, "There is no room for this upload; try later, or send less.", "no_room", {"retry-after": "60"}
+                )
+            self.forget(min(others, key=lambda other: other.used))
+        upload.bytes += size
+        self.bytes += size
+
+    def keep(self, upload: Upload) -> None:
+        """Let an upload be asked by its id from now on, in place of the oldest where there are too many."""
+        if len(self._uploads) >= self._options.most:
+            self.forget(min(self._uploads.values(), key=lambda other: other.used))
+        self._uploads[upload.id] = upload
+
+    def forget(self, upload: Upload) -> None:
+        """Remove an upload and its files."""
+        self._uploads.pop(upload.id, None)
+        if upload.extraction is not None:
+            upload.extraction.cancel()
+        self.bytes -= upload.bytes
+        upload.bytes = 0
+        shutil.rmtree(upload.directory, ignore_errors=True)
+        self._forgotten(upload.id)
+
+    def sweep(self) -> None:
+        """Remove what nobody asked for a while."""
+        before = time.monotonic() - self._options.keep_s
+        for upload in list(self._uploads.values()):
+            if upload.used < before:
+                self.forget(upload)
+
+    def close(self) -> None:
+        """Remove all."""
+        for upload in list(self._uploads.values()):
+            self.forget(upload)
+        shutil.rmtree(self._own, ignore_errors=True)
+        self._lock.close()
+
+    async def take_features(
+        self, upload: Upload, sent: Path, dim: int, duration: float, num_frames: int | None
+    ) -> Video:
+        """Return the video of features that were sent; they stay in the upload. Refusal if they are none."""
+        array = await asyncio.to_thread(read_features, sent, self._options.features_bytes, dim)
+        frames = self._clock.num_frames(len(array)) if num_frames is None else num_frames
+        video = Video(array, frames, duration, upload.name)
+        self.spend(upload, max(0, array.nbytes - upload.bytes))
+        upload.features = upload.directory / "features.npy"
+        upload.duration, upload.num_frames = duration, frames
+        await asyncio.to_thread(np.save, upload.features, array)
+        sent.unlink()
+        return video
+
+    def take_video(self, upload: Upload, sent: Path) -> None:
+        """Begin to extract a video that was sent; Refusal if it is none, or too many wait."""
+        suffix = container_of(sent)
+        if self._extractions >= self._options.most_extractions:
+            raise Refusal(
+                429,
+                f"{self._extractions} videos are being extracted, and no more may wait; try again later.",
+                "queue_full",
+                {"retry-after": "30"},
+            )
+        upload.media = sent.rename(upload.directory / f"video{suffix}")
+        self._extractions += 1
+        upload.extraction = asyncio.get_running_loop().create_task(self._extract(upload))
+        upload.extraction.add_done_callback(self._extracted)
+
+    def _extracted(self, task: asyncio.Task[None]) -> None:
+        self._extractions -= 1
+        if not task.cancelled():
+            task.exception()
+
+    async def _extract(self, upload: Upload) -> None:
+        """Extract the features of an upload in another process."""
+        assert upload.media is not None
+        made = upload.directory / "extracted"
+        words = ["--extractor", str(self._extractor), "--output", str(made)]
+        if self._threads is not None:
+            words += ["--threads", str(self._threads)]
+        async with self._extracting:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-c", EXTRACT, str(EXTRACTOR_MEMORY), str(upload.media), *words),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            try:
+                _, said = await asyncio.wait_for(process.communicate(), self._options.extract_s)
+            except asyncio.TimeoutError:
+                raise Refusal(
+                    422, f"The video took more than {self._options.extract_s:g} s to extract; send a shorter one."
+                ) from None
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+        if process.returncode != 0:
+            raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
+        tables = DataSet(made)
+        upload.duration, upload.num_frames = tables.durations["video"], tables.num_frames["video"]
+        upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
+        shutil.rmtree(made, ignore_errors=True)
+        self.spend(upload, upload.features.stat().st_size)
+
+    def _clear_leftovers(self) -> None:
+        """Remove directories of services that were killed: nobody holds their locks."""
+        for place in self._options.directory.glob("service-*"):
+            with contextlib.suppress(OSError), _locked(place):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def shown_name(given: str, fallback: str = "video") -> str:
+    """Return a text that a client calls a video by, as one line of readable characters."""
+    stem = given.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(letter if letter.isprintable() else " " for letter in stem).strip()[:NAME_LENGTH] or fallback
+
+
+def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
+    """Return the (num_clips, dim) floats of a `.npy` file, or of a `.npz` file of one array.
+
+    Sizes are checked before anything is unpacked, and no more is read than was announced.
+
+    Raises:
+        Refusal: it is another kind of file, or of another shape, or too large.
+    """
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+        stream.seek(0)
+        if start.startswith(b"\x93NUMPY"):
+            return _read_array(stream, most_bytes, dim)
+        if start.startswith(b"PK"):
+            return _read_archive(stream, most_bytes, dim)
+    if start.startswith(b"\x89HDF"):
+        kind = "an HDF5 file"
+    elif start.startswith(b"\x80"):
+        kind = "a pickle, which is never opened here"
+    else:
+        kind = "no NumPy file"
+    raise Refusal(415, f"The features are {kind}; send one array, as numpy.save or numpy.savez writes it.")
+
+
+def container_of(path: Path) -> str:
+    """Return the ending of a video file by its first bytes; Refusal if it is none that is taken.
+
+    FFmpeg would open more, among it play lists that name other files.
+    """
+    with open(path, "rb") as stream:
+        start = stream.read(64)
+    if start[4:8] == b"ftyp":
+        return ".mov" if start[8:12] == b"qt  " else ".mp4"
+    if start.startswith(b"\x1a\x45\xdf\xa3"):
+        return ".webm" if b"webm" in start else ".mkv"
+    if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
+        return ".avi"
+    known = ", ".join(suffix[1:] for suffix in MEDIA_TYPES if suffix not in (".m4v", ".ogv"))
+    raise Refusal(415, f"The video is of no kind that is taken ({known}); convert it to one of them.")
+
+
+def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"format {version} is not one of plain arrays")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream)
+    # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
+    except Exception as error:
+        said = " ".join(str(error).split()).rstrip(".")[:200]
+        raise Refusal(422, f"The features should be a NumPy array and cannot be read: {said}.") from error
+    if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
+        raise Refusal(
+            422,
+            f"The features should be floats of shape (num_clips, {dim}), and are {dtype!s:.40} of shape "
+            f"{str(shape)[:60]}; extract them with the network that the model was trained with.",
+        )
+    size = shape[0] * shape[1] * dtype.itemsize
+    if size > most_bytes:
+        raise Refusal(413, f"The features unpack to {size} bytes and at most {most_bytes} are taken; send fewer clips.")
+    content = stream.read(size + 1)
+    if len(content) != size:
+        more = "more" if len(content) > size else f"{len(content)}"
+        raise Refusal(422, f"The features should be {size} bytes by their head and hold {more}; write the file again.")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    return np.ascontiguousarray(array, dtype.newbyteorder("="))
+
+
+def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - ZIP_END))
+    end = stream.read()
+    if not end.startswith(b"PK\5\6") or int.from_bytes(end[12:16], "little") > ZIP_DIRECTORY_BYTES:
+        raise _odd_archive("it is cut off, or holds more than an array")
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            members = archive.infolist()
+            if any(member.filename.endswith(".pkl") for member in members):
+                raise Refusal(
+                    415, "The features are a torch file, which is a pickle and never opened here; send a .npy file."
+                )
+            arrays = [member for member in members if member.filename.endswith(".npy")]
+            named = [member for member in arrays if member.filename == "features.npy"] or arrays
+            if len(named) != 1:
+                raise _odd_archive(f"it holds {len(arrays)} arrays, and one, or one called features, is expected")
+            member = named[0]
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+                raise _odd_archive("its array is packed in another way than deflate, or encrypted")
+            with archive.open(member) as array:
+                return _read_array(array, most_bytes, dim)
+    except Refusal:
+        raise
+    # On damaged archives zipfile and zlib raise what their parsers do, without a common base.
+    except Exception as error:
+        raise _odd_archive(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def _odd_archive(why: str) -> Refusal:
+    return Refusal(422, f"The .npz file cannot be used: {why.rstrip('.')}; write one array with numpy.savez.")
+
+
+def _cannot_extract(code: int | None, said: str, media: Path) -> Refusal:
+    """Return what a client is told of a video that could not be extracted, without names of this machine's."""
+    (*_, line) = ["", *said.strip().splitlines()]
+    if code == 2 and line.startswith("error: "):
+        told = line.removeprefix("error: ").replace(str(media), "The video")
+        if "/" not in told:
+            return Refusal(422, told.replace("pass --partial to use what can be decoded", "send it whole"))
+    log.error("Extraction ended with %s: %s", code, said[-2000:])
+    return Refusal(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
+
+
+def _locked(directory: Path) -> IO[Any]:
+    """Return an open file whose lock says that the directory is in use; OSError if another holds it."""
+    stream = open(directory / "in-use", "a")  # noqa: SIM115 - open as long as the lock is held
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise
+    return stream

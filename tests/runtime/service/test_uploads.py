@@ -1,0 +1,459 @@
+"""`runtime.service.uploads` and `forms`: what clients send is bounded, never run, and gone after a while."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import pickle
+import time
+import tracemalloc
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import Grounder, Video
+from runtime.annotations import DataSet
+from runtime.errors import OutputError
+from runtime.service.forms import read_form
+from runtime.service.refusals import Refusal
+from runtime.service.uploads import UploadOptions, Uploads, container_of, read_features, shown_name
+from runtime.videos import ClipClock
+from tests.runtime.service.conftest import Running, form
+from tests.runtime.service.test_app import alike
+
+MIB = 1 << 20
+FEATURES = np.random.default_rng(0).random((40, 32), np.float32)
+
+
+def npy(array: np.ndarray, **how: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **how)
+    return stream.getvalue()
+
+
+def npz(packed: bool = True, **arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    (np.savez_compressed if packed else np.savez)(stream, **arrays)
+    return stream.getvalue()
+
+
+def zipped(content: bytes, name: str = "features.npy", kind: int = zipfile.ZIP_DEFLATED, times: int = 1) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", kind) as archive, archive.open(name, "w", force_zip64=True) as member:
+        for _ in range(times):
+            member.write(content)
+    return stream.getvalue()
+
+
+def headed(shape: str, descr: str = "'<f4'", content: bytes = b"") -> bytes:
+    """A .npy file whose head says what it likes."""
+    head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    head += b" " * (-(len(head) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content
+
+
+def read(content: bytes, path: Path, most: int = MIB) -> np.ndarray:
+    path.write_bytes(content)
+    return read_features(path, most, 32)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(FEATURES),
+        npy(np.asfortranarray(FEATURES)),
+        npy(FEATURES.astype(">f8")),
+        npz(features=FEATURES),
+        npz(False, arr_0=FEATURES),
+        npz(features=FEATURES, spans=FEATURES[:, :2]),
+    ],
+)
+def test_one_array_is_read_however_numpy_wrote_it(content: bytes, tmp_path: Path) -> None:
+    found = read(content, tmp_path / "f")
+    assert np.array_equal(found, FEATURES)
+    assert found.dtype.isnative
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("hit",)
+
+
+OBJECTS = np.array([[Bomb()] * 32], object)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (b"", 415, "no NumPy file"),
+        (b"hello", 415, "no NumPy file"),
+        (pickle.dumps(Bomb()), 415, "a pickle"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), 415, "an HDF5 file"),
+        (npy(OBJECTS, allow_pickle=True), 422, "object"),
+        (zipped(npy(OBJECTS, allow_pickle=True)), 422, "object"),
+        (zipped(pickle.dumps(Bomb()), "archive/data.pkl"), 415, "torch file"),
+        (npy(FEATURES)[:-1], 422, "should be 5120 bytes"),
+        (npy(FEATURES) + b"x", 422, "hold more"),
+        (npy(FEATURES[:, :31]), 422, r"\(num_clips, 32\), and are float32 of shape \(40, 31\)"),
+        (npy(FEATURES[0]), 422, "shape"),
+        (npy(FEATURES[:0]), 422, "shape"),
+        (npy(FEATURES.astype(int)), 422, "int64"),
+        (npy(FEATURES.astype(complex)), 422, "complex"),
+        (headed("(-1, 32)"), 422, "shape"),
+        (headed("(10**9, 32)"), 422, "cannot be read"),
+        (headed("(1000000000, 32)"), 413, "unpack to 128000000000 bytes"),
+        (headed("(40, 32)", "'|V4'"), 422, "shape"),
+        (headed("(40, 32)", "__import__('os').mkdir('hit')"), 422, "cannot be read"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535, 422, "cannot be read"),
+        (b"\x93NUMPY\x03\x00" + bytes(100), 422, "format"),
+        (npz(a=FEATURES, b=FEATURES), 422, "2 arrays"),
+        (npz(features=FEATURES)[:-30], 422, "cut off"),
+        (zipped(npy(FEATURES), kind=zipfile.ZIP_LZMA), 422, "deflate"),
+        (zipped(b"x", "readme.txt"), 422, "0 arrays"),
+        (zipped(headed("(40, 32)") + bytes(5121)), 422, "hold more"),
+        (b"PK\x05\x06" + bytes(18), 422, "0 arrays"),
+        (b"PK\x03\x04" + bytes(100), 422, "cut off"),
+    ],
+)
+def test_what_is_no_array_is_refused_and_never_run(
+    content: bytes, status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=words) as refused:
+        read(content, tmp_path / "f")
+    assert refused.value.status == status
+    assert not (tmp_path / "hit").exists()
+
+
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", npz(features=FEATURES)[:80]])
+)
+@settings(max_examples=150)
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, tail: bytes, start: bytes) -> None:
+    with pytest.raises(Refusal):
+        read(start + tail, tmp_path_factory.getbasetemp() / "bytes")
+
+
+@given(st.integers(0, 4000), st.integers(1, 255))
+@settings(max_examples=150)
+def test_a_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, place: int, change: int) -> None:
+    content = bytearray(npz(features=FEATURES))
+    content[place % len(content)] ^= change
+    try:
+        found = read(bytes(content), tmp_path_factory.getbasetemp() / "changed")
+    except Refusal:
+        return
+    assert found.shape[1] == 32
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # 64 MiB of zeros in 64 KiB; a head that admits it, and one that does not.
+        zipped(headed("(524288, 32)") + bytes(MIB), times=64),
+        zipped(headed("(40, 32)") + bytes(MIB), times=64),
+    ],
+    ids=["announced", "hidden"],
+)
+def test_a_decompression_bomb_takes_no_memory(content: bytes, tmp_path: Path) -> None:
+    assert len(content) < MIB
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal):
+            read(content, tmp_path / "f")
+        assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_directory_of_very_many_entries_is_not_read(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for number in range(100):
+            archive.writestr(f"{number}", b"")
+    with pytest.raises(Refusal, match="more than an array"):
+        read(stream.getvalue(), tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("start", "suffix"),
+    [
+        (b"\0\0\0\x20ftypisom", ".mp4"),
+        (b"\0\0\0\x20ftypqt  ", ".mov"),
+        (b"\x1a\x45\xdf\xa3....B\x82\x84webm", ".webm"),
+        (b"\x1a\x45\xdf\xa3....B\x82\x88matroska", ".mkv"),
+        (b"RIFF\0\0\0\0AVI LIST", ".avi"),
+    ],
+)
+def test_videos_are_told_by_their_first_bytes(start: bytes, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(start)
+    assert container_of(tmp_path / "f") == suffix
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"#EXTM3U\nfile:///etc/passwd", b"ffconcat version 1.0\nfile /etc/passwd", b"x" * 99]
+)
+def test_play_lists_and_the_like_are_no_videos(start: bytes, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(start)
+    with pytest.raises(Refusal, match="no kind that is taken"):
+        container_of(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("given_name", "shown"),
+    [("a.b", "a.b"), ("../../x", "x"), ("C:\\films\\x", "x"), ("a\nb\0", "a b"), ("", "video"), ("é" * 300, "é" * 100)],
+)
+def test_a_clients_name_is_one_short_line(given_name: str, shown: str) -> None:
+    assert shown_name(given_name) == shown
+
+
+def parse(body: bytes, kind: str, tmp_path: Path, step: int = 7) -> Any:
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+
+    return asyncio.run(read_form(kind, chunks(), lambda name: tmp_path / name, lambda size: None))
+
+
+@given(st.lists(st.text(max_size=20), max_size=5), st.binary(max_size=300), st.integers(1, 50))
+@settings(max_examples=60)
+def test_a_form_is_read_whole_however_it_comes_in_pieces(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], content: bytes, step: int
+) -> None:
+    place = tmp_path_factory.mktemp("form")
+    texts = [text.encode(errors="ignore").decode() for text in texts]
+    found = parse(*form(query=texts, features=("ä.npy", content)), place, step)
+    assert found.fields.get("query", []) == texts
+    assert found.files["features"].name == "ä.npy"
+    assert (place / "features").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (b"", "multipart/form-data", "no boundary"),
+        (b"", "multipart/form-data; boundary=x", "before its last boundary"),
+        (b"hello", "multipart/form-data; boundary=x", "cannot be read"),
+        (form(a=1)[0][:-10], form()[1], "before its last boundary"),
+        (form(a="x" * 9000)[0], form()[1], "above 8192 bytes"),
+        (form(a=[1] * 200)[0], form()[1], "more than 128 parts"),
+        (form(a=[("x", b"1"), ("y", b"2")])[0], form()[1], "twice"),
+        (b"--x\r\nContent-Type: text/plain\r\n\r\n1\r\n--x--\r\n", "multipart/form-data; boundary=x", "no name"),
+        (b"--x\r\n" + b"A: b\r\n" * 50 + b"\r\n1\r\n--x--\r\n", "multipart/form-data; boundary=x", "cannot be read"),
+        (b"", "multipart/form-data; boundary=" + "x" * 300, "cannot be read"),
+    ],
+)
+def test_a_malformed_form_is_refused(body: bytes, kind: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=words):
+        parse(body, kind, tmp_path)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Any:
+    return Uploads(UploadOptions(tmp_path / "uploads", total_bytes=1000, most=3, keep_s=60), ClipClock())
+
+
+def fill(kept: Uploads, size: int, age: float = 0) -> Any:
+    with kept.incoming() as upload:
+        kept.spend(upload, size)
+        (upload.directory / "file").write_bytes(bytes(size))
+        kept.keep(upload)
+    upload.used -= age
+    return upload
+
+
+def test_the_oldest_uploads_make_room(kept: Uploads) -> None:
+    first, second = fill(kept, 400, age=5), fill(kept, 400, age=9)
+    third = fill(kept, 500)
+    assert kept.get(second.id) is None
+    assert not second.directory.exists()
+    assert kept.get(first.id) is first
+    assert kept.bytes == 900
+    # Asked just now, the first is no longer the oldest.
+    fill(kept, 10)
+    fill(kept, 10)
+    assert len(kept) == 3
+    assert (first.directory.exists(), third.directory.exists()) == (True, False)
+
+
+def test_what_does_not_fit_alone_is_refused_and_leaves_nothing(kept: Uploads, tmp_path: Path) -> None:
+    fill(kept, 100)
+    with pytest.raises(Refusal, match="no room"):
+        fill(kept, 1001)
+    assert (len(kept), kept.bytes) == (0, 0)
+    (own,) = (tmp_path / "uploads").iterdir()
+    assert [path.name for path in own.iterdir()] == ["in-use"]
+
+
+def test_what_nobody_asks_goes_after_a_while(kept: Uploads) -> None:
+    old, new = fill(kept, 10, age=61), fill(kept, 10, age=59)
+    kept.sweep()
+    assert (kept.get(old.id), kept.get(new.id)) == (None, new)
+    assert not old.directory.exists()
+
+
+def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    options = UploadOptions(tmp_path)
+    running = Uploads(options, ClipClock())
+    fill(running, 10)
+    left = tmp_path / "service-0000"
+    left.mkdir()
+    (left / "in-use").touch()
+    (left / "video.mp4").write_bytes(b"x")
+    another = Uploads(options, ClipClock())
+    assert not left.exists()
+    assert len(list(tmp_path.glob("service-*/upload-*"))) == 1
+    running.close()
+    another.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="--uploads"):
+        Uploads(UploadOptions(tmp_path / "file"), ClipClock())
+
+
+def test_sent_features_are_answered_like_those_of_a_file(service: Running, offline: Grounder, uploads: Path) -> None:
+    video = Video(FEATURES, 330, 12.5, "mine")
+    queries = ["person opens the door", "person closes the door"]
+    expected = [
+        {"query": query, "video": "mine", "moments": [vars(moment) for moment in offline.ground(video, query, top_k=2)]}
+        for query in queries
+    ]
+    sent = service.send(
+        "/v1/ground", features=("mine.npy", npy(FEATURES)), duration=12.5, num_frames=330, query=queries, top_k=2
+    )
+    assert sent.status == 200, sent.body
+    assert alike(sent.json, expected)
+    assert list(uploads.glob("service-*/upload-*")) == []
+
+
+def test_an_upload_is_asked_by_its_id_until_it_is_removed(service: Running, offline: Grounder) -> None:
+    sent = service.send(features=("x.npz", npz(features=FEATURES)), duration=12.5, name="the kitchen")
+    assert sent.status == 201, sent.body
+    assert sent.json == {
+        "id": sent.json["id"],
+        "name": "the kitchen",
+        "duration": 12.5,
+        "num_frames": 328,
+        "media": None,
+        "state": "ready",
+        "problem": None,
+    }
+    identity = sent.json["id"]
+    assert service.get(f"/v1/videos/{identity}").json == sent.json
+    assert identity not in service.get("/v1/videos").body.decode()
+    moments = offline.ground(Video(FEATURES, 328, 12.5), "person opens the door")
+    for _ in range(2):
+        found = service.ask({"video": identity, "query": "person opens the door"}).json
+        assert alike(found[0]["moments"], [vars(moment) for moment in moments])
+    assert service.request("DELETE", f"/v1/videos/{identity}").status == 204
+    service.ask({"video": identity, "query": "person opens the door"}).refused(404, "kept for a while only")
+    service.request("DELETE", f"/v1/videos/{identity}").refused(404)
+    service.request("DELETE", "/v1/videos/SIM00001").refused(403, "only uploads")
+
+
+WRONG = np.where(np.arange(1280).reshape(40, 32) == 70, np.nan, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "words"),
+    [
+        ({"duration": 5}, 422, ["0 files"]),
+        ({"features": ("x", npy(FEATURES))}, 422, ["duration"]),
+        ({"features": ("x", npy(FEATURES)), "duration": "long"}, 422, ["duration", "valid number"]),
+        ({"features": ("x", npy(FEATURES)), "duration": "nan"}, 422, ["duration"]),
+        ({"features": ("x", npy(FEATURES)), "duration": -1}, 422, ["duration", "greater than 0"]),
+        ({"features": ("x", npy(FEATURES)), "duration": "1e300"}, 422, ["duration"]),
+        ({"features": ("x", npy(FEATURES)), "duration": 5, "num_frames": 1}, 422, ["num_frames"]),
+        ({"features": ("x", npy(FEATURES)), "duration": 5, "num_frames": 10**12}, 422, ["frames"]),
+        ({"features": ("x", npy(FEATURES)), "duration": [5, 6]}, 422, ["more than once"]),
+        ({"features": ("x", npy(FEATURES)), "duration": 5, "colour": "red"}, 422, ["colour"]),
+        ({"features": ("x", npy(WRONG)), "duration": 5}, 422, ["1 values that are not finite", "clip 2"]),
+        ({"features": ("x", npy(FEATURES * 1e20)), "duration": 5}, 422, ["as large as"]),
+        ({"features": ("x", npy(FEATURES)), "video": ("y", b"x"), "duration": 5}, 422, ["2 files"]),
+        ({"file": ("x", npy(FEATURES))}, 422, ["a file 'file'"]),
+        ({"../../features": ("x", npy(FEATURES))}, 422, ["a file"]),
+        ({"video": ("x.mp4", b"#EXTM3U\n")}, 415, ["no kind"]),
+        ({"video": ("x.mp4", b"\0\0\0\x20ftypisom"), "duration": 5}, 422, ["tells its duration"]),
+    ],
+)
+def test_an_upload_that_cannot_be_used_is_told_why(
+    service: Running, uploads: Path, parts: dict[str, Any], status: int, words: list[str]
+) -> None:
+    service.send(**parts).refused(status, *words)
+    assert list(uploads.glob("service-*/upload-*")) == []
+
+
+def test_a_body_above_the_limit_is_cut_off(start: Callable[..., Running], model: Path, tmp_path: Path) -> None:
+    small = start("--model", model, "--uploads", tmp_path, "--upload-mib", 1, "--uploads-mib", 1)
+    many = np.zeros((9000, 32), np.float32)
+    small.send(features=("x", npy(many)), duration=5).refused(413, "above the limit of 1048576 bytes")
+    small.ask(b" " * (300 << 10)).refused(413, "limit of 262144")
+    small.send(video=("x.mp4", b"\0\0\0\x20ftypisom")).refused(422, "without --extractor")
+    small.ask({"video": "SIM00001", "query": "person opens the door"}).refused(404, "no video")
+    code, log = small.end()
+    assert code == 0
+    assert "Traceback" not in log
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sent_video_is_extracted_played_and_asked(service: Running, tmp_path: Path) -> None:
+    from tests.films import film
+
+    path = film(tmp_path / "my film.mp4", 80)
+    sent = service.send(video=(path.name, path.read_bytes()))
+    assert sent.status == 201, sent.body
+    identity = sent.json["id"]
+    assert sent.json["state"] == "extracting"
+    # Asked at once, the answer waits for the features.
+    found = service.ask({"video": identity, "query": "person opens the door"})
+    assert found.status == 200, found.body
+    about = service.get(f"/v1/videos/{identity}").json
+    assert (about["name"], about["state"], about["num_frames"]) == ("my film", "ready", 80)
+    assert about["duration"] == pytest.approx(3.2)
+    assert max(moment["end"] for moment in found.json[0]["moments"]) <= 3.2
+    part = service.get(about["media"], Range="bytes=4-7")
+    assert (part.status, part.body, part.headers["content-type"]) == (206, b"ftyp", "video/mp4")
+    assert service.get(about["media"]).body == path.read_bytes()
+    service.get(about["media"], Range="bytes=99999999-").refused(416, "in its", "bytes")
+    service.get(about["media"], Range="bytes=all").refused(400, "Range")
+    once = service.send("/v1/ground", video=(path.name, path.read_bytes()), query="person opens the door")
+    assert once.status == 200, once.body
+    assert alike(once.json[0]["moments"], found.json[0]["moments"])
+
+
+def test_a_broken_video_is_told_without_names_of_this_machine(service: Running, tmp_path: Path) -> None:
+    from tests.films import film, truncated
+
+    broken = truncated(film(tmp_path / "a.mkv", 80), tmp_path / "b.mkv")
+    sent = service.send(video=("b.mkv", broken.read_bytes()))
+    deadline = time.monotonic() + 30
+    while (about := service.get(f"/v1/videos/{sent.json['id']}").json)["state"] == "extracting":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert about["state"] == "failed"
+    assert "/" not in about["problem"]
+    assert "The video" in about["problem"]
+    service.ask({"video": sent.json["id"], "query": "person opens the door"}).refused(422, about["problem"])
+
+
+def test_a_data_sets_own_film_is_played(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
+) -> None:
+    name = sorted(DataSet(planted).durations)[0]
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / f"{name}.webm").write_bytes(b"0123456789")
+    playing = start("--model", model, "--data", planted, "--media", tmp_path / "media", "--uploads", tmp_path / "up")
+    place = playing.get(f"/v1/videos/{name}").json["media"]
+    reply = playing.get(place, Range="bytes=2-4")
+    assert (reply.status, reply.body, reply.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+    assert reply.headers["content-type"] == "video/webm"
