@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,20 +51,12 @@ def _routes(service: Service) -> FastAPI:
     """Return the routes of a service."""
     options = service.options
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(service.sweep())
-        yield
-        sweeping.cancel()
-        service.close()
-
     app = FastAPI(
         title="drn-deploy",
         summary="When in this video does this sentence happen?",
         version="1",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
         responses=FAILURES,
     )
     question, sent_question = asking(options.most_queries, options.longest_query)

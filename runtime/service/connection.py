@@ -8,10 +8,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from runtime.service.gate import HEADER_BYTES
 from runtime.service.refusals import Refusal
 
 HEADER_SECONDS = 10.0
-HEADER_BYTES = 16 << 10
+LINGER_SECONDS = 1.0
 MOST_CONNECTIONS = 512
 
 
@@ -19,6 +20,7 @@ class Connection(H11Protocol):
     """Ends clients that do not send a whole request head in `HEADER_SECONDS`, and those that are too many."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _ends = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -28,6 +30,8 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._ends:
+            return
         # The first bytes of another request on this connection have as long as the first one's head; so has the rest of
         # a body that was refused, which is read and dropped, so that the client comes to read why.
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
@@ -69,7 +73,7 @@ class Connection(H11Protocol):
     def _say(self, refusal: Refusal) -> None:
         """Answer outside of any request, and close."""
         self._head_came()
-        if not self.transport.is_closing():
+        if not (self.transport.is_closing() or self._ends):
             body = refusal.body()
             extra = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
             self.transport.write(
@@ -77,4 +81,7 @@ class Connection(H11Protocol):
                 f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n".encode()
                 + body
             )
-            self.transport.close()
+            # Closed at once with bytes unread, the answer would be lost on its way.
+            self._ends = True
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)

@@ -27,6 +27,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # Answered without a key: the page, which asks for it, and what a load balancer looks at.
 OPEN = ("/", "/healthz", "/docs", "/openapi.json")
+# Of a request's address and headers.
+HEADER_BYTES = 16 << 10
 # A body may pause this long, and must come this fast on the whole.
 BODY_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 16 << 10
@@ -177,6 +179,9 @@ class Gate:
         await out({"type": "http.response.body", "body": refusal.body()})
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
+        head = len(scope["raw_path"]) + len(scope["query_string"])
+        if head + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > HEADER_BYTES:
+            raise Refusal(431, f"The address and headers are above {HEADER_BYTES >> 10} KiB; send shorter ones.")
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
@@ -237,7 +242,6 @@ class _Body:
                 408,
                 f"The body came too slowly: {self._came} bytes, then nothing for long; send at least "
                 f"{BODY_BYTES_PER_SECOND >> 10} KiB a second.",
-                close=True,
             ) from None
         if message["type"] == "http.disconnect":
             raise Gone

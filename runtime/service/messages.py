@@ -106,6 +106,7 @@ def form_schema(model: type[BaseModel]) -> dict[str, Any]:
     schema = model.model_json_schema()
     for name, what in (("features", "a .npy or .npz file of (num_clips, D) floats"), ("video", "a video file")):
         schema["properties"][name] = {"type": "string", "format": "binary", "description": what}
+    schema["anyOf"] = [{"required": ["features", "duration"]}, {"required": ["video"]}]
     return schema
 
 

@@ -37,7 +37,6 @@ class Refusal(Exception):
         message: the sentence.
         code: for programs.
         headers: that go with it.
-        close: whether the connection ends with it, since what the client is still sending is not read.
     """
 
     def __init__(
@@ -46,13 +45,12 @@ class Refusal(Exception):
         message: str,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
-        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code or CODES.get(status, "error")
-        self.headers = {**(headers or {}), **({"connection": "close"} if close else {})}
+        self.headers = dict(headers or {})
 
     def body(self) -> bytes:
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()

@@ -14,12 +14,14 @@ import uvicorn
 
 from runtime.errors import GroundingError
 from runtime.service.app import application
-from runtime.service.connection import HEADER_BYTES, Connection
+from runtime.service.connection import Connection
+from runtime.service.gate import HEADER_BYTES
 from runtime.service.service import Service
 
 log = logging.getLogger("drn.service")
 
 KEEP_ALIVE_SECONDS = 15
+SWEEP_SECONDS = 30
 # How long a thread may hold Python before another gets its turn: replies go out while a batch is decoded.
 SWITCH_SECONDS = 0.001
 
@@ -47,6 +49,25 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def configuration(service: Service, grace: int) -> uvicorn.Config:
+    """Return how uvicorn is to serve a service."""
+    return uvicorn.Config(
+        application(service),
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        callback_notify=service.sweep,
+        timeout_notify=SWEEP_SECONDS,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=grace,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )
+
+
 def run(service: Service, host: str, port: int, grace: int) -> None:
     """Serve until told to end; print the address once requests are taken.
 
@@ -54,27 +75,15 @@ def run(service: Service, host: str, port: int, grace: int) -> None:
         GroundingError: the port cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    with contextlib.closing(service), socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except OSError as error:
-            service.close()
             raise GroundingError(
                 f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host."
             ) from error
-        config = uvicorn.Config(
-            application(service),
-            http=Connection,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=grace,
-            h11_max_incomplete_event_size=HEADER_BYTES,
-        )
+        config = configuration(service, grace)
         listener.listen(config.backlog)
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)

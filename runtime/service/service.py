@@ -26,8 +26,6 @@ from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
 from runtime.timeline import Answer
 from runtime.videos import Video
 
-SWEEP_SECONDS = 30.0
-
 
 @dataclasses.dataclass(frozen=True)
 class ServiceOptions:
@@ -94,17 +92,15 @@ class Service:
         self.telemetry.gauge("upload_bytes", "Disk that uploads take.", lambda: self.uploads.bytes)
 
     def close(self) -> None:
-        """Finish what was taken, and end."""
+        """Finish what was taken, and end; nothing stays on the disk."""
         self.draining = True
         self.batcher.close()
         self.shelf.close()
         self.uploads.close()
 
     async def sweep(self) -> None:
-        """Remove uploads that nobody asks any more, again and again."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            self.uploads.sweep()
+        """Remove uploads that nobody asks any more."""
+        self.uploads.sweep()
 
     async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
         """Answer as `infer --format json` prints it."""

@@ -90,9 +90,9 @@ class Running:
         body, kind = form(**parts)
         return self.request("POST", path, body, {"content-type": kind})
 
-    def end(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """End it and return its exit code and log."""
-        if self.process.poll() is None:
+    def end(self, how: signal.Signals | None = signal.SIGTERM) -> tuple[int, str]:
+        """End it, unless it was told to already, and return its exit code and log."""
+        if how is not None and self.process.poll() is None:
             self.process.send_signal(how)
         try:
             _, log = self.process.communicate(timeout=30)

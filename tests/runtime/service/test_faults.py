@@ -1,0 +1,161 @@
+"""The service when things go wrong around it: killed, told to end, its model replaced, its clients gone."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.files import sha256
+from runtime.grounder import Grounder
+from tests.runtime.service.conftest import Running
+from tests.runtime.service.test_app import alike
+
+
+@pytest.fixture(scope="module")
+def questions(planted: Path, offline: Grounder) -> list[tuple[dict[str, str], Any]]:
+    """What is asked, and the answers of this process."""
+    data = DataSet(planted)
+    found = []
+    for annotation in data.annotations("train")[:30]:
+        video, query = data.video(annotation.video), annotation.sentence
+        answer = [{"query": query, "video": video.name, "moments": [vars(one) for one in offline.ground(video, query)]}]
+        found.append(({"video": video.name, "query": query}, answer))
+    return found
+
+
+def test_a_service_killed_under_load_starts_again_and_answers_right(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
+) -> None:
+    words = ("--model", model, "--data", planted, "--uploads", tmp_path)
+    current = [start(*words)]
+    stop, wrong, right = threading.Event(), [], [0, 0]
+
+    def client(offset: int) -> None:
+        turn = offset
+        while not stop.is_set():
+            question, expected = questions[turn % len(questions)]
+            before = len(current)
+            try:
+                reply = current[-1].ask(question)
+            except (OSError, EOFError, ValueError, AssertionError):
+                time.sleep(0.02)
+                continue
+            except Exception as error:
+                # http.client tells of a connection that ended in the middle in several ways.
+                if type(error).__module__ != "http.client":
+                    raise
+                continue
+            if reply.status != 200 or not alike(reply.json, expected):
+                wrong.append(reply)
+            right[before - 1] += 1
+            turn += 8
+
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(client, offset) for offset in range(8)]
+        try:
+            for first in (0, 1):
+                deadline = time.monotonic() + 30
+                while right[first] < 60:
+                    assert time.monotonic() < deadline, right
+                    assert not any(task.done() for task in running)
+                    time.sleep(0.01)
+                if not first:
+                    assert current[0].end(signal.SIGKILL)[0] == -signal.SIGKILL
+                    assert list(tmp_path.glob("service-*")) != []
+                    current.append(start(*words))
+        finally:
+            stop.set()
+    for task in running:
+        task.result()
+    assert not wrong
+    # What the killed one left is gone.
+    assert len(list(tmp_path.glob("service-*"))) == 1
+    assert current[1].end()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_it_finishes_what_it_took(
+    start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    from tests.films import film
+
+    ending = start("--model", model, "--extractor", extractor, "--uploads", tmp_path / "uploads")
+    content = film(tmp_path / "film.mp4", 60).read_bytes()
+    with concurrent.futures.ThreadPoolExecutor(1) as client:
+        # Takes about a second, most of it in another process.
+        asked = client.submit(ending.send, "/v1/ground", video=("film.mp4", content), query="person opens the door")
+        deadline = time.monotonic() + 20
+        while not list((tmp_path / "uploads").glob("service-*/upload-*/video.mp4")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ending.process.send_signal(how)
+        reply = asked.result()
+    assert reply.status == 200, reply.body
+    code, log = ending.end(None)
+    assert code == 0
+    assert "Traceback" not in log
+    assert list((tmp_path / "uploads").iterdir()) == []
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", ending.port))
+
+
+def test_the_model_file_replaced_while_serving_changes_nothing(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
+) -> None:
+    copied = tmp_path / "drn.onnx"
+    shutil.copy(model, copied)
+    serving = start("--model", copied, "--data", planted, "--uploads", tmp_path / "uploads")
+    digest = serving.get("/healthz").json["digest"]
+    for replace in (lambda: copied.write_bytes(b"no model"), copied.unlink):
+        replace()
+        for question, expected in questions[:5]:
+            assert alike(serving.ask(question).json, expected)
+        assert serving.get("/healthz").json["digest"] == digest == sha256(model)
+
+
+def test_features_that_vanish_are_told_without_their_path(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    serving = start("--model", model, "--data", data, "--uploads", tmp_path / "uploads")
+    shutil.rmtree(data / "C3D_unit16_overlap0.5_merged")
+    said = serving.ask(questions[0][0]).refused(404, "features", "missing")
+    assert str(tmp_path) not in said
+
+
+def test_clients_that_leave_at_any_point_harm_nobody(service: Running, questions: list[Any]) -> None:
+    body = json.dumps(questions[0][0]).encode()
+    whole = (
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+    def leave(length: int) -> None:
+        with socket.create_connection(("127.0.0.1", service.port)) as stream:
+            stream.sendall(whole[:length])
+            if length % 2:
+                # Without a farewell: a reset, as of a process that was killed.
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        leaving = [clients.submit(leave, length) for length in range(0, len(whole) + 1, 3)]
+        replies = [clients.submit(service.ask, question) for question, _ in questions]
+        for task in leaving:
+            task.result()
+        for task, (_, expected) in zip(replies, questions, strict=True):
+            assert alike(task.result().json, expected)
+    assert os.waitid(os.P_PID, service.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

@@ -1,0 +1,226 @@
+"""`runtime.service.gate` and `connection`: who may ask, how much, and how slowly."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from runtime import Grounder
+from runtime.annotations import DataSet
+from runtime.service import connection, gate
+from runtime.service.gate import GateOptions
+from runtime.service.server import configuration
+from runtime.service.service import Service, ServiceOptions
+from runtime.service.uploads import UploadOptions
+from tests.runtime.service.conftest import Reply, Running, form
+
+QUESTION = {"video": "SIM00001", "query": "person opens the door"}
+KEY = "correct horse"
+
+
+def said(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """Return all that a service says to these bytes, sent with pauses, until it closes or is silent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as stream:
+        for number, piece in enumerate(pieces):
+            if number:
+                time.sleep(pause)
+            stream.sendall(piece)
+        return received(stream)
+
+
+def received(stream: socket.socket) -> bytes:
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := stream.recv(65536):
+            found += piece
+            if b"\r\n\r\n" in found:
+                head, _, body = found.partition(b"\r\n\r\n")
+                length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+                if length and len(body) >= int(length[0].split(b":")[1]):
+                    break
+    return found
+
+
+def reply(raw: bytes) -> Reply:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+    return Reply(int(lines[0].split()[1]), headers, body)
+
+
+@pytest.fixture
+def hurried(offline: Grounder, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a service in this process that has no patience."""
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.4)
+    options = ServiceOptions(uploads=UploadOptions(tmp_path / "uploads"), gate=GateOptions(json_bytes=1000))
+    service = Service(offline, DataSet(planted), options=options)
+    server = uvicorn.Server(configuration(service, 5))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+    service.close()
+
+
+def asking(body: bytes, length: int | None = None) -> bytes:
+    return (
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body) if length is None else length, body)
+    )
+
+
+def test_a_head_that_does_not_end_is_given_up(hurried: int) -> None:
+    reply(said(hurried, b"GET / HTTP/1.1\r\n", b"Host: local", pause=0.1)).refused(408, "request head")
+    reply(said(hurried)).refused(408, "request head")
+
+
+def test_the_second_head_on_a_connection_has_no_longer(hurried: int) -> None:
+    with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
+        for _ in range(2):
+            stream.sendall(asking(json.dumps(QUESTION).encode()))
+            assert reply(received(stream)).status == 200
+        stream.sendall(b"GET / HT")
+        reply(received(stream)).refused(408, "request head")
+
+
+def test_half_a_body_is_given_up(hurried: int) -> None:
+    reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "too slowly", "10 bytes")
+
+
+def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
+    whole = asking(json.dumps({**QUESTION, "query": "person " * 20}).encode())
+    head = whole.index(b"\r\n\r\n") + 4
+    pieces = [whole[:head], *(whole[place : place + 4] for place in range(head, len(whole), 4))]
+    reply(said(hurried, *pieces[:8], pause=0.1)).refused(408, "too slowly")
+
+
+def test_a_slow_but_steady_client_is_served(hurried: int) -> None:
+    whole = asking(json.dumps(QUESTION).encode())
+    middle = len(whole) - 20
+    assert reply(said(hurried, whole[:40], whole[40:middle], whole[middle:], pause=0.1)).status == 200
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_above_the_limit_is_refused_and_the_connection_goes_on(hurried: int, told: bool) -> None:
+    large = b" " * 5000
+    chunked = asking(large).replace(b"Content-Length: 5000", b"Transfer-Encoding: chunked")
+    chunked = chunked[: -len(large)] + b"1388\r\n" + large + b"\r\n0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
+        stream.sendall(asking(large) if told else chunked)
+        reply(received(stream)).refused(413, "limit of 1000 bytes")
+        stream.sendall(asking(json.dumps(QUESTION).encode()))
+        assert reply(received(stream)).status == 200
+
+
+def test_too_many_connections_are_told_to_come_back(hurried: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(socket.create_connection(("127.0.0.1", hurried)))
+        late = reply(said(hurried))
+    late.refused(503, "Too many connections")
+    assert late.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0\1\2\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"x: y\r\n" * 5000 + b"\r\n",
+        b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ],
+)
+def test_what_is_no_http_is_refused_in_json(service: Running, raw: bytes) -> None:
+    found = reply(said(service.port, raw))
+    assert 400 <= found.status < 500 or found.status == 501
+    found.refused(found.status)
+    assert service.ask(QUESTION).status == 200
+
+
+def test_a_web_page_elsewhere_cannot_ask(service: Running) -> None:
+    port = service.port
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+        service.request("GET", "/healthz", headers={"Host": host}).refused(403, "was asked for as")
+    for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", "[::1]:80"):
+        assert service.request("GET", "/healthz", headers={"Host": host}).status == 200
+    service.ask(QUESTION, Origin="http://evil.example").refused(403, "may not ask")
+    service.ask(QUESTION, Origin="null").refused(403, "may not ask")
+    assert service.ask(QUESTION, Origin=f"http://127.0.0.1:{port}").status == 200
+
+
+@pytest.fixture(scope="module")
+def locked(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Running:
+    """A service that wants a key, with a film."""
+    media = tmp_path_factory.mktemp("media")
+    (media / "SIM00001.mp4").write_bytes(b"film")
+    place = tmp_path_factory.mktemp("uploads")
+    words = ("--model", model, "--data", planted, "--media", media, "--uploads", place, "--allow-host", "films.example")
+    return start(*words, "--api-key", KEY)
+
+
+def test_without_the_key_nothing_is_answered(locked: Running) -> None:
+    for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
+        for path in ("/v1/videos", "/v1/videos/SIM00001/media", "/metrics"):
+            locked.get(path, **shown).refused(401, "Authorization: Bearer")
+        locked.ask(QUESTION, **shown).refused(401)
+    for path in ("/", "/healthz", "/docs", "/openapi.json"):
+        assert locked.get(path).status == 200
+    assert locked.ask(QUESTION, Authorization=f"Bearer {KEY}").status == 200
+    assert locked.get("/healthz", Host="films.example").status == 200
+
+
+def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = locked.get("/v1/videos/SIM00001", Authorization=f"Bearer {KEY}").json["media"]
+    assert locked.get(place).body == b"film"
+    path, _, ticket = place.partition("?ticket=")
+    until, _, signature = ticket.partition(".")
+    other = signature[:-1] + ("1" if signature.endswith("0") else "0")
+    for wrong in (f"{int(until) + 1}.{signature}", f"{until}.{other}", f"{until}.", "", f"%B2.{signature}"):
+        locked.get(f"{path}?ticket={wrong}").refused(401)
+    locked.get(f"/v1/videos?ticket={ticket}").refused(401)
+    locked.request("DELETE", f"/v1/videos/SIM00001?ticket={ticket}").refused(401)
+    keys = gate.Keys(KEY)
+    scope = {"method": "GET", "path": path, "query_string": f"ticket={ticket}".encode()}
+    assert keys.let_in(scope, "")
+    monkeypatch.setattr(time, "time", lambda: int(until) + 1)
+    assert not keys.let_in(scope, "")
+
+
+def test_a_client_that_leaves_takes_its_work_along(hurried: int, offline: Grounder) -> None:
+    body, kind = form(query="person opens the door")
+    with socket.create_connection(("127.0.0.1", hurried)) as stream:
+        stream.sendall(asking(json.dumps(QUESTION).encode()))
+    with socket.create_connection(("127.0.0.1", hurried)) as stream:
+        stream.sendall(
+            f"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body[:50]
+        )
+    ours = http.client.HTTPConnection("127.0.0.1", hurried, timeout=20)
+    ours.request("POST", "/v1/ground", json.dumps(QUESTION), {"content-type": "application/json"})
+    assert ours.getresponse().status == 200
+    ours.close()

@@ -1,0 +1,63 @@
+"""The HTTP API fuzzed from its own OpenAPI document, on loopback: nothing it generates is answered with a 5xx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.runtime.service.conftest import Running
+
+schemathesis = pytest.importorskip("schemathesis", reason="Schemathesis generates these requests")
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402 - after it is known to be there
+
+EXAMPLES = 40
+OPERATIONS = (
+    ("POST", "/v1/ground"),
+    ("GET", "/v1/videos"),
+    ("POST", "/v1/videos"),
+    ("GET", "/v1/videos/{video}"),
+    ("DELETE", "/v1/videos/{video}"),
+    ("GET", "/v1/videos/{video}/media"),
+    ("GET", "/healthz"),
+    ("GET", "/metrics"),
+)
+
+
+@pytest.fixture(scope="module")
+def document(service: Running) -> Any:
+    return schemathesis.openapi.from_url(f"{service.url}openapi.json")
+
+
+def test_every_operation_is_fuzzed(document: Any) -> None:
+    found = {(found.ok().method.upper(), found.ok().path) for found in document.get_all_operations()}
+    assert found == set(OPERATIONS)
+
+
+# Any text is a name, so a path cannot be malformed.
+MODES = [(*operation, schemathesis.GenerationMode.POSITIVE) for operation in OPERATIONS] + [
+    (*operation, schemathesis.GenerationMode.NEGATIVE) for operation in OPERATIONS[:3]
+]
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), MODES)
+def test_no_generated_request_breaks_the_service(document: Any, method: str, path: str, mode: Any) -> None:
+    operation = document[path][method]
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        # Server errors, undocumented statuses and types, answers against their schema, malformed requests that are
+        # taken. No schema knows which words a model knows, or what a file holds, so what is of the right form may be
+        # refused.
+        case.call_and_validate(timeout=20, excluded_checks=[positive_data_acceptance])
+
+    ask()
