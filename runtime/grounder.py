@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -148,9 +149,13 @@ class Grounder:
 
         `videos` are segments, or for a model that was split encodings; each stands in a batch once. A batch that does
         not fit the memory of its device is asked once more in halves.
+
+        On a GPU the next batch is put together and asked while the caller decodes this one.
         """
-        for chosen, ask in self._batches(queries, videos, batch_size):
-            yield chosen, _in_halves(ask, len(chosen))
+        answers = ((chosen, _in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size))
+        # One batch alone would pay for a thread and gain nothing; on a CPU the network wants every core itself.
+        overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
+        yield from _ahead(answers) if overlaps else answers
 
     def _batches(
         self, queries: Sequence[np.ndarray], videos: Sequence[Segments | EncodedVideo], batch_size: int
@@ -322,6 +327,18 @@ class _Encodings:
             while len(self._known) > self._size:
                 self._known.popitem(last=False)
         return encoded
+
+
+def _ahead(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.ndarray, Heads]]:
+    """Yield what an iterator yields, the next being made in a thread of its own meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, answers, None)
+        while True:
+            answer = coming.result()
+            if answer is None:
+                return
+            coming = worker.submit(next, answers, None)
+            yield answer
 
 
 def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:

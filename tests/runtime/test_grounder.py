@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,42 @@ def test_a_batch_that_does_not_fit_is_asked_in_halves_and_answered_alike(
 def test_what_does_not_fit_in_halves_either_is_said_so(grounder: Grounder) -> None:
     with pytest.raises(DeviceMemoryError, match="no memory left"):
         Grounder(Small(grounder.backend, 1)).ground_batch([(QUARTER, query) for query in FIVE])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_a_gpu_the_next_batch_is_asked_while_this_one_is_decoded(planted_backend: Any, device: str) -> None:
+    asked: list[threading.Event] = [threading.Event() for _ in range(3)]
+
+    class Watched(planted_backend):
+        def run(self, batch: Batch) -> Heads:
+            next(event for event in asked if not event.is_set()).set()
+            return super().run(batch)
+
+    backend = Watched()
+    backend.device = device
+    tokens = np.array([1], np.int32)
+    segments = Grounder(backend).segments(QUARTER)
+    answers = Grounder(backend).run([tokens] * 5, [segments] * 5, batch_size=2)
+    rows = [next(answers)[0]]
+    # Whoever holds the first answers has asked for nothing more.
+    assert asked[1].wait(10 if device == "cuda" else 0) == (device == "cuda")
+    assert not asked[2].is_set()
+    rows += [found for found, _ in answers]
+    assert np.concatenate(rows).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_fails_in_a_later_batch_on_a_gpu_is_raised_and_no_thread_is_left(planted_backend: Any) -> None:
+    class Failing(planted_backend):
+        device = "cuda"
+        calls = 0
+
+        def run(self, batch: Batch) -> Heads:
+            self.calls += 1
+            if self.calls == 2:
+                raise FeatureError("the second batch fails")
+            return super().run(batch)
+
+    before = threading.active_count()
+    with pytest.raises(FeatureError, match="the second batch fails"):
+        Grounder(Failing()).ground_batch([(QUARTER, "dog")] * 6, batch_size=2)
+    assert threading.active_count() == before
