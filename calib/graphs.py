@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 OUTPUTS = tuple(Heads.__dataclass_fields__)
 
 
-def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.padding`).
+def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the graph in an `.onnx` file, whatever it computes.
 
     Raises:
-        ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
+        ModelFileError: it is not there, or not ONNX.
         DeviceError: onnx is not installed.
     """
     try:
@@ -48,6 +48,17 @@ def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelFileError(f"{path} is not a valid ONNX model ({said}); export it again.") from error
+    return model
+
+
+def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.padding`).
+
+    Raises:
+        ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
+        DeviceError: onnx is not installed.
+    """
+    model = load_graph(path)
     manifest = manifest_of(model, str(path))
     if manifest.precision != "fp32":
         raise ModelFileError(

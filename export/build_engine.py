@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from export.builder import BuildOptions, cuda_devices, why_not
 from export.court import Court
 from export.engines import build_part, reject
+from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
 from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, DEFAULT_QUERY_LENGTH, VIDEOS, profiles
+from export.profiles import DEFAULT_BATCH, DEFAULT_QUERY_LENGTH, VIDEOS, check_ranges, profiles
 from export.twin import Precision, Wishes, make_twin
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
@@ -74,13 +75,14 @@ def build_engine(
     MODEL.PRECISION.passport.html; int8 and fp8 also leave their ranges and, where modules had to be restored, the plan.
 
     Args:
-        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar).
+        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or c3d.pt or c3d.onnx, an extractor
+            of clip features, whose features are held against FP32's.
         precision: fp32, fp16, bf16, int8 (with FP16 around it) or fp8 (likewise).
         target: what the engine is for; auto takes TensorRT where this machine has it and a GPU, else ONNX Runtime.
         data: directory in the Charades-STA layout: for calibration, the range scan and parity.
         output: the engine, or for onnxruntime the twin; beside MODEL when not given.
         vocabulary: word table of a published checkpoint.
-        batch: MIN OPT MAX queries.
+        batch: MIN OPT MAX queries, or clips of an extractor.
         query_length: MIN OPT MAX tokens.
         table: calibration table measured on this graph, in place of calibrating.
         plan: of `python -m calib.restore`: modules that stay out of INT8.
@@ -124,10 +126,20 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         compute_capabilities=compute_capability,
     )
+    extractor = extractor_of(model)
+    if extractor:
+        _check_extractor(given)
     job.check(table, plan, limit, keep, max_drop, calib_samples, threads)
     if videos < 1:
         raise GroundingError(f"--videos must be at least 1, and {videos} was given.")
     job.check_options(options, timing_cache, why)
+    if extractor:
+        check_ranges(batch, query_length)
+        if dry_run:
+            print(job.describe(why, (), options, None, "features of made-up clips against FP32's"))
+            return job.output
+        log.info("Target %s: %s", chosen, why)
+        return build_extractor(job, options, batch, keep, timing_cache, threads)
     shapes = job.early_profiles(batch, query_length, keep)
     data_set = DataSet(data) if data else None
     annotations = data_set.annotations(parity_split)[:limit] if data_set else []
@@ -265,6 +277,31 @@ def choose_target(
             return "tensorrt-rtx", "compute capabilities were named, and TensorRT-RTX builds for them without a GPU."
         reason = rtx
     return "onnxruntime", f"no engine can be built here ({reason.rstrip('.')})."
+
+
+# Options of a build that concern an extractor of clip features too.
+OF_EXTRACTORS = frozenset(
+    ("model", "precision", "target", "output", "batch", "keep", "optimization_level", "workspace", "timing_cache",
+     "version_compatible", "hardware_compatible", "compute_capability", "threads", "dry_run")
+)  # fmt: skip
+
+
+def _check_extractor(given: Mapping[str, Any]) -> None:
+    """Raise GroundingError where an extractor was given together with what it has no use for."""
+    name = given["model"].name
+    if given["precision"] not in PROMISES:
+        raise GroundingError(
+            f"{name} makes clip features, and is built in {', '.join(PROMISES)}; {given['precision']} needs ranges, "
+            "which are measured on queries."
+        )
+    parameters = inspect.signature(build_engine).parameters
+    others = [
+        f"--{option.replace('_', '-')}"
+        for option, parameter in parameters.items()
+        if option not in OF_EXTRACTORS and given[option] != parameter.default
+    ]
+    if others:
+        raise GroundingError(f"{', '.join(others)}: of a DRN, and {name} makes clip features; leave it out.")
 
 
 def _again(given: Mapping[str, Any]) -> str:

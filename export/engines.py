@@ -57,7 +57,7 @@ def _rejected(engine: Path) -> Path:
 
 def reject(engine: Path) -> Path:
     """Take an engine's name from it, and return its new one."""
-    content = dict(sidecar.read_sidecar(engine).content)
+    content = dict(sidecar.read_content(engine))
     content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
     rejected = _rejected(engine)
     _write_engine(rejected, engine.read_bytes(), content)

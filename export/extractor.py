@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 
+from export.extractor_engine import smooth_clips
 from export.to_onnx import OLDEST_OPSET, TOLERANCE, TRACED_OPSET, finished, open_session, silence
 from runtime.command import next_command
 from runtime.errors import PromiseBroken
@@ -76,9 +77,7 @@ def check_c3d(path: Path, model: C3D) -> float:
     rng = np.random.default_rng(0)
     largest = 0.0
     for size in BATCH_SIZES:
-        # Smooth in space and time, as pictures are, and of full contrast.
-        coarse = rng.integers(0, 256, (size, WINDOW // 4, CROP[0] // 8, CROP[1] // 8, 3), dtype=np.uint8)
-        clips = coarse.repeat(4, 1).repeat(8, 2).repeat(8, 3)
+        clips = smooth_clips(rng, (size, WINDOW, *CROP, 3))
         with torch.inference_mode():
             wanted = model(torch.from_numpy(clips)).numpy()
         (found,) = session.run([OUTPUT], {INPUT: clips})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from calib.batches import LEAST_SAMPLES
 from export.builder import BuildOptions, check_options
-from export.made import read_source
+from export.made import read_extractor, read_source
 from export.profiles import Profile, Range, check_ranges, profiles
 from export.split import pair_paths
 from export.twin import Precision
@@ -181,10 +182,10 @@ class Job:
     @property
     def is_exported(self) -> bool:
         """Whether the FP32 graph beside a checkpoint was exported from that very file."""
-        try:
-            return sha256(self.checkpoint) in read_source(self.source)[1].sources.values()
-        except GroundingError:
-            return False
+        for read in (read_source, read_extractor):
+            with contextlib.suppress(GroundingError):
+                return sha256(self.checkpoint) in read(self.source)[1].sources.values()
+        return False
 
     def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str) -> None:
         """Raise what the library of the target, or the GPU, cannot do; also before any work."""
@@ -228,8 +229,15 @@ class Job:
 
         return profiles(batch, query_length, load_checkpoint(self.model).manifest(max(query_length[2], LONGEST_QUERY)))
 
-    def describe(self, why: str, shapes: Sequence[Profile] | None, options: BuildOptions, samples: int | None) -> str:
-        """Return what a build would do, for --dry-run."""
+    def describe(
+        self,
+        why: str,
+        shapes: Sequence[Profile] | None,
+        options: BuildOptions,
+        samples: int | None,
+        proof: str = "the precision alone (no --data for parity)",
+    ) -> str:
+        """Return what a build would do, for --dry-run; `proof` is what it comes to without --data."""
         lines = [
             f"model      {self.model} ({self.kind})",
             f"precision  {self.precision}",
@@ -250,7 +258,7 @@ class Job:
         for profile in shapes or ():
             lines.append(f"profile    {profile.name}: smallest, best, largest")
             lines += [f"  {name:<17}{' '.join(map(str, trio))}" for name, trio in profile.shapes.items()]
-        if self.target == "onnxruntime":
+        if self.target == "onnxruntime" and shapes:
             lines.append("           (of an engine; ONNX Runtime takes any batch)")
         if self.data:
             lines += [
@@ -258,7 +266,7 @@ class Job:
                 f"reports    {self.beside('parity.json')}, {self.beside('passport.html')}",
             ]
         else:
-            lines.append("proof      the precision alone (no --data for parity)")
+            lines.append(f"proof      {proof}")
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from calib.padding import padding_apart, padding_inside
 from export.profiles import Profile, part_profiles
 from export.split import split_graph, write_pair
 from export.twin import Twin
+from runtime.errors import ModelFileError
+from runtime.extractors import METADATA_KEY as EXTRACTOR_KEY
+from runtime.extractors import ExtractorManifest
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import METADATA_KEY, Manifest
 
@@ -29,6 +33,27 @@ def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
 
     graph = read_graph(path)
     return graph, manifest_of(graph, str(path))
+
+
+def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
+    """Return the FP32 graph of an extractor of clips and its manifest; ModelFileError if it is none of ours."""
+    from calib.graphs import load_graph
+
+    graph = load_graph(path)
+    told = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
+    names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
+    if told is None or names != ["clips", "features"]:
+        raise ModelFileError(f"{path} is no extractor of clips of ours; export C3D with `python -m export.to_onnx`.")
+    try:
+        manifest = ExtractorManifest.from_dict(json.loads(told), str(path))
+    except ValueError as error:
+        raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
+    if manifest.precision != "fp32":
+        raise ModelFileError(
+            f"{path} is {manifest.precision} already, and narrow weights are made from the FP32 graph; give the file "
+            "that `python -m export.to_onnx` wrote."
+        )
+    return graph, manifest
 
 
 def manifest_in(path: Path) -> Manifest:
@@ -102,7 +127,7 @@ class Part:
 
     Attributes:
         graph, weak: for a strongly and a weakly typed library; see `Twin`.
-        manifest: what the file says of itself.
+        manifest: what the file says of itself: of an extractor its own kind.
         twin: the ONNX file.
         twin_hash: its SHA-256.
         engine: where the plan goes.
@@ -114,7 +139,7 @@ class Part:
 
     graph: onnx.ModelProto
     weak: onnx.ModelProto
-    manifest: Manifest
+    manifest: Manifest | ExtractorManifest
     twin: Path
     twin_hash: str
     engine: Path

@@ -7,7 +7,7 @@ Modules that would overflow, or that lose accuracy, stay in FP32: `scan` measure
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -16,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from calib.graphs import without_weights
 from export.to_onnx import drn_modules
 from runtime.errors import ModelFileError, ShapeError
-from runtime.tensors import Batch
 
 Half = Literal["fp16", "bf16"]
 
@@ -107,6 +106,9 @@ class _Halving:
                 if name in self.form and index not in fixed:
                     node.input[index] = self._as(name, wanted, node)
             self.nodes.append(node)
+            if node.op_type == "Cast" and node.output[0] in self.form:
+                # Of whole numbers: straight to the type that is computed in.
+                next(entry for entry in node.attribute if entry.name == "to").i = wanted
             for index, name in enumerate(node.output):
                 if name not in self.form:
                     continue
@@ -209,10 +211,10 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     return wide
 
 
-def scan(model: onnx.ModelProto, batches: Iterable[Batch]) -> dict[str, float]:
+def scan(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[str, float]:
     """Return the largest magnitude in each DRN module's weights and in what its nodes compute, over all batches.
 
-    Runs the FP32 graph in ONNX Runtime with every float tensor as an output.
+    Runs the FP32 graph in ONNX Runtime with every float tensor as an output. A batch has an attribute for each input.
 
     Raises:
         ModelFileError: a weight, or what a module computes in FP32, is NaN or infinite.

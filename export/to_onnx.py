@@ -237,10 +237,11 @@ def check_pair_against_torch(
     return _differences(model, questions(), ask)
 
 
-def open_session(source: str | bytes) -> Any:
+def open_session(source: str | bytes, threads: int | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

@@ -34,6 +34,7 @@ class ExtractorManifest:
         mean, std: of red, green and blue; taken off and divided by. A network of clips does so itself.
         white: what value stands for white in `mean` and `std`: 255, or 1 for most image encoders.
         sources: what the file was made of: name to SHA-256.
+        precision: of its weights and arithmetic: fp32, fp16, bf16.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class ExtractorManifest:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     white: float = 255.0
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("crop", "mean", "std"):
@@ -69,8 +71,16 @@ class ExtractorManifest:
     def framing(self) -> Framing:
         return Framing(self.resize, self.crop)
 
+    @property
+    def part(self) -> str:
+        """What goes into a plan of it; see `runtime.backends.shapes.AXES`."""
+        return "clips"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, allow_nan=False)
+        return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
@@ -99,6 +109,21 @@ class ExtractorManifest:
                 f"The extractor's clips see {self.window} frames and start every {self.stride}, and the model was "
                 f"trained with {features.window} and {features.stride}; give the extractor that it was trained with."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorSidecar:
+    """What the sidecar of an extractor's plan says: its manifest, and everything else."""
+
+    manifest: ExtractorManifest
+    content: Mapping[str, Any]
+
+
+def no_model(path: Path) -> ModelFileError:
+    """Return what is wrong where an extractor was given as a model."""
+    return ModelFileError(
+        f"{path} makes clip features and grounds no sentence; give it as --extractor, and a DRN as --model."
+    )
 
 
 class Extractor(Protocol):
@@ -141,21 +166,27 @@ class ImageExtractor:
 
 
 def open_extractor(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Extractor:
-    """Open an extractor: an `.onnx` file that carries its manifest, or has it in NAME.onnx.json beside it.
+    """Open an extractor: an `.onnx` file that carries its manifest or has it in NAME.onnx.json beside it, or an engine.
 
-    What goes in says of which kind it is: clips in uint8, or one picture a clip in float32.
+    What goes into a graph says of which kind it is: clips in uint8, or one picture a clip in float32.
 
     Raises:
         ModelFileError: there is no such file, or it is no extractor.
         DeviceError: ONNX Runtime or the device is missing.
     """
-    from runtime.backends.ort import start
-
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise ModelFileError(f"An extractor is an .onnx file, and {path.name!r} is none; see docs/your-own-video.md.")
+    if path.suffix not in (".onnx", ".engine"):
+        raise ModelFileError(
+            f"An extractor is an .onnx or .engine file, and {path.name!r} is none; see docs/your-own-video.md."
+        )
     if not path.is_file():
         raise ModelFileError(f"The extractor {path} does not exist; check the path.")
+    if path.suffix == ".engine":
+        from runtime.backends.trt import open_extractor_engine
+
+        return open_extractor_engine(path, device)
+    from runtime.backends.ort import start
+
     session, _ = start(path, device, threads)
     manifest = _manifest(session, path)
     taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]

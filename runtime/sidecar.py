@@ -6,13 +6,42 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from runtime import extractors
 from runtime.errors import ModelFileError
 from runtime.files import json_digest, read_json, sha256
 from runtime.manifest import Manifest
 
 FORMAT = "drn-engine/1"
+
+
+class AboutModel(Protocol):
+    """What every manifest says that stands in a sidecar, of a model or of an extractor."""
+
+    @property
+    def part(self) -> str:
+        """Which inputs and outputs it has: a key of `runtime.backends.shapes.AXES`."""
+
+    @property
+    def precision(self) -> str:
+        """Of its weights and arithmetic."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """What it was made of: name to SHA-256."""
+
+
+class AboutPlan(Protocol):
+    """A sidecar of any kind of network."""
+
+    @property
+    def manifest(self) -> AboutModel:
+        """Of the network."""
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """Everything else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +73,15 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
-    """Return the sidecar of a plan, after checking that it is whole and vouches for that very file.
+    """Return the sidecar of a model's plan, checked; ModelFileError as of `read_content`, or if it is no model's."""
+    content = read_content(plan)
+    if content["manifest"].get("format") == extractors.FORMAT:
+        raise extractors.no_model(Path(plan))
+    return Sidecar(Manifest.from_dict(content["manifest"], str(path_beside(plan))), content)
+
+
+def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return what the sidecar of a plan says, after checking that it is whole and vouches for that very file.
 
     A plan is code: it must not be deserialised unless this returns.
 
@@ -71,7 +108,7 @@ def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
             f"{plan} is not the plan that its sidecar was written for (SHA-256 {actual[:12]}… where "
             f"{str(vouched)[:12]}… is vouched for): it is truncated, was tampered with, or renamed; build it again."
         )
-    return Sidecar(Manifest.from_dict(content["manifest"], str(path)), content)
+    return content
 
 
 _AGAIN = "build the engine again with `python -m export.build_engine`."

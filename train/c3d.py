@@ -80,7 +80,8 @@ class C3D(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return (N, D) features of clips, (N, 16, 112, 112, 3) in RGB from 0 to 255, of any type of number."""
-        x = clips.permute(0, 4, 1, 2, 3).to(self.mean.dtype) - self.mean
+        # Numbers first: TensorRT takes bytes into a cast and into nothing else.
+        x = clips.to(self.mean.dtype).permute(0, 4, 1, 2, 3) - self.mean
         x = self.pool1(functional.relu(self.conv1a(x)))
         x = self.pool2(functional.relu(self.conv2a(x)))
         x = functional.relu(self.conv3a(x))

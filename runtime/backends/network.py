@@ -27,12 +27,14 @@ from runtime.backends import plans
 from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory
 from runtime.backends.shapes import ALIGNMENT, AXES, Domain, choose, domain, layout, longest_query
 from runtime.errors import DeviceError, ModelFileError, ShapeError
-from runtime.sidecar import Sidecar
+from runtime.sidecar import AboutPlan
 from runtime.tensors import ENCODED_FEATURES, Heads
 
 log = logging.getLogger("drn")
 
 OUTPUTS = tuple(Heads.__dataclass_fields__)
+# What the other kinds of network give.
+OTHER_OUTPUTS = {"video": (ENCODED_FEATURES,), "clips": ("features",)}
 SPANS = "segment_spans"
 # Contexts, each with its CUDA graph, that are kept; the least used goes first.
 MOST_PROGRAMS = 16
@@ -41,7 +43,7 @@ MOST_CHOICES = 4096
 # In the rows that pad a batch: a query of one unknown word, which no mask makes empty.
 _PADDING = {"query_length": 1}
 # bfloat16 is not known to NumPy: its bits are.
-_DTYPES = {"FLOAT": "f4", "HALF": "f2", "BF16": "u2", "INT32": "i4", "INT64": "i8"}
+_DTYPES = {"FLOAT": "f4", "HALF": "f2", "BF16": "u2", "INT32": "i4", "INT64": "i8", "UINT8": "u1"}
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Network:
             `timed`.
     """
 
-    def __init__(self, library: Any, cuda: Cuda, path: Path, sidecar: Sidecar) -> None:
+    def __init__(self, library: Any, cuda: Cuda, path: Path, sidecar: AboutPlan) -> None:
         self.path, self.sidecar, self.cuda = path, sidecar, cuda
         self.gpu_ms = 0.0
         self._trt = library
@@ -119,10 +121,10 @@ class Network:
         part = self.sidecar.manifest.part
         self._axes = AXES[part]
         self._resident = (ENCODED_FEATURES, SPANS) if part == "query" else ()
-        self._dtypes = self._read_tensors((ENCODED_FEATURES,) if part == "video" else OUTPUTS)
+        self._dtypes = self._read_tensors(OTHER_OUTPUTS.get(part, OUTPUTS))
         self.half_bits = self._half_bits()
         self.domains = [self._domain(index) for index in range(self._engine.num_optimization_profiles)]
-        self.query_length = longest_query(self.domains) if part != "video" else (0, 0, 0)
+        self.query_length = longest_query(self.domains) if part not in OTHER_OUTPUTS else (0, 0, 0)
         self._scratch_bytes = int(
             self._engine.device_memory_size_v2
             if hasattr(self._engine, "device_memory_size_v2")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime import extractors
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.files import sha256
@@ -96,9 +97,10 @@ class Session:
         # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
         self.binds = device == "cuda"
         self._process = os.getpid()
-        self.manifest = Manifest.from_json(
-            session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), source=str(path)
-        )
+        metadata = session.get_modelmeta().custom_metadata_map
+        if extractors.METADATA_KEY in metadata:
+            raise extractors.no_model(path)
+        self.manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
         self._session = session
 
     def require(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:

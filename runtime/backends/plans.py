@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.sidecar import Sidecar
+from runtime.sidecar import AboutPlan
 
 # What runs a plan, by the target it was built for. The lean runtime holds no builder and runs compatible plans only.
 LIBRARIES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx",)}
@@ -48,7 +48,7 @@ def host_code(content: Mapping[str, Any]) -> bool:
     return bool(_options(content).get("version_compatible"))
 
 
-def misfit(plan: Path, sidecar: Sidecar, machine: Machine) -> str | None:
+def misfit(plan: Path, sidecar: AboutPlan, machine: Machine) -> str | None:
     """Return in one sentence why a plan cannot run on this machine, both sides named; None if it can."""
     content = sidecar.content
     built_by, built_for = str(content.get("library", "an unknown library")), built_for_gpu(content)
@@ -76,7 +76,7 @@ def built_for_gpu(content: Mapping[str, Any]) -> str:
     return f"{name} ({capability})" if name else "a GPU it does not tell"
 
 
-def rebuild_command(plan: Path, sidecar: Sidecar, query_length: int = 0) -> str:
+def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> str:
     """Return the command that builds a plan again, on the machine where it is to run.
 
     Args:
@@ -93,7 +93,8 @@ def rebuild_command(plan: Path, sidecar: Sidecar, query_length: int = 0) -> str:
     if manifest.precision in ("int8", "fp8"):
         table = twin(plan, content).with_suffix(".calibration.json")
         parts += ["--table", table] if table.is_file() else ["--data", "DIR"]
-    for flag, name in (("--batch", "batch"), ("--query-length", "query_length")):
+    flags = (("--batch", "batch"), ("--query-length", "query_length"))
+    for flag, name in flags[:1] if manifest.part == "clips" else flags:
         domain = _domain(content, name)
         if domain and name == "query_length":
             domain[2] = max(domain[2], query_length)
@@ -102,7 +103,7 @@ def rebuild_command(plan: Path, sidecar: Sidecar, query_length: int = 0) -> str:
     parts += ["--version-compatible"] if options.get("version_compatible") else []
     parts += ["--hardware-compatible"] if options.get("hardware_compatible") else []
     output = plan
-    if manifest.part != "whole":
+    if manifest.part in ("video", "query"):
         parts.append("--split")
         output = plan.with_name(plan.name.replace(f".{manifest.part}.", ".query.", 1))
     return shlex.join(map(str, [*parts, "--output", output]))

@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 # TensorRT wants every tensor to begin at a multiple of this.
 ALIGNMENT = 256
 SHORTEST_QUERY = 4
-# Which of an input's leading sizes are free, and what they count, in a whole model and in the two parts of a pair.
+# Which of an input's leading sizes are free, and what they count, in a whole model, in the two parts of a pair, and in
+# an extractor of clip features.
 AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "whole": {
         "query_tokens": ("batch", "query_length"),
@@ -31,6 +32,7 @@ AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "encoded_features": ("video",),
         "segment_spans": ("video",),
     },
+    "clips": {"clips": ("batch",)},
 }
 
 

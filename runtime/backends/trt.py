@@ -1,4 +1,4 @@
-"""Models that are TensorRT or TensorRT-RTX engines: whole ones, and pairs that keep encoded videos on the GPU.
+"""TensorRT and TensorRT-RTX engines: whole models, pairs that keep encoded videos on the GPU, and extractors.
 
 One call runs at a time: threads may share a model, and wait for each other. What is decided is in
 `runtime.backends.plans` and `runtime.backends.shapes`; `runtime.backends.network` carries it out.
@@ -24,8 +24,9 @@ from runtime.backends.network import OUTPUTS, SPANS, Network
 from runtime.backends.shapes import asked, layout, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.extractors import ExtractorManifest, ExtractorSidecar
 from runtime.manifest import Manifest
-from runtime.sidecar import Sidecar, read_sidecar
+from runtime.sidecar import AboutPlan, Sidecar, path_beside, read_content, read_sidecar
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def open_engine(
     del threads
     sidecar = read_sidecar(path)
     part = sidecar.manifest.part
-    if device == "cpu":
-        raise DeviceError(f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.")
+    _check_device(path, device)
     if part == "video":
         raise ModelFileError(
             f"{path} is the video part of a model, which answers nothing by itself; give the query part "
@@ -94,7 +94,25 @@ def open_engine(
         for network in networks:
             network.close()
         raise
-    return TensorRTPair(*networks) if part == "query" else TensorRTBackend(*networks)
+    if part == "query":
+        return TensorRTPair(sidecar.manifest, *networks)
+    return TensorRTBackend(sidecar.manifest, *networks)
+
+
+def open_extractor_engine(
+    path: Path, device: Device = "auto", *, library: Any = None, cuda: Cuda | None = None
+) -> TensorRTExtractor:
+    """Open a plan that makes clip features; raises as `open_engine`, whose arguments these are."""
+    content = read_content(path)
+    sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(path_beside(path))), content)
+    _check_device(path, device)
+    cuda, library = _ready(path, sidecar, cuda, library)
+    return TensorRTExtractor(Network(library, cuda, path, sidecar), sidecar.manifest)
+
+
+def _check_device(path: Path, device: Device) -> None:
+    if device == "cpu":
+        raise DeviceError(f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.")
 
 
 def _video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
@@ -114,7 +132,7 @@ def _video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     return plan, found
 
 
-def _ready(plan: Path, sidecar: Sidecar, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
+def _ready(plan: Path, sidecar: AboutPlan, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
     """Return the driver and the library that run a plan, or say why this machine cannot.
 
     CUDA comes first: without it TensorRT 8.6 returns nulls, and a lean TensorRT 11 dies at the first use.
@@ -152,14 +170,13 @@ def _import(names: Sequence[str]) -> tuple[Any, str]:
 
 
 class _Model:
-    """What a whole engine and a pair share."""
+    """What all engines share."""
 
     def __init__(self, *networks: Network) -> None:
         self._networks = networks
         self._network = networks[0]
         self._lock = threading.Lock()
         self.device = "cuda"
-        self.manifest: Manifest = networks[0].sidecar.manifest
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -219,6 +236,42 @@ class _Model:
                     f"{len(half)} at once; end what else uses it, or ask in smaller batches."
                 ) from error
 
+    def _in_pieces(self, network: Network, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
+        """Return an output of a network of one input, of which no more rows go through together than it takes."""
+        most = max(profile.ranges[axis][2] for profile in network.domains)
+
+        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            return network.run({name: array[_part(rows)]}, {axis: len(rows)})
+
+        with self._turn():
+            self._reset_clock()
+            found = [
+                answer[output]
+                for part in pieces(len(array), most)
+                for _, answer in self._answer(np.arange(part.start, part.stop), some)
+            ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+class TensorRTExtractor(_Model):
+    """A network of clips as one engine: C3D of `export.build_engine`."""
+
+    def __init__(self, network: Network, manifest: ExtractorManifest) -> None:
+        super().__init__(network)
+        self.manifest = manifest
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features; see `Extractor`. Raises as `TensorRTBackend.run`."""
+        return self._in_pieces(self._network, "batch", "clips", clips, "features")
+
+
+class _Grounding(_Model):
+    """What a whole model and a pair share."""
+
+    def __init__(self, manifest: Manifest, *networks: Network) -> None:
+        super().__init__(*networks)
+        self.manifest = manifest
+
     def _check_length(self, query_length: np.ndarray) -> int:
         """Return the tokens of the longest query; ShapeError if the engine was built for shorter ones."""
         longest = int(query_length.max(initial=1))
@@ -232,7 +285,7 @@ class _Model:
         return longest
 
 
-class TensorRTBackend(_Model):
+class TensorRTBackend(_Grounding):
     """A whole model as one engine."""
 
     def run(self, batch: Batch) -> Heads:
@@ -296,11 +349,11 @@ class Bank:
         self._slots.clear()
 
 
-class TensorRTPair(_Model):
+class TensorRTPair(_Grounding):
     """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
 
-    def __init__(self, query: Network, video: Network) -> None:
-        super().__init__(query, video)
+    def __init__(self, manifest: Manifest, query: Network, video: Network) -> None:
+        super().__init__(manifest, query, video)
         self._video = video
         self._banks = {slots: Bank(slots) for slots, _ in query.resident}
         most = max(self._banks)
@@ -313,19 +366,7 @@ class TensorRTPair(_Model):
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""
-        most = max(profile.ranges["video"][2] for profile in self._video.domains)
-
-        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            return self._video.run({"segment_features": segment_features[_part(rows)]}, {"video": len(rows)})
-
-        with self._turn():
-            self._reset_clock()
-            found = [
-                answer[ENCODED_FEATURES]
-                for part in pieces(len(segment_features), most)
-                for _, answer in self._answer(np.arange(part.start, part.stop), some)
-            ]
-        encoded = found[0] if len(found) == 1 else np.concatenate(found)
+        encoded = self._in_pieces(self._video, "video", "segment_features", segment_features, ENCODED_FEATURES)
         return from_bfloat16(encoded) if self._video.half_bits else encoded
 
     def ask(

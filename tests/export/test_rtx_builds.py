@@ -13,12 +13,15 @@ from calib.qdq import NEWEST_OPSET, Policy, balanced, observed, quantize
 from calib.ranges import measure
 from calib.table import CalibrationTable, key_of
 from export.census import census
-from export.precision import QDQ_OPSET, raise_opset, to_half
+from export.extractor import export_c3d
+from export.precision import OPSETS, QDQ_OPSET, raise_opset, to_half
 from export.split import split_graph
 from export.to_onnx import OLDEST_OPSET
+from runtime.extractors import ExtractorManifest
 from runtime.tensors import Batch
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.rtx import build_with_rtx
+from tests.export.test_extractor import lively as narrow_c3d
 from train.model import DRNConfig
 
 pytestmark = pytest.mark.rtx
@@ -85,6 +88,17 @@ def test_both_quantised_parts_of_a_pair_build(form: str, exported: dict[str, onn
     make, capability, _ = FORMS[form]
     for part in split_graph(make(exported["tiny"], tables["tiny"])):
         assert build_with_rtx(part, capability=capability)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_an_extractor_of_clips_builds(precision: str) -> None:
+    # Clips go in as bytes, which TensorRT takes into a cast alone.
+    model = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    if precision != "fp32":
+        model = to_half(raise_opset(model, OPSETS[precision]), precision)  # type: ignore[arg-type]
+    assert set(census(model).total()) == {precision}
+    assert len(build_with_rtx(model)) > 10_000
 
 
 def test_int8_without_balanced_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:

@@ -378,7 +378,12 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> str:
         kind = (self._inputs | self._outputs)[name].type
-        names = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32"}
+        names = {
+            "tensor(float)": "FLOAT",
+            "tensor(float16)": "HALF",
+            "tensor(int32)": "INT32",
+            "tensor(uint8)": "UINT8",
+        }
         return f"DataType.{self._types.get(name, names[kind])}"
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
@@ -484,7 +489,7 @@ class Context:
             driver = library.driver
             driver.array(scratch, (Engine.SCRATCH,), np.dtype("u1"))[:] = 0
             library.runs.append(shapes)
-            kinds = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "BF16": "u2"}
+            kinds = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "BF16": "u2", "UINT8": "u1"}
             dtype = {
                 name: np.dtype(kinds[engine.get_tensor_dtype(name).partition(".")[2]]) for name in (*shapes, *outputs)
             }

@@ -1,0 +1,252 @@
+"""`export.build_engine` on an extractor: features near FP32's, an engine that the runtime opens, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export import engines, extractor_engine
+from export.build_engine import build_engine
+from export.builder import Plan
+from export.census import census
+from export.extractor_engine import PROMISES, Promise, compare, made_up_clips
+from export.to_onnx import to_onnx
+from runtime.backends.cuda import Cuda
+from runtime.backends.trt import open_extractor_engine
+from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.extractors import open_extractor
+from runtime.files import sha256
+from runtime.infer import infer
+from runtime.sidecar import read_content, read_sidecar
+from tests.export.test_extractor import TINY, lively
+from tests.runtime.standin import VERSIONS, Driver, Library, write_plan
+from train.c3d import MEANS, C3DCheckpoint, save_c3d
+
+RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("c3d") / "c3d.pt"
+    save_c3d(path, C3DCheckpoint(TINY, MEANS["plain"], lively().state_dict(), {"c3d.pickle": "1" * 64}))
+    return to_onnx(path, path.with_name("c3d.onnx"))
+
+
+@pytest.fixture
+def model(exported: Path, tmp_path: Path) -> Path:
+    for suffix in (".pt", ".onnx"):
+        (tmp_path / f"c3d{suffix}").write_bytes(exported.with_suffix(suffix).read_bytes())
+    return tmp_path / "c3d.onnx"
+
+
+def clips(count: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (count, 16, 112, 112, 3), dtype=np.uint8)
+
+
+def test_half_precision_gives_the_features_of_fp32(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = build_engine(model, precision="fp16", target="onnxruntime")
+    assert output == model.with_name("c3d.fp16.onnx")
+    assert sorted(path.name for path in model.parent.iterdir()) == [
+        "c3d.fp16.onnx", "c3d.fp16.parity.json", "c3d.onnx", "c3d.pt",
+    ]  # fmt: skip
+    assert "100.0 % fp16 of the multiply-adds" in capsys.readouterr().out
+    wide, half = open_extractor(model, "cpu", 1), open_extractor(output, "cpu", 1)
+    assert half.manifest.precision == "fp16"
+    assert half.manifest.sources == {**wide.manifest.sources, "c3d.onnx": sha256(model)}
+    # Clips that were not among those of the proof.
+    wanted, found = wide.extract(clips(2)), half.extract(clips(2))
+    assert 0 < np.abs(found - wanted).max() <= PROMISES["fp16"].difference * wanted.max()
+    report = json.loads(model.with_name("c3d.fp16.parity.json").read_text())
+    assert report["model"]["sha256"] == sha256(output)
+    assert report["promised"]["cosine"] <= report["twin"]["cosine"] <= 1 + 1e-6
+    graph = onnx.load(output)
+    assert [value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)] == [
+        onnx.TensorProto.UINT8,
+        onnx.TensorProto.FLOAT,
+    ]
+
+
+def test_a_checkpoint_is_exported_first_and_once(model: Path) -> None:
+    checkpoint, before = model.with_suffix(".pt"), model.stat().st_mtime_ns
+    build_engine(checkpoint, precision="fp16", target="onnxruntime")
+    assert model.stat().st_mtime_ns == before
+    model.unlink()
+    build_engine(checkpoint, precision="fp16", target="onnxruntime")
+    assert open_extractor(model, "cpu", 1).manifest.precision == "fp32"
+    other = model.read_bytes()
+    save_c3d(checkpoint, C3DCheckpoint(TINY, MEANS["mmaction2"], lively().state_dict(), {}))
+    with pytest.raises(OutputError, match=r"was not exported from this c3d\.pt"):
+        build_engine(checkpoint, precision="fp16", target="onnxruntime")
+    assert model.read_bytes() == other
+
+
+def test_layers_can_be_kept_in_fp32(model: Path) -> None:
+    graph = onnx.load(build_engine(model, precision="fp16", target="onnxruntime", keep=("conv3a", "fc6")))
+    kinds = {module: set(counts) for module, counts in census(graph).macs.items()}
+    assert kinds["conv3a"] == kinds["fc6"] == {"fp32"}
+    assert kinds["conv3b"] == {"fp16"}
+
+
+@pytest.mark.rtx
+def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(model: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
+    output = build_engine(model, precision="fp16", **RTX)
+    content = read_content(output)
+    assert content["manifest"]["precision"] == "fp16"
+    assert content["profiles"][0]["shapes"]["clips"] == [[size, 16, 112, 112, 3] for size in (1, 2, 4)]
+    assert content["sha256"]["c3d.fp16.onnx"] == sha256(model.with_name("c3d.fp16.onnx"))
+    with pytest.raises(ModelFileError, match="give it as --extractor"):
+        read_sidecar(output)
+    output.write_bytes(output.read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match="truncated, was tampered with, or renamed"):
+        open_extractor(output)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_engine_answers_as_its_twin_for_any_number_of_clips(model: Path, tmp_path: Path, version: str) -> None:
+    wide = open_extractor(model, "cpu", 1)
+    shapes = {"clips": [[size, 16, 112, 112, 3] for size in (1, 2, 3)]}
+    profile = {"name": "clips", "batch": (1, 2, 3), "query_length": (1, 1, 1), "shapes": shapes}
+    plan = write_plan(tmp_path / "c3d.fp32.engine", model, [profile], wide.manifest, version)
+    driver = Driver()
+    library = Library(driver, version)
+    extractor = open_extractor_engine(plan, library=library, cuda=Cuda(driver))
+    for count in (1, 2, 4):
+        found = extractor.extract(clips(count))
+        assert found == pytest.approx(wide.extract(clips(count)), rel=1e-4, abs=1e-4)
+    # Four are one more than fit.
+    assert [run["clips"][0] for run in library.runs] == [1, 2, 3, 1]
+    assert library.fed["clips"].dtype == np.uint8
+    extractor.close()
+
+
+def test_an_engine_without_a_gpu_names_its_twin(model: Path, tmp_path: Path) -> None:
+    wide = open_extractor(model, "cpu", 1)
+    shapes = {"clips": [[1, 16, 112, 112, 3]] * 3}
+    profile = {"name": "clips", "batch": (1, 1, 1), "query_length": (1, 1, 1), "shapes": shapes}
+    plan = write_plan(tmp_path / "c3d.fp32.engine", model, [profile], wide.manifest)
+    with pytest.raises(DeviceError, match="runs on a GPU only"):
+        open_extractor(plan, "cpu")
+    if not extractor_engine.cuda_devices():
+        with pytest.raises(DeviceError, match=r"run .*c3d\.onnx on the CPU"):
+            open_extractor(plan)
+    with pytest.raises(ModelFileError, match="is of format None"):
+        open_extractor_engine(write_plan(tmp_path / "drn.engine", model, [profile], SimpleNamespace(to_dict=dict)))
+
+
+def test_features_that_are_too_far_are_kept_as_rejected_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(extractor_engine.PROMISES, "fp16", Promise(1.0, 1e-9))
+    with pytest.raises(PromiseBroken, match=r"too far from FP32's .* kept as c3d\.fp16\.rejected\.onnx"):
+        build_engine(model, precision="fp16", target="onnxruntime")
+    assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.fp16.rejected.onnx", "c3d.onnx", "c3d.pt"]
+
+
+def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    graph = onnx.load(model)
+    for tensor in graph.graph.initializer:
+        # What the fourth layer makes too large, the next makes small again.
+        factor = {"conv4a.weight": 1e4, "conv4b.weight": 1e-4}.get(tensor.name)
+        if factor:
+            values = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(graph, model)
+    output = build_engine(model, precision="fp16", target="onnxruntime")
+    assert "conv4a reaches" in caplog.text
+    kinds = {module: set(counts) for module, counts in census(onnx.load(output)).macs.items()}
+    assert kinds["conv4a"] == {"fp32"}
+    assert kinds["conv3b"] == kinds["conv5a"] == {"fp16"}
+
+
+def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof on a GPU, with what is built and what runs it stood in for."""
+    built = Plan(b"plan", "tensorrt_rtx 1.7", True, None, None)
+    monkeypatch.setattr(engines, "build", lambda *_: built)
+    monkeypatch.setattr("export.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
+    monkeypatch.setattr("export.builder.is_strongly_typed", lambda _: True)
+    monkeypatch.setattr("export.build_engine.choose_target", lambda *_: ("tensorrt-rtx", "as asked for."))
+    monkeypatch.setattr("export.job.check_options", lambda *_: None)
+    monkeypatch.setattr(extractor_engine, "cuda_devices", lambda: 1)
+    closed: list[bool] = []
+
+    def opened(path: Path) -> Any:
+        wide = open_extractor(model, "cpu", 1)
+        return SimpleNamespace(
+            extract=lambda batch: wide.extract(batch) * shift, manifest=wide.manifest, close=lambda: closed.append(True)
+        )
+
+    monkeypatch.setattr(extractor_engine, "open_extractor", opened)
+    shift = 1.0
+    output = build_engine(model, precision="fp16", **RTX)
+    assert json.loads(model.with_name("c3d.fp16.parity.json").read_text())["engine"]["difference"] < 1e-6
+    output.unlink()
+    shift = 1.1
+    with pytest.raises(PromiseBroken, match=r"the engine are too far .* kept as c3d\.fp16\.rejected\.engine"):
+        build_engine(model, precision="fp16", **RTX)
+    assert closed == [True, True]
+    assert not output.exists()
+    assert (model.parent / "c3d.fp16.rejected.engine").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "is built in fp32, fp16, bf16"),
+        ({"precision": "fp8"}, "is built in fp32, fp16, bf16"),
+        ({"split": True, "data": Path("d")}, "--data, --split: of a DRN"),
+        ({"query_length": (1, 2, 3)}, "--query-length: of a DRN"),
+        ({"batch": (4, 2, 8)}, "--batch takes MIN OPT MAX"),
+        ({"keep": ("conv9",)}, "no module conv9"),
+        ({"precision": "bf16", "target": "onnxruntime"}, "no bf16 kernels"),
+    ],
+)
+def test_what_an_extractor_has_no_use_for_is_refused(model: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GroundingError, match=message):
+        build_engine(model, **{"target": "onnxruntime", **options})
+    assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt"]
+
+
+def test_a_dry_run_says_what_would_be_built(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_engine(model, dry_run=True, target="onnxruntime")
+    assert "features of made-up clips" in capsys.readouterr().out
+    assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt"]
+
+
+def test_a_twin_is_no_source_and_no_model(model: Path, tmp_path: Path, tiny_features: Path) -> None:
+    twin = build_engine(model, precision="fp16", target="onnxruntime")
+    with pytest.raises(ModelFileError, match="is fp16 already"):
+        build_engine(twin, precision="bf16", target="tensorrt-rtx", compute_capability=("8.6",), dry_run=False)
+    with pytest.raises(ModelFileError, match="give it as --extractor"):
+        infer(twin, ("door",), features=tiny_features, duration=3)
+
+
+@pytest.fixture
+def tiny_features(tmp_path: Path) -> Path:
+    np.save(tmp_path / "hall.npy", np.ones((5, 32), np.float32))
+    return tmp_path / "hall.npy"
+
+
+def test_made_up_clips_are_the_same_every_time(model: Path) -> None:
+    manifest = open_extractor(model, "cpu", 1).manifest
+    first, second = (np.concatenate(list(made_up_clips(manifest))) for _ in range(2))
+    assert (first == second).all()
+    assert first.shape == (6, 16, 112, 112, 3)
+    # As far apart as bytes can be, and smooth: steps between neighbours are fewer than in noise.
+    assert first.min() == 0
+    assert first.max() == 255
+    steps = np.abs(np.diff(first[0].astype(int), axis=2)).mean()
+    assert steps < np.abs(np.diff(first[3].astype(int), axis=2)).mean() / 4
+
+
+def test_features_that_are_all_zero_in_both_are_equal() -> None:
+    dead = SimpleNamespace(extract=lambda clips: np.zeros((1, 4), np.float32))
+    alive = SimpleNamespace(extract=lambda clips: np.ones((1, 4), np.float32))
+    manifest: Any = SimpleNamespace(window=2, crop=(8, 8))
+    assert compare(dead, dead, manifest) == Promise(1.0, 0.0)  # type: ignore[arg-type]
+    assert PROMISES["fp16"].broken_by(compare(dead, alive, manifest))  # type: ignore[arg-type]
+    assert PROMISES["fp16"].broken_by(compare(alive, dead, manifest))  # type: ignore[arg-type]
