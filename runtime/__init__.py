@@ -29,6 +29,7 @@ from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import GroundingError
 from runtime.grounder import Grounder
 from runtime.moments import Moment, temporal_iou
+from runtime.presence import Presence
 from runtime.videos import Segments, Video
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
@@ -41,6 +42,7 @@ __all__ = [
     "GroundingError",
     "Moment",
     "PairBackend",
+    "Presence",
     "Segments",
     "Video",
     "Vocabulary",

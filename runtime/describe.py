@@ -53,6 +53,7 @@ def describe(
         ),
         ("decoding", f"{score} above {decoding.score_threshold:g}, {nms} ({decoding.protocol} protocol)"),
         ("long videos", str(manifest.windows or "grounded whole")),
+        ("no moment found", str(manifest.presence or "never said: it always answers")),
         *((f"source {name}", digest) for name, digest in manifest.sources.items()),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()) or "-"),
         ("training", json.dumps({key: value for key, value in manifest.training.items() if key != "validation"})),

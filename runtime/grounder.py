@@ -63,18 +63,26 @@ class Grounder:
         """Whether the model was split, so that videos can be encoded once."""
         return self.manifest.part == "query"
 
-    def ground(self, video: Subject, query: str, top_k: int = 5) -> list[Moment]:
+    def ground(self, video: Subject, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:
         """Return the moments of `video` that fit `query`, best first, at most `top_k`.
+
+        None are returned only by a model that carries a threshold for it (`Presence`), where the best scores below it;
+        with `presence` False it answers always.
 
         Raises:
             QueryError: the query is empty, too long, or made of unknown words only.
             FeatureError: the features are not of the width that the model takes, or another model encoded them.
             ModelFileError: the video is encoded and the model is whole.
         """
-        return self.ground_batch([(video, query)], top_k)[0]
+        return self.ground_batch([(video, query)], top_k, presence=presence)[0]
 
     def ground_batch(
-        self, pairs: Sequence[tuple[Subject, str]], top_k: int = 5, batch_size: int = BATCH_SIZE
+        self,
+        pairs: Sequence[tuple[Subject, str]],
+        top_k: int = 5,
+        batch_size: int = BATCH_SIZE,
+        *,
+        presence: bool = True,
     ) -> list[list[Moment]]:
         """Return for each (video, query) pair its moments, best first, in the order of the pairs.
 
@@ -85,19 +93,26 @@ class Grounder:
         videos = {id(video): video for video, _ in pairs}
         cuts = {key: self.cut(video) for key, video in videos.items()}
         seen = {key: self._seen(video) for key, video in videos.items() if not cuts[key]}
-        decoding = self.manifest.decoding
+        decoding, threshold = self.manifest.decoding, self.manifest.presence if presence else None
         answers: list[list[Moment]] = [[] for _ in pairs]
         whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
         asked = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
         for indices, heads in self.run(*asked, batch_size):
-            for index, rows in zip(indices, decode(heads, decoding, min(top_k, decoding.num_locations))):
+            picks = decode(heads, decoding, min(top_k, decoding.num_locations))
+            if threshold:
+                # The whole video with score 1, which stands where nothing is likely, is no answer.
+                picks[likely(heads, decoding).scores.max(axis=1) < threshold.threshold] = np.nan
+            for index, rows in zip(indices, picks):
                 answers[whole[index]] = in_seconds(rows, pairs[whole[index]][0].duration)
         for key in videos.keys() - seen.keys():
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
             found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
             for index, picks in zip(chosen, found.picks(decoding, top_k)):
+                moments = in_seconds(picks, found.unit)
+                if threshold and not (moments and moments[0].score >= threshold.threshold):
+                    continue
                 # As published: where nothing is likely, the whole video with score 1.
-                answers[index] = in_seconds(picks, found.unit) or [Moment(0.0, videos[key].duration, 1.0)]
+                answers[index] = moments or [Moment(0.0, videos[key].duration, 1.0)]
         return answers
 
     def cut(self, video: Subject) -> Sequence[Window]:

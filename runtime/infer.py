@@ -35,6 +35,7 @@ def infer(
     footage: Path | None = None,
     window: float | None = None,
     overlap: float | None = None,
+    always_answer: bool = False,
     top_k: int = 5,
     format: Format = "text",
     plot: Path | None = None,
@@ -59,6 +60,7 @@ def infer(
         window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
             video whole. The model's own when not given: it cuts videos longer than those it learnt from.
         overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
+        always_answer: also where nothing in the video fits, if the model carries a threshold below which it says so.
         top_k: most moments for each query.
         format: how moments are printed; srt holds the best of each query.
         plot: PNG file for the moments on the video's time line, over frames of the video where its file is given.
@@ -89,7 +91,7 @@ def infer(
             "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
             *(asked.name, asked.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
         )
-    found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k)
+    found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k, presence=not always_answer)
     answers = [
         Answer(sentence, asked.name, asked.duration, moments, chosen.truths.get(sentence))
         for sentence, moments in zip(query, found)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from runtime.decoding import Decoding
 from runtime.errors import GroundingError, ModelFileError
+from runtime.presence import Presence
 from runtime.videos import ClipClock, Pooling
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
@@ -61,6 +62,7 @@ class Manifest:
         prepared_parts: of a query part: the files that prepare an encoding for very many queries and that ask it, in
             this order, to SHA-256; empty where there are none.
         windows: how videos longer than the training videos are cut; None for files of before, which take them whole.
+        presence: the score below which no moment is found; None for a model that always answers.
     """
 
     vocabulary: Vocabulary
@@ -76,6 +78,7 @@ class Manifest:
     video_part: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prepared_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
+    presence: Presence | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -97,6 +100,7 @@ class Manifest:
             **({} if self.part == "whole" else {"part": self.part, "video_part": dict(self.video_part)}),
             **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
             **({"windows": self.windows.to_dict()} if self.windows else {}),
+            **({"presence": self.presence.to_dict()} if self.presence else {}),
         }
 
     def to_json(self) -> str:
@@ -130,6 +134,7 @@ class Manifest:
                 video_part=dict(value.get("video_part", {})),
                 prepared_parts=dict(value.get("prepared_parts", {})),
                 windows=Windows.from_dict(value["windows"]) if "windows" in value else None,
+                presence=Presence.from_dict(value["presence"]) if "presence" in value else None,
             )
         except GroundingError:
             raise

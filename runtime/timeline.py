@@ -70,6 +70,8 @@ def _text(answer: Answer, width: int) -> str:
     columns = [max((len(row[index]) for row in rows), default=0) for index in range(3)]
     bar_width = max(20, width - sum(columns) - 10)
     lines = [f"{answer.video} ({clock(answer.duration)})  “{answer.query}”"]
+    if not answer.moments:
+        lines.append("  no moment found")
     for start, end, score, span, mark in rows:
         bar = _bar(span, answer.duration, bar_width, mark)
         lines.append(f"  {start:>{columns[0]}} - {end:>{columns[1]}}  {score:>{columns[2]}}  {bar}")

@@ -20,11 +20,12 @@ from runtime.extractors import FORMAT, ExtractorManifest
 from runtime.vocabulary import Vocabulary
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
+from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
 from train.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")
-(LINES,) = [block.splitlines() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
+LINES, *OTHERS = [block.splitlines() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,8 @@ def test_the_description_on_the_page_is_one() -> None:
 def test_the_means_on_the_page_are_those_of_the_code() -> None:
     for mean in MEANS.values():
         assert ", ".join(f"{value:g}" for value in mean) in PAGE
+
+
+@pytest.mark.parametrize("line", [line for block in OTHERS for line in block])
+def test_the_other_commands_parse(line: str, tmp_path: Path) -> None:
+    check_parses(line, tmp_path)

@@ -124,8 +124,10 @@ def train(
         annotations = data_set.annotations("train", invalid="keep" if faithful else "drop")
         if validate_on == "held-out":
             training, validation = split_by_video(annotations, held_out, seed)
+            # So that a threshold can be fitted on the same videos: `train.fit_presence`.
+            told = {"held_out": held_out, "faithful": faithful, "annotations": data_set.digest("train")}
         else:
-            training = annotations
+            training, told = annotations, {}
             validation = data_set.annotations("test") if validate_on == "test" else []
         if data_set.simulated:
             log.warning(
@@ -179,6 +181,7 @@ def train(
             features=features,
             decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
             windows=windows_of(data_set, training),
+            told=told,
         )
         if negatives and len({annotation.video for annotation in training}) < 2:
             raise GroundingError("--negatives asks other videos, and there is only one; leave it out.")

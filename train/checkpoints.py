@@ -18,6 +18,7 @@ from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
+from runtime.presence import Presence
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 from train.model import DRN, DRNConfig
@@ -37,6 +38,7 @@ class Checkpoint:
         weights: its state dict, on the CPU.
         training: how it came to be: at least `stage`.
         windows: how videos longer than the training videos are cut; None if it is not known how long those were.
+        presence: the score below which no moment is found; None where none was fitted.
     """
 
     config: DRNConfig
@@ -46,6 +48,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     training: Mapping[str, Any]
     windows: Windows | None = None
+    presence: Presence | None = None
 
     def model(self) -> DRN:
         """Return the network in evaluation mode, on the CPU."""
@@ -63,6 +66,7 @@ class Checkpoint:
             max_query_length=max_query_length,
             training=dict(self.training),
             windows=self.windows,
+            presence=self.presence,
             **fields,
         )
 
@@ -82,6 +86,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "training": dict(checkpoint.training),
         **({"windows": checkpoint.windows.to_dict()} if checkpoint.windows else {}),
+        **({"presence": checkpoint.presence.to_dict()} if checkpoint.presence else {}),
     }
     save(path, content)
 
@@ -111,6 +116,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             weights=content["weights"],
             training={**content["training"], "stage": int(content["training"].get("stage", 3))},
             windows=Windows.from_dict(content["windows"]) if "windows" in content else None,
+            presence=Presence.from_dict(content["presence"]) if "presence" in content else None,
         )
     except GroundingError:
         raise

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Materials:
-    """What a run learns from and what its checkpoints carry along."""
+    """What a run learns from and what its checkpoints carry along; `told` is what else they say of the training."""
 
     data_set: DataSet
     training: TrainingData
@@ -93,6 +93,7 @@ class Materials:
     features: Features
     decoding: Decoding
     windows: Windows | None = None
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Learner:
@@ -343,6 +344,7 @@ class Run:
                 "seed": self.settings.seed,
                 **({"negatives": self.settings.negatives} if self.settings.negatives else {}),
                 "simulated_features": materials.data_set.simulated,
+                **materials.told,
                 "validation": record,
             },
             windows=materials.windows,

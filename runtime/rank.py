@@ -1,0 +1,95 @@
+"""`python -m runtime.rank`: does a sentence find its video among many?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.annotations import DataSet, Invalid
+from runtime.backends import Device
+from runtime.command import command, next_command
+from runtime.errors import GroundingError
+from runtime.files import check_writable, write_json
+from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.ranking import Ranking, best_scores, draw_videos
+from runtime.ranking import rank as rank_scores
+
+
+def rank(
+    model: Path,
+    data: Path,
+    *,
+    videos: int = 100,
+    split: str = "test",
+    seed: int = 0,
+    output: Path | None = None,
+    invalid: Invalid = "error",
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> Ranking:
+    """Ask every sentence of a split of its own video and of others, rank them by their best moments' scores, and report
+    where its own stands, beside chance.
+
+    A video drawn may show what the sentence says too, so that no model reaches 100 %.
+
+    Args:
+        model: .onnx, .engine or .pt file; one that was split encodes each video once.
+        data: directory of the data set.
+        videos: that each sentence asks, its own among them.
+        split: train or test.
+        seed: of the draw of the others.
+        output: JSON file for the figures and every sentence's rank.
+        invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop or keep it.
+        limit: ask only the first so many sentences.
+        batch_size: pairs that go through the network together; changes nothing but speed.
+        device: auto, cpu or cuda.
+        threads: CPU threads.
+    """
+    if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
+        raise GroundingError(
+            "--videos is at least 2, --seed 0 or more, --limit and --batch-size at least 1, and "
+            f"{videos}, {seed}, {limit} and {batch_size} were given."
+        )
+    check_writable(output, model)
+    data_set = DataSet(data)
+    annotations = data_set.annotations(split, invalid)
+    names = sorted({annotation.video for annotation in annotations})
+    annotations = annotations[:limit]
+    number = {name: index for index, name in enumerate(names)}
+    own = np.array([number[annotation.video] for annotation in annotations])
+    asked = draw_videos(own, len(names), videos - 1, seed)
+    grounder = Grounder.load(model, device, threads)
+    with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
+        scores = best_scores(
+            grounder,
+            data_set,
+            [annotation.sentence for annotation in annotations],
+            names,
+            asked,
+            batch_size=batch_size,
+            on_progress=bar.update,
+        )
+    ranking = rank_scores(scores)
+    rows = {model.name: ranking.values, "chance": ranking.chance}
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"  {name:>11}" for name in ranking.values))
+    for label, values in rows.items():
+        cells = (f"{value if name == 'median rank' else 100 * value:>11.2f}" for name, value in values.items())
+        print(f"{label:<{width}}  " + "  ".join(cells))
+    print(f"{len(annotations)} sentences of {split}, each among {videos} of {len(names)} videos, percent.")
+    if data_set.simulated:
+        print("Features are simulated: not comparable with published numbers.")
+    if output:
+        figures = {**ranking.values, "chance": ranking.chance, "sentences": len(annotations), "videos": videos}
+        about = {"split": split, "seed": seed, "simulated_features": data_set.simulated, "model": model.name}
+        write_json(output, {**figures, **about, "ranks": ranking.ranks.tolist()})
+    next_command("runtime.evaluate", "--model", model, "--data", data)
+    return ranking
+
+
+if __name__ == "__main__":
+    command(rank)

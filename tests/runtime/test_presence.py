@@ -1,0 +1,156 @@
+"""`runtime.presence`: a threshold that tells pairs apart, and models that say where nothing fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import Grounder, Presence, Windows
+from runtime.annotations import DataSet
+from runtime.decoding import Decoding
+from runtime.errors import GroundingError, ModelFileError
+from runtime.evaluation import evaluate
+from runtime.infer import infer
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.presence import fit
+from runtime.timeline import Answer, render
+from tests.runtime.test_encodings import PlantedPair
+from tests.runtime.test_grounder import PAIRS, QUARTER, video
+from tests.runtime.test_windows import WINDOWS, Finder, long_video
+
+HALF = Presence(0.5, 0.9, 0.8, 100, 500)
+SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1, max_size=30)
+
+
+def test_scores_that_can_be_told_apart_are() -> None:
+    found = fit(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
+    assert found == Presence(0.5, 1.0, 1.0, 3, 4, "balanced accuracy")
+
+
+def test_a_threshold_by_hand() -> None:
+    matching, mismatched = np.array([0.9, 0.8, 0.3, -np.inf]), np.array([0.7, 0.35, 0.2, 0.1])
+    # Of 0.9, 0.8 and 0.3 the second has the best mean: 1/2 and 4/4.
+    found = fit(matching, mismatched)
+    assert dataclasses.astuple(found)[:3] == (pytest.approx(0.75), 0.5, 1.0)
+    kept = fit(matching, mismatched, keep=0.6)
+    assert dataclasses.astuple(kept)[:3] == (pytest.approx(0.25), 0.75, 0.5)
+    assert kept.rule == "at least 60 % kept"
+
+
+@given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
+@settings(max_examples=200)
+def test_shares_are_what_the_threshold_does_and_none_is_better(
+    matching: list[float], mismatched: list[float], keep: float | None
+) -> None:
+    own, other = np.array(matching), np.array(mismatched)
+    most = (own > -np.inf).mean()
+    if most == 0 or (keep or 0) > most:
+        with pytest.raises(GroundingError, match=r"any location is likely|no threshold"):
+            fit(own, other, keep)
+        return
+    found = fit(own, other, keep)
+    assert found.kept == pytest.approx((own >= found.threshold).mean())
+    assert found.refused == pytest.approx((other < found.threshold).mean())
+    # A threshold that answers nobody at all is none.
+    for threshold in np.linspace(0.01, own.max(), 50):
+        kept, refused = (own >= threshold).mean(), (other < threshold).mean()
+        if keep is None:
+            assert found.kept + found.refused >= kept + refused - 1e-9
+        elif kept >= keep:
+            assert found.refused >= refused - 1e-9
+    if keep is not None:
+        assert found.kept >= keep - 1e-9
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(keep: float) -> None:
+    with pytest.raises(GroundingError, match="--keep is a share"):
+        fit(np.array([0.5]), np.array([0.4]), keep)
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan"), "0.5"])
+def test_a_threshold_that_is_no_score_is_refused(threshold: Any) -> None:
+    with pytest.raises(ModelFileError, match="no moment is found"):
+        Presence(threshold, 0.9, 0.8, 100, 500)
+
+
+def carrying(backend: Any, threshold: float) -> Any:
+    """The same model with a threshold."""
+    presence = dataclasses.replace(HALF, threshold=threshold)
+    backend.manifest = dataclasses.replace(backend.manifest, presence=presence)
+    return backend
+
+
+def test_below_the_threshold_no_moment_is_found_unless_asked_for(planted_backend: Any) -> None:
+    grounder = Grounder(carrying(planted_backend(), 0.9))
+    without = Grounder(planted_backend()).ground_batch(PAIRS)
+    answers = grounder.ground_batch(PAIRS)
+    # The second half of a video alone scores 0.8 at most.
+    assert answers == [moments if moments[0].score >= 0.9 else [] for moments in without]
+    assert grounder.ground(video(10.0, cat=(0, 3)), "dog") == []
+    assert grounder.ground(QUARTER, "dog") == without[0]
+    assert grounder.ground_batch(PAIRS, presence=False) == without
+
+
+def test_the_whole_video_that_stands_for_nothing_likely_is_no_answer(planted_backend: Any) -> None:
+    strict = Grounder(carrying(planted_backend(Decoding(score_threshold=0.9)), 0.01))
+    nothing = (video(60.0), "person runs dog opens door cat")
+    assert strict.ground(*nothing) == []
+    assert strict.ground(*nothing, presence=False)[0].score == 1
+
+
+def test_long_videos_are_refused_where_no_window_reaches_the_threshold(planted_backend: Any) -> None:
+    whole = carrying(Finder(planted_backend(), WINDOWS), 0.5)
+    pair = PlantedPair(whole)
+    subject = long_video(300, dog=(200, 210))
+    for grounder in (Grounder(whole), Grounder(pair)):
+        found, nothing = grounder.ground_batch([(subject, "dog"), (subject, "cat")])
+        assert round(found[0].start / 10) == 20
+        assert nothing == []
+        assert grounder.ground(subject, "cat", presence=False)[0].score == 1
+    # Found, and yet not well enough.
+    assert Grounder(carrying(whole, 0.99)).ground(subject, "dog") == []
+    assert Grounder(carrying(whole, 0.9)).ground(subject, "dog")
+
+
+def test_evaluation_always_answers(tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path) -> None:
+    reports = []
+    for name, presence in (("plain", None), ("strict", dataclasses.replace(HALF, threshold=1.0))):
+        manifest = dataclasses.replace(tiny_manifest, presence=presence)
+        model = write_graph(tmp_path / f"{name}.onnx", {METADATA_KEY: manifest.to_json()})
+        data_set = DataSet(mini)
+        reports.append(evaluate(Grounder.load(model), data_set, data_set.annotations("test")).report)
+    assert reports[0] == reports[1]
+
+
+def test_infer_says_that_nothing_was_found(
+    tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    strict = dataclasses.replace(tiny_manifest, presence=dataclasses.replace(HALF, threshold=1.0))
+    model = write_graph(tmp_path / "strict.onnx", {METADATA_KEY: strict.to_json()})
+    asked = ("--model", model, "--data", mini, "--video", "AAAA1", "--query", "dog sits")
+    assert run_command(infer, *asked).out.endswith("“dog sits”\n  no moment found\n")
+    assert '"moments": []' in run_command(infer, *asked, "--format", "json").out
+    assert "no moment found" not in run_command(infer, *asked, "--always-answer").out
+
+
+def test_tables_and_subtitles_hold_nothing_where_nothing_was_found() -> None:
+    answers = [Answer("dog", "yard", 20.0, [])]
+    assert render(answers, "csv") == "video,query,rank,start,end,score"
+    assert render(answers, "srt") == ""
+
+
+def test_a_model_tells_of_its_threshold_and_its_windows(tiny_manifest: Manifest) -> None:
+    full = dataclasses.replace(tiny_manifest, presence=HALF, windows=Windows(194.42, 43.0, 14.5))
+    assert Manifest.from_json(full.to_json()) == full
+    assert str(HALF) == (
+        "below a score of 0.500, which answers 90.0 % of 100 matching and refuses 80.0 % of 500 mismatched pairs "
+        "(balanced accuracy)"
+    )

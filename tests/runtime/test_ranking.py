@@ -1,0 +1,92 @@
+"""`runtime.ranking` and `runtime.rank`: where a sentence's own video stands among others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import Grounder
+from runtime import ranking as ranking_module
+from runtime.annotations import DataSet
+from runtime.decoding import likely
+from runtime.errors import GroundingError
+from runtime.rank import rank as rank_command
+from runtime.ranking import best_scores, draw_videos, rank
+from runtime.tensors import collate
+
+
+def test_ranks_by_hand() -> None:
+    scores = np.array([[0.9, 0.1, 0.2, 0.3], [0.2, 0.1, 0.3, 0.4], [0.2, 0.2, 0.1, 0.5], [-np.inf] * 4], np.float32)
+    found = rank(scores)
+    # The second is third; of equal scores each gets the mean of their places.
+    assert found.ranks.tolist() == [1, 3, 2.5, 2.5]
+    assert found.values == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
+    assert found.chance == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
+
+
+def test_random_scores_rank_as_chance() -> None:
+    found = rank(np.random.default_rng(0).random((4000, 100)))
+    assert found.values["R@1"] == pytest.approx(found.chance["R@1"], abs=0.01)
+    assert found.values["R@10"] == pytest.approx(found.chance["R@10"], abs=0.02)
+    assert found.values["median rank"] == pytest.approx(found.chance["median rank"], abs=2)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
+def test_every_sentence_asks_its_own_video_and_others_once(own: list[int], count: int, seed: int) -> None:
+    asked = draw_videos(np.array(own), 10, count, seed)
+    assert asked.shape == (len(own), count + 1)
+    assert asked[:, 0].tolist() == own
+    assert all(len(set(row)) == count + 1 and set(row) <= set(range(10)) for row in asked.tolist())
+    np.testing.assert_array_equal(asked, draw_videos(np.array(own), 10, count, seed))
+
+
+def test_more_videos_than_there_are_are_refused() -> None:
+    with pytest.raises(GroundingError, match="10 other videos were asked for and there are 9"):
+        draw_videos(np.array([0]), 10, 10, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_scores_are_those_of_each_pair_alone_and_videos_are_read_once(
+    tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(ranking_module, "CHUNK", chunk)
+    grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
+    annotations = data_set.annotations("test")
+    names = sorted({annotation.video for annotation in annotations})
+    sentences = [annotation.sentence for annotation in annotations]
+    asked = draw_videos(np.array([names.index(a.video) for a in annotations]), len(names), len(names) - 1, 0)
+    read: list[str] = []
+    monkeypatch.setattr(data_set, "video", lambda name: read.append(name) or DataSet.video(data_set, name))
+    progress: list[int] = []
+    scores = best_scores(grounder, data_set, sentences, names, asked, batch_size=3, on_progress=progress.append)
+    assert sorted(read) == names
+    assert sum(progress) == asked.size
+    for row, sentence in enumerate(sentences):
+        for column, number in enumerate(asked[row]):
+            segments = grounder.segments(DataSet(mini).video(names[number]))
+            heads = grounder.backend.run(collate([grounder.encode_query(sentence)], [segments]))
+            alone = likely(heads, grounder.manifest.decoding).scores.max()
+            assert scores[row, column] == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_command_reports_beside_chance(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    asked = ("--model", tiny_model, "--data", mini)
+    outcome = run_command(rank_command, *asked, "--videos", 2, "--output", tmp_path / "ranking.json")
+    assert outcome.code == 0
+    assert "chance           50.00       100.00         1.50" in outcome.out
+    assert "5 sentences of test, each among 2 of" in outcome.out
+    written = json.loads((tmp_path / "ranking.json").read_text())
+    assert written["chance"]["R@1"] == 0.5
+    assert len(written["ranks"]) == written["sentences"] == 5
+    assert written["median rank"] == np.median(written["ranks"])
+    assert "other videos were asked for" in refused(rank_command, *asked)
+    assert "--videos is at least 2" in refused(rank_command, *asked, "--videos", 1)

@@ -1,0 +1,138 @@
+"""`train.fit_presence`: a threshold fitted on what the training held out, which every file of the model carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.to_onnx import export_model
+from runtime.annotations import DataSet
+from runtime.decoding import likely
+from runtime.errors import CheckpointError, GroundingError
+from runtime.grounder import Grounder
+from runtime.manifest import METADATA_KEY, Manifest
+from runtime.tensors import collate
+from train import fit_presence as module
+from train.backend import open_checkpoint
+from train.checkpoints import load_checkpoint, save_checkpoint
+from train.data import split_by_video
+from train.fit_presence import fit_presence
+
+
+@pytest.fixture(scope="module")
+def trained(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short run's checkpoint, with every location likely: its own scores hardly pass the published threshold."""
+    path = tmp_path_factory.mktemp("trained") / "drn.pt"
+    loaded = load_checkpoint(short_run / "drn.pt")
+    save_checkpoint(path, dataclasses.replace(loaded, decoding=dataclasses.replace(loaded.decoding, score_threshold=0)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(trained: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fitted") / "drn.pt"
+    fit_presence(trained, planted, path, mismatched=1, device="cpu")
+    return path
+
+
+def test_shares_are_of_the_videos_held_out_from_training(fitted: Path, planted: Path) -> None:
+    loaded, data_set = load_checkpoint(fitted), DataSet(planted)
+    assert loaded.training["held_out"] == 0.1
+    _, held_out = split_by_video(data_set.annotations("train", invalid="drop"), 0.1, loaded.training["seed"])
+    names = sorted({annotation.video for annotation in held_out})
+    assert len(names) == 2, "so that each sentence asks both"
+    grounder = Grounder(open_checkpoint(fitted, "cpu"))
+
+    def score(sentence: str, name: str) -> float:
+        batch = collate([grounder.encode_query(sentence)], [grounder.segments(data_set.video(name))])
+        return float(likely(grounder.backend.run(batch), loaded.decoding).scores.max())
+
+    scores = np.array([[score(a.sentence, name) for name in names] for a in held_out])
+    own = np.array([names.index(annotation.video) for annotation in held_out])
+    matching, mismatched = scores[np.arange(len(own)), own], scores[np.arange(len(own)), 1 - own]
+    presence = loaded.presence
+    assert presence is not None
+    assert (presence.matching, presence.mismatched) == (len(own), len(own))
+    assert presence.kept == pytest.approx((matching >= presence.threshold).mean())
+    assert presence.refused == pytest.approx((mismatched < presence.threshold).mean())
+
+
+def test_nothing_but_the_threshold_changes(fitted: Path, trained: Path) -> None:
+    before, after = load_checkpoint(trained), load_checkpoint(fitted)
+    assert before.presence is None
+    for name in ("config", "features", "vocabulary", "decoding", "training", "windows"):
+        assert getattr(before, name) == getattr(after, name), name
+    assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
+
+
+def test_an_exported_model_carries_it(fitted: Path) -> None:
+    loaded = load_checkpoint(fitted)
+    exported = export_model(loaded.model(), loaded.manifest(8), opset=18)
+    (carried,) = (entry.value for entry in exported.metadata_props if entry.key == METADATA_KEY)
+    manifest = Manifest.from_json(carried)
+    assert manifest.presence == loaded.presence
+    assert manifest.windows == loaded.windows
+    assert manifest.windows is not None
+
+
+def test_at_least_the_share_asked_for_is_kept(trained: Path, planted: Path, tmp_path: Path) -> None:
+    found = fit_presence(trained, planted, tmp_path / "drn.pt", keep=0.95, mismatched=1, device="cpu")
+    assert found.kept >= 0.95
+    assert found.rule == "at least 95 % kept"
+
+
+def test_a_checkpoint_that_tells_of_no_held_out_videos_needs_them_named(
+    trained: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_checkpoint(trained)
+    bare = tmp_path / "bare.pt"
+    save_checkpoint(bare, dataclasses.replace(loaded, training={"stage": 3}))
+    with pytest.raises(CheckpointError, match="does not tell of videos that its training held out; pass --held-out"):
+        fit_presence(bare, planted, tmp_path / "drn.pt", device="cpu")
+    assert not (tmp_path / "drn.pt").exists()
+    fit_presence(bare, planted, tmp_path / "drn.pt", held_out=0.2, mismatched=1, device="cpu")
+    assert "may have learnt from the videos" in caplog.text
+
+
+def test_other_data_than_the_training_had_is_refused(trained: Path, planted: Path, tmp_path: Path) -> None:
+    shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    path = DataSet(tmp_path / "data").annotations_path("train")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(CheckpointError, match="is not the data that"):
+        fit_presence(trained, tmp_path / "data", tmp_path / "drn.pt", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mismatched": 0}, "--mismatched"),
+        ({"mismatched": 50}, "50 other videos were asked for"),
+        ({"held_out": 1.0}, "--held-out is a fraction"),
+        ({"keep": 1.2, "mismatched": 1}, "--keep is a share"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_impossible_argument_is_named(
+    trained: Path, planted: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(GroundingError, match=said):
+        fit_presence(trained, planted, tmp_path / "drn.pt", device="cpu", **options)
+    assert not (tmp_path / "drn.pt").exists()
+
+
+def test_the_command_says_what_the_threshold_does(
+    trained: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    fake: Callable[..., Any] = lambda *scores: module.Presence(0.25, 0.9, 0.75, 40, 80)  # noqa: E731
+    monkeypatch.setattr(module, "fit", fake)
+    fit_presence(trained, planted, tmp_path / "drn.pt", mismatched=1, device="cpu")
+    said = capsys.readouterr().out
+    assert "no moment is found below a score of 0.250, which answers 90.0 % of 40 matching and refuses 75.0 %" in said
+    assert "simulated" in said

@@ -1,0 +1,112 @@
+"""`python -m train.fit_presence`: from which score on is a moment there at all?"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.annotations import Annotation, DataSet
+from runtime.backends import Device
+from runtime.command import command, next_command
+from runtime.errors import CheckpointError, GroundingError
+from runtime.files import check_writable
+from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.presence import Presence, fit
+from runtime.ranking import best_scores, draw_videos
+from train.backend import open_checkpoint
+from train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from train.data import split_by_video
+
+log = logging.getLogger("drn")
+
+
+def fit_presence(
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    *,
+    keep: float | None = None,
+    mismatched: int = 5,
+    held_out: float | None = None,
+    seed: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> Presence:
+    """Fit the score below which a model says "no moment found", and write the checkpoint with it.
+
+    Every sentence of the training videos that were held out asks its own video, which shows what it says, and others,
+    which are taken not to. What is exported of the checkpoint carries the threshold; evaluation never applies it.
+
+    Args:
+        checkpoint: drn.pt.
+        data: directory of the data set that it was trained on.
+        output: the checkpoint to write; may be the same file.
+        keep: share of the matching pairs to answer at least (0.95); without it, matching and mismatched pairs count
+            alike (balanced accuracy).
+        mismatched: other videos that each sentence asks.
+        held_out: fraction of the training videos to fit on; as the checkpoint tells, if it was trained with a part held
+            out. A network that learnt from these videos is surer of them than of others.
+        seed: of the videos held out, and of the others asked; the training's when not given.
+        batch_size: pairs that go through the network together; changes nothing but speed.
+        device: auto, cpu or cuda.
+        threads: CPU threads.
+    """
+    if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
+        raise GroundingError(
+            f"--mismatched and --batch-size are at least 1 and --seed is 0 or more, and {mismatched}, {batch_size} and "
+            f"{seed} were given."
+        )
+    check_writable(output)
+    loaded = load_checkpoint(checkpoint)
+    data_set = DataSet(data)
+    seed = int(loaded.training.get("seed", 0)) if seed is None else seed
+    annotations = _held_out(loaded, data_set, held_out, seed, str(checkpoint))
+    names = sorted({annotation.video for annotation in annotations})
+    number = {name: index for index, name in enumerate(names)}
+    own = np.array([number[annotation.video] for annotation in annotations])
+    asked = draw_videos(own, len(names), mismatched, seed)
+    grounder = Grounder(open_checkpoint(checkpoint, device, threads))
+    sentences = [annotation.sentence for annotation in annotations]
+    with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
+        scores = best_scores(grounder, data_set, sentences, names, asked, batch_size=batch_size, on_progress=bar.update)
+    presence = fit(scores[:, 0], scores[:, 1:].ravel(), keep)
+    save_checkpoint(output, dataclasses.replace(loaded, presence=presence))
+    print(f"{output}: no moment is found {presence}.")
+    if data_set.simulated:
+        print("Features are simulated: these shares say nothing of real ones.")
+    next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    return presence
+
+
+def _held_out(
+    loaded: Checkpoint, data_set: DataSet, fraction: float | None, seed: int, source: str
+) -> list[Annotation]:
+    """Return the annotations of the training videos to fit on."""
+    training = loaded.training
+    if fraction is None:
+        fraction = training.get("held_out")
+        if fraction is None:
+            raise CheckpointError(
+                f"{source} does not tell of videos that its training held out; pass --held-out 0.1 to fit on a tenth "
+                "of the training videos, though the network may have learnt from them."
+            )
+        if training.get("annotations") != data_set.digest("train"):
+            raise CheckpointError(
+                f"{data_set.root} is not the data that {source} was trained on, so that it is not known which of its "
+                "videos were held out; pass that directory, or --held-out 0.1 for a tenth of this one's."
+            )
+    elif not 0 < fraction < 1:
+        raise GroundingError(f"--held-out is a fraction of the videos, between 0 and 1, and {fraction} is not.")
+    elif fraction != training.get("held_out"):
+        log.warning("The network may have learnt from the videos fitted on, and be surer of them than of others.")
+    annotations = data_set.annotations("train", invalid="keep" if training.get("faithful") else "drop", quiet=True)
+    return split_by_video(annotations, fraction, seed)[1]
+
+
+if __name__ == "__main__":
+    command(fit_presence)
