@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,7 +29,7 @@ from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.files import read_json, replace_when_whole, sha256, write_json, write_text
-from runtime.videos import ClipClock
+from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, read_text, seeded_order
 
 log = logging.getLogger("drn.simulate")
 
@@ -45,11 +45,9 @@ TABLES = {
 # Raised whenever the same parameters come to mean other features, so that a resumed run never mixes two kinds.
 RECIPE = 1
 
-CLOCK = ClipClock()
 LATENT_DIM = 128
 ZERO_FRACTION, POWER, GAIN_SPREAD = 0.8, 1.3, 0.5
 NOISE_SECONDS = 1.0  # the time after which the noise has forgotten 63 % of itself
-REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
 
 
 @dataclass(frozen=True)
@@ -75,35 +73,6 @@ DIFFICULTIES = {
     "medium": Difficulty(identity=0.20, noise=0.30, jitter=0.9, drop=0.10, confuse=0.10),
     "hard": Difficulty(identity=0.25, noise=0.37, jitter=1.2, drop=0.15, confuse=0.15),
 }
-
-
-@dataclass(frozen=True)
-class Story:
-    """What happens in one video: all that its features may depend on. `actions` holds (action, start, end), seconds."""
-
-    name: str
-    num_frames: int
-    duration: float
-    scene: str
-    objects: tuple[str, ...]
-    actions: tuple[tuple[str, float, float], ...]
-
-    @property
-    def num_clips(self) -> int:
-        """One clip of 16 frames every 8; a video shorter than 16 frames still has one."""
-        return CLOCK.num_clips(self.num_frames)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A data set to be: the stories to simulate, and the text files around them (name -> content)."""
-
-    stories: list[Story]
-    reference: list[Story]
-    texts: dict[str, str]
-    parts: Callable[[str], list[tuple[str, float]]]
-    siblings: Callable[[str], list[str]]
-    facts: dict[str, Any]
 
 
 def simulate(
@@ -329,7 +298,7 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     labels = {split: _read_labels(annotations / f"Charades_v1_{split}.csv") for split in SPLITS}
     everything = {**labels["train"], **labels["test"]}
     classes = sorted({action for _, _, actions in everything.values() for action, _, _ in actions})
-    texts: dict[str, str] = {name: _read_text(annotations / name) for name in TABLES}
+    texts: dict[str, str] = {name: read_text(annotations / name) for name in TABLES}
     chosen: dict[str, None] = {}
     everyone: dict[str, None] = {}
     moments, exact = {}, {}
@@ -338,9 +307,9 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
         lines = _read_moments(path)
         names = list(dict.fromkeys(video for _, video, _, _ in lines))
         everyone.update(dict.fromkeys(names))
-        keep = set(_seeded_order(names, seed)[:videos])
+        keep = set(seeded_order(names, seed)[:videos])
         kept = [line for line in lines if line[1] in keep]
-        texts[path.name] = _read_text(path) if videos is None else "".join(text + "\n" for text, *_ in kept)
+        texts[path.name] = read_text(path) if videos is None else "".join(text + "\n" for text, *_ in kept)
         chosen.update(dict.fromkeys(name for name in names if name in keep))
         moments[split] = len(kept)
         exact[split] = sum(_is_action(video, start, end, everything) for _, video, start, end in kept)
@@ -363,7 +332,7 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
         stories[name] = Story(name, num_frames, duration, scene, objects, actions)
     return Plan(
         stories=[stories[name] for name in chosen],
-        reference=[stories[name] for name in _seeded_order(everyone, seed)[:REFERENCE_VIDEOS]],
+        reference=[stories[name] for name in seeded_order(everyone, seed)[:REFERENCE_VIDEOS]],
         texts=texts,
         parts=_class_parts,
         siblings=functools.partial(_class_siblings, classes),
@@ -375,20 +344,10 @@ def _source_names() -> list[str]:
     return [f"Charades_sta_{s}.txt" for s in SPLITS] + list(TABLES) + [f"Charades_v1_{s}.csv" for s in SPLITS]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            return stream.read()
-    except UnicodeDecodeError:
-        raise AnnotationError(f"{path} should be UTF-8 text and is not.") from None
-    except OSError as error:
-        raise AnnotationError(f"{path} cannot be read: {error.strerror}.") from error
-
-
 def _read_moments(path: Path) -> list[tuple[str, str, float, float]]:
     """Return (line, video, start, end) of every line of an annotation file; checks its form and not its times."""
     found = []
-    for number, line in enumerate(io.StringIO(_read_text(path)), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
         line = line.rstrip("\r\n")
         head, mark, _ = line.partition("##")
         try:
@@ -410,7 +369,7 @@ def _read_labels(path: Path) -> dict[str, tuple[str, tuple[str, ...], tuple[tupl
 
     Intervals that end before they start (the real files hold a few) say nothing and are left out.
     """
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
     if missing:
         raise AnnotationError(f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.")
@@ -467,11 +426,6 @@ def _class_siblings(classes: Sequence[str], name: str) -> list[str]:
 def _is_action(video: str, start: float, end: float, labels: dict[str, Any]) -> bool:
     actions = labels.get(video, ("", (), ()))[2]
     return any(abs(start - first) < 0.051 and abs(end - last) < 0.051 for _, first, last in actions)
-
-
-def _seeded_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return the names shuffled by seed, so that the first N of them are among the first N + 1."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0order\0{name}".encode()).digest())
 
 
 VERBS = {

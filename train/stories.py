@@ -1,0 +1,59 @@
+"""What happens in the videos whose features are simulated, whoever tells it: made up, or read off annotations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import AnnotationError
+from runtime.videos import ClipClock
+
+CLOCK = ClipClock()
+REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
+
+
+@dataclass(frozen=True)
+class Story:
+    """What happens in one video: all that its features may depend on. `actions` holds (action, start, end), seconds."""
+
+    name: str
+    num_frames: int
+    duration: float
+    scene: str
+    objects: tuple[str, ...]
+    actions: tuple[tuple[str, float, float], ...]
+
+    @property
+    def num_clips(self) -> int:
+        """One clip of 16 frames every 8; a video shorter than 16 frames still has one."""
+        return CLOCK.num_clips(self.num_frames)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A data set to be: the stories to simulate, and the text files around them (name -> content)."""
+
+    stories: list[Story]
+    reference: list[Story]
+    texts: dict[str, str]
+    parts: Callable[[str], list[tuple[str, float]]]
+    siblings: Callable[[str], list[str]]
+    facts: dict[str, Any]
+
+
+def read_text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            return stream.read()
+    except UnicodeDecodeError:
+        raise AnnotationError(f"{path} should be UTF-8 text and is not.") from None
+    except OSError as error:
+        raise AnnotationError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def seeded_order(names: Iterable[str], seed: int) -> list[str]:
+    """Return the names shuffled by seed, so that the first N of them are among the first N + 1."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0order\0{name}".encode()).digest())
