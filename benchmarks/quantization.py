@@ -62,7 +62,7 @@ def tabulate(
 
     Args:
         onnx_file: the FP32 graph.
-        data: directory in the Charades-STA layout; calibrated on its training split.
+        data: directory of a data set (docs/formats.md); calibrated on its training split.
         split: whose queries judge.
         limit: only the first so many.
         samples: calibration samples.

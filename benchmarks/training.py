@@ -55,7 +55,7 @@ def benchmark(
     """Time training steps of every stage against eager ones, what stage 2 computes once, and the delivery of batches.
 
     Args:
-        data: directory in the Charades-STA layout; a small one of full width is made up when not given.
+        data: directory of a data set (docs/formats.md); a small one of full width is made up when not given.
         checkpoint: drn.pt to start from; a fresh network of the published size when not given.
         queries: of the training split that are drawn, at most.
         steps: of each kind and stage; the median counts.

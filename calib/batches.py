@@ -15,6 +15,7 @@ import numpy as np
 
 from calib.errors import CalibrationError
 from runtime.annotations import Annotation, DataSet
+from runtime.evaluation import encoded
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, collate
@@ -78,7 +79,7 @@ class CalibrationSet:
             FeatureError: a video has no features, or of another width.
         """
         grounder = Grounder(OnPaper(manifest))
-        queries = [grounder.encode_query(annotation.sentence) for annotation in self.annotations]
+        queries = encoded(grounder, self.annotations)
         order = sorted(range(len(queries)), key=lambda index: len(queries[index]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

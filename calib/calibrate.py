@@ -50,7 +50,7 @@ def calibrate(
 
     Args:
         onnx: the FP32 graph, as `python -m export.to_onnx` writes it.
-        data: directory in the Charades-STA layout. Only its training split is looked at.
+        data: directory of a data set (docs/formats.md). Only its training split is looked at.
         output: the table to write, best called `*.calibration.json`.
         method: how a range is found; auto takes the one whose INT8 graph answers held-out queries most like FP32.
         samples: sentences to calibrate on, at least 32.

@@ -52,7 +52,7 @@ def rank_layers(
 
     Args:
         onnx: the FP32 graph.
-        data: directory in the Charades-STA layout. Only its training split is looked at.
+        data: directory of a data set (docs/formats.md). Only its training split is looked at.
         table: of `python -m calib.calibrate`; measured here when not given.
         output: JSON file for the ranking, which `python -m calib.restore --ranking` reads.
         held_out: queries to compare.

@@ -44,7 +44,7 @@ def restore(
 
     Args:
         onnx: the FP32 graph.
-        data: directory in the Charades-STA layout. Only its training split is looked at.
+        data: directory of a data set (docs/formats.md). Only its training split is looked at.
         table: of `python -m calib.calibrate`, measured on this graph.
         output: the plan to write, for `python -m calib.quantize --plan`.
         max_drop: points of R@1 IoU=0.7 and of mIoU that may be lost.

@@ -17,7 +17,7 @@ from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
 from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, DEFAULT_QUERY_LENGTH, VIDEOS, check_ranges, profiles
+from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, profiles
 from export.twin import Precision, Wishes, make_twin
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
@@ -44,7 +44,7 @@ def build_engine(
     output: Path | None = None,
     vocabulary: Path | None = None,
     batch: tuple[int, int, int] = DEFAULT_BATCH,
-    query_length: tuple[int, int, int] = DEFAULT_QUERY_LENGTH,
+    query_length: tuple[int, int, int] | None = None,
     table: Path | None = None,
     plan: Path | None = None,
     keep: tuple[str, ...] = (),
@@ -79,11 +79,12 @@ def build_engine(
             of clip features, whose features are held against FP32's.
         precision: fp32, fp16, bf16, int8 (with FP16 around it) or fp8 (likewise).
         target: what the engine is for; auto takes TensorRT where this machine has it and a GPU, else ONNX Runtime.
-        data: directory in the Charades-STA layout: for calibration, the range scan and parity.
+        data: directory of a data set (docs/formats.md): for calibration, the range scan and parity.
         output: the engine, or for onnxruntime the twin; beside MODEL when not given.
         vocabulary: word table of a published checkpoint.
         batch: MIN OPT MAX queries, or clips of an extractor.
-        query_length: MIN OPT MAX tokens.
+        query_length: MIN OPT MAX tokens; those of the data set that the model learnt from (1 8 32 on Charades-STA) when
+            not given.
         table: calibration table measured on this graph, in place of calibrating.
         plan: of `python -m calib.restore`: modules that stay out of INT8.
         keep: DRN modules that stay in higher precision: FP16 for int8 and fp8, FP32 for fp16 and bf16.
@@ -147,7 +148,7 @@ def build_engine(
         print(job.describe(why, shapes, options, calib_samples if table is None else None))
         return job.output
     log.info("Target %s: %s", chosen, why)
-    source = source_graph(job, vocabulary, query_length[2])
+    source = source_graph(job, vocabulary, query_length[2] if query_length else 0)
     graph, manifest = read_source(source)
     check_modules(graph, precision, keep)
     shapes = shapes or profiles(batch, query_length, manifest)

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drn")
 
-# Tokens that an exported checkpoint takes, unless more are asked for.
-LONGEST_QUERY = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -212,7 +209,9 @@ class Job:
         check_writable(timing_cache, self.model, self.output, self.twin)
         check_options(options)
 
-    def early_profiles(self, batch: Range, query_length: Range, keep: Sequence[str] = ()) -> list[Profile] | None:
+    def early_profiles(
+        self, batch: Range, query_length: Range | None, keep: Sequence[str] = ()
+    ) -> list[Profile] | None:
         """Return the optimization profiles; None where they are known only after a published file is converted.
 
         Raises:
@@ -227,7 +226,9 @@ class Job:
             return profiles(batch, query_length, manifest)
         from train.checkpoints import load_checkpoint
 
-        return profiles(batch, query_length, load_checkpoint(self.model).manifest(max(query_length[2], LONGEST_QUERY)))
+        checkpoint = load_checkpoint(self.model)
+        longest = max(query_length[2] if query_length else 0, checkpoint.longest_query)
+        return profiles(batch, query_length, checkpoint.manifest(longest))
 
     def describe(
         self,
@@ -271,14 +272,19 @@ class Job:
 
 
 def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
-    """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint."""
+    """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint.
+
+    It takes queries of `longest` tokens, and of those that its data set has.
+    """
     if job.kind == "onnx":
         return job.model
     if job.kind == "published":
         from train.convert import convert
 
         convert(job.model, job.checkpoint, vocabulary)
-    longest = max(longest, LONGEST_QUERY)
+    from train.checkpoints import load_checkpoint
+
+    longest = max(longest, load_checkpoint(job.checkpoint).longest_query)
     if job.source.exists() and read_source(job.source)[1].max_query_length >= longest:
         log.info("%s was exported from this %s already.", job.source, job.checkpoint.name)
         return job.source

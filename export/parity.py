@@ -17,8 +17,8 @@ import numpy as np
 
 from runtime.annotations import Annotation, DataSet, each_moment
 from runtime.decoding import Protocol, propose
-from runtime.errors import AnnotationError, ModelFileError, QueryError
-from runtime.evaluation import Chunk, answers_to, chunks, suppressed
+from runtime.errors import AnnotationError, ModelFileError
+from runtime.evaluation import Chunk, answers_to, chunks, encoded, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.metrics import Report, best_overlap, hits, prior_report, recall_name, report
@@ -243,7 +243,8 @@ def compare(
     if not annotations:
         raise AnnotationError("There are no queries to compare the two models on; choose another split or --limit.")
     check_comparable(reference.manifest, other.manifest)
-    _check_queries(other, annotations)
+    # Before the first of the two is asked them all.
+    encoded(other, annotations)
     models = (reference, other) if known is None else (other,)
     found = _answers(models, data_set, annotations, batch_size, at_once, on_progress)
     heads = found if known is None else [known, *found]
@@ -336,15 +337,6 @@ def bootstrap(
             means[start:stop, column] = values[drawn].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
-
-
-def _check_queries(model: Grounder, annotations: Sequence[Annotation]) -> None:
-    """Raise QueryError where the second of two models does not take a sentence, before the first is asked all."""
-    for annotation in annotations:
-        try:
-            model.encode_query(annotation.sentence)
-        except QueryError as error:
-            raise QueryError(f"Line {annotation.line}: {error}") from error
 
 
 def answers(

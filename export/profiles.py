@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from runtime.errors import ShapeError
 from runtime.manifest import Manifest
+from runtime.presets import query_length_of
 
 # Smallest, best and largest.
 Range = tuple[int, int, int]
 Shape = tuple[int, ...]
 
 DEFAULT_BATCH: Range = (1, 8, 32)
-DEFAULT_QUERY_LENGTH: Range = (1, 8, 32)
 VIDEOS = 64
 """Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
 MOST_ENCODED = 8
@@ -37,7 +37,13 @@ class Profile:
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
 
-def profiles(batch: Range, query_length: Range, manifest: Manifest) -> list[Profile]:
+def usual_query_length(manifest: Manifest) -> Range:
+    """Return the query lengths an engine is made for where none are asked for: its data set's, as far as they go."""
+    shortest, usual, longest = (min(length, manifest.max_query_length) for length in query_length_of(manifest.training))
+    return shortest, usual, longest
+
+
+def profiles(batch: Range, query_length: Range | None, manifest: Manifest) -> list[Profile]:
     """Return the optimization profiles of a domain: one for a single query, one for 2 to the largest batch.
 
     A kernel chosen for 32 queries is seldom the best for one, so a domain that holds both gets a profile for each.
@@ -45,6 +51,7 @@ def profiles(batch: Range, query_length: Range, manifest: Manifest) -> list[Prof
     Raises:
         ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
     """
+    query_length = query_length or usual_query_length(manifest)
     check_ranges(batch, query_length)
     if query_length[2] > manifest.max_query_length:
         raise ShapeError(
@@ -101,10 +108,11 @@ def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     return smallest, best, largest
 
 
-def check_ranges(batch: Range, query_length: Range) -> None:
+def check_ranges(batch: Range, query_length: Range | None) -> None:
     """Raise ShapeError for a range that does not rise or starts below 1."""
     _check("--batch", batch)
-    _check("--query-length", query_length)
+    if query_length is not None:
+        _check("--query-length", query_length)
 
 
 def _check(flag: str, domain: Range) -> None:

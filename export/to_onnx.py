@@ -50,7 +50,7 @@ def to_onnx(
     split: bool = False,
     prepare: bool = False,
     opset: int = OLDEST_OPSET,
-    max_query_length: int = 64,
+    max_query_length: int | None = None,
 ) -> Path:
     """Export a checkpoint to one self-sufficient ONNX file, once ONNX Runtime is seen to answer as torch does.
 
@@ -65,7 +65,8 @@ def to_onnx(
         prepare: with --split, also write what makes dozens of queries on one video at once faster still on a CPU,
             NAME.prepare.onnx and NAME.prepared.onnx.
         opset: of the graph, 17 to 23; TensorRT 8.6 reads 17 at most.
-        max_query_length: most words of a query; every length up to it is checked.
+        max_query_length: most words of a query; every length up to it is checked. When not given, 64 or the longest
+            query of the data set that the network learnt from.
 
     Returns:
         `output`.
@@ -80,7 +81,7 @@ def to_onnx(
         raise ShapeError(
             f"Opset {opset} was asked for and {OLDEST_OPSET} to {NEWEST_OPSET} can be written; leave --opset out."
         )
-    if max_query_length < 1:
+    if max_query_length is not None and max_query_length < 1:
         raise ShapeError(f"A query has at least 1 word, and --max-query-length {max_query_length} was asked for.")
     try:
         import onnx
@@ -109,6 +110,7 @@ def to_onnx(
         check_writable(part, checkpoint)
     log.info("Reading %s ...", checkpoint)
     loaded = load_checkpoint(checkpoint)
+    max_query_length = max_query_length or loaded.longest_query
     manifest = loaded.manifest(max_query_length, sources=source_hash(checkpoint), producer=producer())
     model = loaded.model()
     # Entered before the work, so that an unwritable output is known at once.

@@ -65,7 +65,7 @@ def verify(
     Args:
         reference: .pt, .onnx or .engine whose answers are to be kept.
         model: .pt, .onnx or .engine to judge.
-        data: directory in the Charades-STA layout.
+        data: directory of a data set (docs/formats.md).
         split: train or test.
         limit: ask only the first so many queries.
         max_drop: points of R@1 IoU=0.7, and of mIoU, that may be lost.

@@ -86,7 +86,7 @@ def benchmark(
     Args:
         model: .onnx, .engine or .pt file; of a model that was split, the query part.
         compare: more models, which take turns with it; ratios are against the first of all.
-        data: directory in the Charades-STA layout, whose videos and sentences are asked; made up when not given.
+        data: directory of a data set (docs/formats.md), whose videos and sentences are asked; made up when not given.
         video: a video of it, in place of many.
         query: sentences to ask about that video, in place of its own.
         samples: calls of every case of one query; the other cases take as many, or what fits into five seconds.

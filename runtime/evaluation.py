@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ def chunks(
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
-    queries = [_encoded(grounder, annotation) for annotation in annotations]
+    queries = encoded(grounder, annotations)
     for rows in _by_video(annotations):
         names = [annotations[i].video for i in rows]
         if segments_of is None:
@@ -175,11 +176,21 @@ def suppressed(
         yield threshold, found
 
 
-def _encoded(grounder: Grounder, annotation: Annotation) -> np.ndarray:
-    try:
-        return grounder.encode_query(annotation.sentence)
-    except QueryError as error:
-        raise QueryError(f"Line {annotation.line} of the annotations: {error}") from error
+def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.ndarray]:
+    """Return the word ids of every sentence; one warning names all the words that the model does not know.
+
+    Raises:
+        QueryError: a sentence cannot be asked; it is named by its line.
+    """
+    unheard: Counter[str] = Counter()
+    queries = []
+    for annotation in annotations:
+        try:
+            queries.append(grounder.encode_query(annotation.sentence, unheard))
+        except QueryError as error:
+            raise QueryError(f"Line {annotation.line} of the annotations: {error}") from error
+    grounder.manifest.vocabulary.tell(unheard)
+    return queries
 
 
 def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:

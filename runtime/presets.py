@@ -53,6 +53,14 @@ class Preset:
         return cls(**{**value, "features": Features(**value["features"])})
 
 
+def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return shortest, usual and longest query of the data set that a model learnt from, by what its file says."""
+    told = training.get("query_length")
+    if isinstance(told, (list, tuple)) and len(told) == 3 and all(isinstance(length, int) for length in told):
+        return (told[0], told[1], told[2])
+    return Preset.query_length
+
+
 PRESETS: Mapping[str, Preset] = {
     "charades-sta": Preset("Charades-STA"),
     "activitynet": Preset("ActivityNet Captions", features=Features(dim=500), query_length=(1, 16, 96)),

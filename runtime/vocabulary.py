@@ -17,6 +17,9 @@ log = logging.getLogger("drn")
 
 Unknown = Literal["skip", "zero", "error"]
 
+# Unknown words that one warning names, of however many.
+NAMED = 10
+
 PLAIN = re.compile(r"[A-Za-z0-9 ]*")
 # Words without an apostrophe that Treebank rules make two of.
 TAKEN_APART = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
@@ -55,8 +58,13 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def encode(self, sentence: str) -> np.ndarray:
+    def encode(self, sentence: str, unheard: Counter[str] | None = None) -> np.ndarray:
         """Return the (L,) int32 ids of a sentence, L at least 1.
+
+        Args:
+            sentence: what is asked.
+            unheard: counts the unknown words, for callers that ask many sentences and name them once with `tell`; a
+                warning names them when None.
 
         Raises:
             QueryError: the sentence is empty, or no word of it is known, or one is unknown under `error`.
@@ -85,9 +93,22 @@ class Vocabulary:
                 raise QueryError(
                     f"The model does not know {named} in {sentence!r}; say it in words of its training set."
                 )
-            treated = "left out" if self.unknown == "skip" else "given a zero embedding"
-            log.warning("The model does not know %s in %r; %s.", named, sentence, treated)
+            if unheard is not None:
+                unheard.update(unknown)
+            else:
+                log.warning("The model does not know %s in %r; %s.", named, sentence, self._treated)
         return np.array(ids, np.int32)
+
+    def tell(self, unheard: Counter[str]) -> None:
+        """Warn of the unknown words of many sentences, the commonest by name."""
+        if unheard:
+            named = ", ".join(repr(word) for word, _ in unheard.most_common(NAMED))
+            more = f" and {len(unheard) - NAMED} others" if len(unheard) > NAMED else ""
+            log.warning("The model does not know %s%s; %s.", named, more, self._treated)
+
+    @property
+    def _treated(self) -> str:
+        return "left out" if self.unknown == "skip" else "given a zero embedding"
 
     def to_dict(self) -> dict[str, Any]:
         return {"unknown": self.unknown, "words": self.words}

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from runtime.annotations import DataSet
+from runtime.annotations import DataSet, each_moment
 from runtime.command import command, next_command
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError, OutputError
@@ -45,7 +45,7 @@ def train(
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     resume: bool = False,
-    validate_on: Literal["held-out", "test", "none"] = "held-out",
+    validate_on: Literal["held-out", "val", "test", "none"] | None = None,
     held_out: float = 0.1,
     glove: Path | None = None,
     cache: Path | None = None,
@@ -58,14 +58,14 @@ def train(
     faithful: bool = False,
     blind: bool = False,
 ) -> Path:
-    """Train DRN on a data set in the Charades-STA layout, in three stages, and write OUTPUT/drn.pt.
+    """Train DRN on a data set, in three stages, and write OUTPUT/drn.pt.
 
     Stage 1 learns to match and to find boundaries, stage 2 to judge proposals, stage 3 both at a small rate; each
     starts from the best checkpoint of the one before. Validation asks the model as `runtime.evaluate` does. For
     several GPUs or processes: torchrun --nproc-per-node N -m train ...
 
     Args:
-        data: directory in the Charades-STA layout.
+        data: directory of a data set; docs/formats.md lists the formats.
         output: directory of the run: stage1/best.pt ..., history.jsonl, curves.png, drn.pt.
         stage: which stage to train; 2 and 3 alone start from --load.
         load: checkpoint to start from.
@@ -77,12 +77,12 @@ def train(
         device: auto, cpu or cuda.
         precision: fp32, or automatic mixed precision.
         resume: go on with an interrupted run; the weights are those of an uninterrupted one.
-        validate_on: held-out training videos, the test split (the published selection), or none (the last epoch is
-            kept).
+        validate_on: held-out training videos, the val or test split (published runs choose on test), or none (the last
+            epoch is kept). The val split when not given, and held-out videos where there is none.
         held_out: fraction of the training videos to validate on.
         glove: word vectors to start from: GloVe text, or the authors' glove_weights.
         cache: where pooled features are kept; inside DATA when not given.
-        num_segments: T, a multiple of 4 (32).
+        num_segments: T, a multiple of 4; the data set's when not given (32, TACoS 128). Level ranges grow with it.
         embed_dim: width of word vectors (300).
         hidden_dim: LSTM width per direction (512).
         fpn_dim: width of the pyramid and the head (512).
@@ -122,13 +122,17 @@ def train(
         if processes.count > 1 and target.type == "cuda":
             target = torch.device("cuda", processes.local_rank)
         annotations = data_set.annotations("train", invalid="keep" if faithful else "drop")
+        if validate_on is None:
+            validate_on = "val" if "val" in data_set.splits else "held-out"
         if validate_on == "held-out":
             training, validation = split_by_video(annotations, held_out, seed)
             # So that a threshold can be fitted on the same videos: `train.fit_presence`.
             told = {"held_out": held_out, "faithful": faithful, "annotations": data_set.digest("train")}
         else:
             training, told = annotations, {}
-            validation = data_set.annotations("test") if validate_on == "test" else []
+            validation = [] if validate_on == "none" else data_set.annotations(validate_on, invalid="drop")
+        # A sentence with several moments is asked once, and teaches each.
+        training = each_moment(training)
         if data_set.simulated:
             log.warning(
                 "The features of %s are simulated: recall on them is not comparable with published numbers.",
@@ -140,6 +144,8 @@ def train(
         # A network goes on with the pooling it has learnt.
         pooling = loaded.features.pooling if loaded else preset.pooling
         features = dataclasses.replace(data_set.features(), pooling=pooling)
+        if loaded is None and num_segments is None:
+            sizes = dataclasses.replace(sizes, num_segments=data_set.preset.num_segments)
         config = _network(sizes, loaded, len(vocabulary), features.dim, f"{data}")
         # Before the first epoch, not after it.
         encode(validation, vocabulary)
@@ -179,7 +185,13 @@ def train(
             validation=validation,
             vocabulary=vocabulary,
             features=features,
-            decoding=Decoding(num_segments=config.num_segments, strides=config.strides, protocol=preset.protocol),
+            decoding=Decoding(
+                num_segments=config.num_segments,
+                strides=config.strides,
+                # As published for 32 segments: no level drops a proposal before NMS.
+                pre_nms_top_n=max(Decoding.pre_nms_top_n, config.num_segments),
+                protocol=preset.protocol,
+            ),
             windows=windows_of(data_set, training),
             told=told,
         )
@@ -196,7 +208,10 @@ def train(
             "validate_on": validate_on,
             "held_out": held_out if validate_on == "held-out" else None,
             "queries": [len(training), len(validation)],
-            "annotations": [data_set.digest(s) for s in (("train", "test") if validate_on == "test" else ("train",))],
+            "annotations": [
+                data_set.digest(split)
+                for split in ("train", *((validate_on,) if validate_on in ("val", "test") else ()))
+            ],
             "features": pooled.key,
             "glove": source_hash(glove) if glove else None,
             "load": source_hash(load) if load else None,

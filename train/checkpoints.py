@@ -19,11 +19,14 @@ from runtime.errors import CheckpointError, GroundingError
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
 from runtime.presence import Presence
+from runtime.presets import query_length_of
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 from train.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"
+# Tokens that an exported checkpoint takes, unless its data set has longer queries or more are asked for.
+LONGEST_QUERY = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +59,19 @@ class Checkpoint:
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
-    def manifest(self, max_query_length: int = 64, **fields: Any) -> Manifest:
+    @property
+    def longest_query(self) -> int:
+        """Tokens of the longest query that a graph is made for: of the data set it learnt from, and at least 64."""
+        return max(LONGEST_QUERY, *query_length_of(self.training))
+
+    def manifest(self, max_query_length: int | None = None, **fields: Any) -> Manifest:
         """Return what a model file made of this checkpoint says of itself; `fields` go to `Manifest`."""
         return Manifest(
             vocabulary=self.vocabulary,
             decoding=self.decoding,
             features=self.features,
             stage=int(self.training["stage"]),
-            max_query_length=max_query_length,
+            max_query_length=max_query_length or self.longest_query,
             training=dict(self.training),
             windows=self.windows,
             presence=self.presence,

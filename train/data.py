@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -238,12 +239,14 @@ def beside(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
     """Return the word ids of every sentence; AnnotationError, naming the line, for one without a known word."""
+    unheard: Counter[str] = Counter()
     queries = []
     for annotation in annotations:
         try:
-            queries.append(vocabulary.encode(annotation.sentence))
+            queries.append(vocabulary.encode(annotation.sentence, unheard))
         except QueryError as error:
             raise AnnotationError(f"The annotation in line {annotation.line} cannot be used: {error}") from error
+    vocabulary.tell(unheard)
     return queries
 
 

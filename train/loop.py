@@ -345,6 +345,8 @@ class Run:
                 **({"negatives": self.settings.negatives} if self.settings.negatives else {}),
                 "simulated_features": materials.data_set.simulated,
                 **materials.told,
+                "data_set": materials.data_set.preset.title,
+                "query_length": list(materials.data_set.preset.query_length),
                 "validation": record,
             },
             windows=materials.windows,

@@ -1,9 +1,10 @@
-"""A Charades-STA data set whose clip features are simulated: made-up videos, or real annotations.
+"""A data set whose clip features are simulated: made-up videos, or real annotations.
 
 A clip's features are a random but fixed function of what is said to happen in it: a latent vector (scene,
 objects, the video itself, the actions under way, noise) is projected at random, cut at each channel's 80 %
 quantile, raised to the power 1.3 and scaled per channel. The result looks like C3D fc6: about 80 % zeros, heavy tails.
-The sentences never touch it. Recall on such features says whether training and deployment work; it cannot be
+On Charades-STA the sentences never touch it; on ActivityNet Captions and TACoS, which nobody labelled, see
+`train.captions`. Recall on such features says whether training and deployment work; it cannot be
 compared with published numbers.
 """
 
@@ -29,11 +30,11 @@ from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.files import read_json, replace_when_whole, sha256, write_json, write_text
+from train.captions import captions_plan
 from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, read_text, seeded_order
 
 log = logging.getLogger("drn.simulate")
 
-STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
 DONE, UNDER_WAY = "simulated.json", ".simulating.json"
 SPLITS = ("train", "test")
 TABLES = {
@@ -89,15 +90,18 @@ def simulate(
     """Write a data set in the published Charades-STA layout with simulated clip features.
 
     Without --annotations the videos, sentences and moments are made up too; with it the annotation files are
-    copied and the features follow the human action labels in Charades_v1_train.csv and Charades_v1_test.csv.
+    copied. On Charades-STA the features follow the human action labels in Charades_v1_train.csv and
+    Charades_v1_test.csv; ActivityNet Captions and TACoS have none, and the features follow the content words of the
+    sentences themselves, so that recall on them says that the machinery works, and no more.
     The same arguments give the same files, and a video's features do not depend on which others are written. An
     interrupted run is continued by the same command. Recall on simulated features is not comparable with
     published numbers.
 
     Args:
         output: the directory to make; new, empty, or left by the same command.
-        annotations: a directory with the Charades-STA text files, JSON tables and both Charades_v1 csv files.
-        feature_dim: D, channels per clip.
+        annotations: a directory with the Charades-STA text files, JSON tables and both Charades_v1 csv files; or with
+            the train.json, val.json and test.json of ActivityNet Captions or TACoS.
+        feature_dim: D, channels per clip (published: 4096 for Charades-STA and TACoS, 500 for ActivityNet).
         videos: without --annotations how many to make up (default 300, one in five for testing); with it, at most
             so many of each split (a seeded choice).
         difficulty: how well the actions are hidden.
@@ -124,7 +128,13 @@ def simulate(
         raise FeatureError(f"--difficulty is {difficulty!r} and should be one of {', '.join(DIFFICULTIES)}.")
     if dtype not in ("float16", "float32") or file_format not in ("npy", "pt"):
         raise FeatureError(f"Features are stored as float16 or float32, in npy or pt, not {dtype} in {file_format}.")
-    plan = real_plan(Path(annotations), videos, seed) if annotations else made_up_plan(videos or 300, seed)
+    if annotations is None:
+        plan = made_up_plan(videos or 300, seed)
+    elif any((Path(annotations) / f"{split}.json").exists() for split in ("train", "val", "test")):
+        plan = captions_plan(Path(annotations), videos, seed)
+    else:
+        plan = real_plan(Path(annotations), videos, seed)
+    sources = list(plan.texts) if plan.directory != FEATURE_DIRECTORY else _source_names()
     wanted = {
         "recipe": RECIPE,
         "seed": seed,
@@ -133,16 +143,17 @@ def simulate(
         "videos": videos if annotations or videos else 300,
         "dtype": dtype,
         "file_format": file_format,
-        "annotations": {name: sha256(Path(annotations) / name) for name in _source_names()} if annotations else None,
+        "annotations": {name: sha256(Path(annotations) / name) for name in sources} if annotations else None,
     }
     output = Path(output)
     _check_ours(output, wanted)
-    hidden = [story for story in plan.stories if not _feature_path(output, story.name, file_format).exists()]
+    folder = output / plan.directory
+    hidden = [story for story in plan.stories if not _feature_path(folder, story.name, file_format).exists()]
     _check_space(output, hidden, feature_dim * np.dtype(dtype).itemsize)
-    _begin(output, wanted)
+    _begin(output, folder, wanted, plan.statement)
     if hidden:
         _write_features(
-            output, hidden, Simulator(plan, DIFFICULTIES[difficulty], feature_dim, seed), dtype, file_format
+            folder, hidden, Simulator(plan, DIFFICULTIES[difficulty], feature_dim, seed), dtype, file_format
         )
     # The annotations come after the features and the statement last, so that a run cut short never looks whole.
     for name, text in plan.texts.items():
@@ -162,12 +173,14 @@ def simulate(
         "noise_seconds": NOISE_SECONDS,
         **asdict(DIFFICULTIES[difficulty]),
     }
-    write_json(output / DONE, {"statement": STATEMENT, "parameters": wanted, "model": constants, "contents": facts})
+    write_json(
+        output / DONE, {"statement": plan.statement, "parameters": wanted, "model": constants, "contents": facts}
+    )
     (output / UNDER_WAY).unlink(missing_ok=True)
     print(f"{output}: {facts['videos']} videos, {facts['clips']} clips of {feature_dim} channels ({difficulty}).")
-    for split in SPLITS:
-        print(f"{split}: {facts['moments'][split]} moments")
-    print(STATEMENT)
+    for split, count in facts["moments"].items():
+        print(f"{split}: {count} moments")
+    print(plan.statement)
     next_command("train", "--data", output, "--output", "runs/simulated")
     return output
 
@@ -555,12 +568,11 @@ def _check_ours(output: Path, wanted: dict[str, Any]) -> None:
     log.info("%s was begun by the same command: the features that are there are kept.", output)
 
 
-def _begin(output: Path, wanted: dict[str, Any]) -> None:
-    """Mark `output` as ours and not yet whole."""
-    write_json(output / UNDER_WAY, {"statement": STATEMENT, "parameters": wanted})
+def _begin(output: Path, folder: Path, wanted: dict[str, Any], statement: str) -> None:
+    """Mark `output` as ours and not yet whole; features go to `folder`."""
+    write_json(output / UNDER_WAY, {"statement": statement, "parameters": wanted})
     try:
         (output / DONE).unlink(missing_ok=True)
-        folder = output / FEATURE_DIRECTORY
         folder.mkdir(exist_ok=True)
         # Temporary files of a run that was killed outright.
         for stray in [*folder.glob(".*"), *output.glob(".*.json"), *output.glob(".*.txt")]:
@@ -570,8 +582,8 @@ def _begin(output: Path, wanted: dict[str, Any]) -> None:
         raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another place.") from error
 
 
-def _feature_path(output: Path, video: str, file_format: str) -> Path:
-    return output / FEATURE_DIRECTORY / f"{video}.{file_format}"
+def _feature_path(folder: Path, video: str, file_format: str) -> Path:
+    return folder / f"{video}.{file_format}"
 
 
 def _check_space(output: Path, stories: Sequence[Story], bytes_per_clip: int) -> None:
@@ -585,14 +597,14 @@ def _check_space(output: Path, stories: Sequence[Story], bytes_per_clip: int) ->
         )
 
 
-def _write_features(output: Path, stories: Sequence[Story], simulator: Simulator, dtype: str, file_format: str) -> None:
+def _write_features(folder: Path, stories: Sequence[Story], simulator: Simulator, dtype: str, file_format: str) -> None:
     from tqdm import tqdm
 
     write = _write_npy if file_format == "npy" else _write_pt
     for story in tqdm(stories, desc="features", unit="video", disable=None, leave=False):
         features = simulator.features(story).astype(dtype)
         with (
-            replace_when_whole(_feature_path(output, story.name, file_format)) as path,
+            replace_when_whole(_feature_path(folder, story.name, file_format)) as path,
             path.open("wb") as stream,
         ):
             write(stream, features)

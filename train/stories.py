@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.annotations import FEATURE_DIRECTORY
 from runtime.errors import AnnotationError
 from runtime.videos import ClipClock
 
+STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
 CLOCK = ClipClock()
 REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
 
@@ -34,7 +36,18 @@ class Story:
 
 @dataclass(frozen=True)
 class Plan:
-    """A data set to be: the stories to simulate, and the text files around them (name -> content)."""
+    """A data set to be.
+
+    Attributes:
+        stories: what to simulate.
+        reference: the videos that fix every channel's threshold.
+        texts: the annotation files: name to content.
+        parts: what an action is made of: names and their shares.
+        siblings: actions that one is mistaken for.
+        facts: what `simulated.json` says of the contents.
+        statement: what recall on it is worth.
+        directory: where its features go.
+    """
 
     stories: list[Story]
     reference: list[Story]
@@ -42,6 +55,8 @@ class Plan:
     parts: Callable[[str], list[tuple[str, float]]]
     siblings: Callable[[str], list[str]]
     facts: dict[str, Any]
+    statement: str = STATEMENT
+    directory: str = FEATURE_DIRECTORY
 
 
 def read_text(path: Path) -> str:

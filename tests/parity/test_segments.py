@@ -1,0 +1,67 @@
+"""T is free: 16, 64 and 128 segments from training to the graph, whole and in parts, eight bits, and an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export.build_engine import build_engine
+from export.to_onnx import to_onnx
+from runtime import Grounder
+from runtime.annotations import DataSet
+from runtime.evaluation import heads_of
+from tests import tolerances
+from tests.export.rtx import build_with_rtx
+from tests.parity.models import parity
+from train.__main__ import train
+from train.checkpoints import load_checkpoint
+
+SIZES: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 16, "batch_size": 16, "iou_target": "all"}
+
+
+@pytest.fixture(scope="module", params=[16, 64, 128])
+def trained(request: pytest.FixtureRequest, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a network of so many segments, trained and exported, whole and in parts."""
+    directory = tmp_path_factory.mktemp(f"t{request.param}")
+    rates = {"epochs": (3, 1, 1), "lr": (3e-3, 1e-3, 1e-4)}
+    train(planted, directory, num_segments=request.param, validate_on="none", device="cpu", **rates, **SIZES)
+    to_onnx(directory / "drn.pt", directory / "drn.onnx", split=True, max_query_length=16)
+    return directory
+
+
+def test_graph_and_parts_answer_as_the_checkpoint(trained: Path, planted: Path) -> None:
+    config = load_checkpoint(trained / "drn.pt").config
+    for name in ("drn.onnx", "drn.query.onnx"):
+        found = parity(trained / "drn.pt", trained / name, planted)
+        for head, error in found.heads.items():
+            assert error.max <= tolerances.EXPORTED * max(error.largest, 1), (name, head)
+        assert found.order.five == 1, name
+    grounder = Grounder.load(trained / "drn.onnx")
+    data_set = DataSet(planted)
+    _, heads = next(heads_of(grounder, data_set, data_set.annotations("test")))
+    assert heads.matching_logits.shape[1] == grounder.manifest.decoding.num_locations == config.num_segments * 7 // 4
+
+
+def test_moments_are_seconds_of_the_video_whatever_t(trained: Path, planted: Path) -> None:
+    grounder, data_set = Grounder.load(trained / "drn.onnx"), DataSet(planted)
+    annotation = data_set.annotations("test")[0]
+    video = data_set.video(annotation.video)
+    segments = grounder.segments(video)
+    assert len(segments.spans) == grounder.manifest.decoding.num_segments
+    np.testing.assert_allclose(np.diff(segments.spans).ravel(), 1 / len(segments.spans), atol=2 / video.num_frames)
+    for moment in grounder.ground(video, annotation.sentence):
+        assert 0 <= moment.start <= moment.end <= video.duration
+
+
+@pytest.mark.rtx
+def test_eight_bits_are_calibrated_and_build_an_engine(trained: Path, planted: Path) -> None:
+    output = build_engine(
+        trained / "drn.onnx", precision="int8", target="onnxruntime", data=planted, max_drop=60.0, calib_samples=64,
+        calib_method="minmax", query_length=(1, 8, 12), threads=1,
+    )  # fmt: skip
+    assert Grounder.load(output).manifest.precision == "int8"
+    assert build_with_rtx(onnx.load(output), query_length=(1, 8, 12))

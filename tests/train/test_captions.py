@@ -1,0 +1,156 @@
+"""`train.captions`: features simulated from the words of ActivityNet Captions and TACoS, and training on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.errors import AnnotationError, FeatureError
+from runtime.evaluate import evaluate
+from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
+from train.__main__ import train
+from train.captions import content_words
+from train.checkpoints import load_checkpoint
+from train.data import pool
+from train.simulate import simulate
+
+WRITERS = {"ActivityNet Captions": write_activitynet, "TACoS": write_tacos}
+EASY: dict[str, Any] = {"feature_dim": 12, "difficulty": "easy"}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def simulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DataSet]:
+    """A data set of each layout with features."""
+    directory = tmp_path_factory.mktemp("captions")
+    annotations = WRITERS[request.param](directory / "annotations")
+    return request.param, DataSet(simulate(directory / "data", annotations=annotations, **EASY))
+
+
+def test_annotations_are_copied_and_every_video_has_features(simulated: tuple[str, DataSet]) -> None:
+    title, data_set = simulated
+    assert (data_set.preset.title, data_set.splits, data_set.simulated) == (title, ["train", "val", "test"], True)
+    for split in data_set.splits:
+        copied = data_set.annotations_path(split).read_bytes()
+        assert copied == (data_set.root.parent / "annotations" / f"{split}.json").read_bytes()
+        for name in data_set.videos(split):
+            video = data_set.video(name)
+            assert video.features.shape[1] == 12
+            # Frames that the annotations tell are those that were simulated, and the others follow from the clips.
+            assert video.num_frames == data_set.num_frames.get(name, video.num_frames)
+    record = json.loads((data_set.root / "simulated.json").read_text())
+    assert "from the words of the sentences themselves" in record["statement"]
+    assert record["contents"]["moments"] == {"train": 72, "val": 18, "test": 18}
+
+
+def test_features_follow_content_words_and_nothing_else(tmp_path: Path) -> None:
+    annotations = write_activitynet(tmp_path / "annotations")
+    first = simulate(tmp_path / "first", annotations=annotations, **EASY)
+    train_file = annotations / "train.json"
+    entries = json.loads(train_file.read_text())
+    name = next(iter(entries))
+    entries[name]["sentences"] = [f"Then {sentence} again and up" for sentence in entries[name]["sentences"]]
+    train_file.write_text(json.dumps(entries))
+    second = simulate(tmp_path / "second", annotations=annotations, **EASY)
+    for path in (first / "features").iterdir():
+        np.testing.assert_array_equal(np.load(path), np.load(second / "features" / path.name))
+    entries[name]["sentences"] = ["The person flies a kite."] * 3
+    train_file.write_text(json.dumps(entries))
+    third = DataSet(simulate(tmp_path / "third", annotations=annotations, **EASY))
+    assert (third.store.load(name) != DataSet(first).store.load(name)).any()
+
+
+def test_content_words_name_what_is_seen() -> None:
+    assert content_words("The Man then opens up a DOOR, and opens it again.") == "door man opens"
+    assert content_words("And then she does it.") == ""
+
+
+def test_fewer_videos_are_a_seeded_choice_of_each_split(tmp_path: Path) -> None:
+    annotations = write_tacos(tmp_path / "annotations")
+    data_set = DataSet(simulate(tmp_path / "data", annotations=annotations, videos=2, **EASY))
+    assert [len(data_set.videos(split)) for split in data_set.splits] == [2, 2, 2]
+    whole = DataSet(simulate(tmp_path / "whole", annotations=annotations, **EASY))
+    for name in data_set.durations:
+        np.testing.assert_array_equal(data_set.store.load(name), whole.store.load(name))
+
+
+def test_a_layout_without_a_way_to_simulate_it_is_refused(tmp_path: Path) -> None:
+    directory = write_qvhighlights(tmp_path / "annotations")
+    (directory / "train.json").write_text(json.dumps({}))
+    with pytest.raises(AnnotationError, match=r"train\.json should map videos"):
+        simulate(tmp_path / "data", annotations=directory)
+    assert not (tmp_path / "data").exists()
+
+
+def test_training_takes_the_preset_of_the_data_set(simulated: tuple[str, DataSet], tmp_path: Path) -> None:
+    title, data_set = simulated
+    sizes: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 8, "batch_size": 32}
+    checkpoint = load_checkpoint(train(data_set.root, tmp_path / "run", epochs=(1, 1, 1), iou_target="all", **sizes))
+    preset = data_set.preset
+    assert checkpoint.config.num_segments == preset.num_segments == {"TACoS": 128}.get(title, 32)
+    assert checkpoint.decoding.pre_nms_top_n == max(32, preset.num_segments)
+    assert checkpoint.training["query_length"] == list(preset.query_length)
+    assert checkpoint.longest_query == max(64, preset.query_length[2])
+    assert (checkpoint.features.kind, checkpoint.features.dim) == ("C3D", 12)
+    # The val split chooses the epoch where there is one.
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
+    assert (inputs["validate_on"], inputs["queries"]) == ("val", [72, 18])
+    report = evaluate(tmp_path / "run" / "drn.pt", data_set.root)
+    assert ("R@1 IoU=0.1" in report.values) == (title == "TACoS")
+    assert report.queries == 18
+
+
+def test_a_query_with_several_moments_trains_once_for_each(tmp_path: Path) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    sizes: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 8, "batch_size": 16, "epochs": (1, 1, 1)}
+    checkpoint = load_checkpoint(train(data, tmp_path / "run", iou_target="all", **sizes))
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
+    # 24 queries, half of them with two moments; the 6 of val are asked once each.
+    assert inputs["queries"] == [36, 6]
+    assert (checkpoint.config.num_segments, checkpoint.features.window) == (64, 60)
+
+
+def test_pooled_features_from_hdf5_are_those_from_files_and_are_made_anew_with_the_file(
+    simulated: tuple[str, DataSet], tmp_path: Path
+) -> None:
+    h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+    _, files = simulated
+    root = tmp_path / "archive"
+    root.mkdir()
+    for split in files.splits:
+        (root / f"{split}.json").write_bytes(files.annotations_path(split).read_bytes())
+    videos = sorted(files.durations)
+
+    def write(factor: float) -> DataSet:
+        with h5py.File(root / "features.hdf5", "w") as file:
+            for video in videos:
+                file[f"{video}/c3d_features"] = files.store.load(video) * np.float16(factor)
+        return DataSet(root)
+
+    features = files.features()
+    wanted = pool(files, videos, 16, features, tmp_path / "cache")
+    archive = write(1)
+    found = pool(archive, videos, 16, features, tmp_path / "cache")
+    np.testing.assert_array_equal(found.features, wanted.features)
+    np.testing.assert_array_equal(found.spans, wanted.spans)
+    assert found.key != wanted.key
+    archive.store._root.close()  # type: ignore[attr-defined]
+    doubled = pool(write(2), videos, 16, features, tmp_path / "cache")
+    np.testing.assert_array_equal(doubled.features, 2 * wanted.features)
+
+
+def test_hdf5_without_the_video_stops_training_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+    data = write_activitynet(tmp_path / "data")
+    with h5py.File(data / "features.hdf5", "w") as file:
+        file["v_1/c3d_features"] = np.ones((9, 4), np.float32)
+    with pytest.raises(FeatureError, match=r"There are no features of 'v_10' in .*features\.hdf5"):
+        train(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not (data / "cache").exists()
