@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -70,11 +70,15 @@ class DataSet:
         return [split for split in SPLITS if self.annotations_path(split).is_file()]
 
     @functools.cached_property
+    def published_words(self) -> Mapping[str, int] | None:
+        """The word table that the data set came with, if it did."""
+        return self._layout.words()
+
+    @functools.cached_property
     def words(self) -> Mapping[str, int]:
         """Word to id, as published; of the words of the training split where nothing is."""
-        published = self._layout.words()
-        if published is not None:
-            return published
+        if self.published_words is not None:
+            return self.published_words
         training = self.annotations("train", invalid="keep", quiet=True)
         return word_table(annotation.sentence for annotation in training)
 
@@ -109,8 +113,7 @@ class DataSet:
             AnnotationError: a row is malformed or names an unknown video, or is invalid under `error`.
         """
         annotations, dropped, clipped = [], [], 0
-        for row in self._layout.rows(split):
-            annotation, problems = self._judged(row)
+        for row, annotation, problems in self.judged(split):
             if problems and invalid == "error":
                 raise AnnotationError(f"{row.place}: {problems[0]}; {self._layout.correction}.")
             if problems and invalid == "drop":
@@ -136,6 +139,19 @@ class DataSet:
         if not annotations:
             raise AnnotationError(f"{path} holds no usable annotation.")
         return annotations
+
+    def judged(self, split: str) -> Iterator[tuple[Row, Annotation | None, list[str]]]:
+        """Yield each row of a split as it is, with the moments that make sense (None: it has none), and what is wrong
+        with the others; AnnotationError where a row is malformed or names an unknown video."""
+        for row in self._layout.rows(split):
+            annotation, good, problems = row.annotation, [], []
+            for moment in annotation.moments:
+                problem = self._problem(annotation.video, *moment)
+                if problem:
+                    problems.append(problem)
+                else:
+                    good.append(moment)
+            yield row, annotation.narrowed(tuple(good)) if good else None, problems
 
     def videos(self, split: str) -> set[str]:
         """Return the names of the videos of a split, without a look at what is said of them."""
@@ -224,17 +240,6 @@ class DataSet:
         split = "train" if "train" in self.splits else "test"
         first = self.annotations(split, invalid="keep", quiet=True)[0]
         return dataclasses.replace(self.preset.features, dim=self.video(first.video).features.shape[1])
-
-    def _judged(self, row: Row) -> tuple[Annotation | None, list[str]]:
-        """Return a row with the moments that make sense, None without any, and what is wrong with the others."""
-        annotation, good, problems = row.annotation, [], []
-        for window in annotation.moments:
-            problem = self._problem(annotation.video, *window)
-            if problem:
-                problems.append(problem)
-            else:
-                good.append(window)
-        return (annotation.narrowed(tuple(good)) if good else None), problems
 
     def _fractions(self, video: str, window: Times) -> tuple[float, float]:
         duration = self.durations[video]

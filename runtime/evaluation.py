@@ -79,7 +79,7 @@ def predictions(
     for index, annotation in enumerate(annotations):
         moments = in_seconds(picks[index, :top_k], data_set.durations[annotation.video])
         yield {
-            "qid": annotation.line if annotation.qid is None else annotation.qid,
+            "qid": annotation.name,
             "query": annotation.sentence,
             "vid": annotation.video,
             "pred_relevant_windows": [[moment.start, moment.end, moment.score] for moment in moments],

@@ -19,7 +19,13 @@ DATASET = "c3d_features"
 
 
 class FeatureStore(Protocol):
-    """The clip features of many videos, by name. Every method raises FeatureError for a video that is not there."""
+    """The clip features of many videos, by name. Every method raises FeatureError for a video that is not there.
+
+    Attributes:
+        place: the directory, or the file.
+    """
+
+    place: Path
 
     def path(self, video: str) -> Path:
         """Return the file that holds a video."""
@@ -41,16 +47,16 @@ class FeatureFiles:
     """A directory with a `.pt`, `.npy` or `.npz` file for each video; of several for one, the first of these counts."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.place = directory
 
     def path(self, video: str) -> Path:
         for name in _spellings(video):
             for suffix in SUFFIXES:
-                path = self.directory / f"{name}{suffix}"
+                path = self.place / f"{name}{suffix}"
                 if path.is_file():
                     return path
         raise FeatureError(
-            f"There are no features of {video!r}: {self.directory / video}{SUFFIXES[0]} (or "
+            f"There are no features of {video!r}: {self.place / video}{SUFFIXES[0]} (or "
             f"{', '.join(SUFFIXES[1:])}) is missing."
         )
 
@@ -83,26 +89,26 @@ class FeatureArchive:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.place = file
 
     def path(self, video: str) -> Path:
         self._dataset(video)
-        return self.file
+        return self.place
 
     def load(self, video: str) -> np.ndarray:
         dataset = self._dataset(video)
-        refuse_bomb(f"{self.file}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
+        refuse_bomb(f"{self.place}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
         try:
             return np.asarray(dataset[()])
         except (OSError, MemoryError) as error:
-            raise FeatureError(f"{self.file}: {dataset.name} cannot be read: {_said(error)}.") from error
+            raise FeatureError(f"{self.place}: {dataset.name} cannot be read: {_said(error)}.") from error
 
     def num_clips(self, video: str) -> int:
         return int(self._dataset(video).shape[0])
 
     def stamp(self, video: str) -> tuple[Any, ...]:
-        stat = self.file.stat()
-        return self.file.name, stat.st_size, stat.st_mtime_ns, self._dataset(video).name
+        stat = self.place.stat()
+        return self.place.name, stat.st_size, stat.st_mtime_ns, self._dataset(video).name
 
     def content(self, video: str) -> bytes:
         features = self.load(video)
@@ -116,13 +122,13 @@ class FeatureArchive:
             raise DeviceError(
                 f"Features in HDF5 need h5py, which cannot be imported ({error}); run `pip install 'drn-deploy[hdf5]'`."
             ) from error
-        if not self.file.is_file():
-            raise FeatureError(f"The feature file {self.file} does not exist; check the path.")
+        if not self.place.is_file():
+            raise FeatureError(f"The feature file {self.place} does not exist; check the path.")
         try:
-            return h5py.File(self.file, "r")
+            return h5py.File(self.place, "r")
         except OSError as error:
             raise FeatureError(
-                f"{self.file} should be an HDF5 file of clip features and cannot be read: {_said(error)}."
+                f"{self.place} should be an HDF5 file of clip features and cannot be read: {_said(error)}."
             ) from error
 
     def _dataset(self, video: str) -> Any:
@@ -130,7 +136,7 @@ class FeatureArchive:
         node = next((member for member in members if member is not None), None)
         if node is None:
             raise FeatureError(
-                f"There are no features of {video!r} in {self.file}: neither a dataset nor a group has this name."
+                f"There are no features of {video!r} in {self.place}: neither a dataset nor a group has this name."
             )
         if hasattr(node, "keys"):
             names = list(node.keys())
@@ -138,17 +144,17 @@ class FeatureArchive:
             inner = None if name is None else self._member(node, name)
             if inner is None:
                 raise FeatureError(
-                    f"{self.file}: the group of {video!r} should hold one dataset, or one called {DATASET!r}, and "
+                    f"{self.place}: the group of {video!r} should hold one dataset, or one called {DATASET!r}, and "
                     f"holds {', '.join(names[:3]) or 'nothing'}."
                 )
             node = inner
         if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f":
             raise FeatureError(
-                f"{self.file}: the features of {video!r} should be floats of shape (num_clips, D), and are "
+                f"{self.place}: the features of {video!r} should be floats of shape (num_clips, D), and are "
                 f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
             )
         if node.external or node.is_virtual:
-            raise FeatureError(f"{self.file}: the features of {video!r} lie in another file; copy them into this one.")
+            raise FeatureError(f"{self.place}: the features of {video!r} lie in another file; copy them into this one.")
         return node
 
     def _member(self, group: Any, name: str) -> Any:
@@ -160,7 +166,7 @@ class FeatureArchive:
             return None
         if not isinstance(link, h5py.HardLink):
             raise FeatureError(
-                f"{self.file}: {name!r} is a link to somewhere else; copy what it points to into this file."
+                f"{self.place}: {name!r} is a link to somewhere else; copy what it points to into this file."
             )
         return group[name]
 

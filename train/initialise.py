@@ -50,7 +50,7 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
     """
     path = Path(path)
     table = model.query_encoder.embedding.weight
-    rows = _matrix(path) if _is_torch_file(path) else _text(path, words, table.shape[1])
+    rows = _matrix(path) if _is_torch_file(path) else glove_vectors(path, words, table.shape[1])
     if isinstance(rows, np.ndarray):
         if rows.shape != tuple(table.shape):
             raise CheckpointError(
@@ -84,7 +84,13 @@ def _matrix(path: Path) -> np.ndarray:
     return rows
 
 
-def _text(path: Path, words: Mapping[str, int], width: int) -> dict[int, np.ndarray]:
+def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int, np.ndarray]:
+    """Return the vectors of `words` in the usual text file of GloVe, by word id.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a line is not a word and `width` numbers.
+        GroundingError: there is a vector for none of the words.
+    """
     rows: dict[int, np.ndarray] = {}
     try:
         with open(path, encoding="utf-8") as stream:
@@ -97,6 +103,8 @@ def _text(path: Path, words: Mapping[str, int], width: int) -> dict[int, np.ndar
                     )
                 if fields[0] in words:
                     rows[words[fields[0]]] = np.array(fields[1:], np.float32)
+    except OSError as error:
+        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{path} should be GloVe text and cannot be read: {error}.") from error
     if not rows:

@@ -34,6 +34,11 @@ class Annotation:
     several: tuple[Times, ...] = ()
 
     @property
+    def name(self) -> int | str:
+        """What predictions call it."""
+        return self.line if self.qid is None else self.qid
+
+    @property
     def moments(self) -> tuple[Times, ...]:
         """Every moment it describes, one or more, in seconds."""
         return self.several or ((self.start, self.end),)

@@ -1,0 +1,188 @@
+"""`python -m train.prepare`: every published format becomes the common form, and what is left out is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet, each_moment
+from runtime.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
+from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
+from train.prepare import prepare
+
+WRITERS = {"activitynet": write_activitynet, "tacos": write_tacos, "qvhighlights": write_qvhighlights}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def rewrite(path: Path, change: Any) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_common_form_says_what_the_published_one_did(tmp_path: Path, name: str) -> None:
+    before = DataSet(WRITERS[name](tmp_path / "data"))
+    after = DataSet(prepare(before.root, tmp_path / "common"))
+    assert (after.preset.title, after.splits) == (before.preset.title, before.splits)
+    assert dict(after.words) == dict(before.words)
+    assert after.num_frames == before.num_frames
+    for split in before.splits:
+        wanted, found = before.annotations(split), after.annotations(split)
+        assert [(a.name, a.video, a.sentence) for a in found] == [(a.name, a.video, a.sentence) for a in wanted]
+        np.testing.assert_array_equal(after.truths(found), before.truths(wanted))
+    again = prepare(after.root, tmp_path / "again")
+    assert contents(again).keys() == contents(after.root).keys()
+    assert (again / "train.jsonl").read_bytes() == (after.root / "train.jsonl").read_bytes()
+
+
+def test_charades_keeps_its_words_frames_and_features(planted: Path, tmp_path: Path) -> None:
+    before, after = DataSet(planted), DataSet(prepare(planted, tmp_path / "common"))
+    assert dict(after.words) == dict(before.words)
+    annotations = before.annotations("test")
+    np.testing.assert_array_equal(after.spans(after.annotations("test")), before.spans(annotations))
+    video = annotations[0].video
+    found, wanted = (data_set.video(video) for data_set in (after, before))
+    assert (found.num_frames, found.duration) == (wanted.num_frames, wanted.duration)
+    np.testing.assert_array_equal(found.features, wanted.features)
+    assert after.features() == before.features()
+    assert after.simulated
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_activitynet(tmp_path / "data")
+
+    def spoil(entries: dict[str, Any]) -> None:
+        first, second, third = list(entries)[:3]
+        entries[first]["timestamps"][1] = [9, 8]
+        entries[second]["sentences"][0] = "..."
+        entries[third]["timestamps"][2][1] = 1000
+        entries[third]["sentences"][1] = "The person waves."
+
+    rewrite(data / "train.json", spoil)
+    (data / "features").mkdir()
+    for number in range(1, 36):
+        np.save(data / "features" / f"v_{number}.npy", np.ones((9, 4), np.float32))
+    common = DataSet(prepare(data, tmp_path / "common"))
+    told = capsys.readouterr().out
+    assert "1 as the moment makes no sense (v_1 sentence 2: the moment ends at 8 s, not after its start" in told
+    assert "1 as no word of the sentence is known (4: '...')" in told
+    assert "3 as its video has no features (v_36 sentence 1; v_36 sentence 2; v_36 sentence 3)" in told
+    assert "1 moments end after their video and are cut off there" in told
+    about = json.loads((common.root / "dataset.json").read_text())
+    assert about["dropped"]["train"] == {"the moment makes no sense": 1, "no word of the sentence is known": 1}
+    assert about["dropped"]["test"] == {"its video has no features": 3}
+    assert [len(common.annotations(split)) for split in common.splits] == [70, 18, 15]
+    # Nothing is clipped, dropped or unknown any more.
+    assert common.spans(common.annotations("train")).max() == 1
+    assert (common.preset.features.dim, "waves" in common.words) == (4, True)
+
+
+def test_rare_words_are_left_out_of_the_vocabulary(tmp_path: Path) -> None:
+    data = write_activitynet(tmp_path / "data")
+
+    def add(entries: dict[str, Any]) -> None:
+        next(iter(entries.values()))["sentences"][0] = "The person juggles."
+
+    rewrite(data / "train.json", add)
+    assert "juggles" in DataSet(prepare(data, tmp_path / "all")).words
+    words = DataSet(prepare(data, tmp_path / "common", min_count=2)).words
+    assert "juggles" not in words
+    assert sorted(words.values()) == list(range(1, len(words) + 1))
+
+
+def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path) -> None:
+    data = write_activitynet(tmp_path / "data")
+    rewrite(data / "test.json", lambda entries: entries["v_31"].update(sentences=["A zebra naps.", "b", "c"]))
+    vectors = {"person": [0.1, -2.5, 3e-05], "zebra": [1.0, 2.0, 3.0], "unused": [0.0, 0.0, 0.0]}
+    glove = tmp_path / "glove.txt"
+    glove.write_text("".join(f"{word} {' '.join(map(str, row))}\n" for word, row in vectors.items()))
+    common = prepare(data, tmp_path / "common", glove=glove, embed_dim=3)
+    words = DataSet(common).words
+    assert "zebra" in words
+    assert "naps" not in words
+    lines = (common / "word_vectors.txt").read_text().splitlines()
+    found = {word: np.array(row, np.float32).tolist() for word, *row in (line.split() for line in lines)}
+    assert found == {word: np.float32(vectors[word]).tolist() for word in ("person", "zebra")}
+    # In the form that training reads.
+    from train.initialise import glove_vectors
+
+    assert set(glove_vectors(common / "word_vectors.txt", words, 3)) == {words["person"], words["zebra"]}
+
+
+def test_features_are_found_where_they_were_or_are_said_to_be(tmp_path: Path) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    wanted = DataSet(data).store.load("train0_0.0_150.0")
+    np.testing.assert_array_equal(DataSet(prepare(data, tmp_path / "a")).store.load("train0_0.0_150.0"), wanted)
+    (data / "features").rename(tmp_path / "elsewhere")
+    common = prepare(data, tmp_path / "b", features=tmp_path / "elsewhere")
+    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "c" / "features")
+    common = prepare(data, tmp_path / "c")
+    assert "features" not in json.loads((common / "dataset.json").read_text())
+    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
+
+
+def test_every_moment_of_a_query_comes_along(tmp_path: Path) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    common = DataSet(prepare(data, tmp_path / "common"))
+    assert len(each_moment(common.annotations("train"))) == 36
+
+
+def test_a_data_set_without_a_training_split_has_no_vocabulary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    (data / "highlight_train_release.jsonl").unlink()
+    common = prepare(data, tmp_path / "common")
+    assert not (common / "vocabulary.json").exists()
+    assert "no training split" in caplog.text
+    assert len(DataSet(common).annotations("val")) == 6
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "rare": ({"min_count": 0}, GroundingError, "--min-count"),
+    "features": ({"features": Path("gone")}, FeatureError, "gone do not exist"),
+    "kind": ({"features": Path(__file__)}, FeatureError, "neither"),
+    "glove": ({"glove": Path("gone.txt")}, CheckpointError, "gone.txt cannot be read"),
+    "vectors": ({"glove": Path(__file__)}, CheckpointError, "a word and 300 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+    options, error, message = REFUSED[case]
+    data = write_activitynet(tmp_path / "data")
+    with pytest.raises(error, match=message) as caught:
+        prepare(data, tmp_path / "common", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "common").exists()
+
+
+def test_hdf5_without_any_of_the_videos_leaves_nothing(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+    data = write_activitynet(tmp_path / "data")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["v_99"] = np.ones((9, 4), np.float32)
+    with pytest.raises(AnnotationError, match=r"Nothing is left of the train/val/test split .*has no features"):
+        prepare(data, tmp_path / "common", features=tmp_path / "other.h5")
+    assert not (tmp_path / "common").exists()
+
+
+def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    data = write_activitynet(tmp_path / "data")
+    common = prepare(data, tmp_path / "common")
+    before = contents(common)
+    with pytest.raises(OutputError, match=r"holds dataset\.json already"):
+        prepare(write_tacos(tmp_path / "other"), common)
+    with pytest.raises(OutputError, match="is a file"):
+        prepare(data, common / "dataset.json")
+    assert contents(common) == before

@@ -1,0 +1,279 @@
+"""`python -m train.prepare`: any published data set in the common form, with its vocabulary, and what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.annotations import Annotation, DataSet
+from runtime.command import command, next_command
+from runtime.errors import AnnotationError, FeatureError, GroundingError, OutputError
+from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
+from runtime.files import Staging, sha256
+from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
+from runtime.vocabulary import Vocabulary, tokenize, word_table
+from train.initialise import glove_vectors
+
+log = logging.getLogger("drn")
+
+VECTORS = "word_vectors.txt"
+# Of everything left out, so many are named; `dataset.json` has all counts.
+NAMED = 3
+NO_SENSE, NO_WORD, NO_FEATURES = (
+    "the moment makes no sense",
+    "no word of the sentence is known",
+    "its video has no features",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is left of one split.
+
+    Attributes:
+        annotations: the sentences, with the moments that make sense.
+        dropped: reason to the sentences left out for it, as the file calls them.
+        cut_off: how many moments end after their video and are cut off there.
+    """
+
+    annotations: list[Annotation]
+    dropped: Mapping[str, Sequence[str]]
+    cut_off: int
+
+
+def prepare(
+    data: Path,
+    output: Path,
+    *,
+    features: Path | None = None,
+    glove: Path | None = None,
+    embed_dim: int = 300,
+    min_count: int = 1,
+) -> Path:
+    """Convert a data set to the common form: JSONL rows a split, its vocabulary, and what is usual for it.
+
+    Charades-STA, ActivityNet Captions, TACoS, QVHighlights and the common form itself are told by their files. What
+    is left out is counted by reason, and named. Features are not copied.
+
+    Args:
+        data: directory of a data set; docs/formats.md lists the formats.
+        output: directory to make: train.jsonl ..., vocabulary.json, dataset.json. It may hold features already.
+        features: directory of .pt, .npy or .npz files, or HDF5 file; where DATA or OUTPUT has them when not given.
+        glove: GloVe text. Words of other splits that have a vector join those of the training split, and the vectors
+            of all words are written to OUTPUT/word_vectors.txt, for `train --glove`.
+        embed_dim: width of the vectors.
+        min_count: words that stand less often in the training split are left out. A published word table is kept.
+
+    Returns:
+        `output`.
+
+    Raises:
+        AnnotationError: the annotations are malformed, or nothing of them is left.
+        FeatureError: there are no features at the place given.
+        OutputError: `output` holds something else, or cannot be written.
+    """
+    if min_count < 1 or embed_dim < 1:
+        raise GroundingError(f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.")
+    data_set = DataSet(data)
+    _check_empty(output)
+    place, store = _features(data_set, output, features)
+    splits = {split: _readable(data_set, split, store) for split in data_set.splits}
+    published = data_set.published_words
+    words = published
+    if words is None and "train" in splits:
+        words = word_table((annotation.sentence for annotation in splits["train"].annotations), min_count)
+    vectors: dict[int, np.ndarray] = {}
+    if glove:
+        words, vectors = _with_vectors(words or {}, splits, glove, embed_dim, grow=published is None)
+    vocabulary = Vocabulary(words) if words else None
+    splits = {split: _speakable(kept, vocabulary) for split, kept in splits.items()}
+    empty = [split for split, kept in splits.items() if not kept.annotations]
+    if empty or not splits:
+        raise AnnotationError(
+            f"Nothing is left of the {'/'.join(empty) or 'annotations'} split of {data}: "
+            f"{_reasons(splits[empty[0]].dropped) if empty else 'there is none'}."
+        )
+    texts = {f"{split}.jsonl": _rows(data_set, kept.annotations) for split, kept in splits.items()}
+    if words:
+        texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
+    texts[ABOUT] = json.dumps(_about(data_set, splits, place, store), indent=2) + "\n"
+    if words and vectors:
+        texts[VECTORS] = "".join(_vector_lines(words, vectors))
+    with Staging() as staging:
+        for name, text in texts.items():
+            staging.path(output / name).write_text(text, encoding="utf-8")
+        staging.settle()
+    _tell(data_set, splits, vocabulary, vectors if glove else None)
+    if vocabulary is None:
+        log.warning("There is no training split, and so no vocabulary: this can be evaluated on, and not trained on.")
+    if store is None:
+        log.warning("No features were found; put them into %s, or prepare again with --features.", output / "features")
+    vector_words = ("--glove", output / VECTORS) if glove else ()
+    next_command("train", "--data", output, "--output", "runs/first", *vector_words)
+    return output
+
+
+def _check_empty(output: Path) -> None:
+    """Raise OutputError if `output` holds anything but features."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file and --output names a directory; choose another.")
+    there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+    others = [name for name in there if name != "features" and not name.endswith(HDF5_SUFFIXES)]
+    if others:
+        raise OutputError(f"{output} holds {others[0]} already; choose a new directory, or delete that one.")
+
+
+def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str | None, FeatureStore | None]:
+    """Return where features are, as `dataset.json` says it, and the store; None twice where there are none yet."""
+    if given is not None:
+        if not given.exists():
+            raise FeatureError(f"The features {given} do not exist; check the path, or leave --features out.")
+        if given.is_file() and given.suffix not in HDF5_SUFFIXES:
+            raise FeatureError(
+                f"--features is a directory with a file for each video, or one HDF5 file ({', '.join(HDF5_SUFFIXES)}), "
+                f"and {given} is neither."
+            )
+        return str(given.resolve()), open_store(given.parent, given)
+    own = open_store(output, None)
+    if own.place.exists():
+        return None, own
+    theirs = data_set.store
+    return (str(theirs.place.resolve()), theirs) if theirs.place.exists() else (None, None)
+
+
+def _readable(data_set: DataSet, split: str, store: FeatureStore | None) -> Kept:
+    """Return the sentences of a split whose moments make sense and whose videos have features."""
+    annotations: list[Annotation] = []
+    dropped: dict[str, list[str]] = {}
+    there: dict[str, bool] = {}
+    cut_off = 0
+    for row, annotation, problems in data_set.judged(split):
+        if problems:
+            dropped.setdefault(NO_SENSE, []).append(f"{row.label}: {problems[0]}")
+        if annotation is None:
+            continue
+        video = annotation.video
+        if store is not None and not there.setdefault(video, _has(store, video)):
+            dropped.setdefault(NO_FEATURES, []).append(row.label)
+            continue
+        duration = data_set.durations[video]
+        cut_off += sum(end > duration for _, end in annotation.moments)
+        annotations.append(annotation.narrowed(tuple((s, min(e, duration)) for s, e in annotation.moments)))
+    return Kept(annotations, dropped, cut_off)
+
+
+def _has(store: FeatureStore, video: str) -> bool:
+    try:
+        store.path(video)
+    except FeatureError:
+        return False
+    return True
+
+
+def _speakable(kept: Kept, vocabulary: Vocabulary | None) -> Kept:
+    """Return what is left without the sentences of which no word is known, or which hold none."""
+    known, mute = [], []
+    for annotation in kept.annotations:
+        tokens = tokenize(annotation.sentence)
+        if any(vocabulary is None or {token, token.lower()} & vocabulary.words.keys() for token in tokens):
+            known.append(annotation)
+        else:
+            mute.append(f"{annotation.line}: {annotation.sentence!r}")
+    dropped = {**kept.dropped, NO_WORD: mute} if mute else kept.dropped
+    return dataclasses.replace(kept, annotations=known, dropped=dropped)
+
+
+def _with_vectors(
+    words: Mapping[str, int], splits: Mapping[str, Kept], glove: Path, width: int, *, grow: bool
+) -> tuple[Mapping[str, int], dict[int, np.ndarray]]:
+    """Return the word table, with the words of other splits that have a vector where it may grow, and the vectors."""
+    everything = word_table(a.sentence for kept in splits.values() for a in kept.annotations)
+    new = [word for word in everything if word not in words] if grow else []
+    asked = {**words, **{word: len(words) + index for index, word in enumerate(new, 1)}}
+    found = glove_vectors(glove, asked, width)
+    joining = [word for word in new if asked[word] in found]
+    table = {**words, **{word: len(words) + index for index, word in enumerate(joining, 1)}}
+    return table, {table[word]: found[asked[word]] for word in table if asked[word] in found}
+
+
+def _vector_lines(words: Mapping[str, int], vectors: Mapping[int, np.ndarray]) -> Iterator[str]:
+    for word, identity in words.items():
+        if identity in vectors:
+            yield f"{word} {' '.join(map(str, vectors[identity]))}\n"
+
+
+def _rows(data_set: DataSet, annotations: Sequence[Annotation]) -> str:
+    rows = (
+        {
+            "qid": annotation.name,
+            "query": annotation.sentence,
+            "vid": annotation.video,
+            "duration": data_set.durations[annotation.video],
+            "relevant_windows": [list(moment) for moment in annotation.moments],
+        }
+        for annotation in annotations
+    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _about(
+    data_set: DataSet, splits: Mapping[str, Kept], place: str | None, store: FeatureStore | None
+) -> dict[str, Any]:
+    preset = data_set.preset
+    if store is not None:
+        first = next(iter(splits.values())).annotations[0].video
+        preset = dataclasses.replace(
+            preset, features=dataclasses.replace(preset.features, dim=store.load(first).shape[1])
+        )
+    videos = {annotation.video for kept in splits.values() for annotation in kept.annotations}
+    return {
+        "format": FORMAT,
+        "preset": preset.to_dict(),
+        **({"features": place} if place else {}),
+        "simulated": data_set.simulated,
+        "sources": {data_set.annotations_path(s).name: sha256(data_set.annotations_path(s)) for s in splits},
+        "dropped": {s: {reason: len(names) for reason, names in kept.dropped.items()} for s, kept in splits.items()},
+        "cut_off": {split: kept.cut_off for split, kept in splits.items()},
+        "num_frames": {video: count for video, count in data_set.num_frames.items() if video in videos},
+    }
+
+
+def _tell(
+    data_set: DataSet, splits: Mapping[str, Kept], vocabulary: Vocabulary | None, vectors: Mapping[int, Any] | None
+) -> None:
+    print(f"{data_set.preset.title}, T = {data_set.preset.num_segments}")
+    for split, kept in splits.items():
+        videos = len({annotation.video for annotation in kept.annotations})
+        moments = sum(len(annotation.moments) for annotation in kept.annotations)
+        print(f"{split}: {len(kept.annotations)} sentences, {moments} moments, {videos} videos")
+        if vocabulary is not None:
+            tokens = Counter(token.lower() for a in kept.annotations for token in tokenize(a.sentence))
+            known = sum(count for word, count in tokens.items() if word in vocabulary.words)
+            print(f"  {100 * known / tokens.total():.1f} % of the words are in the vocabulary")
+        if kept.cut_off:
+            print(f"  {kept.cut_off} moments end after their video and are cut off there")
+        if kept.dropped:
+            print(f"  left out: {_reasons(kept.dropped)}")
+    if vocabulary is not None:
+        told = "" if vectors is None else f", {len(vectors)} of them with a vector"
+        print(f"vocabulary: {len(vocabulary)} words{told}")
+
+
+def _reasons(dropped: Mapping[str, Sequence[str]]) -> str:
+    """Return how many were left out for which reason, the first few by name."""
+    told = (
+        f"{len(names)} as {reason} ({'; '.join(names[:NAMED])}{'; …' if len(names) > NAMED else ''})"
+        for reason, names in dropped.items()
+    )
+    return ", ".join(told)
+
+
+if __name__ == "__main__":
+    command(prepare)
