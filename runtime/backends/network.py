@@ -66,6 +66,7 @@ class Network:
         path, sidecar: the plan's.
         cuda: the GPU.
         domains: its optimization profiles.
+        closed: whether everything was given back.
         gpu_ms: milliseconds that the GPU spent on the network since `gpu_ms` was last set to 0; counted only while
             `timed`.
     """
@@ -84,7 +85,7 @@ class Network:
         self._choices: dict[tuple[int, ...], tuple[Domain, dict[str, int]]] = {}
         self._streams: list[int] = []
         self._events: list[int] = []
-        self._closed = False
+        self.closed = False
         _OPEN.add(self)
         try:
             self._open()
@@ -393,11 +394,11 @@ class Network:
         return self._plan_bytes, self._device_bytes, sum(array.nbytes for array in self._pinned)
 
     def close(self) -> None:
-        """Free everything; a closed network cannot run."""
+        """Free everything; a closed network must not be used any more."""
         # In a forked process the driver is not there to be asked.
-        if self._closed or not self.cuda.usable:
+        if self.closed or not self.cuda.usable:
             return
-        self._closed = True
+        self.closed = True
         # What frees must not hide the error on account of which it is called.
         with contextlib.suppress(CudaError):
             self.cuda.enter()
@@ -420,7 +421,7 @@ class Network:
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the end of the process `close_all` was here before, and modules are gone.
-        if not ending() and hasattr(self, "_closed"):
+        if not ending() and hasattr(self, "closed"):
             self.close()
 
 

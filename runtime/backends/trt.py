@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,9 +181,15 @@ class _Model:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """One call at a time, on the GPU that the model is on."""
+        """One call at a time, on the GPU that the model is on.
+
+        Raises:
+            DeviceError: the model was closed, or this process was forked after it was opened.
+        """
         self._network.cuda.enter()
         with self._lock:
+            if any(network.closed for network in self._networks):
+                raise DeviceError(f"{self._network.path.name} was closed; open it again to ask it.")
             yield
 
     def time_gpu(self, on: bool) -> None:
@@ -362,7 +369,7 @@ class TensorRTPair(_Grounding):
         regions, size = layout(shapes, {name: query.dtype(name) for name in shapes})
         staging = query.pinned(size)
         self._staged = {name: region.view(staging) for name, region in regions.items()}
-        self._rounds = 0
+        self._calls = itertools.count(1)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""
@@ -413,10 +420,10 @@ class TensorRTPair(_Grounding):
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, as the whole model would; raises as `TensorRTBackend.run`."""
-        # No video comes again, and none may be taken for one of another call.
-        self._rounds += 1
+        # No video comes again, and none may be taken for one of another call, in whichever thread.
+        call = next(self._calls)
         videos = [
-            EncodedVideo(encoded, spans, 1.0, key=f"row {row} of call {self._rounds}")
+            EncodedVideo(encoded, spans, 1.0, key=f"row {row} of call {call}")
             for row, (encoded, spans) in enumerate(zip(self.encode(batch.segment_features), batch.segment_spans))
         ]
         return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))

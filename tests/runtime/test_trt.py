@@ -519,6 +519,38 @@ def test_threads_share_an_engine(bench: Bench) -> None:
             assert_same(answer, heads)
 
 
+def test_threads_that_share_a_pair_get_their_own_videos(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = bench.pair()
+    batches = [batch_of([5, 2], seed) for seed in range(2)]
+    encode, found = pair.encode, {}
+
+    def then_another(features: np.ndarray) -> np.ndarray:
+        # While one call encodes, another begins, ends, and leaves its videos on the GPU.
+        monkeypatch.setattr(pair, "encode", encode)
+        other = threading.Thread(target=lambda: found.update({1: pair.run(batches[1])}))
+        other.start()
+        other.join()
+        return encode(features)
+
+    monkeypatch.setattr(pair, "encode", then_another)
+    found[0] = pair.run(batches[0])
+    for index, batch in enumerate(batches):
+        assert_same(found[index], reference(bench.graphs, batch))
+
+
+def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
+    batch = batch_of([4, 4])
+    for open_one in (bench.whole, bench.pair):
+        backend: Any = open_one()
+        backend.run(batch)
+        backend.close()
+        calls = len(bench.driver.calls)
+        for use in (backend.run, lambda _: backend.memory_report(), lambda _: backend.time_gpu(True)):
+            with pytest.raises(DeviceError, match=r"was closed; open it again"):
+                use(batch)
+        assert set(bench.driver.calls[calls:]) <= {"cuCtxSetCurrent"}
+
+
 def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = bench.whole()
     here = os.getpid()
