@@ -205,6 +205,8 @@ def _leg(job: Job, leg: str, deadline: float | None = None) -> Leg:
 
 def _run_inside(job: Job, name: str, limit: float) -> None:
     """Run a leg in this process."""
+    # What a shell starts in the background ignores Ctrl-C, by which commands that take too long are ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     leg = _leg(job, name, time.time() + limit)
     module = importlib.import_module(f"benchmarks.acceptance.{MODULES[name]}")
     try:

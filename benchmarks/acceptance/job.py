@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, no_promise
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import GroundingError, PromiseBroken
 from runtime.timing import Call, Latency, take_turns, warm_up
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 # Points of recall: the made-up test split is a few hundred queries, so that one is 0.4 points and two may flip.
 MAX_DROP = 1.0
+# A fault that takes longer hangs.
+FAULT_SECONDS = 150.0
 LATENCY_HEADER = ("case", "boundary", "queries", "p50 ms", "p90 ms", "p99 ms", "max ms", "calls", "queries/s")
 
 
@@ -134,9 +136,17 @@ def skipped(reason: str) -> NoReturn:
 def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 540, ok: Sequence[int] = (0,)) -> str:
     """Run one of our commands, its output in a file, and return that; a command that takes too long gets Ctrl-C.
 
+    Args:
+        job, leg: what it is for.
+        module, words: the command.
+        most: seconds that it may take.
+        ok: exit codes that are well; with 130 also what it has found after half of its time.
+
     Raises:
         PromiseBroken, GroundingError: the command ended so; the sentence is its own.
+        OutOfTime: it began too late in the leg to be judged.
     """
+    seconds = max(min(most, leg.left - 5), 1)
     line = [sys.executable, "-m", module, *map(str, words)]
     number = len(leg.content["steps"])
     path = job.output / "logs" / f"{leg.content['leg']}-{number:02d}-{module}.log"
@@ -147,7 +157,7 @@ def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 54
         stream.flush()
         with subprocess.Popen(line, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT) as process:
             try:
-                process.wait(max(min(most, leg.left - 5), 1))
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
@@ -157,7 +167,9 @@ def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 54
                     process.kill()
     told = path.read_text(encoding="utf-8", errors="replace")
     code = process.returncode
-    if code in ok or (interrupted and code == 130 and 130 in ok):
+    if interrupted and seconds < (most / 2 if 130 in ok else most):
+        raise OutOfTime
+    if code in ok:
         return told
     last = [entry for entry in told.splitlines() if entry.strip()][-1]
     errors = [entry for entry in told.splitlines() if entry.startswith("error: ")]
@@ -246,9 +258,12 @@ def fault(job: Job, leg: Leg, name: str, model: Path, needs_gpu: bool = True) ->
     if needs_gpu and job.device != "cuda":
         raise Skip("This fault needs a GPU.")
     line = [sys.executable, "-m", "benchmarks.acceptance.faults", name, str(model), str(job.data), device_of(job)]
+    seconds = max(min(FAULT_SECONDS, leg.left), 1)
     try:
-        result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=max(min(150, leg.left), 1))
+        result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
     except subprocess.TimeoutExpired:
+        if seconds < FAULT_SECONDS:
+            raise OutOfTime from None
         return Found("", broken=[f"{name}: it hung, and was ended"])
     lines = [entry for entry in result.stdout.splitlines() if entry.startswith("{")]
     if not lines:

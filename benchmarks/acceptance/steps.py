@@ -26,6 +26,8 @@ Outcome = Literal["kept", "measured", "broken", "failed", "skipped"]
 # A leg that has ended says finished or skipped; any other was cut off, and goes on where it was.
 State = Literal["unfinished", "finished", "skipped"]
 BAD = ("broken", "failed")
+# A step in which a leg is cut off so many times hangs, and must not keep it from the next.
+MOST_TRIES = 2
 
 
 class Skip(Exception):
@@ -75,6 +77,7 @@ class Leg:
             "state": "unfinished",
             "told": "",
             "running": None,
+            "cut_off": [],
             "date": date.today().isoformat(),
             "about": dict(about),
             "steps": [],
@@ -83,6 +86,8 @@ class Leg:
             found = read_leg(path)
             if found["state"] == "unfinished" and found["about"].get("settings") == about.get("settings"):
                 self.content["steps"] = found["steps"]
+                # A step that is still running was ended with its process.
+                self.content["cut_off"] = [*found.get("cut_off", []), *filter(None, [found["running"]])]
         self.save()
 
     def save(self) -> None:
@@ -99,18 +104,25 @@ class Leg:
         Whatever goes wrong is written down and no obstacle to the next step.
 
         Raises:
-            OutOfTime: the deadline has passed.
+            OutOfTime: the deadline has passed, or came before the step could be judged.
         """
         for entry in self.content["steps"]:
             if entry["name"] == name:
                 return entry["outcome"] not in (*BAD, "skipped")
         if self.left <= 0:
             raise OutOfTime
+        if self.content["cut_off"].count(name) >= MOST_TRIES:
+            function = _hanging
         self.content["running"] = name
         self.save()
         log.info("%s: %s ...", self.content["leg"], name)
         began = time.perf_counter()
-        entry = {"name": name, **_taken(function), "seconds": round(time.perf_counter() - began, 2)}
+        try:
+            entry = {"name": name, **_taken(function), "seconds": round(time.perf_counter() - began, 2)}
+        except OutOfTime:
+            self.content["running"] = None
+            self.save()
+            raise
         self.content["steps"].append(entry)
         self.content["running"] = None
         self.save()
@@ -123,10 +135,16 @@ class Leg:
         self.save()
 
 
+def _hanging() -> Found:
+    raise GroundingError("It was cut off twice when the time of the leg was over, and is not tried again.")
+
+
 def _taken(function: Callable[[], Found]) -> dict[str, Any]:
-    """Return the outcome of a step, whatever it raises but an interruption."""
+    """Return the outcome of a step, whatever it raises but an interruption or the end of the leg's time."""
     try:
         found = function()
+    except OutOfTime:
+        raise
     except Skip as reason:
         return _entry("skipped", str(reason))
     except PromiseBroken as error:

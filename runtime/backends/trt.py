@@ -178,6 +178,7 @@ class _Model:
         self._network = networks[0]
         self._lock = threading.Lock()
         self.device = "cuda"
+        self.gpu_name = self._network.cuda.name
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ from benchmarks.acceptance import job as acceptance
 from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.on_tensorrt import missed_bars
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
-from runtime.errors import ModelFileError, PromiseBroken
-from runtime.machine import Gpu
+from runtime.errors import GroundingError, ModelFileError, PromiseBroken
 
 ROOT = Path(__file__).parents[2]
+# Takes a minute, and says so when it gets Ctrl-C.
+SLOW = (
+    "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('kept')\n    raise SystemExit(130)\n"
+)
 SETTINGS = {"settings": {"device": "cpu", "small": True}}
 
 
@@ -250,13 +256,12 @@ def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.
 def test_bars_in_times_are_for_their_class_of_gpu() -> None:
     slow = {"p50": 0.5, "p99": 0.9, "part": 0.3, "rate": 10_000.0}
     ratios = {"eager PyTorch, FP32": 25.0, "CUDA graphs, FP16": 1.5, "CUDA graphs, FP16, encoded videos": 1.1}
-    old, new = (Gpu(name, "580", None, None, None, None, None, None) for name in ("Tesla T4", "NVIDIA H200"))
-    assert missed_bars(old, **slow, ratios=ratios) == ["1.5 times CUDA graphs, FP16 where 2 is the bar"]
-    assert len(missed_bars(new, **slow, ratios=ratios)) == 5
+    assert missed_bars("Tesla T4", **slow, ratios=ratios) == ["1.5 times CUDA graphs, FP16 where 2 is the bar"]
+    assert len(missed_bars("NVIDIA H200", **slow, ratios=ratios)) == 5
     fast = {"p50": 0.2, "p99": 0.3, "part": 0.1, "rate": 70_000.0}
-    assert missed_bars(new, **fast, ratios={"eager PyTorch, FP32": 25.0, "torch.compile, FP16": 2.0}) == []
+    assert missed_bars("NVIDIA H200", **fast, ratios={"eager PyTorch, FP32": 25.0, "torch.compile, FP16": 2.0}) == []
     # A tail that was not measured is no tail that was kept.
-    assert missed_bars(new, 0.2, None, 0.1, 70_000.0, {}) == [
+    assert missed_bars("NVIDIA H200", 0.2, None, 0.1, 70_000.0, {}) == [
         "p99 of one query is - ms where 0.25 is the bar".replace("0.25", "0.4")
     ]
 
@@ -270,9 +275,67 @@ def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
     module.write_text("import sys\nprint('error: it moved.')\nsys.exit(1)\n")
     with pytest.raises(PromiseBroken, match=r"it moved\. \(logs/"):
         acceptance.run_module(job, leg, "breaks")
-    module.write_text("import time\ntime.sleep(60)\n")
-    with pytest.raises(Exception, match="was not done in time"):
+    module.write_text(SLOW)
+    with pytest.raises(GroundingError, match="was not done in time"):
         acceptance.run_module(job, leg, "breaks", most=1)
+
+
+def test_what_began_too_late_is_tried_again_and_not_called_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, job = tmp_path / "torch.json", Job(tmp_path, "cuda", small=True)
+    faults = tmp_path / "benchmarks" / "acceptance" / "faults.py"
+    faults.parent.mkdir(parents=True)
+    for file in (tmp_path / "slow.py", faults):
+        file.write_text(SLOW)
+    for package in (faults.parent, faults.parents[1]):
+        (package / "__init__.py").touch()
+    monkeypatch.setattr(acceptance, "ROOT", tmp_path)
+    late: list[Callable[[Leg], Any]] = [
+        lambda leg: acceptance.run_module(job, leg, "slow", most=100),
+        lambda leg: acceptance.run_module(job, leg, "slow", most=100, ok=(0, 130)),
+        lambda leg: acceptance.fault(job, leg, "fork", tmp_path / "drn.pt"),
+    ]
+    for start in late:
+        leg = Leg(path, "torch", SETTINGS, deadline=time.time() + 1)
+        with pytest.raises(OutOfTime):
+            leg.step("late", functools.partial(start, leg))
+        assert read_leg(path)["steps"] == []
+    # Half of its time is enough for what is of use as far as it came.
+    leg = Leg(path, "torch", SETTINGS, deadline=time.time() + 6)
+    assert "kept" in acceptance.run_module(job, leg, "slow", most=1.5, ok=(0, 130))
+
+
+def test_a_leg_in_the_background_ends_its_commands_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(job: Job, leg: Leg) -> None:
+        (tmp_path / "slow.py").write_text(SLOW)
+        told.append(acceptance.run_module(job, leg, "slow", most=1, ok=(130,)))
+
+    told: list[str] = []
+    monkeypatch.setattr(acceptance, "ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.acceptance.on_ort.run", run)
+    try:
+        gpu._run_inside(Job(tmp_path, "cpu", small=True), "ort-cuda", 60.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told[0].splitlines()[-1] == "kept"
+
+
+def test_a_step_that_is_cut_off_twice_is_not_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "torch.json"
+    for _ in range(2):
+        leg = Leg(path, "torch", SETTINGS)
+        # As when its process is killed.
+        with pytest.raises(KeyboardInterrupt):
+            leg.step("hangs", raising(KeyboardInterrupt()))
+    leg = Leg(path, "torch", SETTINGS)
+    assert not leg.step("hangs", lambda: pytest.fail("it was taken again"))
+    assert leg.step("next", lambda: Found("done."))
+    assert outcomes(path) == {"hangs": "failed", "next": "kept"}
+    assert "cut off twice" in read_leg(path)["steps"][0]["told"]
 
 
 def test_the_report_holds_every_table(tmp_path: Path) -> None:
