@@ -14,6 +14,7 @@ from runtime.extraction import cache_directory
 from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.windows import windows_asked
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 MIB = 1 << 20
@@ -39,6 +40,8 @@ def serve(
     upload_mib: int = 512,
     uploads_mib: int = 2048,
     keep_minutes: float = 60.0,
+    window: float | None = None,
+    overlap: float | None = None,
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
@@ -63,6 +66,9 @@ def serve(
         upload_mib: largest body of an upload.
         uploads_mib: disk for all uploads; the oldest go first.
         keep_minutes: how long an upload stays after it was last asked.
+        window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
+            video whole; the model's own when not given.
+        overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
         device: auto, cpu or cuda.
         threads: CPU threads of the model.
     """
@@ -103,6 +109,7 @@ def serve(
         ),
     )
     grounder = Grounder.load(model, device, threads)
+    grounder.windows = windows_asked(grounder.windows, window, overlap)
     digest = sha256(model)
     if extractor is not None:
         # Opened once, to see that it is one whose features the model takes.

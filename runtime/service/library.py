@@ -31,6 +31,8 @@ MEDIA_TYPES = {
     ".ogv": "video/ogg",
 }
 READERS = 2
+# Of a long video, times the sentences of one request.
+MOST_WINDOWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Entry:
         id: what it is asked by.
         name: what answers call it.
         duration: seconds.
-        num_frames: frames.
+        num_frames: frames, where the data set tells them.
         media: the file that plays it, where there is one.
         state: ready, extracting, or failed.
         problem: what failed.
@@ -50,7 +52,7 @@ class Entry:
     id: str
     name: str
     duration: float
-    num_frames: int
+    num_frames: int | None
     media: Path | None = None
     state: str = "ready"
     problem: str | None = None
@@ -67,7 +69,7 @@ class Library:
     def __init__(self, data: DataSet | None, media: Path | None = None) -> None:
         self._data = data
         self._media = _media_files(media) if media else {}
-        self.names = sorted(set(data.durations) & set(data.num_frames)) if data else []
+        self.names = sorted(data.durations) if data else []
         self._known = frozenset(self.names)
 
     def __contains__(self, name: str) -> bool:
@@ -76,7 +78,7 @@ class Library:
     def entry(self, name: str) -> Entry:
         """Return a video of the data set, whose features were not looked at."""
         assert self._data is not None
-        return Entry(name, name, self._data.durations[name], self._data.num_frames[name], self._media.get(name))
+        return Entry(name, name, self._data.durations[name], self._data.num_frames.get(name), self._media.get(name))
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
         """Return how many names contain a text, in whatever case, and so many of them from `offset` on."""
@@ -154,8 +156,10 @@ class Shelf:
 
         def read() -> Video:
             video = load()
-            # Checked and pooled here, so that the model's thread finds it done.
-            self._grounder.segments(video)
+            check_windows(len(self._grounder.cut(video)), 1)
+            if not self._grounder.cut(video):
+                # Checked and pooled here, so that the model's thread finds it done.
+                self._grounder.segments(video)
             return video
 
         video = await asyncio.get_running_loop().run_in_executor(self._readers, read)
@@ -185,12 +189,24 @@ class Shelf:
 def _bytes(subject: Subject) -> int:
     if isinstance(subject, EncodedWindows):
         return sum(map(_bytes, subject.parts))
-    arrays: list[np.ndarray] = [subject.features]
+    if isinstance(subject, EncodedWindows):
+        return sum(map(_bytes, subject.parts))
     if isinstance(subject, EncodedVideo):
-        arrays.append(subject.spans)
-    else:
-        arrays += [part.features for part in subject._segments.values()]
-    return sum(array.nbytes for array in arrays)
+        return subject.features.nbytes + subject.spans.nbytes
+    segments = sum(part.features.nbytes for part in subject._segments.values())
+    # What is mapped from a file takes no memory that the system could not have back.
+    return segments if isinstance(subject.features, np.memmap) else segments + subject.features.nbytes
+
+
+def check_windows(windows: int, queries: int) -> None:
+    """Raise Refusal if so many sentences about a video of so many windows would keep the model from others for long."""
+    if windows * queries > MOST_WINDOWS:
+        raise Refusal(
+            422,
+            f"The video is as long as {windows} windows, and windows times sentences may be at most {MOST_WINDOWS}; "
+            "ask less at once, or about a shorter video.",
+            "too_long",
+        )
 
 
 def _media_files(directory: Path) -> dict[str, Path]:

@@ -42,7 +42,7 @@ class VideoEntry(BaseModel):
     id: str
     name: str
     duration: float = Field(description="seconds")
-    num_frames: int
+    num_frames: int | None = Field(description="where it is known")
     media: str | None = Field(description="where a player finds the video, if the service has its file")
     state: Literal["ready", "extracting", "failed"] = Field(description="questions wait while it is extracting")
     problem: str | None = Field(description="why it failed")

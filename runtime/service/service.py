@@ -18,7 +18,7 @@ from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher, BatchOptions
 from runtime.service.forms import read_form
 from runtime.service.gate import GateOptions, Keys, unless_gone
-from runtime.service.library import Entry, Library, Shelf
+from runtime.service.library import Entry, Library, Shelf, check_windows
 from runtime.service.messages import SentVideo, checked
 from runtime.service.refusals import Refusal
 from runtime.service.telemetry import Telemetry
@@ -104,6 +104,7 @@ class Service:
 
     async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
         """Answer as `infer --format json` prints it."""
+        check_windows(len(self.grounder.cut(subject)), len(queries))
         found = await self.batcher.ask([(subject, query) for query in queries], top_k)
         answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
         return json_response(answers)

@@ -27,7 +27,7 @@ from runtime.errors import OutputError
 from runtime.extraction import cache_directory
 from runtime.service.library import MEDIA_TYPES, Entry
 from runtime.service.refusals import Refusal
-from runtime.videos import ClipClock, Video
+from runtime.videos import ClipClock, Video, load_features
 
 log = logging.getLogger("drn.service")
 
@@ -107,7 +107,7 @@ class Upload:
     def load(self) -> Video:
         """Read the video; the features must be there."""
         assert self.features is not None
-        return Video(np.load(self.features, allow_pickle=False), self.num_frames, self.duration, self.name)
+        return Video(load_features(self.features), self.num_frames, self.duration, self.name)
 
 
 class Uploads:
@@ -282,7 +282,7 @@ class Uploads:
         if process.returncode != 0:
             raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
         tables = DataSet(made)
-        upload.duration, upload.num_frames = tables.durations["video"], tables.num_frames["video"]
+        upload.duration, upload.num_frames = tables.durations["video"], tables.frames("video")
         upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
         shutil.rmtree(made, ignore_errors=True)
         self.spend(upload, upload.features.stat().st_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.annotations import DataSet
@@ -166,3 +168,10 @@ def form(**parts: Any) -> tuple[bytes, str]:
                 content,
             )
     return body + b"--%b--\r\n" % boundary, f"multipart/form-data; boundary={boundary.decode()}"
+
+
+def npy(array: np.ndarray, **how: Any) -> bytes:
+    """Return an array as a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, array, **how)
+    return stream.getvalue()

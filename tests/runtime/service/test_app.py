@@ -6,16 +6,19 @@ import concurrent.futures
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.annotations import DataSet
 from runtime.files import sha256
 from runtime.grounder import Grounder
 from runtime.infer import infer
-from tests.runtime.service.conftest import Running
+from runtime.windows import Windows
+from tests.runtime.service.conftest import Running, npy
 from tests.tolerances import BATCHED_SECONDS
 
 
@@ -59,6 +62,26 @@ def test_many_at_once_get_their_own_answers(service: Running, planted: Path, off
     for (name, query), reply, moments in zip(asked, replies, expected, strict=True):
         assert reply.status == 200
         assert alike(reply.json, [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}])
+
+
+def test_a_long_video_is_answered_in_windows(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, offline: Grounder
+) -> None:
+    words = ("--model", model, "--data", planted, "--uploads", tmp_path, "--window", 6, "--overlap", 2)
+    cutting = start(*words)
+    data = DataSet(planted)
+    annotation = data.annotations("test")[0]
+    grounder = Grounder(offline.backend)
+    grounder.windows = Windows(6, 6, 2)
+    video = data.video(annotation.video)
+    assert len(grounder.cut(video)) > 1
+    expected = [vars(moment) for moment in grounder.ground(video, annotation.sentence)]
+    found = cutting.ask({"video": annotation.video, "query": annotation.sentence}).json
+    assert alike(found[0]["moments"], expected)
+    # A clock that makes windows of two clips each, thousands of them, is no way to keep the model from others.
+    cutting.send(
+        "/v1/ground", features=("x", npy(np.zeros((2000, 32), np.float32))), duration=1e7, query=annotation.sentence
+    ).refused(422, "windows")
 
 
 def test_health_tells_of_the_model(service: Running, model: Path) -> None:

@@ -25,17 +25,11 @@ from runtime.service.forms import read_form
 from runtime.service.refusals import Refusal
 from runtime.service.uploads import UploadOptions, Uploads, container_of, read_features, shown_name
 from runtime.videos import ClipClock
-from tests.runtime.service.conftest import Running, form
+from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
 
 MIB = 1 << 20
 FEATURES = np.random.default_rng(0).random((40, 32), np.float32)
-
-
-def npy(array: np.ndarray, **how: Any) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, **how)
-    return stream.getvalue()
 
 
 def npz(packed: bool = True, **arrays: np.ndarray) -> bytes:
