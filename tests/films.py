@@ -36,7 +36,7 @@ def film(
     options: dict[str, str] | None = None,
     sound: float = 0,
 ) -> Path:
-    """Write frames as a video: lossless FFV1 in .mkv, MPEG-4 in all else.
+    """Write frames as a video: lossless FFV1 in .mkv, VP8 in .webm, MPEG-4 in all else.
 
     Args:
         path: where; its ending chooses the container.
@@ -48,11 +48,11 @@ def film(
         sound: seconds of silence beside it.
     """
     frames = scene(frames) if isinstance(frames, int) else frames
-    lossless = path.suffix == ".mkv"
+    codec = {".mkv": "ffv1", ".webm": "libvpx"}.get(path.suffix, "mpeg4")
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream("ffv1" if lossless else "mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0" if lossless else "yuv420p"
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         if times is not None:
             stream.codec_context.time_base = MILLISECOND
         if turned is not None:

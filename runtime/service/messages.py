@@ -41,7 +41,7 @@ class Failure(BaseModel):
 class VideoEntry(BaseModel):
     id: str
     name: str
-    duration: float = Field(description="seconds")
+    duration: float | None = Field(description="seconds, once known")
     num_frames: int | None = Field(description="where it is known")
     media: str | None = Field(description="where a player finds the video, if the service has its file")
     state: Literal["ready", "extracting", "failed"] = Field(description="questions wait while it is extracting")

@@ -88,4 +88,7 @@ def run(service: Service, host: str, port: int, grace: int) -> None:
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
         sys.setswitchinterval(SWITCH_SECONDS)
+        # What a question has wrong with it is told to who asks, and does not fill the log.
+        logging.getLogger("drn").setLevel(logging.ERROR)
+        log.setLevel(logging.INFO)
         _Server(config, service).run([listener])

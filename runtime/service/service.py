@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -103,20 +104,29 @@ class Service:
         self.uploads.sweep()
 
     async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
-        """Answer as `infer --format json` prints it."""
+        """Answer as `infer --format json` prints it; a header names the words that the model does not know.
+
+        Raises:
+            Refusal: the model cannot take a sentence. It is seen before any is asked, so that it fails nobody else.
+        """
+        unheard = self._unheard(queries)
         check_windows(len(self.grounder.cut(subject)), len(queries))
         found = await self.batcher.ask([(subject, query) for query in queries], top_k)
         answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
-        return json_response(answers)
+        response = json_response(answers)
+        if unheard:
+            response.headers["drn-unknown-words"] = quote(json.dumps(list(unheard)))
+        return response
 
-    def check_queries(self, queries: list[str]) -> None:
-        """Raise Refusal unless the model can take every sentence: one that cannot be asked fails nobody else."""
+    def _unheard(self, queries: list[str]) -> Counter[str]:
+        unheard: Counter[str] = Counter()
         for number, query in enumerate(queries, 1):
             try:
-                self.grounder.encode_query(query)
+                self.grounder.encode_query(query, unheard)
             except QueryError as error:
                 which = f"Sentence {number}: " if len(queries) > 1 else ""
                 raise Refusal(422, which + str(error), "invalid_query") from error
+        return unheard
 
     async def subject(self, name: str) -> Subject:
         """Return a video as the model takes it; Refusal if it is not known."""
@@ -188,7 +198,6 @@ class Service:
             asked, video = await self.receive(request, upload, form)
 
             async def answer() -> Response:
-                self.check_queries(asked.query)
                 if upload.extraction is not None:
                     await upload.extraction
                 subject = await self.shelf.prepared(upload.load if video is None else lambda: video)
@@ -201,8 +210,8 @@ class Service:
         return {
             "id": entry.id,
             "name": entry.name,
-            "duration": entry.duration,
-            "num_frames": entry.num_frames,
+            "duration": entry.duration or None,
+            "num_frames": entry.num_frames or None,
             "media": self.keys.ticket(f"/v1/videos/{quote(entry.id, safe='')}/media") if entry.media else None,
             "state": entry.state,
             "problem": entry.problem,

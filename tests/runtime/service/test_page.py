@@ -1,0 +1,416 @@
+"""The page in a real browser, the system's Chromium: by mouse, by keyboard alone, and as wide as a phone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet
+from tests.films import film, scene
+from tests.runtime.service.conftest import Running, npy
+
+# Named by .ci/run, so that there these tests fail instead of skipping.
+CHROMIUM = os.environ.get("DRN_CHROMIUM") or shutil.which("chromium")
+if not os.environ.get("DRN_CHROMIUM"):
+    if CHROMIUM is None:
+        pytest.skip("Debian's chromium is not installed", allow_module_level=True)
+    pytest.importorskip("playwright", reason="Playwright drives the browser")
+from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402 - after it is known to be there
+
+# As root in a container, and without a word to anybody.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+)
+SHOWN = "SIM00001"
+UNSHOWN = "SIM00002"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def shown(
+    start: Callable[..., Running],
+    model: Path,
+    planted: Path,
+    extractor: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Running:
+    """A service with a film of one of its videos."""
+    place = tmp_path_factory.mktemp("page")
+    (place / "media").mkdir()
+    seconds = DataSet(planted).durations[SHOWN]
+    film(place / "media" / f"{SHOWN}.webm", scene(round(seconds * 5)), rate=5)
+    return start(
+        *("--model", model, "--data", planted, "--extractor", extractor),
+        *("--media", place / "media", "--uploads", place / "uploads"),
+    )
+
+
+class Seen:
+    """A page, and what must not happen in it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.asked: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+
+    def open(self, fragment: str = "") -> Page:
+        self.page.goto(self.url + fragment)
+        return self.page
+
+    def choose(self, name: str) -> None:
+        self.page.get_by_label("Video", exact=True).fill(name)
+        self.page.get_by_role("option", name=re.compile(name)).click()
+        expect(self.page.locator("#timeline")).to_be_visible()
+
+    def ask(self, sentence: str) -> None:
+        before = self.page.locator("#answers > li").count()
+        self.page.get_by_label("What happens?").fill(sentence)
+        self.page.keyboard.press("Enter")
+        expect(self.page.locator("#answers > li")).to_have_count(before + 1)
+        expect(self.page.locator("#answers > li").last.locator(".moment").first).to_be_visible()
+
+
+@pytest.fixture
+def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> Iterator[Seen]:
+    """A new page; `phone` as its parameter makes it one on a phone."""
+    phone = getattr(request, "param", None) == "phone"
+    size = {"width": 390, "height": 844} if phone else {"width": 1280, "height": 860}
+    context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone)  # type: ignore[arg-type]
+    context.set_default_timeout(15_000)
+    seen = Seen(context.new_page(), shown.url)
+    yield seen
+    context.close()
+    assert [url for url in seen.asked if not url.startswith((seen.url, f"blob:{seen.url}"))] == []
+    # A refused question is told by the browser too; anything else is ours.
+    assert [error for error in seen.errors if "status of 4" not in error and "ERR_FAILED" not in error] == []
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for a condition: Playwright's own way has the page evaluate text, which its policy forbids."""
+    for _ in range(300):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail(f"it never came that {condition}")
+
+
+def time(page: Page) -> float:
+    return float(page.evaluate("document.querySelector('#player').currentTime"))
+
+
+def moments(page: Page, row: int = 0) -> list[list[float]]:
+    """Starts and ends as the list shows them, best first."""
+    texts = page.locator("#answers > li").nth(row).locator(".when").all_inner_texts()
+    return [
+        [60 * int(minutes) + float(rest) for minutes, rest in re.findall(r"(\d+):([\d.]+)", text)] for text in texts
+    ]
+
+
+def test_a_moment_that_is_pressed_is_played_from_start_to_end(seen: Seen, shown: Running) -> None:
+    page = seen.open()
+    seen.choose(SHOWN)
+    seen.ask("person opens the door")
+    answer = shown.ask({"video": SHOWN, "query": "person opens the door"}).json[0]["moments"]
+    assert moments(page) == [[round(one["start"], 1), round(one["end"], 1)] for one in answer]
+    bars = page.locator(".track .bar")
+    assert bars.count() == 5
+    shortest = min(range(5), key=lambda rank: answer[rank]["end"] - answer[rank]["start"])
+    page.evaluate("document.querySelector('#player').playbackRate = 8")
+    page.locator(".moment").nth(shortest).click()
+    until(page, f"document.querySelector('#player').currentTime > {answer[shortest]['start']}")
+    until(page, "document.querySelector('#player').paused")
+    assert time(page) == pytest.approx(answer[shortest]["end"], abs=2.0)
+    assert page.locator(".bar.chosen").count() == 1
+    left = page.locator(".bar.chosen").evaluate("bar => parseFloat(bar.style.left)")
+    assert left == pytest.approx(100 * answer[shortest]["start"] / shown.get(f"/v1/videos/{SHOWN}").json["duration"])
+
+
+def test_the_time_line_seeks_where_it_is_pressed(seen: Seen, shown: Running) -> None:
+    page = seen.open()
+    seen.choose(SHOWN)
+    box = page.locator("#timeline").bounding_box()
+    assert box is not None
+    until(page, "document.querySelector('#player').readyState >= 1")
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] - 4)
+    assert time(page) == pytest.approx(shown.get(f"/v1/videos/{SHOWN}").json["duration"] / 4, abs=0.2)
+
+
+def test_the_keyboard_alone_does_it_all(seen: Seen) -> None:
+    page = seen.open()
+    keys = page.keyboard
+    until(page, "document.querySelector('#model').textContent !== ''")
+    for _ in range(3):
+        keys.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "picker"
+    keys.type(SHOWN[-3:])
+    page.wait_for_selector("[role=option][aria-selected=true]")
+    keys.press("Enter")
+    until(page, "document.activeElement.id === 'query'")
+    for sentence in ("person opens the door", "person closes the door"):
+        keys.type(sentence)
+        keys.press("Enter")
+        until(page, f"document.querySelector('#said').textContent.includes('{sentence}')")
+    assert page.locator(".track").count() == 2
+    for _ in range(9):
+        keys.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('moment')"):
+            break
+    places = [*moments(page, 0), *moments(page, 1)]
+    focused = "document.activeElement.id"
+    assert page.evaluate(focused) == "moment-0-0"
+    for _ in range(5):
+        keys.press("ArrowDown")
+    assert page.evaluate(focused) == "moment-1-0"
+    assert time(page) == pytest.approx(places[5][0], abs=0.1)
+    keys.press("ArrowUp")
+    assert page.evaluate(focused) == "moment-0-4"
+    keys.press("End")
+    assert page.evaluate(focused) == "moment-1-4"
+    keys.press("Space")
+    until(page, "!document.querySelector('#player').paused")
+    keys.press("Space")
+    until(page, "document.querySelector('#player').paused")
+    keys.press("Delete")
+    assert page.locator(".track").count() == 1
+    assert page.evaluate(focused) == "moment-0-0"
+
+
+def test_space_plays_and_pauses_where_it_means_nothing_else(seen: Seen) -> None:
+    page = seen.open(f"#video={SHOWN}")
+    until(page, "document.querySelector('#player').readyState >= 2")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Space")
+    until(page, "!document.querySelector('#player').paused")
+    page.keyboard.press("Space")
+    until(page, "document.querySelector('#player').paused")
+    page.get_by_label("What happens?").focus()
+    page.keyboard.type("a b")
+    assert page.get_by_label("What happens?").input_value() == "a b"
+    assert page.evaluate("document.querySelector('#player').paused")
+
+
+@pytest.mark.parametrize("seen", ["desk", "phone"], indirect=True)
+def test_nothing_is_wider_than_the_screen_or_too_small_for_a_finger(seen: Seen) -> None:
+    page = seen.open(f"#video={SHOWN}")
+    for sentence in ("person opens the door", "a person is closing the door " * 3, "person opens a window"):
+        seen.ask(sentence.strip())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    boxes = "[...document.querySelectorAll('{}')].map(element => element.getBoundingClientRect().{})"
+    panel = page.evaluate("document.querySelector('.questions').getBoundingClientRect().right")
+    assert max(page.evaluate(boxes.format(".moment, .track, #ask, .sentence", "right"))) <= panel
+    assert min(size for size in page.evaluate(boxes.format("main button", "height")) if size) >= 24
+    page.get_by_role("button", name="Send a video").click()
+    box = page.locator("#sending").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= page.viewport_size["width"]  # type: ignore[index]
+
+
+def test_sentences_are_compared_in_rows_of_their_own_colour(seen: Seen) -> None:
+    page = seen.open()
+    seen.choose(SHOWN)
+    page.get_by_label("Moments").select_option("1")
+    sentences = [
+        f"person opens the door and {word}" for word in ("a", "the", "in", "his", "her", "on", "is", "of", "it")
+    ]
+    for sentence in sentences[:8]:
+        seen.ask(sentence)
+    colours = page.locator(".track .bar").evaluate_all("bars => bars.map(bar => getComputedStyle(bar).backgroundColor)")
+    assert len(colours) == len(set(colours)) == 8
+    # The ninth takes the first one's place; one asked again is not there twice.
+    page.get_by_label("What happens?").fill(sentences[8])
+    page.keyboard.press("Enter")
+    expect(page.locator("#answers > li").last).to_contain_text(sentences[8])
+    expect(page.locator("#answers > li")).to_have_count(8)
+    page.get_by_label("What happens?").fill(sentences[4])
+    page.keyboard.press("Enter")
+    expect(page.locator("#answers > li").last).to_contain_text(sentences[4])
+    expect(page.locator("#answers > li")).to_have_count(8)
+    page.get_by_role("button", name=f"Remove “{sentences[5]}”").click()
+    expect(page.locator(".track")).to_have_count(7)
+    page.get_by_role("button", name="Clear all").click()
+    expect(page.locator(".track")).to_have_count(0)
+
+
+def test_without_a_film_the_time_line_stands_alone(seen: Seen, tmp_path: Path) -> None:
+    page = seen.open()
+    expect(page.locator("#blank-text")).to_have_text("Choose a video to begin.")
+    seen.choose(UNSHOWN)
+    seen.ask("person opens the door")
+    expect(page.locator("#blank-text")).to_contain_text("no film of this video")
+    expect(page.locator("#player")).to_be_hidden()
+    page.locator(".moment").nth(1).click()
+    head = page.locator("#head").evaluate("head => parseFloat(head.style.left)")
+    bar = page.locator(".bar.chosen").evaluate("bar => parseFloat(bar.style.left)")
+    assert head == pytest.approx(bar, abs=0.01)
+    # A film of this device never leaves it.
+    asked = len(seen.asked)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Play a film from this device").click()
+    chooser.value.set_files(film(tmp_path / "mine.webm", scene(20), rate=5))
+    until(page, "document.querySelector('#player').readyState >= 2")
+    assert [url for url in seen.asked[asked:] if not url.startswith("blob:")] == []
+
+
+def test_what_is_shown_comes_back_from_its_address(seen: Seen) -> None:
+    page = seen.open()
+    seen.choose(UNSHOWN)
+    seen.ask("person opens the door")
+    seen.ask("person closes the door")
+    shown = page.locator("#answers").inner_text()
+    page.reload()
+    expect(page.locator(".track .bar")).to_have_count(10)
+    assert page.locator("#answers").inner_text() == shown
+
+
+def test_what_goes_wrong_is_said_where_it_is_seen(seen: Seen) -> None:
+    page = seen.open()
+    page.get_by_label("What happens?").fill("person opens the door")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Choose a video first")
+    page.get_by_label("Video", exact=True).fill("nobody")
+    expect(page.locator("#options")).to_contain_text("No video has this in its name")
+    seen.choose(UNSHOWN)
+    page.get_by_label("What happens?").fill("zork")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("none of the words of 'zork'")
+    assert page.locator(".track").count() == 0
+    seen.ask("person opens the zork")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator(".left-out")).to_have_text("The model does not know zork; left out.")
+    page.route("**/v1/ground", lambda route: route.abort())
+    page.get_by_label("What happens?").fill("person opens the door")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.unroute("**/v1/ground")
+    page.route("**/v1/ground", lambda route: route.fulfill(json=[{"query": "x", "video": "y", "moments": []}]))
+    page.keyboard.press("Enter")
+    expect(page.locator("#answers > li").last).to_contain_text("No moment found.")
+    seen.open("#video=nobody")
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("no video 'nobody'")
+
+
+def test_what_others_wrote_is_text_and_never_a_page(seen: Seen) -> None:
+    sentence = "person opens the <img src=x onerror=alert(1)> door"
+    page = seen.open("?" + "#" + f"video={UNSHOWN}&q={sentence.replace('<', '%3C').replace(' ', '+')}")
+    expect(page.locator(".sentence span").first).to_have_text(sentence)
+    assert page.locator("#answers img").count() == 0
+
+
+def test_features_are_sent_and_asked(seen: Seen, tmp_path: Path) -> None:
+    (tmp_path / "kitchen.npy").write_bytes(npy(np.random.default_rng(0).random((40, 32), np.float32)))
+    page = seen.open()
+    page.get_by_role("button", name="Send a video").click()
+    page.get_by_label("File").set_input_files(tmp_path / "kitchen.npy")
+    page.get_by_role("button", name="Send", exact=True).click()
+    assert page.evaluate("document.activeElement.id") == "duration"
+    page.keyboard.type("12.5")
+    page.keyboard.press("Enter")
+    expect(page.locator("#sending")).to_be_hidden()
+    assert page.get_by_label("Video", exact=True).input_value() == "kitchen"
+    seen.ask("person opens the door")
+    assert page.locator("#axis span").last.inner_text() == "0:12.5"
+
+
+def test_a_video_is_sent_played_and_asked(seen: Seen, tmp_path: Path) -> None:
+    page = seen.open()
+    page.get_by_role("button", name="Send a video").click()
+    page.get_by_label("File").set_input_files(film(tmp_path / "mine.webm", scene(40), rate=10))
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sending")).to_be_hidden()
+    seen.ask("person opens the door")
+    expect(page.locator("#axis span").last).to_have_text("0:04.0")
+    until(page, "document.querySelector('#player').readyState >= 1")
+    page.get_by_role("button", name="Send a video").click()
+    (tmp_path / "bad.npy").write_bytes(b"x")
+    page.get_by_label("File").set_input_files(tmp_path / "bad.npy")
+    page.get_by_label("Duration").fill("3")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sending-problem")).to_contain_text("no NumPy file")
+    page.get_by_role("button", name="Cancel").click()
+
+
+def test_a_key_is_asked_for_and_kept(
+    browser: Browser, start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
+) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    film(media / f"{SHOWN}.webm", scene(20), rate=5)
+    words = ("--model", model, "--data", planted, "--media", media, "--uploads", tmp_path / "up", "--api-key", "open")
+    page = browser.new_page()
+    page.set_default_timeout(15_000)
+    seen = Seen(page, start(*words).url)
+    seen.open()
+    page.get_by_label("Video", exact=True).click()
+    for key in ("wrong", "open"):
+        page.get_by_label("Key", exact=True).fill(key)
+        page.keyboard.press("Enter")
+    expect(page.locator("#locked")).to_be_hidden()
+    seen.choose(SHOWN)
+    seen.ask("person opens the door")
+    until(page, "document.querySelector('#player').readyState >= 2")
+    page.reload()
+    expect(page.locator(".track .bar")).to_have_count(5)
+    page.close()
+
+
+def test_the_api_is_told_of_in_full(seen: Seen) -> None:
+    page = seen.open("docs")
+    expect(page.locator("article").first).to_contain_text("POST")
+    text = page.locator("main").inner_text()
+    for words in ("/v1/ground", "/v1/videos/{video}/media", "/healthz", "multipart/form-data", "top_k", "features"):
+        assert words in text
+
+
+def test_parts_of_the_page_are_fetched_once(shown: Running) -> None:
+    for path in ("/", "/page/main.js", "/page/style.css", "/page/icon.svg"):
+        first = shown.get(path)
+        assert first.status == 200
+        again: Any = shown.get(path, **{"If-None-Match": first.headers["etag"]})
+        assert (again.status, again.body) == (304, b"")
+
+
+def test_the_wheel_holds_the_page(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[3]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    shutil.copytree(root / "runtime", source / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    page = {f"runtime/service/page/{path.name}" for path in (root / "runtime" / "service" / "page").iterdir()}
+    assert page <= names
+    assert len(page) >= 9
