@@ -76,11 +76,8 @@ def _routes(service: Service) -> FastAPI:
             raise _wrong_kind(kind, JSON, MULTIPART)
         asked = parsed(question, await request.body())
 
-        async def answer() -> Response:
-            subject = await service.subject(asked.video)
-            return await service.ground(asked.video, subject, asked.query, asked.top_k)
-
-        return await unless_gone(request.receive, answer(), options.timeout_s)
+        answer = service.ground(asked.video, lambda: service.subject(asked.video), asked.query, asked.top_k)
+        return await unless_gone(request.receive, answer, options.timeout_s)
 
     @app.get("/v1/videos", response_model=VideoList)
     async def videos(

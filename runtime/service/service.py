@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -103,13 +104,22 @@ class Service:
         """Remove uploads that nobody asks any more."""
         self.uploads.sweep()
 
-    async def ground(self, name: str, subject: Subject, queries: list[str], top_k: int) -> Response:
+    async def ground(
+        self, name: str, ready: Callable[[], Awaitable[Subject]], queries: list[str], top_k: int
+    ) -> Response:
         """Answer as `infer --format json` prints it; a header names the words that the model does not know.
 
+        Args:
+            name: of the video, in the answer.
+            ready: returns the video as the model takes it.
+            queries: sentences.
+            top_k: most moments for each.
+
         Raises:
-            Refusal: the model cannot take a sentence. It is seen before any is asked, so that it fails nobody else.
+            Refusal: the model cannot take a sentence. That is seen before any is asked, so that it fails nobody else.
         """
         unheard = self._unheard(queries)
+        subject = await ready()
         check_windows(len(self.grounder.cut(subject)), len(queries))
         found = await self.batcher.ask([(subject, query) for query in queries], top_k)
         answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
@@ -197,13 +207,13 @@ class Service:
         with self.uploads.incoming() as upload:
             asked, video = await self.receive(request, upload, form)
 
-            async def answer() -> Response:
+            async def ready() -> Subject:
                 if upload.extraction is not None:
                     await upload.extraction
-                subject = await self.shelf.prepared(upload.load if video is None else lambda: video)
-                return await self.ground(upload.name, subject, asked.query, asked.top_k)
+                return await self.shelf.prepared(upload.load if video is None else lambda: video)
 
-            return await unless_gone(request.receive, answer(), self.options.timeout_s)
+            answer = self.ground(upload.name, ready, asked.query, asked.top_k)
+            return await unless_gone(request.receive, answer, self.options.timeout_s)
 
     def shown(self, entry: Entry) -> dict[str, Any]:
         """Return a video as a list shows it."""
