@@ -43,6 +43,10 @@ class DeviceMemoryError(DeviceError):
     """A batch does not fit the memory of its device; a smaller one may."""
 
 
+class ServerError(GroundingError):
+    """A server that cannot be reached, or does not do what it was asked."""
+
+
 class OutputError(GroundingError):
     """A result could not be written."""
 

@@ -85,7 +85,7 @@ def open_engine(
         )
     beside = [(path, sidecar)]
     if part == "query":
-        beside.append(_video_part(path, sidecar))
+        beside.append(video_part(path, sidecar))
     networks = []
     try:
         for plan, about in beside:
@@ -116,7 +116,7 @@ def _check_device(path: Path, device: Device) -> None:
         raise DeviceError(f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.")
 
 
-def _video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
+def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     """The plan of the video part: named by itself or by the graph it was built from, whose hash its sidecar has."""
     if len(sidecar.manifest.video_part) != 1:
         raise ModelFileError(f"The sidecar of {path} should name one video part; build both parts again.")

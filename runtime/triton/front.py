@@ -1,0 +1,210 @@
+"""What answers requests inside Triton: sentences and clip features become moments by the flow that files go through.
+
+A request holds B videos of equally many clips, as rows, and Q sentences about each of them.
+
+    QUERY (B, Q) text · FEATURES (B, num_clips, D) · DURATION (B, 1) seconds · NUM_FRAMES (B, 1), TOP_K (B, 1),
+    WINDOWS (B, 3), all three optional
+      -> MOMENTS (B, Q, K, 3) start and end in seconds, and score, best first · COUNT (B, Q) how many of K are moments
+
+Those past the count are zeros: JSON, in which Triton answers HTTP, has no NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import FeatureError, GroundingError, QueryError, ServerError
+from runtime.grounder import Grounder
+from runtime.moments import Moment
+from runtime.triton.networks import About, open_networks
+from runtime.videos import Video
+from runtime.windows import Windows
+
+ABOUT_FILE = "about.json"
+QUERY, FEATURES, DURATION = "QUERY", "FEATURES", "DURATION"
+NUM_FRAMES, TOP_K, WINDOWS = "NUM_FRAMES", "TOP_K", "WINDOWS"
+MOMENTS, COUNT = "MOMENTS", "COUNT"
+DEFAULT_TOP_K = 5
+# Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
+KEPT_BYTES = 256 << 20
+WHOLE = (0.0, 0.0, 0.0)
+"""WINDOWS that ask for videos to be grounded whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A request that can be answered: B videos, Q sentences and the most moments about each, and how videos are cut."""
+
+    videos: list[Video]
+    queries: list[list[str]]
+    top_k: list[int]
+    windows: Windows | None
+
+    def pairs(self) -> list[tuple[Video, str]]:
+        return [(video, query) for video, queries in zip(self.videos, self.queries) for query in queries]
+
+
+class Front:
+    """Answers the requests that Triton brings, those that come together in one batch.
+
+    Args:
+        pb: `triton_python_backend_utils`, which exists only inside Triton.
+        args: what Triton tells a model at its start.
+        directory: of this version of the model, with `about.json`.
+    """
+
+    def __init__(self, pb: Any, args: Mapping[str, str], directory: Path) -> None:
+        self._pb = pb
+        # A new version is brought in while the old one answers; each asks the network that it was written with.
+        self._version = int(args["model_version"])
+        path = directory / ABOUT_FILE
+        self._about = About.from_json(path.read_text(encoding="utf-8"), str(path))
+        self._grounder = Grounder(open_networks(self._about, self._call))
+        self._kept = _Kept(KEPT_BYTES)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Return a response for each request, in their order. One that cannot be answered fails alone."""
+        responses: list[Any] = [None] * len(requests)
+        together: dict[Windows | None, list[tuple[int, _Asked]]] = {}
+        for index, request in enumerate(requests):
+            try:
+                asked = self._read(request)
+                together.setdefault(asked.windows, []).append((index, asked))
+            except GroundingError as error:
+                responses[index] = self._refusal(error)
+        for group in together.values():
+            for index, response in self._answer(group):
+                responses[index] = response
+        return responses
+
+    def _answer(self, group: Sequence[tuple[int, _Asked]]) -> Iterator[tuple[int, Any]]:
+        """Yield the positions of requests and their responses; these are cut alike."""
+        grounder = copy.copy(self._grounder)
+        grounder.windows = group[0][1].windows
+        pairs = [pair for _, asked in group for pair in asked.pairs()]
+        try:
+            found = iter(grounder.ground_batch(pairs, max(max(a.top_k) for _, a in group), self._about.batch))
+        except GroundingError as error:
+            if len(group) == 1:
+                yield group[0][0], self._refusal(error)
+                return
+            for one in group:
+                yield from self._answer([one])
+            return
+        for index, asked in group:
+            # The best k are the first k of the best K.
+            answers = [[next(found)[:k] for _ in queries] for queries, k in zip(asked.queries, asked.top_k)]
+            yield index, self._response(answers)
+
+    def _read(self, request: Any) -> _Asked:
+        """Return what a request asks; GroundingError if it cannot be answered."""
+        given = {name: self._input(request, name) for name in (QUERY, FEATURES, DURATION)}
+        num_frames, top_k, windows = (self._optional(request, name) for name in (NUM_FRAMES, TOP_K, WINDOWS))
+        queries = [[_text(query) for query in row] for row in given[QUERY]]
+        if not queries or not queries[0]:
+            raise QueryError(f"The request holds no sentence; send at least one in {QUERY}.")
+        for query in dict.fromkeys(query for row in queries for query in row):
+            self._grounder.encode_query(query)
+        name = request.request_id() or "the video"
+        videos = []
+        for row, features in enumerate(given[FEATURES]):
+            counted = self._grounder.manifest.features.clock.num_frames(len(features))
+            frames = counted if num_frames is None else int(num_frames[row, 0])
+            videos.append(self._kept.video(features, frames, float(given[DURATION][row, 0]), name))
+        most = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
+        if min(most) < 1:
+            raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.")
+        return _Asked(videos, queries, most, self._windows(windows))
+
+    def _windows(self, given: np.ndarray | None) -> Windows | None:
+        if given is None:
+            return self._grounder.windows
+        distinct = {tuple(map(float, row)) for row in given}
+        if len(distinct) > 1:
+            raise FeatureError(f"All rows of a request are cut alike; send other {WINDOWS} in a request of their own.")
+        (sizes,) = distinct
+        return None if sizes == WHOLE else Windows(*sizes)
+
+    def _input(self, request: Any, name: str) -> np.ndarray:
+        """Return an input; Triton answers requests without it by itself."""
+        return self._pb.get_input_tensor_by_name(request, name).as_numpy()
+
+    def _optional(self, request: Any, name: str) -> np.ndarray | None:
+        tensor = self._pb.get_input_tensor_by_name(request, name)
+        return None if tensor is None else tensor.as_numpy()
+
+    def _response(self, answers: Sequence[Sequence[Sequence[Moment]]]) -> Any:
+        counts = np.array([[len(moments) for moments in row] for row in answers], np.int32)
+        # At least one row, so that no answer has a size of 0.
+        moments = np.zeros((*counts.shape, max(1, counts.max()), 3), np.float64)
+        for place, row in zip(moments, answers):
+            for rows, found in zip(place, row):
+                if found:
+                    rows[: len(found)] = [(moment.start, moment.end, moment.score) for moment in found]
+        tensor = self._pb.Tensor
+        return self._pb.InferenceResponse(output_tensors=[tensor(MOMENTS, moments), tensor(COUNT, counts)])
+
+    def _refusal(self, error: GroundingError) -> Any:
+        kinds = self._pb.TritonError
+        kind = kinds.INTERNAL if isinstance(error, ServerError) else kinds.INVALID_ARG
+        return self._pb.InferenceResponse(error=kinds(str(error), kind))
+
+    def _call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        """Run another model of this server; ServerError if it fails."""
+        pb = self._pb
+        request = pb.InferenceRequest(
+            model_name=model,
+            model_version=self._version,
+            requested_output_names=list(outputs),
+            inputs=[pb.Tensor(name, np.ascontiguousarray(value)) for name, value in inputs.items()],
+            # What a GPU computed is wanted here as an array.
+            preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = request.exec()
+        if response.has_error():
+            said = " ".join(response.error().message().split()).rstrip(".")
+            raise ServerError(f"{model}, version {self._version}, did not answer: {said}.")
+        # Copied: an encoding lives longer than the response.
+        return [np.array(pb.get_output_tensor_by_name(response, name).as_numpy()) for name in outputs]
+
+
+class _Kept:
+    """The videos asked last, so that one that comes again is pooled and encoded once, by what it holds.
+
+    Comparing takes a tenth of the time of a hash.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._videos: list[Video] = []
+
+    def video(self, features: np.ndarray, num_frames: int, duration: float, name: str) -> Video:
+        """Return the video of these features: a kept one if it is the same, else a new one that is kept from now on.
+
+        Raises:
+            FeatureError: as `Video`.
+        """
+        for index, known in enumerate(self._videos):
+            same = (known.num_frames, known.duration, known.features.shape) == (num_frames, duration, features.shape)
+            if same and np.array_equal(known.features[0], features[0]) and np.array_equal(known.features, features):
+                self._videos.append(self._videos.pop(index))
+                return known
+        # A request's memory is the server's, and ends with it.
+        video = Video(np.array(features), num_frames, duration, name)
+        self._videos.append(video)
+        while len(self._videos) > 1 and sum(kept.features.nbytes for kept in self._videos) > self._most_bytes:
+            self._videos.pop(0)
+        return video
+
+
+def _text(value: Any) -> str:
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise QueryError(f"A query should be UTF-8 text, and byte {error.start} of one is not.") from error

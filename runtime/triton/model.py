@@ -1,0 +1,19 @@
+"""The front of a DRN model in Triton: sentences and clip features in, moments out. Needs drn-deploy installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from runtime.triton.front import Front
+
+
+class TritonPythonModel:
+    """What Triton's Python backend looks for in a model.py."""
+
+    def initialize(self, args):  # type: ignore[no-untyped-def]
+        self.front = Front(pb_utils, args, Path(__file__).parent)
+
+    def execute(self, requests):  # type: ignore[no-untyped-def]
+        return self.front.execute(requests)

@@ -1,0 +1,234 @@
+"""`export.repository` and `export.triton`: a repository is whole or not there, and grows by versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
+
+from export import repository as module
+from export.repository import read_config
+from export.split import split_graph, write_pair
+from export.triton import triton
+from runtime.errors import ModelFileError, OutputError
+from runtime.manifest import METADATA_KEY
+from tests.export.conftest import TINY, manifest
+from tests.tritonserver import Server
+
+
+@pytest.fixture
+def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    return tmp_path / "drn.onnx"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "served" / "repository"
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def changed(graph: Path, **values: Any) -> Path:
+    """Write the graph again with another manifest."""
+    model, path = onnx.load(graph), graph.with_name("other.onnx")
+    onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest(TINY), **values).to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def request() -> dict[str, np.ndarray]:
+    return {
+        "QUERY": np.array([[b"word1 word2"]], object),
+        "FEATURES": np.ones((1, 9, 16), np.float32),
+        "DURATION": np.array([[7.0]]),
+    }
+
+
+def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> None:
+    triton(graph, place)
+    assert set(files(place)) == {
+        "drn/config.pbtxt",
+        "drn/1/model.py",
+        "drn/1/about.json",
+        "drn_network/config.pbtxt",
+        "drn_network/1/model.onnx",
+        "drn_network/warmup/query_tokens",
+        "drn_network/warmup/query_length",
+        "drn_network/warmup/segment_spans",
+    }
+    assert (place / "drn_network/1/model.onnx").read_bytes() == graph.read_bytes()
+    assert [entry.name for entry in place.parent.iterdir()] == ["repository"]
+
+
+def test_the_front_imports_nothing_but_the_runtime(graph: Path, place: Path) -> None:
+    from tests.test_house import imported
+
+    triton(graph, place)
+    names = imported(place / "drn" / "1" / "model.py")
+    assert names == {"__future__", "pathlib", "triton_python_backend_utils", "runtime"}
+
+
+def test_everyone_may_read_what_is_written(graph: Path, place: Path) -> None:
+    # A server in a container runs as another user.
+    mask = os.umask(0o022)
+    try:
+        triton(graph, place)
+    finally:
+        os.umask(mask)
+    for path in place.rglob("*"):
+        assert path.stat().st_mode & 0o444 == 0o444, path
+
+
+def test_a_configuration_says_for_people_what_it_is_of_and_programs_come_last(graph: Path, place: Path) -> None:
+    triton(graph, place)
+    lines = (place / "drn" / "config.pbtxt").read_text().splitlines()
+    assert lines[0].startswith("# Written by `python -m export.triton` for drn.onnx (SHA-256 ")
+    assert next(index for index, line in enumerate(lines) if "drn.front" in line) > len(lines) - 6
+
+
+def test_the_command_says_what_it_wrote_and_what_to_type(
+    graph: Path, place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "drn")
+    triton(graph.with_name("drn.query.onnx"), place, name="charades")
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"{place / 'charades'}: config.pbtxt, 1/model.py, 1/about.json"
+    assert len(out) == 3
+    assert "runtime.infer --model triton://localhost:8001/charades" in caplog.text
+    assert str(place) in caplog.text
+
+
+def test_a_new_version_asks_its_own_network_while_the_old_one_stays(graph: Path, place: Path) -> None:
+    triton(graph, place)
+    before = files(place)
+    first = Server(place).infer("drn", request())
+    words = {f"word{index}": 21 - index for index in range(1, 21)}
+    other = changed(graph, vocabulary=type(manifest(TINY).vocabulary)(words))
+    triton(other, place)
+    after = files(place)
+    assert after.keys() - before.keys() == {
+        "drn/2/model.py",
+        "drn/2/about.json",
+        "drn_network/2/model.onnx",
+    }
+    # Only what clients are told has changed.
+    assert {name for name in before if after[name] != before[name]} == {"drn/config.pbtxt"}
+    server = Server(place)
+    assert sorted(server.models["drn"]) == [1, 2]
+    old, new = (server.infer("drn", request(), version)["MOMENTS"] for version in (1, 2))
+    np.testing.assert_array_equal(old, first["MOMENTS"])
+    assert not np.array_equal(old, new)
+    assert [(name, version) for name, version, _ in server.calls] == [("drn_network", 1), ("drn_network", 2)]
+    told = read_config(place / "drn" / "config.pbtxt").parameters["drn.front"].string_value
+    assert json.loads(told) == json.loads((place / "drn/2/about.json").read_text())
+    triton(graph, place)
+    assert sorted(Server(place).models["drn"]) == [2, 3]
+
+
+def test_what_people_changed_in_a_configuration_stays(graph: Path, place: Path) -> None:
+    triton(graph, place)
+    network, front = place / "drn_network" / "config.pbtxt", place / "drn" / "config.pbtxt"
+    network.write_text(network.read_text() + "# ours\n")
+    front.write_text(front.read_text().replace("count: 2", "count: 7"))
+    triton(graph, place)
+    assert network.read_text().endswith("# ours\n")
+    assert read_config(front).instance_group[0].count == 7
+
+
+def test_other_models_in_the_repository_are_left_alone(graph: Path, place: Path) -> None:
+    triton(graph, place)
+    before = files(place)
+    triton(graph, place, name="second")
+    assert before.items() <= files(place).items()
+    assert sorted(Server(place).models) == ["drn", "drn_network", "second", "second_network"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"max_query_length": 9}, "takes queries of up to 12 tokens"), ({}, "another max_batch_size")],
+)
+def test_versions_that_cannot_share_a_configuration_are_refused(
+    graph: Path, place: Path, values: dict[str, Any], said: str
+) -> None:
+    triton(graph, place)
+    before = files(place)
+    options = {} if values else {"batch": 3}
+    with pytest.raises(OutputError, match=said):
+        triton(changed(graph, **values), place, **options)
+    assert files(place) == before
+
+
+def test_what_is_not_ours_is_not_touched(graph: Path, place: Path) -> None:
+    for name in ("drn", "drn_network"):
+        (place / name / "1").mkdir(parents=True)
+        (place / name / "config.pbtxt").write_text(f'name: "{name}"\nbackend: "onnxruntime"\n')
+    before = files(place)
+    with pytest.raises(OutputError, match="is not ours"):
+        triton(graph, place)
+    (place / "drn" / "config.pbtxt").write_text("not a configuration {")
+    (place / "drn_network" / "config.pbtxt").write_text("not a configuration {")
+    with pytest.raises(ModelFileError, match="no configuration that Triton reads"):
+        triton(graph, place)
+    shutil.rmtree(place / "drn_network")
+    with pytest.raises(OutputError, match="holds drn but no drn_network"):
+        triton(graph, place)
+    assert before.keys() >= files(place).keys()
+
+
+def test_a_whole_model_is_no_new_version_of_a_pair(graph: Path, place: Path) -> None:
+    triton(graph.with_name("drn.query.onnx"), place)
+    with pytest.raises(OutputError, match="holds drn but no drn_network"):
+        triton(graph, place)
+
+
+@pytest.mark.parametrize("versions", [0, 1])
+def test_a_disk_that_fills_up_leaves_the_repository_as_it_was(
+    graph: Path, place: Path, versions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(versions):
+        triton(graph, place)
+    before = files(place.parent) if place.parent.exists() else None
+    replace, left = os.replace, [1]
+
+    def fails(source: Any, target: Any) -> None:
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "replace", fails)
+    with pytest.raises(OutputError, match="No space"):
+        triton(graph, place)
+    assert (files(place.parent) if place.parent.exists() else None) == before
+
+
+def test_a_file_is_no_repository(graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        triton(graph, tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        triton(graph, tmp_path / "file" / "below")
+
+
+def test_triton_not_installed_is_said(graph: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from runtime.errors import DeviceError
+
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[triton\]'"):
+        triton(graph, place)
+    assert not place.exists()

@@ -1,0 +1,244 @@
+"""`export.served`: what Triton is told of a model, and which models it is told of at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
+
+from export.profiles import Profile, part_profiles, profiles
+from export.repository import message
+from export.served import Served, Serving, models, padded_lengths, read_model
+from export.split import split_graph, write_pair
+from runtime import sidecar
+from runtime.errors import GroundingError, ModelFileError
+from runtime.files import sha256
+from runtime.manifest import Manifest
+from runtime.onnxfile import read_metadata
+from tests.export.conftest import TINY, manifest
+
+
+@pytest.fixture
+def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
+    """The tiny network, its parts beside it."""
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    return tmp_path / "drn.onnx"
+
+
+def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | None = None, **content: Any) -> Path:
+    """Write a plan, which is none, and a sidecar that vouches for it."""
+    path.write_bytes(b"a plan")
+    hashes = {path.name: hashlib.sha256(b"a plan").hexdigest()}
+    told = {
+        "format": sidecar.FORMAT,
+        "manifest": about.to_dict(),
+        "library": "tensorrt 10.16.1",
+        "target": "tensorrt",
+        "strongly_typed": True,
+        "profiles": [dataclasses.asdict(profile) for profile in built_for],
+        "sha256": {**hashes, twin.name: sha256(twin)} if twin else hashes,
+        **content,
+    }
+    sidecar.path_beside(path).write_text(json.dumps(sidecar.sealed(told)))
+    return path
+
+
+def whole_engine(directory: Path, **content: Any) -> Path:
+    about = manifest(TINY)
+    return engine(directory / "drn.engine", about, profiles((1, 4, 16), (1, 5, 10), about), **content)
+
+
+def pair_engine(graph: Path, **content: Any) -> Path:
+    """Write the engines of the parts beside `graph`."""
+    whole = profiles((1, 4, 16), (1, 5, 10), manifest(TINY))
+    for part in ("video", "query"):
+        twin = graph.with_name(f"drn.{part}.onnx")
+        about = Manifest.from_json(read_metadata(twin)["drn.manifest"])
+        built_for = part_profiles(part, whole, about, 20, TINY.feature_dim)
+        path = engine(twin.with_suffix(".engine"), about, built_for, twin, **content)
+    return path
+
+
+def told(path: Path, serving: Serving | None = None) -> dict[str, Any]:
+    """Return Triton's own messages by the names of the models, the front last."""
+    serving = serving or Serving()
+    parts = models(read_model(path, serving), serving)
+    assert [part.name for part in parts][-1] == serving.name
+    return {part.name: message(part.config) for part in parts}
+
+
+def shapes(values: Any) -> dict[str, list[int]]:
+    return {value.name: list(value.dims) for value in values}
+
+
+def test_an_onnx_network_is_told_as_the_graph_is(graph: Path) -> None:
+    network = told(graph)["drn_network"]
+    assert (network.platform, network.backend) == ("onnxruntime_onnx", "onnxruntime")
+    assert network.max_batch_size == 32
+    assert shapes(network.input) == {
+        "query_tokens": [-1],
+        "query_length": [1],
+        "segment_features": [16, 16],
+        "segment_spans": [16, 2],
+    }
+    # 16 + 8 + 4 locations of 16 segments.
+    assert shapes(network.output) == {"matching_logits": [28], "boundary_distances": [28, 2], "iou_logits": [28]}
+    assert [value.name for value in network.input if value.HasField("reshape")] == ["query_length"]
+    assert list(network.dynamic_batching.preferred_batch_size) == [8, 32]
+    assert network.instance_group[0].kind == network.instance_group[0].KIND_AUTO
+    assert not network.HasField("optimization")
+    known = onnx.load(graph).graph
+    assert [value.name for value in known.input] == [value.name for value in network.input]
+    assert [value.name for value in known.output] == [value.name for value in network.output]
+
+
+def test_what_is_asked_for_is_told(graph: Path) -> None:
+    serving = Serving("charades", "cuda", batch=4, instances=3, wait_ms=2.5, threads=6)
+    parts = told(graph, serving)
+    assert list(parts) == ["charades_network", "charades"]
+    network, front = parts.values()
+    assert network.instance_group[0].kind == network.instance_group[0].KIND_GPU
+    assert network.parameters["intra_op_thread_count"].string_value == "6"
+    assert list(network.dynamic_batching.preferred_batch_size) == [4]
+    assert (network.max_batch_size, front.max_batch_size) == (4, 4)
+    assert front.instance_group[0].count == 3
+    assert front.dynamic_batching.max_queue_delay_microseconds == 2500
+
+
+def test_an_engine_is_told_with_all_its_profiles_and_graphs(tmp_path: Path) -> None:
+    network = told(whole_engine(tmp_path), Serving(device="auto"))["drn_network"]
+    assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
+    assert network.max_batch_size == 16
+    (group,) = network.instance_group
+    assert group.kind == group.KIND_GPU
+    assert list(group.profile) == ["0", "1"]
+    assert list(network.dynamic_batching.preferred_batch_size) == [4, 16]
+    assert network.optimization.cuda.graphs
+    specs = network.optimization.cuda.graph_spec
+    assert {(spec.batch_size, spec.input["query_tokens"].dim[0]) for spec in specs} == {
+        (batch, length) for batch in (1, 4, 16) for length in (4, 6, 8, 10)
+    }
+    for spec in specs:
+        assert set(spec.input) == {value.name for value in network.input}
+        # What lies beyond a smaller request would be looked up as words.
+        assert not spec.HasField("graph_lower_bound")
+    about = json.loads(told(whole_engine(tmp_path))["drn"].parameters["drn.front"].string_value)
+    assert about["manifest"]["max_query_length"] == 10
+
+
+def test_a_pair_is_told_in_its_parts(graph: Path) -> None:
+    parts = told(graph.with_name("drn.query.onnx"))
+    assert list(parts) == ["drn_video", "drn_query", "drn"]
+    assert shapes(parts["drn_video"].output) == {"encoded_features": [16, 16]}
+    assert parts["drn_video"].max_batch_size == 8
+    # Rows are queries in some inputs and videos in others.
+    assert parts["drn_query"].max_batch_size == 0
+    assert not parts["drn_query"].HasField("dynamic_batching")
+    assert shapes(parts["drn_query"].input) == {
+        "query_tokens": [-1, -1],
+        "query_length": [-1],
+        "video_index": [-1],
+        "encoded_features": [-1, 16, 16],
+        "segment_spans": [-1, 16, 2],
+    }
+
+
+def test_a_pair_of_engines_is_told_with_its_own_limits(graph: Path) -> None:
+    parts = told(pair_engine(graph))
+    about = json.loads(parts["drn"].parameters["drn.front"].string_value)
+    assert (about["batch"], about["videos"], about["encoded_together"]) == (16, 20, 8)
+    assert list(parts["drn_video"].instance_group[0].profile) == ["0"]
+    assert parts["drn_video"].optimization.cuda.graphs
+    specs = parts["drn_query"].optimization.cuda.graph_spec
+    assert {spec.batch_size for spec in specs} == {0}
+    assert {tuple(spec.input["query_tokens"].dim) for spec in specs} >= {(1, 6), (16, 10)}
+    assert {tuple(spec.input["encoded_features"].dim) for spec in specs} == {(1, 16, 16)}
+
+
+def test_encodings_are_of_the_type_that_the_engine_was_given(graph: Path) -> None:
+    from export.precision import to_half
+
+    video = graph.with_name("drn.video.onnx")
+    half = to_half(onnx.load(graph))
+    write_pair(*split_graph(half), graph)
+    of = {value: name for name, value in onnx.TensorProto.DataType.items()}
+    assert of[onnx.load(video).graph.output[0].type.tensor_type.elem_type] == "FLOAT16"
+    config = told(pair_engine(graph))["drn_query"]
+    kinds = {value.name: value.data_type for value in config.input}
+    names = type(config).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
+    assert names[kinds["encoded_features"]].name == "TYPE_FP16"
+    warm = config.model_warmup[0].inputs
+    assert names[warm["encoded_features"].data_type].name == "TYPE_FP16"
+    weak = told(pair_engine(graph, strongly_typed=False))["drn_query"]
+    assert names[next(v for v in weak.input if v.name == "encoded_features").data_type].name == "TYPE_FP32"
+
+
+def test_every_length_up_to_the_longest_is_padded_to_one_of_few() -> None:
+    assert padded_lengths(64) == [4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert padded_lengths(10) == [4, 6, 8, 10]
+    assert padded_lengths(3) == [3]
+
+
+def test_the_front_joins_requests_of_different_shapes(graph: Path) -> None:
+    front = told(graph)["drn"]
+    assert front.backend == "python"
+    assert front.HasField("dynamic_batching")
+    assert all(value.allow_ragged_batch for value in front.input)
+    assert [value.name for value in front.input if not value.optional] == ["QUERY", "FEATURES", "DURATION"]
+
+
+def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(ModelFileError) as error:
+            read_model(path, Serving())
+        return str(error.value)
+
+    assert "export a checkpoint" in refused(tmp_path / "drn.pt")
+    assert "does not exist" in refused(tmp_path / "gone.onnx")
+    assert "give the query part" in refused(graph.with_name("drn.video.onnx"))
+    assert "--target tensorrt" in refused(whole_engine(tmp_path, target="tensorrt-rtx"))
+    half = Manifest.from_json(read_metadata(graph)["drn.manifest"])
+    model = onnx.load(graph)
+    onnx.helper.set_model_props(model, {"drn.manifest": dataclasses.replace(half, precision="bf16").to_json()})
+    onnx.save(model, tmp_path / "drn.bf16.onnx")
+    assert "no bf16 kernels" in refused(tmp_path / "drn.bf16.onnx")
+    plan = whole_engine(tmp_path)
+    plan.write_bytes(b"another plan")
+    assert "is not the plan" in refused(plan)
+
+
+def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:
+    video = graph.with_name("drn.video.onnx")
+    path = pair_engine(graph)
+    model = onnx.load(video)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    onnx.save(model, video)
+    with pytest.raises(ModelFileError, match="bfloat16"):
+        read_model(path, Serving())
+    video.unlink()
+    with pytest.raises(ModelFileError, match="tells of what type"):
+        read_model(path, Serving())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"name": "a/b"}, {"name": ""}, {"batch": 0}, {"instances": 0}, {"threads": 0}, {"wait_ms": -1}, {"wait_ms": 5000}],
+)
+def test_senseless_options_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(GroundingError):
+        Serving(**values)
+
+
+def test_a_field_that_triton_does_not_know_cannot_get_in() -> None:
+    from google.protobuf.json_format import ParseError
+
+    with pytest.raises(ParseError):
+        message(Served({"name": "drn", "maximum_batch_size": 3}, {}).config)

@@ -1,0 +1,58 @@
+"""A small network, whole and split, as repositories for Triton, and videos to ask it about."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
+
+from export.split import split_graph, write_pair
+from export.to_onnx import export_model
+from export.triton import triton
+from runtime import Grounder, Video
+from runtime.windows import Windows
+from tests.export.conftest import TINY, lively, manifest
+
+QUERIES = ("word1 word2 word3", "word7", "word4 word9 word2 word11 word3", "word5 word6")
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole network; its query part stands beside it. It cuts videos longer than a minute."""
+    about = dataclasses.replace(manifest(TINY), windows=Windows(60.0, 40.0, 10.0))
+    model = export_model(lively(TINY), about)
+    path = tmp_path_factory.mktemp("triton") / "drn.onnx"
+    onnx.save(model, path)
+    write_pair(*split_graph(model), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def query_part(graph: Path) -> Path:
+    return graph.with_name("drn.query.onnx")
+
+
+@pytest.fixture(scope="session", params=["whole", "pair"])
+def repository(
+    request: pytest.FixtureRequest, graph: Path, query_part: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A repository of the whole network, and one of the two parts."""
+    model = graph if request.param == "whole" else query_part
+    return triton(model, tmp_path_factory.mktemp("served") / "repository")
+
+
+@pytest.fixture(scope="session")
+def direct(graph: Path) -> Grounder:
+    """The model file itself."""
+    return Grounder.load(graph, "cpu", 1)
+
+
+def video(num_clips: int, seed: int = 0, duration: float | None = None) -> Video:
+    features = np.random.default_rng(seed).random((num_clips, TINY.feature_dim), np.float32)
+    frames = 8 * num_clips + 11
+    return Video(features, frames, duration or frames / 25, f"video {seed}")

@@ -1,0 +1,181 @@
+"""`runtime.triton.front`: requests that come together are answered as the model file answers them, each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder, Moment, Video
+from runtime.triton import front
+from tests import tolerances
+from tests.runtime.triton.conftest import QUERIES, video
+from tests.tritonserver import Refused, Server
+
+
+@pytest.fixture
+def server(repository: Path) -> Server:
+    return Server(repository)
+
+
+def asked(subject: Video, queries: Sequence[str] = QUERIES, **more: Any) -> dict[str, np.ndarray]:
+    return {
+        "QUERY": np.array([[query.encode() for query in queries]], object),
+        "FEATURES": subject.features[None],
+        "DURATION": np.array([[subject.duration]]),
+        "NUM_FRAMES": np.array([[subject.num_frames]], np.int32),
+        **{name: np.array([value]) for name, value in more.items()},
+    }
+
+
+def moments(answer: dict[str, np.ndarray], row: int = 0) -> list[list[Moment]]:
+    return [
+        [Moment(*map(float, values)) for values in found[:count]]
+        for found, count in zip(answer["MOMENTS"][row], answer["COUNT"][row], strict=True)
+    ]
+
+
+def assert_alike(found: Sequence[Sequence[Moment]], wanted: Sequence[Sequence[Moment]]) -> None:
+    assert [len(one) for one in found] == [len(one) for one in wanted]
+    flat = [[vars(moment) for one in side for moment in one] for side in (found, wanted)]
+    for ours, theirs in zip(*flat, strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerances.BATCHED_SECONDS)
+
+
+def test_a_request_is_answered_as_the_model_file_answers(server: Server, direct: Grounder) -> None:
+    subject = video(40)
+    wanted = direct.ground_batch([(subject, query) for query in QUERIES])
+    assert_alike(moments(server.infer("drn", asked(subject))), wanted)
+
+
+def test_requests_that_come_together_are_one_batch_and_keep_apart(server: Server, direct: Grounder) -> None:
+    subjects = [video(40, 1), video(23, 2), video(40, 3)]
+    requests = [asked(one, QUERIES[: index + 1]) for index, one in enumerate(subjects)]
+    answers = server.execute("drn", requests)
+    for index, (answer, subject) in enumerate(zip(answers, subjects, strict=True)):
+        assert_alike(moments(answer), direct.ground_batch([(subject, query) for query in QUERIES[: index + 1]]))
+    asked_of_network = [inputs for name, _, inputs in server.calls if name != "drn_video"]
+    assert [len(inputs["query_tokens"]) for inputs in asked_of_network] == [6]
+
+
+def test_rows_of_a_request_are_videos(server: Server, direct: Grounder) -> None:
+    first, second = (
+        asked(video(30, seed, 20.0), QUERIES[seed : seed + 2], TOP_K=np.array([seed + 1], np.int32)) for seed in (0, 1)
+    )
+    both = {name: np.concatenate([first[name], second[name]]) for name in first}
+    answer = server.infer("drn", both)
+    for row in (0, 1):
+        pairs = [(video(30, row, 20.0), query) for query in QUERIES[row : row + 2]]
+        assert_alike(moments(answer, row), direct.ground_batch(pairs, top_k=row + 1))
+    assert not answer["MOMENTS"][0, :, 1:].any()
+
+
+def test_frames_are_counted_from_the_clips_where_they_are_not_told(server: Server, direct: Grounder) -> None:
+    subject = video(40)
+    request = asked(subject)
+    del request["NUM_FRAMES"]
+    counted = Video(subject.features, direct.manifest.features.clock.num_frames(40), subject.duration)
+    assert_alike(moments(server.infer("drn", request)), [direct.ground(counted, query) for query in QUERIES])
+
+
+def test_a_long_video_is_cut_as_the_model_tells_or_as_is_asked(server: Server, direct: Grounder) -> None:
+    long = video(300)
+    whole = Grounder(direct.backend)
+    whole.windows = None
+    assert long.duration > 60
+    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(front.WHOLE))])
+    assert_alike(moments(cut), [direct.ground(long, query) for query in QUERIES])
+    assert_alike(moments(uncut), [whole.ground(long, query) for query in QUERIES])
+    assert moments(cut) != moments(uncut)
+
+
+def test_a_video_that_comes_again_is_encoded_once(repository: Path) -> None:
+    server = Server(repository)
+    if "drn_video" not in server.models:
+        pytest.skip("the whole network encodes with every query")
+    for _ in range(3):
+        server.execute("drn", [asked(video(40)), asked(video(40), ["word8"])])
+    server.infer("drn", asked(video(40, 1)))
+    assert [name for name, _, _ in server.calls].count("drn_video") == 2
+
+
+def test_features_that_differ_in_one_value_are_another_video(server: Server) -> None:
+    first, other = video(40), video(40)
+    other.features[-1, -1] += 1
+    server.infer("drn", asked(first))
+    kept = front._Kept(1 << 20)
+    assert kept.video(first.features, 300, 9.0, "a") is kept.video(first.features.copy(), 300, 9.0, "b")
+    assert kept.video(first.features, 300, 9.0, "a") is not kept.video(other.features, 300, 9.0, "a")
+    assert kept.video(first.features, 300, 9.0, "a") is not kept.video(first.features, 301, 9.0, "a")
+
+
+def test_kept_videos_take_no_more_memory_than_allowed() -> None:
+    kept = front._Kept(3 * video(40).features.nbytes)
+    first = kept.video(video(40).features, 300, 9.0, "first")
+    for seed in (1, 2):
+        kept.video(video(40, seed).features, 300, 9.0, "other")
+    assert kept.video(first.features.copy(), 300, 9.0, "again") is first
+    kept.video(video(40, 3).features, 300, 9.0, "one more")
+    assert len(kept._videos) == 3
+    # The one not asked for longest is gone, and that was not the first.
+    assert kept.video(first.features.copy(), 300, 9.0, "again") is first
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"QUERY": np.array([[b"zorb"]], object)}, "knows none of the words"),
+        ({"QUERY": np.array([[b"\xff\xfe"]], object)}, "UTF-8"),
+        ({"QUERY": np.array([[b"word1 " * 13]], object)}, "has 13 tokens and this model takes 1 to 12"),
+        ({"DURATION": np.array([[0.0]])}, "duration of the video must be above 0"),
+        ({"NUM_FRAMES": np.array([[1]], np.int32)}, "needs 2 to"),
+        ({"TOP_K": np.array([[0]], np.int32)}, "TOP_K must be at least 1"),
+        ({"FEATURES": np.full((1, 4, 16), np.nan, np.float32)}, "not finite"),
+        ({"WINDOWS": np.array([[10.0, 40.0, 5.0]])}, "cannot be cut"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_fails_alone(
+    server: Server, direct: Grounder, wrong: dict[str, np.ndarray], said: str
+) -> None:
+    subject = video(40)
+    fine, refused = server.execute("drn", [asked(subject), {**asked(subject, ["word1"]), **wrong}])
+    assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
+    assert isinstance(refused, Refused)
+    assert refused.status == "INVALID_ARGUMENT"
+    assert said in str(refused)
+
+
+def test_what_fails_in_the_network_fails_alone(
+    server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request makes the network's heads infinite; joined with it, another is answered all the same."""
+    call = server.call
+
+    def poisoned(request: Any) -> Any:
+        response = call(request)
+        tokens = next((t.as_numpy() for t in request.inputs if t.name() == "query_tokens"), None)
+        if tokens is not None and response.tensors:
+            response.tensors[0].as_numpy()[(tokens[:, 0] == 20)] = np.inf
+        return response
+
+    monkeypatch.setattr(server, "call", poisoned)
+    subject = video(40)
+    fine, refused = server.execute("drn", [asked(subject), asked(subject, ["word20"])])
+    assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
+    assert "not finite" in str(refused)
+
+
+def test_a_network_that_does_not_answer_is_named(server: Server) -> None:
+    server.broken = "CUDA error:\n out of memory."
+    with pytest.raises(
+        Refused, match=r"^drn_(network|video), version 1, did not answer: CUDA error: out of memory\.$"
+    ) as refused:
+        server.infer("drn", asked(video(40)))
+    assert refused.value.status == "INTERNAL"
+
+
+def test_text_may_be_str_as_in_some_servers() -> None:
+    assert front._text("word") == front._text(b"word") == "word"

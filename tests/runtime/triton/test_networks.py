@@ -1,0 +1,90 @@
+"""`runtime.triton.networks`: what the front and its clients know, and how they ask."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder
+from runtime.errors import ModelFileError, ShapeError
+from runtime.triton.networks import About, TritonBackend, open_networks, padded_length
+from tests.export.conftest import TINY, manifest, random_inputs
+from tests.runtime.triton.conftest import QUERIES, video
+
+ABOUT = About(manifest(TINY), "drn_network", batch=4)
+
+
+def test_what_is_told_is_read_as_it_was() -> None:
+    for about in (ABOUT, dataclasses.replace(ABOUT, video_network="drn_video", videos=7, encoded_together=3)):
+        assert About.from_json(about.to_json(), "here") == about
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps({"format": "drn-triton/2"}),
+        json.dumps({"format": "drn-triton/1", "manifest": {}}),
+        json.dumps({**json.loads(ABOUT.to_json()), "surprise": 1}),
+    ],
+)
+def test_what_is_damaged_or_of_another_version_is_refused(text: str) -> None:
+    with pytest.raises(ModelFileError, match=r"about\.json"):
+        About.from_json(text, "about.json")
+
+
+def test_lengths_are_few_and_never_shorter() -> None:
+    assert [padded_length(n, 64) for n in (1, 4, 5, 7, 9, 13, 17, 33, 64)] == [4, 4, 6, 8, 12, 16, 24, 48, 64]
+    assert padded_length(9, 10) == 10
+    assert padded_length(2, 3) == 3
+
+
+class Network:
+    """The whole network in this process, as a model of Triton's."""
+
+    def __init__(self, grounder: Grounder) -> None:
+        self.backend: Any = grounder.backend
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        assert model == "drn_network"
+        self.shapes.append(inputs["query_tokens"].shape)
+        flat = {**inputs, "query_length": inputs["query_length"][:, 0]}
+        return self.backend._session.run(outputs, flat)
+
+
+def test_padding_is_exact_and_large_batches_go_in_pieces(direct: Grounder) -> None:
+    network = Network(direct)
+    served = Grounder(TritonBackend(ABOUT, network))
+    pairs = [(video(20 + seed, seed), query) for seed in range(3) for query in QUERIES]
+    for found, wanted in zip(served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3), strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert vars(ours) == pytest.approx(vars(theirs), abs=1e-5)
+    assert network.shapes == [(4, 6), (4, 6), (4, 6)]
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 7, 9])
+def test_a_padded_query_has_the_heads_of_the_query_itself(direct: Grounder, length: int) -> None:
+    from runtime.tensors import Batch
+
+    batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [length, max(1, length - 2)])))
+    network = Network(direct)
+    padded = TritonBackend(ABOUT, network).run(batch)
+    assert network.shapes[0][1] == padded_length(length, 12) > length
+    for name, wanted in vars(direct.backend.run(batch)).items():
+        np.testing.assert_allclose(getattr(padded, name), wanted, atol=1e-6)
+
+
+def test_a_query_beyond_the_network_is_refused(direct: Grounder) -> None:
+    from runtime.tensors import Batch
+
+    batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [13])))
+    with pytest.raises(ShapeError, match="13 tokens and the network behind Triton takes 1 to 12"):
+        open_networks(ABOUT, Network(direct)).run(batch)
