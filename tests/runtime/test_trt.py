@@ -545,7 +545,11 @@ def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
         backend.run(batch)
         backend.close()
         calls = len(bench.driver.calls)
-        for use in (backend.run, lambda _: backend.memory_report(), lambda _: backend.time_gpu(True)):
+        for use in (
+            backend.run,
+            lambda _, model=backend: model.memory_report(),
+            lambda _, model=backend: model.time_gpu(True),
+        ):
             with pytest.raises(DeviceError, match=r"was closed; open it again"):
                 use(batch)
         assert set(bench.driver.calls[calls:]) <= {"cuCtxSetCurrent"}
