@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from export.profiles import profiles
+from export.profiles import profiles, usual_query_length
 from runtime.errors import ShapeError
 from tests.export.conftest import TINY, manifest
 
@@ -41,3 +43,11 @@ def test_a_range_that_does_not_rise_is_refused(wrong: tuple[int, int, int]) -> N
 def test_queries_longer_than_the_graph_was_checked_for_are_refused() -> None:
     with pytest.raises(ShapeError, match="--max-query-length 13"):
         profiles((1, 1, 1), (1, 8, 13), ABOUT)
+
+
+def test_query_lengths_are_those_of_the_data_set_as_far_as_the_graph_goes() -> None:
+    assert usual_query_length(dataclasses.replace(ABOUT, max_query_length=64)) == (1, 8, 32)
+    for longest, wanted in ((96, (1, 16, 96)), (12, (1, 12, 12))):
+        about = dataclasses.replace(ABOUT, max_query_length=longest, training={"query_length": [1, 16, 96]})
+        assert usual_query_length(about) == wanted
+        assert profiles((1, 1, 1), None, about)[0].shapes["query_tokens"] == tuple((1, length) for length in wanted)

@@ -16,7 +16,8 @@ from runtime.annotations import DataSet
 from runtime.decoding import Decoding
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate, predictions
-from runtime.metrics import METRICS
+from runtime.metrics import METRICS, metric_names
+from tests.annotated import write_qvhighlights, write_tacos
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
 # Video, duration, word, where it happens in 32nds, and the sentence asked.
@@ -148,6 +149,62 @@ def test_predictions_are_in_the_qvhighlights_form_in_seconds(grounder: Grounder,
     assert (start, end, second) == (8, 16, 16)
     assert 0 < score < 1
     json.dumps(rows, allow_nan=False)
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    """Temporal IoU of two windows, as a textbook has it."""
+    inside = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    return inside / (a[1] - a[0] + b[1] - b[0] - inside)
+
+
+def test_predictions_keep_the_rules_of_the_public_qvhighlights_evaluator(tmp_path: Path, planted_backend: Any) -> None:
+    # Its rules: every qid of the ground truth and no other; one window or more, of start, end and score, of which the
+    # first is the answer; a hit is an overlap, with the window that fits best, of at least the threshold.
+    # Source: standalone_eval/eval.py of moment_detr (Lei et al., 2021).
+    data_set = DataSet(write_qvhighlights(tmp_path / "data"))
+    annotations = data_set.annotations("val")
+    evaluation = evaluate(Grounder(planted_backend()), data_set, annotations, protocol="drn")
+    rows = list(predictions(evaluation, annotations, data_set))
+    truth = [json.loads(line) for line in data_set.annotations_path("val").read_text().splitlines()]
+    assert {row["qid"] for row in rows} == {row["qid"] for row in truth}
+    assert len({type(row["qid"]) for row in (*rows, *truth)}) == 1
+    best = []
+    for row, wanted in zip(json.loads(json.dumps(rows, allow_nan=False)), truth, strict=True):
+        windows = row["pred_relevant_windows"]
+        assert windows
+        assert all(len(window) == 3 and 0 <= window[0] <= window[1] <= wanted["duration"] for window in windows)
+        scores = [window[2] for window in windows]
+        assert scores == sorted(scores, reverse=True)
+        assert (row["vid"], row["query"]) == (wanted["vid"], wanted["query"])
+        best.append(max(overlap(windows[0], moment) for moment in wanted["relevant_windows"]))
+    assert any(len(wanted["relevant_windows"]) > 1 for wanted in truth)
+    assert max(best) > 0
+    for threshold in (0.3, 0.5, 0.7):
+        recall = sum(value >= threshold for value in best) / len(best)
+        assert evaluation.report.values[f"R@1 IoU={threshold:g}"] == pytest.approx(recall)
+    assert evaluation.report.values["mIoU"] == pytest.approx(sum(best) / len(best), abs=1e-6)
+
+
+def test_the_report_has_the_metrics_of_the_data_set(tmp_path: Path, planted_backend: Any) -> None:
+    data_set = DataSet(write_tacos(tmp_path / "data"))
+    (tmp_path / "data" / "features").mkdir()
+    for name in data_set.durations:
+        np.save(tmp_path / "data" / "features" / f"{name}.npy", np.ones((60, 8), np.float32))
+    backend = planted_backend(Decoding(num_segments=128))
+    for protocol in ("mmaction2", "drn"):
+        evaluation = evaluate(Grounder(backend), data_set, data_set.annotations("test"), protocol=protocol)
+        assert set(evaluation.picks) == {0.1, 0.3, 0.5, 0.7}
+        assert tuple(evaluation.report.values) == metric_names((0.1, 0.3, 0.5, 0.7))
+
+
+def test_unknown_words_of_a_whole_split_are_named_once(
+    grounder: Grounder, data_set: DataSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = data_set.annotations_path("test").read_text().replace("person", "zebra")
+    data_set.annotations_path("test").write_text(lines)
+    evaluate(grounder, data_set, data_set.annotations("test"))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["The model does not know 'zebra', 'the'; left out."]
 
 
 def test_at_most_top_k_windows_are_predicted(grounder: Grounder, data_set: DataSet) -> None:

@@ -19,6 +19,7 @@ from runtime.metrics import (
     best_overlap,
     constant_moments,
     hits,
+    metric_names,
     prior_report,
     report,
     table,
@@ -189,6 +190,23 @@ def test_reports_lead_with_what_carries_information() -> None:
     picks = np.zeros((1, 1, 3), np.float32)
     values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), np.array([[0.0, 1.0]]), "drn").values
     assert tuple(values) == METRICS
+
+
+def test_metrics_of_other_thresholds_keep_that_order() -> None:
+    names = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU", "R@1 IoU=0.3", "R@1 IoU=0.1")
+    assert metric_names((0.1, 0.3, 0.5, 0.7)) == names + tuple(f"R@5 IoU={m:g}" for m in (0.1, 0.3, 0.5, 0.7))
+
+
+@pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
+def test_any_of_several_moments_is_a_hit_and_the_best_counts(protocol: Any) -> None:
+    picks = np.array([[[0, 0.2, 1]], [[0.5, 1, 1]], [[0.5, 1, 1]]], np.float32)
+    nothing = [np.nan, np.nan]
+    truth = np.array([[[0.5, 0.9], [0, 0.2]], [[0, 0.1], nothing], [[0.6, 1], nothing]])
+    values = report(dict.fromkeys((0.5, 0.7), picks), truth, protocol).values
+    assert values["R@1 IoU=0.7"] == pytest.approx(2 / 3)
+    assert values["mIoU"] == pytest.approx((1 + 0 + 0.8) / 3)
+    first = report(dict.fromkeys((0.5, 0.7), picks), truth[:, 0], protocol).values
+    assert first["R@1 IoU=0.7"] == pytest.approx(1 / 3)
 
 
 SPAN = st.tuples(*[st.floats(0, 1, width=32)] * 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import string
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from runtime.annotations import DataSet
 from runtime.errors import ModelFileError, QueryError
-from runtime.vocabulary import TAKEN_APART, Vocabulary, _tokenizer, tokenize
+from runtime.vocabulary import TAKEN_APART, Vocabulary, _tokenizer, tokenize, word_table
 
 WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 7}
 
@@ -143,6 +144,29 @@ def test_every_real_sentence_has_known_words_and_67_differ_from_splitting_at_spa
         )
     assert lengths == {"train": (12408, 2, 12), "test": (3720, 2, 11)}
     assert differing == {"train": 54, "test": 13}
+
+
+def test_a_word_table_is_lower_case_and_begins_with_the_commonest() -> None:
+    sentences = ["The cat sits.", "the dog, the cat", "A dog"]
+    assert list(word_table(sentences).items()) == [
+        ("the", 1), ("cat", 2), ("dog", 3), (",", 4), ("a", 5), ("sits", 6),
+    ]  # fmt: skip
+    assert word_table(sentences, least=2) == {"the": 1, "cat": 2, "dog": 3}
+    assert word_table([]) == {}
+    Vocabulary(word_table(sentences), "error").encode("The cat, a dog")
+
+
+def test_unknown_words_that_are_counted_are_told_once_and_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    vocabulary, unheard = Vocabulary(WORDS), Counter[str]()
+    for number in range(14):
+        assert vocabulary.encode(f"person sings word{number}", unheard).tolist() == [1]
+    assert not caplog.records
+    vocabulary.tell(unheard)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The model does not know 'sings', 'word0', ")
+    assert record.getMessage().endswith(" and 5 others; left out.")
+    vocabulary.tell(Counter())
+    assert len(caplog.records) == 1
 
 
 @given(
