@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ log = logging.getLogger("drn")
 
 FORMAT = "drn-extracted/1"
 BATCH_SIZE = 4
+# Decoded while the network is at work: one to take next, and one in the making.
+BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ def extract(
     windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
     with replace_when_whole(output) as temporary, open(temporary, "wb") as stream, progress:
         _write_header(stream, 0, about.dim)
-        for batch in _batches(windows, batch_size):
+        for batch in ahead(_batches(windows, batch_size)):
             stream.write(np.ascontiguousarray(extractor.extract(batch), np.float32).data)
             num_clips += len(batch)
         # Of every second frame, say, the last may stand for one or for two.
@@ -132,6 +136,18 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         if not batch:
             return
         yield np.stack(batch)
+
+
+def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Iterator[np.ndarray]:
+    """Yield batches that a thread makes, up to `depth` before they are asked for; errors come where they would have."""
+    with ThreadPoolExecutor(1) as maker:
+        waiting = collections.deque(maker.submit(next, batches, None) for _ in range(depth))
+        while True:
+            batch = waiting.popleft().result()
+            if batch is None:
+                return
+            waiting.append(maker.submit(next, batches, None))
+            yield batch
 
 
 def extracted(

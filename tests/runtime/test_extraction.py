@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,46 @@ def test_streamed_features_are_those_of_the_whole_file(tmp_path: Path, tiny: Pat
     assert features.dtype == np.float32
     assert features.shape == ((count - 16) // 8 + 1, 16)
     assert features == pytest.approx(whole_file(path), rel=1e-4)
+
+
+def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "hall.mkv", 120)
+    decoded: list[int] = []
+    more = threading.Event()
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+        for picture in pictures(*arguments, **options):
+            decoded.append(1)
+            if len(decoded) > 24:
+                more.set()
+            yield picture
+
+    def busy(clips: np.ndarray) -> np.ndarray:
+        # Of one clip; with nothing ahead, no more than its 16 frames would be decoded until it is done.
+        assert more.wait(30)
+        return np.zeros((len(clips), 16), np.float32)
+
+    monkeypatch.setattr(extraction, "pictures", counted)
+    network: Any = SimpleNamespace(manifest=CLIPS, extract=busy)
+    assert extraction.extract(look(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
+
+
+def test_little_is_decoded_ahead_and_errors_come_where_they_were_made() -> None:
+    made: list[int] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for number in range(10):
+            if number == 7:
+                raise FootageError("seven")
+            made.append(number)
+            yield np.full(1, number)
+
+    stream = extraction.ahead(batches())
+    seen = [int(next(stream)[0])]
+    assert len(made) <= 4
+    with pytest.raises(FootageError, match="seven"):
+        seen.extend(int(batch[0]) for batch in stream)
+    assert seen == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_filled_directory_is_a_data_set(tmp_path: Path, tiny: Path) -> None:
