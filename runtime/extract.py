@@ -46,7 +46,8 @@ def extract(
 
     Args:
         videos: video files: mp4, mkv, webm, avi and whatever else FFmpeg reads.
-        extractor: .onnx file of `export.to_onnx`, or an image encoder with its description beside it.
+        extractor: .onnx file of `export.to_onnx`, .engine of `export.build_engine`, or an image encoder with its
+            description beside it.
         output: directory to fill; others of its videos stay.
         partial: use what can be decoded of a damaged video.
         batch_size: clips at a time.

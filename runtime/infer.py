@@ -53,8 +53,8 @@ def infer(
         num_frames: of that video; taken from the number of clips when not given.
         data: directory of a data set; docs/formats.md lists the formats.
         video: name of a video in it; with --extractor a video file.
-        extractor: .onnx file that makes the clip features of a video file. They are kept in the user's cache directory
-            (or DRN_CACHE), so that asking again costs nothing.
+        extractor: .onnx or .engine file that makes the clip features of a video file. They are kept in the user's cache
+            directory (or DRN_CACHE), so that asking again costs nothing.
         partial: use what can be decoded of a damaged video file.
         footage: the video file that --features or --data were made of, for the frames of --plot and for --cut.
         window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any

@@ -52,6 +52,18 @@ def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: 
     assert listed == {annotation.video for annotation in DataSet(planted).annotations("test")}
 
 
+def test_the_film_is_a_film(tmp_path: Path) -> None:
+    footage = pytest.importorskip("runtime.footage")
+    pytest.importorskip("av", reason="PyAV writes the film")
+    film = load("film")
+    film.SECONDS = 2
+    film.main(str(tmp_path / "clip.mp4"))
+    found = footage.look(tmp_path / "clip.mp4")
+    assert (found.num_frames, found.duration, found.damage) == (50, 2, "")
+    dawn, noon, night = footage.stills(found, [0.0, 1.0, 1.96], film.HEIGHT)
+    assert dawn.mean() < noon.mean() > night.mean()
+
+
 def test_the_demo_types_commands_that_exist(planted: Path) -> None:
     demo = load("demo")
     video, sentences = demo.longest_story(planted)

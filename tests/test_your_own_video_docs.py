@@ -10,14 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 
 from export.to_onnx import export_model
 from runtime.annotations import DataSet
+from runtime.extract import extract
 from runtime.extractors import FORMAT, ExtractorManifest
-from runtime.vocabulary import Vocabulary
+from runtime.footage import look, stills
+from runtime.infer import infer
+from runtime.vocabulary import Vocabulary, tokenize
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
@@ -25,7 +29,10 @@ from train.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")
-LINES, *OTHERS = [block.splitlines() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
+BLOCKS = re.findall(r"(<!-- .*? runs .*? -->\n)?```sh\n(.*?)```", PAGE, re.DOTALL)
+LINES, OTHERS = (
+    [line for mark, text in BLOCKS if bool(mark) == run for line in text.splitlines()] for run in (True, False)
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,67 @@ def test_the_walk_through_runs_as_it_stands(directory: Path) -> None:
     assert {name: len(data.video(name).features) for name in data.durations} == {"clip": 11, "other": 6}
     # The last command asks of the stored features what the third asked of the file.
     assert said[4].strip() in said[2]
+    assert said[5].strip() == said[2].strip()
+    assert (directory / "moments.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (directory / "clips").iterdir()) == [
+        "clip-1-person-opens-the-door.mp4",
+        "clip-2-person-closes-the-door.mp4",
+    ]
+    wide, half = (DataSet(directory / name).video("clip").features for name in ("mine", "half"))
+    assert half == pytest.approx(wide, rel=0.02, abs=0.01 * float(wide.max()))
+
+
+def told_of(real_data: Path, video: str) -> tuple[float, list[tuple[float, float, str]]]:
+    """Return the duration of a video of ActivityNet Captions, and its moments and sentences."""
+    for split in ("train", "val"):
+        table = json.loads((real_data / "activitynet" / f"{split}.json").read_text(encoding="utf-8"))
+        if video in table:
+            entry = table[video]
+            pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
+            return entry["duration"], [(start, end, sentence.strip()) for (start, end), sentence in pairs]
+    pytest.skip(f"{video} is in no split of ActivityNet Captions that is here")
+
+
+@pytest.mark.parametrize("name", ["v_GGSY1Qvo990", "v_ZNVhz7ctTq0", "univtg_charades"])
+def test_a_new_user_walks_through_a_real_video(
+    directory: Path, tmp_path: Path, real_data: Path, real_videos: Path, name: str
+) -> None:
+    """From the film to features, answers beside the truth, a picture and clips; the moments are of made-up weights."""
+    film = real_videos / f"{name}.mp4"
+    duration, told = (30.7, []) if name == "univtg_charades" else told_of(real_data, name)
+    sentences = [sentence for _, _, sentence in told] or ["A person opens the door.", "The person closes it."]
+    words = {word: number for number, word in enumerate(sorted({w for s in sentences for w in tokenize(s)}), 1)}
+    config = dataclasses.replace(TINY, vocab_size=len(words))
+    about = dataclasses.replace(manifest(config), vocabulary=Vocabulary(words), max_query_length=40)
+    onnx.save(export_model(lively(config), about), tmp_path / "drn.onnx")
+    extractor = directory / "c3d.onnx"
+    if not extractor.exists():
+        pytest.skip("the walk through the page, which exports the extractor, did not run")
+    data = extract((film,), extractor, tmp_path / "mine")
+    assert DataSet(data).durations[name] == pytest.approx(duration, abs=0.1)
+    lines = [f"{name} {start} {end}##{sentence}\n" for start, end, sentence in told]
+    if lines:
+        (data / "Charades_sta_test.txt").write_text("".join(lines), encoding="utf-8")
+    answers = infer(
+        tmp_path / "drn.onnx",
+        tuple(sentences),
+        data=data,
+        video=name,
+        footage=film,
+        plot=tmp_path / "moments.png",
+        cut=tmp_path / "clips",
+    )
+    assert [answer.truth is not None for answer in answers] == [bool(told)] * len(sentences)
+    assert (tmp_path / "moments.png").read_bytes()[:4] == b"\x89PNG"
+    clips = sorted((tmp_path / "clips").iterdir())
+    assert len(clips) == len(sentences)
+    source = look(film)
+    for answer, clip in zip(answers, clips, strict=True):
+        best, made = answer.moments[0], look(clip)
+        assert made.duration == pytest.approx(best.end - best.start, abs=2 / source.frame_rate)
+        # The clip begins with what the film shows then.
+        (wanted,), (found,) = stills(source, [best.start], 240), stills(made, [0.0], 240)
+        assert np.abs(found.astype(int) - wanted).mean() < 4
 
 
 def test_the_description_on_the_page_is_one() -> None:
@@ -74,6 +142,6 @@ def test_the_means_on_the_page_are_those_of_the_code() -> None:
         assert ", ".join(f"{value:g}" for value in mean) in PAGE
 
 
-@pytest.mark.parametrize("line", [line for block in OTHERS for line in block])
+@pytest.mark.parametrize("line", OTHERS)
 def test_the_other_commands_parse(line: str, tmp_path: Path) -> None:
     check_parses(line, tmp_path)
