@@ -147,7 +147,7 @@ class Grounder:
         if not isinstance(video, Video):
             yield from cast(EncodedWindows, self._checked(video)).parts
             return
-        self._check_width(video)
+        self.check_width(video)
         features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
         for window in windows:
             clips = video.features[window.first : window.last + 1]
@@ -259,7 +259,7 @@ class Grounder:
 
     def segments(self, video: Video) -> Segments:
         """Return the segments of a video as this model was trained on; FeatureError if the width does not fit."""
-        self._check_width(video)
+        self.check_width(video)
         features = self.manifest.features
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
 
@@ -280,7 +280,8 @@ class Grounder:
             return self.segments(video)
         return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
 
-    def _check_width(self, video: Video) -> None:
+    def check_width(self, video: Video) -> None:
+        """Raise FeatureError unless the features of a video are as wide as this model takes them."""
         features = self.manifest.features
         if video.features.shape[1] != features.dim:
             raise FeatureError(

@@ -60,6 +60,14 @@ def run_pair(pair: PairBackend, batch: Batch) -> Heads:
     return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
 
+def check_model_path(path: Path) -> None:
+    """Raise ModelFileError unless there is a file of this name, and the name is a model's."""
+    if path.suffix not in (".onnx", ".pt", ".engine"):
+        raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {path.name!r} does not.")
+    if not path.is_file():
+        raise ModelFileError(f"The model file {path} does not exist; check the path.")
+
+
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
     """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
 
@@ -78,10 +86,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
     path = Path(path)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
-    if path.suffix not in (".onnx", ".pt", ".engine"):
-        raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {path.name!r} does not.")
-    if not path.is_file():
-        raise ModelFileError(f"The model file {path} does not exist; check the path.")
+    check_model_path(path)
     if path.suffix == ".onnx":
         from runtime.backends.ort import open_graph
 

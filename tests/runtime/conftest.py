@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from runtime.command import command
 from runtime.decoding import Decoding
+from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Features, Manifest
 from runtime.tensors import Batch, Heads
 from runtime.vocabulary import Vocabulary
@@ -180,6 +181,40 @@ def tiny_model(write_graph: Callable[..., Path], tiny_manifest: Manifest, tmp_pa
     """A graph file that the runtime takes, for the mini data set."""
     path = tmp_path_factory.mktemp("model") / "tiny.onnx"
     return write_graph(path, {METADATA_KEY: tiny_manifest.to_json()})
+
+
+@pytest.fixture(scope="session")
+def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
+    """The query part of `tiny_model`, its video part beside it."""
+    onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
+    directory = tmp_path_factory.mktemp("pair")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    encoded = helper.make_tensor_value_info("encoded_features", kinds.FLOAT, ["video", 16, 32])
+
+    def save(name: str, graph: Any, manifest: Manifest) -> Path:
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, directory / name)
+        return directory / name
+
+    features = helper.make_tensor_value_info("segment_features", kinds.FLOAT, ["video", 32, 16])
+    node = helper.make_node("Transpose", ["segment_features"], ["encoded_features"], perm=[0, 2, 1])
+    video_graph = helper.make_graph([node], "video", [features], [encoded])
+    video_file = save("tiny.video.onnx", video_graph, dataclasses.replace(tiny_manifest, part="video"))
+
+    whole = onnx.load(tiny_model).graph
+    inputs = [value for value in whole.input if value.name != "segment_features"]
+    inputs += [helper.make_tensor_value_info("video_index", kinds.INT32, ["B"]), encoded]
+    next(value for value in inputs if value.name == "segment_spans").type.tensor_type.shape.dim[0].dim_param = "video"
+    nodes = [
+        helper.make_node("Gather", ["encoded_features", "video_index"], ["asked"], axis=0),
+        helper.make_node("Transpose", ["asked"], ["segment_features"], perm=[0, 2, 1]),
+        *whole.node,
+    ]
+    query_graph = helper.make_graph(nodes, "query", inputs, list(whole.output), list(whole.initializer))
+    named = dataclasses.replace(tiny_manifest, part="query", video_part={"tiny.video.onnx": sha256(video_file)})
+    return save("tiny.query.onnx", query_graph, named)
 
 
 @pytest.fixture

@@ -83,7 +83,9 @@ def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.Monk
     read: list[str] = []
     vocabulary = type(grounder.manifest.vocabulary)
     original = vocabulary.encode
-    monkeypatch.setattr(vocabulary, "encode", lambda self, text: read.append(text) or original(self, text))
+    monkeypatch.setattr(
+        vocabulary, "encode", lambda self, text, *rest: read.append(text) or original(self, text, *rest)
+    )
     grounder.ground_batch([(QUARTER, "dog"), (video(10.0, cat=(0, 3)), "dog"), (QUARTER, "cat")])
     assert read == ["dog", "cat"]
 
@@ -202,41 +204,6 @@ def test_what_cannot_be_prepared_says_so(grounder: Grounder, pair_files: Path, m
 
 
 # Real files from here on: the tiny graph, and the same cut by hand.
-
-
-@pytest.fixture(scope="module")
-def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
-    """The query part of `tiny_model`, its video part beside it."""
-    directory = tmp_path_factory.mktemp("pair")
-    helper, kinds = onnx.helper, onnx.TensorProto
-    encoded = helper.make_tensor_value_info("encoded_features", kinds.FLOAT, ["video", 16, 32])
-
-    def save(name: str, graph: Any, manifest: Manifest) -> Path:
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, directory / name)
-        return directory / name
-
-    features = helper.make_tensor_value_info("segment_features", kinds.FLOAT, ["video", 32, 16])
-    node = helper.make_node("Transpose", ["segment_features"], ["encoded_features"], perm=[0, 2, 1])
-    video_graph = helper.make_graph([node], "video", [features], [encoded])
-    video_file = save("tiny.video.onnx", video_graph, dataclasses.replace(tiny_manifest, part="video"))
-
-    whole = onnx.load(tiny_model).graph
-    inputs = [value for value in whole.input if value.name != "segment_features"]
-    inputs += [helper.make_tensor_value_info("video_index", kinds.INT32, ["B"]), encoded]
-    next(value for value in inputs if value.name == "segment_spans").type.tensor_type.shape.dim[0].dim_param = "video"
-    nodes = [
-        helper.make_node("Gather", ["encoded_features", "video_index"], ["asked"], axis=0),
-        helper.make_node("Transpose", ["asked"], ["segment_features"], perm=[0, 2, 1]),
-        *whole.node,
-    ]
-    query_graph = helper.make_graph(nodes, "query", inputs, list(whole.output), list(whole.initializer))
-    from runtime.files import sha256
-
-    named = dataclasses.replace(tiny_manifest, part="query", video_part={"tiny.video.onnx": sha256(video_file)})
-    return save("tiny.query.onnx", query_graph, named)
 
 
 @pytest.fixture

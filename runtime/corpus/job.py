@@ -1,0 +1,161 @@
+"""A corpus from beginning to end: planned, gone on with, and told of."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.backends import check_model_path
+from runtime.corpus.cluster import run_on_ray
+from runtime.corpus.plan import LOCK, MANIFEST, Settings, Shard, check_same, describe, plan
+from runtime.corpus.questions import check_one_kind, read_questions
+from runtime.corpus.shards import ATTEMPTS, Done, Job, Worker
+from runtime.corpus.sources import open_source
+from runtime.errors import GroundingError, OutputError
+from runtime.files import check_writable, write_json
+
+log = logging.getLogger("drn")
+
+# Where no bar can be drawn, a line tells of the progress every so often.
+SECONDS_BETWEEN_LINES = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run of a corpus did.
+
+    Attributes:
+        output: the directory.
+        shards, pairs: of the corpus; a row for each pair.
+        made, errors: the pairs that this run made rows of, and those of them that have no answer.
+        seconds: that the run took, without planning.
+    """
+
+    output: Path
+    shards: int
+    pairs: int
+    made: int
+    errors: int
+    seconds: float
+
+    def __str__(self) -> str:
+        whole = f"{self.pairs} pairs in {self.shards} shards in {self.output}"
+        if not self.made:
+            return f"{whole}: all were there already."
+        before = f"; {self.pairs - self.made} were there before" if self.made < self.pairs else ""
+        return (
+            f"{whole}: {self.made} made in {self.seconds:.1f} s, {self.made / self.seconds:.1f} a second, "
+            f"{self.errors} of them with an error instead of moments{before}."
+        )
+
+
+def ground(
+    model: Path,
+    features: Path,
+    queries: Path,
+    output: Path,
+    settings: Settings,
+    *,
+    actors: int | None = None,
+    address: str | None = None,
+) -> Result:
+    """Ground a corpus, or what is left of it; arguments as of `python -m runtime.ground_corpus`.
+
+    Raises:
+        GroundingError: the inputs are wrong, are not those that `output` was begun with, or a shard could not be made.
+            Shards that are whole stay.
+    """
+    check_model_path(model)
+    questions = read_questions(queries)
+    if settings.form == "parquet":
+        check_one_kind(questions)
+    source = open_source(features)
+    common, shards = plan(source.listing(), questions, settings.shard_pairs)
+    told = describe(model, queries, len(questions), source, settings)
+    check_same(output, told)
+    pairs = sum(map(len, shards))
+    job = Job(model.resolve(), features.resolve(), output.resolve(), tuple(common), len(shards), settings)
+    check_writable(output / MANIFEST, model, queries)
+    with _alone(job.output):
+        write_json(output / MANIFEST, {**told, "pairs": pairs, "shards": len(shards)})
+        left = [shard for shard in shards if not job.path(shard).is_file()]
+        missing = sum(map(len, left))
+        if missing < pairs:
+            log.info("%d of %d shards are there already.", len(shards) - len(left), len(shards))
+        started, errors = time.monotonic(), 0
+        with _cleaned(job.output), contextlib.closing(_run(job, left, actors, address)) as run:
+            for done in _shown(run, pairs, missing):
+                errors += done.errors
+        return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
+
+
+def _run(job: Job, shards: Sequence[Shard], actors: int | None, address: str | None) -> Generator[Done, None, None]:
+    if not shards:
+        return
+    if actors == 0:
+        yield from map(Worker(job), shards)
+    else:
+        yield from run_on_ray(job, shards, actors, address)
+
+
+def _shown(run: Iterator[Done], pairs: int, missing: int) -> Iterator[Done]:
+    """Yield what becomes of each shard while progress is shown; raise what ends the job."""
+    made = errors = 0
+    began = told = time.monotonic()
+    with tqdm(total=pairs, initial=pairs - missing, desc="grounding", unit="pair", leave=False, disable=None) as bar:
+        for done in run:
+            if done.problem:
+                raise GroundingError(f"{done.problem} What is whole stays; run the same command again to go on.")
+            if done.attempts > 1:
+                log.warning(
+                    "Shard %d was begun %d times: the process that made it ended before it was done.",
+                    done.number,
+                    done.attempts,
+                )
+            yield done
+            made, errors = made + done.pairs, errors + done.errors
+            bar.set_postfix_str(f"{errors} errors", refresh=False)
+            bar.update(done.pairs)
+            if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                rate = made / (told - began)
+                log.info(
+                    "%d of %d pairs, %.1f a second, %d errors; %s left.",
+                    *(pairs - missing + made, pairs, rate, errors, bar.format_interval((missing - made) / rate)),
+                )
+
+
+@contextlib.contextmanager
+def _cleaned(output: Path) -> Iterator[None]:
+    """Remove, before and after, what shards leave behind whose process was killed."""
+    _clean(output)
+    try:
+        yield
+    finally:
+        _clean(output)
+
+
+def _clean(output: Path) -> None:
+    shutil.rmtree(output / ATTEMPTS, ignore_errors=True)
+    for temporary in output.glob(".shard-*"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold a directory for this job; OutputError if another one has it. The system lets go when a process is killed."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"Another process is writing {output}; wait for it, or end it.") from error
+        yield

@@ -1,0 +1,330 @@
+"""A shard is grounded and becomes a file, whole or not at all."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Union
+
+from runtime.corpus.plan import MANIFEST, Asked, Form, Settings, Shard, shard_name
+from runtime.corpus.questions import Question
+from runtime.corpus.sources import Source, open_source
+from runtime.encodings import EncodedVideo, EncodedWindows
+from runtime.errors import FeatureError, GroundingError, OutputError, QueryError
+from runtime.files import replace_when_whole
+from runtime.grounder import Grounder, Subject
+from runtime.videos import ClipClock, Video
+from runtime.windows import windows_asked
+
+log = logging.getLogger("drn")
+
+# A video, or a sentence that says why there is none.
+Found = Union[Subject, str]
+
+# Where processes note that they have begun a shard.
+ATTEMPTS = ".attempts"
+# A shard that ended the process it was in so often is not begun again.
+MOST_ATTEMPTS = 3
+# Videos wait for each other until their questions fill so many batches, or they take so much memory.
+BATCHES_TOGETHER = 8
+MOST_WAITING_BYTES = 1 << 28
+# On a CPU, from so many questions on it saves time to prepare a video, where the model can: it takes as long as five
+# encodings, and then a fifth less for each question (docs/performance.md).
+PREPARED_FROM = 64
+# Rows of a row group in Parquet.
+ROWS_OF_GROUP = 4096
+# Sentences of which a process remembers whether they can be asked.
+KNOWN_SENTENCES = 1 << 16
+# A process says the like of one warning so often: a corpus has a million sentences with an unknown word.
+MOST_WARNINGS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every process is told once.
+
+    Attributes:
+        model, features, output: absolute paths.
+        common: what is asked of every video.
+        count: how many shards there are.
+        settings: all else.
+    """
+
+    model: Path
+    features: Path
+    output: Path
+    common: tuple[Question, ...]
+    count: int
+    settings: Settings
+
+    def path(self, shard: Shard) -> Path:
+        """Return the file that a shard becomes."""
+        return self.output / shard_name(shard.number, self.count, self.settings.form)
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What became of a shard.
+
+    Attributes:
+        number: which.
+        pairs, errors: its rows, and those of them that say why they have no answer.
+        attempts: how often it was begun, this time included.
+        problem: a sentence that says why it was given up; None where its file is there.
+    """
+
+    number: int
+    pairs: int
+    errors: int = 0
+    attempts: int = 1
+    problem: str | None = None
+
+
+class Worker:
+    """Grounds shards of one job, one after the other. The model is opened for the first of them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._problem = functools.lru_cache(KNOWN_SENTENCES)(self._problem_of)
+        self._fewer = _Fewer()
+
+    def __call__(self, shard: Shard) -> Done:
+        """Ground a shard, unless its file is there. What is wrong with it as a whole is told, not raised."""
+        path = self.job.path(shard)
+        try:
+            if not (self.job.output / MANIFEST).is_file():
+                raise OutputError(
+                    f"{self.job.output} holds no {MANIFEST} here, on {platform.node()}; corpora are written to a file "
+                    "system that all machines see under the same path."
+                )
+            if path.is_file():
+                return Done(shard.number, len(shard))
+            with _attempt(self._note(shard)) as attempts:
+                if attempts > MOST_ATTEMPTS:
+                    raise OutputError(
+                        f"It was begun {attempts - 1} times, and each time the process ended before it was done "
+                        f"(out of memory?), the last of them {_last_line(self._note(shard))}."
+                    )
+                with _filtered(self._fewer):
+                    errors = self._write(shard, path)
+                return Done(shard.number, len(shard), errors, attempts)
+        except GroundingError as error:
+            return Done(shard.number, len(shard), problem=f"{path.name}: {error}")
+        # Whatever it is, it is told with the shard's name; here stands where it comes from.
+        except Exception as error:
+            log.exception("%s failed.", path.name)
+            return Done(shard.number, len(shard), problem=f"{path.name}: {type(error).__name__}: {error}.")
+
+    @functools.cached_property
+    def _grounder(self) -> Grounder:
+        settings = self.job.settings
+        grounder = Grounder.load(self.job.model, settings.device, settings.threads)
+        grounder.windows = windows_asked(grounder.windows, settings.window, settings.overlap)
+        return grounder
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        return open_source(self.job.features)
+
+    def _note(self, shard: Shard) -> Path:
+        return self.job.output / ATTEMPTS / f"{shard.number:05d}"
+
+    def _write(self, shard: Shard, path: Path) -> int:
+        """Write the rows of a shard, and return how many of them are errors."""
+        errors = 0
+        with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+            with WRITERS[self.job.settings.form](stream) as write:
+                for group in self._groups(shard):
+                    for row in self._answered(group):
+                        write(row)
+                        errors += row["error"] is not None
+            # Whole also if the machine stops now: a shard that is there is not made again.
+            stream.flush()
+            os.fsync(stream.fileno())
+        return errors
+
+    def _groups(self, shard: Shard) -> Iterator[list[tuple[Asked, Found]]]:
+        """Yield videos that are asked together. Who they are follows from the shard alone, and so do their batches."""
+        found = self._source.load([asked.video for asked in shard.asked if asked.known], self._clock)
+        group: list[tuple[Asked, Found]] = []
+        pairs, waiting = 0, 0
+        for asked in shard.asked:
+            if asked.known:
+                subject = self._subject(next(found), len(asked))
+            else:
+                subject = f"There is no video {asked.video.name!r} in {self.job.features}; check the name."
+            group.append((asked, subject))
+            pairs, waiting = pairs + len(asked), waiting + _bytes(subject)
+            if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MOST_WAITING_BYTES:
+                yield group
+                group, pairs, waiting = [], 0, 0
+        if group:
+            yield group
+
+    @property
+    def _clock(self) -> ClipClock:
+        return self._grounder.manifest.features.clock
+
+    def _subject(self, found: Video | str, questions: int) -> Found:
+        """Return a video as it is best asked so many questions."""
+        grounder = self._grounder
+        if isinstance(found, str):
+            return found
+        try:
+            if not grounder.is_pair:
+                grounder.check_width(found)
+                return found
+            ready = questions >= PREPARED_FROM and self.job.settings.device == "cpu"
+            prepare = ready and bool(grounder.manifest.prepared_parts) and not grounder.cut(found)
+            return grounder.encode(found, prepare=prepare)
+        except FeatureError as error:
+            return str(error)
+
+    def _answered(self, group: list[tuple[Asked, Found]]) -> list[dict[str, Any]]:
+        """Return a row for each question of a group, in order."""
+        rows, waiting, pairs = [], [], []
+        for asked, subject in group:
+            for question in asked.questions(self.job.common):
+                problem = subject if isinstance(subject, str) else self._problem(question.query)
+                row: dict[str, Any] = {
+                    "qid": question.qid,
+                    "query": question.query,
+                    "vid": asked.video.name,
+                    "pred_relevant_windows": [],
+                    "error": problem,
+                }
+                rows.append(row)
+                if not isinstance(subject, str) and problem is None:
+                    waiting.append(row)
+                    pairs.append((subject, question.query))
+        if pairs:
+            settings = self.job.settings
+            found = self._grounder.ground_batch(pairs, settings.top_k, settings.batch_size)
+            for row, moments in zip(waiting, found):
+                row["pred_relevant_windows"] = [[moment.start, moment.end, moment.score] for moment in moments]
+        return rows
+
+    def _problem_of(self, query: str) -> str | None:
+        """Return why a sentence cannot be asked, or None."""
+        try:
+            self._grounder.encode_query(query)
+        except QueryError as error:
+            return str(error)
+        return None
+
+
+def _bytes(subject: Found) -> int:
+    """Return the memory that a video takes while it waits."""
+    if isinstance(subject, str):
+        return 0
+    parts = subject.parts if isinstance(subject, EncodedWindows) else (subject,)
+    return sum(part.features.nbytes + _prepared_bytes(part) for part in parts)
+
+
+def _prepared_bytes(part: Video | EncodedVideo) -> int:
+    return part.prepared.nbytes if isinstance(part, EncodedVideo) and part.prepared is not None else 0
+
+
+@contextlib.contextmanager
+def _attempt(note: Path) -> Iterator[int]:
+    """Note that a shard is begun, and yield how often it was. The note stays only if the process ends within."""
+    try:
+        note.parent.mkdir(exist_ok=True)
+        with open(note, "a+", encoding="utf-8") as stream:
+            stream.write(f"process {os.getpid()} on {platform.node()}\n")
+            stream.seek(0)
+            attempts = len(stream.readlines())
+    except OSError as error:
+        raise OutputError(f"{note} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield attempts
+    finally:
+        with contextlib.suppress(OSError):
+            note.unlink()
+
+
+def _last_line(note: Path) -> str:
+    # The line before is the last that ended.
+    return note.read_text(encoding="utf-8").splitlines()[-2]
+
+
+class _Fewer(logging.Filter):
+    """Lets the like of each message pass a few times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: collections.Counter[str] = collections.Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._said[record.msg] += 1
+        return self._said[record.msg] <= MOST_WARNINGS
+
+
+@contextlib.contextmanager
+def _filtered(few: logging.Filter) -> Iterator[None]:
+    log.addFilter(few)
+    try:
+        yield
+    finally:
+        log.removeFilter(few)
+
+
+Write = Callable[[dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def _jsonl(stream: BinaryIO) -> Iterator[Write]:
+    def write(row: dict[str, Any]) -> None:
+        stream.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+    yield write
+
+
+@contextlib.contextmanager
+def _parquet(stream: BinaryIO) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    writer: Any = None
+    rows: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        nonlocal writer
+        schema = pa.schema(
+            {
+                # All qids of a corpus are of one kind.
+                "qid": pa.string() if isinstance(rows[0]["qid"], str) else pa.int64(),
+                "query": pa.string(),
+                "vid": pa.string(),
+                "pred_relevant_windows": pa.list_(pa.list_(pa.float64())),
+                "error": pa.string(),
+            }
+        )
+        if writer is None:
+            writer = parquet.ParquetWriter(stream, schema)
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+        rows.clear()
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if len(rows) == ROWS_OF_GROUP:
+            flush()
+
+    yield write
+    if rows:
+        flush()
+    writer.close()
+
+
+WRITERS: dict[Form, Callable[[BinaryIO], contextlib.AbstractContextManager[Write]]] = {
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+}

@@ -1,0 +1,291 @@
+"""Where the clip features of a corpus are: a data set, a directory of feature files, or Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Union
+
+import numpy as np
+
+from runtime.annotations import DataSet
+from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError
+from runtime.featurestores import FeatureFiles
+from runtime.files import json_digest, read_json
+from runtime.layouts.values import is_number
+from runtime.videos import ClipClock, Video
+
+DURATIONS = "durations.json"
+PARQUET_SUFFIXES = (".parquet", ".pq")
+# Rows of a Parquet file that are unfolded at a time.
+ROWS_AT_ONCE = 8
+
+# File, row group and row, of what lies in Parquet.
+Place = Union[tuple[int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A video of a corpus.
+
+    Attributes:
+        name: as queries call it.
+        place: where it lies; None where its name says so.
+    """
+
+    name: str
+    place: Place = None
+
+
+class Source(Protocol):
+    """The features of many videos. Every process that grounds opens its own.
+
+    Attributes:
+        kind: what it is, for people.
+    """
+
+    kind: str
+
+    def listing(self) -> list[Listed]:
+        """Return every video, in the order in which they are best read."""
+
+    def digest(self) -> str:
+        """Return what changes when other videos, lengths or files are listed; the features themselves are not read."""
+
+    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+        """Yield each video when it is asked for, or a sentence that says why it cannot be had."""
+
+
+def open_source(path: Path) -> Source:
+    """Return the features in a data set, a directory of feature files with `durations.json`, or in Parquet.
+
+    Raises:
+        AnnotationError, FeatureError: it is none of these, or its tables are malformed.
+    """
+    if path.suffix in PARQUET_SUFFIXES and path.is_file():
+        return ParquetSource([path])
+    if not path.is_dir():
+        raise FeatureError(
+            f"{path} does not exist; give a data set, a directory of feature files with {DURATIONS}, or Parquet."
+        )
+    parquet = sorted(found for suffix in PARQUET_SUFFIXES for found in path.glob(f"*{suffix}"))
+    if parquet:
+        return ParquetSource(parquet)
+    if (path / DURATIONS).is_file():
+        return DirectorySource(path)
+    return DataSetSource(path)
+
+
+class DataSetSource:
+    """A data set in any layout that `DataSet` reads."""
+
+    kind = "data set"
+
+    def __init__(self, root: Path) -> None:
+        self._data_set = DataSet(root)
+
+    def listing(self) -> list[Listed]:
+        return [Listed(name) for name in sorted(self._data_set.durations)]
+
+    def digest(self) -> str:
+        return json_digest([self._data_set.durations, self._data_set.num_frames])
+
+    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+        for video in videos:
+            yield _or_why(functools.partial(self._data_set.video, video.name))
+
+
+class DirectorySource:
+    """`VIDEO.npy`, `.npz` or `.pt` files and `durations.json`, which maps each to seconds, or to `{"duration": seconds,
+    "num_frames": N}`; frames that are not told are counted from the clips."""
+
+    kind = "directory"
+
+    def __init__(self, root: Path) -> None:
+        self._store = FeatureFiles(root)
+        table = read_json(root / DURATIONS, "lengths of the videos", unique=True)
+        if not isinstance(table, dict) or not table:
+            raise AnnotationError(f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.')
+        self._table, self._lengths = root / DURATIONS, table
+
+    def listing(self) -> list[Listed]:
+        return [Listed(name) for name in sorted(self._lengths)]
+
+    def digest(self) -> str:
+        return json_digest(self._lengths)
+
+    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+        for video in videos:
+            yield _or_why(functools.partial(self._video, video.name, clock))
+
+    def _video(self, name: str, clock: ClipClock) -> Video:
+        duration, num_frames = _length(self._lengths[name], f"{self._table}: {name!r}")
+        return Video.load(self._store.path(name), duration, num_frames, name, clock)
+
+
+class ParquetSource:
+    """Parquet files, a row for each video: `video`, `duration`, perhaps `num_frames`, and `features`.
+
+    Features are a list of clips, each a list of D floats; or D floats after D floats in one list or in bytes (little
+    endian), with a column `shape`, [num_clips, D], and for bytes perhaps `dtype` (float32 where it is not told); or a
+    tensor as Ray Data writes it.
+    """
+
+    kind = "Parquet"
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise DeviceError(
+                f"Parquet needs pyarrow, which cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`."
+            ) from error
+        self._files = list(files)
+        self._parquet = parquet
+
+    def listing(self) -> list[Listed]:
+        listed, seen = [], set()
+        for number, path in enumerate(self._files):
+            with self._opened(number) as file:
+                for group in range(file.num_row_groups):
+                    names = file.read_row_group(group, columns=["video"]).column("video").to_pylist()
+                    for row, name in enumerate(names):
+                        if not isinstance(name, str) or not name:
+                            raise AnnotationError(f"{path}: a video is called {name!r}; every row names its video.")
+                        if name in seen:
+                            raise AnnotationError(f"{path}: {name!r} stands in two rows; leave one of them out.")
+                        seen.add(name)
+                        listed.append(Listed(name, (number, group, row)))
+        if not listed:
+            raise AnnotationError(f"{self._files[0]} holds no row.")
+        return listed
+
+    def digest(self) -> str:
+        listed: list[Any] = []
+        for number, path in enumerate(self._files):
+            with self._opened(number) as file:
+                listed.append([path.name, path.stat().st_size, file.metadata.num_rows])
+        return json_digest([listed, [video.name for video in self.listing()]])
+
+    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+        for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):
+            wanted = {_row(video.place): video.name for video in chosen}
+            with self._opened(number) as file:
+                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+                start = 0
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                    for row in sorted(wanted.keys() & range(start, start + len(batch))):
+                        values = {name: batch.column(name)[row - start] for name in columns}
+                        yield _or_why(functools.partial(_unfolded, values, wanted[row], clock))
+                    start += len(batch)
+                    if start > max(wanted):
+                        break
+
+    def _opened(self, number: int) -> Any:
+        path = self._files[number]
+        try:
+            file = self._parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
+        except (OSError, ValueError) as error:
+            raise FeatureError(f"{path} should be a Parquet file and cannot be read: {_said(error)}.") from error
+        missing = [name for name in NEEDED if name not in file.schema_arrow.names]
+        if missing:
+            raise AnnotationError(
+                f"{path} lacks the column {missing[0]!r}; video, duration and features are expected, and perhaps "
+                "num_frames, shape and dtype."
+            )
+        return file
+
+
+NEEDED = ("video", "duration", "features")
+COLUMNS = ("duration", "num_frames", "features", "shape", "dtype")
+
+
+def _part(place: Place) -> tuple[int, int]:
+    assert place is not None
+    return place[0], place[1]
+
+
+def _row(place: Place) -> int:
+    assert place is not None
+    return place[2]
+
+
+def _unfolded(values: dict[str, Any], name: str, clock: ClipClock) -> Video:
+    duration, num_frames = (values[key].as_py() if key in values else None for key in ("duration", "num_frames"))
+    length, frames = _length({"duration": duration, "num_frames": num_frames}, f"The row of {name!r}")
+    features = _features(values, name)
+    return Video(features, clock.num_frames(len(features)) if frames is None else frames, length, name)
+
+
+def _features(values: dict[str, Any], name: str) -> np.ndarray:
+    """Return the (num_clips, D) features of a row; FeatureError if there are none."""
+    import pyarrow as pa
+
+    cell = values["features"]
+    if not cell.is_valid:
+        raise FeatureError(f"The row of {name!r} has no features.")
+    shape, dtype = (values[key].as_py() if key in values else None for key in ("shape", "dtype"))
+    # Tensors are known by their extension where it is loaded, and by what they are stored as elsewhere.
+    if isinstance(cell.type, pa.BaseExtensionType):
+        shape, cell = getattr(cell.type, "shape", shape), cell.value
+    if pa.types.is_struct(cell.type) and {"data", "shape"} <= {field.name for field in cell.type}:
+        cell, shape = cell["data"], cell["shape"].as_py()
+    try:
+        numbers, clips = _numbers(cell, dtype)
+        return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
+    except (TypeError, ValueError) as error:
+        raise FeatureError(f"The features of {name!r} are no (num_clips, D) floats: {_said(error)}.") from error
+
+
+def _two(shape: Any) -> tuple[int, int]:
+    if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise ValueError(f"a column `shape` should tell [num_clips, D], and tells {shape}")
+    return shape[0], shape[1]
+
+
+def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
+    """Return all numbers of a cell, and how many clips they are, 0 where the cell does not tell."""
+    import pyarrow as pa
+
+    if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type):
+        kind = dtype or "float32"
+        if kind not in ("float16", "float32", "float64"):
+            raise ValueError(f"bytes are of float16, float32 or float64, and {kind!r} was told")
+        return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
+    inner, clips = getattr(cell, "values", None), 0
+    if inner is not None and hasattr(inner.type, "value_type"):
+        lengths = set(inner.value_lengths().to_pylist())
+        if len(lengths) != 1 or None in lengths:
+            raise ValueError(f"all clips should have as many features, and have {sorted(lengths, key=str)[:5]}")
+        inner, clips = inner.flatten(), len(inner)
+    if inner is None or not pa.types.is_floating(inner.type):
+        raise ValueError(f"they are {cell.type}")
+    return inner.to_numpy(zero_copy_only=False), clips
+
+
+def _length(value: Any, place: str) -> tuple[float, int | None]:
+    """Return a duration in seconds and a frame count, None where it is not told; checked by `Video`."""
+    told: Any = value if isinstance(value, dict) else {"duration": value}
+    duration, num_frames = told.get("duration"), told.get("num_frames")
+    if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
+        raise AnnotationError(
+            f"{place} should have seconds and perhaps frames, and has {duration!r} and {num_frames!r}."
+        )
+    return float(duration), None if num_frames is None else int(num_frames)
+
+
+def _or_why(load: functools.partial[Video]) -> Video | str:
+    """Return a video, or why it cannot be had. What the machine lacks is no fault of the video's."""
+    try:
+        return load()
+    except DeviceError:
+        raise
+    except (GroundingError, OSError) as error:
+        return _said(error)
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())

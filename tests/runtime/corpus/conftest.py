@@ -1,0 +1,66 @@
+"""A small corpus with all that can be wrong with a pair, and what is read back of its shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.corpus.job import Result, ground
+from runtime.corpus.plan import Settings
+
+Row = dict[str, Any]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(output: Path) -> list[Row]:
+    """Every row of every shard, in order."""
+    return [json.loads(line) for path in sorted(output.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def content(output: Path) -> dict[str, bytes]:
+    """What a finished corpus is, byte for byte; nothing else may be left in its directory."""
+    names = {path.name: path for path in output.iterdir() if path.name not in ("corpus.json", ".lock")}
+    assert all(name.startswith("shard-") for name in names), sorted(names)
+    return {name: path.read_bytes() for name, path in names.items()}
+
+
+@pytest.fixture
+def corpus(mini: Path, tmp_path: Path) -> Callable[[Iterable[Row]], tuple[Path, Path]]:
+    """The mini data set, and a file of the rows that are given."""
+
+    def make(rows: Iterable[Row]) -> tuple[Path, Path]:
+        return mini, write_rows(tmp_path / "queries.jsonl", rows)
+
+    return make
+
+
+@pytest.fixture
+def damaged(mini: Path) -> Path:
+    """The mini data set with one video whose features are missing, one whose are none, and one whose are too narrow."""
+    place = mini / "C3D_unit16_overlap0.5_merged"
+    (place / "BBBB2.pt").unlink()
+    (place / "CCCC3.pt").write_bytes(b"no tensor")
+    (place / "DDDD4.pt").unlink()
+    np.save(place / "DDDD4.npy", np.ones((30, 8), np.float32))
+    return mini
+
+
+@pytest.fixture
+def here(tiny_model: Path, tmp_path: Path) -> Callable[..., Result]:
+    """Ground in this process: `here(features, queries, form=..., ...)`."""
+
+    def run(
+        features: Path, queries: Path, output: Path | None = None, model: Path = tiny_model, **about: Any
+    ) -> Result:
+        return ground(model, features, queries, output or tmp_path / "corpus", Settings(**about), actors=0)
+
+    return run

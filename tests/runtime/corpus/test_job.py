@@ -1,0 +1,121 @@
+"""A corpus in this process: gone on with, refused, and left whole whatever stops it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.corpus.job import Result
+from runtime.corpus.plan import MANIFEST
+from runtime.corpus.shards import Worker
+from runtime.errors import GroundingError, OutputError
+from tests.runtime.corpus.conftest import content, write_rows
+
+Here = Callable[..., Result]
+Corpus = Callable[..., tuple[Path, Path]]
+
+ROWS = [{"query": "a person opens the door."}, {"query": "xyzzy"}]
+
+
+def test_a_job_that_was_interrupted_goes_on_and_the_shards_are_the_same(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus(ROWS)
+    whole = here(features, queries, tmp_path / "whole", shard_pairs=3)
+    output, calls, call = tmp_path / "corpus", [], Worker.__call__
+
+    def interrupted(self: Worker, shard: Any) -> Any:
+        calls.append(shard.number)
+        if len(calls) == 3:
+            # As a process leaves it that is killed in the middle of a shard.
+            (output / ".shard-00003-of-00006.x.jsonl").write_text('{"qid": 1, "que')
+            raise KeyboardInterrupt
+        return call(self, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            here(features, queries, shard_pairs=3)
+    assert len(content(output)) == 2
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    result = here(features, queries, shard_pairs=3)
+    assert content(output) == content(whole.output)
+    assert (result.made, result.pairs, whole.made) == (8, 12, 12)
+    assert all((output / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert "4 were there before" in str(result)
+
+
+def test_nothing_is_made_twice(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, queries = corpus(ROWS)
+    here(features, queries)
+    monkeypatch.setattr(Worker, "__call__", lambda *_: pytest.fail("a finished shard was begun"))
+    assert "all were there already" in str(here(features, queries))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("queries", r"queries rows was 2 and is 1; queries sha256 was"),
+        ("features", "features digest was"),
+        ("model", "model sha256 was"),
+        ("settings", "settings top_k was 5 and is 4"),
+    ],
+)
+def test_other_inputs_are_refused_and_named(
+    here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path, change: str, said: str
+) -> None:
+    features, queries = corpus(ROWS)
+    model = tmp_path / "tiny.onnx"
+    model.write_bytes(tiny_model.read_bytes())
+    result = here(features, queries, model=model)
+    before = content(result.output)
+    if change == "queries":
+        write_rows(queries, ROWS[:1])
+    elif change == "features":
+        table = features / "Charades_duration.json"
+        table.write_text(json.dumps({**json.loads(table.read_text()), "AAAA1": 31.0}))
+    elif change == "model":
+        model.write_bytes(tiny_model.read_bytes() + b"\0")
+    with pytest.raises(OutputError, match=said):
+        here(features, queries, model=model, **({"top_k": 4} if change == "settings" else {}))
+    assert content(result.output) == before
+
+
+def test_two_jobs_do_not_write_one_corpus(here: Here, corpus: Corpus, tmp_path: Path) -> None:
+    features, queries = corpus(ROWS)
+    output = tmp_path / "corpus"
+    output.mkdir()
+    with open(output / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="Another process is writing"):
+            here(features, queries)
+    assert not (output / MANIFEST).exists()
+    here(features, queries)
+
+
+def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: Here, mini: Path, tmp_path: Path) -> None:
+    with pytest.raises(GroundingError, match="do not exist"):
+        here(mini, tmp_path / "none.jsonl")
+    with pytest.raises(GroundingError, match="does not exist"):
+        here(tmp_path / "none", write_rows(tmp_path / "queries.jsonl", ROWS))
+    with pytest.raises(GroundingError, match="does not exist; check the path"):
+        here(mini, write_rows(tmp_path / "queries.jsonl", ROWS), model=tmp_path / "none.onnx")
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_progress_is_told_where_no_bar_can_be_drawn(
+    here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.corpus.job.SECONDS_BETWEEN_LINES", 0)
+    caplog.set_level("INFO", "drn")
+    features, queries = corpus(ROWS)
+    here(features, queries, shard_pairs=4)
+    lines = [record.message for record in caplog.records if "a second" in record.message]
+    assert len(lines) == 3
+    assert lines[0].startswith("4 of 12 pairs, ")
+    assert lines[-1].endswith("6 errors; 00:00 left.")

@@ -1,0 +1,84 @@
+"""Shards: every pair in one of them, the same every time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.corpus.plan import MANIFEST, check_same, plan, shard_name
+from runtime.corpus.questions import Question
+from runtime.corpus.sources import Listed
+from runtime.errors import OutputError
+
+VIDEOS = ("a", "b", "c", "d")
+
+
+@given(
+    listed=st.lists(st.sampled_from(VIDEOS), unique=True),
+    about=st.lists(st.sampled_from((None, *VIDEOS))),
+    size=st.integers(1, 7),
+)
+def test_every_pair_stands_in_one_shard_and_none_is_too_large(
+    listed: list[str], about: list[str | None], size: int
+) -> None:
+    questions = [Question(line, line, f"sentence {line}", video) for line, video in enumerate(about, 1)]
+    common, shards = plan([Listed(name) for name in listed], questions, size)
+    found = [
+        (asked.video.name, question.line)
+        for shard in shards
+        for asked in shard.asked
+        for question in asked.questions(common)
+    ]
+    wanted = [(name, q.line) for q in questions for name in ([q.video] if q.video else listed)]
+    assert Counter(found) == Counter(wanted)
+    assert all(0 < len(shard) <= size for shard in shards)
+    assert [shard.number for shard in shards] == list(range(1, len(shards) + 1))
+    # The sentences of a video come in the order of the file, and a video that fits a shard is in one only.
+    for name in dict.fromkeys(name for name, _ in found):
+        lines = [line for video, line in found if video == name]
+        assert lines == sorted(lines)
+        holding = [shard for shard in shards if name in {asked.video.name for asked in shard.asked}]
+        assert len(holding) == 1 or len(lines) > size
+    # Known videos first, as they are listed.
+    order = list(dict.fromkeys(name for name, _ in found))
+    assert [name for name in order if name in listed] == order[: len(set(order) & set(listed))]
+    assert plan([Listed(name) for name in listed], questions, size) == (common, shards)
+
+
+def test_the_name_of_a_shard_tells_how_many_there_are() -> None:
+    assert shard_name(17, 240, "parquet") == "shard-00017-of-00240.parquet"
+
+
+def told(**changes: object) -> dict[str, object]:
+    return {"format": "drn-corpus/1", "model": {"sha256": "1"}, "settings": {"top_k": 5, "threads": 1}, **changes}
+
+
+def test_a_directory_of_other_inputs_is_refused_and_they_are_named(tmp_path: Path) -> None:
+    assert not check_same(tmp_path / "new", told())
+    (tmp_path / MANIFEST).write_text(json.dumps(told()))
+    # Before the first shard is whole nothing can be lost.
+    assert not check_same(tmp_path, told(model={"sha256": "2"}))
+    (tmp_path / shard_name(1, 2, "jsonl")).touch()
+    assert check_same(tmp_path, told())
+    with pytest.raises(OutputError, match=r"\(model sha256 was '1' and is '2'; settings top_k was 5 and is 3\)"):
+        check_same(tmp_path, told(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(OutputError, match=r"holds no corpus\.json"):
+        check_same(tmp_path, told())
+    for text in ("[]", '{"format": "drn-corpus/0"}'):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(OutputError, match="is not of format"):
+            check_same(tmp_path, told())
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(OutputError, match="should be a JSON file"):
+        check_same(tmp_path, told())
+    with pytest.raises(OutputError, match="name a new or empty directory"):
+        check_same(tmp_path / "photo.jpg", told())

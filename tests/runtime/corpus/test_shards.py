@@ -1,0 +1,186 @@
+"""A shard in this process: the rows of its pairs, and what does not stop it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.corpus.job import Result
+from runtime.corpus.shards import MOST_ATTEMPTS
+from runtime.errors import GroundingError
+from runtime.grounder import Grounder
+from tests.runtime.corpus.conftest import content, read_rows, write_rows
+
+Here = Callable[..., Result]
+Corpus = Callable[..., tuple[Path, Path]]
+
+DOOR, DOG, UNKNOWN = "a person opens the door.", "dog sits.", "xyzzy"
+
+
+def test_rows_are_predictions_of_what_the_grounder_says(here: Here, corpus: Corpus, tiny_model: Path) -> None:
+    features, queries = corpus([{"query": DOOR}, {"query": DOG, "vid": "CCCC3", "qid": "dog"}])
+    result = here(features, queries, shard_pairs=3, top_k=2)
+    rows = read_rows(result.output)
+    data_set, grounder = DataSet(features), Grounder.load(tiny_model, "cpu", 1)
+    asked = [(1, DOOR, name) for name in sorted(data_set.durations)]
+    asked.insert(3, ("dog", DOG, "CCCC3"))
+    assert [(row["qid"], row["query"], row["vid"]) for row in rows] == asked
+    assert (result.pairs, result.made, result.errors, result.shards) == (7, 7, 0, 3)
+    for row in rows:
+        wanted = grounder.ground(data_set.video(row["vid"]), row["query"], 2)
+        found = np.array(row["pred_relevant_windows"])
+        np.testing.assert_allclose(found, [[m.start, m.end, m.score] for m in wanted], rtol=1e-5)
+        assert row["error"] is None
+
+
+def test_what_is_wrong_with_a_video_or_a_sentence_is_a_row(here: Here, damaged: Path, tmp_path: Path) -> None:
+    rows = [{"query": DOOR}, {"query": UNKNOWN}, {"query": ""}, {"query": DOG, "vid": "ZZZZ9"}]
+    result = here(damaged, write_rows(tmp_path / "queries.jsonl", rows))
+    found = {(row["vid"], row["query"]): row for row in read_rows(result.output)}
+    assert len(found) == result.pairs == 6 * 3 + 1
+    said = {
+        ("BBBB2", DOOR): "There are no features of 'BBBB2'",
+        ("CCCC3", DOOR): "should be a tensor of clip features",
+        ("DDDD4", DOOR): "8 wide and this model takes",
+        ("AAAA1", UNKNOWN): "knows none of the words",
+        ("AAAA1", ""): "holds no word",
+        ("ZZZZ9", DOG): "There is no video 'ZZZZ9'",
+    }
+    for key, words in said.items():
+        assert words in found[key]["error"]
+        assert found[key]["pred_relevant_windows"] == []
+    whole = {key for key, row in found.items() if row["error"] is None}
+    assert whole == {(name, DOOR) for name in ("AAAA1", "EEEE5", "FFFF6")}
+    assert result.errors == len(found) - len(whole)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
+def test_each_video_is_read_and_encoded_once_for_all_its_sentences(
+    here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    read: Counter[str] = Counter()
+    encoded: Counter[str] = Counter()
+    video, encode = DataSet.video, Grounder.encode_segments
+
+    def counted(self: DataSet, name: str) -> Any:
+        read[name] += 1
+        return video(self, name)
+
+    def counted_encoding(self: Grounder, segments: Any, duration: float, name: str) -> Any:
+        encoded[name] += 1
+        return encode(self, segments, duration, name)
+
+    monkeypatch.setattr(DataSet, "video", counted)
+    monkeypatch.setattr(Grounder, "encode_segments", counted_encoding)
+    # Sentences of one video stand apart in the file, and are more than a batch.
+    features, queries = corpus([{"query": DOOR + " door" * n, "vid": v} for n in range(7) for v in ("AAAA1", "BBBB2")])
+    result = here(features, queries, model=pair_files if split else tiny_model, batch_size=3)
+    assert result.errors == 0
+    assert read == {"AAAA1": 1, "BBBB2": 1}
+    assert encoded == (read if split else {})
+
+
+def test_a_split_model_answers_as_the_whole_one(
+    here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    features, queries = corpus([{"query": DOOR}, {"query": DOG}])
+    for name, model in (("whole", tiny_model), ("split", pair_files)):
+        here(features, queries, tmp_path / name, model=model)
+    assert content(tmp_path / "whole") == content(tmp_path / "split")
+
+
+def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path) -> None:
+    features, queries = corpus([{"query": DOOR, "vid": "DDDD4"}])
+    result = here(features, queries, window=20.0)
+    (row,) = read_rows(result.output)
+    grounder = Grounder.load(tiny_model, "cpu", 1)
+    whole = grounder.ground(DataSet(features).video("DDDD4"), DOOR)
+    assert row["pred_relevant_windows"]
+    assert row["pred_relevant_windows"] != [[moment.start, moment.end, moment.score] for moment in whole]
+
+
+def test_parquet_holds_what_jsonl_holds(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs drn-deploy[corpus]")
+    monkeypatch.setattr("runtime.corpus.shards.ROWS_OF_GROUP", 4)
+    queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": UNKNOWN}])
+    lines = here(damaged, queries, tmp_path / "lines", shard_pairs=6)
+    table = here(damaged, queries, tmp_path / "table", shard_pairs=6, form="parquet")
+    again = here(damaged, queries, tmp_path / "again", shard_pairs=6, form="parquet")
+    shards = sorted(table.output.glob("shard-*"))
+    assert [row for path in shards for row in parquet.read_table(path).to_pylist()] == read_rows(lines.output)
+    assert parquet.ParquetFile(shards[0]).num_row_groups == 2
+    assert content(table.output) == content(again.output)
+    named = write_rows(tmp_path / "named.jsonl", [{"query": DOOR, "qid": "a"}])
+    here(damaged, named, tmp_path / "named", form="parquet")
+    assert parquet.read_table(next((tmp_path / "named").glob("shard-*")))["qid"].to_pylist() == ["a"] * 6
+
+
+def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus([{"query": DOOR}, {"query": DOG}])
+    here(features, queries, tmp_path / "together")
+    monkeypatch.setattr("runtime.corpus.shards.MOST_WAITING_BYTES", 1)
+    here(features, queries, tmp_path / "alone")
+    together, alone = read_rows(tmp_path / "together"), read_rows(tmp_path / "alone")
+    for row, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(row.pop("pred_relevant_windows"), other.pop("pred_relevant_windows"), rtol=1e-5)
+        assert row == other
+
+
+def test_like_warnings_are_said_a_few_times(
+    here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.corpus.shards.MOST_WARNINGS", 2)
+    features, queries = corpus([{"query": f"{DOOR} xyzzy{n}", "vid": "AAAA1"} for n in range(9)])
+    here(features, queries)
+    assert sum("does not know" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("kind", [GroundingError("the disk is gone"), RuntimeError("a fault")])
+def test_what_is_wrong_with_a_whole_shard_ends_the_job_and_names_it(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Exception
+) -> None:
+    features, queries = corpus([{"query": DOOR}])
+    ground_batch = Grounder.ground_batch
+
+    def failing(self: Grounder, pairs: Any, *options: Any) -> Any:
+        if any(video.name == "CCCC3" for video, _ in pairs):
+            raise kind
+        return ground_batch(self, pairs, *options)
+
+    monkeypatch.setattr(Grounder, "ground_batch", failing)
+    with pytest.raises(GroundingError, match=r"shard-00002-of-00003\.jsonl: .*(disk is gone|a fault).*run the same"):
+        here(features, queries, shard_pairs=2)
+    assert list(content(tmp_path / "corpus")) == ["shard-00001-of-00003.jsonl"]
+
+
+def test_a_shard_that_ends_its_process_again_and_again_is_given_up(
+    here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus([{"query": DOOR}])
+
+    def leave_notes(output: Path) -> None:
+        # As processes that were killed do; a new job takes them away first.
+        (output / ".attempts").mkdir(exist_ok=True)
+        (output / ".attempts" / "00001").write_text("process 7 on node\n" * MOST_ATTEMPTS)
+
+    monkeypatch.setattr("runtime.corpus.job._clean", leave_notes)
+    with pytest.raises(GroundingError, match=r"shard-00001.*begun 3 times.*process 7 on node"):
+        here(features, queries)
+
+
+def test_a_directory_that_this_machine_does_not_see_is_named(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus([{"query": DOOR}])
+    monkeypatch.setattr("runtime.corpus.job.write_json", lambda *_: None)
+    with pytest.raises(GroundingError, match=r"holds no corpus\.json here, on .*file system that all machines see"):
+        here(features, queries)
+    assert content(tmp_path / "corpus") == {}

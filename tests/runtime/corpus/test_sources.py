@@ -1,0 +1,182 @@
+"""Features from a data set, a directory and Parquet: the same videos, and what is wrong with one told of it alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.corpus.sources import Listed, open_source
+from runtime.errors import DeviceError, GroundingError
+from runtime.videos import ClipClock, Video
+
+pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+CLOCK = ClipClock()
+RNG = np.random.default_rng(0)
+FEATURES = {f"v{index}": RNG.random((index + 2, 4)).astype(np.float32) for index in range(5)}
+LENGTHS = {name: 1.5 * len(features) for name, features in FEATURES.items()}
+
+Cell = Callable[[np.ndarray], Any]
+
+
+def loaded(path: Path) -> dict[str, Video | str]:
+    source = open_source(path)
+    listing = source.listing()
+    return {video.name: found for video, found in zip(listing, source.load(listing, CLOCK), strict=True)}
+
+
+def check(found: dict[str, Video | str]) -> None:
+    assert list(found) == list(FEATURES)
+    for name, video in found.items():
+        assert isinstance(video, Video), video
+        np.testing.assert_array_equal(video.features, FEATURES[name])
+        assert (video.name, video.duration) == (name, LENGTHS[name])
+        assert video.num_frames == CLOCK.num_frames(len(FEATURES[name]))
+        # As the network will take it.
+        video.segments(8)
+
+
+def write_parquet(path: Path, features: Any, row_group_size: int = 2, **columns: Any) -> Path:
+    table = {"video": list(FEATURES), "duration": list(LENGTHS.values()), "features": features, **columns}
+    parquet.write_table(pa.table(table), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_a_directory_of_files_and_their_lengths(tmp_path: Path, suffix: str) -> None:
+    for name, features in FEATURES.items():
+        (np.save if suffix == ".npy" else np.savez)(tmp_path / f"{name}{suffix}", features)
+    (tmp_path / "durations.json").write_text(json.dumps(LENGTHS))
+    check(loaded(tmp_path))
+    told = {"duration": 3.0, "num_frames": 31}
+    (tmp_path / "durations.json").write_text(json.dumps({**LENGTHS, "v0": told, "v1": None, "none": 2.0, "../v2": 1.0}))
+    found = loaded(tmp_path)
+    assert isinstance(found["v0"], Video)
+    assert (found["v0"].duration, found["v0"].num_frames) == (3.0, 31)
+    assert "durations.json: 'v1' should have seconds" in str(found["v1"])
+    assert "There are no features of 'none'" in str(found["none"])
+    assert "cannot be the name of a video" in str(found["../v2"])
+    assert isinstance(found["v4"], Video)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "columns"),
+    [
+        (pa.list_(pa.list_(pa.float32())), lambda f: f.tolist(), ()),
+        (pa.large_list(pa.list_(pa.float32(), 4)), lambda f: f.tolist(), ()),
+        (pa.list_(pa.float32()), lambda f: f.ravel().tolist(), ("shape",)),
+        (pa.binary(), lambda f: f.tobytes(), ("shape",)),
+        (pa.large_binary(), lambda f: f.astype("<f8").tobytes(), ("shape", "dtype")),
+        (
+            pa.struct({"data": pa.list_(pa.float32()), "shape": pa.list_(pa.int64())}),
+            lambda f: {"data": f.ravel().tolist(), "shape": list(f.shape)},
+            (),
+        ),
+    ],
+    ids=["lists", "fixed lists", "numbers and shape", "bytes", "bytes of another type", "Ray Data's tensors"],
+)
+def test_parquet_holds_features_as(tmp_path: Path, kind: Any, cell: Cell, columns: tuple[str, ...]) -> None:
+    about = {"shape": [list(f.shape) for f in FEATURES.values()], "dtype": ["float64"] * len(FEATURES)}
+    cells = pa.array([cell(features) for features in FEATURES.values()], kind)
+    path = write_parquet(tmp_path / "features.parquet", cells, **{name: about[name] for name in columns})
+    check(loaded(path))
+    check(loaded(tmp_path))
+
+
+def test_parquet_holds_tensors_of_one_shape(tmp_path: Path) -> None:
+    values = RNG.random((5, 3, 4)).astype(np.float32)
+    write_parquet(tmp_path / "tensors.parquet", pa.FixedShapeTensorArray.from_numpy_ndarray(values))
+    for video, wanted in zip(loaded(tmp_path).values(), values, strict=True):
+        assert isinstance(video, Video)
+        np.testing.assert_array_equal(video.features, wanted)
+
+
+def test_rows_of_several_files_and_groups_are_read_in_order_whatever_part_is_asked_for(tmp_path: Path) -> None:
+    cells = pa.array([f.tolist() for f in FEATURES.values()])
+    write_parquet(tmp_path / "b.parquet", cells, 2)
+    table = pa.table({"video": ["w"], "duration": [2.0], "features": [[[1.0, 2.0]]], "num_frames": [40]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = open_source(tmp_path)
+    listing = source.listing()
+    assert [video.name for video in listing] == ["w", *FEATURES]
+    for start in range(len(listing)):
+        found = list(source.load(listing[start : start + 3], CLOCK))
+        assert [video.name for video in found] == [video.name for video in listing[start : start + 3]]
+    assert next(source.load(listing, CLOCK)).num_frames == 40
+
+
+def test_what_is_wrong_with_a_row_of_parquet_is_told_of_it_alone(tmp_path: Path) -> None:
+    good, ragged, hollow, infinite = [[1.0, 2.0]] * 3, [[1.0], [1.0, 2.0], [3.0]], [[1.0, None]], [[1.0, np.inf]]
+    cells = pa.array([good, ragged, None, hollow, infinite], pa.list_(pa.list_(pa.float32())))
+    found = [*loaded(write_parquet(tmp_path / "features.parquet", cells)).values()]
+    assert isinstance(found[0], Video)
+    said = ["all clips should have as many features, and have [1, 2]", "has no features", "not finite", "not finite"]
+    for problem, words in zip(found[1:], said, strict=True):
+        assert words in str(problem)
+    numbers = pa.array([f.ravel().tolist() for f in FEATURES.values()])
+    shapes = [None, [4], [2, 2], [5, 4], [-6, -4]]
+    found = [*loaded(write_parquet(tmp_path / "features.parquet", numbers, shape=shapes)).values()]
+    assert [isinstance(video, Video) for video in found] == [False, False, False, True, False]
+    assert "a column `shape` should tell" in str(found[0])
+    texts = pa.array([["a"], ["b"], ["c"], ["d"], ["e"]])
+    assert "they are list<" in str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"])
+    integers = pa.array([1, 2, 3, 4, 5])
+    assert "they are int64" in str(loaded(write_parquet(tmp_path / "features.parquet", integers))["v0"])
+    half = write_parquet(tmp_path / "features.parquet", pa.array([b"abc"] * 5), shape=[[1, 1]] * 5)
+    assert "buffer size must be a multiple" in str(loaded(half)["v0"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"name": ["a"]}, "lacks the column 'video'"),
+        ({"video": ["a"], "duration": [1.0]}, "lacks the column 'features'"),
+        ({"video": ["a", "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "'a' stands in two rows"),
+        ({"video": [None, "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "every row names its video"),
+        ({"video": pa.array([], pa.string()), "duration": [], "features": []}, "holds no row"),
+    ],
+)
+def test_parquet_that_is_no_corpus_is_refused(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "features.parquet")
+    with pytest.raises(GroundingError, match=said):
+        open_source(tmp_path).listing()
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GroundingError, match="does not exist; give a data set"):
+        open_source(tmp_path / "none")
+    (tmp_path / "features.parquet").write_text("no Parquet")
+    with pytest.raises(GroundingError, match="should be a Parquet file"):
+        open_source(tmp_path).listing()
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(DeviceError, match=r"drn-deploy\[corpus\]"):
+        open_source(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "durations.json").write_text("[]")
+    with pytest.raises(GroundingError, match="should map videos to seconds"):
+        open_source(other)
+
+
+def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> None:
+        raise DeviceError("no h5py")
+
+    source = open_source(mini)
+    monkeypatch.setattr("runtime.annotations.DataSet.video", lacking)
+    with pytest.raises(DeviceError, match="no h5py"):
+        next(source.load([Listed("AAAA1")], CLOCK))
+
+
+def test_the_digest_follows_names_and_lengths(mini: Path, tmp_path: Path) -> None:
+    before = open_source(mini).digest()
+    assert open_source(mini).digest() == before
+    table = json.loads((mini / "Charades_duration.json").read_text())
+    (mini / "Charades_duration.json").write_text(json.dumps({**table, "AAAA1": 31.0}))
+    assert open_source(mini).digest() != before

@@ -1,0 +1,49 @@
+"""`python -m runtime.ground_corpus` without Ray; with it, see `tests/runtime/corpus/test_cluster.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.ground_corpus import ground_corpus
+
+
+@pytest.fixture
+def words(tiny_model: Path, mini: Path, tmp_path: Path) -> list[object]:
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"query": "a person opens the door."}\n')
+    output = tmp_path / "corpus"
+    return ["--model", tiny_model, "--features", mini, "--queries", queries, "--output", output]
+
+
+def test_it_writes_shards_and_says_how_many_pairs_there_were(
+    run_command: Callable[..., Any], words: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = run_command(ground_corpus, *words, "--actors", 0, "--shard-pairs", 4)
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"6 pairs in 2 shards in {tmp_path / 'corpus'}: 6 made in ")
+    assert "Next:  python -m runtime.describe" in caplog.text
+    about = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert (about["format"], about["pairs"], about["shards"]) == ("drn-corpus/1", 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--actors", -1), ("--threads", 0), ("--shard-pairs", 0), ("--top-k", 0), ("--batch-size", 0)],
+)
+def test_an_option_that_cannot_be_is_named(
+    refused: Callable[..., str], words: list[object], option: str, value: int
+) -> None:
+    assert f"{option} must be at least" in refused(ground_corpus, *words, option, value)
+
+
+def test_without_ray_it_says_what_to_install(
+    refused: Callable[..., str], words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "`pip install 'drn-deploy[corpus]'`, or pass --actors 0" in refused(ground_corpus, *words)
