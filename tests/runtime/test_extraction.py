@@ -174,21 +174,21 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path, tiny: Path, refused:
     assert "another video called 'hall'" in refused(extract, other, *line)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: path.write_text("no video"), "is not a video"),
-        (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: None, "does not exist"),
-        (sound_only, "no video stream"),
-        (lambda path: film(path, 1), "1 frame"),
-        (lambda path: film(path, 15), "has 15 frames and a clip sees 16"),
-        (
-            lambda path: truncated(film(path.with_name("w.mp4"), 90, options={"movflags": "faststart"}), path),
-            "pass --partial",
-        ),
-    ],
-)
+BAD_VIDEOS: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda path: path.write_text("no video"), "is not a video"),
+    (lambda path: path.write_bytes(b""), "is empty"),
+    (lambda path: None, "does not exist"),
+    (sound_only, "no video stream"),
+    (lambda path: film(path, 1), "1 frame"),
+    (lambda path: film(path, 15), "has 15 frames and a clip sees 16"),
+    (
+        lambda path: truncated(film(path.with_name("w.mp4"), 90, options={"movflags": "faststart"}), path),
+        "pass --partial",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_VIDEOS)
 def test_a_bad_video_stops_all_before_the_first_is_extracted(
     tmp_path: Path, tiny: Path, refused: Callable[..., str], runs: list[int], make: Callable[[Path], Any], message: str
 ) -> None:
@@ -198,6 +198,26 @@ def test_a_bad_video_stops_all_before_the_first_is_extracted(
     assert message in said
     assert not runs
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_VIDEOS)
+def test_infer_refuses_a_bad_video_and_leaves_nothing(
+    tmp_path: Path,
+    tiny: Path,
+    tiny_model: Path,
+    cache: Path,
+    refused: Callable[..., str],
+    make: Callable[[Path], Any],
+    message: str,
+) -> None:
+    bad = tmp_path / "bad.mp4"
+    make(bad)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    line = ("--model", tiny_model, "--video", bad, "--extractor", tiny, "--query", "dog sits")
+    said = refused(infer, *line, "--plot", tmp_path / "plot.png", "--cut", tmp_path / "clips")
+    assert message in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not cache.exists()
 
 
 def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
