@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from runtime import extractors
 from runtime.backends import open_backend, plans
 from runtime.command import command, next_command
 from runtime.doctor import gpus
 from runtime.errors import ModelFileError
+from runtime.extractors import ExtractorManifest
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import read_metadata
-from runtime.sidecar import read_sidecar
+from runtime.sidecar import read_content, read_sidecar
 
 
 def describe(
@@ -25,9 +27,13 @@ def describe(
     """Say what a model file is: its network, features, decoding, words and origin.
 
     Args:
-        model: .onnx, .pt or .engine file; an engine is told of by its sidecar, once that is seen to vouch for it.
+        model: .onnx, .pt or .engine file of a model, or .onnx or .engine of an extractor; an engine is told of by its
+            sidecar, once that is seen to vouch for it.
         json_output: print the whole manifest as JSON, word table included.
     """
+    extractor = _extractor(model)
+    if extractor:
+        return _describe_extractor(model, *extractor, json_output)
     sidecar = read_sidecar(model) if model.suffix == ".engine" and model.is_file() else None
     manifest = sidecar.manifest if sidecar else _manifest(model)
     content = dict(sidecar.content) if sidecar else manifest.to_dict()
@@ -79,6 +85,46 @@ def describe(
         return content
     next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
+
+
+def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None:
+    """Return what an extractor of ours says of itself, alone and with all else that is told; None for other files."""
+    content: Mapping[str, Any] | None = None
+    about: Any = None
+    if path.suffix == ".engine" and path.is_file():
+        content = read_content(path)
+        about = content["manifest"]
+    elif path.suffix == ".onnx" and path.is_file():
+        with contextlib.suppress(ModelFileError, ValueError):
+            about = json.loads(read_metadata(path).get(extractors.METADATA_KEY, "null"))
+    if not isinstance(about, dict) or about.get("format") != extractors.FORMAT:
+        return None
+    return ExtractorManifest.from_dict(about, str(path)), content or about
+
+
+def _describe_extractor(
+    path: Path, manifest: ExtractorManifest, content: Mapping[str, Any], json_output: bool
+) -> dict[str, Any]:
+    if json_output:
+        print(json.dumps(content, indent=2))
+        return dict(content)
+    resized = manifest.resize if isinstance(manifest.resize, int) else " x ".join(map(str, manifest.resize))
+    rows = [
+        ("file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB"),
+        ("network", f"{manifest.kind}, an extractor of clip features, {manifest.precision}"),
+        ("takes", f"{manifest.window} frames a clip, one every {manifest.stride}"),
+        ("frames", f"resized to {resized}, the middle {' x '.join(map(str, manifest.crop))} cut out, RGB"),
+        ("gives", f"features of width {manifest.dim}"),
+        *((f"source {name}", digest) for name, digest in manifest.sources.items()),
+    ]
+    runs = path
+    if path.suffix == ".engine":
+        rows += _engine_rows(content)
+        runs = path if gpus()[0].works else plans.twin(path, content)
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+    next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
+    return dict(content)
 
 
 def _manifest(model: Path) -> Manifest:

@@ -19,6 +19,7 @@ from export.extractor_engine import PROMISES, Promise, compare, made_up_clips
 from export.to_onnx import to_onnx
 from runtime.backends.cuda import Cuda
 from runtime.backends.trt import open_extractor_engine
+from runtime.describe import describe
 from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.extractors import open_extractor
 from runtime.files import sha256
@@ -94,7 +95,9 @@ def test_layers_can_be_kept_in_fp32(model: Path) -> None:
 
 
 @pytest.mark.rtx
-def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(model: Path) -> None:
+def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
     output = build_engine(model, precision="fp16", **RTX)
     content = read_content(output)
@@ -103,6 +106,13 @@ def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(mod
     assert content["sha256"]["c3d.fp16.onnx"] == sha256(model.with_name("c3d.fp16.onnx"))
     with pytest.raises(ModelFileError, match="give it as --extractor"):
         read_sidecar(output)
+    capsys.readouterr()
+    assert describe(output)["manifest"] == content["manifest"]
+    told = capsys.readouterr().out
+    assert "C3D, an extractor of clip features, fp16" in told
+    assert "tensorrt_rtx" in told
+    describe(model)
+    assert "resized to 128 x 171, the middle 112 x 112 cut out" in capsys.readouterr().out
     output.write_bytes(output.read_bytes()[:-1])
     with pytest.raises(ModelFileError, match="truncated, was tampered with, or renamed"):
         open_extractor(output)
