@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from export.profiles import Profile
 from export.to_onnx import drn_modules
-from runtime.backends.network import logger_for
+from runtime.backends.network import logger_for, starting
 from runtime.errors import DeviceError, GroundingError, ModelFileError
 
 log = logging.getLogger("drn")
@@ -232,7 +232,8 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
     trt = library or load_library(options.target)
     check_options(options, trt)
     logger = logger_for(trt)
-    builder = trt.Builder(logger)
+    with starting(trt, logger, cuda_version()):
+        builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)

@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ class Network:
         self._streams.append(self._stream)
         self._events += [cuda.event(), cuda.event()]
         # The runtime must live as long as its engine.
-        self._runtime = self._trt.Runtime(self._logger)
+        with starting(self._trt, self._logger, cuda.driver):
+            self._runtime = self._trt.Runtime(self._logger)
         if plans.host_code(self.sidecar.content):
             # Only what the sidecar's hash vouches for comes this far.
             self._runtime.engine_host_code_allowed = True
@@ -457,18 +458,43 @@ def _is_out_of_memory(told: str) -> bool:
     return "outofmemory" in flat or "memoryallocation" in flat
 
 
+@contextlib.contextmanager
+def starting(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
+    """Say what it means where TensorRT's own objects cannot be made, which its constructors do not tell.
+
+    Args:
+        trt: the library.
+        logger: the one it was given.
+        driver: the newest CUDA that the driver runs.
+
+    Raises:
+        DeviceError: with the library's last words, which are a warning of CUDA's error code.
+    """
+    try:
+        yield
+    except TypeError as error:
+        told = "; ".join(logger.lines) or logger.warned or str(error)
+        raise DeviceError(
+            f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
+            f"{driver or 'of no version it tells'} and older: {told.rstrip('.')}; install a newer driver, or a build "
+            "of the library for that CUDA."
+        ) from error
+
+
 def logger_for(trt: Any) -> Any:
-    """Return a logger of TensorRT's that keeps errors for our messages and passes warnings to the log."""
+    """Return a logger of TensorRT's that keeps errors, and the last warning, for our messages."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[str] = []
+            self.warned = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.lines.append(message.strip())
             elif severity == trt.ILogger.WARNING:
-                log.debug("TensorRT: %s", message.strip())
+                self.warned = message.strip()
+                log.debug("TensorRT: %s", self.warned)
 
     return Logger()

@@ -316,6 +316,10 @@ class Runtime:
     def __init__(self, library: Library, logger: Any) -> None:
         self._library, self._logger = library, logger
         self.engine_host_code_allowed = False
+        if "Runtime" in library.failing:
+            # What is wrong with CUDA is a warning.
+            logger.log(2, library.failing["Runtime"])
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
         self._library.calls.append(("deserialize_cuda_engine", self.engine_host_code_allowed))

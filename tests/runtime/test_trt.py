@@ -545,13 +545,9 @@ def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
         backend.run(batch)
         backend.close()
         calls = len(bench.driver.calls)
-        for use in (
-            backend.run,
-            lambda _, model=backend: model.memory_report(),
-            lambda _, model=backend: model.time_gpu(True),
-        ):
+        for use, given_to in ((backend.run, (batch,)), (backend.memory_report, ()), (backend.time_gpu, (True,))):
             with pytest.raises(DeviceError, match=r"was closed; open it again"):
-                use(batch)
+                use(*given_to)
         assert set(bench.driver.calls[calls:]) <= {"cuCtxSetCurrent"}
 
 
@@ -586,6 +582,13 @@ def test_a_plan_that_does_not_fit_is_not_loaded(bench: Bench) -> None:
 def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_words(bench: Bench) -> None:
     bench.library.failing["deserialize_cuda_engine"] = "serialization version 239 does not match 240"
     with pytest.raises(DeviceError, match=r"does not match 240; build it again: `python -m export.build_engine"):
+        bench.whole()
+    assert bench.driver.held() == {}
+
+
+def test_a_driver_too_old_for_tensorrt_is_an_error_that_names_both(bench: Bench) -> None:
+    bench.library.failing["Runtime"] = "CUDA initialization failure with error: 35"
+    with pytest.raises(DeviceError, match=r"tensorrt 10\.16\.1\.11 .* CUDA 13\.0 .*error: 35.*newer driver"):
         bench.whole()
     assert bench.driver.held() == {}
 
