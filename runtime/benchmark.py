@@ -45,7 +45,7 @@ from runtime.speed import (
     draw,
 )
 from runtime.tensors import collate, padded
-from runtime.timing import TOLERANCE, Call, Clock, Latency, speed_ratio, take_turns, warm_up
+from runtime.timing import TOLERANCE, Call, Clock, Latency, WarmUp, speed_ratio, take_turns, warm_up
 from runtime.videos import Video
 from runtime.vocabulary import tokenize
 
@@ -651,11 +651,13 @@ class _Run:
             return
         models = list(ready)
         samples: list[list[float]] = [[] for _ in models]
-        warm = warm_up(list(ready.values()))
+        told = f"{case.boundary}, {case.name} {case.size}"
+        warm: list[WarmUp] = []
         try:
-            self._take_turns(f"{case.boundary}, {case.name} {case.size}", list(ready.values()), samples, most_seconds)
+            warm = warm_up(list(ready.values()))
+            self._take_turns(told, list(ready.values()), samples, most_seconds)
         except GroundingError as error:
-            self._notes.append(f"{case.boundary}, {case.name} {case.size} ended early: {error}")
+            self._notes.append(f"{told} ended early: {error}")
         finally:
             for index, model in enumerate(models):
                 if samples[index]:
@@ -680,15 +682,32 @@ class _Run:
         return True
 
     def _take_phases(self, size: int) -> None:
-        splits: list[list[dict[str, float]]] = [[] for _ in self._models]
-        calls = [_walk(model, size, kept) for model, kept in zip(self._models, splits)]
-        warm_up(calls)
-        for kept in splits:
-            kept.clear()
+        told = f"phases of {size} queries"
+        splits: dict[Model, list[dict[str, float]]] = {}
+        calls = []
+        for model in self._models:
+            kept: list[dict[str, float]] = []
+            call = _walk(model, size, kept)
+            try:
+                call.seconds(0)
+            except GroundingError as error:
+                self._notes.append(f"{model.label}: {told} were not measured: {error}")
+            else:
+                splits[model] = kept
+                calls.append(call)
+        if not calls:
+            return
         try:
-            self._take_turns(f"phases {size}", calls, [[] for _ in calls], SWEEP_SECONDS)
+            try:
+                warm_up(calls)
+            finally:
+                for kept in splits.values():
+                    kept.clear()
+            self._take_turns(told, calls, [[] for _ in calls], SWEEP_SECONDS)
+        except GroundingError as error:
+            self._notes.append(f"{told} ended early: {error}")
         finally:
-            for model, kept in zip(self._models, splits):
+            for model, kept in splits.items():
                 if kept:
                     ms = {name: 1e3 * float(np.median([split[name] for split in kept])) for name in kept[0]}
                     videos = len({id(video) for video, _ in model.fresh(0, size)})

@@ -28,7 +28,7 @@ from runtime.benchmark import (
     sizes,
     walk,
 )
-from runtime.errors import GroundingError, ModelFileError, QueryError, ShapeError
+from runtime.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.speed import latency_table, read_report
@@ -294,6 +294,31 @@ def test_what_an_engine_was_not_built_for_is_said_and_the_rest_goes_on(
     assert [(timing.case.group, timing.case.size) for timing in failed] == [("query length", 6)]
     assert failed[0].failed.startswith("The query has 6 tokens")
     assert len(report.phases) == 1
+
+
+@pytest.mark.parametrize("fails_after", [2, 6])
+def test_memory_that_is_full_later_costs_its_case_alone(
+    opened: Callable[..., list[Path]], planted_backend: Any, fails_after: int
+) -> None:
+    class Full(Slower):
+        """Has room for two queries at once so many times."""
+
+        pairs = 0
+
+        def run(self, batch: Batch) -> Heads:
+            self.pairs += len(batch) == 2
+            if len(batch) == 2 and self.pairs > fails_after:
+                raise DeviceMemoryError("The cuda device has no memory left for this batch.")
+            return super().run(batch)
+
+    (path,) = opened(full=Full(planted_backend(), [], "full"))
+    report = benchmark(path, samples=5, batch=2)
+    sizes_measured = {(t.case.group, t.case.boundary, t.case.size) for t in report.timings if t.latency}
+    assert {("batch size", "host", 1), ("queries per video", "end to end", 1)} <= sizes_measured
+    assert [phases.queries for phases in report.phases] == [1]
+    told = " ".join([*report.notes, *(timing.failed for timing in report.timings)])
+    assert "phases of 2 queries" in told
+    assert "no memory left" in told
 
 
 def test_a_new_video_was_never_seen_and_a_known_one_is_ready(planted_backend: Any) -> None:
