@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+from runtime.backends.ort import library
 from runtime.command import command, next_command
 from runtime.errors import DeviceError
 
@@ -88,6 +89,7 @@ def _onnxruntime() -> Finding:
         return Finding(
             subject, False, f"ONNX Runtime cannot be imported: {error}", "pip install 'drn-deploy[cpu]'  (or [gpu])"
         )
+    library(gpu=True)
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return Finding(subject, True, f"ONNX Runtime {onnxruntime.__version__} with {providers}")
 

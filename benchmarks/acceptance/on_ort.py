@@ -22,7 +22,7 @@ from benchmarks.acceptance.job import (
     there,
 )
 from benchmarks.acceptance.steps import Found, Leg, Skip
-from runtime.backends.ort import PROVIDERS
+from runtime.backends.ort import PROVIDERS, library
 from runtime.grounder import Grounder
 from runtime.manifest import METADATA_KEY, Manifest
 
@@ -33,8 +33,7 @@ HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "FusedConv", "FusedMatMul")
 def run(job: Job, leg: Leg) -> None:
     """ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
     need(("onnxruntime", "onnx"), "the leg")
-    import onnxruntime
-
+    onnxruntime, _ = library(gpu=job.device == "cuda")
     available = onnxruntime.get_available_providers()
     if job.device == "cuda" and "CUDAExecutionProvider" not in available:
         raise Skip(

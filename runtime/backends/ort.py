@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import io
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -37,12 +39,15 @@ KEPT_APART = ["Pad_Fusion"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device]:
-    """Open an ONNX file of any kind, and return ONNX Runtime's session and the device that it runs on.
+def library(gpu: bool) -> tuple[Any, str]:
+    """Return ONNX Runtime, and what it did not find of CUDA.
+
+    Args:
+        gpu: whether a GPU may be used, which takes CUDA and cuDNN: where they are in NVIDIA's wheels, as those of
+            `onnxruntime-gpu[cuda,cudnn]` and of torch, ONNX Runtime does not find them by itself.
 
     Raises:
-        ModelFileError: the file is no graph that ONNX Runtime takes.
-        DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
+        DeviceError: it is not installed.
     """
     try:
         import onnxruntime as ort
@@ -51,6 +56,23 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
             "ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`, or `'drn-deploy[gpu]'` for a "
             "CUDA GPU (one of them: both own the same folder)."
         ) from error
+    # Of 1.21 and later; in a build for CPUs it does nothing.
+    if not gpu or not hasattr(ort, "preload_dlls"):
+        return ort, ""
+    # What it does not find it prints, and stdout is for results.
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        ort.preload_dlls()
+    return ort, " ".join(told.getvalue().split())
+
+
+def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device]:
+    """Open an ONNX file of any kind, and return ONNX Runtime's session and the device that it runs on.
+
+    Raises:
+        ModelFileError: the file is no graph that ONNX Runtime takes.
+        DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
+    """
+    ort, not_found = library(gpu=device != "cpu")
     available = ort.get_available_providers()
     if device == "auto":
         device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
@@ -77,7 +99,8 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
     if PROVIDERS[device] not in session.get_providers():
         raise DeviceError(
             f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
-            "missing; run `python -m runtime.doctor`, or pass --device cpu."
+            f"missing ({not_found.rstrip('.') or 'it does not say which'}); run `pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu."
         )
     return session, device
 

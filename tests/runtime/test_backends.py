@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends import open_backend
+from runtime.backends import Device, open_backend
 from runtime.errors import DeviceError, ModelFileError
 
 
@@ -22,6 +22,29 @@ def test_a_gpu_asked_for_and_absent_is_an_error(tiny_model: Path) -> None:
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(DeviceError, match="cuda device was asked for"):
         open_backend(tiny_model, "cuda")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: Device
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    offered = ["CPUExecutionProvider"]
+
+    def preload() -> None:
+        print("Failed to load libcudnn.so.9: no such file.")
+        offered.append("CUDAExecutionProvider")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    if device == "cpu":
+        open_backend(tiny_model, device)
+        assert offered == ["CPUExecutionProvider"]
+    else:
+        # Offered, but it does not start: what was not found is in the error.
+        with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider.*libcudnn\.so\.9"):
+            open_backend(tiny_model, device)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
