@@ -233,7 +233,7 @@ def data_questions(directory: Path, video: str | None, queries: Sequence[str]) -
         subject = data_set.video(video)
         pairs = [(subject, query) for query in queries]
         return Questions(pairs, f"{len(pairs)} sentences given, about {video} of {directory}.", made_up=False)
-    splits = [name for name in ("test", "train") if data_set.annotations_path(name).is_file()] or ["test"]
+    splits = [name for name in ("test", "val", "train") if name in data_set.splits] or ["test"]
     chosen: list[Annotation] = []
     for split in splits if video is not None else splits[:1]:
         chosen += data_set.annotations(split, invalid="drop", quiet=True)

@@ -48,7 +48,7 @@ def infer(
     Args:
         model: .onnx or .pt file.
         query: one or more sentences.
-        features: .npy or .pt file of clip features, (num_clips, D).
+        features: .npy, .npz or .pt file of clip features, (num_clips, D).
         duration: of that video, in seconds.
         num_frames: of that video; taken from the number of clips when not given.
         data: directory of a data set; docs/formats.md lists the formats.

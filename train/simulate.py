@@ -87,7 +87,7 @@ def simulate(
     dtype: Literal["float16", "float32"] = "float16",
     file_format: Literal["npy", "pt"] = "npy",
 ) -> Path:
-    """Write a data set in the published Charades-STA layout with simulated clip features.
+    """Write a data set in its published layout, made-up ones in that of Charades-STA, with simulated clip features.
 
     Without --annotations the videos, sentences and moments are made up too; with it the annotation files are
     copied. On Charades-STA the features follow the human action labels in Charades_v1_train.csv and

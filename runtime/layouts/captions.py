@@ -112,7 +112,8 @@ class Captions:
     def _entries(self, split: str) -> Entries:
         if split not in self._splits:
             raise AnnotationError(
-                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set."
+                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set; there are "
+                f"{', '.join(self._splits) or 'none'}."
             )
         return self._splits[split]
 

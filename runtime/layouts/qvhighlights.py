@@ -77,7 +77,8 @@ class QVHighlights:
     def rows(self, split: str) -> Iterator[Row]:
         if split not in self._splits:
             raise AnnotationError(
-                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set."
+                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set; there are "
+                f"{', '.join(self._splits) or 'none'}."
             )
         for row in self._splits[split]:
             if math.isnan(row.annotation.start):

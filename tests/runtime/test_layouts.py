@@ -54,6 +54,16 @@ def test_activitynet_is_read_in_seconds_and_counts_its_sentences(tmp_path: Path)
     assert (data_set.splits, data_set.preset.title) == (["train", "val"], "ActivityNet Captions")
 
 
+def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for data_set in (
+        DataSet(write_json(tmp_path, train=ACTIVITYNET)),
+        DataSet(write_rows(tmp_path / "rows", "val.jsonl")),
+    ):
+        with pytest.raises(AnnotationError, match=f"no split 'test' in this data set; there are {data_set.splits[0]}"):
+            data_set.annotations("test")
+
+
 def test_timestamps_of_tacos_are_frame_numbers(tmp_path: Path) -> None:
     data_set = DataSet(write_json(tmp_path, test=TACOS))
     first, second = data_set.annotations("test")
