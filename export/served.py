@@ -254,6 +254,7 @@ def _front(about: About, serving: Serving) -> Served:
             given(front.NUM_FRAMES, "TYPE_INT32", 1, optional=True),
             given(front.TOP_K, "TYPE_INT32", 1, optional=True),
             given(front.WINDOWS, "TYPE_FP64", 3, optional=True),
+            given(front.ALWAYS_ANSWER, "TYPE_BOOL", 1, optional=True),
         ],
         "output": [
             {"name": front.MOMENTS, "data_type": "TYPE_FP64", "dims": [-1, -1, 3]},

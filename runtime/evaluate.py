@@ -30,7 +30,7 @@ Ablation = Literal["none", "blind", "shuffled"]
 
 
 def evaluate(
-    model: Path,
+    model: str | Path,
     data: Path,
     *,
     split: str = "test",
@@ -47,7 +47,7 @@ def evaluate(
     """Answer every query of a split and report recall, beside the best constant moments fitted on the training split.
 
     Args:
-        model: .onnx or .pt file.
+        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL: then the networks behind Triton are judged.
         data: directory of a data set; docs/formats.md lists the formats.
         split: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, at least the threshold); the
@@ -80,7 +80,8 @@ def evaluate(
             on_progress=bar.update,
         )
     scored = evaluation.report
-    rows = [(model.name if ablation == "none" else f"{model.name}, {ablation}", scored)]
+    name = Path(model).name
+    rows = [(name if ablation == "none" else f"{name}, {ablation}", scored)]
     prior = None
     if "train" in data_set.splits:
         training = data_set.annotations("train", invalid="drop", quiet=True)
@@ -98,7 +99,7 @@ def evaluate(
             "split": split,
             "ablation": ablation,
         }
-        write_json(output, {**content, "simulated_features": data_set.simulated, "model": model.name})
+        write_json(output, {**content, "simulated_features": data_set.simulated, "model": name})
     if predictions:
         with replace_when_whole(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))

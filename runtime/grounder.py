@@ -16,7 +16,7 @@ from typing import Union, cast
 
 import numpy as np
 
-from runtime.backends import Backend, Device, PairBackend, open_backend
+from runtime.backends import Backend, Device, PairBackend, is_address, open_backend
 from runtime.decoding import decode, likely
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
@@ -55,7 +55,11 @@ class Grounder:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Grounder:
-        """Open a model file; see `runtime.open_backend` for the arguments and errors."""
+        """Open a model file, or a model behind Triton; see `runtime.open_backend` for the arguments and errors."""
+        if is_address(path):
+            from runtime.triton.client import connect
+
+            return connect(path, device, threads)
         return cls(open_backend(path, device, threads))
 
     @property

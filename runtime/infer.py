@@ -6,7 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from runtime.backends import Device
+from runtime.backends import Device, is_address
 from runtime.choice import VideoChoice, open_choice
 from runtime.command import command, next_command
 from runtime.cutting import check_encoder, clip_names
@@ -22,7 +22,7 @@ log = logging.getLogger("drn")
 
 
 def infer(
-    model: Path,
+    model: str | Path,
     query: tuple[str, ...],
     *,
     features: Path | None = None,
@@ -46,7 +46,7 @@ def infer(
     """Ground sentences in one video: a feature file with its duration, a video of a data set, or a video file.
 
     Args:
-        model: .onnx or .pt file.
+        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL of a model that Triton serves; docs/triton.md.
         query: one or more sentences.
         features: .npy, .npz or .pt file of clip features, (num_clips, D).
         duration: of that video, in seconds.
@@ -81,7 +81,9 @@ def infer(
     clips = _clips(choice, cut, query)
     for clip in clips:
         check_writable(clip, plot, *inputs)
-    grounder = Grounder.load(model, device, threads)
+    # Where the model is a server's, device and threads are about what makes the features here.
+    here = extractor is not None and is_address(model)
+    grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
     chosen = open_choice(choice, grounder.manifest.features, device, threads)
     asked = chosen.video

@@ -22,6 +22,7 @@ KINDS = {
     "TYPE_FP16": np.float16,
     "TYPE_FP32": np.float32,
     "TYPE_FP64": np.float64,
+    "TYPE_BOOL": np.bool_,
     "TYPE_STRING": np.object_,
 }
 

@@ -68,13 +68,19 @@ def check_model_path(path: Path) -> None:
         raise ModelFileError(f"The model file {path} does not exist; check the path.")
 
 
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether this is the address of a model behind Triton, `triton://host:port/model`, and not a file."""
+    return os.fspath(path).startswith(("triton:/", "triton+"))
+
+
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
     """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
 
-    The query part of a model that was split opens both parts: the other stands beside it.
+    The query part of a model that was split opens both parts: the other stands beside it. An address opens the networks
+    behind the front that Triton serves there (`runtime.triton.client`, which has its errors).
 
     Args:
-        path: the model file.
+        path: the model file, or an address.
         device: `auto` takes a GPU if the library that runs this kind of file has one, else the CPU; `cuda` without
             a GPU is an error.
         threads: CPU threads for the network; the library's own choice when None.
@@ -83,6 +89,10 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         ModelFileError: there is no such file, or it is not a model of ours.
         DeviceError: the library or the device is missing.
     """
+    if is_address(path):
+        from runtime.triton.client import open_served
+
+        return open_served(path, device, threads)
     path = Path(path)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")

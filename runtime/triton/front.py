@@ -3,7 +3,7 @@
 A request holds B videos of equally many clips, as rows, and Q sentences about each of them.
 
     QUERY (B, Q) text · FEATURES (B, num_clips, D) · DURATION (B, 1) seconds · NUM_FRAMES (B, 1), TOP_K (B, 1),
-    WINDOWS (B, 3), all three optional
+    WINDOWS (B, 3), ALWAYS_ANSWER (B, 1), all four optional
       -> MOMENTS (B, Q, K, 3) start and end in seconds, and score, best first · COUNT (B, Q) how many of K are moments
 
 Those past the count are zeros: JSON, in which Triton answers HTTP, has no NaN.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import FeatureError, GroundingError, QueryError, ServerError
+from runtime.errors import GroundingError, QueryError, ServerError
 from runtime.grounder import Grounder
 from runtime.moments import Moment
 from runtime.triton.networks import About, open_networks
@@ -28,7 +28,7 @@ from runtime.windows import Windows
 
 ABOUT_FILE = "about.json"
 QUERY, FEATURES, DURATION = "QUERY", "FEATURES", "DURATION"
-NUM_FRAMES, TOP_K, WINDOWS = "NUM_FRAMES", "TOP_K", "WINDOWS"
+NUM_FRAMES, TOP_K, WINDOWS, ALWAYS_ANSWER = "NUM_FRAMES", "TOP_K", "WINDOWS", "ALWAYS_ANSWER"
 MOMENTS, COUNT = "MOMENTS", "COUNT"
 DEFAULT_TOP_K = 5
 # Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
@@ -39,12 +39,13 @@ WHOLE = (0.0, 0.0, 0.0)
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A request that can be answered: B videos, Q sentences and the most moments about each, and how videos are cut."""
+    """A request that can be answered: B videos, Q sentences and the most moments about each, and for all of them how
+    videos are cut and whether a sentence that fits nothing in its video gets moments too."""
 
     videos: list[Video]
     queries: list[list[str]]
     top_k: list[int]
-    windows: Windows | None
+    how: tuple[Windows | None, bool]
 
     def pairs(self) -> list[tuple[Video, str]]:
         return [(video, query) for video, queries in zip(self.videos, self.queries) for query in queries]
@@ -71,11 +72,11 @@ class Front:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response for each request, in their order. One that cannot be answered fails alone."""
         responses: list[Any] = [None] * len(requests)
-        together: dict[Windows | None, list[tuple[int, _Asked]]] = {}
+        together: dict[tuple[Windows | None, bool], list[tuple[int, _Asked]]] = {}
         for index, request in enumerate(requests):
             try:
                 asked = self._read(request)
-                together.setdefault(asked.windows, []).append((index, asked))
+                together.setdefault(asked.how, []).append((index, asked))
             except GroundingError as error:
                 responses[index] = self._refusal(error)
         for group in together.values():
@@ -84,12 +85,13 @@ class Front:
         return responses
 
     def _answer(self, group: Sequence[tuple[int, _Asked]]) -> Iterator[tuple[int, Any]]:
-        """Yield the positions of requests and their responses; these are cut alike."""
+        """Yield the positions of requests and their responses; all want it in one way."""
         grounder = copy.copy(self._grounder)
-        grounder.windows = group[0][1].windows
+        grounder.windows, always = group[0][1].how
         pairs = [pair for _, asked in group for pair in asked.pairs()]
+        most = max(max(asked.top_k) for _, asked in group)
         try:
-            found = iter(grounder.ground_batch(pairs, max(max(a.top_k) for _, a in group), self._about.batch))
+            found = iter(grounder.ground_batch(pairs, most, self._about.batch, presence=not always))
         except GroundingError as error:
             if len(group) == 1:
                 yield group[0][0], self._refusal(error)
@@ -105,7 +107,7 @@ class Front:
     def _read(self, request: Any) -> _Asked:
         """Return what a request asks; GroundingError if it cannot be answered."""
         given = {name: self._input(request, name) for name in (QUERY, FEATURES, DURATION)}
-        num_frames, top_k, windows = (self._optional(request, name) for name in (NUM_FRAMES, TOP_K, WINDOWS))
+        num_frames, top_k = (self._optional(request, name) for name in (NUM_FRAMES, TOP_K))
         queries = [[_text(query) for query in row] for row in given[QUERY]]
         if not queries or not queries[0]:
             raise QueryError(f"The request holds no sentence; send at least one in {QUERY}.")
@@ -120,16 +122,22 @@ class Front:
         most = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
         if min(most) < 1:
             raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.")
-        return _Asked(videos, queries, most, self._windows(windows))
+        return _Asked(videos, queries, most, (self._windows(request), self._one(request, ALWAYS_ANSWER) == (True,)))
 
-    def _windows(self, given: np.ndarray | None) -> Windows | None:
-        if given is None:
+    def _windows(self, request: Any) -> Windows | None:
+        sizes = self._one(request, WINDOWS)
+        if sizes is None:
             return self._grounder.windows
-        distinct = {tuple(map(float, row)) for row in given}
-        if len(distinct) > 1:
-            raise FeatureError(f"All rows of a request are cut alike; send other {WINDOWS} in a request of their own.")
-        (sizes,) = distinct
         return None if sizes == WHOLE else Windows(*sizes)
+
+    def _one(self, request: Any, name: str) -> tuple[Any, ...] | None:
+        """Return what is the same for all rows of a request, if it is told."""
+        given = self._optional(request, name)
+        if given is None:
+            return None
+        if len(distinct := {tuple(row) for row in given.tolist()}) > 1:
+            raise QueryError(f"All rows of a request have the same {name}; send others in a request of their own.")
+        return distinct.pop()
 
     def _input(self, request: Any, name: str) -> np.ndarray:
         """Return an input; Triton answers requests without it by itself."""

@@ -1,0 +1,266 @@
+"""`runtime.triton.client`: a model behind Triton answers as its file does, over either protocol."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder, open_backend
+from runtime.errors import DeviceError, FeatureError, GroundingError, ModelFileError, QueryError, ServerError
+from runtime.evaluate import evaluate
+from runtime.infer import infer
+from runtime.triton import client
+from runtime.triton.client import Address
+from runtime.windows import Windows
+from tests import tolerances
+from tests.export.conftest import TINY
+from tests.runtime.triton.conftest import QUERIES, video
+from tests.tritonserver import Server
+from tests.tritonwire import Wire, over_grpc, over_http
+
+PREFIXES = {"grpc": "triton://", "http": "triton+http://"}
+
+
+@pytest.fixture(scope="module")
+def loaded(repository: Path) -> Server:
+    return Server(repository)
+
+
+@pytest.fixture
+def wire(loaded: Server) -> Wire:
+    loaded.broken = None
+    return Wire(loaded)
+
+
+@pytest.fixture(params=["grpc", "http"])
+def address(request: pytest.FixtureRequest, wire: Wire) -> Iterator[str]:
+    """The address of the front, over gRPC and over HTTP."""
+    with {"grpc": over_grpc, "http": over_http}[request.param](wire) as port:
+        yield f"{PREFIXES[request.param]}127.0.0.1:{port}/drn"
+
+
+@pytest.fixture
+def here(wire: Wire) -> Iterator[str]:
+    """The address over gRPC alone."""
+    with over_grpc(wire) as port:
+        yield f"triton://127.0.0.1:{port}/drn"
+
+
+def flat(answers: Any) -> list[list[float]]:
+    return [[moment.start, moment.end, moment.score] for one in answers for moment in one]
+
+
+def test_a_served_model_answers_as_its_file(address: str, wire: Wire, direct: Grounder) -> None:
+    served = Grounder.load(address)
+    assert served.manifest.vocabulary == direct.manifest.vocabulary
+    pairs = [(video(30 + seed, seed), query) for query in QUERIES for seed in range(2)]
+    found, wanted = served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3)
+    assert [len(one) for one in found] == [len(one) for one in wanted]
+    np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+    # Each pair has a video of its own: one request for each.
+    assert [name for name, _ in wire.asked] == ["drn"] * len(pairs)
+
+
+def test_queries_of_one_video_are_one_request(here: str, wire: Wire) -> None:
+    subject = video(30)
+    Grounder.load(here).ground_batch([(subject, query) for query in QUERIES])
+    ((_, inputs),) = wire.asked
+    assert inputs["QUERY"].tolist() == [[query.encode() for query in QUERIES]]
+
+
+def test_windows_are_as_they_are_asked_for(here: str, direct: Grounder) -> None:
+    long = video(300)
+    served, file = Grounder.load(here), Grounder(direct.backend)
+    for windows in (served.windows, None, Windows(50.0, 20.0, 5.0)):
+        served.windows = file.windows = windows
+        found, wanted = (one.ground_batch([(long, query) for query in QUERIES]) for one in (served, file))
+        np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+
+
+def test_the_networks_behind_a_front_are_a_backend(address: str, wire: Wire, direct: Grounder) -> None:
+    subject = video(30)
+    served = Grounder(open_backend(address))
+    found, wanted = (one.ground_batch([(subject, query) for query in QUERIES]) for one in (served, direct))
+    np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+    assert "drn" not in {name for name, _ in wire.asked}
+    if served.is_pair:
+        assert served.ground(served.encode(subject), "word1") == pytest.approx(served.ground(subject, "word1"))
+        wire.asked.clear()
+        front = Grounder.load(address)
+        assert front.ground(front.encode(subject), "word1")
+        assert "drn" not in {name for name, _ in wire.asked}
+
+
+def test_what_cannot_be_asked_is_refused_before_it_is_sent(here: str, wire: Wire, caplog: Any) -> None:
+    served = Grounder.load(here)
+    with pytest.raises(QueryError, match="knows none of the words"):
+        served.ground(video(9), "zorbs")
+    wide = type(video(9))(np.zeros((9, TINY.feature_dim + 1), np.float32), 90, 3.0)
+    with pytest.raises(FeatureError, match="17 wide"):
+        served.ground(wide, "word1")
+    assert not wire.asked
+    served.ground(video(9), "word1 zorbs")
+    assert "'zorbs'" in caplog.text
+
+
+def test_what_the_server_says_is_passed_on(address: str, wire: Wire) -> None:
+    served = Grounder.load(address)
+    wire.server.broken = "no memory"
+    with pytest.raises(ServerError, match=r"did not answer as drn: drn_\w+, version 1, did not answer: no memory\.$"):
+        served.ground(video(9), "word1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_server_that_is_not_there_is_named_with_what_to_check(protocol: str) -> None:
+    port = free_port()
+    with pytest.raises(ServerError, match=rf"No Triton server answers {protocol} at 127\.0\.0\.1:{port} .*8001"):
+        Grounder.load(f"{PREFIXES[protocol]}127.0.0.1:{port}/drn")
+
+
+@pytest.mark.parametrize(("serving", "asking"), [(over_http, "triton://"), (over_grpc, "triton+http://")])
+def test_the_other_protocols_port_is_told_from_a_server(serving: Any, asking: str, wire: Wire) -> None:
+    with serving(wire) as port, pytest.raises(ServerError, match="No Triton server answers"):
+        Grounder.load(f"{asking}127.0.0.1:{port}/drn")
+
+
+def test_a_model_that_is_not_there_is_told_with_those_that_are(address: str) -> None:
+    with pytest.raises(ServerError, match=r"has no model 'gone'; it has drn, drn_"):
+        Grounder.load(address.replace("/drn", "/gone"))
+
+
+def test_a_model_that_is_not_loaded_is_told_with_the_reason(address: str, wire: Wire) -> None:
+    wire.unready = "Internal: ModuleNotFoundError:\n No module named 'runtime'"
+    with pytest.raises(
+        ServerError, match=r"is not loaded \(UNAVAILABLE\): .*No module named 'runtime'; see the server"
+    ):
+        Grounder.load(address)
+
+
+def test_another_model_is_no_front(address: str, wire: Wire) -> None:
+    network = next(name for name in wire.server.models if name != "drn")
+    with pytest.raises(ModelFileError, match="is no front"):
+        Grounder.load(address.replace("/drn", f"/{network}"))
+
+
+def test_a_server_that_takes_too_long_is_given_up(address: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 0.3)
+    served = Grounder.load(address)
+    wire.delay_s = 1.0
+    with pytest.raises(ServerError, match=r"did not answer as drn within 0\.3 s"):
+        served.ground(video(9), "word1")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("triton://localhost/drn", Address("grpc", False, "localhost", 8001, "drn")),
+        ("triton://localhost:9001/drn", Address("grpc", False, "localhost", 9001, "drn")),
+        ("triton+grpcs://a.b-c.de/x_y.2", Address("grpc", True, "a.b-c.de", 8001, "x_y.2")),
+        ("triton+http://[::1]/drn", Address("http", False, "[::1]", 8000, "drn")),
+        ("triton+https://host:443/drn", Address("http", True, "host", 443, "drn")),
+        (Path("triton://localhost:9001/drn"), Address("grpc", False, "localhost", 9001, "drn")),
+    ],
+)
+def test_addresses(text: str | Path, address: Address) -> None:
+    assert Address.parse(text) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["triton://", "triton://host", "triton://host:x/drn", "triton+ftp://h/drn", "triton:/"]
+)
+def test_what_is_no_address_is_refused_with_the_form_of_one(text: str) -> None:
+    with pytest.raises(ModelFileError, match="triton://HOST:PORT/MODEL"):
+        open_backend(text)
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda"}, {"threads": 2}])
+def test_devices_are_the_servers_to_choose(options: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError, match="leave --device and --threads out"):
+        Grounder.load("triton://localhost/drn", **options)
+
+
+def test_tritonclient_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[triton\]'"):
+        Grounder.load("triton://localhost/drn")
+
+
+def test_infer_prints_for_an_address_what_it_prints_for_the_file(
+    here: str, graph: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "drn")
+    np.save(tmp_path / "clip.npy", video(300).features)
+    line = ("--features", tmp_path / "clip.npy", "--duration", 96, "--query", *QUERIES)
+    for more in ((), ("--window", 0, "--top-k", 2), ("--window", 30), ("--format", "srt"), ("--always-answer",)):
+        served, file = (run_command(infer, "--model", model, *line, *more) for model in (here, graph))
+        assert (served.code, served.err) == (file.code, file.err) == (0, "")
+        assert served.out == file.out
+    assert f"--model {here}" in caplog.text
+
+
+def test_infer_says_what_is_wrong_in_one_sentence(refused: Callable[..., str], tmp_path: Path) -> None:
+    np.save(tmp_path / "clip.npy", video(9).features)
+    line = ("--features", tmp_path / "clip.npy", "--duration", 3, "--query", "word1")
+    assert "No Triton server answers" in refused(infer, "--model", f"triton://127.0.0.1:{free_port()}/drn", *line)
+
+
+def test_evaluate_judges_what_is_served(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    from export.triton import triton
+
+    wire = Wire(Server(triton(tiny_model, tmp_path / "repository")))
+    with over_grpc(wire) as port:
+        reports = []
+        for model in (f"triton://127.0.0.1:{port}/drn", tiny_model):
+            output = tmp_path / "report.json"
+            outcome = run_command(evaluate, "--model", model, "--data", mini, "--output", output)
+            assert outcome.code == 0, outcome.err
+            reports.append(json.loads(output.read_text()))
+    assert {**reports[0], "model": ""} == {**reports[1], "model": ""}
+    assert reports[0]["queries"] == 5
+    assert {name for name, _ in wire.asked} == {"drn_network"}
+
+
+def test_a_model_that_can_say_that_nothing_fits_says_so_when_served(
+    graph: Path, tmp_path: Path, direct: Grounder
+) -> None:
+    import dataclasses
+
+    import onnx
+
+    from export.triton import triton
+    from runtime.manifest import METADATA_KEY
+    from runtime.presence import Presence
+
+    pairs = [(video(30 + seed, seed), query) for query in QUERIES for seed in range(2)]
+    best = sorted(moments[0].score for moments in direct.ground_batch(pairs))
+    presence = Presence(best[len(best) // 2], 0.5, 0.5, 1, 1)
+    model = onnx.load(graph)
+    about = dataclasses.replace(direct.manifest, presence=presence)
+    onnx.helper.set_model_props(model, {METADATA_KEY: about.to_json()})
+    onnx.save(model, tmp_path / "drn.onnx")
+    with over_grpc(Wire(Server(triton(tmp_path / "drn.onnx", tmp_path / "repository")))) as port:
+        served, file = Grounder.load(f"triton://127.0.0.1:{port}/drn"), Grounder.load(tmp_path / "drn.onnx", "cpu")
+        for wanted in (True, False):
+            found, known = (one.ground_batch(pairs, presence=wanted) for one in (served, file))
+            assert [len(one) for one in found] == [len(one) for one in known]
+            assert (0 in [len(one) for one in found]) == wanted
+
+
+def test_servers_errors_are_of_the_family_that_commands_show() -> None:
+    assert issubclass(ServerError, GroundingError)
