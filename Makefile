@@ -12,7 +12,7 @@ BINDINGS_10.16 := 10.16.1.11
 BINDINGS_11.4 := 11.4.0.106
 BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
 
-.PHONY: demo test lint environment bindings clean
+.PHONY: demo test lint environment bindings pytriton clean
 
 environment: $(VENV)/ready
 	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
@@ -28,6 +28,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VENV)/bindings/%/ready: Makefile | $(VENV)/ready
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) tensorrt-cu13-bindings==$(BINDINGS_$*)
+	touch $@
+
+# The Triton server inside nvidia-pytriton, in an environment of its own: its Python backend crashes with NumPy 2. Not of
+# `environment`; without it tests/runtime/triton/test_server.py skips and says so.
+pytriton: $(VENV)/pytriton/ready
+
+$(VENV)/pytriton/ready: Makefile | $(VENV)/ready
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 numpy==1.26.4 onnxruntime==1.32.0 nltk==3.10.4
 	touch $@
 
 test: environment
