@@ -567,7 +567,9 @@ class _Run:
     def _agree(self) -> None:
         if len(self._models) < 2:
             return
-        answers = [model.grounder.ground_batch(model.pairs, batch_size=self._batch) for model in self._models]
+        answers = [
+            model.grounder.ground_batch(model.pairs, batch_size=self._batch, presence=False) for model in self._models
+        ]
         for model, found in zip(self._models[1:], answers[1:]):
             told = agreement(model.label, found, answers[0])
             self._agreements.append(told)

@@ -1,0 +1,33 @@
+"""`benchmarks.joined_videos`: what is joined is found where it was put."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.joined_videos import join_videos, joined_videos
+from runtime.videos import ClipClock, Video
+
+
+def test_videos_stand_where_they_are_said_to() -> None:
+    clock = ClipClock()
+    clips = [np.full((count, 4), count, np.float32) for count in (10, 30)]
+    videos = [Video(c, clock.num_frames(len(c)) + 3, 5.0 * len(c), str(len(c))) for c in clips]
+    joined = join_videos(videos, clock)
+    assert len(joined.video.features) == 40
+    seconds = joined.video.duration / joined.video.num_frames
+    start, length = joined.places["30"]
+    assert start / seconds == pytest.approx(10 * clock.stride)
+    assert length / seconds == pytest.approx(videos[1].num_frames)
+    assert joined.places["10"][0] == 0
+
+
+def test_the_ways_are_told_apart(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = joined_videos(models / "drn.onnx", planted, join=3, limit=1)
+    assert list(found) == ["single videos", "joined, whole", "joined, in windows"]
+    assert found["single videos"].queries > 3
+    said = capsys.readouterr().out
+    assert "1 long videos of 3 each" in said
+    assert "simulated" in said

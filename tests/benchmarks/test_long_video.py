@@ -1,0 +1,38 @@
+"""`benchmarks.long_video` grounds what it makes, in windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.long_video import long_video
+from runtime.errors import ModelFileError
+
+
+def test_a_long_video_is_asked_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = long_video(models / "drn.onnx", hours=0.2, queries=3)
+    assert found["windows"] > 10
+    assert found["moments"] > 0
+    assert "0.2 h in " in capsys.readouterr().out
+
+
+def test_a_model_without_windows_is_refused(tiny: Path) -> None:
+    with pytest.raises(ModelFileError, match="does not tell how long videos are cut"):
+        long_video(tiny)
+
+
+@pytest.fixture
+def tiny(models: Path, tmp_path: Path) -> Path:
+    import dataclasses
+
+    import onnx
+
+    from runtime.manifest import METADATA_KEY, Manifest
+
+    model = onnx.load(models / "drn.onnx")
+    (told,) = (entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)
+    without = dataclasses.replace(Manifest.from_json(told), windows=None)
+    onnx.helper.set_model_props(model, {METADATA_KEY: without.to_json()})
+    onnx.save(model, tmp_path / "tiny.onnx")
+    return tmp_path / "tiny.onnx"
