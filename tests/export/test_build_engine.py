@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,10 +19,11 @@ import pytest
 from calib.batches import draw
 from calib.calibrate import measure_table
 from calib.errors import CalibrationError
+from calib.graphs import manifest_of
 from export.build_engine import build_engine, choose_target
 from export.builder import Plan, cuda_devices
 from export.engines import _write_engine, reject
-from runtime import Grounder
+from runtime import Grounder, Presence
 from runtime.annotations import DataSet
 from runtime.describe import describe
 from runtime.errors import (
@@ -35,16 +37,23 @@ from runtime.errors import (
     ShapeError,
 )
 from runtime.files import sha256
+from runtime.manifest import METADATA_KEY
 from runtime.sidecar import read_sidecar
 
 # A network this small loses more to eight bits than a real one, on thirty queries where one is three points.
 LOOSE = 100.0
 
 
+# A threshold below which every answer lies: what is built, proven and judged here must never apply it.
+NOTHING_BELOW = Presence(1.0, 0.9, 0.9, 10, 10)
+
+
 @pytest.fixture
 def model(models: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "drn.onnx"
-    copy.write_bytes((models / "drn.onnx").read_bytes())
+    copy, graph = tmp_path / "drn.onnx", onnx.load(models / "drn.onnx")
+    carrying = dataclasses.replace(manifest_of(graph), presence=NOTHING_BELOW)
+    onnx.helper.set_model_props(graph, {METADATA_KEY: carrying.to_json()})
+    onnx.save(graph, copy)
     return copy
 
 
@@ -64,6 +73,11 @@ def test_fp16_writes_a_twin_that_answers_alike(model: Path, planted: Path, capsy
     assert manifest.precision == "fp16"
     assert "drn.onnx" in manifest.sources
     assert manifest.training["precision"]["multiply-adds"] == {"fp16": 1.0}
+    assert manifest.presence == NOTHING_BELOW
+    assert manifest.windows is not None
+    data_set = DataSet(planted)
+    subject = data_set.annotations("test")[0]
+    assert Grounder.load(output).ground(data_set.video(subject.video), subject.sentence) == []
 
 
 def test_a_build_leaves_its_report_and_its_passport(model: Path, planted: Path) -> None:
