@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -84,6 +85,19 @@ def asking(body: bytes, length: int | None = None) -> bytes:
         b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (len(body) if length is None else length, body)
     )
+
+
+def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, transports = connection.Connection.connection_made, []
+
+    def noted(self: connection.Connection, transport: Any) -> None:
+        made(self, transport)
+        transports.append(transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", noted)
+    assert reply(said(hurried, asking(json.dumps(QUESTION).encode()))).status == 200
+    (transport,) = transports
+    assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_head_that_does_not_end_is_given_up(hurried: int) -> None:
