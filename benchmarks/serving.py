@@ -27,14 +27,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.cpu import environment
 from runtime import Grounder
 from runtime.annotations import DataSet
 from runtime.command import command
 from runtime.errors import GroundingError, PromiseBroken
 from runtime.files import check_writable, write_json
 from runtime.grounder import BATCH_SIZE
-from runtime.machine import conditions
+from runtime.machine import conditions, cores
 
 # A moment may differ by so many seconds, and a score by as much, from the one that was asked in another batch.
 CLOSE = 1e-3
@@ -73,6 +72,9 @@ def serving(
         threads: CPU threads of the model, here and there.
         output: JSON file for the figures.
     """
+    # Late, since it brings in torch, which the clients can do without.
+    from benchmarks.cpu import environment
+
     if not (concurrent and min(concurrent) > 0 and 0 < turn <= seconds):
         raise GroundingError("--concurrent is one or more clients, and --turn above 0 and at most --seconds.")
     check_writable(output)
@@ -82,7 +84,7 @@ def serving(
     before = conditions("before")
     report: dict[str, Any] = {
         **environment(threads or 0),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(),
         "model": model.name,
         "questions": len(asked),

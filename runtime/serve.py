@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.command import command
+from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError
 from runtime.extraction import cache_directory
 from runtime.extractors import open_extractor
@@ -49,9 +49,9 @@ def serve(
 
     Args:
         model: .onnx, .engine or .pt file; of a split model the query part, so that videos are encoded once.
-        data: directory of videos that can be asked about by name.
+        data: directory of a data set, whose videos can be asked by name.
         media: directory of the same videos as files, named after them, for the page's player.
-        extractor: .onnx file that makes features of a video file, so that videos can be sent.
+        extractor: .onnx or .engine file that makes features of a video file, so that videos can be sent.
         host: address to listen at; any other than this machine's own wants --api-key.
         port: 0 takes a free one.
         allow_host: names that clients call the service by, where it is not this machine's own.
@@ -113,7 +113,7 @@ def serve(
     digest = sha256(model)
     if extractor is not None:
         # Opened once, to see that it is one whose features the model takes.
-        open_extractor(extractor, "cpu", 1).manifest.check_fits(grounder.manifest.features)
+        open_extractor(extractor, device, threads).manifest.check_fits(grounder.manifest.features)
     service = Service(
         grounder,
         DataSet(data) if data else None,
@@ -121,10 +121,12 @@ def serve(
         digest=digest,
         media=media,
         extractor=extractor,
+        device=device,
         threads=threads,
         options=options,
     )
     run(service, host, port, grace)
+    next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
 
 
 if __name__ == "__main__":

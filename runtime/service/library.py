@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from runtime.errors import AnnotationError, FeatureError, GroundingError
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
 from runtime.service.refusals import Refusal
+from runtime.service.telemetry import Telemetry
 from runtime.videos import Video
 
 # What browsers play; a data set's own videos are found by these endings.
@@ -105,16 +107,14 @@ class Shelf:
         grounder: the model; one that was split encodes them.
         batcher: the thread that owns it.
         capacity: bytes; the videos asked last stay.
-        seen: told of every look: `hit`, `joined` (another is making it ready) or `miss`.
+        telemetry: told of every look: `hit`, `joined` (another is making it ready) or `miss`.
     """
 
-    def __init__(
-        self, grounder: Grounder, batcher: Batcher, capacity: int, seen: Callable[[str], None] = lambda what: None
-    ) -> None:
+    def __init__(self, grounder: Grounder, batcher: Batcher, capacity: int, telemetry: Telemetry) -> None:
         self._grounder = grounder
         self._batcher = batcher
         self._capacity = capacity
-        self._seen = seen
+        self._telemetry = telemetry
         self._ready: collections.OrderedDict[str, tuple[Subject, int]] = collections.OrderedDict()
         self._coming: dict[str, asyncio.Task[Subject]] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
@@ -131,10 +131,10 @@ class Shelf:
         found = self._ready.get(key)
         if found is not None:
             self._ready.move_to_end(key)
-            self._seen("hit")
+            self._telemetry.looked("hit")
             return found[0]
         task = self._coming.get(key)
-        self._seen("joined" if task else "miss")
+        self._telemetry.looked("joined" if task else "miss")
         if task is None:
             task = asyncio.get_running_loop().create_task(self._make_ready(key, load))
             self._coming[key] = task
@@ -168,7 +168,9 @@ class Shelf:
         return video
 
     async def _make_ready(self, key: str, load: Callable[[], Video]) -> Subject:
+        started = time.perf_counter()
         subject = await self.prepared(load)
+        self._telemetry.phase("ready", time.perf_counter() - started)
         self._keep(key, subject)
         return subject
 

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.annotations import DataSet
+from runtime.backends import Device
 from runtime.errors import GroundingError, QueryError
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher, BatchOptions
@@ -71,6 +72,7 @@ class Service:
         digest: str = "",
         media: Path | None = None,
         extractor: Path | None = None,
+        device: Device = "auto",
         threads: int | None = None,
         options: ServiceOptions | None = None,
     ) -> None:
@@ -82,8 +84,10 @@ class Service:
         self.telemetry = Telemetry()
         self.library = Library(data, media)
         self.batcher = Batcher(grounder, options.batching, self.telemetry.batch)
-        self.shelf = Shelf(grounder, self.batcher, options.cache_bytes, self.telemetry.looked)
-        self.uploads = Uploads(options.uploads, grounder.manifest.features.clock, extractor, threads, self.shelf.forget)
+        self.shelf = Shelf(grounder, self.batcher, options.cache_bytes, self.telemetry)
+        self.uploads = Uploads(
+            options.uploads, grounder.manifest.features.clock, extractor, device, threads, self.shelf.forget
+        )
         self.keys = Keys(options.gate.api_key)
         self.draining = False
         self.telemetry.model(

@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from runtime.annotations import DataSet
+from runtime.backends import Device
 from runtime.errors import OutputError
 from runtime.extraction import cache_directory
 from runtime.service.library import MEDIA_TYPES, Entry
@@ -117,7 +118,7 @@ class Uploads:
         options: how much, and for how long.
         clock: how clips lie on frames, for features whose frames are not told.
         extractor: file of what makes features of videos; without it no video is taken.
-        threads: CPU threads for it.
+        device, threads: for it.
         forgotten: told of every upload that is gone.
     """
 
@@ -126,6 +127,7 @@ class Uploads:
         options: UploadOptions,
         clock: ClipClock,
         extractor: Path | None = None,
+        device: Device = "auto",
         threads: int | None = None,
         forgotten: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -133,6 +135,7 @@ class Uploads:
         self._clock = clock
         self._forgotten = forgotten
         self._extractor = extractor
+        self._device = device
         self._threads = threads
         self._uploads: dict[str, Upload] = {}
         self._extracting = asyncio.Semaphore(1)
@@ -257,7 +260,7 @@ class Uploads:
         """Extract the features of an upload in another process."""
         assert upload.media is not None
         made = upload.directory / "extracted"
-        words = ["--extractor", str(self._extractor), "--output", str(made)]
+        words = ["--extractor", str(self._extractor), "--output", str(made), "--device", self._device]
         if self._threads is not None:
             words += ["--threads", str(self._threads)]
         async with self._extracting:
