@@ -61,8 +61,8 @@ def long_video(
     print(f"{model.name}, NumPy {np.__version__}, {platform.machine()}, {threads} thread(s)")
     print(
         f"{hours:g} h in {len(windows)} windows of {windows[0].duration:.1f} s, {queries} queries: "
-        f"{asking.seconds:.1f} s and at most {asking.peak_mib:.0f} MiB beyond the open model; the features are "
-        f"{size:.0f} MiB, looked through in {opening.seconds:.1f} s."
+        f"{asking.seconds:.1f} s of CPU time and at most {asking.peak_mib:.0f} MiB beyond the open model; the features "
+        f"are {size:.0f} MiB, looked through in {opening.seconds:.1f} s."
     )
     return found
 
@@ -79,24 +79,24 @@ class Memory:
     """Watches the process's own memory while the block runs: not the pages of mapped files, which can be dropped.
 
     Attributes:
-        seconds: how long the block ran.
+        seconds: of CPU time that the block took, which other work on the machine hardly changes.
         peak_mib: most memory beyond that at its start.
     """
 
     def __enter__(self) -> Memory:
         self._done, self._before, self.peak_mib = threading.Event(), _own_mib(), 0.0
-        self._started = time.perf_counter()
+        self._started = time.process_time()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.process_time() - self._started
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.005):
+        while not self._done.wait(0.01):
             self.peak_mib = max(self.peak_mib, _own_mib() - self._before)
 
 
