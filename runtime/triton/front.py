@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ MOMENTS, COUNT = "MOMENTS", "COUNT"
 DEFAULT_TOP_K = 5
 # Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
 KEPT_BYTES = 256 << 20
+# How long the first request waits for networks that are still being loaded.
+LOAD_SECONDS = 60.0
 WHOLE = (0.0, 0.0, 0.0)
 """WINDOWS that ask for videos to be grounded whole."""
 
@@ -68,6 +71,7 @@ class Front:
         self._about = About.from_json(path.read_text(encoding="utf-8"), str(path))
         self._grounder = Grounder(open_networks(self._about, self._call))
         self._kept = _Kept(KEPT_BYTES)
+        self._waits = True
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response for each request, in their order. One that cannot be answered fails alone."""
@@ -163,9 +167,25 @@ class Front:
         kind = kinds.INTERNAL if isinstance(error, ServerError) else kinds.INVALID_ARG
         return self._pb.InferenceResponse(error=kinds(str(error), kind))
 
+    def _wait(self) -> None:
+        """Return when the networks are loaded, or after a minute; then the call will say why it fails.
+
+        Triton loads them at the same time as the front, which may be ready first and take the place of the version
+        before it. It cannot be waited for there: asked while it starts, Triton 2.51 may crash.
+        """
+        until = time.monotonic() + LOAD_SECONDS
+        for name in filter(None, (self._about.video_network, self._about.network)):
+            while not self._pb.is_model_ready(model_name=name, model_version=str(self._version)):
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.05)
+
     def _call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         """Run another model of this server; ServerError if it fails."""
         pb = self._pb
+        if self._waits:
+            self._wait()
+            self._waits = False
         request = pb.InferenceRequest(
             model_name=model,
             model_version=self._version,

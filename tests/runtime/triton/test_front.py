@@ -177,5 +177,32 @@ def test_a_network_that_does_not_answer_is_named(server: Server) -> None:
     assert refused.value.status == "INTERNAL"
 
 
+def test_the_first_request_waits_for_networks_that_are_loaded_later(
+    server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def is_ready(name: str, version: int) -> bool:
+        looked.append(name)
+        assert (version, server.calls) == (1, [])
+        return len(looked) > 3
+
+    monkeypatch.setattr(server, "is_ready", is_ready)
+    for _ in range(2):
+        assert_alike(moments(server.infer("drn", asked(video(40)))), [direct.ground(video(40), q) for q in QUERIES])
+    assert set(looked) == server.models.keys() - {"drn"}
+    assert len(looked) > 3
+
+
+def test_a_network_that_is_never_loaded_is_not_waited_for_for_ever(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "LOAD_SECONDS", 0.1)
+    monkeypatch.setattr(server, "is_ready", lambda name, version: False)
+    server.broken = "it is not ready"
+    with pytest.raises(Refused, match="version 1, did not answer: it is not ready"):
+        server.infer("drn", asked(video(40)))
+
+
 def test_text_may_be_str_as_in_some_servers() -> None:
     assert front._text("word") == front._text(b"word") == "word"

@@ -8,6 +8,7 @@ front, the calls from it, batching, versions and both protocols are the server's
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,22 @@ def test_both_protocols_answer_as_the_file(repository: Path, backends: Path, dir
             np.testing.assert_allclose(flat(whole), flat(wanted[:4]), atol=tolerances.BATCHED_SECONDS)
             with pytest.raises(GroundingError, match="has no model 'gone'; it has drn, drn_"):
                 Grounder.load(address.replace("/drn", "/gone"))
+        subject, query = pairs[0]
+        plain = {
+            "QUERY": ("BYTES", [[query]]),
+            "FEATURES": ("FP32", [subject.features.tolist()]),
+            "DURATION": ("FP64", [[subject.duration]]),
+            "NUM_FRAMES": ("INT32", [[subject.num_frames]]),
+        }
+        inputs = [
+            {"name": name, "datatype": kind, "shape": np.shape(data), "data": data}
+            for name, (kind, data) in plain.items()
+        ]
+        place = f"http://127.0.0.1:{http_port}/v2/models/drn/infer"
+        with urllib.request.urlopen(place, json.dumps({"inputs": inputs}).encode()) as answer:
+            outputs = {value["name"]: value for value in json.load(answer)["outputs"]}
+        found = np.reshape(outputs["MOMENTS"]["data"], outputs["MOMENTS"]["shape"])[0, 0, : outputs["COUNT"]["data"][0]]
+        np.testing.assert_allclose(found, flat(wanted[:1]), atol=tolerances.BATCHED_SECONDS)
 
 
 def test_requests_of_different_shapes_are_joined_and_one_that_is_wrong_fails_alone(

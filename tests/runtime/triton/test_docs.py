@@ -1,0 +1,73 @@
+"""The commands of `docs/triton.md` run as they stand, on a small graph and against the stand-in for Triton."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from export.repository import read_config
+from runtime import Grounder
+from runtime.annotations import DataSet
+from tests.tritonserver import Server
+from tests.tritonwire import Wire, over_grpc
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
+WRITE, INFER, EVALUATE = (
+    line for line in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[0].splitlines() if not line.startswith("#")
+)
+
+
+def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
+    words = [sys.executable, *shlex.split(line)[1:]]
+    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def test_the_page_from_a_graph_to_a_served_answer(tiny_model: Path, mini: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_model, tmp_path / "drn.onnx")
+    shutil.copytree(mini, tmp_path / "charades")
+    np.save(tmp_path / "3MSZA.npy", DataSet(mini).video("AAAA1").features)
+    written = run(WRITE, tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert "Next:  python -m runtime.infer --model triton://localhost:8001/drn" in written.stderr
+    with over_grpc(Wire(Server(tmp_path / "repository"))) as port:
+        for line in (INFER, EVALUATE):
+            assert "triton://localhost:8001/drn" in line
+            served, file = (
+                run(line.replace("triton://localhost:8001/drn", model), tmp_path)
+                for model in (f"triton://127.0.0.1:{port}/drn", "drn.onnx")
+            )
+            assert served.returncode == 0, served.stderr
+            assert served.stdout.split() == file.stdout.replace("drn.onnx", "drn").split()
+
+
+def test_the_page_lists_the_front_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    from export.triton import triton
+
+    config = read_config(triton(tiny_model, tmp_path / "repository") / "drn" / "config.pbtxt")
+    kinds = type(config).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
+    names = {"TYPE_STRING": "BYTES"}
+    listed = re.findall(r"^\| `([A-Z_]+)` \| \(B, (.*)\) \| (\w+) \| (optional)?", PAGE, re.MULTILINE)
+    known = [
+        (value.name, len(value.dims), names.get(kinds[value.data_type].name, kinds[value.data_type].name[5:]))
+        for value in (*config.input, *config.output)
+    ]
+    assert [(name, len(dims.split(",")), kind) for name, dims, kind, _ in listed] == known
+    assert [name for name, *_, optional in listed if optional] == [v.name for v in config.input if v.optional]
+
+
+def test_the_request_in_json_is_one(tiny_model: Path) -> None:
+    asked = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
+    assert [value["name"] for value in asked["inputs"]] == ["QUERY", "FEATURES", "DURATION"]
+    for value in asked["inputs"]:
+        assert len(value["data"]) == np.prod(value["shape"])
+    (query,) = asked["inputs"][0]["data"]
+    assert len(Grounder.load(tiny_model, "cpu").encode_query(query))
