@@ -18,7 +18,7 @@ from export.profiles import DEFAULT_BATCH, MOST_ENCODED, VIDEOS, Range
 from runtime.backends import plans
 from runtime.backends.ort import part_beside
 from runtime.backends.trt import video_part
-from runtime.errors import GroundingError, ModelFileError
+from runtime.errors import DeviceError, GroundingError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import read_metadata
 from runtime.sidecar import Sidecar, read_sidecar
@@ -126,6 +126,7 @@ def read_model(path: Path, serving: Serving) -> Source:
 
     Raises:
         ModelFileError: it is not a model of ours, or none that Triton runs.
+        DeviceError: it does not run on the device that was asked for.
     """
     if path.suffix not in PLATFORMS:
         raise ModelFileError(
@@ -134,6 +135,10 @@ def read_model(path: Path, serving: Serving) -> Source:
         )
     if not path.is_file():
         raise ModelFileError(f"The model file {path} does not exist; check the path.")
+    if path.suffix == ".engine" and serving.device == "cpu":
+        raise DeviceError(
+            f"{path.name} is an engine, which runs on a GPU only; leave --device out, or serve its graph."
+        )
     source = _read_engine(path) if path.suffix == ".engine" else _read_graph(path, serving)
     if source.encoded[1] == "TYPE_BF16":
         raise ModelFileError(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import GroundingError, QueryError, ServerError
-from runtime.grounder import Grounder
+from runtime.grounder import Grounder, Subject
 from runtime.moments import Moment
 from runtime.triton.networks import About, open_networks
 from runtime.videos import Video
@@ -92,9 +92,11 @@ class Front:
         """Yield the positions of requests and their responses; all want it in one way."""
         grounder = copy.copy(self._grounder)
         grounder.windows, always = group[0][1].how
-        pairs = [pair for _, asked in group for pair in asked.pairs()]
         most = max(max(asked.top_k) for _, asked in group)
         try:
+            pairs = [
+                (self._kept.subject(video, grounder), query) for _, asked in group for video, query in asked.pairs()
+            ]
             found = iter(grounder.ground_batch(pairs, most, self._about.batch, presence=not always))
         except GroundingError as error:
             if len(group) == 1:
@@ -210,7 +212,8 @@ class _Kept:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._videos: list[Video] = []
+        # Each with what a split model encodes it to, by how it is cut: less than a third of the features' size.
+        self._videos: list[tuple[Video, dict[Windows | None, Subject]]] = []
 
     def video(self, features: np.ndarray, num_frames: int, duration: float, name: str) -> Video:
         """Return the video of these features: a kept one if it is the same, else a new one that is kept from now on.
@@ -218,17 +221,30 @@ class _Kept:
         Raises:
             FeatureError: as `Video`.
         """
-        for index, known in enumerate(self._videos):
+        for index, (known, _) in enumerate(self._videos):
             same = (known.num_frames, known.duration, known.features.shape) == (num_frames, duration, features.shape)
             if same and np.array_equal(known.features[0], features[0]) and np.array_equal(known.features, features):
                 self._videos.append(self._videos.pop(index))
                 return known
         # A request's memory is the server's, and ends with it.
         video = Video(np.array(features), num_frames, duration, name)
-        self._videos.append(video)
-        while len(self._videos) > 1 and sum(kept.features.nbytes for kept in self._videos) > self._most_bytes:
+        self._videos.append((video, {}))
+        while len(self._videos) > 1 and sum(kept.features.nbytes for kept, _ in self._videos) > self._most_bytes:
             self._videos.pop(0)
         return video
+
+    def subject(self, video: Video, grounder: Grounder) -> Subject:
+        """Return a video, or if it is cut what a split model encodes it to; what is not cut the grounder keeps encoded.
+
+        Raises:
+            ServerError: as the call of the network.
+        """
+        if not grounder.is_pair or not grounder.cut(video):
+            return video
+        encoded = next((encoded for kept, encoded in self._videos if kept is video), {})
+        if grounder.windows not in encoded:
+            encoded[grounder.windows] = grounder.encode(video)
+        return encoded[grounder.windows]
 
 
 def _text(value: Any) -> str:

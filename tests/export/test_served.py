@@ -18,7 +18,7 @@ from export.repository import message
 from export.served import Served, Serving, models, padded_lengths, read_model
 from export.split import split_graph, write_pair
 from runtime import sidecar
-from runtime.errors import GroundingError, ModelFileError
+from runtime.errors import DeviceError, GroundingError, ModelFileError
 from runtime.files import sha256
 from runtime.manifest import Manifest
 from runtime.onnxfile import read_metadata
@@ -213,6 +213,11 @@ def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) 
     plan = whole_engine(tmp_path)
     plan.write_bytes(b"another plan")
     assert "is not the plan" in refused(plan)
+
+
+def test_an_engine_asked_to_run_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="runs on a GPU only"):
+        read_model(whole_engine(tmp_path), Serving(device="cpu"))
 
 
 def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:

@@ -47,6 +47,12 @@ def repository(
 
 
 @pytest.fixture(scope="session")
+def split_repository(query_part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of the two parts."""
+    return triton(query_part, tmp_path_factory.mktemp("split") / "repository")
+
+
+@pytest.fixture(scope="session")
 def direct(graph: Path) -> Grounder:
     """The model file itself."""
     return Grounder.load(graph, "cpu", 1)

@@ -92,14 +92,28 @@ def test_a_long_video_is_cut_as_the_model_tells_or_as_is_asked(server: Server, d
     assert moments(cut) != moments(uncut)
 
 
-def test_a_video_that_comes_again_is_encoded_once(repository: Path) -> None:
-    server = Server(repository)
-    if "drn_video" not in server.models:
-        pytest.skip("the whole network encodes with every query")
+def test_a_video_that_comes_again_is_encoded_once(split_repository: Path) -> None:
+    server = Server(split_repository)
     for _ in range(3):
         server.execute("drn", [asked(video(40)), asked(video(40), ["word8"])])
     server.infer("drn", asked(video(40, 1)))
     assert [name for name, _, _ in server.calls].count("drn_video") == 2
+
+
+def test_a_long_video_is_encoded_once_for_each_way_to_cut_it(split_repository: Path, direct: Grounder) -> None:
+    server = Server(split_repository)
+
+    def encoded(**more: Any) -> int:
+        server.calls.clear()
+        server.infer("drn", asked(video(300), **more))
+        return [name for name, _, _ in server.calls].count("drn_video")
+
+    windows = len(direct.cut(video(300)))
+    assert windows > 1
+    assert (encoded(), encoded()) == (windows, 0)
+    shorter = np.array([50.0, 20.0, 5.0])
+    assert encoded(WINDOWS=shorter) > windows
+    assert (encoded(WINDOWS=shorter), encoded()) == (0, 0)
 
 
 def test_features_that_differ_in_one_value_are_another_video(server: Server) -> None:
