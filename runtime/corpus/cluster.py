@@ -18,6 +18,8 @@ log = logging.getLogger("drn")
 
 # Shards travel through Ray as plans of some kilobytes, and back as a line.
 OBJECT_STORE_BYTES = 1 << 27
+# Nothing is reported to Ray's makers.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 # A Ray that is started here listens to this machine alone. The name is Ray's: it speaks of systems on which it always
 # does so.
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -82,10 +84,8 @@ def run_on_ray(job: Job, shards: Sequence[Shard], actors: int | None, address: s
 @contextlib.contextmanager
 def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterator[Any]:
     """Yield Ray, connected to a cluster; one that was started for it is gone afterwards."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        for name, value in ALONE.items():
-            os.environ.setdefault(name, value)
+    for name, value in {**QUIET, **(ALONE if address is None else {})}.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
@@ -94,6 +94,8 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
             f"Ray cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`, or pass --actors 0 to ground "
             "in this process."
         ) from error
+    # It tells of plans and bars that nobody asked about.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
         return

@@ -1,0 +1,237 @@
+"""Corpora on a Ray cluster on loopback: the bytes of one process, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.corpus.job import ground
+from runtime.corpus.plan import Settings
+from runtime.corpus.shards import MOST_ATTEMPTS
+from runtime.corpus.sources import open_source
+from runtime.videos import ClipClock, Video
+from tests.processes import heed_ctrl_c
+from tests.runtime.corpus.conftest import content, write_rows
+
+pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
+
+ROOT = Path(__file__).parents[3]
+# No test waits longer for what should happen within seconds.
+LONGEST_SECONDS = 120
+SHARD_PAIRS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A corpus of a few seconds, with pairs that are errors, and what it becomes in one process."""
+
+    model: Path
+    features: Path
+    queries: Path
+    wanted: dict[str, bytes]
+
+    def words(self, output: Path, *more: object) -> list[str]:
+        inputs = ("--model", self.model, "--features", self.features, "--queries", self.queries, "--output", output)
+        words = (sys.executable, "-m", "runtime.ground_corpus", *inputs, "--shard-pairs", SHARD_PAIRS, *more)
+        return list(map(str, words))
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    directory = tmp_path_factory.mktemp("inputs")
+    features = shutil.copytree(golden / "mini", directory / "mini")
+    (features / "C3D_unit16_overlap0.5_merged" / "CCCC3.pt").write_bytes(b"no tensor")
+    sentences = [{"query": f"a person opens the {'door ' * (n % 9)}"} for n in range(600)]
+    queries = write_rows(directory / "queries.jsonl", [*sentences, {"query": "xyzzy"}, {"query": "dog", "vid": "none"}])
+    ground(tiny_model, features, queries, directory / "wanted", Settings(shard_pairs=SHARD_PAIRS), actors=0)
+    return Inputs(tiny_model, features, queries, content(directory / "wanted"))
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Where Ray keeps its files: a short path, since its sockets lie there, which none but ours has."""
+    directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def rays(place: Path) -> list[int]:
+    """All processes of a Ray that keeps its files in a directory, whatever they call themselves."""
+    told = f"RAY_TMPDIR={place}\0".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if told in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(place: Path) -> dict[str, str]:
+    """Of a process that meets Ray: on loopback alone, whatever else is set."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(place)}
+    return {**others, **alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def cluster(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A cluster as `ray start` makes it; the environment in which `--address auto` finds it, and its token."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    words += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2"]
+    words += [f"--object-store-memory={1 << 27}"]
+    log = place / "start.log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(words, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        wait(lambda: "block forever" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield environment
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(LONGEST_SECONDS)
+        wait(lambda: not rays(place))
+
+
+def wait(until: Callable[[], Any]) -> Any:
+    """Return what `until` gives once it is something."""
+    ends = time.monotonic() + LONGEST_SECONDS
+    while not (found := until()):
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.002)
+    return found
+
+
+def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
+
+
+def begun(output: Path, pattern: str, times: int = 1) -> int | None:
+    """The process that makes a shard, one that was begun so often."""
+    for note in output.glob(f".attempts/{pattern}"):
+        try:
+            processes = re.findall(r"process (\d+) on", note.read_text())
+        except FileNotFoundError:
+            continue
+        if len(processes) >= times:
+            return int(processes[-1])
+    return None
+
+
+def test_a_cluster_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(
+    inputs: Inputs, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "corpus"
+    job = started(inputs.words(output, "--address", "auto"), cluster)
+    wait(lambda: len(list(output.glob("shard-*"))) > 3)
+    os.kill(wait(lambda: begun(output, "*")), signal.SIGKILL)
+    said, errors = job.communicate(timeout=LONGEST_SECONDS)
+    assert job.returncode == 0, errors
+    assert content(output) == inputs.wanted
+    assert re.search(r"Shard \d+ was begun 2 times", errors), errors
+    assert f"3607 pairs in {len(inputs.wanted)} shards" in said
+    assert "3607 made" in said
+    assert "607 of them with an error" in said
+
+
+def test_a_shard_that_kills_every_worker_ends_the_job_and_is_named(
+    inputs: Inputs, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "corpus"
+    job = started(inputs.words(output, "--address", "auto"), cluster)
+    for times in range(1, MOST_ATTEMPTS + 1):
+        os.kill(wait(lambda times=times: begun(output, "00003", times)), signal.SIGKILL)
+    _, errors = job.communicate(timeout=LONGEST_SECONDS)
+    assert job.returncode == 2, errors
+    assert re.search(r"error: shard-00003-of-\d+\.jsonl: It was begun 3 times, .*process \d+ on", errors), errors
+    made = content(output)
+    assert made.items() <= inputs.wanted.items()
+    assert not any(name.startswith("shard-00003") for name in made)
+
+
+def test_ctrl_c_leaves_whole_shards_and_nothing_else(inputs: Inputs, cluster: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "corpus"
+    job = started(inputs.words(output, "--address", "auto"), cluster)
+    wait(lambda: len(list(output.glob("shard-*"))) > 3)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=LONGEST_SECONDS)
+    assert job.returncode == 130, errors
+    assert errors.strip().endswith("Interrupted; nothing half-written was left behind.")
+    made = content(output)
+    assert 3 < len(made) < len(inputs.wanted)
+    assert made.items() <= inputs.wanted.items()
+
+
+def test_a_job_that_is_killed_whole_goes_on_where_it_stopped(
+    inputs: Inputs, environment: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    output, own = tmp_path / "corpus", place / "own"
+    own.mkdir()
+    # Ray starts here, with the job, and is killed with it.
+    job = started(inputs.words(output, "--actors", 2), {**environment, "RAY_TMPDIR": str(own)})
+    wait(lambda: len(list(output.glob("shard-*"))) > 5)
+    # Where there is no `ss`, nothing is said of what listens.
+    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True).stdout if shutil.which("ss") else None
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate(timeout=LONGEST_SECONDS)
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    assert 5 < len(before) < len(inputs.wanted)
+    wait(lambda: not rays(own))
+    again = subprocess.run(inputs.words(output, "--actors", 0), env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "were there before" in again.stdout
+    assert content(output) == inputs.wanted
+    assert all((output / name).stat().st_mtime_ns == at for name, at in before.items())
+    if listening is not None:
+        ours = [line for line in listening.splitlines() if "raylet" in line or "gcs_server" in line]
+        assert ours
+        assert all("127.0.0.1" in line for line in ours), ours
+
+
+def test_no_cluster_at_an_address_is_said(inputs: Inputs, environment: dict[str, str], tmp_path: Path) -> None:
+    job = subprocess.run(
+        inputs.words(tmp_path / "corpus", "--address", "nowhere"), env=environment, capture_output=True, text=True
+    )
+    assert job.returncode == 2
+    assert re.fullmatch(r"error: No Ray can be had at --address nowhere: .*\n", job.stderr), job.stderr
+
+
+def test_tensors_that_ray_data_wrote_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    from ray.data.extensions import ArrowTensorArray
+
+    for shapes in ([(2, 3), (4, 3)], [(2, 3), (2, 3)]):
+        features = [np.full(shape, number, np.float32) for number, shape in enumerate(shapes)]
+        columns = {"video": ["a", "b"], "duration": [1.0, 2.0], "features": ArrowTensorArray.from_numpy(features)}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "features.parquet")
+        source = open_source(tmp_path)
+        for video, wanted in zip(source.load(source.listing(), ClipClock()), features, strict=True):
+            assert isinstance(video, Video), video
+            np.testing.assert_array_equal(video.features, wanted)
