@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import pickle
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ log = logging.getLogger("drn")
 
 # Shards travel through Ray as plans of some kilobytes, and back as a line.
 OBJECT_STORE_BYTES = 1 << 27
+SECONDS_TO_END = 1.0
 # Nothing is reported to Ray's makers.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 # A Ray that is started here listens to this machine alone. The name is Ray's: it speaks of systems on which it always
@@ -118,7 +121,11 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
     try:
         yield ray
     finally:
+        ended = sys.exc_info()[0] is not None
         ray.shutdown()
+        if ended and address is not None:
+            # A cluster ends our processes a moment later; what they leave is cleaned up after that.
+            time.sleep(SECONDS_TO_END)
 
 
 def _room(ray: Any, settings: Settings) -> int:
