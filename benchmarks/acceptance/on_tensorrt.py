@@ -78,12 +78,14 @@ def run(job: Job, leg: Leg) -> None:
     leg.step("fault: an engine of another version", lambda: _other_version(job, pair))
     for name, said in (("threads", "threads"), ("fork", "fork"), ("memory", "out of memory"), ("opening", "opening")):
         leg.step(f"fault: {said}", functools.partial(_engine_fault, job, leg, name, pair))
-    for each in ready:
-        _engines(job, leg, each, PRECISIONS)
-    leg.step("tests that need a GPU", lambda: _tests(job, leg))
+    _engines(job, leg, target, PRECISIONS)
     built = [job.output / target / f"drn.{precision}.query.engine" for precision in PRECISIONS]
     models = [path for path in (whole, *built) if path.is_file()]
     leg.step("speed", lambda: _compare_speeds(job, leg, [job.checkpoint, *models]))
+    leg.step("tests that need a GPU", lambda: _tests(job, leg))
+    # The other library's engines stand beside, and come last.
+    for other in ready[1:]:
+        _engines(job, leg, other, PRECISIONS)
 
 
 def _without_gpu(job: Job, pair: Path) -> Found:

@@ -36,8 +36,9 @@ OUTPUTS = tuple(Heads.__dataclass_fields__)
 # What the other kinds of network give.
 OTHER_OUTPUTS = {"video": (ENCODED_FEATURES,), "clips": ("features",)}
 SPANS = "segment_spans"
-# Contexts, each with its CUDA graph, that are kept; the least used goes first.
-MOST_PROGRAMS = 16
+# Contexts, each with its CUDA graph, that are kept; the least used goes first. There is room for all sizes of batches
+# to 32 and of queries to 16 words, which a service meets in any order, so that no context is made twice.
+MOST_PROGRAMS = 64
 # Sizes whose profile is remembered.
 MOST_CHOICES = 4096
 # In the rows that pad a batch: a query of one unknown word, which no mask makes empty.
@@ -349,8 +350,8 @@ class Network:
         """Capture a program that has just run; where that cannot be done, go on without, and say so once."""
         steps: tuple[Callable[[_Program], None], ...] = (self._copy_in, self._enqueue, self._copy_out)
         try:
-            self.cuda.begin_capture(self._stream)
             try:
+                self.cuda.begin_capture(self._stream)
                 # Events in a graph are not timed, so what is timed is captured alone.
                 for step in (self._enqueue,) if self._timed else steps:
                     step(program)

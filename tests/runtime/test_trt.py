@@ -25,6 +25,7 @@ from runtime.backends.network import MOST_PROGRAMS, close_all
 from runtime.backends.shapes import (
     ALIGNMENT,
     AXES,
+    SHORTEST_QUERY,
     Domain,
     asked,
     bucket,
@@ -293,7 +294,13 @@ def test_after_opening_nothing_is_allocated_and_one_wait_ends_a_call(bench: Benc
     assert counted(bench.driver.calls)["cuMemAlloc_v2"] == 3
 
 
-def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench) -> None:
+def test_sizes_of_a_service_are_all_kept() -> None:
+    batches, lengths = ({bucket(size) for size in range(1, most + 1)} for most in (32, 16))
+    assert len(batches) * len({max(length, SHORTEST_QUERY) for length in lengths}) <= MOST_PROGRAMS
+
+
+def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.backends.network.MOST_PROGRAMS", 16)
     backend = bench.whole([profile((1, 4, 64))])
     before = bench.library.contexts
     for length in (5, 6):
@@ -304,8 +311,8 @@ def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench) -> None:
         for length in (4, 8):
             for _ in range(2):
                 backend.run(batch_of([length] * size))
-    assert len(backend._network._programs) == MOST_PROGRAMS
-    assert bench.driver.held()["graphs"] == MOST_PROGRAMS
+    assert len(backend._network._programs) == 16
+    assert bench.driver.held()["graphs"] == 16
 
 
 def test_contexts_share_a_profile_where_the_version_lets_them(tmp_path: Path, graphs: Graphs) -> None:
@@ -448,6 +455,22 @@ def test_a_driver_that_cannot_capture_is_no_obstacle(bench: Bench, call: str) ->
     bench.driver.failing[call] = 801
     for seed in range(3):
         batch = batch_of([5, 2], seed)
+        assert_same(backend.run(batch), reference(bench.graphs, batch))
+
+
+def test_ctrl_c_leaves_no_stream_that_captures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, batch, begin = bench.whole(), batch_of([5, 2]), bench.cuda.begin_capture
+
+    def interrupted(stream: int) -> None:
+        begin(stream)
+        raise KeyboardInterrupt
+
+    backend.run(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.cuda, "begin_capture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(batch)
+    for _ in range(2):
         assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
