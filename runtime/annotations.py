@@ -180,7 +180,11 @@ class DataSet:
 
     def digest(self, split: str) -> str:
         """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
-        return hashlib.sha256("".join(map(sha256, self._layout.files(split))).encode()).hexdigest()
+        paths = self._layout.files(split)
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise AnnotationError(f"{missing[0]} does not exist; the data set is not whole without it.")
+        return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 
     @functools.cached_property
     def store(self) -> FeatureStore:

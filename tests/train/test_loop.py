@@ -28,6 +28,7 @@ from runtime.evaluation import evaluate
 from runtime.grounder import Grounder
 from runtime.manifest import Features
 from runtime.metrics import prior_report
+from runtime.presets import PRESETS
 from runtime.videos import Segments
 from runtime.vocabulary import Vocabulary
 from tests.tolerances import HEADS, STEP_HEADS, STEPS
@@ -88,6 +89,7 @@ class GoldenData(TrainingData):
 
 @dataclasses.dataclass
 class NoDataSet:
+    preset = PRESETS["charades-sta"]
     simulated: bool = False
 
 
