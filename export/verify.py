@@ -66,7 +66,7 @@ def verify(
         reference: .pt, .onnx or .engine whose answers are to be kept.
         model: .pt, .onnx or .engine to judge.
         data: directory of a data set (docs/formats.md).
-        split: train or test.
+        split: train, val or test.
         limit: ask only the first so many queries.
         max_drop: points of R@1 IoU=0.7, and of mIoU, that may be lost.
         boundary_p99: seconds that 99 % of the boundaries of best moments must stay within; 0.1 for an FP32 or FP16

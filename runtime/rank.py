@@ -40,7 +40,7 @@ def rank(
         model: .onnx, .engine or .pt file; one that was split encodes each video once.
         data: directory of the data set.
         videos: that each sentence asks, its own among them.
-        split: train or test.
+        split: train, val or test.
         seed: of the draw of the others.
         output: JSON file for the figures and every sentence's rank.
         invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop or keep it.
