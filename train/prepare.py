@@ -111,12 +111,15 @@ def prepare(
             staging.path(output / name).write_text(text, encoding="utf-8")
         staging.settle()
     _tell(data_set, splits, vocabulary, vectors if glove else None)
-    if vocabulary is None:
-        log.warning("There is no training split, and so no vocabulary: this can be evaluated on, and not trained on.")
+    if "train" not in splits:
+        log.warning("There is no training split: this can be evaluated on, and not trained on.")
     if store is None:
         log.warning("No features were found; put them into %s, or prepare again with --features.", output / "features")
-    vector_words = ("--glove", output / VECTORS) if glove else ()
-    next_command("train", "--data", output, "--output", "runs/first", *vector_words)
+    if "train" in splits:
+        vector_words = ("--glove", output / VECTORS, "--embed-dim", embed_dim) if glove else ()
+        next_command("train", "--data", output, "--output", "runs/first", *vector_words)
+    else:
+        next_command("runtime.evaluate", "--model", "drn.onnx", "--data", output, "--split", next(iter(splits)))
     return output
 
 

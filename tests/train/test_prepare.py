@@ -99,13 +99,15 @@ def test_rare_words_are_left_out_of_the_vocabulary(tmp_path: Path) -> None:
     assert sorted(words.values()) == list(range(1, len(words) + 1))
 
 
-def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path) -> None:
+def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "drn")
     data = write_activitynet(tmp_path / "data")
     rewrite(data / "test.json", lambda entries: entries["v_31"].update(sentences=["A zebra naps.", "b", "c"]))
     vectors = {"person": [0.1, -2.5, 3e-05], "zebra": [1.0, 2.0, 3.0], "unused": [0.0, 0.0, 0.0]}
     glove = tmp_path / "glove.txt"
     glove.write_text("".join(f"{word} {' '.join(map(str, row))}\n" for word, row in vectors.items()))
     common = prepare(data, tmp_path / "common", glove=glove, embed_dim=3)
+    assert caplog.text.strip().endswith(f"--glove {common / 'word_vectors.txt'} --embed-dim 3")
     words = DataSet(common).words
     assert "zebra" in words
     assert "naps" not in words
@@ -142,7 +144,9 @@ def test_a_data_set_without_a_training_split_has_no_vocabulary(
 ) -> None:
     data = write_qvhighlights(tmp_path / "data")
     (data / "highlight_train_release.jsonl").unlink()
+    caplog.set_level("INFO", "drn")
     common = prepare(data, tmp_path / "common")
+    assert f"Next:  python -m runtime.evaluate --model drn.onnx --data {common} --split val" in caplog.text
     assert not (common / "vocabulary.json").exists()
     assert "no training split" in caplog.text
     assert len(DataSet(common).annotations("val")) == 6
