@@ -15,6 +15,10 @@ class FeatureError(GroundingError):
     """Clip features that cannot be read or used."""
 
 
+class MissingFeatures(FeatureError):
+    """A video of which there are no features at all, where those of others may be."""
+
+
 class FootageError(GroundingError):
     """A video file that cannot be decoded, or not as far as was asked."""
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.errors import DeviceError, FeatureError
+from runtime.errors import DeviceError, FeatureError, MissingFeatures
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features, refuse_bomb
 
@@ -19,7 +19,8 @@ DATASET = "c3d_features"
 
 
 class FeatureStore(Protocol):
-    """The clip features of many videos, by name. Every method raises FeatureError for a video that is not there.
+    """The clip features of many videos, by name. Every method raises MissingFeatures for a video that is not
+    there, and FeatureError for one that cannot be read.
 
     Attributes:
         place: the directory, or the file.
@@ -55,7 +56,7 @@ class FeatureFiles:
                 path = self.place / f"{name}{suffix}"
                 if path.is_file():
                     return path
-        raise FeatureError(
+        raise MissingFeatures(
             f"There are no features of {video!r}: {self.place / video}{SUFFIXES[0]} (or "
             f"{', '.join(SUFFIXES[1:])}) is missing."
         )
@@ -135,7 +136,7 @@ class FeatureArchive:
         members = (self._member(self._root, name) for name in _spellings(video))
         node = next((member for member in members if member is not None), None)
         if node is None:
-            raise FeatureError(
+            raise MissingFeatures(
                 f"There are no features of {video!r} in {self.place}: neither a dataset nor a group has this name."
             )
         if hasattr(node, "keys"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.annotations import Annotation, DataSet
 from runtime.command import command, next_command
-from runtime.errors import AnnotationError, FeatureError, GroundingError, OutputError
+from runtime.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError
 from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.files import Staging, sha256
 from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
@@ -76,7 +76,7 @@ def prepare(
 
     Raises:
         AnnotationError: the annotations are malformed, or nothing of them is left.
-        FeatureError: there are no features at the place given.
+        FeatureError: there are no features at the place given, or a video's are there and cannot be used.
         OutputError: `output` holds something else, or cannot be written.
     """
     if min_count < 1 or embed_dim < 1:
@@ -175,7 +175,7 @@ def _readable(data_set: DataSet, split: str, store: FeatureStore | None) -> Kept
 def _has(store: FeatureStore, video: str) -> bool:
     try:
         store.path(video)
-    except FeatureError:
+    except MissingFeatures:
         return False
     return True
 

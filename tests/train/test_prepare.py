@@ -181,6 +181,20 @@ def test_hdf5_without_any_of_the_videos_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "common").exists()
 
 
+@pytest.mark.parametrize(("broken", "message"), [("file", "should be an HDF5 file"), ("video", "of shape \\(3,\\)")])
+def test_features_that_cannot_be_used_are_not_called_missing(tmp_path: Path, broken: str, message: str) -> None:
+    h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+    data, features = write_activitynet(tmp_path / "data"), tmp_path / "features.h5"
+    if broken == "file":
+        features.write_text("not found")
+    else:
+        with h5py.File(features, "w") as file:
+            file["v_1"] = np.ones(3, np.float32)
+    with pytest.raises(FeatureError, match=message):
+        prepare(data, tmp_path / "common", features=features)
+    assert not (tmp_path / "common").exists()
+
+
 def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     data = write_activitynet(tmp_path / "data")
     common = prepare(data, tmp_path / "common")
