@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -337,13 +338,17 @@ def _check_alike(grounder: Grounder, pairs: Sequence[Any], others: Sequence[Any]
 
 
 def _interleave(runs: dict[str, Callable[[int], Any]], samples: int) -> dict[str, float]:
-    """Return the median seconds of each, taking turns; the first tenth warms up."""
+    """Return the median seconds of each, taking turns; the first tenth warms up.
+
+    In random order, since whoever comes after finds other caches: a pass over memory empties them.
+    """
     warm = max(3, samples // 10)
+    turns = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(samples + warm):
-        for name, run in runs.items():
+        for name in turns.sample(list(runs), len(runs)):
             started = time.perf_counter()
-            run(index % samples)
+            runs[name](index % samples)
             seconds[name].append(time.perf_counter() - started)
     return {name: float(np.median(values[warm:])) for name, values in seconds.items()}
 
