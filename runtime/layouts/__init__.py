@@ -16,10 +16,10 @@ __all__ = ["Annotation", "Layout", "Row", "open_layout"]
 
 
 def open_layout(root: Path) -> Layout:
-    """Return the data set in a directory; a directory without any is taken for an incomplete Charades-STA.
+    """Return the data set in a directory.
 
     Raises:
-        AnnotationError: the directory holds files of several formats, or one is malformed.
+        AnnotationError: the directory holds files of several formats or of none, or one is malformed.
     """
     claims = {"Charades-STA": CharadesSTA.claims(root), "QVHighlights": QVHighlights.claims(root)}
     captions = read_splits(root)
@@ -32,7 +32,13 @@ def open_layout(root: Path) -> Layout:
         raise AnnotationError(
             f"{root} holds a mixture of formats, {told}; keep each data set in a directory of its own."
         )
-    kind = next(iter(found), "Charades-STA")
+    if not found:
+        raise AnnotationError(
+            f"{root} holds no data set: Charades_sta_SPLIT.txt (Charades-STA), SPLIT.json (ActivityNet Captions, "
+            "TACoS) or SPLIT.jsonl (QVHighlights, or the common form) is looked for, SPLIT being train, val or test; "
+            "see docs/formats.md."
+        )
+    kind = next(iter(found))
     if kind == "QVHighlights":
         return QVHighlights(root)
     if kind == "Charades-STA":

@@ -136,9 +136,16 @@ def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
         DataSet(tmp_path / "gone")
 
 
-def test_an_empty_directory_names_the_first_table_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"Charades_duration\.json \(video to seconds\) does not exist"):
+def test_a_directory_without_any_data_set_says_what_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "annotations.json").write_text("{}")
+    with pytest.raises(AnnotationError, match=r"holds no data set.*Charades_sta_SPLIT\.txt.*SPLIT\.jsonl.*formats\.md"):
         DataSet(tmp_path)
+
+
+def test_an_incomplete_data_set_names_the_first_table_that_is_missing(directory: Path) -> None:
+    (directory / "Charades_duration.json").unlink()
+    with pytest.raises(AnnotationError, match=r"Charades_duration\.json \(video to seconds\) does not exist"):
+        DataSet(directory)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"AAAAA": "30"}', '{"AAAAA": -1}', '{"AAAAA": NaN}'])
