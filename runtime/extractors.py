@@ -177,7 +177,8 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
     path = Path(path)
     if path.suffix not in (".onnx", ".engine"):
         raise ModelFileError(
-            f"An extractor is an .onnx or .engine file, and {path.name!r} is none; see docs/your-own-video.md."
+            f"An extractor is an .onnx or .engine file, and {path.name!r} is none; a c3d.pt becomes one by "
+            "`python -m export.to_onnx`, as docs/your-own-video.md shows."
         )
     if not path.is_file():
         raise ModelFileError(f"The extractor {path} does not exist; check the path.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError
+from runtime.extractors import FORMAT as EXTRACTOR_FORMAT
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
 from runtime.presence import Presence
@@ -108,6 +109,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     content = load(path)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
+        if found == EXTRACTOR_FORMAT:
+            raise CheckpointError(
+                f"{path} makes clip features and grounds no sentence; export it with "
+                f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here."
+            )
         kind = f"format {found!r}" if found else "no format of ours"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "

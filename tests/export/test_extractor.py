@@ -12,13 +12,14 @@ import torch
 import export.extractor
 from export.extractor import export_c3d
 from export.to_onnx import relative_difference, to_onnx
-from runtime.errors import PromiseBroken, ShapeError
+from runtime.errors import CheckpointError, PromiseBroken, ShapeError
 from runtime.extractors import ClipExtractor, open_extractor
 from runtime.files import sha256
 from runtime.footage import clips, look, pictures
 from tests import tolerances
 from tests.films import film
 from train.c3d import C3D, MEANS, C3DCheckpoint, C3DConfig, save_c3d
+from train.checkpoints import load_checkpoint
 
 TINY = C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), 32)
 
@@ -94,3 +95,8 @@ def test_a_graph_that_differs_from_torch_is_not_kept(
 def test_an_extractor_is_not_split(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ShapeError, match="not split"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)
+
+
+def test_a_c3d_pt_given_as_a_model_is_told_what_it_is_for(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"makes clip features.*export\.to_onnx --checkpoint"):
+        load_checkpoint(checkpoint)
