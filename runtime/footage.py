@@ -162,7 +162,8 @@ def look(path: str | os.PathLike[str]) -> Footage:
     """
     path = Path(path)
     if not path.is_file():
-        raise FootageError(f"The video {path} does not exist; check the path.")
+        there = "is no file, but a directory or the like" if path.exists() else "does not exist"
+        raise FootageError(f"The video {path} {there}; check the path.")
     if path.stat().st_size == 0:
         raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
     with _opened(path) as (container, stream):
