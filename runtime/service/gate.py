@@ -194,7 +194,7 @@ class Gate:
                 "wrong_host",
             )
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD") and origin is not None and _host_of(origin) != host:
             raise Refusal(
                 403,
                 f"A page of {origin[:80]!r} may not ask this service; ask from its own page, or not from a browser.",
@@ -297,6 +297,14 @@ def _in_plain_text(start: Message) -> Refusal | None:
         "`Range: bytes=FIRST-LAST` within its length, or none.",
         headers={"content-range": f"bytes */{length}"} if length else None,
     )
+
+
+def _host_of(origin: str) -> str | None:
+    """Return host and port of an Origin header; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _ticket_in(query: bytes) -> str:

@@ -196,6 +196,11 @@ def locked(
     return start(*words, "--api-key", KEY)
 
 
+def test_an_origin_that_is_no_address_is_refused(service: Running) -> None:
+    for origin in ("http://[", "http://[x]", "null", ""):
+        service.ask(QUESTION, Origin=origin).refused(403, "may not ask")
+
+
 def test_without_the_key_nothing_is_answered(locked: Running) -> None:
     for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
         for path in ("/v1/videos", "/v1/videos/SIM00001/media", "/metrics"):
