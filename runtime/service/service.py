@@ -147,8 +147,12 @@ class Service:
         if name in self.library:
             return await self.shelf.subject(name, lambda: self.library.load(name))
         upload = self.upload(name)
-        if upload.extraction is not None:
-            await asyncio.shield(upload.extraction)
+        extraction = upload.extraction
+        if extraction is not None:
+            await asyncio.wait((extraction,))
+            # It may have been removed meanwhile, and its extraction cancelled.
+            upload = self.upload(name)
+            extraction.result()
         return await self.shelf.subject(name, upload.load)
 
     def upload(self, name: str) -> Upload:

@@ -35,6 +35,8 @@ log = logging.getLogger("drn.service")
 # A .npz of one array has one entry of some 100 bytes in its directory; a directory of millions would fill the memory.
 ZIP_DIRECTORY_BYTES = 4 << 10
 ZIP_END = 22
+# A record of larger sizes may stand before the end, 20 bytes that lead to it between them; zipfile believes it.
+ZIP64_LOCATOR = 20
 # Beyond what a network and a video need, so that a file made to fill the memory ends its own process alone.
 EXTRACTOR_MEMORY = 8 << 30
 # `python -m runtime.extract` within that memory.
@@ -374,9 +376,11 @@ def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
 
 def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
     size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - ZIP_END))
-    end = stream.read()
-    if not end.startswith(b"PK\5\6") or int.from_bytes(end[12:16], "little") > ZIP_DIRECTORY_BYTES:
+    stream.seek(max(0, size - ZIP_END - ZIP64_LOCATOR))
+    tail = stream.read()
+    locator, end = tail[:-ZIP_END], tail[-ZIP_END:]
+    large = locator.startswith(b"PK\6\7") or int.from_bytes(end[12:16], "little") > ZIP_DIRECTORY_BYTES
+    if not end.startswith(b"PK\5\6") or large:
         raise _odd_archive("it is cut off, or holds more than an array")
     try:
         with zipfile.ZipFile(stream) as archive:

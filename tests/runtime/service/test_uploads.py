@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import io
 import os
 import pickle
+import struct
 import time
 import tracemalloc
 import zipfile
@@ -174,6 +176,22 @@ def test_a_directory_of_very_many_entries_is_not_read(tmp_path: Path) -> None:
             archive.writestr(f"{number}", b"")
     with pytest.raises(Refusal, match="more than an array"):
         read(stream.getvalue(), tmp_path / "f")
+
+
+def test_a_directory_that_is_larger_by_a_zip64_record_is_not_read(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("features.npy", npy(FEATURES))
+        for number in range(100):
+            archive.writestr(f"{number}", b"")
+    content, size = stream.getvalue()[:-22], len(archive.filelist)
+    start = archive.start_dir
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, size, size, len(content) - start, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(content), 1)
+    # What stands last tells of a small directory; zipfile follows the record before it.
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 60, start, 0)
+    with pytest.raises(Refusal, match="more than an array"):
+        read(content + record + locator + last, tmp_path / "f")
 
 
 @pytest.mark.parametrize(
@@ -423,6 +441,18 @@ def test_a_sent_video_is_extracted_played_and_asked(service: Running, tmp_path: 
     once = service.send("/v1/ground", video=(path.name, path.read_bytes()), query="person opens the door")
     assert once.status == 200, once.body
     assert alike(once.json[0]["moments"], found.json[0]["moments"])
+
+
+def test_who_waits_for_a_video_that_is_removed_is_told(service: Running, tmp_path: Path) -> None:
+    from tests.films import film
+
+    path = film(tmp_path / "film.mp4", 80)
+    identity = service.send(video=(path.name, path.read_bytes())).json["id"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service.ask, {"video": identity, "query": "person opens the door"})
+        time.sleep(0.2)
+        assert service.request("DELETE", f"/v1/videos/{identity}").status == 204
+        waiting.result().refused(404, identity)
 
 
 def test_a_broken_video_is_told_without_names_of_this_machine(service: Running, tmp_path: Path) -> None:
