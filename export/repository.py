@@ -196,15 +196,11 @@ def _beside(repository: Path) -> Iterator[Path]:
         inside = repository.is_dir() and os.path.ismount(repository)
         staged = Path(tempfile.mkdtemp(dir=repository if inside else parent, prefix=f".{repository.name}-"))
     except OSError as error:
-        raise OutputError(
-            f"{repository} cannot be written: {error.strerror or error}. Choose another place."
-        ) from error
+        raise _unwritable(repository, error) from error
     try:
         yield staged
     except OSError as error:
-        raise OutputError(
-            f"{repository} cannot be written: {error.strerror or error}. Choose another place."
-        ) from error
+        raise _unwritable(repository, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         for path in made:

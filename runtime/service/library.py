@@ -191,8 +191,6 @@ class Shelf:
 def _bytes(subject: Subject) -> int:
     if isinstance(subject, EncodedWindows):
         return sum(map(_bytes, subject.parts))
-    if isinstance(subject, EncodedWindows):
-        return sum(map(_bytes, subject.parts))
     if isinstance(subject, EncodedVideo):
         return subject.features.nbytes + subject.spans.nbytes
     segments = sum(part.features.nbytes for part in subject._segments.values())
