@@ -175,14 +175,21 @@ class ParquetSource:
             wanted = {_row(video.place): video.name for video in chosen}
             with self._opened(number) as file:
                 columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-                start = 0
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
-                    for row in sorted(wanted.keys() & range(start, start + len(batch))):
+                batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
+                start, rows = 0, sorted(wanted)
+                while rows:
+                    try:
+                        batch = next(batches)
+                    # What pyarrow raises where a page is damaged, which holds many rows.
+                    except (OSError, ValueError) as error:
+                        path = self._files[number]
+                        yield from (f"{wanted[row]!r} lies where {path} is damaged: {_said(error)}" for row in rows)
+                        break
+                    while rows and rows[0] < start + len(batch):
+                        row = rows.pop(0)
                         values = {name: batch.column(name)[row - start] for name in columns}
                         yield _or_why(functools.partial(_unfolded, values, wanted[row], clock))
                     start += len(batch)
-                    if start > max(wanted):
-                        break
 
     def _opened(self, number: int) -> Any:
         path = self._files[number]

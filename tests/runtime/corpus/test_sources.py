@@ -132,6 +132,22 @@ def test_what_is_wrong_with_a_row_of_parquet_is_told_of_it_alone(tmp_path: Path)
     assert "buffer size must be a multiple" in str(loaded(half)["v0"])
 
 
+def test_a_damaged_part_of_parquet_is_told_of_its_videos_alone(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "f.parquet", [features.tolist() for features in FEATURES.values()])
+    group = parquet.ParquetFile(path).metadata.row_group(1)
+    column = next(
+        group.column(index) for index in range(group.num_columns) if "features" in group.column(index).path_in_schema
+    )
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    found = loaded(path)
+    assert [name for name, video in found.items() if isinstance(video, Video)] == ["v0", "v1", "v4"]
+    for name in ("v2", "v3"):
+        assert f"{name!r} lies where {path} is damaged: " in found[name]
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
