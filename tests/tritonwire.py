@@ -35,6 +35,7 @@ class Wire:
         self.asked: list[tuple[str, Mapping[str, np.ndarray]]] = []
 
     def ready(self, name: str) -> bool:
+        time.sleep(self.delay_s)
         return name in self.server.models and not self.unready
 
     def index(self) -> list[dict[str, str]]:

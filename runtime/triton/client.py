@@ -107,13 +107,13 @@ class Connection:
         """
         name = self.address.model
         with self._explained("tell of its models"):
-            ready = self._client.is_model_ready(name)
-            known = None if ready else self._client.get_model_repository_index()
+            ready = self._client.is_model_ready(name, **self._options)
+            known = None if ready else self._client.get_model_repository_index(**self._options)
         if known is not None:
             raise ServerError(self._not_ready(name, [_fields(entry) for entry in _entries(known)]))
         json = {"as_json": True} if self.address.protocol == "grpc" else {}
         with self._explained(f"tell of {name}"):
-            config = self._client.get_model_config(name, **json)
+            config = self._client.get_model_config(name, **json, **self._options)
         parameters = config.get("config", config).get("parameters", {})
         if PARAMETER not in parameters:
             raise ModelFileError(
