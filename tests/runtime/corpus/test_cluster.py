@@ -133,9 +133,11 @@ def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 
 
 def begun(output: Path, times: int) -> list[int]:
-    """The processes that make shards which were begun so often."""
+    """The processes that make shards which were begun so often, and are not whole yet: only then the note goes."""
     found = []
     for note in output.glob(".attempts/*"):
+        if any(output.glob(f"shard-{note.name}-of-*")):
+            continue
         with contextlib.suppress(FileNotFoundError):
             processes = re.findall(r"process (\d+) on", note.read_text())
             if len(processes) >= times:
