@@ -208,6 +208,8 @@ def test_a_job_that_is_killed_whole_goes_on_where_it_stopped(
     # Ray starts here, with the job, and is killed with it.
     job = started(inputs.words(output, "--actors", 2), {**environment, "RAY_TMPDIR": str(own)})
     wait(lambda: len(list(output.glob("shard-*"))) > 5)
+    # Nothing new is handed out while we look, or all would be done before the kill.
+    os.killpg(job.pid, signal.SIGSTOP)
     # Where there is no `ss`, nothing is said of what listens.
     mine = rays(own)
     listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True).stdout if shutil.which("ss") else None
