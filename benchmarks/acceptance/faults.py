@@ -151,22 +151,22 @@ def opening(model: Path, device: Device, pairs: Pairs) -> Seen:
 @contextlib.contextmanager
 def _full(cuda: Any) -> Iterator[None]:
     """Keep all but a little of the GPU's memory."""
-    cuda.enter()
     taken: list[int] = []
-    size = max(cuda.memory()[0] - LEFT_FREE, 0)
-    # What is free is not always in one piece.
-    while size > LEFT_FREE:
-        try:
-            taken.append(cuda.allocate(size))
-            size = max(cuda.memory()[0] - LEFT_FREE, 0)
-        except DeviceError:
-            size //= 2
+    with cuda.current():
+        size = max(cuda.memory()[0] - LEFT_FREE, 0)
+        # What is free is not always in one piece.
+        while size > LEFT_FREE:
+            try:
+                taken.append(cuda.allocate(size))
+                size = max(cuda.memory()[0] - LEFT_FREE, 0)
+            except DeviceError:
+                size //= 2
     try:
         yield
     finally:
-        cuda.enter()
-        for address in taken:
-            cuda.free(address)
+        with cuda.current():
+            for address in taken:
+                cuda.free(address)
 
 
 def _distance(found: Sequence[list[Moment]], wanted: Sequence[list[Moment]]) -> float:

@@ -281,10 +281,10 @@ def _engine_profile(job: Job, pair: Path) -> Found:
     (program,) = list(network._programs.values())[-1:]
     profiler = Profiler()
     program.context.profiler = profiler
-    network.cuda.enter()
-    for _ in range(20):
-        program.context.execute_async_v3(network._stream)
-        network.cuda.synchronize(network._stream)
+    with network.cuda.current():
+        for _ in range(20):
+            program.context.execute_async_v3(network._stream)
+            network.cuda.synchronize(network._stream)
     if not spent:
         raise Skip(f"{library.__name__} {library.__version__} told the time of no layer.")
     medians = {name: sorted(values)[len(values) // 2] for name, values in spent.items()}

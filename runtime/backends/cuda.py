@@ -1,13 +1,17 @@
 """CUDA's driver, by ctypes: the few calls that running an engine takes.
 
 The driver's library is there wherever a GPU is, so nothing has to be installed for it. The device's primary context is
-used, which TensorRT and torch share. Every return code is looked at.
+used, which TensorRT and torch share; whatever context a caller has is his again after each call. A process that was
+forked has none of it: it neither uses nor destroys what its parent made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +39,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetName": (_out, _int, _int),
     "cuDeviceGetAttribute": (_out, _int, _int),
     "cuDevicePrimaryCtxRetain": (_out, _int),
-    "cuCtxSetCurrent": (_handle,),
+    "cuCtxPushCurrent_v2": (_handle,),
+    "cuCtxPopCurrent_v2": (_out,),
     "cuMemGetInfo_v2": (_out, _out),
     "cuMemAlloc_v2": (_out, _size),
     "cuMemFree_v2": (_address,),
@@ -97,10 +102,10 @@ class Cuda:
             str(self._attribute(attribute, device.value)) for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
         )
         self._context = self._made("cuDevicePrimaryCtxRetain", device.value)
-        self.enter()
 
-    def enter(self) -> None:
-        """Make the GPU current in this thread.
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU current in this thread, and in the end whichever was: torch may be on another.
 
         Raises:
             DeviceError: this process was forked from the one that opened the GPU.
@@ -110,7 +115,12 @@ class Cuda:
                 f"This process ({os.getpid()}) was forked from one that had opened the GPU already ({self._process}), "
                 "and CUDA does not survive that; load the model in the new process, or start it by spawn."
             )
-        self._check("cuCtxSetCurrent", self._context)
+        self._check("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            # Its code would hide the error on account of which this ends.
+            self._calls["cuCtxPopCurrent_v2"](ctypes.byref(ctypes.c_void_p()))
 
     @property
     def usable(self) -> bool:
@@ -225,6 +235,30 @@ class Cuda:
             if self._calls[name](code, ctypes.byref(text)) == 0 and text.value:
                 texts.append(text.value.decode(errors="replace"))
         return ", ".join(texts) or f"error {code}"
+
+
+def keep_from_children(owner: Any) -> None:
+    """See to it that no process forked from this one destroys `owner`, nor what it holds on the GPU.
+
+    The destructors of TensorRT and ONNX Runtime call CUDA, which in a forked process crashes or hangs.
+    """
+    _OWNERS.add(owner)
+
+
+def keep_for_good(owner: Any) -> None:
+    """See to it that `owner` is never destroyed, not even when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
+
+
+def _keep_all() -> None:
+    for owner in list(_OWNERS):
+        keep_for_good(owner)
+
+
+_OWNERS: weakref.WeakSet[Any] = weakref.WeakSet()
+# Windows, where TensorRT runs too, has no fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_all)
 
 
 def _load() -> Any:

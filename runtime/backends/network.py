@@ -16,6 +16,8 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import plans
-from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory
-from runtime.backends.shapes import ALIGNMENT, AXES, Domain, choose, domain, layout, longest_query
+from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory, keep_for_good, keep_from_children
+from runtime.backends.shapes import ALIGNMENT, AXES, Domain, Region, choose, domain, layout, longest_query
 from runtime.errors import DeviceError, ModelFileError, ShapeError
 from runtime.sidecar import AboutPlan
 from runtime.tensors import ENCODED_FEATURES, Heads
@@ -39,6 +41,8 @@ SPANS = "segment_spans"
 # Contexts, each with its CUDA graph, that are kept; the least used goes first. There is room for all sizes of batches
 # to 32 and of queries to 16 words, which a service meets in any order, so that no context is made twice.
 MOST_PROGRAMS = 64
+# At the end of the process, what calls in other threads get to end in all. A call takes milliseconds.
+LAST_CALLS_SECONDS = 2.0
 # Sizes whose profile is remembered.
 MOST_CHOICES = 4096
 # In the rows that pad a batch: a query of one unknown word, which no mask makes empty.
@@ -67,6 +71,9 @@ class Network:
         path, sidecar: the plan's.
         cuda: the GPU.
         domains: its optimization profiles.
+        turn: held by the one thread that uses it; networks of one model share theirs.
+        resident: where the encodings' tensors lie on the device, by how many there are (profiles may differ) and name.
+        staged: page-locked memory of the same shapes, from which they are copied there.
         closed: whether everything was given back.
         gpu_ms: milliseconds that the GPU spent on the network since `gpu_ms` was last set to 0; counted only while
             `timed`.
@@ -87,12 +94,16 @@ class Network:
         self._streams: list[int] = []
         self._events: list[int] = []
         self.closed = False
+        self.turn = threading.Lock()
+        keep_from_children(self)
         _OPEN.add(self)
         try:
-            self._open()
+            with self.turn, cuda.current():
+                self._open()
         except OutOfDeviceMemory as error:
             self.close()
-            free, total = cuda.memory()
+            with cuda.current():
+                free, total = cuda.memory()
             raise DeviceError(
                 f"The GPU has not enough memory for {path.name} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
                 f"free): {str(error).rstrip('.')}; end what else uses it, or build for fewer queries (--batch)."
@@ -103,7 +114,6 @@ class Network:
 
     def _open(self) -> None:
         cuda = self.cuda
-        cuda.enter()
         self._stream = cuda.stream()
         self._streams.append(self._stream)
         self._events += [cuda.event(), cuda.event()]
@@ -124,7 +134,8 @@ class Network:
         part = self.sidecar.manifest.part
         self._axes = AXES[part]
         self._resident = (ENCODED_FEATURES, SPANS) if part == "query" else ()
-        self._dtypes = self._read_tensors(OTHER_OUTPUTS.get(part, OUTPUTS))
+        self._outputs = OTHER_OUTPUTS.get(part, OUTPUTS)
+        self._dtypes = self._read_tensors(self._outputs)
         self.half_bits = self._half_bits()
         self.domains = [self._domain(index) for index in range(self._engine.num_optimization_profiles)]
         self.query_length = longest_query(self.domains) if part not in OTHER_OUTPUTS else (0, 0, 0)
@@ -165,24 +176,26 @@ class Network:
         return domain(index, self._axes, shapes, frozenset(("video",)) if self._resident else frozenset())
 
     def _allocate_staging(self) -> None:
-        """Allocate what the largest shape of any profile needs, and the encodings' place on the device."""
+        """Allocate what the largest shape of any profile needs, and the encodings' place on the device and before."""
         self.resident: dict[tuple[int, str], int] = {}
+        self.staged: dict[tuple[int, str], np.ndarray] = {}
         bytes_in = bytes_out = ALIGNMENT
         for profile in self.domains:
             shapes = profile.shapes(self._axes, profile.largest())
             for name in self._resident:
                 key = (shapes[name][0], name)
                 if key not in self.resident:
-                    size = int(np.prod(shapes[name])) * self._dtypes[name].itemsize
-                    self.resident[key] = self._allocate(size)
+                    region = Region(0, shapes[name], self._dtypes[name])
+                    self.resident[key] = self._allocate(region.size)
+                    self.staged[key] = region.view(self._new_pinned(region.size))
             context = self._context(profile, shapes)
             bytes_in = max(bytes_in, self._layout_in(shapes)[1])
             bytes_out = max(bytes_out, self._layout_out(context)[1])
+            self._tails = {name: tuple(context.get_tensor_shape(name))[1:] for name in self._outputs}
         self._device_in, self._device_out = self._allocate(bytes_in), self._allocate(bytes_out)
-        self._host_in, self._host_out = self.pinned(bytes_in), self.pinned(bytes_out)
+        self._host_in, self._host_out = self._new_pinned(bytes_in), self._new_pinned(bytes_out)
 
-    def pinned(self, size: int) -> np.ndarray:
-        """Return `size` bytes of page-locked memory, freed by `close`."""
+    def _new_pinned(self, size: int) -> np.ndarray:
         self._pinned.append(self.cuda.pinned(size))
         return self._pinned[-1]
 
@@ -191,16 +204,16 @@ class Network:
         self._device_bytes += size
         return self._device[-1]
 
-    def dtype(self, name: str) -> np.dtype:
-        return self._dtypes[name]
-
     def _layout_in(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         staged = {name: shape for name, shape in shapes.items() if name not in self._resident}
         return layout(staged, self._dtypes)
 
     def _layout_out(self, context: Any) -> Any:
-        outputs = [name for name in self._dtypes if name not in self._axes]
-        return layout({name: tuple(context.get_tensor_shape(name)) for name in outputs}, self._dtypes)
+        return layout({name: tuple(context.get_tensor_shape(name)) for name in self._outputs}, self._dtypes)
+
+    def nothing(self) -> dict[str, np.ndarray]:
+        """Return the outputs of no rows, which no profile takes."""
+        return {name: np.empty((0, *tail), self._dtypes[name]) for name, tail in self._tails.items()}
 
     def _context(self, profile: Domain, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """Return a new context set to a profile and to shapes, on the shared scratch memory."""
@@ -289,9 +302,13 @@ class Network:
             self._choices[key] = choose(self.domains, sizes)
         return self._choices[key]
 
-    def upload(self, address: int, host: np.ndarray) -> None:
-        """Copy page-locked memory to the device, ahead of the next run."""
-        self.cuda.copy_in(address, host.ctypes.data, host.nbytes, self._stream)
+    def upload(self, name: str, slots: int, slot: int) -> None:
+        """Copy one encoding to the device, ahead of the next run, from where it was put in `staged`.
+
+        Each place there is copied to one slot alone, so that nothing has to wait before it is written again.
+        """
+        host = self.staged[slots, name][slot]
+        self.cuda.copy_in(self.resident[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self._stream)
 
     def _program(self, profile: Domain, sizes: Mapping[str, int]) -> _Program:
         key = (profile.index, *sizes.values())
@@ -402,8 +419,11 @@ class Network:
             return
         self.closed = True
         # What frees must not hide the error on account of which it is called.
+        with contextlib.suppress(CudaError), self.cuda.current():
+            self._free()
+
+    def _free(self) -> None:
         with contextlib.suppress(CudaError):
-            self.cuda.enter()
             for stream in self._streams:
                 self.cuda.synchronize(stream)
         with contextlib.suppress(CudaError):
@@ -432,9 +452,22 @@ _OPEN: weakref.WeakSet[Network] = weakref.WeakSet()
 
 @atexit.register
 def close_all() -> None:
-    """Close every network: contexts and engines must be gone before CUDA is, or TensorRT may crash at the end."""
+    """Close every network: contexts and engines must be gone before CUDA is, or TensorRT may crash at the end.
+
+    Memory must not be freed under a call, which at the end can be in a daemon thread alone: it is waited for, shortly,
+    and what is in use even then is left to the operating system, destructors included.
+    """
+    until = time.monotonic() + LAST_CALLS_SECONDS
     for network in list(_OPEN):
-        network.close()
+        if not network.cuda.usable:
+            continue
+        if network.turn.acquire(timeout=max(until - time.monotonic(), 0)):
+            try:
+                network.close()
+            finally:
+                network.turn.release()
+        else:
+            keep_for_good(network)
 
 
 def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...]) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ import numpy as np
 from runtime.backends import plans
 from runtime.backends.cuda import Cuda, OutOfDeviceMemory
 from runtime.backends.network import OUTPUTS, SPANS, Network
-from runtime.backends.shapes import asked, layout, pieces, pieces_by_video
+from runtime.backends.shapes import asked, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError, ShapeError
 from runtime.extractors import ExtractorManifest, ExtractorSidecar
@@ -176,7 +175,9 @@ class _Model:
     def __init__(self, *networks: Network) -> None:
         self._networks = networks
         self._network = networks[0]
-        self._lock = threading.Lock()
+        self._lock = self._network.turn
+        for network in networks:
+            network.turn = self._lock
         self.device = "cuda"
         self.gpu_name = self._network.cuda.name
 
@@ -187,8 +188,7 @@ class _Model:
         Raises:
             DeviceError: the model was closed, or this process was forked after it was opened.
         """
-        self._network.cuda.enter()
-        with self._lock:
+        with self._network.cuda.current(), self._lock:
             if any(network.closed for network in self._networks):
                 raise DeviceError(f"{self._network.path.name} was closed; open it again to ask it.")
             yield
@@ -213,6 +213,9 @@ class _Model:
 
     def close(self) -> None:
         """Free the GPU's memory; the model cannot run any more."""
+        # In a forked process there is nothing to free, and who held the lock is not there.
+        if not self._network.cuda.usable:
+            return
         with self._lock:
             for network in self._networks:
                 network.close()
@@ -258,6 +261,8 @@ class _Model:
                 for part in pieces(len(array), most)
                 for _, answer in self._answer(np.arange(part.start, part.stop), some)
             ]
+        if not found:
+            return network.nothing()[output]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
@@ -326,6 +331,7 @@ class TensorRTBackend(_Grounding):
                     for part in pieces(len(batch), most)
                     for answer in self._answer(np.arange(part.start, part.stop), some)
                 ),
+                self._network.nothing(),
             )
 
 
@@ -364,12 +370,6 @@ class TensorRTPair(_Grounding):
         super().__init__(manifest, query, video)
         self._video = video
         self._banks = {slots: Bank(slots) for slots, _ in query.resident}
-        most = max(self._banks)
-        tails = query.domains[0].tails
-        shapes = {name: (most, *tails[name]) for name in (ENCODED_FEATURES, SPANS)}
-        regions, size = layout(shapes, {name: query.dtype(name) for name in shapes})
-        staging = query.pinned(size)
-        self._staged = {name: region.view(staging) for name, region in regions.items()}
         self._calls = itertools.count(1)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
@@ -417,6 +417,7 @@ class TensorRTPair(_Grounding):
                     for rows in pieces_by_video(video_index, largest["batch"][2], most_videos, len(videos))
                     for answer in self._answer(rows, some)
                 ),
+                network.nothing(),
             )
 
     def run(self, batch: Batch) -> Heads:
@@ -444,15 +445,14 @@ class TensorRTPair(_Grounding):
     def _upload(self, video: EncodedVideo, slot: int, most: int) -> None:
         features = to_bfloat16(video.features) if self._network.half_bits else video.features
         for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
-            staged = self._staged[name][slot]
+            staged = self._network.staged[most, name][slot]
             if array.shape != staged.shape:
                 raise ShapeError(
                     f"The encoding of {video.name} has {name} of shape {array.shape} and this engine takes "
                     f"{staged.shape}; encode the video with this model."
                 )
-            # A slot's place here is copied to no other slot, so nothing has to wait before it is written again.
             staged[...] = array
-            self._network.upload(self._network.resident[most, name] + slot * staged.nbytes, staged)
+            self._network.upload(name, most, slot)
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -472,9 +472,11 @@ def _part(rows: np.ndarray) -> Any:
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
-def _gathered(rows: int, answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> Heads:
-    """Return the heads of all rows from those of some at a time."""
-    whole: dict[str, np.ndarray] = {}
+def _gathered(
+    rows: int, answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]], nothing: Mapping[str, np.ndarray]
+) -> Heads:
+    """Return the heads of all rows from those of some at a time; `nothing` are those of no row."""
+    whole: dict[str, np.ndarray] = {} if rows else dict(nothing)
     for some, found in answers:
         if len(some) == rows and _part(some) == slice(0, rows):
             return Heads(*(np.asarray(found[name], np.float32) for name in OUTPUTS))

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+# The device's own.
+CONTEXT = 7
 OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONTEXT = 2, 1, 201
 CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
 _NAMES = {1: "CUDA_ERROR_INVALID_VALUE", 2: "CUDA_ERROR_OUT_OF_MEMORY", 201: "CUDA_ERROR_INVALID_CONTEXT"}
@@ -50,12 +52,14 @@ class Driver:
     Attributes:
         calls: every call's name, in order.
         room: bytes of device memory that may be allocated.
+        full_at: the allocation, of those from when this was set, counted from 0, for which there is no room.
         failing: name -> code, for calls that are to fail.
     """
 
     def __init__(self, name: str = "NVIDIA H100", capability: tuple[int, int] = (9, 0), devices: int = 1) -> None:
         self.calls: list[str] = []
         self.room = 1 << 32
+        self.full_at: int | None = None
         self.failing: dict[str, int] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -65,7 +69,7 @@ class Driver:
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._last = 1000
-        self._entered = threading.local()
+        self._threads = threading.local()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -82,11 +86,17 @@ class Driver:
                     self.streams[arguments[0]].captured = None
                 return self.failing[name]
             free_of_context = ("cuInit", "cuDriver", "cuDevice", "cuGet", "cuCtx")
-            if not name.startswith(free_of_context) and not getattr(self._entered, "yes", False):
+            if not name.startswith(free_of_context) and self.stack()[-1:] != [CONTEXT]:
                 return INVALID_CONTEXT
             return int(function(self, *arguments) or 0)
 
         return call
+
+    def stack(self) -> list[int]:
+        """The contexts of this thread; the last is current."""
+        if not hasattr(self._threads, "stack"):
+            self._threads.stack = []
+        return self._threads.stack
 
     def held(self) -> dict[str, int]:
         """Everything that has not been given back."""
@@ -130,6 +140,12 @@ class Driver:
             return CAPTURE_UNSUPPORTED
         return 0
 
+    def _is_full(self) -> bool:
+        if self.full_at is None:
+            return False
+        self.full_at -= 1
+        return self.full_at == -1
+
     def _handle(self) -> int:
         self._last += 1
         return self._last
@@ -158,11 +174,17 @@ class Driver:
         _written(value, {75: self._capability[0], 76: self._capability[1]}[attribute])
 
     def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        _written(context, 7)
+        _written(context, CONTEXT)
 
-    def _cuCtxSetCurrent(self, context: int) -> int:
-        self._entered.yes = context == 7
-        return 0 if context == 7 else INVALID_VALUE
+    def _cuCtxPushCurrent(self, context: int) -> int:
+        self.stack().append(context)
+        return 0 if context == CONTEXT else INVALID_VALUE
+
+    def _cuCtxPopCurrent(self, context: Any) -> int:
+        if not self.stack():
+            return INVALID_CONTEXT
+        _written(context, self.stack().pop())
+        return 0
 
     def _cuMemGetInfo(self, free: Any, total: Any) -> None:
         _written(free, self.room - self.allocated())
@@ -171,7 +193,7 @@ class Driver:
     def _cuMemAlloc(self, address: Any, size: int) -> int:
         if self._forbidden():
             return CAPTURE_UNSUPPORTED
-        if self.allocated() + size > self.room:
+        if self._is_full() or self.allocated() + size > self.room:
             return OUT_OF_MEMORY
         # What was in memory before is anything.
         block = bytearray(b"\xff" * size)
@@ -186,6 +208,8 @@ class Driver:
     def _cuMemAllocHost(self, address: Any, size: int) -> int:
         if self._forbidden():
             return CAPTURE_UNSUPPORTED
+        if self._is_full():
+            return OUT_OF_MEMORY
         block = (ctypes.c_uint8 * size)()
         self._pinned[ctypes.addressof(block)] = block
         _written(address, ctypes.addressof(block))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import dataclasses
+import functools
+import gc
 import importlib.util
 import inspect
 import json
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.backends import network as network_module
 from runtime.backends import open_backend, plans
 from runtime.backends.cuda import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
 from runtime.backends.network import MOST_PROGRAMS, close_all
@@ -120,7 +125,12 @@ class Bench:
         write_plan(plan, self.graphs.whole, profiles, self.graphs.manifest, self.version, **content)
         return self.open(plan)
 
-    def pair(self, videos: int = 3, types: dict[str, str] | None = None) -> TensorRTPair:
+    def pair(
+        self,
+        videos: int = 3,
+        types: dict[str, str] | None = None,
+        profiles: Sequence[dict[str, Any]] | None = None,
+    ) -> TensorRTPair:
         (name,) = self.graphs.query_manifest.video_part
         video_manifest = dataclasses.replace(self.graphs.manifest, part="video")
         write_plan(
@@ -133,7 +143,7 @@ class Bench:
         )
         plan = self.directory / "drn.query.engine"
         both = [profile((1, 1, 1), "query", (1, 2, videos)), profile((2, 4, 8), "query", (1, 2, videos))]
-        write_plan(plan, self.graphs.query, both, self.graphs.query_manifest, self.version, types)
+        write_plan(plan, self.graphs.query, profiles or both, self.graphs.query_manifest, self.version, types)
         return self.open(plan)
 
     def open(self, plan: Path) -> Any:
@@ -143,7 +153,7 @@ class Bench:
         """Return the driver's calls that something makes."""
         before = len(self.driver.calls)
         run()
-        return [name for name in self.driver.calls[before:] if name != "cuCtxSetCurrent"]
+        return [name for name in self.driver.calls[before:] if not name.startswith("cuCtx")]
 
 
 @pytest.fixture
@@ -347,9 +357,9 @@ def test_only_encodings_that_are_not_on_the_gpu_are_copied(bench: Bench, monkeyp
     batch = batch_of([3] * 5)
     videos = known(pair, batch)
 
-    copied: list[int] = []
+    copied: list[str] = []
     upload = pair._network.upload
-    monkeypatch.setattr(pair._network, "upload", lambda address, host: copied.append(address) or upload(address, host))
+    monkeypatch.setattr(pair._network, "upload", lambda *where: copied.append(where[0]) or upload(*where))
 
     def copies(*asked: int) -> int:
         before, rows = len(copied), slice(0, len(asked))
@@ -398,6 +408,44 @@ def test_what_is_open_at_the_end_of_the_process_is_closed(bench: Bench) -> None:
     backend.run(batch_of([4]))
     close_all()
     assert bench.driver.held() == {}
+
+
+def test_what_is_asked_while_the_process_ends_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([4, 4])
+    queries, both = (batch.query_tokens, batch.query_length), np.arange(2, dtype=np.int32)
+    for is_pair in (False, True):
+        backend: Any = bench.pair() if is_pair else bench.whole()
+        videos = known(backend, batch) if is_pair else []
+        ask = functools.partial(*((backend.ask, *queries, videos, both) if is_pair else (backend.run, batch)))
+        ask()
+        begun, ends = threading.Event(), threading.Event()
+        synchronize = bench.cuda.synchronize
+
+        def slowly(stream: int, begun: Any = begun, ends: Any = ends, synchronize: Any = synchronize) -> None:
+            begun.set()
+            assert ends.wait(60)
+            synchronize(stream)
+
+        monkeypatch.setattr(bench.cuda, "synchronize", slowly)
+        found: list[Heads] = []
+        asking = threading.Thread(target=lambda ask=ask, found=found: found.append(ask()))
+        asking.start()
+        assert begun.wait(60)
+        held = bench.driver.held()
+        # A call that does not end keeps what it works on.
+        monkeypatch.setattr(network_module, "LAST_CALLS_SECONDS", 0.05)
+        close_all()
+        assert bench.driver.held() == held
+        # One that ends is waited for, and then all is freed.
+        monkeypatch.setattr(network_module, "LAST_CALLS_SECONDS", 60.0)
+        closing = threading.Thread(target=close_all)
+        closing.start()
+        ends.set()
+        asking.join()
+        closing.join()
+        assert_same(found[0], reference(bench.graphs, batch))
+        assert bench.driver.held() == {}
+        monkeypatch.undo()
 
 
 def test_what_is_no_longer_used_is_freed(bench: Bench) -> None:
@@ -571,7 +619,7 @@ def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
         for use, given_to in ((backend.run, (batch,)), (backend.memory_report, ()), (backend.time_gpu, (True,))):
             with pytest.raises(DeviceError, match=r"was closed; open it again"):
                 use(*given_to)
-        assert set(bench.driver.calls[calls:]) <= {"cuCtxSetCurrent"}
+        assert set(bench.driver.calls[calls:]) <= {"cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"}
 
 
 def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,9 +629,110 @@ def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest
     with pytest.raises(DeviceError, match="was forked"):
         backend.run(batch_of([4]))
     calls = len(bench.driver.calls)
-    backend.close()
+    # Who held it when the process was forked will never let go.
+    with backend._lock:
+        backend.close()
+        close_all()
     assert len(bench.driver.calls) == calls
     monkeypatch.undo()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("what", ["whole", "pair"])
+def test_a_forked_process_destroys_nothing_of_tensorrts(bench: Bench, what: str) -> None:
+    backend = getattr(bench, what)()
+    backend.run(batch_of([4]))
+    (program,) = list(backend._network._programs.values())[:1]
+    things = [weakref.ref(thing) for thing in (program.context, backend._network._engine)]
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            backend.close()
+            del backend, program
+            gc.collect()
+            os._exit(sum(thing() is None for thing in things))
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del backend, program
+    assert [thing() for thing in things] == [None, None]
+
+
+def test_the_device_of_the_caller_is_current_again(bench: Bench) -> None:
+    theirs = 9
+    bench.driver.stack().append(theirs)
+    batch = batch_of([4, 4])
+    for open_one in (bench.whole, bench.pair):
+        backend = open_one()
+        assert bench.driver.stack() == [theirs]
+        backend.time_gpu(True)
+        backend.run(batch)
+        assert backend.memory_report().device > 0
+        bench.library.failing["execute_async_v3"] = "shape mismatch"
+        with pytest.raises(DeviceError, match="shape mismatch"):
+            backend.run(batch)
+        bench.library.failing.clear()
+        assert bench.driver.stack() == [theirs]
+        backend.close()
+        assert bench.driver.stack() == [theirs]
+    bench.driver.room = 6000
+    with pytest.raises(DeviceError, match="not enough memory"):
+        bench.whole()
+    assert bench.driver.stack() == [theirs]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_of_no_query_there_are_no_answers(tmp_path: Path, graphs: Graphs, version: str) -> None:
+    bench, some = Bench(tmp_path, graphs, version), batch_of([4, 4])
+    none = Batch(*(values[:0] for values in vars(some).values()))
+    for backend in (
+        bench.whole(),
+        bench.pair(),
+        open_backend(graphs.whole, "cpu", 1),
+        open_backend(graphs.query, "cpu", 1),
+    ):
+        locations = backend.run(some).matching_logits.shape[1]
+        assert_same(backend.run(none), Heads(*(np.empty((0, locations, *tail), np.float32) for tail in ((), (2,), ()))))
+        assert_same(backend.run(some), reference(graphs, some))
+        if hasattr(backend, "ask"):
+            encoded = backend.encode(some.segment_features)
+            assert backend.encode(none.segment_features).shape == (0, *encoded.shape[1:])
+            for videos in (known(backend, some), []):
+                heads = backend.ask(none.query_tokens, none.query_length, videos, np.empty(0, np.int32))
+                assert heads.boundary_distances.shape == (0, locations, 2)
+
+
+def test_banks_of_different_sizes_do_not_mix_when_memory_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that finds no memory is asked again in halves through another profile, whose bank is another."""
+    pair = bench.pair(profiles=[profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))])
+    batch = batch_of([4, 4])
+    videos = known(pair, batch)
+    both, asked_for = np.arange(2, dtype=np.int32), (batch.query_tokens, batch.query_length, videos)
+    create, failing = pair._network._context, iter([True])
+
+    def sometimes(*arguments: Any) -> Any:
+        if next(failing, False):
+            raise OutOfDeviceMemory("CUDA error 2: out of memory.")
+        return create(*arguments)
+
+    monkeypatch.setattr(pair._network, "_context", sometimes)
+    assert_same(pair.ask(*asked_for, both), reference(bench.graphs, batch))
+    # What was put into the first bank is what it holds.
+    assert_same(pair.ask(*asked_for, both), reference(bench.graphs, batch))
+
+
+def test_a_pair_is_opened_whole_or_not_at_all(bench: Bench) -> None:
+    profiles = [profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))]
+    bench.pair(profiles=profiles).close()
+    allocations = ("cuMemAlloc_v2", "cuMemAllocHost_v2")
+    count = sum(name in allocations for name in bench.driver.calls)
+    assert count >= 2 * (2 + 4) + 4
+    for nth in range(count):
+        bench.driver.full_at = nth
+        with pytest.raises(DeviceError, match=r"not enough memory for drn\.\w+\.engine \(.*--batch"):
+            bench.pair(profiles=profiles)
+        assert bench.driver.held() == {}, nth
+    bench.driver.full_at = None
+    assert_same(bench.pair(profiles=profiles).run(batch_of([4, 4])), reference(bench.graphs, batch_of([4, 4])))
 
 
 def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
@@ -855,11 +1004,14 @@ def test_a_failed_call_is_named_with_the_drivers_words() -> None:
     driver = Driver()
     cuda = Cuda(driver)
     assert (cuda.name, cuda.capability, cuda.driver) == ("NVIDIA H100", "9.0", "13.0")
-    with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_VALUE, code 1"):
+    with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_CONTEXT, code 201"):
         cuda.free(3)
-    driver.room = 100
-    with pytest.raises(OutOfDeviceMemory, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        cuda.allocate(200)
+    with cuda.current():
+        with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_VALUE, code 1"):
+            cuda.free(3)
+        driver.room = 100
+        with pytest.raises(OutOfDeviceMemory, match="CUDA_ERROR_OUT_OF_MEMORY"):
+            cuda.allocate(200)
 
 
 def test_a_driver_without_gpus_or_too_old_is_an_error() -> None:
