@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime import extractors
+from runtime.backends.cuda import keep_from_children
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.files import sha256
@@ -36,6 +37,7 @@ LEAST_PREPARED = 12
 KEPT_ON_DEVICE = 256
 # On a CPU a convolution is slower where it pads by itself (`calib.padding`), so that step is not to be merged into it.
 KEPT_APART = ["Pad_Fusion"]
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -125,11 +127,14 @@ class Session:
             raise extractors.no_model(path)
         self.manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
         self._session = session
+        self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
+        if self.binds:
+            keep_from_children(self)
 
     def require(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Raise ModelFileError unless the graph has these inputs and outputs."""
         missing = (set(inputs) - {argument.name for argument in self._session.get_inputs()}) | (
-            set(outputs) - {argument.name for argument in self._session.get_outputs()}
+            set(outputs) - set(self._outputs)
         )
         if missing:
             raise ModelFileError(
@@ -146,11 +151,10 @@ class Session:
             DeviceMemoryError: memory ran out.
             DeviceError: the process was forked after CUDA had started.
         """
-        if self.binds and os.getpid() != self._process:
-            raise DeviceError(
-                "This process was forked from one that had started CUDA, which does not survive that; open the model "
-                "in the process that asks, or start processes by 'spawn'."
-            )
+        self._check_process()
+        # Where there is no row, ONNX Runtime divides by their number, and the process dies of it.
+        if not len(next(iter(feed.values()))):
+            return [self._nothing(*self._outputs[name]) for name in outputs]
         try:
             return self._bound(outputs, feed) if self.binds else self._session.run(outputs, feed)
         # Its own exceptions share no base class below Exception, and what is bound fails with a RuntimeError.
@@ -164,11 +168,23 @@ class Session:
                 ) from error
             raise ShapeError(f"The model does not take this batch: {said}.") from error
 
+    @staticmethod
+    def _nothing(shape: Sequence[Any], kind: str) -> np.ndarray:
+        return np.empty((0, *shape[1:]), _DTYPES[kind])
+
     def resident(self, array: np.ndarray) -> Any:
-        """Return an array as a tensor on the session's device."""
+        """Return an array as a tensor on the session's device; DeviceError as of `run`."""
+        self._check_process()
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def _check_process(self) -> None:
+        if self.binds and os.getpid() != self._process:
+            raise DeviceError(
+                "This process was forked from one that had started CUDA, which does not survive that; open the model "
+                "in the process that asks, or start processes by 'spawn'."
+            )
 
     def _bound(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
         binding = self._session.io_binding()
@@ -212,6 +228,8 @@ class OnnxRuntimePair:
         self._threads = threads
         self._lock = threading.Lock()
         self._residents: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        if query.binds:
+            keep_from_children(self)
         named = self.manifest.video_part
         if len(named) != 1:
             raise ModelFileError(f"{query.path} names {len(named)} video parts and needs one; export it again.")
@@ -245,6 +263,8 @@ class OnnxRuntimePair:
         video_index: np.ndarray,
     ) -> Heads:
         """Return the heads of B queries; see `PairBackend`."""
+        if not len(query_length):
+            return Heads(*self._query.run(OUTPUTS, {"query_length": query_length}))
         (first, *others) = videos
         if not others and first.prepared is not None and len(query_length) >= LEAST_PREPARED:
             prepared = (query_tokens, query_length, first.prepared, first.spans[None])

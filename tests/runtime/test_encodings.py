@@ -297,8 +297,11 @@ def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
     with pytest.raises(ShapeError, match="does not take this batch"):
         backend.encode(np.zeros((1, 32, 5), np.float32))
     monkeypatch.setattr("os.getpid", lambda: -1)
-    with pytest.raises(DeviceError, match="forked from one that had started CUDA"):
-        split.ground(*pairs[0])
+    # Neither with what is on the device nor with what would have to go there.
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", lambda *_: pytest.fail("CUDA was touched"))
+    for pair in (pairs[0], pairs[2]):
+        with pytest.raises(DeviceError, match="forked from one that had started CUDA"):
+            split.ground(*pair)
 
 
 def test_nothing_an_encoding_is_told_goes_unchecked() -> None:
