@@ -37,7 +37,7 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DeviceError(
-            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install onnx onnxruntime`."
+            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install 'drn-deploy[engine]'`."
         ) from error
     path = Path(path)
     if not path.is_file():
@@ -72,6 +72,10 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest that travels in a graph; ModelFileError if it has none or is no DRN graph."""
     properties = {entry.key: entry.value for entry in model.metadata_props}
     manifest = Manifest.from_json(properties.get(METADATA_KEY), source)
+    if manifest.part != "whole":
+        raise ModelFileError(
+            f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from."
+        )
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     missing = (set(Batch.__dataclass_fields__) | set(OUTPUTS)) - names
     if missing:

@@ -83,6 +83,8 @@ def to_onnx(
         )
     if max_query_length is not None and max_query_length < 1:
         raise ShapeError(f"A query has at least 1 word, and --max-query-length {max_query_length} was asked for.")
+    if output.suffix != ".onnx" and not output.is_dir():
+        raise OutputError(f"--output {output} should end in .onnx: models are told apart by their names.")
     try:
         import onnx
         import onnxruntime
@@ -139,6 +141,11 @@ def to_onnx(
     )
     if split:
         log.info("%s: the same in parts, checked likewise.", ", ".join(path.name for path in parts))
+    if not manifest.vocabulary.words:
+        log.warning(
+            "%s has no words, so sentences cannot be asked of it: convert its checkpoint again with --vocabulary.",
+            output,
+        )
     next_command("runtime.evaluate", "--model", query, "--data", "DIR")
     return output
 

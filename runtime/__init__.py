@@ -12,13 +12,22 @@ from __future__ import annotations
 import sys
 
 if sys.argv[:1] == ["-m"]:
-    # Started as a command and still importing, which takes seconds with torch: Ctrl-C should not print a traceback.
-    # Once imported, `runtime.command` answers it.
+    # Started as a command and still importing, which takes seconds with torch: neither Ctrl-C nor a package that is not
+    # installed should print a traceback. Once imported, `runtime.command` answers both.
     _excepthook = sys.excepthook
+    # What commands import before they begin, and the extra that brings it.
+    _extras = {"torch": "train", "onnx": "engine"}
 
     def _quiet(kind, error, traceback):  # type: ignore[no-untyped-def]
         if issubclass(kind, KeyboardInterrupt):
             print("Interrupted; nothing half-written was left behind.", file=sys.stderr)
+        elif issubclass(kind, ModuleNotFoundError) and error.name in _extras:
+            print(
+                f"error: This command needs {error.name}, which is not installed; "
+                f"run `pip install 'drn-deploy[{_extras[error.name]}]'`.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         else:
             _excepthook(kind, error, traceback)
 

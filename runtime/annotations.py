@@ -30,8 +30,6 @@ log = logging.getLogger("drn")
 
 Invalid = Literal["error", "drop", "keep"]
 
-# How far the clips of a video may be from what its frame count promises, before they are taken for another clock's.
-CLOCK_SLACK = 0.1
 # Rows left out that a warning names, of however many.
 NAMED = 20
 
@@ -216,15 +214,14 @@ class DataSet:
             return told
         clips = self.store.num_clips(video) if num_clips is None else num_clips
         if told is not None:
-            wanted = clock.num_clips(told)
-            if abs(wanted - clips) <= max(1, CLOCK_SLACK * wanted):
+            if clock.fits(told, clips):
                 return told
             if not self._told_of_stride:
                 self._told_of_stride = True
                 log.warning(
                     "%s: %d clips of %r do not fit its %d frames, of which the clock makes %d; segments of such videos "
                     "are equal parts of their clips (said once).",
-                    self.root, clips, video, told, wanted,
+                    self.root, clips, video, told, clock.num_clips(told),
                 )  # fmt: skip
         return clock.num_frames(clips)
 

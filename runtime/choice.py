@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from runtime.extractors import open_extractor
 from runtime.footage import Footage, look
 from runtime.manifest import Features
 from runtime.videos import Video
+
+log = logging.getLogger("drn")
 
 # A film may be longer or shorter than the features' video by this many seconds, or this share of it: tables round
 # durations, and some count the sound.
@@ -124,6 +127,11 @@ def open_choice(
     if choice.features is not None:
         assert choice.duration is not None
         video = Video.load(choice.features, choice.duration, choice.num_frames, clock=features.clock)
+        if not features.clock.fits(video.num_frames, len(video.features)):
+            log.warning(
+                "%s holds %d clips, and --num-frames %d makes %d of them; moments are wrong if it is another's.",
+                choice.features, len(video.features), video.num_frames, features.clock.num_clips(video.num_frames),
+            )  # fmt: skip
     else:
         assert choice.data is not None
         assert choice.video is not None

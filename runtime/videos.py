@@ -14,6 +14,9 @@ from runtime.errors import CheckpointError, FeatureError
 
 Pooling = Literal["mmaction2", "drn"]
 
+# How far the clips of a video may be from what its frame count promises, before they are taken for another clock's.
+CLOCK_SLACK = 0.1
+
 # A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
 LONGEST_SECONDS = 1e8
 MOST_FRAMES = 2**31 - 1
@@ -46,6 +49,11 @@ class ClipClock:
     def num_frames(self, num_clips: int) -> int:
         """Return the frames that `num_clips` windows cover; the true count may be up to `stride` - 1 higher."""
         return (num_clips - 1) * self.stride + self.window
+
+    def fits(self, num_frames: int, num_clips: int) -> bool:
+        """Whether a video of so many frames has about so many clips."""
+        wanted = self.num_clips(num_frames)
+        return abs(wanted - num_clips) <= max(1, CLOCK_SLACK * wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,9 +200,18 @@ def _bytes(content: Any) -> int:
 def load(path: str | os.PathLike[str]) -> Any:
     """Read tensors and plain containers with torch, running no code; raises CheckpointError."""
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; name the drn.pt in it.")
     if not path.is_file():
         raise CheckpointError(f"The checkpoint {path} does not exist; check the path.")
     try:
+        with path.open("rb") as stream:
+            # A zip archive, or a pickle: nothing else is torch.save's, and torch calls all else unsafe.
+            if not stream.read(4).startswith((b"PK", b"\x80")):
+                raise CheckpointError(
+                    f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
+                    "drn.pt; graphs and engines are made of one and do not turn back into it."
+                )
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.files import Staging, sha256
 from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
 from runtime.vocabulary import Vocabulary, tokenize, word_table
-from train.initialise import glove_vectors
+from train.glove import glove_vectors
 
 log = logging.getLogger("drn")
 

@@ -23,6 +23,7 @@ from calib.graphs import manifest_of
 from export.build_engine import build_engine, choose_target
 from export.builder import Plan, cuda_devices
 from export.engines import _write_engine, reject
+from export.split import split_graph, write_pair
 from runtime import Grounder, Presence
 from runtime.annotations import DataSet
 from runtime.describe import describe
@@ -258,6 +259,12 @@ def test_a_split_build_makes_a_pair_that_answers_as_the_whole(model: Path, plant
         wanted = whole.ground(video, annotation.sentence)
         found = pair.ground(pair.encode(video), annotation.sentence)
         assert [moment.start for moment in found] == pytest.approx([moment.start for moment in wanted], abs=0.05)
+
+
+def test_a_part_in_the_place_of_the_whole_is_told_as_that(model: Path, planted: Path) -> None:
+    write_pair(*split_graph(onnx.load(model)), model)
+    with pytest.raises(ModelFileError, match=r"drn\.query\.onnx is one part of a model \(query\)"):
+        build_engine(model.with_name("drn.query.onnx"), precision="fp16", data=planted)
 
 
 @pytest.mark.rtx

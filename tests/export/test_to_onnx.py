@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import getpass
 import subprocess
 import sys
@@ -31,9 +32,11 @@ from runtime.backends import open_backend
 from runtime.errors import CheckpointError, OutputError, PromiseBroken, ShapeError
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.vocabulary import Vocabulary
 from tests import tolerances
 from tests.export.conftest import CONFIGS, MAX_QUERY_LENGTH, Inputs, manifest, random_inputs
 from tests.export.rtx import build_with_rtx
+from train.checkpoints import load_checkpoint, save_checkpoint
 from train.model import DRN
 
 ROOT = Path(__file__).parents[2]
@@ -296,6 +299,24 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> Non
     assert not (tmp_path / "drn.onnx").exists()
     with pytest.raises(CheckpointError):
         to_onnx(tmp_path / "absent.pt", tmp_path / "drn.onnx")
+    with pytest.raises(CheckpointError, match="is a directory"):
+        to_onnx(tmp_path, tmp_path / "drn.onnx")
+
+
+def test_a_graph_given_as_checkpoint_is_not_taken_for_something_dangerous(
+    exported: dict[str, onnx.ModelProto], tmp_path: Path
+) -> None:
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    with pytest.raises(CheckpointError, match=r"torch\.save did not write it"):
+        to_onnx(tmp_path / "drn.onnx", tmp_path / "again.onnx")
+
+
+def test_a_network_without_words_is_exported_and_said_to_answer_no_sentence(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path / "drn.pt", dataclasses.replace(load_checkpoint(checkpoint), vocabulary=Vocabulary({})))
+    to_onnx(tmp_path / "drn.pt", tmp_path / "drn.onnx", max_query_length=2)
+    assert "has no words" in caplog.text
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(
@@ -303,7 +324,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
     (tmp_path / "file").touch()
-    for output in (tmp_path, tmp_path / "file" / "drn.onnx", checkpoint):
+    for output in (tmp_path, tmp_path / "file" / "drn.onnx", tmp_path / "other.pt", tmp_path / "drn", checkpoint):
         with pytest.raises(OutputError):
             to_onnx(checkpoint, output)
 

@@ -94,6 +94,27 @@ def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -
     assert shlex.split(line)[1:] == ["python", "-m", "runtime.infer", "--query", 'person\'s "door"', "--top-k", "5"]
 
 
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("train", "torch", "train"), ("train.convert", "torch", "train"), ("export.build_engine", "onnx", "engine")],
+)
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, command: str, package: str, extra: str
+) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})\n")
+    outcome = subprocess.run(
+        [sys.executable, "-m", command, "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        f"error: This command needs {package}, which is not installed; run `pip install 'drn-deploy[{extra}]'`.\n"
+    )
+
+
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
     """Start a process whose command has this body."""
     code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.command import command\n"

@@ -190,6 +190,16 @@ def test_frames_are_counted_by_the_clip_clock_of_the_model(
     assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 248).out
 
 
+def test_a_frame_count_of_another_video_is_told(
+    of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = (*of_clip, "--query", "dog sits", "--num-frames")
+    run_command(infer, *arguments, 248)
+    assert "moments are wrong" not in caplog.text
+    run_command(infer, *arguments, 100)
+    assert "holds 30 clips, and --num-frames 100 makes 11 of them" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
     [
