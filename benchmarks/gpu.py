@@ -35,7 +35,7 @@ log = logging.getLogger("drn")
 # Leg -> the module that has it, as `run(job, leg)`. All but the first stand by themselves.
 MODULES = {"prepare": "prepare", "torch": "on_torch", "ort-cuda": "on_ort", "tensorrt": "on_tensorrt"}
 LEGS = tuple(MODULES)[1:]
-# Without these nothing of ours starts; all but NumPy are small wheels of Python alone.
+# Without these nothing of ours starts; nltk wants regex, which is compiled for one version of Python.
 NEEDED = ("numpy", "tqdm", "nltk", "tyro")
 # A leg must end within ten minutes, with what it has to write.
 LEG_SECONDS, GRACE_SECONDS = 570.0, 20.0

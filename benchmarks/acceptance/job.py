@@ -234,9 +234,6 @@ def ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-LATENCY_HEADER = ("case", "boundary", "queries", "p50 ms", "p90 ms", "p99 ms", "max ms", "calls", "queries/s")
-
-
 def latency_row(name: str, boundary: str, queries: int, seconds: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
     """Return a timing for the JSON file and for a table of `LATENCY_HEADER`."""
 
@@ -302,7 +299,7 @@ def benchmark_step(job: Job, leg: Leg, name: str, models: Sequence[Path]) -> Fou
     words += ["--data", job.data, "--output", report]
     if importlib.util.find_spec("matplotlib"):
         words += ["--plot", report.with_suffix(".png")]
-    run_module(job, leg, "runtime.benchmark", *words, most=60 if job.small else 360, ok=(0, 130))
+    run_module(job, leg, "runtime.benchmark", *words, most=120 if job.small else 400, ok=(0, 130))
     found = json.loads(report.read_text(encoding="utf-8"))
     rows = []
     for timing in found["timings"]:
@@ -315,4 +312,5 @@ def benchmark_step(job: Job, leg: Leg, name: str, models: Sequence[Path]) -> Fou
         rows.append([label, case["boundary"], str(case["queries"]), *cells, str(latency["samples"]), rate])
     ended = " It was ended early, since time was short." if found["interrupted"] else ""
     told = f"{len(found['timings'])} timings of {', '.join(path.name for path in models)} are in {report.name}.{ended}"
-    return no_promise(told, {"report": report.name, "interrupted": found["interrupted"]}, (LATENCY_HEADER, rows))
+    values = {"report": report.name, "interrupted": found["interrupted"]}
+    return no_promise(told, values, {f"speed, {name}": (LATENCY_HEADER, rows)})

@@ -7,16 +7,21 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from benchmarks.acceptance import bars
 from benchmarks.acceptance.job import (
     LATENCY_HEADER,
     MAX_DROP,
     Job,
     benchmark_step,
+    device_of,
     fault,
     gpu_absent,
     judge,
@@ -30,21 +35,26 @@ from benchmarks.acceptance.job import (
     there,
 )
 from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
 from runtime import machine
+from runtime.benchmark import walk
 from runtime.errors import DeviceError
 from runtime.files import sha256, write_json
 from runtime.grounder import Grounder
 from runtime.sidecar import path_beside, read_sidecar, sealed
 from runtime.timing import Call, speed_ratio
+from runtime.videos import Video
 
-# Bars in absolute times are for GPUs of this class.
-CLASS = ("H100", "H200", "B200", "B300")
-ONE_QUERY_P50_MS, ONE_QUERY_P99_MS, GPU_PART_MS, PAIRS_PER_S = 0.25, 0.4, 0.12, 60_000
-TIMES_EAGER, TIMES_BEST_TORCH = 20.0, 2.0
+# By how the names of rivals begin.
+RIVALS = {"eager": bars.EAGER, "CUDA graphs": bars.GRAPHS, "torch.compile": bars.COMPILED}
+# Batches of the largest size that make a throughput.
+BULK_BATCHES = 8
+# Times that a batch is taken through all phases; the first ones warm up.
+MOST_WALKS, WARM_UP_WALKS = 40, 10
 PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
 # Precisions that are also built whole, as the ones people compare.
 WHOLE = ("fp16", "fp32")
+NARROW = ("int8", "fp8")
 TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 
 
@@ -73,15 +83,18 @@ def run(job: Job, leg: Leg) -> None:
     _engines(job, leg, target, PRECISIONS[:1])
     pair, whole = (job.output / target / f"drn.fp16{part}.engine" for part in (".query", ""))
     leg.step("the bar", lambda: _bar(job, pair))
-    leg.step("where the time goes", lambda: _engine_profile(job, pair))
+    leg.step("where the time goes: phases", lambda: _phases(job, pair))
+    leg.step("where the time goes: layers", lambda: _engine_profile(job, pair))
     leg.step("fault: GPU absent", functools.partial(_without_gpu, job, pair))
     leg.step("fault: an engine of another version", lambda: _other_version(job, pair))
     for name, said in (("threads", "threads"), ("fork", "fork"), ("memory", "out of memory"), ("opening", "opening")):
         leg.step(f"fault: {said}", functools.partial(_engine_fault, job, leg, name, pair))
+    leg.step("the bar, torch.compile", lambda: _bar_compiled(job, pair))
     _engines(job, leg, target, PRECISIONS)
-    built = [job.output / target / f"drn.{precision}.query.engine" for precision in PRECISIONS]
-    models = [path for path in (whole, *built) if path.is_file()]
-    leg.step("speed", lambda: _compare_speeds(job, leg, [job.checkpoint, *models]))
+    engines = {precision: _engine_path(job, target, precision, split=True) for precision in PRECISIONS}
+    leg.step("speed", lambda: _compare_speeds(job, leg, "fp16", [whole, *(engines[p] for p in ("fp16", *NARROW))]))
+    wide = [engines[precision] for precision in ("fp16", "bf16", "fp32")]
+    leg.step("speed, other precisions", lambda: _compare_speeds(job, leg, "others", wide))
     leg.step("tests that need a GPU", lambda: _tests(job, leg))
     # The other library's engines stand beside, and come last.
     for other in ready[1:]:
@@ -166,133 +179,184 @@ def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found
 
 
 def _bar(job: Job, pair: Path) -> Found:
-    """Time the FP16 pair against the bar, in turns with torch at its best where torch is here."""
-
+    """Time the FP16 pair against the bar, in turns with eager PyTorch and CUDA graphs where torch is here."""
     there(pair)
     grounder = Grounder.load(pair, "cuda")
     pairs = questions(job, job.sizes.batches[-1])
     encoded = {id(video): grounder.encode(video) for video, _ in pairs}
     known = [(encoded[id(video)], query) for video, query in pairs]
-    alike = [(encoded[id(video)], query) for video, query in of_one_length(grounder, pairs)]
-    ours = f"{pair.name}, encoded videos"
-    calls: dict[str, Call] = {ours: Call(lambda number: grounder.ground(*alike[number % len(alike)]))}
-    notes = []
-    if importlib.util.find_spec("torch"):
-        from train.backend import open_checkpoint
-
-        eager = Grounder(open_checkpoint(job.checkpoint, "cuda"))
-        calls |= one_query(job, eager, rivals(job, ("graphs", "compile")))
-    else:
-        notes.append("torch cannot be imported, so that nothing stands beside it.")
-    entries, rows = [], []
-    one = take_times(job, calls)
-    for name, seconds in one.items():
-        values, row = latency_row(name, "end to end", 1, seconds)
-        if name != ours:
-            values["times as fast"] = dataclasses.asdict(speed_ratio(one[ours], seconds))
-        entries.append(values)
-        rows.append(row)
-    alone = take_times(job, {ours: calls[ours]})[ours]
+    ours, one = _one_query(grounder, pairs)
     backend: Any = grounder.backend
+    entries, rows, found = _against(job, grounder, pairs, ("graphs",))
+    alone = take_times(job, {ours: one})[ours]
     backend.time_gpu(True)
-    gpu = take_times(job, {ours: dataclasses.replace(calls[ours], told=lambda: backend.gpu_ms / 1e3)})[ours]
+    gpu = take_times(job, {ours: dataclasses.replace(one, told=lambda: backend.gpu_ms / 1e3)})[ours]
     backend.time_gpu(False)
     size = len(known)
-    bulk = take_times(job, {ours: Call(lambda _: grounder.ground_batch(known, batch_size=size))})[ours]
+    # Of many batches the next is asked while one is decoded, as it is where there are many pairs to be answered.
+    many = known * BULK_BATCHES
+    bulk, one_batch = (
+        take_times(job, {ours: Call(lambda _, asked=asked: grounder.ground_batch(asked, batch_size=size))})[ours]
+        for asked in (many, known)
+    )
     for label, boundary, count, seconds in (
         (f"{ours}, alone", "end to end", 1, alone),
         (ours, "gpu", 1, gpu),
-        (ours, "end to end", size, bulk),
+        (f"{ours}, one batch", "end to end", size, one_batch),
+        (f"{ours}, in batches of {size}", "end to end", len(many), bulk),
     ):
         values, row = latency_row(label, boundary, count, seconds)
         entries.append(values)
         rows.append(row)
-    latency, part, rate = entries[-3], entries[-2]["p50_ms"], entries[-1]["queries_per_s"]
-    ratios = {e["case"]: e["times as fast"]["median"] for e in entries if "times as fast" in e}
+    latency, part, rate = entries[-4], entries[-3]["p50_ms"], entries[-1]["queries_per_s"]
+    absolute = {bars.P50: latency["p50_ms"], bars.P99: latency["p99_ms"], bars.GPU_PART: part, bars.RATE: rate}
     told = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
         f"ms; {rate:,.0f} pairs a second at batch {size}."
     )
-    told += "".join(f" {ratio:.1f} times {name}." for name, ratio in ratios.items())
-    # As CUDA calls it, which is there where nvidia-smi is not.
-    gpu_name = str(backend.gpu_name)
-    if not of_class(gpu_name):
-        notes.append(f"Bars in absolute times are for {', '.join(CLASS)}, and this is {gpu_name}.")
-    missed = missed_bars(gpu_name, latency["p50_ms"], latency["p99_ms"], part, rate, ratios)
-    broken = [] if job.rehearsal else missed
-    values = {"timings": entries, "conditions": dataclasses.asdict(machine.conditions("after"))}
-    return Found(" ".join([told, *notes]), values, broken, not job.rehearsal, (LATENCY_HEADER, rows))
+    return _judged(job, backend.gpu_name, told, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
 
 
-def of_class(gpu: str) -> bool:
-    return any(name in gpu for name in CLASS)
+def _bar_compiled(job: Job, pair: Path) -> Found:
+    """Time the FP16 pair in turns with torch.compile, which takes minutes to begin."""
+    there(pair)
+    need(("torch",), "torch.compile")
+    grounder = Grounder.load(pair, "cuda")
+    entries, rows, found = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
+    told = f"One query end to end is answered {found[bars.COMPILED]:.1f} times as fast as by torch.compile."
+    backend: Any = grounder.backend
+    tables = {"the bar: torch.compile": (LATENCY_HEADER, rows)}
+    return _judged(job, backend.gpu_name, told, {bars.COMPILED: found[bars.COMPILED]}, entries, tables)
 
 
-def missed_bars(
-    gpu: str, p50: float, p99: float | None, part: float, rate: float, ratios: Mapping[str, float]
-) -> list[str]:
-    """Return a clause for each bar that is missed.
+def _one_query(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> tuple[str, Call]:
+    """Return what is timed of ours, and how it is named: one query on an encoded video, text in and moments out."""
+    alike = of_one_length(grounder, pairs)
+    encoded = {id(video): grounder.encode(video) for video, _ in alike}
+    known = [(encoded[id(video)], query) for video, query in alike]
+    name = f"{grounder.manifest.precision} pair, encoded videos"
+    return name, Call(lambda number: grounder.ground(*known[number % len(known)]))
 
-    Args:
-        gpu: its name; bars in absolute times hold for those of `CLASS` alone.
-        p50, p99, part: milliseconds of one query, end to end and on the GPU.
-        rate: pairs a second in bulk.
-        ratios: times as fast as each rival.
+
+def _against(
+    job: Job, grounder: Grounder, pairs: Sequence[tuple[Video, str]], kinds: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[list[str]], dict[str, float | None]]:
+    """Time one query in turns with torch, and return timings, rows of a table, and how many times as fast it is.
+
+    Of the rivals of one bar the fastest counts, among those that run the whole network as people do; encoded videos
+    are ours, and stand beside.
     """
-    missed = []
-    if of_class(gpu):
-        limits = (("p50", p50, ONE_QUERY_P50_MS), ("p99", p99, ONE_QUERY_P99_MS), ("the GPU part", part, GPU_PART_MS))
-        for name, value, most in limits:
-            if value is None or not value <= most:
-                missed.append(f"{name} of one query is {ms(value)} ms where {most:g} is the bar")
-        if not rate >= PAIRS_PER_S:
-            missed.append(f"{rate:,.0f} pairs a second where {PAIRS_PER_S:,} is the bar")
-    # Rivals run the whole network, as people do; encoded videos are ours, and stand beside.
-    for name, ratio in ratios.items():
-        least = TIMES_EAGER if name.startswith("eager") else TIMES_BEST_TORCH
-        if "encoded" not in name and not ratio >= least:
-            missed.append(f"{ratio:.1f} times {name} where {least:g} is the bar")
-    return missed
+    ours, one = _one_query(grounder, pairs)
+    calls = {ours: one}
+    if importlib.util.find_spec("torch"):
+        from train.backend import open_checkpoint
+
+        calls |= one_query(job, Grounder(open_checkpoint(job.checkpoint, device_of(job))), rivals(job, kinds))
+    entries, rows, found = [], [], dict[str, float | None]()
+    times = take_times(job, calls)
+    for name, seconds in times.items():
+        values, row = latency_row(name, "end to end", 1, seconds)
+        if name != ours:
+            ratio = speed_ratio(times[ours], seconds)
+            values["times as fast"] = dataclasses.asdict(ratio)
+            bar = next((bar for word, bar in RIVALS.items() if name.startswith(word) and "encoded" not in name), None)
+            if bar:
+                found[bar] = min(ratio.median, found.get(bar) or math.inf)
+        entries.append(values)
+        rows.append(row)
+    return entries, rows, found
+
+
+def _judged(
+    job: Job,
+    gpu: str,
+    told: str,
+    found: Mapping[str, float | None],
+    timings: Sequence[Mapping[str, Any]],
+    tables: Mapping[str, Table],
+) -> Found:
+    """Return timings with their bars; a rehearsal's are not judged."""
+    # The name as CUDA tells it, which is there where nvidia-smi is not.
+    entries = bars.held(gpu, found)
+    values = {"timings": timings, "bars": entries, "conditions": dataclasses.asdict(machine.conditions("after"))}
+    notes = [f"{sentence}." for sentence in bars.missed(entries)] if job.rehearsal else []
+    if bars.EAGER not in found and bars.COMPILED not in found:
+        notes.append("torch cannot be imported, so that nothing stands beside it.")
+    if any(entry["verdict"] == "not judged" for entry in entries):
+        notes.append(f"Bars in absolute times are for {', '.join(bars.CLASS)}, and this is {gpu}.")
+    missed = [] if job.rehearsal else bars.missed(entries)
+    return Found(" ".join([told, *notes]), values, missed, not job.rehearsal, tables)
+
+
+def _phases(job: Job, pair: Path) -> Found:
+    """Say what takes the time of one query and of a batch, on videos that are not encoded yet, phase by phase."""
+    there(pair)
+    grounder = Grounder.load(pair, "cuda")
+    spent: dict[int, dict[str, float]] = {}
+    for size in dict.fromkeys((1, job.sizes.batches[-1])):
+        pairs = questions(job, size)
+        splits = [walk(grounder, pairs)[1] for _ in range(MOST_WALKS)][WARM_UP_WALKS:]
+        spent[size] = {phase: 1e3 * float(np.median([split[phase] for split in splits])) for phase in splits[0]}
+    header = ("phase", *(f"ms, batch {size}" for size in spent), *(f"%, batch {size}" for size in spent))
+    sums = {size: sum(phases.values()) for size, phases in spent.items()}
+    rows = [
+        [
+            phase,
+            *(ms(phases[phase]) for phases in spent.values()),
+            *(f"{100 * phases[phase] / sums[size]:.1f}" for size, phases in spent.items()),
+        ]
+        for phase in spent[1]
+    ]
+    told = "; ".join(
+        f"A batch of {size} takes {sums[size]:.3f} ms, {phases['network']:.3f} of them the network with its copies"
+        for size, phases in spent.items()
+    )
+    return no_promise(f"{told}.", {"ms": spent}, {"phases": (header, rows)})
 
 
 def _engine_profile(job: Job, pair: Path) -> Found:
-    """Say which layers take the time of one query, from TensorRT's own profiler."""
-
+    """Say which layers take the time of one query and of a batch, from TensorRT's own profiler."""
     there(pair)
     grounder = Grounder.load(pair, "cuda")
     library = importlib.import_module("tensorrt_rtx" if pair.parent.name == "tensorrt-rtx" else "tensorrt")
     if not hasattr(library, "IProfiler"):
         raise Skip(f"{library.__name__} has no profiler of layers.")
-    spent: dict[str, list[float]] = {}
 
     class Profiler(library.IProfiler):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             library.IProfiler.__init__(self)
+            self.spent: dict[str, list[float]] = {}
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
-            spent.setdefault(layer_name, []).append(ms)
+            self.spent.setdefault(layer_name, []).append(ms)
 
-    video, query = questions(job, 1)[0]
-    known = grounder.encode(video)
-    grounder.ground(known, query)
-    # What is captured in a graph is not told layer by layer, so the context is run as it is.
     backend: Any = grounder.backend
     network = backend._network
-    (program,) = list(network._programs.values())[-1:]
-    profiler = Profiler()
-    program.context.profiler = profiler
-    with network.cuda.current():
-        for _ in range(20):
-            program.context.execute_async_v3(network._stream)
-            network.cuda.synchronize(network._stream)
-    if not spent:
-        raise Skip(f"{library.__name__} {library.__version__} told the time of no layer.")
-    medians = {name: sorted(values)[len(values) // 2] for name, values in spent.items()}
-    total = sum(medians.values())
-    top = sorted(medians.items(), key=lambda entry: -entry[1])
-    rows = [[name[:120], f"{ms:.4f}", f"{100 * ms / total:.1f}"] for name, ms in top[:20]]
-    told = f"{len(medians)} layers take {total:.3f} ms without a CUDA graph; the longest is {top[0][0][:80]}."
-    return no_promise(told, {"ms": dict(top)}, (("layer", "ms", "%"), rows))
+    told, values, tables = [], {}, {}
+    for size in dict.fromkeys((1, job.sizes.batches[-1])):
+        grounder.ground_batch(questions(job, size), batch_size=size)
+        # What is captured in a graph is not told layer by layer, so the context of that batch is run as it is.
+        (program,) = list(network._programs.values())[-1:]
+        program.context.profiler = profiler = Profiler()
+        with network.cuda.current():
+            for _ in range(20):
+                program.context.execute_async_v3(network._stream)
+                network.cuda.synchronize(network._stream)
+        # A context that tells has no graph any more, and must not be used again.
+        network.forget_programs()
+        if not profiler.spent:
+            raise Skip(f"{library.__name__} {library.__version__} told the time of no layer.")
+        medians = {name: sorted(spent)[len(spent) // 2] for name, spent in profiler.spent.items()}
+        total = sum(medians.values())
+        top = sorted(medians.items(), key=lambda entry: -entry[1])
+        rows = [[name[:120], f"{taken:.4f}", f"{100 * taken / total:.1f}"] for name, taken in top[:20]]
+        values[f"ms, batch {size}"] = dict(top)
+        tables[f"layers, batch {size}"] = (("layer", "ms", "% of all layers"), rows)
+        told.append(
+            f"{len(medians)} layers take {total:.3f} ms at batch {size} without a CUDA graph; the longest is "
+            f"{top[0][0][:80]}."
+        )
+    return no_promise(" ".join(told), values, tables)
 
 
 def _other_version(job: Job, pair: Path) -> Found:
@@ -331,9 +395,17 @@ def _tests(job: Job, leg: Leg) -> Found:
     return Found(f"{last}.", broken=["tests failed"] if bad else [])
 
 
-def _compare_speeds(job: Job, leg: Leg, models: Sequence[Path]) -> Found:
-    if not models[1:]:
+def _compare_speeds(job: Job, leg: Leg, name: str, engines: Sequence[Path]) -> Found:
+    """Time engines in turns, with eager PyTorch beside the first time; narrow precisions stand beside FP16."""
+    models = [path for path in engines if path.is_file()]
+    if not models:
         raise Skip("No engine was built.")
-    if importlib.util.find_spec("torch") is None:
-        models = models[1:]
-    return benchmark_step(job, leg, "tensorrt", models)
+    narrow = [path for path in models if path.name.split(".")[1] in NARROW]
+    if name == "fp16" and importlib.util.find_spec("torch"):
+        models.insert(0, job.checkpoint)
+    found = benchmark_step(job, leg, f"tensorrt-{name}", models)
+    if name != "fp16":
+        return found
+    # Which are timed, whatever they say; one that this GPU cannot run is told by its step.
+    entries = bars.held("", {bars.NARROW: float(len(narrow))})
+    return dataclasses.replace(found, values={**found.values, "bars": entries})

@@ -16,12 +16,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.acceptance import bars
 from runtime.errors import GroundingError, ModelFileError, PromiseBroken
 from runtime.files import read_json, write_json, write_text
 
 log = logging.getLogger("drn")
 
-FORMAT = "drn-gpu/1"
+FORMAT = "drn-gpu/2"
 Outcome = Literal["kept", "measured", "broken", "failed", "skipped"]
 # A leg that has ended says finished or skipped; any other was cut off, and goes on where it was.
 State = Literal["unfinished", "finished", "skipped"]
@@ -50,19 +51,19 @@ class Found:
         values: for the JSON file.
         broken: promises that do not hold, a clause each.
         judged: whether there was a promise at all.
-        table: header and rows, for the Markdown report.
+        tables: header and rows, for the Markdown report, by their titles.
     """
 
     told: str
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     broken: Sequence[str] = ()
     judged: bool = True
-    table: Table | None = None
+    tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
 
 
-def no_promise(told: str, values: Mapping[str, Any] | None = None, table: Table | None = None) -> Found:
+def no_promise(told: str, values: Mapping[str, Any] | None = None, tables: Mapping[str, Table] | None = None) -> Found:
     """Return what was measured where nothing was promised."""
-    return Found(told, values or {}, judged=False, table=table)
+    return Found(told, values or {}, judged=False, tables=tables or {})
 
 
 class Leg:
@@ -172,13 +173,15 @@ def _plain(value: Any) -> Any:
 
 
 def _entry(outcome: Outcome, told: str, found: Found | None = None) -> dict[str, Any]:
-    table = found.table if found else None
     return {
         "outcome": outcome,
         "told": told,
         "values": dict(found.values) if found else {},
         "broken": list(found.broken) if found else [],
-        "table": {"header": list(table[0]), "rows": [list(row) for row in table[1]]} if table else None,
+        "tables": [
+            {"title": title, "header": list(header), "rows": [list(row) for row in rows]}
+            for title, (header, rows) in (found.tables.items() if found else ())
+        ],
     }
 
 
@@ -250,6 +253,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
         lines += [f"**{machine['note']}**", ""]
     lines += ["| leg | verdict |", "| --- | --- |"]
     lines += [f"| {leg['leg']} | {_cell(verdict(leg))} |" for leg in whole["legs"]]
+    lines += ["", "## The bar", "", *_table(bars.HEADER, bars.rows(whole["legs"]))]
     for leg in whole["legs"]:
         if not leg["steps"]:
             continue
@@ -259,14 +263,13 @@ def markdown(whole: Mapping[str, Any]) -> str:
             seconds = "" if step["seconds"] is None else f"{step['seconds']:.1f}"
             lines.append(f"| {_cell(step['name'])} | {step['outcome']} | {seconds} | {_cell(step['told'])} |")
         for step in leg["steps"]:
-            if step["table"]:
-                lines += ["", f"### {step['name']}", "", *_table(step["table"])]
+            for table in step["tables"]:
+                lines += ["", f"### {table['title']}", "", *_table(table["header"], table["rows"])]
     return "\n".join(lines) + "\n"
 
 
-def _table(table: Mapping[str, Any]) -> list[str]:
-    rows = [table["header"], ["---"] * len(table["header"]), *table["rows"]]
-    return [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(map(_cell, row))} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def _cell(text: str) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
+from benchmarks.acceptance import bars
 from benchmarks.acceptance import job as acceptance
 from benchmarks.acceptance.job import Job
-from benchmarks.acceptance.on_tensorrt import missed_bars
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
 from runtime.errors import GroundingError, ModelFileError, PromiseBroken
 
@@ -254,16 +254,26 @@ def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_bars_in_times_are_for_their_class_of_gpu() -> None:
-    slow = {"p50": 0.5, "p99": 0.9, "part": 0.3, "rate": 10_000.0}
-    ratios = {"eager PyTorch, FP32": 25.0, "CUDA graphs, FP16": 1.5, "CUDA graphs, FP16, encoded videos": 1.1}
-    assert missed_bars("Tesla T4", **slow, ratios=ratios) == ["1.5 times CUDA graphs, FP16 where 2 is the bar"]
-    assert len(missed_bars("NVIDIA H200", **slow, ratios=ratios)) == 5
-    fast = {"p50": 0.2, "p99": 0.3, "part": 0.1, "rate": 70_000.0}
-    assert missed_bars("NVIDIA H200", **fast, ratios={"eager PyTorch, FP32": 25.0, "torch.compile, FP16": 2.0}) == []
-    # A tail that was not measured is no tail that was kept.
-    assert missed_bars("NVIDIA H200", 0.2, None, 0.1, 70_000.0, {}) == [
-        "p99 of one query is - ms where 0.25 is the bar".replace("0.25", "0.4")
-    ]
+    slow = {bars.P50: 0.5, bars.P99: 0.9, bars.GPU_PART: 0.3, bars.RATE: 10_000.0}
+    ratios = {bars.EAGER: 25.0, bars.GRAPHS: 1.5}
+    on_another = bars.held("Tesla T4", slow | ratios)
+    assert bars.missed(on_another) == [f"{bars.GRAPHS}: 1.50 times as fast where at least 2 times as fast is the bar"]
+    assert {entry["verdict"] for entry in on_another if entry["bar"] in slow} == {"not judged"}
+    assert len(bars.missed(bars.held("NVIDIA H200", slow | ratios))) == 5
+    # What is just reached is met.
+    limits = {name: bar.limit for name, bar in bars.BARS.items()}
+    assert {entry["verdict"] for entry in bars.held("NVIDIA H200", limits)} == {"met"}
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_what_was_not_measured_meets_no_bar(value: float | None, tmp_path: Path) -> None:
+    entries = bars.held("NVIDIA H200", dict.fromkeys(bars.BARS, value))
+    assert {entry["verdict"] for entry in entries} == {"MISSED"}
+    assert len(bars.missed(entries)) == len(bars.BARS)
+    # Also once it is read from the file again.
+    leg = Leg(tmp_path / "tensorrt.json", "tensorrt", SETTINGS)
+    leg.step("the bar", lambda: Found("It was.", {"bars": entries}))
+    assert {row[-1] for row in bars.rows([read_leg(leg.path)])} == {"MISSED"}
 
 
 def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
@@ -341,7 +351,7 @@ def test_a_step_that_is_cut_off_twice_is_not_tried_again(tmp_path: Path) -> None
 def test_the_report_holds_every_table(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", {**SETTINGS, "command": "benchmarks/gpu.sh torch"})
     table = (("case", "p50 ms"), [["a | b", "0.1"]])
-    leg.step("speed", lambda: Found("fast.", judged=False, table=table))
+    leg.step("speed", lambda: Found("fast.", judged=False, tables={"speed": table}))
     leg.end("finished")
     text = markdown({"name": "GPU", "date": "2026-01-01", "machine": {}, "legs": [leg.content]})
     assert "| torch | every promise is kept (1 measured) |" in text

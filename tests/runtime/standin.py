@@ -324,6 +324,7 @@ class Library:
         self.rtx = rtx
         self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
         self.TensorLocation = SimpleNamespace(DEVICE="device", HOST="host")
+        self.IProfiler = type("IProfiler", (), {})
         self.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2})
         if not self.old:
             self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
@@ -436,6 +437,7 @@ class Context:
         "_shapes",
         "_waited",
         "device_memory",
+        "profiler",
     )
 
     def __init__(self, engine: Engine) -> None:
@@ -528,6 +530,9 @@ class Context:
                     _to_bits(found) if dtype[name] == np.uint16 else found
                 )
             driver.clock_ms += library.network_ms
+            if hasattr(self, "profiler") and not capturing:
+                for layer, share in (("encoder", 0.75), ("heads", 0.25)):
+                    self.profiler.report_layer_time(layer, share * library.network_ms)
 
         library.driver.put(stream, work)
         return True

@@ -1,0 +1,165 @@
+"""The leg that a GPU is rented for, on a stand-in for it: every step runs to its end, and says what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.acceptance import bars, on_tensorrt
+from benchmarks.acceptance.job import Job
+from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
+from runtime.backends.cuda import Cuda
+from runtime.backends.shapes import AXES
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from tests.runtime.standin import Driver, Library, write_plan
+
+VERSION = "10.16.1.11"
+
+
+@pytest.fixture(scope="module")
+def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """The leg as it went on a GPU that is stood in for, but for what runs in processes of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        job = _stood_in(models, planted, tmp_path_factory.mktemp("found"), monkeypatch)
+        for name in ("fault", "gpu_absent", "_compare_speeds", "_tests"):
+            monkeypatch.setattr(on_tensorrt, name, lambda *_: Found("It was."))
+        leg = Leg(job.results("tensorrt"), "tensorrt", {"settings": job.settings(), "command": ""})
+        on_tensorrt.run(job, leg)
+        leg.end("finished")
+        yield job
+
+
+def _stood_in(models: Path, planted: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    onnx = pytest.importorskip("onnx", reason="the graphs are cut")
+    from export.split import split_graph, write_pair
+    from train import backend
+
+    job = Job(output, "cuda", small=True)
+    job.checkpoint.parent.mkdir()
+    job.checkpoint.symlink_to(models / "drn.pt")
+    job.graph.symlink_to(models / "drn.onnx")
+    job.data.symlink_to(planted)
+    write_pair(*split_graph(onnx.load(job.graph)), job.graph)
+    driver = Driver()
+    library = Library(driver, VERSION)
+    monkeypatch.setattr("runtime.backends.trt.Cuda", functools.partial(Cuda, driver))
+    monkeypatch.setattr("export.builder.cuda_devices", lambda: 1)
+    monkeypatch.setattr("export.builder.why_not", lambda target: None if target == "tensorrt" else "It is not here.")
+    monkeypatch.setattr("export.builder.check_options", lambda options: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    # torch has no GPU to stand for: it does on the CPU what it would do there.
+    monkeypatch.setattr(on_tensorrt, "device_of", lambda job: "cpu")
+    monkeypatch.setattr(on_tensorrt, "rivals", functools.partial(_rivals, backend.load_checkpoint))
+    monkeypatch.setattr(on_tensorrt, "run_module", functools.partial(_build, job))
+    return job
+
+
+def _rivals(load: Any, job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
+    import torch
+
+    from benchmarks.acceptance.rivals import Rival
+
+    model = load(job.checkpoint).model()
+    names = {"graphs": "CUDA graphs", "compile": "torch.compile"}
+    return {
+        f"{names[kind]}, FP32{told}": Rival(model, "eager", torch.float32, encoded)
+        for kind in kinds
+        for told, encoded in (("", False), (", encoded videos", True))
+    }
+
+
+def _build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) -> str:
+    """Write plans that stand for the graphs, in place of a command that builds them."""
+    import onnx
+
+    assert module == "export.build_engine"
+    output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]
+    output.parent.mkdir(exist_ok=True)
+    twin = output.with_name(f"drn.{precision}.onnx")
+    twin.write_bytes(job.graph.read_bytes())
+    parts = [(output, job.query_graph)] if "--split" in words else [(output, job.graph)]
+    if "--split" in words:
+        video = output.with_name(f"drn.{precision}.video.onnx")
+        video.write_bytes(job.graph.with_name("drn.video.onnx").read_bytes())
+        parts.append((video.with_suffix(".engine"), video))
+    for plan, path in parts:
+        graph = onnx.load(path).graph
+        known = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        manifest = Manifest.from_json(known[METADATA_KEY], str(path))
+        if manifest.part == "query":
+            manifest = dataclasses.replace(manifest, video_part={video.name: sha256(video)})
+        axes = AXES[manifest.part]
+        longest = job.sizes.query_length
+        ranges = {"batch": (1, 2, job.sizes.batches[-1]), "query_length": longest, "video": (1, 4, 16)}
+        tails = {
+            value.name: [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value]
+            for value in graph.input
+        }
+        shapes = {
+            name: [[*(ranges[axis][place] for axis in free), *tails[name]] for place in range(3)]
+            for name, free in axes.items()
+        }
+        profile = {"name": "p", "batch": ranges["batch"], "query_length": longest, "shapes": shapes}
+        census = {"twin": {"shares": {precision: 1.0}}, "engine": {"layers": {precision: 3}, "quantised_inputs": {}}}
+        write_plan(plan, path, [profile], manifest, VERSION, census=census)
+    return ""
+
+
+def told(job: Job, name: str) -> dict[str, Any]:
+    (step,) = [step for step in read_leg(job.results("tensorrt"))["steps"] if step["name"] == name]
+    return step
+
+
+def test_every_step_of_the_leg_runs(ran: Job) -> None:
+    steps = {step["name"]: step for step in read_leg(ran.results("tensorrt"))["steps"]}
+    bad = {name: step["told"] for name, step in steps.items() if step["outcome"] in ("failed", "broken")}
+    assert bad == {}
+    skipped = {name for name, step in steps.items() if step["outcome"] == "skipped"}
+    assert skipped == {"tensorrt-rtx"}
+    # What a machine is rented for comes before what merely stands beside.
+    names = list(steps)
+    assert names.index("the bar") < names.index("where the time goes: layers") < names.index("tensorrt, fp32, pair")
+    assert {f"tensorrt, {p}, pair, answers" for p in on_tensorrt.PRECISIONS} <= steps.keys()
+    assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
+
+
+def test_every_bar_is_in_the_report(ran: Job) -> None:
+    _, report = gather(ran.output, ("tensorrt",), {}, "stand-in")
+    text = report.read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.partition("## The bar")[2].splitlines() if " | " in line]
+    found = {row[0]: row[-1] for row in rows[: len(bars.BARS) + 2] if row[0] != bars.HEADER[0]}
+    # Called an H100, which takes 3 ms for the network and is made of a CPU of any speed.
+    assert found.pop(bars.GPU_PART) == "MISSED"
+    assert found.pop(bars.DELIVERY) == found.pop(bars.NARROW) == "not measured"
+    assert set(found) == {"---", *bars.BARS} - {bars.GPU_PART, bars.DELIVERY, bars.NARROW}
+    assert set(found.values()) <= {"---", "met", "MISSED"}
+    for title in (
+        "### the bar",
+        "### the bar: torch.compile",
+        "### phases",
+        "### layers, batch 1",
+        "### layers, batch 4",
+    ):
+        assert f"{title}\n" in text
+
+
+def test_rivals_of_one_bar_are_the_fastest_that_run_the_whole_network(ran: Job) -> None:
+    values = told(ran, "the bar")["values"]
+    timings = {entry["case"]: entry for entry in values["timings"] if "times as fast" in entry}
+    assert {"CUDA graphs, FP32", "CUDA graphs, FP32, encoded videos"} < timings.keys()
+    (bar,) = [entry for entry in values["bars"] if entry["bar"] == bars.GRAPHS]
+    assert bar["found"] == timings["CUDA graphs, FP32"]["times as fast"]["median"]
+    # Text in and moments out takes longer than what of it the GPU has.
+    found = {entry["bar"]: entry["found"] for entry in values["bars"]}
+    assert found[bars.GPU_PART] == pytest.approx(3.0)
+    rates = {entry["queries"]: entry["queries_per_s"] for entry in values["timings"] if entry["boundary"] != "gpu"}
+    most = on_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
+    assert rates.keys() == {1, ran.sizes.batches[-1], most}
+    assert found[bars.RATE] == rates[most]
