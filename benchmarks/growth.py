@@ -24,6 +24,7 @@ from runtime import EncodedVideo, Grounder, Vocabulary
 from runtime.backends.ort import OnnxRuntimePair
 from runtime.command import command
 from runtime.decoding import Decoding
+from runtime.drawing import check_plots
 from runtime.errors import GroundingError
 from runtime.files import check_writable, replace_when_whole, write_json
 from runtime.manifest import Features, Manifest
@@ -63,6 +64,8 @@ def growth(
         raise GroundingError(f"--segments are multiples of 4, and {segments} was given.")
     check_writable(output, plot)
     check_writable(plot)
+    if plot:
+        check_plots(plot)
     with tempfile.TemporaryDirectory() as directory:
         parts = {}
         for count in tqdm(segments, "exporting", unit="network", leave=False, disable=None):

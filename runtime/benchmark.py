@@ -150,7 +150,7 @@ def _check(
     check_writable(output, *models, plot)
     check_writable(plot, *models)
     if plot:
-        check_plots()
+        check_plots(plot)
 
 
 def _command(

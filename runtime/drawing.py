@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, OutputError
 from runtime.files import replace_when_whole
 from runtime.footage import Footage, stills
 from runtime.moments import Moment
@@ -63,8 +63,12 @@ class _Track:
     height: float = BAR
 
 
-def check_plots() -> None:
-    """Raise DeviceError if matplotlib is not installed."""
+def check_plots(path: Path) -> None:
+    """Raise OutputError where a plot is not named .png, and DeviceError if matplotlib is not installed."""
+    if path.suffix.lower() != ".png":
+        raise OutputError(
+            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}."
+        )
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -78,9 +82,9 @@ def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None) 
 
     Raises:
         DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or its name does not end in .png.
     """
-    check_plots()
+    check_plots(path)
     from matplotlib.figure import Figure
 
     duration = answers[0].duration

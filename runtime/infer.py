@@ -77,7 +77,7 @@ def infer(
     inputs = (model, features, extractor, choice.film)
     check_writable(plot, *inputs)
     if plot:
-        check_plots()
+        check_plots(plot)
     clips = _clips(choice, cut, query)
     for clip in clips:
         check_writable(clip, plot, *inputs)

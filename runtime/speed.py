@@ -432,9 +432,9 @@ def draw(report: Report, path: Path) -> None:
 
     Raises:
         DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or its name does not end in .png.
     """
-    check_plots()
+    check_plots(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), layout="constrained")

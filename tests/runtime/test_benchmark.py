@@ -447,6 +447,7 @@ def test_bad_input_is_refused_before_any_work(
         ((*model, "--output", tmp_path), "is a directory"),
         ((*model, "--output", tiny_model), "named for something else"),
         ((*model, "--plot", tmp_path / "a", "--output", tmp_path / "a"), "named for something else"),
+        ((*model, "--plot", tmp_path / "a.jpg"), "a.jpg does not end in .png"),
         ((*model, "--video", "A"), "--video names a video of a data set; pass --data DIR too"),
         ((*model, "--data", mini, "--query", "x"), "--query asks about one video"),
         ((*model, "--data", tmp_path / "none"), "does not exist"),

@@ -102,6 +102,16 @@ def test_a_plot_without_matplotlib_is_refused_before_the_model_is_opened(
     assert "drn-deploy[plot]" in refused(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png")
 
 
+@pytest.mark.parametrize("name", ["plot.jpg", "plot"])
+def test_a_plot_under_a_name_that_is_no_pngs_is_refused_before_the_model_is_opened(
+    of_clip: tuple[Any, ...], tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
+    said = refused(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / name)
+    assert f"{name} does not end in .png" in said
+    assert not (tmp_path / name).exists()
+
+
 def test_an_unknown_word_is_named_and_the_rest_is_answered(
     of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
