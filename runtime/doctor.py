@@ -37,6 +37,7 @@ def doctor() -> list[Finding]:
         _tensorrt_rtx(),
         _plots(),
         _videos(),
+        _archives(),
     ]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
@@ -172,6 +173,13 @@ def _videos() -> Finding:
         return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install 'drn-deploy[video]'")
     codecs = [name for name in ("h264", "hevc", "vp9", "av1") if name in av.codecs_available]
     return Finding(subject, True, f"PyAV {version} decodes {', '.join(codecs)} and {len(av.codecs_available)} more")
+
+
+def _archives() -> Finding:
+    version = _version("h5py")
+    if version is None:
+        return Finding("read HDF5 features", False, "h5py is not installed", "pip install 'drn-deploy[hdf5]'")
+    return Finding("read HDF5 features", True, f"h5py {version}")
 
 
 def _version(distribution: str) -> str | None:

@@ -43,6 +43,7 @@ def test_what_is_missing_is_named_with_the_line_to_type(
         "TensorRT-RTX": "pip install 'drn-deploy[rtx]'",
         "plots": "pip install 'drn-deploy[plot]'",
         "read video files": "pip install 'drn-deploy[video]'",
+        "read HDF5 features": "pip install 'drn-deploy[hdf5]'",
     }
     for subject, remedy in remedies.items():
         assert not found[subject].works
@@ -58,7 +59,7 @@ def test_what_is_installed_works(installed: dict[str, str], monkeypatch: pytest.
     installed.update(
         {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
     )
-    installed.update({"tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
+    installed.update({"h5py": "3", "tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
     found = findings()
