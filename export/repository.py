@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.served import FORMAT_PARAMETER, Served, is_features
-from runtime.errors import DeviceError, ModelFileError, OutputError
+from runtime.errors import DeviceError, ModelFileError, OutputError, one_line
 from runtime.files import replace_when_whole, sha256
 from runtime.triton.networks import FORMAT, PARAMETER, About
 
@@ -76,9 +76,7 @@ def read_config(path: Path) -> ModelConfig:
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist, so {path.parent} is no model of Triton's; remove it.") from None
     except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
-        raise ModelFileError(
-            f"{path} is no configuration that Triton reads: {' '.join(str(error).split())}."
-        ) from error
+        raise ModelFileError(f"{path} is no configuration that Triton reads: {one_line(error)}.") from error
 
 
 def next_version(repository: Path, parts: Sequence[Served]) -> int:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.errors import FeatureError
+from runtime.errors import FeatureError, one_line
 from runtime.files import replace_when_whole
 from runtime.videos import LONGEST_SECONDS
 from runtime.windows import Window
@@ -130,9 +130,9 @@ def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndar
         return read(about, features, spans)
     # On damaged files zipfile and NumPy raise what their parsers do, without a common base.
     except Exception as error:
-        said = " ".join(str(error).split()).rstrip(".")
         raise FeatureError(
-            f"{path} should be an encoding that drn-deploy saved and cannot be read ({said}); encode the video again."
+            f"{path} should be an encoding that drn-deploy saved and cannot be read ({one_line(error)}); "
+            "encode the video again."
         ) from error
 
 

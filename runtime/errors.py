@@ -57,3 +57,8 @@ class OutputError(GroundingError):
 
 class PromiseBroken(Exception):
     """The command ran, and what it checked does not hold (parity, precision, recall): exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a library says of an error for use within a sentence: one line, and no full stop at its end."""
+    return " ".join(str(error).split()).rstrip(".")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.errors import DeviceError, FeatureError, MissingFeatures
+from runtime.errors import DeviceError, FeatureError, MissingFeatures, one_line
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features, refuse_bomb
 
@@ -102,7 +102,7 @@ class FeatureArchive:
         try:
             return np.asarray(dataset[()])
         except (OSError, MemoryError) as error:
-            raise FeatureError(f"{self.place}: {dataset.name} cannot be read: {_said(error)}.") from error
+            raise FeatureError(f"{self.place}: {dataset.name} cannot be read: {one_line(error)}.") from error
 
     def num_clips(self, video: str) -> int:
         return int(self._dataset(video).shape[0])
@@ -129,7 +129,7 @@ class FeatureArchive:
             return h5py.File(self.place, "r")
         except OSError as error:
             raise FeatureError(
-                f"{self.place} should be an HDF5 file of clip features and cannot be read: {_said(error)}."
+                f"{self.place} should be an HDF5 file of clip features and cannot be read: {one_line(error)}."
             ) from error
 
     def _dataset(self, video: str) -> Any:
@@ -198,7 +198,3 @@ def _spellings(video: str) -> list[str]:
     if not is_file_name(video):
         raise FeatureError(f"{video!r} cannot be the name of a video, as its features are found by it.")
     return list(dict.fromkeys((video, file_stem(video))))
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from runtime.errors import CheckpointError, FeatureError
+from runtime.errors import CheckpointError, FeatureError, one_line
 
 Pooling = Literal["mmaction2", "drn"]
 
@@ -211,9 +211,8 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
             value = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
         except Exception as error:
-            said = " ".join(str(error).split()).rstrip(".")
             raise FeatureError(
-                f"{path} should be a NumPy array of clip features and cannot be read: {said}."
+                f"{path} should be a NumPy array of clip features and cannot be read: {one_line(error)}."
             ) from error
         if not isinstance(value, np.ndarray):
             value.close()
@@ -256,8 +255,9 @@ def _only_array(path: Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             value = arrays[arrays.files[0]]
     except Exception as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        raise FeatureError(f"{path} should hold an array of clip features and cannot be read: {said}.") from error
+        raise FeatureError(
+            f"{path} should hold an array of clip features and cannot be read: {one_line(error)}."
+        ) from error
     if not isinstance(value, np.ndarray):
         raise FeatureError(f"{path} should hold an array of clip features, and holds something else.")
     return value

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.corpus.plan import Settings, Shard
 from runtime.corpus.shards import Done, Job, Worker
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, one_line
 from runtime.machine import cores
 
 log = logging.getLogger("drn")
@@ -77,9 +77,8 @@ def run_on_ray(job: Job, shards: Sequence[Shard], actors: int | None, address: s
             for row in dataset.iter_rows():
                 yield pickle.loads(row["done"])
         except ray.exceptions.RayError as error:
-            said = " ".join(str(error).split())
             raise DeviceError(
-                f"Ray could not go on ({type(error).__name__}: {said[:300]}). What is whole stays; run the "
+                f"Ray could not go on ({type(error).__name__}: {one_line(error)[:300]}). What is whole stays; run the "
                 "same command again to go on."
             ) from error
 
@@ -116,8 +115,7 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
     # Ray's own errors, ConnectionError, ValueError for what is no address, RuntimeError for a token that is missing.
     except Exception as error:
         where = "here" if address is None else f"at --address {address}"
-        said = " ".join(str(error).split())
-        raise DeviceError(f"No Ray can be had {where}: {said[:300]}.") from error
+        raise DeviceError(f"No Ray can be had {where}: {one_line(error)[:300]}.") from error
     try:
         yield ray
     finally:

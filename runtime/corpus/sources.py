@@ -12,7 +12,7 @@ from typing import Any, Protocol, Union
 import numpy as np
 
 from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError
+from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, one_line
 from runtime.featurestores import FeatureFiles
 from runtime.files import json_digest, read_json
 from runtime.layouts.values import is_number
@@ -183,7 +183,7 @@ class ParquetSource:
                     # What pyarrow raises where a page is damaged, which holds many rows.
                     except (OSError, ValueError) as error:
                         path = self._files[number]
-                        yield from (f"{wanted[row]!r} lies where {path} is damaged: {_said(error)}" for row in rows)
+                        yield from (f"{wanted[row]!r} lies where {path} is damaged: {one_line(error)}" for row in rows)
                         break
                     while rows and rows[0] < start + len(batch):
                         row = rows.pop(0)
@@ -196,7 +196,7 @@ class ParquetSource:
         try:
             file = self._parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
         except (OSError, ValueError) as error:
-            raise FeatureError(f"{path} should be a Parquet file and cannot be read: {_said(error)}.") from error
+            raise FeatureError(f"{path} should be a Parquet file and cannot be read: {one_line(error)}.") from error
         missing = [name for name in NEEDED if name not in file.schema_arrow.names]
         if missing:
             raise AnnotationError(
@@ -244,7 +244,7 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
         numbers, clips = _numbers(cell, dtype)
         return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
     except (TypeError, ValueError) as error:
-        raise FeatureError(f"The features of {name!r} are no (num_clips, D) floats: {_said(error)}.") from error
+        raise FeatureError(f"The features of {name!r} are no (num_clips, D) floats: {one_line(error)}.") from error
 
 
 def _two(shape: Any) -> tuple[int, int]:
@@ -291,8 +291,4 @@ def _or_why(load: functools.partial[Video]) -> Video | str:
     except DeviceError:
         raise
     except (GroundingError, OSError) as error:
-        return _said(error)
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        return " ".join(str(error).split())

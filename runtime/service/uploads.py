@@ -24,7 +24,7 @@ import numpy as np
 
 from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.errors import OutputError
+from runtime.errors import OutputError, one_line
 from runtime.extraction import cache_directory
 from runtime.service.library import MEDIA_TYPES, Entry
 from runtime.service.refusals import Refusal
@@ -355,8 +355,9 @@ def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
         shape, fortran, dtype = read_header(stream)
     # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
     except Exception as error:
-        said = " ".join(str(error).split()).rstrip(".")[:200]
-        raise Refusal(422, f"The features should be a NumPy array and cannot be read: {said}.") from error
+        raise Refusal(
+            422, f"The features should be a NumPy array and cannot be read: {one_line(error)[:200]}."
+        ) from error
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
         raise Refusal(
             422,
@@ -402,7 +403,7 @@ def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
         raise
     # On damaged archives zipfile and zlib raise what their parsers do, without a common base.
     except Exception as error:
-        raise _odd_archive(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        raise _odd_archive(one_line(error)[:200] or type(error).__name__) from error
 
 
 def _odd_archive(why: str) -> Refusal:
