@@ -75,8 +75,8 @@ def build_engine(
     MODEL.PRECISION.passport.html; int8 and fp8 also leave their ranges and, where modules had to be restored, the plan.
 
     Args:
-        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or c3d.pt or c3d.onnx, an extractor
-            of clip features, whose features are held against FP32's.
+        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or an extractor of clip features
+            (c3d.pt, c3d.onnx, or a published C3D), whose features are held against FP32's.
         precision: fp32, fp16, bf16, int8 (with FP16 around it) or fp8 (likewise).
         target: what the engine is for; auto takes TensorRT where this machine has it and a GPU, else ONNX Runtime.
         data: directory of a data set (docs/formats.md): for calibration, the range scan and parity.

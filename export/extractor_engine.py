@@ -62,7 +62,7 @@ PROMISES = {"fp32": Promise(0.99999, 1e-4), "fp16": Promise(0.9999, 1e-2), "bf16
 
 
 def extractor_of(model: Path) -> str | None:
-    """Return of which kind a file is, `checkpoint` or `onnx`, if it is an extractor of ours; else None."""
+    """Return of which kind a file is, `checkpoint`, `onnx` or `published`, if it is an extractor; else None."""
     if not model.is_file():
         return None
     if model.suffix == ".onnx":
@@ -78,6 +78,13 @@ def extractor_of(model: Path) -> str | None:
         except ImportError:
             return None
         return "checkpoint" if is_c3d_file(model) else None
+    if model.name.endswith((".pth", ".tar", ".pickle")):
+        try:
+            from train.c3d import published_layout
+            from train.convert import read
+        except ImportError:
+            return None
+        return "published" if published_layout(read(model).weights) else None
     return None
 
 
@@ -118,10 +125,15 @@ def build_extractor(
 
 
 def _source_graph(job: Job) -> Path:
-    """Return the FP32 graph, exporting it first where MODEL is a checkpoint."""
+    """Return the FP32 graph, converting and exporting first where MODEL is a checkpoint."""
     if job.kind == "onnx" or job.source.exists():
         return job.source
     from export.extractor import export_extractor
+
+    if job.kind == "published":
+        from train.convert import convert
+
+        convert(job.model, job.checkpoint)
 
     return export_extractor(job.checkpoint, job.source)
 

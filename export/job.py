@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drn")
 
+SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -41,7 +43,7 @@ class Job:
     def stem(self) -> Path:
         """MODEL without what says its format, as runs/drn for runs/drn.pt and published.pth.tar."""
         name = self.model.name
-        for suffix in (".pth.tar", ".pth", ".pt", ".onnx", ".tar"):
+        for suffix in (".pth.tar", *SUFFIXES):
             name = name.removesuffix(suffix)
         return self.model.with_name(name)
 
@@ -100,8 +102,8 @@ class Job:
         """Raise what can be known to be wrong before any work is done."""
         if not self.model.is_file():
             raise ModelFileError(f"The model file {self.model} does not exist; check the path.")
-        if not self.model.name.endswith((".onnx", ".pt", ".pth", ".tar")):
-            raise ModelFileError(f"{self.model.name} should end in .onnx, .pt, .pth or .pth.tar.")
+        if not self.model.name.endswith(SUFFIXES):
+            raise ModelFileError(f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.")
         if self.output.suffix != (".onnx" if self.target == "onnxruntime" else ".engine"):
             raise OutputError(
                 f"--output {self.output} should end in {'.onnx' if self.target == 'onnxruntime' else '.engine'} "
@@ -155,11 +157,13 @@ class Job:
 
     def _check_sources(self) -> None:
         """Raise OutputError where exporting MODEL would write over a file that is not known to come from it."""
-        if self.kind == "published" and self.checkpoint.exists():
-            raise OutputError(
-                f"{self.checkpoint} is there already, and {self.model.name} would be converted to it; give it as "
-                "--model, or move it away."
-            )
+        if self.kind == "published":
+            for made in (self.checkpoint, self.source):
+                if made.exists():
+                    raise OutputError(
+                        f"{made} is there already, and {self.model.name} would be converted to it; give it as "
+                        "--model, or move it away."
+                    )
         if self.kind == "checkpoint" and self.source.exists() and not self.is_exported:
             raise OutputError(
                 f"{self.source} is there already and was not exported from this {self.model.name}; give it as --model, "

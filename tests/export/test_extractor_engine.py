@@ -27,7 +27,8 @@ from runtime.infer import infer
 from runtime.sidecar import read_content, read_sidecar
 from tests.export.test_extractor import TINY, lively
 from tests.runtime.standin import VERSIONS, Driver, Library, write_plan
-from train.c3d import MEANS, C3DCheckpoint, save_c3d
+from tests.train.test_c3d import LAYOUTS
+from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
 
 RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
 
@@ -85,6 +86,21 @@ def test_a_checkpoint_is_exported_first_and_once(model: Path) -> None:
     with pytest.raises(OutputError, match=r"was not exported from this c3d\.pt"):
         build_engine(checkpoint, precision="fp16", target="onnxruntime")
     assert model.read_bytes() == other
+
+
+@pytest.mark.parametrize("name", ["c3d.pickle", "pretrain.pth"])
+def test_a_published_checkpoint_is_converted_first(name: str, tmp_path: Path) -> None:
+    model = lively()
+    LAYOUTS[name](model, tmp_path / name)
+    output = build_engine(tmp_path / name, precision="fp16", target="onnxruntime")
+    stem = name.partition(".")[0]
+    assert output == tmp_path / f"{stem}.fp16.onnx"
+    mean = MEANS["plain" if stem == "c3d" else "mmaction2"]
+    assert open_extractor(output, "cpu", 1).manifest.mean == load_c3d(tmp_path / f"{stem}.pt").mean == mean
+    for there in (f"{stem}.pt", f"{stem}.onnx"):
+        with pytest.raises(OutputError, match=rf"{there} is there already, and {name} would be converted"):
+            build_engine(tmp_path / name, precision="fp16", target="onnxruntime")
+        (tmp_path / there).unlink()
 
 
 def test_layers_can_be_kept_in_fp32(model: Path) -> None:
