@@ -73,10 +73,12 @@ def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None)
     refused = np.searchsorted(np.sort(mismatched), found) / len(mismatched)
     allowed = np.ones(len(found), bool) if keep is None else kept >= keep
     if not allowed.any():
-        wanted = "tells them from others" if keep is None else f"keeps {100 * keep:g} %"
+        wanted, advice = "tells them from others", "train longer"
+        if keep is not None:
+            wanted, advice = f"keeps {100 * keep:g} %", "train longer, or lower --keep"
         raise GroundingError(
             f"In only {100 * kept.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, so "
-            f"that no threshold {wanted}; train longer, or lower --keep."
+            f"that no threshold {wanted}; {advice}."
         )
     best = int(np.argmax(np.where(allowed, kept + refused if keep is None else refused, -1)))
     # Halfway down to the next score, so that rounding in another precision refuses nobody who was kept.

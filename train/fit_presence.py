@@ -39,8 +39,9 @@ def fit_presence(
 ) -> Presence:
     """Fit the score below which a model says "no moment found", and write the checkpoint with it.
 
-    Every sentence of the training videos that were held out asks its own video, which shows what it says, and others,
-    which are taken not to. What is exported of the checkpoint carries the threshold; evaluation never applies it.
+    Every sentence of videos that the network did not learn from asks its own video, which shows what it says, and
+    others, which are taken not to. These videos are the val split or, where the data set has none, the training videos
+    that were held out. What is exported of the checkpoint carries the threshold; evaluation never applies it.
 
     Args:
         checkpoint: drn.pt.
@@ -49,8 +50,9 @@ def fit_presence(
         keep: share of the matching pairs to answer at least (0.95); without it, matching and mismatched pairs count
             alike (balanced accuracy).
         mismatched: other videos that each sentence asks.
-        held_out: fraction of the training videos to fit on; as the checkpoint tells, if it was trained with a part held
-            out. A network that learnt from these videos is surer of them than of others.
+        held_out: fraction of the training videos to fit on, also where there is a val split. When not given and without
+            one, as the checkpoint tells, if it was trained with a part held out. A network that learnt from these
+            videos is surer of them than of others.
         seed: of the videos held out, and of the others asked; the training's when not given.
         batch_size: pairs that go through the network together; changes nothing but speed.
         device: auto, cpu or cuda.
@@ -65,9 +67,14 @@ def fit_presence(
     loaded = load_checkpoint(checkpoint)
     data_set = DataSet(data)
     seed = int(loaded.training.get("seed", 0)) if seed is None else seed
-    annotations = _held_out(loaded, data_set, held_out, seed, str(checkpoint))
+    if held_out is None and "val" in data_set.splits:
+        annotations, source = data_set.annotations("val", invalid="drop", quiet=True), "of the val split"
+    else:
+        annotations = _held_out(loaded, data_set, held_out, seed, str(checkpoint))
+        source = "held out of the training videos"
     names = sorted({annotation.video for annotation in annotations})
     number = {name: index for index, name in enumerate(names)}
+    log.info("Fitting on %d sentences and %d videos %s.", len(annotations), len(names), source)
     own = np.array([number[annotation.video] for annotation in annotations])
     asked = draw_videos(own, len(names), mismatched, seed)
     grounder = Grounder(open_checkpoint(checkpoint, device, threads))

@@ -44,6 +44,14 @@ def test_a_threshold_by_hand() -> None:
     assert kept.rule == "at least 60 % kept"
 
 
+def test_keep_is_spoken_of_only_where_it_was_asked_for() -> None:
+    unlikely = np.full(3, -np.inf)
+    with pytest.raises(GroundingError, match=r"no threshold tells them from others; train longer\.$"):
+        fit(unlikely, np.array([0.5]))
+    with pytest.raises(GroundingError, match=r"no threshold keeps 90 %; train longer, or lower --keep\.$"):
+        fit(unlikely, np.array([0.5]), keep=0.9)
+
+
 @given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
 @settings(max_examples=200)
 def test_shares_are_what_the_threshold_does_and_none_is_better(

@@ -101,6 +101,22 @@ def test_a_checkpoint_that_tells_of_no_held_out_videos_needs_them_named(
     assert "may have learnt from the videos" in caplog.text
 
 
+def test_a_val_split_is_what_is_fitted_on_unless_training_videos_are_asked_for(
+    trained: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    data_set = DataSet(tmp_path / "data")
+    data_set.annotations_path("test").rename(data_set.annotations_path("val"))
+    caplog.set_level("INFO", "drn")
+    found = fit_presence(trained, data_set.root, tmp_path / "drn.pt", mismatched=1, device="cpu")
+    assert found.matching == len(data_set.annotations("val", invalid="drop"))
+    assert "videos of the val split" in caplog.text
+    asked = fit_presence(trained, data_set.root, tmp_path / "drn.pt", held_out=0.1, mismatched=1, device="cpu")
+    seed = load_checkpoint(trained).training["seed"]
+    assert asked.matching == len(split_by_video(data_set.annotations("train", invalid="drop"), 0.1, seed)[1])
+    assert "videos held out of the training videos" in caplog.text
+
+
 def test_other_data_than_the_training_had_is_refused(trained: Path, planted: Path, tmp_path: Path) -> None:
     shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     path = DataSet(tmp_path / "data").annotations_path("train")
