@@ -59,7 +59,8 @@ def draw_videos(own: np.ndarray, videos: int, count: int, seed: int) -> np.ndarr
     """
     if count > videos - 1:
         raise GroundingError(
-            f"{count} other videos were asked for and there are {max(videos - 1, 0)}; ask for fewer, or of more data."
+            f"Each sentence is to be asked of {count} other videos, and there are {max(videos - 1, 0)}; lower --videos "
+            "of runtime.rank or --mismatched of train.fit_presence, or give more data."
         )
     rng = np.random.default_rng(seed)
     others = np.stack([rng.choice(videos - 1, count, replace=False) for _ in own])

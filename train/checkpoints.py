@@ -26,6 +26,7 @@ from runtime.windows import Windows
 from train.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"
+RESUME_FORMAT = "drn-training/1"
 # Tokens that an exported checkpoint takes, unless its data set has longer queries or more are asked for.
 LONGEST_QUERY = 64
 
@@ -114,6 +115,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path} makes clip features and grounds no sentence; export it with "
                 f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here."
             )
+        if found == RESUME_FORMAT:
+            raise CheckpointError(f"{path} is what `train --resume` goes on with; give best.pt beside it.")
         kind = f"format {found!r}" if found else "no format of ours"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "

@@ -28,7 +28,7 @@ from runtime.metrics import recall_name
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 from train.backend import TorchBackend
-from train.checkpoints import Checkpoint, check_weights, load, load_checkpoint, save, save_checkpoint
+from train.checkpoints import RESUME_FORMAT, Checkpoint, check_weights, load, load_checkpoint, save, save_checkpoint
 from train.data import TrainingData
 from train.losses import LossOptions, divide, loss_sums
 from train.model import DRN, DRNConfig
@@ -42,7 +42,6 @@ SELECTION = recall_name(1, 0.5)
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A graph is exported for queries up to some length; torch takes any.
 ANY_LENGTH = 1 << 30
-RESUME_FORMAT = "drn-training/1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -304,7 +304,8 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     for name in _source_names():
         if not (annotations / name).is_file():
             raise AnnotationError(
-                f"{annotations} lacks {name}; --annotations needs {', '.join(_source_names())} in one directory."
+                f"{annotations} lacks {name}; --annotations takes train.json of ActivityNet Captions or TACoS and its "
+                f"other splits, or of Charades-STA {', '.join(_source_names())}, in one directory."
             )
     durations = read_json(annotations / "Charades_duration.json", "durations")
     frames = read_json(annotations / "Charades_frames_info.json", "frame counts")

@@ -48,7 +48,7 @@ def test_every_sentence_asks_its_own_video_and_others_once(own: list[int], count
 
 
 def test_more_videos_than_there_are_are_refused() -> None:
-    with pytest.raises(GroundingError, match="10 other videos were asked for and there are 9"):
+    with pytest.raises(GroundingError, match="10 other videos, and there are 9"):
         draw_videos(np.array([0]), 10, 10, 0)
 
 
@@ -88,5 +88,5 @@ def test_the_command_reports_beside_chance(
     assert written["chance"]["R@1"] == 0.5
     assert len(written["ranks"]) == written["sentences"] == 5
     assert written["median rank"] == np.median(written["ranks"])
-    assert "other videos were asked for" in refused(rank_command, *asked)
+    assert "lower --videos" in refused(rank_command, *asked)
     assert "--videos is at least 2" in refused(rank_command, *asked, "--videos", 1)

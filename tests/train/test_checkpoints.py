@@ -189,6 +189,11 @@ def test_many_wrong_tensors_are_counted_not_listed(tiny: DRNConfig) -> None:
         check_weights({}, tiny, "it")
 
 
+def test_what_resume_needs_is_not_taken_for_a_published_checkpoint(short_run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"train --resume.* give best\.pt beside it"):
+        load_checkpoint(short_run / "stage1" / "last.pt")
+
+
 def test_interrupted_saving_leaves_what_was_there(
     checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

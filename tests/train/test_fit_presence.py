@@ -129,7 +129,7 @@ def test_other_data_than_the_training_had_is_refused(trained: Path, planted: Pat
     ("options", "said"),
     [
         ({"mismatched": 0}, "--mismatched"),
-        ({"mismatched": 50}, "50 other videos were asked for"),
+        ({"mismatched": 50}, "lower --videos of runtime.rank or --mismatched"),
         ({"held_out": 1.0}, "--held-out is a fraction"),
         ({"keep": 1.2, "mismatched": 1}, "--keep is a share"),
         ({"seed": -1}, "--seed"),
