@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.windows import windows_asked
+
+log = logging.getLogger("drn")
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 MIB = 1 << 20
@@ -110,13 +113,16 @@ def serve(
     )
     grounder = Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
+    data_set = DataSet(data) if data else None
+    if data_set:
+        _check_features(grounder, data_set)
     digest = sha256(model)
     if extractor is not None:
         # Opened once, to see that it is one whose features the model takes.
         open_extractor(extractor, device, threads).manifest.check_fits(grounder.manifest.features)
     service = Service(
         grounder,
-        DataSet(data) if data else None,
+        data_set,
         model=model.name,
         digest=digest,
         media=media,
@@ -127,6 +133,18 @@ def serve(
     )
     run(service, host, port, grace)
     next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
+
+
+def _check_features(grounder: Grounder, data: DataSet) -> None:
+    """Raise FeatureError if the features of a data set are not as wide as the model takes them; one video tells."""
+    for name in sorted(data.durations):
+        try:
+            video = data.video(name)
+        except GroundingError:
+            continue
+        grounder.check_width(video)
+        return
+    log.warning("%s holds usable features of none of its videos; only what is sent can be asked.", data.root)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def ground(
     if settings.form == "parquet":
         check_one_kind(questions)
     source = open_source(features)
+    if everywhere := sum(question.video is None for question in questions):
+        log.info("%d of %d sentences name no video (vid) and are asked of every one.", everywhere, len(questions))
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
     told = describe(model, queries, len(questions), source, settings)
     check_same(output, told)
@@ -94,6 +96,8 @@ def ground(
         with _cleaned(job.output), contextlib.closing(_run(job, left, actors, address)) as run:
             for done in _shown(run, pairs, missing):
                 errors += done.errors
+        if errors == missing > 0:
+            log.warning("No pair was answered: do model and features belong together? Each row's `error` says why not.")
         return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
 
 

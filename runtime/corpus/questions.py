@@ -71,6 +71,9 @@ def _question(text: str, number: int, place: str) -> Question:
         raise AnnotationError(
             f'{place}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.'
         )
+    if "video" in row and "vid" not in row:
+        # As the HTTP API calls it: left alone, the sentence would be asked of every video.
+        raise AnnotationError(f"{place}: the video of a sentence is called vid here, not video; rename the key.")
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
         raise AnnotationError(f"{place}: vid should be the name of a video, or be left out, and is {video!r}.")

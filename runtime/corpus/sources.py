@@ -68,8 +68,9 @@ def open_source(path: Path) -> Source:
     if path.suffix in PARQUET_SUFFIXES and path.is_file():
         return ParquetSource([path])
     if not path.is_dir():
+        wrong = "cannot be the features of a corpus" if path.exists() else "does not exist"
         raise FeatureError(
-            f"{path} does not exist; give a data set, a directory of feature files with {DURATIONS}, or Parquet."
+            f"{path} {wrong}; give a data set, a directory of feature files with {DURATIONS}, or Parquet."
         )
     parquet = sorted(found for suffix in PARQUET_SUFFIXES for found in path.glob(f"*{suffix}"))
     if parquet:

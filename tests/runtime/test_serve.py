@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.serve import serve
@@ -50,3 +51,20 @@ def test_missing_files_are_named(refused: Callable[..., str], tiny_model: Path, 
     assert "does not exist" in refused(serve, "--model", tmp_path / "none.onnx")
     assert "does not exist" in refused(serve, "--model", tiny_model, "--data", tmp_path / "none")
     assert "--media" in refused(serve, "--model", tiny_model, "--media", tmp_path / "none")
+
+
+def test_features_of_another_width_are_refused_at_the_start_and_missing_ones_told(
+    refused: Callable[..., str], tiny_model: Path, mini: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = mini / "C3D_unit16_overlap0.5_merged"
+    files = sorted(place.iterdir())
+    files[0].unlink()
+    for file in files[1:]:
+        file.unlink()
+        np.save(file.with_suffix(".npy"), np.ones((30, 8), np.float32))
+    assert "8 wide and this model takes" in refused(serve, "--model", tiny_model, "--data", mini)
+    for file in place.iterdir():
+        file.unlink()
+    # Told before what ends it here.
+    assert "--media" in refused(serve, "--model", tiny_model, "--data", mini, "--media", tmp_path / "none")
+    assert "usable features of none of its videos" in caplog.text

@@ -103,9 +103,24 @@ def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: He
         here(mini, tmp_path / "none.jsonl")
     with pytest.raises(GroundingError, match="does not exist"):
         here(tmp_path / "none", write_rows(tmp_path / "queries.jsonl", ROWS))
+    with pytest.raises(GroundingError, match=r"queries\.jsonl cannot be the features"):
+        here(tmp_path / "queries.jsonl", tmp_path / "queries.jsonl")
     with pytest.raises(GroundingError, match="does not exist; check the path"):
         here(mini, write_rows(tmp_path / "queries.jsonl", ROWS), model=tmp_path / "none.onnx")
     assert not (tmp_path / "corpus").exists()
+
+
+def test_sentences_for_every_video_and_a_corpus_without_an_answer_are_told(
+    here: Here, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "drn")
+    here(*corpus(ROWS))
+    assert "2 of 2 sentences name no video (vid) and are asked of every one." in caplog.text
+    assert "No pair was answered" not in caplog.text
+    caplog.clear()
+    here(*corpus([{"query": "xyzzy", "vid": "AAAA1"}]), tmp_path / "other")
+    assert "name no video" not in caplog.text
+    assert "No pair was answered" in caplog.text
 
 
 def test_progress_is_told_where_no_bar_can_be_drawn(

@@ -23,6 +23,7 @@ def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
         ("{}\n", "line 1: a JSON object with a sentence"),
         ('{"query": "a"}\n\n', "line 2: a JSON object is expected"),
         ('{"query": "a", "vid": 3}\n', "vid should be"),
+        ('{"query": "a", "video": "V"}\n', "called vid here, not video"),
         ('{"query": "a", "qid": 1.5}\n', "qid should be"),
         ('{"query": "a", "qid": true}\n', "qid should be"),
         ('{"query": "a", "qid": 2}\n{"query": "b"}\n', "the qid 2 is that of line 1 too"),
