@@ -9,6 +9,7 @@ these; whether the device is a GPU is up to the model's library, so that what ne
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -86,7 +87,10 @@ def fork(model: Path, device: Device, pairs: Pairs) -> Seen:
             theirs.send(_distance([grounder.ground(*pair) for pair in pairs[:2]], wanted))
         except Exception as error:
             theirs.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        # Destructors of what CUDA knows must not run here.
+        if model.suffix != ".pt":
+            # As where the child ends by itself: what is on the GPU is its parent's, and must not be destroyed here.
+            del grounder.backend
+            gc.collect()
         os._exit(0)
 
     child = context.Process(target=ask)
@@ -99,13 +103,33 @@ def fork(model: Path, device: Device, pairs: Pairs) -> Seen:
     else:
         child.kill()
         return seen(False, f"The forked process hung for {CHILD_SECONDS} s.")
-    child.join()
+    child.join(CHILD_SECONDS)
+    if child.exitcode is None:
+        child.kill()
+        return seen(False, f"The forked process was told {answer!r}, and did not end.")
     again = _distance([grounder.ground(*pair) for pair in pairs[:2]], wanted)
-    if answer is None:
+    if answer is None or child.exitcode:
         return seen(False, f"The forked process died with code {child.exitcode}.")
     if isinstance(answer, float):
         return seen(answer <= SAME_S, f"The forked process answers; borders differ by {answer:.2g} s at most.")
     return seen(again <= SAME_S, f"The forked process was told: {answer} The parent goes on.")
+
+
+def ending(model: Path, device: Device, pairs: Pairs) -> Seen:
+    """The process ends while a daemon thread asks: nothing is freed under it, and the exit code is 0."""
+    grounder = Grounder.load(model, device)
+    asked = threading.Semaphore(0)
+
+    def ask() -> None:
+        # Until the process is no more, or the model is closed.
+        with contextlib.suppress(DeviceError):
+            while True:
+                grounder.ground_batch(pairs)
+                asked.release()
+
+    threading.Thread(target=ask, daemon=True).start()
+    begun = all(asked.acquire(timeout=CHILD_SECONDS) for _ in range(ROUNDS))
+    return seen(begun, "A daemon thread asks while the process ends; it ends well unless a code is told here.")
 
 
 def memory(model: Path, device: Device, pairs: Pairs) -> Seen:
@@ -183,6 +207,7 @@ def _distance(found: Sequence[list[Moment]], wanted: Sequence[list[Moment]]) -> 
 FAULTS: dict[str, Callable[[Path, Device, Pairs], Seen]] = {
     "threads": threads,
     "fork": fork,
+    "ending": ending,
     "memory": memory,
     "opening": opening,
 }

@@ -45,6 +45,14 @@ from runtime.sidecar import path_beside, read_sidecar, sealed
 from runtime.timing import Call, speed_ratio
 from runtime.videos import Video
 
+# See `benchmarks.acceptance.faults`.
+ENGINE_FAULTS = {
+    "threads": "threads",
+    "fork": "fork",
+    "ending": "the process ends under a call",
+    "memory": "out of memory",
+    "opening": "opening",
+}
 # By how the names of rivals begin.
 RIVALS = {"eager": bars.EAGER, "CUDA graphs": bars.GRAPHS, "torch.compile": bars.COMPILED}
 # Batches of the largest size that make a throughput.
@@ -87,7 +95,7 @@ def run(job: Job, leg: Leg) -> None:
     leg.step("where the time goes: layers", lambda: _engine_profile(job, pair))
     leg.step("fault: GPU absent", functools.partial(_without_gpu, job, pair))
     leg.step("fault: an engine of another version", lambda: _other_version(job, pair))
-    for name, said in (("threads", "threads"), ("fork", "fork"), ("memory", "out of memory"), ("opening", "opening")):
+    for name, said in ENGINE_FAULTS.items():
         leg.step(f"fault: {said}", functools.partial(_engine_fault, job, leg, name, pair))
     leg.step("the bar, torch.compile", lambda: _bar_compiled(job, pair))
     _engines(job, leg, target, PRECISIONS)
@@ -212,7 +220,8 @@ def _bar(job: Job, pair: Path) -> Found:
     absolute = {bars.P50: latency["p50_ms"], bars.P99: latency["p99_ms"], bars.GPU_PART: part, bars.RATE: rate}
     told = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
-        f"ms; {rate:,.0f} pairs a second at batch {size}."
+        f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
+        "sentences."
     )
     return _judged(job, backend.gpu_name, told, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
 

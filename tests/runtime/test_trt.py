@@ -705,8 +705,9 @@ def test_banks_of_different_sizes_do_not_mix_when_memory_is_full(bench: Bench, m
     """A batch that finds no memory is asked again in halves through another profile, whose bank is another."""
     pair = bench.pair(profiles=[profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))])
     batch = batch_of([4, 4])
-    videos = known(pair, batch)
-    both, asked_for = np.arange(2, dtype=np.int32), (batch.query_tokens, batch.query_length, videos)
+    # The first half asks for what is second in the bank of the whole.
+    videos, both = known(pair, batch)[::-1], np.array([1, 0], np.int32)
+    asked_for = batch.query_tokens, batch.query_length, videos
     create, failing = pair._network._context, iter([True])
 
     def sometimes(*arguments: Any) -> Any:
