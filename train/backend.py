@@ -29,6 +29,10 @@ class TorchBackend:
         Raises:
             DeviceMemoryError: the GPU has no memory left for it.
         """
+        if not len(batch):
+            # torch packs no empty batch.
+            locations = self.manifest.decoding.num_locations
+            return Heads(*(np.empty((0, locations, *tail), np.float32) for tail in ((), (2,), ())))
         device = next(self.model.parameters()).device
         training = self.model.training
         self.model.eval()

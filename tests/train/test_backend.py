@@ -42,6 +42,14 @@ def as_batch(reference: Any, name: str) -> Batch:
     return Batch(tokens.astype(np.int32), length.astype(np.int32), features, spans.astype(np.float32))
 
 
+def test_of_no_query_there_are_no_answers(reference: Any, published: Path) -> None:
+    backend, batch = open_backend(published, device="cpu"), as_batch(reference, "a")
+    none = Batch(*(values[:0] for values in vars(batch).values()))
+    for found, some in zip(vars(backend.run(none)).values(), vars(backend.run(batch)).values(), strict=True):
+        assert found.shape == (0, *some.shape[1:])
+        assert found.dtype == some.dtype
+
+
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
 def test_opened_by_the_runtime_it_answers_as_the_published_code(reference: Any, published: Path, batch: str) -> None:
     heads = open_backend(published, device="cpu").run(as_batch(reference, batch))
