@@ -20,9 +20,11 @@ from runtime.footage import ROUNDING, Footage, frames_from, load_av
 
 log = logging.getLogger("drn")
 
-# The first that is there is taken. Quality before size: a clip is looked at, and is short.
+# The first that is there is taken. Quality before size: a clip is looked at, and is short. No B-frames: mp4 takes a
+# film's length from the order of decoding, which they shift by some frames, and where the rate varies these may last
+# seconds.
 ENCODERS = {
-    "libx264": {"crf": "18", "preset": "fast"},
+    "libx264": {"crf": "18", "preset": "fast", "bf": "0"},
     "libopenh264": {"rc_mode": "quality"},
     "mpeg4": {"qmin": "2", "qmax": "4"},
 }

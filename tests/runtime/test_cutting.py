@@ -86,6 +86,15 @@ def test_a_rate_that_varies_keeps_its_times(tmp_path: Path) -> None:
     assert length(tmp_path / "clip.mp4") == pytest.approx(1.5, abs=1e-3)
 
 
+def test_a_clip_lasts_as_long_as_its_moment_also_where_pictures_come_quickly_first_and_slowly_then(
+    tmp_path: Path,
+) -> None:
+    times = [*range(0, 1000, 40), *range(1000, 8001, 1000)]
+    cut(look(film(tmp_path / "slides.mp4", numbered(len(times)), times=times)), [(0.5, 6.5)], [tmp_path / "clip.mp4"])
+    assert shown(tmp_path / "clip.mp4")[-1] == (pytest.approx(5.5, abs=1e-3), times.index(6000))
+    assert length(tmp_path / "clip.mp4") == pytest.approx(6, abs=1e-3)
+
+
 def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
     footage = look(film(tmp_path / "hall.mkv", numbered(50)))
     cut(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
