@@ -180,7 +180,7 @@ def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.nd
     """Return the word ids of every sentence; one warning names all the words that the model does not know.
 
     Raises:
-        QueryError: a sentence cannot be asked; it is named by its line.
+        QueryError: a sentence cannot be asked; it is named by its place and its video.
     """
     unheard: Counter[str] = Counter()
     queries = []
@@ -188,7 +188,8 @@ def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.nd
         try:
             queries.append(grounder.encode_query(annotation.sentence, unheard))
         except QueryError as error:
-            raise QueryError(f"Line {annotation.line} of the annotations: {error}") from error
+            place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
+            raise QueryError(f"{place}: {error}") from error
     grounder.manifest.vocabulary.tell(unheard)
     return queries
 

@@ -75,7 +75,8 @@ def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None)
     if not allowed.any():
         wanted, advice = "tells them from others", "train longer"
         if keep is not None:
-            wanted, advice = f"keeps {100 * keep:g} %", "train longer, or lower --keep"
+            wanted = f"keeps {100 * keep:g} %"
+            advice += ", or lower --keep" if len(found) else ""
         raise GroundingError(
             f"In only {100 * kept.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, so "
             f"that no threshold {wanted}; {advice}."

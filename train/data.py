@@ -238,14 +238,15 @@ def beside(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
 
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Return the word ids of every sentence; AnnotationError, naming the line, for one without a known word."""
+    """Return the word ids of every sentence; AnnotationError, naming place and video, for one without a known word."""
     unheard: Counter[str] = Counter()
     queries = []
     for annotation in annotations:
         try:
             queries.append(vocabulary.encode(annotation.sentence, unheard))
         except QueryError as error:
-            raise AnnotationError(f"The annotation in line {annotation.line} cannot be used: {error}") from error
+            place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
+            raise AnnotationError(f"{place}, cannot be used: {error}") from error
     vocabulary.tell(unheard)
     return queries
 

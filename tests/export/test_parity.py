@@ -308,7 +308,7 @@ def test_no_queries_and_queries_too_long_for_one_are_refused(data_set: DataSet) 
         compare(*sides, data_set, [])
     longer = [annotations[0], dataclasses.replace(annotations[1], sentence="word1 word2")]
     sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS), max_query_length=1))
-    with pytest.raises(QueryError, match=r"Line 2 of the annotations: .* 2 tokens .* 1 to 1"):
+    with pytest.raises(QueryError, match=r"Sentence 2 of the annotations, of \S+: .* 2 tokens .* 1 to 1"):
         compare(*sides, data_set, longer)
 
 

@@ -222,7 +222,7 @@ def test_a_sentence_the_model_cannot_take_stops_before_any_video_is_read(
     annotations = data_set.annotations("test")
     bad = [*annotations, dataclasses.replace(annotations[0], sentence="dog " * 9, line=41)]
     monkeypatch.setattr(DataSet, "video", lambda *_: pytest.fail("a video was read"))
-    with pytest.raises(QueryError, match=r"Line 41 .* 9 tokens"):
+    with pytest.raises(QueryError, match=r"Sentence 41 of the annotations, of \S+: .* 9 tokens"):
         evaluate(grounder, data_set, bad)
 
 

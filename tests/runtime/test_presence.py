@@ -44,11 +44,13 @@ def test_a_threshold_by_hand() -> None:
     assert kept.rule == "at least 60 % kept"
 
 
-def test_keep_is_spoken_of_only_where_it_was_asked_for() -> None:
-    unlikely = np.full(3, -np.inf)
+def test_keep_is_spoken_of_only_where_it_was_asked_for_and_a_lower_one_would_do() -> None:
+    unlikely, some = np.full(3, -np.inf), np.array([0.5, -np.inf])
     with pytest.raises(GroundingError, match=r"no threshold tells them from others; train longer\.$"):
         fit(unlikely, np.array([0.5]))
     with pytest.raises(GroundingError, match=r"no threshold keeps 90 %; train longer, or lower --keep\.$"):
+        fit(some, np.array([0.5]), keep=0.9)
+    with pytest.raises(GroundingError, match=r"no threshold keeps 90 %; train longer\.$"):
         fit(unlikely, np.array([0.5]), keep=0.9)
 
 

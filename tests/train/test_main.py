@@ -138,7 +138,14 @@ def test_query_of_unknown_words_only_is_named(outcome: Any, data: Path, tmp_path
     for split, arguments in (("test", ["--validate-on", "test"]), ("train", [])):
         video = (data / f"Charades_sta_{split}.txt").read_text().split()[0]
         number = append(data / f"Charades_sta_{split}.txt", f"{video} 1.0 2.0##xyzzy plugh.")
-        refused(outcome, tmp_path / "run", f"line {number} cannot be used", "--data", data, *arguments)
+        refused(
+            outcome,
+            tmp_path / "run",
+            f"Sentence {number} of the annotations, of {video}, cannot be used",
+            "--data",
+            data,
+            *arguments,
+        )
 
 
 def test_broken_moments_are_left_out_unless_they_are_wanted(
