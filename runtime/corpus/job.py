@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from runtime.backends import check_model_path
 from runtime.corpus.cluster import run_on_ray
-from runtime.corpus.plan import LOCK, MANIFEST, Settings, Shard, check_same, describe, plan
+from runtime.corpus.plan import LOCK, MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
 from runtime.corpus.questions import check_one_kind, read_questions
 from runtime.corpus.shards import ATTEMPTS, Done, Job, Worker
 from runtime.corpus.sources import open_source
@@ -74,6 +74,7 @@ def ground(
             Shards that are whole stay.
     """
     check_model_path(model)
+    check_ours(output)
     questions = read_questions(queries)
     if settings.form == "parquet":
         check_one_kind(questions)
@@ -82,11 +83,12 @@ def ground(
         log.info("%d of %d sentences name no video (vid) and are asked of every one.", everywhere, len(questions))
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
     told = describe(model, queries, len(questions), source, settings)
-    check_same(output, told)
     pairs = sum(map(len, shards))
     job = Job(model.resolve(), features.resolve(), output.resolve(), tuple(common), len(shards), settings)
-    check_writable(output / MANIFEST, model, queries)
     with _alone(job.output):
+        check_writable(output / MANIFEST, model, queries)
+        # Looked at before the lock was had, another job could have put its shards there meanwhile.
+        check_same(output, told)
         write_json(output / MANIFEST, {**told, "pairs": pairs, "shards": len(shards)})
         left = [shard for shard in shards if not job.path(shard).is_file()]
         missing = sum(map(len, left))
@@ -156,8 +158,12 @@ def _clean(output: Path) -> None:
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Hold a directory for this job; OutputError if another one has it. The system lets go when a process is killed."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / LOCK, "w") as lock:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / LOCK, "w")  # noqa: SIM115 - closed at the end of the block below
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror or error}); choose another path.") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -160,22 +160,26 @@ def describe(model: Path, queries: Path, count: int, source: Source, settings: S
     }
 
 
-def check_same(output: Path, told: dict[str, Any]) -> bool:
-    """Return whether a directory holds shards that can be gone on with; False if there are none yet.
+def check_ours(output: Path) -> None:
+    """Raise OutputError if something else than a corpus lies there: nothing is put beside it, not even a lock."""
+    if not output.exists() or (output / LOCK).exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
+        raise _not_ours(output)
 
-    Raises:
-        OutputError: it holds one of other inputs, or something else.
-    """
+
+def check_same(output: Path, told: dict[str, Any]) -> None:
+    """Raise OutputError if a directory holds shards of other inputs, or something else; for who holds its lock."""
     path = output / MANIFEST
     if not path.exists():
-        if output.exists() and (not output.is_dir() or any(entry.name != LOCK for entry in output.iterdir())):
-            raise OutputError(f"{output} is there and holds no {MANIFEST}; name a new or empty directory.")
-        return False
+        if any(entry.name != LOCK for entry in output.iterdir()):
+            raise _not_ours(output)
+        return
     found = read_json(path, "what a corpus was made of", OutputError)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise OutputError(f"{path} is not of format {FORMAT!r}; name another directory.")
     if not any(output.glob("shard-*")):
-        return False
+        return
     # As it is read from a file: tuples are lists there.
     differences = list(_differences(found, json.loads(json.dumps(told))))
     if differences:
@@ -183,7 +187,10 @@ def check_same(output: Path, told: dict[str, Any]) -> bool:
             f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
             "Take those again, or name another directory."
         )
-    return True
+
+
+def _not_ours(output: Path) -> OutputError:
+    return OutputError(f"{output} is there and holds no {MANIFEST}; name a new or empty directory.")
 
 
 def _differences(found: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:

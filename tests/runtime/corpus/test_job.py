@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from runtime.corpus import job
 from runtime.corpus.job import Result
 from runtime.corpus.plan import MANIFEST
 from runtime.corpus.shards import Worker
@@ -96,6 +97,50 @@ def test_two_jobs_do_not_write_one_corpus(here: Here, corpus: Corpus, tmp_path: 
             here(features, queries)
     assert not (output / MANIFEST).exists()
     here(features, queries)
+
+
+def test_a_job_that_ended_before_another_had_the_lock_is_not_mixed_with_it(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus(ROWS)
+    other = write_rows(tmp_path / "other.jsonl", ROWS[:1])
+    alone = job._alone
+
+    def after_another(output: Path) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "_alone", alone)
+            here(features, other, shard_pairs=3)
+        return alone(output)
+
+    monkeypatch.setattr(job, "_alone", after_another)
+    with pytest.raises(OutputError, match="queries rows was 1 and is 2"):
+        here(features, queries, shard_pairs=3)
+    output = tmp_path / "corpus"
+    assert json.loads((output / MANIFEST).read_text())["queries"]["file"] == "other.jsonl"
+    assert sorted(content(output)) == ["shard-00001-of-00002.jsonl", "shard-00002-of-00002.jsonl"]
+
+
+def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus(ROWS)
+    write, said = job.write_json, []
+
+    def meanwhile(path: Path, value: Any) -> None:
+        # The first has its lock, and no manifest yet; nor is its directory empty.
+        (path.parent / f".{MANIFEST}.x").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "write_json", lambda *_: pytest.fail("both write"))
+            with pytest.raises(OutputError) as refused:
+                here(features, queries)
+        said.append(str(refused.value))
+        (path.parent / f".{MANIFEST}.x").unlink()
+        write(path, value)
+
+    monkeypatch.setattr(job, "write_json", meanwhile)
+    here(features, queries)
+    assert len(said) == 1
+    assert "Another process is writing" in said[0]
 
 
 def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: Here, mini: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.corpus.plan import MANIFEST, check_same, plan, shard_name
+from runtime.corpus.plan import LOCK, MANIFEST, check_ours, check_same, plan, shard_name
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed
 from runtime.errors import OutputError
@@ -59,18 +59,26 @@ def told(**changes: object) -> dict[str, object]:
 
 
 def test_a_directory_of_other_inputs_is_refused_and_they_are_named(tmp_path: Path) -> None:
-    assert not check_same(tmp_path / "new", told())
+    (tmp_path / LOCK).touch()
+    check_same(tmp_path, told())
     (tmp_path / MANIFEST).write_text(json.dumps(told()))
     # Before the first shard is whole nothing can be lost.
-    assert not check_same(tmp_path, told(model={"sha256": "2"}))
+    check_same(tmp_path, told(model={"sha256": "2"}))
     (tmp_path / shard_name(1, 2, "jsonl")).touch()
-    assert check_same(tmp_path, told())
+    check_same(tmp_path, told())
     with pytest.raises(OutputError, match=r"\(model sha256 was '1' and is '2'; settings top_k was 5 and is 3\)"):
         check_same(tmp_path, told(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
+    with pytest.raises(OutputError, match=r"holds no corpus\.json"):
+        check_ours(tmp_path)
+    with pytest.raises(OutputError, match="name a new or empty directory"):
+        check_ours(tmp_path / "photo.jpg")
+    # Another's lock is no corpus either.
+    (tmp_path / LOCK).touch()
+    check_ours(tmp_path)
     with pytest.raises(OutputError, match=r"holds no corpus\.json"):
         check_same(tmp_path, told())
     for text in ("[]", '{"format": "drn-corpus/0"}'):
@@ -80,5 +88,4 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(OutputError, match="should be a JSON file"):
         check_same(tmp_path, told())
-    with pytest.raises(OutputError, match="name a new or empty directory"):
-        check_same(tmp_path / "photo.jpg", told())
+    check_ours(tmp_path / "new")
