@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from runtime.errors import GroundingError
 from runtime.service.refusals import Refusal, refusal_of
@@ -73,11 +73,12 @@ class Keys:
         self._key = key
 
     def ticket(self, path: str) -> str:
-        """Return a path so that a player, which sends no headers, can open it for some hours."""
+        """Return a percent-encoded path so that a player, which sends no headers, can open it for some hours."""
         if self._key is None:
             return path
         until = str(int(time.time()) + TICKET_SECONDS)
-        return f"{path}?ticket={until}.{self._signature(path, until)}"
+        # What is signed is the path as it arrives here, decoded.
+        return f"{path}?ticket={until}.{self._signature(unquote(path), until)}"
 
     def let_in(self, scope: MutableMapping[str, Any], authorization: str) -> bool:
         """Return whether a request may pass; comparisons take as long whatever is shown."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 import uvicorn
@@ -227,6 +228,12 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
     assert keys.let_in(scope, "")
     monkeypatch.setattr(time, "time", lambda: int(until) + 1)
     assert not keys.let_in(scope, "")
+
+
+def test_a_ticket_is_for_the_path_as_it_arrives_decoded() -> None:
+    keys = gate.Keys(KEY)
+    path, _, query = keys.ticket(f"/v1/videos/{quote('50% of é', safe='')}/media").partition("?")
+    assert keys.let_in({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 
 
 def test_a_client_that_leaves_takes_its_work_along(hurried: int, offline: Grounder) -> None:
