@@ -61,3 +61,13 @@ def refusal_of(error: GroundingError) -> Refusal:
     if isinstance(error, DeviceError):
         return Refusal(503, "The service cannot do this now; try again later, or tell whoever runs it.")
     return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
+
+
+def unknown_video(name: str) -> Refusal:
+    """Return how a client is told that a video is not here, or no longer."""
+    return Refusal(
+        404,
+        f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
+        "kept for a while only.",
+        "unknown_video",
+    )

@@ -23,7 +23,7 @@ from runtime.service.forms import read_form
 from runtime.service.gate import GateOptions, Keys, unless_gone
 from runtime.service.library import Entry, Library, Shelf, check_windows
 from runtime.service.messages import SentVideo, checked
-from runtime.service.refusals import Refusal
+from runtime.service.refusals import Refusal, unknown_video
 from runtime.service.telemetry import Telemetry
 from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
 from runtime.timeline import Answer
@@ -159,12 +159,7 @@ class Service:
         """Return an upload by its id; Refusal if there is none."""
         upload = self.uploads.get(name)
         if upload is None:
-            raise Refusal(
-                404,
-                f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
-                "kept for a while only.",
-                "unknown_video",
-            )
+            raise unknown_video(name)
         return upload
 
     def entry(self, name: str) -> Entry:

@@ -24,10 +24,10 @@ import numpy as np
 
 from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.errors import OutputError, one_line
+from runtime.errors import FeatureError, OutputError, one_line
 from runtime.extraction import cache_directory
 from runtime.service.library import MEDIA_TYPES, Entry
-from runtime.service.refusals import Refusal
+from runtime.service.refusals import Refusal, unknown_video
 from runtime.videos import ClipClock, Video, load_features
 
 log = logging.getLogger("drn.service")
@@ -108,9 +108,14 @@ class Upload:
         return Entry(self.id, self.name, self.duration, self.num_frames, self.media, state, problem)
 
     def load(self) -> Video:
-        """Read the video; the features must be there."""
+        """Read the video, once its features are known. Refusal if it was removed meanwhile, in another thread."""
         assert self.features is not None
-        return Video(load_features(self.features), self.num_frames, self.duration, self.name)
+        try:
+            array = load_features(self.features)
+        except (FeatureError, OSError) as error:
+            # The sentence names files of this machine.
+            raise unknown_video(self.id) from error
+        return Video(array, self.num_frames, self.duration, self.name)
 
 
 class Uploads:

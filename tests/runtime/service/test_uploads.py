@@ -311,6 +311,19 @@ def test_what_nobody_asks_goes_after_a_while(kept: Uploads) -> None:
     assert not old.directory.exists()
 
 
+def test_an_upload_that_is_removed_while_it_is_read_is_an_unknown_video(kept: Uploads, tmp_path: Path) -> None:
+    upload = fill(kept, 10)
+    upload.features = upload.directory / "features.npy"
+    np.save(upload.features, FEATURES)
+    upload.duration, upload.num_frames = 12.5, 328
+    assert upload.load().duration == 12.5
+    kept.forget(upload)
+    with pytest.raises(Refusal, match=f"There is no video '{upload.id}'") as refused:
+        upload.load()
+    assert refused.value.status == 404
+    assert str(tmp_path) not in refused.value.message
+
+
 def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     options = UploadOptions(tmp_path)
     running = Uploads(options, ClipClock())
