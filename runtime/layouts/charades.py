@@ -10,6 +10,7 @@ from typing import Any
 from runtime.errors import AnnotationError
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
+from runtime.layouts.values import check_video_name
 from runtime.presets import PRESETS
 
 DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
@@ -30,6 +31,8 @@ class CharadesSTA:
         self.root, self.preset = root, PRESETS["charades-sta"]
         self.durations: dict[str, float] = self._table(DURATIONS, "video to seconds")
         self.num_frames: dict[str, int] = self._table(FRAMES, "video to frame count")
+        for name in self.durations:
+            check_video_name(name, str(root / DURATIONS))
 
     @staticmethod
     def claims(root: Path) -> list[Path]:

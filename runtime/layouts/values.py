@@ -33,8 +33,7 @@ class Videos:
         Raises:
             AnnotationError: the name or a number is none, or another video has this name.
         """
-        if not is_file_name(name):
-            raise AnnotationError(f"{place}: {name!r} cannot be the name of a video, as its features are found by it.")
+        check_video_name(name, place)
         if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
             raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {duration!r}.")
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
@@ -62,6 +61,12 @@ def is_number(value: Any) -> bool:
 def is_file_name(name: str) -> bool:
     """Return whether a name stays in the directory it is looked up in."""
     return bool(name.strip()) and not set(name) & set("/\\\0\n\r") and name not in (".", "..")
+
+
+def check_video_name(name: str, place: str) -> None:
+    """Raise AnnotationError for a name that no file could have, or only one in another directory."""
+    if not is_file_name(name):
+        raise AnnotationError(f"{place}: {name!r} cannot be the name of a video, as its features are found by it.")
 
 
 def file_stem(name: str) -> str:

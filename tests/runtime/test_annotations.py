@@ -157,6 +157,12 @@ def test_a_damaged_table_is_named(directory: Path, name: str, content: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_no_feature_file_could_have_is_refused(directory: Path) -> None:
+    (directory / "Charades_duration.json").write_text('{"AAAAA": 30.0, "day/BBBBB": 10}')
+    with pytest.raises(AnnotationError, match=r"Charades_duration\.json: 'day/BBBBB' cannot be the name of a video"):
+        DataSet(directory)
+
+
 def test_word_ids_with_a_gap_name_the_word_table(directory: Path) -> None:
     (directory / "Charades_word2id.json").write_text('{"person": 1, "door": 3}')
     with pytest.raises(AnnotationError, match=r"Charades_word2id\.json: .*each once"):
