@@ -10,6 +10,30 @@ from types import ModuleType
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+# Of directories whose tests all need an extra: what it brings, and its name.
+NEEDED = {
+    Path(__file__).parent / "runtime" / "service": (
+        ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
+        "the service needs drn-deploy[serve]",
+    ),
+    Path(__file__).parent / "runtime" / "triton": (
+        ("tritonclient", "grpc", "geventhttpclient"),
+        "tritonclient has Triton's definitions (pip install 'drn-deploy[triton]')",
+    ),
+}
+
+
+class Lacking(pytest.Module):
+    """A file of tests that is not even imported. A conftest.py that skips would end pytest with a traceback."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(NEEDED[self.path.parent][1], allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    names, _ = NEEDED.get(module_path.parent, ((), ""))
+    lacks = any(importlib.util.find_spec(name) is None for name in names)
+    return Lacking.from_parent(parent, path=module_path) if lacks else None
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,6 @@ from runtime.decoding import Decoding
 from runtime.grounder import Grounder
 from runtime.manifest import METADATA_KEY, Features, Manifest
 
-for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
-    pytest.importorskip(module, reason="the service needs drn-deploy[serve]")
-
 ROOT = Path(__file__).parents[3]
 
 

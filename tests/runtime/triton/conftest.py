@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 import pytest
 
-pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
-
 from export.split import split_graph, write_pair
 from export.to_onnx import export_model
 from export.triton import triton

@@ -1,0 +1,40 @@
+"""`conftest`: directories of tests skip as a whole where what they need is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import NEEDED
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == sys.argv[1] else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("directory", NEEDED, ids=lambda directory: directory.name)
+def test_without_an_extra_its_tests_skip_and_say_so(directory: Path) -> None:
+    names, reason = NEEDED[directory]
+    words = [sys.executable, "-c", WITHOUT, names[0], str(directory)]
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert reason in done.stdout
+    assert f"{len(list(directory.glob('test_*.py')))} skipped" in done.stdout
