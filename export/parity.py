@@ -18,7 +18,7 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet, each_moment
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError
-from runtime.evaluation import Chunk, answers_to, chunks, encoded, suppressed
+from runtime.evaluation import Chunk, answered_whole, answers_to, chunks, encoded, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.metrics import Report, best_overlap, hits, prior_report, recall_name, report
@@ -145,6 +145,7 @@ class Parity:
         overlap, order: of the best moments.
         flips: by metric, R@1 IoU=0.5 and 0.7.
         differences: by metric, as `flips` and mIoU.
+        whole: queries without a likely location in both models, whose agreement proves nothing.
         reference, other, prior: scores; the prior is None without a training split.
         worst: the queries whose best moments agree least, worst first.
     """
@@ -159,6 +160,7 @@ class Parity:
     order: Order
     flips: Mapping[str, Flips]
     differences: Mapping[str, Difference]
+    whole: int
     reference: Report
     other: Report
     prior: Report | None
@@ -170,6 +172,7 @@ class Parity:
             "queries": self.queries,
             "protocol": self.protocol,
             "simulated_features": self.simulated,
+            "answered_whole": self.whole,
             "recall": {
                 "reference": self.reference.to_dict(),
                 "other": self.other.to_dict(),
@@ -439,6 +442,7 @@ def _judge(
             name: Difference(float(values.mean()), float(low[index]), float(high[index]))
             for index, (name, values) in enumerate(columns.items())
         },
+        whole=int((answered_whole(tops[0]) & answered_whole(tops[1])).sum()),
         reference=scored[0],
         other=scored[1],
         prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),

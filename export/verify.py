@@ -254,6 +254,8 @@ def summary(parity: Parity, names: Sequence[str], split: str) -> str:
         recall_table(rows),
         f"{parity.queries} queries of {split}, protocol {parity.protocol}, percent.",
     ]
+    if parity.whole:
+        lines.append(f"{parity.whole} of them have no likely location in either: that these agree proves nothing.")
     if parity.simulated:
         lines.append("Features are simulated: not comparable with published numbers.")
     lines += ["", f"{'head':<20} {'largest error':>13} {'99 % within':>12} {'largest value':>13}"]

@@ -17,6 +17,7 @@ from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.decoding import Protocol
 from runtime.errors import GroundingError
+from runtime.evaluation import answered_whole
 from runtime.evaluation import evaluate as evaluate_annotations
 from runtime.evaluation import predictions as predictions_of
 from runtime.files import check_writable, replace_when_whole, write_json
@@ -90,6 +91,8 @@ def evaluate(
         rows.append(("prior (constant moments)", prior))
     print(table(rows))
     print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
+    if whole := answered_whole(next(iter(evaluation.picks.values()))).sum():
+        print(f"{whole} of them have no likely location and are answered by the whole video.")
     if data_set.simulated:
         print("Features are simulated: not comparable with published numbers.")
     if output:

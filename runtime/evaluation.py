@@ -71,6 +71,11 @@ def evaluate(
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
 
 
+def answered_whole(picks: np.ndarray) -> np.ndarray:
+    """Return which of (N, K, 3) answers are the whole video with score 1, for want of a likely location; (N,)."""
+    return (picks[:, 0] == (0, 1, 1)).all(axis=1)
+
+
 def predictions(
     evaluation: Evaluation, annotations: Sequence[Annotation], data_set: DataSet, top_k: int = 5
 ) -> Iterator[dict[str, Any]]:

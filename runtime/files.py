@@ -15,6 +15,9 @@ from typing import Any
 
 from runtime.errors import AnnotationError, GroundingError, OutputError
 
+# How the directory is called in which files wait for their places.
+STAGED = ".drn-"
+
 
 @contextlib.contextmanager
 def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -81,7 +84,7 @@ class Staging:
         if parent not in self._places:
             try:
                 parent.mkdir(parents=True, exist_ok=True)
-                self._places[parent] = Path(tempfile.mkdtemp(dir=parent, prefix=".drn-"))
+                self._places[parent] = Path(tempfile.mkdtemp(dir=parent, prefix=STAGED))
             except OSError as error:
                 raise _unwritable(final, error) from error
         return self._places[parent] / final.name
@@ -182,6 +185,9 @@ def json_digest(value: Any) -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
+    if path.parent.name.startswith(STAGED):
+        # Where it was to stand, not where it waited.
+        path = path.parent.parent / path.name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place."

@@ -85,7 +85,7 @@ def pool(
         try:
             _write(path, videos, store, places, num_segments, features.dim)
         except OutputError as error:
-            raise OutputError(f"{error} The pooled features go to --cache, {cache} by default.") from error
+            raise OutputError(f"{error} The pooled features go to --cache, which is {cache}.") from error
     mapped = np.load(path, mmap_mode="r")
     spans = np.stack([spans for _, _, spans in places])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)

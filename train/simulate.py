@@ -593,7 +593,7 @@ def _check_space(output: Path, stories: Sequence[Story], bytes_per_clip: int) ->
     free = shutil.disk_usage(there).free
     if needed > free:
         raise OutputError(
-            f"The features need {needed / 1e9:.2f} GB and the disk of {output} has {free / 1e9:.2f} GB left; "
+            f"The features need {needed / 1e6:,.0f} MB and the disk of {output} has {free / 1e6:,.0f} MB left; "
             f"free some, or ask for fewer --videos or a smaller --feature-dim."
         )
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.parity import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
+from export.verify import summary
 from runtime import Grounder, Vocabulary
 from runtime.annotations import DataSet
 from runtime.decoding import Decoding
@@ -95,6 +96,13 @@ def test_a_model_equals_itself(data_set: DataSet) -> None:
     assert set(found.differences.values()) == {Difference(0, 0, 0)}
     assert found.worst == ()
     assert verdict(found, Budget(0, 0)) == []
+
+
+def test_agreement_on_nothing_is_counted_and_told(data_set: DataSet) -> None:
+    found = parity(data_set, [[], [], *alone(*TRUTHS[2:])], [[], *alone(*TRUTHS[1:])])
+    assert found.whole == found.to_dict()["answered_whole"] == 1
+    assert "1 of them have no likely location in either" in summary(found, ("a", "b"), "test")
+    assert "likely" not in summary(parity(data_set, alone(*TRUTHS), alone(*TRUTHS)), ("a", "b"), "test")
 
 
 def test_boundaries_are_told_in_seconds_of_their_video(data_set: DataSet) -> None:

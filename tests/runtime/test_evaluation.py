@@ -16,6 +16,7 @@ from runtime.annotations import DataSet
 from runtime.decoding import Decoding
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate, predictions
+from runtime.manifest import METADATA_KEY, Manifest
 from runtime.metrics import METRICS, metric_names
 from tests.annotated import write_qvhighlights, write_tacos
 
@@ -254,6 +255,24 @@ def test_the_command_prints_the_model_beside_the_prior_and_writes_both(scored: A
     rows = [json.loads(row) for row in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [row["vid"] for row in rows] == ["AAAA1", "AAAA1", "BBBB2", "CCCC3", "DDDD4"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command_says_how_many_queries_have_no_answer_of_their_own(
+    write_graph: Callable[..., Path],
+    tiny_manifest: Manifest,
+    mini: Path,
+    tmp_path: Path,
+    run_command: Callable[..., Any],
+) -> None:
+    never = dataclasses.replace(
+        tiny_manifest, decoding=dataclasses.replace(tiny_manifest.decoding, score_threshold=0.999)
+    )
+    model = write_graph(tmp_path / "never.onnx", {METADATA_KEY: never.to_json()})
+    outcome = run_command(evaluate_command, "--model", model, "--data", mini, "--predictions", tmp_path / "p.jsonl")
+    windows = [json.loads(row)["pred_relevant_windows"] for row in (tmp_path / "p.jsonl").read_text().splitlines()]
+    whole = sum(found[0][0] == 0 and found[0][2] == 1 for found in windows)
+    assert 0 < whole < 5
+    assert f"{whole} of them have no likely location and are answered by the whole video." in outcome.out
 
 
 def test_the_command_answers_the_same_whatever_the_batch(

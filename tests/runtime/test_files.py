@@ -231,3 +231,11 @@ def test_what_was_staged_before_an_interruption_is_gone(error: type[BaseExceptio
 def test_nothing_is_staged_for_a_directory(tmp_path: Path) -> None:
     with Staging() as staging, pytest.raises(OutputError, match="is a directory"):
         staging.path(tmp_path)
+
+
+def test_what_cannot_be_staged_is_called_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Staging() as staging:
+        waiting = staging.path(tmp_path / "a.txt")
+        monkeypatch.setattr(Path, "write_text", failing(errno.ENOSPC))
+        with pytest.raises(OutputError, match=rf"disk for {tmp_path.resolve()}/a\.txt;"):
+            write_text(waiting, "a")
