@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from runtime.backends import Device, is_address
@@ -85,6 +86,9 @@ def infer(
     here = extractor is not None and is_address(model)
     grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
+    # Before features are made, which may take hours; unknown words are told of when the sentences are asked.
+    for sentence in query:
+        grounder.encode_query(sentence, Counter())
     chosen = open_choice(choice, grounder.manifest.features, device, threads)
     asked = chosen.video
     windows = grounder.cut(asked)

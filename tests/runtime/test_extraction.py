@@ -220,6 +220,15 @@ def test_infer_refuses_a_bad_video_and_leaves_nothing(
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("query", ["...", "xyzzy plugh"])
+def test_a_sentence_that_cannot_be_asked_is_refused_before_the_video_is_decoded(
+    tmp_path: Path, tiny: Path, tiny_model: Path, cache: Path, refused: Callable[..., str], query: str
+) -> None:
+    line = ("--model", tiny_model, "--video", film(tmp_path / "good.mkv", 20), "--extractor", tiny)
+    assert repr(query) in refused(infer, *line, "--query", "dog sits", query)
+    assert not cache.exists()
+
+
 def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
     tmp_path: Path, tiny: Path, cache: Path
 ) -> None:
@@ -266,7 +275,9 @@ def test_an_extractor_that_does_not_fit_is_refused_before_decoding(
     tmp_path: Path, tiny_model: Path, refused: Callable[..., str]
 ) -> None:
     wide = write_clips(tmp_path / "wide.onnx", dataclasses.replace(CLIPS, dim=24))
-    said = refused(infer, "--model", tiny_model, "--video", tmp_path / "none.mp4", "--extractor", wide, "--query", "x")
+    said = refused(
+        infer, "--model", tiny_model, "--video", tmp_path / "none.mp4", "--extractor", wide, "--query", "dog"
+    )
     assert "features of 24 channels and the model takes 16" in said
 
 
