@@ -16,6 +16,7 @@ from runtime.command import command, next_command
 from runtime.doctor import gpus
 from runtime.errors import ModelFileError
 from runtime.extractors import ExtractorManifest
+from runtime.files import read_json
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import read_metadata
 from runtime.sidecar import read_content, read_sidecar
@@ -88,15 +89,19 @@ def describe(
 
 
 def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None:
-    """Return what an extractor of ours says of itself, alone and with all else that is told; None for other files."""
+    """Return what is said of an extractor, in it or beside it, alone and with all else told; None for other files."""
     content: Mapping[str, Any] | None = None
     about: Any = None
     if path.suffix == ".engine" and path.is_file():
         content = read_content(path)
         about = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
+        beside, told = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
         with contextlib.suppress(ModelFileError, ValueError):
-            about = json.loads(read_metadata(path).get(extractors.METADATA_KEY, "null"))
+            told = read_metadata(path)
+            about = json.loads(told.get(extractors.METADATA_KEY, "null"))
+        if not {METADATA_KEY, extractors.METADATA_KEY} & told.keys() and beside.is_file():
+            about = read_json(beside, "description of an extractor", ModelFileError)
     if not isinstance(about, dict) or about.get("format") != extractors.FORMAT:
         return None
     return ExtractorManifest.from_dict(about, str(path)), content or about

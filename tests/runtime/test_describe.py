@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from runtime.describe import describe
 from runtime.manifest import Manifest
 
@@ -30,6 +32,20 @@ def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, r
     assert outcome.code == 0
     assert Manifest.from_json(outcome.out) == tiny_manifest
     assert json.loads(outcome.out)["vocabulary"]["words"]["dog"] == 8
+
+
+def test_an_encoder_is_described_by_what_stands_beside_it(
+    tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    graphs = pytest.importorskip("tests.runtime.extractor_graphs")
+    outcome = run_command(describe, graphs.write_images(tmp_path / "clip.onnx"))
+    assert outcome.code == 0
+    assert "encoder, an extractor of clip features" in outcome.out
+    assert "1 frames a clip, one every 8" in outcome.out
+    (tmp_path / "clip.onnx.json").write_text("{")
+    assert "clip.onnx.json (description of an extractor) should be a JSON file" in refused(
+        describe, tmp_path / "clip.onnx"
+    )
 
 
 def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, refused: Callable[..., str]) -> None:
