@@ -319,14 +319,18 @@ def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
         Refusal: it is another kind of file, or of another shape, or too large.
     """
     with open(path, "rb") as stream:
-        start = stream.read(8)
+        start = stream.read(512)
         stream.seek(0)
         if start.startswith(b"\x93NUMPY"):
             return _read_array(stream, most_bytes, dim)
-        if start.startswith(b"PK"):
+        # torch writes an archive whose first member is this.
+        torch = b"/data.pkl" in start
+        if start.startswith(b"PK") and not torch:
             return _read_archive(stream, most_bytes, dim)
     if start.startswith(b"\x89HDF"):
         kind = "an HDF5 file"
+    elif torch:
+        kind = "a torch file, which is a pickle and never opened here"
     elif start.startswith(b"\x80"):
         kind = "a pickle, which is never opened here"
     else:
@@ -391,10 +395,6 @@ def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-            if any(member.filename.endswith(".pkl") for member in members):
-                raise Refusal(
-                    415, "The features are a torch file, which is a pickle and never opened here; send a .npy file."
-                )
             arrays = [member for member in members if member.filename.endswith(".npy")]
             named = [member for member in arrays if member.filename == "features.npy"] or arrays
             if len(named) != 1:

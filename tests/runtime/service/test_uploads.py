@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,12 @@ class Bomb:
         return os.mkdir, ("hit",)
 
 
+def torch_file(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
 OBJECTS = np.array([[Bomb()] * 32], object)
 
 
@@ -95,6 +102,7 @@ OBJECTS = np.array([[Bomb()] * 32], object)
         (npy(OBJECTS, allow_pickle=True), 422, "object"),
         (zipped(npy(OBJECTS, allow_pickle=True)), 422, "object"),
         (zipped(pickle.dumps(Bomb()), "archive/data.pkl"), 415, "torch file"),
+        (torch_file(Bomb()), 415, "torch file"),
         (npy(FEATURES)[:-1], 422, "should be 5120 bytes"),
         (npy(FEATURES) + b"x", 422, "hold more"),
         (npy(FEATURES[:, :31]), 422, r"\(num_clips, 32\), and are float32 of shape \(40, 31\)"),
