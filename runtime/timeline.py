@@ -36,7 +36,7 @@ class Answer:
         return {
             "query": self.query,
             "video": self.video,
-            "moments": [dataclasses.asdict(moment) for moment in self.moments],
+            "moments": [dict(vars(moment)) for moment in self.moments],
         }
 
 

@@ -17,6 +17,36 @@ LINGER_SECONDS = 1.0
 MOST_CONNECTIONS = 512
 
 
+class _Joined:
+    """A transport that sends what is written in one turn of the loop at once, as are head and body of an answer."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._waiting and data:
+            self._loop.call_soon(self._flush)
+        self._waiting += data
+
+    def write_eof(self) -> None:
+        self._flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._transport.write(self._waiting)
+            self._waiting = b""
+
+
 class Connection(H11Protocol):
     """Ends clients that do not send a whole request head in `HEADER_SECONDS`, and those that are too many."""
 
@@ -24,9 +54,9 @@ class Connection(H11Protocol):
     _ends = False
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        # Head and body of an answer are written one after the other: the second would wait until the client has said
-        # that it has the first, 40 ms. asyncio sees to it only for sockets that were made with their protocol named.
+        super().connection_made(_Joined(transport, self.loop))  # type: ignore[arg-type]
+        # What is written of an answer in two pieces: the second would wait until the client has said that it has the
+        # first, 40 ms. asyncio sees to it only for sockets that were made with their protocol named.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > MOST_CONNECTIONS:
             self._say(Refusal(503, "Too many connections are open; try again later.", headers={"retry-after": "1"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -89,16 +90,47 @@ def asking(body: bytes, length: int | None = None) -> bytes:
 
 
 def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, transports = connection.Connection.connection_made, []
+    made, at_once = connection.Connection.connection_made, []
 
     def noted(self: connection.Connection, transport: Any) -> None:
         made(self, transport)
-        transports.append(transport)
+        at_once.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     monkeypatch.setattr(connection.Connection, "connection_made", noted)
     assert reply(said(hurried, asking(json.dumps(QUESTION).encode()))).status == 200
-    (transport,) = transports
-    assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    (sent_at_once,) = at_once
+    assert sent_at_once
+
+
+def test_what_is_written_in_one_turn_is_one_send_and_nothing_is_lost_at_the_end() -> None:
+    class Noting:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def write(self, data: bytes) -> None:
+            self.seen.append(data)
+
+        def write_eof(self) -> None:
+            self.seen.append("eof")
+
+        def close(self) -> None:
+            self.seen.append("closed")
+
+    async def write() -> list[Any]:
+        noting = Noting()
+        joined = connection._Joined(noting, asyncio.get_running_loop())
+        for data in (b"head ", b"body", b""):
+            joined.write(data)
+        assert noting.seen == []
+        await asyncio.sleep(0)
+        joined.write(b"more")
+        joined.write_eof()
+        joined.write(b"late")
+        joined.close()
+        await asyncio.sleep(0)
+        return noting.seen
+
+    assert asyncio.run(write()) == [b"head body", b"more", "eof", b"late", "closed"]
 
 
 def test_a_head_that_does_not_end_is_given_up(hurried: int) -> None:
