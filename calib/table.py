@@ -57,8 +57,8 @@ class CalibrationTable:
             measured = self.key[what]
             if measured != found:
                 raise CalibrationError(
-                    f"This table was measured on a model whose {what} hash to {measured[:12]}…, and the {what} of "
-                    f"{source} hash to {found[:12]}…: calibrate anew with `python -m calib.calibrate --onnx {source} "
+                    f"This table was measured on another model: its {what} had the hash {measured[:12]}…, the {what} "
+                    f"of {source} {found[:12]}…; calibrate anew with `python -m calib.calibrate --onnx {source} "
                     "--data DIR --output TABLE`."
                 )
 

@@ -255,10 +255,10 @@ def _within_budget(
     first = judge.cost(quantize(source, table, policy, kind), "all narrow")
     if first.worst_drop <= wishes.max_drop:
         log.info(
-            "On %d held-out training queries %s loses %.2f points; nothing is restored.",
+            "On %d held-out training queries %s changes recall by %+.2f points at worst; nothing is restored.",
             first.queries,
             kind.upper(),
-            first.worst_drop,
+            0.0 - first.worst_drop,
         )
         return keep
     more = hold_out(data_set, manifest, MOST_HELD_OUT, exclude=table.videos)
