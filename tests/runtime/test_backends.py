@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.backends import Device, open_backend
-from runtime.errors import DeviceError, ModelFileError
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
+from runtime.tensors import Batch
 
 
 @pytest.mark.parametrize("threads", [0, -3, 1_000_000])
@@ -45,6 +48,44 @@ def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
         with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider.*libcudnn\.so\.9"):
             open_backend(tiny_model, device)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])
+def test_padding_stays_a_step_of_its_own_on_a_cpu_alone(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: Device, kept: list[str] | None
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    given: list[Any] = []
+
+    def session(*arguments: Any, **options: Any) -> Any:
+        given.append(options["disabled_optimizers"])
+        raise RuntimeError("It is only looked at.")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(ModelFileError, match="only looked at"):
+        open_backend(tiny_model, device)
+    assert given == [kept]
+
+
+def test_a_full_device_is_told_from_a_batch_that_does_not_fit(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is asked again in halves, which the second must not be."""
+    backend: Any = open_backend(tiny_model, "cpu", 1)
+    batch = Batch(np.zeros((1, 1), np.int32), np.ones(1, np.int32), *(np.zeros((1, 2, n), np.float32) for n in (3, 2)))
+    with pytest.raises(ShapeError, match="does not take this batch"):
+        backend.run(batch)
+
+    class Full:
+        def run(self, outputs: Any, feed: Any) -> Any:
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 4294967296\nmore")
+
+    monkeypatch.setattr(backend._session, "_session", Full())
+    with pytest.raises(DeviceMemoryError, match=r"no memory left.*size 4294967296\); pass a smaller --batch-size"):
+        backend.run(batch)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
