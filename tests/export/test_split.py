@@ -15,7 +15,7 @@ from export.precision import to_half
 from export.split import pair_paths, prepared_graphs, split_graph, write_pair
 from export.to_onnx import check_pair_against_torch, relative_difference, to_onnx
 from runtime.backends import open_backend, run_pair
-from runtime.backends.ort import OnnxRuntimePair
+from runtime.backends.ort import LEAST_PREPARED, OnnxRuntimePair
 from runtime.encodings import EncodedVideo
 from runtime.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
 from runtime.files import sha256
@@ -145,11 +145,13 @@ def test_a_prepared_video_is_answered_as_the_whole(
     video = EncodedVideo(encoded, spans[0], 1.0, prepared=pair.prepare(encoded))
     assert video.prepared is not None
     assert video.prepared.shape == (256 * CONFIGS[name].num_segments, CONFIGS[name].feature_dim)
+    # Which way is taken shows in this: the other does not know the encoding.
+    asked = tokens, length, [replace(video, features=encoded * np.nan)], np.zeros(len(tokens), np.int32)
+    assert np.isnan(pair.ask(*asked).matching_logits).any() == (len(lengths) < LEAST_PREPARED)
     # Whatever is too few to be worth it here is still asked that way.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.backends.ort.LEAST_PREPARED", 1)
-        # That the other way is not taken shows in this: it would not know the encoding.
-        found = pair.ask(tokens, length, [replace(video, features=encoded * np.nan)], np.zeros(len(tokens), np.int32))
+        found = pair.ask(*asked)
     one = [0] * len(tokens)
     wanted = open_backend(path, "cpu", 1).run(Batch(tokens, length, features[one], spans[one]))
     for field, theirs in vars(wanted).items():

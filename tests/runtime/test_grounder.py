@@ -206,6 +206,11 @@ def test_a_batch_that_does_not_fit_is_asked_in_halves_and_answered_alike(
 def test_what_does_not_fit_in_halves_either_is_said_so(grounder: Grounder) -> None:
     with pytest.raises(DeviceMemoryError, match="no memory left"):
         Grounder(Small(grounder.backend, 1)).ground_batch([(QUARTER, query) for query in FIVE])
+    # One query has no halves.
+    small = Small(grounder.backend, 0)
+    with pytest.raises(DeviceMemoryError, match="no memory left"):
+        Grounder(small).ground(QUARTER, FIVE[0])
+    assert small.asked == [1]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -228,6 +233,20 @@ def test_on_a_gpu_the_next_batch_is_asked_while_this_one_is_decoded(planted_back
     assert not asked[2].is_set()
     rows += [found for found, _ in answers]
     assert np.concatenate(rows).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("batch_size", "apart"), [(2, True), (3, False)])
+def test_one_batch_alone_is_asked_without_a_thread(planted_backend: Any, batch_size: int, apart: bool) -> None:
+    class Watched(planted_backend):
+        device = "cuda"
+
+        def run(self, batch: Batch) -> Heads:
+            threads.add(threading.current_thread())
+            return super().run(batch)
+
+    threads: set[threading.Thread] = set()
+    Grounder(Watched()).ground_batch([(QUARTER, "dog")] * 3, batch_size=batch_size)
+    assert (threads != {threading.current_thread()}) == apart
 
 
 def test_what_fails_in_a_later_batch_on_a_gpu_is_raised_and_no_thread_is_left(planted_backend: Any) -> None:
