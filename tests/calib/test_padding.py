@@ -49,6 +49,24 @@ def test_padding_inside_undoes_it_wholly(model: onnx.ModelProto) -> None:
     assert graph_hash(padding_apart(model)) != graph_hash(model)
 
 
+def test_ends_that_differ_keep_their_sides() -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(0).random((4, 64, 1, 3), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "a/Conv", kernel_shape=[1, 3], pads=[0, 2, 0, 1])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "y"]
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64, 1, 8])
+    model = helper.make_model(
+        helper.make_graph([node], "g", [shape], values, [weight]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    feed = {"x": np.random.default_rng(1).random((1, 64, 1, 8), np.float32)}
+    apart = padding_apart(model)
+    (wanted,), (found,) = (open_session(graph, threads=1).run(None, feed) for graph in (model, apart))
+    np.testing.assert_array_equal(found, wanted)
+    assert padding(apart) == {}
+    assert padding(padding_inside(apart)) == {"a/Conv": [0, 2, 0, 1]}
+
+
 def test_a_graph_is_read_with_its_padding_inside(model: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(padding_apart(model), tmp_path / "drn.onnx")
     assert graph_hash(read_graph(tmp_path / "drn.onnx")) == graph_hash(model)

@@ -184,6 +184,26 @@ def test_a_graph_without_a_place_to_cut_is_refused(exported: dict[str, onnx.Mode
         split_graph(_twice(other))
 
 
+def test_an_encoding_that_would_hold_the_spans_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(exported["tiny"])
+    nodes = list(other.graph.node)
+    place = next(index for index, node in enumerate(nodes) if node.name == "prop_fc/Conv")
+    (encoded,) = nodes[place].output
+    for node in nodes[place + 1 :]:
+        node.input[:] = ["mixed" if name == encoded else name for name in node.input]
+    mixed = [
+        onnx.helper.make_node("ReduceMax", ["segment_spans"], ["latest"], "ReduceMax", keepdims=0),
+        onnx.helper.make_node("Add", [encoded, "latest"], ["mixed"], "Add"),
+    ]
+    kept = [*nodes[: place + 1], *mixed, *nodes[place + 1 :]]
+    copies = [type(node).FromString(node.SerializeToString()) for node in kept]
+    del other.graph.node[:]
+    other.graph.node.extend(copies)
+    with pytest.raises(ModelFileError, match="one tensor at which"):
+        split_graph(other)
+
+
 def _twice(model: onnx.ModelProto) -> onnx.ModelProto:
     gate = next(node for node in model.graph.node if node.name == "backbone_net/Mul")
     model.graph.node.append(
