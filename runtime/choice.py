@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.annotations import DataSet
@@ -91,13 +91,17 @@ class ChosenVideo:
 
     Attributes:
         video: its features.
-        truths: sentence to start and end in seconds, where the data set knows them.
+        truths: sentence to starts and ends in seconds, where the data set knows them.
         footage: its frames, where the file is at hand.
     """
 
     video: Video
-    truths: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    truths: Mapping[str, Sequence[tuple[float, float]]] = dataclasses.field(default_factory=dict)
     footage: Footage | None = None
+
+    def truths_of(self, sentence: str) -> Sequence[tuple[float, float]]:
+        """Return what is known of a sentence, whatever stands around its words."""
+        return self.truths.get(" ".join(sentence.split()), ())
 
 
 def open_choice(
@@ -123,7 +127,7 @@ def open_choice(
     footage = look(film) if film else None
     if footage:
         footage.check_whole(choice.partial)
-    truths: dict[str, tuple[float, float]] = {}
+    truths: Mapping[str, Sequence[tuple[float, float]]] = {}
     if choice.features is not None:
         assert choice.duration is not None
         video = Video.load(choice.features, choice.duration, choice.num_frames, clock=features.clock)
@@ -145,12 +149,13 @@ def open_choice(
     return ChosenVideo(video, truths, footage)
 
 
-def _truths(data_set: DataSet, video: str) -> dict[str, tuple[float, float]]:
-    """Return the moments that the data set gives for this video's sentences, cut off at its end."""
-    truths = {}
+def _truths(data_set: DataSet, video: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the moments that the data set gives for this video's sentences, cut off at its end, each once."""
+    truths: dict[str, list[tuple[float, float]]] = {}
     for split in data_set.splits:
         for annotation in data_set.annotations(split, invalid="keep", quiet=True):
-            if annotation.video == video and annotation.start < annotation.end:
-                end = min(annotation.end, data_set.durations[video])
-                truths[annotation.sentence] = (annotation.start, end)
+            for start, end in annotation.moments if annotation.video == video else ():
+                known, moment = truths.setdefault(annotation.sentence, []), (start, min(end, data_set.durations[video]))
+                if moment[0] < moment[1] and moment not in known:
+                    known.append(moment)
     return truths

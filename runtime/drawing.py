@@ -144,9 +144,10 @@ def _tracks(answer: Answer, alone: bool) -> list[_Track]:
         best, *others = answer.moments
         bars = [_Bar(moment.start, moment.end, _faded(moment, answer), 0.55) for moment in reversed(others)]
         tracks = [_Track([*bars, _Bar(best.start, best.end, BEST)], _told(best, "  "), BEST)]
-    if answer.truth:
-        start, end = answer.truth
-        tracks.append(_Track([_Bar(start, end, TRUTH)], f"{clock(start)} – {clock(end)}  truth", TRUTH, THIN))
+    if answer.truths:
+        start, end = answer.truths[0]
+        told = f"{clock(start)} – {clock(end)}" if len(answer.truths) == 1 else f"{len(answer.truths)} moments"
+        tracks.append(_Track([_Bar(*truth, TRUTH) for truth in answer.truths], f"{told}  truth", TRUTH, THIN))
     return tracks
 
 

@@ -99,7 +99,7 @@ def infer(
         )
     found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k, presence=not always_answer)
     answers = [
-        Answer(sentence, asked.name, asked.duration, moments, chosen.truths.get(sentence))
+        Answer(sentence, asked.name, asked.duration, moments, chosen.truths_of(sentence))
         for sentence, moments in zip(query, found)
     ]
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))

@@ -23,14 +23,14 @@ class Answer:
         video: its name.
         duration: of the video, in seconds.
         moments: best first.
-        truth: start and end in seconds, where known.
+        truths: starts and ends in seconds, where known.
     """
 
     query: str
     video: str
     duration: float
     moments: Sequence[Moment]
-    truth: tuple[float, float] | None = None
+    truths: Sequence[tuple[float, float]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,8 +65,7 @@ def clock(seconds: float, decimals: int = 1) -> str:
 
 def _text(answer: Answer, width: int) -> str:
     rows = [(clock(m.start), clock(m.end), f"{m.score:.3f}", (m.start, m.end), "█") for m in answer.moments]
-    if answer.truth:
-        rows.append((clock(answer.truth[0]), clock(answer.truth[1]), "truth", answer.truth, "▒"))
+    rows += [(clock(truth[0]), clock(truth[1]), "truth", truth, "▒") for truth in answer.truths]
     columns = [max((len(row[index]) for row in rows), default=0) for index in range(3)]
     bar_width = max(20, width - sum(columns) - 10)
     lines = [f"{answer.video} ({clock(answer.duration)})  “{answer.query}”"]

@@ -117,7 +117,7 @@ def test_a_new_user_walks_through_a_real_video(
         plot=tmp_path / "moments.png",
         cut=tmp_path / "clips",
     )
-    assert [answer.truth is not None for answer in answers] == [bool(told)] * len(sentences)
+    assert [bool(answer.truths) for answer in answers] == [bool(told)] * len(sentences)
     assert (tmp_path / "moments.png").read_bytes()[:4] == b"\x89PNG"
     clips = sorted((tmp_path / "clips").iterdir())
     assert len(clips) == len(sentences)

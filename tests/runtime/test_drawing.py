@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-d
 
 MOMENTS = [Moment(20.0, 30.5, 0.75), Moment(0.0, 10.0, 0.5), Moment(39.5, 40.0, 0.0625)]
 ANSWERS = [
-    Answer('person says "hi", then\nleaves', "3MSZA", 40.0, MOMENTS, (20.0, 40.0)),
+    Answer('person says "hi", then\nleaves', "3MSZA", 40.0, MOMENTS, [(20.0, 40.0)]),
     Answer("a dog", "3MSZA", 40.0, [Moment(1.25, 36.5, 0.5)]),
     Answer("nothing", "3MSZA", 40.0, []),
 ]
@@ -68,6 +68,14 @@ def test_one_query_has_a_line_for_each_moment_and_for_the_truth(drawn: list[Any]
     assert rows(axes) == 4
     assert axes.get_xlim() == (0, 40)
     assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(said(axes))
+
+
+def test_several_true_moments_share_a_line(drawn: list[Any], tmp_path: Path) -> None:
+    draw([Answer("a", "v", 40.0, [Moment(1, 2, 0.5)], [(20.0, 22.0), (30.0, 40.0)])], tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert rows(axes) == 2
+    assert bars(axes) == [(1.0, 2.0), (20.0, 22.0), (30.0, 40.0)]
+    assert "2 moments  truth" in said(axes)
 
 
 def test_several_queries_have_one_line_each_on_one_axis_the_best_moment_in_full(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,19 @@ def test_the_truth_of_a_data_set_is_shown_and_clipped_to_the_video(
     outcome = run_command(infer, *arguments, "--query", "person closes the door.")
     assert "0:20.0 - 0:30.0  truth" in outcome.out
     assert "truth" not in run_command(infer, *arguments, "--query", "dog sits").out
+
+
+def test_every_moment_of_a_sentence_is_shown_however_it_is_spaced(
+    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], golden: Path
+) -> None:
+    data = shutil.copytree(golden / "mini", tmp_path / "data")
+    with open(data / "Charades_sta_train.txt", "a") as stream:
+        stream.writelines(f"AAAA1 {times}##person closes the door.\n" for times in ("1.0 4.5", "6.0 9.5", "1.0 4.5"))
+    query = ("--query", "  person closes  the door. ")
+    shown = run_command(infer, "--model", tiny_model, "--data", data, "--video", "AAAA1", *query).out
+    assert [line[2:17] for line in shown.splitlines() if "truth" in line] == [
+        "0:20.0 - 0:30.0", "0:01.0 - 0:04.5", "0:06.0 - 0:09.5",
+    ]  # fmt: skip
 
 
 def test_a_plot_is_written_whole(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any]) -> None:
