@@ -70,7 +70,8 @@ def benchmark(
     Args:
         checkpoint: drn.pt of a network of any size.
         onnx: the same network, exported.
-        int8: its INT8 twin.
+        int8: the same in INT8 (`export.build_engine --precision int8 --target onnxruntime`); with its query part beside
+            it, encoded videos too.
         samples: queries per model; the median counts.
         batch: queries of the batched runs.
         pairs: of the bulk run; 0 leaves it out.
@@ -89,6 +90,10 @@ def benchmark(
     query_part = pair_paths(onnx)[1]
     split = Grounder.load(query_part, "cpu", threads) if query_part.is_file() else None
     narrow = Grounder.load(int8, "cpu", threads) if int8 else None
+    narrow_part = pair_paths(int8)[1] if int8 else None
+    narrow_split = (
+        Grounder.load(narrow_part, "cpu", threads) if split and narrow_part and narrow_part.is_file() else None
+    )
     _check_equal(eager, grounder, asked[:16])
     gemm = Gemm(threads)
 
@@ -100,13 +105,17 @@ def benchmark(
         **gemm.reading,
     }
     if narrow:
-        runs["ONNX Runtime, INT8"] = lambda i: narrow.ground(*asked[i])
+        runs["INT8"] = lambda i: narrow.ground(*asked[i])
     if split:
         encoded = {video.name: split.encode(video) for video in shown}
         known = [(encoded[video.name], sentence) for video, sentence in asked]
         _check_equal(eager, split, asked[:16])
         runs["encoded video"] = lambda i: split.ground(*known[i])
         runs["encoded video, of which the network"] = _asked_alone(split, known, 1)
+    if narrow_split:
+        ready_narrow = {video.name: narrow_split.encode(video) for video in shown}
+        known_narrow = [(ready_narrow[video.name], sentence) for video, sentence in asked]
+        runs["INT8, encoded video"] = lambda i: narrow_split.ground(*known_narrow[i])
     single = _interleave(runs, samples)
 
     group = asked[:batch]
@@ -117,7 +126,7 @@ def benchmark(
         **gemm.runs,
     }
     if narrow:
-        runs["ONNX Runtime, INT8"] = lambda i: narrow.ground_batch(group, batch_size=batch)
+        runs["INT8"] = lambda i: narrow.ground_batch(group, batch_size=batch)
     if split:
         about = [(encoded[shown[0].name], sentence) for _, sentence in group]
         runs["one video, encoded for them"] = lambda i: _encode_and_ask(split, shown[0], group, batch)
@@ -128,6 +137,9 @@ def benchmark(
             prepared = [(ready, sentence) for _, sentence in group]
             _check_alike(split, about, prepared)
             runs["one prepared video"] = lambda i: split.ground_batch(prepared, batch_size=batch)
+    if narrow_split:
+        about_narrow = [(ready_narrow[shown[0].name], sentence) for _, sentence in group]
+        runs["INT8, one encoded video"] = lambda i: narrow_split.ground_batch(about_narrow, batch_size=batch)
     batched = _interleave(runs, max(9, samples // batch * 3))
     batched = {name: value / (1 if name in (EAGER, *gemm.runs) else batch) for name, value in batched.items()}
 
@@ -163,6 +175,20 @@ def benchmark(
             report["times eager"][f"{pairs} pairs over {videos} videos"] = _bulk(
                 eager, split, sentences[:pairs], videos, batch
             )
+    if narrow:
+        pairs_of = {
+            "one query": (single, "ONNX Runtime", "INT8"),
+            "one query on an encoded video": (single, "encoded video", "INT8, encoded video"),
+            f"{batch} queries": (batched, "ONNX Runtime", "INT8"),
+            f"{batch} queries, one encoded video": (batched, "one encoded video", "INT8, one encoded video"),
+        }
+        measured = {case: told for case, told in pairs_of.items() if told[2] in told[0]}
+        report["INT8, times FP32"] = {
+            case: seconds[wide] / seconds[eight] for case, (seconds, wide, eight) in measured.items()
+        }
+        report["INT8, times eager"] = {
+            case: seconds[EAGER] / seconds[eight] for case, (seconds, _, eight) in measured.items()
+        }
     report["the limit"] = _limits(loaded.model().config, length, (single, batched), gemm, batch)
     if split:
         # One query reads every weight once; its multiply-adds cannot hide that.

@@ -77,7 +77,7 @@ def build_engine(
     Args:
         model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or an extractor of clip features
             (c3d.pt, c3d.onnx, or a published C3D), whose features are held against FP32's.
-        precision: fp32, fp16, bf16, int8 (with FP16 around it) or fp8 (likewise).
+        precision: fp32, fp16, bf16, int8 (with FP16 around it; for onnxruntime FP32) or fp8 (FP16).
         target: what the engine is for; auto takes TensorRT where this machine has it and a GPU, else ONNX Runtime.
         data: directory of a data set (docs/formats.md): for calibration, the range scan and parity.
         output: the engine, or for onnxruntime the twin; beside MODEL when not given.
@@ -159,7 +159,7 @@ def build_engine(
         court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
         wishes = Wishes(
             keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
-            staged.beside("plan.json"),
+            staged.beside("plan.json"), chosen == "onnxruntime",
         )  # fmt: skip
         try:
             twin = make_twin(graph, precision, wishes, data_set, str(source))

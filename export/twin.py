@@ -17,6 +17,7 @@ from calib.judge import Cost, Judge, cost_table
 from calib.plan import Plan
 from calib.qdq import Kind, Policy, quantize
 from calib.restore import fewest, search
+from calib.rows import in_rows
 from calib.table import CalibrationTable
 from export.precision import Half, emulated, modules, overflowing, raise_opset, scan, to_half
 from runtime.annotations import DataSet
@@ -53,6 +54,7 @@ class Wishes:
         max_drop: points of R@1 IoU=0.7 and of mIoU that may be lost.
         threads: CPU threads.
         table_output, plan_output: where a new table, and a new plan that keeps something, are written.
+        for_cpu: INT8 is for ONNX Runtime on a CPU, with FP32 around it, and not to build an engine of.
     """
 
     keep: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class Wishes:
     threads: int | None = None
     table_output: Path | None = None
     plan_output: Path | None = None
+    for_cpu: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,16 +197,19 @@ def _quantised(
         keep = _within_budget(source, kind, table, keep, data_set, manifest, judge, wishes)
     log.info("Writing %s into the graph ...", kind.upper())
     policy = Policy(keep=keep)
-    narrow = quantize(source, table, policy, kind, OPSETS[kind])
-    # TensorRT 8.6 knows Q/DQ around what multiplies, and no weights that are only stored in 8 bits.
-    weak = quantize(source, table, dataclasses.replace(policy, stored=()), kind) if kind == "int8" else narrow
     facts = {
         "calibration": table.digest,
         "method": table.key["method"],
         "kept out of 8 bits": list(keep),
         "held back in FP32": list(held),
     }
-    return Twin(to_half(narrow, "fp16", held), weak, facts)
+    # TensorRT 8.6 knows Q/DQ around what multiplies, and no weights that are only stored in 8 bits; on a CPU these would
+    # be made wide again for every query.
+    computed = quantize(source, table, dataclasses.replace(policy, stored=()), kind)
+    if kind == "int8" and wishes.for_cpu:
+        return Twin(in_rows(computed), computed, facts)
+    narrow = quantize(source, table, policy, kind, OPSETS[kind])
+    return Twin(to_half(narrow, "fp16", held), computed if kind == "int8" else narrow, facts)
 
 
 def _table(

@@ -1,0 +1,157 @@
+"""INT8 for a CPU: the same answers from products that ONNX Runtime multiplies in eight bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+from calib.graphs import GraphBackend, open_session
+from calib.qdq import Policy, narrow_share, quantize
+from calib.rows import in_rows
+from calib.table import CalibrationTable
+from export.census import census
+from export.split import split_graph
+from runtime.errors import ModelFileError
+from runtime.tensors import Batch, Heads
+from tests import tolerances
+
+OUTPUTS = list(Heads.__dataclass_fields__)
+
+
+@pytest.fixture(scope="module")
+def narrowed(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
+    return quantize(model, table, Policy(stored=()))
+
+
+@pytest.fixture(scope="module")
+def rows(narrowed: onnx.ModelProto) -> onnx.ModelProto:
+    return in_rows(narrowed)
+
+
+def convolution(
+    channels: int, outputs: int, taps: int, stride: int, pads: tuple[int, int], rank: int
+) -> onnx.ModelProto:
+    """Return a convolution between Q/DQ, of (2, channels, 1, 12) or (2, channels, 12)."""
+    rng = np.random.default_rng(channels + 7 * outputs + taps)
+    middle = [1] * (rank - 3)
+    constants = {
+        "scale": np.float32(0.05),
+        "zero": np.int8(0),
+        "weight": rng.integers(-127, 128, (outputs, channels, *middle, taps)).astype(np.int8),
+        "scales": rng.uniform(1e-3, 2e-3, outputs).astype(np.float32),
+        "zeros": np.zeros(outputs, np.int8),
+        "bias": rng.normal(size=outputs).astype(np.float32),
+    }
+    ends = [0] * len(middle)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "module/QuantizeLinear"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], "module/DequantizeLinear"),
+        helper.make_node("DequantizeLinear", ["weight", "scales", "zeros"], ["w"], "module/DequantizeLinear_1", axis=0),
+        helper.make_node(
+            "Conv",
+            ["dq", "w", "bias"],
+            ["y"],
+            "module/Conv",
+            pads=[*ends, pads[0], *ends, pads[1]],
+            strides=[*middle, stride],
+        ),
+    ]
+    sizes = [[2, channels, *middle, 12], [2, outputs, *middle, "columns"]]
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in zip("xy", sizes, strict=True))
+    tensors = [numpy_helper.from_array(np.asarray(values), name) for name, values in constants.items()]
+    graph = helper.make_graph(nodes, "one", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "taps", "stride", "pads"),
+    [
+        (6, 5, 1, 1, (0, 0)),
+        (5, 6, 3, 1, (1, 1)),
+        (6, 5, 3, 1, (1, 1)),
+        (6, 5, 3, 1, (1, 2)),
+        (5, 6, 3, 1, (0, 2)),
+        (6, 5, 3, 2, (1, 1)),
+        (5, 6, 1, 2, (0, 0)),
+        (8, 2, 5, 1, (2, 0)),
+    ],
+)
+def test_a_product_of_rows_is_the_convolution(
+    channels: int, outputs: int, taps: int, stride: int, pads: tuple[int, int], rank: int
+) -> None:
+    model = convolution(channels, outputs, taps, stride, pads, rank)
+    turned = in_rows(model)
+    assert not any(node.op_type == "Conv" for node in turned.graph.node)
+    features = {"x": np.random.default_rng(0).normal(size=[2, channels, *[1] * (rank - 3), 12]).astype(np.float32)}
+    (wanted,), (found,) = (open_session(entry, 1).run(["y"], features) for entry in (model, turned))
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerances.HEADS * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_heads_are_those_of_the_convolutions(
+    rows: onnx.ModelProto, narrowed: onnx.ModelProto, batch: Batch, optimised: bool
+) -> None:
+    found = open_session(rows, 1, optimised).run(OUTPUTS, vars(batch))
+    wanted = open_session(narrowed, 1).run(OUTPUTS, vars(batch))
+    for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
+        errors = np.abs(ours - theirs) / np.abs(theirs).max()
+        # Sums in another order may round a number to the other of two neighbours of eight bits, and some do.
+        assert np.quantile(errors, 0.95) <= tolerances.HEADS, name
+        assert errors.max() <= tolerances.INT8, name
+
+
+def test_onnx_runtime_multiplies_every_product_in_eight_bits(
+    rows: onnx.ModelProto, narrowed: onnx.ModelProto, tmp_path: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(rows.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(options.optimized_model_filepath)
+    counts, before, after = (
+        Counter(node.op_type for node in model.graph.node) for model in (optimised, narrowed, rows)
+    )
+    assert counts["MatMulIntegerToFloat"] == before["Conv"] - after["Conv"] == 13
+    assert counts["DequantizeLinear"] == 0
+
+
+def test_as_much_is_counted_in_eight_bits_as_before(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
+    assert narrow_share(rows) == pytest.approx(narrow_share(narrowed), abs=1e-9)
+    found, wanted = census(rows), census(narrowed)
+    assert found.macs == wanted.macs
+    assert found.weight_bytes["int8"] <= wanted.weight_bytes["int8"] * 1.01
+
+
+def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
+    video, query = split_graph(rows)
+    assert dict.fromkeys(node.op_type for node in video.graph.node).keys() >= {"MatMul", "QuantizeLinear"}
+    whole = GraphBackend(rows, 1).run(batch)
+    from calib.graphs import GraphPair
+
+    parts = GraphPair(video, query, 1).run(batch)
+    for name in OUTPUTS:
+        np.testing.assert_allclose(
+            getattr(parts, name),
+            getattr(whole, name),
+            rtol=0,
+            atol=tolerances.HEADS * np.abs(getattr(whole, name)).max(),
+        )
+
+
+def test_what_has_no_form_of_rows_is_named() -> None:
+    model = convolution(6, 6, 3, 1, (1, 1), 4)
+    model.graph.node[-1].attribute.append(helper.make_attribute("dilations", [1, 2]))
+    with pytest.raises(ModelFileError, match="module/Conv is grouped, dilated"):
+        in_rows(model)
+
+
+def test_a_graph_that_was_not_quantised_stays_as_it_is(model: onnx.ModelProto) -> None:
+    assert [node.name for node in in_rows(model).graph.node] == [node.name for node in model.graph.node]
