@@ -203,7 +203,7 @@ def _quantised(
         "kept out of 8 bits": list(keep),
         "held back in FP32": list(held),
     }
-    # TensorRT 8.6 knows Q/DQ around what multiplies, and no weights that are only stored in 8 bits; on a CPU these would
+    # TensorRT 8.6 knows Q/DQ around what multiplies, and no weights that are only stored in 8 bits; on a CPU they would
     # be made wide again for every query.
     computed = quantize(source, table, dataclasses.replace(policy, stored=()), kind)
     if kind == "int8" and wishes.for_cpu:
