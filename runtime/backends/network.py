@@ -414,8 +414,7 @@ class Network:
 
     def close(self) -> None:
         """Free everything; a closed network must not be used any more."""
-        # In a forked process the driver is not there to be asked.
-        if self.closed or not self.cuda.usable:
+        if self.closed:
             return
         self.closed = True
         # What frees must not hide the error on account of which it is called.
@@ -459,6 +458,7 @@ def close_all() -> None:
     """
     until = time.monotonic() + LAST_CALLS_SECONDS
     for network in list(_OPEN):
+        # In a forked process the driver is not there to be asked.
         if not network.cuda.usable:
             continue
         if network.turn.acquire(timeout=max(until - time.monotonic(), 0)):
