@@ -18,6 +18,7 @@ from runtime.errors import AnnotationError, FeatureError, GroundingError, Missin
 from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.files import Staging, sha256
 from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
+from runtime.videos import ClipClock
 from runtime.vocabulary import Vocabulary, tokenize, word_table
 from train.glove import glove_vectors
 
@@ -56,6 +57,7 @@ def prepare(
     glove: Path | None = None,
     embed_dim: int = 300,
     min_count: int = 1,
+    clock: tuple[int, int] | None = None,
 ) -> Path:
     """Convert a data set to the common form: JSONL rows a split, its vocabulary, and what is usual for it.
 
@@ -70,6 +72,8 @@ def prepare(
             of all words are written to OUTPUT/word_vectors.txt, for `train --glove`.
         embed_dim: width of the vectors.
         min_count: words that stand less often in the training split are left out. A published word table is kept.
+        clock: frames of a clip, and from clip to clip, of the features (16 8 of C3D's); those usual for the data set
+            when not given.
 
     Returns:
         `output`.
@@ -81,6 +85,7 @@ def prepare(
     """
     if min_count < 1 or embed_dim < 1:
         raise GroundingError(f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.")
+    told = None if clock is None else ClipClock(*clock)
     data_set = DataSet(data)
     _check_empty(output)
     place, store = _features(data_set, output, features)
@@ -103,7 +108,7 @@ def prepare(
     texts = {f"{split}.jsonl": _rows(data_set, kept.annotations) for split, kept in splits.items()}
     if words:
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
-    texts[ABOUT] = json.dumps(_about(data_set, splits, place, store), indent=2) + "\n"
+    texts[ABOUT] = json.dumps(_about(data_set, splits, place, store, told), indent=2) + "\n"
     if words and vectors:
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
     with Staging() as staging:
@@ -227,14 +232,19 @@ def _rows(data_set: DataSet, annotations: Sequence[Annotation]) -> str:
 
 
 def _about(
-    data_set: DataSet, splits: Mapping[str, Kept], place: str | None, store: FeatureStore | None
+    data_set: DataSet,
+    splits: Mapping[str, Kept],
+    place: str | None,
+    store: FeatureStore | None,
+    clock: ClipClock | None,
 ) -> dict[str, Any]:
-    preset = data_set.preset
+    features = data_set.preset.features
     if store is not None:
         first = next(iter(splits.values())).annotations[0].video
-        preset = dataclasses.replace(
-            preset, features=dataclasses.replace(preset.features, dim=store.load(first).shape[1])
-        )
+        features = dataclasses.replace(features, dim=store.load(first).shape[1])
+    if clock is not None:
+        features = dataclasses.replace(features, window=clock.window, stride=clock.stride)
+    preset = dataclasses.replace(data_set.preset, features=features)
     videos = {annotation.video for kept in splits.values() for annotation in kept.annotations}
     return {
         "format": FORMAT,

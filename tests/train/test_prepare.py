@@ -12,6 +12,7 @@ import pytest
 
 from runtime.annotations import DataSet, each_moment
 from runtime.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
+from runtime.videos import ClipClock
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from train.prepare import prepare
 
@@ -133,6 +134,14 @@ def test_features_are_found_where_they_were_or_are_said_to_be(tmp_path: Path) ->
     np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
 
 
+def test_features_of_another_clock_are_told_of(tmp_path: Path) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    usual, told = prepare(data, tmp_path / "usual"), prepare(data, tmp_path / "told", clock=(16, 8))
+    clocks = [DataSet(common).features().clock for common in (usual, told)]
+    assert clocks == [ClipClock(60, 60), ClipClock(16, 8)]
+    assert [DataSet(common).frames("train0_0.0_150.0") for common in (usual, told)] == [75 * 60, 74 * 8 + 16]
+
+
 def test_every_moment_of_a_query_comes_along(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     common = DataSet(prepare(data, tmp_path / "common"))
@@ -154,6 +163,7 @@ def test_a_data_set_without_a_training_split_has_no_vocabulary(
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rare": ({"min_count": 0}, GroundingError, "--min-count"),
+    "clock": ({"clock": (16, 0)}, FeatureError, "16 and 0 were given"),
     "features": ({"features": Path("gone")}, FeatureError, "gone do not exist"),
     "kind": ({"features": Path(__file__)}, FeatureError, "neither"),
     "glove": ({"glove": Path("gone.txt")}, CheckpointError, "gone.txt cannot be read"),
