@@ -152,10 +152,12 @@ def test_half_a_body_is_given_up(hurried: int) -> None:
 
 
 def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
-    whole = asking(json.dumps({**QUESTION, "query": "person " * 20}).encode())
+    # Whole at its end, without a pause that would be too long by itself.
+    whole = asking(json.dumps(QUESTION).encode())
     head = whole.index(b"\r\n\r\n") + 4
-    pieces = [whole[:head], *(whole[place : place + 4] for place in range(head, len(whole), 4))]
-    reply(said(hurried, *pieces[:8], pause=0.1)).refused(408, "too slowly")
+    pieces = [whole[:head], *(whole[place : place + 8] for place in range(head, len(whole), 8))]
+    assert len(pieces) == 8
+    reply(said(hurried, *pieces, pause=0.1)).refused(408, "too slowly")
 
 
 def test_a_slow_but_steady_client_is_served(hurried: int) -> None:
