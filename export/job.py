@@ -148,7 +148,11 @@ class Job:
             )
         if not max_drop >= 0:
             raise GroundingError(f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.")
-        reports = (self.beside(ending) for ending in ("calibration.json", "plan.json", "parity.json", "passport.html"))
+        # Ranges and a plan that are given are not written again; they may be an earlier build's of the same name.
+        endings = ["parity.json", "passport.html"]
+        endings += [] if table else ["calibration.json"]
+        endings += [] if plan else ["plan.json"]
+        reports = (self.beside(ending) for ending in endings)
         pair = pair_paths(self.twin) if self.split else ()
         written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *reports)))
         for path in written:

@@ -23,7 +23,7 @@ from runtime.layouts.form import Times
 from runtime.layouts.values import SPLITS
 from runtime.manifest import Features
 from runtime.presets import Preset
-from runtime.videos import Video
+from runtime.videos import ClipClock, Video
 from runtime.vocabulary import Vocabulary, word_table
 
 log = logging.getLogger("drn")
@@ -241,6 +241,16 @@ class DataSet:
         split = "train" if "train" in self.splits else "test"
         first = self.annotations(split, invalid="keep", quiet=True)[0]
         return dataclasses.replace(self.preset.features, dim=self.video(first.video).features.shape[1])
+
+    def check_clock(self, clock: ClipClock) -> None:
+        """Warn if clips of this data set lie on other frames than those that a model learnt from."""
+        ours = self.preset.features.clock
+        if ours != clock:
+            log.warning(
+                "The clips of %s see %d frames, one every %d, and those that the model learnt from %d, one every %d; "
+                "its moments are wrong here unless it is known to fit.",
+                self.root, ours.window, ours.stride, clock.window, clock.stride,
+            )  # fmt: skip
 
     def _fractions(self, video: str, window: Times) -> tuple[float, float]:
         duration = self.durations[video]

@@ -140,6 +140,7 @@ def open_choice(
         assert choice.data is not None
         assert choice.video is not None
         data_set = DataSet(choice.data)
+        data_set.check_clock(features.clock)
         video, truths = data_set.video(choice.video), _truths(data_set, choice.video)
     if footage and abs(footage.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
         raise FootageError(

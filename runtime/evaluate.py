@@ -70,6 +70,7 @@ def evaluate(
     data_set = DataSet(data)
     annotations = data_set.annotations(split, invalid)[:limit]
     grounder = Grounder.load(model, device, threads)
+    data_set.check_clock(grounder.manifest.features.clock)
     with tqdm(total=len(annotations), desc="answering", unit="query", leave=False, disable=None) as bar:
         evaluation = evaluate_annotations(
             grounder,

@@ -63,6 +63,7 @@ def rank(
     own = np.array([number[annotation.video] for annotation in annotations])
     asked = draw_videos(own, len(names), videos - 1, seed)
     grounder = Grounder.load(model, device, threads)
+    data_set.check_clock(grounder.manifest.features.clock)
     with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
         scores = best_scores(
             grounder,

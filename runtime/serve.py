@@ -136,7 +136,11 @@ def serve(
 
 
 def _check_features(grounder: Grounder, data: DataSet) -> None:
-    """Raise FeatureError if the features of a data set are not as wide as the model takes them; one video tells."""
+    """Raise FeatureError if the features of a data set are not as wide as the model takes them; one video tells.
+
+    A clock that is not the model's is warned of.
+    """
+    data.check_clock(grounder.manifest.features.clock)
     for name in sorted(data.durations):
         try:
             video = data.video(name)

@@ -418,6 +418,13 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
     assert read_sidecar(kept).content["sha256"]["drn.fp16.onnx"] == "0" * 64
 
 
+def test_the_table_of_an_earlier_build_is_taken_where_it_lies(model: Path, planted: Path) -> None:
+    table = _measure(model, planted, model.with_name("drn.int8.calibration.json"))
+    before = table.read_bytes()
+    build_engine(model, precision="int8", data=planted, table=table, dry_run=True, query_length=(1, 8, 12))
+    assert table.read_bytes() == before
+
+
 def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(GroundingError, match="give that with --table"):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError, FeatureError
+from runtime.evaluate import evaluate
+from runtime.rank import rank
+from runtime.videos import ClipClock
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
 
@@ -189,6 +193,24 @@ def test_a_video_that_the_tables_do_not_know_is_named(directory: Path) -> None:
 
 def test_the_width_of_the_features_is_read_off_them(golden: Path) -> None:
     assert DataSet(golden / "mini").features().dim == 16
+
+
+def test_clips_of_another_clock_are_warned_of(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_set = DataSet(golden / "mini")
+    data_set.check_clock(ClipClock(16, 8))
+    assert not caplog.messages
+    data_set.check_clock(ClipClock(60, 60))
+    assert "see 16 frames, one every 8, and those that the model learnt from 60, one every 60" in caplog.text
+
+
+@pytest.mark.parametrize("command", [evaluate, rank])
+def test_commands_compare_the_clocks_of_model_and_data(
+    command: Any, models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ClipClock] = []
+    monkeypatch.setattr(DataSet, "check_clock", lambda self, clock: asked.append(clock))
+    command(models / "drn.onnx", planted, limit=1, **({"videos": 2} if command is rank else {}))
+    assert asked == [ClipClock(16, 8)]
 
 
 def test_simulated_features_are_told_apart(directory: Path) -> None:
