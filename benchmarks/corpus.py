@@ -28,7 +28,7 @@ from runtime.corpus.questions import Question, read_questions
 from runtime.corpus.shards import Job, Worker
 from runtime.corpus.sources import open_source
 from runtime.decoding import Decoding
-from runtime.files import check_writable, write_json
+from runtime.files import check_writable, json_digest, write_json
 from runtime.manifest import Features, Manifest
 from runtime.tensors import Heads
 from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
@@ -133,8 +133,9 @@ def _job(model: Path, features: Path, queries: Path, output: Path, sentences: in
     questions: list[Question] = read_questions(queries)[:sentences]
     common, shards = plan(open_source(features).listing(), questions, sentences)
     output.mkdir()
-    (output / "corpus.json").touch()
-    return Job(model, features, output, tuple(common), len(shards), Settings(shard_pairs=sentences)), shards
+    write_json(output / "corpus.json", {})
+    manifest = json_digest({})
+    return Job(model, features, output, tuple(common), len(shards), Settings(shard_pairs=sentences), manifest), shards
 
 
 def _parts(

@@ -20,7 +20,7 @@ from runtime.corpus.questions import check_one_kind, read_questions
 from runtime.corpus.shards import ATTEMPTS, Done, Job, Worker
 from runtime.corpus.sources import open_source
 from runtime.errors import GroundingError, OutputError
-from runtime.files import check_writable, write_json
+from runtime.files import check_writable, json_digest, write_json
 
 log = logging.getLogger("drn")
 
@@ -84,12 +84,14 @@ def ground(
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
     told = describe(model, queries, len(questions), source, settings)
     pairs = sum(map(len, shards))
-    job = Job(model.resolve(), features.resolve(), output.resolve(), tuple(common), len(shards), settings)
-    with _alone(job.output):
+    with _alone(output):
         check_writable(output / MANIFEST, model, queries)
         # Looked at before the lock was had, another job could have put its shards there meanwhile.
         check_same(output, told)
-        write_json(output / MANIFEST, {**told, "pairs": pairs, "shards": len(shards)})
+        manifest = {**told, "pairs": pairs, "shards": len(shards)}
+        write_json(output / MANIFEST, manifest)
+        inputs = (model.resolve(), features.resolve(), output.resolve(), tuple(common))
+        job = Job(*inputs, len(shards), settings, json_digest(manifest))
         left = [shard for shard in shards if not job.path(shard).is_file()]
         missing = sum(map(len, left))
         if missing < pairs:

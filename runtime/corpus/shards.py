@@ -19,7 +19,7 @@ from runtime.corpus.questions import Question
 from runtime.corpus.sources import Source, open_source
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import FeatureError, GroundingError, OutputError, QueryError
-from runtime.files import replace_when_whole
+from runtime.files import json_digest, replace_when_whole
 from runtime.grounder import Grounder, Subject
 from runtime.videos import ClipClock, Video
 from runtime.windows import windows_asked
@@ -56,6 +56,7 @@ class Job:
         common: what is asked of every video.
         count: how many shards there are.
         settings: all else.
+        manifest: digest of what the `corpus.json` says that the job wrote into `output`.
     """
 
     model: Path
@@ -64,6 +65,7 @@ class Job:
     common: tuple[Question, ...]
     count: int
     settings: Settings
+    manifest: str
 
     def path(self, shard: Shard) -> Path:
         """Return the file that a shard becomes."""
@@ -100,11 +102,7 @@ class Worker:
         """Ground a shard, unless its file is there. What is wrong with it as a whole is told, not raised."""
         path = self.job.path(shard)
         try:
-            if not (self.job.output / MANIFEST).is_file():
-                raise OutputError(
-                    f"{self.job.output} holds no {MANIFEST} here, on {platform.node()}; corpora are written to a file "
-                    "system that all machines see under the same path."
-                )
+            self._check_manifest()
             if path.is_file():
                 return Done(shard.number, len(shard))
             with _attempt(self._note(shard)) as attempts:
@@ -134,6 +132,21 @@ class Worker:
     def _source(self) -> Source:
         return open_source(self.job.features)
 
+    def _check_manifest(self) -> None:
+        """Raise OutputError where the directory is not seen, or is another job's by now.
+
+        A job that is killed may leave processes behind for a moment, which would put their shards there.
+        """
+        try:
+            found = json_digest(json.loads((self.job.output / MANIFEST).read_bytes()))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.job.output} holds no {MANIFEST} here, on {platform.node()}; corpora are written to a file "
+                "system that all machines see under the same path."
+            ) from error
+        if found != self.job.manifest:
+            raise OutputError(f"{self.job.output} belongs to a job of other inputs by now; name another directory.")
+
     def _note(self, shard: Shard) -> Path:
         return self.job.output / ATTEMPTS / f"{shard.number:05d}"
 
@@ -149,6 +162,7 @@ class Worker:
             # Whole also if the machine stops now: a shard that is there is not made again.
             stream.flush()
             os.fsync(stream.fileno())
+            self._check_manifest()
         return errors
 
     def _groups(self, shard: Shard) -> Iterator[list[tuple[Asked, Found]]]:

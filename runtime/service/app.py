@@ -31,6 +31,7 @@ from runtime.service.refusals import Refusal, refusal_of
 from runtime.service.service import Service, json_response
 
 JSON = "application/json"
+READ = ["GET", "HEAD"]
 MULTIPART = "multipart/form-data"
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -125,6 +126,7 @@ def _routes(service: Service) -> FastAPI:
             raise Refusal(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix.lower()])
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
         """Whether the service takes requests: 503 while it ends."""
@@ -210,14 +212,14 @@ def _add_page(app: FastAPI) -> None:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=PAGE_TYPES[Path(name).suffix], headers=headers)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=READ, include_in_schema=False)
     async def index(request: Request) -> Response:
         return file("index.html", request)
 
-    @app.get("/docs", include_in_schema=False)
+    @app.api_route("/docs", methods=READ, include_in_schema=False)
     async def docs(request: Request) -> Response:
         return file("docs.html", request)
 
-    @app.get("/page/{name}", include_in_schema=False)
+    @app.api_route("/page/{name}", methods=READ, include_in_schema=False)
     async def part(name: str, request: Request) -> Response:
         return file(name, request)

@@ -12,7 +12,8 @@ import pytest
 
 from runtime.annotations import DataSet
 from runtime.corpus.job import Result
-from runtime.corpus.shards import MOST_ATTEMPTS
+from runtime.corpus.plan import MANIFEST
+from runtime.corpus.shards import MOST_ATTEMPTS, Worker
 from runtime.errors import GroundingError
 from runtime.grounder import Grounder
 from tests.runtime.corpus.conftest import content, read_rows, write_rows
@@ -184,3 +185,21 @@ def test_a_directory_that_this_machine_does_not_see_is_named(
     with pytest.raises(GroundingError, match=r"holds no corpus\.json here, on .*file system that all machines see"):
         here(features, queries)
     assert content(tmp_path / "corpus") == {}
+
+
+def test_a_process_that_outlived_its_job_puts_no_shard_into_another(
+    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, queries = corpus([{"query": DOOR}])
+    answered = Worker._answered
+
+    def and_meanwhile(self: Worker, group: Any) -> Any:
+        rows = answered(self, group)
+        # The job was killed, and one of other inputs has begun.
+        (tmp_path / "corpus" / MANIFEST).write_text('{"format": "another"}')
+        return rows
+
+    monkeypatch.setattr(Worker, "_answered", and_meanwhile)
+    with pytest.raises(GroundingError, match="belongs to a job of other inputs by now"):
+        here(features, queries)
+    assert not list((tmp_path / "corpus").glob("shard-*"))

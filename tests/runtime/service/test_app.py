@@ -90,6 +90,13 @@ def test_health_tells_of_the_model(service: Running, model: Path) -> None:
     assert reply.json == {"status": "ready", "model": "drn.onnx", "digest": sha256(model)}
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/page/style.css", "/healthz"])
+def test_a_head_is_told_without_its_body(service: Running, path: str) -> None:
+    whole, head = service.get(path), service.request("HEAD", path)
+    assert (head.status, head.body) == (whole.status, b"")
+    assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
+
+
 def test_videos_are_listed_in_pages(service: Running, planted: Path) -> None:
     names = sorted(DataSet(planted).durations)
     found, offset = [], 0

@@ -1,0 +1,41 @@
+"""What engines are held against on a GPU answers as the network does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.acceptance.rivals import Asked, side_by_side, unpacked
+from tests import tolerances
+from tests.export.conftest import lively
+from train.model import DRNConfig
+
+CONFIG = DRNConfig(vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16)
+LENGTHS = torch.tensor([1, 7, 4, 2])
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 21, (len(LENGTHS), 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_words_without_packing_are_those_of_the_packed_lstm(tokens: torch.Tensor) -> None:
+    model = lively(CONFIG).eval()
+    with torch.inference_mode():
+        wanted = model.query_encoder.words(tokens, LENGTHS)
+        found = unpacked(model).query_encoder.words(tokens, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(found[row, :length], wanted[row, :length], rtol=0, atol=tolerances.HEADS)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_rival_answers_as_the_network(tokens: torch.Tensor, encoded: bool) -> None:
+    model = lively(CONFIG).eval()
+    features = torch.randn(len(LENGTHS), CONFIG.num_segments, 16, generator=torch.Generator().manual_seed(1)).relu()
+    edges = torch.arange(CONFIG.num_segments + 1) / CONFIG.num_segments
+    spans = torch.stack((edges[:-1], edges[1:]), 1).expand(len(LENGTHS), -1, -1)
+    with torch.inference_mode():
+        wanted = side_by_side(model(tokens, LENGTHS, features, spans))
+        rival = unpacked(model)
+        found = Asked(rival, encoded)(tokens, LENGTHS, rival.prop_fc(features) if encoded else features, spans)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerances.HEADS * wanted.abs().max().item())
