@@ -201,7 +201,7 @@ def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelPr
         table_file,
         output,
         error=CalibrationError,
-        match="measured on a model whose weights .*other.onnx",
+        match="measured on another model: its weights .*other.onnx",
         output=output,
     )
     refused(quantize, onnx_file, onnx_file, output, error=CalibrationError, match="JSON", output=output)

@@ -262,7 +262,7 @@ def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: Calibr
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
     assert again.checked(model, table, "int8").keep == ("prop_fc",)
-    with pytest.raises(CalibrationError, match="measured on a model whose weights"):
+    with pytest.raises(CalibrationError, match="measured on another model: its weights"):
         again.checked(altered(model), table, "int8")
     with pytest.raises(CalibrationError, match="calibration table"):
         again.checked(model, dataclasses.replace(table, ranges={}), "int8")
