@@ -24,10 +24,11 @@ END = np.iinfo(np.int64).max
 def in_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph whose convolutions between Q/DQ are matrix products of rows, with the same answers.
 
-    For `fpn.layer_blocks.0/Conv` of (B, C, 1, T) and N channels: `/Transpose` (B, 1, T, C), `/Pad`, a `/Slice` for each
-    tap, `/Concat` (B, 1, T, taps x C), `/QuantizeLinear`, `/DequantizeLinear`, `/MatMul` (B, 1, T, N), `/Add` for the
-    bias, and a `/Transpose` back. ONNX Runtime takes out the transposes that meet. Where N is below C the product comes
-    first, of all taps at once, (B, 1, T, taps x N), and `/Pad`, a `/Slice` for each tap and their `/Sum` come after it.
+    For `fpn.layer_blocks.0/Conv` of (B, C, 1, T) and N channels: `/Transpose.rows` (B, 1, T, C), `/Pad.rows`, a
+    `/Slice.rows` for each tap, `/Concat.rows` (B, 1, T, taps x C), `/QuantizeLinear.rows`, `/DequantizeLinear.rows`,
+    `/MatMul.rows` (B, 1, T, N), `/Add.rows` for the bias, and a transpose back, whose output keeps the convolution's
+    name. ONNX Runtime takes out the transposes that meet. Where N is below C the product comes first, of all taps at
+    once, (B, 1, T, taps x N), and `/Pad.rows`, a `/Slice.rows` for each tap and their `/Sum.rows` come after it.
 
     Args:
         model: of `calib.qdq.quantize`, FP32 around; its convolutions pad themselves (`calib.padding.padding_inside`).
@@ -92,7 +93,7 @@ class _Writer:
         module, added = conv.name.rpartition("/")[0], []
 
         def add(op_type: str, *inputs: str, **options: Any) -> str:
-            name = self._free(f"{module}/{op_type}")
+            name = self._free(f"{module}/{op_type}.rows")
             added.append(helper.make_node(op_type, inputs, [name], name, **options))
             return name
 
@@ -131,7 +132,7 @@ class _Writer:
             found = multiplied(found, narrow.transpose(2, 1, 0).reshape(-1, outputs), weights.input[1:])
         if len(conv.input) > 2:
             found = add("Add", found, conv.input[2])
-        name = self._free(f"{module}/Transpose")
+        name = self._free(f"{module}/Transpose.rows")
         perm = [0, rank - 1, *places[1:-1]]
         return [*added, helper.make_node("Transpose", [found], list(conv.output), name, perm=perm)]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calib.balance import LARGEST_EXPONENT
 from export.to_onnx import drn_modules
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
@@ -126,6 +127,7 @@ def compare_layers(
     """Run two ONNX files with every tensor as an output, and compare those of one name.
 
     ONNX Runtime's own optimisations are off: they would fuse away what is to be seen, and add errors of their own.
+    Channels that 8-bit graphs have balanced by powers of two (`calib.balance`) are compared without these.
 
     Args:
         reference, other: `.onnx` files of ours.
@@ -147,13 +149,16 @@ def compare_layers(
             f"{reference.name} and {other.name} have no tensor in common, so their layers cannot be compared; "
             "compare a model with one made from it."
         )
+    precision = precision_of(models[1], other)
+    gated = {name for name in common if producers[name].startswith(("qInput.", "backbone_net/"))}
+    balanced = gated if precision in ("int8", "fp8") else frozenset[str]()
     worst: dict[str, TensorError] = {}
-    for error in _tensor_errors(models, common, batches, on_progress):
+    for error in _tensor_errors(models, common, balanced, batches, on_progress):
         before = worst.get(error.tensor)
         if before is None or not error.relative <= before.relative:
             worst[error.tensor] = error
     if tolerance is None:
-        tolerance = TOLERANCES.get(precision_of(models[1], other), max(TOLERANCES.values()))
+        tolerance = TOLERANCES.get(precision, max(TOLERANCES.values()))
     errors = [worst[tensor] for tensor in common]
     module_of = {tensor: " + ".join(drn_modules(producers[tensor])) or "drn" for tensor in common}
     wrong = next((error for error in errors if not error.relative <= tolerance), None)
@@ -195,7 +200,11 @@ def precision_of(model: Any, path: Path) -> str:
 
 
 def _tensor_errors(
-    models: Sequence[Any], tensors: Sequence[str], batches: Sequence[Batch], on_progress: Callable[[int], Any]
+    models: Sequence[Any],
+    tensors: Sequence[str],
+    balanced: Collection[str],
+    batches: Sequence[Batch],
+    on_progress: Callable[[int], Any],
 ) -> Iterator[TensorError]:
     """Yield the error of each tensor in each batch, as Polygraphy finds it."""
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
@@ -210,10 +219,21 @@ def _tensor_errors(
                 if a.shape != b.shape or not np.isfinite(b).all():
                     yield TensorError(tensor, math.inf, math.inf)
                     continue
+                if tensor in balanced:
+                    b = _without_gains(b, a)
                 sides = (IterationResult({tensor: wide}) for wide in (a, b))
                 difference = float(compare(*sides)[tensor].max_absdiff)
                 yield TensorError(tensor, difference, _relative(difference, float(np.abs(a).max(initial=0))))
             on_progress(1)
+
+
+def _without_gains(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return (B, C, ...) values, each channel over the power of two that brings its reach nearest to the other's."""
+    axes = (0, *range(2, values.ndim))
+    reach, wanted = (np.abs(side).max(axis=axes, keepdims=True, initial=0) for side in (values, like))
+    told = (reach > 0) & (wanted > 0)
+    exponents = np.log2(np.where(told, reach, 1) / np.where(told, wanted, 1)).round()
+    return values / np.exp2(exponents.clip(-LARGEST_EXPONENT, LARGEST_EXPONENT))
 
 
 def _runner(model: Any, tensors: Sequence[str]) -> Any:

@@ -671,6 +671,9 @@ class _Run:
         self, told: str, calls: Sequence[Call], samples: Sequence[list[float]], most_seconds: float | None
     ) -> None:
         limit = None if most_seconds is None else most_seconds * len(calls)
+        # Where no bar can be drawn, a line says how far it is.
+        if not sys.stderr.isatty():
+            log.info("Timing %s ...", told)
         with tqdm(total=self._samples, desc=told, unit="round", leave=False, disable=None) as bar:
             take_turns(calls, self._samples, samples, most_seconds=limit, fewest=FEWEST_CALLS, on_round=bar.update)
 

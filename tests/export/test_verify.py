@@ -18,6 +18,11 @@ import numpy as np
 import onnx
 import pytest
 
+from calib.batches import draw
+from calib.calibrate import measure_table
+from calib.graphs import manifest_of, read_graph
+from calib.qdq import Policy, quantize
+from calib.rows import in_rows
 from export.layers import compare_layers
 from export.parity import Budget, Disagreement, compare, verdict
 from export.passport import ModelFile, lineage, passport
@@ -386,6 +391,23 @@ def test_a_model_has_no_layer_that_differs_from_itself(models: Path, asked: list
     names = [module.module for module in found.modules]
     assert names.index("query_encoder.biLSTM") < names.index("qInput.0") < names.index("backbone_net.layers.0")
     assert {"prop_fc", "fpn.inner_blocks.1", "fcos.head.mix_fc"} < set(names)
+
+
+def test_an_8_bit_graph_is_compared_without_the_gains_of_its_channels(
+    models: Path, planted: Path, asked: list[Any], tmp_path: Path
+) -> None:
+    source = read_graph(models / "drn.onnx")
+    drawn = draw(DataSet(planted), manifest_of(source), samples=48, held_out=16)
+    table = measure_table(source, drawn, "minmax", threads=1)
+    gains = [exponent for row in table.gains.values() for exponent in row]
+    assert any(gains)
+    onnx.save(in_rows(quantize(source, table, Policy(stored=()))), tmp_path / "drn.int8.onnx")
+    found = compare_layers(models / "drn.onnx", tmp_path / "drn.int8.onnx", asked)
+    errors = {module.module: module.worst.relative for module in found.modules}
+    # Gates take the gains, and nothing else of them is narrowed.
+    assert max(errors[f"qInput.{level}"] for level in range(3)) < 1e-6
+    assert all(map(math.isfinite, errors.values()))
+    assert max(errors.values()) > 1e-4
 
 
 @pytest.mark.parametrize(
