@@ -34,7 +34,7 @@ def in_rows(model: onnx.ModelProto) -> onnx.ModelProto:
         model: of `calib.qdq.quantize`, FP32 around; its convolutions pad themselves (`calib.padding.padding_inside`).
 
     Raises:
-        ModelFileError: a convolution is dilated or grouped.
+        ModelFileError: a convolution is grouped, dilated or of two dimensions.
     """
     writer = _Writer(model)
     nodes: list[onnx.NodeProto] = []

@@ -159,7 +159,7 @@ def build_engine(
         court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
         wishes = Wishes(
             keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
-            staged.beside("plan.json"), chosen == "onnxruntime",
+            staged.beside("plan.json"), for_cpu=chosen == "onnxruntime",
         )  # fmt: skip
         try:
             twin = make_twin(graph, precision, wishes, data_set, str(source))

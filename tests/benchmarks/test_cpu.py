@@ -1,0 +1,30 @@
+"""What the machine can do is measured by what it is called."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.cpu import Gemm, _product
+from tests import tolerances
+
+
+def test_the_packed_product_is_a_matrix_product() -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.random((5, 24), np.float32), rng.random((24, 7), np.float32)
+    session = _product(right, 1)
+    (found,) = session.run(None, {"left": left})
+    np.testing.assert_allclose(found, left @ right, rtol=tolerances.HEADS)
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+def test_rates_are_multiply_adds_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gemm, "SIZES", (4, 6, 5))
+    monkeypatch.setattr(Gemm, "READ", 1 << 12)
+    gemm = Gemm(1)
+    for run in (*gemm.runs.values(), *gemm.reading.values()):
+        run(0)
+    assert gemm.rate({"GEMM": 0.5, "GEMM, packed": 0.25}) == math.prod((4, 6, 5)) / 0.5
+    assert gemm.rate({"GEMM": 0.5, "GEMM, packed": 0.25}, "GEMM, packed") == 4 * 6 * 5 / 0.25
