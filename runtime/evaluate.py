@@ -90,12 +90,7 @@ def evaluate(
         learnt = data_set.spans(each_moment(training))
         prior = prior_report(learnt, evaluation.truth, scored.protocol, data_set.preset.iou_thresholds)
         rows.append(("prior (constant moments)", prior))
-    print(table(rows))
-    print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
-    if whole := answered_whole(next(iter(evaluation.picks.values()))).sum():
-        print(f"{whole} of them have no likely location and are answered by the whole video.")
-    if data_set.simulated:
-        print("Features are simulated: not comparable with published numbers.")
+    # Files before words: whoever reads these may have closed the pipe.
     if output:
         content = {
             **scored.to_dict(),
@@ -107,6 +102,12 @@ def evaluate(
     if predictions:
         with replace_when_whole(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))
+    print(table(rows))
+    print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
+    if whole := answered_whole(next(iter(evaluation.picks.values()))).sum():
+        print(f"{whole} of them have no likely location and are answered by the whole video.")
+    if data_set.simulated:
+        print("Features are simulated: not comparable with published numbers.")
     first = annotations[0]
     words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
     next_command("runtime.infer", *words)

@@ -345,3 +345,18 @@ def test_an_unwritable_report_is_refused(
         assert outcome.err.startswith("error: ")
         assert "r.json cannot be written" in outcome.err
     assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_the_files_of_an_evaluation_are_there_before_a_word_is_said(
+    models: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate_command(
+            models / "drn.onnx", planted, limit=2, output=tmp_path / "r.json", predictions=tmp_path / "p.jsonl"
+        )
+    assert json.loads((tmp_path / "r.json").read_text())["queries"] == 2
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
