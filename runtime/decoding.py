@@ -28,8 +28,9 @@ PUBLISHED_COUNT = 6
 # The authors suppress what overlaps by more than the metric's threshold less this; the threshold is 0.5 unless a
 # metric says otherwise.
 HARD_NMS_MARGIN = 0.05
-# Queries up to which each is suppressed by itself, and locations up to which all their pairs at once pay.
-FEW, FEW_LOCATIONS = 4, 128
+# Queries up to which each is decoded by itself, and proposals up to which all their pairs at once pay.
+FEW, FEW_PROPOSALS = 2, 128
+FEW_NUMBERS = 4096
 # Queries decoded at a time: more would leave the cache.
 BLOCK = 256
 MOST_SEGMENTS = 1 << 20
@@ -105,15 +106,20 @@ def locations(num_segments: int, strides: tuple[int, ...]) -> np.ndarray:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Return 1 / (1 + exp(-x)) without overflow, in the dtype of `logits`."""
-    small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1, small) / (1 + small)
+    below = np.copysign(logits, -1)
+    np.exp(below, out=below)
+    below += 1
+    found = np.minimum(logits, 0)
+    np.exp(found, out=found)
+    found /= below
+    return found
 
 
 def propose(heads: Heads, decoding: Decoding) -> Proposals:
     """Return what `likely` does, but for a query without any likely location: it proposes the whole video with score 1,
     in the place of location 0, as published."""
     proposals = likely(heads, decoding)
-    without = ~(proposals.scores > -np.inf).any(axis=1)
+    without = proposals.scores.max(axis=1) == -np.inf
     if without.any():
         proposals.spans[without, 0] = (0, 1)
         proposals.scores[without, 0] = 1
@@ -132,25 +138,38 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
             f"{decoding.num_locations}; export it again."
         )
     for name, values in vars(heads).items():
-        if not np.isfinite(values).all():
+        if not _is_finite(values):
             queries = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
             raise ModelFileError(
                 f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries: its "
                 "weights are damaged, or a module overflows in FP16 or INT8; verify it against the file it was made of."
             )
-    matching = sigmoid(heads.matching_logits)
-    scores = matching * sigmoid(heads.iou_logits) if decoding.use_iou_scores else matching
+    # Of one query every call costs more than its numbers, so both heads go through them together.
+    probabilities = sigmoid(np.concatenate((heads.matching_logits, heads.iou_logits), dtype=np.float32))
+    matching, overlap = probabilities[: len(heads)], probabilities[len(heads) :]
+    scores = matching * overlap if decoding.use_iou_scores else matching.copy()
     kept = matching > np.float32(decoding.score_threshold)
     if decoding.num_segments // decoding.strides[0] > decoding.pre_nms_top_n:
         kept &= _best_of_each_level(np.where(kept, scores, -np.inf), decoding)
+    np.sqrt(scores, out=scores)
+    scores[~kept] = -np.inf
 
     centre = locations(decoding.num_segments, decoding.strides)
-    spans = np.empty(heads.boundary_distances.shape, np.float32)
+    # In memory all starts of a query stand together, and all ends: so they are compared, again and again.
+    spans = np.empty((len(heads), 2, len(centre)), np.float32).transpose(0, 2, 1)
     np.subtract(centre, heads.boundary_distances[..., 0], out=spans[..., 0])
     np.add(centre, heads.boundary_distances[..., 1], out=spans[..., 1])
     spans /= np.float32(decoding.num_segments)
-    np.clip(spans, 0, 1, out=spans)
-    return Proposals(spans, np.where(kept, np.sqrt(scores), np.float32(-np.inf)))
+    np.maximum(spans, 0, out=spans)
+    np.minimum(spans, 1, out=spans)
+    return Proposals(spans, scores)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    # A dot product with itself tells in one call, but may overflow; of many numbers BLAS would ask other threads.
+    if values.size <= FEW_NUMBERS and float(np.vdot(values, values)) < np.inf:
+        return True
+    return bool(np.isfinite(values).all())
 
 
 def _best_of_each_level(scores: np.ndarray, decoding: Decoding) -> np.ndarray:
@@ -182,8 +201,10 @@ def soft_nms(proposals: Proposals, count: int = PUBLISHED_COUNT) -> np.ndarray:
         (B, K, 3) float32 starts, ends and scores at the time of the pick, scores never rising; NaN after the last.
     """
     if len(proposals.scores) <= FEW:
-        picked = [_soft_nms_of_one(*one, count) for one in zip(proposals.spans, proposals.scores)]
-        return np.stack(picked) if picked else np.empty((0, count, 3), np.float32)
+        picks = np.full((len(proposals.scores), count, 3), np.nan, np.float32)
+        for one in zip(proposals.spans, proposals.scores, picks):
+            _soft_nms_of_one(*one)
+        return picks
     scores, spans = proposals.scores.copy(), proposals.spans
 
     def lower(span: np.ndarray) -> None:
@@ -193,36 +214,44 @@ def soft_nms(proposals: Proposals, count: int = PUBLISHED_COUNT) -> np.ndarray:
     return _pick(scores, spans, count, lambda: scores.argmax(axis=1), lower)
 
 
-def _soft_nms_of_one(spans: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the (count, 3) picks of one query, from (P, 2) and (P,).
+def _soft_nms_of_one(spans: np.ndarray, scores: np.ndarray, picks: np.ndarray) -> None:
+    """Write the picks of one query, from (P, 2) and (P,), into (K, 3).
 
     A few small arrays cost calls, not arithmetic: all factors that could be needed are one round of calls.
     """
-    kept = np.flatnonzero(scores > -np.inf)
-    spans, scores = spans[kept], scores[kept]
+    (kept,) = (scores > -np.inf).nonzero()
+    spans, scores = spans.T.take(kept, axis=1).T, scores[kept]
+    count = min(len(picks), len(kept))
     factors = None
-    if len(kept) <= FEW_LOCATIONS:
-        factors = _decay(spans[None], temporal_iou(spans, spans)[None])[0]
-    picks = np.full((count, 3), np.nan, np.float32)
-    for pick in picks[: len(kept)]:
+    if 1 < len(kept) <= FEW_PROPOSALS:
+        factors = _decay(spans, temporal_iou(spans, spans))
+    chosen: list[int] = []
+    chosen_scores: list[np.float32] = []
+    while len(chosen) < count:
         best = int(scores.argmax())
-        pick[:2] = spans[best]
-        pick[2] = scores[best]
+        chosen.append(best)
+        chosen_scores.append(scores[best])
+        if len(chosen) == count:
+            break
         if factors is not None:
             scores *= factors[best]
         else:
-            taken = spans[None, best : best + 1]
-            scores *= _decay(taken, temporal_iou(taken, spans[None]))[0, 0]
+            taken = spans[best : best + 1]
+            scores *= _decay(taken, temporal_iou(taken, spans))[0]
         scores[best] = -np.inf
-    return picks
+    picks[:count, :2] = spans[chosen]
+    picks[:count, 2] = chosen_scores
 
 
 def _decay(taken: np.ndarray, overlap: np.ndarray) -> np.ndarray:
-    """Return the factors, (B, N, P), by which the N spans taken, (B, N, 2), lower proposals of that temporal IoU."""
-    threshold = LOW_THRESHOLD + (HIGH_THRESHOLD - LOW_THRESHOLD) * (taken[..., 1:] - taken[..., :1])
+    """Return the factors, (..., N, P), by which N spans taken, (..., N, 2), lower proposals of that temporal IoU."""
+    threshold = (taken[..., 1:] - taken[..., :1]) * np.float32(HIGH_THRESHOLD - LOW_THRESHOLD)
+    threshold += np.float32(LOW_THRESHOLD)
     # exp(-0) = 1 leaves the others as they are, and -inf stays -inf.
-    decay = np.where(overlap > threshold.astype(np.float32), overlap, np.float32(0))
-    return np.exp(decay * decay * np.float32(-1 / ALPHA))
+    decay = overlap * (overlap > threshold)
+    decay *= decay
+    decay *= np.float32(-1 / ALPHA)
+    return np.exp(decay, out=decay)
 
 
 def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:

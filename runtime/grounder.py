@@ -21,7 +21,7 @@ from runtime.decoding import decode, likely
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
 from runtime.moments import Moment
-from runtime.tensors import Batch, Heads, batches, of_like_length, padded
+from runtime.tensors import Batch, Heads, batches, collate, of_like_length, padded
 from runtime.videos import Segments, Video, pooled
 from runtime.windows import Candidates, Window, cut
 
@@ -93,31 +93,52 @@ class Grounder:
         Pairs are independent: batching changes nothing but speed. A sentence, and with a model that was split a
         video, is encoded once however many pairs it stands in. Raises as `ground`.
         """
+        if len(pairs) == 1 and not self.cut(pairs[0][0]):
+            return [self._ground_one(*pairs[0], top_k, presence)]
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
         videos = {id(video): video for video, _ in pairs}
         cuts = {key: self.cut(video) for key, video in videos.items()}
         seen = {key: self._seen(video) for key, video in videos.items() if not cuts[key]}
-        decoding, threshold = self.manifest.decoding, self.manifest.presence if presence else None
+        decoding, threshold = self.manifest.decoding, self._threshold(presence)
         answers: list[list[Moment]] = [[] for _ in pairs]
         whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
         asked = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
         for indices, heads in self.run(*asked, batch_size):
-            picks = decode(heads, decoding, min(top_k, decoding.num_locations))
-            if threshold:
-                # The whole video with score 1, which stands where nothing is likely, is no answer.
-                picks[likely(heads, decoding).scores.max(axis=1) < threshold.threshold] = np.nan
-            for index, rows in zip(indices, picks):
+            for index, rows in zip(indices, self._picks(heads, top_k, threshold)):
                 answers[whole[index]] = in_seconds(rows, pairs[whole[index]][0].duration)
         for key in videos.keys() - seen.keys():
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
             found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
             for index, picks in zip(chosen, found.picks(decoding, top_k)):
                 moments = in_seconds(picks, found.unit)
-                if threshold and not (moments and moments[0].score >= threshold.threshold):
+                if threshold is not None and not (moments and moments[0].score >= threshold):
                     continue
                 # As published: where nothing is likely, the whole video with score 1.
                 answers[index] = moments or [Moment(0.0, videos[key].duration, 1.0)]
         return answers
+
+    def _ground_one(self, video: Subject, query: str, top_k: int, presence: bool) -> list[Moment]:
+        """Return the moments of one pair, without what puts many together: a GPU answers faster than that takes."""
+        tokens, seen = self.encode_query(query), self._seen(video)
+        if self.is_pair:
+            length = np.array([len(tokens)], np.int32)
+            heads = self._pair.ask(tokens[None], length, [cast(EncodedVideo, seen)], np.zeros(1, np.int32))
+        else:
+            heads = self.backend.run(collate([tokens], [cast(Segments, seen)]))
+        return in_seconds(self._picks(heads, top_k, self._threshold(presence))[0], video.duration)
+
+    def _threshold(self, presence: bool) -> float | None:
+        """Return the score below which a video has no moment; None if it is answered always."""
+        return self.manifest.presence.threshold if presence and self.manifest.presence else None
+
+    def _picks(self, heads: Heads, top_k: int, threshold: float | None) -> np.ndarray:
+        """Return the best `top_k` of each query, (B, K, 3), NaN after the last; nothing where all are too unlikely."""
+        decoding = self.manifest.decoding
+        picks = decode(heads, decoding, min(top_k, decoding.num_locations))
+        if threshold is not None:
+            # The whole video with score 1, which stands where nothing is likely, is no answer.
+            picks[likely(heads, decoding).scores.max(axis=1) < threshold] = np.nan
+        return picks
 
     def cut(self, video: Subject) -> Sequence[Window]:
         """Return the windows in which a video is grounded; none if it is grounded whole."""

@@ -35,9 +35,11 @@ def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     start_a, end_a = a[..., :, None, 0], a[..., :, None, 1]
     start_b, end_b = b[..., None, :, 0], b[..., None, :, 1]
-    overlap = np.minimum(end_a, end_b) - np.maximum(start_a, start_b)
-    hull = np.maximum(end_a, end_b) - np.minimum(start_a, start_b)
-    # A negative overlap is a gap. Reversed spans give a negative hull too, and count as empty.
-    ratio = np.zeros(np.broadcast(overlap, hull).shape, np.result_type(overlap, hull))
-    np.divide(overlap, hull, out=ratio, where=(overlap > 0) & (start_a < end_a) & (start_b < end_b))
+    overlap = np.minimum(end_a, end_b)
+    overlap -= np.maximum(start_a, start_b)
+    hull = np.maximum(end_a, end_b)
+    hull -= np.minimum(start_a, start_b)
+    # A negative overlap is a gap. No span that ends before it starts, or is empty, has a positive one.
+    ratio = np.zeros(overlap.shape, np.result_type(overlap, hull))
+    np.divide(overlap, hull, out=ratio, where=overlap > 0)
     return ratio

@@ -331,7 +331,7 @@ class TensorRTBackend(_Grounding):
                     for part in pieces(len(batch), most)
                     for answer in self._answer(np.arange(part.start, part.stop), some)
                 ),
-                self._network.nothing(),
+                self._network.nothing,
             )
 
 
@@ -370,6 +370,7 @@ class TensorRTPair(_Grounding):
         super().__init__(manifest, query, video)
         self._video = video
         self._banks = {slots: Bank(slots) for slots, _ in query.resident}
+        self._largest = max(query.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
         self._calls = itertools.count(1)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
@@ -406,18 +407,17 @@ class TensorRTPair(_Grounding):
             }
             return network.run(arrays, sizes)
 
-        largest = max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
-        most_videos = largest["video"][2]
+        largest, most_videos = self._largest["batch"][2], self._largest["video"][2]
         with self._turn():
             self._reset_clock()
             return _gathered(
                 len(query_length),
                 (
                     answer
-                    for rows in pieces_by_video(video_index, largest["batch"][2], most_videos, len(videos))
+                    for rows in pieces_by_video(video_index, largest, most_videos, len(videos))
                     for answer in self._answer(rows, some)
                 ),
-                network.nothing(),
+                network.nothing,
             )
 
     def run(self, batch: Batch) -> Heads:
@@ -473,10 +473,12 @@ def _part(rows: np.ndarray) -> Any:
 
 
 def _gathered(
-    rows: int, answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]], nothing: Mapping[str, np.ndarray]
+    rows: int,
+    answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]],
+    nothing: Callable[[], Mapping[str, np.ndarray]],
 ) -> Heads:
-    """Return the heads of all rows from those of some at a time; `nothing` are those of no row."""
-    whole: dict[str, np.ndarray] = {} if rows else dict(nothing)
+    """Return the heads of all rows from those of some at a time; `nothing` returns those of no row."""
+    whole: dict[str, np.ndarray] = {} if rows else dict(nothing())
     for some, found in answers:
         if len(some) == rows and _part(some) == slice(0, rows):
             return Heads(*(np.asarray(found[name], np.float32) for name in OUTPUTS))

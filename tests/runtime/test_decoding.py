@@ -491,6 +491,19 @@ def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
         propose(Heads(**arrays), Decoding())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("name", ["matching_logits", "boundary_distances", "iou_logits"])
+def test_heads_whose_squares_overflow_are_decoded(name: str, rows: int) -> None:
+    raw = heads(rows, logit=1.0)
+    getattr(raw, name)[...] = 1e30
+    picks = decode(raw, SMALL)
+    assert ((picks[:, 0, :2] >= 0) & (picks[:, 0, :2] <= 1)).all()
+    # The largest number may not be reached by squares that are added, either.
+    getattr(raw, name)[...] = np.finfo(np.float32).max
+    np.testing.assert_array_equal(decode(raw, SMALL)[:, 0], picks[:, 0])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
