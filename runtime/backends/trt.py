@@ -169,6 +169,10 @@ def _import(names: Sequence[str]) -> tuple[Any, str]:
     return None, "; ".join(reasons)
 
 
+# Some rows of a call, rising, and their outputs.
+_Answer = tuple[np.ndarray, Mapping[str, np.ndarray]]
+
+
 class _Model:
     """What all engines share."""
 
@@ -224,28 +228,29 @@ class _Model:
         for network in self._networks:
             network.gpu_ms = 0.0
 
-    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> Any:
-        """Yield pairs of rows and outputs; where memory does not do, what is kept is given back and halves are tried.
+    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[_Answer]:
+        """Return rows and their outputs; where memory does not do, what is kept is given back and halves are tried.
 
         Raises:
             DeviceError: a half is still too much.
         """
         try:
-            yield rows, run(rows)
-            return
+            return [(rows, run(rows))]
         except OutOfDeviceMemory as error:
             log.info("The GPU's memory is full (%s); trying again in two halves.", error)
         for network in self._networks:
             network.forget_programs()
+        answers = []
         for half in np.array_split(rows, 2) if len(rows) > 1 else [rows]:
             try:
-                yield half, run(half)
+                answers.append((half, run(half)))
             except OutOfDeviceMemory as error:
                 free, total = self._network.cuda.memory()
                 raise DeviceError(
                     f"The GPU's memory is full ({free / 2**20:.0f} of {total / 2**20:.0f} MiB are free), also for "
                     f"{len(half)} at once; end what else uses it, or ask in smaller batches."
                 ) from error
+        return answers
 
     def _in_pieces(self, network: Network, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
         """Return an output of a network of one input, of which no more rows go through together than it takes."""
@@ -324,15 +329,12 @@ class TensorRTBackend(_Grounding):
         most = max(profile.ranges["batch"][2] for profile in self._network.domains)
         with self._turn():
             self._reset_clock()
-            return _gathered(
-                len(batch),
-                (
-                    answer
-                    for part in pieces(len(batch), most)
-                    for answer in self._answer(np.arange(part.start, part.stop), some)
-                ),
-                self._network.nothing,
-            )
+            answers = [
+                answer
+                for part in pieces(len(batch), most)
+                for answer in self._answer(np.arange(part.start, part.stop), some)
+            ]
+        return _gathered(len(batch), answers, self._network.nothing)
 
 
 class Bank:
@@ -410,15 +412,12 @@ class TensorRTPair(_Grounding):
         largest, most_videos = self._largest["batch"][2], self._largest["video"][2]
         with self._turn():
             self._reset_clock()
-            return _gathered(
-                len(query_length),
-                (
-                    answer
-                    for rows in pieces_by_video(video_index, largest, most_videos, len(videos))
-                    for answer in self._answer(rows, some)
-                ),
-                network.nothing,
-            )
+            answers = [
+                answer
+                for rows in pieces_by_video(video_index, largest, most_videos, len(videos))
+                for answer in self._answer(rows, some)
+            ]
+        return _gathered(len(query_length), answers, network.nothing)
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, as the whole model would; raises as `TensorRTBackend.run`."""
@@ -472,16 +471,16 @@ def _part(rows: np.ndarray) -> Any:
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
-def _gathered(
-    rows: int,
-    answers: Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]],
-    nothing: Callable[[], Mapping[str, np.ndarray]],
-) -> Heads:
-    """Return the heads of all rows from those of some at a time; `nothing` returns those of no row."""
-    whole: dict[str, np.ndarray] = {} if rows else dict(nothing())
-    for some, found in answers:
-        if len(some) == rows and _part(some) == slice(0, rows):
-            return Heads(*(np.asarray(found[name], np.float32) for name in OUTPUTS))
-        for name in OUTPUTS:
-            whole.setdefault(name, np.empty((rows, *found[name].shape[1:]), np.float32))[some] = found[name]
-    return Heads(*(whole[name] for name in OUTPUTS))
+def _gathered(rows: int, answers: Sequence[_Answer], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
+    """Return the heads of all rows from those of some at a time, each in their order; `nothing` returns those of no
+    row."""
+    if len(answers) == 1:
+        whole = answers[0][1]
+    elif rows:
+        whole = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
+        for some, found in answers:
+            for name in OUTPUTS:
+                whole[name][some] = found[name]
+    else:
+        whole = nothing()
+    return Heads(*[np.asarray(whole[name], np.float32) for name in OUTPUTS])
