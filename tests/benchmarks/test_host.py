@@ -1,0 +1,56 @@
+"""What is timed of the host is a whole answer, and the right one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import host
+from runtime import Grounder, open_backend
+from runtime.annotations import DataSet
+from runtime.errors import ModelFileError
+from tests.runtime.standin import counted
+
+
+@pytest.fixture
+def pair(models: Path, tmp_path: Path) -> Path:
+    onnx = pytest.importorskip("onnx", reason="the graph is cut")
+    from export.split import split_graph, write_pair
+
+    return write_pair(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
+
+
+def test_every_figure_is_there_and_the_whole_takes_longer_than_its_parts(
+    pair: Path, planted: Path, tmp_path: Path
+) -> None:
+    report = host.host(pair, planted, batch=6, samples=20, output=tmp_path / "host.json")
+    assert json.loads((tmp_path / "host.json").read_text()) == report
+    found = {name: latency["p50_ms"] for name, latency in report["ms"].items()}
+    assert set(found) == {host.ONE, host.ASKED, host.DECODED, host.many(6)}
+    assert found[host.ONE] > max(found[host.ASKED], found[host.DECODED]) > 0
+    assert report["ms"][host.ONE]["samples"] == 20
+    assert report["ms"][host.many(6)]["samples"] == 2
+
+
+def test_what_is_timed_answers_as_the_graph_and_leaves_the_gpu_alone(pair: Path, planted: Path, tmp_path: Path) -> None:
+    reference = Grounder(open_backend(pair, "cpu", 1))
+    data_set = DataSet(planted)
+    known = data_set.annotations("test")[:6]
+    asked = [(reference.encode(data_set.video(entry.video)), entry.sentence) for entry in known]
+    bench = host.Bench(reference, pair, tmp_path, asked)
+    calls, runs = bench.calls(), bench.library.runs
+    before, computed = len(bench.driver.calls), len(runs)
+    for number, (video, sentence) in enumerate(asked):
+        found = calls[host.ONE].run(calls[host.ONE].prepare(number))
+        wanted = reference.ground(video, sentence)
+        assert [moment.start for moment in found] == pytest.approx([moment.start for moment in wanted], abs=1e-3)
+    made = counted(bench.driver.calls[before:])
+    assert made["cuGraphLaunch"] == made["cuStreamSynchronize"] == len(asked)
+    assert len(runs) == computed
+
+
+def test_a_whole_model_is_refused(models: Path, planted: Path) -> None:
+    with pytest.raises(ModelFileError, match="--split"):
+        host.host(models / "drn.onnx", planted)
