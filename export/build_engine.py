@@ -17,7 +17,7 @@ from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
 from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, profiles
+from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, check_unrolled, profiles
 from export.twin import Precision, Wishes, make_twin
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
@@ -53,6 +53,7 @@ def build_engine(
     max_drop: float = 0.2,
     split: bool = False,
     videos: int = VIDEOS,
+    unroll: tuple[int, ...] = (),
     parity_split: str = "test",
     limit: int | None = None,
     optimization_level: int | None = None,
@@ -95,6 +96,8 @@ def build_engine(
         split: also cut the model in two, for videos that are asked more than once: MODEL.PRECISION.video, which encodes
             a video, and MODEL.PRECISION.query, which answers and is what runs.
         videos: encoded videos that a split engine keeps on the GPU.
+        unroll: numbers of tokens, as 8 12: an engine more for each, whose LSTM is written out step by step for queries
+            of at most so many tokens, where TensorRT's own is a loop. Longer queries are answered by the loop.
         parity_split: whose queries prove parity.
         limit: only the first so many of them.
         optimization_level: TensorRT's, 0 to 5.
@@ -115,8 +118,9 @@ def build_engine(
     """
     given = dict(locals())
     compute_capability = tuple(dict.fromkeys(compute_capability))
+    unroll = tuple(sorted(set(unroll)))
     chosen, why = choose_target(target, compute_capability)
-    job = Job(model, precision, chosen, data, output, split)
+    job = Job(model, precision, chosen, data, output, split, unroll)
     options = BuildOptions(
         target="tensorrt-rtx" if chosen == "tensorrt-rtx" else "tensorrt",
         precision=precision,
@@ -142,6 +146,8 @@ def build_engine(
         log.info("Target %s: %s", chosen, why)
         return build_extractor(job, options, batch, keep, timing_cache, threads)
     shapes = job.early_profiles(batch, query_length, keep)
+    if shapes:
+        check_unrolled(unroll, shapes[0].query_length)
     data_set = DataSet(data) if data else None
     annotations = data_set.annotations(parity_split)[:limit] if data_set else []
     if dry_run:
@@ -152,6 +158,7 @@ def build_engine(
     graph, manifest = read_source(source)
     check_modules(graph, precision, keep)
     shapes = shapes or profiles(batch, query_length, manifest)
+    check_unrolled(unroll, shapes[0].query_length)
     again = _again({**given, "target": chosen, "output": job.output})
     with Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
@@ -173,6 +180,7 @@ def build_engine(
                 parts = cut_parts(staged, made, twin, graph, shapes, videos)
             engine = None
             if chosen != "onnxruntime":
+                parts = [part.with_unrolled(unroll) for part in parts]
                 for part in parts:
                     engine = build_part(staged, part, options, timing_cache)
                 if data_set and cuda_devices():
@@ -242,7 +250,7 @@ def _proven_engine(job: Job, court: Court, made: Made, parts: Sequence[Part]) ->
     proof = court.judge_engine(made)
     print(proof.text())
     if proof.broken:
-        kept = [reject(part.engine) for part in parts]
+        kept = [reject(plan.engine) for part in parts for plan in (*part.unrolled, part)]
         proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
         court.write_reports(proof, made, None)
         raise PromiseBroken(

@@ -24,13 +24,16 @@ log = logging.getLogger("drn")
 
 
 def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) -> ModelFile:
-    """Build the engine, count its precision, and write plan and sidecar."""
+    """Build the engine, and those for short queries, count their precision, and write plans and sidecars."""
     from export.census import check_engine, check_size, engine_census
     from export.passport import ModelFile
 
+    shorter = [build_part(job, other, options, cache) for other in part.unrolled]
     built = _build(part, options, cache)
     found = engine_census(built.inspector, len(built.plan)) if built.inspector else None
     content = _sidecar_content(part, built, options, found, cache)
+    if shorter:
+        content["unrolled"] = {file.path.name: file.sha256 for file in shorter}
     try:
         if found:
             check_engine(found, job.precision, part.fp32_weight_bytes)
@@ -39,6 +42,8 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
             check_size(len(built.plan), job.precision, part.fp32_weight_bytes)
     except PromiseBroken as error:
         rejected = _rejected(part.engine)
+        # Of what is rejected, it alone is kept.
+        content.pop("unrolled", None)
         _write_engine(rejected, built.plan, content)
         raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
     _write_engine(part.engine, built.plan, content)
@@ -59,6 +64,10 @@ def reject(engine: Path) -> Path:
     """Take an engine's name from it, and return its new one."""
     content = dict(sidecar.read_content(engine))
     content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
+    if "unrolled" in content:
+        content["unrolled"] = {
+            _rejected(engine.with_name(name)).name: digest for name, digest in content["unrolled"].items()
+        }
     rejected = _rejected(engine)
     _write_engine(rejected, engine.read_bytes(), content)
     for old in (sidecar.path_beside(engine), engine):

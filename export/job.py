@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from calib.batches import LEAST_SAMPLES
 from export.builder import BuildOptions, check_options
-from export.made import read_extractor, read_source
+from export.made import read_extractor, read_source, unrolled_path
 from export.profiles import Profile, Range, check_ranges, profiles
 from export.split import pair_paths
 from export.twin import Precision
@@ -38,6 +38,7 @@ class Job:
     data: Path | None
     given_output: Path | None
     split: bool = False
+    unroll: tuple[int, ...] = ()
 
     @property
     def stem(self) -> Path:
@@ -72,6 +73,11 @@ class Job:
     @property
     def sidecar(self) -> Path:
         return sidecar.path_beside(self.output)
+
+    @property
+    def unrolled(self) -> list[Path]:
+        """Engines for short queries."""
+        return [unrolled_path(self.output, steps) for steps in self.unroll]
 
     @property
     def kind(self) -> Literal["onnx", "checkpoint", "published"]:
@@ -154,7 +160,8 @@ class Job:
         endings += [] if plan else ["plan.json"]
         reports = (self.beside(ending) for ending in endings)
         pair = pair_paths(self.twin) if self.split else ()
-        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *reports)))
+        shorter = [path for plan in self.unrolled for path in (plan, sidecar.path_beside(plan))]
+        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *reports)))
         for path in written:
             check_writable(path, self.model, table, plan, *(other for other in {*written} - {path}))
         self._check_sources()
@@ -202,6 +209,7 @@ class Job:
                 "--version-compatible": options.version_compatible,
                 "--hardware-compatible": options.hardware_compatible,
                 "--compute-capability": options.compute_capabilities,
+                "--unroll": self.unroll,
             }
             given = [flag for flag, value in flags.items() if value not in (None, False, ())]
             if given:
@@ -260,6 +268,7 @@ class Job:
             lines.append(f"pair       {', '.join(map(str, pair_paths(self.twin)))}")
         if self.target != "onnxruntime":
             lines += [f"engine     {self.output}", f"sidecar    {self.sidecar}"]
+            lines += [f"unrolled   {plan}" for plan in self.unrolled]
         if options.compute_capabilities:
             lines.append(f"for        compute capability {', '.join(options.compute_capabilities)}")
         if shapes is None:

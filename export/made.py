@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.padding import padding_apart, padding_inside
-from export.profiles import Profile, part_profiles
+from export.profiles import Profile, exactly, part_profiles
 from export.split import split_graph, write_pair
 from export.twin import Twin
+from export.unrolled import unrolled
 from runtime.errors import ModelFileError
 from runtime.extractors import METADATA_KEY as EXTRACTOR_KEY
 from runtime.extractors import ExtractorManifest
@@ -135,6 +136,7 @@ class Part:
         census: of `graph`.
         fp32_weight_bytes: what its weights would be in FP32.
         in_fp32: modules that were held back.
+        unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
     """
 
     graph: onnx.ModelProto
@@ -147,6 +149,27 @@ class Part:
     census: Census
     fp32_weight_bytes: int
     in_fp32: tuple[str, ...]
+    unrolled: tuple[Part, ...] = ()
+
+    def with_unrolled(self, steps: Sequence[int]) -> Part:
+        """Return this part with one more for each number of tokens; itself where it reads no tokens."""
+        if not steps or self.manifest.part not in ("whole", "query"):
+            return self
+        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count) for count in steps))
+
+    def _unrolled(self, steps: int) -> Part:
+        return dataclasses.replace(
+            self,
+            graph=unrolled(self.graph, steps),
+            weak=unrolled(self.weak, steps),
+            engine=unrolled_path(self.engine, steps),
+            profiles=[exactly(profile, steps) for profile in self.profiles],
+        )
+
+
+def unrolled_path(engine: Path, steps: int) -> Path:
+    """Return where the engine for queries of at most so many tokens stands: drn.fp16.8.engine for drn.fp16.engine."""
+    return engine.with_name(f"{engine.stem}.{steps}{engine.suffix}")
 
 
 def whole_part(job: Job, made: Made, twin: Twin, shapes: Sequence[Profile]) -> Part:

@@ -103,6 +103,26 @@ def part_profiles(
     ]
 
 
+def exactly(profile: Profile, tokens: int) -> Profile:
+    """Return a profile of a whole model or a query part for queries that are all padded to so many tokens."""
+    smallest, best, largest = profile.batch
+    return dataclasses.replace(
+        profile,
+        query_length=(tokens, tokens, tokens),
+        shapes={**profile.shapes, "query_tokens": ((smallest, tokens), (best, tokens), (largest, tokens))},
+    )
+
+
+def check_unrolled(steps: Sequence[int], query_length: Range) -> None:
+    """Raise ShapeError unless each number of tokens is one that an engine for such queries may meet."""
+    wrong = [count for count in steps if not 1 <= count <= query_length[2]]
+    if wrong:
+        raise ShapeError(
+            f"--unroll takes numbers of tokens from 1 to {query_length[2]}, the longest query of this engine, and "
+            f"{', '.join(map(str, wrong))} was given."
+        )
+
+
 def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     smallest, best, largest = shapes
     return smallest, best, largest

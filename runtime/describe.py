@@ -158,6 +158,9 @@ def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (f"profile: {profile['name']}", f"batch {sizes[0]}, query length {sizes[1]} (smallest best largest)")
         )
+    steps = plans.unrolled_steps(content)
+    if steps:
+        rows.append(("unrolled", f"queries of at most {' and '.join(map(str, steps))} tokens have a plan of their own"))
     return rows
 
 

@@ -50,7 +50,8 @@ class Sidecar:
 
     Attributes:
         manifest: of the model.
-        content: everything else: `library`, `target`, `gpu`, `profiles`, `options`, `census`, `sha256`.
+        content: everything else: `library`, `target`, `gpu`, `profiles`, `options`, `census`, `sha256`, and of a plan
+            with others beside it for short queries `unrolled`, their names and hashes.
     """
 
     manifest: Manifest
@@ -181,5 +182,6 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
         True,
     ),
     "options": ("a table", _is_table, False),
+    "unrolled": ("a table of file names and hashes", _is_table_of(str), False),
     "census": ("a table with the shares of the twin and the layers of the engine", _is_census, False),
 }

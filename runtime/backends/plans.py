@@ -99,6 +99,8 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> st
         if domain and name == "query_length":
             domain[2] = max(domain[2], query_length)
         parts += [flag, *domain] if domain else []
+    steps = unrolled_steps(content)
+    parts += ["--unroll", *steps] if steps else []
     options = _options(content)
     parts += ["--version-compatible"] if options.get("version_compatible") else []
     parts += ["--hardware-compatible"] if options.get("hardware_compatible") else []
@@ -107,6 +109,12 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> st
         parts.append("--split")
         output = plan.with_name(plan.name.replace(f".{manifest.part}.", ".query.", 1))
     return shlex.join(map(str, [*parts, "--output", output]))
+
+
+def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
+    """Return the longest queries of the plans beside a plan for short ones, as their names tell: drn.fp16.8.engine."""
+    numbers = [Path(name).stem.rpartition(".")[2] for name in content.get("unrolled") or ()]
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def _same_library(built_by: str, here: str, compatible: bool) -> bool:

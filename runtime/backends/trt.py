@@ -85,6 +85,7 @@ def open_engine(
     beside = [(path, sidecar)]
     if part == "query":
         beside.append(video_part(path, sidecar))
+    beside += unrolled_parts(path, sidecar)
     networks = []
     try:
         for plan, about in beside:
@@ -95,8 +96,8 @@ def open_engine(
             network.close()
         raise
     if part == "query":
-        return TensorRTPair(sidecar.manifest, *networks)
-    return TensorRTBackend(sidecar.manifest, *networks)
+        return TensorRTPair(sidecar.manifest, networks[0], networks[1], shorter=networks[2:])
+    return TensorRTBackend(sidecar.manifest, networks[0], shorter=networks[1:])
 
 
 def open_extractor_engine(
@@ -130,6 +131,26 @@ def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
             f"again: `{plans.rebuild_command(path, sidecar)}`."
         )
     return plan, found
+
+
+def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
+    """The plans for short queries that were built with a plan, by the names and hashes that its sidecar has."""
+    found = []
+    for name, digest in sidecar.content.get("unrolled", {}).items():
+        plan = path.with_name(Path(name).name)
+        if not plan.is_file():
+            raise ModelFileError(
+                f"{path} was built with {plan.name}, which answers short queries, and that is not beside it; copy it "
+                "there."
+            )
+        about = read_sidecar(plan)
+        if about.content["sha256"][plan.name] != digest or about.manifest.part != sidecar.manifest.part:
+            raise ModelFileError(
+                f"{plan} is not the plan that {path.name} was built with; copy the files of one build, or build them "
+                f"again: `{plans.rebuild_command(path, sidecar)}`."
+            )
+        found.append((plan, about))
+    return found
 
 
 def _ready(plan: Path, sidecar: AboutPlan, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
@@ -284,23 +305,30 @@ class TensorRTExtractor(_Model):
 
 
 class _Grounding(_Model):
-    """What a whole model and a pair share."""
+    """What a whole model and a pair share.
 
-    def __init__(self, manifest: Manifest, *networks: Network) -> None:
-        super().__init__(*networks)
+    Args:
+        manifest: of the model.
+        networks: what reads queries of any length, and for a pair what encodes videos.
+        shorter: what reads short queries only, and faster.
+    """
+
+    def __init__(self, manifest: Manifest, *networks: Network, shorter: Sequence[Network] = ()) -> None:
+        super().__init__(*networks, *shorter)
         self.manifest = manifest
+        self._by_length = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
 
-    def _check_length(self, query_length: np.ndarray) -> int:
-        """Return the tokens of the longest query; ShapeError if the engine was built for shorter ones."""
-        longest = int(query_length.max(initial=1))
+    def network_for(self, longest: int) -> Network:
+        """Return what reads queries of so many tokens at most; ShapeError if the engine was built for shorter ones."""
+        for network in self._by_length:
+            if longest <= network.query_length[2]:
+                return network
         shortest, best, most = self._network.query_length
-        if longest > most:
-            again = plans.rebuild_command(self._network.path, self._network.sidecar, longest)
-            raise ShapeError(
-                f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
-                f"or rebuild: `{again}`."
-            )
-        return longest
+        again = plans.rebuild_command(self._network.path, self._network.sidecar, longest)
+        raise ShapeError(
+            f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
+            f"or rebuild: `{again}`."
+        )
 
 
 class TensorRTBackend(_Grounding):
@@ -313,7 +341,8 @@ class TensorRTBackend(_Grounding):
             ShapeError: the arrays do not fit the engine.
             DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
         """
-        longest = self._check_length(batch.query_length)
+        longest = int(batch.query_length.max(initial=1))
+        network = self.network_for(longest)
         tokens = batch.query_tokens[:, :longest]
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -324,9 +353,9 @@ class TensorRTBackend(_Grounding):
                 "segment_features": batch.segment_features[part],
                 SPANS: batch.segment_spans[part],
             }
-            return self._network.run(arrays, {"batch": len(rows), "query_length": longest})
+            return network.run(arrays, {"batch": len(rows), "query_length": longest})
 
-        most = max(profile.ranges["batch"][2] for profile in self._network.domains)
+        most = max(profile.ranges["batch"][2] for profile in network.domains)
         with self._turn():
             self._reset_clock()
             answers = [
@@ -334,7 +363,7 @@ class TensorRTBackend(_Grounding):
                 for part in pieces(len(batch), most)
                 for answer in self._answer(np.arange(part.start, part.stop), some)
             ]
-        return _gathered(len(batch), answers, self._network.nothing)
+        return _gathered(len(batch), answers, network.nothing)
 
 
 class Bank:
@@ -368,11 +397,17 @@ class Bank:
 class TensorRTPair(_Grounding):
     """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
 
-    def __init__(self, manifest: Manifest, query: Network, video: Network) -> None:
-        super().__init__(manifest, query, video)
+    def __init__(self, manifest: Manifest, query: Network, video: Network, shorter: Sequence[Network] = ()) -> None:
+        super().__init__(manifest, query, video, shorter=shorter)
         self._video = video
-        self._banks = {slots: Bank(slots) for slots, _ in query.resident}
-        self._largest = max(query.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
+        # Each keeps encodings of its own, by how many its profiles want.
+        self._banks = {
+            network: {slots: Bank(slots) for slots, _ in network.resident} for network in (query, *shorter)
+        }
+        self._largest = {
+            network: max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
+            for network in (query, *shorter)
+        }
         self._calls = itertools.count(1)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
@@ -392,16 +427,16 @@ class TensorRTPair(_Grounding):
         A video is copied to the GPU when it is not there; its key stands for its content. Raises as
         `TensorRTBackend.run`.
         """
-        longest = self._check_length(query_length)
+        longest = int(query_length.max(initial=1))
+        network = self.network_for(longest)
         tokens = query_tokens[:, :longest]
-        network = self._network
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
             part = _part(rows)
             needed, which = asked(video_index[part], len(videos), most_videos)
             sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
             profile, _ = network.choose(sizes)
-            slots = self._placed([videos[index] for index in needed], profile.ranges["video"][2])
+            slots = self._placed(network, [videos[index] for index in needed], profile.ranges["video"][2])
             arrays = {
                 "query_tokens": tokens[part],
                 "query_length": query_length[part],
@@ -409,7 +444,7 @@ class TensorRTPair(_Grounding):
             }
             return network.run(arrays, sizes)
 
-        largest, most_videos = self._largest["batch"][2], self._largest["video"][2]
+        largest, most_videos = self._largest[network]["batch"][2], self._largest[network]["video"][2]
         with self._turn():
             self._reset_clock()
             answers = [
@@ -429,29 +464,30 @@ class TensorRTPair(_Grounding):
         ]
         return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
-    def _placed(self, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
+    def _placed(self, network: Network, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
         """Return the slots of videos, (V,) int32, after copying those that are not on the device."""
-        bank = self._banks[most]
+        bank = self._banks[network][most]
         slots, missing = bank.place([video.key for video in videos])
         try:
             for position in missing:
-                self._upload(videos[position], int(slots[position]), most)
+                self._upload(network, videos[position], int(slots[position]), most)
         except BaseException:
             bank.clear()
             raise
         return slots
 
-    def _upload(self, video: EncodedVideo, slot: int, most: int) -> None:
-        features = to_bfloat16(video.features) if self._network.half_bits else video.features
+    @staticmethod
+    def _upload(network: Network, video: EncodedVideo, slot: int, most: int) -> None:
+        features = to_bfloat16(video.features) if network.half_bits else video.features
         for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
-            staged = self._network.staged[most, name][slot]
+            staged = network.staged[most, name][slot]
             if array.shape != staged.shape:
                 raise ShapeError(
                     f"The encoding of {video.name} has {name} of shape {array.shape} and this engine takes "
                     f"{staged.shape}; encode the video with this model."
                 )
             staged[...] = array
-            self._network.upload(name, most, slot)
+            network.upload(name, most, slot)
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from export.engines import _write_engine, reject
 from export.split import split_graph, write_pair
 from runtime import Grounder, Presence
 from runtime.annotations import DataSet
+from runtime.backends.trt import unrolled_parts
 from runtime.describe import describe
 from runtime.errors import (
     AnnotationError,
@@ -284,6 +285,46 @@ def test_a_split_build_makes_two_engines_each_vouched_for(model: Path, planted: 
     assert query.content["census"]["twin"]["shares"]["int8"] > 0.8
 
 
+@pytest.mark.rtx
+@pytest.mark.parametrize("split", [False, True])
+def test_engines_for_short_queries_are_built_beside_and_vouched_for(model: Path, split: bool) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    output = build_engine(
+        model, precision="fp16", target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12),
+        split=split, unroll=(6, 4, 6),
+    )  # fmt: skip
+    shorter = {steps: output.with_name(f"{output.stem}.{steps}.engine") for steps in (4, 6)}
+    main = read_sidecar(output)
+    assert main.content["unrolled"] == {path.name: sha256(path) for path in shorter.values()}
+    for steps, path in shorter.items():
+        content = read_sidecar(path).content
+        assert [profile["query_length"] for profile in content["profiles"]] == [[steps] * 3] * 2
+        assert content["profiles"][1]["shapes"]["query_tokens"] == [[2, steps], [8, steps], [32, steps]]
+        assert "unrolled" not in content
+        # It is of the same twin.
+        assert {*content["sha256"]} - {path.name} == {*main.content["sha256"]} - {output.name}
+    assert unrolled_parts(output, main) == [(path, read_sidecar(path)) for path in shorter.values()]
+    if split:
+        # The video part reads no words.
+        assert "unrolled" not in read_sidecar(model.with_name("drn.fp16.video.engine")).content
+
+
+def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    engine: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "dry_run": True}
+    for wrong in ((0,), (8, 13)):
+        with pytest.raises(ShapeError, match=rf"from 1 to 12, .*and {wrong[-1]} was given"):
+            build_engine(model, unroll=wrong, **engine)
+    with pytest.raises(GroundingError, match="--unroll: of engines"):
+        build_engine(model, target="onnxruntime", unroll=(8,))
+    build_engine(model, unroll=(12, 8), **engine)
+    told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
+    assert [Path(path).name for path in told] == ["drn.fp16.8.engine", "drn.fp16.12.engine"]
+
+
 def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
     with pytest.raises(GroundingError, match="--workspace: of engines"):
         build_engine(model, target="onnxruntime", workspace=1.0)
@@ -416,6 +457,9 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
     assert not engine.with_name("drn.fp16.engine.json").exists()
     assert kept.read_bytes() == b"plan"
     assert read_sidecar(kept).content["sha256"]["drn.fp16.onnx"] == "0" * 64
+    # With what stands beside it for short queries, it goes by the new names of those.
+    _write_engine(engine, b"plan", {**content, "unrolled": {"drn.fp16.8.engine": "1" * 64}})
+    assert read_sidecar(reject(engine)).content["unrolled"] == {"drn.fp16.8.rejected.engine": "1" * 64}
 
 
 def test_the_table_of_an_earlier_build_is_taken_where_it_lies(model: Path, planted: Path) -> None:

@@ -110,6 +110,12 @@ def profile(
 PROFILES = [profile((1, 1, 1)), profile((2, 4, 8))]
 
 
+def exactly(built: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A profile for queries padded to so many tokens."""
+    shapes = {**built["shapes"], "query_tokens": [[size[0], tokens] for size in built["shapes"]["query_tokens"]]}
+    return {**built, "query_length": (tokens,) * 3, "shapes": shapes}
+
+
 class Bench:
     """A made-up machine, and engines opened on it."""
 
@@ -120,8 +126,11 @@ class Bench:
         self.cuda = Cuda(self.driver)
         self.version = version
 
-    def whole(self, profiles: Sequence[dict[str, Any]] = PROFILES, **content: Any) -> TensorRTBackend:
+    def whole(
+        self, profiles: Sequence[dict[str, Any]] = PROFILES, unroll: Sequence[int] = (), **content: Any
+    ) -> TensorRTBackend:
         plan = self.directory / "drn.fp32.engine"
+        content |= self.unrolled(plan, self.graphs.whole, profiles, self.graphs.manifest, unroll)
         write_plan(plan, self.graphs.whole, profiles, self.graphs.manifest, self.version, **content)
         return self.open(plan)
 
@@ -130,6 +139,7 @@ class Bench:
         videos: int = 3,
         types: dict[str, str] | None = None,
         profiles: Sequence[dict[str, Any]] | None = None,
+        unroll: Sequence[int] = (),
     ) -> TensorRTPair:
         (name,) = self.graphs.query_manifest.video_part
         video_manifest = dataclasses.replace(self.graphs.manifest, part="video")
@@ -143,8 +153,34 @@ class Bench:
         )
         plan = self.directory / "drn.query.engine"
         both = [profile((1, 1, 1), "query", (1, 2, videos)), profile((2, 4, 8), "query", (1, 2, videos))]
-        write_plan(plan, self.graphs.query, profiles or both, self.graphs.query_manifest, self.version, types)
+        content = self.unrolled(plan, self.graphs.query, profiles or both, self.graphs.query_manifest, unroll, types)
+        write_plan(
+            plan, self.graphs.query, profiles or both, self.graphs.query_manifest, self.version, types, **content
+        )
         return self.open(plan)
+
+    def unrolled(
+        self,
+        plan: Path,
+        graph: Path,
+        profiles: Sequence[dict[str, Any]],
+        manifest: Manifest,
+        steps: Sequence[int],
+        types: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Write plans for short queries, and return what the sidecar of the longer one says of them."""
+        import onnx
+
+        from export.unrolled import unrolled
+
+        named = {}
+        for tokens in steps:
+            written = self.directory / f"{graph.stem}.{tokens}.onnx"
+            onnx.save(unrolled(onnx.load(graph), tokens), written)
+            path = plan.with_name(f"{plan.stem}.{tokens}.engine")
+            write_plan(path, written, [exactly(one, tokens) for one in profiles], manifest, self.version, types)
+            named[path.name] = sha256(path)
+        return {"unrolled": named} if named else {}
 
     def open(self, plan: Path) -> Any:
         return open_engine(plan, library=self.library, cuda=self.cuda)
@@ -241,6 +277,75 @@ def test_a_grounder_takes_a_pair_of_engines_and_encoded_videos(bench: Bench, gra
             for moment, other in zip(found, expected, strict=True):
                 assert (moment.start, moment.end) == pytest.approx((other.start, other.end), abs=1e-3)
     assert len(engine.ground(encoded[0], "word4")) == len(graph.ground(videos[0], "word4"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_short_queries_go_through_the_plan_that_was_built_for_them(
+    tmp_path: Path, graphs: Graphs, version: str
+) -> None:
+    bench = Bench(tmp_path, graphs, version)
+    for backend in (bench.whole(unroll=(6, 3)), bench.pair(unroll=(6, 3))):
+        # What each call meets: the smallest number of tokens that fits its longest query, or the loop.
+        for lengths, tokens in (([2], 3), ([3], 3), ([4], 6), ([6], 6), ([7], 8), ([12], 12)):
+            batch = batch_of(lengths)
+            for _ in range(3):
+                assert_same(backend.run(batch), reference(graphs, batch))
+                assert bench.library.runs[-1]["query_tokens"] == (1, tokens)
+        for lengths, tokens in (([3, 1, 2], 3), ([5, 3, 2, 6], 6), ([2] * 7 + [11], 12), ([5] * 19, 6)):
+            batch = batch_of(lengths, width=12)
+            assert_same(backend.run(batch), reference(graphs, batch))
+            assert bench.library.runs[-1]["query_tokens"][1] == tokens
+
+
+def test_each_plan_keeps_the_encodings_that_it_was_asked_about(bench: Bench, graphs: Graphs) -> None:
+    pair = bench.pair(unroll=(4,))
+    batch = batch_of([3, 9, 2, 7])
+    videos = known(pair, batch)
+    expected = reference(graphs, batch)
+    for _ in range(3):
+        # Short and long queries take turns, each about another video, some of which are where the last one was.
+        for row in (0, 1, 2, 3, 1, 0):
+            asked_of = (batch.query_tokens[[row]], batch.query_length[[row]], [videos[row]], np.zeros(1, np.int32))
+            found = pair.ask(*asked_of)
+            assert_same(found, Heads(*(values[[row]] for values in vars(expected).values())))
+
+
+def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Bench, tmp_path: Path) -> None:
+    backend = bench.whole(unroll=(6,))
+    held = bench.driver.held()
+    backend.close()
+    plan, shorter = tmp_path / "drn.fp32.engine", tmp_path / "drn.fp32.6.engine"
+    bench.open(plan).close()
+    kept = shorter.read_bytes(), path_beside(shorter).read_text()
+    shorter.unlink()
+    with pytest.raises(ModelFileError, match=r"drn\.fp32\.6\.engine, which answers short queries.*copy it there"):
+        bench.open(plan)
+    # One that another build made vouches for itself, and yet is not the one.
+    other = write_plan(shorter, bench.graphs.whole, PROFILES, bench.graphs.manifest, bench.version, note="another")
+    other.write_bytes(other.read_bytes() + b" ")
+    content = json.loads(path_beside(other).read_text())
+    content["sha256"][other.name] = sha256(other)
+    path_beside(other).write_text(json.dumps(sealed(content)))
+    with pytest.raises(ModelFileError, match=r"is not the plan that drn\.fp32\.engine was built with.*--unroll 6 "):
+        bench.open(plan)
+    shorter.write_bytes(kept[0])
+    path_beside(shorter).write_text(kept[1])
+    backend = bench.open(plan)
+    assert bench.driver.held() == held
+    backend.close()
+    assert not bench.driver.held()
+
+
+def test_time_and_memory_count_the_plans_for_short_queries(bench: Bench) -> None:
+    alone = bench.whole().memory_report()
+    backend = bench.whole(unroll=(6,))
+    both = backend.memory_report()
+    assert both.plan > alone.plan
+    assert both.device > 1.5 * alone.device
+    backend.time_gpu(True)
+    for lengths in ([5], [9]):
+        backend.run(batch_of(lengths))
+        assert backend.gpu_ms == bench.library.network_ms
 
 
 def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs) -> None:

@@ -1,0 +1,109 @@
+"""`export.unrolled`: written out, an LSTM answers as it did, in every precision, for queries of any length up to S."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.graphs import open_session
+from export.precision import raise_opset, to_half
+from export.split import split_graph
+from export.unrolled import unrolled
+from runtime.errors import ModelFileError
+from runtime.tensors import Heads
+from tests import tolerances
+from tests.export.conftest import CONFIGS, random_inputs
+from tests.export.rtx import build_with_rtx
+
+NAMES = ("query_tokens", "query_length", "segment_features", "segment_spans")
+# At most as many as random_inputs' vocabulary is asked for.
+LONGEST = 12
+
+
+def heads(
+    model: onnx.ModelProto, network: str, lengths: Sequence[int], longest: int, seed: int = 0, seen: int | None = None
+) -> Heads:
+    """Heads of random queries padded to `longest` tokens, of which only the first `seen` are given."""
+    inputs = random_inputs(CONFIGS[network], list(lengths), longest, seed)
+    feed = {name: values.numpy() for name, values in zip(NAMES, inputs, strict=True)}
+    feed["query_tokens"] = feed["query_tokens"][:, :seen]
+    return Heads(*open_session(model, 1).run(list(Heads.__dataclass_fields__), feed))
+
+
+def assert_same(found: Heads, wanted: Heads, relative: float) -> None:
+    for name, values in vars(wanted).items():
+        np.testing.assert_allclose(getattr(found, name), values, rtol=0, atol=relative * np.abs(values).max())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, LONGEST])
+@pytest.mark.parametrize("network", ["tiny", "deep"])
+def test_it_answers_as_the_lstm_does(network: str, steps: int, exported: dict[str, onnx.ModelProto]) -> None:
+    model = unrolled(exported[network], steps)
+    onnx.checker.check_model(model, full_check=True)
+    assert not [node for node in model.graph.node if node.op_type in ("LSTM", "Loop", "Scan", "If")]
+    lengths = [steps, 1, max(1, steps // 2), max(1, steps - 1)]
+    found, wanted = (heads(graph, network, lengths, steps) for graph in (model, exported[network]))
+    assert_same(found, wanted, tolerances.HEADS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=5), st.integers(0, 100))
+def test_padding_changes_no_answer(exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int) -> None:
+    model = unrolled(exported["tiny"], LONGEST)
+    found = heads(model, "tiny", lengths, LONGEST, seed)
+    # The LSTM sees no more than the longest of them.
+    wanted = heads(exported["tiny"], "tiny", lengths, LONGEST, seed, seen=max(lengths))
+    assert_same(found, wanted, tolerances.HEADS)
+
+
+def test_half_precision_stays_as_near(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"])
+    wanted = heads(exported["tiny"], "tiny", [7, 3, 12], LONGEST)
+    for model in (half, unrolled(half, LONGEST)):
+        assert_same(heads(model, "tiny", [7, 3, 12], LONGEST), wanted, tolerances.HALF)
+
+
+def test_the_given_graph_stays_and_weights_of_the_lstm_stand_once(exported: dict[str, onnx.ModelProto]) -> None:
+    before = exported["tiny"].SerializeToString()
+    model = unrolled(exported["tiny"], 4)
+    assert exported["tiny"].SerializeToString() == before
+    named = [tensor.name for tensor in model.graph.initializer]
+    assert len(named) == len(set(named))
+    assert not [name for name in named if ".forwards." in name or ".backwards." in name]
+    # Two directions of W, R and B.
+    size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
+    assert size < sum(tensor.ByteSize() for tensor in exported["tiny"].graph.initializer) + 1000
+
+
+def test_only_the_number_of_tokens_is_fixed(exported: dict[str, onnx.ModelProto]) -> None:
+    _, query = split_graph(exported["tiny"])
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in unrolled(query, 6).graph.input
+    }
+    assert shapes["query_tokens"] == ["batch", 6]
+    assert shapes["query_length"] == shapes["video_index"] == ["batch"]
+    assert shapes["encoded_features"][0] == "video"
+
+
+def test_a_graph_without_such_lstms_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+    video, _ = split_graph(exported["tiny"])
+    with pytest.raises(ModelFileError, match="two LSTMs make a layer"):
+        unrolled(video, 8)
+    with pytest.raises(ModelFileError, match="two LSTMs make a layer"):
+        unrolled(unrolled(exported["tiny"], 8), 8)
+
+
+@pytest.mark.parametrize("network", ["tiny", "deep"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_it_builds(precision: str, network: str, exported: dict[str, onnx.ModelProto]) -> None:
+    model = exported[network]
+    if precision != "fp32":
+        model = to_half(raise_opset(model, 22 if precision == "bf16" else 17), precision)  # type: ignore[arg-type]
+    for part in (model, split_graph(model)[1]):
+        assert len(build_with_rtx(unrolled(part, 8))) > 10_000
