@@ -52,6 +52,10 @@ ENGINE_FAULTS = {
     "memory": "out of memory",
     "opening": "opening",
 }
+# Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
+UNROLLED = (8, 12)
+# Relative to the largest value: both forms round to half precision, each in its own order.
+FORMS_AGREE = 2e-2
 # By how the names of rivals begin.
 RIVALS = {"eager": bars.EAGER, "CUDA graphs": bars.GRAPHS, "torch.compile": bars.COMPILED}
 # Batches of the largest size that make a throughput.
@@ -62,6 +66,8 @@ PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
 # Precisions that are also built whole, as the ones people compare.
 WHOLE = ("fp16", "fp32")
 NARROW = ("int8", "fp8")
+# What stands side by side is built alike.
+UNROLLED_IN = ("fp16", *NARROW)
 TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 
 
@@ -90,6 +96,7 @@ def run(job: Job, leg: Leg) -> None:
     _engines(job, leg, target, PRECISIONS[:1])
     pair, whole = (job.output / target / f"drn.fp16{part}.engine" for part in (".query", ""))
     leg.step("the bar", lambda: _bar(job, pair))
+    leg.step("the LSTM as a loop and written out", lambda: _lstm_forms(job, pair))
     leg.step("where the time goes: phases", lambda: _phases(job, pair))
     leg.step("where the time goes: layers", lambda: _engine_profile(job, pair))
     leg.step("fault: GPU absent", functools.partial(_without_gpu, job, pair))
@@ -155,16 +162,22 @@ def _build(job: Job, leg: Leg, target: Any, precision: Any, split: bool) -> Foun
     words: list[object] = ["--model", job.graph, "--precision", precision, "--target", target, "--output", output]
     words += ["--data", job.data, "--max-drop", MAX_DROP, "--batch", 1, largest, largest]
     words += ["--calib-samples", job.sizes.calibration]
-    words += ["--split"] if split else []
+    words += ["--split", "--unroll", *_unrolled(job)] if split and precision in UNROLLED_IN else []
+    words += ["--split"] if split and precision not in UNROLLED_IN else []
     words += ["--query-length", *job.sizes.query_length]
     words += ["--compute-capability", *capabilities] if capabilities else []
     words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
     run_module(job, leg, "export.build_engine", *words, most=400)
     parts = [output, output.with_name(output.name.replace(".query.", ".video."))] if split else [output]
+    parts += [output.with_name(name) for name in read_sidecar(output).content.get("unrolled", ())]
     census = {path.name: read_sidecar(path).content["census"] for path in parts}
     layers = [f"{name}: {_layers(counted)}" for name, counted in census.items()]
     size = sum(path.stat().st_size for path in parts) / 1e6
     return Found(f"{size:.1f} MB; {'; '.join(layers)}.", {"census": census})
+
+
+def _unrolled(job: Job) -> list[int]:
+    return [tokens for tokens in UNROLLED if tokens <= job.sizes.query_length[2]]
 
 
 def _layers(counted: Mapping[str, Any]) -> str:
@@ -223,6 +236,60 @@ def _bar(job: Job, pair: Path) -> Found:
         "sentences."
     )
     return _judged(job, backend.gpu_name, told, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
+
+
+def _lstm_forms(job: Job, pair: Path) -> Found:
+    """Time the network with its LSTM as TensorRT's loop and written out, for queries as long as each plan takes."""
+    there(pair)
+    loop, written = (Grounder.load(pair, "cuda") for _ in range(2))
+    backends: dict[str, Any] = {"loop": loop.backend, "written out": written.backend}
+    steps = [network.query_length[2] for network in backends["written out"]._by_length[:-1]]
+    if not steps:
+        raise Skip("No engine was built for short queries.")
+    # The last takes queries of any length.
+    backends["loop"]._by_length = backends["loop"]._by_length[-1:]
+    for backend in backends.values():
+        backend.time_gpu(True)
+    entries, rows, told, broken = [], [], [], []
+    for size in dict.fromkeys((1, job.sizes.batches[-1])):
+        videos = [written.encode(video) for video, _ in questions(job, size)]
+        distinct = list({id(video): video for video in videos}.values())
+        place = {id(video): index for index, video in enumerate(distinct)}
+        index = np.array([place[id(video)] for video in videos], np.int32)
+        for tokens in steps:
+            known = np.random.default_rng(0).integers(1, len(written.manifest.vocabulary) + 1, (size, tokens))
+            asked = (known.astype(np.int32), np.full(size, tokens, np.int32), distinct, index)
+            heads = [vars(backend.ask(*asked)) for backend in backends.values()]
+            away = max(
+                float(np.abs(heads[1][key] - found).max() / np.abs(found).max()) for key, found in heads[0].items()
+            )
+            if not away <= FORMS_AGREE:
+                broken.append(
+                    f"written out for {tokens} tokens it answers otherwise, by {away:.1e} of the largest value"
+                )
+            calls = {
+                f"{form}, {tokens} tokens": Call(
+                    functools.partial(_asked_again, backend, asked),
+                    told=functools.partial(lambda backend: backend.gpu_ms / 1e3, backend),
+                )
+                for form, backend in backends.items()
+            }
+            times = take_times(job, calls)
+            for name, seconds in times.items():
+                values, row = latency_row(name, "gpu", size, seconds)
+                entries.append(values)
+                rows.append(row)
+            ratio = speed_ratio(*(times[name] for name in reversed(times))).median
+            told.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
+    captured = {form: all(network._captures for network in backend._by_length) for form, backend in backends.items()}
+    graphs = ", ".join(f"{form}: {'yes' if captured[form] else 'no'}" for form in captured)
+    sentence = f"Written out, the network is {'; '.join(told)}. In CUDA graphs: {graphs}."
+    title = "the LSTM as a loop and written out"
+    return Found(sentence, {"timings": entries, "captured": captured}, broken, tables={title: (LATENCY_HEADER, rows)})
+
+
+def _asked_again(backend: Any, asked: Sequence[Any], _: object) -> Any:
+    return backend.ask(*asked)
 
 
 def _bar_compiled(job: Job, pair: Path) -> Found:
@@ -346,10 +413,11 @@ def _engine_profile(job: Job, pair: Path) -> Found:
             self.spent.setdefault(layer_name, []).append(ms)
 
     backend: Any = grounder.backend
-    network = backend._network
     told, values, tables = [], {}, {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
-        grounder.ground_batch(questions(job, size), batch_size=size)
+        pairs = questions(job, size)
+        grounder.ground_batch(pairs, batch_size=size)
+        network = backend.network_for(max(len(grounder.encode_query(query)) for _, query in pairs))
         # What is captured in a graph is not told layer by layer, so the context of that batch is run as it is.
         (program,) = list(network._programs.values())[-1:]
         program.context.profiler = profiler = Profiler()

@@ -378,8 +378,14 @@ class Network:
             program.graph = self.cuda.end_capture(self._stream)
         except (CudaError, ModelFileError) as error:
             self._captures = False
+            # A plan for queries of one length has no loop.
+            looping = self.query_length[0] < self.query_length[2]
+            hint = " Its LSTM is a loop, which `export.build_engine --unroll 8 12` writes out." if looping else ""
             log.warning(
-                "%s cannot be captured in a CUDA graph and runs without, which is slower: %s", self.path.name, error
+                "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
+                self.path.name,
+                error,
+                hint,
             )
 
     def _expect(self, ok: Any, doing: str, way_out: str = "") -> None:

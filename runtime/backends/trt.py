@@ -401,9 +401,7 @@ class TensorRTPair(_Grounding):
         super().__init__(manifest, query, video, shorter=shorter)
         self._video = video
         # Each keeps encodings of its own, by how many its profiles want.
-        self._banks = {
-            network: {slots: Bank(slots) for slots, _ in network.resident} for network in (query, *shorter)
-        }
+        self._banks = {network: {slots: Bank(slots) for slots, _ in network.resident} for network in (query, *shorter)}
         self._largest = {
             network: max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
             for network in (query, *shorter)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,15 @@ def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
         acceptance.run_module(job, leg, "breaks", most=1)
 
 
+@pytest.fixture
+def in_front() -> Iterator[None]:
+    """As in a terminal: tests that were started in the background ignore Ctrl-C, and so would all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_front")
 def test_what_began_too_late_is_tried_again_and_not_called_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.backends.shapes import AXES
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
 from tests.runtime.standin import Driver, Library, write_plan
+from tests.runtime.test_trt import exactly
 
 VERSION = "10.16.1.11"
 
@@ -79,6 +81,8 @@ def _build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any)
     """Write plans that stand for the graphs, in place of a command that builds them."""
     import onnx
 
+    from export.unrolled import unrolled
+
     assert module == "export.build_engine"
     output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]
     output.parent.mkdir(exist_ok=True)
@@ -108,8 +112,20 @@ def _build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any)
         }
         profile = {"name": "p", "batch": ranges["batch"], "query_length": longest, "shapes": shapes}
         census = {"twin": {"shares": {precision: 1.0}}, "engine": {"layers": {precision: 3}, "quantised_inputs": {}}}
-        write_plan(plan, path, [profile], manifest, VERSION, census=census)
+        named = {}
+        for tokens in _numbers_after("--unroll", words) if plan == output else ():
+            written = path.with_name(f"{path.stem}.{tokens}.onnx")
+            onnx.save(unrolled(onnx.load(path), tokens), written)
+            shorter = plan.with_name(f"{plan.stem}.{tokens}.engine")
+            write_plan(shorter, written, [exactly(profile, tokens)], manifest, VERSION, census=census)
+            named[shorter.name] = sha256(shorter)
+        write_plan(plan, path, [profile], manifest, VERSION, census=census, **({"unrolled": named} if named else {}))
     return ""
+
+
+def _numbers_after(flag: str, words: Sequence[Any]) -> list[int]:
+    after = words[words.index(flag) + 1 :] if flag in words else ()
+    return list(itertools.takewhile(lambda word: isinstance(word, int), after))
 
 
 def told(job: Job, name: str) -> dict[str, Any]:
@@ -127,6 +143,7 @@ def test_every_step_of_the_leg_runs(ran: Job) -> None:
     names = list(steps)
     assert names.index("the bar") < names.index("where the time goes: layers") < names.index("tensorrt, fp32, pair")
     assert {f"tensorrt, {p}, pair, answers" for p in on_tensorrt.PRECISIONS} <= steps.keys()
+    assert ("drn.int8.query.8.engine" in steps["tensorrt, int8, pair"]["told"]) == (8 in on_tensorrt._unrolled(ran))
     assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
 
 
@@ -148,6 +165,21 @@ def test_every_bar_is_in_the_report(ran: Job) -> None:
         "### layers, batch 4",
     ):
         assert f"{title}\n" in text
+
+
+def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for(ran: Job) -> None:
+    step = told(ran, "the LSTM as a loop and written out")
+    steps = on_tensorrt._unrolled(ran)
+    assert steps
+    assert {(entry["case"], entry["queries"]) for entry in step["values"]["timings"]} == {
+        (f"{form}, {tokens} tokens", size)
+        for form in ("loop", "written out")
+        for tokens in steps
+        for size in (1, ran.sizes.batches[-1])
+    }
+    # By the driver's clock, which takes both for alike.
+    assert {round(entry["p50_ms"], 6) for entry in step["values"]["timings"]} == {3.0}
+    assert step["values"]["captured"] == {"loop": True, "written out": True}
 
 
 def test_rivals_of_one_bar_are_the_fastest_that_run_the_whole_network() -> None:

@@ -600,6 +600,16 @@ def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
     assert [record.message.count("cannot be captured") for record in caplog.records] == [1]
     assert "operation not permitted" in caplog.text
     assert "cuGraphLaunch" not in bench.driver.calls
+    assert "--unroll 8 12" in caplog.text
+    # What is written out already has another reason.
+    caplog.clear()
+    written = bench.whole(unroll=(6,))
+    with caplog.at_level(logging.WARNING, "drn"):
+        for _ in range(3):
+            written.run(batch_of([5]))
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("drn.fp32.6.engine cannot be captured")
+    assert "--unroll" not in said
 
 
 @pytest.mark.parametrize("call", ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
