@@ -29,6 +29,7 @@ from runtime.files import check_writable, sha256, write_json
 from runtime.grounder import Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.moments import Moment, temporal_iou
+from runtime.sidecar import read_content
 from runtime.speed import (
     BATCH_SIZE,
     LENGTH,
@@ -272,6 +273,8 @@ def files_of(path: Path, manifest: Manifest) -> list[Path]:
     if path.suffix == ".engine":
         # Parts are named as the graphs they were built from.
         parts = [part.with_suffix(".engine") for part in parts]
+        unrolled = read_content(path).get("unrolled", ()) if path.is_file() else ()
+        parts += [path.with_name(Path(name).name) for name in unrolled]
     return [path, *(part for part in parts if part.is_file())]
 
 

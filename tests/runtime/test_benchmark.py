@@ -34,6 +34,7 @@ from runtime.manifest import METADATA_KEY, Manifest
 from runtime.speed import latency_table, read_report
 from runtime.tensors import Batch, Heads
 from tests.processes import heed_ctrl_c
+from tests.runtime.standin import write_plan
 from tests.runtime.test_encodings import PlantedPair
 
 ROOT = Path(__file__).parents[2]
@@ -526,6 +527,12 @@ def test_all_files_of_a_model_count(tmp_path: Path, planted_backend: Any) -> Non
         video.write_text("video")
         assert files_of(query, manifest) == [query, video]
     assert files_of(query, planted_backend().manifest) == [query]
+    # An engine's plans for short queries are named by its sidecar.
+    graph, shorter = tmp_path / "m.query.onnx", tmp_path / "m.query.8.engine"
+    graph.write_text("graph")
+    shorter.write_text("plan")
+    write_plan(query, graph, [], manifest, unrolled={shorter.name: "2" * 64})
+    assert files_of(query, manifest) == [query, video, shorter]
 
 
 def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
