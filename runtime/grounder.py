@@ -399,8 +399,5 @@ def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
 
 def in_seconds(picks: np.ndarray, duration: float) -> list[Moment]:
     """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds."""
-    return [
-        Moment(float(start) * duration, float(end) * duration, float(score))
-        for start, end, score in picks.tolist()
-        if score == score
-    ]
+    seconds = float(duration)
+    return [Moment(start * seconds, end * seconds, score) for start, end, score in picks.tolist() if score == score]

@@ -39,7 +39,8 @@ def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     overlap -= np.maximum(start_a, start_b)
     hull = np.maximum(end_a, end_b)
     hull -= np.minimum(start_a, start_b)
-    # A negative overlap is a gap. No span that ends before it starts, or is empty, has a positive one.
-    ratio = np.zeros(overlap.shape, np.result_type(overlap, hull))
-    np.divide(overlap, hull, out=ratio, where=overlap > 0)
-    return ratio
+    # A negative overlap is a gap, and spans without length, reversed or of NaN have none: 0, over anything but 0.
+    np.fmax(overlap, 0, out=overlap)
+    hull[~(hull > 0)] = 1
+    overlap /= hull
+    return overlap
