@@ -96,7 +96,7 @@ def build_engine(
         split: also cut the model in two, for videos that are asked more than once: MODEL.PRECISION.video, which encodes
             a video, and MODEL.PRECISION.query, which answers and is what runs.
         videos: encoded videos that a split engine keeps on the GPU.
-        unroll: numbers of tokens, as 8 12: an engine more for each, whose LSTM is written out step by step for queries
+        unroll: numbers of tokens, as 6 10: an engine more for each, whose LSTM is written out step by step for queries
             of at most so many tokens, where TensorRT's own is a loop. Longer queries are answered by the loop.
         parity_split: whose queries prove parity.
         limit: only the first so many of them.

@@ -53,7 +53,7 @@ ENGINE_FAULTS = {
     "opening": "opening",
 }
 # Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
-UNROLLED = (8, 12)
+UNROLLED = (6, 10)
 # Relative to the largest value: both forms round to half precision, each in its own order.
 FORMS_AGREE = 2e-2
 # By how the names of rivals begin.

@@ -380,7 +380,7 @@ class Network:
             self._captures = False
             # A plan for queries of one length has no loop.
             looping = self.query_length[0] < self.query_length[2]
-            hint = " Its LSTM is a loop, which `export.build_engine --unroll 8 12` writes out." if looping else ""
+            hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
             log.warning(
                 "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
                 self.path.name,

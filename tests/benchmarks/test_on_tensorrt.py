@@ -143,7 +143,7 @@ def test_every_step_of_the_leg_runs(ran: Job) -> None:
     names = list(steps)
     assert names.index("the bar") < names.index("where the time goes: layers") < names.index("tensorrt, fp32, pair")
     assert {f"tensorrt, {p}, pair, answers" for p in on_tensorrt.PRECISIONS} <= steps.keys()
-    assert ("drn.int8.query.8.engine" in steps["tensorrt, int8, pair"]["told"]) == (8 in on_tensorrt._unrolled(ran))
+    assert ("drn.int8.query.6.engine" in steps["tensorrt, int8, pair"]["told"]) == (6 in on_tensorrt._unrolled(ran))
     assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
 
 

@@ -600,7 +600,7 @@ def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
     assert [record.message.count("cannot be captured") for record in caplog.records] == [1]
     assert "operation not permitted" in caplog.text
     assert "cuGraphLaunch" not in bench.driver.calls
-    assert "--unroll 8 12" in caplog.text
+    assert "--unroll 6 10" in caplog.text
     # What is written out already has another reason.
     caplog.clear()
     written = bench.whole(unroll=(6,))
