@@ -366,3 +366,21 @@ def test_the_report_holds_every_table(tmp_path: Path) -> None:
     assert "| torch | every promise is kept (1 measured) |" in text
     assert "### speed" in text
     assert "| a \\| b | 0.1 |" in text
+
+
+def test_tests_that_need_a_gpu_are_found_without_what_a_gpu_machine_lacks() -> None:
+    absent = (
+        "av", "fastapi", "starlette", "uvicorn", "multipart", "prometheus_client", "ray", "pyarrow", "tritonclient",
+        "polygraphy", "schemathesis", "playwright", "tensorrt", "tensorrt_rtx", "h5py",
+    )  # fmt: skip
+    program = (
+        f"import sys, pytest\nsys.modules.update(dict.fromkeys({absent!r}))\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu or trt', '-p', 'no:cacheprovider']))"
+    )
+    # One of the absent ones has a plugin for pytest.
+    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=alone, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr
+    assert "test_trt.py" in found.stdout

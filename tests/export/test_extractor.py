@@ -17,21 +17,10 @@ from runtime.extractors import ClipExtractor, open_extractor
 from runtime.files import sha256
 from runtime.footage import clips, look, pictures
 from tests import tolerances
+from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
-from train.c3d import C3D, MEANS, C3DCheckpoint, C3DConfig, save_c3d
+from train.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 from train.checkpoints import load_checkpoint
-
-TINY = C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), 32)
-
-
-def lively() -> C3D:
-    """Return a network whose features are of order 1 to 100, as those of trained weights."""
-    torch.manual_seed(0)
-    model = C3D(TINY, MEANS["plain"]).eval()
-    for name, values in model.named_parameters():
-        if name.endswith("weight"):
-            torch.nn.init.kaiming_normal_(values)
-    return model
 
 
 @pytest.fixture(scope="module")

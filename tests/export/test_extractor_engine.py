@@ -25,7 +25,7 @@ from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.infer import infer
 from runtime.sidecar import read_content, read_sidecar
-from tests.export.test_extractor import TINY, lively
+from tests.export.narrow_c3d import TINY, lively
 from tests.runtime.standin import VERSIONS, Driver, Library, write_plan
 from tests.train.test_c3d import LAYOUTS
 from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d

@@ -20,8 +20,8 @@ from export.to_onnx import OLDEST_OPSET
 from runtime.extractors import ExtractorManifest
 from runtime.tensors import Batch
 from tests.export.conftest import CONFIGS, random_inputs
+from tests.export.narrow_c3d import lively as narrow_c3d
 from tests.export.rtx import build_with_rtx
-from tests.export.test_extractor import lively as narrow_c3d
 from train.model import DRNConfig
 
 pytestmark = pytest.mark.rtx

@@ -211,7 +211,8 @@ def test_the_command_writes_one_file_that_the_runtime_runs(
     assert backend.manifest.stage == 2
     assert backend.manifest.max_query_length == MAX_QUERY_LENGTH
     assert backend.manifest.sources == {"drn.pt": sha256(checkpoint)}
-    assert backend.manifest.producer["torch"] == torch.__version__
+    # What is installed does not always say which CUDA it was built for, as torch itself does.
+    assert torch.__version__.startswith(backend.manifest.producer["torch"])
     onnx.checker.check_model(path, full_check=True)
 
 
