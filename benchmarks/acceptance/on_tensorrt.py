@@ -252,16 +252,17 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
         backend.time_gpu(True)
     entries, rows, told, broken = [], [], [], []
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
-        videos = [written.encode(video) for video, _ in questions(job, size)]
-        distinct = list({id(video): video for video in videos}.values())
-        place = {id(video): index for index, video in enumerate(distinct)}
+        videos = [video for video, _ in questions(job, size)]
+        encoded = {id(video): written.encode(video) for video in {id(video): video for video in videos}.values()}
+        place = {key: index for index, key in enumerate(encoded)}
         index = np.array([place[id(video)] for video in videos], np.int32)
         for tokens in steps:
             known = np.random.default_rng(0).integers(1, len(written.manifest.vocabulary) + 1, (size, tokens))
-            asked = (known.astype(np.int32), np.full(size, tokens, np.int32), distinct, index)
+            asked = (known.astype(np.int32), np.full(size, tokens, np.int32), list(encoded.values()), index)
             heads = [vars(backend.ask(*asked)) for backend in backends.values()]
-            away = max(
-                float(np.abs(heads[1][key] - found).max() / np.abs(found).max()) for key, found in heads[0].items()
+            # Unlike Python's, this maximum lets no NaN go by.
+            away = np.max(
+                [np.abs(heads[1][key] - found).max() / np.abs(found).max() for key, found in heads[0].items()]
             )
             if not away <= FORMS_AGREE:
                 broken.append(
@@ -281,11 +282,19 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
                 rows.append(row)
             ratio = speed_ratio(*(times[name] for name in reversed(times))).median
             told.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
-    captured = {form: all(network._captures for network in backend._by_length) for form, backend in backends.items()}
-    graphs = ", ".join(f"{form}: {'yes' if captured[form] else 'no'}" for form in captured)
+    captured = {form: _graphs(backend._by_length) for form, backend in backends.items()}
+    graphs = ", ".join(f"{form}: {found}" for form, found in captured.items())
     sentence = f"Written out, the network is {'; '.join(told)}. In CUDA graphs: {graphs}."
     title = "the LSTM as a loop and written out"
     return Found(sentence, {"timings": entries, "captured": captured}, broken, tables={title: (LATENCY_HEADER, rows)})
+
+
+def _graphs(networks: Sequence[Any]) -> str:
+    """Return whether what was asked went into CUDA graphs of ours."""
+    if any(hasattr(network._trt, "CudaGraphStrategy") for network in networks):
+        return "as TensorRT-RTX decides"
+    programs = [program for network in networks for program in network._programs.values()]
+    return "yes" if programs and all(program.graph is not None for program in programs) else "no"
 
 
 def _asked_again(backend: Any, asked: Sequence[Any], _: object) -> Any:

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.acceptance import bars, on_tensorrt
-from benchmarks.acceptance.job import Job
+from benchmarks.acceptance.job import Job, questions
 from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
 from runtime.backends.cuda import Cuda
 from runtime.backends.shapes import AXES
+from runtime.backends.trt import TensorRTPair
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.tensors import Heads
 from tests.runtime.standin import Driver, Library, write_plan
 from tests.runtime.test_trt import exactly
 
@@ -179,7 +182,30 @@ def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for
     }
     # By the driver's clock, which takes both for alike.
     assert {round(entry["p50_ms"], 6) for entry in step["values"]["timings"]} == {3.0}
-    assert step["values"]["captured"] == {"loop": True, "written out": True}
+    assert step["values"]["captured"] == {"loop": "yes", "written out": "yes"}
+
+
+def test_forms_of_the_lstm_answer_alike_and_ask_of_each_video_once(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, numbers = TensorRTPair.ask, []
+    known = questions(ran, 24)
+    two = [known[0], next(pair for pair in known if pair[0] is not known[0][0])]
+
+    def spoilt(pair: Any, tokens: Any, lengths: Any, videos: Any, index: Any) -> Heads:
+        numbers.append((len({video.key for video in videos}), len(videos)))
+        heads = ask(pair, tokens, lengths, videos, index)
+        # What is not a number is no agreement, whichever head it is in.
+        if len(pair._by_length) > 1:
+            heads.iou_logits[...] = np.nan
+        return heads
+
+    monkeypatch.setattr(TensorRTPair, "ask", spoilt)
+    monkeypatch.setattr(
+        on_tensorrt, "questions", lambda job, count: list(itertools.islice(itertools.cycle(two), count))
+    )
+    found = on_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
+    assert len(found.broken) == 2 * len(on_tensorrt._unrolled(ran))
+    assert "by nan of the largest value" in found.broken[0]
+    assert set(numbers) == {(1, 1), (2, 2)}
 
 
 def test_rivals_of_one_bar_are_the_fastest_that_run_the_whole_network() -> None:
