@@ -222,7 +222,7 @@ class Job:
             raise GroundingError(
                 "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out."
             )
-        check_writable(timing_cache, self.model, self.output, self.twin)
+        check_writable(timing_cache, self.model, self.output, self.twin, *self.unrolled)
         check_options(options)
 
     def early_profiles(
