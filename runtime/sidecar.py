@@ -140,6 +140,10 @@ def _is_table_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
+def _is_beside(name: str) -> bool:
+    return name.endswith(".engine") and not {"/", "\\", "\0"}.intersection(name)
+
+
 def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(size) is int for size in value)
 
@@ -182,6 +186,10 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
         True,
     ),
     "options": ("a table", _is_table, False),
-    "unrolled": ("a table of file names and hashes", _is_table_of(str), False),
+    "unrolled": (
+        "a table of hashes by names of engines that stand beside it",
+        lambda value: _is_table_of(str)(value) and all(map(_is_beside, value)),
+        False,
+    ),
     "census": ("a table with the shares of the twin and the layers of the engine", _is_census, False),
 }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.sidecar import AboutPlan
+from runtime.errors import ModelFileError
+from runtime.sidecar import AboutPlan, read_content, read_sidecar
 
 # What runs a plan, by the target it was built for. The lean runtime holds no builder and runs compatible plans only.
 LIBRARIES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx",)}
 LEAN = "tensorrt_lean"
+# The name of a plan for queries of at most so many tokens, also where it was rejected.
+_SHORT = re.compile(r"\.(?P<tokens>[0-9]{1,9})(?P<rest>(\.rejected)?\.engine)\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,8 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> st
         sidecar: of the plan.
         query_length: tokens that must fit in, where the plan's own profiles are too short.
     """
+    # Built by itself it would stand in the way of the one that it belongs to.
+    plan, sidecar = _longer(plan) or (plan, sidecar)
     content, manifest = sidecar.content, sidecar.manifest
     graphs = [name for name in manifest.sources if name.endswith(".onnx")]
     # The FP32 graph; after it stands the twin that parts were cut from.
@@ -113,8 +120,18 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> st
 
 def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
     """Return the longest queries of the plans beside a plan for short ones, as their names tell: drn.fp16.8.engine."""
-    numbers = [Path(name).stem.rpartition(".")[2] for name in content.get("unrolled") or ()]
-    return sorted(int(number) for number in numbers if number.isdigit())
+    found = (_SHORT.search(name) for name in content.get("unrolled") or ())
+    return sorted(int(name["tokens"]) for name in found if name)
+
+
+def _longer(plan: Path) -> tuple[Path, AboutPlan] | None:
+    """Return the plan beside a plan for short queries that was built with it; None if it is not there, or the plan is
+    none such."""
+    longer = plan.with_name(_SHORT.sub(r"\g<rest>", plan.name))
+    with contextlib.suppress(ModelFileError, OSError):
+        if longer != plan and plan.name in read_content(longer).get("unrolled", ()):
+            return longer, read_sidecar(longer)
+    return None
 
 
 def _same_library(built_by: str, here: str, compatible: bool) -> bool:

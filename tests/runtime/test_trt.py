@@ -46,7 +46,7 @@ from runtime.errors import DeviceError, ModelFileError, ShapeError
 from runtime.files import sha256
 from runtime.grounder import Grounder
 from runtime.manifest import Manifest
-from runtime.sidecar import Sidecar, path_beside, sealed
+from runtime.sidecar import Sidecar, path_beside, read_sidecar, sealed
 from runtime.tensors import Batch, Heads
 from tests.runtime.standin import VERSIONS, Driver, Engine, Library, counted, write_plan
 from tests.tolerances import HALF
@@ -334,6 +334,34 @@ def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Ben
     assert bench.driver.held() == held
     backend.close()
     assert not bench.driver.held()
+
+
+def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to(bench: Bench, tmp_path: Path) -> None:
+    bench.pair(unroll=(6, 3)).close()
+    plan, shorter = (tmp_path / f"drn.query{tokens}.engine" for tokens in ("", ".6"))
+    wanted = plans.rebuild_command(plan, read_sidecar(plan), 20)
+    assert f"--query-length 2 8 20 --unroll 3 6 --split --output {plan}" in wanted
+    assert plans.rebuild_command(shorter, read_sidecar(shorter), 20) == wanted
+    # Alone it is all there is; and beside one that does not know it, it is one of its own.
+    content = json.loads(path_beside(plan).read_text())
+    path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {}})))
+    alone = plans.rebuild_command(shorter, read_sidecar(shorter))
+    plan.unlink()
+    assert plans.rebuild_command(shorter, read_sidecar(shorter)) == alone
+    assert alone.endswith(f"--query-length 6 6 6 --split --output {shorter}")
+
+
+def test_the_numbers_of_tokens_are_in_the_names_also_of_what_was_rejected() -> None:
+    names = (
+        "drn.fp16.12.engine",
+        "drn.6.engine",
+        "drn.fp16.9.rejected.engine",
+        "8.engine",
+        "drn.²5.engine",
+        "x.engine",
+    )
+    assert plans.unrolled_steps({"unrolled": dict.fromkeys(names, "")}) == [6, 9, 12]
+    assert plans.unrolled_steps({}) == []
 
 
 def test_time_and_memory_count_the_plans_for_short_queries(bench: Bench) -> None:
