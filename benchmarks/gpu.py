@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def _run_legs(job: Job, wanted: Sequence[str], limit: float) -> int:
     contents = [read_leg(job.results(leg)) for leg in ran]
     report = gather(job.output, tuple(MODULES), _about_machine(job), _name(job))
     print()
-    for leg, content in zip(ran, contents, strict=True):
+    for leg, content in zip(ran, contents):
         print(f"{leg:<10} {verdict(content)}")
     print(*report, sep="\n")
     # What is only made is no acceptance.
@@ -157,7 +156,11 @@ def _environment(job: Job) -> dict[str, str]:
     The package is not installed in a plain checkout, so that nobody would tell which module opens `.pt`.
     """
     places = [str(ROOT)]
-    if not importlib.metadata.entry_points(group="drn.backends"):
+    installed = (entry.group for known in importlib.metadata.distributions() for entry in known.entry_points)
+    if importlib.util.find_spec("torch") and "drn.backends" not in installed:
+        # Not in Python 3.9, for which there is no torch that we take.
+        import tomllib
+
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         about = job.output / "installed" / f"drn_deploy-{project['version']}.dist-info"
         write_text(

@@ -336,7 +336,7 @@ def _coverage(
         "words": {
             "covered": len(covered),
             "of": len(tokens),
-            "of_all_tokens": round(sum(tokens[word] for word in covered) / tokens.total(), 6),
+            "of_all_tokens": round(sum(tokens[word] for word in covered) / sum(tokens.values()), 6),
         },
         "axes": axes,
     }

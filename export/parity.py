@@ -379,7 +379,7 @@ def _answers(
                 return list(answers_to(model, chunk, batch_size))
 
             every = pool.map(ask, models) if at_once else map(ask, models)
-            for heads, found in zip(gathered, every, strict=True):
+            for heads, found in zip(gathered, every):
                 for rows, part in found:
                     for name in shapes:
                         getattr(heads, name)[rows] = getattr(part, name)
@@ -404,10 +404,8 @@ def _judge(
     # Decoding refuses what is not finite; a query that a model overflowed on counts as one without an answer.
     silent = ~_finite_rows(heads[1])
     answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
-    proposals = [propose(found, decoding) for found, decoding in zip((heads[0], answerable), decodings, strict=True)]
-    picks = [
-        dict(suppressed(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings, strict=True)
-    ]
+    proposals = [propose(found, decoding) for found, decoding in zip((heads[0], answerable), decodings)]
+    picks = [dict(suppressed(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings)]
     for silenced in (proposals[1].spans, *picks[1].values()):
         silenced[silent] = np.nan
     kept = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)

@@ -225,7 +225,7 @@ def write_pair(video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, pr
     """
     parts = {pair_paths(path)[0]: video}
     if prepare:
-        parts.update(zip(prepared_paths(path), prepared_graphs(query), strict=True))
+        parts.update(zip(prepared_paths(path), prepared_graphs(query)))
     query_path = pair_paths(path)[1]
     with contextlib.ExitStack() as whole_or_none:
         digests = []

@@ -287,7 +287,7 @@ def _differences(
                     f"The graph does not run for {len(batch)} queries of up to {batch.query_tokens.shape[1]} words "
                     f"({str(error).splitlines()[0]}); nothing was kept."
                 ) from error
-            for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
+            for name, ours, theirs in zip(OUTPUTS, found, wanted):
                 difference = relative_difference(ours, theirs.numpy())
                 # `not <=` also refuses NaN.
                 if not difference <= TOLERANCE:
@@ -393,7 +393,7 @@ def _tidy(graph: onnx.GraphProto) -> None:
     names: dict[str, str] = {value.name: value.name for value in (*graph.input, *graph.output)}
     taken: dict[str, int] = {}
     produced: set[str] = set()
-    for node, scope in zip(graph.node, scopes, strict=True):
+    for node, scope in zip(graph.node, scopes):
         name = f"{scope}/{node.op_type}"
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

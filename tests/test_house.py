@@ -54,6 +54,24 @@ def test_runtime_keeps_to_python_39_syntax() -> None:
             assert "annotations" in futures, f"{path} evaluates its annotations, which Python 3.9 cannot"
 
 
+def test_what_makes_and_judges_engines_keeps_to_python_39() -> None:
+    # TensorRT 8.6 is not for newer ones than 3.10, and torch, which needs one, is not for these.
+    of_torch = {"graph.py", "on_torch.py", "rivals.py", "prepare.py"}
+    paths = [path for room in ("runtime", "calib", "export") for path in (ROOT / room).rglob("*.py")]
+    paths += [ROOT / "benchmarks" / "gpu.py", *(ROOT / "benchmarks" / "acceptance").glob("*.py")]
+    for path in paths:
+        tree = ast.parse(path.read_text(), feature_version=(3, 9))
+        for node in ast.walk(tree) if path.name not in of_torch else ():
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            assert node.func.id != "zip" or not node.keywords, f"{where}: zip has no strict there"
+            unions = [argument for argument in node.args if isinstance(argument, ast.BinOp)]
+            assert node.func.id != "isinstance" or not unions, f"{where}: no union is a class there"
+        newest = [node for node in tree.body if isinstance(node, ast.Import) and node.names[0].name == "tomllib"]
+        assert not newest, f"{path.relative_to(ROOT)} imports tomllib"
+
+
 def test_no_file_is_named_after_a_library() -> None:
     taken = {"onnxruntime", "tensorrt", "onnx", "torch", "numpy", "profile", "utils"}
     for room in ROOMS:

@@ -196,7 +196,7 @@ def _full(cuda: Any) -> Iterator[None]:
 def _distance(found: Sequence[list[Moment]], wanted: Sequence[list[Moment]]) -> float:
     """Return the largest difference of a border of best moments, in seconds."""
     worst = 0.0
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(found, wanted):
         if bool(ours) != bool(theirs):
             return float("inf")
         if ours:

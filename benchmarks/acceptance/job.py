@@ -227,7 +227,7 @@ def take_times(job: Job, calls: Mapping[str, Call]) -> dict[str, list[float]]:
         most_seconds=job.sizes.seconds * len(calls),
         fewest=job.sizes.fewest,
     )
-    return dict(zip(calls, samples, strict=True))
+    return dict(zip(calls, samples))
 
 
 def ms(value: float | None) -> str:

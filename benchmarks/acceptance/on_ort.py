@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ def _provider(job: Job, path: Path) -> Found:
     for _ in range(3):
         session.run(None, feed)
     log_file = Path(session.end_profiling())
-    events = json.loads(log_file.read_text(encoding="utf-8"))
+    # Older versions also tell of waits before and after each node, which have no provider.
+    events = [event for event in json.loads(log_file.read_text(encoding="utf-8")) if _provider_of(event)]
     log_file.unlink()
     spent: dict[str, float] = {}
     nodes: dict[str, set[str]] = {}
     for event in events:
-        where = event.get("args", {}).get("provider")
-        if event.get("cat") == "Node" and where:
+        where = _provider_of(event)
+        if event.get("cat") == "Node":
             spent[where] = spent.get(where, 0.0) + event["dur"]
             nodes.setdefault(where, set()).add(event["name"])
     counts = {where: len(names) for where, names in nodes.items()}
@@ -93,15 +95,15 @@ def _provider(job: Job, path: Path) -> Found:
     if session.get_providers()[0] != wanted:
         broken.append(f"the session runs on {session.get_providers()[0]} where {wanted} was asked for")
     elsewhere = sorted(
-        {
-            event["name"]
-            for event in events
-            if event.get("args", {}).get("op_name") in HEAVY and event["args"].get("provider") != wanted
-        }
+        {event["name"] for event in events if event["args"].get("op_name") in HEAVY and _provider_of(event) != wanted}
     )
     if elsewhere:
         broken.append(f"{len(elsewhere)} nodes that multiply run elsewhere, as {elsewhere[0]}")
     return Found(f"{path.name}: {told}.", {"nodes": counts, "microseconds": spent}, broken)
+
+
+def _provider_of(event: Mapping[str, Any]) -> Any:
+    return event.get("args", {}).get("provider")
 
 
 def _feed(session: Any, manifest: Any) -> dict[str, Any]:

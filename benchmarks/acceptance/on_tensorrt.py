@@ -56,10 +56,9 @@ ENGINE_FAULTS = {
 UNROLLED = (6, 10)
 # Relative to the largest value: both forms round to half precision, each in its own order.
 FORMS_AGREE = 2e-2
-# By how the names of rivals begin.
-RIVALS = {"eager": bars.EAGER, "CUDA graphs": bars.GRAPHS, "torch.compile": bars.COMPILED}
 # Batches of the largest size that make a throughput.
 BULK_BATCHES = 8
+PROFILED_RUNS = 20
 # Times that a batch is taken through all phases; the first ones warm up.
 MOST_WALKS, WARM_UP_WALKS = 40, 10
 PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
@@ -342,20 +341,7 @@ def _against(
             ratios[name] = ratio.median
         entries.append(values)
         rows.append(row)
-    return entries, rows, dict(fastest(ratios))
-
-
-def fastest(ratios: Mapping[str, float]) -> dict[str, float]:
-    """Return for each bar that a ratio by the name of a rival belongs to that of the fastest rival, the smallest.
-
-    Those count that run the whole network, as people do; encoded videos are ours, and stand beside.
-    """
-    found: dict[str, float] = {}
-    for name, ratio in ratios.items():
-        for word, bar in RIVALS.items():
-            if name.startswith(word) and "encoded" not in name:
-                found[bar] = min(ratio, found.get(bar, ratio))
-    return found
+    return entries, rows, dict(bars.fastest(ratios))
 
 
 def _judged(
@@ -421,21 +407,10 @@ def _engine_profile(job: Job, pair: Path) -> Found:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             self.spent.setdefault(layer_name, []).append(ms)
 
-    backend: Any = grounder.backend
     told, values, tables = [], {}, {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
-        pairs = questions(job, size)
-        grounder.ground_batch(pairs, batch_size=size)
-        network = backend.network_for(max(len(grounder.encode_query(query)) for _, query in pairs))
-        # What is captured in a graph is not told layer by layer, so the context of that batch is run as it is.
-        (program,) = list(network._programs.values())[-1:]
-        program.context.profiler = profiler = Profiler()
-        with network.cuda.current():
-            for _ in range(20):
-                program.context.execute_async_v3(network._stream)
-                network.cuda.synchronize(network._stream)
-        # A context that tells has no graph any more, and must not be used again.
-        network.forget_programs()
+        profiler = Profiler()
+        _profile(grounder, questions(job, size), profiler)
         if not profiler.spent:
             raise Skip(f"{library.__name__} {library.__version__} told the time of no layer.")
         medians = {name: sorted(spent)[len(spent) // 2] for name, spent in profiler.spent.items()}
@@ -449,6 +424,24 @@ def _engine_profile(job: Job, pair: Path) -> Found:
             f"{top[0][0][:80]}."
         )
     return no_promise(" ".join(told), values, tables)
+
+
+def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: Any) -> None:
+    """Run the network that answers pairs a few times with a profiler.
+
+    What is captured in a graph is not told layer by layer, so the context of that batch is run as it is. It has no
+    graph any more then and is forgotten, by this function too: TensorRT 8 may let one context at a time have a profile.
+    """
+    backend: Any = grounder.backend
+    grounder.ground_batch(pairs, batch_size=len(pairs))
+    network = backend.network_for(max(len(grounder.encode_query(query)) for _, query in pairs))
+    (program,) = list(network._programs.values())[-1:]
+    program.context.profiler = profiler
+    with network.cuda.current():
+        for _ in range(PROFILED_RUNS):
+            program.context.execute_async_v3(network._stream)
+            network.cuda.synchronize(network._stream)
+    network.forget_programs()
 
 
 def _other_version(job: Job, pair: Path) -> Found:

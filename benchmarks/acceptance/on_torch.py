@@ -122,7 +122,7 @@ def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float
         with _tf32(precision != "fp32"):
             found = _losses(job, training, number, precision, torch.device(job.device))
         values[f"stage {number}"] = {"cpu fp32": wanted, f"{job.device} {precision}": found}
-        away = (abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in zip(found, wanted, strict=True))
+        away = (abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in zip(found, wanted))
         worst = max(worst, *away)
     limit = LOSSES[precision]
     # Not `worst > limit`, which a loss that is no number would pass.
@@ -346,7 +346,7 @@ def of_one_length(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> lis
     """Return the pairs whose queries have as many words as most have: torch.compile takes a minute for each length."""
     lengths = [len(grounder.encode_query(query)) for _, query in pairs]
     chosen = max(set(lengths), key=lengths.count)
-    return [pair for pair, length in zip(pairs, lengths, strict=True) if length == chosen]
+    return [pair for pair, length in zip(pairs, lengths) if length == chosen]
 
 
 def _torch_profile(job: Job) -> Found:

@@ -112,7 +112,7 @@ class Graphs:
         if key not in self._captured:
             self._captured[key] = self._capture(inputs)
         graph, places, outputs = self._captured[key]
-        for place, tensor in zip(places, inputs, strict=True):
+        for place, tensor in zip(places, inputs):
             place.copy_(tensor, non_blocking=True)
         graph.replay()
         return outputs

@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
     """Return a value as JSON can hold it: what is no number becomes its name, where it was measured as such."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     # NumPy's scalars are no numbers to JSON.
     value = value.item() if hasattr(value, "item") else value
