@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from calib.batches import draw
 from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from calib.graphs import manifest_of
-from export.build_engine import build_engine, choose_target
+from export.build_engine import _proven_engine, build_engine, choose_target
 from export.builder import Plan, cuda_devices
 from export.engines import _write_engine, reject
 from export.split import split_graph, write_pair
@@ -423,7 +424,10 @@ def _narrow_operators(graph: onnx.ModelProto) -> set[str]:
     return {node.op_type for node in graph.graph.node if set(node.input[:2]) <= turned and len(node.input) > 1}
 
 
-def test_a_weakly_typed_library_is_given_the_graph_without_casts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unroll", [(), (6,)])
+def test_a_weakly_typed_library_is_given_the_graph_without_casts(
+    model: Path, unroll: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = []
 
     def record(graph: bytes, *_: Any) -> Any:
@@ -438,9 +442,11 @@ def test_a_weakly_typed_library_is_given_the_graph_without_casts(model: Path, mo
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
     monkeypatch.setattr("export.engines.build", record)
     with pytest.raises(ModelFileError, match="enough"):
-        build_engine(model, precision="fp16", target="tensorrt", query_length=(1, 8, 12))
+        build_engine(model, precision="fp16", target="tensorrt", query_length=(1, 8, 12), unroll=unroll)
     (graph,) = given
     assert all(tensor.data_type != onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
+    # Those for short queries come first.
+    assert ("LSTM" in {node.op_type for node in graph.graph.node}) == (not unroll)
 
 
 def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, model: Path) -> None:
@@ -460,6 +466,70 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
     # With what stands beside it for short queries, it goes by the new names of those.
     _write_engine(engine, b"plan", {**content, "unrolled": {"drn.fp16.8.engine": "1" * 64}})
     assert read_sidecar(reject(engine)).content["unrolled"] == {"drn.fp16.8.rejected.engine": "1" * 64}
+
+
+@pytest.mark.parametrize(("large", "kept"), [(0, "drn.fp16.6.rejected.engine"), (1, "drn.fp16.rejected.engine")])
+def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
+    model: Path, large: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: Iterator[int] = iter(())
+    monkeypatch.setattr(
+        "export.builder.load_library", lambda target: SimpleNamespace(__name__="trt", __version__="11.4")
+    )
+    monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: True)
+    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.engines.build", lambda *_: Plan(bytes(next(sizes)), "tensorrt 11.4", True, None, None))
+    asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (6,)}
+    sizes = iter((100, 200))
+    output = build_engine(model, **asked)
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    assert {"drn.fp16.6.engine", "drn.fp16.6.engine.json"} < {*before}
+    sizes = iter([90_000_000 if index == large else 300 for index in range(2)])
+    with pytest.raises(PromiseBroken, match=rf"held in a wider type.*{kept}"):
+        build_engine(model, **asked)
+    after = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    assert {*after} - {*before} == {kept, f"{kept}.json"}
+    assert {name: after[name] for name in before} == before
+    # The others of that build are gone.
+    assert not unrolled_parts(output.with_name(kept), read_sidecar(output.with_name(kept)))
+    assert [path.name for path, _ in unrolled_parts(output, read_sidecar(output))] == ["drn.fp16.6.engine"]
+
+
+def test_engines_that_answer_otherwise_lose_their_names_together(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Judged:
+        broken: tuple[str, ...] = ("It answers otherwise.",)
+        model: Any = None
+
+        def text(self) -> str:
+            return self.broken[0]
+
+        sentence = text
+
+    manifest = Grounder.load(model).manifest
+    content = {
+        "format": "drn-engine/1", "manifest": manifest.to_dict(), "library": "tensorrt 11.4.0", "profiles": [],
+        "sha256": {"drn.fp16.onnx": "0" * 64},
+    }  # fmt: skip
+    main, shorter = tmp_path / "drn.fp16.engine", tmp_path / "drn.fp16.8.engine"
+    _write_engine(shorter, b"short", content)
+    _write_engine(main, b"long", {**content, "unrolled": {shorter.name: sha256(shorter)}})
+    parts: Any = [SimpleNamespace(engine=main, unrolled=(SimpleNamespace(engine=shorter),))]
+    written: list[Any] = []
+    court: Any = SimpleNamespace(
+        judge_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
+    )
+    with pytest.raises(PromiseBroken, match="the engine's kernels lose it"):
+        _proven_engine(SimpleNamespace(), court, SimpleNamespace(manifest=manifest), parts)  # type: ignore[arg-type]
+    assert written[0].model.path == tmp_path / "drn.fp16.rejected.engine"
+    assert not main.exists()
+    assert not shorter.exists()
+    # For a closer look they can still be opened together.
+    (found,) = unrolled_parts(written[0].model.path, read_sidecar(written[0].model.path))
+    assert found[0].read_bytes() == b"short"
 
 
 def test_the_table_of_an_earlier_build_is_taken_where_it_lies(model: Path, planted: Path) -> None:
