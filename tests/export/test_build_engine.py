@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from calib.batches import draw
 from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from calib.graphs import manifest_of
-from export.build_engine import _proven_engine, build_engine, choose_target
+from export.build_engine import _again, _proven_engine, build_engine, choose_target
 from export.builder import Plan, cuda_devices
 from export.engines import _write_engine, reject
 from export.split import split_graph, write_pair
@@ -164,6 +165,13 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
     assert "Promises broken" in page
     assert sha256(rejected) in page
     assert not model.with_name("drn.fp16.passport.html").exists()
+
+
+def test_the_command_in_a_passport_names_the_plans_for_short_queries() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(build_engine).parameters.items()}
+    command = _again({**given, "model": Path("drn.onnx"), "unroll": (6, 10), "split": True})
+    assert "--split --unroll 6 10" in command
+    assert "--unroll" not in _again({**given, "model": Path("drn.onnx")})
 
 
 def test_the_command_in_a_passport_builds_the_same_again(model: Path, planted: Path, tmp_path: Path) -> None:
@@ -324,6 +332,10 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     build_engine(model, unroll=(12, 8), **engine)
     told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
     assert [Path(path).name for path in told] == ["drn.fp16.8.engine", "drn.fp16.12.engine"]
+    # Of a published checkpoint the longest query is known once it is converted.
+    monkeypatch.setattr("export.job.Job.early_profiles", lambda *_: None)
+    with pytest.raises(ShapeError, match=r"from 1 to 12, .*and 13 was given"):
+        build_engine(model, unroll=(13,), **{**engine, "dry_run": False})
 
 
 def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:

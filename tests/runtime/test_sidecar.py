@@ -166,6 +166,10 @@ def test_describe_tells_of_an_engine(plan: Path, capsys: pytest.CaptureFixture[s
     assert "tensorrt 11.4.0, for 9.0" in told
     assert "97.0 % fp16, 3.0 % fp32" in told
     assert "profile: one query" in told
+    assert "unrolled" not in told
+    change(plan, unrolled={"drn.fp16.12.engine": "0" * 64, "drn.fp16.8.engine": "1" * 64})
+    describe(plan)
+    assert "queries of at most 8 and 12 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("works", "runs"), [(False, "twin.of.it.onnx"), (True, "drn.fp16.engine")])

@@ -301,13 +301,23 @@ def test_each_plan_keeps_the_encodings_that_it_was_asked_about(bench: Bench, gra
     pair = bench.pair(unroll=(4,))
     batch = batch_of([3, 9, 2, 7])
     videos = known(pair, batch)
-    expected = reference(graphs, batch)
     for _ in range(3):
-        # Short and long queries take turns, each about another video, some of which are where the last one was.
-        for row in (0, 1, 2, 3, 1, 0):
-            asked_of = (batch.query_tokens[[row]], batch.query_length[[row]], [videos[row]], np.zeros(1, np.int32))
-            found = pair.ask(*asked_of)
-            assert_same(found, Heads(*(values[[row]] for values in vars(expected).values())))
+        # Short and long queries take turns, about videos that the other plan was asked about, or was not.
+        for row, video in ((0, 0), (1, 0), (2, 1), (3, 2), (2, 2), (1, 3), (0, 3), (3, 1), (0, 0)):
+            index = np.zeros(1, np.int32)
+            found = pair.ask(batch.query_tokens[[row]], batch.query_length[[row]], [videos[video]], index)
+            of_video = (batch.segment_features[[video]], batch.segment_spans[[video]])
+            asked_of = Batch(batch.query_tokens[[row]], batch.query_length[[row]], *of_video)
+            assert_same(found, reference(graphs, asked_of))
+
+
+def test_a_part_of_another_kind_answers_no_short_queries(bench: Bench, tmp_path: Path) -> None:
+    bench.pair().close()
+    plan, (video,) = tmp_path / "drn.query.engine", tmp_path.glob("*.video.engine")
+    content = json.loads(path_beside(plan).read_text())
+    path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {video.name: sha256(video)}})))
+    with pytest.raises(ModelFileError, match=r"video\.engine is not the plan that drn\.query\.engine was built with"):
+        bench.open(plan)
 
 
 def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Bench, tmp_path: Path) -> None:
