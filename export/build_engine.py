@@ -19,6 +19,7 @@ from export.made import Made, Part, counted_text, cut_parts, read_source, whole_
 from export.passport import ModelFile
 from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, check_unrolled, profiles
 from export.twin import Precision, Wishes, make_twin
+from export.unrolled import lstm_layers
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, PromiseBroken
@@ -159,6 +160,8 @@ def build_engine(
     check_modules(graph, precision, keep)
     shapes = shapes or profiles(batch, query_length, manifest)
     check_unrolled(unroll, shapes[0].query_length)
+    if unroll:
+        lstm_layers(graph)
     again = _again({**given, "target": chosen, "output": job.output})
     with Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.

@@ -33,19 +33,11 @@ def unrolled(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
     """
     import onnx
 
+    layers = lstm_layers(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
-    tokens = next((value for value in graph.input if value.name == TOKENS), None)
-    recurrent = [node for node in graph.node if node.op_type == "LSTM"]
-    layers: dict[str, list[onnx.NodeProto]] = {}
-    for node in recurrent:
-        layers.setdefault(node.name.rpartition("/")[0].rpartition(".")[0], []).append(node)
-    if tokens is None or not layers or any(len(pair) != 2 for pair in layers.values()):
-        raise ModelFileError(
-            "Only a graph of ours, in which two LSTMs make a layer, can have them written out; export it with this "
-            "version."
-        )
+    (tokens,) = (value for value in graph.input if value.name == TOKENS)
     tokens.type.tensor_type.shape.dim[1].dim_value = steps
     # What was known of other shapes was known for any number of tokens.
     del graph.value_info[:]
@@ -62,6 +54,21 @@ def unrolled(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(_in_order(nodes, known))
     return copy
+
+
+def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return the two LSTMs of each layer by what their names have in common; raises as `unrolled`."""
+    layers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type == "LSTM":
+            layers.setdefault(node.name.rpartition("/")[0].rpartition(".")[0], []).append(node)
+    reads_words = any(value.name == TOKENS for value in model.graph.input)
+    if not reads_words or not layers or any(len(pair) != 2 for pair in layers.values()):
+        raise ModelFileError(
+            "Only a graph of ours, in which two LSTMs make a layer, can have them written out; export it with this "
+            "version."
+        )
+    return layers
 
 
 class _Layer:

@@ -338,6 +338,19 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
         build_engine(model, unroll=(13,), **{**engine, "dry_run": False})
 
 
+def test_a_graph_whose_lstm_cannot_be_written_out_is_refused_before_it_is_narrowed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build_engine.make_twin", lambda *_: pytest.fail("minutes were spent"))
+    graph = onnx.load(model)
+    next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
+    onnx.save(graph, model)
+    with pytest.raises(ModelFileError, match="two LSTMs make a layer"):
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(6,))
+
+
 def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
     with pytest.raises(GroundingError, match="--workspace: of engines"):
         build_engine(model, target="onnxruntime", workspace=1.0)
