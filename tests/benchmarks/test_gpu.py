@@ -238,7 +238,7 @@ def test_an_unknown_leg_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.importlib.metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(gpu.importlib.metadata, "distributions", lambda: ())
     environment = gpu._environment(Job(tmp_path, "cpu", small=True))
     code = "import importlib.metadata as m; print(*[e.value for e in m.entry_points(group='drn.backends')])"
     # Isolated from what is installed, so that only what was written tells.
