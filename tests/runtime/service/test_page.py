@@ -36,6 +36,9 @@ FLAGS = (
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 )
+# What is expected gets as long as all else: on a busy machine a page may take its time.
+PATIENCE_MS = 15_000
+expect.set_options(timeout=PATIENCE_MS)
 SHOWN = "SIM00001"
 UNSHOWN = "SIM00002"
 
@@ -102,7 +105,7 @@ def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> It
     phone = getattr(request, "param", None) == "phone"
     size = {"width": 390, "height": 844} if phone else {"width": 1280, "height": 860}
     context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone)  # type: ignore[arg-type]
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(PATIENCE_MS)
     seen = Seen(context.new_page(), shown.url)
     yield seen
     context.close()
@@ -365,7 +368,7 @@ def test_a_key_is_asked_for_and_kept(
     film(media / f"{SHOWN}.webm", scene(20), rate=5)
     words = ("--model", model, "--data", planted, "--media", media, "--uploads", tmp_path / "up", "--api-key", "open")
     page = browser.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(PATIENCE_MS)
     seen = Seen(page, start(*words).url)
     seen.open()
     page.get_by_label("Video", exact=True).click()
