@@ -108,6 +108,8 @@ def profile(
 
 
 PROFILES = [profile((1, 1, 1)), profile((2, 4, 8))]
+# Queries of four tokens go through a plan of their own, or not.
+unrolled_or_not = pytest.mark.parametrize("unroll", [(), (5,)], ids=["loop", "unrolled"])
 
 
 def exactly(built: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -675,8 +677,10 @@ def test_ctrl_c_leaves_no_stream_that_captures(bench: Bench, monkeypatch: pytest
         assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
-def test_when_memory_is_full_halves_are_tried(bench: Bench) -> None:
-    backend = bench.whole()
+@unrolled_or_not
+def test_when_memory_is_full_halves_are_tried(bench: Bench, unroll: Sequence[int]) -> None:
+    backend = bench.whole(unroll=unroll)
+    network = backend.network_for(4)
     for lengths in ([4], [4], [9, 9]):
         backend.run(batch_of(lengths))
     failing = iter([True, False, False])
@@ -690,17 +694,18 @@ def test_when_memory_is_full_halves_are_tried(bench: Bench) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_create", sometimes)
-        backend._network._engine.create_execution_context = lambda strategy: sometimes(backend._network._engine)
+        network._engine.create_execution_context = lambda strategy: sometimes(network._engine)
         batch = batch_of([4] * 8, 1)
         bench.library.runs.clear()
         assert_same(backend.run(batch), reference(bench.graphs, batch))
     assert [run["query_length"] for run in bench.library.runs] == [(4,), (4,)]
-    # What was kept for other shapes was given back first.
-    assert len(backend._network._programs) == 1
+    # What was kept for other shapes, and by other plans, was given back first.
+    assert sum(len(each._programs) for each in backend._networks) == len(network._programs) == 1
 
 
-def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench) -> None:
-    backend = bench.whole()
+@unrolled_or_not
+def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench, unroll: Sequence[int]) -> None:
+    backend = bench.whole(unroll=unroll)
     batch = batch_of([4] * 4)
     bench.library.failing["execute_async_v3"] = "Requested amount of GPU memory: CUDA out of memory"
     with pytest.raises(DeviceError, match=r"memory is full.*2 at once.*smaller batches"):
@@ -723,8 +728,9 @@ def test_what_tensorrt_says_is_in_the_error(bench: Bench) -> None:
         backend.run(batch_of([4]))
 
 
-def test_threads_share_an_engine(bench: Bench) -> None:
-    backend = bench.whole()
+@unrolled_or_not
+def test_threads_share_an_engine(bench: Bench, unroll: Sequence[int]) -> None:
+    backend = bench.whole(unroll=unroll)
     batches = [batch_of([3 + seed, 5], seed) for seed in range(4)]
     expected = [reference(bench.graphs, batch) for batch in batches]
     found: list[list[Heads]] = [[] for _ in batches]
@@ -791,12 +797,15 @@ def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@unrolled_or_not
 @pytest.mark.parametrize("what", ["whole", "pair"])
-def test_a_forked_process_destroys_nothing_of_tensorrts(bench: Bench, what: str) -> None:
-    backend = getattr(bench, what)()
+def test_a_forked_process_destroys_nothing_of_tensorrts(bench: Bench, what: str, unroll: Sequence[int]) -> None:
+    backend = getattr(bench, what)(unroll=unroll)
     backend.run(batch_of([4]))
-    (program,) = list(backend._network._programs.values())[:1]
-    things = [weakref.ref(thing) for thing in (program.context, backend._network._engine)]
+    network = backend.network_for(4)
+    (program,) = list(network._programs.values())[:1]
+    things = [weakref.ref(thing) for thing in (program.context, network._engine)]
+    del network
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -874,19 +883,22 @@ def test_banks_of_different_sizes_do_not_mix_when_memory_is_full(bench: Bench, m
     assert_same(pair.ask(*asked_for, both), reference(bench.graphs, batch))
 
 
-def test_a_pair_is_opened_whole_or_not_at_all(bench: Bench) -> None:
+@unrolled_or_not
+def test_a_pair_is_opened_whole_or_not_at_all(bench: Bench, unroll: Sequence[int]) -> None:
     profiles = [profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))]
-    bench.pair(profiles=profiles).close()
+    bench.pair(profiles=profiles, unroll=unroll).close()
     allocations = ("cuMemAlloc_v2", "cuMemAllocHost_v2")
     count = sum(name in allocations for name in bench.driver.calls)
     assert count >= 2 * (2 + 4) + 4
     for nth in range(count):
         bench.driver.full_at = nth
-        with pytest.raises(DeviceError, match=r"not enough memory for drn\.\w+\.engine \(.*--batch"):
-            bench.pair(profiles=profiles)
+        with pytest.raises(DeviceError, match=r"not enough memory for drn\.[\w.]+\.engine \(.*--batch"):
+            bench.pair(profiles=profiles, unroll=unroll)
         assert bench.driver.held() == {}, nth
     bench.driver.full_at = None
-    assert_same(bench.pair(profiles=profiles).run(batch_of([4, 4])), reference(bench.graphs, batch_of([4, 4])))
+    assert_same(
+        bench.pair(profiles=profiles, unroll=unroll).run(batch_of([4, 4])), reference(bench.graphs, batch_of([4, 4]))
+    )
 
 
 def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
