@@ -267,7 +267,8 @@ $("ask").addEventListener("submit", (event) => {
     $("query").focus();
     return;
   }
-  ask(query).then(() => $("problem").hidden && $("query").select());
+  // What is asked while the video of the address is still on its way is asked about that one.
+  begun.then(() => ask(query)).then(() => $("problem").hidden && $("query").select());
 });
 $("clear").addEventListener("click", () => {
   answers = [];
@@ -402,4 +403,4 @@ async function begin() {
   if (wanted.get("video")) await open(await api.video(wanted.get("video")), wanted.getAll("q").slice(0, MOST_SENTENCES));
 }
 
-begin().catch(show);
+const begun = begin().catch(show);

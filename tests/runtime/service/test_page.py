@@ -218,6 +218,22 @@ def test_space_plays_and_pauses_where_it_means_nothing_else(seen: Seen) -> None:
     assert page.evaluate("document.querySelector('#player').paused")
 
 
+def test_what_is_asked_before_the_video_of_the_address_has_come_is_answered(seen: Seen) -> None:
+    held: list[Any] = []
+    seen.page.route(f"**/v1/videos/{SHOWN}", lambda route: held.append(route))
+    page = seen.open(f"#video={SHOWN}")
+    page.get_by_label("What happens?").fill("person opens the door")
+    page.keyboard.press("Enter")
+    while not held:
+        page.wait_for_timeout(20)
+    page.wait_for_timeout(100)
+    assert page.locator("#problem").is_hidden()
+    held[0].continue_()
+    expect(page.locator("#answers > li .moment").first).to_be_visible()
+    assert page.locator("#answers > li").count() == 1
+    assert seen.errors == []
+
+
 @pytest.mark.parametrize("seen", ["desk", "phone"], indirect=True)
 def test_nothing_is_wider_than_the_screen_or_too_small_for_a_finger(seen: Seen) -> None:
     page = seen.open(f"#video={SHOWN}")
