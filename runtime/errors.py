@@ -1,58 +1,114 @@
-"""What can go wrong, split by who can put it right."""
+"""Define the errors of the project, and how their messages are worded and bounded."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Longest excerpt of a value, and longest message as a whole, in characters.
+MAX_VALUE_LENGTH = 300
+MAX_MESSAGE_LENGTH = 4000
+
+# Control characters other than tab and newline, surrogates, and marks that reverse the direction of text.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class GroundingError(Exception):
-    """Something the reader can put right: commands show the sentence without a traceback and exit with 2."""
+    """An error that the reader can correct: commands print the message without a traceback and exit with 2.
+
+    Args:
+        message: what happened, with the values, and what to do.
+        code: a stable identifier for programs and tests; the default is that of the class.
+
+    Attributes:
+        code: see above.
+    """
+
+    code = "invalid_input"
+
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        super().__init__(_bounded(message, MAX_MESSAGE_LENGTH))
+        if code is not None:
+            self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes send errors back: the keyword argument is part of the state.
+        return type(self), self.args, dict(self.__dict__)
 
 
 class ShapeError(GroundingError):
     """An array or a request does not fit the model."""
 
+    code = "shape_mismatch"
+
 
 class FeatureError(GroundingError):
     """Clip features that cannot be read or used."""
+
+    code = "invalid_features"
 
 
 class MissingFeatures(FeatureError):
     """A video of which there are no features at all, where those of others may be."""
 
+    code = "missing_features"
+
 
 class FootageError(GroundingError):
     """A video file that cannot be decoded, or not as far as was asked."""
+
+    code = "invalid_video"
 
 
 class AnnotationError(GroundingError):
     """A data set whose annotation files are missing, malformed or contradict each other."""
 
+    code = "invalid_annotations"
+
 
 class QueryError(GroundingError):
     """A sentence that cannot be asked."""
+
+    code = "invalid_query"
 
 
 class ModelFileError(GroundingError):
     """A file that is not a model of ours, or is one that cannot be used here."""
 
+    code = "invalid_model"
+
 
 class CheckpointError(ModelFileError):
     """A torch checkpoint that cannot be read, or does not hold the network it should."""
+
+    code = "invalid_checkpoint"
 
 
 class DeviceError(GroundingError):
     """A device or library was asked for and is not there."""
 
+    code = "device_unavailable"
+
 
 class DeviceMemoryError(DeviceError):
     """A batch does not fit the memory of its device; a smaller one may."""
+
+    code = "out_of_memory"
 
 
 class ServerError(GroundingError):
     """A server that cannot be reached, or does not do what it was asked."""
 
+    code = "server_error"
+
 
 class OutputError(GroundingError):
     """A result could not be written."""
+
+    code = "unwritable_output"
 
 
 class PromiseBroken(Exception):
@@ -60,5 +116,65 @@ class PromiseBroken(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a library says of an error for use within a sentence: one line, and no full stop at its end."""
-    return " ".join(str(error).split()).rstrip(".")
+    """Return a library's error message as one bounded line without a full stop, for use within a sentence."""
+    return _bounded(" ".join(str(error).split()).rstrip("."), MAX_VALUE_LENGTH)
+
+
+def excerpt(value: object) -> str:
+    """Return `repr(value)` for use in a message: at most 300 characters, whatever the value is."""
+    if isinstance(value, (str, bytes, list, tuple)) and len(value) > MAX_VALUE_LENGTH:
+        # The repr of the whole could take as much memory again, and is not needed.
+        return _bounded(repr(value[:MAX_VALUE_LENGTH])[:-1], MAX_VALUE_LENGTH - 1) + "…"
+    try:
+        return _bounded(repr(value), MAX_VALUE_LENGTH)
+    except (ValueError, RecursionError):
+        # Python refuses to write integers of over 4,300 digits.
+        return f"a {type(value).__name__} that is too large to print"
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters written as escapes, so that printing it cannot steer a terminal.
+
+    Tabs and newlines stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str) -> Iterator[None]:
+    """Turn every exception of a library that reads a file into one error that names the file.
+
+    A damaged file makes libraries raise whatever their parsers do (ValueError, KeyError, MemoryError,
+    RecursionError, errors of their own), without a common base class. Errors of the project pass unchanged.
+
+    Args:
+        path: the file.
+        description: what the file should be, with its article: "a NumPy array of clip features".
+        error: the class to raise.
+        advice: what the reader should do, as an imperative without a full stop.
+
+    Raises:
+        GroundingError: `error`, for every exception in the block.
+    """
+    try:
+        yield
+    except GroundingError:
+        raise
+    except FileNotFoundError as problem:
+        raise error(f"{path} does not exist; check the path.") from problem
+    except OSError as problem:
+        reason = problem.strerror or one_line(problem)
+        raise error(f"{path} should be {description} and cannot be read: {reason}; {advice}.") from problem
+    except MemoryError as problem:
+        raise error(f"{path} should be {description} and asks for more memory than there is; {advice}.") from problem
+    except Exception as problem:
+        reason = one_line(problem) or type(problem).__name__
+        raise error(f"{path} should be {description} and cannot be read: {reason}; {advice}.") from problem
+
+
+def _bounded(text: str, limit: int) -> str:
+    """Return `text` with its middle left out where it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    end = limit // 4
+    return f"{text[: limit - end - 1]}…{text[-end:]}"

@@ -1,0 +1,96 @@
+"""`runtime.errors`: bounded and printable messages, and one class of error for every exception of a reader."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import (
+    MAX_MESSAGE_LENGTH,
+    MAX_VALUE_LENGTH,
+    FeatureError,
+    GroundingError,
+    excerpt,
+    one_line,
+    printable,
+    reading,
+)
+
+
+def subclasses(error: type[GroundingError]) -> list[type[GroundingError]]:
+    return [error, *(inner for direct in error.__subclasses__() for inner in subclasses(direct))]
+
+
+def test_every_error_class_of_the_module_has_its_own_code() -> None:
+    ours = [error for error in subclasses(GroundingError) if error.__module__ == "runtime.errors"]
+    assert len({error.code for error in ours}) == len(ours)
+
+
+def test_code_given_to_an_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(FeatureError("too large", code="array_too_large")))
+    assert (type(error), str(error), error.code) == (FeatureError, "too large", "array_too_large")
+    assert FeatureError.code == "invalid_features"
+
+
+HUGE = {
+    "text": "x" * 10**6,
+    "bytes": b"x" * 10**6,
+    "list": list(range(10**6)),
+    "integer": 10**5000,
+    "table": {"a": "x" * 10**6},
+    "nested": ["x" * 10**6],
+}
+
+
+@pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
+def test_excerpt_of_a_huge_value_is_bounded(value: object) -> None:
+    assert 0 < len(excerpt(value)) <= MAX_VALUE_LENGTH
+
+
+def test_excerpt_of_a_small_value_is_its_repr() -> None:
+    assert excerpt("a\x1b[31m") == "'a\\x1b[31m'"
+
+
+def test_messages_are_bounded() -> None:
+    assert len(str(GroundingError("x" * 10**6))) == MAX_MESSAGE_LENGTH
+    assert len(one_line(ValueError("x " * 10**6))) == MAX_VALUE_LENGTH
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_printable_text_has_no_control_characters_and_can_be_encoded(text: str) -> None:
+    escaped = printable(text)
+    escaped.encode()
+    assert not [c for c in escaped if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 or c in "\u202e\u2028"]
+
+
+def test_printable_leaves_sentences_alone() -> None:
+    assert printable("une fille rit à 5 °C\n\t“日本”") == "une fille rit à 5 °C\n\t“日本”"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ValueError("bad"),
+        MemoryError(),
+        RecursionError("deep"),
+        zipfile.BadZipFile("cut"),
+        OSError(5, "I/O"),
+        KeyError(),
+    ],
+)
+def test_reading_turns_any_exception_into_the_named_error(problem: Exception) -> None:
+    with pytest.raises(FeatureError) as raised, reading("f.npy", "an array", FeatureError, "extract it again"):
+        raise problem
+    assert "f.npy" in str(raised.value)
+
+
+def test_reading_passes_errors_of_the_project_and_interrupts() -> None:
+    with pytest.raises(GroundingError) as raised, reading("f.npy", "an array", FeatureError, "extract it again"):
+        raise GroundingError("known")
+    assert type(raised.value) is GroundingError
+    with pytest.raises(KeyboardInterrupt), reading("f.npy", "an array", FeatureError, "extract it again"):
+        raise KeyboardInterrupt
