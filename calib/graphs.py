@@ -14,6 +14,7 @@ from calib.errors import CalibrationError
 from calib.padding import padding_inside
 from runtime.backends import run_pair
 from runtime.errors import DeviceError, ModelFileError
+from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 
@@ -40,8 +41,7 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
             f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install 'drn-deploy[engine]'`."
         ) from error
     path = Path(path)
-    if not path.is_file():
-        raise ModelFileError(f"The ONNX file {path} does not exist; check the path.")
+    check_file(path, "The ONNX file", ModelFileError)
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

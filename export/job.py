@@ -18,7 +18,7 @@ from export.twin import Precision
 from runtime import sidecar
 from runtime.backends import MOST_THREADS
 from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
-from runtime.files import check_writable, sha256
+from runtime.files import check_file, check_writable, sha256
 
 if TYPE_CHECKING:
     import onnx
@@ -106,8 +106,7 @@ class Job:
         threads: int | None,
     ) -> None:
         """Raise what can be known to be wrong before any work is done."""
-        if not self.model.is_file():
-            raise ModelFileError(f"The model file {self.model} does not exist; check the path.")
+        check_file(self.model, "The model file", ModelFileError)
         if not self.model.name.endswith(SUFFIXES):
             raise ModelFileError(f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.")
         if self.output.suffix != (".onnx" if self.target == "onnxruntime" else ".engine"):
@@ -134,9 +133,9 @@ class Job:
             raise GroundingError(f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.")
         if (table or plan) and not narrow:
             raise GroundingError(f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.")
-        for given in (table, plan):
-            if given and not given.is_file():
-                raise GroundingError(f"{given} does not exist; check the path.")
+        for flag, given in (("--table", table), ("--plan", plan)):
+            if given:
+                check_file(given, f"The file of {flag},", GroundingError)
         if plan and not table:
             raise GroundingError(
                 "--plan was found with one calibration table and holds for it alone; give that with --table."

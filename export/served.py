@@ -19,6 +19,7 @@ from runtime.backends import plans
 from runtime.backends.ort import part_beside
 from runtime.backends.trt import video_part
 from runtime.errors import DeviceError, GroundingError, ModelFileError
+from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import read_metadata
 from runtime.sidecar import Sidecar, read_sidecar
@@ -133,8 +134,7 @@ def read_model(path: Path, serving: Serving) -> Source:
             f"Triton serves .onnx and .engine files, and {path.name!r} is neither; export a checkpoint with "
             "`python -m export.to_onnx`."
         )
-    if not path.is_file():
-        raise ModelFileError(f"The model file {path} does not exist; check the path.")
+    check_file(path, "The model file", ModelFileError)
     if path.suffix == ".engine" and serving.device == "cpu":
         raise DeviceError(
             f"{path.name} is an engine, which runs on a GPU only; leave --device out, or serve its graph."
@@ -215,10 +215,7 @@ def _encoded(video: Path) -> tuple[tuple[int, int], str]:
     """Return shape and type of what a video part's graph puts out."""
     import onnx
 
-    if not video.is_file():
-        raise ModelFileError(
-            f"{video} tells of what type the encodings of its engine are, and does not exist; copy it there."
-        )
+    check_file(video, "The graph of the video part, which has the data type of the encodings,", ModelFileError)
     (output,) = onnx.load(video, load_external_data=False).graph.output
     kinds = onnx.TensorProto
     names = {kinds.FLOAT: "TYPE_FP32", kinds.FLOAT16: "TYPE_FP16", kinds.BFLOAT16: "TYPE_BF16"}

@@ -22,7 +22,7 @@ from runtime.command import command, next_command
 from runtime.decoding import Protocol
 from runtime.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.evaluation import batches_of
-from runtime.files import sha256, write_json, write_text
+from runtime.files import check_file, sha256, write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.metrics import table as recall_table
 from runtime.sidecar import read_sidecar
@@ -392,8 +392,7 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
         raise GroundingError("--latency goes into the passport; pass --html FILE too.")
     if Path(report).resolve() in {Path(path).resolve() for path in (html, output) if path is not None}:
         raise OutputError(f"{report} is read, and would be written over; choose another --output or --html.")
-    if not model.is_file():
-        raise ModelFileError(f"The model file {model} does not exist; check the path.")
+    check_file(model, "The model file", ModelFileError)
     return latency_table(read_report(report), sha256(model))
 
 

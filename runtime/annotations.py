@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.errors import AnnotationError, GroundingError
 from runtime.featurestores import FeatureStore, open_store
-from runtime.files import sha256
+from runtime.files import check_directory, check_file, sha256
 from runtime.layouts import Annotation as Annotation
 from runtime.layouts import Row, open_layout
 from runtime.layouts.charades import FEATURE_DIRECTORY as FEATURE_DIRECTORY
@@ -46,11 +46,13 @@ class DataSet:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise AnnotationError(
-                f"The data directory {self.root} does not exist; give a directory in a published layout "
-                "(docs/formats.md lists them), or make one with `python -m train.simulate --output DIR`."
-            )
+        check_directory(
+            self.root,
+            "The data directory",
+            AnnotationError,
+            "give a directory in a published layout (docs/formats.md lists them), or make one with "
+            "`python -m train.simulate --output DIR`",
+        )
         self._layout = open_layout(self.root)
         self.durations: dict[str, float] = self._layout.durations
         # Frame counts that the annotations tell; `frames` knows those of every video.
@@ -179,9 +181,8 @@ class DataSet:
     def digest(self, split: str) -> str:
         """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
         paths = self._layout.files(split)
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise AnnotationError(f"{missing[0]} does not exist; the data set is not whole without it.")
+        for path in paths:
+            check_file(path, "The annotation file", AnnotationError, "the data set is not complete without it")
         return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 
     @functools.cached_property

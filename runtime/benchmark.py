@@ -25,7 +25,7 @@ from runtime.decoding import PUBLISHED_COUNT, propose, suppress
 from runtime.drawing import check_plots
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, GroundingError, ModelFileError, QueryError
-from runtime.files import check_writable, sha256, write_json
+from runtime.files import check_file, check_writable, sha256, write_json
 from runtime.grounder import Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.moments import Moment, temporal_iou
@@ -146,8 +146,7 @@ def _check(
     if query and video is None:
         raise QueryError("--query asks about one video; pass --data DIR and --video NAME too.")
     for path in models:
-        if not path.is_file():
-            raise ModelFileError(f"The model file {path} does not exist; check the path.")
+        check_file(path, "The model file", ModelFileError)
     check_writable(output, *models, plot)
     check_writable(plot, *models)
     if plot:

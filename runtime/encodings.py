@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from runtime.errors import FeatureError, one_line
-from runtime.files import replace_when_whole
+from runtime.files import check_file, replace_when_whole
 from runtime.videos import LONGEST_SECONDS
 from runtime.windows import Window
 
@@ -121,8 +121,7 @@ def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndar
 def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndarray], Read]) -> Read:
     """Return what `read` makes of a file's facts, features and spans."""
     path = Path(path)
-    if not path.is_file():
-        raise FeatureError(f"The encoding {path} does not exist; check the path.")
+    check_file(path, "The encoding", FeatureError)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))

@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.errors import FootageError, GroundingError
 from runtime.extractors import Extractor
-from runtime.files import read_json, replace_when_whole, sha256, write_json
+from runtime.files import check_file, read_json, replace_when_whole, sha256, write_json
 from runtime.footage import Footage, clips, look, pictures
 from runtime.videos import ClipClock, Video
 
@@ -209,8 +209,7 @@ def cached_video(
 
 def hash_of(path: Path) -> str:
     """Return the SHA-256 of a video file; FootageError if there is none, or it cannot be read."""
-    if not path.is_file():
-        raise FootageError(f"The video {path} does not exist; check the path.")
+    check_file(path, "The video", FootageError)
     try:
         return sha256(path)
     except OSError as error:

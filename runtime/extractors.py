@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.backends import Device
 from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError
-from runtime.files import read_json
+from runtime.files import check_file, read_json
 from runtime.footage import Framing
 from runtime.manifest import Features
 
@@ -180,8 +180,7 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
             f"An extractor is an .onnx or .engine file, and {path.name!r} is none; a c3d.pt becomes one by "
             "`python -m export.to_onnx`, as docs/your-own-video.md shows."
         )
-    if not path.is_file():
-        raise ModelFileError(f"The extractor {path} does not exist; check the path.")
+    check_file(path, "The extractor", ModelFileError)
     if path.suffix == ".engine":
         from runtime.backends.trt import open_extractor_engine
 

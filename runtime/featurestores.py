@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.errors import DeviceError, FeatureError, MissingFeatures, one_line
+from runtime.files import check_directory, check_file
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features, refuse_bomb
 
@@ -56,6 +57,12 @@ class FeatureFiles:
                 path = self.place / f"{name}{suffix}"
                 if path.is_file():
                     return path
+        check_directory(self.place, "The directory of features", MissingFeatures)
+        for name in _spellings(video):
+            for suffix in SUFFIXES:
+                path = self.place / f"{name}{suffix}"
+                if path.exists():
+                    check_file(path, "The feature file", FeatureError)
         raise MissingFeatures(
             f"There are no features of {video!r}: {self.place / video}{SUFFIXES[0]} (or "
             f"{', '.join(SUFFIXES[1:])}) is missing."
@@ -123,8 +130,7 @@ class FeatureArchive:
             raise DeviceError(
                 f"Features in HDF5 need h5py, which cannot be imported ({error}); run `pip install 'drn-deploy[hdf5]'`."
             ) from error
-        if not self.place.is_file():
-            raise FeatureError(f"The feature file {self.place} does not exist; check the path.")
+        check_file(self.place, "The feature file", FeatureError)
         try:
             return h5py.File(self.place, "r")
         except OSError as error:

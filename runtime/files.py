@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,69 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_file(
+    path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str = "check the path"
+) -> None:
+    """Raise `error` unless `path` is a regular file that can be read; the message names the true cause.
+
+    Args:
+        path: the file.
+        description: the start of the message: "The model file".
+        error: the class to raise.
+        advice: the end of the message, as an imperative without a full stop.
+    """
+    _check_kind(path, stat.S_ISREG, "not a regular file", description, error, advice)
+
+
+def check_directory(
+    path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str = "check the path"
+) -> None:
+    """Raise `error` unless `path` is a directory that can be listed; arguments as for `check_file`."""
+    _check_kind(path, stat.S_ISDIR, "not a directory", description, error, advice)
+
+
+def _check_kind(
+    path: str | os.PathLike[str],
+    is_kind: Callable[[int], bool],
+    otherwise: str,
+    description: str,
+    error: type[GroundingError],
+    advice: str,
+) -> None:
+    problem = None
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        problem = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+    except NotADirectoryError:
+        file = next(parent for parent in Path(path).parents if parent.is_file())
+        problem = f"does not exist, because {file} is a file and not a directory"
+    except OSError as cause:
+        problem = f"cannot be opened ({cause.strerror or cause})"
+    except ValueError as cause:
+        # A null character.
+        problem = f"is not a valid path ({cause})"
+    else:
+        if not is_kind(mode):
+            problem = f"is {_kind_of(mode)}, {otherwise}"
+        elif not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+            problem = "cannot be opened (permission denied)"
+    if problem is not None:
+        raise error(f"{description} {path} {problem}; {advice}.")
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFREG: "a file",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "of an unknown kind")
+
+
 def read_json(
     path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError, *, unique: bool = False
 ) -> Any:
@@ -151,7 +215,7 @@ def read_json(
     except FileNotFoundError:
         raise error(f"{path} ({what}) does not exist; check the path.") from None
     except OSError as problem:
-        raise error(f"{path} ({what}) cannot be read: {problem.strerror}.") from problem
+        raise error(f"{path} ({what}) cannot be read: {problem.strerror or problem}; check the path.") from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} ({what}) should be a JSON file and is not: {problem}.") from problem
 
@@ -192,6 +256,9 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
         return OutputError(
             f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place."
         )
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            return OutputError(f"{path} cannot be written, because {parent} is not a directory. Choose another place.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import DeviceError, FootageError
+from runtime.files import check_file
 
 log = logging.getLogger("drn")
 
@@ -161,9 +162,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
         DeviceError: PyAV is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        there = "is no file, but a directory or the like" if path.exists() else "does not exist"
-        raise FootageError(f"The video {path} {there}; check the path.")
+    check_file(path, "The video", FootageError)
     if path.stat().st_size == 0:
         raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
     with _opened(path) as (container, stream):

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from runtime.errors import CheckpointError, FeatureError, one_line
+from runtime.files import check_file
 
 Pooling = Literal["mmaction2", "drn"]
 
@@ -201,8 +202,7 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         FeatureError: the file is missing, empty, truncated, holds no such array, or would run code when read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FeatureError(f"The feature file {path} does not exist; check the path or the video's name.")
+    check_file(path, "The feature file", FeatureError, "check the path or the name of the video")
     if path.stat().st_size == 0:
         raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
     if path.suffix == ".npy":

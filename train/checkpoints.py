@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError
 from runtime.extractors import FORMAT as EXTRACTOR_FORMAT
-from runtime.files import replace_when_whole, sha256
+from runtime.files import check_file, replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
 from runtime.presence import Presence
 from runtime.presets import query_length_of
@@ -203,10 +203,7 @@ def _bytes(content: Any) -> int:
 def load(path: str | os.PathLike[str]) -> Any:
     """Read tensors and plain containers with torch, running no code; raises CheckpointError."""
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the drn.pt in it.")
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint {path} does not exist; check the path.")
+    check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     try:
         with path.open("rb") as stream:
             # A zip archive, or a pickle: nothing else is torch.save's, and torch calls all else unsafe.

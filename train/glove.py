@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import CheckpointError, GroundingError
+from runtime.errors import CheckpointError, GroundingError, excerpt
 
 
 def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int, np.ndarray]:
@@ -18,6 +18,8 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
         GroundingError: there is a vector for none of the words.
     """
     rows: dict[int, np.ndarray] = {}
+    if Path(path).is_dir():
+        raise CheckpointError(f"The word vectors {path} are a directory, not a file; check --glove.")
     try:
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
@@ -28,9 +30,20 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
                         f"{path}, line {number}: a word and {width} numbers are expected, as wide as the embedding."
                     )
                 if fields[0] in words:
-                    rows[words[fields[0]]] = np.array(fields[1:], np.float32)
+                    with np.errstate(over="ignore"):
+                        vector = np.array(fields[1:], np.float32)
+                    if not np.isfinite(vector).all():
+                        value = next(
+                            text for text, entry in zip(fields[1:], vector, strict=True) if not np.isfinite(entry)
+                        )
+                        raise CheckpointError(
+                            f"{path}, line {number}: the vector of {excerpt(fields[0])} holds {excerpt(value)}, which "
+                            "is not a finite number; correct or remove the line.",
+                            code="word_vector_not_finite",
+                        )
+                    rows[words[fields[0]]] = vector
     except OSError as error:
-        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}; check --glove.") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{path} should be GloVe text and cannot be read: {error}.") from error
     if not rows:

@@ -58,6 +58,12 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
                 f"{path} holds vectors of shape {rows.shape} and the embedding is {tuple(table.shape)}; "
                 "use the file made for this word table."
             )
+        if not np.isfinite(rows).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise CheckpointError(
+                f"{path}: row {bad} of the word vectors holds a value that is not a finite number; use another file.",
+                code="word_vector_not_finite",
+            )
         rows = dict(enumerate(rows))
     with torch.no_grad():
         for identity, vector in rows.items():
@@ -73,7 +79,7 @@ def _is_torch_file(path: Path) -> bool:
         with open(path, "rb") as stream:
             head = stream.read(4)
     except OSError as error:
-        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}; check --glove.") from error
     # A zip archive, or a pickle of protocol 2: text begins with neither.
     return head.startswith((b"PK\x03\x04", b"\x80\x02"))
 

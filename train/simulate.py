@@ -29,7 +29,7 @@ import numpy as np
 from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, OutputError
-from runtime.files import read_json, replace_when_whole, sha256, write_json, write_text
+from runtime.files import check_directory, read_json, replace_when_whole, sha256, write_json, write_text
 from train.captions import captions_plan
 from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, read_text, seeded_order
 
@@ -128,6 +128,8 @@ def simulate(
         raise FeatureError(f"--difficulty is {difficulty!r} and should be one of {', '.join(DIFFICULTIES)}.")
     if dtype not in ("float16", "float32") or file_format not in ("npy", "pt"):
         raise FeatureError(f"Features are stored as float16 or float32, in npy or pt, not {dtype} in {file_format}.")
+    if annotations is not None:
+        check_directory(annotations, "The directory of annotations", AnnotationError)
     if annotations is None:
         plan = made_up_plan(videos or 300, seed)
     elif any((Path(annotations) / f"{split}.json").exists() for split in ("train", "val", "test")):

@@ -12,6 +12,7 @@ import numpy as np
 
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError
+from runtime.files import check_file
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
 
@@ -64,8 +65,7 @@ def check_model_path(path: Path) -> None:
     """Raise ModelFileError unless there is a file of this name, and the name is a model's."""
     if path.suffix not in (".onnx", ".pt", ".engine"):
         raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {path.name!r} does not.")
-    if not path.is_file():
-        raise ModelFileError(f"The model file {path} does not exist; check the path.")
+    check_file(path, "The model file", ModelFileError)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:

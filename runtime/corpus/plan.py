@@ -164,7 +164,9 @@ def check_ours(output: Path) -> None:
     """Raise OutputError if something else than a corpus lies there: nothing is put beside it, not even a lock."""
     if not output.exists() or (output / LOCK).exists():
         return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
+    if not output.is_dir():
+        raise OutputError(f"{output} is not a directory; name a new or empty directory with --output.")
+    if any(output.iterdir()) and not (output / MANIFEST).exists():
         raise _not_ours(output)
 
 

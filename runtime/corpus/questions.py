@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from runtime.errors import AnnotationError, GroundingError, QueryError
+from runtime.files import check_file
 
 Qid = Union[int, str]
 # Integers of a Parquet column.
@@ -40,6 +41,7 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         AnnotationError: the file is missing or empty, or a row is malformed or named as another one.
     """
+    check_file(path, "The file of queries", AnnotationError)
     questions: list[Question] = []
     seen: dict[Qid, int] = {}
     try:
@@ -53,8 +55,6 @@ def read_questions(path: Path) -> list[Question]:
                         "every query has its own (a row without one is called by its line)."
                     )
                 questions.append(question)
-    except FileNotFoundError:
-        raise AnnotationError(f"The queries {path} do not exist; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
     if not questions:

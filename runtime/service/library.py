@@ -16,6 +16,7 @@ import numpy as np
 from runtime.annotations import DataSet
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import AnnotationError, FeatureError, GroundingError
+from runtime.files import check_directory
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
 from runtime.service.refusals import Refusal
@@ -211,8 +212,7 @@ def check_windows(windows: int, queries: int) -> None:
 
 def _media_files(directory: Path) -> dict[str, Path]:
     """Return the video files of a directory by the names of their videos."""
-    if not directory.is_dir():
-        raise GroundingError(f"The directory of video files {directory} does not exist; check --media.")
+    check_directory(directory, "The directory of video files", GroundingError, "check --media")
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
     order = list(MEDIA_TYPES)
     # Of several of one name, what browsers play best.

@@ -9,13 +9,34 @@ import resource
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from runtime.errors import AnnotationError, ModelFileError, OutputError
-from runtime.files import Staging, check_writable, read_json, replace_when_whole, sha256, write_json, write_text
+from calib.graphs import load_graph
+from runtime.annotations import DataSet
+from runtime.backends import open_backend
+from runtime.corpus.questions import read_questions
+from runtime.corpus.sources import open_source
+from runtime.encodings import EncodedVideo
+from runtime.errors import AnnotationError, GroundingError, ModelFileError, OutputError
+from runtime.extractors import open_extractor
+from runtime.files import (
+    Staging,
+    check_directory,
+    check_file,
+    check_writable,
+    read_json,
+    replace_when_whole,
+    sha256,
+    write_json,
+    write_text,
+)
+from runtime.footage import look
+from runtime.videos import load_features
+from train.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,3 +260,73 @@ def test_what_cannot_be_staged_is_called_by_its_place(tmp_path: Path, monkeypatc
         monkeypatch.setattr(Path, "write_text", failing(errno.ENOSPC))
         with pytest.raises(OutputError, match=rf"disk for {tmp_path.resolve()}/a\.txt;"):
             write_text(waiting, "a")
+
+
+UNREADABLE = {
+    "missing": (lambda path: None, "does not exist"),
+    "directory": (lambda path: path.mkdir(), "is a directory"),
+    "pipe": (lambda path: os.mkfifo(path), "is a pipe"),
+    "link": (lambda path: path.symlink_to("gone"), "is a link to a file that does not exist"),
+    "long": (lambda path: None, "File name too long"),
+    "under_file": (lambda path: path.parent.touch(), "is a file and not a directory"),
+    "null": (lambda path: None, "null"),
+}
+NAMES = {"long": "x" * 300, "under_file": "file/below", "null": "x\0y"}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_check_file_unreadable_names_true_cause(kind: str, tmp_path: Path) -> None:
+    make, cause = UNREADABLE[kind]
+    path = tmp_path / NAMES.get(kind, "x")
+    make(path)
+    with pytest.raises(ModelFileError, match=cause):
+        check_file(path, "The model file", ModelFileError)
+    if kind != "directory":
+        with pytest.raises(ModelFileError, match=cause):
+            check_directory(path, "The directory", ModelFileError)
+
+
+def test_check_directory_file_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(AnnotationError, match="is a file, not a directory"):
+        check_directory(tmp_path / "x", "The directory", AnnotationError)
+    check_directory(tmp_path, "The directory", AnnotationError)
+    check_file(tmp_path / "x", "The file", AnnotationError)
+
+
+# Every reader of a file that a command line names, and the flag that names it.
+READERS: dict[str, Callable[[Path], object]] = {
+    "--model": open_backend,
+    "--features": load_features,
+    "--video": look,
+    "--queries": read_questions,
+    "--extractor": open_extractor,
+    "--checkpoint": load_checkpoint,
+    "graph": load_graph,
+    "encoding": EncodedVideo.load,
+}
+SUFFIX = {"--model": ".onnx", "--features": ".npy", "--extractor": ".onnx", "--checkpoint": ".pt", "graph": ".onnx"}
+
+
+@pytest.mark.parametrize("flag", READERS)
+@pytest.mark.parametrize("kind", ["missing", "directory", "long", "under_file"])
+def test_readers_unreadable_path_names_true_cause(flag: str, kind: str, tmp_path: Path) -> None:
+    make, cause = UNREADABLE[kind]
+    path = tmp_path / (NAMES.get(kind, "x") + SUFFIX.get(flag, ""))
+    make(path)
+    with pytest.raises(GroundingError, match=cause):
+        READERS[flag](path)
+
+
+@pytest.mark.parametrize("reader", [DataSet, open_source])
+def test_data_directory_that_is_a_file_is_not_called_missing(reader: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(GroundingError) as raised:
+        reader(tmp_path / "x")
+    assert "does not exist" not in str(raised.value)
+
+
+def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(OutputError, match="x is not a directory"):
+        check_writable(tmp_path / "x" / "run.json")

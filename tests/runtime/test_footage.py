@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
         (lambda path: path.write_text("no video"), "is not a video"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is no file"),
+        (lambda path: path.mkdir(), "is a directory"),
         (sound_only, "no video stream \\(only audio\\)"),
         (lambda path: truncated(film(path.with_name("whole.mp4"), 60), path), "cut off before its index"),
         (lambda path: film(path, 1), None),

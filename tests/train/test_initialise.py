@@ -121,6 +121,23 @@ def test_matrix_of_another_size_is_refused(model: DRN, tmp_path: Path, shape: tu
         load_glove(model, tmp_path / "glove_weights", WORDS)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e39"])
+def test_load_glove_value_not_finite_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "glove.txt", [line("w3", 1), line("w1", 1).replace("1 1", f"1 {value}", 1)])
+    with pytest.raises(CheckpointError, match=rf"line 2.*{value}") as raised:
+        load_glove(model, path, WORDS)
+    assert raised.value.code == "word_vector_not_finite"
+
+
+def test_load_glove_matrix_not_finite_is_refused(model: DRN, tmp_path: Path) -> None:
+    matrix = torch.zeros(model.query_encoder.embedding.weight.shape)
+    matrix[3, 0] = torch.nan
+    torch.save(matrix, tmp_path / "glove_weights")
+    with pytest.raises(CheckpointError, match="row 3") as raised:
+        load_glove(model, tmp_path / "glove_weights", WORDS)
+    assert raised.value.code == "word_vector_not_finite"
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

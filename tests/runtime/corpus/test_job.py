@@ -144,7 +144,7 @@ def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
 
 
 def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: Here, mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(GroundingError, match="do not exist"):
+    with pytest.raises(GroundingError, match="does not exist"):
         here(mini, tmp_path / "none.jsonl")
     with pytest.raises(GroundingError, match="does not exist"):
         here(tmp_path / "none", write_rows(tmp_path / "queries.jsonl", ROWS))

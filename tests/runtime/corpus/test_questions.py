@@ -39,7 +39,7 @@ def test_a_malformed_row_is_named(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:
-    with pytest.raises(GroundingError, match="do not exist"):
+    with pytest.raises(GroundingError, match="does not exist"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "caf\xe9"}\n')
     with pytest.raises(GroundingError, match="cannot be read as text"):
