@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.errors import DeviceError, FeatureError, MissingFeatures, one_line
+from runtime.errors import DeviceError, FeatureError, MissingFeatures, excerpt, one_line
 from runtime.files import check_directory, check_file
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features, refuse_bomb
@@ -202,5 +202,5 @@ def open_store(root: Path, place: Path | None) -> FeatureStore:
 def _spellings(video: str) -> list[str]:
     """Return how a video's features may be called: by its name, or without the suffix of a video file."""
     if not is_file_name(video):
-        raise FeatureError(f"{video!r} cannot be the name of a video, as its features are found by it.")
+        raise FeatureError(f"{excerpt(video)} cannot be the name of a video, as its features are found by it.")
     return list(dict.fromkeys((video, file_stem(video))))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import AnnotationError, GroundingError, OutputError
+from runtime.textfiles import parse_json, read_text
 
 # How the directory is called in which files wait for their places.
 STAGED = ".drn-"
@@ -205,31 +206,11 @@ def read_json(
 ) -> Any:
     """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed.
 
-    Where `unique`, no name may stand twice in one object: JSON readers keep the last and say nothing.
+    Where `unique`, no name may stand twice in one object: JSON readers keep the last and say nothing. See
+    `runtime.textfiles.parse_json` for what is refused.
     """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique else None)
-    except _Twice as problem:
-        raise error(f"{path} ({what}) has two entries of the name {str(problem)!r}; rename or remove one.") from None
-    except FileNotFoundError:
-        raise error(f"{path} ({what}) does not exist; check the path.") from None
-    except OSError as problem:
-        raise error(f"{path} ({what}) cannot be read: {problem.strerror or problem}; check the path.") from problem
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path} ({what}) should be a JSON file and is not: {problem}.") from problem
-
-
-class _Twice(ValueError):
-    """A name that stands twice in a JSON object."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return value
+    text = read_text(path, f"JSON ({what})", error)
+    return parse_json(text, f"{path} ({what})", error, unique=unique, advice="correct the file, or make it again")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

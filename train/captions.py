@@ -12,8 +12,10 @@ from pathlib import Path
 
 from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError
+from runtime.files import read_json
+from runtime.textfiles import read_text
 from runtime.vocabulary import tokenize
-from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, read_text, seeded_order
+from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
 
 STATEMENT = (
     "The features are simulated from the words of the sentences themselves: recall on this data set says that the "
@@ -45,10 +47,10 @@ def captions_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     told: dict[str, list[Annotation]] = {}
     texts, moments, chosen = {}, {}, dict[str, None]()
     for split, path in paths.items():
-        entries = json.loads(read_text(path))
+        entries = read_json(path, "annotations by video")
         keep = set(seeded_order(entries, seed)[:videos])
         texts[path.name] = (
-            read_text(path)
+            read_text(path, "annotations")
             if videos is None
             else json.dumps({name: entry for name, entry in entries.items() if name in keep}) + "\n"
         )

@@ -30,8 +30,9 @@ from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.files import check_directory, read_json, replace_when_whole, sha256, write_json, write_text
+from runtime.textfiles import read_lines, read_text
 from train.captions import captions_plan
-from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, read_text, seeded_order
+from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
 
 log = logging.getLogger("drn.simulate")
 
@@ -314,7 +315,7 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     labels = {split: _read_labels(annotations / f"Charades_v1_{split}.csv") for split in SPLITS}
     everything = {**labels["train"], **labels["test"]}
     classes = sorted({action for _, _, actions in everything.values() for action, _, _ in actions})
-    texts: dict[str, str] = {name: read_text(annotations / name) for name in TABLES}
+    texts: dict[str, str] = {name: read_text(annotations / name, "a table") for name in TABLES}
     chosen: dict[str, None] = {}
     everyone: dict[str, None] = {}
     moments, exact = {}, {}
@@ -325,7 +326,9 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
         everyone.update(dict.fromkeys(names))
         keep = set(seeded_order(names, seed)[:videos])
         kept = [line for line in lines if line[1] in keep]
-        texts[path.name] = read_text(path) if videos is None else "".join(text + "\n" for text, *_ in kept)
+        texts[path.name] = (
+            read_text(path, "annotations") if videos is None else "".join(text + "\n" for text, *_ in kept)
+        )
         chosen.update(dict.fromkeys(name for name in names if name in keep))
         moments[split] = len(kept)
         exact[split] = sum(_is_action(video, start, end, everything) for _, video, start, end in kept)
@@ -363,8 +366,7 @@ def _source_names() -> list[str]:
 def _read_moments(path: Path) -> list[tuple[str, str, float, float]]:
     """Return (line, video, start, end) of every line of an annotation file; checks its form and not its times."""
     found = []
-    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
-        line = line.rstrip("\r\n")
+    for number, line in enumerate(read_lines(path, "lines of VIDEO START END##SENTENCE"), start=1):
         head, mark, _ = line.partition("##")
         try:
             video, start, end = head.split()
@@ -385,12 +387,12 @@ def _read_labels(path: Path) -> dict[str, tuple[str, tuple[str, ...], tuple[tupl
 
     Intervals that end before they start (the real files hold a few) say nothing and are left out.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
-    if missing:
-        raise AnnotationError(f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.")
+    reader = csv.DictReader(io.StringIO(read_text(path, "a table of labels"), newline=""), strict=True)
     labels = {}
     try:
+        missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
+        if missing:
+            raise AnnotationError(f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.")
         for row in reader:
             labels[row["id"]] = _label(row, len(reader.fieldnames or ()), f"{path}, line {reader.line_num}")
     except csv.Error as error:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from runtime.annotations import FEATURE_DIRECTORY
-from runtime.errors import AnnotationError
 from runtime.videos import ClipClock
 
 STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
@@ -57,16 +55,6 @@ class Plan:
     facts: dict[str, Any]
     statement: str = STATEMENT
     directory: str = FEATURE_DIRECTORY
-
-
-def read_text(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            return stream.read()
-    except UnicodeDecodeError:
-        raise AnnotationError(f"{path} should be UTF-8 text and is not.") from None
-    except OSError as error:
-        raise AnnotationError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def seeded_order(names: Iterable[str], seed: int) -> list[str]:

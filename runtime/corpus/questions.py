@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Union
 
-from runtime.errors import AnnotationError, GroundingError, QueryError
+from runtime.errors import AnnotationError, GroundingError, QueryError, excerpt
 from runtime.files import check_file
+from runtime.textfiles import parse_json, read_lines
 
 Qid = Union[int, str]
 # Integers of a Parquet column.
@@ -44,29 +44,21 @@ def read_questions(path: Path) -> list[Question]:
     check_file(path, "The file of queries", AnnotationError)
     questions: list[Question] = []
     seen: dict[Qid, int] = {}
-    try:
-        # Not `splitlines`, which also breaks at characters that JSON allows within a string.
-        with open(path, encoding="utf-8") as stream:
-            for number, text in enumerate(stream, 1):
-                question = _question(text, number, f"{path}, line {number}")
-                if seen.setdefault(question.qid, number) != number:
-                    raise AnnotationError(
-                        f"{path}, line {number}: the qid {question.qid!r} is that of line {seen[question.qid]} too; "
-                        "every query has its own (a row without one is called by its line)."
-                    )
-                questions.append(question)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
+    for number, text in enumerate(read_lines(path, "queries, a JSON object a line"), 1):
+        question = _question(text, number, f"{path}, line {number}")
+        if seen.setdefault(question.qid, number) != number:
+            raise AnnotationError(
+                f"{path}, line {number}: the qid {excerpt(question.qid)} is that of line {seen[question.qid]} too; "
+                "every query has its own (a row without one is called by its line)."
+            )
+        questions.append(question)
     if not questions:
         raise QueryError(f'{path} is empty; a row a line is expected: {{"query": "person opens the door"}}.')
     return questions
 
 
 def _question(text: str, number: int, place: str) -> Question:
-    try:
-        row: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{place}: a JSON object is expected and cannot be read: {error}.") from None
+    row: Any = parse_json(text, place, advice="correct the line")
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise AnnotationError(
             f'{place}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.'
@@ -76,13 +68,9 @@ def _question(text: str, number: int, place: str) -> Question:
         raise AnnotationError(f"{place}: the video of a sentence is called vid here, not video; rename the key.")
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
-        raise AnnotationError(f"{place}: vid should be the name of a video, or be left out, and is {video!r}.")
+        raise AnnotationError(f"{place}: vid should be the name of a video, or be left out, and is {excerpt(video)}.")
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
-        raise AnnotationError(f"{place}: qid should be a number or text, and is {qid!r}.")
-    try:
-        f"{row['query']}{video}{qid}".encode()
-    except UnicodeEncodeError:
-        raise AnnotationError(f"{place} holds half a character (a lone surrogate); write it as UTF-8.") from None
+        raise AnnotationError(f"{place}: qid should be a number or text, and is {excerpt(qid)}.")
     return Question(number, qid, row["query"], video)
 
 

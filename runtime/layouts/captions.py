@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import AnnotationError
+from runtime.errors import AnnotationError, excerpt
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
 from runtime.layouts.values import SPLITS, Videos, is_number, sentence_of
@@ -61,10 +61,10 @@ class Captions:
         videos = Videos()
         for split, entries in self._splits.items():
             for name, entry in entries.items():
-                place = f"{self.path(split)}, video {name!r}"
+                place = f"{self.path(split)}, video {excerpt(name)}"
                 try:
                     found = clock_of(entry)
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, TypeError, ValueError, ArithmeticError):
                     raise AnnotationError(
                         f"{place}: {clock} are expected beside timestamps and sentences; correct the entry, and keep "
                         "data sets of different formats in different directories."
@@ -99,8 +99,8 @@ class Captions:
                 number += 1
                 where = f"{place}, sentence {index}"
                 if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
-                    raise AnnotationError(f"{where}: the timestamps should be [start, end], and are {window!r}.")
-                start, end = (value / self._second[name] for value in window)
+                    raise AnnotationError(f"{where}: the timestamps should be [start, end], and are {excerpt(window)}.")
+                start, end = (float(value) / self._second[name] for value in window)
                 annotation = Annotation(name, start, end, sentence_of(sentence, where), number)
                 yield Row(annotation, f"{name} sentence {index}", where)
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import AnnotationError
+from runtime.errors import AnnotationError, excerpt
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
 from runtime.layouts.values import check_video_name
 from runtime.presets import PRESETS
+from runtime.textfiles import read_lines
 
 DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
 TABLES = (DURATIONS, FRAMES, WORDS)
@@ -53,22 +54,22 @@ class CharadesSTA:
         return self.root / FEATURE_DIRECTORY
 
     def videos(self, split: str) -> set[str]:
-        lines = self.path(split).read_text(encoding="utf-8").splitlines()
-        return {line.split(maxsplit=1)[0] for line in lines if line.strip()}
+        return {line.split(maxsplit=1)[0] for line in self._lines(split) if line.strip()}
 
     def rows(self, split: str) -> Iterator[Row]:
         path = self.path(split)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise AnnotationError(f"{path} does not exist, so there is no split {split!r} in this data set.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
+        lines = self._lines(split)
         if not lines:
             raise AnnotationError(f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.")
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             yield Row(self._parse(line, place, number), str(number), place)
+
+    def _lines(self, split: str) -> list[str]:
+        path = self.path(split)
+        if not path.exists():
+            raise AnnotationError(f"{path} does not exist, so there is no split {split!r} in this data set.")
+        return read_lines(path, "lines of VIDEO START END##SENTENCE")
 
     def check_known(self, video: str, place: str) -> None:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
@@ -81,7 +82,9 @@ class CharadesSTA:
             raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
         for key, value in table.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-                raise AnnotationError(f"{self.root / name} should map {what}, and maps {key!r} to {value!r}.")
+                raise AnnotationError(
+                    f"{self.root / name} should map {what}, and maps {excerpt(key)} to {excerpt(value)}."
+                )
         return table
 
     def _parse(self, line: str, place: str, number: int) -> Annotation:

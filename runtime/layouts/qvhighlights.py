@@ -6,17 +6,18 @@ The common form is what `train.prepare` writes: `train.jsonl`, `val.jsonl`, `tes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import AnnotationError, GroundingError
+from runtime.errors import AnnotationError, excerpt, reading
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row, Times
 from runtime.layouts.values import SPLITS, Videos, is_number, sentence_of
 from runtime.presets import PRESETS, Preset
+from runtime.textfiles import parse_json, read_lines
+from runtime.videos import MOST_FRAMES
 
 FORMAT = "drn-dataset/1"
 UNTOLD = (math.nan, math.nan)
@@ -103,23 +104,21 @@ def _read_about(path: Path) -> dict[str, Any]:
     value = read_json(path, "what a data set in the common form says of itself", unique=True)
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
-        raise AnnotationError(f"{path} is of format {found!r} and this version reads {FORMAT!r}; prepare it again.")
-    try:
+        raise AnnotationError(
+            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; prepare it again."
+        )
+    with reading(path, "a description of a data set", AnnotationError, "prepare the data set again"):
         counts, place = value.get("num_frames", {}), value.get("features")
-        if not all(is_number(count) and count >= 2 for count in counts.values()):
+        if not all(is_number(count) and 2 <= count <= MOST_FRAMES for count in counts.values()):
             raise ValueError("num_frames should map videos to frame counts")
-        if place is not None and not isinstance(place, str):
+        if place is not None and (not isinstance(place, str) or "\0" in place):
             raise ValueError("features should be a path")
         return {**value, "preset": Preset.from_dict(value["preset"])}
-    except (KeyError, TypeError, ValueError, AttributeError, GroundingError) as error:
-        raise AnnotationError(f"{path} is damaged ({type(error).__name__}: {error}); prepare it again.") from error
+    raise AssertionError
 
 
 def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path} cannot be read as text: {error}.") from error
+    lines = read_lines(path, "a JSON object a line")
     if not lines:
         raise AnnotationError(f'{path} is empty; a row a line is expected: {{"qid", "query", "vid", "duration", ...}}.')
     seen: set[int | str] = set()
@@ -129,7 +128,7 @@ def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
         name, qid = row["vid"], row["qid"]
         videos.add(name, row["duration"], place)
         if qid in seen:
-            raise AnnotationError(f"{place}: the qid {qid!r} stands in a line before; every query has its own.")
+            raise AnnotationError(f"{place}: the qid {excerpt(qid)} stands in a line before; every query has its own.")
         seen.add(qid)
         # A split whose moments are kept secret still tells of its videos; `rows` refuses it.
         windows = _windows(row["relevant_windows"], place) if "relevant_windows" in row else (UNTOLD,)
@@ -139,10 +138,7 @@ def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
 
 
 def _row(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{place}: a JSON object is expected and cannot be read: {error}.") from None
+    row = parse_json(line, place, advice="correct the line")
     kinds: dict[str, Any] = {"qid": (int, str), "query": str, "vid": str, "duration": (int, float)}
     for key, kind in kinds.items():
         if not isinstance(row, dict) or not isinstance(row.get(key), kind) or isinstance(row[key], bool):
@@ -160,6 +156,6 @@ def _windows(value: Any, place: str) -> tuple[Times, ...]:
     )
     if not good or not value:
         raise AnnotationError(
-            f"{place}: relevant_windows should be [[start, end], ...] in seconds, and is {str(value)[:60]}."
+            f"{place}: relevant_windows should be [[start, end], ...] in seconds, and is {excerpt(value)}."
         )
     return tuple((float(start), float(end)) for start, end in value)

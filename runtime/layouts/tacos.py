@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.layouts.captions import Captions, Clock, Entries
+from runtime.layouts.values import is_number
 from runtime.presets import PRESETS
+
+# Frames a second; high-speed cameras record some thousands.
+MAX_FRAME_RATE = 1e6
 
 
 def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:
@@ -21,6 +25,6 @@ def is_tacos(entry: Mapping[str, Any]) -> bool:
 
 def _clock(entry: Mapping[str, Any]) -> Clock:
     rate, count = entry["fps"], entry["num_frames"]
-    if "duration" in entry or not rate > 0:
+    if "duration" in entry or not is_number(rate) or not 0 < rate <= MAX_FRAME_RATE:
         raise ValueError
     return Clock(count / rate, count, rate)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from runtime.errors import AnnotationError
+from runtime.errors import AnnotationError, excerpt
 from runtime.videos import LONGEST_SECONDS, MOST_FRAMES
 
 SPLITS = ("train", "val", "test")
 # Suffixes of video files, which some data sets have in the names of their videos (TACoS: s17-d69.avi).
 FILE_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
+# File systems take 255 bytes, the suffix of a feature file included.
+MAX_NAME_BYTES = 250
 
 
 class Videos:
@@ -35,9 +37,9 @@ class Videos:
         """
         check_video_name(name, place)
         if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
-            raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {duration!r}.")
+            raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.")
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
-            raise AnnotationError(f"{place}: the frame count should be at least 2, and is {num_frames!r}.")
+            raise AnnotationError(f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.")
         known = self._called.setdefault(file_stem(name), name)
         if known != name:
             raise AnnotationError(
@@ -55,18 +57,33 @@ class Videos:
 
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # An integer beyond all floats.
+        return False
 
 
 def is_file_name(name: str) -> bool:
     """Return whether a name stays in the directory it is looked up in."""
-    return bool(name.strip()) and not set(name) & set("/\\\0\n\r") and name not in (".", "..")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return (
+        bool(name.strip()) and size <= MAX_NAME_BYTES and not set(name) & set("/\\\0\n\r") and name not in (".", "..")
+    )
 
 
 def check_video_name(name: str, place: str) -> None:
     """Raise AnnotationError for a name that no file could have, or only one in another directory."""
     if not is_file_name(name):
-        raise AnnotationError(f"{place}: {name!r} cannot be the name of a video, as its features are found by it.")
+        raise AnnotationError(
+            f"{place}: {excerpt(name)} cannot be the name of a video, as its features are found by it; use at most "
+            f"{MAX_NAME_BYTES} bytes without slashes and line breaks."
+        )
 
 
 def file_stem(name: str) -> str:
@@ -81,5 +98,7 @@ def sentence_of(value: Any, place: str) -> str:
     """Return a sentence in one line; AnnotationError if it is none."""
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
-        raise AnnotationError(f"{place}: a sentence is expected, and {value!r} was found; correct it or leave it out.")
+        raise AnnotationError(
+            f"{place}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out."
+        )
     return sentence

@@ -152,7 +152,7 @@ def twice(directory: Path) -> None:
 
 
 TWO_OF_ONE_NAME = {
-    "in one file": (twice, "train.json .* two entries of the name 'v_a'"),
+    "in one file": (twice, "train.json .* two entries have the name 'v_a'"),
     "in two splits": (
         lambda d: write_json(d, train=ACTIVITYNET, val={"v_b": {**ACTIVITYNET["v_b"], "duration": 99}}),
         "val.json, video 'v_b': two videos have the name 'v_b', of 20.5 and of 99 seconds",
@@ -210,7 +210,7 @@ def test_a_broken_entry_is_named_by_video_and_sentence(tmp_path: Path, change: d
 
 
 BROKEN_ROWS = [
-    ("{", "a JSON object is expected"),
+    ("{", "JSON is expected"),
     ("[1]", "its qid is missing"),
     (json.dumps({**ROWS[1], "qid": None}), "its qid is missing"),
     (json.dumps({**ROWS[1], "query": 3}), "its query is missing"),
@@ -218,7 +218,7 @@ BROKEN_ROWS = [
     (json.dumps({**ROWS[1], "relevant_windows": []}), "relevant_windows should be"),
     (json.dumps({**ROWS[1], "relevant_windows": [[1, 2, 3]]}), "relevant_windows should be"),
     (json.dumps({**ROWS[1], "qid": 7}), "the qid 7 stands in a line before"),
-    ("AAAAA 1 2##a person opens the door.", "a JSON object is expected"),
+    ("AAAAA 1 2##a person opens the door.", "JSON is expected"),
 ]
 
 
@@ -245,7 +245,7 @@ def test_a_split_whose_moments_are_secret_knows_its_videos_and_is_not_scored(tmp
 def test_a_damaged_description_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     about = {"format": FORMAT, "preset": PRESETS["tacos"].to_dict()}
     (write_rows(tmp_path, "train.jsonl") / "dataset.json").write_text(json.dumps({**about, **change}))
-    with pytest.raises(AnnotationError, match=r"dataset\.json is .*prepare it again"):
+    with pytest.raises(AnnotationError, match=r"dataset\.json"):
         DataSet(tmp_path)
 
 
@@ -268,3 +268,56 @@ def test_real_annotations_are_counted_as_published(real_data: Path, caplog: pyte
     assert (len(rows), len({row.video for row in rows}), highlights.splits) == (1550, 1519, ["val"])
     assert len(each_moment(rows)) / len(rows) == pytest.approx(1.8, abs=0.05)
     assert not [record for record in caplog.records if record.levelno > logging.WARNING]
+
+
+def _as_written_elsewhere(path: Path) -> None:
+    """Rewrite a text file with a byte order mark, Windows line ends and a blank last line."""
+    text = path.read_text(encoding="utf-8").replace("\n", "\r\n")
+    path.write_bytes(f"\ufeff{text}\r\n\r\n".encode())
+
+
+ODD = "a person\u2028opens\u0085the door."
+NORMAL = " ".join(ODD.split())
+
+
+def test_rows_of_other_programs_are_read(tmp_path: Path) -> None:
+    write_rows(tmp_path, "train.jsonl", [{**ROWS[0], "query": ODD}, *ROWS[1:]])
+    (tmp_path / "vocabulary.json").write_text('{"a": 1}')
+    for name in ("train.jsonl", "vocabulary.json"):
+        _as_written_elsewhere(tmp_path / name)
+    data_set = DataSet(tmp_path)
+    assert len(data_set.annotations("train")) == len(ROWS)
+    assert data_set.annotations("train")[0].sentence == NORMAL
+    assert data_set.words == {"a": 1}
+
+
+@pytest.mark.parametrize("entries", [ACTIVITYNET, TACOS])
+def test_captions_of_other_programs_are_read(tmp_path: Path, entries: dict[str, Any]) -> None:
+    name = next(iter(entries))
+    sentences = [ODD] * len(entries[name]["sentences"])
+    write_json(tmp_path, train={**entries, name: {**entries[name], "sentences": sentences}})
+    _as_written_elsewhere(tmp_path / "train.json")
+    assert DataSet(tmp_path).annotations("train")[0].sentence == NORMAL
+
+
+@pytest.mark.parametrize("number", [10**400, 10**299, -(10**299), True, [1], {}, "1", None])
+@pytest.mark.parametrize("key", ["duration", "fps", "num_frames", "timestamps", "sentences"])
+@pytest.mark.parametrize("entries", [ACTIVITYNET, TACOS])
+def test_captions_with_a_value_of_another_kind_are_refused(
+    tmp_path: Path, entries: dict[str, Any], key: str, number: Any
+) -> None:
+    name = next(iter(entries))
+    if key not in entries[name]:
+        pytest.skip("the format has no such key")
+    for value in (number, [number], [[number, number]]):
+        write_json(tmp_path, train={**entries, name: {**entries[name], key: value}})
+        with pytest.raises(AnnotationError) as caught:
+            DataSet(tmp_path).annotations("train")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1500
+
+
+def test_a_video_name_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path, "train.jsonl", [{**ROWS[0], "vid": "é" * 126}])
+    with pytest.raises(AnnotationError, match="line 1"):
+        DataSet(tmp_path)

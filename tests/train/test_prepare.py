@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "clock": ({"clock": (16, 0)}, FeatureError, "16 and 0 were given"),
     "features": ({"features": Path("gone")}, FeatureError, "gone do not exist"),
     "kind": ({"features": Path(__file__)}, FeatureError, "neither"),
-    "glove": ({"glove": Path("gone.txt")}, CheckpointError, "gone.txt cannot be read"),
+    "glove": ({"glove": Path("gone.txt")}, CheckpointError, "gone.txt does not exist"),
     "vectors": ({"glove": Path(__file__)}, CheckpointError, "a word and 300 numbers"),
 }
 

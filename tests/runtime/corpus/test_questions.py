@@ -12,7 +12,9 @@ from runtime.errors import GroundingError
 
 def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
-    path.write_text('{"query": "a\u2028b"}\n{"query": "c", "vid": "V", "qid": "x", "relevant_windows": [[0, 1]]}\n')
+    path.write_text(
+        '\ufeff{"query": "a\u2028b"}\n{"query": "c", "vid": "V", "qid": "x", "relevant_windows": [[0, 1]]}\n'
+    )
     assert read_questions(path) == [Question(1, 1, "a\u2028b"), Question(2, "x", "c", "V")]
 
 
@@ -21,14 +23,14 @@ def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("{}\n", "line 1: a JSON object with a sentence"),
-        ('{"query": "a"}\n\n', "line 2: a JSON object is expected"),
+        ('{"query": "a"}\n\n{"query": "b"}\n', "line 2: JSON is expected"),
         ('{"query": "a", "vid": 3}\n', "vid should be"),
         ('{"query": "a", "video": "V"}\n', "called vid here, not video"),
         ('{"query": "a", "qid": 1.5}\n', "qid should be"),
         ('{"query": "a", "qid": true}\n', "qid should be"),
         ('{"query": "a", "qid": 2}\n{"query": "b"}\n', "the qid 2 is that of line 1 too"),
         ('{"query": "\\ud800"}\n', "lone surrogate"),
-        ("[" * 100_000, "cannot be read"),
+        ("[" * 100_000, "line 1: the JSON nests"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, text: str, said: str) -> None:
@@ -42,7 +44,7 @@ def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) ->
     with pytest.raises(GroundingError, match="does not exist"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "caf\xe9"}\n')
-    with pytest.raises(GroundingError, match="cannot be read as text"):
+    with pytest.raises(GroundingError, match="line 1: expected UTF-8"):
         read_questions(tmp_path / "latin.jsonl")
 
 

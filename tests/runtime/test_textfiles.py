@@ -1,0 +1,87 @@
+"""Text, line formats and JSON as other programs write them, and damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import AnnotationError
+from runtime.textfiles import MAX_DEPTH, MAX_DIGITS, parse_json, read_lines, read_text
+
+SENTENCE = "a\u2028person\u2029opens\x85the\x0bdoor\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("tail", ["", "\n", "\n\n", "\n  \n"])
+def test_read_lines_splits_at_newlines_only(tmp_path: Path, end: str, mark: str, tail: str) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_bytes(f"{mark}{SENTENCE}\n\nlast{tail}".replace("\n", end).encode())
+    assert read_lines(path, "lines") == [SENTENCE, "", "last"]
+
+
+def test_read_text_names_the_line_of_a_wrong_byte(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("one\ntwo\ncaf\xe9".encode("latin1"))
+    with pytest.raises(AnnotationError, match=r"latin\.txt, line 3: .*0xe9"):
+        read_text(tmp_path / "latin.txt", "text")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+def test_read_text_of_utf16_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "wide.txt").write_bytes("\ufeffperson".encode(encoding))
+    with pytest.raises(AnnotationError, match=r"wide\.txt"):
+        read_text(tmp_path / "wide.txt", "text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "NaN",
+        "[-Infinity]",
+        "1e999",
+        "9" * (MAX_DIGITS + 1),
+        "-" + "9" * 5000,
+        "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+        '{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1),
+        "[" * 100_000,
+        r'"\ud800"',
+        r'{"\uDFFF": 1}',
+        r'["\ud83d\ude00", "\ud83d"]',
+    ],
+)
+def test_parse_json_refuses_hostile_values(text: str) -> None:
+    with pytest.raises(AnnotationError, match=r"^f: ") as caught:
+        parse_json(text, "f")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        10**MAX_DIGITS // 10,
+        1e308,
+        "\U0001f600 \u2028",
+        [[[]]] * 1000,
+        json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH),
+    ],
+)
+def test_parse_json_returns_what_was_written(value: Any) -> None:
+    assert parse_json(json.dumps(value), "f") == value
+    assert parse_json(json.dumps(value, ensure_ascii=False), "f") == value
+
+
+def test_parse_json_names_the_line_of_half_a_character() -> None:
+    with pytest.raises(AnnotationError, match="line 3"):
+        parse_json('{"a": "\\ud83d\\ude00",\n"b": 1,\n"c": "\\udbff"}', "f")
+
+
+def test_parse_json_refuses_a_name_that_occurs_twice() -> None:
+    assert parse_json('{"a": 1, "a": 2}', "f") == {"a": 2}
+    with pytest.raises(AnnotationError, match="'a'"):
+        parse_json('{"a": 1, "a": 2}', "f", unique=True)
