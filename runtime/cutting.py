@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from runtime.errors import DeviceError, FootageError
 from runtime.files import replace_when_whole
-from runtime.footage import ROUNDING, Footage, frames_from, load_av
+from runtime.footage import ROUNDING, Footage, frames_from, load_av, opened_container
 
 log = logging.getLogger("drn")
 
@@ -38,20 +39,30 @@ AAC_BITS, AAC_SAMPLE_BITS = 96_000, 4
 JITTER = 0.02
 # Sound is sought so much before where it is needed.
 LEAD = 0.5
-LONGEST_SLUG = 60
+LONGEST_SLUG, LONGEST_SLUG_BYTES = 60, 160
+# File systems take names of up to 255 bytes, and a file that is being written has a longer one.
+LONGEST_NAME = 240
 
 
 def clip_names(video: str, queries: Sequence[str]) -> list[str]:
     """Return the file name of each query's clip: video, number, and the words that can stand in a name."""
     digits = len(str(len(queries)))
-    return [f"{video}-{number:0{digits}}-{_slug(query)}.mp4" for number, query in enumerate(queries, 1)]
+    endings = [f"-{number:0{digits}}-{_slug(query)}.mp4" for number, query in enumerate(queries, 1)]
+    return [_shortened(video, LONGEST_NAME - len(ending.encode())) + ending for ending in endings]
+
+
+def _shortened(text: str, size: int) -> str:
+    """Return the first characters of a text, those that fit into `size` bytes."""
+    if len(os.fsencode(text)) <= size:
+        return text
+    return text.encode(errors="ignore")[:size].decode(errors="ignore")
 
 
 def _slug(text: str) -> str:
     """Return letters and digits of any script, in lower case, with a hyphen between words."""
     plain = unicodedata.normalize("NFC", text).lower()
     words = re.sub(r"[^\w]+|_", "-", re.sub(r"(?<=\w)['’](?=\w)", "", plain)).strip("-")
-    return words[:LONGEST_SLUG].rstrip("-") or "moment"
+    return _shortened(words[:LONGEST_SLUG], LONGEST_SLUG_BYTES).rstrip("-") or "moment"
 
 
 def check_encoder() -> str:
@@ -71,7 +82,12 @@ def check_encoder() -> str:
 
 
 def cut(
-    footage: Footage, spans: Sequence[tuple[float, float]], outputs: Sequence[Path], threads: int | None = None
+    footage: Footage,
+    spans: Sequence[tuple[float, float]],
+    outputs: Sequence[Path],
+    threads: int | None = None,
+    *,
+    partial: bool = True,
 ) -> None:
     """Write parts of a video as mp4 files, all of them or none: H.264 and AAC, upright, at the frames' own times.
 
@@ -83,10 +99,11 @@ def cut(
         spans: starts and ends in seconds after the first frame.
         outputs: the file of each.
         threads: CPU threads; as many as FFmpeg likes when None.
+        partial: whether damaged frames are written as they are decoded.
 
     Raises:
         DeviceError: there is no encoder.
-        FootageError: a part holds no frame that can be decoded.
+        FootageError: a part holds no frame that can be decoded, or a damaged one and `partial` is not set.
         OutputError: a file cannot be written.
     """
     encoder = check_encoder()
@@ -95,12 +112,14 @@ def cut(
     with contextlib.ExitStack() as stack:
         for (start, end), output in zip(spans, outputs):
             temporary = stack.enter_context(replace_when_whole(output))
-            _write(footage, start, end, temporary, encoder, threads)
+            _write(footage, start, end, temporary, encoder, threads, partial)
 
 
-def _write(footage: Footage, start: float, end: float, path: Path, encoder: str, threads: int | None) -> None:
+def _write(
+    footage: Footage, start: float, end: float, path: Path, encoder: str, threads: int | None, partial: bool
+) -> None:
     av = load_av()
-    frames = _upright(footage, _seen(footage, start, end, threads))
+    frames = _upright(footage, _seen(footage, start, end, threads, partial))
     first = next(frames, None)
     if first is None:
         raise FootageError(
@@ -149,11 +168,13 @@ def _video_stream(clip: Any, encoder: str, footage: Footage, first: Any, threads
     return stream
 
 
-def _seen(footage: Footage, start: float, end: float, threads: int | None) -> Iterator[tuple[float, float, Any]]:
+def _seen(
+    footage: Footage, start: float, end: float, threads: int | None, partial: bool
+) -> Iterator[tuple[float, float, Any]]:
     """Yield seconds from `start` at which each frame comes on and goes off, and the frame."""
     shown = None
     last_off = max(end - start, 1 / footage.frame_rate)
-    for time, frame in frames_from(footage, start, threads):
+    for time, frame in frames_from(footage, start, threads, partial=partial):
         # Of those that come on before the start the last is on at it.
         if shown is not None and time > start + ROUNDING:
             over = time >= end - ROUNDING
@@ -206,7 +227,7 @@ class _Sound:
     def __init__(self, footage: Footage, start: float, end: float) -> None:
         self._footage, self._start, self._end = footage, start, end
         self.rate, self.layout = 0, ""
-        with load_av().open(str(footage.path)) as container:
+        with opened_container(footage.path) as container:
             for stream in container.streams.audio[:1]:
                 if stream.codec_context is None or not stream.codec_context.sample_rate:
                     log.warning("The sound of %s cannot be decoded here, and is left out.", footage.path)
@@ -253,7 +274,7 @@ class _Sound:
         """Yield seconds after the first picture, and (channels, samples) float32."""
         av = load_av()
         resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
-        with av.open(str(self._footage.path)) as container:
+        with opened_container(self._footage.path) as container:
             stream = container.streams.audio[0]
             with contextlib.suppress(av.FFmpegError):
                 if self._start > LEAD:

@@ -75,13 +75,14 @@ def check_plots(path: Path) -> None:
         raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.") from error
 
 
-def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None) -> None:
+def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None, *, partial: bool = True) -> None:
     """Draw the answers about one video into a PNG: truth beneath where known, frames of the video where it is at hand.
 
     One query gets a line for each moment; of several each gets one, with the best moment full and the others faded.
 
     Raises:
         DeviceError: matplotlib is not installed.
+        FootageError: a frame on the way to one that is shown is damaged, and `partial` is not set.
         OutputError: the file cannot be written, or its name does not end in .png.
     """
     check_plots(path)
@@ -91,7 +92,7 @@ def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None) 
     blocks = [(_wrapped(f"“{answer.query}”"), _tracks(answer, len(answers) == 1)) for answer in answers]
     height = LINE * 1.4 + sum(_height(lines, tracks) for lines, tracks in blocks)
     span = WIDTH - EDGE - LABELS
-    pictures = _strip(footage, span, duration) if footage else []
+    pictures = _strip(footage, span, duration, partial) if footage else []
     strip = span / len(pictures) * pictures[0].shape[0] / pictures[0].shape[1] if pictures else 0.0
     total = 0.15 + height + strip + 0.35
     figure = Figure(figsize=(WIDTH, total), facecolor="white")
@@ -205,15 +206,15 @@ def _draw_track(axes: Any, track: _Track, top: float, duration: float) -> None:
     _write(axes, track.label, duration * (1 + 0.12 / (WIDTH - EDGE - LABELS)), middle, size=8.5, color=track.colour)
 
 
-def _strip(footage: Footage, span: float, duration: float) -> list[np.ndarray]:
+def _strip(footage: Footage, span: float, duration: float, partial: bool) -> list[np.ndarray]:
     """Return frames of the video, each of the middle of its part of the time line, all of one shape."""
-    ((height, width, _),) = (frame.shape for frame in stills(footage, [0.0], round(STRIP * DPI)))
+    ((height, width, _),) = (frame.shape for frame in stills(footage, [0.0], round(STRIP * DPI), partial=partial))
     shape = min(max(width / height, SHAPES[0]), SHAPES[1])
     count = min(max(round(span / (STRIP * shape)), FRAMES[0]), FRAMES[1])
     times = (np.arange(count) + 0.5) * min(duration, footage.duration) / count
     # As many pixels as the picture has for them, and not more, however long or large the video is.
     pixels = max(1, round(span / count / shape * DPI))
-    return [_cut(frame, shape) for frame in stills(footage, times.tolist(), pixels)]
+    return [_cut(frame, shape) for frame in stills(footage, times.tolist(), pixels, partial=partial)]
 
 
 def _cut(frame: np.ndarray, shape: float) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import DeviceError, FootageError
+from runtime.errors import DeviceError, FootageError, one_line, reading
 from runtime.files import check_file
 
 log = logging.getLogger("drn")
@@ -35,6 +35,8 @@ FEWEST_FRAMES = 0.98
 ROUNDING = 1e-3
 # Most videos have a key frame within so many seconds.
 KEY_SECONDS = 12.0
+# Codecs of cover pictures, which some writers store as a video stream without marking it.
+PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
     if path.stat().st_size == 0:
         raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
     with _opened(path) as (container, stream):
-        times, reached, damage = _packets(container, stream)
+        times, stored, reached, damage = _packets(container, stream)
         if not len(times):
             raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
         unit = float(stream.time_base)
@@ -175,10 +177,10 @@ def look(path: str | os.PathLike[str]) -> Footage:
             raise FootageError(
                 f"{path} does not tell its frame rate, and one frame alone has none; give a longer video."
             )
-        damage = _shortfall(container, stream, len(times), reached) or damage
+        damage = _shortfall(container, stream, stored, reached) or damage
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
     with _opened(path) as (container, stream):
-        first = next(_decoded(container, stream, path, damaged=True), None)
+        first = next(_decoded(container, stream, path), None)
     if first is None:
         raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
     return Footage(
@@ -224,7 +226,7 @@ def pictures(
 
     reached, waiting, shown = -1, None, None
     with _opened(footage.path, threads) as (container, stream):
-        for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=partial)):
+        for number, frame in enumerate(_decoded(container, stream, footage.path, partial=partial)):
             time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
             place = int(time * footage.frame_rate + 0.5)
             if place <= reached:
@@ -246,7 +248,7 @@ def pictures(
         raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets promise {footage.num_frames}")
 
 
-def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.ndarray]:
+def stills(footage: Footage, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
     """Return what is seen at some times, upright and in its true shape: (height, width, 3) uint8 each.
 
     Decoding starts at the last key frame before, so that a few frames of a long video cost little. Of a damaged file
@@ -256,10 +258,14 @@ def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.nda
         footage: what `look` returned.
         times: in seconds from the first frame, rising.
         height: of the pictures, in pixels; none is made larger than it is stored.
+        partial: whether damaged frames are shown as they are decoded.
+
+    Raises:
+        FootageError: a frame on the way is damaged and `partial` is not set.
     """
     found: list[np.ndarray] = []
     last = None
-    for frame in _frames_at(footage, times):
+    for frame in _frames_at(footage, times, partial):
         # A frame that stays on for several of the times is one picture.
         picture = found[-1] if found and frame is last else _small(frame, footage, height)
         found.append(picture)
@@ -267,7 +273,7 @@ def stills(footage: Footage, times: Sequence[float], height: int) -> list[np.nda
     return found
 
 
-def _frames_at(footage: Footage, times: Sequence[float]) -> Iterator[Any]:
+def _frames_at(footage: Footage, times: Sequence[float], partial: bool) -> Iterator[Any]:
     """Yield the frame that is on at each of the rising times; no part is decoded twice."""
     with _opened(footage.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
@@ -278,7 +284,7 @@ def _frames_at(footage: Footage, times: Sequence[float]) -> Iterator[Any]:
     for key in np.unique(after):
         wanted = [time for time, its_key in zip(times, after) if its_key == key]
         shown, place = None, 0
-        for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0):
+        for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0, partial=partial):
             while shown is not None and place < len(wanted) and time > wanted[place] + ROUNDING:
                 yield shown
                 place += 1
@@ -290,13 +296,19 @@ def _frames_at(footage: Footage, times: Sequence[float]) -> Iterator[Any]:
             yield shown
 
 
-def frames_from(footage: Footage, start: float, threads: int | None = None) -> Iterator[tuple[float, Any]]:
+def frames_from(
+    footage: Footage, start: float, threads: int | None = None, *, partial: bool = True
+) -> Iterator[tuple[float, Any]]:
     """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
 
     Args:
-        footage: what `look` returned; what cannot be decoded of a damaged file is passed over.
+        footage: what `look` returned.
         start: seconds; the first frame is that of a key frame at or before it.
         threads: CPU threads for decoding; as many as FFmpeg likes when None.
+        partial: whether what cannot be decoded is passed over.
+
+    Raises:
+        FootageError: the file is damaged from the first frame on, and `partial` is not set.
     """
     av = load_av()
     # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
@@ -309,11 +321,11 @@ def frames_from(footage: Footage, start: float, threads: int | None = None) -> I
                 except av.FFmpegError:
                     continue
             reached = target <= 0
-            for number, frame in enumerate(_decoded(container, stream, footage.path, damaged=True)):
+            frames = _decoded(container, stream, footage.path, partial=partial, sought=target > 0)
+            for number, frame in enumerate(frames):
                 time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
                 if not reached and (frame.time is None or time > start + ROUNDING):
                     break
-                # What comes before a key frame was decoded without what it refers to.
                 reached = reached or frame.key_frame
                 if reached:
                     yield time, frame
@@ -366,22 +378,8 @@ def load_av() -> Any:
 @contextlib.contextmanager
 def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Open a file at its first video stream that is no cover picture."""
-    av = load_av()
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        said = str(getattr(error, "strerror", "") or error)
-        raise FootageError(
-            f"{path} is not a video that FFmpeg can open, or was cut off before its index ({said}); give an mp4, mkv, "
-            "webm, avi or the like, or copy it again."
-        ) from error
-    with container:
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
-            kinds = sorted({stream.type for stream in container.streams})
-            only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
-            raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.")
-        stream = streams[0]
+    with reading(path, "a video", FootageError, "copy or download it again"), opened_container(path) as container:
+        stream = _video_stream(container, path)
         try:
             stream.thread_type = "AUTO"
             if threads is not None:
@@ -391,14 +389,59 @@ def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]
         yield container, stream
 
 
-def _packets(container: Any, stream: Any) -> tuple[np.ndarray, float, str]:
-    """Return the sorted times of the stream's frames in its unit, the second that any stream reaches, and damage."""
+@contextlib.contextmanager
+def opened_container(path: Path) -> Iterator[Any]:
+    """Open a media file for reading, whatever its name and the encoding of its metadata.
+
+    Raises:
+        FootageError: FFmpeg cannot open it.
+    """
+    av = load_av()
+    try:
+        # An absolute path: FFmpeg takes what stands before a colon in `a:b.mp4` for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise FootageError(
+            f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "
+            "mkv, webm, avi or the like, or copy it again."
+        ) from error
+    with container:
+        yield container
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    """Return the first stream of moving pictures; FootageError if there is none."""
+    covers = load_av().stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    # Of several streams, one that holds a single picture is a cover that is not marked as one.
+    moving = [stream for stream in streams if not (stream.frames == 1 and _codec(stream) in PICTURE_CODECS)]
+    if moving or streams:
+        return (moving or streams)[0]
+    kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
+    only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
+    raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.")
+
+
+def _codec(stream: Any) -> str:
+    return stream.codec_context.name if stream.codec_context is not None else ""
+
+
+def _packets(container: Any, stream: Any) -> tuple[np.ndarray, int, float, str]:
+    """Return what the packets of a file hold.
+
+    Returns:
+        The sorted times of the frames that are shown, in the unit of the stream; how many frames are stored, with those
+        that an edit list hides; the second that any stream reaches; and damage.
+    """
     av = load_av()
     times, reached, damage = array("q"), 0.0, ""
+    stored = 0
     try:
         for packet in container.demux():
             if packet.is_corrupt:
                 damage = "holds a frame that is cut short"
+            stored += bool(packet.size and packet.stream.index == stream.index)
             time = packet.pts if packet.pts is not None else packet.dts
             if packet.size and time is not None:
                 reached = max(reached, (time + (packet.duration or 0)) * float(packet.time_base))
@@ -409,7 +452,7 @@ def _packets(container: Any, stream: Any) -> tuple[np.ndarray, float, str]:
                 times.append(round(len(times) / (float(stream.guessed_rate or 25) * float(stream.time_base))))
     except (av.FFmpegError, OSError) as error:
         damage = f"cannot be read to its end ({error.strerror or error})"
-    return np.sort(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64), reached, damage
+    return np.sort(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64), stored, reached, damage
 
 
 def _rate(times: np.ndarray, unit: float) -> float | None:
@@ -424,10 +467,13 @@ def _rate(times: np.ndarray, unit: float) -> float | None:
     return 1 / (float(chosen.mean()) * unit)
 
 
-def _shortfall(container: Any, stream: Any, found: int, reached: float) -> str:
+def _shortfall(container: Any, stream: Any, stored: int, reached: float) -> str:
     """Return how much less is there than the file says, as a clause; empty when all is there."""
-    if stream.frames and found < FEWEST_FRAMES * stream.frames - 1:
-        return f"is cut off: it says {stream.frames} frames and holds {found}"
+    # An edit list may leave stored frames out, and the index after it; the header counts them all the same.
+    indexed = len(getattr(stream, "index_entries", ())) or stream.frames
+    expected = min(stream.frames, indexed)
+    if stored < FEWEST_FRAMES * expected - 1:
+        return f"is cut off: it says {expected} frames and holds {stored}"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
     told = (container.duration or 0) / 1e6
     if reached and reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
@@ -435,30 +481,48 @@ def _shortfall(container: Any, stream: Any, found: int, reached: float) -> str:
     return ""
 
 
-def _decoded(container: Any, stream: Any, path: Path, *, damaged: bool) -> Iterator[Any]:
-    """Yield the frames of a stream; with `damaged`, packets that cannot be decoded are passed over."""
+def _decoded(container: Any, stream: Any, path: Path, *, partial: bool = True, sought: bool = False) -> Iterator[Any]:
+    """Yield the frames of a stream.
+
+    Args:
+        container, stream: from `_opened`.
+        path: the file, for messages.
+        partial: whether damage is passed over: packets that cannot be decoded are left out, and frames that the decoder
+            reports as damaged are yielded as a player shows them.
+        sought: whether the container was sought to a time. What comes before the first key frame then lacks the frames
+            it refers to, and is no damage.
+
+    Raises:
+        FootageError: the file is damaged and `partial` is not set.
+    """
     av = load_av()
     packets = container.demux(stream)
+    started = False
     while True:
         try:
             packet = next(packets, None)
         except (av.FFmpegError, OSError) as error:
-            if damaged:
+            if partial:
                 return
             raise _damaged(path, f"cannot be read to its end ({error.strerror or error})") from error
         if packet is None:
             return
-        if packet.is_corrupt and damaged:
+        if packet.is_corrupt and partial:
             # The decoder would make up what is missing of its frame.
             continue
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
-            if not damaged:
+            if not (partial or (sought and not started)):
                 raise _damaged(path, f"holds a frame that cannot be decoded ({error.strerror or error})") from error
             log.debug("%s: passed over a packet: %s", path, error)
             continue
-        yield from frames
+        for frame in frames:
+            # A recording may begin between key frames, and its first frames then lack what they refer to.
+            started = started or frame.key_frame
+            if frame.is_corrupt and started and not partial:
+                raise _damaged(path, "holds frames that the decoder reports as damaged")
+            yield frame
 
 
 def _quarter_turns(rotation: int, path: Path) -> int:

@@ -104,12 +104,16 @@ def infer(
     ]
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     if plot:
-        draw(answers, plot, chosen.footage)
+        draw(answers, plot, chosen.footage, partial=partial)
     best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
     if best:
         assert chosen.footage is not None
         write_clips(
-            chosen.footage, [(moment.start, moment.end) for moment, _ in best], [clip for _, clip in best], threads
+            chosen.footage,
+            [(moment.start, moment.end) for moment, _ in best],
+            [clip for _, clip in best],
+            threads,
+            partial=partial,
         )
         log.info("Cut:  %s", "\n      ".join(str(clip) for _, clip in best))
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")

@@ -72,6 +72,15 @@ def real_videos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def faults() -> Path:
+    """A directory of small damaged inputs, DRN_REAL_DATA/faults; skips where absent."""
+    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "faults"
+    if not place.is_dir():
+        pytest.skip("the damaged inputs are not here; set DRN_REAL_DATA to a directory that holds faults/")
+    return place
+
+
+@pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small made-up data set with simulated features, D = 32."""
     from train.simulate import simulate

@@ -80,6 +80,31 @@ def _silence(container: Any, seconds: float) -> None:
     container.mux(stream.encode())
 
 
+def trimmed(source: Path, path: Path, seconds: float) -> Path:
+    """Write an mp4 without the first seconds, by an edit list, as `ffmpeg -ss -c copy` does."""
+    options = {"avoid_negative_ts": "disabled", "movflags": "faststart"}
+    with av.open(str(source)) as reader, av.open(str(path), "w", options=options) as writer:
+        stream = reader.streams.video[0]
+        copy = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.size:
+                shift = round(seconds / float(packet.time_base))
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                writer.mux(packet)
+    return path
+
+
+def holed(source: Path, path: Path, number: int) -> Path:
+    """Write a file of which the second half of a packet is zeros."""
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as reader:
+        packets = [packet for packet in reader.demux(reader.streams.video[0]) if packet.size]
+        start, size = packets[number].pos, packets[number].size
+    content[start + size // 2 : start + size] = bytes(size - size // 2)
+    path.write_bytes(content)
+    return path
+
+
 def sound_only(path: Path) -> Path:
     """Write a second of silence, without pictures."""
     with av.open(str(path), "w") as container:

@@ -69,6 +69,7 @@ class SentVideo(BaseModel):
         float | None, Field(gt=0, allow_inf_nan=False, description="seconds; of features, not of a video file")
     ] = None
     num_frames: Annotated[int | None, Field(ge=2, description="frames; from the number of clips when left out")] = None
+    partial: Annotated[bool, Field(description="use what can be decoded of a damaged video file")] = False
 
 
 def asking(most_queries: int, longest_query: int) -> tuple[type[BaseModel], type[SentVideo]]:

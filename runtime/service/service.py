@@ -198,8 +198,10 @@ class Service:
         if field == "video":
             if asked.duration is not None or asked.num_frames is not None:
                 raise Refusal(422, "A video file tells its duration and frames; leave duration and num_frames out.")
-            self.uploads.take_video(upload, file.path)
+            self.uploads.take_video(upload, file.path, asked.partial)
             return asked, None
+        if asked.partial:
+            raise Refusal(422, "The field partial applies to video files; leave it out when you send features.")
         if asked.duration is None:
             raise Refusal(422, "Features need a duration, the length of their video in seconds; send it as a field.")
         dim = self.grounder.manifest.features.dim

@@ -243,8 +243,13 @@ class Uploads:
         sent.unlink()
         return video
 
-    def take_video(self, upload: Upload, sent: Path) -> None:
-        """Begin to extract a video that was sent; Refusal if it is none, or too many wait."""
+    def take_video(self, upload: Upload, sent: Path, partial: bool = False) -> None:
+        """Begin to extract a video that was sent; Refusal if it is none, or too many wait.
+
+        Args:
+            upload, sent: the upload and its file.
+            partial: whether what can be decoded of a damaged file is enough.
+        """
         suffix = container_of(sent)
         if self._extractions >= self._options.most_extractions:
             raise Refusal(
@@ -255,7 +260,7 @@ class Uploads:
             )
         upload.media = sent.rename(upload.directory / f"video{suffix}")
         self._extractions += 1
-        upload.extraction = asyncio.get_running_loop().create_task(self._extract(upload))
+        upload.extraction = asyncio.get_running_loop().create_task(self._extract(upload, partial))
         upload.extraction.add_done_callback(self._extracted)
 
     def _extracted(self, task: asyncio.Task[None]) -> None:
@@ -263,13 +268,15 @@ class Uploads:
         if not task.cancelled():
             task.exception()
 
-    async def _extract(self, upload: Upload) -> None:
+    async def _extract(self, upload: Upload, partial: bool) -> None:
         """Extract the features of an upload in another process."""
         assert upload.media is not None
         made = upload.directory / "extracted"
         words = ["--extractor", str(self._extractor), "--output", str(made), "--device", self._device]
         if self._threads is not None:
             words += ["--threads", str(self._threads)]
+        if partial:
+            words.append("--partial")
         async with self._extracting:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -421,7 +428,7 @@ def _cannot_extract(code: int | None, said: str, media: Path) -> Refusal:
     if code == 2 and line.startswith("error: "):
         told = line.removeprefix("error: ").replace(str(media), "The video")
         if "/" not in told:
-            return Refusal(422, told.replace("pass --partial to use what can be decoded", "send it whole"))
+            return Refusal(422, told.replace("pass --partial", "send the field partial=true"))
     log.error("Extraction ended with %s: %s", code, said[-2000:])
     return Refusal(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
 

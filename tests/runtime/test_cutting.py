@@ -239,6 +239,14 @@ def test_names_tell_video_number_and_words() -> None:
     assert all(len(name.encode()) < 255 for name in clip_names("hall", ["\U0001d5ee" * 500]))
 
 
+@pytest.mark.parametrize("video", ["h" * 251, "\U0001d5ee" * 62, "男" * 83])
+def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path, video: str) -> None:
+    footage = look(film(tmp_path / f"{video}.mkv", 20))
+    names = clip_names(video, ["person opens the door and leaves the house for good"])
+    cut(footage, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == names
+
+
 def test_infer_cuts_the_best_moment_of_each_query(
     tmp_path: Path, tiny_model: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from runtime import footage as footage_module
 from runtime.errors import DeviceError, FootageError
 from runtime.footage import Framing, Picture, clips, look, pictures, stills
 from runtime.videos import ClipClock
-from tests.films import film, scene, sound_only, truncated
+from tests.films import film, holed, scene, sound_only, trimmed, truncated
 
 AS_IT_IS = Framing((48, 64), (48, 64))
 """Neither resized nor cropped."""
@@ -277,6 +277,119 @@ def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, opt
 def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
     footage = look(film(tmp_path / "talk.mkv", 20, sound=4))
     assert (footage.num_frames, footage.damage) == (20, "")
+
+
+@pytest.mark.parametrize("name", ["hole.mp4", "hole.avi"])
+@pytest.mark.parametrize("number", [12, 30])
+def test_frames_the_decoder_reports_as_damaged_are_refused(tmp_path: Path, name: str, number: int) -> None:
+    whole = film(tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8))
+    footage = look(holed(whole, tmp_path / name, number))
+    with pytest.raises(FootageError) as raised:
+        list(pictures(footage, AS_IT_IS))
+    assert raised.value.code == "invalid_video"
+    assert "--partial" in str(raised.value)
+    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == 48
+    with pytest.raises(FootageError):
+        stills(footage, [0.0, number / 25 + 0.02], 48, partial=False)
+    assert len(stills(footage, [0.0, 1.5], 48)) == 2
+
+
+def test_an_h264_file_with_a_hole_is_refused(faults: Path) -> None:
+    footage = look(faults / "hole_h264.mp4")
+    with pytest.raises(FootageError):
+        list(pictures(footage, AS_IT_IS))
+    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == 120
+
+
+@pytest.mark.parametrize("name", ["begin.ts", "begin.mpg"])
+def test_a_recording_that_begins_between_key_frames_is_whole(tmp_path: Path, name: str) -> None:
+    whole = film(tmp_path / f"whole{Path(name).suffix}", 100)
+    content, block = whole.read_bytes(), 188 if name.endswith("ts") else 2048
+    (tmp_path / name).write_bytes(content[len(content) * 2 // 5 // block * block :])
+    footage = look(tmp_path / name)
+    assert footage.damage == ""
+    assert 40 < len(list(pictures(footage, AS_IT_IS))) < 80
+
+
+def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None:
+    frames = scene(100)
+    footage = look(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
+    assert (footage.num_frames, footage.damage) == (70, "")
+    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    assert np.abs(found.astype(int) - frames[30:]).mean() < 12
+    (still,) = stills(footage, [2.0], 48)
+    assert np.abs(still.astype(int) - frames[80]).mean() < 12
+
+
+def test_a_trimmed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2)
+    footage = look(truncated(path, tmp_path / "cut.mp4"))
+    with pytest.raises(FootageError):
+        next(pictures(footage, AS_IT_IS))
+    assert 10 < len(list(pictures(footage, AS_IT_IS, partial=True))) < 60
+
+
+def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
+    import av
+
+    path = film(tmp_path / "title.avi", 20)
+    with av.open(str(path)) as reader, av.open(str(tmp_path / "latin.avi"), "w") as writer:
+        stream = reader.streams.video[0]
+        writer.metadata["title"] = "Ca?e"
+        copy = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                writer.mux(packet)
+    content = (tmp_path / "latin.avi").read_bytes()
+    assert b"Ca?e" in content
+    (tmp_path / "latin.avi").write_bytes(content.replace(b"Ca?e", "Café".encode("latin-1")))
+    assert look(tmp_path / "latin.avi").num_frames == 20
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    film(tmp_path / "clip.mp4", 20).rename(tmp_path / "concat:clip.mp4")
+    assert look(Path("concat:clip.mp4")).num_frames == 20
+
+
+def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
+    """Write a file with sound and a cover picture as its first stream."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.height, cover.width, cover.pix_fmt = 16, 16, "yuvj420p"
+        if marked:
+            cover.disposition = av.stream.Disposition.attached_pic
+        moving = container.add_stream("mpeg4", rate=25) if pictures_too else None
+        if moving is not None:
+            moving.height, moving.width, moving.pix_fmt = 48, 64, "yuv420p"
+        voices = container.add_stream("aac", rate=16000)
+        voices.layout = "mono"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+        for pixels in scene(30) if moving is not None else ():
+            container.mux(moving.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for start in range(0, 16000, 1024):
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+            sound.sample_rate, sound.pts = 16000, start
+            container.mux(voices.encode(sound))
+        for stream in (moving, voices):
+            if stream is not None:
+                container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_cover_picture_is_not_the_video(tmp_path: Path, marked: bool) -> None:
+    footage = look(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
+    assert (footage.num_frames, footage.width) == (30, 64)
+
+
+def test_sound_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(FootageError, match="no video stream"):
+        look(with_cover(tmp_path / "cover.mp4", pictures_too=False, marked=True))
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
