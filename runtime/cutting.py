@@ -18,6 +18,7 @@ import numpy as np
 from runtime.errors import DeviceError, FootageError
 from runtime.files import replace_when_whole
 from runtime.footage import ROUNDING, Footage, frames_from, load_av, opened_container
+from runtime.timestamps import SoundShift
 
 log = logging.getLogger("drn")
 
@@ -277,13 +278,23 @@ class _Sound:
         with opened_container(self._footage.path) as container:
             stream = container.streams.audio[0]
             with contextlib.suppress(av.FFmpegError):
-                if self._start > LEAD:
+                if self._start > LEAD and not self._footage.is_continued:
                     clock = self._footage.start + self._start - LEAD
                     container.seek(int(clock / float(stream.time_base)), stream=stream)
             try:
-                for frame in container.decode(stream):
+                for frame in self._frames(container, stream):
                     for plain in resampler.resample(frame):
                         if plain.pts is not None:
                             yield float(plain.pts * plain.time_base) - self._footage.start, plain.to_ndarray()
             except av.FFmpegError as error:
                 log.warning("The sound of %s ends early: %s.", self._footage.path, error.strerror or error)
+
+    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Yield the frames of a stream of sound, their time stamps corrected as those of the pictures are."""
+        correction = SoundShift(self._footage.parts, self._footage.tick)
+        for packet in container.demux(stream):
+            if self._footage.is_continued and packet.pts is not None:
+                shift = correction.of(packet.pts * float(packet.time_base))
+                packet.pts += round(shift / float(packet.time_base))
+                packet.dts = packet.pts
+            yield from packet.decode()

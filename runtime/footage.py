@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import mmap
 import os
-from array import array
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 
 from runtime.errors import DeviceError, FootageError, one_line, reading
 from runtime.files import check_file
+from runtime.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
+from runtime.videos import LONGEST_SECONDS, MOST_FRAMES
 
 log = logging.getLogger("drn")
 
@@ -37,6 +40,17 @@ ROUNDING = 1e-3
 KEY_SECONDS = 12.0
 # Codecs of cover pictures, which some writers store as a video stream without marking it.
 PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
+# Of libavformat's AVFMT_TS_DISCONT: containers of broadcasts, in which time stamps may restart.
+TS_DISCONT = 0x0200
+# How files of a format begin, to find one that was joined to another and that FFmpeg does not read.
+HEADS = {
+    "flv": re.compile(rb"FLV\x01[\x00-\x07]\x00\x00\x00\x09\x00\x00\x00\x00"),
+    "matroska,webm": re.compile(rb"\x1a\x45\xdf\xa3.{1,8}\x42\x86\x81\x01", re.DOTALL),
+    "mov,mp4,m4a,3gp,3g2,mj2": re.compile(rb"\x00\x00\x00[\x10-\xff]ftyp[0-9A-Za-z ]{4}"),
+    "avi": re.compile(rb"RIFF.{4}AVI LIST", re.DOTALL),
+}
+# A picture that stays on for more seconds is reported: it may be a fault of the time stamps.
+LONG_STILL = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +70,9 @@ class Footage:
         damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
         start: time of the first frame on the file's own clock, in seconds.
         pixel_aspect: how many times as wide as high a stored pixel is shown.
+        parts: parts of the file whose time stamps continue each other once they are corrected. Seconds of a footage,
+            `start` included, are those after the correction.
+        tick: seconds of a tick, in which `parts` count.
     """
 
     path: Path
@@ -67,6 +84,13 @@ class Footage:
     damage: str = ""
     start: float = 0.0
     pixel_aspect: float = 1.0
+    parts: tuple[Part, ...] = ()
+    tick: float = 0.0
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the time stamps of the file restart or jump, so that no time can be sought in it."""
+        return len(self.parts) > 1
 
     @property
     def duration(self) -> float:
@@ -168,24 +192,32 @@ def look(path: str | os.PathLike[str]) -> Footage:
     if path.stat().st_size == 0:
         raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
     with _opened(path) as (container, stream):
-        times, stored, reached, damage = _packets(container, stream)
+        unit = float(stream.time_base)
+        packets = _packets(container, stream)
+        times, parts = packets.times(container, stream)
         if not len(times):
             raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
-        unit = float(stream.time_base)
         rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
         if not rate > 0:
             raise FootageError(
                 f"{path} does not tell its frame rate, and one frame alone has none; give a longer video."
             )
-        damage = _shortfall(container, stream, stored, reached) or damage
+        damage = _shortfall(container, stream, packets, parts) or packets.damage(parts)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
     with _opened(path) as (container, stream):
-        first = next(_decoded(container, stream, path), None)
+        first = next(_decoded(container, stream, path, parts), None)
     if first is None:
         raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
+    num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
+    if num_frames > MOST_FRAMES or num_frames / rate > LONGEST_SECONDS:
+        raise FootageError(
+            f"{path} lasts {num_frames / rate:.3g} s by its time stamps, {num_frames} frames; write them anew, for "
+            "example with `ffmpeg -i FILE -c copy NEW.mkv`."
+        )
+    _report(path, times, parts, unit)
     return Footage(
         path=path,
-        num_frames=round((int(times[-1]) - int(times[0])) * unit * rate) + 1,
+        num_frames=num_frames,
         frame_rate=rate,
         height=first.height,
         width=first.width,
@@ -193,7 +225,26 @@ def look(path: str | os.PathLike[str]) -> Footage:
         damage=damage,
         start=int(times[0]) * unit,
         pixel_aspect=pixel_aspect,
+        parts=parts,
+        tick=unit,
     )
+
+
+def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -> None:
+    """Log what is odd about the time stamps of a file."""
+    if len(parts) > 1:
+        after = (parts[0].end - int(times[0])) * unit
+        log.warning(
+            "%s: the time stamps restart or jump %d times, first after %.1f s; times are those of the frames one after "
+            "the other, as players show them.",
+            path, len(parts) - 1, after,
+        )  # fmt: skip
+    steps = np.diff(times)
+    if len(steps) and steps.max() * unit > LONG_STILL:
+        log.warning(
+            "%s: one picture stays on for %.1f s, from %.1f s on, by the time stamps of the file.",
+            path, steps.max() * unit, (times[steps.argmax()] - times[0]) * unit,
+        )  # fmt: skip
 
 
 def pictures(
@@ -226,8 +277,8 @@ def pictures(
 
     reached, waiting, shown = -1, None, None
     with _opened(footage.path, threads) as (container, stream):
-        for number, frame in enumerate(_decoded(container, stream, footage.path, partial=partial)):
-            time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
+        decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial)
+        for time, frame in _timed(decoded, footage):
             place = int(time * footage.frame_rate + 0.5)
             if place <= reached:
                 # Its place is taken, but it is on from now.
@@ -277,7 +328,7 @@ def _frames_at(footage: Footage, times: Sequence[float], partial: bool) -> Itera
     """Yield the frame that is on at each of the rising times; no part is decoded twice."""
     with _opened(footage.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
-        packets = container.demux(stream) if not footage.damage else ()
+        packets = container.demux(stream) if not (footage.damage or footage.is_continued) else ()
         keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
         starts = keys * float(stream.time_base) - footage.start
     after = np.searchsorted(starts, np.array(times) + ROUNDING, side="right") - 1
@@ -312,8 +363,8 @@ def frames_from(
     """
     av = load_av()
     # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
-    # from further back, and at last from the start of the file.
-    for target in (start, start - KEY_SECONDS, 0.0):
+    # from further back, and at last from the start of the file. Where time stamps restart, a time is in several places.
+    for target in (start, start - KEY_SECONDS, 0.0) if not footage.is_continued else (0.0,):
         with _opened(footage.path, threads) as (container, stream):
             if target > 0:
                 try:
@@ -321,9 +372,9 @@ def frames_from(
                 except av.FFmpegError:
                     continue
             reached = target <= 0
-            frames = _decoded(container, stream, footage.path, partial=partial, sought=target > 0)
-            for number, frame in enumerate(frames):
-                time = number / footage.frame_rate if frame.time is None else frame.time - footage.start
+            sought = target > 0
+            decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial, sought=sought)
+            for time, frame in _timed(decoded, footage):
                 if not reached and (frame.time is None or time > start + ROUNDING):
                     break
                 reached = reached or frame.key_frame
@@ -427,32 +478,68 @@ def _codec(stream: Any) -> str:
     return stream.codec_context.name if stream.codec_context is not None else ""
 
 
-def _packets(container: Any, stream: Any) -> tuple[np.ndarray, int, float, str]:
-    """Return what the packets of a file hold.
+@dataclasses.dataclass
+class _Packets:
+    """What the packets of a file hold, read without decoding them.
 
-    Returns:
-        The sorted times of the frames that are shown, in the unit of the stream; how many frames are stored, with those
-        that an edit list hides; the second that any stream reaches; and damage.
+    Attributes:
+        stamps: of the packets of the pictures, in the order of the file.
+        corrupt: numbers of those that are cut short.
+        others: seconds of the packets of all other streams.
+        reached: the second that any stream reaches, as the file counts.
+        last_byte: where the last packet ends in the file.
+        broken: why the file cannot be read to its end; empty where it can.
     """
+
+    stamps: list[Stamp] = dataclasses.field(default_factory=list)
+    corrupt: set[int] = dataclasses.field(default_factory=set)
+    others: list[float] = dataclasses.field(default_factory=list)
+    reached: float = 0.0
+    last_byte: int = 1
+    broken: str = ""
+
+    def times(self, container: Any, stream: Any) -> tuple[np.ndarray, tuple[Part, ...]]:
+        """Return the rising times of the frames that are shown, in ticks, and the parts that they were made of."""
+        unit = float(stream.time_base)
+        ticks = 1 / (float(stream.guessed_rate or stream.average_rate or 25) * unit)
+        broadcast = bool(int(container.format.flags) & TS_DISCONT)
+        step = usual_step(self.stamps, ticks)
+        parts = split(self.stamps, unit, step, ticks, broadcast=broadcast, others=self.others)
+        return shown_times(self.stamps, parts, ticks), parts
+
+    def damage(self, parts: Sequence[Part]) -> str:
+        """Return what is wrong with the packets, as a clause; empty where nothing is."""
+        if self.broken:
+            return self.broken
+        # Where another recording begins, MPEG-TS counts the packet before it as cut short.
+        at_ends = {part.first - back for part in parts[1:] for back in (1, 2)}
+        return "holds a frame that is cut short" if self.corrupt - at_ends else ""
+
+
+def _packets(container: Any, stream: Any) -> _Packets:
+    """Return what the packets of a file hold."""
     av = load_av()
-    times, reached, damage = array("q"), 0.0, ""
-    stored = 0
+    found = _Packets()
     try:
         for packet in container.demux():
-            if packet.is_corrupt:
-                damage = "holds a frame that is cut short"
-            stored += bool(packet.size and packet.stream.index == stream.index)
+            if not packet.size:
+                continue
+            found.last_byte = max(found.last_byte, (packet.pos or 0) + packet.size)
             time = packet.pts if packet.pts is not None else packet.dts
-            if packet.size and time is not None:
-                reached = max(reached, (time + (packet.duration or 0)) * float(packet.time_base))
-                if packet.stream.index == stream.index and not packet.is_discard:
-                    times.append(time)
-            elif packet.size and packet.stream.index == stream.index:
-                # A bare stream of frames, without a clock: counted, at the rate it tells.
-                times.append(round(len(times) / (float(stream.guessed_rate or 25) * float(stream.time_base))))
+            seconds = None if time is None else time * float(packet.time_base)
+            if seconds is not None:
+                found.reached = max(found.reached, seconds + (packet.duration or 0) * float(packet.time_base))
+            if packet.stream.index == stream.index:
+                if packet.is_corrupt:
+                    found.corrupt.add(len(found.stamps))
+                found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
+            elif packet.is_corrupt:
+                found.corrupt.add(-1)
+            if seconds is not None and packet.stream.index != stream.index:
+                found.others.append(seconds)
     except (av.FFmpegError, OSError) as error:
-        damage = f"cannot be read to its end ({error.strerror or error})"
-    return np.sort(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64), stored, reached, damage
+        found.broken = f"cannot be read to its end ({error.strerror or error})"
+    return found
 
 
 def _rate(times: np.ndarray, unit: float) -> float | None:
@@ -467,26 +554,55 @@ def _rate(times: np.ndarray, unit: float) -> float | None:
     return 1 / (float(chosen.mean()) * unit)
 
 
-def _shortfall(container: Any, stream: Any, stored: int, reached: float) -> str:
+def _shortfall(container: Any, stream: Any, packets: _Packets, parts: Sequence[Part]) -> str:
     """Return how much less is there than the file says, as a clause; empty when all is there."""
     # An edit list may leave stored frames out, and the index after it; the header counts them all the same.
     indexed = len(getattr(stream, "index_entries", ())) or stream.frames
-    expected = min(stream.frames, indexed)
+    expected, stored = min(stream.frames, indexed), len(packets.stamps)
     if stored < FEWEST_FRAMES * expected - 1:
         return f"is cut off: it says {expected} frames and holds {stored}"
+    # FFmpeg skips what lies around the head of a second FLV file, and of other formats what lies after one.
+    if _begins_again(container, 1 if container.format.name == "flv" else packets.last_byte):
+        return "consists of several files, of which FFmpeg does not read the last"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
     told = (container.duration or 0) / 1e6
-    if reached and reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
-        return f"is cut off: it says {told:.1f} s and ends after {reached:.1f} s"
+    if len(parts) < 2 and 0 < packets.reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
+        return f"is cut off: it says {told:.1f} s and ends after {packets.reached:.1f} s"
     return ""
 
 
-def _decoded(container: Any, stream: Any, path: Path, *, partial: bool = True, sought: bool = False) -> Iterator[Any]:
-    """Yield the frames of a stream.
+def _begins_again(container: Any, start: int) -> bool:
+    """Whether another file of the same format begins in this one, from byte `start` on."""
+    head = HEADS.get(container.format.name)
+    if head is None:
+        return False
+    with open(container.name, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return head.search(content, start) is not None
+
+
+def _timed(frames: Iterator[Any], footage: Footage) -> Iterator[tuple[float, Any]]:
+    """Yield the seconds of each frame after the first, and the frame; one without a time follows the one before."""
+    time = -1 / footage.frame_rate
+    for frame in frames:
+        time = time + 1 / footage.frame_rate if frame.time is None else frame.time - footage.start
+        yield time, frame
+
+
+def _decoded(
+    container: Any,
+    stream: Any,
+    path: Path,
+    parts: Sequence[Part] = (),
+    *,
+    partial: bool = True,
+    sought: bool = False,
+) -> Iterator[Any]:
+    """Yield the frames of a stream, their time stamps corrected.
 
     Args:
         container, stream: from `_opened`.
         path: the file, for messages.
+        parts: parts of the file whose time stamps are corrected; the container is at its start where there are several.
         partial: whether damage is passed over: packets that cannot be decoded are left out, and frames that the decoder
             reports as damaged are yielded as a player shows them.
         sought: whether the container was sought to a time. What comes before the first key frame then lacks the frames
@@ -498,6 +614,7 @@ def _decoded(container: Any, stream: Any, path: Path, *, partial: bool = True, s
     av = load_av()
     packets = container.demux(stream)
     started = False
+    corrections = shifts(parts)
     while True:
         try:
             packet = next(packets, None)
@@ -507,6 +624,10 @@ def _decoded(container: Any, stream: Any, path: Path, *, partial: bool = True, s
             raise _damaged(path, f"cannot be read to its end ({error.strerror or error})") from error
         if packet is None:
             return
+        shift = next(corrections) if packet.size else 0
+        if shift:
+            packet.pts = packet.pts if packet.pts is None else packet.pts + shift
+            packet.dts = packet.dts if packet.dts is None else packet.dts + shift
         if packet.is_corrupt and partial:
             # The decoder would make up what is missing of its frame.
             continue

@@ -13,6 +13,7 @@ import pytest
 av: Any = pytest.importorskip("av", reason="PyAV makes and reads the videos of these tests")
 
 MILLISECOND = Fraction(1, 1000)
+CODECS = {".mkv": "ffv1", ".webm": "libvpx", ".mpg": "mpeg2video", ".vob": "mpeg2video", ".flv": "flv"}
 
 
 def scene(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -36,7 +37,7 @@ def film(
     options: dict[str, str] | None = None,
     sound: float = 0,
 ) -> Path:
-    """Write frames as a video: lossless FFV1 in .mkv, VP8 in .webm, MPEG-4 in all else.
+    """Write frames as a video: lossless FFV1 in .mkv, VP8 in .webm, MPEG-2 in .mpg and .vob, MPEG-4 in all else.
 
     Args:
         path: where; its ending chooses the container.
@@ -48,7 +49,7 @@ def film(
         sound: seconds of silence beside it.
     """
     frames = scene(frames) if isinstance(frames, int) else frames
-    codec = {".mkv": "ffv1", ".webm": "libvpx"}.get(path.suffix, "mpeg4")
+    codec = CODECS.get(path.suffix, "mpeg4")
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
@@ -78,6 +79,12 @@ def _silence(container: Any, seconds: float) -> None:
         frame.sample_rate, frame.pts = 16000, start
         container.mux(stream.encode(frame))
     container.mux(stream.encode())
+
+
+def joined(path: Path, *sources: Path) -> Path:
+    """Write the bytes of files one after the other, as `cat` does."""
+    path.write_bytes(b"".join(source.read_bytes() for source in sources))
+    return path
 
 
 def trimmed(source: Path, path: Path, seconds: float) -> Path:

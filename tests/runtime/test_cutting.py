@@ -15,7 +15,7 @@ from runtime.cutting import check_encoder, clip_names, cut
 from runtime.errors import DeviceError, OutputError
 from runtime.footage import frames_from, look
 from runtime.infer import infer
-from tests.films import film, scene, sound_only, truncated
+from tests.films import film, joined, scene, sound_only, truncated
 from tests.runtime.extractor_graphs import write_clips
 
 av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
@@ -158,6 +158,19 @@ def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) ->
     (loud,) = np.nonzero(np.abs(samples) > 0.2)
     starts = loud[np.diff(loud, prepend=-RATE) > RATE // 4] / rate
     assert starts == pytest.approx([0.2, 1.7], abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_sound_stays_with_the_pictures_of_joined_files(tmp_path: Path, suffix: str) -> None:
+    first = beeping(tmp_path / f"first.{suffix}", 4, [1.0])
+    second = beeping(tmp_path / f"second.{suffix}", 3, [2.0])
+    footage = look(joined(tmp_path / f"whole.{suffix}", first, second))
+    assert footage.duration == pytest.approx(7, abs=0.05)
+    cut(footage, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
+    samples, rate = heard(tmp_path / "clip.mp4")
+    (loud,) = np.nonzero(np.abs(samples) > 0.2)
+    assert loud[0] / rate == pytest.approx(0.5, abs=0.1)
+    assert length(tmp_path / "clip.mp4") == pytest.approx(1, abs=0.01)
 
 
 def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:

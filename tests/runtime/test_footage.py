@@ -16,7 +16,7 @@ from runtime import footage as footage_module
 from runtime.errors import DeviceError, FootageError
 from runtime.footage import Framing, Picture, clips, look, pictures, stills
 from runtime.videos import ClipClock
-from tests.films import film, holed, scene, sound_only, trimmed, truncated
+from tests.films import film, holed, joined, scene, sound_only, trimmed, truncated
 
 AS_IT_IS = Framing((48, 64), (48, 64))
 """Neither resized nor cropped."""
@@ -309,6 +309,69 @@ def test_a_recording_that_begins_between_key_frames_is_whole(tmp_path: Path, nam
     footage = look(tmp_path / name)
     assert footage.damage == ""
     assert 40 < len(list(pictures(footage, AS_IT_IS))) < 80
+
+
+@pytest.mark.parametrize(
+    ("suffix", "parts"), [("ts", 3), ("mpg", 3), ("vob", 3), ("ts", 2), ("mpg", 2), ("vob", 2), ("webm", 2), ("mkv", 2)]
+)
+def test_files_joined_byte_by_byte_have_all_their_frames(
+    tmp_path: Path, suffix: str, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = scene(110)
+    first = film(tmp_path / f"first.{suffix}", frames[:70])
+    second = film(tmp_path / f"second.{suffix}", frames[70:])
+    footage = look(joined(tmp_path / f"whole.{suffix}", *(first, second, first)[:parts]))
+    count = (110, 180)[parts - 2]
+    assert (footage.num_frames, footage.damage) == (count, "")
+    assert footage.duration == pytest.approx(count / 25, abs=0.01)
+    assert caplog.text.count(f"restart or jump {parts - 1} times") == 1
+    wanted = np.concatenate([frames, frames[:70]]).astype(int)[:count]
+    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    assert np.abs(found - wanted).mean(axis=(1, 2, 3)).max() < 30
+    numbers = (0, 69, 70, 109, count - 1)
+    for number, still in zip(numbers, stills(footage, [(n + 0.2) / 25 for n in numbers], 48), strict=True):
+        assert np.abs(still - wanted[number]).mean() < 30
+    caplog.clear()
+    assert look(first).num_frames == 70
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("suffix", "parts", "frames"), [("flv", 2, 60), ("mp4", 2, 60), ("mkv", 3, 120), ("webm", 3, 120)]
+)
+def test_joined_files_of_which_the_last_is_not_read_are_refused(
+    tmp_path: Path, suffix: str, parts: int, frames: int
+) -> None:
+    first = film(tmp_path / f"first.{suffix}", 60)
+    assert look(first).damage == ""
+    footage = look(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
+    with pytest.raises(FootageError):
+        next(pictures(footage, AS_IT_IS))
+    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == frames
+
+
+@pytest.mark.parametrize("name", ["jump.mkv", "jump.mp4", "jump.ts"])
+def test_a_jump_of_ten_hours_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    frames = scene(100)
+    times = [40 * number + (36_000_000 if number >= 50 else 0) for number in range(100)]
+    footage = look(film(tmp_path / name, frames, times=times))
+    assert footage.num_frames == 100
+    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    assert np.abs(found.astype(int) - frames).mean() < 12
+
+
+def test_a_picture_that_stays_on_for_half_a_minute_stays(tmp_path: Path) -> None:
+    times = [*range(0, 1000, 40), *range(31_000, 32_000, 40)]
+    for name in ("still.mkv", "still.mp4"):
+        footage = look(film(tmp_path / name, 50, times=times))
+        assert footage.duration == pytest.approx(32, abs=0.1)
+        assert not footage.is_continued
+
+
+def test_the_joined_file_of_ten_seconds_has_ten(faults: Path) -> None:
+    footage = look(faults / "joined.mpg")
+    assert footage.duration == pytest.approx(10)
+    assert len(list(pictures(footage, AS_IT_IS))) == 300
 
 
 def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""`runtime.timestamps`: whatever clocks a stream was recorded with, its frames follow each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.timestamps import Part, SoundShift, Stamp, shifts, shown_times, split, usual_step
+
+UNIT = 0.001
+STEP = 40
+
+
+def coded(times: list[int], reordered: int, gop: int = 12) -> list[Stamp]:
+    """Return frames at rising times as packets in decoding order, groups of `reordered` + 1 led by their last."""
+    order: list[int] = [0]
+    for first in range(1, len(times), reordered + 1):
+        group = list(range(first, min(first + reordered + 1, len(times))))
+        order += [group[-1], *group[:-1]]
+    # Frames are decoded in time for the first that is shown.
+    delay = max((order.index(number) - number for number in range(len(times))), default=0)
+    decoded = [times[0] - STEP * (delay - number) for number in range(delay)] + times[: len(times) - delay]
+    led = {index for index in range(len(order)) if index == 0 or order[index] > max(order[:index])}
+    keys = {index for index in led if index % gop == 0}
+    return [Stamp(times[number], decoded[index], index in keys) for index, number in enumerate(order)]
+
+
+def laid_out(stamps: list[Stamp], **options: object) -> tuple[np.ndarray, tuple[Part, ...]]:
+    parts = split(stamps, UNIT, usual_step(stamps, STEP), STEP, **options)  # type: ignore[arg-type]
+    return shown_times(stamps, parts, STEP), parts
+
+
+STEPS = st.lists(st.integers(20, 60), min_size=8, max_size=40)
+REORDERED = st.integers(0, 3)
+
+
+def rising(start: int, steps: list[int]) -> list[int]:
+    return [start + sum(steps[:count]) for count in range(len(steps))]
+
+
+@given(st.integers(-(10**6), 10**9), st.lists(st.integers(1, 9000), min_size=1, max_size=40), REORDERED, st.booleans())
+def test_times_that_rise_stay_as_they_are(start: int, steps: list[int], reordered: int, broadcast: bool) -> None:
+    times = rising(start, steps)
+    found, parts = laid_out(coded(times, reordered), broadcast=broadcast)
+    assert found.tolist() == times
+    assert [part.shift for part in parts] == [0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**33 // 90), STEPS), min_size=2, max_size=5),
+    REORDERED,
+    st.booleans(),
+    st.booleans(),
+)
+def test_parts_that_restart_or_jump_follow_each_other(
+    recordings: list[tuple[int, list[int]]], reordered: int, broadcast: bool, estimated: bool
+) -> None:
+    whole, stamps, joints = [], [], 0
+    for start, steps in recordings:
+        times = rising(start, steps)
+        before = max(stamp.pts for stamp in stamps[joints:]) if stamps else None  # type: ignore[type-var]
+        # What is neither a step back nor a jump is a gap, which stays.
+        if before is not None and before - 100 <= start <= before + (10_001 if broadcast else 10_000_001):
+            continue
+        joints = len(stamps)
+        packets = coded(times, reordered)
+        # Matroska keeps no times of decoding, and libavformat's estimates are worth nothing after a restart.
+        stamps += [stamp._replace(dts=stamp.pts) for stamp in packets] if estimated and joints else packets
+        whole.append(times)
+    found, parts = laid_out(stamps, broadcast=broadcast)
+    assert len(parts) == len(whole)
+    assert len(found) == sum(map(len, whole))
+    assert (np.diff(found) > 0).all()
+    place = 0
+    for times in whole:
+        part = found[place : place + len(times)]
+        assert np.diff(part).tolist() == np.diff(times).tolist()
+        if place:
+            assert 20 <= part[0] - found[place - 1] <= 60
+        place += len(times)
+    assert [stamp.time + shift for stamp, shift in zip(stamps, shifts(parts), strict=False)] == pytest.approx(  # type: ignore[operator]
+        [found[whole_index] for whole_index in _positions(stamps, parts, found)]
+    )
+
+
+def _positions(stamps: list[Stamp], parts: tuple[Part, ...], found: np.ndarray) -> list[int]:
+    corrected = [stamp.time + shift for stamp, shift in zip(stamps, shifts(parts), strict=False)]  # type: ignore[operator]
+    return [int(np.searchsorted(found, time)) for time in corrected]
+
+
+def test_a_recording_joined_to_itself_doubles() -> None:
+    once = coded(rising(500, [STEP] * 125), 2)
+    found, parts = laid_out(once + once, broadcast=True)
+    assert found.tolist() == rising(500, [STEP] * 250)
+    assert [part.shift for part in parts] == [0, 5000]
+
+
+def test_a_jump_of_ten_hours_is_none_in_any_container() -> None:
+    stamps = coded([*rising(0, [STEP] * 50), *rising(36_000_000, [STEP] * 50)], 0)
+    for broadcast in (True, False):
+        found, _ = laid_out(stamps, broadcast=broadcast)
+        assert found[-1] == 99 * STEP
+
+
+@pytest.mark.parametrize(("seconds", "broadcast", "stays"), [(8, True, True), (30, True, False), (3600, False, True)])
+def test_a_picture_that_stays_on_is_told_from_a_jump(seconds: int, broadcast: bool, stays: bool) -> None:
+    times = [*rising(0, [STEP] * 50), *rising(2000 + 1000 * seconds, [STEP] * 50)]
+    found, _ = laid_out(coded(times, 0), broadcast=broadcast)
+    assert (found.tolist() == times) is stays
+    # Where sound goes on meanwhile, it is a gap in the pictures alone.
+    found, _ = laid_out(coded(times, 0), broadcast=broadcast, others=np.arange(0, seconds + 4, 0.1))
+    assert found.tolist() == times
+    # Sound that jumps with the pictures is no proof of a gap.
+    others = [*np.arange(0, 2.5, 0.1), *np.arange(1.5 + seconds, 4 + seconds, 0.1)]
+    found, _ = laid_out(coded(times, 0), broadcast=broadcast, others=others)
+    assert (found.tolist() == times) is stays
+
+
+def test_slides_of_half_a_minute_each_are_no_jumps() -> None:
+    times = rising(0, [30_000] * 10)
+    found, _ = laid_out(coded(times, 0, gop=1), broadcast=True)
+    assert found.tolist() == times
+
+
+def test_frames_that_an_edit_list_hides_are_left_out() -> None:
+    stamps = coded(rising(0, [STEP] * 40), 2)
+    stamps = [stamp._replace(is_shown=number >= 13) for number, stamp in enumerate(stamps)]
+    found, parts = laid_out(stamps)
+    assert found.tolist() == rising(13 * STEP, [STEP] * 27)
+    assert len(parts) == 1
+
+
+def test_packets_without_a_time_are_counted_where_they_are_frames() -> None:
+    assert laid_out([Stamp(None, None)] * 5)[0].tolist() == rising(0, [STEP] * 5)
+    # Every fourth packet has a time stamp: a frame each.
+    stamps = [Stamp(time if time % 160 == 0 else None, None) for time in rising(0, [STEP] * 40)]
+    assert laid_out(stamps)[0].tolist() == rising(0, [STEP] * 40)
+    # Every second: the second field of a frame.
+    stamps = list(itertools.chain.from_iterable((Stamp(time, time), Stamp(None, None)) for time in range(0, 1600, 40)))
+    assert laid_out(stamps)[0].tolist() == rising(0, [STEP] * 40)
+
+
+def test_sound_gets_the_correction_of_its_pictures() -> None:
+    parts = [Part(0, 0, 0, 5000), Part(125, 5040, 0, 5000), Part(250, -25_000, 36_000, 41_000)]
+    shift = SoundShift(parts, UNIT)
+    # Sound of each part in turn, that of the second begins before the last of the first is read.
+    found = [shift.of(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
+    assert found == pytest.approx([0, 0, 0, 0, 5.04, 5.04, 5.04, -25, -25])
