@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.errors import DeviceError, FootageError
 from runtime.files import replace_when_whole
-from runtime.footage import ROUNDING, Footage, frames_from, load_av, opened_container
+from runtime.footage import ROUNDING, Footage, frames_from, load_av, opened_container, upright
 from runtime.timestamps import SoundShift
 
 log = logging.getLogger("drn")
@@ -196,8 +196,9 @@ def _upright(footage: Footage, seen: Iterator[tuple[float, float, Any]]) -> Iter
         # Colours are in pairs of pixels.
         size = size or {"width": max(2, frame.width & ~1), "height": max(2, frame.height & ~1)}
         plain = frame.reformat(**size, format="yuv420p", interpolation="BICUBIC")
-        if footage.quarter_turns:
-            turned = av.VideoFrame.from_ndarray(_turned(plain.to_ndarray(), footage.quarter_turns), format="yuv420p")
+        if footage.quarter_turns or footage.mirrored:
+            planes = _turned(plain.to_ndarray(), footage.quarter_turns, footage.mirrored)
+            turned = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
                 setattr(turned, name, getattr(plain, name))
             plain = turned
@@ -209,11 +210,11 @@ def _upright(footage: Footage, seen: Iterator[tuple[float, float, Any]]) -> Iter
         yield plain
 
 
-def _turned(planes: np.ndarray, quarter_turns: int) -> np.ndarray:
-    """Return a yuv420p picture, (height * 3 / 2, width) uint8, turned counterclockwise."""
+def _turned(planes: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
+    """Return a yuv420p picture, (height * 3 / 2, width) uint8, mirrored and turned as by `upright`."""
     height, width = planes.shape[0] * 2 // 3, planes.shape[1]
     parts = planes[:height], *planes[height:].reshape(2, height // 2, width // 2)
-    turned = [np.rot90(part, quarter_turns) for part in parts]
+    turned = [upright(part, quarter_turns, mirrored) for part in parts]
     return np.ascontiguousarray(np.concatenate([part.reshape(-1, turned[0].shape[1]) for part in turned]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import mmap
 import os
 import re
@@ -40,6 +41,8 @@ ROUNDING = 1e-3
 KEY_SECONDS = 12.0
 # Codecs of cover pictures, which some writers store as a video stream without marking it.
 PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
+# Degrees that a display matrix may be off a quarter turn, as ffmpeg allows.
+TURN_TOLERANCE = 1.0
 # Of libavformat's AVFMT_TS_DISCONT: containers of broadcasts, in which time stamps may restart.
 TS_DISCONT = 0x0200
 # How files of a format begin, to find one that was joined to another and that FFmpeg does not read.
@@ -67,6 +70,7 @@ class Footage:
         frame_rate: frames per second.
         height, width: of a frame as it is stored, before it is turned.
         quarter_turns: how often a frame is to be turned by 90 degrees counterclockwise, to stand upright.
+        mirrored: whether left and right of a frame are to be exchanged before it is turned.
         damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
         start: time of the first frame on the file's own clock, in seconds.
         pixel_aspect: how many times as wide as high a stored pixel is shown.
@@ -86,6 +90,7 @@ class Footage:
     pixel_aspect: float = 1.0
     parts: tuple[Part, ...] = ()
     tick: float = 0.0
+    mirrored: bool = False
 
     @property
     def is_continued(self) -> bool:
@@ -140,11 +145,13 @@ class Picture:
     Args:
         height, width: of the frames.
         framing: what becomes of them.
-        quarter_turns: counterclockwise, before all else.
+        quarter_turns, mirrored: how frames are made upright, as `Footage` has it, before all else.
     """
 
-    def __init__(self, height: int, width: int, framing: Framing, quarter_turns: int = 0) -> None:
-        pixels = np.rot90(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns)
+    def __init__(
+        self, height: int, width: int, framing: Framing, quarter_turns: int = 0, mirrored: bool = False
+    ) -> None:
+        pixels = upright(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns, mirrored)
         (top, below, across), (left, right, along) = (
             _taps(length, resized, cut)
             for length, resized, cut in zip(pixels.shape, framing.resized(*pixels.shape), framing.crop)
@@ -169,6 +176,11 @@ class Picture:
             np.add(self._total, self._parts, out=self._total)
         np.right_shift(self._total, WHOLE_BITS, out=self._total)
         return self._total[..., :3].astype(np.uint8)
+
+
+def upright(pixels: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
+    """Return a picture, (height, width, ...), mirrored left to right if so, then turned counterclockwise."""
+    return np.rot90(pixels[:, ::-1] if mirrored else pixels, quarter_turns)
 
 
 def _taps(length: int, resized: int, cut: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,18 +227,20 @@ def look(path: str | os.PathLike[str]) -> Footage:
             "example with `ffmpeg -i FILE -c copy NEW.mkv`."
         )
     _report(path, times, parts, unit)
+    quarter_turns, mirrored = _orientation(first, path)
     return Footage(
         path=path,
         num_frames=num_frames,
         frame_rate=rate,
         height=first.height,
         width=first.width,
-        quarter_turns=_quarter_turns(first.rotation, path),
+        quarter_turns=quarter_turns,
         damage=damage,
         start=int(times[0]) * unit,
         pixel_aspect=pixel_aspect,
         parts=parts,
         tick=unit,
+        mirrored=mirrored,
     )
 
 
@@ -272,7 +286,7 @@ def pictures(
     def picture(frame: Any) -> np.ndarray:
         size = (frame.height, frame.width)
         if size not in makers:
-            makers[size] = Picture(*size, framing, footage.quarter_turns)
+            makers[size] = Picture(*size, framing, footage.quarter_turns, footage.mirrored)
         return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
 
     reached, waiting, shown = -1, None, None
@@ -390,7 +404,7 @@ def _small(frame: Any, footage: Footage, height: int) -> np.ndarray:
     share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
     size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
     picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(picture, footage.quarter_turns))
+    return np.ascontiguousarray(upright(picture, footage.quarter_turns, footage.mirrored))
 
 
 def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:
@@ -646,8 +660,22 @@ def _decoded(
             yield frame
 
 
-def _quarter_turns(rotation: int, path: Path) -> int:
-    turns = round(rotation / 90)
-    if rotation % 90:
-        log.warning("%s says it is turned by %d degrees; it is turned by %d.", path, rotation, 90 * turns)
-    return turns % 4
+def _orientation(frame: Any, path: Path) -> tuple[int, bool]:
+    """Return the counterclockwise quarter turns that make a frame upright, and whether it is mirrored before.
+
+    Source: the matrix (a, b, u, c, d, v, x, y, w) of ISO/IEC 14496-12, 8.3.2: a stored pixel at (p, q), counted to the
+    right and down, is shown at (a p + c q + x, b p + d q + y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32).astype(float)[:5]
+    if a * d == b * c:
+        log.warning("%s has a display matrix of which nothing can be seen; its frames are taken as stored.", path)
+        return 0, False
+    mirrored = a * d < b * c
+    degrees = math.degrees(math.atan2(-b, a)) + (180 if mirrored else 0)
+    turns = round(degrees / 90)
+    if abs(degrees - 90 * turns) > TURN_TOLERANCE:
+        log.warning("%s says it is turned by %d degrees; it is turned by %d.", path, degrees, 90 * turns)
+    return turns % 4, mirrored

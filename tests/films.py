@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +80,18 @@ def _silence(container: Any, seconds: float) -> None:
         frame.sample_rate, frame.pts = 16000, start
         container.mux(stream.encode(frame))
     container.mux(stream.encode())
+
+
+def oriented(path: Path, matrix: Sequence[float], frames: np.ndarray | int = 40) -> Path:
+    """Write an mp4 with a display matrix (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
+    content = film(path, frames).read_bytes()
+    stored, wanted = (
+        struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        for a, b, c, d in ((65536, 0, 0, 65536), [round(value * 65536) for value in matrix])
+    )
+    place = content.index(stored, content.index(b"tkhd"))
+    path.write_bytes(content[:place] + wanted + content[place + len(wanted) :])
+    return path
 
 
 def joined(path: Path, *sources: Path) -> Path:

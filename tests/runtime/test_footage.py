@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import footage as footage_module
+from runtime.cutting import cut
 from runtime.errors import DeviceError, FootageError
 from runtime.footage import Framing, Picture, clips, look, pictures, stills
 from runtime.videos import ClipClock
-from tests.films import film, holed, joined, scene, sound_only, trimmed, truncated
+from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 
 AS_IT_IS = Framing((48, 64), (48, 64))
 """Neither resized nor cropped."""
@@ -109,6 +110,57 @@ def test_frames_stand_upright(tmp_path: Path, turned: int) -> None:
     found = np.stack(list(pictures(footage, Framing(size, size))))
     assert found.shape == upright.shape
     assert np.abs(found.astype(int) - upright).mean() < 12
+
+
+MATRICES = [
+    (1, 0, 0, 1),
+    (-1, 0, 0, 1),
+    (-1, 0, 0, -1),
+    (1, 0, 0, -1),
+    (0, 1, 1, 0),
+    (0, -1, 1, 0),
+    (0, -1, -1, 0),
+    (0, 1, -1, 0),
+]
+"""The eight orientations of Exif, 1 to 8, as (a, b, c, d): (x, y) is shown at (a x + c y, b x + d y)."""
+
+
+def as_shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
+    """Return a (height, width, 3) picture as the display matrix says, pixel by pixel."""
+    a, b, c, d = matrix
+    height, width = stored.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    across, down = a * x + c * y, b * x + d * y
+    across, down = across - across.min(), down - down.min()
+    shown = np.empty((down.max() + 1, across.max() + 1, 3), np.uint8)
+    shown[down, across] = stored
+    return shown
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_every_orientation_is_shown_upright(tmp_path: Path, matrix: tuple[int, ...]) -> None:
+    stored = scene(3)
+    footage = look(oriented(tmp_path / "clip.mp4", matrix, stored))
+    wanted = as_shown(stored[1], matrix).astype(int)
+    size = wanted.shape[:2]
+    found = list(pictures(footage, Framing(size, size)))[1]
+    assert np.abs(found - wanted).mean() < 12
+    (still,) = stills(footage, [0.05], size[0])
+    assert still.shape == wanted.shape
+    assert np.abs(still - wanted).mean() < 12
+    cut(footage, [(0.05, 0.1)], [tmp_path / "cut.mp4"])
+    made = look(tmp_path / "cut.mp4")
+    assert (made.quarter_turns, made.mirrored) == (0, False)
+    assert np.abs(next(pictures(made, Framing(size, size))) - wanted).mean() < 12
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 0, 0, 0), 0), ((0.6, 0.8, -0.8, 0.6), 3)])
+def test_an_orientation_that_is_no_quarter_turn_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, matrix: tuple[float, ...], turns: int
+) -> None:
+    footage = look(oriented(tmp_path / "clip.mp4", matrix, 3))
+    assert (footage.quarter_turns, footage.mirrored) == (turns, False)
+    assert "clip.mp4" in caplog.text
 
 
 def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
