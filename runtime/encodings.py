@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.errors import FeatureError, one_line
+from runtime.arrayfiles import read_archive
+from runtime.errors import FeatureError, excerpt, reading
 from runtime.files import check_file, replace_when_whole
+from runtime.layouts.values import is_number
+from runtime.textfiles import parse_json
 from runtime.videos import LONGEST_SECONDS
 from runtime.windows import Window
 
@@ -122,17 +125,13 @@ def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndar
     """Return what `read` makes of a file's facts, features and spans."""
     path = Path(path)
     check_file(path, "The encoding", FeatureError)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            features, spans = arrays["features"], arrays["spans"]
-        return read(about, features, spans)
-    # On damaged files zipfile and NumPy raise what their parsers do, without a common base.
-    except Exception as error:
-        raise FeatureError(
-            f"{path} should be an encoding that drn-deploy saved and cannot be read ({one_line(error)}); "
-            "encode the video again."
-        ) from error
+    with reading(path, "an encoding that drn-deploy saved", FeatureError, "encode the video again"):
+        arrays = read_archive(path, max_members=3)
+        about, features, spans = arrays["about"], arrays["features"], arrays["spans"]
+        if about.shape or about.dtype.kind != "U":
+            raise ValueError("its facts are not a text")
+        facts = parse_json(str(about), f"{path}", FeatureError, advice="encode the video again")
+        return read(facts, features, spans)
 
 
 def _read(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
@@ -144,6 +143,8 @@ def _read(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
 
 def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedWindows:
     _check_format(about, WINDOWS_FORMAT)
+    if not all(is_number(value) for values in about["windows"] for value in values):
+        raise ValueError("its windows are not numbers")
     windows = tuple(Window(*values) for values in about["windows"])
     name, model = str(about["name"]), str(about["model"])
     if not len(features) == len(spans) == len(windows) == len(about["keys"]) > 0:
@@ -157,7 +158,7 @@ def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> Encode
 
 def _check_format(about: Any, wanted: str) -> None:
     if about["format"] != wanted:
-        raise ValueError(f"its format is {about['format']!r} and {wanted!r} is read here")
+        raise ValueError(f"its format is {excerpt(about['format'])} and {wanted!r} is read here")
 
 
 def _key(video: EncodedVideo) -> str:

@@ -18,7 +18,7 @@ from runtime.errors import FootageError, GroundingError
 from runtime.extractors import Extractor
 from runtime.files import check_file, read_json, replace_when_whole, sha256, write_json
 from runtime.footage import Footage, clips, look, pictures
-from runtime.videos import ClipClock, Video
+from runtime.videos import ClipClock, Video, load_features
 
 log = logging.getLogger("drn")
 
@@ -204,7 +204,7 @@ def cached_video(
     )
     if found != known:
         write_json(note, {"format": FORMAT, **dataclasses.asdict(found)})
-    return Video(np.load(output), found.num_frames, found.duration, path.stem)
+    return Video(load_features(output), found.num_frames, found.duration, path.stem)
 
 
 def hash_of(path: Path) -> str:

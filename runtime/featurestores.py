@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.errors import DeviceError, FeatureError, MissingFeatures, excerpt, one_line
+from runtime.arrayfiles import read_header
+from runtime.errors import FeatureError, MissingFeatures, excerpt
 from runtime.files import check_directory, check_file
+from runtime.hdf5 import Hdf5Reader
 from runtime.layouts.values import file_stem, is_file_name
-from runtime.videos import load_features, refuse_bomb
+from runtime.videos import load_features
 
 SUFFIXES = (".pt", ".npy", ".npz")
 HDF5_SUFFIXES = (".h5", ".hdf5")
-# In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
-DATASET = "c3d_features"
 
 
 class FeatureStore(Protocol):
@@ -74,11 +74,9 @@ class FeatureFiles:
     def num_clips(self, video: str) -> int:
         path = self.path(video)
         if path.suffix == ".npy":
-            try:
-                return int(np.load(path, mmap_mode="r", allow_pickle=False).shape[0])
-            except (ValueError, OSError, EOFError, IndexError):
-                # Whatever is wrong with the file, `load_features` says it.
-                pass
+            # Whatever is wrong with the file, `load_features` reports it.
+            with contextlib.suppress(Exception), open(path, "rb") as stream:
+                return read_header(stream).shape[0]
         return len(load_features(path))
 
     def stamp(self, video: str) -> tuple[Any, ...]:
@@ -98,84 +96,30 @@ class FeatureArchive:
 
     def __init__(self, file: Path) -> None:
         self.place = file
+        self._reader = Hdf5Reader(file)
 
     def path(self, video: str) -> Path:
-        self._dataset(video)
+        self._reader.describe(_spellings(video))
         return self.place
 
     def load(self, video: str) -> np.ndarray:
-        dataset = self._dataset(video)
-        refuse_bomb(f"{self.place}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
-        try:
-            return np.asarray(dataset[()])
-        except (OSError, MemoryError) as error:
-            raise FeatureError(f"{self.place}: {dataset.name} cannot be read: {one_line(error)}.") from error
+        return self._reader.read(_spellings(video))
 
     def num_clips(self, video: str) -> int:
-        return int(self._dataset(video).shape[0])
+        return int(self._reader.describe(_spellings(video))["shape"][0])
 
     def stamp(self, video: str) -> tuple[Any, ...]:
+        name = self._reader.describe(_spellings(video))["name"]
         stat = self.place.stat()
-        return self.place.name, stat.st_size, stat.st_mtime_ns, self._dataset(video).name
+        return self.place.name, stat.st_size, stat.st_mtime_ns, name
+
+    def close(self) -> None:
+        """End the process that reads the file, until it is read again."""
+        self._reader.close()
 
     def content(self, video: str) -> bytes:
         features = self.load(video)
         return f"{features.dtype} {features.shape} ".encode() + features.tobytes()
-
-    @functools.cached_property
-    def _root(self) -> Any:
-        try:
-            import h5py
-        except ImportError as error:
-            raise DeviceError(
-                f"Features in HDF5 need h5py, which cannot be imported ({error}); run `pip install 'drn-deploy[hdf5]'`."
-            ) from error
-        check_file(self.place, "The feature file", FeatureError)
-        try:
-            return h5py.File(self.place, "r")
-        except OSError as error:
-            raise FeatureError(
-                f"{self.place} should be an HDF5 file of clip features and cannot be read: {one_line(error)}."
-            ) from error
-
-    def _dataset(self, video: str) -> Any:
-        members = (self._member(self._root, name) for name in _spellings(video))
-        node = next((member for member in members if member is not None), None)
-        if node is None:
-            raise MissingFeatures(
-                f"There are no features of {video!r} in {self.place}: neither a dataset nor a group has this name."
-            )
-        if hasattr(node, "keys"):
-            names = list(node.keys())
-            name = DATASET if DATASET in names else names[0] if len(names) == 1 else None
-            inner = None if name is None else self._member(node, name)
-            if inner is None:
-                raise FeatureError(
-                    f"{self.place}: the group of {video!r} should hold one dataset, or one called {DATASET!r}, and "
-                    f"holds {', '.join(names[:3]) or 'nothing'}."
-                )
-            node = inner
-        if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f":
-            raise FeatureError(
-                f"{self.place}: the features of {video!r} should be floats of shape (num_clips, D), and are "
-                f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
-            )
-        if node.external or node.is_virtual:
-            raise FeatureError(f"{self.place}: the features of {video!r} lie in another file; copy them into this one.")
-        return node
-
-    def _member(self, group: Any, name: str) -> Any:
-        """Return a member of a group, or None; FeatureError for a link to somewhere else."""
-        import h5py
-
-        link = group.get(name, getlink=True)
-        if link is None:
-            return None
-        if not isinstance(link, h5py.HardLink):
-            raise FeatureError(
-                f"{self.place}: {name!r} is a link to somewhere else; copy what it points to into this file."
-            )
-        return group[name]
 
 
 def open_store(root: Path, place: Path | None) -> FeatureStore:

@@ -21,12 +21,13 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
 
-from runtime.errors import CheckpointError
+from runtime.arrayfiles import open_archive
+from runtime.errors import CheckpointError, reading
 
 # Name of a number type in torch -> NumPy's, as stored. bfloat16 is widened to float32 once read.
 _DTYPES = {
@@ -75,8 +76,29 @@ _LEGACY_PROTOCOL = 1001
 # NumPy 1 stops at 32 axes.
 _MOST_AXES = 32
 # Strides of zero make a tensor of any size out of one number. Up to here that may be an honest `expand`.
-_MOST_REPEATED_BYTES = 1 << 30
+_MOST_REPEATED_BYTES = 1 << 28
+# A checkpoint with its optimizer takes about 30,000 opcodes and 1 MB. The bounds keep reading within seconds.
+_MAX_PICKLE_BYTES = 1 << 28
+_MAX_OPCODES = 1 << 20
+# Containers that share parts are trees with the parts repeated to whoever compares, prints or copies them.
+_MAX_REPEATED_NODES = 1 << 20
+# Integers and tuples that may be keys: hashing more takes time without bound.
+_MAX_KEY_BITS, _MAX_KEY_ITEMS = 60, 16
 _NUMPY_DTYPE = re.compile(r"[<>|=]?(?:b1|[iuf][1248]|c(?:8|16)|[SU][1-9]\d{0,5})\Z")
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose pickle is damaged, or takes time or memory without bound. Its numbers are not read.
+
+    For files that torch itself then reads: `torch.load(weights_only=True)` hashes whatever a pickle nests, which a
+    file of 500 bytes can prolong for years. Classes that the file asks for are left to torch to refuse.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
+    path = os.fspath(path)
+    with _errors(path), open(path, "rb") as file:
+        _load(file, path, inert=True, resolved=False)
 
 
 def load(path: str | os.PathLike[str], *, inert: bool = False) -> Any:
@@ -97,17 +119,17 @@ def load(path: str | os.PathLike[str], *, inert: bool = False) -> Any:
             for anything but tensors and plain containers, or a tensor reaches outside its storage.
     """
     path = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            return _load(file, path, inert)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path} nests its containers too deeply to be read.") from error
-    except MemoryError as error:
-        raise CheckpointError(f"{path} needs more memory than this machine can give.") from error
+    with _errors(path), open(path, "rb") as file:
+        return _load(file, path, inert)
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+    with reading(path, "a file that torch.save wrote", CheckpointError, "copy or download it again"):
+        try:
+            yield
+        except RecursionError as error:
+            raise CheckpointError(f"{path} nests its containers too deeply to be read; save it again.") from error
 
 
 class Inert:
@@ -240,25 +262,25 @@ class _Ordered(OrderedDict):  # type: ignore[type-arg]
         pass
 
 
-def _load(file: IO[bytes], path: str, inert: bool) -> Any:
+def _load(file: IO[bytes], path: str, inert: bool, resolved: bool = True) -> Any:
     start = file.read(265)
     if not start:
         raise CheckpointError(f"{path} is empty; copy or download it again.")
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
-        return _load_zip(file, path, inert)
+        return _load_zip(file, path, inert, resolved)
     if start[:1] == b"\x80":
-        return _load_legacy(file, path, inert)
+        return _load_legacy(file, path, inert, resolved)
     if start[257:262] == b"ustar":
         raise CheckpointError(f"{path} is a tar archive; unpack it first, or save it again with torch 1.6 or later.")
     raise CheckpointError(f"{path} is not a file that torch.save writes: it starts with {start[:8]!r}.")
 
 
-def _load_zip(file: IO[bytes], path: str, inert: bool) -> Any:
+def _load_zip(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
     file_size = os.fstat(file.fileno()).st_size
     try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, UnicodeDecodeError) as error:
+        archive = open_archive(file)
+    except Exception as error:  # zipfile raises many kinds on damaged archives
         raise _damaged(path, f"{_shown(error)}") from error
     records = {record.filename: record for record in archive.infolist()}
     prefixes = [name[: -len("data.pkl")] for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -285,8 +307,10 @@ def _load_zip(file: IO[bytes], path: str, inert: bool) -> Any:
             raise _damaged(path, f"the record data/{_shown(key)} of a tensor is missing")
         return read(f"data/{key}")
 
+    if records[f"{prefix}data.pkl"].file_size > _MAX_PICKLE_BYTES:
+        raise _too_large(path)
     tree = _unpickle(read("data.pkl").tobytes(), path, inert)
-    return _Arrays(path, read_storage, byte_order).resolve(tree)
+    return None if not resolved else _Arrays(path, read_storage, byte_order).resolve(tree)
 
 
 def _read_record(file: IO[bytes], record: zipfile.ZipInfo, path: str, file_size: int) -> np.ndarray:
@@ -318,7 +342,7 @@ def _read_bytes(file: IO[bytes], begin: int, count: int) -> np.ndarray:
     return content[:taken]
 
 
-def _load_legacy(file: IO[bytes], path: str, inert: bool) -> Any:
+def _load_legacy(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
     file_size = os.fstat(file.fileno()).st_size
     # Mapped only to find where each of the pickles ends: a mapping never reads past the end of the file.
     with contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
@@ -353,7 +377,7 @@ def _load_legacy(file: IO[bytes], path: str, inert: bool) -> Any:
             raise _damaged(path, f"the storage {_shown(key)} of a tensor is missing")
         return _read_bytes(file, *places[key])
 
-    return _Arrays(path, read_storage, "<").resolve(tree)
+    return _Arrays(path, read_storage, "<").resolve(tree) if resolved else None
 
 
 def _next_pickle(mapped: mmap.mmap, path: str, inert: bool, stored: dict[str, _Storage] | None = None) -> Any:
@@ -372,6 +396,8 @@ def _check_opcodes(stream: Any, path: str) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             count += 1
+            if count > _MAX_OPCODES:
+                raise _too_large(path)
             if opcode.name in ("EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(f"{path} was refused: it uses pickle extension codes; torch.save does not.")
             memoized = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
@@ -396,15 +422,76 @@ def _unpickle(
         _check_opcodes(io.BytesIO(content), path)
     unpickler = _Unpickler(content, path, inert, {} if stored is None else stored)
     try:
-        return unpickler.load()
+        tree = unpickler.load()
+        _check_sharing(tree, path)
+        return tree
     except (CheckpointError, RecursionError, MemoryError):
         raise
     except Exception as error:  # the pickle module promises no particular exception for hostile bytes
         raise _damaged(path, f"its pickle fails on {_shown(error)}") from error
 
 
-class _Unpickler(pickle.Unpickler):
+def _check_sharing(tree: Any, path: str) -> None:
+    """Raise CheckpointError if a tree whose parts are shared grows without bound when it is printed or compared."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, (list, tuple, set, frozenset, dict)):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # of a cycle
+            children = [*node.values(), *node] if isinstance(node, dict) else node
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    if size(tree) > max(_MAX_REPEATED_NODES, 16 * len(sizes)):
+        raise CheckpointError(f"{path} was refused: its containers repeat their parts without bound.")
+
+
+def _check_key(key: Any) -> Any:
+    """Return `key` if its hash takes a bounded time: an atom, a note, or a flat tuple of atoms."""
+    for item in key if type(key) is tuple and len(key) <= _MAX_KEY_ITEMS else (key,):
+        if type(item) is int and item.bit_length() > _MAX_KEY_BITS:
+            raise pickle.UnpicklingError("a key that is a large integer")
+        atom = item is None or isinstance(item, (str, bytes, int, float, complex, _Note, Inert))
+        if not atom and not (isinstance(item, type) and issubclass(item, Inert)):
+            raise pickle.UnpicklingError("a key that is neither text, a number nor a flat tuple of such")
+    return key
+
+
+# The Python implementation: that in C hashes whatever a file says, and nested tuples take exponential time.
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """A pickle reader to which only `_Known` names exist, and `Inert` ones where that was asked for."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({_check_key(key): value for key, value in zip(items[::2], items[1::2])})
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_check_key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        table = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2]):
+            table[_check_key(key)] = value
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        for item in items:
+            self.stack[-1].add(_check_key(item))
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(map(_check_key, self.pop_mark())))
+
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
 
     def __init__(self, content: bytes, path: str, inert: bool, stored: dict[str, _Storage]) -> None:
         # Text of Python 2 is Latin-1 here, so that the bytes inside its NumPy arrays survive.
@@ -447,8 +534,8 @@ class _Unpickler(pickle.Unpickler):
             "numpy.dtype": self._numpy_dtype,
         }
         for builtins in ("builtins", "__builtin__"):
-            calls[f"{builtins}.set"] = lambda items=(): set(_list(items))
-            calls[f"{builtins}.frozenset"] = lambda items=(): frozenset(_list(items))
+            calls[f"{builtins}.set"] = lambda items=(): set(map(_check_key, _list(items)))
+            calls[f"{builtins}.frozenset"] = lambda items=(): frozenset(map(_check_key, _list(items)))
             calls[f"{builtins}.bytes"] = _no_bytes
             calls[f"{builtins}.complex"] = _complex
         for core in ("numpy.core", "numpy._core"):
@@ -565,6 +652,8 @@ def _ordered(items: Any = ()) -> _Ordered:
     pairs = _list(items)
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise pickle.UnpicklingError("the items of an OrderedDict")
+    for key, _ in pairs:
+        _check_key(key)
     return _Ordered(pairs)
 
 
@@ -625,6 +714,12 @@ def _item_size(dtype: str) -> int:
 
 def _damaged(path: str, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or damaged: {what}; copy or download it again.")
+
+
+def _too_large(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was refused: its pickle is larger than that of any checkpoint; save tensors instead of lists."
+    )
 
 
 def _shown(thing: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from runtime.errors import CheckpointError, FeatureError, one_line
+from runtime.arrayfiles import load_array, read_archive
+from runtime.errors import CheckpointError, FeatureError, reading
 from runtime.files import check_file
 
 Pooling = Literal["mmaction2", "drn"]
@@ -25,8 +26,6 @@ MOST_FRAMES = 2**31 - 1
 LARGEST_FEATURE = 1e15
 # A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
 MAPPED_BYTES = 1 << 26
-# Compressed features: what unfolds to more than this, and to so many times its size, is a mistake or an attack.
-LARGEST_UNFOLDED, LARGEST_RATIO = 1 << 28, 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,62 +204,51 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
     check_file(path, "The feature file", FeatureError, "check the path or the name of the video")
     if path.stat().st_size == 0:
         raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
-    if path.suffix == ".npy":
-        try:
-            mapped = path.stat().st_size > MAPPED_BYTES
-            value = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
-        except Exception as error:
+    if path.suffix not in FEATURE_SUFFIXES:
+        raise FeatureError(f"{path} should end in .npy, .npz or .pt; convert the features to one of them.")
+    with reading(path, "a NumPy array of clip features", FeatureError, "extract the features of this video again"):
+        value = FEATURE_SUFFIXES[path.suffix](path)
+        if value.ndim != 2 or value.dtype.kind != "f":
             raise FeatureError(
-                f"{path} should be a NumPy array of clip features and cannot be read: {one_line(error)}."
-            ) from error
-        if not isinstance(value, np.ndarray):
-            value.close()
+                f"The features of {path} should be floats of shape (num_clips, D), and are {value.dtype} of shape "
+                f"{value.shape}."
+            )
+        return value
+
+
+def _mapped_array(path: Path) -> np.ndarray:
+    with open(path, "rb") as stream:
+        if stream.read(2) == b"PK":
             raise FeatureError(f"{path} is an archive of arrays under the name of one; save the array with numpy.save.")
-        return value
-    if path.suffix == ".npz":
-        return _only_array(path)
-    if path.suffix in (".pt", ".pth"):
-        from runtime import torchfile
-
-        try:
-            value = torchfile.load(path)
-        except CheckpointError as error:
-            raise FeatureError(f"{path} should be a tensor of clip features: {error}") from error
-        if not isinstance(value, np.ndarray):
-            raise FeatureError(f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.")
-        return value
-    raise FeatureError(f"{path} should end in .npy, .npz or .pt; convert the features to one of them.")
-
-
-def refuse_bomb(what: str, unfolded: int, stored: int) -> None:
-    """Raise FeatureError for compressed bytes that would unfold to far more than features do."""
-    if unfolded > max(LARGEST_UNFOLDED, LARGEST_RATIO * stored):
-        raise FeatureError(
-            f"{what} would unfold from {stored} bytes to {unfolded}, as no features do; store them uncompressed."
-        )
+    return load_array(path, MAPPED_BYTES)
 
 
 def _only_array(path: Path) -> np.ndarray:
-    """Return the one array of a `.npz` file; its directory is looked at before anything is unfolded."""
+    """Return the one array of a `.npz` file."""
+    arrays = read_archive(path, max_members=1)
+    if len(arrays) != 1:
+        raise FeatureError(f"{path} should hold one array of clip features, and holds none; save it again.")
+    return next(iter(arrays.values()))
+
+
+def _tensor(path: Path) -> np.ndarray:
+    from runtime import torchfile
+
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise FeatureError(f"{path} should be a NumPy archive of clip features and cannot be read: {error}.") from error
-    if len(members) != 1:
-        raise FeatureError(f"{path} should hold one array of clip features, and holds {len(members)}; keep that one.")
-    refuse_bomb(f"{path}", members[0].file_size, members[0].compress_size)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            value = arrays[arrays.files[0]]
-    except Exception as error:
-        raise FeatureError(
-            f"{path} should hold an array of clip features and cannot be read: {one_line(error)}."
-        ) from error
+        value = torchfile.load(path)
+    except CheckpointError as error:
+        raise FeatureError(f"{path} should be a tensor of clip features: {error}") from error
     if not isinstance(value, np.ndarray):
-        raise FeatureError(f"{path} should hold an array of clip features, and holds something else.")
+        raise FeatureError(f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.")
     return value
+
+
+FEATURE_SUFFIXES: dict[str, Callable[[Path], np.ndarray]] = {
+    ".npy": _mapped_array,
+    ".npz": _only_array,
+    ".pt": _tensor,
+    ".pth": _tensor,
+}
 
 
 def check_features(features: np.ndarray, name: str) -> None:

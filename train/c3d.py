@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from runtime.errors import CheckpointError
+from runtime import torchfile
+from runtime.errors import CheckpointError, one_line
 from runtime.extractors import FORMAT, ExtractorManifest
 from train.checkpoints import load, save
 
@@ -147,8 +148,11 @@ def load_c3d(path: Path) -> C3DCheckpoint:
         red, green, blue = content["mean"]
         config = C3DConfig(tuple(content["config"]["widths"]), content["config"]["dim"])
         checkpoint = C3DCheckpoint(config, (red, green, blue), content["weights"], dict(content["sources"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); convert it again.") from error
+    # The values of a damaged file are of any kind, tensors among them.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); convert it again."
+        ) from error
     check_c3d_weights(checkpoint.weights, config, str(path))
     return checkpoint
 
@@ -156,6 +160,7 @@ def load_c3d(path: Path) -> C3DCheckpoint:
 def is_c3d_file(path: Path) -> bool:
     """Whether a torch file says that it is a `c3d.pt`; no tensor is read. False for files that cannot be opened."""
     try:
+        torchfile.check(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # Whoever opens the file in earnest says what is wrong with it.
     except Exception:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime import torchfile
 from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError
+from runtime.errors import CheckpointError, GroundingError, excerpt, one_line
 from runtime.extractors import FORMAT as EXTRACTOR_FORMAT
 from runtime.files import check_file, replace_when_whole, sha256
 from runtime.manifest import Features, Manifest
@@ -137,9 +138,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     except GroundingError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    # The values of a damaged file are of any kind, tensors among them.
+    except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); train or convert again."
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again."
         ) from error
     words, told = len(checkpoint.vocabulary), checkpoint.config
     if words not in (0, told.vocab_size):
@@ -212,21 +214,18 @@ def load(path: str | os.PathLike[str]) -> Any:
                     f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
                     "drn.pt; graphs and engines are made of one and do not turn back into it."
                 )
+        torchfile.check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
             "DRN checkpoint, convert it with `python -m train.convert`."
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:
+    except GroundingError:
+        raise
+    # Torch raises whatever its parsers do, without a common base.
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} should be a torch checkpoint and cannot be read: {reason}.") from error
+        raise CheckpointError(
+            f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again."
+        ) from error

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
+from runtime.arrayfiles import load_array
 from runtime.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.featurestores import FeatureStore
 from runtime.files import replace_when_whole
@@ -86,7 +87,7 @@ def pool(
             _write(path, videos, store, places, num_segments, features.dim)
         except OutputError as error:
             raise OutputError(f"{error} The pooled features go to --cache, which is {cache}.") from error
-    mapped = np.load(path, mmap_mode="r")
+    mapped = load_array(path)
     spans = np.stack([spans for _, _, spans in places])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
 
@@ -96,8 +97,9 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     if not path.is_file():
         return False
     try:
-        return np.load(path, mmap_mode="r").shape == shape
-    except (ValueError, OSError, EOFError):
+        return load_array(path).shape == shape
+    # On a damaged header NumPy raises what its parser does, without a common base.
+    except Exception:
         log.warning("%s is damaged; pooling again.", path)
         return False
 

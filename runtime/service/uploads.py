@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from runtime.annotations import DataSet
+from runtime.arrayfiles import open_archive, read_header
 from runtime.backends import Device
 from runtime.errors import FeatureError, OutputError, one_line
 from runtime.extraction import cache_directory
@@ -34,9 +35,6 @@ log = logging.getLogger("drn.service")
 
 # A .npz of one array has one entry of some 100 bytes in its directory; a directory of millions would fill the memory.
 ZIP_DIRECTORY_BYTES = 4 << 10
-ZIP_END = 22
-# A record of larger sizes may stand before the end, 20 bytes that lead to it between them; zipfile believes it.
-ZIP64_LOCATOR = 20
 # Beyond what a network and a video need, so that a file made to fill the memory ends its own process alone.
 EXTRACTOR_MEMORY = 8 << 30
 # `python -m runtime.extract` within that memory.
@@ -364,43 +362,32 @@ def container_of(path: Path) -> str:
 
 def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
     try:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"format {version} is not one of plain arrays")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream)
+        header = read_header(stream)
     # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
     except Exception as error:
         raise Refusal(
             422, f"The features should be a NumPy array and cannot be read: {one_line(error)[:200]}."
         ) from error
+    shape, dtype, size = header.shape, header.dtype, header.num_bytes
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
         raise Refusal(
             422,
             f"The features should be floats of shape (num_clips, {dim}), and are {dtype!s:.40} of shape "
             f"{str(shape)[:60]}; extract them with the network that the model was trained with.",
         )
-    size = shape[0] * shape[1] * dtype.itemsize
     if size > most_bytes:
         raise Refusal(413, f"The features unpack to {size} bytes and at most {most_bytes} are taken; send fewer clips.")
     content = stream.read(size + 1)
     if len(content) != size:
         more = "more" if len(content) > size else f"{len(content)}"
         raise Refusal(422, f"The features should be {size} bytes by their head and hold {more}; write the file again.")
-    array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if header.fortran else "C")
     return np.ascontiguousarray(array, dtype.newbyteorder("="))
 
 
 def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - ZIP_END - ZIP64_LOCATOR))
-    tail = stream.read()
-    locator, end = tail[:-ZIP_END], tail[-ZIP_END:]
-    large = locator.startswith(b"PK\6\7") or int.from_bytes(end[12:16], "little") > ZIP_DIRECTORY_BYTES
-    if not end.startswith(b"PK\5\6") or large:
-        raise _odd_archive("it is cut off, or holds more than an array")
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with open_archive(stream, ZIP_DIRECTORY_BYTES) as archive:
             members = archive.infolist()
             arrays = [member for member in members if member.filename.endswith(".npy")]
             named = [member for member in arrays if member.filename == "features.npy"] or arrays

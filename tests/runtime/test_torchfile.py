@@ -8,8 +8,10 @@ import functools
 import io
 import os
 import pickle
+import struct
 import sys
 import tempfile
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -592,3 +594,48 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.pt", tmp_path):
         with pytest.raises(CheckpointError, match=path.name):
             torchfile.load(path)
+
+
+def _zipped(path: Path, content: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/version", b"3\n")
+    return path
+
+
+def _doubled(levels: int, pair: bytes, start: bytes = b"K\1\x85") -> bytes:
+    """Opcodes of a container that holds itself twice, so many times over."""
+    steps = b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + pair for n in range(levels))
+    return start + steps
+
+
+HOSTILE = {
+    "tuple as a key": b"\x80\2}" + _doubled(60, b"\x86") + b"K\1s.",
+    "tuple in a set": b"\x80\4\x8f(" + _doubled(60, b"\x86") + b"\x90.",
+    "tuple in a frozenset": b"\x80\4(" + _doubled(60, b"\x86") + b"\x91.",
+    "tuple in a call of set": b"\x80\2c__builtin__\nset\n](" + _doubled(60, b"\x86") + b"e\x85R.",
+    "tuple as a key of an OrderedDict": b"\x80\2ccollections\nOrderedDict\n]("
+    + _doubled(60, b"\x86")
+    + b"K\1\x86e\x85R.",
+    "tuple without a key": b"\x80\2" + _doubled(60, b"\x86") + b".",
+    "large integers as keys": b"\x80\2}\x8b" + struct.pack("<i", 1 << 16) + b"\1" * (1 << 16) + b"K\1s.",
+    "deep tuple as a key": b"\x80\2}" + b"K\1" + b"\x85" * 100_000 + b"K\1s.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    path = _zipped(tmp_path / "bomb.pt", HOSTILE[name])
+    started = time.monotonic()
+    for read in (torchfile.load, torchfile.check, lambda path: torchfile.load(path, inert=True)):
+        with pytest.raises(CheckpointError):
+            read(path)
+    assert time.monotonic() - started < 5
+
+
+def test_flat_keys_and_shared_parts_are_read(tmp_path: Path) -> None:
+    part = [1, 2]
+    value = {1: part, "a": part, (1, "b"): part, None: {3, (4, 5)}, 2.5: frozenset({6})}
+    torch.save(value, tmp_path / "a.pt")
+    assert torchfile.load(tmp_path / "a.pt") == value
+    torchfile.check(tmp_path / "a.pt")

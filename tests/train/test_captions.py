@@ -138,7 +138,7 @@ def test_pooled_features_from_hdf5_are_those_from_files_and_are_made_anew_with_t
     np.testing.assert_array_equal(found.features, wanted.features)
     np.testing.assert_array_equal(found.spans, wanted.spans)
     assert found.key != wanted.key
-    archive.store._root.close()  # type: ignore[attr-defined]
+    archive.store.close()  # type: ignore[attr-defined]
     doubled = pool(write(2), videos, 16, features, tmp_path / "cache")
     np.testing.assert_array_equal(doubled.features, 2 * wanted.features)
 

@@ -1,0 +1,139 @@
+"""Arrays that promise more than they hold, and archives that unfold to more than they should."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.arrayfiles import MAX_DIRECTORY_BYTES, load_array, open_archive, read_archive, read_array, read_header
+from runtime.errors import FeatureError
+from runtime.videos import load_features
+
+
+def npy(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, version)
+    return stream.getvalue()
+
+
+def headed(shape: object, descr: str = "<f4", content: bytes = b"") -> bytes:
+    """A `.npy` file with such a header, whatever follows it."""
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + content
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=">f8").reshape(2, 3),
+        np.asfortranarray(np.ones((3, 2), np.float16)),
+        np.zeros((0, 5)),
+        np.float32(1),
+        np.array("text"),
+    ],
+)
+def test_read_array_returns_what_numpy_wrote(array: np.ndarray, version: tuple[int, int], tmp_path: Path) -> None:
+    content = npy(np.asarray(array), version)
+    read = read_array(io.BytesIO(content), len(content))
+    np.testing.assert_array_equal(read, array)
+    assert read.dtype == np.asarray(array).dtype
+    (tmp_path / "a.npy").write_bytes(content)
+    np.testing.assert_array_equal(load_array(tmp_path / "a.npy"), array)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\2\0" + struct.pack("<I", 2**32 - 1) + b"{",
+        headed((10**12, 4096)),
+        headed((2**62, 2**62)),
+        headed((-1, 4)),
+        headed((1,) * 64, content=b"1234"),
+        headed((4, 4), content=b"\0" * 63),
+        headed((1,), "|O", b"\x80\x04N."),
+        headed((10**15,), "|V0"),
+        headed("no shape"),
+        npy(np.ones(3))[:-1],
+    ],
+)
+def test_read_array_refuses_what_is_not_there(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(FeatureError) as caught:
+        load_features(tmp_path / "a.npy")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"."):
+        read_array(io.BytesIO(content), len(content))
+
+
+def test_a_header_of_gigabytes_is_not_unfolded(tmp_path: Path) -> None:
+    class Counting(io.BytesIO):
+        taken = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            assert size >= 0
+            Counting.taken += size
+            return super().read(size)
+
+    stream = Counting(b"\x93NUMPY\2\0" + struct.pack("<I", 2**31) + b" " * 2**20)
+    with pytest.raises(ValueError, match="header"):
+        read_header(stream)
+    assert Counting.taken < 100
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_without_a_bound_are_refused(tmp_path: Path, compression: int) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("features.npy", npy(np.ones((2, 2))))
+    with pytest.raises(FeatureError):
+        load_features(tmp_path / "a.npz")
+
+
+def test_a_directory_that_lies_about_sizes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, features=np.zeros((1000, 1000), np.float32))
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\1\2")
+    content[place + 24 : place + 28] = struct.pack("<I", 200)
+    path.write_bytes(content)
+    with pytest.raises(FeatureError):
+        load_features(path)
+
+
+def test_a_damaged_member_is_refused_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, features=np.ones((10, 10), np.float32))
+    content = bytearray(path.read_bytes())
+    content[400] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FeatureError):
+        load_features(path)
+
+
+def test_read_archive_returns_arrays_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", one=np.ones(3), two=np.array("text"))
+    arrays = read_archive(tmp_path / "a.npz", 2)
+    assert set(arrays) == {"one", "two"}
+    assert str(arrays["two"]) == "text"
+    with pytest.raises(ValueError, match="2 arrays"):
+        read_archive(tmp_path / "a.npz", 1)
+
+
+def test_open_archive_refuses_large_directories() -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a", b"1")
+    content = bytearray(stream.getvalue())
+    content[-10:-6] = struct.pack("<I", MAX_DIRECTORY_BYTES + 1)
+    with pytest.raises(ValueError, match="directory"):
+        open_archive(io.BytesIO(bytes(content)))
+    with pytest.raises(ValueError, match="cut off"):
+        open_archive(io.BytesIO(bytes(content[:-1])))
