@@ -460,10 +460,13 @@ def _check_key(key: Any) -> Any:
 
 
 # The Python implementation: that in C hashes whatever a file says, and nested tuples take exponential time.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
+
+
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """A pickle reader to which only `_Known` names exist, and `Inert` ones where that was asked for."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: dict[int, Any] = dict(_PythonUnpickler.dispatch)
 
     def load_dict(self) -> None:
         items = self.pop_mark()

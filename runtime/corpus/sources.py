@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,7 +13,9 @@ from typing import Any, Protocol, Union
 import numpy as np
 
 from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, one_line
+from runtime.arrayfiles import MAX_AXES, check_unfolded
+from runtime.corpus.pages import unfolded_bytes
+from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.featurestores import FeatureFiles
 from runtime.files import json_digest, read_json
 from runtime.layouts.values import is_number
@@ -20,8 +23,8 @@ from runtime.videos import ClipClock, Video
 
 DURATIONS = "durations.json"
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Rows of a Parquet file that are unfolded at a time.
-ROWS_AT_ONCE = 8
+# Rows of a Parquet file that are unfolded at a time: more are not faster.
+ROWS_AT_ONCE = 1
 
 # File, row group and row, of what lies in Parquet.
 Place = Union[tuple[int, int, int], None]
@@ -152,12 +155,14 @@ class ParquetSource:
         for number, path in enumerate(self._files):
             with self._opened(number) as file:
                 for group in range(file.num_row_groups):
-                    names = file.read_row_group(group, columns=["video"]).column("video").to_pylist()
-                    for row, name in enumerate(names):
+                    self._check_group(file, number, group, ("video",))
+                    for row, name in enumerate(self._names(number, group)):
                         if not isinstance(name, str) or not name:
-                            raise AnnotationError(f"{path}: a video is called {name!r}; every row names its video.")
+                            raise AnnotationError(
+                                f"{path}: a video is called {excerpt(name)}; every row names its video."
+                            )
                         if name in seen:
-                            raise AnnotationError(f"{path}: {name!r} stands in two rows; leave one of them out.")
+                            raise AnnotationError(f"{path}: {excerpt(name)} stands in two rows; leave one of them out.")
                         seen.add(name)
                         listed.append(Listed(name, (number, group, row)))
         if not listed:
@@ -173,38 +178,67 @@ class ParquetSource:
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):
-            wanted = {_row(video.place): video.name for video in chosen}
-            with self._opened(number) as file:
-                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-                batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
-                start, rows = 0, sorted(wanted)
-                while rows:
-                    try:
-                        batch = next(batches)
-                    # What pyarrow raises where a page is damaged, which holds many rows.
-                    except (OSError, ValueError) as error:
-                        path = self._files[number]
-                        yield from (f"{wanted[row]!r} lies where {path} is damaged: {one_line(error)}" for row in rows)
-                        break
-                    while rows and rows[0] < start + len(batch):
-                        row = rows.pop(0)
-                        values = {name: batch.column(name)[row - start] for name in columns}
-                        yield _or_why(functools.partial(_unfolded, values, wanted[row], clock))
-                    start += len(batch)
+            names = {_row(video.place): video.name for video in chosen}
+            try:
+                rows = self._rows(number, group, sorted(names))
+                for row, values in rows:
+                    yield _or_why(functools.partial(_unfolded, values, names.pop(row), clock))
+            # A page holds many rows, and a damaged one leaves none of them.
+            except FeatureError as error:
+                yield from (f"{name!r} cannot be read: {error}" for _, name in sorted(names.items()))
 
-    def _opened(self, number: int) -> Any:
+    def _rows(self, number: int, group: int, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the values of rows of a row group by column, in order; FeatureError where the file is damaged."""
+        with self._opened(number) as file:
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            self._check_group(file, number, group, columns)
+            batches, start, left = iter(()), 0, list(rows)
+            batch: Any = ()
+            with self._reading(number):
+                batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
+            while left:
+                with self._reading(number):
+                    if left[0] >= start + len(batch):
+                        start, batch = start + len(batch), next(batches)
+                        continue
+                    values = {name: batch.column(name)[left[0] - start] for name in columns}
+                yield left.pop(0), values
+
+    def _reading(self, number: int) -> contextlib.AbstractContextManager[None]:
+        return reading(self._files[number], "a Parquet file", FeatureError, "copy it or write it again")
+
+    def _check_group(self, file: Any, number: int, group: int, columns: Sequence[str]) -> None:
+        """Raise FeatureError unless what these columns of a row group unfold to is in proportion to their size."""
         path = self._files[number]
-        try:
-            file = self._parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
-        except (OSError, ValueError) as error:
-            raise FeatureError(f"{path} should be a Parquet file and cannot be read: {one_line(error)}.") from error
-        missing = [name for name in NEEDED if name not in file.schema_arrow.names]
-        if missing:
-            raise AnnotationError(
-                f"{path} lacks the column {missing[0]!r}; video, duration and features are expected, and perhaps "
-                "num_frames, shape and dtype."
-            )
-        return file
+        with self._reading(number), open(path, "rb") as stream:
+            about = file.metadata.row_group(group)
+            for index in range(about.num_columns if about.num_rows else 0):
+                column = about.column(index)
+                if column.path_in_schema.split(".")[0] in columns:
+                    unfolded = unfolded_bytes(stream, column)
+                    check_unfolded(f"{path}: {column.path_in_schema}", unfolded, column.total_compressed_size)
+
+    @contextlib.contextmanager
+    def _opened(self, number: int) -> Iterator[Any]:
+        with self._reading(number):
+            file = self._file(number)
+        with file:
+            missing = [name for name in NEEDED if name not in file.schema_arrow.names]
+            if missing:
+                raise AnnotationError(
+                    f"{self._files[number]} lacks the column {missing[0]!r}; video, duration and features are "
+                    "expected, and perhaps num_frames, shape and dtype."
+                )
+            yield file
+
+    def _file(self, number: int, **options: Any) -> Any:
+        return self._parquet.ParquetFile(self._files[number], memory_map=True, pre_buffer=False, **options)
+
+    def _names(self, number: int, group: int) -> Iterator[Any]:
+        """Yield the names in a row group, which stay indices until then: a dictionary repeats long ones for nothing."""
+        with self._reading(number), self._file(number, read_dictionary=["video"]) as file:
+            names = file.read_row_group(group, columns=["video"]).column("video")
+            yield from (name.as_py() for name in names)
 
 
 NEEDED = ("video", "duration", "features")
@@ -222,9 +256,10 @@ def _row(place: Place) -> int:
 
 
 def _unfolded(values: dict[str, Any], name: str, clock: ClipClock) -> Video:
-    duration, num_frames = (values[key].as_py() if key in values else None for key in ("duration", "num_frames"))
-    length, frames = _length({"duration": duration, "num_frames": num_frames}, f"The row of {name!r}")
-    features = _features(values, name)
+    row = f"The row of {name!r}"
+    with reading(row, "a video with its features", FeatureError, "write the row again"):
+        length, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
+        features = _features(values, name)
     return Video(features, clock.num_frames(len(features)) if frames is None else frames, length, name)
 
 
@@ -235,17 +270,29 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
     cell = values["features"]
     if not cell.is_valid:
         raise FeatureError(f"The row of {name!r} has no features.")
-    shape, dtype = (values[key].as_py() if key in values else None for key in ("shape", "dtype"))
+    shape, dtype = _plain(values, "shape"), _plain(values, "dtype")
     # Tensors are known by their extension where it is loaded, and by what they are stored as elsewhere.
     if isinstance(cell.type, pa.BaseExtensionType):
         shape, cell = getattr(cell.type, "shape", shape), cell.value
     if pa.types.is_struct(cell.type) and {"data", "shape"} <= {field.name for field in cell.type}:
-        cell, shape = cell["data"], cell["shape"].as_py()
+        cell, shape = cell["data"], _plain(cell, "shape")
     try:
         numbers, clips = _numbers(cell, dtype)
         return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
     except (TypeError, ValueError) as error:
         raise FeatureError(f"The features of {name!r} are no (num_clips, D) floats: {one_line(error)}.") from error
+
+
+def _plain(values: Any, key: str) -> Any:
+    """Return the number, text or short list under a name; None where there is none."""
+    try:
+        cell = values[key]
+    except KeyError:
+        return None
+    items = getattr(cell, "values", None)
+    if items is not None and len(items) > MAX_AXES:
+        raise ValueError(f"{key} holds {len(items)} values")
+    return cell.as_py()
 
 
 def _two(shape: Any) -> tuple[int, int]:
@@ -265,9 +312,9 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
         return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
     inner, clips = getattr(cell, "values", None), 0
     if inner is not None and hasattr(inner.type, "value_type"):
-        lengths = set(inner.value_lengths().to_pylist())
-        if len(lengths) != 1 or None in lengths:
-            raise ValueError(f"all clips should have as many features, and have {sorted(lengths, key=str)[:5]}")
+        lengths = inner.value_lengths().unique()
+        if len(lengths) != 1 or lengths.null_count:
+            raise ValueError(f"all clips should have as many features, and have {lengths[:5].to_pylist()}")
         inner, clips = inner.flatten(), len(inner)
     if inner is None or not pa.types.is_floating(inner.type):
         raise ValueError(f"they are {cell.type}")
@@ -280,7 +327,7 @@ def _length(value: Any, place: str) -> tuple[float, int | None]:
     duration, num_frames = told.get("duration"), told.get("num_frames")
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
-            f"{place} should have seconds and perhaps frames, and has {duration!r} and {num_frames!r}."
+            f"{place} should have seconds and perhaps frames, and has {excerpt(duration)} and {excerpt(num_frames)}."
         )
     return float(duration), None if num_frames is None else int(num_frames)
 

@@ -1,0 +1,102 @@
+"""Parquet whose pages unfold to more than their directory promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.corpus.pages import unfolded_bytes
+from runtime.corpus.sources import ParquetSource
+from runtime.errors import FeatureError
+from runtime.videos import ClipClock
+
+pa = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")
+
+
+def rows(path: Path, features: list[Any], **options: Any) -> Path:
+    """Write a row for each of these features."""
+    names = [f"v{number}" for number in range(len(features))]
+    table = pa.table({"video": names, "duration": [20.0] * len(names), "features": features})
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def columns(path: Path) -> list[Any]:
+    about = parquet.ParquetFile(path).metadata
+    return [about.row_group(0).column(index) for index in range(about.num_columns)]
+
+
+def answers(path: Path) -> list[Any]:
+    source = ParquetSource([path])
+    return list(source.load(source.listing(), ClipClock()))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_the_pages_of_whole_files_are_counted(tmp_path: Path, version: str, compression: str, dictionary: bool) -> None:
+    features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(30)]
+    options = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary}
+    path = rows(tmp_path / "a.parquet", features, data_page_size=1000, **options)
+    with open(path, "rb") as stream:
+        for column in columns(path):
+            assert unfolded_bytes(stream, column) >= column.num_values
+    found = answers(path)
+    np.testing.assert_array_equal(found[7].features, np.float32(features[7]))
+
+
+def bomb(path: Path) -> Path:
+    """Write a row of 80 million zeros, 320 MB, in 2 kB."""
+    zeros = pa.array(np.zeros(80_000_000, np.float32))
+    features = pa.LargeListArray.from_arrays(pa.array([0, len(zeros)], pa.int64()), zeros)
+    return rows(path, features, compression="zstd")
+
+
+def test_a_row_that_unfolds_without_measure_is_refused(tmp_path: Path) -> None:
+    (problem,) = answers(bomb(tmp_path / "bomb.parquet"))
+    assert "unfold" in problem
+    assert "\n" not in problem
+
+
+def test_a_directory_that_lies_about_its_pages_is_refused(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "bomb.parquet")
+    content = bytearray(path.read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    honest, lie = _zigzag(80_000_000, 4), _zigzag(100, 4)
+    assert honest in content[start:]
+    path.write_bytes(content[:start] + content[start:].replace(honest, lie))
+    assert {column.num_values for column in columns(path)} <= {1, 100}
+    (problem,) = answers(path)
+    assert "instead of 100" in problem
+
+
+def _zigzag(number: int, length: int) -> bytes:
+    """A number of the compact protocol in so many bytes."""
+    number <<= 1
+    parts = [number >> 7 * place & 127 | 128 for place in range(length)]
+    return bytes([*parts[:-1], parts[-1] & 127])
+
+
+def test_a_damaged_page_spoils_its_rows_alone(tmp_path: Path) -> None:
+    features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(4)]
+    path = rows(tmp_path / "a.parquet", features, row_group_size=2, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    place = columns(path)[2].data_page_offset
+    content[place : place + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    found = answers(path)
+    assert [isinstance(answer, str) for answer in found] == [True, True, False, False]
+    assert all("\n" not in answer for answer in found[:2])
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 60 + b"\x20\0\0\0PAR1"])
+def test_what_is_no_parquet_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(damage)
+    with pytest.raises(FeatureError) as caught:
+        ParquetSource([path]).listing()
+    assert "\n" not in str(caught.value)
