@@ -15,6 +15,11 @@ from pathlib import Path
 
 # Libraries that a backend brings in: told of where they are in use.
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
+# CPU features that decide which kernels of ONNX Runtime and torch run, by Linux's names: of x86, then of Arm.
+CPU_FEATURES = (
+    "sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8",
+    "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
 # Reasons for a lower clock that are no trouble: idle, and a limit that was asked for.
 HARMLESS = 0x1 | 0x2
 REASONS = {
@@ -82,6 +87,16 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_features() -> tuple[str, ...] | None:
+    """Return which of `CPU_FEATURES` this CPU has, as Linux lists them; None where the system does not list them."""
+    for line in _lines("/proc/cpuinfo"):
+        # "flags" on x86, "Features" on Arm.
+        if line.lower().startswith(("flags", "features")):
+            listed = set(line.partition(":")[2].split())
+            return tuple(name for name in CPU_FEATURES if name in listed)
+    return None
 
 
 def cores() -> int:

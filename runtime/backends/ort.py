@@ -16,6 +16,7 @@ import numpy as np
 
 from runtime import extractors
 from runtime.backends.cuda import keep_from_children
+from runtime.backends.eightbit import source_for_cpu
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.files import sha256
@@ -90,7 +91,8 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
         options.intra_op_num_threads = threads
     try:
         kept = KEPT_APART if device == "cpu" else None
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]], disabled_optimizers=kept)
+        source = source_for_cpu(path) if device == "cpu" else str(path)
+        session = ort.InferenceSession(source, options, providers=[PROVIDERS[device]], disabled_optimizers=kept)
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
         first_line = str(error).splitlines()[0]

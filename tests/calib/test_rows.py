@@ -17,6 +17,8 @@ from calib.rows import in_rows
 from calib.table import CalibrationTable
 from export.census import census
 from export.split import split_graph
+from runtime.backends.eightbit import unsigned
+from runtime.backends.ort import open_graph
 from runtime.errors import ModelFileError
 from runtime.tensors import Batch, Heads
 from tests import tolerances
@@ -106,6 +108,26 @@ def test_heads_are_those_of_the_convolutions(
         # Sums in another order may round a number to the other of two neighbours of eight bits, and some do.
         assert np.quantile(errors, 0.95) <= tolerances.HEADS, name
         assert errors.max() <= tolerances.INT8, name
+
+
+def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> None:
+    content = unsigned(rows.SerializeToString())
+    assert content is not None
+    shifted = onnx.load_from_string(content)
+    assert not any(tensor.data_type == onnx.TensorProto.INT8 for tensor in shifted.graph.initializer)
+    for name, ours, theirs in zip(
+        OUTPUTS, *(open_session(model, 1).run(OUTPUTS, vars(batch)) for model in (shifted, rows)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_what_is_judged_in_memory_is_what_runs(rows: onnx.ModelProto, batch: Batch, tmp_path: Path) -> None:
+    path = tmp_path / "drn.int8.onnx"
+    onnx.save(rows, path)
+    judged, runs = GraphBackend(rows, 1, optimised=True).run(batch), open_graph(path, "cpu", 1).run(batch)
+    for name in OUTPUTS:
+        # Padding, which the runtime leaves apart, is the one difference; it multiplies nothing.
+        np.testing.assert_allclose(getattr(judged, name), getattr(runs, name), rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_onnx_runtime_multiplies_every_product_in_eight_bits(

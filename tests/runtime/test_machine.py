@@ -51,6 +51,23 @@ def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch)
     assert throttling([conditions("now"), conditions("then")]) == ("power limit", "heat (hardware)")
 
 
+@pytest.mark.parametrize(
+    ("lines", "features"),
+    [
+        (["flags\t\t: fpu sse4_1 avx2 fma erms", "model name\t: x"], ("sse4_1", "avx2", "fma")),
+        (["flags\t\t: avx512_vnni avx2"], ("avx2", "avx512_vnni")),
+        (["processor\t: 0", "Features\t: fp asimd asimddp"], ("asimd", "asimddp")),
+        (["flags\t\t: fpu"], ()),
+        ([], None),
+    ],
+)
+def test_cpu_features_are_those_linux_lists(
+    lines: list[str], features: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_lines", lambda path: lines)
+    assert machine.cpu_features() == features
+
+
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "which", lambda _: None)
     found = conditions("before")

@@ -478,7 +478,9 @@ def test_damaged_state_of_a_run_is_named(
 
 def test_tiny_network_learns_a_made_up_data_set_through_all_three_stages(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
-    simulate(data, feature_dim=32, videos=320, difficulty="easy", seed=1)
+    # With half as many videos the margins depend on the rounding of a machine's kernels. With 640, over three seeds and
+    # with ATEN_CPU_CAPABILITY=default, mIoU is at least 0.14 and recall 0.33 above the best floor.
+    simulate(data, feature_dim=32, videos=640, difficulty="easy", seed=1)
     run_training(
         data,
         run,
