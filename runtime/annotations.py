@@ -23,13 +23,21 @@ from runtime.layouts.form import Times
 from runtime.layouts.values import SPLITS
 from runtime.manifest import Features
 from runtime.presets import Preset
-from runtime.videos import ClipClock, Video
+from runtime.videos import ClipClock, Origin, Video, check_frame_rate
 from runtime.vocabulary import Vocabulary, word_table
 
 log = logging.getLogger("drn")
 
 Invalid = Literal["error", "drop", "keep"]
 
+# Videos whose clips are counted before a long computation.
+CHECKED_VIDEOS = 256
+# Ends of moments as shares of their videos, the largest of each video. Over the splits of Charades-STA, ActivityNet,
+# TACoS and QVHighlights the smallest is 0.07 and the largest 1.12, and each split has one of 1 or more. Seconds in
+# place of milliseconds or frames give at most 0.04, the opposite at least 25.
+MIN_LARGEST_END, MAX_MEDIAN_END = 0.05, 2.0
+# Fewer videos may be short excerpts of what is in them.
+MIN_VIDEOS_FOR_UNITS = 3
 # Rows left out that a warning names, of however many.
 NAMED = 20
 
@@ -58,6 +66,10 @@ class DataSet:
         # Frame counts that the annotations tell; `frames` knows those of every video.
         self.num_frames: dict[str, int] = self._layout.num_frames
         self._told_of_stride = False
+        self.origin = Origin(
+            "Use features of these videos with this clip timing. A data set with another clip timing is prepared by "
+            "`python -m train.prepare --clock WINDOW STRIDE` and needs a model that was trained on it."
+        )
 
     @property
     def preset(self) -> Preset:
@@ -142,9 +154,13 @@ class DataSet:
 
     def judged(self, split: str) -> Iterator[tuple[Row, Annotation | None, list[str]]]:
         """Yield each row of a split as it is, with the moments that make sense (None: it has none), and what is wrong
-        with the others; AnnotationError where a row is malformed or names an unknown video."""
+        with the others; AnnotationError where a row is malformed or names an unknown video, and in the end where
+        moments and durations are in different units."""
+        ends: dict[str, float] = {}
         for row in self._layout.rows(split):
             annotation, good, problems = row.annotation, [], []
+            end = max(end for _, end in annotation.moments)
+            ends[annotation.video] = max(end, ends.get(annotation.video, 0.0))
             for moment in annotation.moments:
                 problem = self._problem(annotation.video, *moment)
                 if problem:
@@ -152,6 +168,29 @@ class DataSet:
                 else:
                     good.append(moment)
             yield row, annotation.narrowed(tuple(good)) if good else None, problems
+        self._check_units(split, ends)
+
+    def _check_units(self, split: str, ends: Mapping[str, float]) -> None:
+        """Raise AnnotationError (code `units_mismatch`) if moments and durations have different units.
+
+        Args:
+            split: where the moments stand.
+            ends: video to the end of its last moment, in seconds as they are read.
+        """
+        shares = {video: end / self.durations[video] for video, end in ends.items()}
+        if not shares:
+            return
+        last = max(shares, key=lambda video: shares[video])
+        if shares[last] > MIN_LARGEST_END and float(np.median(list(shares.values()))) < MAX_MEDIAN_END:
+            return
+        message = (
+            f"{self.annotations_path(split)}: of {len(shares)} videos, {last!r} has the moment that ends furthest: at "
+            f"{ends[last]:g} of {self.durations[last]:g} seconds. Moments or durations seem to be in another unit; "
+            "correct them (docs/formats.md has the units of each format)."
+        )
+        if len(shares) >= MIN_VIDEOS_FOR_UNITS:
+            raise AnnotationError(message, code="units_mismatch")
+        log.warning("%s", message)
 
     def videos(self, split: str) -> set[str]:
         """Return the names of the videos of a split, without a look at what is said of them."""
@@ -209,12 +248,19 @@ class DataSet:
         Args:
             video: its name.
             num_clips: of its features, where they have been read already.
+
+        Raises:
+            AnnotationError: frames and duration contradict each other; see `check_frame_rate`.
         """
         told, clock = self.num_frames.get(video), self.preset.features.clock
-        if told is not None and not self.preset.spread:
-            return told
-        clips = self.store.num_clips(video) if num_clips is None else num_clips
         if told is not None:
+            check_frame_rate(f"The video {video!r}", told, self.durations[video], AnnotationError)
+            if not self.preset.spread:
+                return told
+        clips = self.store.num_clips(video) if num_clips is None else num_clips
+        if told is None:
+            check_frame_rate(f"The video {video!r}", clock.num_frames(clips), self.durations[video], AnnotationError)
+        else:
             if clock.fits(told, clips):
                 return told
             if not self._told_of_stride:
@@ -235,7 +281,9 @@ class DataSet:
         """
         self._layout.check_known(name, "--video")
         features = self.store.load(name)
-        return Video(features, self.frames(name, len(features)), self.durations[name], name)
+        frames = self.frames(name, len(features))
+        counted = None if frames == self.num_frames.get(name) else self.preset.features.clock
+        return Video(features, frames, self.durations[name], name, self.origin, counted)
 
     def features(self) -> Features:
         """Return what the clip features of this data set are, their width read off its first annotated video."""
@@ -243,15 +291,31 @@ class DataSet:
         first = self.annotations(split, invalid="keep", quiet=True)[0]
         return dataclasses.replace(self.preset.features, dim=self.video(first.video).features.shape[1])
 
+    def check_clips(
+        self, videos: Sequence[str], clock: ClipClock | None = None, store: FeatureStore | None = None
+    ) -> None:
+        """Compare clips and frames of some of `videos` before a long computation, without reading their features.
+
+        Args:
+            videos: names; at most `CHECKED_VIDEOS` of them are checked, evenly spaced.
+            clock: clip timing of the features; that of the preset when not given.
+            store: where features are; those of this data set when not given.
+
+        Raises:
+            AnnotationError: frames and duration contradict each other; see `check_frame_rate`.
+            FeatureError: clips and frames contradict each other; see `Origin.check`.
+        """
+        clock, store = clock or self.preset.features.clock, store or self.store
+        for video in videos[:: max(1, -(-len(videos) // CHECKED_VIDEOS))]:
+            clips, told = store.num_clips(video), self.num_frames.get(video)
+            frames = clock.num_frames(clips) if told is None else told
+            check_frame_rate(f"The video {video!r}", frames, self.durations[video], AnnotationError)
+            if not self.preset.spread:
+                self.origin.check(video, clips, frames, clock)
+
     def check_clock(self, clock: ClipClock) -> None:
         """Warn if clips of this data set lie on other frames than those that a model learnt from."""
-        ours = self.preset.features.clock
-        if ours != clock:
-            log.warning(
-                "The clips of %s see %d frames, one every %d, and those that the model learnt from %d, one every %d; "
-                "its moments are wrong here unless it is known to fit.",
-                self.root, ours.window, ours.stride, clock.window, clock.stride,
-            )  # fmt: skip
+        self.origin.check_clock(str(self.root), self.preset.features.clock, clock)
 
     def _fractions(self, video: str, window: Times) -> tuple[float, float]:
         duration = self.durations[video]

@@ -14,7 +14,7 @@ from runtime.extraction import cached_video
 from runtime.extractors import open_extractor
 from runtime.footage import Footage, look
 from runtime.manifest import Features
-from runtime.videos import Video
+from runtime.videos import Origin, Video
 
 log = logging.getLogger("drn")
 
@@ -130,12 +130,8 @@ def open_choice(
     truths: Mapping[str, Sequence[tuple[float, float]]] = {}
     if choice.features is not None:
         assert choice.duration is not None
-        video = Video.load(choice.features, choice.duration, choice.num_frames, clock=features.clock)
-        if not features.clock.fits(video.num_frames, len(video.features)):
-            log.warning(
-                "%s holds %d clips, and --num-frames %d makes %d of them; moments are wrong if it is another's.",
-                choice.features, len(video.features), video.num_frames, features.clock.num_clips(video.num_frames),
-            )  # fmt: skip
+        origin = Origin("Correct --num-frames, or use --features with this clip timing.")
+        video = Video.load(choice.features, choice.duration, choice.num_frames, clock=features.clock, origin=origin)
     else:
         assert choice.data is not None
         assert choice.video is not None

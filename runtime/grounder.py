@@ -172,7 +172,7 @@ class Grounder:
         if not isinstance(video, Video):
             yield from cast(EncodedWindows, self._checked(video)).parts
             return
-        self.check_width(video)
+        self.check_fits(video)
         features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
         for window in windows:
             clips = video.features[window.first : window.last + 1]
@@ -283,8 +283,9 @@ class Grounder:
         return tokens
 
     def segments(self, video: Video) -> Segments:
-        """Return the segments of a video as this model was trained on; FeatureError if the width does not fit."""
-        self.check_width(video)
+        """Return the segments of a video as this model was trained on; FeatureError if its features do not fit."""
+        # `Video.segments` checks all else once; this is done for every query.
+        self._check_width(video)
         features = self.manifest.features
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
 
@@ -305,8 +306,12 @@ class Grounder:
             return self.segments(video)
         return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
 
-    def check_width(self, video: Video) -> None:
-        """Raise FeatureError unless the features of a video are as wide as this model takes them."""
+    def check_fits(self, video: Video) -> None:
+        """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""
+        self._check_width(video)
+        video.check(self.manifest.features.clock)
+
+    def _check_width(self, video: Video) -> None:
         features = self.manifest.features
         if video.features.shape[1] != features.dim:
             raise FeatureError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from runtime.annotations import DataSet
 from runtime.backends import Device
 from runtime.command import command, next_command
-from runtime.errors import DeviceError, GroundingError
+from runtime.errors import DeviceError, GroundingError, MissingFeatures
 from runtime.extraction import cache_directory
 from runtime.extractors import open_extractor
 from runtime.files import sha256
@@ -21,6 +21,8 @@ log = logging.getLogger("drn")
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 MIB = 1 << 20
+# Videos of a data set that are opened at the start, unless one of them can be used.
+CHECKED_VIDEOS = 8
 
 
 def serve(
@@ -136,18 +138,25 @@ def serve(
 
 
 def _check_features(grounder: Grounder, data: DataSet) -> None:
-    """Raise FeatureError if the features of a data set are not as wide as the model takes them; one video tells.
+    """Raise FeatureError if the model cannot take the features of the first few usable videos of a data set.
 
     A clock that is not the model's is warned of.
     """
     data.check_clock(grounder.manifest.features.clock)
+    problems: list[GroundingError] = []
     for name in sorted(data.durations):
         try:
-            video = data.video(name)
-        except GroundingError:
+            grounder.check_fits(data.video(name))
+            return
+        except MissingFeatures:
             continue
-        grounder.check_width(video)
-        return
+        except GroundingError as error:
+            # One odd file among good ones is an error of its own when it is asked.
+            problems.append(error)
+            if len(problems) == CHECKED_VIDEOS:
+                break
+    if problems:
+        raise problems[0]
     log.warning("%s holds usable features of none of its videos; only what is sent can be asked.", data.root)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Literal
 import numpy as np
 
 from runtime.arrayfiles import load_array, read_archive
-from runtime.errors import CheckpointError, FeatureError, reading
+from runtime.errors import CheckpointError, FeatureError, GroundingError, reading
 from runtime.files import check_file
 
 Pooling = Literal["mmaction2", "drn"]
 
-# How far the clips of a video may be from what its frame count promises, before they are taken for another clock's.
+log = logging.getLogger("drn")
+
+# How far the number of clips may be from what the frame count gives: beyond the first a warning, beyond the second an
+# error. Published files are up to a few clips short. Rounding alone changes short videos by a clip or two.
 CLOCK_SLACK = 0.1
+MAX_CLIP_RATIO = 1.5
+MAX_CLIP_DIFFERENCE = 2
+# Videos of Charades have 6 to 120 frames per second, those of TACoS 29.4.
+MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 240
 
 # A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
 LONGEST_SECONDS = 1e8
@@ -42,6 +50,9 @@ class ClipClock:
                 "were given."
             )
 
+    def __str__(self) -> str:
+        return f"{self.window} frames a clip, one every {self.stride}"
+
     def num_clips(self, num_frames: int) -> int:
         """Return how many whole windows fit into `num_frames`, at least one."""
         return max(1, (num_frames - self.window) // self.stride + 1)
@@ -54,6 +65,73 @@ class ClipClock:
         """Whether a video of so many frames has about so many clips."""
         wanted = self.num_clips(num_frames)
         return abs(wanted - num_clips) <= max(1, CLOCK_SLACK * wanted)
+
+    def contradicts(self, num_frames: int, num_clips: int) -> bool:
+        """Whether features of so many clips must have another timing, or belong to another video."""
+        low, high = sorted((self.num_clips(num_frames), num_clips))
+        return high > MAX_CLIP_RATIO * low and high - low > MAX_CLIP_DIFFERENCE
+
+
+@dataclasses.dataclass(eq=False)
+class Origin:
+    """Where videos come from: all videos of a data set share one.
+
+    Attributes:
+        advice: what to do when the clips of a video do not fit its frames, as sentences.
+        warned: whether a warning about that was given.
+    """
+
+    advice: str = "Correct num_frames, or use features with this clip timing."
+    warned: bool = False
+
+    def check(self, name: str, num_clips: int, num_frames: int, clock: ClipClock) -> None:
+        """Compare the number of clips of a video with its frame count: this is the only place where that is done.
+
+        Args:
+            name: of the video.
+            num_clips: rows of its features.
+            num_frames: its length in frames.
+            clock: the clip timing by which segments are pooled.
+
+        Raises:
+            FeatureError: they contradict each other (code `clip_timing_mismatch`). A smaller difference is a warning,
+                once for all videos of this origin.
+        """
+        if clock.fits(num_frames, num_clips):
+            return
+        message = (
+            f"The features of {name} have {num_clips} clips, but its {num_frames} frames make "
+            f"{clock.num_clips(num_frames)} at {clock} (the clip timing that is expected here)."
+        )
+        if clock.contradicts(num_frames, num_clips):
+            raise FeatureError(f"{message} {self.advice}", code="clip_timing_mismatch")
+        self._warn(message)
+
+    def check_clock(self, name: str, counted: ClipClock, clock: ClipClock) -> None:
+        """Warn, once, if the frames of a video were counted by another clip timing than segments are pooled by."""
+        if counted != clock:
+            self._warn(
+                f"The clips of {name} see {counted.window} frames, one every {counted.stride}, and those that the "
+                f"model learnt from {clock.window}, one every {clock.stride}; its moments are wrong here unless it is "
+                "known to fit."
+            )
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            self.warned = True
+            log.warning("%s %s Other videos like this one are not listed.", message, self.advice)
+
+
+def check_frame_rate(name: str, num_frames: float, duration: float, error: type[GroundingError] = FeatureError) -> None:
+    """Raise `error` (code `frame_rate_out_of_range`) unless a video has 1 to 240 frames per second."""
+    rate = num_frames / duration
+    if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
+        raise error(
+            f"{name} has {num_frames:g} frames in {duration:g} seconds, which is {rate:.3g} frames per second; "
+            f"{MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. Give the duration in seconds, and the frame count of "
+            "the same video.",
+            code="frame_rate_out_of_range",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +157,16 @@ class Video:
         num_frames: length in frames.
         duration: length in seconds.
         name: how reports call it.
+        origin: where it comes from, for warnings that are given once.
+        counted: the clip timing by which `num_frames` was counted from the clips; None where it is known.
     """
 
     features: np.ndarray
     num_frames: int
     duration: float
     name: str = "video"
+    origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
+    counted: ClipClock | None = dataclasses.field(default=None, repr=False, compare=False)
     _segments: dict[tuple[int, str, ClipClock], Segments] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -100,6 +182,7 @@ class Video:
             raise FeatureError(
                 f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given."
             )
+        check_frame_rate(self.name, self.num_frames, self.duration)
 
     @classmethod
     def load(
@@ -109,6 +192,7 @@ class Video:
         num_frames: int | None = None,
         name: str | None = None,
         clock: ClipClock | None = None,
+        origin: Origin | None = None,
     ) -> Video:
         """Read a `.npy`, `.npz` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
 
@@ -118,15 +202,17 @@ class Video:
             num_frames: taken from the number of clips when not given, which is right to within one clip stride.
             name: the file's stem when not given.
             clock: how clips lie on frames, for `num_frames`.
+            origin: where it comes from; a source of its own when not given.
 
         Raises:
             FeatureError: the file is missing, is not such an array, or holds values that are not finite.
         """
         path = Path(path)
         features = load_features(path)
+        counted = (clock or ClipClock()) if num_frames is None else None
         if num_frames is None:
             num_frames = (clock or ClipClock()).num_frames(len(features))
-        return cls(features, num_frames, duration, name or path.stem)
+        return cls(features, num_frames, duration, name or path.stem, origin or Origin(), counted)
 
     def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipClock | None = None) -> Segments:
         """Divide the video into `num_segments` equal parts and max-pool the clips of each.
@@ -140,12 +226,27 @@ class Video:
 
         The result is kept, so that every further query of this video gets it for nothing.
 
+        Raises:
+            FeatureError: see `check`.
+
         Source: CharadesSTADataset in mmaction2; CharadesSTA and its proposal file in the authors' code.
         """
         key = (num_segments, pooling, clock or ClipClock())
         if key not in self._segments:
+            self.check(key[2])
             self._segments[key] = pooled(self.features, self.num_frames, *key)
         return self._segments[key]
+
+    def check(self, clock: ClipClock) -> None:
+        """Raise FeatureError unless clips and frames fit each other and the clips differ from each other.
+
+        See `Origin.check` and `check_varies`. Frames that were counted from the clips cannot contradict them.
+        """
+        if self.counted is None:
+            self.origin.check(self.name, len(self.features), self.num_frames, clock)
+        else:
+            self.origin.check_clock(self.name, self.counted, clock)
+        check_varies(self.features, self.name)
 
 
 def pooled(features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipClock) -> Segments:
@@ -277,3 +378,21 @@ def check_features(features: np.ndarray, name: str) -> None:
                 f"The features of {name} hold {len(bad)} values that are not finite, "
                 f"the first in clip {bad[0][0]}; extract them again."
             )
+
+
+def check_varies(features: np.ndarray, name: str) -> None:
+    """Raise FeatureError (code `constant_features`) if all clips of a video are equal, or a single one is zero.
+
+    Features of still pictures differ slightly from clip to clip, unless the frames are equal in every bit. No moment of
+    such a video can be distinguished either.
+    """
+    # In nearly all files the first and the last row differ, and no other row is compared.
+    if not np.array_equal(features[0], features[-1]) or (len(features) == 1 and features.any()):
+        return
+    if all((features[start : start + 1024] == features[0]).all() for start in range(0, len(features), 1024)):
+        value = f"the value {features.flat[0]:g}" if (features[0] == features[0, 0]).all() else "the same values"
+        raise FeatureError(
+            f"The features of {name} hold {value} in all {len(features)} clips, so no moment can be distinguished; "
+            "extract them again.",
+            code="constant_features",
+        )

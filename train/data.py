@@ -16,11 +16,10 @@ from tqdm import tqdm
 from runtime.annotations import Annotation, DataSet
 from runtime.arrayfiles import load_array
 from runtime.errors import AnnotationError, FeatureError, OutputError, QueryError
-from runtime.featurestores import FeatureStore
 from runtime.files import replace_when_whole
 from runtime.manifest import Features
 from runtime.tensors import Batch, collate
-from runtime.videos import Segments, check_features, max_over_rows, segment_rows
+from runtime.videos import Segments, check_features, check_varies, max_over_rows, segment_rows
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 
@@ -74,17 +73,22 @@ def pool(
         "files": stamps,
         "num_frames": num_frames,
         "num_segments": num_segments,
+        # Files that were written before these were compared are not used.
+        "checked": "clips against frames",
         "features": dataclasses.asdict(features),
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
     places = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
-    if not _is_whole(path, (len(videos), num_segments, features.dim)):
+    if _is_whole(path, (len(videos), num_segments, features.dim)):
+        # For the warning, which would else be given by the first run only.
+        data_set.check_clips(videos, features.clock)
+    else:
         # What a killed process left: nobody else would ever remove gigabytes of it.
         for stray in cache.glob(f".{path.stem}.*"):
             stray.unlink(missing_ok=True)
         try:
-            _write(path, videos, store, places, num_segments, features.dim)
+            _write(path, data_set, videos, places, num_frames, num_segments, features)
         except OutputError as error:
             raise OutputError(f"{error} The pooled features go to --cache, which is {cache}.") from error
     mapped = load_array(path)
@@ -106,12 +110,14 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
 
 def _write(
     path: Path,
+    data_set: DataSet,
     videos: Sequence[str],
-    store: FeatureStore,
     places: Sequence[tuple],
+    num_frames: Sequence[int],
     num_segments: int,
-    dim: int,
+    features: Features,
 ) -> None:
+    store, dim = data_set.store, features.dim
     dtype = store.load(videos[0]).dtype
     with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
         # Plain writes, since a memory map that outgrows the disk kills the process instead of raising.
@@ -122,14 +128,14 @@ def _write(
         }
         np.lib.format.write_array_header_2_0(stream, header)
         progress = tqdm(
-            zip(videos, places, strict=True),
+            zip(videos, places, num_frames, strict=True),
             "pooling features",
             len(videos),
             unit="video",
             leave=False,
             disable=None,
         )
-        for video, (first, last, _) in progress:
+        for video, (first, last, _), frames in progress:
             clips = store.load(video)
             check_features(clips, video)
             place = f"The features of {video} in {store.path(video)} are"
@@ -141,6 +147,8 @@ def _write(
                 raise FeatureError(
                     f"{place} {clips.dtype} where the first video's are {dtype}; store all features alike."
                 )
+            data_set.origin.check(video, len(clips), frames, features.clock)
+            check_varies(clips, video)
             stream.write(np.ascontiguousarray(max_over_rows(clips, first, last)).tobytes())
 
 

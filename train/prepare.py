@@ -105,6 +105,8 @@ def prepare(
             f"Nothing is left of the {'/'.join(empty) or 'annotations'} split of {data}: "
             f"{_reasons(splits[empty[0]].dropped) if empty else 'there is none'}."
         )
+    if store is not None:
+        data_set.check_clips(sorted({a.video for kept in splits.values() for a in kept.annotations}), told, store)
     texts = {f"{split}.jsonl": _rows(data_set, kept.annotations) for split, kept in splits.items()}
     if words:
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"

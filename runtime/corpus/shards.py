@@ -194,7 +194,7 @@ class Worker:
             return found
         try:
             if not grounder.is_pair:
-                grounder.check_width(found)
+                grounder.check_fits(found)
                 return found
             ready = questions >= PREPARED_FROM and self.job.settings.device == "cpu"
             prepare = ready and bool(grounder.manifest.prepared_parts) and not grounder.cut(found)

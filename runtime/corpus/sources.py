@@ -19,7 +19,7 @@ from runtime.errors import AnnotationError, DeviceError, FeatureError, Grounding
 from runtime.featurestores import FeatureFiles
 from runtime.files import json_digest, read_json
 from runtime.layouts.values import is_number
-from runtime.videos import ClipClock, Video
+from runtime.videos import ClipClock, Origin, Video
 
 DURATIONS = "durations.json"
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -114,6 +114,7 @@ class DirectorySource:
         if not isinstance(table, dict) or not table:
             raise AnnotationError(f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.')
         self._table, self._lengths = root / DURATIONS, table
+        self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
 
     def listing(self) -> list[Listed]:
         return [Listed(name) for name in sorted(self._lengths)]
@@ -127,7 +128,7 @@ class DirectorySource:
 
     def _video(self, name: str, clock: ClipClock) -> Video:
         duration, num_frames = _length(self._lengths[name], f"{self._table}: {name!r}")
-        return Video.load(self._store.path(name), duration, num_frames, name, clock)
+        return Video.load(self._store.path(name), duration, num_frames, name, clock, self._origin)
 
 
 class ParquetSource:
@@ -149,6 +150,7 @@ class ParquetSource:
             ) from error
         self._files = list(files)
         self._parquet = parquet
+        self._origin = Origin("Correct the column num_frames, or use features with this clip timing.")
 
     def listing(self) -> list[Listed]:
         listed, seen = [], set()
@@ -182,7 +184,7 @@ class ParquetSource:
             try:
                 rows = self._rows(number, group, sorted(names))
                 for row, values in rows:
-                    yield _or_why(functools.partial(_unfolded, values, names.pop(row), clock))
+                    yield _or_why(functools.partial(_unfolded, values, names.pop(row), clock, self._origin))
             # A page holds many rows, and a damaged one leaves none of them.
             except FeatureError as error:
                 yield from (f"{name!r} cannot be read: {error}" for _, name in sorted(names.items()))
@@ -255,12 +257,12 @@ def _row(place: Place) -> int:
     return place[2]
 
 
-def _unfolded(values: dict[str, Any], name: str, clock: ClipClock) -> Video:
+def _unfolded(values: dict[str, Any], name: str, clock: ClipClock, origin: Origin) -> Video:
     row = f"The row of {name!r}"
     with reading(row, "a video with its features", FeatureError, "write the row again"):
         length, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
         features = _features(values, name)
-    return Video(features, clock.num_frames(len(features)) if frames is None else frames, length, name)
+    return Video(features, clock.num_frames(len(features)) if frames is None else frames, length, name, origin)
 
 
 def _features(values: dict[str, Any], name: str) -> np.ndarray:

@@ -34,6 +34,8 @@ MEDIA_TYPES = {
     ".ogv": "video/ogg",
 }
 READERS = 2
+# Codes of errors about the numbers of a video, whose messages name no file of this machine.
+CONTRADICTIONS = ("clip_timing_mismatch", "frame_rate_out_of_range", "constant_features")
 # Of a long video, times the sentences of one request.
 MOST_WINDOWS = 512
 
@@ -95,6 +97,8 @@ class Library:
         try:
             return self._data.video(name)
         except (FeatureError, AnnotationError) as error:
+            if error.code in CONTRADICTIONS:
+                raise
             # The sentence names files of this machine.
             raise Refusal(
                 404, f"The features of {name!r} are missing or cannot be used; ask about another video.", "no_features"

@@ -29,7 +29,7 @@ from runtime.errors import FeatureError, OutputError, one_line
 from runtime.extraction import cache_directory
 from runtime.service.library import MEDIA_TYPES, Entry
 from runtime.service.refusals import Refusal, unknown_video
-from runtime.videos import ClipClock, Video, load_features
+from runtime.videos import ClipClock, Origin, Video, load_features
 
 log = logging.getLogger("drn.service")
 
@@ -113,7 +113,7 @@ class Upload:
         except (FeatureError, OSError) as error:
             # The sentence names files of this machine.
             raise unknown_video(self.id) from error
-        return Video(array, self.num_frames, self.duration, self.name)
+        return Video(array, self.num_frames, self.duration, self.name, _origin())
 
 
 class Uploads:
@@ -233,7 +233,8 @@ class Uploads:
         """Return the video of features that were sent; they stay in the upload. Refusal if they are none."""
         array = await asyncio.to_thread(read_features, sent, self._options.features_bytes, dim)
         frames = self._clock.num_frames(len(array)) if num_frames is None else num_frames
-        video = Video(array, frames, duration, upload.name)
+        video = Video(array, frames, duration, upload.name, _origin())
+        video.check(self._clock)
         self.spend(upload, max(0, array.nbytes - upload.bytes))
         upload.features = upload.directory / "features.npy"
         upload.duration, upload.num_frames = duration, frames
@@ -307,6 +308,10 @@ class Uploads:
         for place in self._options.directory.glob("service-*"):
             with contextlib.suppress(OSError), _locked(place):
                 shutil.rmtree(place, ignore_errors=True)
+
+
+def _origin() -> Origin:
+    return Origin("Correct the field num_frames, or send features with this clip timing.")
 
 
 def shown_name(given: str, fallback: str = "video") -> str:

@@ -202,7 +202,7 @@ class ServedGrounder(Grounder):
             self.encode_query(query)
         videos = {id(video): cast(Video, video) for video, _ in pairs}
         for video in videos.values():
-            self.check_width(video)
+            self.check_fits(video)
         answers: list[list[Moment]] = [[] for _ in pairs]
         for key, video in videos.items():
             places = [index for index, (asked, _) in enumerate(pairs) if id(asked) == key]

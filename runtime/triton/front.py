@@ -24,7 +24,7 @@ from runtime.errors import GroundingError, QueryError, ServerError
 from runtime.grounder import Grounder, Subject
 from runtime.moments import Moment
 from runtime.triton.networks import About, open_networks
-from runtime.videos import Video
+from runtime.videos import Origin, Video
 from runtime.windows import Windows
 
 ABOUT_FILE = "about.json"
@@ -227,7 +227,8 @@ class _Kept:
                 self._videos.append(self._videos.pop(index))
                 return known
         # A request's memory is the server's, and ends with it.
-        video = Video(np.array(features), num_frames, duration, name)
+        origin = Origin(f"Correct {NUM_FRAMES}, or send {FEATURES} with this clip timing.")
+        video = Video(np.array(features), num_frames, duration, name, origin)
         self._videos.append((video, {}))
         while len(self._videos) > 1 and sum(kept.features.nbytes for kept, _ in self._videos) > self._most_bytes:
             self._videos.pop(0)

@@ -14,7 +14,8 @@ from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError, FeatureError
 from runtime.evaluate import evaluate
 from runtime.rank import rank
-from runtime.videos import ClipClock
+from runtime.videos import ClipClock, check_frame_rate
+from tests.annotated import write_activitynet, write_tacos
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
 
@@ -248,3 +249,46 @@ def test_four_broken_lines_of_the_real_training_file_are_found(
     assert len(data_set.annotations("test")) == 3720
     late = sum(a.end > data_set.durations[a.video] for a in kept)
     assert late == 1768
+
+
+def scaled(data_set: DataSet, path: Path, key: str, factor: float) -> DataSet:
+    """Multiply the durations, or the timestamps, of a split by a factor."""
+    for split in ("train", "val", "test"):
+        entries = json.loads((path / f"{split}.json").read_text())
+        for entry in entries.values():
+            entry[key] = (np.array(entry[key]) * factor).tolist()
+        (path / f"{split}.json").write_text(json.dumps(entries))
+    return DataSet(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "key", "factor"),
+    [
+        (write_activitynet, "duration", 1000),
+        (write_activitynet, "timestamps", 1000),
+        (write_activitynet, "timestamps", 29.4),
+        (write_tacos, "timestamps", 1 / 29.4),
+        (write_tacos, "timestamps", 29.4),
+    ],
+)
+@pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
+def test_annotations_in_another_unit_are_refused(
+    write: Any, key: str, factor: float, invalid: Any, tmp_path: Path
+) -> None:
+    data_set = scaled(DataSet(write(tmp_path / "data")), tmp_path / "data", key, factor)
+    with pytest.raises(AnnotationError) as raised:
+        data_set.annotations("test", invalid)
+    if invalid != "error":
+        assert raised.value.code == "units_mismatch"
+
+
+@pytest.mark.parametrize("name", ["charades_sta", "activitynet", "tacos", "qvhighlights"])
+def test_published_annotations_are_in_plausible_units(
+    name: str, real_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_set = DataSet(real_data / name)
+    for split in data_set.splits:
+        data_set.annotations(split, invalid="keep")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for video in data_set.num_frames.keys() & data_set.durations.keys():
+        check_frame_rate(video, data_set.num_frames[video], data_set.durations[video])

@@ -18,6 +18,7 @@ from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate, predictions
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.metrics import METRICS, metric_names
+from runtime.videos import ClipClock
 from tests.annotated import write_qvhighlights, write_tacos
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
@@ -190,7 +191,7 @@ def test_the_report_has_the_metrics_of_the_data_set(tmp_path: Path, planted_back
     data_set = DataSet(write_tacos(tmp_path / "data"))
     (tmp_path / "data" / "features").mkdir()
     for name in data_set.durations:
-        np.save(tmp_path / "data" / "features" / f"{name}.npy", np.ones((60, 8), np.float32))
+        np.save(tmp_path / "data" / "features" / f"{name}.npy", np.eye(60, 8, dtype=np.float32))
     backend = planted_backend(Decoding(num_segments=128))
     for protocol in ("mmaction2", "drn"):
         evaluation = evaluate(Grounder(backend), data_set, data_set.annotations("test"), protocol=protocol)
@@ -312,8 +313,10 @@ def test_ablations_take_the_video_away(
     grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
     for index, annotation in enumerate(data_set.annotations("test")):
         zeros = np.zeros_like(data_set.video(annotation.video).features)
-        best = grounder.ground(Video(zeros, 900, 1.0), annotation.sentence)[0]
-        assert windows["blind"][index] == pytest.approx([best.start, best.end])
+        # Constant features are refused.
+        zeros[0, 0] = 1e-30
+        best = grounder.ground(Video(zeros, 900, 30.0, counted=ClipClock()), annotation.sentence)[0]
+        assert windows["blind"][index] == pytest.approx([best.start / 30, best.end / 30])
         assert windows["shuffled"][index] != windows["none"][index] != windows["blind"][index]
 
 

@@ -219,9 +219,14 @@ def test_a_frame_count_of_another_video_is_told(
 ) -> None:
     arguments = (*of_clip, "--query", "dog sits", "--num-frames")
     run_command(infer, *arguments, 248)
-    assert "moments are wrong" not in caplog.text
-    run_command(infer, *arguments, 100)
-    assert "holds 30 clips, and --num-frames 100 makes 11 of them" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    run_command(infer, *arguments, 200)
+    assert [record.levelname for record in caplog.records if "--num-frames" in record.message] == ["WARNING"]
+
+
+def test_infer_frame_count_of_another_video_is_refused(of_clip: tuple[Any, ...], refused: Callable[..., str]) -> None:
+    assert "--num-frames" in refused(infer, *of_clip, "--query", "dog sits", "--num-frames", 100)
+    assert "frames per second" in refused(infer, *of_clip, "--query", "dog sits", "--num-frames", 10000)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FeatureError
-from runtime.videos import ClipClock, Video, load_features, max_over_rows, segment_rows
+from runtime.videos import ClipClock, Origin, Video, load_features, max_over_rows, pooled, segment_rows
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
@@ -58,7 +59,7 @@ def test_pooling_equals_a_naive_loop_over_the_published_rule(
     num_frames: int, num_clips: int, num_segments: int, pooling: str, seed: int
 ) -> None:
     features = np.random.default_rng(seed).normal(size=(num_clips, 3)).astype(np.float32)
-    segments = Video(features, num_frames, 10.0).segments(num_segments, pooling)  # type: ignore[arg-type]
+    segments = pooled(features, num_frames, num_segments, pooling, ClipClock())  # type: ignore[arg-type]
     rows, borders = naive_rows(num_frames, num_segments, pooling)
     assert segments.features.tolist() == naive_pooling(features, rows)
     assert segments.spans.dtype == np.float64
@@ -110,20 +111,20 @@ def test_the_two_rules_differ() -> None:
 
 @pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
 def test_one_clip_fills_every_segment(pooling: str) -> None:
-    segments = Video(np.array([[3.0, -1.0]]), 900, 30.0).segments(32, pooling)  # type: ignore[arg-type]
+    segments = pooled(np.array([[3.0, -1.0]]), 900, 32, pooling, ClipClock())  # type: ignore[arg-type]
     assert segments.features.tolist() == [[3.0, -1.0]] * 32
 
 
 def test_another_clip_clock_reaches_other_rows() -> None:
-    video = Video(np.arange(40, dtype=np.float32)[:, None], 33, 1.0)
-    assert video.segments(2, clock=ClipClock(1, 1)).features.tolist() == [[16], [32]]
-    assert video.segments(2).features.tolist() == [[2], [4]]
+    features = np.arange(40, dtype=np.float32)[:, None]
+    assert pooled(features, 33, 2, "mmaction2", ClipClock(1, 1)).features.tolist() == [[16], [32]]
+    assert pooled(features, 33, 2, "mmaction2", ClipClock()).features.tolist() == [[2], [4]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_segments_are_float32_whatever_is_stored(dtype: type) -> None:
     # Cast once for a video, not once for each of its queries.
-    assert Video(np.ones((9, 2), dtype), 100, 3.0).segments(32).features.dtype == np.float32
+    assert Video(np.arange(18).reshape(9, 2).astype(dtype), 100, 3.0).segments(32).features.dtype == np.float32
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 1 << 40}, {"duration": 1e300}, {"duration": np.inf}])
@@ -145,14 +146,14 @@ def test_an_npz_called_npy_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_video_is_pooled_once_for_all_its_queries() -> None:
-    video = Video(np.ones((9, 2)), 100, 3.0)
+    video = Video(np.arange(18.0).reshape(9, 2), 100, 3.0)
     assert video.segments(32) is video.segments(32)
     assert video.segments(32) is not video.segments(16)
 
 
 def test_another_rule_is_refused_by_name() -> None:
     with pytest.raises(FeatureError, match="'mean'"):
-        Video(np.ones((9, 2)), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
+        Video(np.arange(18.0).reshape(9, 2), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("num_frames", "num_clips"), [(1, 1), (16, 1), (23, 1), (24, 2), (900, 111)])
@@ -196,6 +197,83 @@ def test_a_duration_that_is_no_length_is_refused(duration: float) -> None:
 def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
     with pytest.raises(FeatureError, match="kitchen needs 2 to"):
         Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
+
+
+CONSTANT = {
+    "zero": np.zeros((9, 3), np.float32),
+    "one": np.ones((9, 3), np.float16),
+    "equal_rows": np.tile(np.arange(3.0), (3000, 1)),
+    "single_zero": np.zeros((1, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+def test_video_constant_features_are_refused(kind: str) -> None:
+    video = Video(CONSTANT[kind], ClipClock().num_frames(len(CONSTANT[kind])), 1.0 + len(CONSTANT[kind]) / 4)
+    with pytest.raises(FeatureError) as raised:
+        video.segments(4)
+    assert raised.value.code == "constant_features"
+
+
+@pytest.mark.parametrize("row", [0, 1, 1500, 2999])
+def test_video_one_different_clip_is_accepted(row: int) -> None:
+    features = np.zeros((3000, 3))
+    features[row, 1] = 1e-6
+    assert Video(features, ClipClock().num_frames(3000), 800.0).segments(4).features.max() > 0
+
+
+def test_video_single_clip_is_accepted() -> None:
+    assert Video(np.ones((1, 3)), 16, 1.0).segments(4).features.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_clips"),
+    # Four times as many clips, a quarter, a little beyond the bound; short videos too.
+    [(928, 460), (928, 28), (928, 173), (928, 76), (32, 12), (48, 20), (80, 1), (16, 4)],
+)
+def test_video_clips_that_contradict_frames_are_refused(num_frames: int, num_clips: int) -> None:
+    video = Video(np.arange(num_clips + 1.0)[:num_clips, None], num_frames, num_frames / 30)
+    with pytest.raises(FeatureError) as raised:
+        video.segments(4)
+    assert raised.value.code == "clip_timing_mismatch"
+    assert {str(num_frames), str(num_clips)} <= set(re.findall(r"\d+", str(raised.value)))
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_clips", "warned"),
+    [
+        (928, 115, False),
+        (928, 104, False),
+        (928, 90, True),
+        (928, 150, True),
+        (16, 3, True),
+        (40, 2, True),
+        (24, 1, False),
+    ],
+)
+def test_video_clips_near_frames_are_accepted(
+    num_frames: int, num_clips: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin = Origin()
+    for _ in range(2):
+        Video(np.arange(num_clips + 1.0)[1:, None], num_frames, num_frames / 30, origin=origin).segments(4)
+    assert len(caplog.records) == warned
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "duration"), [(1014, 3380.0), (928, 30960.0), (928, 3.5), (90, 90.1), (241, 1.0), (2, 1e-6)]
+)
+def test_video_frame_rate_out_of_range_is_refused(num_frames: int, duration: float) -> None:
+    with pytest.raises(FeatureError) as raised:
+        Video(np.ones((9, 2)), num_frames, duration)
+    assert raised.value.code == "frame_rate_out_of_range"
+    assert f"{num_frames}" in str(raised.value)
+    assert f"{duration:g}" in str(raised.value)
+
+
+@pytest.mark.parametrize(("num_frames", "duration"), [(90, 90.0), (240, 1.0), (928, 30.96)])
+def test_video_frame_rate_at_bounds_is_accepted(num_frames: int, duration: float) -> None:
+    Video(np.ones((9, 2)), num_frames, duration)
 
 
 @pytest.mark.parametrize(

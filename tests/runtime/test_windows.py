@@ -55,6 +55,9 @@ def long_video(seconds: float, dim: int = 8, **moments: tuple[float, float]) -> 
     features = np.zeros((CLOCK.num_clips(num_frames), dim), np.float32)
     for word, (start, end) in moments.items():
         features[int(np.ceil(start / CLIP)) : int(np.ceil(end / CLIP)), CHANNELS[word]] = 1
+    if not moments:
+        # Of constant features nothing is asked.
+        features[0, 0] = 1e-6
     return Video(features, num_frames, num_frames / RATE, "long")
 
 

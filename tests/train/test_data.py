@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.annotations import Annotation, DataSet
-from runtime.errors import FeatureError, OutputError
+from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.featurestores import FeatureFiles
 from runtime.windows import Windows
 from train.convert import CHARADES_STA
@@ -306,3 +306,42 @@ def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], 
     os.umask(umask)
     assert cached.stat().st_mode & 0o777 == 0o666 & ~umask
     np.testing.assert_array_equal(np.load(cached).shape, (len(videos), 32, 32))
+
+
+@pytest.mark.parametrize("factor", [4, 0.25])
+def test_pool_clips_that_contradict_frames_are_refused(
+    data_set: DataSet, videos: list[str], tmp_path: Path, factor: float
+) -> None:
+    clips = data_set.store.load(videos[1])
+    index = (np.arange(round(len(clips) * factor)) / factor).astype(int)
+    replace_features(data_set, videos[1], clips[index])
+    with pytest.raises(FeatureError, match=str(len(index))) as raised:
+        fill(data_set, videos, tmp_path / "cache")
+    assert raised.value.code == "clip_timing_mismatch"
+    assert videos[1] in str(raised.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pool_clips_short_of_frames_are_warned_of_in_every_run(
+    data_set: DataSet, videos: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for video in videos:
+        clips = data_set.store.load(video)
+        replace_features(data_set, video, clips[: round(0.8 * len(clips))])
+    for run in (1, 2):
+        fill(DataSet(data_set.root), videos, tmp_path / "cache")
+        assert len([record for record in caplog.records if "--clock" in record.message]) == run
+
+
+def test_pool_constant_features_are_refused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    replace_features(data_set, videos[1], np.zeros_like(data_set.store.load(videos[1])))
+    with pytest.raises(FeatureError, match=videos[1]) as raised:
+        fill(data_set, videos, tmp_path / "cache")
+    assert raised.value.code == "constant_features"
+
+
+def test_pool_duration_in_milliseconds_is_refused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    data_set.durations[videos[1]] *= 1000
+    with pytest.raises(AnnotationError, match=videos[1]) as raised:
+        fill(data_set, videos, tmp_path / "cache")
+    assert raised.value.code == "frame_rate_out_of_range"

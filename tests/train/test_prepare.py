@@ -214,3 +214,25 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file"):
         prepare(data, common / "dataset.json")
     assert contents(common) == before
+
+
+def test_prepare_clips_that_contradict_frames_need_their_clock(tmp_path: Path, planted: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    for path in (data / "C3D_unit16_overlap0.5_merged").iterdir():
+        # As many clips as windows of 16 frames, one every 32, would be.
+        np.save(path, np.load(path)[::4])
+    with pytest.raises(FeatureError, match="--clock") as raised:
+        prepare(data, tmp_path / "output")
+    assert raised.value.code == "clip_timing_mismatch"
+    assert not (tmp_path / "output").exists()
+    assert DataSet(prepare(data, tmp_path / "output", clock=(16, 32))).features().clock == ClipClock(16, 32)
+
+
+@pytest.mark.parametrize("factor", [1000, 1 / 1000])
+def test_prepare_durations_in_another_unit_are_refused(tmp_path: Path, planted: Path, factor: float) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    rewrite(data / "Charades_duration.json", lambda table: table.update({k: v * factor for k, v in table.items()}))
+    with pytest.raises(AnnotationError):
+        prepare(data, tmp_path / "output")
