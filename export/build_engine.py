@@ -23,6 +23,7 @@ from export.unrolled import lstm_layers
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, PromiseBroken
+from runtime.evaluation import askable_rows
 from runtime.files import Staging
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def build_engine(
     log.info("Target %s: %s", chosen, why)
     source = source_graph(job, vocabulary, query_length[2] if query_length else 0)
     graph, manifest = read_source(source)
+    annotations = [annotations[row] for row in askable_rows(manifest.vocabulary, annotations)]
     check_modules(graph, precision, keep)
     shapes = shapes or profiles(batch, query_length, manifest)
     check_unrolled(unroll, shapes[0].query_length)

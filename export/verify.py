@@ -21,7 +21,7 @@ from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.decoding import Protocol
 from runtime.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
-from runtime.evaluation import batches_of
+from runtime.evaluation import askable_rows, batches_of
 from runtime.files import check_file, sha256, write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
@@ -98,6 +98,7 @@ def verify(
     sides = [open_model(path, device, threads, exact) for path in (reference, model)]
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
+    annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
     budget = Budget.of(files[1].manifest.precision, max_drop, boundary_p99)
     again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact)

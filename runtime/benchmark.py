@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast
@@ -251,6 +252,27 @@ def data_questions(directory: Path, video: str | None, queries: Sequence[str]) -
     return Questions(pairs, told, made_up=False)
 
 
+def _askable(pairs: Sequence[tuple[Video, str]], grounders: Sequence[Grounder]) -> list[tuple[Video, str]]:
+    """Return the pairs whose sentences have content words that the models know; QueryError if there is none."""
+    asked: list[tuple[Video, str]] = []
+    problem: QueryError | None = None
+    for video, sentence in pairs:
+        try:
+            for grounder in grounders:
+                grounder.encode_query(sentence, Counter())
+        except QueryError as error:
+            if error.code != "unknown_content_words":
+                raise
+            problem = error
+        else:
+            asked.append((video, sentence))
+    if problem is not None and not asked:
+        raise problem
+    if problem is not None:
+        log.warning("%d of %d sentences are not asked; the last: %s", len(pairs) - len(asked), len(pairs), problem)
+    return asked
+
+
 def sizes(most: int) -> list[int]:
     """Return 1, 2, 4 and so on up to `most`, which comes last."""
     powers = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent < most]
@@ -463,6 +485,8 @@ class _Run:
             _check_comparable(self._labels, manifests)
             if data is None:
                 self._questions = made_up_questions(manifests, self._batch)
+            if not query:
+                self._questions = dataclasses.replace(self._questions, pairs=_askable(self._questions.pairs, grounders))
             pairs = self._questions.pairs
             self._models = [Model.of(*named, pairs) for named in zip(self._labels, grounders)]
             self._agree()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,12 +13,17 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, propose, suppress
 from runtime.encodings import EncodedVideo
-from runtime.errors import QueryError
+from runtime.errors import QueryError, excerpt
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.metrics import Report, report
 from runtime.tensors import Batch, Heads, batches
 from runtime.videos import Segments
+from runtime.vocabulary import Vocabulary
 
+log = logging.getLogger("drn")
+
+# Sentences that a warning names, of however many.
+NAMED = 5
 # Videos are read and pooled for this many queries at a time, which bounds memory whatever the split.
 CHUNK = 512
 
@@ -46,6 +52,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     segments_of: Callable[[str], Segments] | None = None,
     on_progress: Callable[[int], Any] = lambda queries: None,
+    warn: bool = True,
 ) -> Evaluation:
     """Answer every annotation of a data set and compare with its moment.
 
@@ -57,15 +64,19 @@ def evaluate(
         batch_size: queries that go through the network together. Changes nothing but speed.
         segments_of: pooled segments by video name, for callers that hold them already.
         on_progress: called with the number of queries answered since the last call.
+        warn: whether sentences of which no word is known are named. They get no answer and count as misses.
     """
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
     thresholds = data_set.preset.iou_thresholds
-    picks = {threshold: np.empty((len(annotations), PUBLISHED_COUNT, 3), np.float32) for threshold in thresholds}
-    for rows, heads in heads_of(grounder, data_set, annotations, batch_size, segments_of):
+    # Without an answer to a query: a miss, as recall is measured over all queries.
+    picks = {threshold: np.full((len(annotations), PUBLISHED_COUNT, 3), np.nan, np.float32) for threshold in thresholds}
+    askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
+    asked = [annotations[row] for row in askable]
+    for rows, heads in heads_of(grounder, data_set, asked, batch_size, segments_of):
         proposals = propose(heads, decoding)
         for threshold, found in suppressed(proposals, decoding, thresholds):
-            picks[threshold][rows] = found
+            picks[threshold][askable[rows]] = found
         on_progress(len(rows))
     truth = data_set.truths(annotations)
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
@@ -191,12 +202,29 @@ def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.nd
     queries = []
     for annotation in annotations:
         try:
-            queries.append(grounder.encode_query(annotation.sentence, unheard))
+            queries.append(grounder.encode_query(annotation.sentence, unheard, check_content=False))
         except QueryError as error:
             place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
             raise QueryError(f"{place}: {error}") from error
     grounder.manifest.vocabulary.tell(unheard)
     return queries
+
+
+def askable_rows(vocabulary: Vocabulary, annotations: Sequence[Annotation], warn: bool = True) -> np.ndarray:
+    """Return the positions of the sentences of which a word is known, (M,) int64; a warning counts and names others."""
+    rows, others = [], []
+    for row, annotation in enumerate(annotations):
+        if vocabulary.knows_any(annotation.sentence):
+            rows.append(row)
+        else:
+            others.append(f"{annotation.line} ({excerpt(annotation.sentence)})")
+    if others and warn:
+        more = f"; and {len(others) - NAMED} others" if len(others) > NAMED else ""
+        log.warning(
+            "No word of %d of %d sentences is known, and they are not asked: sentence %s%s.",
+            *(len(others), len(annotations), "; ".join(others[:NAMED]), more),
+        )
+    return np.array(rows, np.int64)
 
 
 def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:

@@ -271,12 +271,15 @@ class Grounder:
         features = self._pair.encode(segments.features[None].astype(np.float32, copy=False))[0]
         return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model)
 
-    def encode_query(self, query: str, unheard: collections.Counter[str] | None = None) -> np.ndarray:
+    def encode_query(
+        self, query: str, unheard: collections.Counter[str] | None = None, *, check_content: bool = True
+    ) -> np.ndarray:
         """Return the (L,) word ids of a query that this model can take; raises QueryError otherwise.
 
-        `unheard` counts words that the model does not know, in place of a warning; see `Vocabulary.encode`.
+        `unheard` counts words that the model does not know, in place of a warning, and `check_content` is turned off
+        for sentences of data sets; see `Vocabulary.encode`.
         """
-        tokens = self.manifest.vocabulary.encode(query, unheard)
+        tokens = self.manifest.vocabulary.encode(query, unheard, check_content=check_content)
         longest = self.manifest.max_query_length
         if len(tokens) > longest:
             raise QueryError(f"The query has {len(tokens)} tokens and this model takes 1 to {longest}; shorten it.")

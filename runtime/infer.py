@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.backends import Device, is_address
@@ -13,7 +14,7 @@ from runtime.command import command, next_command
 from runtime.cutting import check_encoder, clip_names
 from runtime.cutting import cut as write_clips
 from runtime.drawing import check_plots, draw
-from runtime.errors import GroundingError, QueryError
+from runtime.errors import GroundingError, QueryError, excerpt
 from runtime.files import check_writable
 from runtime.grounder import Grounder
 from runtime.timeline import Answer, Format, render
@@ -86,6 +87,7 @@ def infer(
     here = extractor is not None and is_address(model)
     grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
+    _warn_of_single_words(query)
     # Before features are made, which may take hours; unknown words are told of when the sentences are asked.
     for sentence in query:
         grounder.encode_query(sentence, Counter())
@@ -118,6 +120,15 @@ def infer(
         log.info("Cut:  %s", "\n      ".join(str(clip) for _, clip in best))
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
+
+
+def _warn_of_single_words(queries: Sequence[str]) -> None:
+    """Warn where a sentence without quotes became a query for each of its words."""
+    if len(queries) > 1 and all(len(query.split()) == 1 for query in queries):
+        log.warning(
+            "Each of the %d words is a query of its own; for one sentence write --query %s.",
+            *(len(queries), excerpt(" ".join(queries)).replace("'", '"')),
+        )
 
 
 def _clips(choice: VideoChoice, directory: Path | None, queries: tuple[str, ...]) -> list[Path]:

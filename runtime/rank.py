@@ -11,6 +11,7 @@ from runtime.annotations import DataSet, Invalid
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import GroundingError
+from runtime.evaluation import askable_rows
 from runtime.files import check_writable, write_json
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.ranking import Ranking, best_scores, draw_videos
@@ -58,11 +59,12 @@ def rank(
     data_set = DataSet(data)
     annotations = data_set.annotations(split, invalid)
     names = sorted({annotation.video for annotation in annotations})
+    grounder = Grounder.load(model, device, threads)
     annotations = annotations[:limit]
+    annotations = [annotations[row] for row in askable_rows(grounder.manifest.vocabulary, annotations)]
     number = {name: index for index, name in enumerate(names)}
     own = np.array([number[annotation.video] for annotation in annotations])
     asked = draw_videos(own, len(names), videos - 1, seed)
-    grounder = Grounder.load(model, device, threads)
     data_set.check_clock(grounder.manifest.features.clock)
     with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
         scores = best_scores(

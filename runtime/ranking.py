@@ -93,7 +93,7 @@ def best_scores(
     Returns:
         (N, K) float32 in [0, 1]; -inf where no location is likely.
     """
-    read = {sentence: grounder.encode_query(sentence) for sentence in dict.fromkeys(sentences)}
+    read = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
     tokens = [read[sentence] for sentence in sentences]
     wanted = asked.ravel()
     scores = np.full(asked.size, -np.inf, np.float32)

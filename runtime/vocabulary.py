@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from runtime.errors import ModelFileError, QueryError
+from runtime.errors import ModelFileError, QueryError, excerpt
 
 log = logging.getLogger("drn")
 
@@ -19,6 +20,19 @@ Unknown = Literal["skip", "zero", "error"]
 
 # Unknown words that one warning names, of however many.
 NAMED = 10
+
+# Words of the vocabulary that an error offers in place of an unknown one, of so many unknown ones.
+NEAR_WORDS, NEAR_OF = 3, 3
+# Characters of an unknown word that known ones are compared with.
+LONGEST_NEAR = 40
+_STOP_TEXT = """
+    a about after again all also an and another are around as at away back be been before being by can continues do does
+    down each ends for from front has have he her him his how in into is it its itself more next of off on one onto or
+    other others out over she several shown some starts still that the their them then there these they this three
+    through to together two up very was we were what when where which while who with you
+"""
+# Words that name nothing to be seen: a query of which only these are known has no content.
+STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 PLAIN = re.compile(r"[A-Za-z0-9 ]*")
 # Words without an apostrophe that Treebank rules make two of.
@@ -58,16 +72,19 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def encode(self, sentence: str, unheard: Counter[str] | None = None) -> np.ndarray:
+    def encode(self, sentence: str, unheard: Counter[str] | None = None, *, check_content: bool = False) -> np.ndarray:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
             sentence: what is asked.
             unheard: counts the unknown words, for callers that ask many sentences and name them once with `tell`; a
                 warning names them when None.
+            check_content: refuse sentences that have content words, but no known one. The published code accepts them,
+                so sentences of data sets are not checked.
 
         Raises:
-            QueryError: the sentence is empty, or no word of it is known, or one is unknown under `error`.
+            QueryError: the sentence is empty, or one word is unknown under `error`, or no word is known, or no content
+                word (code `unknown_content_words`).
         """
         tokens = tokenize(sentence)
         if not tokens:
@@ -85,9 +102,10 @@ class Vocabulary:
                     ids.append(0)
             else:
                 ids.append(identity)
-        if len(unknown) == len(tokens):
-            raise QueryError(f"The model knows none of the words of {sentence!r}; say it in words of its training set.")
         if unknown:
+            content = _content(unknown) if check_content else []
+            if len(unknown) == len(tokens) or (content and len(content) == len(_content(tokens))):
+                raise self._without_content(sentence, unknown)
             named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
             if self.unknown == "error":
                 raise QueryError(
@@ -98,6 +116,28 @@ class Vocabulary:
             else:
                 log.warning("The model does not know %s in %r; %s.", named, sentence, self._treated)
         return np.array(ids, np.int32)
+
+    def knows_any(self, sentence: str) -> bool:
+        """Return whether a word of a sentence is known. True without any word: `encode` has a message for that."""
+        tokens = tokenize(sentence) if self.words else []
+        return not tokens or any(self.words.get(token) or self.words.get(token.lower()) for token in tokens)
+
+    def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
+        words = list(dict.fromkeys(_content(unknown) or unknown))
+        near = dict.fromkeys(near for word in words[:NEAR_OF] for near in self.near(word))
+        advice = f"words that it knows are {', '.join(map(repr, near))}" if near else "use words of its training set"
+        if len(unknown) == len(tokenize(sentence)):
+            problem = f"The model knows none of the words of {excerpt(sentence)}"
+        else:
+            named = ", ".join(excerpt(word) for word in words[:NAMED])
+            problem = f"The model does not know {named} in {excerpt(sentence)}, and what is left has no content"
+        return QueryError(f"{problem}; {advice}.", code="unknown_content_words")
+
+    def near(self, word: str) -> list[str]:
+        """Return the known words that are spelled most like `word`, at most three, the nearest first."""
+        word = word.lower()[:LONGEST_NEAR]
+        alike = [known for known in self.words if abs(len(known) - len(word)) <= 2 and known not in STOP_WORDS]
+        return difflib.get_close_matches(word, alike, NEAR_WORDS, 0.6)
 
     def tell(self, unheard: Counter[str]) -> None:
         """Warn of the unknown words of many sentences, the commonest by name."""
@@ -116,6 +156,11 @@ class Vocabulary:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
         return cls(value["words"], value["unknown"])
+
+
+def _content(tokens: Iterable[str]) -> list[str]:
+    """Return the tokens that may name something to be seen: not stop words, punctuation or endings such as "'s"."""
+    return [token for token in tokens if token[0].isalnum() and token.lower() not in STOP_WORDS]
 
 
 def word_table(sentences: Iterable[str], least: int = 1) -> dict[str, int]:

@@ -15,6 +15,7 @@ from runtime.annotations import DataSet, each_moment
 from runtime.command import command, next_command
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError, OutputError
+from runtime.evaluation import askable_rows
 from runtime.files import check_writable
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
@@ -147,8 +148,9 @@ def train(
         if loaded is None and num_segments is None:
             sizes = dataclasses.replace(sizes, num_segments=data_set.preset.num_segments)
         config = _network(sizes, loaded, len(vocabulary), features.dim, f"{data}")
-        # Before the first epoch, not after it.
-        encode(validation, vocabulary)
+        # Before the first epoch, not after it. A sentence without a known word is a miss in validation.
+        training = [training[row] for row in askable_rows(vocabulary, training)]
+        encode([validation[row] for row in askable_rows(vocabulary, validation)], vocabulary)
         videos = sorted({annotation.video for annotation in (*training, *validation)})
         cache = cache or Path(data) / "cache"
         if processes.leads:

@@ -14,7 +14,7 @@ from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError
 from runtime.files import read_json
 from runtime.textfiles import read_text
-from runtime.vocabulary import tokenize
+from runtime.vocabulary import STOP_WORDS, tokenize
 from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
 
 STATEMENT = (
@@ -23,12 +23,6 @@ STATEMENT = (
 )
 # Where the annotations tell no frame count: a clip a second.
 FRAMES_A_SECOND = CLOCK.stride
-NOTHING_SEEN = """
-    a about after again all also an and another are around as at away back be been before being by can continues do does
-    down each ends for from front has have he her him his how in into is it its itself more next of off on one onto or
-    other others out over she several shown some starts still that the their them then there these they this three
-    through to together two up very was we were what when where which while who with you
-"""
 
 
 def captions_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
@@ -82,7 +76,7 @@ def _story(data_set: DataSet, name: str, annotations: list[Annotation] | tuple[(
 def content_words(sentence: str) -> str:
     """Return the words of a sentence that name something to be seen, each once, in alphabetic order."""
     words = {token.lower() for token in tokenize(sentence) if token.isalpha()}
-    return " ".join(sorted(words.difference(NOTHING_SEEN.split())))
+    return " ".join(sorted(words - STOP_WORDS))
 
 
 def _words_parts(action: str) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ from runtime.annotations import Annotation, DataSet
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import CheckpointError, GroundingError
+from runtime.evaluation import askable_rows
 from runtime.files import check_writable
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.presence import Presence, fit
@@ -72,6 +73,7 @@ def fit_presence(
     else:
         annotations = _held_out(loaded, data_set, held_out, seed, str(checkpoint))
         source = "held out of the training videos"
+    annotations = [annotations[row] for row in askable_rows(loaded.vocabulary, annotations)]
     names = sorted({annotation.video for annotation in annotations})
     number = {name: index for index, name in enumerate(names)}
     log.info("Fitting on %d sentences and %d videos %s.", len(annotations), len(names), source)

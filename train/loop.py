@@ -325,6 +325,8 @@ class Run:
                 annotations,
                 segments_of=self.materials.training.segments,
                 on_progress=bar.update,
+                # Said once, before the first epoch.
+                warn=False,
             )
         return dict(evaluation.report.values)
 

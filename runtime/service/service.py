@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +28,9 @@ from runtime.service.telemetry import Telemetry
 from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
 from runtime.timeline import Answer
 from runtime.videos import Video
+
+# Of the header that names unknown words: proxies refuse responses whose headers exceed 4 to 8 KiB in all.
+MAX_HEADER_BYTES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,10 @@ class Service:
         answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
         response = json_response(answers)
         if unheard:
-            response.headers["drn-unknown-words"] = quote(json.dumps(list(unheard)))
+            shown, omitted = unknown_words(list(unheard))
+            response.headers["drn-unknown-words"] = shown
+            if omitted:
+                response.headers["drn-unknown-words-omitted"] = str(omitted)
         return response
 
     def _unheard(self, queries: list[str]) -> Counter[str]:
@@ -231,6 +237,17 @@ class Service:
             "state": entry.state,
             "problem": entry.problem,
         }
+
+
+def unknown_words(words: Sequence[str]) -> tuple[str, int]:
+    """Return words as a percent-encoded JSON list of at most 2,048 bytes, and how many of them are left out."""
+    room = MAX_HEADER_BYTES - len(quote("[]"))
+    for count, word in enumerate(words):
+        # The separator and the quotation marks are percent-encoded too.
+        room -= len(quote(json.dumps(word) + ", "))
+        if room < 0:
+            return quote(json.dumps(words[:count])), len(words) - count
+    return quote(json.dumps(words)), 0
 
 
 def json_response(value: Any, status: int = 200) -> Response:

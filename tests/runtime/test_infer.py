@@ -244,6 +244,23 @@ def test_a_query_that_cannot_be_asked_is_one_sentence(
     assert said in refused(infer, *of_clip, "--query", "dog sits", query)
 
 
+def test_infer_sentence_without_quotes_is_quoted_in_a_warning(
+    of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_command(infer, *of_clip, "--query", "person", "opens", "the", "door")
+    assert '--query "person opens the door"' in caplog.text
+    caplog.clear()
+    run_command(infer, *of_clip, "--query", "person")
+    run_command(infer, *of_clip, "--query", "person", "opens the door")
+    assert "--query" not in "".join(record.message for record in caplog.records if record.levelname == "WARNING")
+
+
+def test_infer_unknown_content_words_are_refused(of_clip: tuple[Any, ...], refused: Callable[..., str]) -> None:
+    said = refused(infer, *of_clip, "--query", "the doar")
+    assert "'doar'" in said
+    assert "'door'" in said
+
+
 def test_missing_or_contradicting_options_are_one_sentence(
     tiny_model: Path, clip: Path, golden: Path, refused: Callable[..., str]
 ) -> None:

@@ -6,6 +6,7 @@ import logging
 import string
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,42 @@ def test_an_unknown_word_is_refused_under_error() -> None:
 def test_a_query_of_only_unknown_words_is_refused_under_every_policy(policy: str) -> None:
     with pytest.raises(QueryError, match="knows none of the words of 'zorbs frimly'"):
         Vocabulary(WORDS, policy).encode("zorbs frimly")
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+@pytest.mark.parametrize("sentence", ["the doar", "the doar then the doors", "The DOAR's", "the doar, then"])
+def test_encode_unknown_content_words_are_refused_with_near_words(policy: Any, sentence: str) -> None:
+    with pytest.raises(QueryError, match="'door'") as raised:
+        Vocabulary(WORDS, policy).encode(sentence, check_content=True)
+    assert raised.value.code == "unknown_content_words"
+    assert "doar" in str(raised.value).lower()
+
+
+@pytest.mark.parametrize("sentence", ["the", "then the", "the ?", "person zorbs", "Person", "the door of doar"])
+def test_encode_known_content_or_none_is_accepted(sentence: str) -> None:
+    vocabulary = Vocabulary(WORDS)
+    ids = vocabulary.encode(sentence, check_content=True).tolist()
+    assert ids == vocabulary.encode(sentence).tolist()
+
+
+def test_encode_unknown_content_words_of_data_sets_are_accepted() -> None:
+    unheard: Counter[str] = Counter()
+    assert Vocabulary(WORDS).encode("the dirigible", unheard).tolist() == [3]
+    assert unheard == {"dirigible": 1}
+
+
+def test_encode_message_stays_bounded() -> None:
+    words = {f"{number}{'y' * 300}": number for number in range(1, 2000)}
+    with pytest.raises(QueryError) as raised:
+        Vocabulary(words).encode(" ".join(f"{'x' * 5000}{number}" for number in range(200)), check_content=True)
+    assert len(str(raised.value)) < 4001
+
+
+def test_real_sentences_are_accepted_as_before(real_data: Path) -> None:
+    data_set = DataSet(real_data / "charades_sta")
+    for annotation in data_set.annotations("test"):
+        encoded = data_set.vocabulary.encode(annotation.sentence, Counter(), check_content=True)
+        assert encoded.tolist() == data_set.vocabulary.encode(annotation.sentence, Counter()).tolist()
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "...", "\n"])

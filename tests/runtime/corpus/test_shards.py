@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,40 @@ def test_what_is_wrong_with_a_video_or_a_sentence_is_a_row(here: Here, damaged: 
     whole = {key for key, row in found.items() if row["error"] is None}
     assert whole == {(name, DOOR) for name in ("AAAA1", "EEEE5", "FFFF6")}
     assert result.errors == len(found) - len(whole)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
+def test_corpus_video_whose_numbers_contradict_is_a_row(
+    here: Here, pair_files: Path, tiny_model: Path, tmp_path: Path, split: bool
+) -> None:
+    features = tmp_path / "features"
+    features.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("fits", "four_times", "quarter", "milliseconds"):
+        np.save(features / f"{name}.npy", rng.random((30, 16), np.float32))
+    np.save(features / "constant.npy", np.ones((30, 16), np.float32))
+    (features / "durations.json").write_text(
+        json.dumps(
+            {
+                "fits": {"duration": 9.0, "num_frames": 248},
+                "four_times": {"duration": 3.0, "num_frames": 70},
+                "quarter": {"duration": 36.0, "num_frames": 980},
+                "milliseconds": 9000.0,
+                "constant": 9.0,
+            }
+        )
+    )
+    model = pair_files if split else tiny_model
+    result = here(
+        features, write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": "the dirigible"}]), model=model
+    )
+    errors = {(row["vid"], row["query"]): row["error"] for row in read_rows(result.output)}
+    assert errors["fits", DOOR] is None
+    assert "dirigible" in errors["fits", "the dirigible"]
+    assert "durations.json" in errors["four_times", DOOR]
+    assert "durations.json" in errors["quarter", DOOR]
+    assert "frames per second" in errors["milliseconds", DOOR]
+    assert "no moment can be distinguished" in errors["constant", DOOR]
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from runtime.annotations import DataSet
 from runtime.files import sha256
 from runtime.grounder import Grounder
 from runtime.infer import infer
+from runtime.service.service import unknown_words
 from runtime.windows import Windows
 from tests.runtime.service.conftest import Running, npy
 from tests.tolerances import BATCHED_SECONDS
@@ -80,7 +82,7 @@ def test_a_long_video_is_answered_in_windows(
     assert alike(found[0]["moments"], expected)
     # A clock that makes windows of two clips each, thousands of them, is no way to keep the model from others.
     cutting.send(
-        "/v1/ground", features=("x", npy(np.zeros((2000, 32), np.float32))), duration=1e7, query=annotation.sentence
+        "/v1/ground", features=("x", npy(np.eye(2000, 32, dtype=np.float32))), duration=16000, query=annotation.sentence
     ).refused(422, "windows")
 
 
@@ -145,6 +147,7 @@ QUESTION = {"video": "SIM00001", "query": "person opens the door"}
         ({**QUESTION, "query": ["person"] * 65}, 422, ["query", "at most 64"]),
         ({**QUESTION, "query": "..."}, 422, ["holds no word"]),
         ({**QUESTION, "query": ["person", "zork"]}, 422, ["Sentence 2", "knows none of the words of 'zork'"]),
+        ({**QUESTION, "query": ["the zork"]}, 422, ["'zork'"]),
         ({**QUESTION, "query": "person " * 21}, 422, ["21 tokens", "1 to 20"]),
         ({**QUESTION, "top_k": 0}, 422, ["top_k"]),
         ({**QUESTION, "top_k": 101}, 422, ["top_k"]),
@@ -187,3 +190,25 @@ def test_every_answer_carries_the_headers_that_keep_a_page_safe(service: Running
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in reply.headers
         assert "server" not in reply.headers
+
+
+@pytest.mark.parametrize("word", ["zork", "\u732b", '"\\'])
+def test_unknown_words_header_is_bounded_and_counts_the_rest(word: str) -> None:
+    words = [f"{word}{number}" for number in range(500)]
+    header, omitted = unknown_words(words)
+    shown = json.loads(unquote(header))
+    assert len(header) <= 2048
+    assert shown == words[: len(shown)]
+    assert (len(shown) + omitted, omitted > 0) == (500, True)
+    assert unknown_words(words[:2]) == (quote(json.dumps(words[:2])), 0)
+    assert unknown_words(["x" * 5000]) == (quote("[]"), 1)
+
+
+def test_many_unknown_words_are_answered_within_the_header_bound(service: Running) -> None:
+    words = [f"zork{number}" for number in range(400)]
+    queries = ["person " + " ".join(words[start : start + 10]) for start in range(0, 400, 10)]
+    reply = service.ask({"video": "SIM00001", "query": queries})
+    assert reply.status == 200
+    assert len(reply.headers["drn-unknown-words"]) <= 2048
+    shown = json.loads(unquote(reply.headers["drn-unknown-words"]))
+    assert len(shown) + int(reply.headers["drn-unknown-words-omitted"]) == 400
