@@ -13,14 +13,21 @@ import sys
 
 if sys.argv[:1] == ["-m"]:
     # Started as a command and still importing, which takes seconds with torch: neither Ctrl-C nor a package that is not
-    # installed should print a traceback. Once imported, `runtime.command` answers both.
+    # installed should print a traceback. Once imported, `runtime.command` answers both. As the first process of a
+    # container, it would not even end at SIGTERM without a handler.
+    from runtime.interrupts import install as _install
+    from runtime.interrupts import interrupted_by as _interrupted_by
+
+    _install()
     _excepthook = sys.excepthook
     # What commands import before they begin, and the extra that brings it.
     _extras = {"torch": "train", "onnx": "engine"}
 
     def _quiet(kind, error, traceback):  # type: ignore[no-untyped-def]
         if issubclass(kind, KeyboardInterrupt):
-            print("Interrupted; nothing half-written was left behind.", file=sys.stderr)
+            interrupted = _interrupted_by(error)
+            print(interrupted, file=sys.stderr)
+            sys.exit(interrupted.exit_code)
         elif issubclass(kind, ModuleNotFoundError) and error.name in _extras:
             print(
                 f"error: This command needs {error.name}, which is not installed; "

@@ -105,19 +105,19 @@ def benchmark(
     _check(models, data, video, query, samples, batch, threads, output, plot)
     told = _command(models, data, video, query, samples, batch, device, threads)
     run = _Run(models, samples, batch, device, threads, told)
-    interrupted = False
+    interruption: KeyboardInterrupt | None = None
     try:
         run.measure(data, video, query)
-    except KeyboardInterrupt:
-        interrupted = True
-    report = run.report(interrupted)
+    except KeyboardInterrupt as error:
+        interruption = error
+    report = run.report(interruption is not None)
     print(report.text())
     if output:
         write_json(output, report.to_dict())
     if plot:
         draw(report, plot)
-    if interrupted:
-        raise KeyboardInterrupt
+    if interruption is not None:
+        raise interruption
     next_command("runtime.evaluate", "--model", models[0], "--data", data or "DIR")
     return report
 

@@ -12,6 +12,7 @@ from typing import Any
 MAX_VALUE_LENGTH = 300
 MAX_MESSAGE_LENGTH = 4000
 
+_LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_LENGTH + 1},}}")
 # Control characters other than tab and newline, surrogates, and marks that reverse the direction of text.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -30,7 +31,9 @@ class GroundingError(Exception):
     code = "invalid_input"
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
-        super().__init__(_bounded(message, MAX_MESSAGE_LENGTH))
+        # Paths and numbers of any length; sentences are bounded by `excerpt` where they are quoted.
+        words = _LONG_WORD.sub(lambda word: _bounded(word.group(), MAX_VALUE_LENGTH), message)
+        super().__init__(_bounded(words, MAX_MESSAGE_LENGTH))
         if code is not None:
             self.code = code
 
@@ -138,6 +141,11 @@ def printable(text: str) -> str:
     Tabs and newlines stay.
     """
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def printable_line(text: str) -> str:
+    """Return `text` as `printable` does, and on one line: tabs and newlines are escaped too."""
+    return printable(text).replace("\t", "\\t").replace("\n", "\\n")
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) 
         f"with replace_when_whole({str(tmp_path / 'report.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print('ready', flush=True)\n"
-        "    time.sleep(60)"
+        "    while True: time.sleep(0.05)"
     )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
@@ -173,3 +173,76 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert process.stderr
     assert process.stderr.read() == ""
     assert process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_termination_while_writing_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start(
+        f"with replace_when_whole({str(tmp_path / 'report.json')!r}) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.05)"
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_termination_during_import_exits_with_143() -> None:
+    code = (
+        "import sys; sys.argv = ['-m']; import runtime, os, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(10)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 143
+    assert ended.stderr.count("\n") == 1
+
+
+def test_control_characters_are_escaped_on_both_streams() -> None:
+    process = start(
+        "import logging\nprint('a\\x1b[2Jb')\nlogging.getLogger('drn').info('%s', 'c\\x1b[2Jd\\ne')\n"
+        "raise GroundingError('f\\x1b[2Jg\\nh')"
+    )
+    out, err = process.communicate(timeout=30)
+    assert out == "a\\x1b[2Jb\n"
+    assert err == "c\\x1b[2Jd\\ne\nerror: f\\x1b[2Jg\\nh\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_text_of_any_language_prints_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    process = start("print('█▒·“…” 日本 \\udcff')", encoding=encoding)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert out.endswith("\\udcff\n")
+
+
+def test_a_wrong_argument_is_shown_escaped_and_bounded(run_command: Callable[..., Any]) -> None:
+    for word in ("--\x1b[31mred", "one\x1b]0;title\x07", "x" * 100_000):
+        outcome = run_command(add, "--first", word)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "\x1b" not in outcome.err
+        assert len(outcome.err) < 3000
+
+
+def test_a_long_argument_that_fits_reaches_the_command(run_command: Callable[..., Any]) -> None:
+    def echo(text: str) -> None:
+        """Print the length of a text."""
+        print(len(text))
+
+    assert run_command(echo, "--text", "x\x1b" * 1000).out == "2000\n"
+
+
+def test_a_path_that_is_too_long_is_one_sentence(run_command: Callable[..., Any]) -> None:
+    def look(path: Path) -> None:
+        """Look at a file."""
+        path.stat()
+
+    outcome = run_command(look, "--path", "x" * 5000)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert len(outcome.err) < 1000

@@ -56,7 +56,7 @@ def test_excerpt_of_a_small_value_is_its_repr() -> None:
 
 
 def test_messages_are_bounded() -> None:
-    assert len(str(GroundingError("x" * 10**6))) == MAX_MESSAGE_LENGTH
+    assert len(str(GroundingError("x " * 10**6))) == MAX_MESSAGE_LENGTH
     assert len(one_line(ValueError("x " * 10**6))) == MAX_VALUE_LENGTH
 
 

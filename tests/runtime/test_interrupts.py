@@ -1,0 +1,99 @@
+"""`runtime.interrupts`: signals become one exception, which waits while files are created or removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from runtime import interrupts
+from runtime.interrupts import Interrupted, deferred, handled
+
+
+def send(*numbers: signal.Signals) -> None:
+    """Send signals to this process, and give each the time to arrive."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signal_raises_interrupted_with_exit_code(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with handled(), pytest.raises(KeyboardInterrupt) as caught:
+        send(number)
+    assert isinstance(caught.value, Interrupted)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled():
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_deferred_signal_raises_at_end_of_outermost_block() -> None:
+    steps = []
+
+    def deferring() -> None:
+        with deferred():
+            with deferred():
+                send(signal.SIGTERM)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+
+    with handled(), pytest.raises(Interrupted):
+        deferring()
+    assert steps == ["inner", "outer"]
+
+
+def test_repeated_signal_does_not_interrupt_cleanup() -> None:
+    steps = []
+
+    def cleaning() -> None:
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGINT, signal.SIGTERM)
+            steps.append("cleaned")
+
+    with handled(), pytest.raises(Interrupted) as caught:
+        cleaning()
+    assert caught.value.number == signal.SIGTERM
+    assert steps == ["cleaned"]
+
+
+def test_later_signal_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A library may have swallowed the first one.
+    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.0)
+    with handled():
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                send(signal.SIGINT)
+
+
+def test_threads_do_not_defer_signals_of_the_main_thread() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with deferred():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    try:
+        with handled(), pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+    finally:
+        leave.set()
+        thread.join()
