@@ -6,12 +6,18 @@ import csv
 import dataclasses
 import io
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from runtime.errors import printable_line
 from runtime.moments import Moment
 
 Format = Literal["text", "json", "jsonl", "csv", "srt"]
+
+# With these a spreadsheet begins a formula.
+FORMULA_STARTS = tuple("=+-@")
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,8 @@ def _text(answer: Answer, width: int) -> str:
     rows += [(clock(truth[0]), clock(truth[1]), "truth", truth, "▒") for truth in answer.truths]
     columns = [max((len(row[index]) for row in rows), default=0) for index in range(3)]
     bar_width = max(20, width - sum(columns) - 10)
-    lines = [f"{answer.video} ({clock(answer.duration)})  “{answer.query}”"]
+    # On one line, whatever is in a name or a query: what it adds must not look like an answer.
+    lines = [f"{printable_line(answer.video)} ({clock(answer.duration)})  “{printable_line(answer.query)}”"]
     if not answer.moments:
         lines.append("  no moment found")
     for start, end, score, span, mark in rows:
@@ -85,13 +92,29 @@ def _bar(span: tuple[float, float], duration: float, width: int, mark: str) -> s
 
 
 def _csv(answers: Sequence[Answer]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("video", "query", "rank", "start", "end", "score"))
+    rows: list[tuple[object, ...]] = [("video", "query", "rank", "start", "end", "score")]
     for answer in answers:
         for rank, moment in enumerate(answer.moments, 1):
-            writer.writerow((answer.video, answer.query, rank, moment.start, moment.end, moment.score))
-    return stream.getvalue().rstrip("\n")
+            texts = csv_text(answer.video), csv_text(answer.query)
+            rows.append((*texts, rank, moment.start, moment.end, moment.score))
+    return "\n".join(map(_csv_row, rows))
+
+
+def _csv_row(values: tuple[object, ...]) -> str:
+    stream = io.StringIO(newline="")
+    # Only a terminator that holds a carriage return lets the writer quote texts that hold one.
+    csv.writer(stream, lineterminator="\r\n").writerow(values)
+    return stream.getvalue().removesuffix("\r\n")
+
+
+def csv_text(text: str) -> str:
+    """Return text as a CSV cell that no spreadsheet takes for a formula: one apostrophe may be added in front.
+
+    Whoever reads the cell removes one apostrophe from its start, if there is one, and has the text again.
+    """
+    # Spreadsheets skip white space and invisible characters, and read full-width signs as their ASCII forms.
+    start = unicodedata.normalize("NFKC", text.lstrip().lstrip(INVISIBLE).lstrip()[:1])
+    return f"'{text}" if start[:1] in FORMULA_STARTS or text[:1] in ("'", "\t", "\r", "\n") else text
 
 
 def _srt(answers: Sequence[Answer]) -> str:

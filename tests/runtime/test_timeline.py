@@ -137,3 +137,35 @@ def test_no_answers_are_still_a_document() -> None:
     assert json.loads(render([], "json")) == []
     assert render([], "csv") == "video,query,rank,start,end,score"
     assert render(ANSWERS[2:], "srt") == ""
+
+
+def one_answer(query: str, video: str = "v") -> list[Answer]:
+    return [Answer(query, video, 40.0, [Moment(-0.5, 30.5, 0.75)])]
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+
+
+@given(
+    st.sampled_from(["=", "+", "-", "@", "＝", "＋", "－", "＠", "﹣", "\t", "\r", "'", " =", "\ufeff="]) | st.just(""),
+    texts,
+)
+def test_csv_texts_are_no_formulas_and_read_back(start: str, text: str) -> None:
+    written = io.StringIO(render(one_answer(start + text, start + text), "csv"), newline="")
+    row = list(csv.reader(written))[1]
+    for cell in row[:2]:
+        assert cell.lstrip()[:1] not in tuple("=+-@＝＋－＠")
+        assert cell[:1] not in ("\t", "\r")
+        assert cell.removeprefix("'") == start + text
+
+
+def test_csv_leaves_ordinary_texts_and_numbers_alone() -> None:
+    row = list(csv.reader(io.StringIO(render(one_answer("person x=1 - @home"), "csv"))))[1]
+    assert row == ["v", "person x=1 - @home", "1", "-0.5", "30.5", "0.75"]
+
+
+def test_text_of_a_query_cannot_add_lines() -> None:
+    text = render(one_answer("a\n  0:00.0 - 0:01.0  1.000\x1b[2J\tb", "v\nw"), "text")
+    assert len(text.splitlines()) == 2
+    assert "\x1b" not in text
+    assert "\t" not in text
