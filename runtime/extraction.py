@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.errors import FootageError, GroundingError
+from runtime.errors import FootageError, GroundingError, printable_line
 from runtime.extractors import Extractor
 from runtime.files import check_file, read_json, replace_when_whole, sha256, write_json
 from runtime.footage import Footage, clips, look, pictures
@@ -95,7 +96,11 @@ def extract(
     every = clock.stride if clock.window == 1 else 1
     seen = num_clips = 0
     progress = tqdm(
-        total=footage.num_frames, desc=f"Extracting {footage.path.name}", unit="frame", leave=False, disable=None
+        total=footage.num_frames,
+        desc=f"Extracting {printable_line(footage.path.name)}",
+        unit="frame",
+        leave=False,
+        disable=None,
     )
 
     def counted() -> Iterator[np.ndarray]:
@@ -106,9 +111,10 @@ def extract(
             yield picture
 
     windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
-    with replace_when_whole(output) as temporary, open(temporary, "wb") as stream, progress:
+    decoded = contextlib.closing(ahead(_batches(windows, batch_size)))
+    with replace_when_whole(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
         _write_header(stream, 0, about.dim)
-        for batch in ahead(_batches(windows, batch_size)):
+        for batch in batches:
             stream.write(np.ascontiguousarray(extractor.extract(batch), np.float32).data)
             num_clips += len(batch)
         # Of every second frame, say, the last may stand for one or for two.
@@ -138,9 +144,10 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
-def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Iterator[np.ndarray]:
+def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Generator[np.ndarray, None, None]:
     """Yield batches that a thread makes, up to `depth` before they are asked for; errors come where they would have."""
-    with ThreadPoolExecutor(1) as maker:
+    maker = ThreadPoolExecutor(1)
+    try:
         waiting = collections.deque(maker.submit(next, batches, None) for _ in range(depth))
         while True:
             batch = waiting.popleft().result()
@@ -148,6 +155,9 @@ def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Iterator
                 return
             waiting.append(maker.submit(next, batches, None))
             yield batch
+    finally:
+        # After an interruption nobody takes the batches that were not begun.
+        maker.shutdown(cancel_futures=True)
 
 
 def extracted(
