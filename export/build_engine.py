@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from export.builder import BuildOptions, cuda_devices, runs_here, why_not
+from export.builder import BuildOptions, cuda_devices, why_not
 from export.court import Court
 from export.engines import build_part, reject
 from export.extractor_engine import PROMISES, build_extractor, extractor_of
@@ -24,7 +24,7 @@ from runtime.annotations import DataSet
 from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, PromiseBroken
 from runtime.evaluation import askable_rows
-from runtime.files import Staging
+from runtime.files import Staging, locked
 
 if TYPE_CHECKING:
     from export.verify import Proof
@@ -165,7 +165,7 @@ def build_engine(
     if unroll:
         lstm_layers(graph)
     again = _again({**given, "target": chosen, "output": job.output})
-    with Staging() as staging:
+    with locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
         court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
@@ -188,11 +188,10 @@ def build_engine(
                 parts = [part.with_unrolled(unroll) for part in parts]
                 for part in parts:
                     engine = build_part(staged, part, options, timing_cache)
-                if data_set and runs_here(options):
+                if data_set and cuda_devices():
                     proof = _proven_engine(staged, court, made, parts)
             if proof:
-                engines = [plan.engine for part in parts for plan in (*part.unrolled, part)] if engine else []
-                court.write_reports(proof, made, engine, engines)
+                court.write_reports(proof, made, engine)
         except PromiseBroken:
             # Ranges and a plan cost minutes and are good whatever came of them.
             staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
@@ -203,7 +202,7 @@ def build_engine(
         print(f"{proof.sentence()} {job.beside('passport.html')} tells all.")
     else:
         log.warning("Parity was not checked: pass --data DIR to prove on its queries that nothing was lost.")
-    if engine and not runs_here(options):
+    if engine and not cuda_devices():
         next_command("runtime.describe", job.output)
     elif data_set:
         first = annotations[0]

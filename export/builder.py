@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
-from export.inspection import inspect_plan
 from export.profiles import Profile
 from export.to_onnx import drn_modules
-from runtime.backends.cuda import Cuda
 from runtime.backends.network import logger_for, starting
 from runtime.errors import DeviceError, GroundingError, ModelFileError
-from runtime.inspection import Inspection
 
 log = logging.getLogger("drn")
 
@@ -71,17 +68,15 @@ class Plan:
         plan: the bytes that TensorRT deserialises.
         library: name and version of what built it.
         strongly_typed: whether the graph alone decided the precision.
-        inspection: what the engine inspector wrote; None where the plan cannot be opened here.
+        inspector: the engine inspector's JSON; None where it cannot be had (no GPU).
         timing_cache: measured kernel times, for the next build.
-        why_not_inspected: the reason where there is no inspection, as a clause.
     """
 
     plan: bytes
     library: str
     strongly_typed: bool
-    inspection: Inspection | None
+    inspector: str | None
     timing_cache: bytes | None
-    why_not_inspected: str = ""
 
 
 def cuda_version() -> str | None:
@@ -119,30 +114,6 @@ def cuda_devices() -> int:
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
-
-
-def why_not_here(options: BuildOptions) -> str:
-    """Return why a plan of these options cannot be opened on this machine, as a clause; empty if it can.
-
-    TensorRT builds on the GPU that it builds for. TensorRT-RTX also builds for GPUs that are not here: such a plan is
-    refused when it is loaded ("The engine cannot run on this GPU, which has compute capability", in libtensorrt_rtx.so
-    of 1.7.1).
-    """
-    if options.target == "tensorrt":
-        return ""
-    here = compute_capability()
-    if here is None:
-        return "no GPU is here to open the plan"
-    text = f"{here[0]}.{here[1]}"
-    if options.compute_capabilities and text not in options.compute_capabilities:
-        built_for = ", ".join(options.compute_capabilities)
-        return f"the plan is for compute capability {built_for}, and this machine's GPU has {text}"
-    return ""
-
-
-def runs_here(options: BuildOptions) -> bool:
-    """Return whether a plan of these options runs on this machine."""
-    return bool(cuda_devices()) and not why_not_here(options)
 
 
 def load_library(target: Target) -> ModuleType:
@@ -245,13 +216,7 @@ def is_strongly_typed(library: ModuleType) -> bool:
     return hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def build(
-    graph: bytes,
-    options: BuildOptions,
-    timing_cache: bytes | None = None,
-    library: Any = None,
-    cuda: Cuda | None = None,
-) -> Plan:
+def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None, library: Any = None) -> Plan:
     """Build a plan.
 
     Args:
@@ -259,11 +224,9 @@ def build(
         options: what to do.
         timing_cache: of an earlier build on the same GPU and version.
         library: stands in for the TensorRT module.
-        cuda: stands in for the GPU on which the plan is inspected.
 
     Raises:
         DeviceError: the library or the GPU is missing, or the options do not go with it.
-        PlanNotLoaded: the library refuses the plan that it built.
         ModelFileError: the graph does not parse or does not build; the library's own words are in the message.
     """
     trt = library or load_library(options.target)
@@ -296,17 +259,13 @@ def build(
         )
     kept = config.get_timing_cache() if cache is not None else None
     plan = bytes(plan)
-    elsewhere = why_not_here(options)
-    inspection = None
-    if not elsewhere:
-        inspection = inspect_plan(trt, logger, plan, options.profiles, host_code=options.version_compatible, cuda=cuda)
+    inspector = _inspect(trt, logger, plan) if options.target == "tensorrt" or cuda_devices() else None
     return Plan(
         plan,
         f"{_MODULES[options.target]} {trt.__version__}",
         typed,
-        inspection,
+        inspector,
         bytes(kept.serialize()) if kept else None,
-        elsewhere,
     )
 
 
@@ -380,6 +339,17 @@ def _hold_in_fp32(trt: Any, network: Any, config: Any, modules: Sequence[str]) -
         layer = network.get_layer(index)
         if held.intersection(drn_modules(layer.name)):
             layer.precision = trt.float32
+
+
+def _inspect(trt: Any, logger: Any, plan: bytes) -> str | None:
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ModelFileError(
+            f"TensorRT {trt.__version__} cannot load the plan it built: {'; '.join(logger.lines)[:500]}."
+        )
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.served import FORMAT_PARAMETER, Served, is_features
 from runtime.errors import DeviceError, ModelFileError, OutputError, one_line
-from runtime.files import replace_when_whole, sha256
+from runtime.files import locked, replace_when_whole, sha256, staging_directory
+from runtime.interrupts import deferred
 from runtime.triton.networks import FORMAT, PARAMETER, About
 
 if TYPE_CHECKING:
@@ -140,24 +140,27 @@ def write(repository: Path, parts: Sequence[Served], origin: Path) -> int:
     repository = repository.resolve()
     if repository.exists() and not repository.is_dir():
         raise OutputError(f"{repository} is a file; name a directory for the repository.")
-    version = next_version(repository, parts)
-    header = (
-        f"# Written by `python -m export.triton` for {origin.name} (SHA-256 {sha256(origin)[:12]}...).\n"
-        "# Fields: model_config.proto of triton-inference-server/common.\n"
-    )
-    with _beside(repository) as staged:
-        for part in parts:
-            _lay(staged / part.name, part, version, header)
-        moves = [(staged / part.name, repository / part.name) for part in parts]
-        if version > 1:
-            moves = [(ours / str(version), there / str(version)) for ours, there in moves]
-        with _undone_on_error() as done:
-            for ours, there in moves:
-                there.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(ours, there)
-                done.append(there)
+    # Two writers would choose the same version.
+    with locked(repository.parent, repository.name):
+        version = next_version(repository, parts)
+        header = (
+            f"# Written by `python -m export.triton` for {origin.name} (SHA-256 {sha256(origin)[:12]}...).\n"
+            "# Fields: model_config.proto of triton-inference-server/common.\n"
+        )
+        with _beside(repository) as staged:
+            for part in parts:
+                _lay(staged / part.name, part, version, header)
+            moves = [(staged / part.name, repository / part.name) for part in parts]
             if version > 1:
-                _tell(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
+                moves = [(ours / str(version), there / str(version)) for ours, there in moves]
+            # A signal waits for the moves, and undoes all of them.
+            with _undone_on_error() as done, deferred():
+                for ours, there in moves:
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(ours, there)
+                    done.append(there)
+                if version > 1:
+                    _tell(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
     return version
 
 
@@ -192,15 +195,11 @@ def _beside(repository: Path) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         inside = repository.is_dir() and os.path.ismount(repository)
-        staged = Path(tempfile.mkdtemp(dir=repository if inside else parent, prefix=f".{repository.name}-"))
-    except OSError as error:
-        raise _unwritable(repository, error) from error
-    try:
-        yield staged
+        with staging_directory(repository if inside else parent) as staged:
+            yield staged
     except OSError as error:
         raise _unwritable(repository, error) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from runtime.command import command, next_command
 from runtime.errors import FootageError, GroundingError
 from runtime.extraction import BATCH_SIZE, FORMAT, Extracted, check_length, extracted, hash_of, read_note
 from runtime.extractors import open_extractor
-from runtime.files import check_writable, read_json, sha256, write_json
+from runtime.files import check_writable, locked, read_json, sha256, write_json
 from runtime.footage import look
 from runtime.videos import ClipClock
 
@@ -116,7 +113,8 @@ def _notes(directory: Path) -> dict[str, Extracted]:
 
 def _note(directory: Path, name: str, found: Extracted) -> None:
     """Add a video to the tables of the directory. The note comes last: with it, all the rest is there."""
-    with _locked(directory):
+    # Several processes may fill one directory.
+    with locked(directory, wait=True):
         for table, value in (
             ("Charades_duration.json", found.duration),
             ("Charades_fps_dict.json", f"{found.frame_rate:.6g}"),
@@ -136,22 +134,6 @@ def _merge(path: Path, name: str, value: Any) -> None:
         raise FootageError(f"{path} should be a table of videos and is not; choose another --output.")
     if table.get(name) != value:
         write_json(path, {**table, name: value})
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes that fill the same directory from its tables meanwhile, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -16,7 +17,7 @@ from runtime.command import command, next_command
 from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError, OutputError
 from runtime.evaluation import askable_rows
-from runtime.files import check_writable
+from runtime.files import check_writable, locked
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
 from train.curves import draw_curves
@@ -117,7 +118,10 @@ def train(
         raise OutputError(f"{output} holds a training run; pass --resume to go on with it, or choose another --output.")
     check_writable(output / "run.json")
     data_set = DataSet(data)
-    with started_by_torchrun(target) as processes:
+    with (
+        started_by_torchrun(target) as processes,
+        locked(output) if processes.leads else contextlib.nullcontext(),
+    ):
         if not processes.leads:
             log.setLevel(logging.ERROR)
         if processes.count > 1 and target.type == "cuda":

@@ -84,9 +84,6 @@ def pool(
         # For the warning, which would else be given by the first run only.
         data_set.check_clips(videos, features.clock)
     else:
-        # What a killed process left: nobody else would ever remove gigabytes of it.
-        for stray in cache.glob(f".{path.stem}.*"):
-            stray.unlink(missing_ok=True)
         try:
             _write(path, data_set, videos, places, num_frames, num_segments, features)
         except OutputError as error:

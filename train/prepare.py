@@ -16,7 +16,7 @@ from runtime.annotations import Annotation, DataSet
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError
 from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
-from runtime.files import Staging, sha256
+from runtime.files import Staging, content_names, locked, sha256
 from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
 from runtime.videos import ClipClock
 from runtime.vocabulary import Vocabulary, tokenize, word_table
@@ -113,7 +113,8 @@ def prepare(
     texts[ABOUT] = json.dumps(_about(data_set, splits, place, store, told), indent=2) + "\n"
     if words and vectors:
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
-    with Staging() as staging:
+    with locked(output), Staging() as staging:
+        _check_empty(output)
         for name, text in texts.items():
             staging.path(output / name).write_text(text, encoding="utf-8")
         staging.settle()
@@ -134,8 +135,7 @@ def _check_empty(output: Path) -> None:
     """Raise OutputError if `output` holds anything but features."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file and --output names a directory; choose another.")
-    there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
-    others = [name for name in there if name != "features" and not name.endswith(HDF5_SUFFIXES)]
+    others = [name for name in content_names(output) if name != "features" and not name.endswith(HDF5_SUFFIXES)]
     if others:
         raise OutputError(f"{output} holds {others[0]} already; choose a new directory, or delete that one.")
 

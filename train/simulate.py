@@ -29,7 +29,17 @@ import numpy as np
 from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
 from runtime.errors import AnnotationError, FeatureError, OutputError
-from runtime.files import check_directory, read_json, replace_when_whole, sha256, write_json, write_text
+from runtime.files import (
+    check_directory,
+    content_names,
+    locked,
+    read_json,
+    remove_strays,
+    replace_when_whole,
+    sha256,
+    write_json,
+    write_text,
+)
 from runtime.textfiles import read_lines, read_text
 from train.captions import captions_plan
 from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
@@ -150,36 +160,38 @@ def simulate(
     }
     output = Path(output)
     _check_ours(output, wanted)
-    folder = output / plan.directory
-    hidden = [story for story in plan.stories if not _feature_path(folder, story.name, file_format).exists()]
-    _check_space(output, hidden, feature_dim * np.dtype(dtype).itemsize)
-    _begin(output, folder, wanted, plan.statement)
-    if hidden:
-        _write_features(
-            folder, hidden, Simulator(plan, DIFFICULTIES[difficulty], feature_dim, seed), dtype, file_format
+    with locked(output):
+        _check_ours(output, wanted, quiet=False)
+        folder = output / plan.directory
+        hidden = [story for story in plan.stories if not _feature_path(folder, story.name, file_format).exists()]
+        _check_space(output, hidden, feature_dim * np.dtype(dtype).itemsize)
+        _begin(output, folder, wanted, plan.statement)
+        if hidden:
+            _write_features(
+                folder, hidden, Simulator(plan, DIFFICULTIES[difficulty], feature_dim, seed), dtype, file_format
+            )
+        # The annotations come after the features and the statement last, so that a run cut short never looks whole.
+        for name, text in plan.texts.items():
+            write_text(output / name, text)
+        facts = {
+            **plan.facts,
+            "videos": len(plan.stories),
+            "clips": sum(story.num_clips for story in plan.stories),
+        }
+        constants = {
+            "window": CLOCK.window,
+            "stride": CLOCK.stride,
+            "latent_dim": latent_dim(feature_dim),
+            "zero_fraction": ZERO_FRACTION,
+            "power": POWER,
+            "gain_spread": GAIN_SPREAD,
+            "noise_seconds": NOISE_SECONDS,
+            **asdict(DIFFICULTIES[difficulty]),
+        }
+        write_json(
+            output / DONE, {"statement": plan.statement, "parameters": wanted, "model": constants, "contents": facts}
         )
-    # The annotations come after the features and the statement last, so that a run cut short never looks whole.
-    for name, text in plan.texts.items():
-        write_text(output / name, text)
-    facts = {
-        **plan.facts,
-        "videos": len(plan.stories),
-        "clips": sum(story.num_clips for story in plan.stories),
-    }
-    constants = {
-        "window": CLOCK.window,
-        "stride": CLOCK.stride,
-        "latent_dim": latent_dim(feature_dim),
-        "zero_fraction": ZERO_FRACTION,
-        "power": POWER,
-        "gain_spread": GAIN_SPREAD,
-        "noise_seconds": NOISE_SECONDS,
-        **asdict(DIFFICULTIES[difficulty]),
-    }
-    write_json(
-        output / DONE, {"statement": plan.statement, "parameters": wanted, "model": constants, "contents": facts}
-    )
-    (output / UNDER_WAY).unlink(missing_ok=True)
+        (output / UNDER_WAY).unlink(missing_ok=True)
     print(f"{output}: {facts['videos']} videos, {facts['clips']} clips of {feature_dim} channels ({difficulty}).")
     for split, count in facts["moments"].items():
         print(f"{split}: {count} moments")
@@ -547,12 +559,12 @@ def _deed_siblings(name: str) -> list[str]:
     return [f"{other} {at}" for other, at in deeds if (other == verb) != (at == thing)]
 
 
-def _check_ours(output: Path, wanted: dict[str, Any]) -> None:
+def _check_ours(output: Path, wanted: dict[str, Any], quiet: bool = True) -> None:
     """Raise OutputError unless `output` is new, empty, or left by the same command; changes nothing."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file and --output names a directory; choose another.")
     try:
-        names = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+        names = content_names(output)
     except OSError as error:
         raise OutputError(f"{output} cannot be read: {error.strerror}. Choose another place.") from error
     if not names:
@@ -570,7 +582,8 @@ def _check_ours(output: Path, wanted: dict[str, Any]) -> None:
             f"{output} holds another simulation (different: {', '.join(differing) or 'parameters'}); "
             f"choose a new directory, or delete that one."
         )
-    log.info("%s was begun by the same command: the features that are there are kept.", output)
+    if not quiet:
+        log.info("%s was begun by the same command: the features that are there are kept.", output)
 
 
 def _begin(output: Path, folder: Path, wanted: dict[str, Any], statement: str) -> None:
@@ -579,10 +592,7 @@ def _begin(output: Path, folder: Path, wanted: dict[str, Any], statement: str) -
     try:
         (output / DONE).unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
-        # Temporary files of a run that was killed outright.
-        for stray in [*folder.glob(".*"), *output.glob(".*.json"), *output.glob(".*.txt")]:
-            if stray.name != UNDER_WAY:
-                stray.unlink()
+        remove_strays(folder)
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another place.") from error
 

@@ -182,8 +182,7 @@ def _unrolled(job: Job) -> list[int]:
 def _layers(counted: Mapping[str, Any]) -> str:
     engine = counted.get("engine")
     if engine:
-        told = ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
-        return f"{told or 'no layer shows its type'} ({counted.get('verdict', 'not judged')})"
+        return ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
     shares = counted["twin"]["shares"]
     return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
 

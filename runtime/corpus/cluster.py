@@ -14,6 +14,7 @@ from typing import Any
 from runtime.corpus.plan import Settings, Shard
 from runtime.corpus.shards import Done, Job, Worker
 from runtime.errors import DeviceError, one_line
+from runtime.interrupts import preserved
 from runtime.machine import cores
 
 log = logging.getLogger("drn")
@@ -102,16 +103,18 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
         yield ray
         return
     try:
-        if address is None:
-            ray.init(
-                "local",
-                num_cpus=actors * settings.threads if actors and settings.device == "cpu" else cores(),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-            )
-        else:
-            ray.init(address, logging_level=logging.ERROR)
+        # Ray would end the process at SIGTERM without a word.
+        with preserved():
+            if address is None:
+                ray.init(
+                    "local",
+                    num_cpus=actors * settings.threads if actors and settings.device == "cpu" else cores(),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                )
+            else:
+                ray.init(address, logging_level=logging.ERROR)
     # Ray's own errors, ConnectionError, ValueError for what is no address, RuntimeError for a token that is missing.
     except Exception as error:
         where = "here" if address is None else f"at --address {address}"

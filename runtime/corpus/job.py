@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import shutil
 import time
@@ -15,12 +14,12 @@ from tqdm import tqdm
 
 from runtime.backends import check_model_path
 from runtime.corpus.cluster import run_on_ray
-from runtime.corpus.plan import LOCK, MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
+from runtime.corpus.plan import MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
 from runtime.corpus.questions import check_one_kind, read_questions
 from runtime.corpus.shards import ATTEMPTS, Done, Job, Worker
 from runtime.corpus.sources import open_source
-from runtime.errors import GroundingError, OutputError
-from runtime.files import check_writable, json_digest, write_json
+from runtime.errors import GroundingError
+from runtime.files import check_writable, json_digest, locked, remove_strays, write_json
 
 log = logging.getLogger("drn")
 
@@ -84,7 +83,7 @@ def ground(
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
     told = describe(model, queries, len(questions), source, settings)
     pairs = sum(map(len, shards))
-    with _alone(output):
+    with locked(output):
         check_writable(output / MANIFEST, model, queries)
         # Looked at before the lock was had, another job could have put its shards there meanwhile.
         check_same(output, told)
@@ -153,21 +152,4 @@ def _cleaned(output: Path) -> Iterator[None]:
 
 def _clean(output: Path) -> None:
     shutil.rmtree(output / ATTEMPTS, ignore_errors=True)
-    for temporary in output.glob(".shard-*"):
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold a directory for this job; OutputError if another one has it. The system lets go when a process is killed."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / LOCK, "w")  # noqa: SIM115 - closed at the end of the block below
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror or error}); choose another path.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"Another process is writing {output}; wait for it, or end it.") from error
-        yield
+    remove_strays(output)

@@ -14,11 +14,10 @@ from runtime.backends import Device
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed, Source
 from runtime.errors import OutputError
-from runtime.files import read_json, sha256
+from runtime.files import LOCK, content_names, read_json, sha256
 
 FORMAT = "drn-corpus/1"
 MANIFEST = "corpus.json"
-LOCK = ".lock"
 # What runs the network, by the suffix of a model file.
 LIBRARIES = {
     ".onnx": ("onnxruntime", "onnxruntime-gpu"),
@@ -166,7 +165,7 @@ def check_ours(output: Path) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is not a directory; name a new or empty directory with --output.")
-    if any(output.iterdir()) and not (output / MANIFEST).exists():
+    if content_names(output) and not (output / MANIFEST).exists():
         raise _not_ours(output)
 
 
@@ -174,7 +173,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     """Raise OutputError if a directory holds shards of other inputs, or something else; for who holds its lock."""
     path = output / MANIFEST
     if not path.exists():
-        if any(entry.name != LOCK for entry in output.iterdir()):
+        if content_names(output):
             raise _not_ours(output)
         return
     found = read_json(path, "what a corpus was made of", OutputError)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import secrets
@@ -18,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from runtime.arrayfiles import open_archive, read_header
 from runtime.backends import Device
 from runtime.errors import FeatureError, OutputError, one_line
 from runtime.extraction import cache_directory
+from runtime.files import locked
 from runtime.service.library import MEDIA_TYPES, Entry
 from runtime.service.refusals import Refusal, unknown_video
 from runtime.videos import ClipClock, Origin, Video, load_features
@@ -147,14 +147,16 @@ class Uploads:
         self._extractions = 0
         self.bytes = 0
         try:
-            options.directory.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
-            self._own = options.directory / f"service-{secrets.token_hex(8)}"
-            self._own.mkdir(mode=0o700)
-            self._lock = _locked(self._own)
-        except OSError as error:
+            # Another service that starts now must not take the new directory for a leftover before it is locked.
+            with locked(options.directory, wait=True):
+                self._clear_leftovers()
+                self._own = options.directory / f"service-{secrets.token_hex(8)}"
+                self._own.mkdir(mode=0o700)
+                self._lock = contextlib.ExitStack()
+                self._lock.enter_context(locked(self._own))
+        except (OSError, OutputError) as error:
             raise OutputError(
-                f"Uploads cannot be kept in {options.directory} ({error.strerror or error}); name another place with "
+                f"Uploads cannot be stored in {options.directory} ({one_line(error)}). Name another directory with "
                 "--uploads."
             ) from error
 
@@ -306,7 +308,7 @@ class Uploads:
     def _clear_leftovers(self) -> None:
         """Remove directories of services that were killed: nobody holds their locks."""
         for place in self._options.directory.glob("service-*"):
-            with contextlib.suppress(OSError), _locked(place):
+            with contextlib.suppress(OutputError), locked(place):
                 shutil.rmtree(place, ignore_errors=True)
 
 
@@ -423,14 +425,3 @@ def _cannot_extract(code: int | None, said: str, media: Path) -> Refusal:
             return Refusal(422, told.replace("pass --partial", "send the field partial=true"))
     log.error("Extraction ended with %s: %s", code, said[-2000:])
     return Refusal(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
-
-
-def _locked(directory: Path) -> IO[Any]:
-    """Return an open file whose lock says that the directory is in use; OSError if another holds it."""
-    stream = open(directory / "in-use", "a")  # noqa: SIM115 - open as long as the lock is held
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise
-    return stream

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,13 +30,17 @@ from runtime.files import (
     check_directory,
     check_file,
     check_writable,
+    content_names,
+    locked,
     read_json,
+    remove_strays,
     replace_when_whole,
     sha256,
     write_json,
     write_text,
 )
 from runtime.footage import look
+from runtime.interrupts import Interrupted, handled
 from runtime.videos import load_features
 from train.checkpoints import load_checkpoint
 
@@ -330,3 +336,271 @@ def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(OutputError, match="x is not a directory"):
         check_writable(tmp_path / "x" / "run.json")
+
+
+# What killed processes leave
+
+
+def start_writer(body: str) -> subprocess.Popen[str]:
+    """Start a process that prints a line when it is in the middle of this body, and waits."""
+    code = "import sys, time\nfrom pathlib import Path\nfrom runtime.files import Staging, locked, replace_when_whole\n"
+    wait = "print('ready', flush=True); sys.stdin.read()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code + body.replace("WAIT", wait)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def half(path: Path) -> str:
+    return f"with replace_when_whole({str(path)!r}) as temporary:\n    temporary.write_text('half')\n    WAIT\n"
+
+
+def staged(path: Path) -> str:
+    write = f"staging.path({str(path)!r}).write_text('half')"
+    return f"with Staging() as staging:\n    {write}\n    WAIT\n    staging.settle()\n"
+
+
+@pytest.fixture
+def writer() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start writers that have reached their middle; they end with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(body: str) -> subprocess.Popen[str]:
+        process = start_writer(body)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("body", [half, staged])
+def test_next_write_removes_what_a_killed_process_left(
+    body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    process = writer(body(path))
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text(path, "whole")
+    assert content(tmp_path) == {"report.json": "whole"}
+
+
+@pytest.mark.parametrize("body", [half, staged])
+def test_next_staging_removes_what_a_killed_process_left(
+    body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
+) -> None:
+    process = writer(body(tmp_path / "report.json"))
+    process.kill()
+    process.wait()
+    with Staging() as staging:
+        staging.path(tmp_path / "other.json").write_text("whole")
+        staging.settle()
+    assert content(tmp_path) == {"other.json": "whole"}
+
+
+@pytest.mark.parametrize("body", [half, staged])
+def test_live_writers_of_one_file_keep_their_temporary_files(
+    body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    processes = [writer(body(path)) for _ in range(2)]
+    write_text(path, "whole")
+    remove_strays(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    for process in processes:
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    assert content(tmp_path) == {"report.json": "half"}
+
+
+def test_sigterm_ends_a_writer_without_a_trace(writer: Callable[[str], Any], tmp_path: Path) -> None:
+    process = writer(f"from runtime.interrupts import install; install()\n{staged(tmp_path / 'report.json')}")
+    process.terminate()
+    process.wait(timeout=30)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".report.abcdefgh.json",
+        ".drn-notes",
+        ".drn-0123456-abcdefgh-report.json",
+        "x.drn-01234567-abcdefgh",
+        ".drn-lock",
+    ],
+)
+def test_files_of_other_names_are_never_removed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    os.utime(tmp_path / name, (0, 0))
+    write_text(tmp_path / "report.json", "text")
+    assert content(tmp_path) == {"report.json": "text", name: "mine"}
+
+
+def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+    file, directory = tmp_path / ".drn-01234567-abcdefgh-report.json", tmp_path / ".drn-01234567-hgfedcba"
+    file.write_text("half")
+    directory.mkdir()
+    (directory / "drn.onnx").write_text("half")
+    remove_strays(tmp_path)
+    assert file.exists()
+    assert directory.exists()
+    for path in (directory / "drn.onnx", directory, file):
+        os.utime(path, (0, 0))
+    remove_strays(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.files.fcntl.flock", failing(errno.ENOLCK))
+    with replace_when_whole(tmp_path / "report.json") as temporary:
+        temporary.write_text("half")
+        remove_strays(tmp_path)
+        assert temporary.exists()
+        os.utime(temporary, (0, 0))
+        remove_strays(tmp_path)
+        assert not temporary.exists()
+        temporary.write_text("whole")
+
+
+def test_a_link_named_like_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "file").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".drn-01234567-abcdefgh").symlink_to(target)
+    os.utime(target / "file", (0, 0))
+    write_text(tmp_path / "out" / "report.json", "text")
+    assert (target / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 240 + ".json", "é" * 120 + ".npy", "a." + "b" * 240])
+def test_long_file_names_can_be_written(name: str, tmp_path: Path) -> None:
+    write_text(tmp_path / name, "text")
+    assert content(tmp_path) == {name: "text"}
+
+
+def test_a_name_that_is_too_long_is_an_output_error(tmp_path: Path) -> None:
+    for name in ("x" * 300, "y/" * 3000 + "z"):
+        with pytest.raises(OutputError):
+            write_text(tmp_path / name, "text")
+
+
+def test_a_link_to_itself_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError):
+        write_text(tmp_path / "loop", "text")
+
+
+def test_settled_files_belong_together_despite_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def interrupted(*paths: Any) -> None:
+        replace(*paths)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+
+    def settle_three() -> None:
+        with handled(), Staging() as staging:
+            for name in ("a", "b", "c"):
+                staging.path(tmp_path / name).write_text("new")
+            staging.settle()
+
+    with pytest.raises(Interrupted):
+        settle_three()
+    assert content(tmp_path) == {"a": "new", "b": "new", "c": "new"}
+
+
+def test_directories_made_for_staged_files_that_were_not_settled_are_gone(tmp_path: Path) -> None:
+    with Staging() as staging:
+        staging.path(tmp_path / "a" / "b" / "report.json").write_text("text")
+    assert not list(tmp_path.iterdir())
+
+
+# Locks
+
+
+def hold(directory: Path) -> str:
+    return f"with locked({str(directory)!r}):\n    WAIT\n"
+
+
+def test_a_second_process_cannot_lock_a_directory(writer: Callable[[str], Any], tmp_path: Path) -> None:
+    process = writer(hold(tmp_path / "run"))
+    with pytest.raises(OutputError, match=r"run\b") as refused:
+        locked(tmp_path / "run").__enter__()
+    assert refused.value.code == "output_locked"
+    process.communicate(timeout=30)
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_ends_with_its_process(writer: Callable[[str], Any], tmp_path: Path) -> None:
+    process = writer(hold(tmp_path))
+    process.kill()
+    process.wait()
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_does_not_live_on_in_forked_children(writer: Callable[[str], Any], tmp_path: Path) -> None:
+    body = (
+        "import os, signal\n"
+        f"with locked({str(tmp_path)!r}):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n"
+        "    print(child, flush=True)\n    WAIT\n"
+    )
+    process = start_writer(body)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        process.wait()
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
+def test_waiting_for_a_lock_gets_it_in_turn(writer: Callable[[str], Any], tmp_path: Path) -> None:
+    process = writer(hold(tmp_path))
+    got = threading.Event()
+
+    def wait() -> None:
+        with locked(tmp_path, wait=True):
+            got.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not got.wait(0.1)
+    process.communicate(timeout=30)
+    assert got.wait(30)
+    thread.join()
+
+
+def test_files_of_one_directory_are_locked_apart(tmp_path: Path) -> None:
+    again = locked(tmp_path, "a.engine")
+    with locked(tmp_path, "a.engine"), locked(tmp_path, "b.engine"), pytest.raises(OutputError, match=r"a\.engine"):
+        again.__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_locks_and_temporary_files_do_not_count_as_content(tmp_path: Path) -> None:
+    with locked(tmp_path), replace_when_whole(tmp_path / "a"):
+        assert content_names(tmp_path) == []
+        assert len(os.listdir(tmp_path)) == 2
+    assert content_names(tmp_path / "none") == []

@@ -83,7 +83,8 @@ def test_a_damaged_cache_is_made_anew(data_set: DataSet, videos: list[str], tmp_
 def test_what_a_killed_process_left_is_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     fill(data_set, videos, tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
-    cached.rename(cached.with_name(f".{cached.stem}.abc123.npy"))
+    left = cached.rename(cached.with_name(f".drn-01234567-abcdefgh-{cached.name}"))
+    os.utime(left, (0, 0))
     fill(data_set, videos, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [cached]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -297,7 +298,9 @@ def test_an_interrupted_run_does_not_look_whole_and_is_continued(
     assert not (cut / "simulated.json").exists()
     with pytest.raises(GroundingError):
         DataSet(cut)
-    (cut / FEATURE_DIRECTORY / ".SIM00004.killed.npy").write_bytes(b"half")
+    left = cut / FEATURE_DIRECTORY / ".drn-01234567-abcdefgh-SIM00004.npy"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
 
     asked.clear()
     asked += ["before"] * 4  # no further interruption

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from runtime.corpus.job import Result
 from runtime.corpus.plan import MANIFEST
 from runtime.corpus.shards import Worker
 from runtime.errors import GroundingError, OutputError
+from runtime.files import locked
 from tests.runtime.corpus.conftest import content, write_rows
 
 Here = Callable[..., Result]
@@ -34,7 +35,9 @@ def test_a_job_that_was_interrupted_goes_on_and_the_shards_are_the_same(
         calls.append(shard.number)
         if len(calls) == 3:
             # As a process leaves it that is killed in the middle of a shard.
-            (output / ".shard-00003-of-00006.x.jsonl").write_text('{"qid": 1, "que')
+            left = output / ".drn-01234567-abcdefgh-shard-00003-of-00006.jsonl"
+            left.write_text('{"qid": 1, "que')
+            os.utime(left, (0, 0))
             raise KeyboardInterrupt
         return call(self, shard)
 
@@ -91,10 +94,9 @@ def test_two_jobs_do_not_write_one_corpus(here: Here, corpus: Corpus, tmp_path: 
     features, queries = corpus(ROWS)
     output = tmp_path / "corpus"
     output.mkdir()
-    with open(output / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="Another process is writing"):
-            here(features, queries)
+    with locked(output), pytest.raises(OutputError) as refused:
+        here(features, queries)
+    assert refused.value.code == "output_locked"
     assert not (output / MANIFEST).exists()
     here(features, queries)
 
@@ -104,15 +106,15 @@ def test_a_job_that_ended_before_another_had_the_lock_is_not_mixed_with_it(
 ) -> None:
     features, queries = corpus(ROWS)
     other = write_rows(tmp_path / "other.jsonl", ROWS[:1])
-    alone = job._alone
+    lock = job.locked
 
     def after_another(output: Path) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(job, "_alone", alone)
+            patch.setattr(job, "locked", lock)
             here(features, other, shard_pairs=3)
-        return alone(output)
+        return lock(output)
 
-    monkeypatch.setattr(job, "_alone", after_another)
+    monkeypatch.setattr(job, "locked", after_another)
     with pytest.raises(OutputError, match="queries rows was 1 and is 2"):
         here(features, queries, shard_pairs=3)
     output = tmp_path / "corpus"

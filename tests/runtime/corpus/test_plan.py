@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.corpus.plan import LOCK, MANIFEST, check_ours, check_same, plan, shard_name
+from runtime.corpus.plan import MANIFEST, check_ours, check_same, plan, shard_name
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed
 from runtime.errors import OutputError
+from runtime.files import LOCK
 
 VIDEOS = ("a", "b", "c", "d")
 
@@ -86,6 +87,6 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is not of format"):
             check_same(tmp_path, told())
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(OutputError, match="should be a JSON file"):
+    with pytest.raises(OutputError, match=MANIFEST):
         check_same(tmp_path, told())
     check_ours(tmp_path / "new")

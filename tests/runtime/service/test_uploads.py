@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from runtime import Grounder, Video
 from runtime.annotations import DataSet
 from runtime.errors import OutputError
+from runtime.files import LOCK
 from runtime.service.forms import read_form
 from runtime.service.refusals import Refusal
 from runtime.service.uploads import UploadOptions, Uploads, container_of, read_features, shown_name
@@ -309,7 +310,7 @@ def test_what_does_not_fit_alone_is_refused_and_leaves_nothing(kept: Uploads, tm
         fill(kept, 1001)
     assert (len(kept), kept.bytes) == (0, 0)
     (own,) = (tmp_path / "uploads").iterdir()
-    assert [path.name for path in own.iterdir()] == ["in-use"]
+    assert [path.name for path in own.iterdir()] == [LOCK]
 
 
 def test_what_nobody_asks_goes_after_a_while(kept: Uploads) -> None:
