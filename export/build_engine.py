@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from export.builder import BuildOptions, cuda_devices, why_not
+from export.builder import BuildOptions, cuda_devices, runs_here, why_not
 from export.court import Court
 from export.engines import build_part, reject
 from export.extractor_engine import PROMISES, build_extractor, extractor_of
@@ -188,10 +188,11 @@ def build_engine(
                 parts = [part.with_unrolled(unroll) for part in parts]
                 for part in parts:
                     engine = build_part(staged, part, options, timing_cache)
-                if data_set and cuda_devices():
+                if data_set and runs_here(options):
                     proof = _proven_engine(staged, court, made, parts)
             if proof:
-                court.write_reports(proof, made, engine)
+                engines = [plan.engine for part in parts for plan in (*part.unrolled, part)] if engine else []
+                court.write_reports(proof, made, engine, engines)
         except PromiseBroken:
             # Ranges and a plan cost minutes and are good whatever came of them.
             staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
@@ -202,7 +203,7 @@ def build_engine(
         print(f"{proof.sentence()} {job.beside('passport.html')} tells all.")
     else:
         log.warning("Parity was not checked: pass --data DIR to prove on its queries that nothing was lost.")
-    if engine and not cuda_devices():
+    if engine and not runs_here(options):
         next_command("runtime.describe", job.output)
     elif data_set:
         first = annotations[0]

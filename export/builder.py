@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
+from export.inspection import inspect_plan
 from export.profiles import Profile
 from export.to_onnx import drn_modules
+from runtime.backends.cuda import Cuda
 from runtime.backends.network import logger_for, starting
 from runtime.errors import DeviceError, GroundingError, ModelFileError
+from runtime.inspection import Inspection
 
 log = logging.getLogger("drn")
 
@@ -68,15 +71,17 @@ class Plan:
         plan: the bytes that TensorRT deserialises.
         library: name and version of what built it.
         strongly_typed: whether the graph alone decided the precision.
-        inspector: the engine inspector's JSON; None where it cannot be had (no GPU).
+        inspection: what the engine inspector wrote; None where the plan cannot be opened here.
         timing_cache: measured kernel times, for the next build.
+        why_not_inspected: the reason where there is no inspection, as a clause.
     """
 
     plan: bytes
     library: str
     strongly_typed: bool
-    inspector: str | None
+    inspection: Inspection | None
     timing_cache: bytes | None
+    why_not_inspected: str = ""
 
 
 def cuda_version() -> str | None:
@@ -114,6 +119,30 @@ def cuda_devices() -> int:
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def why_not_here(options: BuildOptions) -> str:
+    """Return why a plan of these options cannot be opened on this machine, as a clause; empty if it can.
+
+    TensorRT builds on the GPU that it builds for. TensorRT-RTX also builds for GPUs that are not here: such a plan is
+    refused when it is loaded ("The engine cannot run on this GPU, which has compute capability", in libtensorrt_rtx.so
+    of 1.7.1).
+    """
+    if options.target == "tensorrt":
+        return ""
+    here = compute_capability()
+    if here is None:
+        return "no GPU is here to open the plan"
+    text = f"{here[0]}.{here[1]}"
+    if options.compute_capabilities and text not in options.compute_capabilities:
+        built_for = ", ".join(options.compute_capabilities)
+        return f"the plan is for compute capability {built_for}, and this machine's GPU has {text}"
+    return ""
+
+
+def runs_here(options: BuildOptions) -> bool:
+    """Return whether a plan of these options runs on this machine."""
+    return bool(cuda_devices()) and not why_not_here(options)
 
 
 def load_library(target: Target) -> ModuleType:
@@ -216,7 +245,13 @@ def is_strongly_typed(library: ModuleType) -> bool:
     return hasattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None, library: Any = None) -> Plan:
+def build(
+    graph: bytes,
+    options: BuildOptions,
+    timing_cache: bytes | None = None,
+    library: Any = None,
+    cuda: Cuda | None = None,
+) -> Plan:
     """Build a plan.
 
     Args:
@@ -224,9 +259,11 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
         options: what to do.
         timing_cache: of an earlier build on the same GPU and version.
         library: stands in for the TensorRT module.
+        cuda: stands in for the GPU on which the plan is inspected.
 
     Raises:
         DeviceError: the library or the GPU is missing, or the options do not go with it.
+        PlanNotLoaded: the library refuses the plan that it built.
         ModelFileError: the graph does not parse or does not build; the library's own words are in the message.
     """
     trt = library or load_library(options.target)
@@ -259,13 +296,17 @@ def build(graph: bytes, options: BuildOptions, timing_cache: bytes | None = None
         )
     kept = config.get_timing_cache() if cache is not None else None
     plan = bytes(plan)
-    inspector = _inspect(trt, logger, plan) if options.target == "tensorrt" or cuda_devices() else None
+    elsewhere = why_not_here(options)
+    inspection = None
+    if not elsewhere:
+        inspection = inspect_plan(trt, logger, plan, options.profiles, host_code=options.version_compatible, cuda=cuda)
     return Plan(
         plan,
         f"{_MODULES[options.target]} {trt.__version__}",
         typed,
-        inspector,
+        inspection,
         bytes(kept.serialize()) if kept else None,
+        elsewhere,
     )
 
 
@@ -339,17 +380,6 @@ def _hold_in_fp32(trt: Any, network: Any, config: Any, modules: Sequence[str]) -
         layer = network.get_layer(index)
         if held.intersection(drn_modules(layer.name)):
             layer.precision = trt.float32
-
-
-def _inspect(trt: Any, logger: Any, plan: bytes) -> str | None:
-    runtime = trt.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise ModelFileError(
-            f"TensorRT {trt.__version__} cannot load the plan it built: {'; '.join(logger.lines)[:500]}."
-        )
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 @contextlib.contextmanager

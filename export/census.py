@@ -1,15 +1,12 @@
-"""What precision a model really has: counted, not believed.
+"""Count in which data types a graph computes: multiply-adds of every DRN module, and weight bytes.
 
-Of a graph: the multiply-adds and weight bytes of every DRN module by data type. Of a TensorRT engine: its layers by
-data type, from the inspector's JSON, in the dialect of TensorRT 8 to 10 or of 11.
+Engines are judged in `export.engine_precision`.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +16,7 @@ from onnx import TensorProto
 
 from calib.graphs import without_weights
 from export.to_onnx import drn_modules
-from runtime.errors import ModelFileError, PromiseBroken
+from runtime.errors import PromiseBroken
 
 NAMES = {
     TensorProto.FLOAT: "fp32",
@@ -30,10 +27,6 @@ NAMES = {
 }
 # Least share of the multiply-adds that must be in the precision that a file calls its own.
 LEAST_SHARE = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
-# The part of an engine's weights that must be as small as its precision says; kernels come on top: TensorRT-RTX brings
-# 21 MB of them even to a network of a few kilobytes.
-_KERNEL_BYTES = 24_000_000
-_LARGEST_PLAN = {"fp32": 1.6, "fp16": 0.8, "bf16": 0.8, "int8": 0.6, "fp8": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,65 +137,6 @@ def _type(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: 
     return NAMES.get(types.get(node.output[0], 0), "unknown")
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineCensus:
-    """The layers of an engine by the data type of what they write.
-
-    Attributes:
-        layers: data type -> number of layers.
-        quantised_inputs: data type -> number of layers that read tensors of it; int8 kernels may write wider types.
-        plan_bytes: size of the plan.
-    """
-
-    layers: Mapping[str, int]
-    quantised_inputs: Mapping[str, int]
-    plan_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-def engine_census(inspector: str, plan_bytes: int = 0) -> EngineCensus:
-    """Count an engine's layers by data type from the inspector's JSON (detailed verbosity).
-
-    Up to TensorRT 10 a tensor says "Format/Datatype": "Half NCHW ..."; from 11 on "Format" and "DataType" stand apart.
-
-    Raises:
-        ModelFileError: it is not such JSON, or tells no layer details.
-    """
-    try:
-        layers = json.loads(inspector)["Layers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(
-            f"This is not what TensorRT's engine inspector writes ({type(error).__name__})."
-        ) from error
-    detailed = [layer for layer in layers if isinstance(layer, dict)]
-    if not detailed:
-        raise ModelFileError("The engine tells only its layers' names; build it with detailed profiling verbosity.")
-    written: collections.Counter[str] = collections.Counter()
-    read: collections.Counter[str] = collections.Counter()
-    for layer in detailed:
-        outputs = {_engine_type(tensor) for tensor in layer.get("Outputs", ())}
-        written.update(sorted(kind for kind in outputs if kind)[:1])
-        read.update({kind for kind in map(_engine_type, layer.get("Inputs", ())) if kind})
-    return EngineCensus(dict(written), dict(read), plan_bytes)
-
-
-# Longest first, since "Float" begins more than one.
-_ENGINE_TYPES = (
-    (r"bfloat16|bf16", "bf16"),
-    (r"half|fp16|float16", "fp16"),
-    (r"fp8|float8|e4m3", "fp8"),
-    (r"int8", "int8"),
-    (r"fp32|float32|float", "fp32"),
-)
-
-
-def _engine_type(tensor: Mapping[str, Any]) -> str | None:
-    text = str(tensor.get("DataType") or tensor.get("Datatype") or tensor.get("Format/Datatype") or "").lower()
-    return next((name for pattern, name in _ENGINE_TYPES if re.search(pattern, text)), None)
-
-
 def check(found: Census, precision: str) -> None:
     """Raise PromiseBroken unless a graph is of the precision it is to be called by."""
     share, least = found.share(precision), LEAST_SHARE[precision]
@@ -211,30 +145,4 @@ def check(found: Census, precision: str) -> None:
         raise PromiseBroken(
             f"{precision} was asked for, and {100 * share:.1f} % of the multiply-adds are in it where at least "
             f"{100 * least:.0f} % must be ({others})."
-        )
-
-
-def check_engine(found: EngineCensus, precision: str, fp32_weight_bytes: int) -> None:
-    """Raise PromiseBroken unless an engine is of the precision it is to be called by.
-
-    Args:
-        found: its layers.
-        precision: what was asked for.
-        fp32_weight_bytes: size of the weights in FP32; a plan much larger than they would be in `precision` holds them
-            wider.
-    """
-    there = found.layers.get(precision, 0) + found.quantised_inputs.get(precision, 0)
-    if not there:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in found.layers.items()) or "none told"
-        raise PromiseBroken(f"{precision} was asked for and no layer of the engine is in it (layers: {kinds}).")
-    check_size(found.plan_bytes, precision, fp32_weight_bytes)
-
-
-def check_size(plan_bytes: int, precision: str, fp32_weight_bytes: int) -> None:
-    """Raise PromiseBroken for a plan that is larger than its weights in that precision, and kernels, can make it."""
-    largest = _LARGEST_PLAN[precision] * fp32_weight_bytes + _KERNEL_BYTES
-    if plan_bytes > largest:
-        raise PromiseBroken(
-            f"{precision} was asked for and the plan has {plan_bytes / 1e6:.0f} MB, where at most "
-            f"{largest / 1e6:.0f} MB are expected: some weights are held in a wider type."
         )

@@ -104,12 +104,20 @@ class Court:
             at_once=at_once,
         )
 
-    def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None) -> None:
-        """Write the JSON report and the passport of what was judged; of what was rejected, under that name."""
-        from export.verify import census_table, engine_census_table
+    def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None, engines: Sequence[Path] = ()) -> None:
+        """Write the JSON report and the passport of what was judged; of what was rejected, under that name.
+
+        Args:
+            proof: what was found.
+            made: the twin.
+            engine: what runs; None for the twin alone.
+            engines: every engine that was built with it.
+        """
+        from export.verify import census_table, engine_census_table, engine_precision
 
         census = census_table(made.census)
         if engine:
+            proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
             told = engine_census_table(sidecar.read_sidecar(engine.path).content["census"])
             census = (f"{census[0]} {told[0]}" if told else census[0], census[1])
             if proof.model.path == engine.path:

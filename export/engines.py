@@ -1,4 +1,4 @@
-"""A sealed twin, or a part of one, becomes a plan with its sidecar: built, counted, written as one."""
+"""A sealed twin, or a part of one, becomes a plan with its sidecar and layers: built, judged, written as one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from runtime import sidecar
 from runtime.backends.cuda import Cuda
 from runtime.errors import PromiseBroken
 from runtime.files import replace_when_whole, sha256, write_json
+from runtime.inspection import PROVEN, layers_path, packed
 
 if TYPE_CHECKING:
     from export.job import Job
@@ -24,35 +25,41 @@ log = logging.getLogger("drn")
 
 
 def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) -> ModelFile:
-    """Build the engine, and those for short queries, count their precision, and write plans and sidecars."""
-    from export.census import check_engine, check_size, engine_census
+    """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
+
+    Raises:
+        PromiseBroken: the layers contradict the precision; the engine is then saved as rejected.
+    """
+    from export.engine_precision import Promise, census_content, judge_engine, require
     from export.passport import ModelFile
 
     shorter = [build_part(job, other, options, cache) for other in part.unrolled]
     built = _build(part, options, cache)
-    found = engine_census(built.inspector, len(built.plan)) if built.inspector else None
-    content = _sidecar_content(part, built, options, found, cache)
+    promise = Promise(
+        job.precision,
+        part.census,
+        part.fp32_weight_bytes,
+        strongly_typed=built.strongly_typed,
+        version_compatible=options.version_compatible,
+    )
+    counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
+    content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache)
     if shorter:
         content["unrolled"] = {file.path.name: file.sha256 for file in shorter}
     try:
-        if found:
-            check_engine(found, job.precision, part.fp32_weight_bytes)
-        else:
-            # Without a GPU the plan cannot be opened; its size still tells of weights that were left wide.
-            check_size(len(built.plan), job.precision, part.fp32_weight_bytes)
+        require(verdict, job.precision)
     except PromiseBroken as error:
         rejected = _rejected(part.engine)
         # Of what is rejected, it alone is kept.
         content.pop("unrolled", None)
         _write_engine(rejected, built.plan, content)
+        _write_layers(rejected, built)
         raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
     _write_engine(part.engine, built.plan, content)
-    measured = (
-        "engine layers: " + ", ".join(f"{n} {kind}" for kind, n in found.layers.items())
-        if found
-        else "its layers can be counted on the GPU only; the twin's are"
-    )
-    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {measured}.")
+    _write_layers(part.engine, built)
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}.")
+    if verdict.name != PROVEN:
+        log.warning("%s: %s is %s: %s.", part.engine.name, job.precision, verdict.name, verdict.reason)
     return ModelFile.of(part.engine, part.manifest)
 
 
@@ -70,6 +77,8 @@ def reject(engine: Path) -> Path:
         }
     rejected = _rejected(engine)
     _write_engine(rejected, engine.read_bytes(), content)
+    if layers_path(engine).is_file():
+        layers_path(engine).replace(layers_path(rejected))
     for old in (sidecar.path_beside(engine), engine):
         old.unlink()
     return rejected
@@ -92,7 +101,9 @@ def _build(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
     return built
 
 
-def _sidecar_content(part: Part, built: Plan, options: BuildOptions, found: Any, cache: Path | None) -> dict[str, Any]:
+def _sidecar_content(
+    part: Part, built: Plan, options: BuildOptions, census: dict[str, Any], cache: Path | None
+) -> dict[str, Any]:
     return {
         "format": sidecar.FORMAT,
         "manifest": part.manifest.to_dict(),
@@ -111,7 +122,7 @@ def _sidecar_content(part: Part, built: Plan, options: BuildOptions, found: Any,
             "hardware_compatible": options.hardware_compatible,
         },
         "timing_cache": sha256(cache) if cache and cache.is_file() else None,
-        "census": {"twin": part.census.to_dict(), "engine": found.to_dict() if found else None},
+        "census": census,
         "sha256": {part.twin.name: part.twin_hash},
     }
 
@@ -123,6 +134,15 @@ def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
     with replace_when_whole(sidecar.path_beside(path)) as beside, replace_when_whole(path) as temporary:
         temporary.write_bytes(plan)
         write_json(beside, sidecar.sealed({**content, "sha256": hashes}))
+
+
+def _write_layers(engine: Path, built: Plan) -> None:
+    """Write everything that the inspector wrote about a plan beside it; nothing where it was not inspected."""
+    if built.inspection is None:
+        return
+    digest = hashlib.sha256(built.plan).hexdigest()
+    with replace_when_whole(layers_path(engine)) as temporary:
+        temporary.write_bytes(packed(built.inspection, engine.name, digest, built.library))
 
 
 def _gpu() -> str | None:

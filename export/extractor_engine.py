@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.builder import BuildOptions, cuda_devices
+from export.builder import BuildOptions, runs_here
 from export.census import Census, census, check
 from export.engines import build_part, reject
 from export.job import Job, check_modules
@@ -28,6 +28,7 @@ from runtime.command import next_command
 from runtime.errors import GroundingError, PromiseBroken
 from runtime.extractors import METADATA_KEY, Extractor, ExtractorManifest, open_extractor
 from runtime.files import Staging, locked, sha256, write_json
+from runtime.sidecar import read_content
 
 if TYPE_CHECKING:
     import onnx
@@ -110,7 +111,9 @@ def build_extractor(
             report = _report(job, source, part, found)
             if job.target != "onnxruntime":
                 build_part(staged, part, options, cache)
-                if cuda_devices():
+                judged = read_content(part.engine)["census"]
+                report["engine_precision"] = {key: judged[key] for key in ("verdict", "reason")}
+                if runs_here(options):
                     report["engine"] = dataclasses.asdict(_proven_engine(staged, part, source, threads))
             write_json(staged.beside("parity.json"), report)
         except PromiseBroken:
@@ -118,7 +121,7 @@ def build_extractor(
             raise
         settled = staging.settle()
     print(f"Written: {', '.join(path.name for path in settled)}.")
-    runs = job.output if job.target == "onnxruntime" or cuda_devices() else job.twin
+    runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.twin
     next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)
     return job.output

@@ -19,6 +19,7 @@ from runtime import sidecar
 from runtime.backends import MOST_THREADS
 from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
 from runtime.files import check_file, check_writable, sha256
+from runtime.inspection import layers_path
 
 if TYPE_CHECKING:
     import onnx
@@ -160,7 +161,9 @@ class Job:
         reports = (self.beside(ending) for ending in endings)
         pair = pair_paths(self.twin) if self.split else ()
         shorter = [path for plan in self.unrolled for path in (plan, sidecar.path_beside(plan))]
-        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *reports)))
+        engines = (self.output, *self.unrolled) if self.target != "onnxruntime" else ()
+        layers = [layers_path(engine) for engine in engines]
+        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *layers, *reports)))
         for path in written:
             check_writable(path, self.model, table, plan, *(other for other in {*written} - {path}))
         self._check_sources()

@@ -24,6 +24,7 @@ from runtime.errors import GroundingError, ModelFileError, OutputError, PromiseB
 from runtime.evaluation import askable_rows, batches_of
 from runtime.files import check_file, sha256, write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.metrics import table as recall_table
 from runtime.sidecar import read_sidecar
 from runtime.speed import latency_table, read_report
@@ -106,6 +107,8 @@ def verify(
     )
     if layers:
         proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
+    if model.suffix == ".engine":
+        proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
     census = census_of(model) if html else None
     proof.write(output, html, census, commands=_commands(again, model, data, split), latency=measured)
@@ -131,6 +134,7 @@ class Proof:
         split: where the queries come from.
         again: the command that finds the same again.
         layers: where the two part, if that was looked at.
+        engine_precision: of an engine: `verdict` over its precision, and `reason`.
     """
 
     parity: Parity
@@ -141,6 +145,7 @@ class Proof:
     split: str
     again: str
     layers: Layers | None = None
+    engine_precision: Mapping[str, str] | None = None
 
     def sentence(self) -> str:
         """Return the verdict."""
@@ -155,6 +160,8 @@ class Proof:
             summary(self.parity, (self.reference.path.name, self.model.path.name), self.split),
             lineage(self.reference, self.model)[1],
         ]
+        if self.engine_precision:
+            parts.append("Precision of the engine: {verdict} ({reason}).".format_map(self.engine_precision))
         if self.layers:
             parts.append(f"\n{layer_table(self.layers)}\n{self.layers.sentence()}")
         return "\n".join(parts)
@@ -169,6 +176,7 @@ class Proof:
             "budget": dataclasses.asdict(self.budget),
             "broken": list(self.broken),
             "layers": self.layers.to_dict() if self.layers else None,
+            "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "command": self.again,
         }
 
@@ -327,24 +335,38 @@ def census_table(found: Census) -> tuple[str, Table]:
     return sentence, (("million multiply-adds of one query", *kinds), rows)
 
 
+def engine_precision(*engines: Path) -> dict[str, str] | None:
+    """Return `verdict` and `reason` of the precision of engines that belong together: the worst of what their metadata
+    holds. None where one was built before verdicts were recorded."""
+    found = [(engine.name, read_sidecar(engine).content.get("census", {})) for engine in engines]
+    if not all("verdict" in census for _, census in found):
+        return None
+    worst = max((census["verdict"] for _, census in found), key=(PROVEN, NOT_PROVEN, CONTRADICTED).index)
+    reasons = [(name, census["reason"]) for name, census in found if census["verdict"] == worst]
+    told = [f"{name}: {reason}" if len(found) > 1 else reason for name, reason in reasons]
+    return {"verdict": worst, "reason": "; ".join(told)}
+
+
 def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
-    """Return what a sidecar's `census` says: layers of the engine by type, or its twin's where no GPU counted them."""
+    """Return what a sidecar's `census` says: the verdict, and the layers of the engine by type; those of its twin where
+    no GPU counted them."""
     engine = counted.get("engine")
+    verdict = "The precision of the engine is {verdict}: {reason}.".format_map(counted) if "verdict" in counted else ""
     if engine:
-        kinds = sorted({*engine["layers"], *engine["quantised_inputs"]})
-        rows = [
-            (name, *(str(engine[key].get(kind, "")) for kind in kinds))
-            for name, key in (("write it", "layers"), ("read it", "quantised_inputs"))
-        ]
-        told = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items())
-        return f"Layers of the engine, as its inspector tells: {told}.", (("layers that", *kinds), rows)
+        keys = (("multiply in it", "arithmetic"), ("write it", "layers"), ("read it", "quantised_inputs"))
+        found = [(name, engine[key]) for name, key in keys if key in engine]
+        kinds = sorted({kind for _, counts in found for kind in counts})
+        rows = [(name, *(str(counts.get(kind, "")) for kind in kinds)) for name, counts in found]
+        told = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
+        sentence = f"Layers of the engine by what they write, as its inspector shows them: {told}."
+        return " ".join(filter(None, (verdict, sentence))), (("layers that", *kinds), rows)
     shares = counted.get("twin", {}).get("shares", {})
     if not shares:
         return None
     told = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
     rows = [(kind, f"{100 * share:.1f}") for kind, share in shares.items()]
     sentence = f"Of its twin's multiply-adds {told}; its own layers can be counted on the GPU only."
-    return sentence, (("type", "percent of the multiply-adds"), rows)
+    return " ".join(filter(None, (verdict, sentence))), (("type", "percent of the multiply-adds"), rows)
 
 
 def _check(

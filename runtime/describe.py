@@ -17,6 +17,7 @@ from runtime.doctor import gpus
 from runtime.errors import ModelFileError
 from runtime.extractors import ExtractorManifest
 from runtime.files import read_json
+from runtime.inspection import census_of_file, layers_path, read_layers_file
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import read_metadata
 from runtime.sidecar import read_content, read_sidecar
@@ -76,7 +77,7 @@ def describe(
             ("validation", scores + (" (simulated features)" if manifest.training.get("simulated_features") else ""))
         )
     if sidecar:
-        rows += _engine_rows(sidecar.content)
+        rows += _engine_rows(model, sidecar.content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
@@ -124,7 +125,7 @@ def _describe_extractor(
     ]
     runs = path
     if path.suffix == ".engine":
-        rows += _engine_rows(content)
+        rows += _engine_rows(path, content)
         runs = path if gpus()[0].works else plans.twin(path, content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
@@ -144,8 +145,8 @@ def _manifest(model: Path) -> Manifest:
         raise
 
 
-def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what a sidecar says beyond the manifest."""
+def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what an engine's metadata contains beyond the manifest, and what its layers file shows."""
     shares = content.get("census", {}).get("twin", {}).get("shares", {})
     counted = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
     built_for = ", ".join(content.get("compute_capabilities", ())) or content.get("gpu") or "unknown"
@@ -153,6 +154,10 @@ def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("built with", f"{content.get('library')}, for {built_for}"),
         ("precision", f"{counted} of the multiply-adds of its twin"),
     ]
+    census = content.get("census", {})
+    if "verdict" in census:
+        rows.append(("in the engine", f"{census['verdict']}: {census['reason']}"))
+    rows += _layer_rows(engine, content)
     for profile in content.get("profiles", ()):
         sizes = [" ".join(map(str, profile[name])) for name in ("batch", "query_length")]
         rows.append(
@@ -162,6 +167,24 @@ def _engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if steps:
         rows.append(("unrolled", f"queries of at most {' and '.join(map(str, steps))} tokens have a plan of their own"))
     return rows
+
+
+def _layer_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the inspector's JSON beside an engine shows, a row for each profile; none where there is no such
+    file."""
+    path = layers_path(engine)
+    if not path.is_file():
+        return []
+    try:
+        layers = read_layers_file(path)
+    except ModelFileError as error:
+        return [("layers", str(error))]
+    if layers.get("sha256") != content["sha256"].get(engine.name):
+        return [("layers", f"{path.name} is of another build of {engine.name}")]
+    return [
+        (f"layers: {name}", f"that multiply: {counted}" if counted else f"not described in {path.name}")
+        for name, counted in census_of_file(layers)
+    ]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from runtime import extractors
 from runtime.errors import ModelFileError
 from runtime.files import json_digest, read_json, sha256
+from runtime.inspection import VERDICTS
 from runtime.manifest import Manifest
 
 FORMAT = "drn-engine/1"
@@ -157,14 +158,18 @@ def _is_profile(value: Any) -> bool:
 
 
 def _is_census(value: Any) -> bool:
-    """The shares of the twin, and the layers of the engine: none where no GPU counted them."""
+    """The shares of the twin, the layers of the engine (none where no GPU counted them), and the verdict over them."""
     if not isinstance(value, dict) or not isinstance(value.get("twin", {}), dict):
         return False
     if not _is_table_of((int, float))(value.get("twin", {}).get("shares", {})):
         return False
+    if "verdict" in value and not (value["verdict"] in VERDICTS and isinstance(value.get("reason"), str)):
+        return False
     engine = value.get("engine") or {"layers": {}, "quantised_inputs": {}}
-    return isinstance(engine, dict) and all(
-        _is_table_of(int)(engine.get(name)) for name in ("layers", "quantised_inputs")
+    return (
+        isinstance(engine, dict)
+        and all(_is_table_of(int)(engine.get(name)) for name in ("layers", "quantised_inputs"))
+        and _is_table_of(int)(engine.get("arithmetic", {}))
     )
 
 

@@ -182,7 +182,8 @@ def _unrolled(job: Job) -> list[int]:
 def _layers(counted: Mapping[str, Any]) -> str:
     engine = counted.get("engine")
     if engine:
-        return ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
+        told = ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
+        return f"{told or 'no layer shows its type'} ({counted.get('verdict', 'not judged')})"
     shares = counted["twin"]["shares"]
     return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import gzip
 import inspect
 import json
 import os
@@ -41,8 +43,20 @@ from runtime.errors import (
     ShapeError,
 )
 from runtime.files import sha256
+from runtime.inspection import (
+    CONTRADICTED,
+    NOT_PROVEN,
+    PROVEN,
+    Inspection,
+    ProfileView,
+    layers_path,
+    packed,
+    read_layers_file,
+)
 from runtime.manifest import METADATA_KEY
 from runtime.sidecar import read_sidecar
+from tests.export.inspectors import document
+from tests.export.test_builder import gpu, stand_in
 
 # A network this small loses more to eight bits than a real one, on thirty queries where one is three points.
 LOOSE = 100.0
@@ -493,31 +507,44 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
     assert read_sidecar(reject(engine)).content["unrolled"] == {"drn.fp16.8.rejected.engine": "1" * 64}
 
 
-@pytest.mark.parametrize(("large", "kept"), [(0, "drn.fp16.6.rejected.engine"), (1, "drn.fp16.rejected.engine")])
+def _inspected(scenario: str, version: str = "11.4") -> Inspection:
+    views = (ProfileView(name, {}, document(version, scenario, bound=True)) for name in ("one query", "several"))
+    return Inspection(document(version, scenario, bound=False), tuple(views))
+
+
+@pytest.mark.parametrize(("wide", "kept"), [(0, "drn.fp16.6.rejected"), (1, "drn.fp16.rejected")])
 def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
-    model: Path, large: int, kept: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, wide: int, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: Iterator[int] = iter(())
+    scenarios: Iterator[str] = iter(())
     monkeypatch.setattr(
         "export.builder.load_library", lambda target: SimpleNamespace(__name__="trt", __version__="11.4")
     )
     monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: True)
     monkeypatch.setattr("export.job.check_options", lambda options: None)
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
-    monkeypatch.setattr("export.engines.build", lambda *_: Plan(bytes(next(sizes)), "tensorrt 11.4", True, None, None))
+    monkeypatch.setattr(
+        "export.engines.build",
+        lambda *_: Plan(bytes(100), "tensorrt 11.4", True, _inspected(next(scenarios)), None),
+    )
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (6,)}
-    sizes = iter((100, 200))
+    scenarios = iter(("convolutions", "mixed"))
     output = build_engine(model, **asked)
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    assert {"drn.fp16.6.engine", "drn.fp16.6.engine.json"} < {*before}
-    sizes = iter([90_000_000 if index == large else 300 for index in range(2)])
-    with pytest.raises(PromiseBroken, match=rf"held in a wider type.*{kept}"):
+    assert {"drn.fp16.6.engine", "drn.fp16.6.engine.json", "drn.fp16.6.layers.json.gz"} < {*before}
+    scenarios = iter(["wide" if index == wide else "convolutions" for index in range(2)])
+    with pytest.raises(PromiseBroken, match=kept):
         build_engine(model, **asked)
     after = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    assert {*after} - {*before} == {kept, f"{kept}.json"}
+    assert {*after} - {*before} == {f"{kept}.engine", f"{kept}.engine.json", f"{kept}.layers.json.gz"}
     assert {name: after[name] for name in before} == before
     # The others of that build are gone.
-    assert not unrolled_parts(output.with_name(kept), read_sidecar(output.with_name(kept)))
+    rejected = output.with_name(f"{kept}.engine")
+    assert not unrolled_parts(rejected, read_sidecar(rejected))
+    assert read_sidecar(rejected).content["census"]["verdict"] == CONTRADICTED
+    layers = read_layers_file(layers_path(rejected))
+    assert layers["sha256"] == sha256(rejected)
+    assert [view["bound"]["Layers"][0]["Name"] for view in layers["profiles"]]
     assert [path.name for path, _ in unrolled_parts(output, read_sidecar(output))] == ["drn.fp16.6.engine"]
 
 
@@ -542,6 +569,7 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     main, shorter = tmp_path / "drn.fp16.engine", tmp_path / "drn.fp16.8.engine"
     _write_engine(shorter, b"short", content)
     _write_engine(main, b"long", {**content, "unrolled": {shorter.name: sha256(shorter)}})
+    layers_path(shorter).write_bytes(b"layers")
     parts: Any = [SimpleNamespace(engine=main, unrolled=(SimpleNamespace(engine=shorter),))]
     written: list[Any] = []
     court: Any = SimpleNamespace(
@@ -555,6 +583,7 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     # For a closer look they can still be opened together.
     (found,) = unrolled_parts(written[0].model.path, read_sidecar(written[0].model.path))
     assert found[0].read_bytes() == b"short"
+    assert layers_path(found[0]).read_bytes() == b"layers"
 
 
 def test_the_table_of_an_earlier_build_is_taken_where_it_lies(model: Path, planted: Path) -> None:
@@ -571,13 +600,71 @@ def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tm
 
 
 @pytest.mark.rtx
-def test_a_plan_too_large_for_its_precision_is_rejected_also_without_a_gpu(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_that_was_not_opened_is_not_proven_and_not_rejected(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    large = Plan(bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None)
+    large = Plan(bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None, "no GPU is here to open the plan")
     monkeypatch.setattr("export.engines.build", lambda *_: large)
-    with pytest.raises(PromiseBroken, match=r"held in a wider type.*drn\.fp16\.rejected\.engine"):
-        build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
-    assert not model.with_name("drn.fp16.engine").exists()
-    assert model.with_name("drn.fp16.rejected.engine").stat().st_size == 90_000_000
+    output = build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
+    census = read_sidecar(output).content["census"]
+    assert census["verdict"] == NOT_PROVEN
+    assert census["engine"] is None
+    assert "90 MB" in census["reason"]
+    assert "not proven" in capsys.readouterr().out
+    assert any(record.levelname == "WARNING" and NOT_PROVEN in record.getMessage() for record in caplog.records)
+    assert not layers_path(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "scenario", "verdict"),
+    [
+        ("8.6.1", "convolutions", PROVEN), ("8.6.1", "foreign", NOT_PROVEN), ("10.16.1", "generated", PROVEN),
+        ("10.16.1", "foreign", NOT_PROVEN), ("11.4.0", "mixed", NOT_PROVEN), ("11.4.0", "names", NOT_PROVEN),
+        ("8.6.1", "wide", CONTRADICTED), ("10.16.1", "wide", CONTRADICTED), ("11.4.0", "wide", CONTRADICTED),
+    ],
+)  # fmt: skip
+def test_a_build_ends_by_the_verdict_of_the_inspector(
+    version: str,
+    scenario: str,
+    verdict: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    library, _ = stand_in(version, scenario)
+    monkeypatch.setattr("export.builder.load_library", lambda target: library)
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.inspection.Cuda", gpu)
+    rejected = verdict == CONTRADICTED
+    with pytest.raises(PromiseBroken) if rejected else contextlib.nullcontext():
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+    engine = model.with_name("drn.fp16.rejected.engine" if rejected else "drn.fp16.engine")
+    assert read_sidecar(engine).content["census"]["verdict"] == verdict
+    layers = read_layers_file(layers_path(engine))
+    assert [view["name"] for view in layers["profiles"]] == ["one query", "several queries"]
+    assert layers["unbound"] == json.loads(document(version, scenario, bound=False))
+    assert layers["profiles"][1]["bound"] == json.loads(document(version, scenario, bound=True))
+    capsys.readouterr()
+    describe(engine)
+    described = capsys.readouterr().out
+    assert verdict in described
+    assert "layers: several queries" in described
+
+
+def test_layers_of_another_build_are_not_described(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "drn.fp16.engine"
+    content = {
+        "format": "drn-engine/1", "manifest": Grounder.load(model).manifest.to_dict(), "library": "tensorrt 11.4.0",
+        "target": "tensorrt", "profiles": [], "sha256": {"drn.fp16.onnx": "0" * 64},
+    }  # fmt: skip
+    _write_engine(engine, b"plan", content)
+    whole = packed(_inspected("wide"), engine.name, "0" * 64, "tensorrt 11.4.0")
+    for layers in (whole, whole[:40], b"text", gzip.compress(b"[]"), gzip.compress(b"{}"), b""):
+        layers_path(engine).write_bytes(layers)
+        describe(engine)
+        described = capsys.readouterr().out
+        assert "30 in fp32" not in described
+        assert layers_path(engine).name in described

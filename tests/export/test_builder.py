@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 
-from export.builder import BuildOptions, build, cuda_devices, is_strongly_typed, load_library, why_not
+from export.builder import BuildOptions, build, cuda_devices, is_strongly_typed, load_library, runs_here, why_not
+from export.inspection import PlanNotLoaded
 from export.profiles import profiles
+from runtime.backends.cuda import Cuda
 from runtime.errors import DeviceError, ModelFileError
+from runtime.inspection import engine_census
+from tests.export import inspectors
 from tests.export.conftest import TINY, manifest
+from tests.runtime.standin import Driver
 
 SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
 
@@ -77,8 +83,21 @@ VERSIONS = {
 """TensorRT's versions, and TensorRT-RTX 1.7.1; `tests/export/test_conformance.py` holds them against the real ones."""
 
 
-def stand_in(version: str, **answers: Any) -> tuple[Any, Calls]:
-    """Return a module like TensorRT's of that version, and the list in which its calls are recorded."""
+def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tuple[Any, Calls]:
+    """Return a module like TensorRT's of that version, and the list in which its calls are recorded.
+
+    Its plans obey these rules:
+
+    - A version-compatible plan is refused unless host code is allowed (`IRuntime::setEngineHostCodeAllowed` in
+      NvInferRuntime.h; the sentence is in libtensorrt_rtx.so of 1.7.1).
+    - A context, and so the inspector, knows sizes only after its profile was selected and every input has a shape
+      (`IEngineInspector::setExecutionContext`).
+
+    Args:
+        version: of `VERSIONS`.
+        scenario: what the engine looks like; see `tests.export.inspectors`.
+        answers: `parser`: of its calls; `build`, `context`: in place of building, and of creating a context.
+    """
     calls = Calls()
     profile = Recorder(calls, "IOptimizationProfile")
     cache = Recorder(calls, "ITimingCache", serialize=lambda: b"times")
@@ -95,12 +114,41 @@ def stand_in(version: str, **answers: Any) -> tuple[Any, Calls]:
         create_optimization_profile=lambda: profile,
         build_serialized_network=answers.get("build", lambda network, config: b"plan"),
     )
-    inspector = Recorder(calls, "EngineInspector", get_engine_information=lambda form: '{"Layers": []}')
-    engine = Recorder(calls, "ICudaEngine", create_engine_inspector=lambda: inspector)
-    runtime = Recorder(calls, "Runtime", deserialize_cuda_engine=lambda plan: engine)
+    loggers: list[Any] = []
+
+    def runtime(logger: Any) -> Recorder:
+        loggers.append(logger)
+        return Recorder(calls, "Runtime", deserialize_cuda_engine=load)
+
+    def load(plan: bytes) -> Recorder | None:
+        compatible = ("VERSION_COMPATIBLE",) in named(calls, "set_flag")
+        if compatible and (True,) not in named(calls, "engine_host_code_allowed"):
+            loggers[-1].log(1, HOST_CODE)
+            return None
+        return Recorder(
+            calls,
+            "ICudaEngine",
+            create_engine_inspector=lambda: Recorder(calls, "EngineInspector", get_engine_information=write),
+            create_execution_context=answers.get("context", lambda: Recorder(calls, "IExecutionContext")),
+        )
+
+    def write(form: str) -> str:
+        text: str = inspectors.document(version, scenario, bound=is_bound(), profiles=len(SHAPES))
+        return text
+
+    def is_bound() -> bool:
+        """Whether the inspector's context has a profile and, after that, shapes for every input."""
+        last = max((place for place, (name, _) in enumerate(calls) if name == "execution_context"), default=-1)
+        if last < 0 or calls[last][1] == (None,):
+            return False
+        chosen = [place for place, (name, _) in enumerate(calls) if name == "set_optimization_profile_async"]
+        since = calls[chosen[-1] :] if chosen else []
+        return {arguments[0] for name, arguments in since if name == "set_input_shape"} == set(SHAPES[0].shapes)
+
     known = VERSIONS[version]
     library = SimpleNamespace(
         __version__=version,
+        __name__="tensorrt_rtx" if version.startswith("1.") else "tensorrt",
         ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2, "__init__": lambda self: None}),
         Builder=lambda logger: builder,
         OnnxParser=lambda network, logger: parser,
@@ -110,11 +158,19 @@ def stand_in(version: str, **answers: Any) -> tuple[Any, Calls]:
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere"),
         LayerInformationFormat=SimpleNamespace(JSON="json"),
-        Runtime=lambda logger: runtime,
+        Runtime=runtime,
         float32="float32",
         **known.more,
     )
     return library, calls
+
+
+HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
+
+
+def gpu() -> Cuda:
+    """Return a GPU, that is its driver's stand-in."""
+    return Cuda(Driver())
 
 
 def options(precision: str = "fp16", target: Any = "tensorrt", **more: Any) -> BuildOptions:
@@ -187,7 +243,7 @@ def test_compatibility_is_asked_for_by_name() -> None:
 def test_rtx_is_told_which_gpus_to_build_for() -> None:
     library, calls = stand_in("1.7.1")
     given = options(target="tensorrt-rtx", compute_capabilities=("8.6", "12.0"))
-    assert build(b"graph", given, library=library).inspector is None
+    assert build(b"graph", given, library=library).inspection is None
     assert named(calls, "num_compute_capabilities") == [(2,)]
     assert named(calls, "set_compute_capability") == [(86, 0), (120, 1)]
     with pytest.raises(DeviceError, match=r"9\.0 was asked for"):
@@ -200,6 +256,85 @@ def test_without_a_gpu_rtx_must_be_told() -> None:
     library, _ = stand_in("1.7.1")
     with pytest.raises(DeviceError, match="--compute-capability"):
         build(b"graph", options(target="tensorrt-rtx"), library=library)
+
+
+INSPECTED = ("8.6.1", "10.16.1", "11.4.0")
+
+
+@pytest.mark.parametrize("version", INSPECTED)
+def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: str) -> None:
+    library, calls = stand_in(version, "generated")
+    inspection = build(b"graph", options(), library=library, cuda=gpu()).inspection
+    assert inspection is not None
+    assert [view.name for view in inspection.profiles] == ["one query", "several queries"]
+    assert [view.shapes["query_tokens"] for view in inspection.profiles] == [(1, 8), (4, 8)]
+    assert [index for index, _ in named(calls, "set_optimization_profile_async")] == [0, 1]
+    for view in inspection.profiles:
+        assert view.text is not None
+        assert engine_census(view.text).arithmetic == {"fp16": 6}
+    # 11 shows types, but not formats, without a context.
+    assert bool(engine_census(inspection.unbound).arithmetic) == (version == "11.4.0")
+
+
+@pytest.mark.parametrize("version", INSPECTED)
+def test_a_context_that_cannot_be_created_leaves_the_engine(version: str) -> None:
+    library, _ = stand_in(version, context=lambda: None)
+    driver = Driver()
+    inspection = build(b"graph", options(), library=library, cuda=Cuda(driver)).inspection
+    assert inspection is not None
+    assert [view.text for view in inspection.profiles] == [None, None]
+    assert "context could not be created" in inspection.reason()
+    assert inspection.views() == [inspection.unbound] * 2
+    assert driver.held() == {}
+
+
+@pytest.mark.parametrize("version", INSPECTED)
+def test_a_version_compatible_plan_is_inspected(version: str) -> None:
+    library, calls = stand_in(version)
+    plan = build(b"graph", options(version_compatible=True), library=library, cuda=gpu())
+    assert plan.inspection is not None
+    assert plan.inspection.reason() == ""
+    # Of other plans nothing is allowed.
+    library, calls = stand_in(version)
+    build(b"graph", options(), library=library, cuda=gpu())
+    assert named(calls, "engine_host_code_allowed") == []
+
+
+def test_a_plan_that_cannot_be_loaded_is_an_error() -> None:
+    library, _ = stand_in("11.4.0")
+    runtime = library.Runtime
+    library.Runtime = lambda logger: Recorder(Calls(), "Runtime", deserialize_cuda_engine=lambda plan: None)
+    with pytest.raises(PlanNotLoaded):
+        build(b"graph", options(), library=library, cuda=gpu())
+    library.Runtime = runtime
+
+
+@pytest.mark.parametrize(
+    ("here", "capabilities", "inspected"),
+    [((8, 6), ("8.6", "12.0"), True), ((8, 6), (), True), ((9, 0), ("8.6", "12.0"), False), (None, ("8.6",), False)],
+)
+def test_an_rtx_plan_is_opened_only_on_a_gpu_that_it_is_for(
+    here: Any, capabilities: Any, inspected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, calls = stand_in("1.7.1")
+    monkeypatch.setattr("export.builder.compute_capability", lambda: here)
+    monkeypatch.setattr("export.builder.cuda_devices", lambda: int(here is not None))
+    given = options(target="tensorrt-rtx", compute_capabilities=capabilities)
+    plan = build(b"graph", given, library=library, cuda=gpu())
+    assert plan.plan == b"plan"
+    assert (plan.inspection is not None) == inspected
+    assert bool(plan.why_not_inspected) != inspected
+    assert bool(named(calls, "deserialize_cuda_engine")) == inspected
+    assert runs_here(given) == inspected
+
+
+@pytest.mark.rtx
+def test_the_rtx_library_contains_the_words_of_the_double() -> None:
+    libraries = pytest.importorskip("tensorrt_rtx_libs", reason="TensorRT-RTX is not installed")
+    path = next(Path(libraries.__file__).parent.glob("libtensorrt_rtx.so.*"))
+    content = path.read_bytes()
+    for words in (HOST_CODE, "Format not available due to dynamic shapes", "The engine cannot run on this GPU, which"):
+        assert words.encode() in content
 
 
 def test_a_timing_cache_of_another_gpu_is_refused() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from export.builder import _network_flags, _weak_flags, is_strongly_typed
 from tests.export.bindings import ROOT, Surface, compiler, read_surface, run_with
-from tests.export.test_builder import VERSIONS, build, options, stand_in
+from tests.export.test_builder import VERSIONS, build, gpu, options, stand_in
 from tests.export.uses import Reading, lines_of
 
 BINDINGS = os.environ.get("DRN_TENSORRT_BINDINGS")
@@ -86,12 +86,22 @@ def test_the_builder_is_read_through_and_through() -> None:
         ("ParserError", "desc"),
         ("ITimingCache", "serialize"),
         ("IOptimizationProfile", "set_shape"),
-        ("EngineInspector", "get_engine_information"),
         ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"),
         ("BuilderFlag", "VERSION_COMPATIBLE"),
     }
     assert ends_of_chains <= seen
-    assert len(seen) >= 40
+    assert len(seen) >= 30
+
+
+def test_the_inspection_is_read_through_and_through() -> None:
+    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "inspection.py", "8.6").uses.values()}
+    assert seen >= {
+        ("EngineInspector", "execution_context"),
+        ("EngineInspector", "get_engine_information"),
+        ("IExecutionContext", "set_input_shape"),
+        ("IExecutionContext", "set_optimization_profile_async"),
+        ("Runtime", "engine_host_code_allowed"),
+    }
 
 
 def test_the_runtime_is_read_through_and_through() -> None:
@@ -173,6 +183,8 @@ _BUILD = """
 import tensorrt_bindings as trt
 from export.builder import BuildOptions, build
 from export.profiles import Profile
+from runtime.backends.cuda import Cuda
+from tests.runtime.standin import Driver
 
 shapes = {"query_tokens": ((1, 1), (1, 8), (1, 12)), "query_length": ((1,), (1,), (1,))}
 profile = Profile("one query", (1, 1, 1), (1, 8, 12), shapes)
@@ -180,8 +192,12 @@ options = BuildOptions(
     "tensorrt", "int8", [profile, profile], optimization_level=3, workspace_gib=0.5, version_compatible=True,
     hardware_compatible=True,
 )
-plan = build(b"graph", options, b"times", trt)
-print(plan.strongly_typed, len(plan.plan) > 0, len(plan.timing_cache) > 0, repr(plan.inspector))
+plan = build(b"graph", options, b"times", trt, Cuda(Driver()))
+inspection = plan.inspection
+print(
+    plan.strongly_typed, len(plan.plan) > 0, len(plan.timing_cache) > 0, repr(inspection.unbound),
+    [view.text for view in inspection.profiles], repr(inspection.reason()),
+)
 """
 
 
@@ -195,7 +211,7 @@ def low_memory() -> None:
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
 def test_every_call_of_a_build_is_taken_by_the_real_bindings(version: str) -> None:
     low_memory()
-    assert run_with(folder_of(version), _BUILD).split() == ["True", "True", "True", "''"]
+    assert run_with(folder_of(version), _BUILD).split() == ["True", "True", "True", "''", "['',", "'']", "''"]
 
 
 _REFUSED = """
@@ -253,7 +269,8 @@ def test_the_stand_in_offers_nothing_that_the_library_lacks(library: str) -> Non
     module, calls = stand_in(version)
     rtx = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if library == "rtx" else {}
     more = {} if rtx else {"version_compatible": True, "hardware_compatible": True}
-    build(b"graph", options("fp16", workspace_gib=1, optimization_level=1, **rtx, **more), library=module)
+    given = options("fp16", workspace_gib=1, optimization_level=1, **rtx, **more)
+    build(b"graph", given, library=module, cuda=gpu())
     offered = calls.asked | {
         (name, member)
         for name, thing in vars(module).items()
@@ -261,7 +278,7 @@ def test_the_stand_in_offers_nothing_that_the_library_lacks(library: str) -> Non
         for member in vars(thing)
         if not member.startswith("__")
     }
-    assert {name for name in vars(module) if name != "__version__"} <= set(names)
+    assert {name for name in vars(module) if not name.startswith("__")} <= set(names)
     assert not {(name, member) for name, member in offered if member not in names[name]["members"]}
     known = VERSIONS[version]
     real = names["NetworkDefinitionCreationFlag"]["members"]

@@ -1,0 +1,166 @@
+"""`export.engine_precision`: only evidence contradicts, and what is hidden is not proven."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from export.census import Census
+from export.engine_precision import Promise, Verdict, check_size, judge_engine, require
+from runtime.errors import PromiseBroken
+from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN, EngineCensus, Inspection, ProfileView, engine_census
+from tests.export.inspectors import document
+
+VERSIONS = ("8.6", "10.16", "11.4", "1.7")
+FP16 = Promise("fp16", Census({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
+INT8 = Promise("int8", Census({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
+# Scenario, its promise, and whether a context can be created; then for each version what is counted and the verdict.
+# docs/quantization.md shows this table.
+TABLE: dict[str, tuple[str, Promise, bool, tuple[tuple[str, str], ...]]] = {
+    "dynamic shapes": ("convolutions", FP16, True, (("4 in fp16", PROVEN),) * 4),
+    "generated kernels": ("generated", FP16, True, (("6 in fp16", PROVEN),) * 4),
+    "generated kernels, no context": (
+        "generated", FP16, False,
+        (*((("6 of unknown type", NOT_PROVEN),) * 2), *((("6 in fp16", PROVEN),) * 2)),
+    ),
+    "one ForeignNode": ("foreign", FP16, True, (("1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
+    "mixed": ("mixed", FP16, True, (("4 in fp16, 1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
+    "int8 with FP16 borders": ("int8", INT8, True, (("4 in int8, 2 in fp16", PROVEN),) * 4),
+    "FP32 under an FP16 name": ("wide", FP16, True, (("30 in fp32", CONTRADICTED),) * 4),
+    "layer names only": ("names", FP16, True, (("none that multiplies is shown", NOT_PROVEN),) * 4),
+}  # fmt: skip
+
+
+def inspection(version: str, scenario: str, context: bool = True, hides: bool = False) -> Inspection:
+    views = tuple(
+        ProfileView(name, {}, document(version, scenario, bound=True, hides=hides) if context else None, "no context")
+        for name in ("one query", "several queries")
+    )
+    return Inspection(document(version, scenario, bound=False), views)
+
+
+@pytest.mark.parametrize("row", TABLE)
+@pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
+def test_census_and_verdict_of_each_version(row: str, column: int) -> None:
+    scenario, promise, context, cells = TABLE[row]
+    counted, verdict = judge_engine(inspection(VERSIONS[column], scenario, context), promise, 0)
+    assert (str(counted), verdict.name) == cells[column]
+
+
+def test_the_documented_table_is_what_is_computed() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for row, (_, _, _, cells) in TABLE.items():
+        shown = " | ".join(f"{counted}: **{verdict}**" for counted, verdict in cells)
+        assert f"| {row} | {shown} |" in text
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_hidden_types_leave_weights_and_kernel_names(version: str) -> None:
+    hidden = inspection(version, "convolutions", hides=True)
+    counted, verdict = judge_engine(hidden, FP16, 0)
+    assert verdict.name == PROVEN
+    assert counted is not None
+    assert counted.arithmetic == {"fp16": 4}
+
+
+def test_types_that_nothing_shows_are_not_proven_and_never_rejected() -> None:
+    for precision in ("fp32", "fp16", "bf16", "int8", "fp8"):
+        _, verdict = judge_engine(inspection("10.16", "generated", hides=True), Promise(precision), 0)
+        assert verdict.name == NOT_PROVEN
+        require(verdict, precision)
+        _, verdict = judge_engine(None, Promise(precision), 0, "no GPU")
+        assert verdict.name == NOT_PROVEN
+        assert "no GPU" in verdict.reason
+
+
+def test_an_inspector_that_writes_something_else_is_not_proven() -> None:
+    for text in ("", "{}", "[]", '{"Layers": 3}', "[" * 100_000):
+        counted, verdict = judge_engine(Inspection(text), FP16, 0)
+        assert counted is None
+        assert verdict.name == NOT_PROVEN
+
+
+def test_contradicted_is_exit_code_1() -> None:
+    _, verdict = judge_engine(inspection("11.4", "wide"), FP16, 0)
+    with pytest.raises(PromiseBroken):
+        require(verdict, "fp16")
+    require(Verdict(PROVEN, ""), "fp16")
+    require(Verdict(NOT_PROVEN, ""), "fp16")
+
+
+def test_a_copy_of_the_right_type_proves_nothing() -> None:
+    only_copies = {"Layers": json.loads(document("10.16", "wide", bound=True))["Layers"][-1:]}
+    _, verdict = judge_engine(Inspection(json.dumps(only_copies)), FP16, 0)
+    assert verdict.name == NOT_PROVEN
+
+
+def test_one_profile_that_contradicts_is_enough() -> None:
+    good = ProfileView("one query", {}, document("11.4", "convolutions", bound=True))
+    bad = ProfileView("several queries", {}, document("11.4", "wide", bound=True))
+    assert judge_engine(Inspection("", (good, bad)), FP16, 0)[1].name == CONTRADICTED
+    assert judge_engine(Inspection("", (good, good)), FP16, 0)[1].name == PROVEN
+
+
+def test_tensorrt_8_counts_each_profile_by_itself() -> None:
+    assert engine_census(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
+
+
+def test_modules_that_the_graph_keeps_wide_are_not_held_against_the_engine() -> None:
+    kept = Census(
+        {"backbone_net.layers.0": {"fp32": 1}, "backbone_net.layers.1": {"fp16": 1}, "prop_fc": {"fp16": 9}}, {}
+    )
+    wide = json.loads(document("10.16", "wide", bound=True))["Layers"]
+    narrow = [
+        layer
+        for layer in json.loads(document("10.16", "convolutions", bound=True))["Layers"]
+        if "layers.0" not in layer["Name"]
+    ]
+
+    def verdict(layers: list[object]) -> str:
+        return judge_engine(Inspection(json.dumps({"Layers": layers})), Promise("fp16", kept), 0)[1].name
+
+    # Every third of `wide` is layers.0, which the graph keeps in FP32.
+    assert verdict([*narrow, *wide[0:30:3]]) == PROVEN
+    assert verdict([*narrow, *wide[1:30:3]]) == CONTRADICTED
+
+
+def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:
+    _, verdict = judge_engine(inspection("11.4", "convolutions"), INT8, 0)
+    assert verdict.name == CONTRADICTED
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(True, PROVEN), (False, CONTRADICTED)])
+def test_tf32_is_fp32_only_where_it_is_allowed(allowed: bool, expected: str) -> None:
+    text = document("10.16", "wide", bound=True).replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
+    assert judge_engine(Inspection(text), Promise("fp32", tf32=allowed), 0)[1].name == expected
+    # To FP16 it is wider all the same.
+    assert judge_engine(Inspection(text), Promise("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
+
+
+def test_size_warns_and_never_contradicts() -> None:
+    weights = 200_000_000
+    promise = Promise("fp16", FP16.graph, weights)
+    found = inspection("11.4", "convolutions")
+    assert judge_engine(found, promise, 105_000_000)[1].name == PROVEN
+    # Kernels weigh something too, and more than a small network.
+    assert not check_size(21_500_000, Promise("fp16", None, 10_000), 1)
+    # One copy of the weights for each profile.
+    assert "each of 2 profiles" in check_size(208_000_000, promise, 2)
+    _, verdict = judge_engine(found, promise, 208_000_000)
+    assert verdict.name == NOT_PROVEN
+    assert "wider type" in check_size(208_000_000, promise, 1)
+    # 11.4's lean runtime has 105 MB.
+    assert check_size(105_000_000 + 105_000_000, promise, 1)
+    assert not check_size(105_000_000 + 105_000_000, Promise("fp16", None, weights, version_compatible=True), 1)
+
+
+def test_both_dialects_of_the_inspector_are_read() -> None:
+    together = engine_census(document("10.16", "int8", bound=True), 7)
+    apart = engine_census(document("11.4", "int8", bound=True), 7)
+    assert (
+        together
+        == apart
+        == EngineCensus({"fp16": 7, "fp32": 1}, {"fp32": 2, "int8": 4, "fp16": 2}, 7, {"int8": 4, "fp16": 2})
+    )
