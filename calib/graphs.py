@@ -17,6 +17,7 @@ from runtime.backends.eightbit import for_cpu
 from runtime.errors import DeviceError, ModelFileError
 from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import check
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Return the graph in an `.onnx` file, whatever it computes.
 
     Raises:
-        ModelFileError: it is not there, or not ONNX.
+        ModelFileError: it is not there, not ONNX, or damaged.
         DeviceError: onnx is not installed.
     """
     try:
@@ -43,6 +44,7 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ) from error
     path = Path(path)
     check_file(path, "The ONNX file", ModelFileError)
+    check(path)
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

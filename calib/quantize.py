@@ -14,6 +14,7 @@ from calib.table import CalibrationTable
 from runtime.command import command, next_command
 from runtime.errors import OutputError
 from runtime.files import replace_when_whole
+from runtime.onnxfile import sealed
 
 log = logging.getLogger("drn")
 
@@ -46,8 +47,6 @@ def quantize(
         ModelFileError: `onnx` is not an FP32 graph of ours.
         CalibrationError: the table or plan was measured on another graph, or a module is unknown.
     """
-    import onnx as onnx_library
-
     for given in (onnx, table, plan):
         if given is not None and Path(output).resolve() == Path(given).resolve():
             raise OutputError(f"--output {output} is an input; choose another.")
@@ -60,7 +59,7 @@ def quantize(
     log.info("Quantising ...")
     with replace_when_whole(output) as temporary:
         result = quantize_model(model, calibration, policy, kind, opset)
-        onnx_library.save(result, temporary)
+        temporary.write_bytes(sealed(result.SerializeToString()))
         size = temporary.stat().st_size
     share = narrow_share(result)
     print(f"{kind.upper()}: {', '.join(modules(model, policy, kind))}")

@@ -15,6 +15,7 @@ from runtime.command import next_command
 from runtime.errors import PromiseBroken
 from runtime.extractors import METADATA_KEY, ExtractorManifest
 from runtime.files import replace_when_whole
+from runtime.onnxfile import sealed
 from train.c3d import C3D, CROP, WINDOW, load_c3d
 from train.checkpoints import source_hash
 
@@ -32,7 +33,7 @@ def export_extractor(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSE
     model, manifest = loaded.model(), loaded.manifest(source_hash(checkpoint))
     with replace_when_whole(output) as temporary:
         log.info("Tracing C3D ...")
-        onnx.save(export_c3d(model, manifest, opset=opset), temporary)
+        temporary.write_bytes(sealed(export_c3d(model, manifest, opset=opset).SerializeToString()))
         difference = check_c3d(temporary, model)
         size = temporary.stat().st_size
     print(f"{OUTPUT}: largest difference {difference:.1e}, {TOLERANCE:.0e} is allowed")

@@ -28,6 +28,7 @@ from runtime.command import next_command
 from runtime.errors import GroundingError, PromiseBroken
 from runtime.extractors import METADATA_KEY, Extractor, ExtractorManifest, open_extractor
 from runtime.files import Staging, locked, sha256, write_json
+from runtime.onnxfile import read_metadata, sealed
 from runtime.sidecar import read_content
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def extractor_of(model: Path) -> str | None:
     if not model.is_file():
         return None
     if model.suffix == ".onnx":
-        from runtime.onnxfile import read_metadata
-
         try:
             return "onnx" if METADATA_KEY in read_metadata(model) else None
         except GroundingError:
@@ -167,7 +166,7 @@ def _proven_twin(
     del twin.graph.metadata_props[:]
     onnx.helper.set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
     print(f"{job.twin.name}: {counted_text(counted)}.")
-    onnx.save(twin.graph, job.twin)
+    job.twin.write_bytes(sealed(twin.graph.SerializeToString()))
     try:
         check(counted, job.precision)
         runs = str(job.twin) if job.precision != "bf16" else emulated(twin.graph).SerializeToString()

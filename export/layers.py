@@ -18,6 +18,7 @@ from calib.balance import LARGEST_EXPONENT
 from export.to_onnx import drn_modules
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import check
 from runtime.tensors import Batch
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-1, "fp8": 3e-1}
@@ -183,10 +184,11 @@ def table(layers: Layers) -> str:
 
 
 def load_graph(path: Path) -> Any:
-    """Return the ONNX graph in a file; ModelFileError where there is none."""
+    """Return the ONNX graph in a file; ModelFileError where there is none, or it is damaged."""
     import onnx
     from google.protobuf.message import DecodeError
 
+    check(path)
     try:
         return onnx.load(path)
     except (DecodeError, OSError) as error:

@@ -19,6 +19,7 @@ from runtime.extractors import METADATA_KEY as EXTRACTOR_KEY
 from runtime.extractors import ExtractorManifest
 from runtime.files import replace_when_whole, sha256
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import check, read_metadata, sealed
 
 if TYPE_CHECKING:
     import onnx
@@ -58,11 +59,9 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
 
 
 def manifest_in(path: Path) -> Manifest:
-    """Return the manifest of a graph of any precision."""
-    import onnx
-
-    properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-    return Manifest.from_json(properties.get(METADATA_KEY), str(path))
+    """Return the manifest of a graph of any precision; ModelFileError if the file is damaged or carries none."""
+    check(path)
+    return Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
 
 
 def counted_text(counted: Census) -> str:
@@ -108,7 +107,7 @@ class Made:
         set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
         weights = sum(census(graph).weight_bytes.values())
         written = padding_apart(twin.graph) if job.precision == "fp32" else twin.graph
-        return cls(written.SerializeToString(), about, counted, weights)
+        return cls(sealed(written.SerializeToString()), about, counted, weights)
 
     def file(self, path: Path) -> ModelFile:
         """Return the file that these bytes are, or will be."""

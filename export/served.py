@@ -21,7 +21,7 @@ from runtime.backends.trt import video_part
 from runtime.errors import DeviceError, GroundingError, ModelFileError
 from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.onnxfile import read_metadata
+from runtime.onnxfile import check, read_metadata
 from runtime.sidecar import Sidecar, read_sidecar
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.triton import front
@@ -149,6 +149,7 @@ def read_model(path: Path, serving: Serving) -> Source:
 
 
 def _read_graph(path: Path, serving: Serving) -> Source:
+    check(path)
     manifest = Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
     _check_part(path, manifest)
     if manifest.precision == "bf16":
@@ -216,6 +217,7 @@ def _encoded(video: Path) -> tuple[tuple[int, int], str]:
     import onnx
 
     check_file(video, "The graph of the video part, which has the data type of the encodings,", ModelFileError)
+    check(video)
     (output,) = onnx.load(video, load_external_data=False).graph.output
     kinds = onnx.TensorProto
     names = {kinds.FLOAT: "TYPE_FP32", kinds.FLOAT16: "TYPE_FP16", kinds.BFLOAT16: "TYPE_BF16"}

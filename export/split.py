@@ -22,6 +22,7 @@ from calib.padding import padding_apart
 from runtime.errors import ModelFileError
 from runtime.files import replace_when_whole
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import sealed
 from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX
 
 if TYPE_CHECKING:
@@ -231,11 +232,12 @@ def write_pair(video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, pr
         digests = []
         for place, part in parts.items():
             temporary = whole_or_none.enter_context(replace_when_whole(place))
-            content = _written(part).SerializeToString()
+            content = sealed(_written(part).SerializeToString())
             temporary.write_bytes(content)
             digests.append((place.name, hashlib.sha256(content).hexdigest()))
         temporary = whole_or_none.enter_context(replace_when_whole(query_path))
-        temporary.write_bytes(_written(named(query, dict(digests[:1]), dict(digests[1:]))).SerializeToString())
+        asked = named(query, dict(digests[:1]), dict(digests[1:]))
+        temporary.write_bytes(sealed(_written(asked).SerializeToString()))
     return [*parts, query_path]
 
 

@@ -21,6 +21,7 @@ from runtime.command import command, next_command
 from runtime.errors import DeviceError, OutputError, PromiseBroken, ShapeError
 from runtime.files import check_writable, replace_when_whole
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import sealed
 from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def to_onnx(
     if output.suffix != ".onnx" and not output.is_dir():
         raise OutputError(f"--output {output} should end in .onnx: models are told apart by their names.")
     try:
-        import onnx
+        import onnx  # noqa: F401 - needed by what is called below
         import onnxruntime
 
         from train.c3d import is_c3d_file
@@ -119,7 +120,7 @@ def to_onnx(
     with replace_when_whole(output) as temporary:
         log.info("Tracing the network (10 to 30 s) ...")
         exported = export_model(model, manifest, opset=opset)
-        onnx.save(padding_apart(exported), temporary)
+        temporary.write_bytes(sealed(padding_apart(exported).SerializeToString()))
         differences = check_against_torch(temporary, model, max_query_length)
         size = temporary.stat().st_size
         query = output

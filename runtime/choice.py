@@ -122,7 +122,7 @@ def open_choice(
         assert film is not None
         network = open_extractor(choice.extractor, device, threads)
         network.manifest.check_fits(features)
-        video = cached_video(film, network, choice.extractor, partial=choice.partial, threads=threads)
+        video = cached_video(film, network, partial=choice.partial, threads=threads)
         return ChosenVideo(video, footage=look(film))
     footage = look(film) if film else None
     if footage:

@@ -19,7 +19,7 @@ from runtime.extractors import ExtractorManifest
 from runtime.files import read_json
 from runtime.inspection import census_of_file, layers_path, read_layers_file
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.onnxfile import read_metadata
+from runtime.onnxfile import MISMATCH, check, read_metadata
 from runtime.sidecar import read_content, read_sidecar
 
 
@@ -78,6 +78,9 @@ def describe(
         )
     if sidecar:
         rows += _engine_rows(model, sidecar.content)
+    elif model.suffix == ".onnx":
+        recorded = check(model).recorded
+        rows.append(("digest", "of weights, graph and manifest: checked" if recorded else "not recorded"))
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
@@ -105,6 +108,8 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
             about = read_json(beside, "description of an extractor", ModelFileError)
     if not isinstance(about, dict) or about.get("format") != extractors.FORMAT:
         return None
+    if path.suffix == ".onnx":
+        extractors.check_description({} if extractors.METADATA_KEY in told else about, path, check(path))
     return ExtractorManifest.from_dict(about, str(path)), content or about
 
 
@@ -137,7 +142,9 @@ def _manifest(model: Path) -> Manifest:
     """Return what a model file says of itself, also of a graph in a precision that ONNX Runtime has no kernels for."""
     try:
         return open_backend(model, "cpu").manifest
-    except ModelFileError:
+    except ModelFileError as error:
+        if error.code == MISMATCH:
+            raise
         with contextlib.suppress(ModelFileError):
             manifest = Manifest.from_json(read_metadata(model).get(METADATA_KEY), str(model))
             if model.suffix == ".onnx" and manifest.precision == "bf16":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from pathlib import Path
@@ -14,9 +13,18 @@ from runtime.annotations import FEATURE_DIRECTORY
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import FootageError, GroundingError
-from runtime.extraction import BATCH_SIZE, FORMAT, Extracted, check_length, extracted, hash_of, read_note
+from runtime.extraction import (
+    BATCH_SIZE,
+    FORMAT,
+    Extracted,
+    check_length,
+    extracted,
+    extractor_key,
+    hash_of,
+    read_note,
+)
 from runtime.extractors import open_extractor
-from runtime.files import check_writable, locked, read_json, sha256, write_json
+from runtime.files import check_writable, locked, read_json, write_json
 from runtime.footage import look
 from runtime.videos import ClipClock
 
@@ -38,8 +46,8 @@ def extract(
 ) -> Path:
     """Extract the clip features of videos into a directory in the published Charades-STA layout.
 
-    A video is named after its file, without the ending. One whose features are there already, of the same content and
-    the same extractor, is passed over: the same command goes on after an interruption.
+    A video is named after its file, without the ending. One whose features are there already and whole, of the same
+    content and the same extractor, is passed over: the same command goes on after an interruption.
 
     Args:
         videos: video files: mp4, mkv, webm, avi and whatever else FFmpeg reads.
@@ -60,7 +68,7 @@ def extract(
         both = " and ".join(str(path) for path in videos if path.stem == twice[0])
         raise FootageError(f"{both} would both be called {twice[0]!r}; rename one of them.")
     network = open_extractor(extractor, device, threads)
-    maker = sha256(extractor)
+    maker = extractor_key(network)
     check_writable(output / NOTES)
     notes = _notes(output)
     # Every file is looked at before the first is extracted, which may take hours.
@@ -108,7 +116,8 @@ def _notes(directory: Path) -> dict[str, Extracted]:
     videos = value.get("videos") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(videos, dict):
         raise FootageError(f"{path} was changed since it was written; remove it.")
-    return {name: read_note(note, path) for name, note in videos.items()}
+    notes = {name: read_note(note, path) for name, note in videos.items()}
+    return {name: note for name, note in notes.items() if note is not None}
 
 
 def _note(directory: Path, name: str, found: Extracted) -> None:
@@ -124,7 +133,7 @@ def _note(directory: Path, name: str, found: Extracted) -> None:
         notes = {**_notes(directory), name: found}
         write_json(
             directory / NOTES,
-            {"format": FORMAT, "videos": {key: dataclasses.asdict(note) for key, note in sorted(notes.items())}},
+            {"format": FORMAT, "videos": {key: note.to_dict() for key, note in sorted(notes.items())}},
         )
 
 

@@ -17,13 +17,15 @@ import numpy as np
 
 from runtime.errors import FootageError, GroundingError, printable_line
 from runtime.extractors import Extractor
-from runtime.files import check_file, read_json, replace_when_whole, sha256, write_json
+from runtime.files import check_file, json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.footage import Footage, clips, look, pictures
 from runtime.videos import ClipClock, Video, load_features
 
 log = logging.getLogger("drn")
 
 FORMAT = "drn-extracted/1"
+# Increase it with every change of this package that changes features: those of before are extracted again.
+REVISION = 1
 BATCH_SIZE = 4
 # Decoded while the network is at work: one to take next, and one in the making.
 BATCHES_AHEAD = 2
@@ -34,10 +36,12 @@ class Extracted:
     """What was extracted of a video, without the features.
 
     Attributes:
-        video, extractor: SHA-256 of the files.
+        video: SHA-256 of the file.
+        extractor: `extractor_key`.
         num_clips: features.
         num_frames, frame_rate: of the video, as `Footage` counts them.
         whole: whether the file was seen to be: what `partial` let pass may lack frames.
+        features: SHA-256 of the `.npy` file; empty in notes of before, whose features are extracted again.
     """
 
     video: str
@@ -46,6 +50,7 @@ class Extracted:
     num_frames: int
     frame_rate: float
     whole: bool = True
+    features: str = ""
 
     @property
     def duration(self) -> float:
@@ -54,7 +59,17 @@ class Extracted:
 
     def serves(self, video: str, extractor: str, partial: bool) -> bool:
         """Whether these features are what extracting again would give."""
-        return (self.video, self.extractor) == (video, extractor) and (self.whole or partial)
+        return (self.video, self.extractor) == (video, extractor) and (self.whole or partial) and self.features != ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the note as it is written, with a `digest` of all the rest of it."""
+        content = dataclasses.asdict(self)
+        return {**content, "digest": json_digest(content)}
+
+
+def extractor_key(extractor: Extractor) -> str:
+    """Return a digest of all that decides features besides the video: the extractor's, and the code around it."""
+    return json_digest({"revision": REVISION, "extractor": extractor.identity})
 
 
 def check_length(footage: Footage, clock: ClipClock) -> None:
@@ -178,24 +193,26 @@ def extracted(
         path: the video file.
         extractor: what makes the features.
         output: the `.npy` file.
-        video_hash, extractor_hash: SHA-256 of the two files.
+        video_hash: SHA-256 of the video file.
+        extractor_hash: `extractor_key`.
         known: what an earlier run noted of `output`.
         partial, batch_size, threads: see `extract`.
     """
     if known is not None and output.is_file() and known.serves(video_hash, extractor_hash, partial):
-        log.info("%s: features are there already, in %s.", path.name, output)
-        return known
+        if sha256(output) == known.features:
+            log.info("%s: features are there already, in %s.", path.name, output)
+            return known
+        log.warning("%s is damaged: it does not match the digest of its note; extracting again.", output)
     footage = look(path)
     if footage.damage and partial:
         log.warning("%s %s; what can be decoded is used.", path, footage.damage)
     num_clips, num_frames = extract(footage, extractor, output, partial=partial, batch_size=batch_size, threads=threads)
-    return Extracted(video_hash, extractor_hash, num_clips, num_frames, footage.frame_rate, not partial)
+    return Extracted(video_hash, extractor_hash, num_clips, num_frames, footage.frame_rate, not partial, sha256(output))
 
 
 def cached_video(
     path: Path,
     extractor: Extractor,
-    extractor_path: Path,
     *,
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
@@ -203,17 +220,18 @@ def cached_video(
 ) -> Video:
     """Return a video file as its clip features, extracted once and kept in `cache_directory`.
 
-    They are found again by what is in the video and in the extractor, whatever their names. Raises as `extract`.
+    The key is the content of the video, and everything that decides the features of an extractor (`extractor_key`). An
+    entry that is damaged is made again. Raises as `extract`.
     """
-    video, maker = hash_of(path), sha256(extractor_path)
+    video, maker = hash_of(path), extractor_key(extractor)
     output = cache_directory() / f"{video[:24]}-{maker[:24]}.npy"
     note = output.with_suffix(".json")
-    known = read_note(read_json(note, "note on features"), note) if note.is_file() else None
+    known = _cached_note(note)
     found = extracted(
         path, extractor, output, video, maker, known=known, partial=partial, batch_size=batch_size, threads=threads
     )
     if found != known:
-        write_json(note, {"format": FORMAT, **dataclasses.asdict(found)})
+        write_json(note, {"format": FORMAT, **found.to_dict()})
     return Video(load_features(output), found.num_frames, found.duration, path.stem)
 
 
@@ -234,10 +252,32 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drn-deploy"
 
 
-def read_note(value: Any, source: Path) -> Extracted:
-    """Return what a note says that `dataclasses.asdict` made; FootageError if it is damaged."""
+def _cached_note(path: Path) -> Extracted | None:
+    """Return a note of the cache; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
     try:
-        fields = {name: item for name, item in value.items() if name != "format"}
-        return Extracted(**fields)
+        return read_note(read_json(path, "note on features", FootageError), path)
+    except FootageError as error:
+        log.warning("%s The features are extracted again.", error)
+        return None
+
+
+def read_note(value: Any, source: Path) -> Extracted | None:
+    """Return what a note says that `Extracted.to_dict` made, None where it does not match its own digest.
+
+    Raises:
+        FootageError: it is no such note.
+    """
+    try:
+        fields = {name: item for name, item in value.items() if name not in ("format", "digest")}
+        note = Extracted(**fields)
     except (AttributeError, TypeError, GroundingError) as error:
         raise FootageError(f"{source} was changed since it was written ({error}); remove it.") from error
+    if "digest" not in value:
+        # Of before there were digests. What cannot be checked is not served.
+        return dataclasses.replace(note, features="")
+    if value["digest"] != json_digest(fields):
+        log.warning("A note in %s is damaged: it does not match its own digest.", source)
+        return None
+    return note

@@ -13,9 +13,10 @@ import numpy as np
 
 from runtime.backends import Device
 from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError
-from runtime.files import check_file, read_json
+from runtime.files import check_file, json_digest, read_json
 from runtime.footage import Framing
 from runtime.manifest import Features
+from runtime.onnxfile import DIGEST, MISMATCH, Content, read_content
 
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"
@@ -91,7 +92,8 @@ class ExtractorManifest:
                 f"{source} is of format {found!r} and extractors of this version are {FORMAT!r}; export it again."
             )
         try:
-            return cls(**{name: item for name, item in value.items() if name != "format"})
+            # The digest is checked where the file is opened (`runtime.onnxfile`).
+            return cls(**{name: item for name, item in value.items() if name not in ("format", "digest")})
         except (TypeError, ValueError) as error:
             raise ModelFileError(
                 f"{source} does not describe an extractor ({error}); see docs/your-own-video.md."
@@ -127,7 +129,13 @@ def no_model(path: Path) -> ModelFileError:
 
 
 class Extractor(Protocol):
-    """Something that turns clips of frames into features."""
+    """Something that turns clips of frames into features.
+
+    Attributes:
+        identity: digest of all that decides its features: every file of the network, and the manifest as it was read.
+    """
+
+    identity: str
 
     @property
     def manifest(self) -> ExtractorManifest:
@@ -140,8 +148,9 @@ class Extractor(Protocol):
 class ClipExtractor:
     """An ONNX graph that takes clips as they are, (N, window, height, width, 3) uint8: C3D of `export.to_onnx`."""
 
-    def __init__(self, session: Any, manifest: ExtractorManifest) -> None:
+    def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
+        self.identity = identity
         self._session = session
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
@@ -152,8 +161,9 @@ class ClipExtractor:
 class ImageExtractor:
     """An ONNX image encoder, (N, 3, height, width) float32 in and (N, D) out, on the middle frame of each clip."""
 
-    def __init__(self, session: Any, manifest: ExtractorManifest) -> None:
+    def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
+        self.identity = identity
         self._session = session
         # One multiplication and one addition for scaling, mean and deviation together.
         self._factor = (1 / np.array(manifest.std, np.float32) / (255 / manifest.white)).astype(np.float32)
@@ -187,21 +197,21 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
         return open_extractor_engine(path, device)
     from runtime.backends.ort import start
 
-    session, _ = start(path, device, threads)
-    manifest = _manifest(session, path)
+    session, _, content = start(path, device, threads)
+    manifest = _manifest(session, path, content)
+    identity = json_digest([manifest.to_dict(), content.sha256, content.external])
     taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
     if taken == [("tensor(uint8)", 5)]:
-        return ClipExtractor(session, manifest)
+        return ClipExtractor(session, manifest, identity)
     if taken == [("tensor(float)", 4)]:
-        return ImageExtractor(session, manifest)
+        return ImageExtractor(session, manifest, identity)
     raise ModelFileError(
         f"{path} takes {', '.join(f'{kind} of {axes} axes' for kind, axes in taken) or 'nothing'}; an extractor takes "
         "clips (uint8, 5 axes) or images (float, 4 axes) alone."
     )
 
 
-def _manifest(session: Any, path: Path) -> ExtractorManifest:
-    beside = path.with_name(f"{path.name}.json")
+def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is not None:
         try:
@@ -209,12 +219,49 @@ def _manifest(session: Any, path: Path) -> ExtractorManifest:
         except ValueError as error:
             raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
         return ExtractorManifest.from_dict(value, str(path))
+    value = read_description(path)
+    check_description(value, path, content)
+    return ExtractorManifest.from_dict(value, str(description_path(path)))
+
+
+def description_path(path: Path) -> Path:
+    """Return where the description of an image encoder is: NAME.onnx.json."""
+    return path.with_name(f"{path.name}.json")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the description beside an image encoder; ModelFileError where there is none."""
+    beside = description_path(path)
     if not beside.is_file():
         raise ModelFileError(
             f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
             f"own encoder in {beside.name} as docs/your-own-video.md shows."
         )
-    return ExtractorManifest.from_dict(read_json(beside, "description of an extractor", ModelFileError), str(beside))
+    value = read_json(beside, "description of an extractor", ModelFileError)
+    ExtractorManifest.from_dict(value, str(beside))
+    return value
+
+
+def check_description(value: Mapping[str, Any], path: Path, content: Content) -> None:
+    """Raise ModelFileError if a description records a digest, and the files of the encoder have another."""
+    if DIGEST in value and value[DIGEST] != _description_digest(value, content):
+        raise ModelFileError(
+            f"{path} and {description_path(path).name} do not match the digest that is recorded there: one of them is "
+            "damaged or was changed. Copy them again; `python -m export.seal` records the digest of files that were "
+            "changed on purpose.",
+            code=MISMATCH,
+        )
+
+
+def sealed_description(path: Path) -> dict[str, Any]:
+    """Return the description beside an image encoder with a digest of it, of the graph and of its external data."""
+    value = read_description(path)
+    return {**value, DIGEST: _description_digest(value, read_content(path))}
+
+
+def _description_digest(value: Mapping[str, Any], content: Content) -> str:
+    rest = {name: item for name, item in value.items() if name != DIGEST}
+    return json_digest([rest, content.sha256, content.external])
 
 
 def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.ndarray:

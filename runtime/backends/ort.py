@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import io
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,16 @@ from runtime import extractors
 from runtime.backends.cuda import keep_from_children
 from runtime.backends.eightbit import source_for_cpu
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, one_line
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
+from runtime.onnxfile import MISMATCH, Check, Content, check
 from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
     from runtime.backends import Device
+
+log = logging.getLogger("drn")
 
 INPUTS = ("query_tokens", "query_length", "segment_features", "segment_spans")
 OUTPUTS = ("matching_logits", "boundary_distances", "iou_logits")
@@ -68,11 +72,16 @@ def library(gpu: bool) -> tuple[Any, str]:
     return ort, " ".join(told.getvalue().split())
 
 
-def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device]:
-    """Open an ONNX file of any kind, and return ONNX Runtime's session and the device that it runs on.
+def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device, Content]:
+    """Open an ONNX file of any kind.
+
+    The file is hashed in a thread while ONNX Runtime optimizes the graph, which takes longer.
+
+    Returns:
+        ONNX Runtime's session, the device that it runs on, and the hashes of the file.
 
     Raises:
-        ModelFileError: the file is no graph that ONNX Runtime takes.
+        ModelFileError: the file is no graph that ONNX Runtime takes, or does not match the digest that it records.
         DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
     """
     ort, not_found = library(gpu=device != "cpu")
@@ -89,13 +98,17 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    checked = Check(path)
     try:
         kept = KEPT_APART if device == "cpu" else None
         source = source_for_cpu(path) if device == "cpu" else str(path)
         session = ort.InferenceSession(source, options, providers=[PROVIDERS[device]], disabled_optimizers=kept)
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
-        first_line = str(error).splitlines()[0]
+        # A file that is damaged is reported as such.
+        if checked.mismatch is not None:
+            raise checked.mismatch from error
+        first_line = one_line(error)
         raise ModelFileError(
             f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); export it again."
         ) from error
@@ -106,19 +119,33 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
             f"missing ({not_found.rstrip('.') or 'it does not say which'}); run `pip install "
             "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu."
         )
-    return session, device
+    return session, device, checked.result()
 
 
 class Session:
     """An ONNX file of ours in ONNX Runtime.
 
+    Args:
+        path, device, threads: see `start`.
+        part_of: the query part that names the file, and the SHA-256 that it names.
+
     Raises:
-        ModelFileError: the file is not such a graph.
+        ModelFileError: the file is not such a graph, is damaged, or is not the one that the query part names.
         DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
     """
 
-    def __init__(self, path: Path, device: Device = "auto", threads: int | None = None) -> None:
-        session, device = start(path, device, threads)
+    def __init__(
+        self,
+        path: Path,
+        device: Device = "auto",
+        threads: int | None = None,
+        part_of: tuple[Path, str] | None = None,
+    ) -> None:
+        session, device, content = start(path, device, threads)
+        if part_of is not None and content.sha256 != part_of[1]:
+            raise _other_part(path, part_of[0])
+        if content.recorded is None:
+            log.info("%s records no digest, so damage to it cannot be detected; export it again to add one.", path)
         self.path = path
         self.device: Device = device
         # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
@@ -305,7 +332,15 @@ class OnnxRuntimePair:
             ModelFileError: one is not beside the query part, or is another one.
         """
         query = self._query.path
-        return [Session(part_beside(query, name, digest), self.device, self._threads) for name, digest in parts.items()]
+        return [self._part(_existing_part(query, name), digest) for name, digest in parts.items()]
+
+    def _part(self, path: Path, digest: str) -> Session:
+        try:
+            return Session(path, self.device, self._threads, (self._query.path, digest))
+        except ModelFileError as error:
+            if sha256(path) != digest:
+                raise _other_part(path, self._query.path) from error
+            raise
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, as the whole model would."""
@@ -334,12 +369,23 @@ def part_beside(query: Path, name: str, digest: str) -> Path:
     Raises:
         ModelFileError: the file is not beside the query part, or is another one.
     """
+    path = _existing_part(query, name)
+    if sha256(path) != digest:
+        raise _other_part(path, query)
+    check(path)
+    return path
+
+
+def _existing_part(query: Path, name: str) -> Path:
     path = query.with_name(Path(name).name)
     if not path.is_file():
         raise ModelFileError(f"{query} needs {path.name} beside it, and there is none; copy it there.")
-    if sha256(path) != digest:
-        raise ModelFileError(
-            f"{path} is not the file that {query.name} was made with (another export, or damaged); "
-            "copy all files of one export, or export again with --split."
-        )
     return path
+
+
+def _other_part(path: Path, query: Path) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is not the file that {query.name} was made with (another export, or damaged); "
+        "copy all files of one export, or export again with --split.",
+        code=MISMATCH,
+    )

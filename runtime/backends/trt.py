@@ -25,6 +25,7 @@ from runtime.backends.shapes import asked, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, ModelFileError, ShapeError
 from runtime.extractors import ExtractorManifest, ExtractorSidecar
+from runtime.files import json_digest
 from runtime.manifest import Manifest
 from runtime.sidecar import AboutPlan, Sidecar, path_beside, read_content, read_sidecar
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
@@ -108,7 +109,9 @@ def open_extractor_engine(
     sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(path_beside(path))), content)
     _check_device(path, device)
     cuda, library = _ready(path, sidecar, cuda, library)
-    return TensorRTExtractor(Network(library, cuda, path, sidecar), sidecar.manifest)
+    # Of the plan and of all that the sidecar says.
+    identity = json_digest([content["sha256"][path.name], content["digest"]])
+    return TensorRTExtractor(Network(library, cuda, path, sidecar), sidecar.manifest, identity)
 
 
 def _check_device(path: Path, device: Device) -> None:
@@ -295,9 +298,10 @@ class _Model:
 class TensorRTExtractor(_Model):
     """A network of clips as one engine: C3D of `export.build_engine`."""
 
-    def __init__(self, network: Network, manifest: ExtractorManifest) -> None:
+    def __init__(self, network: Network, manifest: ExtractorManifest, identity: str) -> None:
         super().__init__(network)
         self.manifest = manifest
+        self.identity = identity
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
         """Return (N, D) float32 features; see `Extractor`. Raises as `TensorRTBackend.run`."""

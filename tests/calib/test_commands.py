@@ -170,7 +170,7 @@ def test_calibrate_refuses(onnx_file: Path, table_file: Path, data_set: DataSet,
     refused(calibrate, onnx_file, root, onnx_file.parent, error=OutputError, match="is a directory", output=output)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(onnx_file.read_bytes()[:5000])
-    refused(calibrate, broken, root, output, error=ModelFileError, match="not a valid ONNX model", output=output)
+    refused(calibrate, broken, root, output, error=ModelFileError, match="ONNX", output=output)
     narrowed = quantize(onnx_file, table_file, tmp_path / "drn.int8.onnx")
     refused(calibrate, narrowed, root, output, error=ModelFileError, match="is int8 already", output=output)
     strange = onnx.load(onnx_file)

@@ -235,26 +235,26 @@ def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
     whole = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
     path = truncated(whole, tmp_path / "cut.mp4")
     extractor = open_extractor(tiny, "cpu")
-    video = cached_video(path, extractor, tiny, partial=True)
+    video = cached_video(path, extractor, partial=True)
     assert 20 < video.num_frames < 80
     assert len(video.features) == (video.num_frames - 16) // 8 + 1
     assert video.duration == pytest.approx(video.num_frames / 25)
-    assert video.features == pytest.approx(cached_video(whole, extractor, tiny).features[: len(video.features)])
+    assert video.features == pytest.approx(cached_video(whole, extractor).features[: len(video.features)])
     # Kept in the cache, and yet not taken for a whole video's.
     with pytest.raises(FootageError, match="--partial"):
-        cached_video(path, extractor, tiny)
+        cached_video(path, extractor)
 
 
 def test_a_video_is_known_by_its_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
     extractor = open_extractor(tiny, "cpu")
     path = film(tmp_path / "hall.mkv", 40)
-    first = cached_video(path, extractor, tiny)
+    first = cached_video(path, extractor)
     assert sum(runs) == 4
-    again = cached_video(path.rename(tmp_path / "renamed.mkv"), extractor, tiny)
+    again = cached_video(path.rename(tmp_path / "renamed.mkv"), extractor)
     assert sum(runs) == 4
     assert again.name == "renamed"
     assert (again.features == first.features).all()
-    cached_video(film(tmp_path / "hall.mkv", 41), extractor, tiny)
+    cached_video(film(tmp_path / "hall.mkv", 41), extractor)
     assert sum(runs) == 8
 
 

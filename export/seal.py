@@ -1,0 +1,49 @@
+"""`python -m export.seal`: record the digest of an ONNX file that another tool changed on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from runtime.command import command, next_command
+from runtime.errors import ModelFileError
+from runtime.extractors import description_path, sealed_description
+from runtime.files import replace_when_whole, write_json
+from runtime.onnxfile import MANIFEST_KEYS, read_metadata, seal
+
+
+def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
+    """Record the digest of an ONNX file anew, so that it can be opened after another tool changed it.
+
+    The digest covers the weights, the graph, the manifest and files of external data. It reveals damage from then on,
+    and says nothing of what was changed before: check the file with `python -m export.verify`.
+
+    Args:
+        model: .onnx file of `export.to_onnx` or `export.build_engine`; or an image encoder with its description beside
+            it, which then holds the digest. The parts of a split model name each other by SHA-256: split the whole
+            model again instead.
+
+    Returns:
+        The file that holds the digest.
+
+    Raises:
+        ModelFileError: there is no such file, or it carries no manifest.
+    """
+    if model.suffix != ".onnx" or not model.is_file():
+        raise ModelFileError(f"{model} is not an .onnx file; name the model that was changed.")
+    written = model
+    if not MANIFEST_KEYS & read_metadata(model).keys() and description_path(model).is_file():
+        written = description_path(model)
+        write_json(written, sealed_description(model))
+    else:
+        content = seal(model)
+        with replace_when_whole(model) as temporary:
+            temporary.write_bytes(content)
+    print(f"{written}: digest recorded.")
+    next_command("runtime.describe", model)
+    return written
+
+
+if __name__ == "__main__":
+    command(seal_model)

@@ -1,0 +1,196 @@
+"""Model files of every kind: one flipped bit is refused, or changes no answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from calib.batches import draw
+from calib.calibrate import measure_table
+from calib.graphs import load_graph, manifest_of, read_graph
+from calib.qdq import Policy, quantize
+from export import layers, made
+from export.precision import to_half
+from export.seal import seal_model
+from export.served import Serving, read_model
+from export.split import pair_paths, prepared_paths, split_graph, write_pair
+from export.to_onnx import to_onnx
+from runtime.annotations import DataSet
+from runtime.backends import open_backend
+from runtime.describe import describe
+from runtime.encodings import EncodedVideo
+from runtime.errors import ModelFileError
+from runtime.evaluation import batches_of
+from runtime.extractors import open_extractor
+from runtime.grounder import Grounder
+from runtime.onnxfile import check, external_data, read_metadata, sealed
+from runtime.tensors import Batch
+from tests.damage import count_refused, damaged, flip, random_bits
+from tests.export.conftest import TINY, random_inputs
+from tests.runtime.extractor_graphs import write_clips, write_images
+
+
+@pytest.fixture
+def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
+    path = tmp_path / "drn.onnx"
+    path.write_bytes(sealed(exported["tiny"].SerializeToString()))
+    return path
+
+
+def heads(path: Path, batch: Batch | None = None) -> Callable[[], bytes]:
+    """Return a function that opens a model and returns its heads and its manifest."""
+    batch = batch or Batch(*(array.numpy() for array in random_inputs(TINY, [3, 5])))
+
+    def answer() -> bytes:
+        backend = open_backend(path, "cpu", 1)
+        found = backend.run(batch)
+        about = json.dumps(backend.manifest.to_dict(), sort_keys=True).encode()
+        return about + b"".join(array.tobytes() for array in vars(found).values())
+
+    return answer
+
+
+def test_whole_graph(graph: Path) -> None:
+    assert count_refused(graph, heads(graph), ModelFileError) == 40
+
+
+def test_manifest(graph: Path) -> None:
+    """Vocabulary, thresholds and the digest itself: whatever is not refused answers the same."""
+    whole, answer = graph.read_bytes(), heads(graph)
+    wanted, refused = answer(), 0
+    begin = 8 * (whole.index(b"drn.manifest") - 8)
+    bits = (begin + np.array(random_bits(whole[begin // 8 :], 100))).tolist()
+    for bit in damaged(graph, bits):
+        try:
+            assert answer() == wanted, bit
+        except ModelFileError:
+            refused += 1
+    assert refused >= 98
+
+
+@pytest.mark.parametrize("part", ["video", "query", "prepare", "prepared"])
+def test_parts(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) -> None:
+    path = tmp_path / "drn.onnx"
+    write_pair(*split_graph(exported["tiny"]), path, prepare=True)
+    video, query = pair_paths(path)
+    prepare, prepared = prepared_paths(path)
+    inputs = random_inputs(TINY, [3] * 12)
+
+    def answer() -> bytes:
+        pair: Any = open_backend(query, "cpu", 1)
+        encoded = pair.encode(inputs[2].numpy()[:1])[0]
+        about = EncodedVideo(encoded, inputs[3].numpy()[0], 1.0, prepared=pair.prepare(encoded))
+        found = pair.ask(inputs[0].numpy(), inputs[1].numpy(), [about], np.zeros(12, np.int32))
+        return b"".join(array.tobytes() for array in vars(found).values())
+
+    files = {"video": video, "query": query, "prepare": prepare, "prepared": prepared}
+    assert count_refused(files[part], answer, ModelFileError) == 40
+
+
+@pytest.mark.parametrize("name", ["drn.onnx", "weights.data"])
+def test_external_data(graph: Path, tmp_path: Path, name: str) -> None:
+    model = onnx.load(graph)
+    path = tmp_path / "outside" / "drn.onnx"
+    path.parent.mkdir()
+    onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=200)
+    assert external_data(path) == [path.parent / "weights.data"]
+    # Another tool wrote it: it is refused until the change is confirmed.
+    with pytest.raises(ModelFileError) as caught:
+        open_backend(path, "cpu")
+    assert caught.value.code == "digest_mismatch"
+    seal_model(path)
+    assert heads(path)() == heads(graph)()
+    assert count_refused(path.parent / name, heads(path), ModelFileError) == 40
+
+
+def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
+    source = read_graph(models / "drn.onnx")
+    table = measure_table(source, draw(DataSet(planted), manifest_of(source), 64), "minmax", threads=1)
+    asked = DataSet(planted).annotations("test")[:4]
+    (_, batch) = next(iter(batches_of(Grounder.load(models / "drn.onnx", "cpu", 1), DataSet(planted), asked, 4)))
+    for kind, narrow in (("int8", quantize(source, table, Policy(), "int8")), ("fp16", to_half(source, "fp16"))):
+        path = tmp_path / f"drn.{kind}.onnx"
+        path.write_bytes(sealed(narrow.SerializeToString()))
+        assert count_refused(path, heads(path, batch), ModelFileError, 20) == 20
+
+
+@pytest.mark.parametrize("read", [load_graph, read_graph, layers.load_graph, made.manifest_in, check, describe])
+def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
+    read(graph)
+    refused = 0
+    for _ in damaged(graph, random_bits(graph.read_bytes(), 10)):
+        with pytest.raises(ModelFileError):
+            read(graph)
+        refused += 1
+    assert refused == 10
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_triton_repositories_are_not_made_of_damaged_graphs(
+    exported: dict[str, onnx.ModelProto], tmp_path: Path, part: int
+) -> None:
+    files = write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    read_model(files[-1], Serving())
+    for _ in damaged(files[part], random_bits(files[part].read_bytes(), 10)):
+        with pytest.raises(ModelFileError):
+            read_model(files[-1], Serving())
+
+
+def features(path: Path, clips: np.ndarray) -> Callable[[], bytes]:
+    return lambda: open_extractor(path, "cpu", 1).extract(clips).tobytes()
+
+
+def test_extractor_of_clips(tmp_path: Path) -> None:
+    path = write_clips(tmp_path / "c3d.onnx")
+    path.write_bytes(sealed(path.read_bytes()))
+    clips = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 24, 3), np.uint8)
+    assert count_refused(path, features(path, clips), ModelFileError) == 40
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "encoder.onnx.json"])
+def test_image_encoder_with_its_description(tmp_path: Path, name: str) -> None:
+    path = write_images(tmp_path / "encoder.onnx")
+    assert seal_model(path) == tmp_path / "encoder.onnx.json"
+    clips = np.random.default_rng(0).integers(0, 256, (2, 1, 24, 24, 3), np.uint8)
+    # A space more or less between the words of JSON changes nothing.
+    assert count_refused(tmp_path / name, features(path, clips), ModelFileError) >= 36
+
+
+def test_files_of_before_have_no_digest_and_load(
+    exported: dict[str, onnx.ModelProto], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.onnx"
+    onnx.save(exported["tiny"], old)
+    assert heads(old)() == heads(graph)()
+    describe(old)
+    assert "not recorded" in capsys.readouterr().out
+    describe(graph)
+    assert "checked" in capsys.readouterr().out
+
+
+def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> None:
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True)
+    files = (output, *pair_paths(output), *prepared_paths(output))
+    for path in files:
+        content = check(path)
+        assert content.recorded == content.digest is not None
+        assert read_metadata(path)["drn.manifest"].count('"digest"') == 1
+        # Sealing again changes nothing, and any ONNX reader reads the file.
+        assert sealed(path.read_bytes()) == path.read_bytes()
+        onnx.checker.check_model(onnx.load(path))
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_a_file_that_is_damaged_where_onnx_runtime_cannot_parse_it_is_called_damaged(graph: Path) -> None:
+    whole = graph.read_bytes()
+    graph.write_bytes(flip(whole, 8 * whole.index(b"Conv")))
+    with pytest.raises(ModelFileError) as caught:
+        open_backend(graph, "cpu")
+    assert caught.value.code == "digest_mismatch"
