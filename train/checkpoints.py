@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ FORMAT = "drn-checkpoint/1"
 RESUME_FORMAT = "drn-training/1"
 # Tokens that an exported checkpoint takes, unless its data set has longer queries or more are asked for.
 LONGEST_QUERY = 64
+# Files that record a digest of their content.
+FORMATS = (FORMAT, RESUME_FORMAT, EXTRACTOR_FORMAT)
+DIGEST = "digest"
+BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +189,9 @@ def source_hash(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def save(path: str | os.PathLike[str], content: Any) -> None:
-    """Write tensors and plain containers with torch, whole or not at all."""
+    """Write tensors and plain containers with torch, whole or not at all; with a digest where a file is ours."""
+    if isinstance(content, Mapping) and content.get("format") in FORMATS:
+        content = {**content, DIGEST: content_digest(content)}
     # RuntimeError is how torch's zip writer reports a full disk.
     with replace_when_whole(path) as temporary:
         try:
@@ -202,8 +210,58 @@ def _bytes(content: Any) -> int:
     return sum(map(_bytes, content)) if isinstance(content, list | tuple) else 0
 
 
+def content_digest(content: Any) -> str:
+    """Return the SHA-256 of tensors and plain containers: of every name, value, shape and number, in order."""
+    digest = hashlib.sha256()
+    _digest(content, digest)
+    return digest.hexdigest()
+
+
+def _digest(content: Any, digest: hashlib._Hash) -> None:
+    if isinstance(content, Tensor):
+        digest.update(f"tensor {content.dtype} {tuple(content.shape)}\n".encode())
+        digest.update(content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(content, Mapping):
+        digest.update(f"table {len(content)}\n".encode())
+        for name, value in content.items():
+            digest.update(f"{name!r}\n".encode())
+            _digest(value, digest)
+    elif isinstance(content, list | tuple):
+        digest.update(f"list {len(content)}\n".encode())
+        for value in content:
+            _digest(value, digest)
+    else:
+        digest.update(f"{content!r}\n".encode())
+
+
+def check_records(path: Path) -> None:
+    """Raise CheckpointError unless every record of a torch file matches its CRC, which torch itself does not compare.
+
+    Files of before torch 1.6, which are not zip archives, have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                # `torch.serialization.set_crc32_options(False)` leaves zeros.
+                if record.CRC:
+                    with archive.open(record) as stream:
+                        while stream.read(BLOCK_BYTES):
+                            pass
+    # On damaged archives zipfile and its decompressors raise what they do, without a common base.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged: {one_line(error)}. Copy it again, or take another checkpoint.", code="digest_mismatch"
+        ) from error
+
+
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read tensors and plain containers with torch, running no code; raises CheckpointError."""
+    """Read tensors and plain containers with torch, running no code.
+
+    Raises:
+        CheckpointError: the file is missing, holds anything else, or is damaged.
+    """
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     try:
@@ -214,8 +272,9 @@ def load(path: str | os.PathLike[str]) -> Any:
                     f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
                     "drn.pt; graphs and engines are made of one and do not turn back into it."
                 )
+        check_records(path)
         torchfile.check(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
@@ -229,3 +288,12 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(
             f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again."
         ) from error
+    if isinstance(content, dict) and DIGEST in content and content.get("format") in FORMATS:
+        recorded = content.pop(DIGEST)
+        if recorded != content_digest(content):
+            raise CheckpointError(
+                f"{path} does not match the digest that it records: it is damaged, or another tool changed it. Copy it "
+                "again, or train or convert again.",
+                code="digest_mismatch",
+            )
+    return content

@@ -19,16 +19,25 @@ from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError, OutputError
+from runtime.errors import CheckpointError, GroundingError, OutputError, reading
 from runtime.evaluation import evaluate
-from runtime.files import read_json, replace_when_whole, write_json
+from runtime.files import read_json, replace_when_whole, write_json, write_text
 from runtime.grounder import Grounder
 from runtime.manifest import Features
 from runtime.metrics import recall_name
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 from train.backend import TorchBackend
-from train.checkpoints import RESUME_FORMAT, Checkpoint, check_weights, load, load_checkpoint, save, save_checkpoint
+from train.checkpoints import (
+    RESUME_FORMAT,
+    Checkpoint,
+    check_records,
+    check_weights,
+    load,
+    load_checkpoint,
+    save,
+    save_checkpoint,
+)
 from train.data import TrainingData
 from train.losses import LossOptions, divide, loss_sums
 from train.model import DRN, DRNConfig
@@ -201,11 +210,26 @@ class Run:
                     f"{self.output} was trained with other settings ({_difference(found, description)}); "
                     "give the same ones to resume."
                 )
+            self._check_whole()
         elif self.processes.leads:
             if resume:
                 log.warning("%s holds no run yet; starting one.", self.output)
             write_json(path, description)
         self.processes.wait()
+
+    def _check_whole(self) -> None:
+        """Raise CheckpointError if a checkpoint of this run is damaged, before anything is written beside it."""
+        for stage in self.settings.stages:
+            for name in ("best.pt", "last.pt"):
+                path = self._directory(stage) / name
+                if path.is_file():
+                    check_records(path)
+        with reading(self.output / "history.jsonl", "the epochs of a run", CheckpointError, "remove it"):
+            self._history()
+
+    def _history(self) -> list[dict[str, Any]]:
+        path = self.output / "history.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def train(self, model: DRN) -> Path:
         """Train every stage and return the path of `drn.pt`, the best of the last one.
@@ -378,13 +402,10 @@ class Run:
         return state["epoch"], state["best"]
 
     def _append_history(self, record: dict[str, Any]) -> None:
-        path = self.output / "history.jsonl"
-        lines = [] if not path.is_file() else path.read_text().splitlines()
         # An epoch that is repeated after a kill replaces its line.
         same = ("stage", "epoch")
-        lines = [line for line in lines if any(json.loads(line)[key] != record[key] for key in same)]
-        with replace_when_whole(path) as temporary:
-            temporary.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+        records = [known for known in self._history() if any(known[key] != record[key] for key in same)]
+        write_text(self.output / "history.jsonl", "".join(json.dumps(each) + "\n" for each in (*records, record)))
 
     def _log(self, record: dict[str, Any], improved: bool) -> None:
         losses = " + ".join(f"{record[f'loss_{name}']:.3f}" for name in ("matching", "boundary", "iou"))

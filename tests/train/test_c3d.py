@@ -195,6 +195,7 @@ def test_a_damaged_c3d_pt_is_refused(tmp_path: Path, tiny: C3D) -> None:
     LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
     checkpoint = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
     content = torch.load(tmp_path / "c3d.pt", weights_only=True)
+    del content["digest"]
     for change, message in (
         ({"format": "other"}, "is no c3d.pt"),
         ({"mean": [1.0]}, "is damaged"),

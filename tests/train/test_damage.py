@@ -1,0 +1,98 @@
+"""Checkpoints and states of runs: one flipped bit is refused, or changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="checkpoints are torch files")
+
+from runtime.errors import CheckpointError  # noqa: E402
+from tests.damage import count_refused, flip  # noqa: E402
+from train.__main__ import train  # noqa: E402
+from train.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
+from train.checkpoints import content_digest, load, load_checkpoint  # noqa: E402
+
+
+@pytest.fixture
+def run(short_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(short_run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["drn.pt", "stage1/best.pt", "stage2/last.pt"])
+def test_checkpoints_of_a_run(run: Path, name: str) -> None:
+    path = run / name
+    assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError) > 30
+
+
+def test_checkpoint_of_c3d(tmp_path: Path) -> None:
+    path = tmp_path / "c3d.pt"
+    torch.manual_seed(0)
+    model = C3D(C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8), (0.0, 0.0, 0.0))
+    save_c3d(path, C3DCheckpoint(model.config, model.mean, model.state_dict(), {}))
+    assert count_refused(path, lambda: content_digest(load_c3d(path).weights).encode(), CheckpointError) > 20
+
+
+def test_weights_in_a_file_without_crcs(run: Path) -> None:
+    """Where torch was told to write no CRCs, the digest of the content is left."""
+    content = torch.load(run / "drn.pt", weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, run / "bare.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_checkpoint(run / "bare.pt")
+    whole = (run / "bare.pt").read_bytes()
+    weights = content["weights"]["prop_fc.weight"].numpy().tobytes()
+    (run / "bare.pt").write_bytes(flip(whole, 8 * (whole.index(weights) + 100)))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(run / "bare.pt")
+    assert caught.value.code == "digest_mismatch"
+
+
+def test_files_of_before_have_no_digest_and_load(run: Path) -> None:
+    content = torch.load(run / "drn.pt", weights_only=True)
+    assert len(content.pop("digest")) == 64
+    torch.save(content, run / "old.pt")
+    assert content_digest(load_checkpoint(run / "old.pt").weights) == content_digest(content["weights"])
+
+
+@pytest.mark.parametrize("name", ["stage1/best.pt", "stage2/last.pt", "stage3/last.pt", "stage3/best.pt"])
+def test_a_damaged_run_is_not_resumed_and_stays_as_it_is(
+    run: Path, planted: Path, tiny_sizes: dict[str, Any], name: str
+) -> None:
+    content = (run / name).read_bytes()
+    # In the numbers of some tensor: torch takes it as it is.
+    (run / name).write_bytes(flip(content, 4 * len(content)))
+    (run / "drn.pt").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        train(planted, run, resume=True, **tiny_sizes)
+    assert name in str(caught.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_history_is_refused(run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
+    path = run / "history.jsonl"
+    path.write_bytes(b"\xff" + path.read_bytes())
+    with pytest.raises(CheckpointError):
+        train(planted, run, resume=True, **tiny_sizes)
+
+
+def test_digest_sees_names_shapes_types_and_values() -> None:
+    content = {"a": torch.arange(6.0), "b": [1, 2.5, None]}
+    others = [
+        {"c": content["a"], "b": content["b"]},
+        {"a": content["a"].reshape(2, 3), "b": content["b"]},
+        {"a": content["a"].to(torch.float64), "b": content["b"]},
+        {"a": -content["a"], "b": content["b"]},
+        {"a": content["a"], "b": [1, 2.5, 0]},
+        {"a": content["a"], "b": [[1, 2.5], None]},
+    ]
+    digests = {content_digest(other) for other in (content, *others)}
+    assert len(digests) == len(others) + 1
+    assert content_digest({"a": torch.from_numpy(np.arange(6, dtype=np.float32)), "b": (1, 2.5, None)}) in digests
