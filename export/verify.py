@@ -310,14 +310,12 @@ def census_of(model: Path) -> tuple[str, Table] | None:
         return engine_census_table(read_sidecar(model).content.get("census", {}))
     if model.suffix != ".onnx":
         return None
-    try:
-        import onnx
-    except ImportError:
+    if importlib.util.find_spec("onnx") is None:
         log.warning("The passport holds no precision census: onnx is not installed.")
         return None
     from export.census import census
 
-    return census_table(census(onnx.load(model)))
+    return census_table(census(load_graph(model)))
 
 
 def census_table(found: Census) -> tuple[str, Table]:
