@@ -187,7 +187,7 @@ def test_calibration_data_without_features_is_refused(onnx_file: Path, data_set:
     for path in data_set.root.glob("Charades_*"):
         (bare / path.name).write_bytes(path.read_bytes())
     output = tmp_path / "t.json"
-    refused(calibrate, onnx_file, bare, output, error=FeatureError, match="no features of", output=output)
+    refused(calibrate, onnx_file, bare, output, error=FeatureError, match="features", output=output)
 
 
 def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelPr
         match="measured on another model: its weights .*other.onnx",
         output=output,
     )
-    refused(quantize, onnx_file, onnx_file, output, error=CalibrationError, match="JSON", output=output)
+    refused(quantize, onnx_file, onnx_file, output, error=CalibrationError, match="drn.onnx", output=output)
     refused(quantize, onnx_file, table_file, output, keep=("no",), error=CalibrationError, match="'no'", output=output)
     refused(quantize, onnx_file, table_file, output, opset=16, error=CalibrationError, match="opset", output=output)
     with pytest.raises(OutputError, match="is an input"):
