@@ -32,16 +32,27 @@ from runtime.files import check_writable, write_text
 log = logging.getLogger("drn")
 
 # Leg -> the module that has it, as `run(job, leg)`. All but the first stand by themselves.
-MODULES = {"prepare": "prepare", "torch": "on_torch", "ort-cuda": "on_ort", "tensorrt": "on_tensorrt"}
+MODULES = {
+    "prepare": "prepare",
+    "cuda": "on_cuda",
+    "torch": "on_torch",
+    "ort-cuda": "on_ort",
+    "tensorrt": "on_tensorrt",
+}
 LEGS = tuple(MODULES)[1:]
-# Without these nothing of ours starts; nltk wants regex, which is compiled for one version of Python.
+# Without these no leg but `cuda` starts; nltk wants regex, which is compiled for one version of Python.
 NEEDED = ("numpy", "tqdm", "nltk", "tyro")
+# Legs that run on nothing that `prepare` makes.
+UNPREPARED = ("cuda",)
+NEEDED_UNPREPARED = ("numpy",)
+# Legs that need a GPU, and whose libraries have a double in the tests.
+STAND_IN_LEGS, STAND_IN_MODULE = ("cuda", "tensorrt"), "tests.benchmarks.standin_gpu"
 # A leg must end within ten minutes, with what it has to write.
 LEG_SECONDS, GRACE_SECONDS = 570.0, 20.0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run legs and return the exit code: 0 every leg that ran kept its promises, 1 one did not, 2 nothing could run."""
+def parse(words: Sequence[str] | None = None) -> tuple[Job, argparse.Namespace]:
+    """Return the job that the command line describes, and the other options."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh",
         description="Acceptance on a CUDA GPU, with whichever of torch, onnxruntime-gpu, TensorRT and TensorRT-RTX can "
@@ -53,28 +64,47 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses what runs there")
     parser.add_argument("--small", action="store_true", help="rehearse with a tiny network")
     parser.add_argument("--limit", type=float, default=LEG_SECONDS, help="seconds that a leg may take")
+    parser.add_argument(
+        "--order",
+        choices=("full", "lease"),
+        default="full",
+        help="lease: for a machine that is available for minutes; engines are built without a data set, INT8 with a "
+        "fixed calibration method, and each timing is shorter (see benchmarks/gpu_lease.sh)",
+    )
+    parser.add_argument("--step", nargs="+", default=[], help="only these steps of the one leg that is named")
+    parser.add_argument("--stand-in", action="store_true", help="rehearse cuda and tensorrt on the tests' doubles")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
-    job = Job(given.output.resolve(), given.device, given.small)
+    return Job(given.output.resolve(), given.device, given.small, given.order, given.stand_in), given
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run legs and return the exit code: 0 every leg that ran kept its promises, 1 one did not, 2 nothing could run."""
+    job, given = parse(words)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
     unknown = [leg for leg in given.legs if leg not in MODULES]
     if unknown:
         return _refuse(f"There is no leg {unknown[0]!r}; the legs are {', '.join(MODULES)}.")
+    if given.step and len(given.legs) != 1:
+        return _refuse(f"--step chooses steps of one leg, and {len(given.legs)} are named. Name one leg.")
+    if job.stand_in and job.device != "cpu":
+        return _refuse("--stand-in is for a rehearsal. Pass --device cpu with it.")
     if given.inside:
-        _run_inside(job, given.legs[0], given.limit)
+        run_inside(job, given.legs[0], given.limit, given.step)
         return 0
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed = NEEDED_UNPREPARED if given.legs and set(given.legs) <= set(UNPREPARED) else NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return _refuse(
-            f"{', '.join(missing)} cannot be imported, and {', '.join(NEEDED)} are needed; bring their wheels and put "
+            f"{', '.join(missing)} cannot be imported, and {', '.join(needed)} are needed; bring their wheels and put "
             "them on PYTHONPATH."
         )
     if job.device == "cuda" and not cuda_devices():
         return _refuse("CUDA finds no GPU here; `--device cpu --small` rehearses what runs without one.")
     try:
         check_writable(job.output / "torch.json")
-        return _run_legs(job, given.legs or LEGS, given.limit)
+        return _run_legs(job, given.legs or LEGS, given.limit, given.step)
     except GroundingError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -87,23 +117,22 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _run_legs(job: Job, wanted: Sequence[str], limit: float) -> int:
+def _run_legs(job: Job, wanted: Sequence[str], limit: float, steps: Sequence[str]) -> int:
     legs = [leg for leg in dict.fromkeys(wanted) if leg != "prepare"]
     environment = _environment(job)
     ran: list[str] = []
-    if "prepare" in wanted or not _prepared(job):
+    need_inputs = "prepare" in wanted or not set(legs) <= set(UNPREPARED)
+    if need_inputs and ("prepare" in wanted or not _prepared(job)):
         _run_leg(job, "prepare", limit, environment)
         ran.append("prepare")
-    if _prepared(job):
-        for leg in legs:
-            _run_leg(job, leg, limit, environment)
-            ran.append(leg)
-    else:
-        for leg in legs:
+    for leg in legs:
+        if leg in UNPREPARED or _prepared(job):
+            _run_leg(job, leg, limit, environment, steps)
+        else:
             _leg(job, leg).end("skipped", "There is nothing to run it on: the leg `prepare` did not end well.")
-            ran.append(leg)
+        ran.append(leg)
     contents = [read_leg(job.results(leg)) for leg in ran]
-    report = gather(job.output, tuple(MODULES), _about_machine(job), _name(job))
+    report = write_report(job)
     print()
     for leg, content in zip(ran, contents):
         print(f"{leg:<10} {verdict(content)}")
@@ -115,23 +144,35 @@ def _run_legs(job: Job, wanted: Sequence[str], limit: float) -> int:
     return 0 if all(map(kept, tried)) else 1
 
 
+def write_report(job: Job, about: Mapping[str, Any] | None = None) -> tuple[Path, Path]:
+    """Gather all legs of a job into a JSON file and a Markdown report, and return where.
+
+    Args:
+        job: whose legs.
+        about: what `about_machine` returned before; read anew when not given.
+    """
+    return gather(job.output, tuple(MODULES), about or about_machine(job), _name(job))
+
+
 def _prepared(job: Job) -> bool:
     path = job.results("prepare")
     if not path.is_file() or not all(file.is_file() for file in (job.checkpoint, job.graph, job.query_graph)):
         return False
     content = read_leg(path)
+    settings = content["about"]["settings"]
     # Made on one device it is as good on another.
-    return kept(content) and content["about"]["settings"]["small"] == job.small
+    return kept(content) and (settings["small"], settings.get("order", "full")) == (job.small, job.order)
 
 
-def _run_leg(job: Job, leg: str, limit: float, environment: Mapping[str, str]) -> None:
+def _run_leg(job: Job, leg: str, limit: float, environment: Mapping[str, str], steps: Sequence[str] = ()) -> None:
     """Run a leg in a process of its own, and again behind a step in which that process dies."""
     print(f"\n== {leg}", file=sys.stderr, flush=True)
     deadline = time.time() + limit
     path = job.results(leg)
     while True:
-        words = [sys.executable, "-m", "benchmarks.gpu", leg, *job.flags(), "--inside"]
-        words += ["--limit", str(max(deadline - time.time(), 0))]
+        module = STAND_IN_MODULE if job.stand_in and leg in STAND_IN_LEGS else "benchmarks.gpu"
+        words = [sys.executable, "-m", module, leg, *job.flags(), "--inside"]
+        words += ["--limit", str(max(deadline - time.time(), 0)), *(["--step", *steps] if steps else [])]
         # A process group of its own, so that what it started ends with it.
         with subprocess.Popen(words, env=environment, cwd=ROOT, start_new_session=True) as process:
             try:
@@ -174,7 +215,7 @@ def _environment(job: Job) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
-def _about_machine(job: Job) -> dict[str, Any]:
+def about_machine(job: Job) -> dict[str, Any]:
     gpu = machine.gpu() if job.device == "cuda" else None
     told = f"{machine.cpu_name()}, {machine.cores()} cores"
     if gpu:
@@ -201,16 +242,16 @@ def _name(job: Job) -> str:
     return f"rehearsal {name}" if job.rehearsal else name
 
 
-def _leg(job: Job, leg: str, deadline: float | None = None) -> Leg:
-    about = {"command": job.command(leg), "settings": job.settings(), "machine": _about_machine(job)}
-    return Leg(job.results(leg), leg, about, deadline)
+def _leg(job: Job, leg: str, deadline: float | None = None, steps: Sequence[str] = ()) -> Leg:
+    about = {"command": job.command(leg), "settings": job.settings(), "machine": about_machine(job)}
+    return Leg(job.results(leg), leg, about, deadline, steps)
 
 
-def _run_inside(job: Job, name: str, limit: float) -> None:
-    """Run a leg in this process."""
+def run_inside(job: Job, name: str, limit: float, steps: Sequence[str] = ()) -> None:
+    """Run a leg in this process, or the chosen steps of it."""
     # What a shell starts in the background ignores Ctrl-C, by which commands that take too long are ended.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    leg = _leg(job, name, time.time() + limit)
+    leg = _leg(job, name, time.time() + limit, steps)
     module = importlib.import_module(f"benchmarks.acceptance.{MODULES[name]}")
     try:
         module.run(job, leg)
@@ -219,7 +260,7 @@ def _run_inside(job: Job, name: str, limit: float) -> None:
     except OutOfTime:
         leg.end("unfinished", "Its time was over before its last step; the same command goes on.")
     else:
-        leg.end("finished")
+        leg.end("chosen" if steps else "finished")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Sizes:
 
 
 FULL = Sizes(4096, 300, {}, (8, 1, 1), (5e-4, 1e-4, 1e-5), (1, 32, 256), 500, 5.0, 20, 256, (1, 8, 32))
+# For a machine that is available for minutes: two batch sizes, and each timing ends sooner.
+LEASE = dataclasses.replace(FULL, batches=(1, 256), samples=300, seconds=1.5)
 SMALL = Sizes(
     32, 24, {"embed_dim": 16, "hidden_dim": 16, "fpn_dim": 32}, (2, 1, 1), (3e-3, 1e-3, 1e-4), (1, 4), 20, 0.1, 3, 32,
     (1, 8, 16),
@@ -75,19 +77,28 @@ class Job:
         output: directory of all that is made and found.
         device: cuda, or cpu for a rehearsal.
         small: whether everything is tiny, for a rehearsal too.
+        order: full, or lease for a machine that is available for minutes: engines are built without a data set and
+            each timing is shorter.
+        stand_in: whether CUDA and TensorRT are the test doubles, for a rehearsal of the legs that need them.
     """
 
     output: Path
     device: str
     small: bool
+    order: str = "full"
+    stand_in: bool = False
 
     @property
     def rehearsal(self) -> bool:
-        return self.small or self.device != "cuda"
+        return self.small or self.device != "cuda" or self.stand_in
 
     @property
     def sizes(self) -> Sizes:
-        return SMALL if self.small else FULL
+        return SMALL if self.small else LEASE if self.is_lease else FULL
+
+    @property
+    def is_lease(self) -> bool:
+        return self.order == "lease"
 
     @property
     def data(self) -> Path:
@@ -102,6 +113,11 @@ class Job:
         return self.output / "run" / "drn.onnx"
 
     @property
+    def table(self) -> Path:
+        """Ranges for INT8, which the leg `prepare` measures for a lease."""
+        return self.output / "run" / "drn.calibration.json"
+
+    @property
     def query_graph(self) -> Path:
         return self.output / "run" / "drn.query.onnx"
 
@@ -109,13 +125,15 @@ class Job:
         return self.output / f"{leg}.json"
 
     def flags(self) -> list[str]:
-        return ["--output", str(self.output), "--device", self.device, *(["--small"] if self.small else [])]
+        flags = ["--output", str(self.output), "--device", self.device, *(["--small"] if self.small else [])]
+        flags += ["--order", self.order] if self.is_lease else []
+        return [*flags, *(["--stand-in"] if self.stand_in else [])]
 
     def command(self, leg: str) -> str:
         return shlex.join(["benchmarks/gpu.sh", leg, *self.flags()])
 
     def settings(self) -> dict[str, Any]:
-        return {"device": self.device, "small": self.small}
+        return {"device": self.device, "small": self.small, "order": self.order, "stand_in": self.stand_in}
 
 
 def need(names: Sequence[str], what: str) -> None:
@@ -299,7 +317,9 @@ def benchmark_step(job: Job, leg: Leg, name: str, models: Sequence[Path]) -> Fou
     words += ["--data", job.data, "--output", report]
     if importlib.util.find_spec("matplotlib"):
         words += ["--plot", report.with_suffix(".png")]
-    run_module(job, leg, "runtime.benchmark", *words, most=120 if job.small else 400, ok=(0, 130))
+    run_module(
+        job, leg, "runtime.benchmark", *words, most=60 if job.is_lease else 120 if job.small else 400, ok=(0, 130)
+    )
     found = json.loads(report.read_text(encoding="utf-8"))
     rows = []
     for timing in found["timings"]:

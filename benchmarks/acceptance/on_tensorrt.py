@@ -15,9 +15,17 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.acceptance import bars
+from benchmarks.acceptance.engines import (
+    NARROW,
+    build,
+    engine_path,
+    layers_step,
+    make_builder,
+    standing,
+    time_rejected,
+)
 from benchmarks.acceptance.job import (
     LATENCY_HEADER,
-    MAX_DROP,
     Job,
     benchmark_step,
     device_of,
@@ -31,7 +39,6 @@ from benchmarks.acceptance.job import (
     run_module,
     skipped,
     take_times,
-    there,
 )
 from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
 from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
@@ -52,8 +59,6 @@ ENGINE_FAULTS = {
     "memory": "out of memory",
     "opening": "opening",
 }
-# Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
-UNROLLED = (6, 10)
 # Relative to the largest value: both forms round to half precision, each in its own order.
 FORMS_AGREE = 2e-2
 # Batches of the largest size that make a throughput.
@@ -64,9 +69,6 @@ MOST_WALKS, WARM_UP_WALKS = 40, 10
 PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
 # Precisions that are also built whole, as the ones people compare.
 WHOLE = ("fp16", "fp32")
-NARROW = ("int8", "fp8")
-# What stands side by side is built alike.
-UNROLLED_IN = ("fp16", *NARROW)
 TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 
 
@@ -91,20 +93,26 @@ def run(job: Job, leg: Leg) -> None:
         _rehearse_builds(job, leg, ready)
         return
     target = ready[0]
+    leg.step("builder", lambda: make_builder(target))
     # What the bar is about comes first, in case that time is short.
     _engines(job, leg, target, PRECISIONS[:1])
+    leg.step("layers, fp16", lambda: layers_step(job, target, "fp16"))
     pair, whole = (job.output / target / f"drn.fp16{part}.engine" for part in (".query", ""))
     leg.step("the bar", lambda: _bar(job, pair))
     leg.step("the LSTM as a loop and written out", lambda: _lstm_forms(job, pair))
     leg.step("where the time goes: phases", lambda: _phases(job, pair))
     leg.step("where the time goes: layers", lambda: _engine_profile(job, pair))
+    leg.step("rejected engines", lambda: time_rejected(job, target))
     leg.step("fault: GPU absent", functools.partial(_without_gpu, job, pair))
     leg.step("fault: an engine of another version", lambda: _other_version(job, pair))
     for name, said in ENGINE_FAULTS.items():
         leg.step(f"fault: {said}", functools.partial(_engine_fault, job, leg, name, pair))
     leg.step("the bar, torch.compile", lambda: _bar_compiled(job, pair))
     _engines(job, leg, target, PRECISIONS)
-    engines = {precision: _engine_path(job, target, precision, split=True) for precision in PRECISIONS}
+    int8 = engine_path(job, target, "int8", split=True)
+    leg.step("layers, int8", lambda: layers_step(job, target, "int8"))
+    leg.step("the bar, int8", lambda: _bar_row(job, int8))
+    engines = {precision: engine_path(job, target, precision, split=True) for precision in PRECISIONS}
     leg.step("speed", lambda: _compare_speeds(job, leg, "fp16", [whole, *(engines[p] for p in ("fp16", *NARROW))]))
     wide = [engines[precision] for precision in ("fp16", "bf16", "fp32")]
     leg.step("speed, other precisions", lambda: _compare_speeds(job, leg, "others", wide))
@@ -115,12 +123,12 @@ def run(job: Job, leg: Leg) -> None:
 
 
 def _without_gpu(job: Job, pair: Path) -> Found:
-    there(pair)
+    pair = standing(pair)
     return gpu_absent(job, pair)
 
 
 def _engine_fault(job: Job, leg: Leg, name: str, model: Path) -> Found:
-    there(model)
+    model = standing(model)
     return fault(job, leg, name, model)
 
 
@@ -129,8 +137,8 @@ def _rehearse_builds(job: Job, leg: Leg, ready: Sequence[str]) -> None:
     if "tensorrt-rtx" not in ready:
         raise Skip("Only TensorRT-RTX builds without a GPU, and it cannot be imported.")
     for precision in ("fp16",) if job.small else ("fp16", "fp32"):
-        build = functools.partial(_build, job, leg, "tensorrt-rtx", precision, split=True)
-        leg.step(f"tensorrt-rtx, {precision}, pair", build)
+        make = functools.partial(build, job, leg, "tensorrt-rtx", precision, split=True)
+        leg.step(f"tensorrt-rtx, {precision}, pair", make)
     leg.step("the bar", lambda: skipped("Engines run on a GPU only."))
 
 
@@ -138,69 +146,27 @@ def _engines(job: Job, leg: Leg, target: str, precisions: Sequence[str]) -> None
     for precision in precisions:
         for split in (True, False) if precision in WHOLE else (True,):
             what = f"{target}, {precision}, {'pair' if split else 'whole'}"
-            if leg.step(what, functools.partial(_build, job, leg, target, precision, split)):
+            built = leg.step(what, functools.partial(build, job, leg, target, precision, split))
+            # In a lease a rejected engine is judged too: there is no time to build another.
+            if built or job.is_lease:
                 leg.step(f"{what}, answers", functools.partial(_engine_answers, job, target, precision, split))
 
 
-def _engine_path(job: Job, target: str, precision: str, split: bool) -> Path:
-    return job.output / target / f"drn.{precision}{'.query' if split else ''}.engine"
-
-
-def _build(job: Job, leg: Leg, target: Any, precision: Any, split: bool) -> Found:
-    """Build an engine, or a pair, and tell what it is made of."""
-    from export.builder import BuildOptions, check_options
-
-    capabilities = () if job.device == "cuda" else ("8.6",)
-    options = BuildOptions(target=target, precision=precision, profiles=(), compute_capabilities=capabilities)
-    try:
-        check_options(options)
-    except DeviceError as error:
-        raise Skip(str(error)) from error
-    output = _engine_path(job, target, precision, split)
-    largest = str(job.sizes.batches[-1])
-    words: list[object] = ["--model", job.graph, "--precision", precision, "--target", target, "--output", output]
-    words += ["--data", job.data, "--max-drop", MAX_DROP, "--batch", 1, largest, largest]
-    words += ["--calib-samples", job.sizes.calibration]
-    words += ["--split", "--unroll", *_unrolled(job)] if split and precision in UNROLLED_IN else []
-    words += ["--split"] if split and precision not in UNROLLED_IN else []
-    words += ["--query-length", *job.sizes.query_length]
-    words += ["--compute-capability", *capabilities] if capabilities else []
-    words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
-    run_module(job, leg, "export.build_engine", *words, most=400)
-    parts = [output, output.with_name(output.name.replace(".query.", ".video."))] if split else [output]
-    parts += [output.with_name(name) for name in read_sidecar(output).content.get("unrolled", ())]
-    census = {path.name: read_sidecar(path).content["census"] for path in parts}
-    layers = [f"{name}: {_layers(counted)}" for name, counted in census.items()]
-    size = sum(path.stat().st_size for path in parts) / 1e6
-    return Found(f"{size:.1f} MB; {'; '.join(layers)}.", {"census": census})
-
-
-def _unrolled(job: Job) -> list[int]:
-    return [tokens for tokens in UNROLLED if tokens <= job.sizes.query_length[2]]
-
-
-def _layers(counted: Mapping[str, Any]) -> str:
-    engine = counted.get("engine")
-    if engine:
-        told = ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
-        return f"{told or 'no layer shows its type'} ({counted.get('verdict', 'not judged')})"
-    shares = counted["twin"]["shares"]
-    return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
-
-
 def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found:
-    """Hold an engine against its own twin, as it stands, on the CPU."""
+    """Hold an engine against its own twin, as it stands, on the CPU; in a lease FP16 against FP32, which is faster."""
     from export.verify import open_model
 
-    path = _engine_path(job, target, precision, split)
+    path = standing(engine_path(job, target, precision, split))
     twin = path.with_name(f"drn.{precision}.onnx")
+    if not twin.is_file() or (job.is_lease and precision not in NARROW):
+        twin = job.graph
     engine = Grounder.load(path, "cuda")
     return judge(job, open_model(twin, "cpu", None), engine, precision, (twin.name, path.name))
 
 
 def _bar(job: Job, pair: Path) -> Found:
     """Time the FP16 pair against the bar, in turns with eager PyTorch and CUDA graphs where torch is here."""
-    there(pair)
+    pair = standing(pair)
     grounder = Grounder.load(pair, "cuda")
     pairs = questions(job, job.sizes.batches[-1])
     encoded = {id(video): grounder.encode(video) for video, _ in pairs}
@@ -233,14 +199,28 @@ def _bar(job: Job, pair: Path) -> Found:
     told = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
         f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
-        "sentences."
+        f"sentences. In CUDA graphs: {_graphs(backend._by_length)}."
     )
     return _judged(job, backend.gpu_name, told, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
 
 
+def _bar_row(job: Job, pair: Path) -> Found:
+    """Time one query on another pair as the bar does, without anything beside it."""
+    grounder = Grounder.load(standing(pair), "cuda")
+    backend: Any = grounder.backend
+    ours, one = _one_query(grounder, questions(job, job.sizes.batches[-1]))
+    alone = take_times(job, {ours: one})[ours]
+    backend.time_gpu(True)
+    gpu = take_times(job, {ours: dataclasses.replace(one, told=lambda: backend.gpu_ms / 1e3)})[ours]
+    lines = [latency_row(ours, boundary, 1, seconds) for boundary, seconds in (("end to end", alone), ("gpu", gpu))]
+    entries, rows = [values for values, _ in lines], [row for _, row in lines]
+    told = f"One query end to end: p50 {ms(entries[0]['p50_ms'])} ms, on the GPU {ms(entries[1]['p50_ms'])} ms."
+    return no_promise(told, {"timings": entries}, {"the bar: int8": (LATENCY_HEADER, rows)})
+
+
 def _lstm_forms(job: Job, pair: Path) -> Found:
     """Time the network with its LSTM as TensorRT's loop and written out, for queries as long as each plan takes."""
-    there(pair)
+    pair = standing(pair)
     loop, written = (Grounder.load(pair, "cuda") for _ in range(2))
     backends: dict[str, Any] = {"loop": loop.backend, "written out": written.backend}
     steps = [network.query_length[2] for network in backends["written out"]._by_length[:-1]]
@@ -303,7 +283,7 @@ def _asked_again(backend: Any, asked: Sequence[Any], _: object) -> Any:
 
 def _bar_compiled(job: Job, pair: Path) -> Found:
     """Time the FP16 pair in turns with torch.compile, which takes minutes to begin."""
-    there(pair)
+    pair = standing(pair)
     need(("torch",), "torch.compile")
     grounder = Grounder.load(pair, "cuda")
     entries, rows, found = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
@@ -368,7 +348,7 @@ def _judged(
 
 def _phases(job: Job, pair: Path) -> Found:
     """Say what takes the time of one query and of a batch, on videos that are not encoded yet, phase by phase."""
-    there(pair)
+    pair = standing(pair)
     grounder = Grounder.load(pair, "cuda")
     spent: dict[int, dict[str, float]] = {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
@@ -394,7 +374,7 @@ def _phases(job: Job, pair: Path) -> Found:
 
 def _engine_profile(job: Job, pair: Path) -> Found:
     """Say which layers take the time of one query and of a batch, from TensorRT's own profiler."""
-    there(pair)
+    pair = standing(pair)
     grounder = Grounder.load(pair, "cuda")
     library = importlib.import_module("tensorrt_rtx" if pair.parent.name == "tensorrt-rtx" else "tensorrt")
     if not hasattr(library, "IProfiler"):
@@ -448,7 +428,7 @@ def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: A
 def _other_version(job: Job, pair: Path) -> Found:
     """An engine that another version built: refused with both versions and the command that rebuilds."""
 
-    there(pair)
+    pair = standing(pair)
     with contextlib.ExitStack() as stack:
         place = job.output / "another-version"
         stack.callback(shutil.rmtree, place, True)

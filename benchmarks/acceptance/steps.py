@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ log = logging.getLogger("drn")
 
 FORMAT = "drn-gpu/2"
 Outcome = Literal["kept", "measured", "broken", "failed", "skipped"]
-# A leg that has ended says finished or skipped; any other was cut off, and goes on where it was.
-State = Literal["unfinished", "finished", "skipped"]
+# A leg that has ended says finished or skipped; one that was cut off, or ran chosen steps only, goes on where it was.
+State = Literal["unfinished", "finished", "skipped", "chosen"]
 BAD = ("broken", "failed")
 # A step in which a leg is cut off so many times hangs, and must not keep it from the next.
 MOST_TRIES = 2
@@ -69,9 +69,24 @@ def no_promise(told: str, values: Mapping[str, Any] | None = None, tables: Mappi
 class Leg:
     """One leg, as far as it has come. Its file is written at every change, whole or not at all."""
 
-    def __init__(self, path: Path, name: str, about: Mapping[str, Any], deadline: float | None = None) -> None:
-        """Go on with what `path` holds if that was cut off under the same settings, else begin."""
-        self.path, self.deadline = path, deadline
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        about: Mapping[str, Any],
+        deadline: float | None = None,
+        chosen: Collection[str] = (),
+    ) -> None:
+        """Go on with what `path` holds if that was cut off under the same settings, else begin.
+
+        Args:
+            path: LEG.json.
+            name: of the leg.
+            about: command, settings and machine, for the file.
+            deadline: when no further step begins, in seconds since the epoch.
+            chosen: steps to take; all if empty.
+        """
+        self.path, self.deadline, self.chosen = path, deadline, frozenset(chosen)
         self.content: dict[str, Any] = {
             "format": FORMAT,
             "leg": name,
@@ -85,7 +100,7 @@ class Leg:
         }
         if path.is_file():
             found = read_leg(path)
-            if found["state"] == "unfinished" and found["about"].get("settings") == about.get("settings"):
+            if found["state"] in ("unfinished", "chosen") and found["about"].get("settings") == about.get("settings"):
                 self.content["steps"] = found["steps"]
                 # A step that is still running was ended with its process.
                 self.content["cut_off"] = [*found.get("cut_off", []), *filter(None, [found["running"]])]
@@ -102,7 +117,8 @@ class Leg:
     def step(self, name: str, function: Callable[[], Found]) -> bool:
         """Take a step unless it was taken before the leg was cut off, and return whether all is well.
 
-        Whatever goes wrong is written down and no obstacle to the next step.
+        A step that was not chosen is left out, which counts as not well. Whatever goes wrong is written down and no
+        obstacle to the next step.
 
         Raises:
             OutOfTime: the deadline has passed, or came before the step could be judged.
@@ -110,6 +126,8 @@ class Leg:
         for entry in self.content["steps"]:
             if entry["name"] == name:
                 return entry["outcome"] not in (*BAD, "skipped")
+        if self.chosen and name not in self.chosen:
+            return False
         if self.left <= 0:
             raise OutOfTime
         if self.content["cut_off"].count(name) >= MOST_TRIES:
@@ -207,10 +225,13 @@ def record_crash(path: Path, code: int) -> bool:
 
 
 def kept(content: Mapping[str, Any]) -> bool:
-    """Return whether a leg ran to its end, kept every promise, and did anything at all. A skip is never a pass."""
+    """Return whether a leg ran to its end, or that of its chosen steps, kept every promise, and did anything at all.
+
+    A skip is never a pass.
+    """
     outcomes = [step["outcome"] for step in content["steps"]]
     done = any(outcome in ("kept", "measured") for outcome in outcomes)
-    return content["state"] == "finished" and done and not any(outcome in BAD for outcome in outcomes)
+    return content["state"] in ("finished", "chosen") and done and not any(outcome in BAD for outcome in outcomes)
 
 
 def gather(directory: Path, legs: Sequence[str], machine: Mapping[str, Any], name: str) -> tuple[Path, Path]:
@@ -236,7 +257,8 @@ def verdict(content: Mapping[str, Any]) -> str:
     if content["state"] == "unfinished":
         where = f" in “{content['running']}”" if content["running"] else ""
         return f"not finished, cut off{where} ({told}); the same command goes on"
-    return f"{'every promise is kept' if kept(content) else 'NOT KEPT'} ({told})"
+    part = "of the chosen steps " if content["state"] == "chosen" else ""
+    return f"{part}{'every promise is kept' if kept(content) else 'NOT KEPT'} ({told})"
 
 
 def markdown(whole: Mapping[str, Any]) -> str:

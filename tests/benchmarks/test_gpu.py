@@ -152,7 +152,7 @@ def test_what_is_no_number_is_still_written(tmp_path: Path) -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]]) -> None:
     """Run legs in this process, and take everything as prepared."""
 
-    def run_leg(job: Job, name: str, limit: float, environment: Any) -> None:
+    def run_leg(job: Job, name: str, limit: float, environment: Any, steps: Any = ()) -> None:
         leg = Leg(job.results(name), name, {"settings": job.settings(), "command": job.command(name)})
         try:
             legs[name](leg)
@@ -190,7 +190,7 @@ def test_the_exit_code_is_that_of_the_legs_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]], code: int
 ) -> None:
     pretend(monkeypatch, legs)
-    assert gpu.main(["--output", str(tmp_path), "--device", "cpu", "--small"]) == code
+    assert gpu.main([*legs, "--output", str(tmp_path), "--device", "cpu", "--small"]) == code
     (report,) = tmp_path.glob("gpu-*.md")
     assert "skipped: onnxruntime offers no CUDA." in report.read_text()
     assert ("NOT KEPT" in report.read_text()) == (code == 1)
@@ -234,7 +234,7 @@ def test_without_a_gpu_nothing_is_made(
 
 def test_an_unknown_leg_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["onnx", "--output", str(tmp_path)]) == 2
-    assert "the legs are prepare, torch, ort-cuda, tensorrt" in capsys.readouterr().err
+    assert "the legs are prepare, cuda, torch, ort-cuda, tensorrt" in capsys.readouterr().err
 
 
 def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_a_leg_in_the_background_ends_its_commands_in_time(tmp_path: Path, monke
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
     monkeypatch.setattr("benchmarks.acceptance.on_ort.run", run)
     try:
-        gpu._run_inside(Job(tmp_path, "cpu", small=True), "ort-cuda", 60.0)
+        gpu.run_inside(Job(tmp_path, "cpu", small=True), "ort-cuda", 60.0)
     finally:
         signal.signal(signal.SIGINT, before)
     assert told[0].splitlines()[-1] == "kept"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,122 +11,33 @@ import numpy as np
 import pytest
 
 from benchmarks.acceptance import bars, on_tensorrt
+from benchmarks.acceptance.engines import unrolled_tokens
 from benchmarks.acceptance.job import Job, questions
 from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
-from runtime.backends.cuda import Cuda
-from runtime.backends.shapes import AXES
 from runtime.backends.trt import TensorRTPair
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Manifest
 from runtime.tensors import Heads
-from tests.runtime.standin import Driver, Library, write_plan
-from tests.runtime.test_trt import exactly
-
-# The newest that can be brought to a machine that reaches PyPI only, and the strictest.
-VERSION = "8.6.1"
+from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 
 
 @pytest.fixture(scope="module")
 def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """The leg as it went on a GPU that is stood in for, but for what runs in processes of its own."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        job = _stood_in(models, planted, tmp_path_factory.mktemp("found"), monkeypatch)
-        for name in ("fault", "gpu_absent", "_compare_speeds", "_tests"):
-            monkeypatch.setattr(on_tensorrt, name, lambda *_: Found("It was."))
-        leg = Leg(job.results("tensorrt"), "tensorrt", {"settings": job.settings(), "command": ""})
-        on_tensorrt.run(job, leg)
-        leg.end("finished")
-        yield job
-
-
-def _stood_in(models: Path, planted: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     onnx = pytest.importorskip("onnx", reason="the graphs are cut")
     from export.split import split_graph, write_pair
-    from train import backend
 
-    job = Job(output, "cuda", small=True)
+    job = Job(tmp_path_factory.mktemp("found"), "cuda", small=True)
     job.checkpoint.parent.mkdir()
     job.checkpoint.symlink_to(models / "drn.pt")
     job.graph.symlink_to(models / "drn.onnx")
     job.data.symlink_to(planted)
     write_pair(*split_graph(onnx.load(job.graph)), job.graph)
-    driver = Driver()
-    library = Library(driver, VERSION)
-    monkeypatch.setattr("runtime.backends.trt.Cuda", functools.partial(Cuda, driver))
-    monkeypatch.setattr("export.builder.cuda_devices", lambda: 1)
-    monkeypatch.setattr("export.builder.why_not", lambda target: None if target == "tensorrt" else "It is not here.")
-    monkeypatch.setattr("export.builder.check_options", lambda options: None)
-    monkeypatch.setitem(sys.modules, "tensorrt", library)
-    # torch has no GPU to stand for: it does on the CPU what it would do there.
-    monkeypatch.setattr(on_tensorrt, "device_of", lambda job: "cpu")
-    monkeypatch.setattr(on_tensorrt, "rivals", functools.partial(_rivals, backend.load_checkpoint))
-    monkeypatch.setattr(on_tensorrt, "run_module", functools.partial(_build, job))
-    return job
-
-
-def _rivals(load: Any, job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
-    import torch
-
-    from benchmarks.acceptance.rivals import Rival
-
-    model = load(job.checkpoint).model()
-    names = {"graphs": "CUDA graphs", "compile": "torch.compile"}
-    return {
-        f"{names[kind]}, FP32{told}": Rival(model, "eager", torch.float32, encoded)
-        for kind in kinds
-        for told, encoded in (("", False), (", encoded videos", True))
-    }
-
-
-def _build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) -> str:
-    """Write plans that stand for the graphs, in place of a command that builds them."""
-    import onnx
-
-    from export.unrolled import unrolled
-
-    assert module == "export.build_engine"
-    output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]
-    output.parent.mkdir(exist_ok=True)
-    twin = output.with_name(f"drn.{precision}.onnx")
-    twin.write_bytes(job.graph.read_bytes())
-    parts = [(output, job.query_graph)] if "--split" in words else [(output, job.graph)]
-    if "--split" in words:
-        video = output.with_name(f"drn.{precision}.video.onnx")
-        video.write_bytes(job.graph.with_name("drn.video.onnx").read_bytes())
-        parts.append((video.with_suffix(".engine"), video))
-    for plan, path in parts:
-        graph = onnx.load(path).graph
-        known = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-        manifest = Manifest.from_json(known[METADATA_KEY], str(path))
-        if manifest.part == "query":
-            manifest = dataclasses.replace(manifest, video_part={video.name: sha256(video)})
-        axes = AXES[manifest.part]
-        longest = job.sizes.query_length
-        ranges = {"batch": (1, 2, job.sizes.batches[-1]), "query_length": longest, "video": (1, 4, 16)}
-        tails = {
-            value.name: [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value]
-            for value in graph.input
-        }
-        shapes = {
-            name: [[*(ranges[axis][place] for axis in free), *tails[name]] for place in range(3)]
-            for name, free in axes.items()
-        }
-        profile = {"name": "p", "batch": ranges["batch"], "query_length": longest, "shapes": shapes}
-        census = {"twin": {"shares": {precision: 1.0}}, "engine": {"layers": {precision: 3}, "quantised_inputs": {}}}
-        named = {}
-        for tokens in _numbers_after("--unroll", words) if plan == output else ():
-            written = path.with_name(f"{path.stem}.{tokens}.onnx")
-            onnx.save(unrolled(onnx.load(path), tokens), written)
-            shorter = plan.with_name(f"{plan.stem}.{tokens}.engine")
-            write_plan(shorter, written, [exactly(profile, tokens)], manifest, VERSION, census=census)
-            named[shorter.name] = sha256(shorter)
-        write_plan(plan, path, [profile], manifest, VERSION, census=census, **({"unrolled": named} if named else {}))
-    return ""
-
-
-def _numbers_after(flag: str, words: Sequence[Any]) -> list[int]:
-    after = words[words.index(flag) + 1 :] if flag in words else ()
-    return list(itertools.takewhile(lambda word: isinstance(word, int), after))
+    with pytest.MonkeyPatch.context() as monkeypatch, stood_in(job):
+        for name in SEPARATE:
+            monkeypatch.setattr(on_tensorrt, name, lambda *_: Found("It was."))
+        leg = Leg(job.results("tensorrt"), "tensorrt", {"settings": job.settings(), "command": ""})
+        on_tensorrt.run(job, leg)
+        leg.end("finished")
+        yield job
 
 
 def told(job: Job, name: str) -> dict[str, Any]:
@@ -142,12 +50,12 @@ def test_every_step_of_the_leg_runs(ran: Job) -> None:
     bad = {name: step["told"] for name, step in steps.items() if step["outcome"] in ("failed", "broken")}
     assert bad == {}
     skipped = {name for name, step in steps.items() if step["outcome"] == "skipped"}
-    assert skipped == {"tensorrt-rtx"}
+    assert skipped == {"tensorrt-rtx", "rejected engines"}
     # What a machine is rented for comes before what merely stands beside.
     names = list(steps)
     assert names.index("the bar") < names.index("where the time goes: layers") < names.index("tensorrt, fp32, pair")
     assert {f"tensorrt, {p}, pair, answers" for p in on_tensorrt.PRECISIONS} <= steps.keys()
-    assert ("drn.int8.query.6.engine" in steps["tensorrt, int8, pair"]["told"]) == (6 in on_tensorrt._unrolled(ran))
+    assert ("drn.int8.query.6.engine" in steps["tensorrt, int8, pair"]["told"]) == (6 in unrolled_tokens(ran))
     assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
 
 
@@ -173,7 +81,7 @@ def test_every_bar_is_in_the_report(ran: Job) -> None:
 
 def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for(ran: Job) -> None:
     step = told(ran, "the LSTM as a loop and written out")
-    steps = on_tensorrt._unrolled(ran)
+    steps = unrolled_tokens(ran)
     assert steps
     assert {(entry["case"], entry["queries"]) for entry in step["values"]["timings"]} == {
         (f"{form}, {tokens} tokens", size)
@@ -204,7 +112,7 @@ def test_forms_of_the_lstm_answer_alike_and_ask_of_each_video_once(ran: Job, mon
         on_tensorrt, "questions", lambda job, count: list(itertools.islice(itertools.cycle(two), count))
     )
     found = on_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
-    assert len(found.broken) == 2 * len(on_tensorrt._unrolled(ran))
+    assert len(found.broken) == 2 * len(unrolled_tokens(ran))
     assert "by nan of the largest value" in found.broken[0]
     assert set(numbers) == {(1, 1), (2, 2)}
 

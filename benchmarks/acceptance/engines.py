@@ -1,0 +1,181 @@
+"""Build the engines of the acceptance, find them again, also rejected ones, and time a plan by itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.acceptance.job import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
+from benchmarks.acceptance.prepare import FIXED_METHOD
+from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from runtime.errors import DeviceError, GroundingError, PromiseBroken
+from runtime.sidecar import read_content, read_sidecar
+from runtime.timing import Call
+
+# Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
+UNROLLED = (6, 10)
+# Each costs a build; in a lease one plan takes nearly all queries.
+UNROLLED_IN_LEASE = (10,)
+NARROW = ("int8", "fp8")
+# What stands side by side is built alike.
+UNROLLED_IN = ("fp16", *NARROW)
+LAYERS = ".layers.json.gz"
+
+
+def engine_path(job: Job, target: str, precision: str, split: bool) -> Path:
+    """Return where an engine is built."""
+    return job.output / target / f"drn.{precision}{'.query' if split else ''}.engine"
+
+
+def standing(path: Path) -> Path:
+    """Return an engine's path, or that of its rejected form where there is no other; raises Skip without either."""
+    rejected = path.with_name(f"{path.stem}.rejected.engine")
+    for candidate in (path, rejected):
+        if candidate.is_file():
+            return candidate
+    raise Skip(f"{path.name} was not built.")
+
+
+def unrolled_tokens(job: Job) -> list[int]:
+    """Return the query lengths for which a plan has its LSTM written out."""
+    chosen = UNROLLED_IN_LEASE if job.is_lease else UNROLLED
+    return [tokens for tokens in chosen if tokens <= job.sizes.query_length[2]]
+
+
+def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool) -> Found:
+    """Build an engine, or a pair, and tell what it is made of."""
+    from export.builder import BuildOptions, check_options
+
+    capabilities = () if job.device == "cuda" else ("8.6",)
+    options = BuildOptions(target=target, precision=precision, profiles=(), compute_capabilities=capabilities)
+    try:
+        check_options(options)
+    except DeviceError as error:
+        raise Skip(str(error)) from error
+    output = engine_path(job, target, precision, split)
+    largest = str(job.sizes.batches[-1])
+    words: list[object] = ["--model", job.graph, "--precision", precision, "--target", target, "--output", output]
+    words += ["--batch", 1, largest, largest, *_data_words(job, precision)]
+    words += ["--split", "--unroll", *unrolled_tokens(job)] if split and precision in UNROLLED_IN else []
+    words += ["--split"] if split and precision not in UNROLLED_IN else []
+    words += ["--query-length", *job.sizes.query_length]
+    words += ["--compute-capability", *capabilities] if capabilities else []
+    words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
+    try:
+        run_module(job, leg, "export.build_engine", *words, most=400)
+    except PromiseBroken as error:
+        # The engine is saved as rejected, and later steps judge and time that.
+        return Found("", broken=[str(error).rstrip(".")])
+    parts = [output, output.with_name(output.name.replace(".query.", ".video."))] if split else [output]
+    parts += [output.with_name(name) for name in read_sidecar(output).content.get("unrolled", ())]
+    census = {path.name: read_sidecar(path).content["census"] for path in parts}
+    layers = [f"{name}: {_layers(counted)}" for name, counted in census.items()]
+    size = sum(path.stat().st_size for path in parts) / 1e6
+    return Found(f"{size:.1f} MB; {'; '.join(layers)}.", {"census": census})
+
+
+def _data_words(job: Job, precision: str) -> list[object]:
+    """Return the options that say what a build is proven with. In a lease one parity run follows it instead."""
+    calibration: list[object] = ["--calib-samples", job.sizes.calibration]
+    if not job.is_lease:
+        return ["--data", job.data, "--max-drop", MAX_DROP, *calibration]
+    if precision not in NARROW:
+        return []
+    if job.table.is_file():
+        return ["--table", job.table]
+    return ["--data", job.data, "--max-drop", MAX_DROP, "--calib-method", FIXED_METHOD, *calibration]
+
+
+def _layers(counted: Mapping[str, Any]) -> str:
+    engine = counted.get("engine")
+    if engine:
+        told = ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
+        return f"{told or 'no layer shows its type'} ({engine.get('verdict', 'not judged')})"
+    shares = counted["twin"]["shares"]
+    return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
+
+
+def layers_step(job: Job, target: str, precision: str) -> Found:
+    """List the inspector's raw output that was saved beside each plan, rejected ones included, and each verdict."""
+    folder = engine_path(job, target, precision, split=True).parent
+    plans = sorted(folder.glob(f"drn.{precision}.*engine"))
+    if not plans:
+        raise Skip(f"No {precision} engine was built.")
+    values: dict[str, Any] = {}
+    broken = []
+    for plan in plans:
+        layers = plan.with_suffix(LAYERS)
+        census = (read_content(plan).get("census") or {}).get("engine") or {}
+        entry: dict[str, Any] = {"verdict": census.get("verdict"), "layers": None}
+        if layers.is_file():
+            try:
+                json.loads(gzip.decompress(layers.read_bytes()))
+                entry["layers"] = f"{layers.name}, {layers.stat().st_size} bytes"
+            except (OSError, ValueError, EOFError) as error:
+                broken.append(f"{layers.name} cannot be read ({error})")
+        values[plan.name] = entry
+    saved = sum(entry["layers"] is not None for entry in values.values())
+    broken += [] if saved else ["no plan has the inspector's output beside it"]
+    return Found(f"{saved} of {len(values)} plans have the inspector's output beside them.", {"plans": values}, broken)
+
+
+def time_rejected(job: Job, target: str) -> Found:
+    """Time every rejected plan by itself, with random inputs of its largest size."""
+    from runtime.backends.cuda import Cuda
+    from runtime.backends.network import Network
+
+    paths = sorted((job.output / target).glob("*.rejected.engine"))
+    if not paths:
+        raise Skip("No engine was rejected.")
+    from export.builder import load_library
+
+    library, cuda = load_library("tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt"), Cuda()
+    entries, rows, broken = [], [], []
+    for path in paths:
+        try:
+            network = Network(library, cuda, path, read_sidecar(path))
+            try:
+                seconds = _time_plan(job, network)
+            finally:
+                network.close()
+        except GroundingError as error:
+            broken.append(f"{path.name} was not timed: {str(error).rstrip('.')}")
+            continue
+        values, row = latency_row(path.name, "gpu", 1, seconds)
+        entries.append(values)
+        rows.append(row)
+    told = f"{len(entries)} of {len(paths)} rejected plans were timed."
+    return Found(told, {"timings": entries}, broken, judged=bool(broken), tables={"rejected": (LATENCY_HEADER, rows)})
+
+
+def _time_plan(job: Job, network: Any) -> list[float]:
+    profile = network.domains[0]
+    sizes = dict(profile.largest())
+    shapes = profile.shapes(network._axes, sizes)
+    rng = np.random.default_rng(0)
+    inputs = {name: np.ones(shape, np.int32) if "query" in name else rng.random(shape, np.float32)
+              for name, shape in shapes.items() if name not in network._resident}  # fmt: skip
+    with network.turn, network.cuda.current():
+        network.timed = True
+
+        def run(_: object) -> Any:
+            network.gpu_ms = 0.0
+            return network.run(inputs, sizes)
+
+        return take_times(job, {"plan": Call(run, told=lambda: network.gpu_ms / 1e3)})["plan"]
+
+
+def make_builder(target: Any) -> Found:
+    """Import the library and make a builder and a network, which shows that it is whole and accepts this GPU."""
+    from export.builder import load_library, logger_for
+
+    library = load_library(target)
+    builder = library.Builder(logger_for(library))
+    if builder is None:
+        raise DeviceError(f"{library.__name__} {library.__version__} made no builder on this GPU.")
+    return no_promise(f"{library.__name__} {library.__version__} made a builder.")

@@ -1,0 +1,170 @@
+"""Run the legs `cuda` and `tensorrt` of the GPU acceptance on the doubles of CUDA's driver and of TensorRT.
+
+    python -m tests.benchmarks.standin_gpu tensorrt --output DIR --device cpu --small --stand-in --inside
+
+`benchmarks.gpu --stand-in` starts this in place of itself. It needs no package that a leg does not need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from benchmarks.acceptance.job import Job
+from benchmarks.acceptance.steps import Found, Leg
+from runtime.backends.cuda import Cuda
+from runtime.backends.shapes import AXES
+from runtime.files import sha256
+from runtime.manifest import METADATA_KEY, Manifest
+from tests.runtime.standin import Driver, Library, write_plan
+
+# The newest that can be brought to a machine that reaches PyPI only, and the strictest.
+VERSION = "8.6.1"
+# Of these each runs in a process of its own, which has no double.
+SEPARATE = ("fault", "gpu_absent", "_compare_speeds", "_tests")
+
+
+@contextlib.contextmanager
+def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
+    """Put the doubles in the place of CUDA, and for the leg `tensorrt` of TensorRT and the builds.
+
+    The leg `cuda` needs NumPy alone, here too.
+    """
+    driver = Driver()
+    gpu = functools.partial(Cuda, driver)
+    changes: dict[str, Any] = {"benchmarks.acceptance.on_cuda.open_gpu": gpu}
+    modules: dict[str, Any] = {}
+    if leg == "tensorrt":
+        library = Library(driver, VERSION)
+        # tensorrt.Builder(logger), with which a build begins; torch looks for the specs of modules it knows.
+        library.Builder = lambda logger: SimpleNamespace(logger=logger)  # type: ignore[attr-defined]
+        library.__spec__ = ModuleSpec("tensorrt", None)  # type: ignore[attr-defined]
+        modules["tensorrt"] = library
+        changes |= {
+            "runtime.backends.trt.Cuda": gpu,
+            "runtime.backends.cuda.Cuda": gpu,
+            "export.builder.cuda_devices": lambda: 1,
+            "export.builder.why_not": lambda target: None if target == "tensorrt" else "It is not here.",
+            "export.builder.check_options": lambda options: None,
+            "export.builder.load_library": lambda target: library,
+            # torch has no GPU to stand for: it does on the CPU what it would do there.
+            "benchmarks.acceptance.on_tensorrt.device_of": lambda job: "cpu",
+            "benchmarks.acceptance.on_tensorrt.rivals": _rivals,
+            "benchmarks.acceptance.engines.run_module": functools.partial(build, job),
+        }
+    with contextlib.ExitStack() as stack:
+        for target, value in changes.items():
+            stack.enter_context(mock.patch(target, value))
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        yield
+
+
+def separate(name: str) -> Callable[..., Found]:
+    """Return what is called in place of a step that runs in a process of its own."""
+    return lambda *_: Found(f"{name} needs a process of its own, which has no double.", judged=False)
+
+
+def _rivals(job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
+    import torch
+
+    from benchmarks.acceptance.rivals import Rival
+    from train.checkpoints import load_checkpoint
+
+    model = load_checkpoint(job.checkpoint).model()
+    names = {"graphs": "CUDA graphs", "compile": "torch.compile"}
+    return {
+        f"{names[kind]}, FP32{told}": Rival(model, "eager", torch.float32, encoded)
+        for kind in kinds
+        for told, encoded in (("", False), (", encoded videos", True))
+    }
+
+
+def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) -> str:
+    """Write plans that stand for the graphs, in place of a command that builds them."""
+    import onnx
+
+    from export.unrolled import unrolled
+
+    assert module == "export.build_engine"
+    output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]
+    output.parent.mkdir(exist_ok=True)
+    twin = output.with_name(f"drn.{precision}.onnx")
+    twin.write_bytes(job.graph.read_bytes())
+    parts = [(output, job.query_graph)] if "--split" in words else [(output, job.graph)]
+    if "--split" in words:
+        video = output.with_name(f"drn.{precision}.video.onnx")
+        video.write_bytes(job.graph.with_name("drn.video.onnx").read_bytes())
+        parts.append((video.with_suffix(".engine"), video))
+    for plan, path in parts:
+        graph = onnx.load(path).graph
+        known = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        manifest = Manifest.from_json(known[METADATA_KEY], str(path))
+        if manifest.part == "query":
+            manifest = dataclasses.replace(manifest, video_part={video.name: sha256(video)})
+        axes = AXES[manifest.part]
+        longest = job.sizes.query_length
+        ranges = {"batch": (1, 2, job.sizes.batches[-1]), "query_length": longest, "video": (1, 4, 16)}
+        tails = {
+            value.name: [size.dim_value for size in value.type.tensor_type.shape.dim if size.dim_value]
+            for value in graph.input
+        }
+        shapes = {
+            name: [[*(ranges[axis][place] for axis in free), *tails[name]] for place in range(3)]
+            for name, free in axes.items()
+        }
+        profile = {"name": "p", "batch": ranges["batch"], "query_length": longest, "shapes": shapes}
+        census = {"twin": {"shares": {precision: 1.0}}, "engine": {"layers": {precision: 3}, "quantised_inputs": {}}}
+        named = {}
+        for tokens in numbers_after("--unroll", words) if plan == output else ():
+            written = path.with_name(f"{path.stem}.{tokens}.onnx")
+            onnx.save(unrolled(onnx.load(path), tokens), written)
+            shorter = plan.with_name(f"{plan.stem}.{tokens}.engine")
+            write_plan(shorter, written, [of_length(profile, tokens)], manifest, VERSION, census=census)
+            named[shorter.name] = sha256(shorter)
+        write_plan(plan, path, [profile], manifest, VERSION, census=census, **({"unrolled": named} if named else {}))
+        # As much of the inspector's output as a lease looks at.
+        plan.with_suffix(".layers.json.gz").write_bytes(gzip.compress(b'{"format": "drn-layers/1"}'))
+    return ""
+
+
+def of_length(profile: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Return a profile for queries that are padded to so many tokens."""
+    shapes = {**profile["shapes"], "query_tokens": [[size[0], tokens] for size in profile["shapes"]["query_tokens"]]}
+    return {**profile, "query_length": (tokens,) * 3, "shapes": shapes}
+
+
+def numbers_after(flag: str, words: Sequence[Any]) -> list[int]:
+    """Return the integers that follow a flag."""
+    after = words[words.index(flag) + 1 :] if flag in words else ()
+    return list(itertools.takewhile(lambda word: isinstance(word, int), after))
+
+
+def main() -> int:
+    """Run one leg in this process, as `benchmarks.gpu --inside` does."""
+    from benchmarks import gpu
+
+    job, given = gpu.parse()
+    # The doubles are a GPU to the legs.
+    job = dataclasses.replace(job, device="cuda")
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        (leg,) = given.legs
+        stack.enter_context(stood_in(job, leg))
+        for name in SEPARATE if leg == "tensorrt" else ():
+            stack.enter_context(mock.patch(f"benchmarks.acceptance.on_tensorrt.{name}", separate(name)))
+        gpu.run_inside(job, leg, given.limit, given.step)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

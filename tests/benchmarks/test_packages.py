@@ -1,0 +1,273 @@
+"""Wheels and chunks: what is missing or damaged is refused before anything is unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import gpu_packages
+from benchmarks.acceptance.lease import TENSORRT
+from benchmarks.acceptance.packages import (
+    ChunkedLibrary,
+    calls,
+    check_whole,
+    current_python,
+    environment,
+    install,
+    libraries,
+    total_bytes,
+    unpack,
+    wheels,
+)
+from runtime.errors import GroundingError
+from tests.benchmarks.brought import write_chunks, write_packages, write_wheel
+
+PYTHON = current_python()
+
+
+def change(path: Path, index: int = 40) -> None:
+    content = bytearray(path.read_bytes())
+    content[index % len(content)] ^= 0xFF
+    path.write_bytes(content)
+
+
+def no_wheels(packages: Path) -> None:
+    for path in (packages / f"wheels-{PYTHON}").iterdir():
+        path.unlink()
+
+
+def cut_wheel(packages: Path) -> None:
+    (path,) = (packages / f"wheels-{PYTHON}").iterdir()
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def changed_wheel(packages: Path) -> None:
+    (path,) = (packages / f"wheels-{PYTHON}").iterdir()
+    path.write_bytes(path.read_bytes().replace(b"VALUE = 1", b"VALUE = 2"))
+
+
+def no_chunk(packages: Path) -> None:
+    (packages / TENSORRT / "chunk_001.bin").unlink()
+
+
+def damaged_chunk(packages: Path) -> None:
+    change(packages / TENSORRT / "chunk_001.bin")
+
+
+def cut_chunk(packages: Path) -> None:
+    path = packages / TENSORRT / "chunk_002.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty_chunk(packages: Path) -> None:
+    (packages / TENSORRT / "chunk_000.bin").write_bytes(b"")
+
+
+def manifest(text: str) -> Callable[[Path], None]:
+    return lambda packages: (packages / TENSORRT / "manifest.json").write_text(text) and None
+
+
+def no_manifest(packages: Path) -> None:
+    (packages / TENSORRT / "manifest.json").unlink()
+
+
+def no_program(packages: Path) -> None:
+    (packages / TENSORRT / "unpack_carry.py").unlink()
+
+
+# What may be wrong with a directory, and the code of the error.
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no wheels": (no_wheels, "no_wheels"),
+    "a wheel that is cut": (cut_wheel, "damaged_wheel"),
+    "a wheel that is changed": (changed_wheel, "damaged_wheel"),
+    "no chunk": (no_chunk, "missing_chunk"),
+    "a changed chunk": (damaged_chunk, "damaged_chunk"),
+    "a chunk that is cut": (cut_chunk, "damaged_chunk"),
+    "an empty chunk": (empty_chunk, "damaged_chunk"),
+    "no manifest": (no_manifest, "invalid_manifest"),
+    "no program": (no_program, "invalid_manifest"),
+    "a manifest that is cut": (manifest('{"chunks": {'), "invalid_manifest"),
+    "a manifest of another kind": (manifest("[1, 2]"), "invalid_manifest"),
+    "a manifest without hashes": (manifest('{"chunks": {"chunk_000.bin": 1}, "use": ""}'), "invalid_manifest"),
+    "a manifest without chunks": (manifest('{"chunks": {}, "use": ""}'), "invalid_manifest"),
+    "a manifest with a path": (
+        manifest('{"chunks": {"../other.bin": {"sha256": "0"}}, "use": ""}'),
+        "invalid_manifest",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_check_whole_names_what_is_wrong(name: str, tmp_path: Path) -> None:
+    packages = write_packages(tmp_path / "packages", chunks=3)
+    assert [library.name for library in check_whole(packages, PYTHON)] == [TENSORRT]
+    break_it, code = FAULTS[name]
+    break_it(packages)
+    with pytest.raises(GroundingError) as error:
+        check_whole(packages, PYTHON)
+    assert error.value.code == code
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(index=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_every_changed_byte_of_a_chunk_is_seen(index: int, flip: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    packages = write_packages(tmp_path_factory.mktemp("changed") / "packages", chunks=1)
+    path = packages / TENSORRT / "chunk_000.bin"
+    content = bytearray(path.read_bytes())
+    content[index % len(content)] ^= flip
+    path.write_bytes(content)
+    with pytest.raises(GroundingError) as error:
+        libraries(packages)
+    assert error.value.code == "damaged_chunk"
+
+
+def test_chunks_are_told_apart(tmp_path: Path) -> None:
+    packages = write_packages(tmp_path / "packages", chunks=3)
+    (packages / TENSORRT / "chunk_002.bin").unlink()
+    (library,) = libraries(packages)
+    chunks = library.chunks(["chunk_000.bin"], False, "")
+    assert chunks.waiting == ("chunk_001.bin",)
+    assert chunks.missing == ("chunk_002.bin",)
+
+
+def test_a_library_is_unpacked_chunk_by_chunk(tmp_path: Path) -> None:
+    (library,) = libraries(write_packages(tmp_path / "packages", chunks=3))
+    for name in reversed(list(library.sha256)):
+        assert "could not be unpacked" in unpack(library, "verify", tmp_path / "to")
+        assert unpack(library, "add", tmp_path / "to", name) == ""
+    assert unpack(library, "verify", tmp_path / "to") == ""
+    change(tmp_path / "to" / "site" / "made_up_library" / "part_1.py", 3)
+    assert "1 bad" in unpack(library, "verify", tmp_path / "to")
+
+
+def test_chunks_of_the_real_packer_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = Path(os.environ.get("DRN_REAL_DATA", "/absent")).parent / "tools" / "pack_offline.py"
+    if not packer.is_file():
+        pytest.skip("the packer is not here; set DRN_REAL_DATA to a directory beside whose parent is tools/")
+    spec = importlib.util.spec_from_file_location("pack_offline", packer)
+    assert spec is not None
+    assert spec.loader is not None
+    real = importlib.util.module_from_spec(spec)
+    # Its worker processes find its functions by this name.
+    monkeypatch.setitem(sys.modules, "pack_offline", real)
+    spec.loader.exec_module(real)
+    stage, out = tmp_path / "stage", tmp_path / "packages" / TENSORRT
+    for number in range(3):
+        path = stage / "site" / "made_up_library" / f"part_{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {os.urandom(20_000).hex()}\nVALUE = {number}\n")
+    out.mkdir(parents=True)
+    real.pack(stage, out, 30_000, 1, 1, "export PYTHONPATH={dest}/site")
+    (library,) = libraries(tmp_path / "packages")
+    assert len(library.sha256) > 1
+    for name in library.sha256:
+        assert unpack(library, "add", tmp_path / "to", name) == ""
+    assert unpack(library, "verify", tmp_path / "to") == ""
+    variables, python = environment(library, tmp_path / "to")
+    assert python == ""
+    line = [sys.executable, "-c", "import made_up_library.part_2 as p; print(p.VALUE)"]
+    told = subprocess.run(line, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    assert told.stdout == "2\n"
+
+
+def test_a_library_may_bring_its_own_python(tmp_path: Path) -> None:
+    use = (
+        "export PYTHONHOME={dest}/py39/usr PYTHONPATH={dest}/site LD_LIBRARY_PATH={dest}/a:{dest}/b"
+        "  # then {dest}/py39/usr/bin/python3.9"
+    )
+    library = ChunkedLibrary(TENSORRT, tmp_path, {}, use)
+    assert library.python == "3.9"
+    variables, python = environment(library, Path("/to"))
+    assert python == "/to/py39/usr/bin/python3.9"
+    assert variables == {"PYTHONHOME": "/to/py39/usr", "PYTHONPATH": "/to/site", "LD_LIBRARY_PATH": "/to/a:/to/b"}
+
+
+def test_its_own_python_needs_wheels_too(tmp_path: Path) -> None:
+    packages = write_packages(tmp_path / "packages")
+    write_chunks(packages / TENSORRT, 2, "export PYTHONHOME={dest}  # then {dest}/bin/python3.9")
+    with pytest.raises(GroundingError) as error:
+        check_whole(packages, PYTHON)
+    assert error.value.code == "no_wheels"
+    write_wheel(packages / "wheels-3.9", "other", {"other.py": ""})
+    assert check_whole(packages, PYTHON)
+
+
+def test_wheels_are_unpacked_where_they_are_absent(tmp_path: Path) -> None:
+    packages = write_packages(tmp_path / "packages")
+    write_wheel(packages / f"wheels-{PYTHON}", "Other_Wheel", {"other_wheel.py": "", "o.data/scripts/other": "no"})
+    site = tmp_path / "site"
+    assert install(wheels(packages, PYTHON), site, {"made-up-wheel"}) == ["other-wheel"]
+    assert (site / "other_wheel.py").is_file()
+    assert not (site / "made_up_wheel.py").exists()
+    assert not (site / "o.data").exists()
+    # Again, as after a call that was killed half-way.
+    assert install(wheels(packages, PYTHON), site, ()) == ["other-wheel", "made-up-wheel"]
+    assert (site / "made_up_wheel.py").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_calls_bring_every_file_once_and_the_smallest_chunk_first(tmp_path: Path) -> None:
+    packages = write_packages(tmp_path / "packages", chunks=4)
+    sizes = (5000, 200, 9000, 7000)
+    for number, size in enumerate(sizes):
+        (packages / TENSORRT / f"chunk_{number:03d}.bin").write_bytes(os.urandom(size))
+    content = json.loads((packages / TENSORRT / "manifest.json").read_text())
+    for name, entry in content["chunks"].items():
+        entry["sha256"] = hashlib.sha256((packages / TENSORRT / name).read_bytes()).hexdigest()
+    content["use"] = "export A={dest}  # then {dest}/bin/python3.9"
+    (packages / TENSORRT / "manifest.json").write_text(json.dumps(content))
+    write_wheel(packages / "wheels-3.9", "other", {"other.py": os.urandom(3000).hex()})
+    groups = calls(packages, PYTHON, 14_000)
+    chunks = [path.name for group in groups for path in group if path.suffix == ".bin"]
+    assert chunks == ["chunk_001.bin", "chunk_000.bin", "chunk_003.bin", "chunk_002.bin"]
+    assert packages / f"wheels-{PYTHON}" in groups[0]
+    assert sum(packages / "wheels-3.9" in group for group in groups) == 1
+    assert all(total_bytes(group) <= 14_000 for group in groups)
+
+
+def test_collected_wheels_are_those_that_are_needed_and_absent(tmp_path: Path) -> None:
+    needs = {
+        "first": ("second>=2", "numpy", "third; python_version < '3.10'", "fourth; extra == 'more'"),
+        "second": ("First", "fifth; sys_platform == 'win32'"),
+        "third": (),
+    }
+    asked: list[str] = []
+
+    def fetch(requirement: str) -> Path:
+        asked.append(requirement)
+        name = requirement.split(">")[0]
+        return write_wheel(tmp_path, name, {}, needs[name])
+
+    gpu_packages.collect(["first"], ["numpy"], "3.12", fetch)
+    assert asked == ["first", "second>=2"]
+    asked.clear()
+    gpu_packages.collect(["first"], ["numpy"], "3.9", fetch)
+    assert asked == ["first", "second>=2", "third"]
+
+
+def test_pins_are_those_of_the_environment() -> None:
+    assert gpu_packages.pinned("docstring-parser>=0.16").startswith("docstring_parser==")
+    assert gpu_packages.pinned("no-such-package>=1") == "no-such-package>=1"
+
+
+def test_packages_that_cannot_be_had_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(requirement: str) -> Path:
+        raise GroundingError("It could not be downloaded.", code="download_failed")
+
+    monkeypatch.setattr(gpu_packages, "downloader", lambda folder, python, pin: failing)
+    assert gpu_packages.main(["--output", str(tmp_path / "packages")]) == 2
+    assert list((tmp_path / "packages").iterdir()) == []
+    assert gpu_packages.main(["--output", str(tmp_path / "other"), "--pack", str(tmp_path / "absent.py")]) == 2
+    assert not (tmp_path / "other").exists()
