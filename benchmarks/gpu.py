@@ -42,8 +42,9 @@ MODULES = {
 LEGS = tuple(MODULES)[1:]
 # Without these no leg but `cuda` starts; nltk wants regex, which is compiled for one version of Python.
 NEEDED = ("numpy", "tqdm", "nltk", "tyro")
-# Legs that run on nothing that `prepare` makes.
+# Legs, and steps of other legs, that run on nothing that `prepare` makes.
 UNPREPARED = ("cuda",)
+UNPREPARED_STEPS = {"tensorrt": ("builder",)}
 NEEDED_UNPREPARED = ("numpy",)
 # Legs that need a GPU, and whose libraries have a double in the tests.
 STAND_IN_LEGS, STAND_IN_MODULE = ("cuda", "tensorrt"), "tests.benchmarks.standin_gpu"
@@ -121,12 +122,13 @@ def _run_legs(job: Job, wanted: Sequence[str], limit: float, steps: Sequence[str
     legs = [leg for leg in dict.fromkeys(wanted) if leg != "prepare"]
     environment = _environment(job)
     ran: list[str] = []
-    need_inputs = "prepare" in wanted or not set(legs) <= set(UNPREPARED)
-    if need_inputs and ("prepare" in wanted or not _prepared(job)):
+    # Chosen steps may run beside a `prepare` in the background, which must not run twice.
+    implied = not steps and not set(legs) <= set(UNPREPARED) and not _prepared(job)
+    if "prepare" in wanted or implied:
         _run_leg(job, "prepare", limit, environment)
         ran.append("prepare")
     for leg in legs:
-        if leg in UNPREPARED or _prepared(job):
+        if _needs_nothing(leg, steps) or _prepared(job):
             _run_leg(job, leg, limit, environment, steps)
         else:
             _leg(job, leg).end("skipped", "There is nothing to run it on: the leg `prepare` did not end well.")
@@ -142,6 +144,11 @@ def _run_legs(job: Job, wanted: Sequence[str], limit: float, steps: Sequence[str
     if not tried:
         return 2
     return 0 if all(map(kept, tried)) else 1
+
+
+def _needs_nothing(leg: str, steps: Sequence[str]) -> bool:
+    """Return whether a leg, or its chosen steps, run on nothing that `prepare` makes."""
+    return leg in UNPREPARED or (bool(steps) and set(steps) <= set(UNPREPARED_STEPS.get(leg, ())))
 
 
 def write_report(job: Job, about: Mapping[str, Any] | None = None) -> tuple[Path, Path]:

@@ -214,6 +214,45 @@ def test_without_inputs_no_leg_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_leg(tmp_path / "torch.json")["state"] == "skipped"
 
 
+def test_chosen_steps_never_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def take(leg: Leg) -> None:
+        ran.append(leg.content["leg"])
+        leg.step("builder", lambda: Found("it was made."))
+
+    pretend(monkeypatch, {"prepare": take, "tensorrt": take})
+    monkeypatch.setattr(gpu, "_prepared", lambda job: False)
+    words = ["tensorrt", "--output", str(tmp_path), "--device", "cpu", "--small", "--step"]
+    assert gpu.main([*words, "builder"]) == 0
+    assert ran == ["tensorrt"]
+    # In the background `prepare` may be under way.
+    assert gpu.main([*words, "builder", "the bar"]) == 2
+    assert ran == ["tensorrt"]
+    assert read_leg(tmp_path / "tensorrt.json")["state"] == "skipped"
+    assert gpu.main(["cuda", "tensorrt", *words[1:], "builder"]) == 2
+
+
+def test_chosen_steps_are_taken_once_and_the_rest_later(tmp_path: Path) -> None:
+    path, calls = tmp_path / "torch.json", []
+
+    def counted() -> Found:
+        calls.append(1)
+        return Found("done.")
+
+    leg = Leg(path, "torch", SETTINGS, chosen=["second"])
+    assert not leg.step("first", counted)
+    assert leg.step("second", counted)
+    leg.end("chosen")
+    assert kept(read_leg(path))
+    assert "chosen" in verdict(read_leg(path))
+    leg = Leg(path, "torch", SETTINGS)
+    assert leg.step("first", counted)
+    assert leg.step("second", counted)
+    assert outcomes(path) == {"second": "kept", "first": "kept"}
+    assert len(calls) == 2
+
+
 def test_what_cannot_be_imported_is_named_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

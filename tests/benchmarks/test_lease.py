@@ -130,6 +130,7 @@ class Machine:
             self.library = dataclasses.replace(self.library, verified=whole, failed="" if whole else "a file differs")
         elif isinstance(action, Start):
             task = action.task
+            assert all(self.outcomes.get(name) == "done" for name in task.after)
             self.tries[task.name] = self.tries.get(task.name, 0) + 1
             seconds = draw.draw(st.floats(0.5, 1.5 * task.max_s), task.name)
             well = "done" if draw.draw(st.integers(0, 6)) > 0 else "failed"
@@ -258,6 +259,16 @@ def test_a_call_that_is_too_short_asks_for_another() -> None:
     assert action.task in left
     ended = {**seen.outcomes, **{task.name: "done" for task in left}}
     assert decide(dataclasses.replace(seen, outcomes=ended), LIMITS).action == Stop("this call is over", again=True)
+
+
+@pytest.mark.parametrize("library", [Chunks(waiting=NAMES[:1]), Chunks()])
+def test_unpacking_ends_with_the_call(library: Chunks) -> None:
+    seen = Situation(150.0, LIMITS.call_s - CLOSING_S - VERIFY_S - 1.0, DONE, chunks={TENSORRT: library})
+    action = decide(seen, LIMITS).action
+    assert isinstance(action, (Unpack, Verify))
+    assert action.limit_s == pytest.approx(VERIFY_S + 1.0)
+    over = dataclasses.replace(seen, call_used_s=LIMITS.call_s - CLOSING_S - 1.0)
+    assert decide(over, LIMITS).action == Stop("this call is over", again=True)
 
 
 def test_without_inputs_only_the_driver_is_tried() -> None:
