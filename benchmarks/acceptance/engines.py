@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import numpy as np
 from benchmarks.acceptance.job import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
 from benchmarks.acceptance.prepare import FIXED_METHOD
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
-from runtime.errors import DeviceError, GroundingError, PromiseBroken
+from runtime.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
+from runtime.inspection import layers_path, read_layers_file
 from runtime.sidecar import read_content, read_sidecar
 from runtime.timing import Call
 
@@ -24,7 +23,6 @@ UNROLLED_IN_LEASE = (10,)
 NARROW = ("int8", "fp8")
 # What stands side by side is built alike.
 UNROLLED_IN = ("fp16", *NARROW)
-LAYERS = ".layers.json.gz"
 
 
 def engine_path(job: Job, target: str, precision: str, split: bool) -> Path:
@@ -95,7 +93,7 @@ def _layers(counted: Mapping[str, Any]) -> str:
     engine = counted.get("engine")
     if engine:
         told = ", ".join(f"{count} layers in {kind}" for kind, count in engine["layers"].items())
-        return f"{told or 'no layer shows its type'} ({engine.get('verdict', 'not judged')})"
+        return f"{told or 'no layer shows its type'} ({counted.get('verdict', 'not judged')})"
     shares = counted["twin"]["shares"]
     return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
 
@@ -109,16 +107,14 @@ def layers_step(job: Job, target: str, precision: str) -> Found:
     values: dict[str, Any] = {}
     broken = []
     for plan in plans:
-        layers = plan.with_suffix(LAYERS)
-        census = (read_content(plan).get("census") or {}).get("engine") or {}
-        entry: dict[str, Any] = {"verdict": census.get("verdict"), "layers": None}
+        census = read_content(plan).get("census") or {}
+        layers = layers_path(plan)
+        values[plan.name] = {"verdict": census.get("verdict"), "layers": layers.name if layers.is_file() else None}
         if layers.is_file():
             try:
-                json.loads(gzip.decompress(layers.read_bytes()))
-                entry["layers"] = f"{layers.name}, {layers.stat().st_size} bytes"
-            except (OSError, ValueError, EOFError) as error:
-                broken.append(f"{layers.name} cannot be read ({error})")
-        values[plan.name] = entry
+                read_layers_file(layers)
+            except ModelFileError as error:
+                broken.append(str(error).rstrip("."))
     saved = sum(entry["layers"] is not None for entry in values.values())
     broken += [] if saved else ["no plan has the inspector's output beside it"]
     return Found(f"{saved} of {len(values)} plans have the inspector's output beside them.", {"plans": values}, broken)

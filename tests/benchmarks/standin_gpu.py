@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gzip
 import itertools
 import logging
 import sys
@@ -25,6 +24,7 @@ from benchmarks.acceptance.steps import Found, Leg
 from runtime.backends.cuda import Cuda
 from runtime.backends.shapes import AXES
 from runtime.files import sha256
+from runtime.inspection import Inspection, layers_path, packed
 from runtime.manifest import METADATA_KEY, Manifest
 from tests.runtime.standin import Driver, Library, write_plan
 
@@ -132,8 +132,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
             write_plan(shorter, written, [of_length(profile, tokens)], manifest, VERSION, census=census)
             named[shorter.name] = sha256(shorter)
         write_plan(plan, path, [profile], manifest, VERSION, census=census, **({"unrolled": named} if named else {}))
-        # As much of the inspector's output as a lease looks at.
-        plan.with_suffix(".layers.json.gz").write_bytes(gzip.compress(b'{"format": "drn-layers/1"}'))
+        layers_path(plan).write_bytes(packed(Inspection("{}"), plan.name, sha256(plan), VERSION))
     return ""
 
 

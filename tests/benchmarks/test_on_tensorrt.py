@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.acceptance import bars, on_tensorrt
+from benchmarks.acceptance import bars, engines, on_tensorrt
 from benchmarks.acceptance.engines import unrolled_tokens
 from benchmarks.acceptance.job import Job, questions
 from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
 from runtime.backends.trt import TensorRTPair
+from runtime.errors import PromiseBroken
+from runtime.files import sha256, write_json
+from runtime.inspection import layers_path
+from runtime.sidecar import path_beside, read_content, sealed
 from runtime.tensors import Heads
 from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 
@@ -165,3 +170,49 @@ def test_what_is_held_against_the_bar_was_timed(ran: Job) -> None:
     most = on_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
     assert rates.keys() == {1, ran.sizes.batches[-1], most}
     assert found[bars.RATE] == rates[most]
+
+
+def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: Path) -> None:
+    job = dataclasses.replace(ran, output=tmp_path)
+    folder = tmp_path / "tensorrt"
+    folder.mkdir()
+    # As `export.engines.reject` names them; the built ones are not there.
+    source = ran.output / "tensorrt" / "drn.fp16.video.engine"
+    plan = folder / "drn.fp16.video.rejected.engine"
+    plan.write_bytes(source.read_bytes())
+    content = dict(read_content(source))
+    content["sha256"] = {plan.name: sha256(plan)}
+    content["census"] = {**content["census"], "verdict": "contradicted", "reason": "30 layers compute in fp32"}
+    write_json(path_beside(plan), sealed(content))
+    layers_path(plan).write_bytes(layers_path(source).read_bytes())
+    listed = engines.layers_step(job, "tensorrt", "fp16")
+    assert listed.values["plans"] == {plan.name: {"verdict": "contradicted", "layers": layers_path(plan).name}}
+    timed = engines.time_rejected(job, "tensorrt")
+    assert list(timed.broken) == []
+    assert [entry["case"] for entry in timed.values["timings"]] == [plan.name]
+    assert engines.standing(folder / "drn.fp16.video.engine") == plan
+    layers_path(plan).write_bytes(b"damaged")
+    assert engines.layers_step(job, "tensorrt", "fp16").broken
+
+
+def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Sequence[Any]] = []
+    rejecting = PromiseBroken("The engine is not fp16.")
+
+    def run(job: Job, leg: Any, module: str, *words: Any, **options: Any) -> str:
+        seen.append(words)
+        raise rejecting
+
+    monkeypatch.setattr(engines, "run_module", run)
+    job = dataclasses.replace(ran, order="lease")
+    leg = Leg(ran.output / "other.json", "tensorrt", {})
+    found = engines.build(job, leg, "tensorrt", "fp16", True)
+    # What is rejected is no obstacle to the steps that judge and time it.
+    assert found.broken == ["The engine is not fp16"]
+    assert "--data" not in seen[0]
+    engines.build(job, leg, "tensorrt", "int8", True)
+    assert seen[1][seen[1].index("--calib-method") + 1] == "percentile"
+    monkeypatch.setattr(Job, "table", ran.checkpoint)
+    engines.build(job, leg, "tensorrt", "int8", True)
+    assert seen[2][seen[2].index("--table") + 1] == ran.checkpoint
+    assert "--data" not in seen[2]
