@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.arrayfiles import read_header
 from runtime.errors import FeatureError, MissingFeatures, excerpt
-from runtime.files import check_directory, check_file
+from runtime.files import check_directory, check_file, content_stamp
 from runtime.hdf5 import Hdf5Reader
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features
@@ -39,7 +39,8 @@ class FeatureStore(Protocol):
         """Return how many clips a video has, without reading them where the format allows it."""
 
     def stamp(self, video: str) -> tuple[Any, ...]:
-        """Return what changes whenever the features of a video do: file name, size, time, and the place in the file."""
+        """Return what changes whenever the features of a video do: name, size and time of the file, the place in it,
+        and a hash of samples of the content."""
 
     def content(self, video: str) -> bytes:
         """Return all that the features of a video are, to be hashed."""
@@ -81,8 +82,7 @@ class FeatureFiles:
 
     def stamp(self, video: str) -> tuple[Any, ...]:
         path = self.path(video)
-        stat = path.stat()
-        return path.name, stat.st_size, stat.st_mtime_ns
+        return path.name, *content_stamp(path)
 
     def content(self, video: str) -> bytes:
         return self.path(video).read_bytes()
@@ -110,8 +110,7 @@ class FeatureArchive:
 
     def stamp(self, video: str) -> tuple[Any, ...]:
         name = self._reader.describe(_spellings(video))["name"]
-        stat = self.place.stat()
-        return self.place.name, stat.st_size, stat.st_mtime_ns, name
+        return self.place.name, *content_stamp(self.place), name
 
     def close(self) -> None:
         """End the process that reads the file, until it is read again."""

@@ -16,7 +16,7 @@ from runtime.backends import check_model_path
 from runtime.corpus.cluster import run_on_ray
 from runtime.corpus.plan import MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
 from runtime.corpus.questions import check_one_kind, read_questions
-from runtime.corpus.shards import ATTEMPTS, Done, Job, Worker
+from runtime.corpus.shards import ATTEMPTS, DIGESTS, Done, Job, Worker, is_finished
 from runtime.corpus.sources import open_source
 from runtime.errors import GroundingError
 from runtime.files import check_writable, json_digest, locked, remove_strays, write_json
@@ -91,7 +91,7 @@ def ground(
         write_json(output / MANIFEST, manifest)
         inputs = (model.resolve(), features.resolve(), output.resolve(), tuple(common))
         job = Job(*inputs, len(shards), settings, json_digest(manifest))
-        left = [shard for shard in shards if not job.path(shard).is_file()]
+        left = [shard for shard in shards if not is_finished(job, shard, source.stamp)]
         missing = sum(map(len, left))
         if missing < pairs:
             log.info("%d of %d shards are there already.", len(shards) - len(left), len(shards))
@@ -152,4 +152,5 @@ def _cleaned(output: Path) -> Iterator[None]:
 
 def _clean(output: Path) -> None:
     shutil.rmtree(output / ATTEMPTS, ignore_errors=True)
-    remove_strays(output)
+    for directory in (output, output / DIGESTS):
+        remove_strays(directory)

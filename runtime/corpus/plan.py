@@ -13,8 +13,10 @@ from typing import Any, Literal
 from runtime.backends import Device
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed, Source
-from runtime.errors import OutputError
+from runtime.errors import ModelFileError, OutputError
 from runtime.files import LOCK, content_names, read_json, sha256
+from runtime.onnxfile import external_data
+from runtime.sidecar import path_beside, read_sidecar
 
 FORMAT = "drn-corpus/1"
 MANIFEST = "corpus.json"
@@ -147,16 +149,35 @@ def describe(model: Path, queries: Path, count: int, source: Source, settings: S
         source: of the features.
         settings: all else.
     """
-    # The query part of a split model tells the digests of its other parts itself.
-    sidecar = Path(f"{model}.json")
     return {
         "format": FORMAT,
-        "model": {"file": model.name, "sha256": [sha256(path) for path in (model, sidecar) if path.is_file()]},
+        "model": {"file": model.name, "sha256": [sha256(path) for path in _files(model)]},
         "queries": {"file": queries.name, "sha256": sha256(queries), "rows": count},
         "features": {"kind": source.kind, "digest": source.digest()},
         "settings": dataclasses.asdict(settings),
         "versions": _versions(model, settings.form),
     }
+
+
+def _files(model: Path) -> list[Path]:
+    """Return all files of a model that decide its answers and that no other of them names by SHA-256.
+
+    The query part of a graph names its other parts; that of an engine names the graph that its video part was built of.
+    """
+    files = [model]
+    if model.suffix == ".onnx":
+        # What is no graph is refused where it is opened.
+        with contextlib.suppress(ModelFileError):
+            files += external_data(model)
+    if model.suffix == ".engine":
+        files.append(path_beside(model))
+        sidecar = read_sidecar(model)
+        if sidecar.manifest.part == "query":
+            from runtime.backends.trt import video_part
+
+            video, _ = video_part(model, sidecar)
+            files += [video, path_beside(video)]
+    return files
 
 
 def check_ours(output: Path) -> None:

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, Union
 
 from runtime.corpus.plan import MANIFEST, Asked, Form, Settings, Shard, shard_name
 from runtime.corpus.questions import Question
-from runtime.corpus.sources import Source, open_source
+from runtime.corpus.sources import Listed, Source, open_source
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import FeatureError, GroundingError, OutputError, QueryError
-from runtime.files import json_digest, replace_when_whole
+from runtime.files import json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.grounder import Grounder, Subject
 from runtime.videos import ClipClock, Video
 from runtime.windows import windows_asked
@@ -31,6 +31,8 @@ Found = Union[Subject, str]
 
 # Where processes note that they have begun a shard.
 ATTEMPTS = ".attempts"
+# Where the digests of shards are.
+DIGESTS = ".digests"
 # A shard that ended the process it was in so often is not begun again.
 MOST_ATTEMPTS = 3
 # Videos wait for each other until their questions fill so many batches, or they take so much memory.
@@ -88,6 +90,54 @@ class Done:
     errors: int = 0
     attempts: int = 1
     problem: str | None = None
+
+
+def digest_path(job: Job, shard: Shard) -> Path:
+    """Return the file that holds the digests of a shard and of the features that it was made of."""
+    return job.output / DIGESTS / f"{shard.number:05d}.json"
+
+
+def stamps_of(shard: Shard, stamp: Callable[[Listed], str]) -> dict[str, str]:
+    """Return the stamp of the features of each video of a shard."""
+    return {asked.video.name: stamp(asked.video) for asked in shard.asked if asked.known}
+
+
+def is_finished(job: Job, shard: Shard, stamp: Callable[[Listed], str]) -> bool:
+    """Return whether a shard is there as it was written; a damaged one is removed, since it can be made again.
+
+    Args:
+        stamp: `Source.stamp`.
+
+    Raises:
+        OutputError: the features of one of its videos have changed since, or it is not known of which it was made.
+    """
+    path, beside = job.path(shard), digest_path(job, shard)
+    if not path.is_file():
+        return False
+    if not beside.is_file():
+        raise OutputError(
+            f"{path} has no digests in {beside}, so it is not known which features it was made of. Remove the shard, "
+            "or name another --output.",
+            code="unknown_features",
+        )
+    try:
+        record = read_json(beside, "digests of a shard", OutputError)
+        whole = record["digest"] == json_digest({**record, "digest": ""}) and record["sha256"] == sha256(path)
+    except (OutputError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        log.warning("%s is damaged: it does not match its digest in %s; it is made again.", path, beside)
+        path.unlink()
+        return False
+    now = stamps_of(shard, stamp)
+    for video, before in record["features"].items():
+        if now.get(video) != before:
+            raise OutputError(
+                f"The features of {video!r} changed since {path.name} was written. Remove the shard to ground it "
+                "again, or name another --output.",
+                code="features_changed",
+            )
+    return True
 
 
 class Worker:
@@ -153,6 +203,8 @@ class Worker:
     def _write(self, shard: Shard, path: Path) -> int:
         """Write the rows of a shard, and return how many of them are errors."""
         errors = 0
+        # Before they are read: what changes meanwhile is noticed when the job is resumed.
+        stamps = stamps_of(shard, self._source.stamp)
         with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
             with WRITERS[self.job.settings.form](stream) as write:
                 for group in self._groups(shard):
@@ -163,6 +215,9 @@ class Worker:
             stream.flush()
             os.fsync(stream.fileno())
             self._check_manifest()
+            # First, so that a shard that is there has its digests.
+            record = {"sha256": sha256(temporary), "features": stamps, "digest": ""}
+            write_json(digest_path(self.job, shard), {**record, "digest": json_digest(record)})
         return errors
 
     def _groups(self, shard: Shard) -> Iterator[list[tuple[Asked, Found]]]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Union
 
@@ -17,7 +17,7 @@ from runtime.arrayfiles import MAX_AXES, check_unfolded
 from runtime.corpus.pages import unfolded_bytes
 from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.featurestores import FeatureFiles
-from runtime.files import json_digest, read_json
+from runtime.files import content_stamp, json_digest, read_json
 from runtime.layouts.values import is_number
 from runtime.videos import ClipClock, Origin, Video
 
@@ -58,6 +58,10 @@ class Source(Protocol):
     def digest(self) -> str:
         """Return what changes when other videos, lengths or files are listed; the features themselves are not read."""
 
+    def stamp(self, video: Listed) -> str:
+        """Return what changes when the features of a video do, 16 hexadecimal digits; of samples, so that a million
+        videos can be compared. Empty where there are no features."""
+
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         """Yield each video when it is asked for, or a sentence that says why it cannot be had."""
 
@@ -97,6 +101,9 @@ class DataSetSource:
     def digest(self) -> str:
         return json_digest([self._data_set.durations, self._data_set.num_frames])
 
+    def stamp(self, video: Listed) -> str:
+        return _stamp(functools.partial(self._data_set.store.stamp, video.name))
+
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for video in videos:
             yield _or_why(functools.partial(self._data_set.video, video.name))
@@ -121,6 +128,9 @@ class DirectorySource:
 
     def digest(self) -> str:
         return json_digest(self._lengths)
+
+    def stamp(self, video: Listed) -> str:
+        return _stamp(functools.partial(self._store.stamp, video.name))
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for video in videos:
@@ -177,6 +187,9 @@ class ParquetSource:
             with self._opened(number) as file:
                 listed.append([path.name, path.stat().st_size, file.metadata.num_rows])
         return json_digest([listed, [video.name for video in self.listing()]])
+
+    def stamp(self, video: Listed) -> str:
+        return _stamp(functools.partial(content_stamp, self._files[_part(video.place)[0]]))
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):
@@ -245,6 +258,15 @@ class ParquetSource:
 
 NEEDED = ("video", "duration", "features")
 COLUMNS = ("duration", "num_frames", "features", "shape", "dtype")
+
+
+def _stamp(stamp: Callable[[], tuple[Any, ...]]) -> str:
+    try:
+        return json_digest(stamp())[:16]
+    except DeviceError:
+        raise
+    except (GroundingError, OSError):
+        return ""
 
 
 def _part(place: Place) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def read_rows(output: Path) -> list[Row]:
 
 def content(output: Path) -> dict[str, bytes]:
     """What a finished corpus is, byte for byte; nothing else may be left in its directory."""
-    names = {path.name: path for path in output.iterdir() if path.name not in ("corpus.json", ".lock")}
+    names = {path.name: path for path in output.iterdir() if path.name not in ("corpus.json", ".lock", ".digests")}
     assert all(name.startswith("shard-") for name in names), sorted(names)
     return {name: path.read_bytes() for name, path in names.items()}
 

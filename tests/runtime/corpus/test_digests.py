@@ -1,0 +1,114 @@
+"""A resumed corpus compares its shards and its features with the digests that were recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.corpus.job import Result
+from runtime.corpus.shards import DIGESTS
+from runtime.errors import OutputError
+from runtime.featurestores import FeatureFiles
+from tests.damage import flip, random_bits
+from tests.runtime.corpus.conftest import content
+
+Here = Callable[..., Result]
+Corpus = Callable[..., tuple[Path, Path]]
+
+ROWS = [{"query": "a person opens the door."}, {"query": "dog sits.", "vid": "CCCC3"}]
+
+
+def replace(features: Path, video: str) -> None:
+    """Write other features of the same size, under the same name and with the same time."""
+    path = FeatureFiles(features / "C3D_unit16_overlap0.5_merged").path(video)
+    before, stat = path.read_bytes(), path.stat()
+    # In the numbers, which end the record of a tensor.
+    middle = len(before) // 2
+    path.write_bytes(before[:middle] + bytes(64) + before[middle + 64 :])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_damaged_shard_is_made_again(here: Here, corpus: Corpus, tmp_path: Path, form: str) -> None:
+    features, queries = corpus(ROWS)
+    output = here(features, queries, form=form, shard_pairs=4).output
+    whole = content(output)
+    shard = min(output.glob("shard-*"))
+    for bit in random_bits(shard.read_bytes(), 10):
+        shard.write_bytes(flip(shard.read_bytes(), bit))
+        result = here(features, queries, form=form, shard_pairs=4)
+        assert result.made == 4
+        assert content(output) == whole
+
+
+def test_a_damaged_digest_makes_its_shard_again(here: Here, corpus: Corpus) -> None:
+    features, queries = corpus(ROWS)
+    output = here(features, queries).output
+    whole = content(output)
+    (digests,) = (output / DIGESTS).iterdir()
+    before = digests.read_bytes()
+    for bit in random_bits(before, 20):
+        digests.write_bytes(flip(before, bit))
+        here(features, queries)
+        assert content(output) == whole
+        assert digests.read_bytes() == before
+
+
+def test_features_that_changed_are_refused_until_the_shard_is_removed(here: Here, corpus: Corpus) -> None:
+    features, queries = corpus(ROWS)
+    output = here(features, queries, shard_pairs=2).output
+    whole = content(output)
+    replace(features, "CCCC3")
+    with pytest.raises(OutputError) as caught:
+        here(features, queries, shard_pairs=2)
+    assert caught.value.code == "features_changed"
+    assert "CCCC3" in str(caught.value)
+    assert content(output) == whole
+    for path in output.glob("shard-*"):
+        if b"CCCC3" in path.read_bytes():
+            path.unlink()
+    here(features, queries, shard_pairs=2)
+    assert content(output).keys() == whole.keys()
+
+
+def test_features_that_come_later_change_their_shard(here: Here, corpus: Corpus) -> None:
+    features, queries = corpus(ROWS)
+    path = FeatureFiles(features / "C3D_unit16_overlap0.5_merged").path("BBBB2")
+    away = path.rename(features / "away")
+    here(features, queries)
+    here(features, queries)
+    away.rename(path)
+    with pytest.raises(OutputError) as caught:
+        here(features, queries)
+    assert caught.value.code == "features_changed"
+
+
+def test_a_shard_without_digests_is_refused(here: Here, corpus: Corpus) -> None:
+    features, queries = corpus(ROWS)
+    output = here(features, queries).output
+    whole = content(output)
+    (digests,) = (output / DIGESTS).iterdir()
+    digests.unlink()
+    with pytest.raises(OutputError) as caught:
+        here(features, queries)
+    assert caught.value.code == "unknown_features"
+    assert content(output) == whole
+
+
+def test_features_in_hdf5_are_sampled(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="HDF5 needs drn-deploy[hdf5]")
+    from runtime.featurestores import FeatureArchive
+
+    path = tmp_path / "features.hdf5"
+    stamps = []
+    for value in (1.0, 2.0):
+        with h5py.File(path, "w") as file:
+            file["a"] = np.full((5, 4), value, np.float32)
+        os.utime(path, ns=(0, 0))
+        stamps.append(FeatureArchive(path).stamp("a"))
+    assert stamps[0][:3] == stamps[1][:3]
+    assert stamps[0] != stamps[1]
