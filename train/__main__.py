@@ -157,10 +157,11 @@ def train(
         encode([validation[row] for row in askable_rows(vocabulary, validation)], vocabulary)
         videos = sorted({annotation.video for annotation in (*training, *validation)})
         cache = cache or Path(data) / "cache"
-        if processes.leads:
-            pool(data_set, videos, config.num_segments, features, cache)
+        # The leader writes the cache, and the others find it.
+        pooled = pool(data_set, videos, config.num_segments, features, cache) if processes.leads else None
         processes.wait()
-        pooled = pool(data_set, videos, config.num_segments, features, cache)
+        if pooled is None:
+            pooled = pool(data_set, videos, config.num_segments, features, cache)
 
         def initialise(model: DRN) -> None:
             if preset.initialisation == "drn":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 from collections import Counter
@@ -53,7 +55,8 @@ def pool(
     """Return the segments of `videos`, from the cache where it still holds for their files.
 
     The cache is keyed by everything that its content depends on: the names, sizes and times of the feature files,
-    places in an HDF5 file, frame counts, T, the clock and the pooling rule. It is written whole or not at all.
+    samples of their content, places in an HDF5 file, frame counts, T, the clock and the pooling rule. It is written
+    whole or not at all, and ends with its SHA-256, which is compared here.
 
     Args:
         data_set: where features and frame counts come from.
@@ -97,12 +100,26 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     """Return whether a cache file is there and holds what its name promises; a damaged one is written anew."""
     if not path.is_file():
         return False
-    try:
-        return load_array(path).shape == shape
     # On a damaged header NumPy raises what its parser does, without a common base.
-    except Exception:
-        log.warning("%s is damaged; pooling again.", path)
-        return False
+    with contextlib.suppress(Exception):
+        if load_array(path).shape == shape and _ends_with_digest(path):
+            return True
+    log.warning("%s is damaged; pooling again.", path)
+    return False
+
+
+def _ends_with_digest(path: Path) -> bool:
+    """Return whether the last 32 bytes of a file, behind the array, are the SHA-256 of all before."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        left = path.stat().st_size - digest.digest_size
+        while left > 0:
+            block = stream.read(min(left, 1 << 20))
+            if not block:
+                return False
+            digest.update(block)
+            left -= len(block)
+        return stream.read() == digest.digest()
 
 
 def _write(
@@ -123,7 +140,10 @@ def _write(
             "fortran_order": False,
             "shape": (len(videos), num_segments, dim),
         }
-        np.lib.format.write_array_header_2_0(stream, header)
+        head = io.BytesIO()
+        np.lib.format.write_array_header_2_0(head, header)
+        stream.write(head.getvalue())
+        digest = hashlib.sha256(head.getvalue())
         progress = tqdm(
             zip(videos, places, num_frames, strict=True),
             "pooling features",
@@ -146,7 +166,10 @@ def _write(
                 )
             data_set.origin.check(video, len(clips), frames, features.clock)
             check_varies(clips, video)
-            stream.write(np.ascontiguousarray(max_over_rows(clips, first, last)).tobytes())
+            rows = np.ascontiguousarray(max_over_rows(clips, first, last)).tobytes()
+            stream.write(rows)
+            digest.update(rows)
+        stream.write(digest.digest())
 
 
 @dataclasses.dataclass(frozen=True)

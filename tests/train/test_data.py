@@ -17,6 +17,7 @@ from runtime.annotations import Annotation, DataSet
 from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.featurestores import FeatureFiles
 from runtime.windows import Windows
+from tests.damage import flip, random_bits
 from train.convert import CHARADES_STA
 from train.data import PooledFeatures, TrainingData, pool, split_by_video, windows_of
 
@@ -78,6 +79,28 @@ def test_a_damaged_cache_is_made_anew(data_set: DataSet, videos: list[str], tmp_
     (cached,) = (tmp_path / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-100])
     np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
+
+
+def test_a_flipped_bit_in_the_cache_is_noticed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+    whole = fill(data_set, videos, tmp_path / "cache").features.copy()
+    (cached,) = (tmp_path / "cache").iterdir()
+    content = cached.read_bytes()
+    for bit in random_bits(content, 20):
+        cached.write_bytes(flip(content, bit))
+        np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
+        assert cached.read_bytes() == content
+
+
+def test_cache_is_made_anew_when_content_changes_and_size_and_time_do_not(
+    data_set: DataSet, videos: list[str], tmp_path: Path
+) -> None:
+    old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
+    path = data_set.feature_path(videos[3])
+    stat, features = path.stat(), np.load(path)
+    np.save(path, features[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
 
 
 def test_what_a_killed_process_left_is_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
