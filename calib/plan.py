@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import CalibrationError
 from calib.table import CalibrationTable
+from runtime.errors import excerpt
 from runtime.files import json_digest, read_json, write_json
 
 if TYPE_CHECKING:
@@ -70,12 +71,17 @@ class Plan:
         except KeyError as error:
             raise CalibrationError(f"{path} is a damaged quantisation plan without {error}; {_AGAIN}") from None
         if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
-            raise CalibrationError(f"{path} should keep a list of module names, and has {keep!r}; {_AGAIN}")
+            raise CalibrationError(f"{path} should keep a list of module names, and has {excerpt(keep)}; {_AGAIN}")
         if not isinstance(key, dict) or not isinstance(measured, dict):
             raise CalibrationError(
                 f"{path} is a damaged quantisation plan: 'key' and 'measured' should be tables; {_AGAIN}"
             )
-        plan = cls(tuple(keep), str(kind), str(table), key, measured)
+        if kind not in ("int8", "fp8") or not all(isinstance(text, str) for text in (table, *key.values())):
+            raise CalibrationError(
+                f"{path} is a damaged quantisation plan: 'kind' should be int8 or fp8, 'table' and what is in 'key' "
+                f"hashes; {_AGAIN}"
+            )
+        plan = cls(tuple(keep), kind, table, key, measured)
         if plan.digest != digest:
             raise CalibrationError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
         return plan

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.balance import LARGEST_EXPONENT
 from calib.errors import CalibrationError
 from calib.graphs import graph_hash, weights_hash
 from calib.ranges import METHODS, Range
 from runtime.annotations import DataSet
+from runtime.errors import excerpt, one_line
 from runtime.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -87,6 +89,18 @@ class CalibrationTable:
         write_text(path, text.replace('"@gains"', f"{{\n{gains}\n  }}", 1) + "\n")
 
     @classmethod
+    def _from_dict(cls, value: Mapping[str, Any]) -> CalibrationTable:
+        """Read the content of a file; KeyError, TypeError or ValueError where it is damaged."""
+        return cls(
+            {name: _range(row) for name, row in value["ranges"].items()},
+            {name: _text(value["key"][name]) for name in KEYS},
+            tuple(_text(video) for video in _list(value["videos"])),
+            dict(value["coverage"].items()),
+            dict(value["choice"].items()),
+            {name: tuple(_exponent(shift) for shift in _list(row)) for name, row in value["gains"].items()},
+        )
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:
         """Read a table.
 
@@ -98,18 +112,16 @@ class CalibrationTable:
         found = value.get("format") if isinstance(value, dict) else None
         if found != FORMAT:
             raise CalibrationError(
-                f"{path} has the format {found!r} and a calibration table has {FORMAT!r}; make one with "
+                f"{path} has the format {excerpt(found)} and a calibration table has {FORMAT!r}; make one with "
                 "`python -m calib.calibrate`."
             )
         try:
-            ranges = {str(name): Range(float(low), float(high)) for name, (low, high) in value["ranges"].items()}
-            gains = {str(name): tuple(int(shift) for shift in row) for name, row in value["gains"].items()}
-            key = {name: str(value["key"][name]) for name in KEYS}
-            table = cls(ranges, key, tuple(value["videos"]), dict(value["coverage"]), dict(value["choice"]), gains)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            table = cls._from_dict(value)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CalibrationError(
-                f"{path} is a damaged calibration table ({type(error).__name__}: {error}); calibrate again."
+                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}); calibrate again."
             ) from error
+        ranges, key = table.ranges, table.key
         if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
             raise CalibrationError(f"{path} has no ranges, or one upside down or not finite; calibrate again.")
         if key["method"] not in METHODS or table.digest != value.get("digest"):
@@ -118,10 +130,40 @@ class CalibrationTable:
             )
         if key["split"] != "train":
             raise CalibrationError(
-                f"{path} was measured on the split {key['split']!r}, and recall on what ranges were tuned for says "
-                "nothing; calibrate on the training split with `python -m calib.calibrate`."
+                f"{path} was measured on the split {excerpt(key['split'])}, and recall on what ranges were tuned for "
+                "says nothing; calibrate on the training split with `python -m calib.calibrate`."
             )
         return table
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a number is expected, and {excerpt(value)} is there")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is expected, and {excerpt(value)} is there")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is expected, and {excerpt(value)} is there")
+    return value
+
+
+def _range(value: Any) -> Range:
+    if len(_list(value)) != 2:
+        raise ValueError(f"a lower and an upper end are expected, and {excerpt(value)} is there")
+    return Range(_number(value[0]), _number(value[1]))
+
+
+def _exponent(value: Any) -> int:
+    if type(value) is not int or abs(value) > LARGEST_EXPONENT:
+        raise ValueError(f"exponents are whole numbers up to {LARGEST_EXPONENT}, and {excerpt(value)} is there")
+    return value
 
 
 def key_of(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:

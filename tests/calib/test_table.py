@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -11,7 +15,8 @@ import pytest
 
 from calib.errors import CalibrationError
 from calib.graphs import graph_hash, weights_hash
-from calib.qdq import observed
+from calib.qdq import observed, quantize
+from calib.ranges import Range
 from calib.table import CalibrationTable
 from runtime.annotations import DataSet
 from tests.calib.conftest import altered
@@ -110,6 +115,97 @@ def test_what_is_no_table_any_more_is_refused(table: CalibrationTable, tmp_path:
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
     with pytest.raises(CalibrationError, match=message):
         CalibrationTable.load(path)
+
+
+TENSOR, GAIN = "fcos.head/Mul", "any"
+NOT_NUMBERS = [None, True, "1", [1.0], {}, 10**400, -(10**400)]
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, math.nan, math.inf, -math.inf], ids=repr)
+@pytest.mark.parametrize("end", [0, 1])
+def test_range_that_is_no_finite_number_is_refused(
+    table: CalibrationTable, tmp_path: Path, end: int, value: object
+) -> None:
+    ends = [0.0, 1.0]
+    ends[end] = value  # type: ignore[call-overload]
+    assert_refused(table, tmp_path, "ranges", TENSOR, ends)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("ranges", []),
+        ("ranges", None),
+        ("ranges", TENSOR, "ab"),
+        ("ranges", TENSOR, [0.0, 1.0, 2.0]),
+        ("ranges", TENSOR, {"0.0": 1, "1.0": 2}),
+        *(("gains", GAIN, [value]) for value in (None, True, 1.5, "1", [1], 9, -9, 10**400, math.inf, math.nan)),
+        ("gains", GAIN, 3),
+        ("gains", []),
+        ("key", []),
+        ("key", "graph", 7),
+        ("videos", "abc"),
+        ("videos", [7]),
+        ("videos", {}),
+        ("coverage", [["a", 1]]),
+        ("choice", "mse"),
+        ("format", ["drn-calibration/1"]),
+    ],
+    ids=repr,
+)
+def test_damaged_table_is_refused(table: CalibrationTable, tmp_path: Path, change: tuple[object, ...]) -> None:
+    assert_refused(table, tmp_path, *change)
+
+
+def assert_refused(table: CalibrationTable, directory: Path, *change: object) -> None:
+    """Fail unless a table with one change is refused, also where its digest is that of the changed content."""
+    path = directory / "t.json"
+    table.save(path)
+    value = edited(json.loads(path.read_text()), *change)
+    for digest in (value["digest"], digest_of(value)):
+        path.write_text(json.dumps({**value, "digest": digest}))
+        with pytest.raises(CalibrationError):
+            CalibrationTable.load(path)
+
+
+def digest_of(value: dict[str, object]) -> str:
+    content = {name: value[name] for name in ("key", "ranges", "gains")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def test_deep_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"format": "drn-calibration/1", "ranges": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(CalibrationError):
+        CalibrationTable.load(path)
+
+
+def test_damaged_table_ends_the_command_with_2(table: CalibrationTable, onnx_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    table.save(path)
+    path.write_text(json.dumps(edited(json.loads(path.read_text()), "ranges", TENSOR, [-math.inf, math.inf])))
+    words = ["-m", "export.build_engine", "--model", onnx_file, "--precision", "int8", "--target", "onnxruntime"]
+    result = subprocess.run([sys.executable, *words, "--table", path], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()[-1]) < 1000
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1e9), (-1e300, 0.0)])
+def test_range_whose_scale_is_not_finite_is_named(
+    table: CalibrationTable, model: onnx.ModelProto, ends: tuple[float, float]
+) -> None:
+    tensor = observed(model)[0]
+    wide = dataclasses.replace(table, gains={}, ranges={**table.ranges, tensor: Range(*ends)})
+    with pytest.raises(CalibrationError, match=tensor):
+        quantize(model, wide)
+
+
+def test_gains_of_another_number_of_channels_are_refused(table: CalibrationTable, model: onnx.ModelProto) -> None:
+    name, row = next(iter(table.gains.items()))
+    for other in (row[:-1], row[:1], (), (*row, 0)):
+        with pytest.raises(CalibrationError, match=name):
+            quantize(model, dataclasses.replace(table, gains={**table.gains, name: other}))
 
 
 def test_a_missing_table_is_one_sentence(tmp_path: Path) -> None:
