@@ -279,7 +279,9 @@ def _differences(
                 batch.query_tokens, batch.query_length, batch.segment_features[videos], batch.segment_spans[videos]
             )
             with torch.inference_mode():
-                wanted = model(*(torch.from_numpy(getattr(asked, name)) for name in INPUTS))
+                inputs = [torch.from_numpy(getattr(asked, name)) for name in INPUTS]
+                wanted = model(*inputs)
+                _check_finite(model, inputs, wanted)
             try:
                 found = answer(batch, videos)
             # ONNX Runtime's exceptions share no base class below Exception.
@@ -301,6 +303,36 @@ def _differences(
     finally:
         model.train(training)
     return differences
+
+
+def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> None:
+    """Raise PromiseBroken, naming the first module that gives it, if torch computes a number that is not finite."""
+    if all(bool(head.isfinite().all()) for head in heads):
+        return
+    import torch
+
+    culprits: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: Any, given: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(entry, torch.Tensor) and not entry.isfinite().all() for entry in tensors):
+                culprits.append(name)
+
+        return look
+
+    # Modules with modules inside end after these: the first that is heard of is the innermost.
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = f"first in {culprits[0]}" if culprits else "after its last module"
+    raise PromiseBroken(
+        f"The network computes numbers that are not finite in torch, {first}, for made-up queries; nothing was kept. "
+        "Train or convert the checkpoint again.",
+    )
 
 
 def relative_difference(found: np.ndarray, wanted: np.ndarray) -> float:

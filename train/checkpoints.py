@@ -181,6 +181,29 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
     ]
     if problems:
         raise CheckpointError(f"The tensors of {source} are not those of a DRN of its size ({'; '.join(problems)}).")
+    _check_values(weights, source)
+
+
+def _check_values(weights: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError, naming the tensors, if a number is not finite or a variance of a batch norm negative."""
+    problems = []
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            continue
+        bad = ~tensor.isfinite()
+        kind = "not finite"
+        if name.endswith(".running_var"):
+            bad |= tensor < 0
+            kind = "negative or not finite, and are variances of a batch norm"
+        count = int(bad.sum())
+        if count:
+            problems.append(f"{count} of {tensor.numel()} numbers of {name} are {kind}")
+    if problems:
+        more = f"; and {len(problems) - 3} tensors more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{source} holds numbers that no training gives: {'; '.join(problems[:3])}{more}. Train or convert again.",
+            code="impossible_weights",
+        )
 
 
 def source_hash(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,25 @@ def test_missing_extra_and_misshapen_tensors_are_named(saved: Path) -> None:
 def test_weight_that_is_no_tensor_is_refused(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(rewritten(saved, lambda content: content["weights"].update({"prop_fc.bias": 3})))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_impossible_batch_norm_is_named(saved: Path, value: float) -> None:
+    name = next(
+        name for name in torch.load(saved, weights_only=True)["weights"] if name.endswith("running_var")
+    )  # fmt: skip
+    rewritten(saved, lambda content: content["weights"][name].__setitem__(3, value))
+    with pytest.raises(CheckpointError, match=re.escape(name)) as refused:
+        load_checkpoint(saved)
+    assert refused.value.code == "impossible_weights"
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weight_that_is_not_finite_is_named(saved: Path, value: float) -> None:
+    rewritten(saved, lambda content: content["weights"]["prop_fc.weight"].view(-1).__setitem__(0, value))
+    with pytest.raises(CheckpointError, match=r"prop_fc\.weight") as refused:
+        load_checkpoint(saved)
+    assert refused.value.code == "impossible_weights"
 
 
 def test_many_wrong_tensors_are_counted_not_listed(tiny: DRNConfig) -> None:
