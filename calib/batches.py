@@ -94,6 +94,7 @@ def draw(
     seed: int = 0,
     exclude: Collection[str] = (),
     held_out: int = HELD_OUT,
+    at_most: bool = False,
 ) -> CalibrationSet:
     """Draw a calibration set from the training split.
 
@@ -107,6 +108,7 @@ def draw(
         seed: of the videos held out, and of the order among equals.
         exclude: videos to leave alone.
         held_out: most sentences of videos not calibrated on, for choosing between methods.
+        at_most: `samples` is a limit of our own and no wish of the user's, so that fewer need no warning.
 
     Raises:
         CalibrationError: fewer than `LEAST_SAMPLES` were asked for or are there, or training videos are test videos.
@@ -125,7 +127,7 @@ def draw(
         raise CalibrationError(
             _too_few(f"{data_set.annotations_path('train')} has {inside.sum()} sentences to calibrate on")
         )
-    if inside.sum() < samples:
+    if inside.sum() < samples and not at_most:
         log.warning(
             "%d calibration samples were asked for and %d are there besides what is held out; all are used.",
             samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from calib.errors import CalibrationError
 from calib.padding import padding_inside
 from runtime.backends import run_pair
-from runtime.backends.eightbit import for_cpu
+from runtime.backends.eightbit import TYPES, WEIGHT_SIZE, for_cpu, precision_in
 from runtime.errors import DeviceError, ModelFileError
 from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
@@ -75,6 +76,7 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest that travels in a graph; ModelFileError if it has none or is no DRN graph."""
     properties = {entry.key: entry.value for entry in model.metadata_props}
     manifest = Manifest.from_json(properties.get(METADATA_KEY), source)
+    manifest = dataclasses.replace(manifest, precision=precision_in(manifest.precision, _weight_types(model)))
     if manifest.part != "whole":
         raise ModelFileError(
             f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from."
@@ -84,6 +86,16 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     if missing:
         raise ModelFileError(f"{source} lacks {', '.join(sorted(missing))}, so it is no DRN graph; export it again.")
     return manifest
+
+
+def _weight_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return how many numbers of weights a graph has in each type."""
+    counts: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        size = int(np.prod(tensor.dims))
+        if tensor.data_type in TYPES and size >= WEIGHT_SIZE:
+            counts[TYPES[tensor.data_type]] = counts.get(TYPES[tensor.data_type], 0) + size
+    return counts
 
 
 def graph_hash(model: onnx.ModelProto) -> str:

@@ -198,7 +198,10 @@ def quantize(
         if tensor.name in weights:
             site = weights[tensor.name]
             axis = site.axis if policy.per_channel else None
-            numbers, scale = narrow(numpy_helper.to_array(tensor), kind, axis)
+            values = numpy_helper.to_array(tensor)
+            _check_finite(values, f"The weight {tensor.name}")
+            numbers, scale = narrow(values, kind, axis)
+            _check_finite(scale, f"The scale of {tensor.name}")
             writer.constant(tensor.name, numbers)
             writer.constant(f"{tensor.name}_scale", scale)
             writer.constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, numbers.dtype))
@@ -215,6 +218,7 @@ def quantize(
             scale = half_precision_scale(
                 np.maximum(ranges[site.tensor].magnitude, LARGEST[kind] * 2**-24) / LARGEST[kind]
             )
+            _check_finite(scale, f"The scale for the range of {site.tensor}")
             name = f"{site.module}.input"
             writer.constant(f"{name}_scale", np.array(scale, np.float32))
             writer.constant(f"{name}_zero_point", np.zeros((), writer.dtype))
@@ -261,7 +265,14 @@ def balanced(
     strange = sorted(set(gains) - set(where))
     if strange:
         raise CalibrationError(f"The table balances {', '.join(strange)}, which this graph cannot; calibrate again.")
-    for name in gains:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    for name, row in gains.items():
+        channels = constants[weights[where[name][0]]].dims[1]
+        if len(row) != channels:
+            raise CalibrationError(
+                f"The table has {len(row)} gains for {name}, which has {channels} channels; calibrate again."
+            )
         if name in ranges:
             ranges[balanced_name(model, name)] = ranges[name]
     result = onnx.ModelProto()
@@ -290,13 +301,21 @@ def narrow(weight: np.ndarray, kind: Kind, axis: int | None) -> tuple[np.ndarray
     return numbers, scale.reshape(()) if axis is None else scale.reshape(-1)
 
 
+def _check_finite(values: np.ndarray, what: str) -> None:
+    if not np.isfinite(values).all():
+        raise CalibrationError(
+            f"{what} is not finite, or too large for FP16; train the network again, or calibrate again."
+        )
+
+
 def half_precision_scale(scale: np.ndarray) -> np.ndarray:
     """Return float32 scales that FP16 holds exactly, none below what is asked for and none 0.
 
     Around Q/DQ in FP16 the scales are FP16 too: one rounded down to 0 is refused by TensorRT, and one rounded after the
     numbers were made would multiply them by another factor than they were divided by.
     """
-    rounded = np.asarray(scale, np.float64).astype(np.float16)
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(scale, np.float64).astype(np.float16)
     up = np.nextafter(rounded, np.float16(np.inf))
     return np.where(rounded.astype(np.float64) < scale, up, rounded).astype(np.float32)
 
@@ -362,6 +381,13 @@ def narrow_share(model: onnx.ModelProto) -> float:
     """Return the share of the multiply-adds whose factors are both 8-bit."""
     counts = multiply_adds(model).values()
     return sum(macs for macs, is_narrow in counts if is_narrow) / sum(macs for macs, _ in counts)
+
+
+def attainable_share(model: onnx.ModelProto, kind: Kind = "int8") -> float:
+    """Return the share of the multiply-adds of an FP32 graph that becomes 8-bit when no module is kept out, 0 to 1."""
+    computed = {site.node for site in sites(model, Policy(), kind) if site.tensor is not None}
+    counts = multiply_adds(model)
+    return sum(counts[name][0] for name in computed) / sum(macs for macs, _ in counts.values())
 
 
 def _sites(model: onnx.ModelProto, policy: Policy, kind: Kind) -> Iterator[Site]:

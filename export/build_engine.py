@@ -25,6 +25,7 @@ from runtime.command import command, next_command
 from runtime.errors import DeviceError, GroundingError, PromiseBroken
 from runtime.evaluation import askable_rows
 from runtime.files import Staging, locked
+from runtime.repeats import said_once
 
 if TYPE_CHECKING:
     from export.verify import Proof
@@ -165,7 +166,7 @@ def build_engine(
     if unroll:
         lstm_layers(graph)
     again = _again({**given, "target": chosen, "output": job.output})
-    with locked(job.output.parent, job.output.name), Staging() as staging:
+    with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
         court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
@@ -221,20 +222,31 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
     Raises:
         PromiseBroken: it does not; it is then kept as rejected.
     """
-    from export.census import check
+    from export.census import LEAST_SHARE, check
 
     rejected = job.rejected("onnx")
+    attainable = 1.0
+    if job.precision in ("int8", "fp8"):
+        from calib.qdq import attainable_share
+
+        attainable = attainable_share(court.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
-        check(made.census, job.precision)
+        name = check(made.census, job.precision, attainable)
     except PromiseBroken as error:
         made.save(rejected)
         raise PromiseBroken(
             f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
             f"{job.precision}, build fp16."
         ) from error
+    if made.census.share(job.precision) < LEAST_SHARE[job.precision]:
+        log.warning(
+            "%s: the network is so narrow that at most %.1f %% can be; FP16 or FP32 may be as fast, so measure them.",
+            name,
+            100 * attainable,
+        )
     if not court.data_set:
         return None
-    proof = court.judge_twin(made)
+    proof = dataclasses.replace(court.judge_twin(made), precision=name)
     print(proof.text())
     if proof.broken:
         made.save(rejected)

@@ -16,6 +16,7 @@ import numpy as np
 
 from calib.balance import LARGEST_EXPONENT
 from export.to_onnx import drn_modules
+from runtime.backends.eightbit import precision_of_file
 from runtime.errors import DeviceError, ModelFileError
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import check
@@ -196,9 +197,9 @@ def load_graph(path: Path) -> Any:
 
 
 def precision_of(model: Any, path: Path) -> str:
-    """Return the precision that a graph says it has; ModelFileError where it carries no manifest."""
+    """Return the precision of a graph in a file; ModelFileError where it carries no manifest."""
     about = {entry.key: entry.value for entry in model.metadata_props}
-    return Manifest.from_json(about.get(METADATA_KEY), source=str(path)).precision
+    return precision_of_file(path, Manifest.from_json(about.get(METADATA_KEY), source=str(path)).precision)
 
 
 def _tensor_errors(

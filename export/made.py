@@ -18,6 +18,7 @@ from runtime.errors import ModelFileError
 from runtime.extractors import METADATA_KEY as EXTRACTOR_KEY
 from runtime.extractors import ExtractorManifest
 from runtime.files import replace_when_whole, sha256
+from runtime.machine import cpu
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import check, read_metadata, sealed
 
@@ -101,7 +102,7 @@ class Made:
             manifest,
             precision=job.precision,
             sources={**manifest.sources, source.name: sha256(source)},
-            training={**manifest.training, "precision": {**twin.facts, "multiply-adds": shares}},
+            training={**manifest.training, "precision": {**twin.facts, "multiply-adds": shares, "cpu": cpu()}},
         )
         del twin.graph.metadata_props[:]
         set_model_props(twin.graph, {METADATA_KEY: about.to_json()})

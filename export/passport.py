@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ def passport(
     latency: Table | None = None,
     engine: ModelFile | None = None,
     commands: Sequence[str] = (),
+    cpu: Mapping[str, Any] | None = None,
+    precision: str = "",
 ) -> str:
     """Return the page.
 
@@ -92,6 +94,8 @@ def passport(
         latency: what was measured, with its conditions.
         engine: built of the second file, which is its twin; the passport is then the engine's.
         commands: what to type to see the same again.
+        cpu: the CPU that judged, of `runtime.machine.cpu`.
+        precision: name of the check of the model's precision, with the real share.
     """
     title = f"Passport of {(engine or other).path.name}"
     names = (reference.path.name, other.path.name)
@@ -122,14 +126,21 @@ def passport(
                 (f"Its twin {other.path.name} was held" if engine else "Held")
                 + f" against {names[0]} on {parity.queries} queries of {split}, protocol {parity.protocol}."
             ),
+            _paragraph(_cpu(cpu)) if cpu else "",
             simulated if parity.simulated else "",
             f'<div class="verdict {kept}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
-            _list(broken) if broken else _list(_kept(parity, budget)),
+            _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_kept(parity, budget)]),
             "</div>",
             *sections,
             "</main>\n</body>\n</html>\n",
         ]
     )
+
+
+def _cpu(cpu: Mapping[str, Any]) -> str:
+    features = cpu["features"]
+    listed = "features unknown" if features is None else ", ".join(features)
+    return f"Judged on {cpu['name']} ({cpu['architecture']}; {listed})."
 
 
 def _kept(parity: Parity, budget: Budget) -> list[str]:

@@ -110,7 +110,8 @@ def make_twin(
     if data_set and precision in ("fp16", "bf16") and not data_set.annotations_path("train").is_file():
         log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
         data_set = None
-    if data_set:
+    # Around INT8 for a CPU there is FP32.
+    if data_set and not (precision == "int8" and wishes.for_cpu):
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision in ("fp16", "bf16"):
         kept = (*wishes.keep, *held)
@@ -127,9 +128,10 @@ def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple
     """Return the modules that come too near the largest FP16 number on training queries, and say so."""
     if kind == "bf16":
         return ()
-    log.info("Scanning ranges on %d training queries ...", SCAN_QUERIES)
     manifest = manifest_of(graph)
-    scanned = scan(graph, draw(data_set, manifest, SCAN_QUERIES).batches(manifest))
+    drawn = draw(data_set, manifest, SCAN_QUERIES, at_most=True)
+    log.info("Scanning ranges on %d training queries ...", len(drawn.annotations))
+    scanned = scan(graph, drawn.batches(manifest))
     held = overflowing(scanned, kind)
     for module in held:
         log.warning(
@@ -149,8 +151,9 @@ def _accurate(
     wishes: Wishes,
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Return a half-precision graph that answers held-out training queries within the budget, and what it restored."""
-    log.info("Asking %d held-out training queries in %s ...", SCAN_QUERIES, kind)
-    judge = Judge(graph, data_set, hold_out(data_set, manifest_of(graph), SCAN_QUERIES), wishes.threads)
+    queries = hold_out(data_set, manifest_of(graph), SCAN_QUERIES)
+    log.info("Asking %d held-out training queries in %s ...", len(queries), kind)
+    judge = Judge(graph, data_set, queries, wishes.threads)
 
     def cost_of(kept: Sequence[str], label: str) -> Cost:
         asked = to_half(graph, kind, (*keep, *kept)) if kept else half

@@ -25,6 +25,7 @@ from runtime.evaluation import askable_rows, batches_of
 from runtime.files import check_file, sha256, write_json, write_text
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.machine import cpu
 from runtime.metrics import table as recall_table
 from runtime.sidecar import read_sidecar
 from runtime.speed import latency_table, read_report
@@ -135,6 +136,8 @@ class Proof:
         again: the command that finds the same again.
         layers: where the two part, if that was looked at.
         engine_precision: of an engine: `verdict` over its precision, and `reason`.
+        precision: name of the check of the model's precision, with the real share, where one was made.
+        cpu: the CPU of the machine that judged, of `runtime.machine.cpu`.
     """
 
     parity: Parity
@@ -146,6 +149,8 @@ class Proof:
     again: str
     layers: Layers | None = None
     engine_precision: Mapping[str, str] | None = None
+    precision: str = ""
+    cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
 
     def sentence(self) -> str:
         """Return the verdict."""
@@ -177,6 +182,8 @@ class Proof:
             "broken": list(self.broken),
             "layers": self.layers.to_dict() if self.layers else None,
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
+            "precision": self.precision,
+            "cpu": dict(self.cpu),
             "command": self.again,
         }
 
@@ -213,6 +220,8 @@ class Proof:
                 latency=latency,
                 engine=engine,
                 commands=commands,
+                cpu=self.cpu,
+                precision=self.precision,
             )
             write_text(html, page)
 

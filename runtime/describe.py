@@ -12,6 +12,7 @@ import tyro
 
 from runtime import extractors
 from runtime.backends import open_backend, plans
+from runtime.backends.eightbit import weights_in_file, weights_text
 from runtime.command import command, next_command
 from runtime.doctor import gpus
 from runtime.errors import ModelFileError
@@ -76,6 +77,9 @@ def describe(
         rows.append(
             ("validation", scores + (" (simulated features)" if manifest.training.get("simulated_features") else ""))
         )
+    weights = weights_in_file(model) if model.suffix == ".onnx" else {}
+    if weights:
+        rows.append(("weights", weights_text(weights)))
     if sidecar:
         rows += _engine_rows(model, sidecar.content)
     elif model.suffix == ".onnx":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
 import sys
 
+from runtime import machine
+from runtime.backends.eightbit import saturates
 from runtime.backends.ort import library
 from runtime.command import command, next_command
 from runtime.errors import DeviceError
@@ -29,6 +30,7 @@ def doctor() -> list[Finding]:
     """Look at this machine and say what of the toolkit runs on it, and what to type where something does not."""
     findings = [
         _python(),
+        _cpu(),
         *gpus(),
         _onnxruntime(),
         _torch(),
@@ -49,8 +51,15 @@ def doctor() -> list[Finding]:
 
 
 def _python() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = machine.cores()
     return Finding("this machine", True, f"Python {platform.python_version()}, {platform.machine()}, {cores} CPU cores")
+
+
+def _cpu() -> Finding:
+    features = machine.cpu_features()
+    listed = "features unknown" if features is None else ", ".join(features) or "none of the features that matter"
+    kernels = "uint8 weights: no VNNI, so sums of int8 weights would saturate" if saturates() else "int8 weights"
+    return Finding("CPU", True, f"{machine.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
 
 
 def gpus() -> list[Finding]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Libraries that a backend brings in: told of where they are in use.
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
@@ -97,6 +98,16 @@ def cpu_features() -> tuple[str, ...] | None:
             listed = set(line.partition(":")[2].split())
             return tuple(name for name in CPU_FEATURES if name in listed)
     return None
+
+
+def cpu() -> dict[str, Any]:
+    """Return name, architecture and features of this CPU, for reports; features are None where they are not known."""
+    features = cpu_features()
+    return {
+        "name": cpu_name(),
+        "architecture": platform.machine(),
+        "features": None if features is None else list(features),
+    }
 
 
 def cores() -> int:

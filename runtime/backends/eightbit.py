@@ -41,7 +41,7 @@ _ZERO_POINT_INPUTS = {"QuantizeLinear": (2,), "DequantizeLinear": (2,), "MatMulI
 # Operators that move numbers without reading them.
 _MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # A weight has at least this many numbers; biases, scales and constants of shapes may have any type.
-_WEIGHT_SIZE = 64
+WEIGHT_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Contents:
         """Return how many numbers the weights have in each type, most first."""
         counts: dict[str, int] = {}
         for tensor in self.tensors.values():
-            if tensor.data_type in TYPES and tensor.size >= _WEIGHT_SIZE:
+            if tensor.data_type in TYPES and tensor.size >= WEIGHT_SIZE:
                 name = TYPES[tensor.data_type]
                 counts[name] = counts.get(name, 0) + tensor.size
         return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
@@ -171,6 +171,51 @@ def read_contents(content: Buffer) -> Contents:
         elif number == _VALUE_INFO:
             values.append((*_value(content, first, last), tag, last))
     return Contents((graph_start, end, start), nodes, tensors, values, ends)
+
+
+def precision_in(recorded: str, weights: Mapping[str, int]) -> str:
+    """Return the precision of a graph: what its manifest records, unless that is fp32 and its weights are not.
+
+    Tools that quantize or convert a graph keep the manifest as it was.
+
+    Args:
+        recorded: in the manifest.
+        weights: how many numbers of weights there are in each type, as of `Contents.weight_types`.
+    """
+    others = {name: count for name, count in weights.items() if name != "fp32"}
+    if recorded != "fp32" or not others:
+        return recorded
+    most = max(others, key=lambda name: others[name])
+    return "int8" if most == "uint8" else most
+
+
+def precision_of_file(path: Path, recorded: str) -> str:
+    """Return the precision of the graph in a file, whose manifest records one; see `precision_in`."""
+    weights = weights_in_file(path)
+    found = precision_in(recorded, weights)
+    if found != recorded:
+        log.warning(
+            "%s records the precision %s, and its weights are %s: another tool changed it after the export.",
+            path,
+            recorded,
+            weights_text(weights),
+        )
+    return found
+
+
+def weights_in_file(path: Path) -> dict[str, int]:
+    """Return how many numbers of weights a file has in each type; empty where it cannot be read."""
+    try:
+        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return read_contents(content).weight_types()
+    except (OSError, ValueError):
+        return {}
+
+
+def weights_text(weights: Mapping[str, int]) -> str:
+    """Return shares of weights by type, for people."""
+    total = sum(weights.values())
+    return ", ".join(f"{100 * count / total:.1f} % {name}" for name, count in weights.items())
 
 
 def _signed(contents: Contents) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -17,7 +18,7 @@ import numpy as np
 
 from runtime import extractors
 from runtime.backends.cuda import keep_from_children
-from runtime.backends.eightbit import source_for_cpu
+from runtime.backends.eightbit import precision_of_file, source_for_cpu
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, one_line
 from runtime.files import sha256
@@ -154,7 +155,15 @@ class Session:
         metadata = session.get_modelmeta().custom_metadata_map
         if extractors.METADATA_KEY in metadata:
             raise extractors.no_model(path)
-        self.manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
+        manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
+        self.manifest = dataclasses.replace(manifest, precision=precision_of_file(path, manifest.precision))
+        about = manifest.training.get("precision")
+        if manifest.precision == "int8" and not (isinstance(about, Mapping) and "cpu" in about):
+            log.warning(
+                "%s does not record on which CPU it was checked against FP32. If that was one without VNNI, its "
+                "answers are more accurate than its report says. Judge it again with `python -m export.verify`.",
+                path,
+            )
         self._session = session
         self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
         if self.binds:

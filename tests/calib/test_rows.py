@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -10,16 +12,19 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from calib.graphs import GraphBackend, open_session
-from calib.qdq import Policy, narrow_share, quantize
+from calib.graphs import GraphBackend, manifest_of, open_session, read_graph
+from calib.qdq import Policy, attainable_share, narrow_share, quantize
 from calib.rows import in_rows
 from calib.table import CalibrationTable
 from export.census import census
 from export.split import split_graph
 from runtime.backends.eightbit import unsigned
 from runtime.backends.ort import open_graph
+from runtime.describe import describe
 from runtime.errors import ModelFileError
+from runtime.manifest import METADATA_KEY
 from runtime.tensors import Batch, Heads
 from tests import tolerances
 
@@ -108,6 +113,46 @@ def test_heads_are_those_of_the_convolutions(
         # Sums in another order may round a number to the other of two neighbours of eight bits, and some do.
         assert np.quantile(errors, 0.95) <= tolerances.HEADS, name
         assert errors.max() <= tolerances.INT8, name
+
+
+def test_attainable_share_is_that_of_the_whole_policy(model: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
+    assert attainable_share(model) == pytest.approx(narrow_share(narrowed), abs=1e-9)
+    assert 0 < attainable_share(model) < 1
+
+
+def test_graph_that_another_tool_quantized_is_int8(
+    onnx_file: Path, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "drn.onnx"
+    quantize_dynamic(onnx_file, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    assert manifest_of(onnx.load(path)).precision == "int8"
+    with caplog.at_level(logging.WARNING, "drn"):
+        backend = open_graph(path, "cpu", 1)
+    assert backend.manifest.precision == "int8"
+    assert path.name in caplog.text
+    backend.run(batch)
+    assert describe(path)["precision"] == "int8"
+    assert "int8" in capsys.readouterr().out
+    with pytest.raises(ModelFileError):
+        read_graph(path)
+    assert open_graph(onnx_file, "cpu", 1).manifest.precision == "fp32"
+
+
+def test_int8_file_without_a_recorded_cpu_is_reported(
+    rows: onnx.ModelProto, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "drn.int8.onnx"
+    onnx.save(rows, path)
+    open_graph(path, "cpu", 1)
+    assert "export.verify" in caplog.text
+    caplog.clear()
+    recorded = onnx.load(path)
+    about = manifest_of(recorded)
+    about = dataclasses.replace(about, training={**about.training, "precision": {"cpu": {}}})
+    helper.set_model_props(recorded, {METADATA_KEY: about.to_json()})
+    onnx.save(recorded, path)
+    open_graph(path, "cpu", 1)
+    assert not caplog.text
 
 
 def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> None:

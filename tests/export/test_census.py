@@ -45,6 +45,18 @@ def test_a_graph_is_held_to_its_name(exported: dict[str, onnx.ModelProto]) -> No
         check(half, "int8")
 
 
+def test_narrow_network_is_held_to_what_it_can_reach() -> None:
+    counted = Census({"a": {"int8": 51}, "b": {"fp32": 49}}, {})
+    with pytest.raises(PromiseBroken):
+        check(counted, "int8")
+    assert check(counted, "int8", attainable=0.512) == "int8 in 51.0 % of the multiply-adds"
+    with pytest.raises(PromiseBroken, match=r"at least 60 %"):
+        check(counted, "int8", attainable=0.71)
+    # A network in which enough can be 8-bit is held to the usual share.
+    with pytest.raises(PromiseBroken, match=r"at least 85 %"):
+        check(Census({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)
+
+
 def test_shares_add_up() -> None:
     counted = Census({"a": {"fp16": 3, "int8": 5}, "b": {"int8": 2}}, {})
     assert counted.total() == {"fp16": 3, "int8": 7}

@@ -32,6 +32,7 @@ from runtime.annotations import DataSet
 from runtime.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.evaluation import batches_of
 from runtime.files import sha256, write_json
+from runtime.machine import cpu
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.moments import Moment
 from runtime.speed import ONE_QUERY, Case, Memory, Report, Subject, Timing
@@ -99,8 +100,11 @@ def test_a_model_that_answers_alike_passes_and_is_documented(
     assert written["recall"]["other"]["mIoU"] == found.other.values["mIoU"]
     assert written["recall"]["prior"]["mIoU"] == found.prior.values["mIoU"]
     assert set(written["flips"]) == {"R@1 IoU=0.5", "R@1 IoU=0.7"}
+    assert written["cpu"] == cpu()
     assert set(written["heads"]) == {"matching_logits", "boundary_distances", "iou_logits"}
     text = page.read_text()
+    assert cpu()["name"] in text
+    assert ", ".join(cpu()["features"] or ["features unknown"]) in text
     assert sha256(reference) in text
     assert sha256(model) in text
     assert "Promises kept" in text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from runtime import doctor as module
+from runtime.backends import eightbit
 from runtime.doctor import doctor
 from runtime.errors import DeviceError
 
@@ -82,6 +83,21 @@ def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pyte
     assert finding.seen.startswith("tensorrt 11.4")
     assert ("NVIDIA H100 (9.0), CUDA 13.0" in finding.seen) is gpu
     assert ("no CUDA driver" in finding.remedy) is not gpu
+
+
+@pytest.mark.parametrize(
+    ("features", "shown"),
+    [(("avx2",), "uint8 weights"), (("avx2", "avx512_vnni"), "int8 weights"), (None, "features unknown")],
+)
+def test_cpu_is_shown_with_what_decides_on_int8(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, shown: str
+) -> None:
+    monkeypatch.setattr(module.machine, "cpu_features", lambda: features)
+    monkeypatch.setattr(eightbit, "cpu_features", lambda: features)
+    monkeypatch.setattr(eightbit.platform, "machine", lambda: "x86_64")
+    finding = findings()["CPU"]
+    assert finding.works
+    assert shown in finding.seen
 
 
 def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) -> None:
