@@ -130,7 +130,7 @@ def test_what_this_machine_opens_is_exact(rows: int, tmp_path: Path) -> None:
     data, weights = numbers(rows)
     path = tmp_path / "m.onnx"
     onnx.save(product(weights), path)
-    session, _ = start(path, "cpu", 1)
+    session, *_ = start(path, "cpu", 1)
     assert (session.run(["y"], {"x": data.astype(np.float32)})[0] == exact(data, weights)).all()
     assert (computed(for_cpu(path.read_bytes()), data) == exact(data, weights)).all()
 
