@@ -152,7 +152,7 @@ def test_int8_file_without_a_recorded_cpu_is_reported(
     helper.set_model_props(recorded, {METADATA_KEY: about.to_json()})
     onnx.save(recorded, path)
     open_graph(path, "cpu", 1)
-    assert not caplog.text
+    assert "export.verify" not in caplog.text
 
 
 def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> None:
