@@ -34,6 +34,8 @@ FEW_NUMBERS = 4096
 # Queries decoded at a time: more would leave the cache.
 BLOCK = 256
 MOST_SEGMENTS = 1 << 20
+# Code of the error about heads that hold NaN or infinities.
+NON_FINITE = "non_finite_output"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +143,9 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
         if not _is_finite(values):
             queries = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
             raise ModelFileError(
-                f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries: its "
-                "weights are damaged, or a module overflows in FP16 or INT8; verify it against the file it was made of."
+                f"The model gave {name} that are not finite for {len(queries)} of {len(values)} queries: its weights "
+                "are damaged, or a module overflows in FP16 or INT8; verify it against the file it was made of.",
+                code=NON_FINITE,
             )
     # Of one query every call costs more than its numbers, so both heads go through them together.
     probabilities = sigmoid(np.concatenate((heads.matching_logits, heads.iou_logits), dtype=np.float32))

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, propose, suppress
 from runtime.encodings import EncodedVideo
-from runtime.errors import QueryError, excerpt
+from runtime.errors import GroundingError, ModelFileError, QueryError, excerpt
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.metrics import Report, report
 from runtime.tensors import Batch, Heads, batches
@@ -74,12 +74,29 @@ def evaluate(
     askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
     asked = [annotations[row] for row in askable]
     for rows, heads in heads_of(grounder, data_set, asked, batch_size, segments_of):
-        proposals = propose(heads, decoding)
+        try:
+            proposals = propose(heads, decoding)
+        except ModelFileError as error:
+            raise _cause(error, grounder, data_set, [asked[row] for row in rows], segments_of) from error
         for threshold, found in suppressed(proposals, decoding, thresholds):
             picks[threshold][askable[rows]] = found
         on_progress(len(rows))
     truth = data_set.truths(annotations)
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
+
+
+def _cause(
+    error: ModelFileError,
+    grounder: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    segments_of: Callable[[str], Segments] | None,
+) -> GroundingError:
+    """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
+    read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
+    segments = {name: read(name) for name in {entry.video for entry in annotations}}
+    queries = encoded(grounder, annotations)
+    return grounder.cause_of(error, [(segments[entry.video], query) for entry, query in zip(annotations, queries)])
 
 
 def answered_whole(picks: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ class FeatureFiles:
                 path = self.place / f"{name}{suffix}"
                 if path.is_file():
                     return path
-        check_directory(self.place, "The directory of features", MissingFeatures)
+        check_directory(self.place, f"There are no features of {video!r}: the directory", MissingFeatures)
         for name in _spellings(video):
             for suffix in SUFFIXES:
                 path = self.place / f"{name}{suffix}"

@@ -17,12 +17,12 @@ from typing import Union, cast
 import numpy as np
 
 from runtime.backends import Backend, Device, PairBackend, is_address, open_backend
-from runtime.decoding import decode, likely
+from runtime.decoding import NON_FINITE, decode, likely
 from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
+from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
 from runtime.moments import Moment
 from runtime.tensors import Batch, Heads, batches, collate, of_like_length, padded
-from runtime.videos import Segments, Video, pooled
+from runtime.videos import LARGE_FEATURE, Segments, Video, pooled
 from runtime.windows import Candidates, Window, cut
 
 log = logging.getLogger("drn")
@@ -104,7 +104,11 @@ class Grounder:
         whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
         asked = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
         for indices, heads in self.run(*asked, batch_size):
-            for index, rows in zip(indices, self._picks(heads, top_k, threshold)):
+            try:
+                picks = self._picks(heads, top_k, threshold)
+            except ModelFileError as error:
+                raise self.cause_of(error, [(pairs[whole[i]][0], asked[0][i]) for i in indices]) from error
+            for index, rows in zip(indices, picks):
                 answers[whole[index]] = in_seconds(rows, pairs[whole[index]][0].duration)
         for key in videos.keys() - seen.keys():
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
@@ -125,7 +129,11 @@ class Grounder:
             heads = self._pair.ask(tokens[None], length, [cast(EncodedVideo, seen)], np.zeros(1, np.int32))
         else:
             heads = self.backend.run(collate([tokens], [cast(Segments, seen)]))
-        return in_seconds(self._picks(heads, top_k, self._threshold(presence))[0], video.duration)
+        try:
+            picks = self._picks(heads, top_k, self._threshold(presence))
+        except ModelFileError as error:
+            raise self.cause_of(error, [(video, tokens)]) from error
+        return in_seconds(picks[0], video.duration)
 
     def _threshold(self, presence: bool) -> float | None:
         """Return the score below which a video has no moment; None if it is answered always."""
@@ -161,7 +169,10 @@ class Grounder:
             asked = [(query, window) for window in range(len(part)) for query in range(len(queries))]
             subjects = [part[window] for _, window in asked]
             for rows, heads in self.run([queries[query] for query, _ in asked], subjects, batch_size):
-                proposals = likely(heads, self.manifest.decoding)
+                try:
+                    proposals = likely(heads, self.manifest.decoding)
+                except ModelFileError as error:
+                    raise self.cause_of(error, [(video, queries[0])]) from error
                 for row, spans, scores in zip(rows, proposals.spans, proposals.scores):
                     query, window = asked[row]
                     found.add(query, start + window, spans, scores)
@@ -308,6 +319,38 @@ class Grounder:
         if not self.is_pair:
             return self.segments(video)
         return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
+
+    def cause_of(self, error: ModelFileError, pairs: Sequence[tuple[Subject | Segments, np.ndarray]]) -> GroundingError:
+        """Return the error to raise where heads are not finite: features of another scale, if zeros give finite heads.
+
+        Args:
+            error: of decoding; others are returned as they are.
+            pairs: what was asked: videos, and (L,) word ids.
+        """
+        if error.code != NON_FINITE:
+            return error
+        found = {
+            id(subject): self.segments(subject) if isinstance(subject, Video) else subject
+            for subject, _ in pairs
+            if isinstance(subject, (Video, Segments))
+        }
+        if not found:
+            return error
+        largest = max(float(np.abs(segments.features).max()) for segments in found.values())
+        if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
+            return error
+        zeros = [Segments(np.zeros_like(part.features), part.spans) for part in found.values()][:1]
+        seen = [self.encode_segments(part, 1.0, "zeros") if self.is_pair else part for part in zeros]
+        for _, query in pairs:
+            for _, heads in self.run([query], seen):
+                if not all(np.isfinite(values).all() for values in vars(heads).values()):
+                    return error
+        return FeatureError(
+            f"The model's output is not finite for features as large as {largest:.3g}, but it is for zeros. So the "
+            "model is not damaged, but the features have another scale than those that it was trained on "
+            f"({self.manifest.features.kind}); extract them again as for training.",
+            code="features_out_of_scale",
+        )
 
     def check_fits(self, video: Video) -> None:
         """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""

@@ -32,6 +32,8 @@ LONGEST_SECONDS = 1e8
 MOST_FRAMES = 2**31 - 1
 # Clip features are of order 1 to 100. Far beyond, float32 sums over a layer are no numbers any more.
 LARGEST_FEATURE = 1e15
+# Features of C3D, I3D, VGG and CLIP stay far below this, so larger ones may be why an output is not finite.
+LARGE_FEATURE = 1000.0
 # A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
 MAPPED_BYTES = 1 << 26
 

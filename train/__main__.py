@@ -78,7 +78,8 @@ def train(
         seed: of initial weights, order and held-out videos.
         device: auto, cpu or cuda.
         precision: fp32, or automatic mixed precision.
-        resume: go on with an interrupted run; the weights are those of an uninterrupted one.
+        resume: continue a run that was interrupted, or that gets more --epochs; the weights are those of a run that
+            was started with the same arguments.
         validate_on: held-out training videos, the val or test split (published runs choose on test), or none (the last
             epoch is kept). The val split when not given, and held-out videos where there is none.
         held_out: fraction of the training videos to validate on.

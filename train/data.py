@@ -76,15 +76,13 @@ def pool(
         "files": stamps,
         "num_frames": num_frames,
         "num_segments": num_segments,
-        # Files that were written before these were compared are not used.
-        "checked": "clips against frames",
         "features": dataclasses.asdict(features),
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
     places = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
     if _is_whole(path, (len(videos), num_segments, features.dim)):
-        # For the warning, which would else be given by the first run only.
+        # The file may have been written by another run, which gave the warning, or by a version that did not check.
         data_set.check_clips(videos, features.clock)
     else:
         try:

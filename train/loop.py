@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError, OutputError, reading
+from runtime.decoding import NON_FINITE, Decoding
+from runtime.errors import CheckpointError, GroundingError, ModelFileError, OutputError, reading
 from runtime.evaluation import evaluate
 from runtime.files import read_json, replace_when_whole, write_json, write_text
 from runtime.grounder import Grounder
@@ -206,11 +206,19 @@ class Run:
                 )
             found = read_json(path, "settings of a run", OutputError)
             if found != description:
-                raise OutputError(
-                    f"{self.output} was trained with other settings ({_difference(found, description)}); "
-                    "give the same ones to resume."
-                )
-            self._check_whole()
+                extended = _extended_stage(found, description)
+                if extended is None:
+                    raise OutputError(
+                        f"{self.output} was trained with other settings ({_difference(found, description)}); "
+                        "give the same ones to resume, or more --epochs."
+                    )
+                self._check_whole()
+                self.processes.wait()
+                if self.processes.leads:
+                    self._extend(extended)
+                    write_json(path, description)
+            else:
+                self._check_whole()
         elif self.processes.leads:
             if resume:
                 log.warning("%s holds no run yet; starting one.", self.output)
@@ -230,6 +238,25 @@ class Run:
     def _history(self) -> list[dict[str, Any]]:
         path = self.output / "history.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def _extend(self, number: int) -> None:
+        """Prepare for more epochs of a stage: later stages, which start from its best checkpoint, start again.
+
+        No learning rate depends on the number of epochs, so the run ends as if it had been started with this one.
+        """
+        later = [stage for stage in self.settings.stages if stage.number > number]
+        begun = [stage for stage in later if (self._directory(stage) / "last.pt").is_file()]
+        if begun:
+            log.warning(
+                "Stage %d gets more epochs, so what was trained of stage %s is repeated from its best checkpoint.",
+                number, " and ".join(str(stage.number) for stage in begun),
+            )  # fmt: skip
+        for stage in later:
+            for name in ("last.pt", "best.pt"):
+                (self._directory(stage) / name).unlink(missing_ok=True)
+        if history := self._history():
+            lines = [json.dumps(record) for record in history if record["stage"] <= number]
+            write_text(self.output / "history.jsonl", "".join(f"{line}\n" for line in lines))
 
     def train(self, model: DRN) -> Path:
         """Train every stage and return the path of `drn.pt`, the best of the last one.
@@ -262,7 +289,10 @@ class Run:
                 group["lr"] = rate
             record = {"stage": stage.number, "epoch": epoch + 1, "learning_rate": rate}
             record |= self._train_epoch(stage, epoch, source, learner)
-            record |= self._validate(stage, model)
+            # Without validation, the last step of an epoch may go unnoticed.
+            if not torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all():
+                raise self._diverged("The weights are not finite", stage, epoch)
+            record |= self._validate(stage, epoch, model)
             # Every process sees the leader's figure, so that all agree on the best.
             score = record.get(SELECTION, float(epoch))
             improved = best is None or score > best
@@ -325,16 +355,13 @@ class Run:
         *sums, norms, steps = processes.sum(seen).tolist()
         means = [*(loss / len(order) for loss in sums), norms / steps if steps else math.nan]
         if not all(map(math.isfinite, means)):
-            raise GroundingError(
-                f"The loss is not a number in stage {stage.number}, epoch {epoch + 1}: the training has diverged. "
-                f"Start again with a lower --lr than {stage.learning_rate:g}, or with --precision fp32."
-            )
+            raise self._diverged("The loss is not a number", stage, epoch)
         names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
         seconds = time.perf_counter() - started
         record = {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
         return record | ({"steps_left_out": len(order) - round(steps)} if learner.scaler.is_enabled() else {})
 
-    def _validate(self, stage: Stage, model: DRN) -> dict[str, float]:
+    def _validate(self, stage: Stage, epoch: int, model: DRN) -> dict[str, float]:
         annotations = self.materials.validation
         if not annotations:
             return {}
@@ -343,16 +370,31 @@ class Run:
         grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
         quiet = None if self.processes.leads else True
         with tqdm(total=len(annotations), desc="validating", unit="query", leave=False, disable=quiet) as bar:
-            evaluation = evaluate(
-                grounder,
-                self.materials.data_set,
-                annotations,
-                segments_of=self.materials.training.segments,
-                on_progress=bar.update,
-                # Said once, before the first epoch.
-                warn=False,
-            )
+            try:
+                evaluation = evaluate(
+                    grounder,
+                    self.materials.data_set,
+                    annotations,
+                    segments_of=self.materials.training.segments,
+                    on_progress=bar.update,
+                    # Said once, before the first epoch.
+                    warn=False,
+                )
+            except ModelFileError as error:
+                if error.code != NON_FINITE:
+                    raise
+                # The weights are in memory, so no file is damaged.
+                raise self._diverged("The network's output is not finite", stage, epoch) from error
         return dict(evaluation.report.values)
+
+    def _diverged(self, what: str, stage: Stage, epoch: int) -> GroundingError:
+        """Return the error of a training whose numbers are not finite."""
+        advice = "" if self.settings.precision == "fp32" else ", or with --precision fp32"
+        return GroundingError(
+            f"{what} in stage {stage.number}, epoch {epoch + 1}, with --lr {stage.learning_rate:g}: the training has "
+            f"diverged. Start again with a lower --lr{advice}.",
+            code="training_diverged",
+        )
 
     def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
         """Return the network with all that it needs, and how it came to be."""
@@ -430,6 +472,19 @@ def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] =
         model = DRN(config)
         initialise(model)
     return model
+
+
+def _extended_stage(found: Any, asked: Mapping[str, Any]) -> int | None:
+    """Return the first stage that gets more epochs, if two runs differ in nothing else; None if they do."""
+    try:
+        before = json.loads(json.dumps(found))
+        pairs = list(zip(before["settings"]["stages"], asked["settings"]["stages"], strict=True))
+        longer = [new["number"] for old, new in pairs if new["epochs"] > old["epochs"]]
+        for old, new in pairs:
+            old["epochs"] = max(old["epochs"], new["epochs"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return longer[0] if longer and before == asked else None
 
 
 def _difference(found: Any, wanted: Any, name: str = "") -> str:

@@ -14,6 +14,7 @@ import pytest
 from runtime import Grounder, Video
 from runtime.annotations import DataSet
 from runtime.decoding import Decoding
+from runtime.errors import FeatureError
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate, predictions
 from runtime.manifest import METADATA_KEY, Manifest
@@ -295,6 +296,39 @@ def test_the_command_says_that_features_are_simulated(
     assert "Features are simulated: not comparable with published numbers." in outcome.out
     assert "2 queries of test" in outcome.out
     assert json.loads((tmp_path / "r.json").read_text())["simulated_features"] is True
+
+
+def test_evaluate_output_not_finite_names_features(
+    tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set, grounder = DataSet(mini), Grounder.load(tiny_model)
+    run = grounder.backend.run
+
+    def overflowing(batch: Any) -> Any:
+        heads = run(batch)
+        if batch.segment_features.any():
+            heads.boundary_distances[...] = np.inf
+        return heads
+
+    monkeypatch.setattr(grounder.backend, "run", overflowing)
+    with pytest.raises(FeatureError) as raised:
+        evaluate(grounder, data_set, data_set.annotations("test"))
+    assert raised.value.code == "features_out_of_scale"
+
+
+def test_evaluate_sentence_of_unknown_words_is_a_miss_and_named(
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = mini / "Charades_sta_test.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].split("##")[0] + "##zorbs frimly", *lines]) + "\n")
+    output = tmp_path / "predictions.jsonl"
+    arguments = ("--model", tiny_model, "--data", mini, "--output", tmp_path / "report.json", "--predictions", output)
+    assert run_command(evaluate_command, *arguments).code == 0
+    assert "zorbs frimly" in caplog.text
+    rows = [json.loads(row) for row in output.read_text().splitlines()]
+    assert [bool(row["pred_relevant_windows"]) for row in rows] == [False] + len(lines) * [True]
+    assert json.loads((tmp_path / "report.json").read_text())["queries"] == len(lines) + 1
 
 
 def test_ablations_take_the_video_away(

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from runtime import Grounder, Moment, Video
 from runtime.backends import Backend
-from runtime.decoding import Decoding
-from runtime.errors import DeviceMemoryError, FeatureError, QueryError
+from runtime.decoding import NON_FINITE, Decoding
+from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
 from runtime.grounder import in_seconds
 from runtime.tensors import Batch, Heads
+from runtime.windows import Windows
 
 CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
 
@@ -267,3 +268,32 @@ def test_what_fails_in_a_later_batch_on_a_gpu_is_raised_and_no_thread_is_left(pl
     with pytest.raises(FeatureError, match="the second batch fails"):
         Grounder(Failing()).ground_batch([(QUARTER, "dog")] * 6, batch_size=2)
     assert threading.active_count() == before
+
+
+class Exponential:
+    """The planted model with boundaries that grow exponentially with the features, as those of DRN do."""
+
+    def __init__(self, whole: Any, damaged: bool = False) -> None:
+        self.whole, self.manifest, self.damaged = whole, whole.manifest, damaged
+
+    def run(self, batch: Batch) -> Heads:
+        heads = self.whole.run(batch)
+        with np.errstate(over="ignore"):
+            factor = np.exp(batch.segment_features.max(axis=(1, 2)))
+        heads.boundary_distances[...] *= np.inf if self.damaged else factor[:, None, None]
+        return heads
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("way", ["one", "batch", "windows"])
+def test_ground_output_not_finite_names_true_cause(planted_backend: Any, damaged: bool, way: str) -> None:
+    scaled = Grounder(Exponential(planted_backend(), damaged))
+    subject = Video(3000 * QUARTER.features, QUARTER.num_frames, 60.0, "scaled")
+    if way == "windows":
+        scaled.windows = Windows(30.0, 30.0, 10.0)
+    pairs = [(subject, "dog"), (subject, "cat")][: 2 if way == "batch" else 1]
+    expected, code = (ModelFileError, NON_FINITE) if damaged else (FeatureError, "features_out_of_scale")
+    with pytest.raises(expected) as raised:
+        scaled.ground_batch(pairs)
+    assert raised.value.code == code
+    assert damaged or "3e+03" in str(raised.value)

@@ -437,7 +437,7 @@ def test_second_run_into_a_directory_is_refused(short_run: Path, planted: Path, 
     [
         ("seed", 1),
         ("batch_size", 8),
-        ("epochs", (2, 1, 2)),
+        ("epochs", (1, 1, 1)),
         ("lr", (1e-3, 1e-3, 2e-4)),
         ("iou_target", "near"),
         ("precision", "bf16"),
@@ -461,6 +461,47 @@ def test_resuming_under_another_setting_is_refused_naming_it(
     if not isinstance(value, tuple):
         assert f"is now {value}" in str(caught.value)
     assert files(short_run) == before
+
+
+@pytest.mark.parametrize("epochs", [(3, 1, 1), (2, 2, 1), (2, 1, 2), (3, 2, 2)])
+def test_resume_with_more_epochs_equals_run_from_the_start(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, epochs: tuple[int, ...]
+) -> None:
+    longer = {**tiny_sizes, "epochs": epochs}
+    shutil.copytree(short_run, tmp_path / "resumed")
+    run_training(planted, tmp_path / "resumed", resume=True, **longer)
+    run_training(planted, tmp_path / "whole", **longer)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("validate_on", ["held-out", "none"])
+def test_train_diverging_names_learning_rate(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, validate_on: Any
+) -> None:
+    sizes = {**tiny_sizes, "lr": (1e9,), "epochs": (3,)}
+    with pytest.raises(GroundingError, match="--lr") as raised:
+        run_training(planted, tmp_path / "run", validate_on=validate_on, **sizes)
+    assert raised.value.code == "training_diverged"
+
+
+def test_train_validation_sentence_of_unknown_words_is_a_miss_and_named(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    lines = (data / "Charades_sta_test.txt").read_text().splitlines()
+    unknown = lines[0].split("##")[0] + "##zorbs frimly"
+    (data / "Charades_sta_val.txt").write_text("\n".join([unknown, *lines]) + "\n")
+    run_training(data, tmp_path / "run", stage="1", **{**tiny_sizes, "epochs": (1,), "lr": (1e-3,)})
+    warnings = [record.message for record in caplog.records if "zorbs frimly" in record.message]
+    assert len(warnings) == 1
+    (record,) = history(tmp_path / "run")
+    grounder, data_set = Grounder.load(tmp_path / "run" / "drn.pt", device="cpu"), DataSet(data)
+    values = [
+        evaluate(grounder, data_set, data_set.annotations("val")[first:]).report.values["mIoU"] for first in (0, 1)
+    ]
+    assert record["mIoU"] == pytest.approx(values[0])
+    assert values[0] == pytest.approx(values[1] * len(lines) / (len(lines) + 1))
 
 
 def test_damaged_state_of_a_run_is_named(
