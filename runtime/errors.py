@@ -31,9 +31,7 @@ class GroundingError(Exception):
     code = "invalid_input"
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
-        # Paths and numbers of any length; sentences are bounded by `excerpt` where they are quoted.
-        words = _LONG_WORD.sub(lambda word: _bounded(word.group(), MAX_VALUE_LENGTH), message)
-        super().__init__(_bounded(words, MAX_MESSAGE_LENGTH))
+        super().__init__(bounded(message))
         if code is not None:
             self.code = code
 
@@ -116,6 +114,15 @@ class OutputError(GroundingError):
 
 class PromiseBroken(Exception):
     """The command ran, and what it checked does not hold (parity, precision, recall): exit code 1."""
+
+
+def bounded(message: str) -> str:
+    """Return a message of at most 4000 characters, in which no path or number takes more than 300.
+
+    Sentences are bounded by `excerpt` where they are quoted.
+    """
+    words = _LONG_WORD.sub(lambda word: _bounded(word.group(), MAX_VALUE_LENGTH), message)
+    return _bounded(words, MAX_MESSAGE_LENGTH)
 
 
 def one_line(error: BaseException) -> str:

@@ -394,6 +394,38 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     return resolved
 
 
+def open_inside(path: Path, directory: Path) -> int:
+    """Return a descriptor for reading a regular file that lies in a directory, wherever links lead.
+
+    Raises:
+        OSError: there is no such file, or a link leads out of the directory.
+    """
+    root = directory.resolve()
+    # Without O_NONBLOCK, a named pipe would wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(_real_inside(path, root), flags)
+    try:
+        # Looked at again: a link that was put there meanwhile must not lead out.
+        about, now = os.fstat(handle), os.lstat(_real_inside(path, root))
+        if not stat.S_ISREG(about.st_mode) or not os.path.samestat(about, now):
+            raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _real_inside(path: Path, root: Path) -> Path:
+    try:
+        real = path.resolve(strict=True)
+    except RuntimeError:
+        # How Path.resolve reports a link that leads to itself before Python 3.13.
+        raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+    if root not in real.parents:
+        raise FileNotFoundError(errno.ENOENT, "outside of its directory", str(path))
+    return real
+
+
 def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
     """Raise OutputError now if `path` could not be written later, before work is done for it; None is no file.
 

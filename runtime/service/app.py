@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from runtime.errors import GroundingError
+from runtime.files import open_inside
 from runtime.service.gate import Gate, Gone, unless_gone
 from runtime.service.library import MEDIA_TYPES
 from runtime.service.messages import (
@@ -122,9 +124,13 @@ def _routes(service: Service) -> FastAPI:
     async def media(video: str) -> Response:
         """The video itself, for a player; ranges are served."""
         path = service.entry(video).media
-        if path is None or not path.is_file():
+        try:
+            handle = None if path is None else open_inside(path, path.parent)
+        except OSError:
+            handle = None
+        if path is None or handle is None:
             raise Refusal(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
-        return FileResponse(path, media_type=MEDIA_TYPES[path.suffix.lower()])
+        return _Opened(handle, MEDIA_TYPES[path.suffix.lower()])
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
@@ -143,6 +149,20 @@ def _routes(service: Service) -> FastAPI:
     for kind, refuse in _HANDLERS:
         app.add_exception_handler(kind, _handler(refuse))
     return app
+
+
+class _Opened(FileResponse):
+    """The content of an open file, which is closed afterwards; its path is not looked at again."""
+
+    def __init__(self, handle: int, media_type: str) -> None:
+        super().__init__(f"/dev/fd/{handle}", media_type=media_type, stat_result=os.fstat(handle))
+        self._handle = handle
+
+    async def __call__(self, *connection: Any) -> None:
+        try:
+            await super().__call__(*connection)
+        finally:
+            os.close(self._handle)
 
 
 def _body(schemas: dict[str, Any]) -> dict[str, Any]:

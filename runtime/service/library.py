@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ import numpy as np
 
 from runtime.annotations import DataSet
 from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import AnnotationError, FeatureError, GroundingError
-from runtime.files import check_directory
+from runtime.errors import AnnotationError, FeatureError, GroundingError, excerpt
+from runtime.files import check_directory, open_inside
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
 from runtime.service.refusals import Refusal
@@ -101,7 +102,9 @@ class Library:
                 raise
             # The sentence names files of this machine.
             raise Refusal(
-                404, f"The features of {name!r} are missing or cannot be used; ask about another video.", "no_features"
+                404,
+                f"The features of {excerpt(name)} are missing or cannot be used; ask about another video.",
+                "no_features",
             ) from error
 
 
@@ -214,10 +217,19 @@ def check_windows(windows: int, queries: int) -> None:
         )
 
 
+def is_inside(path: Path) -> bool:
+    """Return whether a path is a regular file that can be read and lies in its directory, links followed."""
+    try:
+        os.close(open_inside(path, path.parent))
+    except OSError:
+        return False
+    return True
+
+
 def _media_files(directory: Path) -> dict[str, Path]:
-    """Return the video files of a directory by the names of their videos."""
+    """Return the video files of a directory by the names of their videos, without links that lead out of it."""
     check_directory(directory, "The directory of video files", GroundingError, "check --media")
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and is_inside(path))
     order = list(MEDIA_TYPES)
     # Of several of one name, what browsers play best.
     files.sort(key=lambda path: -order.index(path.suffix.lower()))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from runtime.errors import excerpt
 from runtime.service.refusals import Refusal
 
 MOST_MOMENTS = 100
@@ -128,6 +129,7 @@ def checked(model: type[BaseModel], fields: dict[str, Any]) -> Any:
 def told(problems: Any) -> str:
     """Return what is wrong with a request, the first few places of it."""
     places = [
-        f"{'.'.join(str(part) for part in problem['loc']) or 'the body'}: {problem['msg']}" for problem in problems[:3]
+        f"{excerpt('.'.join(map(str, problem['loc'])))[1:-1] or 'the body'}: {excerpt(problem['msg'])[1:-1]}"
+        for problem in problems[:3]
     ]
     return f"The request cannot be read: {'; '.join(places)}. See /docs for what is expected."

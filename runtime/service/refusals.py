@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from runtime.errors import DeviceError, GroundingError, QueryError
+from runtime.errors import DeviceError, GroundingError, QueryError, bounded
 
 # Status to the code that stands for it where nothing more exact is known.
 CODES = {
@@ -46,9 +46,9 @@ class Refusal(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        self.message = bounded(message)
+        super().__init__(self.message)
         self.status = status
-        self.message = message
         self.code = code or CODES.get(status, "error")
         self.headers = dict(headers or {})
 

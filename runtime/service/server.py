@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from runtime.errors import GroundingError
+from runtime.interrupts import SIGNALS, deferred
 from runtime.service.app import application
 from runtime.service.connection import Connection
 from runtime.service.gate import HEADER_BYTES
@@ -41,12 +42,25 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        # `nohup` ignores SIGHUP, so that a service outlives its terminal.
+        kept = (signal.SIGINT, signal.SIGTERM)
+        numbers = [n for n in SIGNALS if n in kept or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _closed(service: Service) -> Iterator[None]:
+    """Close a service at the end, whatever signals come meanwhile."""
+    try:
+        yield
+    finally:
+        with deferred():
+            service.close()
 
 
 def configuration(service: Service, grace: int) -> uvicorn.Config:
@@ -75,7 +89,7 @@ def run(service: Service, host: str, port: int, grace: int) -> None:
         GroundingError: the port cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.closing(service), socket.socket(family, socket.SOCK_STREAM) as listener:
+    with _closed(service), socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))

@@ -1,0 +1,114 @@
+"""`--media`: only files that lie in the directory are listed and served, wherever links lead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.files import open_inside
+from tests.runtime.service.conftest import Running
+
+SECRET = b"a file that nobody may see"
+
+
+def test_file_and_link_within_the_directory_open(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "real.mp4").write_bytes(b"film")
+    (tmp_path / "a.mp4").symlink_to("sub/real.mp4")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path / "a.mp4", tmp_path / "link" / "a.mp4"):
+        handle = open_inside(path, path.parent)
+        assert os.read(handle, 10) == b"film"
+        os.close(handle)
+
+
+@pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "..", "missing", "loop.mp4", "../media/../secret"])
+def test_link_out_of_the_directory_is_not_opened(tmp_path: Path, target: str) -> None:
+    (tmp_path / "secret").write_bytes(SECRET)
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "loop.mp4").symlink_to(target)
+    with pytest.raises(OSError):  # noqa: PT011 - which one depends on the target
+        open_inside(tmp_path / "media" / "loop.mp4", tmp_path / "media")
+
+
+def test_special_files_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "directory.mp4").mkdir()
+    for name in ("pipe.mp4", "directory.mp4"):
+        with pytest.raises(FileNotFoundError):
+            open_inside(tmp_path / name, tmp_path)
+
+
+def test_link_that_is_swapped_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_bytes(SECRET)
+    media = tmp_path / "media"
+    media.mkdir()
+    (media / "a.mp4").write_bytes(b"film")
+    opened = os.open
+
+    def swapped(path: Path, *how: int) -> int:
+        (media / "a.mp4").unlink()
+        (media / "a.mp4").symlink_to(tmp_path / "secret")
+        return opened(tmp_path / "secret", *how)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(OSError):  # noqa: PT011
+        open_inside(media / "a.mp4", media)
+
+
+def test_service_neither_lists_nor_serves_what_lies_outside(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.mp4").write_bytes(SECRET)
+    media = tmp_path / "media"
+    media.mkdir()
+    (media / "SIM00000.mp4").write_bytes(b"film of one")
+    (media / "SIM00001.mp4").symlink_to(tmp_path / "secret.mp4")
+    (media / "SIM00002.mp4").symlink_to("SIM00000.mp4")
+    (media / "SIM00003.mp4").write_bytes(b"film of three")
+    service = start("--model", model, "--data", planted, "--media", media)
+    listed = {video["id"]: video["media"] for video in service.get("/v1/videos").json["videos"]}
+    assert [bool(listed[f"SIM0000{number}"]) for number in range(4)] == [True, False, True, True]
+    assert service.get("/v1/videos/SIM00000/media").body == b"film of one"
+    assert service.get("/v1/videos/SIM00000/media", range="bytes=0-3").body == b"film"
+    assert service.request("HEAD", "/v1/videos/SIM00000/media").status in (200, 405)
+    assert service.get("/v1/videos/SIM00002/media").body == b"film of one"
+    service.get("/v1/videos/SIM00001/media").refused(404)
+    (media / "SIM00003.mp4").unlink()
+    (media / "SIM00003.mp4").symlink_to(tmp_path / "secret.mp4")
+    service.get("/v1/videos/SIM00003/media").refused(404)
+    for name in ("..%2fsecret", "%2e%2e%2fsecret.mp4", "..", "%2fetc%2fpasswd", "..%5csecret"):
+        reply = service.get(f"/v1/videos/{name}/media")
+        assert reply.status == 404
+        assert SECRET not in reply.body
+    # Every descriptor was closed again.
+    links = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir() if link.exists()]
+    assert not [link for link in links if str(media) in link]
+
+
+def test_messages_are_bounded_whatever_a_client_sends(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
+) -> None:
+    service = start("--model", model, "--data", planted, "--uploads", tmp_path / "uploads")
+    long = "x y" * 20_000
+    for body in (
+        {long: 1}, {"video": long, "query": "a"}, {"video": "SIM00000", "query": long},
+        {"video": "SIM00000", "query": ["a"] * 5_000}, {"video": "SIM00000", "query": "a", "top_k": long},
+        {"video": "SIM00000", "query": "a", "top_k": int("9" * 4000)},
+    ):  # fmt: skip
+        message = service.ask(body).refused(422)
+        assert len(message) < 1500
+    for parts in (
+        {"features": ("n" * 3000, b"x"), "duration": "1"},
+        {"n" * 3000: "1"},
+        {"features": ("a.npy", b"x"), "duration": "9" * 5000},
+        {"features": ("a.npy", b"x"), "duration": "1", "name": long[:8000]},
+        {"other": ("a.npy", b"x")},
+    ):
+        reply = service.send(**parts)
+        assert 400 <= reply.status < 500
+        assert len(reply.json["error"]["message"]) < 1500
+    assert len(service.get("/v1/videos/" + "v" * 9000).refused(404)) < 1500
