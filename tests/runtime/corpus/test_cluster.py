@@ -187,14 +187,17 @@ def test_a_shard_that_kills_every_worker_ends_the_job_and_is_named(
     assert content(output) == {}
 
 
-def test_ctrl_c_leaves_whole_shards_and_nothing_else(inputs: Inputs, cluster: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_whole_shards_and_nothing_else(
+    inputs: Inputs, cluster: dict[str, str], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     output = tmp_path / "corpus"
     job = started(inputs.words(output, "--address", "auto"), cluster)
     wait(lambda: len(list(output.glob("shard-*"))) > 3)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(number)
     _, errors = job.communicate(timeout=LONGEST_SECONDS)
-    assert job.returncode == 130, errors
-    assert errors.strip().endswith("Interrupted; nothing half-written was left behind.")
+    assert job.returncode == code, errors
+    assert errors.strip().endswith("nothing half-written was left behind.")
     made = content(output)
     assert 3 < len(made) < len(inputs.wanted)
     assert made.items() <= inputs.wanted.items()
