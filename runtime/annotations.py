@@ -9,18 +9,18 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from runtime.errors import AnnotationError, GroundingError
 from runtime.featurestores import FeatureStore, open_store
-from runtime.files import check_directory, check_file, sha256
+from runtime.files import check_directory, check_file, read_json, sha256
 from runtime.layouts import Annotation as Annotation
 from runtime.layouts import Row, open_layout
 from runtime.layouts.charades import FEATURE_DIRECTORY as FEATURE_DIRECTORY
 from runtime.layouts.form import Times
-from runtime.layouts.values import SPLITS
+from runtime.layouts.values import SPLITS, is_number
 from runtime.manifest import Features
 from runtime.presets import Preset
 from runtime.videos import ClipClock, Origin, Video, check_frame_rate
@@ -38,6 +38,8 @@ CHECKED_VIDEOS = 256
 MIN_LARGEST_END, MAX_MEDIAN_END = 0.05, 2.0
 # Fewer videos may be short excerpts of what is in them.
 MIN_VIDEOS_FOR_UNITS = 3
+# Of `runtime.extract`: what was extracted of each video.
+NOTES = "extracted.json"
 # Rows left out that a warning names, of however many.
 NAMED = 20
 
@@ -283,7 +285,25 @@ class DataSet:
         features = self.store.load(name)
         frames = self.frames(name, len(features))
         counted = None if frames == self.num_frames.get(name) else self.preset.features.clock
-        return Video(features, frames, self.durations[name], name, self.origin, counted)
+        return Video(features, frames, self.durations[name], name, self.origin, counted, offset=self.offset(name))
+
+    def offset(self, name: str) -> float:
+        """Return the seconds from the start of a video file to its first picture, as `runtime.extract` noted them.
+
+        It is 0 where there is no note. Durations and annotations of a data set count from the first picture.
+        """
+        note = self._notes.get(name)
+        offset = note.get("offset", 0.0) if isinstance(note, dict) else 0.0
+        if not is_number(offset):
+            raise AnnotationError(f"{self.root / NOTES}: the offset of {name!r} is no number; extract the video again.")
+        return float(offset)
+
+    @functools.cached_property
+    def _notes(self) -> Mapping[str, Any]:
+        path = self.root / NOTES
+        value = read_json(path, "notes on extracted videos") if path.is_file() else {}
+        videos = value.get("videos") if isinstance(value, dict) else None
+        return videos if isinstance(videos, dict) else {}
 
     def features(self) -> Features:
         """Return what the clip features of this data set are, their width read off its first annotated video."""

@@ -91,7 +91,7 @@ class ChosenVideo:
 
     Attributes:
         video: its features.
-        truths: sentence to starts and ends in seconds, where the data set knows them.
+        truths: sentence to starts and ends in seconds from the first picture, where the data set knows them.
         footage: its frames, where the file is at hand.
     """
 
@@ -100,8 +100,10 @@ class ChosenVideo:
     footage: Footage | None = None
 
     def truths_of(self, sentence: str) -> Sequence[tuple[float, float]]:
-        """Return what is known of a sentence, whatever stands around its words."""
-        return self.truths.get(" ".join(sentence.split()), ())
+        """Return what is known of a sentence, whatever stands around its words, in the time of players."""
+        offset = self.video.offset
+        known = self.truths.get(" ".join(sentence.split()), ())
+        return [(start + offset, end + offset) for start, end in known]
 
 
 def open_choice(
@@ -122,8 +124,9 @@ def open_choice(
         assert film is not None
         network = open_extractor(choice.extractor, device, threads)
         network.manifest.check_fits(features)
-        video = cached_video(film, network, partial=choice.partial, threads=threads)
-        return ChosenVideo(video, footage=look(film))
+        footage = look(film)
+        video = cached_video(film, network, partial=choice.partial, threads=threads, footage=footage)
+        return ChosenVideo(video, footage=footage)
     footage = look(film) if film else None
     if footage:
         footage.check_whole(choice.partial)
@@ -143,6 +146,8 @@ def open_choice(
             f"{footage.path} lasts {footage.duration:.1f} s and {video.name} {video.duration:.1f} s; give the video "
             "file that its features were made of."
         )
+    if footage and not video.offset:
+        video = dataclasses.replace(video, offset=footage.offset)
     return ChosenVideo(video, truths, footage)
 
 

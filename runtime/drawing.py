@@ -211,7 +211,9 @@ def _strip(footage: Footage, span: float, duration: float, partial: bool) -> lis
     ((height, width, _),) = (frame.shape for frame in stills(footage, [0.0], round(STRIP * DPI), partial=partial))
     shape = min(max(width / height, SHAPES[0]), SHAPES[1])
     count = min(max(round(span / (STRIP * shape)), FRAMES[0]), FRAMES[1])
-    times = (np.arange(count) + 0.5) * min(duration, footage.duration) / count
+    # The time line is that of players, and before the first picture it is on already.
+    times = (np.arange(count) + 0.5) * min(duration, footage.offset + footage.duration) / count
+    times = np.maximum(times - footage.offset, 0.0)
     # As many pixels as the picture has for them, and not more, however long or large the video is.
     pixels = max(1, round(span / count / shape * DPI))
     return [_cut(frame, shape) for frame in stills(footage, times.tolist(), pixels, partial=partial)]

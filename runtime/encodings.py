@@ -37,6 +37,7 @@ class EncodedVideo:
         name: how reports call the video.
         model: SHA-256 of the video part that made it; no other model's query part can read it.
         key: 64 hexadecimal digits that stand for features, spans and model; made of them where it is not given.
+        offset: as that of the `Video`.
         prepared: (256 T, D) float32, 134 MB at full size: what makes dozens of queries at once faster on a CPU
             (`Grounder.encode(video, prepare=True)`). Not saved: it is made faster than it would be read.
     """
@@ -48,6 +49,7 @@ class EncodedVideo:
     model: str = ""
     key: str = ""
     prepared: np.ndarray | None = None
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         features, spans = self.features, self.spans
@@ -68,7 +70,7 @@ class EncodedVideo:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the encoding to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
         about = {"format": FORMAT, "duration": self.duration, "name": self.name, "model": self.model, "key": self.key}
-        _save(path, about, self.features, self.spans)
+        _save(path, {**about, "offset": self.offset}, self.features, self.spans)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedVideo:
@@ -92,12 +94,14 @@ class EncodedWindows:
         windows: the windows, in time order.
         duration: length of the video in seconds.
         name: how reports call the video.
+        offset: as that of the `Video`.
     """
 
     parts: tuple[EncodedVideo, ...]
     windows: tuple[Window, ...]
     duration: float
     name: str = "video"
+    offset: float = 0.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the encodings to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
@@ -105,7 +109,7 @@ class EncodedWindows:
         about = {"format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": first.model}
         told = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
         arrays = (np.stack([getattr(part, name) for part in self.parts]) for name in ("features", "spans"))
-        _save(path, {**about, **told}, *arrays)
+        _save(path, {**about, **told, "offset": self.offset}, *arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:
@@ -137,7 +141,13 @@ def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndar
 def _read(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
     _check_format(about, FORMAT)
     return EncodedVideo(
-        features, spans, float(about["duration"]), str(about["name"]), str(about["model"]), str(about["key"])
+        features,
+        spans,
+        float(about["duration"]),
+        str(about["name"]),
+        str(about["model"]),
+        str(about["key"]),
+        offset=float(about.get("offset", 0.0)),
     )
 
 
@@ -153,7 +163,7 @@ def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> Encode
         EncodedVideo(encoded, borders, window.duration, name, model, str(key))
         for encoded, borders, window, key in zip(features, spans, windows, about["keys"])
     )
-    return EncodedWindows(parts, windows, float(about["duration"]), name)
+    return EncodedWindows(parts, windows, float(about["duration"]), name, float(about.get("offset", 0.0)))
 
 
 def _check_format(about: Any, wanted: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from runtime.annotations import FEATURE_DIRECTORY
+from runtime.annotations import FEATURE_DIRECTORY, NOTES
 from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import FootageError, GroundingError
@@ -29,8 +29,6 @@ from runtime.footage import look
 from runtime.videos import ClipClock
 
 log = logging.getLogger("drn")
-
-NOTES = "extracted.json"
 
 
 def extract(
@@ -74,6 +72,7 @@ def extract(
     # Every file is looked at before the first is extracted, which may take hours.
     hashes = {path: hash_of(path) for path in videos}
     clock = ClipClock(network.manifest.window, network.manifest.stride)
+    footages = {}
     for path, content in hashes.items():
         known = notes.get(path.stem)
         if known is not None and known.video != content:
@@ -81,7 +80,7 @@ def extract(
                 f"{output} holds another video called {path.stem!r} already; rename {path}, or choose another --output."
             )
         if known is None or not known.serves(content, maker, partial):
-            footage = look(path)
+            footages[path] = footage = look(path)
             check_length(footage, clock)
             footage.check_whole(partial)
     for path in videos:
@@ -96,6 +95,7 @@ def extract(
             partial=partial,
             batch_size=batch_size,
             threads=threads,
+            footage=footages.get(path),
         )
         _note(output, path.stem, found)
         print(

@@ -25,7 +25,7 @@ log = logging.getLogger("drn")
 
 FORMAT = "drn-extracted/1"
 # Increase it with every change of this package that changes features: those of before are extracted again.
-REVISION = 1
+REVISION = 2
 BATCH_SIZE = 4
 # Decoded while the network is at work: one to take next, and one in the making.
 BATCHES_AHEAD = 2
@@ -42,6 +42,8 @@ class Extracted:
         num_frames, frame_rate: of the video, as `Footage` counts them.
         whole: whether the file was seen to be: what `partial` let pass may lack frames.
         features: SHA-256 of the `.npy` file; empty in notes of before, whose features are extracted again.
+        offset: seconds from the start of the file, as players count, to the first picture.
+        length: seconds of the pictures where the file ends before the last frame does; 0 where it does not.
     """
 
     video: str
@@ -51,11 +53,13 @@ class Extracted:
     frame_rate: float
     whole: bool = True
     features: str = ""
+    offset: float = 0.0
+    length: float = 0.0
 
     @property
     def duration(self) -> float:
-        """Length in seconds."""
-        return self.num_frames / self.frame_rate
+        """Length in seconds, from the first picture."""
+        return self.length or self.num_frames / self.frame_rate
 
     def serves(self, video: str, extractor: str, partial: bool) -> bool:
         """Whether these features are what extracting again would give."""
@@ -186,6 +190,7 @@ def extracted(
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
+    footage: Footage | None = None,
 ) -> Extracted:
     """Return what is known of a video if `output` still holds just that, else extract it and return that.
 
@@ -197,17 +202,28 @@ def extracted(
         extractor_hash: `extractor_key`.
         known: what an earlier run noted of `output`.
         partial, batch_size, threads: see `extract`.
+        footage: of the video, where it was looked at already.
     """
     if known is not None and output.is_file() and known.serves(video_hash, extractor_hash, partial):
         if sha256(output) == known.features:
             log.info("%s: features are there already, in %s.", path.name, output)
             return known
         log.warning("%s is damaged: it does not match the digest of its note; extracting again.", output)
-    footage = look(path)
+    footage = footage or look(path)
     if footage.damage and partial:
         log.warning("%s %s; what can be decoded is used.", path, footage.damage)
     num_clips, num_frames = extract(footage, extractor, output, partial=partial, batch_size=batch_size, threads=threads)
-    return Extracted(video_hash, extractor_hash, num_clips, num_frames, footage.frame_rate, not partial, sha256(output))
+    return Extracted(
+        video_hash,
+        extractor_hash,
+        num_clips,
+        num_frames,
+        footage.frame_rate,
+        not partial,
+        sha256(output),
+        footage.offset,
+        footage.length if num_frames >= footage.num_frames else 0.0,
+    )
 
 
 def cached_video(
@@ -217,6 +233,7 @@ def cached_video(
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
+    footage: Footage | None = None,
 ) -> Video:
     """Return a video file as its clip features, extracted once and kept in `cache_directory`.
 
@@ -228,11 +245,20 @@ def cached_video(
     note = output.with_suffix(".json")
     known = _cached_note(note)
     found = extracted(
-        path, extractor, output, video, maker, known=known, partial=partial, batch_size=batch_size, threads=threads
+        path,
+        extractor,
+        output,
+        video,
+        maker,
+        known=known,
+        partial=partial,
+        batch_size=batch_size,
+        threads=threads,
+        footage=footage,
     )
     if found != known:
         write_json(note, {"format": FORMAT, **found.to_dict()})
-    return Video(load_features(output), found.num_frames, found.duration, path.stem)
+    return Video(load_features(output), found.num_frames, found.duration, path.stem, offset=found.offset)
 
 
 def hash_of(path: Path) -> str:

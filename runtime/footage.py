@@ -70,6 +70,8 @@ class Footage:
         frame_rate: frames per second.
         height, width: of a frame as it is stored, before it is turned.
         quarter_turns: how often a frame is to be turned by 90 degrees counterclockwise, to stand upright.
+        offset: seconds from the start of the file, as players count, to the first picture.
+        length: seconds of the pictures where the file ends before the last grid place does; 0 where it does not.
         mirrored: whether left and right of a frame are to be exchanged before it is turned.
         damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
         start: time of the first frame on the file's own clock, in seconds.
@@ -91,6 +93,8 @@ class Footage:
     parts: tuple[Part, ...] = ()
     tick: float = 0.0
     mirrored: bool = False
+    offset: float = 0.0
+    length: float = 0.0
 
     @property
     def is_continued(self) -> bool:
@@ -99,8 +103,8 @@ class Footage:
 
     @property
     def duration(self) -> float:
-        """Length in seconds; the last frame is as long as the others."""
-        return self.num_frames / self.frame_rate
+        """Length in seconds; the last frame is as long as the others, but ends with the file."""
+        return self.length or self.num_frames / self.frame_rate
 
     def check_whole(self, partial: bool) -> None:
         """Raise FootageError if the file is damaged, unless what can be decoded of it is enough."""
@@ -216,6 +220,9 @@ def look(path: str | os.PathLike[str]) -> Footage:
             )
         damage = _shortfall(container, stream, packets, parts) or packets.damage(parts)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        start = int(times[0]) * unit
+        offset = _offset(container, start)
+        length = 0.0 if damage or len(parts) > 1 else _length(container, start, int(times[-1]) * unit, 1 / rate)
     with _opened(path) as (container, stream):
         first = next(_decoded(container, stream, path, parts), None)
     if first is None:
@@ -236,12 +243,46 @@ def look(path: str | os.PathLike[str]) -> Footage:
         width=first.width,
         quarter_turns=quarter_turns,
         damage=damage,
-        start=int(times[0]) * unit,
+        start=start,
         pixel_aspect=pixel_aspect,
         parts=parts,
         tick=unit,
         mirrored=mirrored,
+        offset=offset,
+        length=length,
     )
+
+
+def offset_of(path: str | os.PathLike[str]) -> float:
+    """Return the `offset` of a video file from its header alone; 0 where the header has none.
+
+    Raises:
+        FootageError: the file is no video.
+        DeviceError: PyAV is not installed.
+    """
+    with _opened(Path(path)) as (container, stream):
+        if stream.start_time is None:
+            return 0.0
+        return _offset(container, stream.start_time * float(stream.time_base))
+
+
+def _offset(container: Any, start: float) -> float:
+    """Return the seconds from the start of a file, as players count, to `start` on its own clock."""
+    if container.start_time is None:
+        return 0.0
+    offset = start - container.start_time / 1e6
+    # Header and packets round times in units of their own.
+    return offset if offset > ROUNDING else 0.0
+
+
+def _length(container: Any, start: float, last: float, step: float) -> float:
+    """Return the seconds from `start` to the end of a file if that is within the last frame, else 0."""
+    told = (container.duration or 0) / 1e6
+    # Some containers count their duration from zero, and some from their start.
+    for end in (told, told + (container.start_time or 0) / 1e6):
+        if last + ROUNDING < end < last + step - ROUNDING:
+            return end - start
+    return 0.0
 
 
 def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -> None:

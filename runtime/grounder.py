@@ -109,16 +109,17 @@ class Grounder:
             except ModelFileError as error:
                 raise self.cause_of(error, [(pairs[whole[i]][0], asked[0][i]) for i in indices]) from error
             for index, rows in zip(indices, picks):
-                answers[whole[index]] = in_seconds(rows, pairs[whole[index]][0].duration)
+                answers[whole[index]] = moments_of(rows, pairs[whole[index]][0])
         for key in videos.keys() - seen.keys():
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
             found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
             for index, picks in zip(chosen, found.picks(decoding, top_k)):
-                moments = in_seconds(picks, found.unit)
+                moments = in_seconds(picks, found.unit, videos[key].offset)
                 if threshold is not None and not (moments and moments[0].score >= threshold):
                     continue
                 # As published: where nothing is likely, the whole video with score 1.
-                answers[index] = moments or [Moment(0.0, videos[key].duration, 1.0)]
+                offset = videos[key].offset
+                answers[index] = moments or [Moment(offset, offset + videos[key].duration, 1.0)]
         return answers
 
     def _ground_one(self, video: Subject, query: str, top_k: int, presence: bool) -> list[Moment]:
@@ -133,7 +134,7 @@ class Grounder:
             picks = self._picks(heads, top_k, self._threshold(presence))
         except ModelFileError as error:
             raise self.cause_of(error, [(video, tokens)]) from error
-        return in_seconds(picks[0], video.duration)
+        return moments_of(picks[0], video)
 
     def _threshold(self, presence: bool) -> float | None:
         """Return the score below which a video has no moment; None if it is answered always."""
@@ -254,9 +255,9 @@ class Grounder:
             encoded: EncodedVideo | EncodedWindows
             if windows:
                 parts = cast("Iterator[EncodedVideo]", self._seen_windows(video, windows))
-                encoded = EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name)
+                encoded = EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name, video.offset)
             else:
-                encoded = self.encode_segments(self.segments(video), video.duration, video.name)
+                encoded = self.encode_segments(self.segments(video), video.duration, video.name, video.offset)
         else:
             encoded = self._checked(video)
         if not prepare:
@@ -272,7 +273,7 @@ class Grounder:
             raise ModelFileError("Only the .query.onnx of a model can prepare a video; leave prepare=True out.")
         return dataclasses.replace(encoded, prepared=self.backend.prepare(encoded.features))
 
-    def encode_segments(self, segments: Segments, duration: float, name: str) -> EncodedVideo:
+    def encode_segments(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> EncodedVideo:
         """Return the encoding of pooled segments; see `encode`."""
         if not self.is_pair:
             raise ModelFileError(
@@ -280,7 +281,7 @@ class Grounder:
                 "and give the query part (.query.onnx)."
             )
         features = self._pair.encode(segments.features[None].astype(np.float32, copy=False))[0]
-        return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model)
+        return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model, offset=offset)
 
     def encode_query(
         self, query: str, unheard: collections.Counter[str] | None = None, *, check_content: bool = True
@@ -448,7 +449,22 @@ def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
         return Heads(*(np.concatenate(pair) for pair in zip(*(vars(half).values() for half in halves))))
 
 
-def in_seconds(picks: np.ndarray, duration: float) -> list[Moment]:
-    """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds."""
-    seconds = float(duration)
-    return [Moment(start * seconds, end * seconds, score) for start, end, score in picks.tolist() if score == score]
+def moments_of(picks: np.ndarray, video: Subject) -> list[Moment]:
+    """Return (K, 3) picks, NaN after the last, as moments of a video, in the time of players."""
+    return in_seconds(picks, video.duration, video.offset)
+
+
+def in_seconds(picks: np.ndarray, duration: float, offset: float = 0.0) -> list[Moment]:
+    """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds.
+
+    Args:
+        picks: starts and ends as fractions of the video, and scores.
+        duration: in seconds.
+        offset: seconds to add to all times; see `Video`.
+    """
+    seconds, offset = float(duration), float(offset)
+    return [
+        Moment(offset + start * seconds, offset + end * seconds, score)
+        for start, end, score in picks.tolist()
+        if score == score
+    ]

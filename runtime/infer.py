@@ -101,7 +101,7 @@ def infer(
         )
     found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k, presence=not always_answer)
     answers = [
-        Answer(sentence, asked.name, asked.duration, moments, chosen.truths_of(sentence))
+        Answer(sentence, asked.name, asked.end, moments, chosen.truths_of(sentence))
         for sentence, moments in zip(query, found)
     ]
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
@@ -110,9 +110,10 @@ def infer(
     best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
     if best:
         assert chosen.footage is not None
+        offset = chosen.footage.offset
         write_clips(
             chosen.footage,
-            [(moment.start, moment.end) for moment, _ in best],
+            [(max(0.0, moment.start - offset), moment.end - offset) for moment, _ in best],
             [clip for _, clip in best],
             threads,
             partial=partial,

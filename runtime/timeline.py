@@ -27,9 +27,9 @@ class Answer:
     Attributes:
         query: as asked.
         video: its name.
-        duration: of the video, in seconds.
-        moments: best first.
-        truths: starts and ends in seconds, where known.
+        duration: of the video in the time of players, in seconds: what lies before its first picture counts.
+        moments: best first, in the time of players.
+        truths: starts and ends in seconds in the time of players, where known.
     """
 
     query: str

@@ -161,6 +161,8 @@ class Video:
         name: how reports call it.
         origin: where it comes from, for warnings that are given once.
         counted: the clip timing by which `num_frames` was counted from the clips; None where it is known.
+        offset: seconds from the start of the video file, as players count, to the first picture. Moments are in the
+            time of players; all other times count from the first picture.
     """
 
     features: np.ndarray
@@ -169,6 +171,7 @@ class Video:
     name: str = "video"
     origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
     counted: ClipClock | None = dataclasses.field(default=None, repr=False, compare=False)
+    offset: float = 0.0
     _segments: dict[tuple[int, str, ClipClock], Segments] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -180,11 +183,20 @@ class Video:
                 f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
                 f"and {self.duration} was given."
             )
+        if not 0 <= self.offset <= LONGEST_SECONDS:
+            raise FeatureError(
+                f"The offset of {self.name} must be 0 to {LONGEST_SECONDS:g} seconds, and {self.offset} was given."
+            )
         if not 2 <= self.num_frames <= MOST_FRAMES:
             raise FeatureError(
                 f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given."
             )
         check_frame_rate(self.name, self.num_frames, self.duration)
+
+    @property
+    def end(self) -> float:
+        """Seconds from the start of the video file, as players count, to the end of the last picture."""
+        return self.offset + self.duration
 
     @classmethod
     def load(

@@ -50,6 +50,7 @@ def film(
         sound: seconds of silence beside it.
     """
     frames = scene(frames) if isinstance(frames, int) else frames
+    path.parent.mkdir(parents=True, exist_ok=True)
     codec = CODECS.get(path.suffix, "mpeg4")
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)

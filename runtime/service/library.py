@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -16,13 +17,16 @@ import numpy as np
 
 from runtime.annotations import DataSet
 from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import AnnotationError, FeatureError, GroundingError, excerpt
+from runtime.errors import AnnotationError, DeviceError, FeatureError, FootageError, GroundingError, excerpt
 from runtime.files import check_directory, open_inside
+from runtime.footage import offset_of
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
 from runtime.service.refusals import Refusal
 from runtime.service.telemetry import Telemetry
 from runtime.videos import Video
+
+log = logging.getLogger("drn.service")
 
 # What browsers play; a data set's own videos are found by these endings.
 MEDIA_TYPES = {
@@ -48,7 +52,7 @@ class Entry:
     Attributes:
         id: what it is asked by.
         name: what answers call it.
-        duration: seconds.
+        duration: seconds, as players count.
         num_frames: frames, where the data set tells them.
         media: the file that plays it, where there is one.
         state: ready, extracting, or failed.
@@ -84,7 +88,8 @@ class Library:
     def entry(self, name: str) -> Entry:
         """Return a video of the data set, whose features were not looked at."""
         assert self._data is not None
-        return Entry(name, name, self._data.durations[name], self._data.num_frames.get(name), self._media.get(name))
+        end = self._data.durations[name] + self._data.offset(name)
+        return Entry(name, name, end, self._data.num_frames.get(name), self._media.get(name))
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
         """Return how many names contain a text, in whatever case, and so many of them from `offset` on."""
@@ -96,7 +101,8 @@ class Library:
         """Read a video. Refusal if it cannot be used: that is not for the client to put right."""
         assert self._data is not None
         try:
-            return self._data.video(name)
+            video = self._data.video(name)
+            return video if video.offset else dataclasses.replace(video, offset=self._film_offset(name))
         except (FeatureError, AnnotationError) as error:
             if error.code in CONTRADICTIONS:
                 raise
@@ -106,6 +112,17 @@ class Library:
                 f"The features of {excerpt(name)} are missing or cannot be used; ask about another video.",
                 "no_features",
             ) from error
+
+    def _film_offset(self, name: str) -> float:
+        """Return the seconds from the start of a video's film to its first picture; 0 where that cannot be known."""
+        film = self._media.get(name)
+        if film is None:
+            return 0.0
+        try:
+            return offset_of(film)
+        except (FootageError, DeviceError) as error:
+            log.warning("The times of %r count from its first picture: %s", name, error)
+            return 0.0
 
 
 class Shelf:

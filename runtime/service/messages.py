@@ -13,7 +13,7 @@ MOST_MOMENTS = 100
 
 
 class Moment(BaseModel):
-    """A part of the video, in seconds from its start, and how well it fits."""
+    """A part of the video, in seconds as players of its file count them, and how well it fits."""
 
     start: float
     end: float

@@ -129,7 +129,10 @@ class Service:
         subject = await ready()
         check_windows(len(self.grounder.cut(subject)), len(queries))
         found = await self.batcher.ask([(subject, query) for query in queries], top_k)
-        answers = [Answer(query, name, subject.duration, moments).to_dict() for query, moments in zip(queries, found)]
+        answers = [
+            Answer(query, name, subject.duration + subject.offset, moments).to_dict()
+            for query, moments in zip(queries, found)
+        ]
         response = json_response(answers)
         if unheard:
             shown, omitted = unknown_words(list(unheard))

@@ -79,6 +79,7 @@ class Upload:
         features: a `.npy` file, once it is there.
         media: the video file, if it is one.
         duration, num_frames: once known.
+        offset: seconds from the start of a video file, as players count, to its first picture.
         extraction: what makes the features, where a video file was sent.
         used: when it was last asked.
         bytes: of its files.
@@ -91,6 +92,7 @@ class Upload:
     media: Path | None = None
     duration: float = 0.0
     num_frames: int = 0
+    offset: float = 0.0
     extraction: asyncio.Task[None] | None = None
     used: float = 0.0
     bytes: int = 0
@@ -103,7 +105,8 @@ class Upload:
         elif self.features is None:
             state, error = "failed", self.extraction.exception() if self.extraction else None
             problem = error.message if isinstance(error, Refusal) else "The video could not be extracted."
-        return Entry(self.id, self.name, self.duration, self.num_frames, self.media, state, problem)
+        end = self.duration + self.offset
+        return Entry(self.id, self.name, end, self.num_frames, self.media, state, problem)
 
     def load(self) -> Video:
         """Read the video, once its features are known. Refusal if it was removed meanwhile, in another thread."""
@@ -113,7 +116,7 @@ class Upload:
         except (FeatureError, OSError) as error:
             # The sentence names files of this machine.
             raise unknown_video(self.id) from error
-        return Video(array, self.num_frames, self.duration, self.name, _origin())
+        return Video(array, self.num_frames, self.duration, self.name, _origin(), offset=self.offset)
 
 
 class Uploads:
@@ -301,6 +304,7 @@ class Uploads:
             raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
         tables = DataSet(made)
         upload.duration, upload.num_frames = tables.durations["video"], tables.frames("video")
+        upload.offset = tables.offset("video")
         upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
         shutil.rmtree(made, ignore_errors=True)
         self.spend(upload, upload.features.stat().st_size)

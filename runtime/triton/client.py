@@ -226,7 +226,11 @@ class ServedGrounder(Grounder):
         model = self._connection.address.model
         found, counts = self._connection.call(model, inputs, (front.MOMENTS, front.COUNT))
         for rows, count in zip(found[0], counts[0]):
-            yield [Moment(float(start), float(end), float(score)) for start, end, score in rows[:count]]
+            # The front counts from the first picture.
+            yield [
+                Moment(video.offset + float(start), video.offset + float(end), float(score))
+                for start, end, score in rows[:count]
+            ]
 
 
 def connect(address: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> ServedGrounder:

@@ -15,12 +15,14 @@ from runtime import EncodedVideo, Grounder
 from runtime.annotations import DataSet
 from runtime.backends import open_backend
 from runtime.decoding import Decoding
+from runtime.encodings import EncodedWindows
 from runtime.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate
 from runtime.infer import infer
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.tensors import Batch, Heads
+from runtime.windows import Windows
 from tests.runtime.test_grounder import PAIRS, QUARTER, video
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
@@ -68,6 +70,34 @@ def test_an_encoded_video_is_answered_as_the_video(grounder: Grounder, planted_b
     mixed = [encoded[i] if i % 2 else PAIRS[i] for i in range(len(PAIRS))]
     assert grounder.ground_batch(mixed, batch_size=2) == wanted
     assert [grounder.ground(*asked) for asked in encoded] == wanted
+
+
+def test_moments_of_a_video_with_an_offset_are_in_the_time_of_players(
+    grounder: Grounder, planted_backend: Any, tmp_path: Path
+) -> None:
+    plain = video(10.0, cat=(0, 3))
+    late = dataclasses.replace(plain, offset=4.0)
+    wanted = [
+        dataclasses.replace(moment, start=4.0 + moment.start, end=4.0 + moment.end)
+        for moment in grounder.ground(plain, "cat")
+    ]
+    encoded = grounder.encode(late)
+    encoded.save(tmp_path / "late.npz")
+    assert isinstance(encoded, EncodedVideo)
+    for subject in (late, encoded, EncodedVideo.load(tmp_path / "late.npz")):
+        assert grounder.ground(subject, "cat") == wanted
+        assert grounder.ground_batch([(subject, "cat"), (plain, "dog")])[0] == wanted
+    # In windows, and where nothing is likely in any of them.
+    grounder.windows = Windows(4.0, 4.0, 2.0)
+    for word in ("cat", "dog"):
+        shifted = grounder.ground_batch([(late, word)])[0]
+        unshifted = grounder.ground_batch([(plain, word)])[0]
+        assert [m.start - 4 for m in shifted] == pytest.approx([m.start for m in unshifted])
+        assert [m.end - 4 for m in shifted] == pytest.approx([m.end for m in unshifted])
+    windows = grounder.encode(late)
+    assert isinstance(windows, EncodedWindows)
+    windows.save(tmp_path / "windows.npz")
+    assert EncodedWindows.load(tmp_path / "windows.npz").offset == 4.0
 
 
 def test_each_video_is_encoded_once_and_stands_in_a_batch_once(grounder: Grounder, pair: PlantedPair) -> None:

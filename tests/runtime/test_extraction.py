@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import importlib
+import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import extraction
+from runtime import drawing, extraction
 from runtime.annotations import FEATURE_DIRECTORY, DataSet
 from runtime.errors import FootageError
 from runtime.extract import extract
@@ -25,6 +29,8 @@ from runtime.videos import load_features
 from tests.films import film, sound_only, truncated
 from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
+# The package has a function of the same name.
+infer_module = importlib.import_module("runtime.infer")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")
 
 
@@ -269,6 +275,72 @@ def test_infer_grounds_in_a_video_file_as_in_its_features(
     stored = run_command(infer, "--model", tiny_model, "--data", data, "--video", "hall", *query)
     assert json.loads(asked.out) == json.loads(stored.out)
     assert json.loads(asked.out)[0]["video"] == "hall"
+
+
+def late_film(path: Path, count: int = 200, after: int = 4000) -> Path:
+    """Write a film whose pictures begin some milliseconds after its sound."""
+    return film(path, count, times=[after + 40 * number for number in range(count)], sound=after / 1000 + count / 25)
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "srt", "text"])
+def test_times_are_those_of_players_where_pictures_begin_late(
+    tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Callable[..., Any], form: str
+) -> None:
+    on_time, late = late_film(tmp_path / "a" / "hall.mkv", after=0), late_film(tmp_path / "b" / "hall.mkv", after=4000)
+    line = ("--model", tiny_model, "--query", "person opens the door", "--format", form)
+
+    def times(*video: object) -> list[float]:
+        outcome = run_command(infer, *line, *video)
+        assert outcome.code == 0, outcome.err
+        if form == "json":
+            moments = json.loads(outcome.out)[0]["moments"]
+            return [second for moment in moments for second in (moment["start"], moment["end"])]
+        if form == "csv":
+            rows = list(csv.DictReader(io.StringIO(outcome.out)))
+            return [float(row[name]) for row in rows for name in ("start", "end")]
+        if form == "srt":
+            clocks = re.findall(r"(\d\d):(\d\d):(\d\d),(\d{3})", outcome.out)
+            return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in clocks]
+        return [int(m) * 60 + float(s) for m, s in re.findall(r"(\d+):(\d\d\.\d)(?= (?:-| ))", outcome.out)]
+
+    wanted = [second + 4 for second in times("--video", on_time, "--extractor", tiny)]
+    assert len(wanted) >= 2
+    first = times("--video", late, "--extractor", tiny)
+    assert first == pytest.approx(wanted, abs=0.11 if form == "text" else 5e-3)
+    # Out of the cache, and out of a directory.
+    assert times("--video", late, "--extractor", tiny) == first
+    data = extract((late,), tiny, tmp_path / "data")
+    assert times("--data", data, "--video", "hall") == first
+    features = data / FEATURE_DIRECTORY / "hall.npy"
+    length = DataSet(data).durations["hall"]
+    told = ("--features", features, "--duration", length, "--num-frames", 200)
+    assert times(*told, "--footage", late) == first
+    assert times(*told) == pytest.approx([second - 4 for second in first], abs=0.11 if form == "text" else 5e-3)
+
+
+def test_a_moment_of_a_late_film_is_cut_and_drawn_where_players_show_it(
+    tmp_path: Path, tiny: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = late_film(tmp_path / "hall.mkv")
+    cuts: list[Any] = []
+    shown: list[Any] = []
+    monkeypatch.setattr(infer_module, "write_clips", lambda footage, spans, *rest, **options: cuts.extend(spans))
+
+    def noted(footage: Any, times: list[float], *rest: Any, **options: Any) -> list[np.ndarray]:
+        shown.append(times)
+        return [np.zeros((9, 16, 3), np.uint8)] * len(times)
+
+    monkeypatch.setattr(drawing, "stills", noted)
+    (answer,) = infer(
+        tiny_model, ("dog sits",), video=str(late), extractor=tiny, cut=tmp_path / "clips", plot=tmp_path / "plot.png"
+    )
+    best = answer.moments[0]
+    assert answer.duration == pytest.approx(12, abs=0.05)
+    assert best.start >= 3.98
+    assert cuts == [(pytest.approx(best.start - 4, abs=0.03), pytest.approx(best.end - 4, abs=0.03))]
+    strip = shown[-1]
+    assert strip[0] == 0
+    assert strip[-1] == pytest.approx(12 * (len(strip) - 0.5) / len(strip) - 4, abs=0.05)
 
 
 def test_an_extractor_that_does_not_fit_is_refused_before_decoding(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime import footage as footage_module
 from runtime.cutting import cut
 from runtime.errors import DeviceError, FootageError
-from runtime.footage import Framing, Picture, clips, look, pictures, stills
+from runtime.footage import Framing, Picture, clips, look, offset_of, pictures, stills
 from runtime.videos import ClipClock
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 
@@ -196,6 +196,32 @@ def test_a_late_first_frame_is_the_start(tmp_path: Path) -> None:
     assert footage.num_frames == 20
     assert footage.start == pytest.approx(5)
     assert (np.stack(list(pictures(footage, AS_IT_IS))) == frames).all()
+
+
+@pytest.mark.parametrize("name", ["late.mkv", "late.mp4"])
+def test_pictures_that_begin_after_the_sound_have_an_offset(tmp_path: Path, name: str) -> None:
+    times = [4000 + 40 * number for number in range(50)]
+    path = film(tmp_path / name, 50, times=times, sound=6)
+    footage = look(path)
+    assert footage.offset == pytest.approx(4, abs=0.03)
+    assert offset_of(path) == pytest.approx(footage.offset, abs=2e-3)
+    assert footage.duration == pytest.approx(2, abs=1e-3)
+    assert look(film(tmp_path / f"on-time-{name}", 50, sound=2)).offset == pytest.approx(0, abs=0.03)
+    assert look(film(tmp_path / f"alone-{name}", 50, times=times)).offset == 0
+
+
+def test_the_real_file_whose_pictures_begin_late_has_an_offset(faults: Path) -> None:
+    footage = look(faults / "late.mp4")
+    assert (footage.offset, footage.duration) == (pytest.approx(4), pytest.approx(5))
+
+
+def test_the_last_frame_ends_with_the_file(tmp_path: Path) -> None:
+    # On average 0.49 s apart, and the last is on for as long as the one before it, 0.04 s.
+    times = [0, 2000, *range(2040, 2200, 40)]
+    footage = look(film(tmp_path / "odd.mp4", len(times), times=times))
+    last = (times[-1] - times[0]) / 1000
+    assert footage.num_frames / footage.frame_rate > last + 0.3
+    assert last < footage.duration <= last + 0.05
 
 
 def test_every_fourth_picture_is_that_of_all(tmp_path: Path) -> None:

@@ -223,6 +223,13 @@ player.addEventListener("playing", function frame() {
   follow();
   if (!player.paused) requestAnimationFrame(frame);
 });
+// A film that begins before its first picture, or ends after its last, is longer than its features.
+player.addEventListener("durationchange", () => {
+  if (timeline.duration > 0 && Number.isFinite(player.duration) && player.duration > timeline.duration) {
+    timeline.show(player.duration);
+    draw();
+  }
+});
 player.addEventListener("error", () => {
   if (player.getAttribute("src")) {
     film(null);

@@ -476,6 +476,74 @@ def test_a_sent_video_is_extracted_played_and_asked(service: Running, tmp_path: 
     assert alike(once.json[0]["moments"], found.json[0]["moments"])
 
 
+def test_times_of_a_sent_video_are_those_of_players(service: Running, tmp_path: Path) -> None:
+    from tests.films import film
+
+    times = [40 * number for number in range(80)]
+    on_time = film(tmp_path / "a" / "hall.mkv", 80, times=times, sound=3)
+    late = film(tmp_path / "b" / "hall.mkv", 80, times=[4000 + time for time in times], sound=7)
+    first, second = (
+        service.send("/v1/ground", video=("hall.mkv", path.read_bytes()), query="person opens the door").json
+        for path in (on_time, late)
+    )
+    expected = [{**moment, "start": moment["start"] + 4, "end": moment["end"] + 4} for moment in first[0]["moments"]]
+    assert alike(second[0]["moments"], expected)
+    identity = service.send(video=("hall.mkv", late.read_bytes())).json["id"]
+    found = service.ask({"video": identity, "query": "person opens the door"}).json
+    assert alike(found[0]["moments"], expected)
+    about = service.get(f"/v1/videos/{identity}").json
+    assert about["duration"] == pytest.approx(7.2, abs=0.01)
+
+
+@pytest.mark.parametrize("joined_twice", [False, True])
+def test_joined_and_trimmed_videos_are_taken(service: Running, tmp_path: Path, joined_twice: bool) -> None:
+    from tests.films import film, joined, trimmed
+
+    if joined_twice:
+        once = film(tmp_path / "once.webm", 60)
+        path, frames = joined(tmp_path / "twice.webm", once, once), 120
+    else:
+        path, frames = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2), 70
+    identity = service.send(video=(path.name, path.read_bytes())).json["id"]
+    assert service.ask({"video": identity, "query": "person opens the door"}).status == 200
+    assert service.get(f"/v1/videos/{identity}").json["num_frames"] == frames
+
+
+def test_a_damaged_video_is_taken_where_part_of_it_is_enough(service: Running, tmp_path: Path) -> None:
+    from tests.films import film, holed
+
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    path = holed(film(tmp_path / "whole.mp4", noise), tmp_path / "hole.mp4", 30)
+    question = {"query": "person opens the door"}
+    service.send("/v1/ground", video=("hole.mp4", path.read_bytes()), **question).refused(422, "partial=true")
+    sent = service.send("/v1/ground", video=("hole.mp4", path.read_bytes()), partial="true", **question)
+    assert sent.status == 200, sent.body
+    service.send("/v1/ground", features=("x", npy(FEATURES)), duration=5, partial="true", **question).refused(
+        422, "partial"
+    )
+
+
+def test_a_film_that_begins_late_shifts_the_moments_of_its_features(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
+) -> None:
+    from tests.films import film
+
+    name, other = sorted(DataSet(planted).durations)[:2]
+    film(tmp_path / "media" / f"{name}.mkv", 20, times=[4000 + 40 * number for number in range(20)], sound=5)
+    (tmp_path / "media" / f"{other}.mp4").write_bytes(b"no film")
+    running = start("--model", model, "--data", planted, "--media", tmp_path / "media", "--uploads", tmp_path / "up")
+    plain = start("--model", model, "--data", planted, "--uploads", tmp_path / "up")
+    for video, offset in ((name, 4), (other, 0)):
+        asked = {"video": video, "query": "person opens the door"}
+        expected = [
+            {**moment, "start": moment["start"] + offset, "end": moment["end"] + offset}
+            for moment in plain.ask(asked).json[0]["moments"]
+        ]
+        found = running.ask(asked).json[0]["moments"]
+        assert [moment["start"] for moment in found] == pytest.approx([m["start"] for m in expected], abs=0.03)
+        assert [moment["end"] for moment in found] == pytest.approx([m["end"] for m in expected], abs=0.03)
+
+
 def test_who_waits_for_a_video_that_is_removed_is_told(service: Running, tmp_path: Path) -> None:
     from tests.films import film
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -72,6 +73,16 @@ def test_queries_of_one_video_are_one_request(here: str, wire: Wire) -> None:
     Grounder.load(here).ground_batch([(subject, query) for query in QUERIES])
     ((_, inputs),) = wire.asked
     assert inputs["QUERY"].tolist() == [[query.encode() for query in QUERIES]]
+
+
+def test_moments_of_a_video_with_an_offset_are_in_the_time_of_players(here: str, direct: Grounder) -> None:
+    subject = video(30)
+    late = dataclasses.replace(subject, offset=4.0)
+    wanted = direct.ground_batch([(subject, query) for query in QUERIES])
+    for grounder in (Grounder.load(here), direct):
+        found = grounder.ground_batch([(late, query) for query in QUERIES])
+        expected = np.array(flat(wanted)) + np.array([4.0, 4.0, 0.0])
+        np.testing.assert_allclose(flat(found), expected, atol=tolerances.BATCHED_SECONDS)
 
 
 def test_windows_are_as_they_are_asked_for(here: str, direct: Grounder) -> None:
