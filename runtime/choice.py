@@ -124,9 +124,9 @@ def open_choice(
         assert film is not None
         network = open_extractor(choice.extractor, device, threads)
         network.manifest.check_fits(features)
-        footage = look(film)
-        video = cached_video(film, network, partial=choice.partial, threads=threads, footage=footage)
-        return ChosenVideo(video, footage=footage)
+        opened = look(film)
+        video = cached_video(film, network, partial=choice.partial, threads=threads, footage=opened)
+        return ChosenVideo(video, footage=opened)
     footage = look(film) if film else None
     if footage:
         footage.check_whole(choice.partial)

@@ -629,10 +629,15 @@ def _shortfall(container: Any, stream: Any, packets: _Packets, parts: Sequence[P
 def _begins_again(container: Any, start: int) -> bool:
     """Whether another file of the same format begins in this one, from byte `start` on."""
     head = HEADS.get(container.format.name)
-    if head is None:
+    if head is None or start >= os.path.getsize(container.name):
         return False
-    with open(container.name, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return head.search(content, start) is not None
+    # What lies before is not mapped: a mapping counts as memory where that is limited.
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with (
+        open(container.name, "rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, offset=first) as content,
+    ):
+        return head.search(content, start - first) is not None
 
 
 def _timed(frames: Iterator[Any], footage: Footage) -> Iterator[tuple[float, Any]]:

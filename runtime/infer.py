@@ -104,7 +104,7 @@ def infer(
         Answer(sentence, asked.name, asked.end, moments, chosen.truths_of(sentence))
         for sentence, moments in zip(query, found)
     ]
-    print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
+    # The answers come last: where a frame for the plot or a clip is damaged, the command fails without output.
     if plot:
         draw(answers, plot, chosen.footage, partial=partial)
     best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
@@ -119,6 +119,7 @@ def infer(
             partial=partial,
         )
         log.info("Cut:  %s", "\n      ".join(str(clip) for _, clip in best))
+    print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
 

@@ -302,6 +302,10 @@ class Uploads:
                     await process.wait()
         if process.returncode != 0:
             raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
+        for line in said.decode("utf-8", "replace").splitlines():
+            if upload.media.name in line:
+                # What is odd about the video, such as time stamps that restart.
+                log.warning("Upload %s: %s", upload.id, line.replace(str(upload.media), "the video")[:500])
         tables = DataSet(made)
         upload.duration, upload.num_frames = tables.durations["video"], tables.frames("video")
         upload.offset = tables.offset("video")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from runtime import footage as footage_module
 from runtime.cutting import cut
 from runtime.errors import DeviceError, FootageError
 from runtime.footage import Framing, Picture, clips, look, offset_of, pictures, stills
+from runtime.infer import infer
 from runtime.videos import ClipClock
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 
@@ -377,6 +380,23 @@ def test_an_h264_file_with_a_hole_is_refused(faults: Path) -> None:
     with pytest.raises(FootageError):
         list(pictures(footage, AS_IT_IS))
     assert len(list(pictures(footage, AS_IT_IS, partial=True))) == 120
+
+
+def test_a_damaged_film_is_neither_drawn_nor_cut_unless_asked(
+    tmp_path: Path, tiny_model: Path, refused: Callable[..., str], run_command: Callable[..., Any]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
+    hole = film(tmp_path / "whole.mp4", noise)
+    for number in range(5, 100, 5):
+        hole = holed(hole, tmp_path / "hole.mp4", number)
+    np.save(tmp_path / "f.npy", np.ones((11, 16), np.float32))
+    line = ("--model", tiny_model, "--query", "dog sits", "--features", tmp_path / "f.npy", "--duration", 4)
+    for output in (("--plot", tmp_path / "plot.png"), ("--cut", tmp_path / "clips")):
+        assert "--partial" in refused(infer, *line, "--footage", hole, *output)
+        assert not output[1].exists()
+        outcome = run_command(infer, *line, "--footage", hole, *output, "--partial")
+        assert outcome.code == 0, outcome.err
+        assert output[1].exists()
 
 
 @pytest.mark.parametrize("name", ["begin.ts", "begin.mpg"])
