@@ -17,7 +17,8 @@ from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
 from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, check_unrolled, profiles
+from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, check_unrolled, one_profile
+from export.profiles import profiles as optimization_profiles
 from export.twin import Precision, Wishes, make_twin
 from export.unrolled import lstm_layers
 from runtime.annotations import DataSet
@@ -59,11 +60,13 @@ def build_engine(
     unroll: tuple[int, ...] = (),
     parity_split: str = "test",
     limit: int | None = None,
+    profiles: Literal[1, 2] = 2,
     optimization_level: int | None = None,
     workspace: float | None = None,
     timing_cache: Path | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
+    tf32: bool = False,
     compute_capability: tuple[str, ...] = (),
     threads: int | None = None,
     dry_run: bool = False,
@@ -103,11 +106,14 @@ def build_engine(
             of at most so many tokens, where TensorRT's own is a loop. Longer queries are answered by the loop.
         parity_split: whose queries prove parity.
         limit: only the first so many of them.
+        profiles: optimization profiles of an engine: one for a single query and one for several, or 1 for both.
+            Engines of TensorRT 8.6 with two may not load; then 1 is built without being requested.
         optimization_level: TensorRT's, 0 to 5.
         workspace: most scratch memory of the builder, in GiB.
         timing_cache: file of measured kernel times, read if there and written back.
         version_compatible: a TensorRT plan that later versions of the same major load.
         hardware_compatible: a TensorRT plan for Ampere and later.
+        tf32: allow TF32 (10 bits of mantissa) where the graph is FP32, in engines and in ONNX Runtime on a GPU.
         compute_capability: for tensorrt-rtx, as 8.6 8.9; this machine's GPU when not given.
         threads: CPU threads for calibration and parity.
         dry_run: say what would be built, and stop.
@@ -132,6 +138,7 @@ def build_engine(
         workspace_gib=workspace,
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
+        tf32=tf32,
         compute_capabilities=compute_capability,
     )
     extractor = extractor_of(model)
@@ -140,7 +147,7 @@ def build_engine(
     job.check(table, plan, limit, keep, max_drop, calib_samples, threads)
     if videos < 1:
         raise GroundingError(f"--videos must be at least 1, and {videos} was given.")
-    job.check_options(options, timing_cache, why)
+    job.check_options(options, timing_cache, why, profiles)
     if extractor:
         check_ranges(batch, query_length)
         if dry_run:
@@ -149,6 +156,8 @@ def build_engine(
         log.info("Target %s: %s", chosen, why)
         return build_extractor(job, options, batch, keep, timing_cache, threads)
     shapes = job.early_profiles(batch, query_length, keep)
+    if shapes and profiles == 1:
+        shapes = one_profile(shapes)
     if shapes:
         check_unrolled(unroll, shapes[0].query_length)
     data_set = DataSet(data) if data else None
@@ -161,7 +170,9 @@ def build_engine(
     graph, manifest = read_source(source)
     annotations = [annotations[row] for row in askable_rows(manifest.vocabulary, annotations)]
     check_modules(graph, precision, keep)
-    shapes = shapes or profiles(batch, query_length, manifest)
+    if not shapes:
+        shapes = optimization_profiles(batch, query_length, manifest)
+        shapes = one_profile(shapes) if profiles == 1 else shapes
     check_unrolled(unroll, shapes[0].query_length)
     if unroll:
         lstm_layers(graph)
@@ -176,6 +187,8 @@ def build_engine(
         )  # fmt: skip
         try:
             twin = make_twin(graph, precision, wishes, data_set, str(source))
+            if tf32:
+                twin = dataclasses.replace(twin, facts={**twin.facts, "tf32": True})
             made = Made.of(staged, source, graph, twin)
             size = len(made.content) / source.stat().st_size
             print(f"{job.twin.name}: {counted_text(made.census)}, {size:.2f} of FP32.")
@@ -183,7 +196,7 @@ def build_engine(
             made.save(staged.twin)
             parts = [whole_part(staged, made, twin, shapes)]
             if split:
-                parts = cut_parts(staged, made, twin, graph, shapes, videos)
+                parts = cut_parts(staged, made, graph, shapes, videos)
             engine = None
             if chosen != "onnxruntime":
                 parts = [part.with_unrolled(unroll) for part in parts]
@@ -309,7 +322,7 @@ def choose_target(
 # Options of a build that concern an extractor of clip features too.
 OF_EXTRACTORS = frozenset(
     ("model", "precision", "target", "output", "batch", "keep", "optimization_level", "workspace", "timing_cache",
-     "version_compatible", "hardware_compatible", "compute_capability", "threads", "dry_run")
+     "version_compatible", "hardware_compatible", "tf32", "compute_capability", "threads", "dry_run")
 )  # fmt: skip
 
 

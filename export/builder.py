@@ -1,8 +1,7 @@
 """ONNX graphs become TensorRT plans: one path for TensorRT 8.6, 10, 11 and TensorRT-RTX.
 
-Always strongly typed where the library can be: precision is in the graph. TensorRT 8.6 cannot, so there the FP32 graph
-(with its Q/DQ pairs) is given together with the precision flags of that version. What a build will do is a value,
-`BuildOptions`; this module only carries it out.
+Precision is in the graph, which is built strongly typed; for TensorRT 8.6 see `export.weakly_typed`. What a build will
+do is a value, `BuildOptions`; this module only carries it out.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
+from export import weakly_typed
 from export.inspection import inspect_plan
 from export.profiles import Profile
-from export.to_onnx import drn_modules
 from runtime.backends.cuda import Cuda
 from runtime.backends.network import logger_for, starting
 from runtime.errors import DeviceError, GroundingError, ModelFileError
@@ -42,14 +41,14 @@ class BuildOptions:
 
     Attributes:
         target: which library builds.
-        precision: fp32, fp16, bf16, int8 or fp8: what the graph is in, and the flags of a weakly typed build.
+        precision: fp32, fp16, bf16, int8 or fp8: what the graph is in.
         profiles: optimization profiles, at least one.
         optimization_level: 0 to 5, how long to look for fast kernels.
         workspace_gib: most scratch memory on the device.
         version_compatible: a plan that later versions of the same major can load.
         hardware_compatible: a plan that runs on Ampere and later, not only on the GPU it was built on.
         compute_capabilities: for TensorRT-RTX, as "8.6"; the GPU of this machine when empty.
-        in_fp32: DRN modules that a weakly typed build must not narrow; a strongly typed graph says so itself.
+        tf32: whether FP32 may be computed in TF32, with 10 bits of mantissa.
     """
 
     target: Target
@@ -60,7 +59,7 @@ class BuildOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     compute_capabilities: Sequence[str] = ()
-    in_fp32: Sequence[str] = ()
+    tf32: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,12 @@ class Plan:
     inspection: Inspection | None
     timing_cache: bytes | None
     why_not_inspected: str = ""
+
+
+class BuildFailed(ModelFileError):
+    """The graph parses, but the library finds no way to build an engine of it."""
+
+    code = "build_failed"
 
 
 def cuda_version() -> str | None:
@@ -181,6 +186,8 @@ def why_not(target: Target) -> str | None:
     return None
 
 
+# TensorRT's parser reads opset 22, which has BF16 convolutions, from 10.6 on.
+BF16_VERSION = (10, 6)
 # Compute capability from which tensor cores multiply in a type; below it no engine has it.
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 
@@ -210,7 +217,22 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
             "(--hardware-compatible makes a plan for Ampere and later)."
         )
     if not is_strongly_typed(trt):
-        _check_weak(trt, options.precision)
+        weakly_typed.check_precision(trt, options.precision)
+    if options.precision == "bf16" and options.target == "tensorrt" and _version(trt) < BF16_VERSION:
+        raise DeviceError(
+            f"{name} cannot read a bf16 graph, whose opset 22 TensorRT's parser reads from "
+            f"{'.'.join(map(str, BF16_VERSION))} on; install that, or use fp16."
+        )
+    if options.precision == "fp8" and options.target == "tensorrt-rtx":
+        raise DeviceError(
+            "TensorRT-RTX documents fp8 for matrix products only, and this network is made of convolutions; "
+            "use fp16 or int8."
+        )
+    if options.precision == "fp8" and options.hardware_compatible:
+        raise DeviceError(
+            "--hardware-compatible makes a plan for Ampere and later, and Ampere has no fp8; use int8, or leave "
+            "--hardware-compatible out."
+        )
     if options.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
         raise DeviceError(f"{name} has no version-compatible plans; leave --version-compatible out.")
     least = LEAST_CAPABILITY.get(options.precision)
@@ -231,13 +253,8 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
             )
 
 
-def _check_weak(trt: Any, precision: str) -> None:
-    # 8.6 knows the flag of FP8, but not the Q/DQ nodes that carry it.
-    missing = [name for name in _weak_flags(precision) if not hasattr(trt.BuilderFlag, name)]
-    if missing or precision == "fp8":
-        raise DeviceError(
-            f"TensorRT {trt.__version__} cannot build {precision}; use fp16 or int8, or TensorRT 10 or later."
-        )
+def _version(library: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(library.__version__).split(".")[:2] if part.isdigit())
 
 
 def is_strongly_typed(library: ModuleType) -> bool:
@@ -255,7 +272,7 @@ def build(
     """Build a plan.
 
     Args:
-        graph: a serialised ONNX graph of ours, in the precision wanted; for a weakly typed library the FP32 one.
+        graph: a serialized ONNX graph of ours, in the precision requested.
         options: what to do.
         timing_cache: of an earlier build on the same GPU and version.
         library: stands in for the TensorRT module.
@@ -264,7 +281,8 @@ def build(
     Raises:
         DeviceError: the library or the GPU is missing, or the options do not go with it.
         PlanNotLoaded: the library refuses the plan that it built.
-        ModelFileError: the graph does not parse or does not build; the library's own words are in the message.
+        BuildFailed: the graph parses, but does not build; the library's own words are in the message.
+        ModelFileError: the graph does not parse.
     """
     trt = library or load_library(options.target)
     check_options(options, trt)
@@ -272,15 +290,18 @@ def build(
     with starting(trt, logger, cuda_version()):
         builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
+    fp32_modules: frozenset[str] = frozenset()
+    if not typed:
+        graph, fp32_modules = weakly_typed.prepare(graph)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         told = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.lines
         raise ModelFileError(f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.")
     config = builder.create_builder_config()
-    _configure(trt, config, options, typed)
+    _configure(trt, config, options)
     if not typed:
-        _hold_in_fp32(trt, network, config, options.in_fp32)
+        weakly_typed.configure(trt, network, config, options.precision, fp32_modules)
     for profile in options.profiles:
         shapes = builder.create_optimization_profile()
         for name, (smallest, best, largest) in profile.shapes.items():
@@ -291,7 +312,7 @@ def build(
         raise ModelFileError("The timing cache is of another GPU or TensorRT version; delete it or name another file.")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ModelFileError(
+        raise BuildFailed(
             f"{options.target} {trt.__version__} cannot build the engine: {'; '.join(logger.lines)[:500]}."
         )
     kept = config.get_timing_cache() if cache is not None else None
@@ -317,8 +338,13 @@ def _network_flags(trt: Any) -> int:
     return 1 << int(getattr(flags, wanted))
 
 
-def _configure(trt: Any, config: Any, options: BuildOptions, typed: bool) -> None:
+def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Each context would have streams, and memory, of its own for them.
+    config.max_aux_streams = 0
+    if not options.tf32:
+        # "Enabled by default" (BuilderFlag::kTF32 in NvInfer.h).
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace_gib is not None:
@@ -327,21 +353,8 @@ def _configure(trt: Any, config: Any, options: BuildOptions, typed: bool) -> Non
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if not typed:
-        for name in _weak_flags(options.precision):
-            config.set_flag(getattr(trt.BuilderFlag, name))
-        # As from TensorRT 10 on: the runtime keeps a context, and a CUDA graph, for each shape of a profile.
-        if hasattr(trt, "PreviewFeature"):
-            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if options.target == "tensorrt-rtx":
         _choose_capabilities(trt, config, options.compute_capabilities)
-
-
-def _weak_flags(precision: str) -> tuple[str, ...]:
-    # INT8 kernels stand among FP16 ones, as in the strongly typed graph.
-    return {"fp32": (), "fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16"), "fp8": ("FP8", "FP16")}[
-        precision
-    ]
 
 
 def _known_capabilities(trt: Any, wanted: Sequence[str]) -> dict[str, str]:
@@ -368,18 +381,6 @@ def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
         config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
     if not wanted:
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
-
-
-def _hold_in_fp32(trt: Any, network: Any, config: Any, modules: Sequence[str]) -> None:
-    """Tell a weakly typed build which layers keep FP32: their names are those of the graph's nodes."""
-    held = set(modules)
-    if not held:
-        return
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if held.intersection(drn_modules(layer.name)):
-            layer.precision = trt.float32
 
 
 @contextlib.contextmanager

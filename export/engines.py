@@ -6,11 +6,15 @@ import dataclasses
 import hashlib
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.builder import BuildOptions, Plan, build, cuda_devices, cuda_version, explained
+from export.inspection import PlanNotLoaded
 from export.made import Part
+from export.profiles import one_profile
+from export.wide_scales import has_half_scales, with_wide_scales
 from runtime import sidecar
 from runtime.backends.cuda import Cuda
 from runtime.errors import PromiseBroken
@@ -34,16 +38,19 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     from export.passport import ModelFile
 
     shorter = [build_part(job, other, options, cache) for other in part.unrolled]
-    built = _build(part, options, cache)
+    built, part, changes = _build(part, options, cache)
+    for change in changes:
+        log.warning("%s was built in another form: %s.", part.engine.name, change)
     promise = Promise(
         job.precision,
         part.census,
         part.fp32_weight_bytes,
+        tf32=options.tf32,
         strongly_typed=built.strongly_typed,
         version_compatible=options.version_compatible,
     )
     counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
-    content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache)
+    content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache, changes)
     if shorter:
         content["unrolled"] = {file.path.name: file.sha256 for file in shorter}
     try:
@@ -57,7 +64,8 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
         raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
-    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}.")
+    told = "".join(f"; {change}" for change in changes)
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}{told}.")
     if verdict.name != PROVEN:
         log.warning("%s: %s is %s: %s.", part.engine.name, job.precision, verdict.name, verdict.reason)
     return ModelFile.of(part.engine, part.manifest)
@@ -84,17 +92,62 @@ def reject(engine: Path) -> Path:
     return rejected
 
 
-def _build(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
-    from export.builder import is_strongly_typed, load_library
+def _build(part: Part, options: BuildOptions, cache: Path | None) -> tuple[Plan, Part, list[str]]:
+    """Build a plan; where the library refuses, once more in the form that avoids a known failure of it.
+
+    Returns:
+        The plan, what it was built of, and what is different from the request, a sentence each.
+    """
+    from export.builder import BuildFailed, load_library
 
     library = load_library(options.target)
-    # A weakly typed TensorRT takes the graph without casts and its own flags; what is in the twin would be cast twice.
-    given = part.graph if is_strongly_typed(library) else part.weak
     log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
+    changes: list[str] = []
+    try:
+        built = _build_once(part, options, cache)
+    except BuildFailed as error:
+        if not has_half_scales(part.graph):
+            raise
+        # NVIDIA/TensorRT#4832.
+        log.warning("%s Building again with FP32 scales around INT8 ...", error)
+        part = dataclasses.replace(part, graph=with_wide_scales(part.graph))
+        changes.append("its scales are FP32, because the build with FP16 scales failed")
+        try:
+            built = _build_once(part, options, cache)
+        except BuildFailed:
+            raise error from None
+        except PlanNotLoaded as failure:
+            built, part = _with_one_profile(part, options, cache, failure)
+            changes.append(ONE_PROFILE)
+    except PlanNotLoaded as failure:
+        built, part = _with_one_profile(part, options, cache, failure)
+        changes.append(ONE_PROFILE)
+    return built, part, changes
+
+
+ONE_PROFILE = "it has one optimization profile (--profiles 1), because the plan with two could not be loaded"
+
+
+def _with_one_profile(
+    part: Part, options: BuildOptions, cache: Path | None, failure: PlanNotLoaded
+) -> tuple[Plan, Part]:
+    """Build with one profile in place of two: such a plan of TensorRT 8.6 may not load (NVIDIA/TensorRT#2977).
+
+    Raises:
+        PlanNotLoaded: there was one already, or that plan cannot be loaded either.
+    """
+    if len(part.profiles) == 1:
+        raise failure
+    log.warning("%s Building again with one optimization profile ...", failure)
+    part = dataclasses.replace(part, profiles=one_profile(part.profiles))
+    return _build_once(part, options, cache), part
+
+
+def _build_once(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
     known = cache.read_bytes() if cache and cache.is_file() else None
-    options = dataclasses.replace(options, profiles=part.profiles, in_fp32=part.in_fp32)
+    options = dataclasses.replace(options, profiles=part.profiles)
     with explained("Building the engine"):
-        built = build(given.SerializeToString(), options, known)
+        built = build(part.graph.SerializeToString(), options, known)
     if cache and built.timing_cache:
         with replace_when_whole(cache) as temporary:
             temporary.write_bytes(built.timing_cache)
@@ -102,7 +155,12 @@ def _build(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
 
 
 def _sidecar_content(
-    part: Part, built: Plan, options: BuildOptions, census: dict[str, Any], cache: Path | None
+    part: Part,
+    built: Plan,
+    options: BuildOptions,
+    census: dict[str, Any],
+    cache: Path | None,
+    changes: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "format": sidecar.FORMAT,
@@ -120,6 +178,9 @@ def _sidecar_content(
             "workspace_gib": options.workspace_gib,
             "version_compatible": options.version_compatible,
             "hardware_compatible": options.hardware_compatible,
+            "tf32": options.tf32,
+            "profiles": len(part.profiles),
+            "changes": list(changes),
         },
         "timing_cache": sha256(cache) if cache and cache.is_file() else None,
         "census": census,

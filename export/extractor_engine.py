@@ -176,9 +176,7 @@ def _proven_twin(
         rejected = job.rejected("onnx")
         job.twin.rename(rejected)
         raise PromiseBroken(f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.") from error
-    part = Part(
-        twin.graph, twin.weak, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights, keep
-    )  # fmt: skip
+    part = Part(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
     return part, found
 
 

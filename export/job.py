@@ -201,7 +201,7 @@ class Job:
                 return sha256(self.checkpoint) in read(self.source)[1].sources.values()
         return False
 
-    def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str) -> None:
+    def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str, profiles: int = 2) -> None:
         """Raise what the library of the target, or the GPU, cannot do; also before any work."""
         if self.target == "onnxruntime":
             flags = {
@@ -212,6 +212,7 @@ class Job:
                 "--hardware-compatible": options.hardware_compatible,
                 "--compute-capability": options.compute_capabilities,
                 "--unroll": self.unroll,
+                "--profiles": () if profiles == 2 else (profiles,),
             }
             given = [flag for flag, value in flags.items() if value not in (None, False, ())]
             if given:

@@ -127,7 +127,7 @@ class Part:
     """What one engine is built of: the whole model, or one of the two parts that it was cut in.
 
     Attributes:
-        graph, weak: for a strongly and a weakly typed library; see `Twin`.
+        graph: in the precision requested.
         manifest: what the file says of itself: of an extractor its own kind.
         twin: the ONNX file.
         twin_hash: its SHA-256.
@@ -135,12 +135,10 @@ class Part:
         profiles: what it is built for.
         census: of `graph`.
         fp32_weight_bytes: what its weights would be in FP32.
-        in_fp32: modules that were held back.
         unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
     """
 
     graph: onnx.ModelProto
-    weak: onnx.ModelProto
     manifest: Manifest | ExtractorManifest
     twin: Path
     twin_hash: str
@@ -148,7 +146,6 @@ class Part:
     profiles: Sequence[Profile]
     census: Census
     fp32_weight_bytes: int
-    in_fp32: tuple[str, ...]
     unrolled: tuple[Part, ...] = ()
 
     def with_unrolled(self, steps: Sequence[int]) -> Part:
@@ -161,7 +158,6 @@ class Part:
         return dataclasses.replace(
             self,
             graph=unrolled(self.graph, steps),
-            weak=unrolled(self.weak, steps),
             engine=unrolled_path(self.engine, steps),
             profiles=[exactly(profile, steps) for profile in self.profiles],
         )
@@ -175,16 +171,10 @@ def unrolled_path(engine: Path, steps: int) -> Path:
 def whole_part(job: Job, made: Made, twin: Twin, shapes: Sequence[Profile]) -> Part:
     """Return what the engine of a whole model is built of."""
     digest = made.file(job.twin).sha256
-    held = tuple(twin.facts.get("held back in FP32", ()))
-    return Part(
-        twin.graph, twin.weak, made.manifest, job.twin, digest, job.output, shapes, made.census,
-        made.fp32_weight_bytes, held,
-    )  # fmt: skip
+    return Part(twin.graph, made.manifest, job.twin, digest, job.output, shapes, made.census, made.fp32_weight_bytes)
 
 
-def cut_parts(
-    job: Job, made: Made, twin: Twin, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
-) -> list[Part]:
+def cut_parts(job: Job, made: Made, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int) -> list[Part]:
     """Write the pair that a proven twin is cut into, and return its parts, the query part last."""
     import onnx
 
@@ -195,8 +185,7 @@ def cut_parts(
     onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
     pair = split_graph(proven)
     written = write_pair(*pair, job.twin)
-    held = tuple(twin.facts.get("held back in FP32", ()))
-    weak, wide = split_graph(twin.weak), split_graph(source)
+    wide = split_graph(source)
     encoded = pair[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
     parts = []
     for index, path in enumerate((written[0], written[-1])):
@@ -205,9 +194,7 @@ def cut_parts(
         engine = job.output if index else path.with_suffix(".engine")
         built_for = part_profiles(manifest.part, shapes, manifest, videos, encoded)
         counted, digest = census(pair[index]), sha256(path)
-        part = Part(
-            pair[index], weak[index], manifest, path, digest, engine, built_for, counted, weights, held
-        )  # fmt: skip
+        part = Part(pair[index], manifest, path, digest, engine, built_for, counted, weights)
         print(f"{path.name}: {counted_text(part.census)}.")
         parts.append(part)
     return parts

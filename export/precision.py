@@ -55,7 +55,50 @@ def to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collection[str] =
         raise ShapeError(
             f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(model)))}."
         )
-    return _Halving(model, TYPES[kind], frozenset(keep)).run()
+    halved = _Halving(model, TYPES[kind], frozenset(keep)).run()
+    _add_initial_states(halved.graph, TYPES[kind])
+    return halved
+
+
+def _add_initial_states(graph: onnx.GraphProto, half: int) -> None:
+    """Give every LSTM with half-precision weights its zero states, of shape (directions, B, H), in its own type.
+
+    The parser of TensorRT 10.0 and 10.1 makes missing states FLOAT, which a strongly typed network refuses beside HALF
+    (`getInitialInputValue` in onnxOpImporters.cpp of onnx-tensorrt, branch 10.1-GA).
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "LSTM" else None
+        if weight is None or weight.data_type != half or any(node.input[5:7]):
+            nodes.append(node)
+            continue
+        recurrent = weights[node.input[2]].dims
+        zeros = np.zeros((recurrent[0], 1, recurrent[2]), np.float32)
+        constants = {
+            "zeros": _half_tensor(zeros, f"{node.name}/zeros", half),
+            "first": numpy_helper.from_array(np.array([1], np.int64), f"{node.name}/first"),
+            "last": numpy_helper.from_array(np.array([2], np.int64), f"{node.name}/last"),
+            "before": numpy_helper.from_array(np.array([recurrent[0]], np.int64), f"{node.name}/directions"),
+            "after": numpy_helper.from_array(np.array([recurrent[2]], np.int64), f"{node.name}/width"),
+        }
+        graph.initializer.extend(constants.values())
+        names = {role: tensor.name for role, tensor in constants.items()}
+        steps = (
+            ("Shape", [node.input[0]], "sizes"),
+            ("Slice", [f"{node.name}/sizes", names["first"], names["last"]], "batch"),
+            ("Concat", [names["before"], f"{node.name}/batch", names["after"]], "shape"),
+            ("Expand", [names["zeros"], f"{node.name}/shape"], "states"),
+        )
+        for kind, inputs, name in steps:
+            axis = {"axis": 0} if kind == "Concat" else {}
+            nodes.append(helper.make_node(kind, inputs, [f"{node.name}/{name}"], f"{node.name}/{kind}_{name}", **axis))
+        states = f"{node.name}/states"
+        inputs = [*node.input, *[""] * (5 - len(node.input))]
+        node.input[:] = [*inputs[:5], states, states, *inputs[7:]]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def modules(model: onnx.ModelProto) -> set[str]:

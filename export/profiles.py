@@ -113,6 +113,17 @@ def exactly(profile: Profile, tokens: int) -> Profile:
     )
 
 
+def one_profile(several: Sequence[Profile]) -> list[Profile]:
+    """Return one profile in place of several: as wide as all of them, tuned for the last."""
+    if len(several) == 1:
+        return list(several)
+    first, last = several[0], several[-1]
+    shapes = {name: (first.shapes[name][0], best, largest) for name, (_, best, largest) in last.shapes.items()}
+    batch = (first.batch[0], *last.batch[1:])
+    length = (first.query_length[0], *last.query_length[1:])
+    return [Profile("all queries", batch, length, shapes)]
+
+
 def check_unrolled(steps: Sequence[int], query_length: Range) -> None:
     """Raise ShapeError unless each number of tokens is one that an engine for such queries may meet."""
     wrong = [count for count in steps if not 1 <= count <= query_length[2]]

@@ -185,7 +185,7 @@ def _read_engine(path: Path) -> Source:
     return dataclasses.replace(
         source,
         video=plan,
-        # A weakly typed library (TensorRT 8.6) is given a graph whose inputs and outputs are all float32.
+        # TensorRT 8.6 is given a graph whose inputs and outputs are all float32.
         encoded=_encoded(plans.twin(plan, beside.content))
         if content.get("strongly_typed", True)
         else ((channels, segments), "TYPE_FP32"),

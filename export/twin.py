@@ -75,12 +75,10 @@ class Twin:
 
     Attributes:
         graph: strongly typed: its own types say what is computed in what.
-        weak: what TensorRT 8.6 takes beside its precision flags: no casts, Q/DQ where `graph` has it, opset 17.
         facts: what was decided on the way, for the manifest.
     """
 
     graph: onnx.ModelProto
-    weak: onnx.ModelProto
     facts: dict[str, Any]
 
 
@@ -105,7 +103,7 @@ def make_twin(
     """
     raised = raise_opset(source, OPSETS[precision])
     if precision == "fp32":
-        return Twin(raised, source, {})
+        return Twin(raised, {})
     held: tuple[str, ...] = ()
     if data_set and precision in ("fp16", "bf16") and not data_set.annotations_path("train").is_file():
         log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
@@ -120,7 +118,7 @@ def make_twin(
         if data_set:
             graph, restored = _accurate(raised, graph, precision, kept, data_set, wishes)
             facts["restored to FP32"] = restored
-        return Twin(graph, source, facts)
+        return Twin(graph, facts)
     return _quantised(source, precision, wishes, held, data_set, name)
 
 
@@ -206,13 +204,11 @@ def _quantised(
         "kept out of 8 bits": list(keep),
         "held back in FP32": list(held),
     }
-    # TensorRT 8.6 knows Q/DQ around what multiplies, and no weights that are only stored in 8 bits; on a CPU they would
-    # be made wide again for every query.
-    computed = quantize(source, table, dataclasses.replace(policy, stored=()), kind)
     if kind == "int8" and wishes.for_cpu:
-        return Twin(in_rows(computed), computed, facts)
+        # On a CPU, weights that are only stored in 8 bits would be made wide again for every query.
+        return Twin(in_rows(quantize(source, table, dataclasses.replace(policy, stored=()), kind)), facts)
     narrow = quantize(source, table, policy, kind, OPSETS[kind])
-    return Twin(to_half(narrow, "fp16", held), computed if kind == "int8" else narrow, facts)
+    return Twin(to_half(narrow, "fp16", held), facts)
 
 
 def _table(

@@ -51,8 +51,13 @@ def unrolled(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
         del graph.initializer[:]
         graph.initializer.extend(kept)
     known = [value.name for value in (*graph.input, *graph.initializer)]
+    ordered = list(_in_order(nodes, known))
     del graph.node[:]
-    graph.node.extend(_in_order(nodes, known))
+    graph.node.extend(_without_unread(ordered, {value.name for value in graph.output}))
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
     return copy
 
 
@@ -153,6 +158,16 @@ class _Layer:
         yield helper.make_node(
             "Split", [f"{scope}/states", self._sizes("directions", [1, 1])], outputs, f"{scope}/directions", axis=1
         )
+
+
+def _without_unread(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """Return ordered nodes without those whose results nothing reads: the initial states of LSTMs that are gone."""
+    read, kept = set(outputs), []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+            kept.append(node)
+    return kept[::-1]
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto], known: Iterable[str]) -> Iterator[onnx.NodeProto]:

@@ -94,6 +94,20 @@ class DeviceError(GroundingError):
     code = "device_unavailable"
 
 
+_OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "allocatememory", "allocfailed", "badalloc")
+
+
+def is_out_of_memory(message: object) -> bool:
+    """Return whether a library's message means that memory ran out.
+
+    CUDA: CUDA_ERROR_OUT_OF_MEMORY, cudaErrorMemoryAllocation. ONNX Runtime: "Failed to allocate memory for requested
+    buffer", "CUDA failure 2: out of memory". torch, outside its own allocator: RuntimeError "CUDA error: out of memory"
+    and "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate". TensorRT: "OutOfMemory", "std::bad_alloc".
+    """
+    flat = str(message).lower().replace(" ", "").replace("_", "")
+    return any(words in flat for words in _OUT_OF_MEMORY)
+
+
 class DeviceMemoryError(DeviceError):
     """A batch does not fit the memory of its device; a smaller one may."""
 

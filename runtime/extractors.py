@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.backends import Device
-from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError
+from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, is_out_of_memory
 from runtime.files import check_file, json_digest, read_json
 from runtime.footage import Framing
 from runtime.manifest import Features
@@ -270,7 +270,7 @@ def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.nda
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
         said = str(error).strip().splitlines()[0]
-        if "allocate memory" in said:
+        if is_out_of_memory(said):
             raise DeviceMemoryError(
                 f"The device has no memory left for {len(batch)} clips ({said}); pass a smaller --batch-size."
             ) from error

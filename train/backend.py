@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from runtime.backends import Device
-from runtime.errors import DeviceError, DeviceMemoryError
+from runtime.errors import DeviceError, DeviceMemoryError, is_out_of_memory
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
 from train.checkpoints import load_checkpoint, source_hash
@@ -37,8 +39,12 @@ class TorchBackend:
         training = self.model.training
         self.model.eval()
         try:
-            heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
-        except torch.OutOfMemoryError as error:
+            with _without_tf32():
+                heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
+        except RuntimeError as error:
+            # Of torch's allocator it is OutOfMemoryError; of cuBLAS, cuDNN and the driver a plain RuntimeError.
+            if not is_out_of_memory(error):
+                raise
             # What torch keeps for later would be missing to a smaller batch now.
             torch.cuda.empty_cache()
             raise DeviceMemoryError(
@@ -47,6 +53,17 @@ class TorchBackend:
         finally:
             self.model.train(training)
         return Heads(*(np.ascontiguousarray(tensor.float().cpu().numpy()) for tensor in heads))
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute FP32 convolutions and LSTMs in FP32: cuDNN takes TF32 by default (torch.backends.cudnn.allow_tf32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> TorchBackend:

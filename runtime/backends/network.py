@@ -28,7 +28,7 @@ import numpy as np
 from runtime.backends import plans
 from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory, keep_for_good, keep_from_children
 from runtime.backends.shapes import ALIGNMENT, AXES, Domain, Region, choose, domain, layout, longest_query
-from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.sidecar import AboutPlan
 from runtime.tensors import ENCODED_FEATURES, Heads
 
@@ -90,6 +90,8 @@ class Network:
         self._device_bytes = 0
         self._timed = False
         self._captures = not hasattr(library, "CudaGraphStrategy")
+        # Whether the last capture failed and nothing has run since.
+        self._capture_failed = False
         self._choices: dict[tuple[int, ...], tuple[Domain, dict[str, int]]] = {}
         self._streams: list[int] = []
         self._events: list[int] = []
@@ -276,13 +278,17 @@ class Network:
         for name, view in program.inputs.items():
             _fill(name, view, inputs[name], self._axes[name])
         try:
-            self._submit(program)
-            self.cuda.synchronize(self._stream)
-        except BaseException:
-            # What is on its way must not meet the next call in the staging memory.
-            with contextlib.suppress(CudaError):
-                self.cuda.synchronize(self._stream)
+            self._complete(program)
+        except OutOfDeviceMemory:
             raise
+        except CudaError:
+            if not self._capture_failed:
+                raise
+            # The library may keep the error of a capture, and report it once more. Inputs are still in their places.
+            self.forget_programs()
+            program = self._program(profile, padded)
+            self._complete(program)
+        self._capture_failed = False
         if self._timed:
             self.gpu_ms += self.cuda.elapsed_ms(*self._events)
         program.runs += 1
@@ -292,6 +298,17 @@ class Network:
         if program.runs >= 2 and program.graph is None and self._captures:
             self._capture(program)
         return answers
+
+    def _complete(self, program: _Program) -> None:
+        """Run a program and wait for it."""
+        try:
+            self._submit(program)
+            self.cuda.synchronize(self._stream)
+        except BaseException:
+            # What is on its way must not meet the next call in the staging memory.
+            with contextlib.suppress(CudaError):
+                self.cuda.synchronize(self._stream)
+            raise
 
     def choose(self, sizes: Mapping[str, int]) -> tuple[Domain, dict[str, int]]:
         """Return the profile for a request and the sizes it is padded to; see `runtime.backends.shapes.choose`."""
@@ -358,7 +375,13 @@ class Network:
         self.cuda.copy_in(self._device_in, self._host_in.ctypes.data, program.bytes_in, self._stream)
 
     def _enqueue(self, program: _Program) -> None:
-        self._expect(program.context.execute_async_v3(self._stream), "run")
+        done = program.context.execute_async_v3(self._stream)
+        way_out = ""
+        if not done and plans.hardware_compatible(self.sidecar.content):
+            # Kernels chosen for Ampere and later may fail on a GPU that they were not tried on (pytorch/TensorRT#4481).
+            again = plans.rebuild_command(self.path, self.sidecar, here=True)
+            way_out = f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{again}`"
+        self._expect(done, "run", way_out)
 
     def _copy_out(self, program: _Program) -> None:
         self.cuda.copy_out(self._host_out.ctypes.data, self._device_out, program.bytes_out, self._stream)
@@ -378,6 +401,9 @@ class Network:
             program.graph = self.cuda.end_capture(self._stream)
         except (CudaError, ModelFileError) as error:
             self._captures = False
+            self._capture_failed = True
+            # A context whose capture failed may fail from then on.
+            self.forget_programs()
             # A plan for queries of one length has no loop.
             looping = self.query_length[0] < self.query_length[2]
             hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
@@ -396,7 +422,7 @@ class Network:
         told = "; ".join(self._logger.lines)[:500] or "it did not say why"
         self._logger.lines.clear()
         sentence = f"{self._trt.__name__} {self._trt.__version__} could not {doing} of {self.path.name}: {told}"
-        kind = OutOfDeviceMemory if _is_out_of_memory(told) else CudaError
+        kind = OutOfDeviceMemory if is_out_of_memory(told) else CudaError
         raise kind(f"{sentence.rstrip('.')}{way_out}.")
 
     def forget_programs(self) -> None:
@@ -491,11 +517,6 @@ def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...])
     if len(axes) > 1:
         view[: array.shape[0], array.shape[1] :] = 0
     view[inside] = array
-
-
-def _is_out_of_memory(told: str) -> bool:
-    flat = told.lower().replace(" ", "").replace("_", "")
-    return "outofmemory" in flat or "memoryallocation" in flat
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
+import json
 import logging
 import os
 import threading
@@ -20,10 +22,10 @@ from runtime import extractors
 from runtime.backends.cuda import keep_from_children
 from runtime.backends.eightbit import precision_of_file, source_for_cpu
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, one_line
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
 from runtime.files import sha256
 from runtime.manifest import METADATA_KEY, Manifest
-from runtime.onnxfile import MISMATCH, Check, Content, check
+from runtime.onnxfile import MISMATCH, Check, Content, check, read_metadata
 from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
@@ -68,9 +70,30 @@ def library(gpu: bool) -> tuple[Any, str]:
     if not gpu or not hasattr(ort, "preload_dlls"):
         return ort, ""
     # What it does not find it prints, and stdout is for results.
+    with contextlib.redirect_stdout(io.StringIO()):
+        for folder in _cuda_folders(Path(ort.__file__)):
+            ort.preload_dlls(directory=str(folder))
     with contextlib.redirect_stdout(io.StringIO()) as told:
+        # What was loaded above is found by its name.
         ort.preload_dlls()
     return ort, " ".join(told.getvalue().split())
+
+
+def _cuda_folders(ort: Path) -> list[Path]:
+    """Return the folders with CUDA libraries of NVIDIA's wheels, where ONNX Runtime does not look by itself.
+
+    `preload_dlls()` looks beside its own package only ("nvidia site packages" of onnxruntime/__init__.py); with
+    `directory` it looks in that one folder. A wheel may be anywhere that `nvidia` can be imported from.
+    """
+    found = importlib.util.find_spec("nvidia")
+    places = list(found.submodule_search_locations or ()) if found else []
+    return [
+        folder
+        for place in map(Path, places)
+        if place.resolve().parent != ort.resolve().parent.parent
+        for folder in sorted((*place.glob("*/lib"), *place.glob("*/bin"), *place.glob("*/bin/*")))
+        if folder.is_dir()
+    ]
 
 
 def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device, Content]:
@@ -103,7 +126,8 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
     try:
         kept = KEPT_APART if device == "cpu" else None
         source = source_for_cpu(path) if device == "cpu" else str(path)
-        session = ort.InferenceSession(source, options, providers=[PROVIDERS[device]], disabled_optimizers=kept)
+        providers = [(PROVIDERS[device], _cuda_options(path))] if device == "cuda" else [PROVIDERS[device]]
+        session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=kept)
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
         # A file that is damaged is reported as such.
@@ -121,6 +145,20 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
             "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu."
         )
     return session, device, checked.result()
+
+
+def _cuda_options(path: Path) -> dict[str, str]:
+    """Return the options of ONNX Runtime's CUDA provider for a file.
+
+    TF32 is on by default there (`use_tf32`, "default: 1"), so that FP32 is not FP32; a graph that was built with --tf32
+    says so. Convolutions are searched exhaustively by default, at the first call of every new shape
+    (`cudnn_conv_algo_search`, "EXHAUSTIVE"). Both: onnxruntime.ai, CUDA-ExecutionProvider.
+    """
+    allowed = False
+    with contextlib.suppress(ModelFileError, ValueError, AttributeError):
+        manifest = json.loads(read_metadata(path).get(METADATA_KEY) or "{}")
+        allowed = manifest.get("training", {}).get("precision", {}).get("tf32") is True
+    return {"use_tf32": str(int(allowed)), "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 class Session:
@@ -200,7 +238,7 @@ class Session:
             if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError)):
                 raise
             said = str(error).strip().splitlines()[0]
-            if "allocate memory" in said:
+            if is_out_of_memory(said):
                 raise DeviceMemoryError(
                     f"The {self.device} device has no memory left for this batch ({said}); pass a smaller --batch-size."
                 ) from error

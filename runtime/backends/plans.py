@@ -53,6 +53,11 @@ def host_code(content: Mapping[str, Any]) -> bool:
     return bool(_options(content).get("version_compatible"))
 
 
+def hardware_compatible(content: Mapping[str, Any]) -> bool:
+    """Return whether a plan was built for Ampere and later, and not for one GPU."""
+    return bool(_options(content).get("hardware_compatible"))
+
+
 def misfit(plan: Path, sidecar: AboutPlan, machine: Machine) -> str | None:
     """Return in one sentence why a plan cannot run on this machine, both sides named; None if it can."""
     content = sidecar.content
@@ -81,13 +86,14 @@ def built_for_gpu(content: Mapping[str, Any]) -> str:
     return f"{name} ({capability})" if name else "a GPU it does not tell"
 
 
-def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> str:
+def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, here: bool = False) -> str:
     """Return the command that builds a plan again, on the machine where it is to run.
 
     Args:
         plan: the engine's file.
         sidecar: of the plan.
         query_length: tokens that must fit in, where the plan's own profiles are too short.
+        here: for this GPU alone, also where the plan was built to run on others.
     """
     # Built by itself it would stand in the way of the one that it belongs to.
     plan, sidecar = _longer(plan) or (plan, sidecar)
@@ -110,7 +116,11 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0) -> st
     parts += ["--unroll", *steps] if steps else []
     options = _options(content)
     parts += ["--version-compatible"] if options.get("version_compatible") else []
-    parts += ["--hardware-compatible"] if options.get("hardware_compatible") else []
+    # A plan that failed on this GPU is built for it alone.
+    parts += ["--hardware-compatible"] if options.get("hardware_compatible") and not here else []
+    parts += ["--tf32"] if options.get("tf32") else []
+    whole = manifest.part in ("whole", "query")
+    parts += ["--profiles", 1] if whole and options.get("profiles") == 1 and _has_two(content) else []
     output = plan
     if manifest.part in ("video", "query"):
         parts.append("--split")
@@ -122,6 +132,12 @@ def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
     """Return the longest queries of the plans beside a plan for short ones, as their names tell: drn.fp16.8.engine."""
     found = (_SHORT.search(name) for name in content.get("unrolled") or ())
     return sorted(int(name["tokens"]) for name in found if name)
+
+
+def _has_two(content: Mapping[str, Any]) -> bool:
+    """Return whether a build of the same batches has two profiles by default: one query, and several."""
+    batch = _domain(content, "batch")
+    return bool(batch) and batch[0] == 1 < batch[2]
 
 
 def _longer(plan: Path) -> tuple[Path, AboutPlan] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 import onnx
 import pytest
 
-from export.builder import BuildOptions, build, cuda_devices, is_strongly_typed, load_library, runs_here, why_not
+from export.builder import (
+    BuildOptions,
+    build,
+    check_options,
+    cuda_devices,
+    is_strongly_typed,
+    load_library,
+    runs_here,
+    why_not,
+)
 from export.inspection import PlanNotLoaded
 from export.profiles import profiles
 from runtime.backends.cuda import Cuda
@@ -21,6 +31,7 @@ from tests.export import inspectors
 from tests.export.conftest import TINY, manifest
 from tests.runtime.standin import Driver
 
+EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], [])).SerializeToString()
 SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
 
 
@@ -69,14 +80,14 @@ class Version:
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-WEAK = ("FP16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE")
+WEAK = ("FP16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE", "TF32")
 VERSIONS = {
     "8.6.1": Version({"EXPLICIT_BATCH": 0}, WEAK),
     "10.16.1": Version({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, (*WEAK, "BF16")),
-    "11.4.0": Version({"STRONGLY_TYPED": 0}, ("VERSION_COMPATIBLE",)),
+    "11.4.0": Version({"STRONGLY_TYPED": 0}, ("VERSION_COMPATIBLE", "TF32")),
     "1.7.1": Version(
         {"STRONGLY_TYPED": 0},
-        ("VERSION_COMPATIBLE",),
+        ("VERSION_COMPATIBLE", "TF32"),
         {"ComputeCapability": SimpleNamespace(SM75=75, SM86=86, SM120=120, CURRENT=-1, NONE=0)},
     ),
 }
@@ -160,6 +171,8 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         LayerInformationFormat=SimpleNamespace(JSON="json"),
         Runtime=runtime,
         float32="float32",
+        int32="int32",
+        bool="bool",
         **known.more,
     )
     return library, calls
@@ -190,6 +203,8 @@ def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) 
     assert plan.timing_cache == b"times"
     assert named(calls, "create_network") == [(flag,)], "STRONGLY_TYPED moved from 1 to 0"
     assert named(calls, "set_flag") == []
+    assert named(calls, "clear_flag") == [("TF32",)]
+    assert named(calls, "max_aux_streams") == [(0,)]
     assert named(calls, "set_memory_pool_limit") == [("workspace", 2 * 2**30)]
     assert named(calls, "builder_optimization_level") == [(5,)]
     assert named(calls, "profiling_verbosity") == [("detailed",)]
@@ -198,7 +213,7 @@ def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) 
 @pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8", "FP16"])])
 def test_a_weakly_typed_version_gets_the_flags_of_the_precision(precision: str, flags: list[str]) -> None:
     library, calls = stand_in("8.6.1")
-    plan = build(b"graph", options(precision), library=library)
+    plan = build(EMPTY, options(precision), library=library)
     assert not plan.strongly_typed
     assert named(calls, "set_flag") == [(flag,) for flag in flags]
 
@@ -211,17 +226,32 @@ def test_a_precision_that_the_version_lacks_is_refused(precision: str) -> None:
     assert named(calls, "build_serialized_network") == []
 
 
-def test_modules_held_in_fp32_are_so_in_a_weakly_typed_build_too() -> None:
-    library, calls = stand_in("8.6.1")
-    layers = [Recorder(calls, "ILayer", name=name) for name in ("prop_fc/Conv", "fpn.layer_blocks.0/Conv")]
-    network = library.Builder(None).create_network(1)
-    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
-    build(b"graph", options(in_fp32=("prop_fc",)), library=library)
-    assert named(calls, "precision") == [("float32",)]
-    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
-    library, calls = stand_in("11.4.0")
-    build(b"graph", options(in_fp32=("prop_fc",)), library=library)
-    assert named(calls, "set_flag") == []
+@pytest.mark.parametrize("version", ["8.6.1", "10.16.1", "11.4.0", "1.7.1"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_fp32_is_fp32_unless_tf32_is_allowed(version: str, precision: str) -> None:
+    rtx: dict[str, Any] = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if version[0:2] == "1." else {}
+    for allowed in (False, True):
+        library, calls = stand_in(version)
+        build(EMPTY, options(precision, tf32=allowed, **rtx), library=library)
+        assert named(calls, "clear_flag") == ([] if allowed else [("TF32",)])
+
+
+@pytest.mark.parametrize(("version", "refused"), [("10.5.0", True), ("10.6.0", False), ("11.4.0", False)])
+def test_bf16_needs_a_parser_of_opset_22(version: str, refused: bool) -> None:
+    library, _ = stand_in("11.4.0" if version.startswith("11") else "10.16.1")
+    library.__version__ = version
+    with pytest.raises(DeviceError, match=r"10\.6") if refused else contextlib.nullcontext():
+        check_options(options("bf16"), library)
+
+
+def test_fp8_is_refused_where_it_cannot_exist() -> None:
+    library, _ = stand_in("1.7.1")
+    with pytest.raises(DeviceError):
+        check_options(options("fp8", "tensorrt-rtx", compute_capabilities=("8.9",)), library)
+    library, _ = stand_in("11.4.0")
+    with pytest.raises(DeviceError, match="--hardware-compatible"):
+        check_options(options("fp8", hardware_compatible=True), library)
+    check_options(options("fp8"), library)
 
 
 def test_every_profile_is_set_for_every_input() -> None:
@@ -264,7 +294,7 @@ INSPECTED = ("8.6.1", "10.16.1", "11.4.0")
 @pytest.mark.parametrize("version", INSPECTED)
 def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: str) -> None:
     library, calls = stand_in(version, "generated")
-    inspection = build(b"graph", options(), library=library, cuda=gpu()).inspection
+    inspection = build(EMPTY, options(), library=library, cuda=gpu()).inspection
     assert inspection is not None
     assert [view.name for view in inspection.profiles] == ["one query", "several queries"]
     assert [view.shapes["query_tokens"] for view in inspection.profiles] == [(1, 8), (4, 8)]
@@ -280,7 +310,7 @@ def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: st
 def test_a_context_that_cannot_be_created_leaves_the_engine(version: str) -> None:
     library, _ = stand_in(version, context=lambda: None)
     driver = Driver()
-    inspection = build(b"graph", options(), library=library, cuda=Cuda(driver)).inspection
+    inspection = build(EMPTY, options(), library=library, cuda=Cuda(driver)).inspection
     assert inspection is not None
     assert [view.text for view in inspection.profiles] == [None, None]
     assert "context could not be created" in inspection.reason()
@@ -291,12 +321,12 @@ def test_a_context_that_cannot_be_created_leaves_the_engine(version: str) -> Non
 @pytest.mark.parametrize("version", INSPECTED)
 def test_a_version_compatible_plan_is_inspected(version: str) -> None:
     library, calls = stand_in(version)
-    plan = build(b"graph", options(version_compatible=True), library=library, cuda=gpu())
+    plan = build(EMPTY, options(version_compatible=True), library=library, cuda=gpu())
     assert plan.inspection is not None
     assert plan.inspection.reason() == ""
     # Of other plans nothing is allowed.
     library, calls = stand_in(version)
-    build(b"graph", options(), library=library, cuda=gpu())
+    build(EMPTY, options(), library=library, cuda=gpu())
     assert named(calls, "engine_host_code_allowed") == []
 
 
@@ -305,7 +335,7 @@ def test_a_plan_that_cannot_be_loaded_is_an_error() -> None:
     runtime = library.Runtime
     library.Runtime = lambda logger: Recorder(Calls(), "Runtime", deserialize_cuda_engine=lambda plan: None)
     with pytest.raises(PlanNotLoaded):
-        build(b"graph", options(), library=library, cuda=gpu())
+        build(EMPTY, options(), library=library, cuda=gpu())
     library.Runtime = runtime
 
 

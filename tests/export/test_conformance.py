@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from export.builder import _network_flags, _weak_flags, is_strongly_typed
+from export.builder import _network_flags, is_strongly_typed
+from export.weakly_typed import precision_flags
 from tests.export.bindings import ROOT, Surface, compiler, read_surface, run_with
-from tests.export.test_builder import VERSIONS, build, gpu, options, stand_in
+from tests.export.test_builder import EMPTY, VERSIONS, build, gpu, options, stand_in
 from tests.export.uses import Reading, lines_of
 
 BINDINGS = os.environ.get("DRN_TENSORRT_BINDINGS")
@@ -64,9 +65,27 @@ def reading(path: Path, library: str) -> Reading:
     return Reading(path, surface_of(library), "tensorrt-rtx" if library == "rtx" else "tensorrt")
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+# For TensorRT 8.6 alone.
+WEAKLY_TYPED = ROOT / "export" / "weakly_typed.py"
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if path != WEAKLY_TYPED], ids=lambda path: path.name)
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_name_we_use_exists(path: Path, library: str) -> None:
+    check_names(path, library)
+
+
+def test_every_name_of_a_weakly_typed_build_exists() -> None:
+    # It also changes graphs, and ONNX's names are among TensorRT's.
+    read = reading(WEAKLY_TYPED, "8.6")
+    assert not read.problems(), lines_of(read.problems())
+    assert {("ILayer", "precision"), ("INetworkDefinition", "get_layer")} <= {
+        (use.owner, use.name) for use in read.uses.values()
+    }
+    assert {owner for owner, _ in read.chosen} <= CHOSEN["8.6"]
+
+
+def check_names(path: Path, library: str) -> None:
     read = reading(path, library)
     assert not read.problems(), f"{path.name} on {library}:\n{lines_of(read.problems())}"
     assert not read.untracked, (
@@ -160,7 +179,7 @@ def test_precision_is_left_to_the_graph_where_the_library_can(library: str) -> N
     used = {
         use.name for use in reading(ROOT / "export" / "builder.py", library).uses.values() if use.owner == "BuilderFlag"
     }
-    assert used <= {"VERSION_COMPATIBLE"}
+    assert used <= {"VERSION_COMPATIBLE", "TF32"}
 
 
 def test_tensorrt_11_has_no_precision_flags_left() -> None:
@@ -173,7 +192,7 @@ def test_tensorrt_11_has_no_precision_flags_left() -> None:
 
 def test_the_flags_of_a_weakly_typed_build_exist() -> None:
     surface = surface_of("8.6")["names"]
-    flags = {name for precision in ("fp32", "fp16", "int8") for name in _weak_flags(precision)}
+    flags = {name for precision in ("fp32", "fp16", "int8") for name in precision_flags(precision)}
     assert flags == {"FP16", "INT8"}
     assert flags <= set(surface["BuilderFlag"]["members"])
     assert "BF16" not in surface["BuilderFlag"]["members"]
@@ -270,7 +289,7 @@ def test_the_stand_in_offers_nothing_that_the_library_lacks(library: str) -> Non
     rtx = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if library == "rtx" else {}
     more = {} if rtx else {"version_compatible": True, "hardware_compatible": True}
     given = options("fp16", workspace_gib=1, optimization_level=1, **rtx, **more)
-    build(b"graph", given, library=module, cuda=gpu())
+    build(EMPTY, given, library=module, cuda=gpu())
     offered = calls.asked | {
         (name, member)
         for name, thing in vars(module).items()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from calib.balance import balanced_name, measure_gains
@@ -18,6 +20,7 @@ from export.precision import OPSETS, QDQ_OPSET, raise_opset, to_half
 from export.split import split_graph
 from export.to_onnx import OLDEST_OPSET
 from export.unrolled import unrolled
+from export.wide_scales import has_half_scales, with_wide_scales
 from runtime.extractors import ExtractorManifest
 from runtime.tensors import Batch
 from tests.export.conftest import CONFIGS, random_inputs
@@ -98,6 +101,56 @@ def test_a_quantised_graph_whose_lstm_is_written_out_is_counted_alike_and_builds
     assert after.macs[lstm].keys() == before.macs[lstm].keys()
     assert after.share(precision) == pytest.approx(before.share(precision), rel=0.01)
     assert len(build_with_rtx(written, capability=capability)) > 10_000
+
+
+@pytest.mark.parametrize("form", ["int8", "int8, modules kept"])
+def test_int8_with_wide_scales_builds_and_answers_alike(
+    form: str, exported: dict[str, onnx.ModelProto], tables: Tables
+) -> None:
+    half = FORMS[form][0](exported["tiny"], tables["tiny"])
+    assert has_half_scales(half)
+    wide = with_wide_scales(half)
+    assert not has_half_scales(wide)
+    onnx.checker.check_model(wide, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in wide.graph.initializer}
+    qdq = [node for node in wide.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {types[node.input[1]] for node in qdq}
+    assert scales == {onnx.TensorProto.FLOAT}
+    assert census(wide).total() == census(half).total()
+    inputs = [tensor.numpy() for tensor in random_inputs(CONFIGS["tiny"], [5, 3])]
+    before, after = (
+        _exact(model).run(None, dict(zip((value.name for value in model.graph.input), inputs, strict=True)))
+        for model in (half, wide)
+    )
+    # FP16 rounds some numbers to another step of INT8, which this small network makes larger.
+    for wanted, found in zip(before, after, strict=True):
+        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
+    for part in (wide, *split_graph(wide)):
+        assert len(build_with_rtx(part)) > 10_000
+
+
+def _exact(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Open a graph as it is, without fusions of Q/DQ."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
+
+
+def test_states_of_an_lstm_have_the_type_of_its_weights(exported: dict[str, onnx.ModelProto]) -> None:
+    for kind, half in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)):
+        model = to_half(raise_opset(exported["deep"], OPSETS[kind]), kind)  # type: ignore[arg-type]
+        types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        producers = {name: node for node in model.graph.node for name in node.output}
+        lstms = [node for node in model.graph.node if node.op_type == "LSTM"]
+        assert len(lstms) == 4
+        for node in lstms:
+            for state in node.input[5:7]:
+                assert producers[state].op_type == "Expand"
+                assert types[producers[state].input[0]] == half
+    # In FP32 the parser's own states are of the right type.
+    kept = to_half(exported["deep"], keep=("query_encoder.biLSTM",))
+    assert all(not any(node.input[5:7]) for node in kept.graph.node if node.op_type == "LSTM")
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 
 from calib.batches import draw
 from calib.calibrate import measure_table
@@ -19,7 +19,6 @@ from calib.graphs import manifest_of
 from calib.plan import Plan
 from calib.table import CalibrationTable
 from export.census import census
-from export.precision import opset_of
 from export.twin import Wishes, make_twin
 from runtime.annotations import DataSet
 from runtime.errors import PromiseBroken
@@ -116,21 +115,6 @@ def test_a_budget_that_no_precision_holds_is_said_so(
     monkeypatch.setattr("export.twin.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
     with pytest.raises(PromiseBroken, match="even with all but one module in FP32"):
         make_twin(source, "fp16", Wishes(threads=1), data_set)
-
-
-def test_what_a_weakly_typed_tensorrt_is_given_has_no_half_precision(
-    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path
-) -> None:
-    # TensorRT 8.6 takes FP16 from a flag, and no later opset than an export has by itself.
-    table.save(tmp_path / "t.calibration.json")
-    for precision in ("fp16", "int8"):
-        wishes = Wishes(table=tmp_path / "t.calibration.json" if precision == "int8" else None, threads=1)
-        twin = make_twin(source, precision, wishes, None)  # type: ignore[arg-type]
-        kinds = {tensor.data_type for tensor in twin.weak.graph.initializer}
-        assert TensorProto.FLOAT16 not in kinds
-        assert opset_of(twin.weak) == opset_of(source)
-        has_qdq = any(node.op_type == "DequantizeLinear" for node in twin.weak.graph.node)
-        assert has_qdq == (precision == "int8")
 
 
 def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(

@@ -1,0 +1,102 @@
+"""Write the scales of Q/DQ in FP32 where the graph around them is half precision.
+
+TensorRT's compiler could not infer the types of Q/DQ with FP16 scales on one GPU ("Could not infer output types for
+operation: dequantize", NVIDIA/TensorRT#4832, TensorRT 10.16 on compute capability 8.7). In this form Q/DQ, and what
+multiplies between them, are FP32, with casts to and from the half precision around: engines fuse them into the same
+INT8 kernels. An FP16 scale is exact in FP32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def has_half_scales(model: onnx.ModelProto) -> bool:
+    """Return whether a graph has Q/DQ with half-precision scales."""
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return any(kinds.get(node.input[1]) == _half() for node in model.graph.node if _is_qdq(node))
+
+
+def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a graph in which Q/DQ, and the products between them, are FP32."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    half = _half()
+    halves = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == half}
+    quantized = {
+        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[1] in halves
+    }
+    products = [node for node in graph.node if node.op_type in _PRODUCTS and quantized.issuperset(node.input[:2])]
+    names = {id(node) for node in products}
+    # Who reads the FP16 form of what is dequantized.
+    plain = {name for node in graph.node if id(node) not in names for name in node.input} & quantized
+    weights: dict[str, str] = {}
+
+    def wide(name: str) -> str:
+        if name not in weights:
+            weights[name] = f"{name}/float"
+            graph.initializer.append(_widened(halves[name], weights[name]))
+        return weights[name]
+
+    def cast(name: str, output: str, kind: int) -> onnx.NodeProto:
+        return helper.make_node("Cast", [name], [output], f"{output}/Cast", to=kind)
+
+    nodes = []
+    for node in list(graph.node):
+        if _is_qdq(node) and node.input[1] in halves:
+            node.input[1] = wide(node.input[1])
+            if node.op_type == "QuantizeLinear":
+                given, node.input[0] = node.input[0], f"{node.name}/given"
+                nodes += [cast(given, node.input[0], TensorProto.FLOAT), node]
+                continue
+            written, node.output[0] = node.output[0], f"{node.output[0]}/float"
+            nodes.append(node)
+            if written in plain:
+                nodes.append(cast(node.output[0], written, half))
+        elif id(node) in names:
+            node.input[0], node.input[1] = f"{node.input[0]}/float", f"{node.input[1]}/float"
+            for index, name in enumerate(node.input[2:], 2):
+                if name in halves:
+                    node.input[index] = wide(name)
+                elif name:
+                    node.input[index] = f"{node.name}/input{index}"
+                    nodes.append(cast(name, node.input[index], TensorProto.FLOAT))
+            written, node.output[0] = node.output[0], f"{node.output[0]}/float"
+            nodes += [node, cast(node.output[0], written, half)]
+        else:
+            nodes.append(node)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return result
+
+
+_PRODUCTS = ("Conv", "MatMul", "Gemm")
+
+
+def _widened(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), name)
+
+
+def _half() -> int:
+    from onnx import TensorProto
+
+    return int(TensorProto.FLOAT16)
+
+
+def _is_qdq(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear")

@@ -1,0 +1,173 @@
+"""`export.weakly_typed`: what TensorRT 8.6 is given in place of a strongly typed graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto
+
+from calib.qdq import Policy, quantize
+from calib.table import CalibrationTable
+from export.builder import build
+from export.precision import opset_of, raise_opset, to_half
+from export.split import split_graph
+from export.unrolled import unrolled
+from export.weakly_typed import fp32_modules, without_types
+from runtime.errors import ModelFileError
+from tests.export.conftest import CONFIGS, TINY, random_inputs
+from tests.export.test_builder import Calls, Recorder, named, options, stand_in
+from tests.export.test_rtx_builds import table_for
+
+FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+KEPT = ("prop_fc", "fpn.layer_blocks.0")
+
+
+@pytest.fixture(scope="module")
+def table(exported: dict[str, onnx.ModelProto]) -> CalibrationTable:
+    return table_for(exported["tiny"], CONFIGS["tiny"], balance=True)
+
+
+@pytest.fixture(scope="module")
+def int8(exported: dict[str, onnx.ModelProto], table: CalibrationTable) -> onnx.ModelProto:
+    return to_half(quantize(exported["tiny"], table, opset=19))
+
+
+def answers(model: onnx.ModelProto, lengths: list[int]) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    arrays = [tensor.numpy() for tensor in random_inputs(TINY, lengths)]
+    return list(session.run(None, dict(zip((value.name for value in session.get_inputs()), arrays, strict=True))))
+
+
+def test_an_fp16_graph_loses_its_types_and_keeps_its_numbers(exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"], keep=KEPT)
+    plain = without_types(half)
+    onnx.checker.check_model(plain, full_check=True)
+    assert not FLOATS & {tensor.data_type for tensor in plain.graph.initializer}
+    assert opset_of(plain) == 17
+    casts = [node for node in plain.graph.node if node.op_type == "Cast"]
+    assert not FLOATS & {onnx.helper.get_node_attr_value(node, "to") for node in casts}
+    # Weights are those of FP16, and what was computed in FP16 on a CPU is computed in FP32.
+    for wanted, found in zip(answers(half, [5, 3]), answers(plain, [5, 3]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
+
+
+def test_an_int8_graph_keeps_its_qdq_and_stores_no_narrow_weights(int8: onnx.ModelProto) -> None:
+    plain = without_types(int8)
+    onnx.checker.check_model(plain, full_check=True)
+    assert opset_of(plain) == 17
+    assert not FLOATS & {tensor.data_type for tensor in plain.graph.initializer}
+    written = {node.output[0] for node in plain.graph.node if node.op_type == "DequantizeLinear"}
+    for name in written:
+        for reader in plain.graph.node:
+            if name in reader.input:
+                assert reader.op_type in ("Conv", "MatMul", "Gemm")
+                assert {*reader.input[:2]} <= written
+    assert written
+    # FP16 rounds some numbers to another step of INT8, which this small network makes larger.
+    for wanted, found in zip(answers(int8, [5, 3]), answers(plain, [5, 3]), strict=True):
+        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
+
+
+def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto) -> None:
+    video, query = split_graph(int8)
+    for part in (video, query, unrolled(query, 6)):
+        plain = without_types(part)
+        onnx.checker.check_model(plain, full_check=True)
+        # Encodings that pass from part to part are FP32 as well.
+        for value in (*plain.graph.input, *plain.graph.output):
+            assert value.type.tensor_type.elem_type not in FLOATS
+
+
+@pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])
+def test_modules_of_fp32_are_read_from_the_graph(kept: tuple[str, ...], exported: dict[str, onnx.ModelProto]) -> None:
+    half = to_half(exported["tiny"], keep=kept)
+    assert fp32_modules(half) >= set(kept)
+    assert not fp32_modules(half) & ({"backbone_net.layers.0", "fcos.head.mix_fc", "prop_fc"} - set(kept))
+    assert fp32_modules(exported["tiny"]) == frozenset()
+
+
+def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "float32", **more: Any) -> Recorder:
+    tensor = Recorder(calls, "ITensor", is_shape_tensor=more.get("shapes", False), dtype=more.get("dtype", "float32"))
+    return Recorder(
+        calls, "ILayer", name=name, type=f"LayerType.{kind}", precision=precision, num_inputs=1, num_outputs=1,
+        get_input=lambda index: tensor, get_output=lambda index: tensor,
+    )  # fmt: skip
+
+
+def test_kept_modules_stay_in_fp32_and_what_takes_no_precision_is_skipped(exported: dict[str, onnx.ModelProto]) -> None:
+    library, calls = stand_in("8.6.1")
+    held = [layer(calls, "prop_fc.conv/Conv"), layer(calls, "prop_fc.conv/Relu", "ACTIVATION")]
+    others = [
+        layer(calls, "backbone_net.layers.0/Conv"),
+        # trtexec's skips (setLayerPrecisions in sampleEngines.cpp), and Q/DQ.
+        layer(calls, "prop_fc.conv/Range", "FILL", precision="int32"),
+        layer(calls, "prop_fc.conv/Mask", "ELEMENTWISE", precision="bool"),
+        layer(calls, "prop_fc.conv/weight", "CONSTANT"),
+        layer(calls, "prop_fc.conv/Slice", "SLICE", shapes=True),
+        layer(calls, "prop_fc.conv/Reshape", "SHUFFLE", dtype="int32"),
+        layer(calls, "prop_fc.conv/QuantizeLinear", "QUANTIZE"),
+        layer(calls, "prop_fc.conv/DequantizeLinear", "DEQUANTIZE"),
+    ]
+    network = library.Builder(None).create_network(1)
+    layers = [*held, *others]
+    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
+    graph = to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
+    build(graph, options(), library=library)
+    assert named(calls, "precision") == [("float32",)] * len(held)
+    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
+    given = onnx.load_from_string(named(calls, "parse")[0][0])
+    assert not FLOATS & {tensor.data_type for tensor in given.graph.initializer}
+
+
+def test_without_kept_modules_no_layer_is_constrained(exported: dict[str, onnx.ModelProto]) -> None:
+    library, calls = stand_in("8.6.1")
+    build(to_half(exported["tiny"]).SerializeToString(), options(), library=library)
+    assert named(calls, "set_flag") == [("FP16",)]
+    library, calls = stand_in("11.4.0")
+    graph = to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
+    build(graph, options(), library=library)
+    assert named(calls, "parse") == [(graph,)]
+    assert named(calls, "set_flag") == []
+
+
+def test_what_is_no_graph_is_one_error() -> None:
+    library, _ = stand_in("8.6.1")
+    with pytest.raises(ModelFileError):
+        build(b"graph", options(), library=library)
+
+
+@pytest.mark.parametrize("member", [True, False])
+def test_profiles_are_shared_where_the_member_exists(member: bool, exported: dict[str, onnx.ModelProto]) -> None:
+    library, calls = stand_in("8.6.1")
+    library.PreviewFeature = type("PreviewFeature", (), {"PROFILE_SHARING_0806": 0} if member else {})
+    build(exported["tiny"].SerializeToString(), options("fp32"), library=library)
+    assert len(named(calls, "set_preview_feature")) == member
+
+
+def test_nothing_else_mentions_weak_graphs() -> None:
+    for path in (Path(__file__).parents[2] / "export").glob("*.py"):
+        if path.name != "weakly_typed.py":
+            text = path.read_text(encoding="utf-8").replace("weakly_typed", "")
+            assert "weak" not in text.lower(), path.name
+
+
+def test_bfloat16_weights_keep_their_numbers(exported: dict[str, onnx.ModelProto]) -> None:
+    brain = to_half(raise_opset(exported["tiny"], 22), "bf16")
+    plain = {tensor.name: tensor for tensor in without_types(brain).graph.initializer}
+    for tensor in brain.graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16 and tensor.name in plain:
+            bits = np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16
+            np.testing.assert_array_equal(onnx.numpy_helper.to_array(plain[tensor.name]).ravel(), bits.view(np.float32))
+
+
+def test_quantised_modules_that_are_kept_are_not_constrained(
+    exported: dict[str, onnx.ModelProto], table: CalibrationTable
+) -> None:
+    # Kept out of 8 bits they are FP16, which is the type around them.
+    kept = to_half(quantize(exported["tiny"], table, Policy(keep=("fpn",)), opset=19))
+    assert not fp32_modules(kept) & {"fpn.layer_blocks.0", "fpn.inner_blocks.0"}
