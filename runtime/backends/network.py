@@ -28,7 +28,7 @@ import numpy as np
 from runtime.backends import plans
 from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory, keep_for_good, keep_from_children
 from runtime.backends.shapes import ALIGNMENT, AXES, Domain, Region, choose, domain, layout, longest_query
-from runtime.errors import DeviceError, ModelFileError, ShapeError, is_out_of_memory
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.sidecar import AboutPlan
 from runtime.tensors import ENCODED_FEATURES, Heads
 
@@ -125,7 +125,13 @@ class Network:
         if plans.host_code(self.sidecar.content):
             # Only what the sidecar's hash vouches for comes this far.
             self._runtime.engine_host_code_allowed = True
-        plan = self.path.read_bytes()
+        try:
+            plan = self.path.read_bytes()
+        except MemoryError as error:
+            raise DeviceMemoryError(
+                f"{self.path} has {self.path.stat().st_size / 2**20:.0f} MiB, more memory than this machine has free; "
+                "end what else uses it."
+            ) from error
         self._plan_bytes = len(plan)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         self._expect(
@@ -410,7 +416,8 @@ class Network:
             log.warning(
                 "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
                 self.path.name,
-                error,
+                # A log may keep the error itself, and with it the frames that hold the context.
+                str(error),
                 hint,
             )
 

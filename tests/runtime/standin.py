@@ -6,6 +6,16 @@ must have entered the context, and nothing may be allocated or waited for while 
 
 TensorRT has, for each version, the names that version has. A plan names the graph that it stands for; contexts want
 memory, a profile that was waited for, shapes within it, aligned addresses, and a run before they are captured.
+
+Rules about failures, and their sources:
+
+- A version-compatible plan is refused unless host code is allowed: `IRuntime::setEngineHostCodeAllowed` in
+  NvInferRuntime.h. The words are in libtensorrt_rtx.so of 1.7.1.
+- A TensorRT-RTX plan for other compute capabilities is refused, in the words of libtensorrt_rtx.so of 1.7.1.
+- TensorRT 8.6 captures no LSTM that is a loop: "The CUDA stream is in capturing mode, but this TRT engine is not stream
+  capturable." ("the enqueue call may return false if the current CUDA graph capture fails", sampleInference.cpp).
+- A context whose capture failed keeps failing (NVIDIA/TensorRT#2603: an enqueue that fails inside a capture leaves what
+  it had begun).
 """
 
 from __future__ import annotations
@@ -305,6 +315,7 @@ class Library:
         runs: shapes of the inputs of every time the network was computed.
         fed: what it was given last.
         failing: names of calls that are to fail, with what the logger is told.
+        kept_errors: how many runs fail, in whichever context, because of a capture that failed before.
         network_ms: what a run takes, by the driver's clock.
     """
 
@@ -318,6 +329,7 @@ class Library:
         self.fed: dict[str, np.ndarray] = {}
         self.failing: dict[str, str] = {}
         self.network_ms = 3.0
+        self.kept_errors = 0
         self.contexts = 0
         self.old = version.startswith("8.")
         self.newest = version.startswith("11.") or rtx
@@ -351,7 +363,19 @@ class Runtime:
         if "deserialize_cuda_engine" in self._library.failing:
             self._logger.log(1, self._library.failing["deserialize_cuda_engine"])
             return None
-        return Engine(self._library, self._logger, json.loads(plan))
+        told = json.loads(plan)
+        if told.get("host_code") and not self.engine_host_code_allowed:
+            self._logger.log(1, HOST_CODE)
+            return None
+        here = "{}.{}".format(*self._library.driver._capability)
+        if told.get("capabilities") and here not in told["capabilities"]:
+            self._logger.log(1, f"The engine cannot run on this GPU, which has compute capability {here}.")
+            return None
+        return Engine(self._library, self._logger, told)
+
+
+HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
+NOT_CAPTURABLE = "The CUDA stream is in capturing mode, but this TRT engine is not stream capturable."
 
 
 class Engine:
@@ -381,6 +405,8 @@ class Engine:
         if library.rtx:
             self.create_runtime_config = RuntimeConfig
         self._types: dict[str, str] = plan.get("types", {})
+        # The type of a node is text in the file.
+        self._loops = b"LSTM" in Path(plan["graph"]).read_bytes()
         # Before TensorRT 10 a profile belongs to one context.
         self._owners: dict[int, weakref.ref[Context]] = {}
 
@@ -430,6 +456,7 @@ class Context:
     __slots__ = (
         "__weakref__",
         "_addresses",
+        "_broken",
         "_engine",
         "_fresh",
         "_profile",
@@ -448,6 +475,7 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._scratch = 0
         self._fresh = True
+        self._broken = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "set_device_memory" and not self._engine._library.old:
@@ -498,9 +526,15 @@ class Context:
         capturing = library.driver.streams[stream].captured is not None
         if told is None and capturing and "capture" in library.failing:
             told = library.failing["capture"]
+        if told is None and capturing and library.old and engine._loops:
+            told = NOT_CAPTURABLE
+        if told is None and not capturing and (self._broken or library.kept_errors):
+            library.kept_errors = max(library.kept_errors - 1, 0)
+            told = "Error Code 1: Cuda Runtime (operation failed due to a previous error during capture)"
         if told is not None:
             if capturing:
                 library.driver.streams[stream].broken = True
+                self._broken = True
             engine._logger.log(1, told)
             return False
         if not library.old:
@@ -567,7 +601,11 @@ def write_plan(
     from runtime.sidecar import FORMAT, path_beside, sealed
 
     shapes = [profile["shapes"] for profile in profiles]
-    path.write_text(json.dumps({"graph": str(graph), "profiles": shapes, "types": types or {}}))
+    options = content.get("options", {})
+    plan = {"graph": str(graph), "profiles": shapes, "types": types or {}}
+    plan |= {"host_code": bool(options.get("version_compatible"))}
+    plan |= {"capabilities": content.get("compute_capabilities", [])}
+    path.write_text(json.dumps(plan))
     rtx = version.startswith("1.")
     about = {
         "format": FORMAT,

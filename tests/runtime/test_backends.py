@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from runtime.backends import Device, open_backend
-from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
+from runtime.backends.ort import library
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
+from runtime.manifest import METADATA_KEY
 from runtime.tensors import Batch
 
 
@@ -34,7 +37,7 @@ def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
     onnxruntime = pytest.importorskip("onnxruntime")
     offered = ["CPUExecutionProvider"]
 
-    def preload() -> None:
+    def preload(**_: Any) -> None:
         print("Failed to load libcudnn.so.9: no such file.")
         offered.append("CUDAExecutionProvider")
 
@@ -48,6 +51,58 @@ def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
         with pytest.raises(DeviceError, match=r"could not start its CUDAExecutionProvider.*libcudnn\.so\.9"):
             open_backend(tiny_model, device)
     assert capsys.readouterr().out == ""
+
+
+def test_cuda_libraries_are_found_wherever_nvidia_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    # As NVIDIA's wheels: CUDA 13 in one folder, cuDNN in another, and neither beside ONNX Runtime.
+    for folder in ("nvidia/cu13/lib", "nvidia/cudnn/lib", "nvidia/cudnn/include"):
+        (tmp_path / folder).mkdir(parents=True)
+    given: list[str | None] = []
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory=None: given.append(directory), raising=False)
+    library(gpu=True)
+    # Last of all as it comes: that says what is missing still.
+    assert given == [str(tmp_path / "nvidia/cu13/lib"), str(tmp_path / "nvidia/cudnn/lib"), None]
+
+
+@pytest.mark.parametrize("words", [
+    "CUDA failure 2: out of memory ; GPU=0", "Failed to allocate memory for requested buffer", "std::bad_alloc",
+    "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+])  # fmt: skip
+def test_out_of_memory_is_recognized_in_every_librarys_words(words: str) -> None:
+    assert is_out_of_memory(words)
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory("CUDA failure 700: an illegal memory access was encountered")
+    assert not is_out_of_memory("CUDA failure 900: operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(("told", "tf32"), [(None, "0"), ({}, "0"), ({"precision": {"tf32": True}}, "1")])
+def test_fp32_on_a_gpu_is_fp32_unless_the_graph_allows_tf32(
+    told: dict[str, Any] | None, tf32: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    graph, path = onnx.load(tiny_model), tmp_path / "drn.onnx"
+    if told is not None:
+        about = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY))
+        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps({**about, "training": told})})
+    onnx.save(graph, path)
+    given: list[Any] = []
+
+    def session(*_: Any, providers: Any, **__: Any) -> Any:
+        given.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(ModelFileError):
+        open_backend(path, "cuda")
+    ((name, options),) = given
+    assert name == "CUDAExecutionProvider"
+    assert options == {"use_tf32": tf32, "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])

@@ -42,13 +42,13 @@ from runtime.backends.shapes import (
 )
 from runtime.backends.trt import Bank, TensorRTBackend, TensorRTPair, from_bfloat16, open_engine, to_bfloat16
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.files import sha256
 from runtime.grounder import Grounder
 from runtime.manifest import Manifest
 from runtime.sidecar import Sidecar, path_beside, read_sidecar, sealed
 from runtime.tensors import Batch, Heads
-from tests.runtime.standin import VERSIONS, Driver, Engine, Library, counted, write_plan
+from tests.runtime.standin import NOT_CAPTURABLE, VERSIONS, Driver, Engine, Library, counted, write_plan
 from tests.tolerances import HALF
 
 LONGEST = 12
@@ -650,6 +650,97 @@ def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
     (said,) = [record.message for record in caplog.records]
     assert said.startswith("drn.fp32.6.engine cannot be captured")
     assert "--unroll" not in said
+
+
+@pytest.mark.parametrize("kept_errors", [0, 1])
+def test_a_failed_capture_leaves_a_working_model(bench: Bench, kept_errors: int) -> None:
+    backend = bench.whole()
+    bench.library.failing["capture"] = NOT_CAPTURABLE
+    first, second = batch_of([5]), batch_of([2, 3])
+    for _ in range(2):
+        assert_same(backend.run(first), reference(bench.graphs, first))
+    # The library reports the error of the capture once more, in whichever context runs next.
+    bench.library.kept_errors = kept_errors
+    for batch in (first, second, first, second):
+        assert_same(backend.run(batch), reference(bench.graphs, batch))
+
+
+def test_errors_without_a_failed_capture_are_not_hidden(bench: Bench) -> None:
+    backend = bench.whole()
+    backend.run(batch_of([5]))
+    bench.library.kept_errors = 1
+    with pytest.raises(DeviceError):
+        backend.run(batch_of([5]))
+    # An error that stays is reported, also after a failed capture.
+    bench.library.failing["capture"] = NOT_CAPTURABLE
+    for _ in range(2):
+        backend.run(batch_of([5]))
+    bench.library.kept_errors = 9
+    with pytest.raises(DeviceError):
+        backend.run(batch_of([5]))
+
+
+def test_tensorrt_8_captures_written_out_lstms_only(tmp_path: Path, graphs: Graphs) -> None:
+    bench = Bench(tmp_path, graphs, "8.6.1")
+    backend = bench.whole()
+    for seed in range(4):
+        batch = batch_of([5], seed)
+        assert_same(backend.run(batch), reference(graphs, batch))
+    assert "cuGraphLaunch" not in bench.driver.calls
+
+
+def test_a_version_compatible_plan_is_loaded(bench: Bench) -> None:
+    options = {"version_compatible": True, "hardware_compatible": False}
+    batch = batch_of([5])
+    assert_same(bench.whole(options=options).run(batch), reference(bench.graphs, batch))
+
+
+def test_a_hardware_compatible_plan_that_fails_here_names_the_way_out(bench: Bench) -> None:
+    backend = bench.whole(options={"version_compatible": False, "hardware_compatible": True})
+    # pytorch/TensorRT#4481.
+    bench.library.failing["execute_async_v3"] = "Error Code 1: Cask (Cask convolution execution)"
+    with pytest.raises(DeviceError) as caught:
+        backend.run(batch_of([5]))
+    assert "export.build_engine" in str(caught.value)
+    assert "--hardware-compatible" not in str(caught.value)
+    # Of other plans the failure is what it is.
+    other = bench.whole()
+    with pytest.raises(DeviceError) as caught:
+        other.run(batch_of([5]))
+    assert "export.build_engine" not in str(caught.value)
+
+
+def test_a_plan_for_another_gpu_is_one_error(tmp_path: Path, graphs: Graphs) -> None:
+    bench = Bench(tmp_path, graphs, "1.7.1.116")
+    with pytest.raises(DeviceError):
+        bench.whole(compute_capabilities=["8.6"])
+    batch = batch_of([5])
+    assert_same(bench.whole(compute_capabilities=["8.6", "9.0"]).run(batch), reference(graphs, batch))
+
+
+def test_a_context_that_cannot_be_created_is_one_error_and_nothing_stays(bench: Bench) -> None:
+    bench.library.failing["create_execution_context"] = "Error Code 2: Internal Error (Assertion status == kSUCCESS)"
+    with pytest.raises(DeviceError):
+        bench.whole()
+    assert bench.driver.held() == {}
+    bench.library.failing["create_execution_context"] = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+    with pytest.raises(DeviceError, match="not enough memory"):
+        bench.whole()
+    assert bench.driver.held() == {}
+
+
+def test_a_machine_with_less_memory_than_the_plan_is_one_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bench.whole()
+    path, read = backend._network.path, Path.read_bytes
+
+    def full(file: Path) -> bytes:
+        if file.suffix == ".engine":
+            raise MemoryError
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", full)
+    with pytest.raises(DeviceMemoryError):
+        bench.open(path)
 
 
 @pytest.mark.parametrize("call", ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"])

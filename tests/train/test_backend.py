@@ -126,15 +126,52 @@ def test_decoding_after_stage_1_leaves_iou_scores_out(short_run: Path) -> None:
     assert dataclasses.replace(stages[0].decoding, use_iou_scores=True) == stages[2].decoding
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "driver", "cuBLAS"],
+)
 def test_a_gpu_without_memory_for_a_batch_is_said_so(
-    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = open_checkpoint(published, device="cpu")
 
     def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(backend.model, "forward", full)
     with pytest.raises(DeviceMemoryError, match="no memory left for a batch of"):
         backend.run(as_batch(reference, "a"))
     assert not backend.model.training
+
+
+def test_other_errors_of_torch_pass_unchanged(reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = open_checkpoint(published, device="cpu")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(backend.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        backend.run(as_batch(reference, "a"))
+
+
+def test_fp32_convolutions_are_not_computed_in_tf32(
+    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_checkpoint(published, device="cpu")
+    forward, seen = backend.model.forward, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(*arguments)
+
+    monkeypatch.setattr(backend.model, "forward", watched)
+    before = torch.backends.cudnn.allow_tf32
+    backend.run(as_batch(reference, "a"))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
