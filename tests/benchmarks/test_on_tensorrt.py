@@ -96,7 +96,8 @@ def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for
     }
     # By the driver's clock, which takes both for alike.
     assert {round(entry["p50_ms"], 6) for entry in step["values"]["timings"]} == {3.0}
-    assert step["values"]["captured"] == {"loop": "yes", "written out": "yes"}
+    # TensorRT 8.6, which the double is of, captures no loop.
+    assert step["values"]["captured"] == {"loop": "no", "written out": "yes"}
 
 
 def test_forms_of_the_lstm_answer_alike_and_ask_of_each_video_once(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:

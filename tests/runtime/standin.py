@@ -405,8 +405,8 @@ class Engine:
         if library.rtx:
             self.create_runtime_config = RuntimeConfig
         self._types: dict[str, str] = plan.get("types", {})
-        # The type of a node is text in the file.
-        self._loops = b"LSTM" in Path(plan["graph"]).read_bytes()
+        # op_type, field 4 of NodeProto in onnx.proto, as it is in the file.
+        self._loops = b'"\x04LSTM' in Path(plan["graph"]).read_bytes()
         # Before TensorRT 10 a profile belongs to one context.
         self._owners: dict[int, weakref.ref[Context]] = {}
 
