@@ -254,9 +254,9 @@ class Lease:
             outcome = self._run_task(task, action.limit_s)
         self._end_task(task, outcome)
 
-    def _end_task(self, task: Task, outcome: Outcome) -> None:
+    def _end_task(self, task: Task, outcome: Outcome, ended: float | None = None) -> None:
         entry = self.content["tasks"][task.name]
-        entry.update(outcome=outcome, seconds=round(time.time() - entry["began"], 1))
+        entry.update(outcome=outcome, seconds=round((ended or time.time()) - entry["began"], 1))
         self.say(f"{task.name}: {outcome} after {entry['seconds']:.0f} s")
 
     def _install_wheels(self) -> Outcome:
@@ -373,7 +373,10 @@ class Lease:
             if alive:
                 _end_group(entry["pid"])
             task = next(task for task in TASKS["A"] if task.name == name)
-            self._end_task(task, self._outcome(task, limited=True))
+            # It may have ended between two calls: its results were last written then.
+            results = self.job.results(task.leg)
+            ended = results.stat().st_mtime if results.is_file() and not over else None
+            self._end_task(task, self._outcome(task, limited=True), ended)
             self.save()
 
     def _end_background(self) -> None:

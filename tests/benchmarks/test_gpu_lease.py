@@ -150,6 +150,24 @@ def test_calls_bring_one_chunk_each_and_go_on(
     assert len(started["tasks"]) == len(set(started["tasks"]))
 
 
+def test_the_background_task_may_end_between_calls(tmp_path: Path, started: dict[str, Any]) -> None:
+    packages, output = write_packages(tmp_path / "packages", chunks=2), tmp_path / "out"
+    last = packages / TENSORRT / "chunk_001.bin"
+    content = last.read_bytes()
+    last.unlink()
+    started["seconds"]["prepare"] = 2.0
+    assert call(packages, output, "--more") == 0
+    assert state(output)["tasks"]["prepare"]["outcome"] is None
+    while not (output / "prepare.json").is_file():
+        time.sleep(0.1)
+    time.sleep(3.0)
+    last.write_bytes(content)
+    assert call(packages, output) == 0
+    entry = state(output)["tasks"]["prepare"]
+    assert entry["outcome"] == "done"
+    assert entry["seconds"] == pytest.approx((output / "prepare.json").stat().st_mtime - entry["began"], abs=0.1)
+
+
 def test_a_killed_call_is_continued(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=1), tmp_path / "out"
     assert call(packages, output) == 0
