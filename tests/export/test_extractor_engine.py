@@ -24,6 +24,7 @@ from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputEr
 from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.infer import infer
+from runtime.onnxfile import sealed
 from runtime.sidecar import read_content, read_sidecar
 from tests.export.narrow_c3d import TINY, lively
 from tests.runtime.standin import VERSIONS, Driver, Library, write_plan
@@ -181,7 +182,7 @@ def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: p
         if factor:
             values = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    onnx.save(graph, model)
+    model.write_bytes(sealed(graph.SerializeToString()))
     output = build_engine(model, precision="fp16", target="onnxruntime")
     assert "conv4a reaches" in caplog.text
     kinds = {module: set(counts) for module, counts in census(onnx.load(output)).macs.items()}
