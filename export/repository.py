@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.served import FORMAT_PARAMETER, Served, is_features
+from runtime.backends.eightbit import for_any_cpu
 from runtime.errors import DeviceError, ModelFileError, OutputError, one_line
 from runtime.files import locked, replace_when_whole, sha256, staging_directory
 from runtime.interrupts import deferred
@@ -170,7 +171,13 @@ def _lay(directory: Path, part: Served, version: int, header: str) -> None:
     (directory / "config.pbtxt").write_text(config_text(message(part.config), header), encoding="utf-8")
     for name, content in part.files.items():
         if isinstance(content, Path):
-            shutil.copyfile(content, place / name)
+            # Triton opens the file itself, on a CPU that is not known here.
+            on_cpu = content.suffix == ".onnx" and part.config["instance_group"][0]["kind"] != "KIND_GPU"
+            exact = for_any_cpu(content) if on_cpu else None
+            if exact is None:
+                shutil.copyfile(content, place / name)
+            else:
+                (place / name).write_bytes(exact)
         else:
             (place / name).write_text(content, encoding="utf-8")
     files = {name: value for name, value in part.warmup.items() if not is_features(name)}

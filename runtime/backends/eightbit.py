@@ -20,6 +20,7 @@ from typing import Union
 import numpy as np
 
 from runtime.machine import cpu_features
+from runtime.onnxfile import sealed
 
 log = logging.getLogger("drn")
 
@@ -140,6 +141,26 @@ def source_for_cpu(path: Path) -> str | bytes:
         )
         return str(path)
     return changed
+
+
+def for_any_cpu(path: Path) -> bytes | None:
+    """Return the content of a file that is exact on every CPU, with its digest: for servers that open files themselves.
+
+    None where the file is that already; also where it cannot be, with a warning.
+    """
+    content = path.read_bytes()
+    contents = read_contents(content)
+    if not _signed(contents):
+        return None
+    changed = _unsigned(content, contents)
+    if changed is None:
+        log.warning(
+            "%s multiplies by int8 weights, and sums of them may saturate in a server whose CPU has no VNNI. Build it "
+            "with `python -m export.build_engine --precision int8`.",
+            path,
+        )
+        return None
+    return sealed(changed)
 
 
 def for_cpu(content: bytes) -> bytes:

@@ -21,6 +21,7 @@ from export.split import split_graph, write_pair
 from export.triton import triton
 from runtime.errors import ModelFileError, OutputError
 from runtime.manifest import METADATA_KEY
+from runtime.onnxfile import check
 from tests.export.conftest import TINY, manifest
 from tests.tritonserver import Server
 
@@ -52,9 +53,32 @@ def changed(graph: Path, **values: Any) -> Path:
 def request() -> dict[str, np.ndarray]:
     return {
         "QUERY": np.array([[b"word1 word2"]], object),
-        "FEATURES": np.ones((1, 9, 16), np.float32),
+        "FEATURES": np.arange(1.0, 145.0, dtype=np.float32).reshape(1, 9, 16),
         "DURATION": np.array([[7.0]]),
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Path, device: Any) -> None:
+    model = onnx.load(graph)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "prop_fc.weight")
+    reader = next(node for node in model.graph.node if weight.name in node.input)
+    reader.input[:] = ["wide" if name == weight.name else name for name in reader.input]
+    numbers = onnx.numpy_helper.to_array(weight)
+    scale = np.float32(np.abs(numbers).max() / 127)
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.rint(numbers / scale).astype(np.int8), weight.name))
+    for name, value in (("scale", scale), ("zero", np.int8(0))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [weight.name, "scale", "zero"], ["wide"]))
+    path = graph.with_name("drn.int8.onnx")
+    onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest(TINY), precision="int8").to_json()})
+    onnx.save(model, path)
+    triton(path, place, device=device)
+    (served,) = place.rglob("model.onnx")
+    kinds = {tensor.data_type for tensor in onnx.load(served).graph.initializer}
+    assert (onnx.TensorProto.INT8 in kinds) == (device == "cuda")
+    assert (onnx.TensorProto.UINT8 in kinds) == (device == "cpu")
+    assert served.read_bytes() == path.read_bytes() if device == "cuda" else check(served).recorded is not None
 
 
 def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> None:
