@@ -24,11 +24,13 @@ from calib.batches import draw
 from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from calib.graphs import manifest_of
+from calib.qdq import attainable_share
 from export.build_engine import _again, _proven_engine, build_engine, choose_target
 from export.builder import BuildFailed, BuildOptions, Plan, cuda_devices
 from export.engines import _write_engine, reject
 from export.inspection import PlanNotLoaded
 from export.split import split_graph, write_pair
+from export.to_onnx import export_model
 from export.wide_scales import has_half_scales
 from runtime import Grounder, Presence
 from runtime.annotations import DataSet
@@ -59,8 +61,10 @@ from runtime.inspection import (
 )
 from runtime.manifest import METADATA_KEY
 from runtime.sidecar import read_sidecar
+from tests.export.conftest import lively
 from tests.export.inspectors import document
 from tests.export.test_builder import gpu, stand_in
+from train.model import DRNConfig
 
 # A network this small loses more to eight bits than a real one, on thirty queries where one is three points.
 LOOSE = 100.0
@@ -167,6 +171,27 @@ def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted:
         )  # fmt: skip
     assert not model.with_name("drn.int8.onnx").exists()
     assert Grounder.load(model.with_name("drn.int8.rejected.onnx")).manifest.precision == "int8"
+
+
+def test_narrow_network_is_built_in_int8_with_a_warning(
+    models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = manifest_of(onnx.load(models / "drn.onnx"))
+    words = max(told.vocabulary.words.values())
+    config = DRNConfig(
+        vocab_size=words, feature_dim=32, fpn_dim=16, num_segments=told.decoding.num_segments, hidden_dim=512
+    )
+    path = tmp_path / "drn.onnx"
+    onnx.save(export_model(lively(config), dataclasses.replace(told, sources={})), path)
+    attainable = attainable_share(onnx.load(path))
+    assert attainable < 0.85
+    table = _measure(path, planted, tmp_path / "t.json")
+    output = build_engine(path, precision="int8", table=table, target="onnxruntime")
+    shares = Grounder.load(output, "cpu", 1).manifest.training["precision"]["multiply-adds"]
+    assert shares["int8"] == pytest.approx(attainable, abs=0.01)
+    assert f"int8 in {100 * shares['int8']:.1f} %" in caplog.text
+    with pytest.raises(PromiseBroken):
+        build_engine(path, precision="int8", table=table, target="onnxruntime", keep=("prop_fc", "backbone_net"))
 
 
 def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
