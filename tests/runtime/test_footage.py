@@ -389,7 +389,7 @@ def test_a_damaged_film_is_neither_drawn_nor_cut_unless_asked(
     hole = film(tmp_path / "whole.mp4", noise)
     for number in range(5, 100, 5):
         hole = holed(hole, tmp_path / "hole.mp4", number)
-    np.save(tmp_path / "f.npy", np.ones((11, 16), np.float32))
+    np.save(tmp_path / "f.npy", np.random.default_rng(1).random((11, 16), np.float32))
     line = ("--model", tiny_model, "--query", "dog sits", "--features", tmp_path / "f.npy", "--duration", 4)
     for output in (("--plot", tmp_path / "plot.png"), ("--cut", tmp_path / "clips")):
         assert "--partial" in refused(infer, *line, "--footage", hole, *output)
