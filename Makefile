@@ -1,4 +1,5 @@
-# make demo: from made-up data to a grounded sentence. make test: the test suite. Both make .venv first.
+# make demo: from made-up data to a grounded sentence. make test: the test suite. make fuzz: damaged files for every
+# reader. All make .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ BINDINGS_10.16 := 10.16.1.11
 BINDINGS_11.4 := 11.4.0.106
 BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
 
-.PHONY: demo test test-portable lint environment bindings pytriton clean
+.PHONY: demo test test-portable fuzz lint environment bindings pytriton clean
 
 environment: $(VENV)/ready
 	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
@@ -55,6 +56,12 @@ AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=H
 test-portable: environment
 	$(OLD_CPU) $(BIN)/python -m pytest -n 2 --dist loadfile $(PORTABLE)
 	$(AVX2_CPU) $(BIN)/python -m pytest $(PORTABLE)
+
+# 500 damaged files for each reader, 21,000 in all. CASES and FIRST choose others.
+CASES ?= 500
+FIRST ?= 0
+fuzz: environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --cases $(CASES) --first $(FIRST)
 
 lint: environment
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from runtime.inspection import census_of_file, layers_path, read_layers_file
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import MISMATCH, check, read_metadata
 from runtime.sidecar import read_content, read_sidecar
+from runtime.textfiles import parse_json
 
 
 def describe(
@@ -105,9 +106,9 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
         about = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
         beside, told = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
-        with contextlib.suppress(ModelFileError, ValueError):
+        with contextlib.suppress(ModelFileError):
             told = read_metadata(path)
-            about = json.loads(told.get(extractors.METADATA_KEY, "null"))
+            about = parse_json(told.get(extractors.METADATA_KEY, "null"), str(path), ModelFileError)
         if not {METADATA_KEY, extractors.METADATA_KEY} & told.keys() and beside.is_file():
             about = read_json(beside, "description of an extractor", ModelFileError)
     if not isinstance(about, dict) or about.get("format") != extractors.FORMAT:

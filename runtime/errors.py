@@ -198,6 +198,8 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
         raise error(f"{path} should be {description} and asks for more memory than there is; {advice}.") from problem
     except Exception as problem:
         reason = one_line(problem) or type(problem).__name__
+        if isinstance(problem, KeyError):
+            reason = f"{reason} is missing"
         raise error(f"{path} should be {description} and cannot be read: {reason}; {advice}.") from problem
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import FootageError, GroundingError, printable_line
+from runtime.errors import FootageError, excerpt, printable_line, reading
 from runtime.extractors import Extractor
 from runtime.files import check_file, json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.footage import Footage, clips, look, pictures
+from runtime.layouts.values import MAX_FRAME_RATE, is_number
 from runtime.videos import ClipClock, Video, load_features
 
 log = logging.getLogger("drn")
@@ -295,11 +296,16 @@ def read_note(value: Any, source: Path) -> Extracted | None:
     Raises:
         FootageError: it is no such note.
     """
-    try:
+    with reading(source, "a note on extracted features", FootageError, "remove it"):
         fields = {name: item for name, item in value.items() if name not in ("format", "digest")}
         note = Extracted(**fields)
-    except (AttributeError, TypeError, GroundingError) as error:
-        raise FootageError(f"{source} was changed since it was written ({error}); remove it.") from error
+        texts, counts = (note.video, note.extractor, note.features), (note.num_clips, note.num_frames)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(note.whole, bool):
+            raise ValueError("it lacks the digests of the files")
+        if not all(type(count) is int and count > 0 for count in counts) or not is_number(note.frame_rate):
+            raise ValueError("its counts are not numbers")
+        if not 0 < note.frame_rate <= MAX_FRAME_RATE:
+            raise ValueError(f"its frame rate is {excerpt(note.frame_rate)}")
     if "digest" not in value:
         # Of before there were digests. What cannot be checked is not served.
         return dataclasses.replace(note, features="")

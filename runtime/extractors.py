@@ -12,11 +12,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.backends import Device
-from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, is_out_of_memory
+from runtime.errors import (
+    DeviceMemoryError,
+    FeatureError,
+    GroundingError,
+    ModelFileError,
+    excerpt,
+    is_out_of_memory,
+    reading,
+)
 from runtime.files import check_file, json_digest, read_json
 from runtime.footage import Framing
+from runtime.layouts.values import is_number
 from runtime.manifest import Features
 from runtime.onnxfile import DIGEST, MISMATCH, Content, read_content
+from runtime.textfiles import parse_json
 
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"
@@ -58,6 +68,8 @@ class ExtractorManifest:
         counts = (self.dim, self.window, self.stride)
         if not all(isinstance(count, int) and count > 0 for count in counts):
             raise ModelFileError(f"An extractor's dim, window and stride are 1 or more, and {counts} were given.")
+        if not all(map(is_number, (*self.mean, *self.std, self.white))):
+            raise ModelFileError("An extractor's mean, std and white are numbers; correct its description.")
         if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
             raise ModelFileError(
                 f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
@@ -89,15 +101,12 @@ class ExtractorManifest:
         found = value.get("format") if isinstance(value, Mapping) else None
         if found != FORMAT:
             raise ModelFileError(
-                f"{source} is of format {found!r} and extractors of this version are {FORMAT!r}; export it again."
+                f"{source} is of format {excerpt(found)} and extractors of this version are {FORMAT!r}; export it "
+                "again."
             )
-        try:
+        with reading(source, "the description of an extractor", ModelFileError, "see docs/your-own-video.md"):
             # The digest is checked where the file is opened (`runtime.onnxfile`).
             return cls(**{name: item for name, item in value.items() if name not in ("format", "digest")})
-        except (TypeError, ValueError) as error:
-            raise ModelFileError(
-                f"{source} does not describe an extractor ({error}); see docs/your-own-video.md."
-            ) from error
 
     def check_fits(self, features: Features) -> None:
         """Raise FeatureError unless a model that takes `features` can take this extractor's."""
@@ -214,10 +223,7 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
 def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is not None:
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
+        value = parse_json(text, f"The manifest of {path}", ModelFileError, advice="export it again")
         return ExtractorManifest.from_dict(value, str(path))
     value = read_description(path)
     check_description(value, path, content)

@@ -149,8 +149,6 @@ def _exactly(stream: IO[bytes], count: int) -> np.ndarray:
 
 def _serve(path: str) -> None:
     """Answer the questions on standard input, a JSON object a line, until it ends."""
-    import h5py
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not every system has such limits, and some allow only lower ones.
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -158,27 +156,46 @@ def _serve(path: str) -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    root: Any = None
+    file = Hdf5File(path)
     output = sys.stdout.buffer
     for line in sys.stdin.buffer:
         request = json.loads(line)
         values = None
         try:
-            advice = "copy or download it again"
-            with reading(path, "an HDF5 file of clip features", FeatureError, advice):
-                root = root or h5py.File(path, "r")
-                dataset = _dataset(root, path, request["names"])
-                reply = {"name": dataset.name, "dtype": dataset.dtype.str, "shape": list(dataset.shape)}
-                if request["values"]:
-                    values = _values(dataset, path)
-                    reply["bytes"] = values.nbytes
+            reply, values = file.answer(request["names"], request["values"])
         except GroundingError as error:
-            reply, values = {"error": str(error), "code": error.code}, None
+            reply = {"error": str(error), "code": error.code}
         text = json.dumps(reply).encode()
         output.write(len(text).to_bytes(4, "little") + text)
         if values is not None:
             output.write(values.data if values.size else b"")
         output.flush()
+
+
+class Hdf5File:
+    """An HDF5 file in this process, which a damaged one may crash."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._root: Any = None
+
+    def answer(self, names: list[str], values: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Return what is known of a dataset and, if asked for, its values; see `Hdf5Reader`."""
+        import h5py
+
+        with reading(self._path, "an HDF5 file of clip features", FeatureError, "copy or download it again"):
+            self._root = self._root or h5py.File(self._path, "r")
+            dataset = _dataset(self._root, self._path, names)
+            reply = {"name": dataset.name, "dtype": dataset.dtype.str, "shape": list(dataset.shape)}
+            if not values:
+                return reply, None
+            content = _values(dataset, self._path)
+            return {**reply, "bytes": content.nbytes}, content
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._root is not None:
+            self._root.close()
 
 
 def _values(dataset: Any, path: str) -> np.ndarray:

@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from runtime.decoding import Decoding
-from runtime.errors import GroundingError, ModelFileError
+from runtime.errors import ModelFileError, excerpt, reading
 from runtime.presence import Presence
+from runtime.textfiles import parse_json
 from runtime.videos import ClipClock, Pooling
 from runtime.vocabulary import Vocabulary
 from runtime.windows import Windows
 
 FORMAT = "drn-manifest/1"
+AGAIN = "export the model again with `python -m export.to_onnx`"
 METADATA_KEY = "drn.manifest"
 
 Part = Literal["whole", "video", "query", "prepare", "prepared"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Of features in channels and frames, and of queries in tokens.
+MAX_SIZE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,19 @@ class Features:
     window: int = 16
     stride: int = 8
     pooling: Pooling = "mmaction2"
+
+    def __post_init__(self) -> None:
+        sizes = (self.dim, self.window, self.stride)
+        if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes):
+            raise ModelFileError(
+                f"Width, window and stride of features are whole numbers from 1 to {MAX_SIZE}, and {excerpt(sizes)} "
+                "was given; write the file again."
+            )
+        if not isinstance(self.kind, str) or self.pooling not in get_args(Pooling):
+            raise ModelFileError(
+                f"Features have a name and are pooled as mmaction2 or drn, and {excerpt((self.kind, self.pooling))} "
+                "was given; write the file again."
+            )
 
     @property
     def clock(self) -> ClipClock:
@@ -82,7 +99,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise ModelFileError(f"A model file is one of {', '.join(PARTS)}, and {self.part!r} was given.")
+            raise ModelFileError(f"A model file is one of {', '.join(PARTS)}, and {excerpt(self.part)} was given.")
+        if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
+            raise ModelFileError(
+                f"A model has a stage from 1 to 3 and takes queries of 1 to {MAX_SIZE} tokens, and "
+                f"{excerpt((self.stage, self.max_query_length))} was given."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -116,10 +138,10 @@ class Manifest:
         found = value.get("format") if isinstance(value, Mapping) else None
         if found != FORMAT:
             raise ModelFileError(
-                f"{source} has a manifest of format {found!r} and this version reads {FORMAT!r}; "
+                f"{source} has a manifest of format {excerpt(found)} and this version reads {FORMAT!r}; "
                 "export the model again with `python -m export.to_onnx`."
             )
-        try:
+        with reading(f"The manifest of {source}", "complete", ModelFileError, AGAIN):
             return cls(
                 vocabulary=Vocabulary.from_dict(value["vocabulary"]),
                 decoding=Decoding.from_dict(value["decoding"]),
@@ -136,13 +158,6 @@ class Manifest:
                 windows=Windows.from_dict(value["windows"]) if "windows" in value else None,
                 presence=Presence.from_dict(value["presence"]) if "presence" in value else None,
             )
-        except GroundingError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelFileError(
-                f"The manifest of {source} is damaged ({type(error).__name__}: {error}); "
-                "export the model again with `python -m export.to_onnx`."
-            ) from error
 
     @classmethod
     def from_json(cls, text: str | None, source: str = "the manifest") -> Manifest:
@@ -152,8 +167,4 @@ class Manifest:
                 f"{source} carries no {METADATA_KEY!r}, so it was not exported by drn-deploy; "
                 "export the checkpoint with `python -m export.to_onnx`."
             )
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ModelFileError(f"The manifest of {source} is not JSON ({error}); export the model again.") from error
-        return cls.from_dict(value, source)
+        return cls.from_dict(parse_json(text, f"The manifest of {source}", ModelFileError, advice=AGAIN), source)

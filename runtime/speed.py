@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.drawing import check_plots
-from runtime.errors import ModelFileError
+from runtime.errors import ModelFileError, excerpt, reading
 from runtime.files import read_json, replace_when_whole
 from runtime.machine import Conditions
 from runtime.timing import Latency, Ratio, WarmUp
@@ -300,15 +300,13 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT:
         raise ModelFileError(
-            f"{path} is of format {found!r} and {FORMAT!r} is read here; write it with `python -m runtime.benchmark "
-            "--output`."
+            f"{path} is of format {excerpt(found)} and {FORMAT!r} is read here; write it with "
+            "`python -m runtime.benchmark --output`."
         )
-    try:
+    with reading(path, "a report of runtime.benchmark", ModelFileError, "measure again"):
         # Whatever is read of it later must be there.
         for model in report["models"]:
             latency_table({**report, "timings": _any_timing(report, model)}, model["sha256"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{path} is damaged ({type(error).__name__}: {error}); measure again.") from error
     return report
 
 

@@ -55,6 +55,11 @@ class Vocabulary:
     """
 
     def __init__(self, words: Mapping[str, int], unknown: Unknown = "skip") -> None:
+        if not isinstance(words, Mapping) or not all(
+            isinstance(word, str) and isinstance(identity, int) and not isinstance(identity, bool)
+            for word, identity in words.items()
+        ):
+            raise ModelFileError(f"A word table maps words to whole numbers, and {excerpt(words)} does not.")
         if sorted(words.values()) != list(range(1, len(words) + 1)):
             raise ModelFileError(
                 f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not."

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from runtime.files import replace_when_whole
 from runtime.metrics import recall_name
+from train.history import read_history
 
 
 def draw_curves(history: Path, output: Path) -> None:
     """Draw losses and validation scores over all epochs of `history` (a `history.jsonl`) into the PNG `output`."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in history.read_text().splitlines()]
+    records = read_history(history)
     epochs = range(1, len(records) + 1)
     figure = Figure(figsize=(9, 6), layout="constrained")
     losses, scores = figure.subplots(2, sharex=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import NON_FINITE, Decoding
-from runtime.errors import CheckpointError, GroundingError, ModelFileError, OutputError, reading
+from runtime.errors import CheckpointError, GroundingError, ModelFileError, OutputError
 from runtime.evaluation import evaluate
 from runtime.files import read_json, replace_when_whole, write_json, write_text
 from runtime.grounder import Grounder
@@ -39,6 +39,7 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.data import TrainingData
+from train.history import read_history
 from train.losses import LossOptions, divide, loss_sums
 from train.model import DRN, DRNConfig
 from train.processes import Processes, synchronise_batch_norm
@@ -232,12 +233,12 @@ class Run:
                 path = self._directory(stage) / name
                 if path.is_file():
                     check_records(path)
-        with reading(self.output / "history.jsonl", "the epochs of a run", CheckpointError, "remove it"):
-            self._history()
+        # Before an epoch is computed that could not be added to it.
+        self._history()
 
     def _history(self) -> list[dict[str, Any]]:
         path = self.output / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return read_history(path) if path.is_file() else []
 
     def _extend(self, number: int) -> None:
         """Prepare for more epochs of a stage: later stages, which start from its best checkpoint, start again.

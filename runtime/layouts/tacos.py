@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.layouts.captions import Captions, Clock, Entries
-from runtime.layouts.values import is_number
+from runtime.layouts.values import MAX_FRAME_RATE, is_number
 from runtime.presets import PRESETS
-
-# Frames a second; high-speed cameras record some thousands.
-MAX_FRAME_RATE = 1e6
 
 
 def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:

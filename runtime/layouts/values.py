@@ -13,6 +13,8 @@ SPLITS = ("train", "val", "test")
 FILE_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
 # File systems take 255 bytes, the suffix of a feature file included.
 MAX_NAME_BYTES = 250
+# Frames a second; high-speed cameras record some thousands.
+MAX_FRAME_RATE = 1e6
 
 
 class Videos:

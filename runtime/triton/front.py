@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import GroundingError, QueryError, ServerError
+from runtime.errors import GroundingError, ModelFileError, QueryError, ServerError
 from runtime.grounder import Grounder, Subject
 from runtime.moments import Moment
+from runtime.textfiles import read_text
 from runtime.triton.networks import About, open_networks
 from runtime.videos import Origin, Video
 from runtime.windows import Windows
@@ -68,7 +69,7 @@ class Front:
         # A new version is brought in while the old one answers; each asks the network that it was written with.
         self._version = int(args["model_version"])
         path = directory / ABOUT_FILE
-        self._about = About.from_json(path.read_text(encoding="utf-8"), str(path))
+        self._about = About.from_json(read_text(path, "a description of the model", ModelFileError), str(path))
         self._grounder = Grounder(open_networks(self._about, self._call))
         self._kept = _Kept(KEPT_BYTES)
         self._waits = True

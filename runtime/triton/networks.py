@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from runtime.backends import run_pair
 from runtime.backends.shapes import bucket, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
-from runtime.errors import GroundingError, ModelFileError, ShapeError
+from runtime.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.manifest import Manifest
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.textfiles import parse_json
 
 FORMAT = "drn-triton/1"
 PARAMETER = "drn.front"
@@ -57,22 +58,19 @@ class About:
     @classmethod
     def from_json(cls, text: str, source: str) -> About:
         """Read what `to_json` wrote; ModelFileError, naming `source`, if it is something else."""
-        try:
-            value: dict[str, Any] = json.loads(text)
+        again = "write the repository again with `python -m export.triton`"
+        value = parse_json(text, source, ModelFileError, advice=again)
+        with reading(source, "the description of a model behind Triton", ModelFileError, again):
             found = value.pop("format")
             if found != FORMAT:
-                raise ModelFileError(
-                    f"{source} is of format {found!r} and this version reads {FORMAT!r}; write the repository again "
-                    "with `python -m export.triton`."
-                )
-            return cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
-        except GroundingError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelFileError(
-                f"{source} is damaged ({type(error).__name__}: {error}); write the repository again with "
-                "`python -m export.triton`."
-            ) from error
+                raise ModelFileError(f"{source} is of format {excerpt(found)} and {FORMAT!r} is read here; {again}.")
+            about = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
+            sizes = (about.batch, about.videos, about.encoded_together)
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError(f"its sizes are {excerpt(sizes)}")
+            if not isinstance(about.network, str) or not isinstance(about.video_network, str):
+                raise ValueError("its networks have no names")
+            return about
 
 
 def padded_length(length: int, longest: int) -> int:

@@ -23,7 +23,7 @@ import torch
 import train.loop as loop
 from runtime.annotations import Annotation, DataSet
 from runtime.decoding import Decoding
-from runtime.errors import GroundingError, OutputError
+from runtime.errors import CheckpointError, GroundingError, OutputError
 from runtime.evaluation import evaluate
 from runtime.grounder import Grounder
 from runtime.manifest import Features
@@ -35,6 +35,7 @@ from tests.tolerances import HEADS, STEP_HEADS, STEPS
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint, save_checkpoint
 from train.data import PooledFeatures, TrainingData, split_by_video
+from train.history import read_history
 from train.losses import Losses, LossOptions
 from train.processes import Processes
 from train.simulate import simulate
@@ -561,3 +562,15 @@ def test_tiny_network_learns_a_made_up_data_set_through_all_three_stages(tmp_pat
     for name, least in ((SELECTION, 0.1), ("mIoU", 0.05)):
         for floor in (prior, without, unseeing):
             assert model[name] > floor[name] + least, (name, model, prior, without, unseeing)
+
+
+@pytest.mark.parametrize("damage", ['{"stage": 1, "epo', "[]", '{"stage": 1, "epoch": "x"}', "\ufffd\ud800"])
+def test_a_damaged_history_is_refused_with_its_line(tmp_path: Path, damage: str) -> None:
+    losses = {f"loss_{name}": 0.5 for name in ("matching", "boundary", "iou")}
+    path = tmp_path / "history.jsonl"
+    whole = json.dumps({"stage": 1, "epoch": 1, **losses})
+    path.write_text(f"{whole}\n\n", encoding="utf-8")
+    assert read_history(path) == [json.loads(whole)]
+    path.write_bytes(f"{whole}\n{damage}\n".encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=r"history\.jsonl, line 2"):
+        read_history(path)

@@ -1,0 +1,689 @@
+"""Name every way in for files, each with a small whole input, for `tests.fuzzing`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import dataclasses
+import functools
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.annotations import DataSet
+from runtime.corpus.plan import FORMAT as CORPUS_FORMAT
+from runtime.corpus.plan import MANIFEST, check_same
+from runtime.corpus.questions import read_questions
+from runtime.corpus.sources import DirectorySource, ParquetSource
+from runtime.decoding import Decoding
+from runtime.encodings import EncodedVideo, EncodedWindows
+from runtime.errors import FeatureError, GroundingError, ModelFileError
+from runtime.extraction import FORMAT as NOTE_FORMAT
+from runtime.extraction import Extracted, read_note
+from runtime.extractors import ExtractorManifest
+from runtime.files import read_json, sha256
+from runtime.layouts.qvhighlights import FORMAT as DATASET_FORMAT
+from runtime.manifest import METADATA_KEY, Features, Manifest
+from runtime.onnxfile import read_metadata
+from runtime.presence import Presence
+from runtime.presets import PRESETS
+from runtime.sidecar import FORMAT as SIDECAR_FORMAT
+from runtime.sidecar import path_beside, read_sidecar, sealed
+from runtime.speed import read_report
+from runtime.triton.networks import About
+from runtime.videos import ClipClock, load_features
+from runtime.vocabulary import Vocabulary
+from runtime.windows import Window, Windows
+from tests.fuzzing import Reader
+
+CLIPS = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+WORDS = ("cat", "dog", "door", "runs", "opens", "person")
+TABLE = {word: number for number, word in enumerate(WORDS, 1)}
+
+
+def available() -> list[Reader]:
+    """Return the readers whose libraries are installed here."""
+    groups = {
+        _plain: (),
+        _hdf5: ("h5py",),
+        _parquet: ("pyarrow",),
+        _torch: ("torch",),
+        _calib: ("onnx", "onnxruntime"),
+        _service: ("fastapi", "python_multipart"),
+    }
+    return [
+        reader
+        for group, libraries in groups.items()
+        if all(importlib.util.find_spec(library) for library in libraries)
+        for reader in group()
+    ]
+
+
+def _plain() -> list[Reader]:
+    return [
+        *(
+            Reader(f"features-{suffix}", functools.partial(_features, suffix=suffix), _load)
+            for suffix in ("npy", "npz", "npz-stored")
+        ),
+        Reader("charades-sta", _charades, _data_set),
+        Reader("activitynet", functools.partial(_captions, tacos=False), _data_set),
+        Reader("tacos", functools.partial(_captions, tacos=True), _data_set),
+        Reader("common-form", _common_form, _data_set),
+        Reader("queries", _queries, lambda directory, path: read_questions(path)),
+        Reader("corpus-directory", _corpus_directory, lambda directory, path: _all(DirectorySource(directory))),
+        Reader(
+            "corpus-manifest",
+            _corpus_manifest,
+            lambda directory, path: check_same(directory, {"format": CORPUS_FORMAT}),
+        ),
+        Reader("encoding", _encoding, lambda directory, path: EncodedVideo.load(path), _zip_again),
+        Reader("encoded-windows", _encoded_windows, lambda directory, path: EncodedWindows.load(path), _zip_again),
+        Reader("manifest", _manifest, _read_manifest),
+        Reader("extractor-manifest", _extractor, _read_extractor),
+        Reader("onnx-metadata", _onnx, _read_onnx),
+        Reader("sidecar", _sidecar, lambda directory, path: read_sidecar(directory / "drn.engine"), _seal_sidecar),
+        Reader(
+            "triton-about",
+            _about,
+            lambda directory, path: About.from_json(path.read_text("utf-8", "replace"), str(path)),
+        ),
+        Reader("benchmark-report", _report, lambda directory, path: read_report(path)),
+        Reader("extraction-note", _note, lambda directory, path: read_note(read_json(path, "note on features"), path)),
+        Reader("glove", _glove, _read_glove),
+    ]
+
+
+def _features(directory: Path, suffix: str) -> list[Path]:
+    path = directory / f"v.{suffix.partition('-')[0]}"
+    if suffix == "npy":
+        np.save(path, CLIPS)
+    else:
+        (np.savez if suffix.endswith("stored") else np.savez_compressed)(path, features=CLIPS)
+    return [path]
+
+
+def _load(directory: Path, path: Path) -> object:
+    return np.asarray(load_features(path))
+
+
+def _with_features(directory: Path, name: str, *videos: str) -> None:
+    (directory / name).mkdir()
+    for video in videos:
+        np.save(directory / name / f"{video}.npy", CLIPS)
+
+
+def _charades(directory: Path) -> list[Path]:
+    for split in ("train", "test"):
+        (directory / f"Charades_sta_{split}.txt").write_text(
+            "AAAAA 1.5 9.25##a person opens the door.\nBBBBB 0 4##the dog runs.\n"
+        )
+    tables = {
+        "Charades_duration.json": {"AAAAA": 30.5, "BBBBB": 12},
+        "Charades_frames_info.json": {"AAAAA": 104, "BBBBB": 108},
+        "Charades_word2id.json": TABLE,
+        "Charades_fps_dict.json": {"AAAAA": "24.0", "BBBBB": "24.0"},
+    }
+    for name, table in tables.items():
+        (directory / name).write_text(json.dumps(table))
+    _with_features(directory, "C3D_unit16_overlap0.5_merged", "AAAAA", "BBBBB")
+    return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def _captions(directory: Path, tacos: bool) -> list[Path]:
+    clock = {"fps": 4.0, "num_frames": 104} if tacos else {"duration": 30.5}
+    names = ("s1-d1.avi", "s2-d2.avi") if tacos else ("v_a", "v_b")
+    entry = {**clock, "timestamps": [[1, 9], [10, 20]], "sentences": ["A person opens the door.", "The dog runs."]}
+    for split, name in zip(("train", "test"), names, strict=True):
+        (directory / f"{split}.json").write_text(json.dumps({name: entry}))
+    _with_features(directory, "features", *(name.partition(".")[0] for name in names))
+    return [directory / "train.json", directory / "test.json"]
+
+
+def _common_form(directory: Path) -> list[Path]:
+    for split in ("train", "test"):
+        rows = [
+            {"qid": 1, "query": "person opens the door", "vid": "v_a", "duration": 30, "relevant_windows": [[1, 9]]},
+            {"qid": "x", "query": "dog runs", "vid": "v_b", "duration": 12.5, "relevant_windows": [[0, 2], [3, 9]]},
+        ]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "vocabulary.json").write_text(json.dumps(TABLE))
+    about = {"format": DATASET_FORMAT, "preset": PRESETS["tacos"].to_dict(), "num_frames": {"v_a": 104}}
+    (directory / "dataset.json").write_text(json.dumps(about))
+    _with_features(directory, "features", "v_a", "v_b")
+    return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def _data_set(directory: Path, path: Path) -> None:
+    """Read all of a data set that commands read."""
+    data_set = DataSet(directory)
+    for split in data_set.splits:
+        annotations = data_set.annotations(split, invalid="drop", quiet=True)
+        data_set.truths(annotations)
+        data_set.digest(split)
+        for annotation in annotations:
+            data_set.video(annotation.video).segments(
+                data_set.preset.num_segments, clock=data_set.preset.features.clock
+            )
+            _ask(data_set.vocabulary, annotation.sentence)
+
+
+def _ask(vocabulary: Vocabulary, sentence: str) -> None:
+    vocabulary.encode(sentence)
+
+
+def _queries(directory: Path) -> list[Path]:
+    rows = [{"query": "person opens the door"}, {"query": "dog runs", "vid": "v_a", "qid": 7}]
+    (directory / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [directory / "queries.jsonl"]
+
+
+def _corpus_directory(directory: Path) -> list[Path]:
+    (directory / "durations.json").write_text(json.dumps({"a": 30.5, "b": {"duration": 12, "num_frames": 104}}))
+    np.save(directory / "a.npy", CLIPS)
+    np.savez(directory / "b.npz", features=CLIPS)
+    return [directory / "durations.json", directory / "a.npy"]
+
+
+def _all(source: Any) -> list[Any]:
+    """Read all videos of a corpus; what cannot be had is a sentence."""
+    source.digest()
+    found = list(source.load(source.listing(), ClipClock()))
+    assert all("\n" not in video for video in found if isinstance(video, str))
+    return found
+
+
+def _corpus_manifest(directory: Path) -> list[Path]:
+    value = {"format": CORPUS_FORMAT, "model": {"file": "drn.onnx", "sha256": ["0" * 64]}, "settings": {"top_k": 5}}
+    (directory / MANIFEST).write_text(json.dumps(value))
+    return [directory / MANIFEST]
+
+
+def _encoded() -> EncodedVideo:
+    spans = np.stack((np.arange(4), np.arange(1, 5)), 1).astype(np.float32) / 4
+    return EncodedVideo(CLIPS[:4].T.copy(), spans, 30.5, "v", "0" * 64)
+
+
+def _encoding(directory: Path) -> list[Path]:
+    _encoded().save(directory / "v.npz")
+    return [directory / "v.npz"]
+
+
+def _encoded_windows(directory: Path) -> list[Path]:
+    windows = (Window(0, 3, 40, 0.0, 15.0), Window(4, 7, 40, 15.0, 15.0))
+    parts = tuple(dataclasses.replace(_encoded(), duration=window.duration, key="") for window in windows)
+    EncodedWindows(parts, windows, 30.0, "v").save(directory / "v.npz")
+    return [directory / "v.npz"]
+
+
+def _zip_again(path: Path) -> None:
+    """Write the members of a damaged archive anew, so that their checksums hold."""
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist()[:20]:
+            with archive.open(member) as stream:
+                # Of what a checksum would refuse, this gets the content all the same.
+                stream._expected_crc = None  # type: ignore[attr-defined]
+                members[member.filename] = stream.read(1 << 20)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@functools.cache
+def manifest() -> Manifest:
+    return Manifest(
+        Vocabulary(TABLE),
+        Decoding(),
+        Features("C3D", 8),
+        sources={"drn.pt": "0" * 64},
+        producer={"torch": "2"},
+        training={"stage": 3, "query_length": [1, 8, 32]},
+        windows=Windows(194.0, 43.0, 14.5),
+        presence=Presence(0.2, 0.9, 0.8, 10, 10),
+    )
+
+
+def _manifest(directory: Path) -> list[Path]:
+    (directory / "manifest.json").write_text(manifest().to_json())
+    return [directory / "manifest.json"]
+
+
+def _read_manifest(directory: Path, path: Path) -> None:
+    text = path.read_text("utf-8", "replace")
+    _use(Manifest.from_json(text, str(path)))
+
+
+def _use(found: Manifest) -> None:
+    """Do with a manifest what programs do, so that no value of a wrong kind is found out later."""
+    found.to_json()
+    _ = found.features.clock, found.decoding.num_locations, str(found.windows), str(found.presence)
+    for sentence in ("person opens the door", "a cat"):
+        found.vocabulary.encode(sentence)
+
+
+def _extractor(directory: Path) -> list[Path]:
+    value = ExtractorManifest("CLIP", 8, 16, 8, 224, (224, 224), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), 1.0)
+    (directory / "clip.onnx.json").write_text(value.to_json())
+    return [directory / "clip.onnx.json"]
+
+
+def _read_extractor(directory: Path, path: Path) -> None:
+    found = ExtractorManifest.from_dict(read_json(path, "description of an extractor", ModelFileError), str(path))
+    found.to_json()
+    found.framing.resized(240, 320)
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _onnx(directory: Path) -> list[Path]:
+    """Write what a model file has around its graph: version, producer, graph, opsets, metadata."""
+    entry = _field(1, METADATA_KEY.encode()) + _field(2, manifest().to_json().encode())
+    content = b"\x08\x0a" + _field(2, b"drn") + _field(7, b"\0" * 300) + _field(8, b"\x10\x12") + _field(14, entry)
+    (directory / "drn.onnx").write_bytes(content)
+    return [directory / "drn.onnx"]
+
+
+def _read_onnx(directory: Path, path: Path) -> None:
+    _use(Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path)))
+
+
+def _sidecar(directory: Path) -> list[Path]:
+    plan = directory / "drn.engine"
+    plan.write_bytes(b"plan")
+    content = {
+        "format": SIDECAR_FORMAT,
+        "manifest": manifest().to_dict(),
+        "library": "tensorrt 11.4.0",
+        "compute_capabilities": ["9.0"],
+        "profiles": [{"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16], "shapes": {}}],
+        "census": {"twin": {"shares": {"fp16": 0.97}}},
+        "sha256": {plan.name: sha256(plan)},
+    }
+    path_beside(plan).write_text(json.dumps(sealed(content)))
+    return [path_beside(plan)]
+
+
+def _seal_sidecar(path: Path) -> None:
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()))))
+
+
+def _about(directory: Path) -> list[Path]:
+    (directory / "about.json").write_text(About(manifest(), "drn").to_json())
+    return [directory / "about.json"]
+
+
+def _report(directory: Path) -> list[Path]:
+    latency = {
+        "samples": 20,
+        "p50_ms": 1.0,
+        "p90_ms": 1.0,
+        "p95_ms": 1.0,
+        "p99_ms": None,
+        "max_ms": 2.0,
+        "mean_ms": 1.0,
+    }
+    case = {"group": "one query", "name": "network", "boundary": "host", "size": 1, "queries": 1}
+    value = {
+        "format": "drn-benchmark/1",
+        "date": "2026-11-29",
+        "command": "python -m runtime.benchmark",
+        "hardware": {"cpu": "EPYC", "cores": 2, "gpu": None},
+        "versions": {"numpy": "2"},
+        "settings": {"samples": 20, "threads": 1, "device": "cpu"},
+        "models": [{"label": "drn.onnx", "sha256": "0" * 64, "device": "cpu"}],
+        "timings": [{"model": "drn.onnx", "latency": latency, "case": case, "queries_per_s": 100.0}],
+        "interrupted": False,
+    }
+    (directory / "report.json").write_text(json.dumps(value))
+    return [directory / "report.json"]
+
+
+def _note(directory: Path) -> list[Path]:
+    note = Extracted("0" * 64, "1" * 64, 12, 104, 24.0)
+    (directory / "note.json").write_text(json.dumps({"format": NOTE_FORMAT, **dataclasses.asdict(note)}))
+    return [directory / "note.json"]
+
+
+def _glove(directory: Path) -> list[Path]:
+    lines = (f"{word} {' '.join(map(str, range(8)))}\n" for word in WORDS)
+    (directory / "glove.txt").write_text("".join(lines))
+    return [directory / "glove.txt"]
+
+
+def _read_glove(directory: Path, path: Path) -> object:
+    from train.glove import glove_vectors
+
+    return glove_vectors(path, TABLE, 8)
+
+
+def _hdf5() -> list[Reader]:
+    import h5py
+
+    def make(directory: Path, compressed: bool) -> list[Path]:
+        options = {"chunks": (4, 8), "compression": "gzip", "shuffle": True, "fletcher32": True} if compressed else {}
+        with h5py.File(directory / "features.hdf5", "w", libver="earliest" if compressed else "latest") as file:
+            for name in ("v_a", "v_b"):
+                file.create_group(name).create_dataset("c3d_features", data=CLIPS, **options)
+            file.create_dataset("v_c", data=CLIPS, **options)
+        return [directory / "features.hdf5"]
+
+    def read(directory: Path, path: Path) -> None:
+        """Read as the process of `runtime.hdf5` does, without starting one for each case."""
+        from runtime.hdf5 import Hdf5File
+
+        file = Hdf5File(str(path))
+        try:
+            for name in ("v_a", "v_b", "v_c"):
+                with contextlib.suppress(FeatureError):
+                    file.answer([name], values=True)
+        finally:
+            # The library fails to close what it could not read.
+            with contextlib.suppress(Exception):
+                file.close()
+
+    return [
+        Reader("features-hdf5", functools.partial(make, compressed=False), read, crashes=True),
+        Reader("features-hdf5-chunked", functools.partial(make, compressed=True), read, crashes=True),
+    ]
+
+
+def _parquet() -> list[Reader]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    def make(directory: Path, nested: bool) -> list[Path]:
+        features = [CLIPS.tolist()] * 3 if nested else [CLIPS.ravel().tolist()] * 3
+        columns = {"video": ["a", "b", "c"], "duration": [30.5, 12.0, 9.0], "features": features}
+        shape = {} if nested else {"shape": [list(CLIPS.shape)] * 3}
+        options = {"compression": "zstd", "use_dictionary": False} if nested else {"row_group_size": 2}
+        parquet.write_table(
+            pa.table({**columns, "num_frames": [104, 104, None], **shape}), directory / "a.parquet", **options
+        )
+        return [directory / "a.parquet"]
+
+    def read(directory: Path, path: Path) -> list[Any]:
+        return _all(ParquetSource([path]))
+
+    return [
+        Reader("parquet-lists", functools.partial(make, nested=True), read),
+        Reader("parquet-flat", functools.partial(make, nested=False), read),
+    ]
+
+
+def _torch() -> list[Reader]:
+    import torch
+
+    from runtime import torchfile
+    from train.c3d import is_c3d_file
+    from train.captions import captions_plan
+    from train.checkpoints import Checkpoint, load, load_checkpoint, save_checkpoint
+    from train.convert import fitting_vocabulary, read, read_config
+    from train.history import read_history
+    from train.model import DRN, DRNConfig
+    from train.simulate import real_plan
+
+    config = DRNConfig(6, 4, 8, 4, 4)
+
+    def tensors(directory: Path, legacy: bool) -> list[Path]:
+        torch.save(torch.from_numpy(CLIPS), directory / "v.pt", _use_new_zipfile_serialization=not legacy)
+        return [directory / "v.pt"]
+
+    def published(directory: Path) -> list[Path]:
+        state = {"state_dict": DRN(config).state_dict(), "meta": {"epoch": 3, "cfg": "stage = 3"}}
+        torch.save(state, directory / "drn.pth")
+        return [directory / "drn.pth"]
+
+    def read_published(directory: Path, path: Path) -> None:
+        read_config(read(path).weights, path)
+
+    def checkpoint(directory: Path) -> list[Path]:
+        model = DRN(config)
+        about = manifest()
+        save_checkpoint(
+            directory / "drn.pt",
+            Checkpoint(
+                config,
+                about.features,
+                about.vocabulary,
+                about.decoding,
+                model.state_dict(),
+                about.training,
+                about.windows,
+                about.presence,
+            ),
+        )
+        return [directory / "drn.pt"]
+
+    def read_checkpoint(directory: Path, path: Path) -> None:
+        is_c3d_file(path)
+        _use(load_checkpoint(path).manifest())
+
+    def state(directory: Path) -> list[Path]:
+        torch.save({"a": [1, {"b": torch.zeros(3)}], (1, 2): {3}}, directory / "a.pt")
+        return [directory / "a.pt"]
+
+    def charades(directory: Path) -> list[Path]:
+        made = _charades(directory)
+        rows = [
+            ("id", "scene", "objects", "actions"),
+            *((name, "Kitchen", "door;cup", "c077 1.5 9.25;c079 0 4") for name in ("AAAAA", "BBBBB")),
+        ]
+        for split in ("train", "test"):
+            with open(directory / f"Charades_v1_{split}.csv", "w", newline="") as stream:
+                csv.writer(stream).writerows(rows)
+        return [*made, directory / "Charades_v1_train.csv", directory / "Charades_v1_test.csv"]
+
+    def history(directory: Path) -> list[Path]:
+        losses = {f"loss_{name}": 0.5 for name in ("matching", "boundary", "iou")}
+        rows = ({"stage": 1, "epoch": epoch, "seconds": 1.0, **losses, "mIoU": 0.4} for epoch in range(3))
+        (directory / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [directory / "history.jsonl"]
+
+    def words(directory: Path) -> list[Path]:
+        (directory / "word2id.json").write_text(json.dumps(TABLE))
+        return [directory / "word2id.json"]
+
+    def read_words(directory: Path, path: Path) -> object:
+        return fitting_vocabulary(read_json(path, "the word table"), config, path)
+
+    return [
+        Reader("features-pt", functools.partial(tensors, legacy=False), _load, _zip_again),
+        Reader("features-pt-legacy", functools.partial(tensors, legacy=True), _load),
+        Reader("published-checkpoint", published, read_published, _zip_again),
+        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again),
+        Reader("torch-load", state, lambda directory, path: (load(path), torchfile.load(path, inert=True)), _zip_again),
+        Reader("charades-csv", charades, lambda directory, path: real_plan(directory, None, 0)),
+        Reader(
+            "captions-plan",
+            functools.partial(_captions, tacos=False),
+            lambda directory, path: captions_plan(directory, 1, 0),
+        ),
+        Reader("history", history, lambda directory, path: read_history(path)),
+        Reader("word-table", words, read_words),
+    ]
+
+
+def _calib() -> list[Reader]:
+    from calib.errors import CalibrationError
+    from calib.plan import Plan
+    from calib.ranges import Range
+    from calib.table import KEYS, CalibrationTable
+
+    def table(directory: Path) -> list[Path]:
+        key = dict.fromkeys(KEYS, "0" * 64)
+        found = CalibrationTable({"a": Range(-1.0, 2.0)}, {**key, "method": "minmax", "split": "train"}, ("v",))
+        found.save(directory / "t.json")
+        return [directory / "t.json"]
+
+    def plan(directory: Path) -> list[Path]:
+        Plan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2}).save(directory / "p.json")
+        return [directory / "p.json"]
+
+    assert issubclass(CalibrationError, GroundingError)
+    return [
+        Reader("calibration-table", table, lambda directory, path: CalibrationTable.load(path)),
+        Reader("quantization-plan", plan, lambda directory, path: Plan.load(path)),
+    ]
+
+
+def _service() -> list[Reader]:
+    from runtime.service.forms import read_form
+    from runtime.service.messages import asking, parsed
+    from runtime.service.refusals import Refusal
+    from runtime.service.uploads import read_features
+
+    question, _ = asking(8, 500)
+
+    def refusing(read: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
+        """Return a reader whose refusals, which the service answers with, are errors as of other readers."""
+
+        def wrapped(directory: Path, path: Path) -> object:
+            try:
+                return read(directory, path)
+            except Refusal as refusal:
+                if not 400 <= refusal.status < 500:
+                    raise
+                raise FeatureError(refusal.message) from refusal
+
+        return wrapped
+
+    def upload(directory: Path, suffix: str) -> list[Path]:
+        return _features(directory, suffix)
+
+    def read_upload(directory: Path, path: Path) -> object:
+        return read_features(path, 1 << 20, 8)
+
+    def body(directory: Path) -> list[Path]:
+        (directory / "body.json").write_text(
+            json.dumps({"video": "v_a", "query": ["person opens the door"], "top_k": 3})
+        )
+        return [directory / "body.json"]
+
+    def form(directory: Path) -> list[Path]:
+        content = io.BytesIO()
+        np.save(content, CLIPS)
+        head = '--b\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n'
+        parts = [
+            head.format("query", "").encode() + b"person opens\r\n",
+            head.format("duration", "").encode() + b"30.5\r\n",
+            head.format("features", '; filename="v.npy"').encode() + content.getvalue() + b"\r\n--b--\r\n",
+        ]
+        (directory / "form").write_bytes(b"".join(parts))
+        return [directory / "form"]
+
+    def read_body(directory: Path, path: Path) -> object:
+        content = path.read_bytes()
+
+        async def chunks() -> Any:
+            for start in range(0, len(content), 100):
+                yield content[start : start + 100]
+
+        sent = directory / "sent"
+        sent.unlink(missing_ok=True)
+        return asyncio.run(read_form("multipart/form-data; boundary=b", chunks(), lambda name: sent, lambda size: None))
+
+    def ask(kind: str) -> Callable[[Path, Path], object]:
+        """Return a reader that sends a file as the body of a request to a service in this process."""
+        service: list[Any] = []
+
+        def read(directory: Path, path: Path) -> object:
+            if not service:
+                service.append(_planted_service(directory))
+            status, content = asyncio.run(_post(service[0], kind, path.read_bytes()))
+            if status >= 500:
+                raise AssertionError(f"HTTP {status}: {content[:300]!r}")
+            if status >= 400:
+                raise FeatureError(json.loads(content)["error"]["message"])
+            return content
+
+        return read
+
+    return [
+        Reader("http-ground-json", body, ask("application/json")),
+        Reader("http-ground-form", form, ask("multipart/form-data; boundary=b")),
+        *(
+            Reader(f"upload-{suffix}", functools.partial(upload, suffix=suffix), refusing(read_upload))
+            for suffix in ("npy", "npz", "npz-stored")
+        ),
+        Reader("http-question", body, refusing(lambda directory, path: parsed(question, path.read_bytes()))),
+        Reader("http-form", form, refusing(read_body)),
+    ]
+
+
+def _planted_service(directory: Path) -> Any:
+    """Return the application of a service whose network finds nothing, with one video."""
+    from runtime.grounder import Grounder
+    from runtime.service.app import application
+    from runtime.service.service import Service, ServiceOptions
+    from runtime.service.uploads import UploadOptions
+    from runtime.tensors import Heads
+
+    class Network:
+        manifest = manifest()
+
+        def run(self, batch: Any) -> Heads:
+            count, places = len(batch), self.manifest.decoding.num_locations
+            return Heads(*(np.zeros((count, places, *axes), np.float32) for axes in ((), (2,), ())))
+
+    data = directory / "data"
+    data.mkdir()
+    _captions(data, tacos=False)
+    options = ServiceOptions(uploads=UploadOptions(directory / "uploads"))
+    return application(Service(Grounder(Network()), DataSet(data), options=options))
+
+
+async def _post(application: Any, kind: str, content: bytes) -> tuple[int, bytes]:
+    """Return the status and the body of the answer to a question."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/ground",
+        "raw_path": b"/v1/ground",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"127.0.0.1:8000"),
+            (b"content-type", kind.encode()),
+            (b"content-length", str(len(content)).encode()),
+        ],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    sent: list[dict[str, Any]] = []
+    waiting = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if waiting:
+            return waiting.pop()
+        # The client stays until it is answered.
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await application(scope, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+READERS = available()

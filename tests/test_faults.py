@@ -1,0 +1,66 @@
+"""Small inputs on which earlier versions hung, ended in a traceback, or took gigabytes. They are not ours to ship."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.annotations import DataSet
+from runtime.corpus.sources import ParquetSource
+from runtime.errors import GroundingError
+from runtime.service.refusals import Refusal
+from runtime.service.uploads import read_features
+from runtime.torchfile import check, load
+from runtime.videos import ClipClock, load_features
+
+FAULTS = Path(os.environ.get("DRN_REAL_DATA", "/nowhere")) / "faults"
+pytestmark = pytest.mark.skipif(not FAULTS.is_dir(), reason="the faults are not here; set DRN_REAL_DATA")
+
+
+def _all_of(root: Path) -> None:
+    data_set = DataSet(root)
+    for split in data_set.splits:
+        for annotation in data_set.annotations(split):
+            data_set.vocabulary.encode(annotation.sentence)
+            data_set.video(annotation.video)
+
+
+def _corpus(path: Path) -> None:
+    source = ParquetSource([path])
+    for found in source.load(source.listing(), ClipClock()):
+        if isinstance(found, str):
+            raise GroundingError(found)
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "array": ("header_bomb.npz", load_features),
+    "upload": ("header_bomb.npz", lambda path: read_features(path, 128 << 20, 8)),
+    "tensor": ("hash_bomb.pt", load_features),
+    "pickle": ("hash_bomb.pt", load),
+    "pickle for torch": ("hash_bomb.pt", check),
+    "row of a corpus": ("bomb.parquet", _corpus),
+    "damaged corpus": ("f.parquet", _corpus),
+    **{name: (name, _all_of) for name in ("bad_second_npy", "big_int", "words", "surrogate", "hdf5")},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_fault_is_one_sentence_at_once(tmp_path: Path, name: str) -> None:
+    fault, read = READERS[name]
+    source = FAULTS / fault
+    path = tmp_path / fault
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with pytest.raises((GroundingError, Refusal)) as caught:
+        read(path)
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,86 @@
+"""Every reader against damaged files, and the fuzzer against readers that fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import FeatureError
+from tests import fuzzing
+from tests.fuzz_readers import READERS
+from tests.fuzzing import Finding, Reader, fuzz
+
+CASES = 200
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+def test_reader_of_damaged_files_ends_with_a_value_or_one_sentence(reader: Reader) -> None:
+    findings = fuzz(reader, range(CASES))
+    told = "\n".join(f"python -m tests.fuzzing --reader {f.reader} --seed {f.seed}: {f.what}" for f in findings[:10])
+    assert not findings, told
+
+
+def _make(directory: Path) -> list[Path]:
+    (directory / "file").write_bytes(b"whole")
+    return [directory / "file"]
+
+
+def _findings(harm: object) -> list[Finding]:
+    """Return what is found of a reader that does harm to whatever is not whole."""
+
+    def read(directory: Path, path: Path) -> None:
+        if path.read_bytes() != b"whole":
+            assert callable(harm)
+            harm()
+
+    return fuzz(Reader("harmful", _make, read), [3])
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [
+        (lambda: _raise(KeyError("x")), "KeyError"),
+        (lambda: _raise(FeatureError("two\nlines")), "line"),
+        (lambda: time.sleep(600), "no end after 1 s"),
+        (lambda: [None for _ in iter(int, 1)], "no end after 0.5 s of CPU time"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "SIGSEGV"),
+        (lambda: np.ones(100 << 20, np.uint8), "grew"),
+    ],
+)
+def test_fuzz_finds_what_may_not_happen(monkeypatch: pytest.MonkeyPatch, harm: object, what: str) -> None:
+    limits = {"no end after 1 s": {"TIMEOUT_S": 1.0}, "grew": {"MAX_GROWTH_BYTES": 50 << 20}}
+    for name, value in limits.get(what, {"CPU_S": 0.5}).items():
+        monkeypatch.setattr(fuzzing, name, value)
+    (finding,) = _findings(harm)
+    assert (finding.reader, finding.seed) == ("harmful", 3)
+    assert what in finding.what
+
+
+def test_fuzz_passes_sentences_and_values() -> None:
+    assert _findings(lambda: _raise(FeatureError("one sentence"))) == []
+    assert _findings(lambda: None) == []
+
+
+def test_fuzz_refuses_a_reader_that_refuses_whole_files() -> None:
+    def read(directory: Path, path: Path) -> None:
+        raise FeatureError("always")
+
+    (finding,) = fuzz(Reader("useless", _make, read), range(5))
+    assert "whole" in finding.what
+
+
+def test_one_seed_is_one_case() -> None:
+    import random
+
+    content = bytes(range(256))
+    for seed in range(50):
+        assert fuzzing.mutated(content, random.Random(seed)) == fuzzing.mutated(content, random.Random(seed))

@@ -1,0 +1,25 @@
+"""Read `history.jsonl`, the record of a training run, one epoch a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import CheckpointError, excerpt
+from runtime.layouts.values import is_number
+from runtime.textfiles import parse_json, read_lines
+
+# What every line has: which epoch it is, and the losses that are drawn.
+FIELDS = ("stage", "epoch", "loss_matching", "loss_boundary", "loss_iou")
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a history; CheckpointError, naming the line, where one is cut off or of another form."""
+    records = []
+    for number, line in enumerate(read_lines(path, "a training history", CheckpointError), 1):
+        place = f"{path}, line {number}"
+        record = parse_json(line, place, CheckpointError, advice="delete the line")
+        if not isinstance(record, dict) or not all(is_number(record.get(name)) for name in FIELDS):
+            raise CheckpointError(f"{place}: expected {', '.join(FIELDS)}, got {excerpt(record)}; delete the line.")
+        records.append(record)
+    return records
