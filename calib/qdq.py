@@ -18,6 +18,7 @@ from calib.errors import CalibrationError
 from calib.graphs import manifest_of, without_weights
 from calib.ranges import Range
 from calib.table import CalibrationTable
+from runtime.errors import excerpt
 from runtime.manifest import METADATA_KEY
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def sites(model: onnx.ModelProto, policy: Policy, kind: Kind = "int8") -> list[S
     for name, given in zip(keep, policy.keep):
         if not any(_under(module, (name,)) for module in nameable):
             known = ", ".join(nameable)
-            raise CalibrationError(f"There is no module {given!r} to keep; those that become INT8 are {known}.")
+            raise CalibrationError(f"There is no module {excerpt(given)} to keep; those that become INT8 are {known}.")
     return [site for site in found if not _under(site.module, keep)]
 
 

@@ -18,7 +18,7 @@ from export.profiles import DEFAULT_BATCH, MOST_ENCODED, VIDEOS, Range
 from runtime.backends import plans
 from runtime.backends.ort import part_beside
 from runtime.backends.trt import video_part
-from runtime.errors import DeviceError, GroundingError, ModelFileError
+from runtime.errors import DeviceError, GroundingError, ModelFileError, excerpt
 from runtime.files import check_file
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import check, read_metadata
@@ -60,7 +60,8 @@ class Serving:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name):
             raise GroundingError(
-                f"--name {self.name!r} becomes part of addresses; it holds letters, digits, - and _, a letter first."
+                f"--name {excerpt(self.name)} becomes part of addresses; it holds letters, digits, - and _, a "
+                "letter first."
             )
         if (
             min(self.batch, self.instances, 1 if self.threads is None else self.threads) < 1
@@ -131,7 +132,7 @@ def read_model(path: Path, serving: Serving) -> Source:
     """
     if path.suffix not in PLATFORMS:
         raise ModelFileError(
-            f"Triton serves .onnx and .engine files, and {path.name!r} is neither; export a checkpoint with "
+            f"Triton serves .onnx and .engine files, and {excerpt(path.name)} is neither; export a checkpoint with "
             "`python -m export.to_onnx`."
         )
     check_file(path, "The model file", ModelFileError)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.errors import AnnotationError, GroundingError
+from runtime.errors import AnnotationError, GroundingError, excerpt
 from runtime.featurestores import FeatureStore, open_store
 from runtime.files import check_directory, check_file, read_json, sha256
 from runtime.layouts import Annotation as Annotation
@@ -186,7 +186,8 @@ class DataSet:
         if shares[last] > MIN_LARGEST_END and float(np.median(list(shares.values()))) < MAX_MEDIAN_END:
             return
         message = (
-            f"{self.annotations_path(split)}: of {len(shares)} videos, {last!r} has the moment that ends furthest: at "
+            f"{self.annotations_path(split)}: of {len(shares)} videos, {excerpt(last)} has the moment that ends "
+            "furthest: at "
             f"{ends[last]:g} of {self.durations[last]:g} seconds. Moments or durations seem to be in another unit; "
             "correct them (docs/formats.md has the units of each format)."
         )
@@ -256,12 +257,14 @@ class DataSet:
         """
         told, clock = self.num_frames.get(video), self.preset.features.clock
         if told is not None:
-            check_frame_rate(f"The video {video!r}", told, self.durations[video], AnnotationError)
+            check_frame_rate(f"The video {excerpt(video)}", told, self.durations[video], AnnotationError)
             if not self.preset.spread:
                 return told
         clips = self.store.num_clips(video) if num_clips is None else num_clips
         if told is None:
-            check_frame_rate(f"The video {video!r}", clock.num_frames(clips), self.durations[video], AnnotationError)
+            check_frame_rate(
+                f"The video {excerpt(video)}", clock.num_frames(clips), self.durations[video], AnnotationError
+            )
         else:
             if clock.fits(told, clips):
                 return told
@@ -295,7 +298,9 @@ class DataSet:
         note = self._notes.get(name)
         offset = note.get("offset", 0.0) if isinstance(note, dict) else 0.0
         if not is_number(offset):
-            raise AnnotationError(f"{self.root / NOTES}: the offset of {name!r} is no number; extract the video again.")
+            raise AnnotationError(
+                f"{self.root / NOTES}: the offset of {excerpt(name)} is no number; extract the video again."
+            )
         return float(offset)
 
     @functools.cached_property
@@ -329,7 +334,7 @@ class DataSet:
         for video in videos[:: max(1, -(-len(videos) // CHECKED_VIDEOS))]:
             clips, told = store.num_clips(video), self.num_frames.get(video)
             frames = clock.num_frames(clips) if told is None else told
-            check_frame_rate(f"The video {video!r}", frames, self.durations[video], AnnotationError)
+            check_frame_rate(f"The video {excerpt(video)}", frames, self.durations[video], AnnotationError)
             if not self.preset.spread:
                 self.origin.check(video, clips, frames, clock)
 

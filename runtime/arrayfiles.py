@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from runtime.errors import FeatureError
+from runtime.errors import FeatureError, excerpt
 
 # Limit of NumPy for the text of a header. It reads a length of up to 4 GiB before it checks.
 MAX_HEADER_BYTES = 10_000
@@ -166,7 +166,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str) 
         ValueError: it is not a plain array. `zipfile` and zlib raise others on damaged archives.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-        raise ValueError(f"{member.filename!r} is packed in another way than deflate, or encrypted")
+        raise ValueError(f"{excerpt(member.filename)} is packed in another way than deflate, or encrypted")
     assert archive.fp is not None
     size = archive.fp.seek(0, os.SEEK_END)
     check_unfolded(source, member.file_size, min(member.compress_size, size))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.errors import ModelFileError
+from runtime.errors import ModelFileError, excerpt
 from runtime.moments import temporal_iou
 from runtime.tensors import Heads
 
@@ -66,11 +66,11 @@ class Decoding:
                 f"Segments, strides and proposals per level are from 1 to {MOST_SEGMENTS}, and {counts} was given."
             )
         if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
-            raise ModelFileError(f"The score threshold lies in [0, 1), and {self.score_threshold!r} was given.")
+            raise ModelFileError(f"The score threshold lies in [0, 1), and {excerpt(self.score_threshold)} was given.")
         if any(self.num_segments % stride for stride in self.strides):
             raise ModelFileError(f"{self.num_segments} segments cannot be divided by the strides {self.strides}.")
         if self.protocol not in ("mmaction2", "drn"):
-            raise ModelFileError(f"The protocol is mmaction2 or drn, and {self.protocol!r} was asked for.")
+            raise ModelFileError(f"The protocol is mmaction2 or drn, and {excerpt(self.protocol)} was asked for.")
 
     @property
     def num_locations(self) -> int:

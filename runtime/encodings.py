@@ -168,7 +168,7 @@ def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> Encode
 
 def _check_format(about: Any, wanted: str) -> None:
     if about["format"] != wanted:
-        raise ValueError(f"its format is {excerpt(about['format'])} and {wanted!r} is read here")
+        raise ValueError(f"its format is {excerpt(about['format'])} and {excerpt(wanted)} is read here")
 
 
 def _key(video: EncodedVideo) -> str:

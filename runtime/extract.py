@@ -12,7 +12,7 @@ import tyro
 from runtime.annotations import FEATURE_DIRECTORY, NOTES
 from runtime.backends import Device
 from runtime.command import command, next_command
-from runtime.errors import FootageError, GroundingError
+from runtime.errors import FootageError, GroundingError, excerpt
 from runtime.extraction import (
     BATCH_SIZE,
     FORMAT,
@@ -64,7 +64,7 @@ def extract(
     twice = [name for name, count in Counter(path.stem for path in videos).items() if count > 1]
     if twice:
         both = " and ".join(str(path) for path in videos if path.stem == twice[0])
-        raise FootageError(f"{both} would both be called {twice[0]!r}; rename one of them.")
+        raise FootageError(f"{both} would both be called {excerpt(twice[0])}; rename one of them.")
     network = open_extractor(extractor, device, threads)
     maker = extractor_key(network)
     check_writable(output / NOTES)
@@ -77,7 +77,8 @@ def extract(
         known = notes.get(path.stem)
         if known is not None and known.video != content:
             raise FootageError(
-                f"{output} holds another video called {path.stem!r} already; rename {path}, or choose another --output."
+                f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
+                "another --output."
             )
         if known is None or not known.serves(content, maker, partial):
             footages[path] = footage = look(path)

@@ -196,7 +196,7 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
     path = Path(path)
     if path.suffix not in (".onnx", ".engine"):
         raise ModelFileError(
-            f"An extractor is an .onnx or .engine file, and {path.name!r} is none; a c3d.pt becomes one by "
+            f"An extractor is an .onnx or .engine file, and {excerpt(path.name)} is none; a c3d.pt becomes one by "
             "`python -m export.to_onnx`, as docs/your-own-video.md shows."
         )
     check_file(path, "The extractor", ModelFileError)

@@ -58,14 +58,14 @@ class FeatureFiles:
                 path = self.place / f"{name}{suffix}"
                 if path.is_file():
                     return path
-        check_directory(self.place, f"There are no features of {video!r}: the directory", MissingFeatures)
+        check_directory(self.place, f"There are no features of {excerpt(video)}: the directory", MissingFeatures)
         for name in _spellings(video):
             for suffix in SUFFIXES:
                 path = self.place / f"{name}{suffix}"
                 if path.exists():
                     check_file(path, "The feature file", FeatureError)
         raise MissingFeatures(
-            f"There are no features of {video!r}: {self.place / video}{SUFFIXES[0]} (or "
+            f"There are no features of {excerpt(video)}: {self.place / video}{SUFFIXES[0]} (or "
             f"{', '.join(SUFFIXES[1:])}) is missing."
         )
 

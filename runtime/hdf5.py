@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from runtime.arrayfiles import check_unfolded
-from runtime.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, one_line, reading
+from runtime.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, excerpt, one_line, reading
 from runtime.files import check_file
 
 # In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
@@ -210,7 +210,7 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
     video = names[0]
     if node is None:
         raise MissingFeatures(
-            f"There are no features of {video!r} in {path}: neither a dataset nor a group has this name."
+            f"There are no features of {excerpt(video)} in {path}: neither a dataset nor a group has this name."
         )
     if hasattr(node, "keys"):
         inside = list(node.keys())
@@ -218,17 +218,17 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
         inner = None if name is None else _member(node, path, name)
         if inner is None:
             raise FeatureError(
-                f"{path}: the group of {video!r} should hold one dataset, or one called {DATASET!r}, and holds "
+                f"{path}: the group of {excerpt(video)} should hold one dataset, or one called {DATASET!r}, and holds "
                 f"{', '.join(inside[:3]) or 'nothing'}."
             )
         node = inner
     if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f" or node.dtype.itemsize > 8:
         raise FeatureError(
-            f"{path}: the features of {video!r} should be floats of shape (num_clips, D), and are "
+            f"{path}: the features of {excerpt(video)} should be floats of shape (num_clips, D), and are "
             f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
         )
     if node.external or node.is_virtual:
-        raise FeatureError(f"{path}: the features of {video!r} lie in another file; copy them into this one.")
+        raise FeatureError(f"{path}: the features of {excerpt(video)} lie in another file; copy them into this one.")
     return node
 
 
@@ -240,7 +240,9 @@ def _member(group: Any, path: str, name: str) -> Any:
     if link is None:
         return None
     if not isinstance(link, h5py.HardLink):
-        raise FeatureError(f"{path}: {name!r} is a link to somewhere else; copy what it points to into this file.")
+        raise FeatureError(
+            f"{path}: {excerpt(name)} is a link to somewhere else; copy what it points to into this file."
+        )
     return group[name]
 
 

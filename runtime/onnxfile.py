@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.errors import ModelFileError
+from runtime.errors import ModelFileError, excerpt
 
 log = logging.getLogger("drn")
 
@@ -256,9 +256,9 @@ def _external(path: Path, stream: BinaryIO) -> list[Path]:
     for name in names:
         file = path.parent / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ModelFileError(f"{path} keeps tensors in {name!r}, outside its directory; save it again.")
+            raise ModelFileError(f"{path} keeps tensors in {excerpt(name)}, outside its directory; save it again.")
         if not file.is_file():
-            raise ModelFileError(f"{path} needs its external data {name!r} beside it; copy it there.")
+            raise ModelFileError(f"{path} needs its external data {excerpt(name)} beside it; copy it there.")
         files.append(file)
     return files
 

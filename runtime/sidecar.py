@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime import extractors
-from runtime.errors import ModelFileError
+from runtime.errors import ModelFileError, excerpt
 from runtime.files import json_digest, read_json, sha256
 from runtime.inspection import VERDICTS
 from runtime.manifest import Manifest
@@ -100,7 +100,7 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     content = read_json(path, "sidecar of an engine", ModelFileError)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise ModelFileError(f"{path} is of format {found!r} and this version reads {FORMAT!r}; {_AGAIN}")
+        raise ModelFileError(f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_AGAIN}")
     if content.get("digest") != json_digest(_unsealed(content)):
         raise ModelFileError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
     _check_shapes(content, path)
@@ -124,9 +124,9 @@ def _check_shapes(content: Mapping[str, Any], path: Path) -> None:
     """Raise ModelFileError unless every field is of the kind that its readers take it for."""
     for name, (wanted, fits, needed) in _FIELDS.items():
         if name in content and not fits(content[name]):
-            raise ModelFileError(f"{path} is damaged: {name!r} should be {wanted}; {_AGAIN}")
+            raise ModelFileError(f"{path} is damaged: {excerpt(name)} should be {wanted}; {_AGAIN}")
         if needed and name not in content:
-            raise ModelFileError(f"{path} is damaged: {name!r} is missing and should be {wanted}; {_AGAIN}")
+            raise ModelFileError(f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_AGAIN}")
 
 
 def _is_text(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from runtime.arrayfiles import load_array, read_archive
-from runtime.errors import CheckpointError, FeatureError, GroundingError, reading
+from runtime.errors import CheckpointError, FeatureError, GroundingError, excerpt, reading
 from runtime.files import check_file
 
 Pooling = Literal["mmaction2", "drn"]
@@ -286,7 +286,7 @@ def segment_rows(
         first = starts // clock.stride
         last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
         return first, last, np.stack((starts, ends), 1) / num_frames
-    raise FeatureError(f"Segments are pooled as mmaction2 or drn, and {pooling!r} was asked for.")
+    raise FeatureError(f"Segments are pooled as mmaction2 or drn, and {excerpt(pooling)} was asked for.")
 
 
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:

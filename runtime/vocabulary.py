@@ -65,7 +65,9 @@ class Vocabulary:
                 f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not."
             )
         if unknown not in ("skip", "zero", "error"):
-            raise ModelFileError(f"Unknown words are treated by skip, zero or error, and {unknown!r} was asked for.")
+            raise ModelFileError(
+                f"Unknown words are treated by skip, zero or error, and {excerpt(unknown)} was asked for."
+            )
         self.words: dict[str, int] = dict(words)
         self.unknown: Unknown = unknown
 
@@ -93,7 +95,7 @@ class Vocabulary:
         """
         tokens = tokenize(sentence)
         if not tokens:
-            raise QueryError(f"The query {sentence!r} holds no word; write what happens in the video.")
+            raise QueryError(f"The query {excerpt(sentence)} holds no word; write what happens in the video.")
         if not self.words:
             raise QueryError(
                 "This model carries no word table; convert its checkpoint again with --vocabulary word2id.json."
@@ -114,7 +116,7 @@ class Vocabulary:
             named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
             if self.unknown == "error":
                 raise QueryError(
-                    f"The model does not know {named} in {sentence!r}; say it in words of its training set."
+                    f"The model does not know {named} in {excerpt(sentence)}; say it in words of its training set."
                 )
             if unheard is not None:
                 unheard.update(unknown)

@@ -76,3 +76,14 @@ def test_no_file_is_named_after_a_library() -> None:
     taken = {"onnxruntime", "tensorrt", "onnx", "torch", "numpy", "profile", "utils"}
     for room in ROOMS:
         assert not {path.stem for path in (ROOT / room).rglob("*.py")} & taken
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_errors_quote_values_with_a_bound(room: str) -> None:
+    """A value in an error is quoted by `excerpt`: only constants and slices are short by themselves."""
+    for path in (ROOT / room).rglob("*.py"):
+        raised = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise))
+        for value in (part for node in raised for part in ast.walk(node) if isinstance(part, ast.FormattedValue)):
+            short = isinstance(value.value, ast.Name) and value.value.id.isupper()
+            sliced = isinstance(value.value, ast.Subscript) and isinstance(value.value.slice, ast.Slice)
+            assert value.conversion != ord("r") or short or sliced, f"{path.relative_to(ROOT)}:{value.lineno}"

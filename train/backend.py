@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from runtime.backends import Device
-from runtime.errors import DeviceError, DeviceMemoryError, is_out_of_memory
+from runtime.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
 from train.checkpoints import load_checkpoint, source_hash
@@ -83,7 +83,7 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise DeviceError(f"--device is auto, cpu or cuda, and {device!r} was given.")
+        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(
             f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu."
@@ -91,4 +91,4 @@ def torch_device(device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f"--device is auto, cpu or cuda, and {device!r} was given.") from error
+        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.") from error

@@ -124,7 +124,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             )
         if found == RESUME_FORMAT:
             raise CheckpointError(f"{path} is what `train --resume` goes on with; give best.pt beside it.")
-        kind = f"format {found!r}" if found else "no format of ours"
+        kind = f"format {excerpt(found)}" if found else "no format of ours"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
             "convert published checkpoints with `python -m train.convert`."

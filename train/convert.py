@@ -17,7 +17,7 @@ import tyro
 from runtime import torchfile
 from runtime.command import command, next_command
 from runtime.decoding import Decoding
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, excerpt
 from runtime.files import read_json, sha256
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
@@ -178,7 +178,7 @@ def read(path: Path) -> Found:
             f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved."
         )
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
-    others = [f"{name!r}" for name in state if name not in arrays]
+    others = [f"{excerpt(name)}" for name in state if name not in arrays]
     if others:
         raise CheckpointError(f"{path} should map names to tensors, and {_few(others)} is none; is it a DRN?")
     if all(name.startswith("module.") for name in arrays):
@@ -207,7 +207,7 @@ def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, 
             if match:
                 ours = renamed(match) + name[match.end() :]
         if ours in weights:
-            raise CheckpointError(f"{path} holds {ours!r} twice, under the authors' and under mmaction2's name.")
+            raise CheckpointError(f"{path} holds {excerpt(ours)} twice, under the authors' and under mmaction2's name.")
         weights[ours] = array
     return weights, tuple(unused), "drn"
 

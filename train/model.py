@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from runtime.errors import excerpt
+
 # Channels of the three backbone levels; the gate of level t multiplies the input of level t. Fixed in both
 # published codes: there, other values crash.
 BACKBONE_CHANNELS = (256, 512, 1024)
@@ -50,7 +52,7 @@ class DRNConfig:
         sizes = {name: value for name, value in vars(self).items() if name not in ("strides", "prior_probability")}
         for name, size in sizes.items():
             if not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
-                raise ValueError(f"{name} is a whole number from 1 to {LARGEST_SIZE}, and {size!r} is not.")
+                raise ValueError(f"{name} is a whole number from 1 to {LARGEST_SIZE}, and {excerpt(size)} is not.")
         if len(self.strides) != len(BACKBONE_CHANNELS) or self.strides != (1, 2, 4):
             raise ValueError(f"DRN has three levels of strides 1, 2, 4, and strides={self.strides} was asked for.")
         if self.num_segments < 4 or self.num_segments % self.strides[-1]:

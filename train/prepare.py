@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.annotations import Annotation, DataSet
 from runtime.command import command, next_command
-from runtime.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError
+from runtime.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
 from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.files import Staging, content_names, locked, sha256
 from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
@@ -195,7 +195,7 @@ def _speakable(kept: Kept, vocabulary: Vocabulary | None) -> Kept:
         if any(vocabulary is None or {token, token.lower()} & vocabulary.words.keys() for token in tokens):
             known.append(annotation)
         else:
-            mute.append(f"{annotation.line}: {annotation.sentence!r}")
+            mute.append(f"{annotation.line}: {excerpt(annotation.sentence)}")
     dropped = {**kept.dropped, NO_WORD: mute} if mute else kept.dropped
     return dataclasses.replace(kept, annotations=known, dropped=dropped)
 

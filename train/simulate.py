@@ -28,7 +28,7 @@ import numpy as np
 
 from runtime.annotations import FEATURE_DIRECTORY
 from runtime.command import command, next_command
-from runtime.errors import AnnotationError, FeatureError, OutputError
+from runtime.errors import AnnotationError, FeatureError, OutputError, excerpt
 from runtime.files import (
     check_directory,
     content_names,
@@ -136,7 +136,7 @@ def simulate(
     if seed < 0:
         raise FeatureError(f"--seed is {seed} and should be 0 or more.")
     if difficulty not in DIFFICULTIES:
-        raise FeatureError(f"--difficulty is {difficulty!r} and should be one of {', '.join(DIFFICULTIES)}.")
+        raise FeatureError(f"--difficulty is {excerpt(difficulty)} and should be one of {', '.join(DIFFICULTIES)}.")
     if dtype not in ("float16", "float32") or file_format not in ("npy", "pt"):
         raise FeatureError(f"Features are stored as float16 or float32, in npy or pt, not {dtype} in {file_format}.")
     if annotations is not None:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, ModelFileError
+from runtime.errors import DeviceError, ModelFileError, excerpt
 from runtime.files import check_file
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
@@ -64,7 +64,7 @@ def run_pair(pair: PairBackend, batch: Batch) -> Heads:
 def check_model_path(path: Path) -> None:
     """Raise ModelFileError unless there is a file of this name, and the name is a model's."""
     if path.suffix not in (".onnx", ".pt", ".engine"):
-        raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {path.name!r} does not.")
+        raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {excerpt(path.name)} does not.")
     check_file(path, "The model file", ModelFileError)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from runtime.backends import Device
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed, Source
-from runtime.errors import ModelFileError, OutputError
+from runtime.errors import ModelFileError, OutputError, excerpt
 from runtime.files import LOCK, content_names, read_json, sha256
 from runtime.onnxfile import external_data
 from runtime.sidecar import path_beside, read_sidecar
@@ -222,7 +222,7 @@ def _differences(found: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:
             before, now = {part: before}, {part: now}
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                yield f"{part} {name} was {before.get(name)!r} and is {now.get(name)!r}"
+                yield f"{part} {name} was {excerpt(before.get(name))} and is {excerpt(now.get(name))}"
 
 
 def _versions(model: Path, form: Form) -> dict[str, str]:

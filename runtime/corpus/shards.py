@@ -18,7 +18,7 @@ from runtime.corpus.plan import MANIFEST, Asked, Form, Settings, Shard, shard_na
 from runtime.corpus.questions import Question
 from runtime.corpus.sources import Listed, Source, open_source
 from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import FeatureError, GroundingError, OutputError, QueryError
+from runtime.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
 from runtime.files import json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.grounder import Grounder, Subject
 from runtime.videos import ClipClock, Video
@@ -133,7 +133,8 @@ def is_finished(job: Job, shard: Shard, stamp: Callable[[Listed], str]) -> bool:
     for video, before in record["features"].items():
         if now.get(video) != before:
             raise OutputError(
-                f"The features of {video!r} changed since {path.name} was written. Remove the shard to ground it "
+                f"The features of {excerpt(video)} changed since {path.name} was written. Remove the shard to "
+                "ground it "
                 "again, or name another --output.",
                 code="features_changed",
             )
@@ -229,7 +230,7 @@ class Worker:
             if asked.known:
                 subject = self._subject(next(found), len(asked))
             else:
-                subject = f"There is no video {asked.video.name!r} in {self.job.features}; check the name."
+                subject = f"There is no video {excerpt(asked.video.name)} in {self.job.features}; check the name."
             group.append((asked, subject))
             pairs, waiting = pairs + len(asked), waiting + _bytes(subject)
             if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MOST_WAITING_BYTES:

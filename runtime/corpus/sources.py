@@ -137,7 +137,7 @@ class DirectorySource:
             yield _or_why(functools.partial(self._video, video.name, clock))
 
     def _video(self, name: str, clock: ClipClock) -> Video:
-        duration, num_frames = _length(self._lengths[name], f"{self._table}: {name!r}")
+        duration, num_frames = _length(self._lengths[name], f"{self._table}: {excerpt(name)}")
         return Video.load(self._store.path(name), duration, num_frames, name, clock, self._origin)
 
 
@@ -200,7 +200,7 @@ class ParquetSource:
                     yield _or_why(functools.partial(_unfolded, values, names.pop(row), clock, self._origin))
             # A page holds many rows, and a damaged one leaves none of them.
             except FeatureError as error:
-                yield from (f"{name!r} cannot be read: {error}" for _, name in sorted(names.items()))
+                yield from (f"{excerpt(name)} cannot be read: {error}" for _, name in sorted(names.items()))
 
     def _rows(self, number: int, group: int, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the values of rows of a row group by column, in order; FeatureError where the file is damaged."""
@@ -241,7 +241,7 @@ class ParquetSource:
             missing = [name for name in NEEDED if name not in file.schema_arrow.names]
             if missing:
                 raise AnnotationError(
-                    f"{self._files[number]} lacks the column {missing[0]!r}; video, duration and features are "
+                    f"{self._files[number]} lacks the column {excerpt(missing[0])}; video, duration and features are "
                     "expected, and perhaps num_frames, shape and dtype."
                 )
             yield file
@@ -280,7 +280,7 @@ def _row(place: Place) -> int:
 
 
 def _unfolded(values: dict[str, Any], name: str, clock: ClipClock, origin: Origin) -> Video:
-    row = f"The row of {name!r}"
+    row = f"The row of {excerpt(name)}"
     with reading(row, "a video with its features", FeatureError, "write the row again"):
         length, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
         features = _features(values, name)
@@ -293,7 +293,7 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
 
     cell = values["features"]
     if not cell.is_valid:
-        raise FeatureError(f"The row of {name!r} has no features.")
+        raise FeatureError(f"The row of {excerpt(name)} has no features.")
     shape, dtype = _plain(values, "shape"), _plain(values, "dtype")
     # Tensors are known by their extension where it is loaded, and by what they are stored as elsewhere.
     if isinstance(cell.type, pa.BaseExtensionType):
@@ -304,7 +304,9 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
         numbers, clips = _numbers(cell, dtype)
         return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
     except (TypeError, ValueError) as error:
-        raise FeatureError(f"The features of {name!r} are no (num_clips, D) floats: {one_line(error)}.") from error
+        raise FeatureError(
+            f"The features of {excerpt(name)} are no (num_clips, D) floats: {one_line(error)}."
+        ) from error
 
 
 def _plain(values: Any, key: str) -> Any:
@@ -332,7 +334,7 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
     if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type):
         kind = dtype or "float32"
         if kind not in ("float16", "float32", "float64"):
-            raise ValueError(f"bytes are of float16, float32 or float64, and {kind!r} was told")
+            raise ValueError(f"bytes are of float16, float32 or float64, and {excerpt(kind)} was told")
         return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
     inner, clips = getattr(cell, "values", None), 0
     if inner is not None and hasattr(inner.type, "value_type"):

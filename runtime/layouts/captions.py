@@ -91,7 +91,7 @@ class Captions:
     def rows(self, split: str) -> Iterator[Row]:
         number = 0
         for name, entry in self._entries(split).items():
-            place = f"{self.path(split)}, video {name!r}"
+            place = f"{self.path(split)}, video {excerpt(name)}"
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
                 raise AnnotationError(f"{place}: as many timestamps as sentences are expected; correct the entry.")
@@ -107,12 +107,12 @@ class Captions:
     def check_known(self, video: str, place: str) -> None:
         if video not in self.durations:
             files = ", ".join(f"{split}.json" for split in self._splits)
-            raise AnnotationError(f"{place}: the video {video!r} is not in {files}; check the name.")
+            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.")
 
     def _entries(self, split: str) -> Entries:
         if split not in self._splits:
             raise AnnotationError(
-                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set; there are "
+                f"{self.path(split)} does not exist, so there is no split {excerpt(split)} in this data set; there are "
                 f"{', '.join(self._splits) or 'none'}."
             )
         return self._splits[split]

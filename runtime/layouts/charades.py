@@ -68,13 +68,15 @@ class CharadesSTA:
     def _lines(self, split: str) -> list[str]:
         path = self.path(split)
         if not path.exists():
-            raise AnnotationError(f"{path} does not exist, so there is no split {split!r} in this data set.")
+            raise AnnotationError(f"{path} does not exist, so there is no split {excerpt(split)} in this data set.")
         return read_lines(path, "lines of VIDEO START END##SENTENCE")
 
     def check_known(self, video: str, place: str) -> None:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
             if video not in table:
-                raise AnnotationError(f"{place}: the video {video!r} is not in {name}; add it there or check the name.")
+                raise AnnotationError(
+                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name."
+                )
 
     def _table(self, name: str, what: str) -> dict[str, Any]:
         table = read_json(self.root / name, what, unique=True)
@@ -100,7 +102,8 @@ class CharadesSTA:
             start = end = math.nan
         if not (math.isfinite(start) and math.isfinite(end)):
             raise AnnotationError(
-                f"{place}: start and end should be seconds, and are {fields[1]!r} and {fields[2]!r}; correct the line."
+                f"{place}: start and end should be seconds, and are {excerpt(fields[1])} and "
+                f"{excerpt(fields[2])}; correct the line."
             )
         self.check_known(fields[0], place)
         return Annotation(fields[0], start, end, parts[1].strip(), number)

@@ -78,7 +78,7 @@ class QVHighlights:
     def rows(self, split: str) -> Iterator[Row]:
         if split not in self._splits:
             raise AnnotationError(
-                f"{self.path(split)} does not exist, so there is no split {split!r} in this data set; there are "
+                f"{self.path(split)} does not exist, so there is no split {excerpt(split)} in this data set; there are "
                 f"{', '.join(self._splits) or 'none'}."
             )
         for row in self._splits[split]:
@@ -92,7 +92,7 @@ class QVHighlights:
     def check_known(self, video: str, place: str) -> None:
         if video not in self.durations:
             files = ", ".join(self.path(split).name for split in self._splits)
-            raise AnnotationError(f"{place}: the video {video!r} is not in {files}; check the name.")
+            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.")
 
 
 def _names(split: str) -> tuple[str, str]:

@@ -45,13 +45,14 @@ class Videos:
         known = self._called.setdefault(file_stem(name), name)
         if known != name:
             raise AnnotationError(
-                f"{place}: two videos have one name, {known!r} and {name!r}, and their features could not be told "
-                "apart; rename one."
+                f"{place}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features "
+                "could not be told apart; rename one."
             )
         told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
         if told != (duration, num_frames):
             raise AnnotationError(
-                f"{place}: two videos have the name {name!r}, of {told[0]:g} and of {duration:g} seconds; rename one."
+                f"{place}: two videos have the name {excerpt(name)}, of {told[0]:g} and of {duration:g} seconds; "
+                "rename one."
             )
         if num_frames is not None:
             self.num_frames[name] = int(num_frames)

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from runtime.errors import GroundingError
+from runtime.errors import GroundingError, excerpt
 from runtime.files import open_inside
 from runtime.service.gate import Gate, Gone, unless_gone
 from runtime.service.library import MEDIA_TYPES
@@ -116,7 +116,7 @@ def _routes(service: Service) -> FastAPI:
     async def forget(video: str) -> Response:
         """Remove an upload before its time."""
         if video in service.library:
-            raise Refusal(403, f"{video!r} belongs to the data set; only uploads can be removed.")
+            raise Refusal(403, f"{excerpt(video)} belongs to the data set; only uploads can be removed.")
         service.uploads.forget(service.upload(video))
         return Response(status_code=204)
 

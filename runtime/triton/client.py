@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from runtime.backends import Device
-from runtime.errors import DeviceError, ModelFileError, ServerError
+from runtime.errors import DeviceError, ModelFileError, ServerError, excerpt
 from runtime.grounder import BATCH_SIZE, Grounder, Subject
 from runtime.moments import Moment
 from runtime.triton import front
@@ -138,7 +138,7 @@ class Connection:
         ours = [entry for entry in known if entry["name"] == name]
         if not ours:
             names = ", ".join(sorted({entry["name"] for entry in known})) or "none"
-            return f"The Triton server at {self.address} has no model {name!r}; it has {names}."
+            return f"The Triton server at {self.address} has no model {excerpt(name)}; it has {names}."
         why = " ".join(ours[-1]["reason"].split()).rstrip(".") or "it does not say why"
         return (
             f"{name} at {self.address} is not loaded ({ours[-1]['state'] or 'UNKNOWN'}): {why}; see the server's log."
