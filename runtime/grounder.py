@@ -300,7 +300,7 @@ class Grounder:
     def segments(self, video: Video) -> Segments:
         """Return the segments of a video as this model was trained on; FeatureError if its features do not fit."""
         # `Video.segments` checks all else once; this is done for every query.
-        self._check_width(video)
+        self.check_width(video)
         features = self.manifest.features
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
 
@@ -355,10 +355,11 @@ class Grounder:
 
     def check_fits(self, video: Video) -> None:
         """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""
-        self._check_width(video)
+        self.check_width(video)
         video.check(self.manifest.features.clock)
 
-    def _check_width(self, video: Video) -> None:
+    def check_width(self, video: Video) -> None:
+        """Raise FeatureError unless the features of a video, (num_clips, D), are as wide as this model takes them."""
         features = self.manifest.features
         if video.features.shape[1] != features.dim:
             raise FeatureError(
