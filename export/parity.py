@@ -18,7 +18,7 @@ import numpy as np
 from runtime.annotations import Annotation, DataSet, each_moment
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError
-from runtime.evaluation import Chunk, answered_whole, answers_to, chunks, encoded, suppressed
+from runtime.evaluation import Chunk, answered_whole, answers_to, cause_of, chunks, encoded, suppressed
 from runtime.grounder import BATCH_SIZE, Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.metrics import Report, best_overlap, hits, prior_report, recall_name, report
@@ -254,7 +254,11 @@ def compare(
     prior_truth = None
     if "train" in data_set.splits:
         prior_truth = data_set.spans(each_moment(data_set.annotations("train", invalid="drop")))
-    return _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+    try:
+        return _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+    except ModelFileError as error:
+        asked = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
+        raise cause_of(error, reference, data_set, asked) from error
 
 
 def check_comparable(reference: Manifest, other: Manifest) -> None:

@@ -77,7 +77,7 @@ def evaluate(
         try:
             proposals = propose(heads, decoding)
         except ModelFileError as error:
-            raise _cause(error, grounder, data_set, [asked[row] for row in rows], segments_of) from error
+            raise cause_of(error, grounder, data_set, [asked[row] for row in rows], segments_of) from error
         for threshold, found in suppressed(proposals, decoding, thresholds):
             picks[threshold][askable[rows]] = found
         on_progress(len(rows))
@@ -85,12 +85,12 @@ def evaluate(
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
 
 
-def _cause(
+def cause_of(
     error: ModelFileError,
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments] | None,
+    segments_of: Callable[[str], Segments] | None = None,
 ) -> GroundingError:
     """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))

@@ -291,7 +291,7 @@ class Grounder:
         `unheard` counts words that the model does not know, in place of a warning, and `check_content` is turned off
         for sentences of data sets; see `Vocabulary.encode`.
         """
-        tokens = self.manifest.vocabulary.encode(query, unheard, check_content=check_content)
+        tokens = self.manifest.vocabulary.encode(query, unheard, check_content)
         longest = self.manifest.max_query_length
         if len(tokens) > longest:
             raise QueryError(f"The query has {len(tokens)} tokens and this model takes 1 to {longest}; shorten it.")

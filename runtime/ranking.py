@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.annotations import DataSet
 from runtime.decoding import likely
-from runtime.errors import GroundingError
+from runtime.errors import GroundingError, ModelFileError
 from runtime.evaluation import CHUNK, Chunk, answers_to
 from runtime.grounder import BATCH_SIZE, Grounder
 
@@ -109,7 +109,12 @@ def best_scores(
             [known[number].duration for number in numbers],
         )
         for place, heads in answers_to(grounder, chunk, batch_size):
-            scores[place] = likely(heads, grounder.manifest.decoding).scores.max(axis=1)
+            try:
+                found = likely(heads, grounder.manifest.decoding)
+            except ModelFileError as error:
+                asked_here = [(pooled[wanted[row]], tokens[row // asked.shape[1]]) for row in place]
+                raise grounder.cause_of(error, asked_here) from error
+            scores[place] = found.scores.max(axis=1)
             on_progress(len(place))
     return scores.reshape(asked.shape)
 

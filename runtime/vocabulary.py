@@ -79,7 +79,7 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def encode(self, sentence: str, unheard: Counter[str] | None = None, *, check_content: bool = False) -> np.ndarray:
+    def encode(self, sentence: str, unheard: Counter[str] | None = None, check_content: bool = False) -> np.ndarray:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
@@ -132,7 +132,9 @@ class Vocabulary:
     def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
         words = list(dict.fromkeys(_content(unknown) or unknown))
         near = dict.fromkeys(near for word in words[:NEAR_OF] for near in self.near(word))
-        advice = f"words that it knows are {', '.join(map(repr, near))}" if near else "use words of its training set"
+        examples = list(near) or [word for word in self.words if word.isalpha() and word not in STOP_WORDS][:NEAR_WORDS]
+        kind = "similar words of its training set are" if near else "words of its training set are, for example,"
+        advice = f"{kind} {', '.join(map(repr, examples))}" if examples else "use words of its training set"
         if len(unknown) == len(tokenize(sentence)):
             problem = f"The model knows none of the words of {excerpt(sentence)}"
         else:

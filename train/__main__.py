@@ -154,7 +154,6 @@ def train(
             sizes = dataclasses.replace(sizes, num_segments=data_set.preset.num_segments)
         config = _network(sizes, loaded, len(vocabulary), features.dim, f"{data}")
         # Before the first epoch, not after it. A sentence without a known word is a miss in validation.
-        training = [training[row] for row in askable_rows(vocabulary, training)]
         encode([validation[row] for row in askable_rows(vocabulary, validation)], vocabulary)
         videos = sorted({annotation.video for annotation in (*training, *validation)})
         cache = cache or Path(data) / "cache"

@@ -271,7 +271,7 @@ def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np
     queries = []
     for annotation in annotations:
         try:
-            queries.append(vocabulary.encode(annotation.sentence, unheard, check_content=False))
+            queries.append(vocabulary.encode(annotation.sentence, unheard))
         except QueryError as error:
             place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
             raise AnnotationError(f"{place}, cannot be used: {error}") from error

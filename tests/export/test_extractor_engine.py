@@ -254,7 +254,7 @@ def test_a_twin_is_no_source_and_no_model(model: Path, tmp_path: Path, tiny_feat
 
 @pytest.fixture
 def tiny_features(tmp_path: Path) -> Path:
-    np.save(tmp_path / "hall.npy", np.ones((5, 32), np.float32))
+    np.save(tmp_path / "hall.npy", np.eye(5, 32, dtype=np.float32))
     return tmp_path / "hall.npy"
 
 

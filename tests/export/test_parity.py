@@ -18,7 +18,7 @@ from export.verify import summary
 from runtime import Grounder, Vocabulary
 from runtime.annotations import DataSet
 from runtime.decoding import Decoding
-from runtime.errors import AnnotationError, ModelFileError, QueryError
+from runtime.errors import AnnotationError, FeatureError, ModelFileError, QueryError
 from runtime.evaluation import evaluate
 from runtime.manifest import Features, Manifest
 from runtime.tensors import Batch, Heads
@@ -58,7 +58,7 @@ class Scripted:
 def data_set(tmp_path: Path) -> DataSet:
     (tmp_path / FEATURES).mkdir()
     for name in ("VIDEO", "OTHER"):
-        np.save(tmp_path / FEATURES / f"{name}.npy", np.zeros((16, 4), np.float32))
+        np.save(tmp_path / FEATURES / f"{name}.npy", np.eye(16, 4, dtype=np.float32))
     lines = [
         f"{video} {start * duration} {end * duration}##word{index}.\n"
         for index, (video, duration, start, end) in enumerate(QUERIES, 1)
@@ -290,6 +290,19 @@ def test_a_model_that_is_nothing_but_nan_loses_everything(data_set: DataSet) -> 
     assert found.boundaries.max == 40
     assert {row.other for row in found.worst} == {None}
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_compare_reference_not_finite_names_features(data_set: DataSet) -> None:
+    class Overflowing(Scripted):
+        def run(self, batch: Batch) -> Heads:
+            heads = super().run(batch)
+            heads.boundary_distances[batch.segment_features.any(axis=(1, 2))] = np.inf
+            return heads
+
+    sides = Grounder(Overflowing(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS)))
+    with pytest.raises(FeatureError) as raised:
+        compare(*sides, data_set, data_set.annotations("test"))
+    assert raised.value.code == "features_out_of_scale"
 
 
 def test_what_cannot_be_asked_the_same_question_is_refused(data_set: DataSet) -> None:

@@ -16,7 +16,7 @@ from runtime import Grounder
 from runtime import ranking as ranking_module
 from runtime.annotations import DataSet
 from runtime.decoding import likely
-from runtime.errors import GroundingError
+from runtime.errors import FeatureError, GroundingError
 from runtime.rank import rank as rank_command
 from runtime.ranking import best_scores, draw_videos, rank
 from runtime.tensors import collate
@@ -90,3 +90,22 @@ def test_the_command_reports_beside_chance(
     assert written["median rank"] == np.median(written["ranks"])
     assert "lower --videos" in refused(rank_command, *asked)
     assert "--videos is at least 2" in refused(rank_command, *asked, "--videos", 1)
+
+
+def test_best_scores_output_not_finite_names_features(
+    tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
+    run = grounder.backend.run
+
+    def overflowing(batch: Any) -> Any:
+        heads = run(batch)
+        if batch.segment_features.any():
+            heads.boundary_distances[...] = np.inf
+        return heads
+
+    monkeypatch.setattr(grounder.backend, "run", overflowing)
+    names = sorted(data_set.durations)
+    with pytest.raises(FeatureError) as raised:
+        best_scores(grounder, data_set, ["person opens the door"], names, np.arange(3)[None])
+    assert raised.value.code == "features_out_of_scale"

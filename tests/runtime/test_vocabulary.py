@@ -100,6 +100,11 @@ def test_encode_unknown_content_words_are_refused_with_near_words(policy: Any, s
     assert "doar" in str(raised.value).lower()
 
 
+def test_encode_unknown_content_words_unlike_any_name_examples() -> None:
+    with pytest.raises(QueryError, match=r"'person'.*'door'"):
+        Vocabulary(WORDS).encode("the quixotically", check_content=True)
+
+
 @pytest.mark.parametrize("sentence", ["the", "then the", "the ?", "person zorbs", "Person", "the door of doar"])
 def test_encode_known_content_or_none_is_accepted(sentence: str) -> None:
     vocabulary = Vocabulary(WORDS)
