@@ -51,7 +51,7 @@ log = logging.getLogger("drn")
 SELECTION = recall_name(1, 0.5)
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A graph is exported for queries up to some length; torch takes any.
-ANY_LENGTH = 1 << 30
+ANY_LENGTH = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
