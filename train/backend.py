@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from runtime.backends import Device
 from runtime.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
-from train.checkpoints import load_checkpoint, source_hash
+from train.checkpoints import check, checkpoint_of, read, source_hash
 from train.model import DRN
 
 
@@ -74,8 +75,14 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
     target = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    checkpoint = load_checkpoint(path)
-    return TorchBackend(checkpoint.model().to(target), checkpoint.manifest(sources=source_hash(path)))
+    # The file is hashed while the network is made of it, which takes longer.
+    with ThreadPoolExecutor(2) as beside:
+        content = read(path)
+        sources, checked = beside.submit(source_hash, path), beside.submit(check, path, content)
+        checkpoint = checkpoint_of(content, path)
+        model = checkpoint.model().to(target)
+        checked.result()
+    return TorchBackend(model, checkpoint.manifest(sources=sources.result()))
 
 
 def torch_device(device: str) -> torch.device:

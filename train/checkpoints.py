@@ -112,9 +112,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, not a torch file, holds code, or is not one of ours.
+        CheckpointError: the file is missing, not a torch file, holds code, is damaged, or is not one of ours.
     """
-    content = load(path)
+    return checkpoint_of(load(path), path)
+
+
+def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
+    """Return the checkpoint in what `read` returned; CheckpointError as of `load_checkpoint`, damage aside."""
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         if found == EXTRACTOR_FORMAT:
@@ -285,6 +289,28 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: the file is missing, holds anything else, or is damaged.
     """
+    content = read(path)
+    check(path, content)
+    return content
+
+
+def check(path: str | os.PathLike[str], content: Any) -> None:
+    """Raise CheckpointError unless what `read` returned is as it was written.
+
+    Files of ours are compared with their digest, which covers all that was read; others with the CRCs of the archive.
+    """
+    if not (isinstance(content, dict) and DIGEST in content and content.get("format") in FORMATS):
+        check_records(Path(path))
+    elif content[DIGEST] != content_digest({name: value for name, value in content.items() if name != DIGEST}):
+        raise CheckpointError(
+            f"{path} does not match the digest that it records: it is damaged, or another tool changed it. Copy it "
+            "again, or train or convert again.",
+            code="digest_mismatch",
+        )
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a torch file before it is compared with its digest; CheckpointError as of `load`."""
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     try:
@@ -295,9 +321,8 @@ def load(path: str | os.PathLike[str]) -> Any:
                     f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
                     "drn.pt; graphs and engines are made of one and do not turn back into it."
                 )
-        check_records(path)
         torchfile.check(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
@@ -311,12 +336,3 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(
             f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again."
         ) from error
-    if isinstance(content, dict) and DIGEST in content and content.get("format") in FORMATS:
-        recorded = content.pop(DIGEST)
-        if recorded != content_digest(content):
-            raise CheckpointError(
-                f"{path} does not match the digest that it records: it is damaged, or another tool changed it. Copy it "
-                "again, or train or convert again.",
-                code="digest_mismatch",
-            )
-    return content

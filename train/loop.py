@@ -31,7 +31,6 @@ from train.backend import TorchBackend
 from train.checkpoints import (
     RESUME_FORMAT,
     Checkpoint,
-    check_records,
     check_weights,
     load,
     load_checkpoint,
@@ -232,7 +231,7 @@ class Run:
             for name in ("best.pt", "last.pt"):
                 path = self._directory(stage) / name
                 if path.is_file():
-                    check_records(path)
+                    load(path)
         # Before an epoch is computed that could not be added to it.
         self._history()
 

@@ -1,0 +1,123 @@
+"""`python -m benchmarks.loading`: measure what comparing a model file with its digest adds to the time to open it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import runtime.backends.ort as onnx_runtime
+from runtime import onnxfile
+from runtime.command import command
+from runtime.errors import GroundingError, ModelFileError
+
+
+class _Unchecked:
+    """Take the place of `onnxfile.Check`: read nothing."""
+
+    mismatch = None
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+    def result(self) -> onnxfile.Content:
+        return onnxfile.Content("", (), "", "")
+
+
+def loading(model: Path, *, repeats: int = 9) -> dict[str, float]:
+    """Open a model in turn with and without the check of its digest, and check a checkpoint in turn with loading it.
+
+    Args:
+        model: .onnx file of a whole model, or .pt file.
+        repeats: how often each is timed; the median counts.
+    """
+    if repeats < 1:
+        raise GroundingError(f"--repeats must be at least 1, got {repeats}.")
+    if model.suffix not in (".onnx", ".pt"):
+        raise ModelFileError(f"{model} should end in .onnx or .pt; engines are compared before they are loaded.")
+    opened, unchecked = _graph(model) if model.suffix == ".onnx" else _checkpoint(model)
+    opened()
+    times: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name, open_model in (("checked", opened), ("unchecked", unchecked)):
+            began, cpu = time.perf_counter(), time.process_time()
+            open_model()
+            times.setdefault(f"{name}_s", []).append(time.perf_counter() - began)
+            times.setdefault(f"{name}_cpu_s", []).append(time.process_time() - cpu)
+        with _waits() as waits:
+            opened()
+        times.setdefault("waited_s", []).append(sum(waits))
+    found = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        f"{model.name}, {model.stat().st_size / 1e6:.0f} MB: {found['checked_s']:.3f} s with the check, "
+        f"{found['unchecked_s']:.3f} s without; CPU time {found['checked_cpu_s']:.3f} s and "
+        f"{found['unchecked_cpu_s']:.3f} s; {found['waited_s']:.3f} s spent waiting for the check"
+    )
+    return found
+
+
+@contextlib.contextmanager
+def _waits() -> Iterator[list[float]]:
+    """Yield the seconds that each thread that is joined, or each result of a thread, is waited for."""
+    waits: list[float] = []
+
+    def timed(wait: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(wait)
+        def waited(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return wait(*arguments, **options)
+            finally:
+                waits.append(time.perf_counter() - began)
+
+        return waited
+
+    result, future = onnxfile.Check.result, concurrent.futures.Future.result
+    onnxfile.Check.result = timed(result)  # type: ignore[method-assign]
+    concurrent.futures.Future.result = timed(future)  # type: ignore[method-assign]
+    try:
+        yield waits
+    finally:
+        onnxfile.Check.result, concurrent.futures.Future.result = result, future  # type: ignore[method-assign]
+
+
+def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+    def unchecked() -> object:
+        with _replaced():
+            return onnx_runtime.open_graph(model, "cpu")
+
+    return lambda: onnx_runtime.open_graph(model, "cpu"), unchecked
+
+
+@contextlib.contextmanager
+def _replaced() -> Iterator[None]:
+    checks = onnx_runtime.Check
+    onnx_runtime.Check = _Unchecked  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        onnx_runtime.Check = checks  # type: ignore[misc]
+
+
+def _checkpoint(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+    from train import backend
+
+    def unchecked() -> object:
+        check = backend.check
+        backend.check = lambda path, content: None
+        try:
+            return backend.open_checkpoint(model, "cpu")
+        finally:
+            backend.check = check
+
+    return lambda: backend.open_checkpoint(model, "cpu"), unchecked
+
+
+if __name__ == "__main__":
+    command(loading)

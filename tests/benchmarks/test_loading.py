@@ -1,0 +1,27 @@
+"""The time to open a model is measured with and without its digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.loading import loading
+from runtime.backends import ort
+from runtime.errors import GroundingError, ModelFileError
+from runtime.onnxfile import Check
+
+
+@pytest.mark.parametrize("name", ["drn.onnx", "drn.pt"])
+def test_both_are_timed_and_the_check_is_back_afterwards(models: Path, name: str) -> None:
+    found = loading(models / name, repeats=1)
+    assert found["checked_s"] > 0
+    assert found["unchecked_s"] > 0
+    assert ort.Check is Check
+
+
+def test_what_cannot_be_timed_is_refused(models: Path) -> None:
+    with pytest.raises(GroundingError):
+        loading(models / "drn.onnx", repeats=0)
+    with pytest.raises(ModelFileError):
+        loading(models / "drn.engine")
