@@ -19,7 +19,7 @@ from runtime.backends import plans
 from runtime.backends.ort import part_beside
 from runtime.backends.trt import video_part
 from runtime.errors import DeviceError, GroundingError, ModelFileError, excerpt
-from runtime.files import check_file
+from runtime.files import check_file, sha256
 from runtime.manifest import METADATA_KEY, Manifest
 from runtime.onnxfile import check, read_metadata
 from runtime.sidecar import Sidecar, read_sidecar
@@ -231,10 +231,16 @@ def models(source: Source, serving: Serving) -> list[Served]:
     whole = source.video is None
     network = f"{serving.name}_network" if whole else f"{serving.name}_query"
     video = "" if whole else f"{serving.name}_video"
-    about = About(
-        source.manifest, network, video, source.batch[2], source.videos, source.encoded_together
-    )  # fmt: skip
     networks = [_whole(source, serving, network)] if whole else _pair(source, serving, video, network)
+    files = {
+        f"{part.name}/{name}": sha256(path)
+        for part in networks
+        for name, path in part.files.items()
+        if isinstance(path, Path)
+    }
+    about = About(
+        source.manifest, network, video, source.batch[2], source.videos, source.encoded_together, files
+    )  # fmt: skip
     return [*networks, _front(about, serving)]
 
 

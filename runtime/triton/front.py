@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import GroundingError, ModelFileError, QueryError, ServerError
+from runtime.files import sha256
 from runtime.grounder import Grounder, Subject
 from runtime.moments import Moment
+from runtime.onnxfile import MISMATCH
 from runtime.textfiles import read_text
 from runtime.triton.networks import About, open_networks
 from runtime.videos import Origin, Video
@@ -70,6 +72,7 @@ class Front:
         self._version = int(args["model_version"])
         path = directory / ABOUT_FILE
         self._about = About.from_json(read_text(path, "a description of the model", ModelFileError), str(path))
+        _check_files(self._about, directory)
         self._grounder = Grounder(open_networks(self._about, self._call))
         self._kept = _Kept(KEPT_BYTES)
         self._waits = True
@@ -203,6 +206,22 @@ class Front:
             raise ServerError(f"{model}, version {self._version}, did not answer: {said}.")
         # Copied: an encoding lives longer than the response.
         return [np.array(pb.get_output_tensor_by_name(response, name).as_numpy()) for name in outputs]
+
+
+def _check_files(about: About, directory: Path) -> None:
+    """Raise ModelFileError if a network of this version is not the file that the repository was written with.
+
+    Triton itself reads the networks. Where it was given a copy of the front alone, they are not there to be read.
+    """
+    for name, digest in about.files.items():
+        model, file = name.split("/")
+        path = directory.parent.parent / model / directory.name / file
+        if path.is_file() and sha256(path) != digest:
+            raise ModelFileError(
+                f"{path} is not the file that {directory} was written with: it is damaged, or was replaced. Write the "
+                "repository again with `python -m export.triton`.",
+                code=MISMATCH,
+            )
 
 
 class _Kept:

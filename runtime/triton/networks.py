@@ -13,7 +13,9 @@ from runtime.backends import run_pair
 from runtime.backends.shapes import bucket, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
 from runtime.errors import ModelFileError, ShapeError, excerpt, reading
+from runtime.files import json_digest
 from runtime.manifest import Manifest
+from runtime.onnxfile import MISMATCH
 from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.textfiles import parse_json
 
@@ -42,6 +44,7 @@ class About:
         batch: most queries that go through together.
         videos: most encoded videos that a query part takes.
         encoded_together: most videos that go through a video part together.
+        files: of the networks, `MODEL/FILE` within a version to SHA-256; empty in repositories of before.
     """
 
     manifest: Manifest
@@ -50,10 +53,12 @@ class About:
     batch: int = 32
     videos: int = 32
     encoded_together: int = 8
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps({"format": FORMAT, **values, "manifest": self.manifest.to_dict()}, allow_nan=False)
+        content = {"format": FORMAT, **values, "files": dict(self.files), "manifest": self.manifest.to_dict()}
+        return json.dumps({**content, "digest": json_digest(content)}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> About:
@@ -61,6 +66,11 @@ class About:
         again = "write the repository again with `python -m export.triton`"
         value = parse_json(text, source, ModelFileError, advice=again)
         with reading(source, "the description of a model behind Triton", ModelFileError, again):
+            digest = value.pop("digest", None)
+            if digest is not None and digest != json_digest(value):
+                raise ModelFileError(
+                    f"{source} does not match its own digest, so it was edited or damaged; {again}.", code=MISMATCH
+                )
             found = value.pop("format")
             if found != FORMAT:
                 raise ModelFileError(f"{source} is of format {excerpt(found)} and {FORMAT!r} is read here; {again}.")

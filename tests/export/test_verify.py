@@ -162,7 +162,7 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(models: Path, planted:
     (empty / "Charades_sta_test.txt").write_text("")
     refused: dict[str, tuple[type[GroundingError], dict[str, Any]]] = {
         "does not exist": (ModelFileError, {"model": models / "gone.onnx"}),
-        "is not an ONNX file that can be read": (ModelFileError, {"model": truncated}),
+        "is not an ONNX file": (ModelFileError, {"model": truncated}),
         "was not exported by drn-deploy": (ModelFileError, {"model": foreign}),
         "feature width .32 and 500": (ModelFileError, {"model": narrow}),
         "ends in .onnx, .engine or .pt": (ModelFileError, {"model": models / "history.jsonl"}),

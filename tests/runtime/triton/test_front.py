@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from runtime import Grounder, Moment, Video
+from runtime.errors import ModelFileError
 from runtime.triton import front
 from tests import tolerances
+from tests.damage import damaged, random_bits
 from tests.runtime.triton.conftest import QUERIES, video
 from tests.tritonserver import Refused, Server
 
@@ -43,6 +45,21 @@ def assert_alike(found: Sequence[Sequence[Moment]], wanted: Sequence[Sequence[Mo
     flat = [[vars(moment) for one in side for moment in one] for side in (found, wanted)]
     for ours, theirs in zip(*flat, strict=True):
         assert ours == pytest.approx(theirs, abs=tolerances.BATCHED_SECONDS)
+
+
+def files_of(repository: Path) -> list[Path]:
+    """What answers depend on: the networks, and what the front knows of them."""
+    return sorted((*repository.rglob("model.onnx"), *repository.rglob("about.json")))
+
+
+def test_a_front_beside_damaged_files_does_not_start(repository: Path) -> None:
+    files = files_of(repository)
+    assert len(files) >= 2
+    for path in files:
+        for _ in damaged(path, random_bits(path.read_bytes(), 10)):
+            with pytest.raises(ModelFileError):
+                front.Front(None, {"model_version": "1"}, repository / "drn" / "1")
+    front.Front(None, {"model_version": "1"}, repository / "drn" / "1")
 
 
 def test_a_request_is_answered_as_the_model_file_answers(server: Server, direct: Grounder) -> None:
