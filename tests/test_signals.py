@@ -83,7 +83,7 @@ def commands(planted: Path, models: Path, tmp_path_factory: pytest.TempPathFacto
             "--model", graph, "--precision", "fp32", "--target", "onnxruntime", "--output", str(out / "new.onnx"),
         ],
         "calib.calibrate": lambda out: [
-            "--onnx", graph, "--data", data, "--output", str(out / "new.calibration.json"), "--samples", "8",
+            "--onnx", graph, "--data", data, "--output", str(out / "new.calibration.json"), "--samples", "32",
             "--method", "minmax",
         ],
         "runtime.extract": lambda out: [str(video), "--extractor", str(extractor), "--output", str(out / "new")],
