@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime import extractors
-from runtime.errors import ModelFileError, excerpt
+from runtime.errors import ModelFileError, excerpt, printable_line
 from runtime.files import json_digest, read_json, sha256
 from runtime.inspection import VERDICTS
 from runtime.manifest import Manifest
@@ -108,7 +108,8 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     if vouched != actual:
         raise ModelFileError(
             f"{plan} is not the plan that its sidecar was written for (SHA-256 {actual[:12]}… where "
-            f"{str(vouched)[:12]}… is vouched for): it is truncated, was tampered with, or renamed; build it again."
+            f"{printable_line(str(vouched)[:12])}… is vouched for): it is truncated, was tampered with, or renamed; "
+            "build it again."
         )
     return content
 

@@ -179,3 +179,10 @@ def test_where_no_gpu_is_the_twin_that_the_sidecar_names_comes_next(
     with caplog.at_level("INFO", "drn"):
         describe(plan)
     assert f"runtime.infer --model {plan.with_name(runs)} " in caplog.text
+
+
+def test_a_hash_of_several_lines_is_refused_in_one(plan: Path) -> None:
+    change(plan, sha256={plan.name: "\n" + "0" * 63})
+    with pytest.raises(ModelFileError) as caught:
+        read_sidecar(plan)
+    assert "\n" not in str(caught.value)
