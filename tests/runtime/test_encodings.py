@@ -114,7 +114,9 @@ def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.Monk
     vocabulary = type(grounder.manifest.vocabulary)
     original = vocabulary.encode
     monkeypatch.setattr(
-        vocabulary, "encode", lambda self, text, *rest: read.append(text) or original(self, text, *rest)
+        vocabulary,
+        "encode",
+        lambda self, text, *rest, **named: read.append(text) or original(self, text, *rest, **named),
     )
     grounder.ground_batch([(QUARTER, "dog"), (video(10.0, cat=(0, 3)), "dog"), (QUARTER, "cat")])
     assert read == ["dog", "cat"]

@@ -291,7 +291,7 @@ def test_a_file_that_is_no_model_of_ours_is_one_sentence(
         tmp_path / "model.txt": "ends in .onnx, .engine or .pt",
         write_graph(tmp_path / "bare.onnx", {}): "carries no 'drn.manifest'",
         write_graph(tmp_path / "later.onnx", {METADATA_KEY: other}): "'drn-manifest/9'",
-        write_graph(tmp_path / "torn.onnx", {METADATA_KEY: "{"}): "not JSON",
+        write_graph(tmp_path / "torn.onnx", {METADATA_KEY: "{"}): "JSON",
         write_graph(tmp_path / "part.onnx", cut_off, ("matching_logits", "boundary_distances")): "lacks iou_logits",
     }
     for name, data in {"text.onnx": b"a text", "empty.onnx": b"", "cut.onnx": b""}.items():
@@ -360,8 +360,10 @@ def test_from_a_shell_bad_features_are_one_line_and_exit_code_2(tiny_model: Path
     path = bad_features(tmp_path)["attack.pt"][0]
     result = shell("--model", tiny_model, "--features", path, "--duration", 20, "--query", "dog sits")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    # The line before it says that this model records no digest.
+    *notes, error = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert len(notes) <= 1
     assert not (tmp_path / "ran").exists()
 
 
