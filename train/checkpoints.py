@@ -189,9 +189,16 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
 
 
 def _check_values(weights: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError, naming the tensors, if a number is not finite or a variance of a batch norm negative."""
+    """Raise CheckpointError, naming the tensors, if a number is not finite or a variance of a batch norm negative.
+
+    Args:
+        weights: name to torch tensor or NumPy array.
+        source: names the file in the message.
+    """
     problems = []
-    for name, tensor in weights.items():
+    for name, value in weights.items():
+        # A copy, because torch warns of arrays that cannot be written.
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         if not tensor.is_floating_point():
             continue
         bad = ~tensor.isfinite()
