@@ -318,7 +318,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prop_fc.bias": torch.full((64,), float("nan"))}, r"prop_fc\.bias \(not finite\)"),
+        ({"prop_fc.bias": torch.full((64,), float("nan"))}, r"64 of 64 numbers of prop_fc\.bias are not finite"),
         ({"prop_fc.bias": torch.ones(64, dtype=torch.int64)}, r"prop_fc\.bias \(int64\)"),
         ({"prop_fc.bias": torch.full((64,), 1e300, dtype=torch.float64)}, r"prop_fc\.bias \(not finite\)"),
         ({"prop_fc.bias": [1.0] * 64}, r"'prop_fc\.bias' is none"),
@@ -388,7 +388,7 @@ def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, place: str)
         ({f"w{n}": n for n in range(1301)}, "should number its words 1 to 1301"),
         (["a", "b"], "should map words to numbers"),
         ({"a": "1"}, "should map words to numbers"),
-        ("{", "should be a JSON file"),
+        ("{", "JSON is expected"),
     ],
 )
 def test_a_word_table_that_does_not_fit_is_refused(tmp_path: Path, state: State, table: Any, said: str) -> None:
