@@ -372,3 +372,61 @@ def test_real_videos_have_the_clips_that_their_frames_make(tmp_path: Path, tiny:
 
 def test_the_published_preprocessing_is_the_default() -> None:
     assert (Framing().resize, Framing().crop) == ((128, 171), (112, 112))
+
+
+def both_ways(video: Path, encoder: Path, output: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features that `infer --video` and `runtime.extract` have for a video."""
+    extract((video,), encoder, output)
+    return cached_video(video, open_extractor(encoder, "cpu")).features, load_features(
+        output / FEATURE_DIRECTORY / f"{video.stem}.npy"
+    )
+
+
+def test_changed_description_of_an_encoder_extracts_again(tmp_path: Path) -> None:
+    video, encoder = film(tmp_path / "hall.mkv", 41), write_images(tmp_path / "clip.onnx")
+    before = both_ways(video, encoder, tmp_path / "data")
+    description = json.loads(encoder.with_name("clip.onnx.json").read_text())
+    description["mean"] = [value / 2 for value in description["mean"]]
+    encoder.with_name("clip.onnx.json").write_text(json.dumps(description))
+    after = both_ways(video, encoder, tmp_path / "data")
+    for old, new in zip(before, after, strict=True):
+        assert np.abs(old - new).max() > 1e-3
+    assert (after[0] == after[1]).all()
+
+
+def test_changed_external_data_of_an_encoder_extracts_again(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx moves the weights into a file of their own")
+    video, encoder = film(tmp_path / "hall.mkv", 41), write_images(tmp_path / "clip.onnx")
+    onnx.save(onnx.load(encoder), encoder, save_as_external_data=True, location="clip.onnx.data", size_threshold=0)
+    weights = encoder.with_name("clip.onnx.data")
+    before = both_ways(video, encoder, tmp_path / "data")
+    weights.write_bytes((np.frombuffer(weights.read_bytes(), np.float32) * np.float32(2)).tobytes())
+    after = both_ways(video, encoder, tmp_path / "data")
+    for old, new in zip(before, after, strict=True):
+        assert np.abs(old - new).max() > 1e-3
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cache: Path, suffix: str) -> None:
+    video, extractor = film(tmp_path / "hall.mkv", 40), open_extractor(tiny, "cpu")
+    first = cached_video(video, extractor)
+    (entry,) = cache.glob(f"*{suffix}")
+    good = entry.read_bytes()
+    # One bit in the middle of the numbers, and one in a digit of the note.
+    place = len(good) * 3 // 4 if suffix == ".npy" else good.index(b'"num_frames": 4') + len('"num_frames": ')
+    entry.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    again = cached_video(video, extractor)
+    assert (again.features == first.features).all()
+    assert (again.num_frames, again.duration) == (first.num_frames, first.duration)
+    assert entry.read_bytes() == good
+
+
+@pytest.mark.parametrize("name", [f"{FEATURE_DIRECTORY}/hall.npy", "extracted.json"])
+def test_damaged_features_of_a_directory_are_extracted_again(tmp_path: Path, tiny: Path, name: str) -> None:
+    video = film(tmp_path / "hall.mkv", 40)
+    damaged = extract((video,), tiny, tmp_path / "data") / name
+    good = damaged.read_bytes()
+    place = len(good) * 3 // 4 if name.endswith(".npy") else good.index(b'"num_frames": 4') + len('"num_frames": ')
+    damaged.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    extract((video,), tiny, tmp_path / "data")
+    assert damaged.read_bytes() == good
