@@ -15,6 +15,7 @@ import numpy as np
 from runtime.annotations import DataSet
 from runtime.arrayfiles import MAX_AXES, check_unfolded
 from runtime.corpus.pages import unfolded_bytes
+from runtime.corpus.parquet_check import check_metadata
 from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.featurestores import FeatureFiles
 from runtime.files import content_stamp, json_digest, read_json
@@ -158,6 +159,7 @@ class ParquetSource:
             raise DeviceError(
                 f"Parquet needs pyarrow, which cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`."
             ) from error
+        check_metadata(files)
         self._files = list(files)
         self._parquet = parquet
         self._origin = Origin("Correct the column num_frames, or use features with this clip timing.")
