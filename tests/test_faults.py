@@ -16,7 +16,6 @@ from runtime.annotations import DataSet
 from runtime.corpus.sources import ParquetSource
 from runtime.errors import GroundingError
 from runtime.service.refusals import Refusal
-from runtime.service.uploads import read_features
 from runtime.torchfile import check, load
 from runtime.videos import ClipClock, load_features
 
@@ -39,9 +38,17 @@ def _corpus(path: Path) -> None:
             raise GroundingError(found)
 
 
+def upload(path: Path) -> Any:
+    """Read a file as the service reads what a client sends."""
+    pytest.importorskip("prometheus_client", reason="the service needs drn-deploy[serve]")
+    from runtime.service.uploads import read_features
+
+    return read_features(path, 128 << 20, 8)
+
+
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "array": ("header_bomb.npz", load_features),
-    "upload": ("header_bomb.npz", lambda path: read_features(path, 128 << 20, 8)),
+    "upload": ("header_bomb.npz", upload),
     "tensor": ("hash_bomb.pt", load_features),
     "pickle": ("hash_bomb.pt", load),
     "pickle for torch": ("hash_bomb.pt", check),
