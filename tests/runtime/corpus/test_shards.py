@@ -108,9 +108,9 @@ def test_each_video_is_read_and_encoded_once_for_all_its_sentences(
         read[name] += 1
         return video(self, name)
 
-    def counted_encoding(self: Grounder, segments: Any, duration: float, name: str) -> Any:
+    def counted_encoding(self: Grounder, segments: Any, duration: float, name: str, offset: float) -> Any:
         encoded[name] += 1
-        return encode(self, segments, duration, name)
+        return encode(self, segments, duration, name, offset)
 
     monkeypatch.setattr(DataSet, "video", counted)
     monkeypatch.setattr(Grounder, "encode_segments", counted_encoding)
