@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime.errors import AnnotationError, GroundingError, OutputError
 from runtime.interrupts import deferred
@@ -46,6 +46,10 @@ STRAY_SECONDS = 24 * 3600
 # Searching a directory for dead temporary files takes at most one part in so many of the running time.
 SWEEP_SHARE = 100
 WAIT_SECONDS = 0.02
+# How often a directory is created that another process removes at the same time.
+MAX_ATTEMPTS = 10
+
+Created = TypeVar("Created")
 
 # Descriptors whose locks are held; a forked child must not hold them on after its parent has ended.
 _held: set[int] = set()
@@ -68,9 +72,7 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary: _Temporary | None = None
     try:
         with deferred():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(path.parent)
-            temporary = _Temporary(path.parent, path.name)
+            temporary = _temporary_in(path.parent, path.name)
         yield temporary.path
         temporary.path.chmod(0o666 & ~_umask())
         os.replace(temporary.path, path)
@@ -81,6 +83,30 @@ def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             if temporary is not None:
                 temporary.remove()
             _remove_empty(made)
+
+
+def _temporary_in(directory: Path, name: str | None = None) -> _Temporary:
+    """Create `directory`, remove what dead processes left in it, and return a temporary path in it."""
+
+    def create() -> _Temporary:
+        _sweep(directory)
+        return _Temporary(directory, name)
+
+    return _create_in(directory, create)
+
+
+def _create_in(directory: Path, create: Callable[[], Created]) -> Created:
+    """Create `directory`, and return the result of `create`, which makes a file in it.
+
+    Both are tried again where another process removes the directory in between: one that created it for a file that it
+    did not write in the end.
+    """
+    for _ in range(MAX_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            directory.mkdir(parents=True, exist_ok=True)
+            return create()
+    directory.mkdir(parents=True, exist_ok=True)
+    return create()
 
 
 class Staging:
@@ -112,9 +138,7 @@ class Staging:
             self._made += _missing(parent)
             try:
                 with deferred():
-                    parent.mkdir(parents=True, exist_ok=True)
-                    _sweep(parent)
-                    self._staged[parent] = _Temporary(parent)
+                    self._staged[parent] = _temporary_in(parent)
             except OSError as error:
                 raise _unwritable(final, error) from error
         return self._staged[parent].path / final.name
@@ -177,8 +201,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
         while handle is None:
             try:
                 with deferred():
-                    directory.mkdir(parents=True, exist_ok=True)
-                    handle = _acquired(lock)
+                    handle = _create_in(directory, functools.partial(_acquired, lock))
             except OSError as error:
                 raise _unwritable(directory, error) from error
             if handle is None and not wait:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 from calib.graphs import load_graph
+from runtime import files
 from runtime.annotations import DataSet
 from runtime.backends import open_backend
 from runtime.corpus.questions import read_questions
@@ -604,3 +605,20 @@ def test_locks_and_temporary_files_do_not_count_as_content(tmp_path: Path) -> No
         assert content_names(tmp_path) == []
         assert len(os.listdir(tmp_path)) == 2
     assert content_names(tmp_path / "none") == []
+
+
+def test_directory_that_another_process_removes_meanwhile_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, removals = files._sweep, [1, 1]
+
+    def removed(directory: Path) -> None:
+        sweep(directory)
+        if removals:
+            removals.pop()
+            directory.rmdir()
+
+    monkeypatch.setattr(files, "_sweep", removed)
+    files.write_text(tmp_path / "run" / "a.txt", "whole")
+    assert (tmp_path / "run" / "a.txt").read_text() == "whole"
+    assert not removals
