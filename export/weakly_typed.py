@@ -50,6 +50,7 @@ def configure(trt: Any, network: Any, config: Any, precision: str, fp32_modules:
         config.set_flag(getattr(trt.BuilderFlag, name))
     if hasattr(trt, "PreviewFeature"):
         _share_profiles(trt, config)
+    _use_own_tactics(trt, config)
     if not fp32_modules:
         return
     from export.to_onnx import drn_modules
@@ -66,6 +67,15 @@ def _share_profiles(trt: Any, config: Any) -> None:
     # 8.5 has the class without this member.
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+
+
+def _use_own_tactics(trt: Any, config: Any) -> None:
+    """Leave out the tactics of cuBLAS and cuDNN, which 8.6 has on by default (`TacticSource` in its documentation).
+
+    They are off by default from TensorRT 10 on. An engine that uses them needs their libraries wherever it runs.
+    """
+    own = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+    config.set_tactic_sources(sum(1 << int(source) for source in own))
 
 
 def _takes_precision(trt: Any, layer: Any) -> bool:

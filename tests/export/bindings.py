@@ -7,8 +7,8 @@ whether they take what we give. Nothing is ever built or run with these.
 TensorRT 8.6 has wheels for Python 3.8 to 3.10 only, so its surface was recorded once: the classes of `WATCHED`, and
 what is no class.
 
-    python3.10 -m pip install --no-deps --target FOLDER tensorrt-bindings==8.6.1
-    python3.10 tests/export/bindings.py FOLDER > tests/export/recorded/tensorrt-8.6.json
+    python3.9 -m pip install --no-deps --target FOLDER tensorrt-bindings==8.6.1
+    python3.9 tests/export/bindings.py FOLDER > tests/export/recorded/tensorrt-8.6.json
 
 Hence only the standard library here, and no syntax newer than Python 3.10.
 """
@@ -76,8 +76,8 @@ WATCHED = (
     "Builder", "BuilderFlag", "DataType", "Dims", "EngineInspector", "ExecutionContextAllocationStrategy",
     "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILayer",
     "ILogger", "INetworkDefinition", "IOptimizationProfile", "ITimingCache", "LayerInformationFormat", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime",
-    "TensorFormat", "TensorIOMode", "TensorLocation",
+    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "PreviewFeature",
+    "ProfilingVerbosity", "Runtime", "TacticSource", "TensorFormat", "TensorIOMode", "TensorLocation",
 )  # fmt: skip
 
 Surface = dict[str, Any]

@@ -82,7 +82,11 @@ class Version:
 
 WEAK = ("FP16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE", "TF32")
 VERSIONS = {
-    "8.6.1": Version({"EXPLICIT_BATCH": 0}, WEAK),
+    "8.6.1": Version(
+        {"EXPLICIT_BATCH": 0},
+        WEAK,
+        {"TacticSource": SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2, EDGE_MASK_CONVOLUTIONS=3, JIT_CONVOLUTIONS=4)},
+    ),
     "10.16.1": Version({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, (*WEAK, "BF16")),
     "11.4.0": Version({"STRONGLY_TYPED": 0}, ("VERSION_COMPATIBLE", "TF32")),
     "1.7.1": Version(

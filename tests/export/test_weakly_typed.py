@@ -20,7 +20,7 @@ from export.unrolled import unrolled
 from export.weakly_typed import fp32_modules, without_types
 from runtime.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
-from tests.export.test_builder import Calls, Recorder, named, options, stand_in
+from tests.export.test_builder import EMPTY, Calls, Recorder, named, options, stand_in
 from tests.export.test_rtx_builds import table_for
 
 FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -147,6 +147,14 @@ def test_profiles_are_shared_where_the_member_exists(member: bool, exported: dic
     library.PreviewFeature = type("PreviewFeature", (), {"PROFILE_SHARING_0806": 0} if member else {})
     build(exported["tiny"].SerializeToString(), options("fp32"), library=library)
     assert len(named(calls, "set_preview_feature")) == member
+
+
+def test_an_engine_needs_neither_cublas_nor_cudnn() -> None:
+    library, calls = stand_in("8.6.1")
+    build(EMPTY, options("fp16"), library=library)
+    ((chosen,),) = named(calls, "set_tactic_sources")
+    sources = library.TacticSource
+    assert chosen == 1 << sources.EDGE_MASK_CONVOLUTIONS | 1 << sources.JIT_CONVOLUTIONS
 
 
 def test_nothing_else_mentions_weak_graphs() -> None:
