@@ -186,6 +186,7 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.initializer[:]
     graph.initializer.extend(weights)
     _lower_opset(result)
+    _slice_shapes(graph)
     return result
 
 
@@ -254,3 +255,26 @@ def _lower_opset(model: onnx.ModelProto) -> None:
             kept = [entry for entry in node.attribute if entry.name != "num_outputs"]
             del node.attribute[:]
             node.attribute.extend(kept)
+
+
+def _slice_shapes(graph: onnx.GraphProto) -> None:
+    """Replace the attributes `start` and `end` of `Shape` by `Slice`: TensorRT 8.6's parser ignores them.
+
+    It returns all sizes instead, and a `Range` of these ends the process (8.6.0 on an H200).
+    """
+    from onnx import helper, numpy_helper
+
+    nodes = []
+    for node in graph.node:
+        bounds = {entry.name: entry.i for entry in node.attribute}
+        if node.op_type != "Shape" or not bounds:
+            nodes.append(node)
+            continue
+        whole, first, last = (f"{node.output[0]}/{name}" for name in ("sizes", "start", "end"))
+        limits = {first: bounds.get("start", 0), last: bounds.get("end", np.iinfo(np.int32).max)}
+        for name, value in limits.items():
+            graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+        nodes.append(helper.make_node("Shape", node.input, [whole], f"{node.name}/sizes"))
+        nodes.append(helper.make_node("Slice", [whole, first, last], node.output, node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)

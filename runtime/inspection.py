@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import ModelFileError, reading
+from runtime.errors import ModelFileError, one_line, reading
 
 FORMAT = "drn-layers/1"
 SUFFIX = ".layers.json.gz"
@@ -85,9 +85,14 @@ class Inspection:
 def _parsed(text: str) -> Any:
     """Return JSON as a value; text that is not JSON as it is."""
     try:
-        return json.loads(text)
+        return _loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _loads(text: str) -> Any:
+    """Return the inspector's JSON as a value. TensorRT 8.6 separates metadata by control characters, unescaped."""
+    return json.loads(text, strict=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +130,12 @@ def read_layers(text: str, profile: int = 0) -> list[Layer]:
         ModelFileError: the text is not such JSON.
     """
     try:
-        entries = json.loads(text)["Layers"]
+        entries = _loads(text)["Layers"]
         details = [entry for entry in entries if isinstance(entry, dict)]
         names = [str(entry.get("Name", "")) for entry in details]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(
-            f"Expected the JSON of TensorRT's engine inspector, got something else ({type(error).__name__})."
+            f"Expected the JSON of TensorRT's engine inspector, got something else ({one_line(error)})."
         ) from error
     numbers = [int(found[1]) if (found := _PROFILE.search(name)) else 0 for name in names]
     only = profile if any(numbers) else 0
@@ -238,7 +243,7 @@ def _tensor_types(tensors: Any) -> list[str | None]:
 
 
 def _nodes(name: str, metadata: str) -> tuple[str, ...]:
-    """Return the graph's nodes that a layer computes: from its metadata, which TensorRT 10 has, or else its name.
+    """Return the graph's nodes that a layer computes: from its metadata, where that names any, or else its name.
 
     `a/Conv + PWN(b/Relu, c/Mul) [profile 1]` computes a/Conv, b/Relu and c/Mul.
     """

@@ -6,7 +6,9 @@ Rules and their sources:
   set: `IEngineInspector::setExecutionContext` in NvInferRuntime.h ("Otherwise ... format information will not be
   shown").
 - 8.6 and 10 then write "N/A due to dynamic shapes" as "Format/Datatype" (Polygraphy, backend/trt/util.py: "N/A").
-- 8.6 may hide types also with a context bound. Weights and kernel names stay.
+- 8.6 hides sizes and types also with a context bound and all shapes set. Weights and kernel names stay (TensorRT 8.6.0
+  on an H200, 2026-11-29: `recorded/inspector-8.6.0-*.layers.json.gz`).
+- 8.6 separates the nodes in "Metadata" by the control character 0x1E, which it does not escape (the same engines).
 - 11 and TensorRT-RTX write "Format": "Format not available due to dynamic shapes" beside "Datatype": both strings are
   in libtensorrt_rtx.so of 1.7.1 (`test_the_rtx_library_contains_the_words_of_the_double`).
 - 8.6 lists the layers of each profile, from 10 on those of one (Polygraphy, backend/trt/util.py: "In TRT 10, layer
@@ -31,13 +33,7 @@ foreign: one ForeignNode. mixed: FP16 convolutions, and a ForeignNode in place o
 FP16 borders, and FP16 matrix products. wide: 30 FP32 convolutions and one FP16 copy. names: layer names only.
 """
 
-# Data type -> how its tensors are written up to 8.6, and from 10 on, and how its weights are.
-_WORDS = {
-    "fp32": ("Row major linear FP32", "Float"),
-    "fp16": ("Channel major FP16 format where channel % 8 == 0", "Half"),
-    "int8": ("Thirty-two wide channel vectorized row major Int8 format", "Int8"),
-    "int32": ("Row major Int32 format", "Int32"),
-}
+_WORDS = {"fp32": "Float", "fp16": "Half", "int8": "Int8", "int32": "Int32"}
 _KERNELS = {
     "fp32": "sm80_xmma_fprop_implicit_gemm_f32f32_f32f32_f32_nhwckrsc_nhwc_tilesize128x64x16_stage4",
     "fp16": "sm80_xmma_fprop_implicit_gemm_indexed_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x64x32_stage4",
@@ -56,7 +52,7 @@ class Writer:
     Attributes:
         version: of TensorRT: 8.6, 10.16, 11.4, or 1.7 for TensorRT-RTX.
         bound: whether a context is bound and all input shapes are set.
-        hides: whether the version hides types even so.
+        hides: whether types stay hidden even so, as 8.6's always do.
     """
 
     version: str
@@ -74,13 +70,12 @@ class Writer:
 
     def tensor(self, name: str, kind: str) -> dict[str, Any]:
         """Return a tensor: its sizes and format only where they are known."""
-        shown = self.bound and not self.hides
+        shown = self.bound and not (self.hides or self.old)
         about = {"Name": name, "Location": "Device", "Dimensions": [8 if shown else -1, 4096, 1, 32]}
-        old, new = _WORDS[kind]
+        word = _WORDS[kind]
         if self.apart:
             form = "Row major linear" if shown else "Format not available due to dynamic shapes"
-            return {**about, "Format": form, "Datatype": new}
-        word = old if self.old else new
+            return {**about, "Format": form, "Datatype": word}
         return {**about, "Format/Datatype": word if shown else "N/A due to dynamic shapes"}
 
     def layer(self, name: str, kind: str, reads: str, writes: str, **more: Any) -> dict[str, Any]:
@@ -90,8 +85,9 @@ class Writer:
     def convolution(self, node: str, kind: str, writes: str | None = None) -> dict[str, Any]:
         return self.layer(
             f"{node} + PWN({node.rpartition('/')[0]}/Relu)", "CaskConvolution", kind, writes or kind,
-            ParameterType="Convolution", Weights={"Type": _WORDS[kind][1], "Count": 131072},
+            ParameterType="Convolution", Weights={"Type": _WORDS[kind], "Count": 131072},
             Bias={"Type": "Float", "Count": 256}, TacticName=_KERNELS[kind], TacticValue="0x3e2b881168d9689d",
+            Metadata=f"[ONNX Layer: {node}]\x1e[ONNX Layer: {node.rpartition('/')[0]}/Relu]",
         )  # fmt: skip
 
     def generated(self, node: str, kind: str) -> dict[str, Any]:
@@ -158,7 +154,8 @@ def document(version: str, scenario: str, *, bound: bool, profiles: int = 2, hid
     found = layers(writer, scenario)
     if writer.old:
         found = [_of_profile(layer, index) for index in range(profiles) for layer in found]
-    return json.dumps({"Layers": found, "Bindings": ["query_tokens", "query_length"]})
+    text = json.dumps({"Layers": found, "Bindings": ["query_tokens", "query_length"]})
+    return text.replace("\\u001e", "\x1e") if writer.old else text
 
 
 def _of_profile(layer: Any, index: int) -> Any:
@@ -171,4 +168,4 @@ def _of_profile(layer: Any, index: int) -> Any:
 
 def names(text: str) -> Sequence[str]:
     """Return the names of the layers in such JSON."""
-    return [layer if isinstance(layer, str) else layer["Name"] for layer in json.loads(text)["Layers"]]
+    return [layer if isinstance(layer, str) else layer["Name"] for layer in json.loads(text, strict=False)["Layers"]]

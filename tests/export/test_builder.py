@@ -105,6 +105,9 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
 
     - A version-compatible plan is refused unless host code is allowed (`IRuntime::setEngineHostCodeAllowed` in
       NvInferRuntime.h; the sentence is in libtensorrt_rtx.so of 1.7.1).
+    - 8.6's parser ignores `start` and `end` of Shape and then ends the process (observed with 8.6.0 on an H200,
+      2026-11-29: Range of `Shape(start=1, end=2)`, "condition: isValidDims(dimensions)", SIGSEGV).
+      Here it refuses the graph.
     - A context, and so the inspector, knows sizes only after its profile was selected and every input has a shape
       (`IEngineInspector::setExecutionContext`).
 
@@ -118,9 +121,11 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
     cache = Recorder(calls, "ITimingCache", serialize=lambda: b"times")
     config = Recorder(calls, "IBuilderConfig", create_timing_cache=lambda known: cache, get_timing_cache=lambda: cache)
     network = Recorder(calls, "INetworkDefinition", num_layers=0)
-    parser = Recorder(
-        calls, "OnnxParser", **{"num_errors": 0, "parse": lambda graph: True, **answers.get("parser", {})}
-    )
+
+    def parse(graph: bytes) -> bool:
+        return not (version.startswith("8.") and cuts_shapes(graph))
+
+    parser = Recorder(calls, "OnnxParser", **{"num_errors": 0, "parse": parse, **answers.get("parser", {})})
     builder = Recorder(
         calls,
         "Builder",
@@ -180,6 +185,12 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         **known.more,
     )
     return library, calls
+
+
+def cuts_shapes(graph: bytes) -> bool:
+    """Return whether a serialized graph has a Shape that asks for some sizes only."""
+    nodes = onnx.load_from_string(graph).graph.node
+    return any(node.op_type == "Shape" and node.attribute for node in nodes)
 
 
 HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
@@ -305,7 +316,8 @@ def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: st
     assert [index for index, _ in named(calls, "set_optimization_profile_async")] == [0, 1]
     for view in inspection.profiles:
         assert view.text is not None
-        assert engine_census(view.text).arithmetic == {"fp16": 6}
+        # 8.6 shows no types of tensors at all.
+        assert engine_census(view.text).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
     # 11 shows types, but not formats, without a context.
     assert bool(engine_census(inspection.unbound).arithmetic) == (version == "11.4.0")
 

@@ -10,7 +10,16 @@ import pytest
 from export.census import Census
 from export.engine_precision import Promise, Verdict, check_size, judge_engine, require
 from runtime.errors import PromiseBroken
-from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN, EngineCensus, Inspection, ProfileView, engine_census
+from runtime.inspection import (
+    CONTRADICTED,
+    NOT_PROVEN,
+    PROVEN,
+    EngineCensus,
+    Inspection,
+    ProfileView,
+    engine_census,
+    read_layers_file,
+)
 from tests.export.inspectors import document
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
@@ -20,7 +29,9 @@ INT8 = Promise("int8", Census({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp1
 # docs/quantization.md shows this table.
 TABLE: dict[str, tuple[str, Promise, bool, tuple[tuple[str, str], ...]]] = {
     "dynamic shapes": ("convolutions", FP16, True, (("4 in fp16", PROVEN),) * 4),
-    "generated kernels": ("generated", FP16, True, (("6 in fp16", PROVEN),) * 4),
+    "generated kernels": (
+        "generated", FP16, True, (("6 of unknown type", NOT_PROVEN), *((("6 in fp16", PROVEN),) * 3)),
+    ),
     "generated kernels, no context": (
         "generated", FP16, False,
         (*((("6 of unknown type", NOT_PROVEN),) * 2), *((("6 in fp16", PROVEN),) * 2)),
@@ -63,6 +74,39 @@ def test_hidden_types_leave_weights_and_kernel_names(version: str) -> None:
     assert verdict.name == PROVEN
     assert counted is not None
     assert counted.arithmetic == {"fp16": 4}
+
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.mark.parametrize(
+    ("part", "expected", "verdict"),
+    [
+        ("video", "1 in fp16", PROVEN),
+        ("query", "15 in fp16, 2 ForeignNodes that show nothing", NOT_PROVEN),
+        ("query.10", "15 in fp16, 2 ForeignNodes that show nothing", NOT_PROVEN),
+    ],
+)
+def test_what_tensorrt_86_wrote_about_engines_on_an_h200(part: str, expected: str, verdict: str) -> None:
+    """Engines of the full-size network, built on 2026-11-29 (benchmarks/results/gpu-2026-11-29-nvidia-h200.md)."""
+    content = read_layers_file(RECORDED / f"inspector-8.6.0-fp16-{part}.layers.json.gz")
+    views = [ProfileView(view["name"], view["shapes"], json.dumps(view["bound"])) for view in content["profiles"]]
+    counted, reached = judge_engine(Inspection(json.dumps(content["unbound"]), tuple(views)), FP16, 0)
+    assert (str(counted), reached.name) == (expected, verdict)
+    # The rules that the double of 8.6 follows: hidden types in spite of a context, and 0x1E between nodes.
+    tensors = [tensor for layer in content["profiles"][0]["bound"]["Layers"] for tensor in layer["Inputs"]]
+    assert {tensor["Format/Datatype"] for tensor in tensors} == {"N/A due to dynamic shapes"}
+    assert part == "video" or any("]\x1e[" in layer["Metadata"] for layer in content["profiles"][0]["bound"]["Layers"])
+
+
+def test_control_characters_in_the_json_of_86_are_read() -> None:
+    text = document("8.6", "convolutions", bound=True)
+    assert "\x1e" in text
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+    assert engine_census(text).arithmetic == {"fp16": 4}
+    (view,) = Inspection(text, (ProfileView("all queries", {}, text),)).to_dict()["profiles"]
+    assert len(view["bound"]["Layers"]) == len(json.loads(text, strict=False)["Layers"])
 
 
 def test_types_that_nothing_shows_are_not_proven_and_never_rejected() -> None:

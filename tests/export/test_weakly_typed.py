@@ -20,7 +20,7 @@ from export.unrolled import unrolled
 from export.weakly_typed import fp32_modules, without_types
 from runtime.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
-from tests.export.test_builder import EMPTY, Calls, Recorder, named, options, stand_in
+from tests.export.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
 from tests.export.test_rtx_builds import table_for
 
 FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -81,6 +81,31 @@ def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto
         # Encodings that pass from part to part are FP32 as well.
         for value in (*plain.graph.input, *plain.graph.output):
             assert value.type.tensor_type.elem_type not in FLOATS
+
+
+def test_no_shape_is_cut_by_attributes_that_86_ignores(exported: dict[str, onnx.ModelProto]) -> None:
+    _, query = split_graph(exported["tiny"])
+    for graph in (exported["tiny"], query, unrolled(query, 6)):
+        assert cuts_shapes(graph.SerializeToString()), "then nothing is shown here"
+        library, calls = stand_in("8.6.1")
+        build(graph.SerializeToString(), options("fp32"), library=library)
+        assert named(calls, "build_serialized_network")
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 2), (1, None), (-2, -1), (-1, None), (1, 9)])
+def test_a_cut_shape_has_the_same_sizes(start: int, end: int | None) -> None:
+    bounds = {"start": start} | ({} if end is None else {"end": end})
+    shape = onnx.helper.make_node("Shape", ["x"], ["y"], "shape", **bounds)
+    x = onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", "c"])
+    y = onnx.helper.make_tensor_value_info("y", TensorProto.INT64, [None])
+    opset = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(onnx.helper.make_graph([shape], "g", [x], [y]), opset_imports=[opset], ir_version=8)
+    plain = without_types(model)
+    onnx.checker.check_model(plain, full_check=True)
+    assert not cuts_shapes(plain.SerializeToString())
+    session = onnxruntime.InferenceSession(plain.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.zeros((3, 5, 7), np.float32)})
+    assert found.tolist() == [3, 5, 7][start:end]
 
 
 @pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])
