@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime.errors import ModelFileError, excerpt
+from runtime.protobuf import BYTES, Buffer, bytes_field, fields, mapped
 
 log = logging.getLogger("drn")
 
@@ -33,7 +33,6 @@ BLOCK_BYTES = 1 << 20
 
 # Fields of the messages in onnx.proto of ONNX that lead to tensors with external data.
 METADATA_PROPS, KEY, VALUE = 14, 1, 2
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _MODEL, _GRAPH, _NODE, _ATTRIBUTE, _SPARSE, _TENSOR, _FUNCTION = range(7)
 _INNER = {
     (_MODEL, 7): _GRAPH,
@@ -77,7 +76,7 @@ class Content:
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the `metadata_props` of an ONNX file; ModelFileError if it is none. The graph is skipped, not read."""
     with _parsing(path), open(path, "rb") as stream:
-        return {key: text.decode() for key, text, _, _ in _metadata(stream)}
+        return {key: text.decode() for key, text, _, _ in _metadata(mapped(stream))}
 
 
 def external_data(path: str | os.PathLike[str]) -> list[Path]:
@@ -87,16 +86,17 @@ def external_data(path: str | os.PathLike[str]) -> list[Path]:
         ModelFileError: the file is not ONNX, or names one that is missing or in another directory.
     """
     with _parsing(path), open(path, "rb") as stream:
-        return _external(Path(path), stream)
+        return _external(Path(path), mapped(stream))
 
 
 def read_content(path: str | os.PathLike[str]) -> Content:
     """Return the hashes of a model file and its external data, in one pass; ModelFileError if it is not ONNX."""
     path = Path(path)
     with _parsing(path), open(path, "rb") as stream:
-        seal = _seal(stream)
-        external = _external(path, stream)
-        start = seal[0] if seal else _size(stream)
+        content = mapped(stream)
+        seal = _seal(content)
+        external = _external(path, content)
+        start = seal[0] if seal else len(content)
         whole = hashlib.sha256()
         stream.seek(0)
         _hash(stream, start, whole)
@@ -104,7 +104,7 @@ def read_content(path: str | os.PathLike[str]) -> Content:
         if seal:
             whole.update(stream.read(len(UNSET)))
             unsealed.update(UNSET.encode())
-            _hash(stream, _size(stream), whole, unsealed)
+            _hash(stream, len(content), whole, unsealed)
         hashes = []
         for file in external:
             alone = hashlib.sha256()
@@ -169,12 +169,11 @@ def sealed(content: bytes, external: tuple[Path, ...] = ()) -> bytes:
         content: the file, which carries a manifest.
         external: its files of external data, in the order of their names.
     """
-    stream = io.BytesIO(content)
-    key, text, begin, end = next(entry for entry in _metadata(stream) if entry[0] in MANIFEST_KEYS)
+    key, text, begin, end = next(entry for entry in _metadata(content) if entry[0] in MANIFEST_KEYS)
     value = json.loads(text)
     value.pop(DIGEST, None)
     manifest = json.dumps({**value, DIGEST: UNSET}, allow_nan=False).encode()
-    entry = _field(METADATA_PROPS, _field(KEY, key.encode()) + _field(VALUE, manifest))
+    entry = bytes_field(METADATA_PROPS, bytes_field(KEY, key.encode()), bytes_field(VALUE, manifest))
     digest = hashlib.sha256(memoryview(content)[:begin])
     digest.update(entry)
     digest.update(memoryview(content)[end:])
@@ -208,12 +207,12 @@ def _parsing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ModelFileError(f"{path} is not an ONNX file ({error}); export it again.") from error
 
 
-def _seal(stream: BinaryIO) -> tuple[int, str] | None:
+def _seal(content: Buffer) -> tuple[int, str] | None:
     """Return where in the file the digest of the manifest begins, and the digest; None where there is none."""
-    for key, text, _, end in _metadata(stream):
-        found = _SEAL.search(text) if key in MANIFEST_KEYS else None
-        if found:
-            return end - len(UNSET) - 2, found.group(1).decode("ascii", "replace")
+    for key, text, _, end in _metadata(content):
+        match = _SEAL.search(text) if key in MANIFEST_KEYS else None
+        if match:
+            return end - len(UNSET) - 2, match.group(1).decode("ascii", "replace")
     return None
 
 
@@ -229,29 +228,26 @@ def _hash(stream: BinaryIO, end: int, *digests: hashlib._Hash) -> None:
             digest.update(block)
 
 
-def _metadata(stream: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
+def _metadata(content: Buffer) -> Iterator[tuple[str, bytes, int, int]]:
     """Yield key and value of each entry of `metadata_props`, and where in the file its field begins and ends."""
-    stream.seek(0)
-    size = _size(stream)
-    while stream.tell() < size:
-        begin = stream.tell()
-        field, kind, length = _next_field(stream, size)
-        after = stream.tell() + length
-        if (field, kind) == (METADATA_PROPS, BYTES):
-            texts = {KEY: b"", VALUE: b""}
-            while stream.tell() < after:
-                inner, inner_kind, inner_length = _next_field(stream, after)
-                text = stream.read(inner_length)
-                if inner in texts and inner_kind == BYTES:
-                    texts[inner] = text
-            yield texts[KEY].decode(), texts[VALUE], begin, after
-        stream.seek(after)
+    for number, kind, begin, first, last in fields(content, 0, len(content)):
+        if (number, kind) == (METADATA_PROPS, BYTES):
+            key, value = _entry(content, first, last)
+            yield key.decode(), value, begin, last
 
 
-def _external(path: Path, stream: BinaryIO) -> list[Path]:
+def _entry(content: Buffer, start: int, end: int) -> tuple[bytes, bytes]:
+    """Return key and value of a `StringStringEntryProto`."""
+    texts = {KEY: b"", VALUE: b""}
+    for number, kind, _, first, last in fields(content, start, end):
+        if number in texts and kind == BYTES:
+            texts[number] = content[first:last]
+    return texts[KEY], texts[VALUE]
+
+
+def _external(path: Path, content: Buffer) -> list[Path]:
     """Return the files of external data that the tensors of a model name."""
-    stream.seek(0)
-    names = sorted(set(_locations(stream, _size(stream), _MODEL)))
+    names = sorted(set(_locations(content, 0, len(content), _MODEL)))
     files = []
     for name in names:
         file = path.parent / name
@@ -263,65 +259,16 @@ def _external(path: Path, stream: BinaryIO) -> list[Path]:
     return files
 
 
-def _locations(stream: BinaryIO, end: int, message: int) -> Iterator[str]:
+def _locations(content: Buffer, start: int, end: int, message: int) -> Iterator[str]:
     """Yield the names of the files that the tensors of a protobuf message lie in."""
-    while stream.tell() < end:
-        field, kind, length = _next_field(stream, end)
-        after = stream.tell() + length
-        inner = _INNER.get((message, field))
+    for number, kind, _, first, last in fields(content, start, end):
+        inner = _INNER.get((message, number))
         if kind == BYTES and inner is not None:
-            yield from _locations(stream, after, inner)
-        elif kind == BYTES and (message, field) == (_TENSOR, _EXTERNAL_DATA):
-            texts = {KEY: b"", VALUE: b""}
-            while stream.tell() < after:
-                number, _, size = _next_field(stream, after)
-                text = stream.read(size)
-                if number in texts:
-                    texts[number] = text
-            if texts[KEY] == b"location":
-                yield texts[VALUE].decode()
-        stream.seek(after)
-
-
-def _next_field(stream: BinaryIO, end: int) -> tuple[int, int, int]:
-    """Return the number, the kind and the length of the next field, whose content follows; of a number nothing does."""
-    tag = _varint(stream)
-    field, kind = tag >> 3, tag & 7
-    if kind == VARINT:
-        _varint(stream)
-        return field, kind, 0
-    if kind not in (FIXED64, BYTES, FIXED32) or not field:
-        raise ValueError(f"field {field} of kind {kind}")
-    length = {FIXED64: 8, FIXED32: 4}.get(kind) or (_varint(stream) if kind == BYTES else 0)
-    if stream.tell() + length > end:
-        raise ValueError("it is cut off")
-    return field, kind, length
-
-
-def _varint(stream: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)
-        if not byte:
-            raise ValueError("it is cut off")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise ValueError("a number without end")
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """Return a protobuf field of bytes."""
-    return bytes([number << 3 | BYTES]) + _as_varint(len(content)) + content
-
-
-def _as_varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+            yield from _locations(content, first, last, inner)
+        elif kind == BYTES and (message, number) == (_TENSOR, _EXTERNAL_DATA):
+            key, value = _entry(content, first, last)
+            if key == b"location":
+                yield value.decode()
 
 
 def _size(stream: BinaryIO) -> int:

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import mmap
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 
 from runtime.machine import cpu_features
 from runtime.onnxfile import sealed
+from runtime.protobuf import Buffer, bytes_field, fields, header, mapped, number_field, varint, varints
 
 log = logging.getLogger("drn")
-
-Buffer = Union[bytes, mmap.mmap]
 
 # Field numbers of the messages in onnx.proto of ONNX, and its tensor types.
 _MODEL_GRAPH = 7
@@ -32,7 +29,6 @@ _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _DIMS, _DATA_TYPE, _INT32_DATA, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 5, 8, 9, 13
 _VALUE_NAME, _VALUE_TYPE, _TENSOR_TYPE, _ELEM_TYPE = 1, 2, 1, 1
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 TYPES = {1: "fp32", 2: "uint8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8"}
 _UINT8, _INT8 = 2, 3
 
@@ -125,7 +121,8 @@ def source_for_cpu(path: Path) -> str | bytes:
     if not saturates():
         return str(path)
     try:
-        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open(path, "rb") as stream:
+            content = mapped(stream)
             contents = read_contents(content)
             if not _signed(contents):
                 return str(path)
@@ -176,12 +173,12 @@ def unsigned(content: bytes) -> bytes | None:
 
 def read_contents(content: Buffer) -> Contents:
     """Return what a serialized model holds; ValueError if it is none."""
-    graphs = [field for field in _fields(content, 0, len(content)) if field[0] == _MODEL_GRAPH]
+    graphs = [field for field in fields(content, 0, len(content)) if field[0] == _MODEL_GRAPH]
     if len(graphs) != 1:
         raise ValueError(f"it has {len(graphs)} graphs")
-    _, graph_start, start, end = graphs[0]
+    _, _, graph_start, start, end = graphs[0]
     nodes, tensors, values, ends = [], {}, [], []
-    for number, tag, first, last in _fields(content, start, end):
+    for number, _, tag, first, last in fields(content, start, end):
         if number == _NODE:
             nodes.append(_node(content, first, last))
         elif number == _INITIALIZER:
@@ -227,8 +224,8 @@ def precision_of_file(path: Path, recorded: str) -> str:
 def weights_in_file(path: Path) -> dict[str, int]:
     """Return how many numbers of weights a file has in each type; empty where it cannot be read."""
     try:
-        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return read_contents(content).weight_types()
+        with open(path, "rb") as stream:
+            return read_contents(mapped(stream)).weight_types()
     except (OSError, ValueError):
         return {}
 
@@ -259,7 +256,7 @@ def _unsigned(content: Buffer, contents: Contents) -> bytes | None:
         reached = last
     parts.append(content[reached:graph_end])
     size = sum(map(len, parts))
-    return b"".join([content[:graph_start], _tag(_MODEL_GRAPH, _BYTES), _number(size), *parts, content[graph_end:]])
+    return b"".join([content[:graph_start], header(_MODEL_GRAPH, size), *parts, content[graph_end:]])
 
 
 def _can_shift(contents: Contents) -> bool:
@@ -290,29 +287,25 @@ def _can_shift(contents: Contents) -> bool:
 
 def _shifted(content: Buffer, tensor: Tensor) -> bytes:
     """Return the field of an int8 tensor as uint8, each number 128 more."""
-    _, _, start, end = next(_fields(content, tensor.start, tensor.end))
+    *_, start, end = next(fields(content, tensor.start, tensor.end))
     parts, numbers = [], []
-    for number, tag, first, last in _fields(content, start, end):
+    for number, _, tag, first, last in fields(content, start, end):
         if number == _DATA_TYPE:
-            parts.append(_tag(_DATA_TYPE, _VARINT) + _number(_UINT8))
+            parts.append(number_field(_DATA_TYPE, _UINT8))
         elif number == _RAW_DATA:
             numbers.append((np.frombuffer(content[first:last], np.uint8) ^ 0x80).tobytes())
         elif number == _INT32_DATA:
             # Of 64 bits, also where they are negative; packed or one by one.
-            values = [_varint(content, at)[0] for at in _varints(content, first, last)]
-            numbers.append(bytes((value & 0xFF) ^ 0x80 for value in values))
+            numbers.append(bytes((value & 0xFF) ^ 0x80 for value in varints(content, first, last)))
         else:
             parts.append(content[tag:last])
-    raw = b"".join(numbers)
-    parts += [_tag(_RAW_DATA, _BYTES), _number(len(raw)), raw]
-    body = b"".join(parts)
-    return _tag(_INITIALIZER, _BYTES) + _number(len(body)) + body
+    return bytes_field(_INITIALIZER, *parts, bytes_field(_RAW_DATA, *numbers))
 
 
 def _node(content: Buffer, start: int, end: int) -> Node:
     texts: dict[int, list[str]] = {_NODE_INPUT: [], _NODE_OUTPUT: [], _NODE_OP_TYPE: []}
     typed = False
-    for number, _, first, last in _fields(content, start, end):
+    for number, _, _, first, last in fields(content, start, end):
         if number in texts:
             texts[number].append(content[first:last].decode())
         elif number == _NODE_ATTRIBUTE:
@@ -322,15 +315,15 @@ def _node(content: Buffer, start: int, end: int) -> Node:
 
 def _tensor(content: Buffer, tag: int, start: int, end: int) -> tuple[str, Tensor]:
     name, data_type, size, inline = "", 0, 1, True
-    for number, _, first, last in _fields(content, start, end):
+    for number, _, _, first, last in fields(content, start, end):
         if number == _TENSOR_NAME:
             name = content[first:last].decode()
         elif number == _DATA_TYPE:
-            data_type = _varint(content, first)[0]
+            data_type = varint(content, first)[0]
         elif number == _DIMS:
             # Packed or one by one.
-            for at in _varints(content, first, last):
-                size *= _varint(content, at)[0]
+            for value in varints(content, first, last):
+                size *= value
         elif number == _EXTERNAL_DATA:
             inline = False
     return name, Tensor(data_type, size, tag, end, inline)
@@ -339,72 +332,12 @@ def _tensor(content: Buffer, tag: int, start: int, end: int) -> tuple[str, Tenso
 def _value(content: Buffer, start: int, end: int) -> tuple[str, int]:
     """Return the name and the element type of a described tensor; 0 for what is no tensor."""
     name, kind = "", 0
-    for number, _, first, last in _fields(content, start, end):
+    for number, _, _, first, last in fields(content, start, end):
         if number == _VALUE_NAME:
             name = content[first:last].decode()
         elif number == _VALUE_TYPE:
-            for inner, _, begin, stop in _fields(content, first, last):
+            for inner, _, _, begin, stop in fields(content, first, last):
                 if inner == _TENSOR_TYPE:
-                    kinds = [field for field in _fields(content, begin, stop) if field[0] == _ELEM_TYPE]
-                    kind = _varint(content, kinds[0][2])[0] if kinds else 0
+                    kinds = [field for field in fields(content, begin, stop) if field[0] == _ELEM_TYPE]
+                    kind = varint(content, kinds[0][3])[0] if kinds else 0
     return name, kind
-
-
-def _fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the fields of a protobuf message: number, start of the tag, start and end of the content.
-
-    Raises:
-        ValueError: it is cut off, or no such message.
-    """
-    at = start
-    while at < end:
-        tag_start = at
-        tag, at = _varint(content, at)
-        kind = tag & 7
-        if kind == _VARINT:
-            first, at = at, _varint(content, at)[1]
-        elif kind == _BYTES:
-            length, first = _varint(content, at)
-            at = first + length
-        elif kind in (_FIXED64, _FIXED32):
-            first = at
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"field {tag >> 3} of kind {kind}")
-        if at > end:
-            raise ValueError("it is cut off")
-        yield tag >> 3, tag_start, first, at
-
-
-def _varints(content: Buffer, start: int, end: int) -> Iterator[int]:
-    """Yield where each number in a row of numbers starts."""
-    at = start
-    while at < end:
-        yield at
-        at = _varint(content, at)[1]
-
-
-def _varint(content: Buffer, at: int) -> tuple[int, int]:
-    """Return the number at an offset, and the offset behind it."""
-    value = shift = 0
-    while at < len(content) and shift < 70:
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise ValueError("a number without end")
-
-
-def _tag(number: int, kind: int) -> bytes:
-    return _number(number << 3 | kind)
-
-
-def _number(value: int) -> bytes:
-    written = bytearray()
-    while value > 0x7F:
-        written.append(value & 0x7F | 0x80)
-        value >>= 7
-    written.append(value)
-    return bytes(written)
