@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.acceptance.job import Job
-from benchmarks.acceptance.lease import CLOSING_S, TENSORRT, Limits, schedule
+from benchmarks.acceptance.lease import CLOSING_S, START_S, TENSORRT, Limits, schedule
 from benchmarks.acceptance.lease_run import Lease
 from benchmarks.acceptance.packages import check_whole, current_python
 from export.builder import cuda_devices
@@ -94,7 +94,7 @@ def _check(given: argparse.Namespace, limits: Limits) -> int:
     found = {library.name: library for library in check_whole(given.packages, given.python)}
     chunks = sorted(found[TENSORRT].sha256) if TENSORRT in found else []
     if given.dry_run:
-        print_schedule(limits, chunks, given.used if given.used is not None else 90.0)
+        print_schedule(limits, chunks, given.used if given.used is not None else START_S)
     else:
         print(f"{given.packages} is whole: wheels, {', '.join(found) or 'no library in chunks (plan B)'}.")
     return 0

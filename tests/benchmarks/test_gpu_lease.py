@@ -269,7 +269,7 @@ def test_the_check_and_the_schedule_are_printed(tmp_path: Path, capsys: pytest.C
     assert TENSORRT in capsys.readouterr().out
     assert gpu_lease.main(["--packages", str(packages), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith("int8")
+    assert any(line.endswith("int8") for line in lines)
 
 
 def test_the_driver_leg_runs_with_numpy_alone(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_slow_transfers_choose_plan_b(transfers: tuple[float, ...], expected: st
         # An engine that was rejected or not built does not make torch more valuable than int8.
         ({"outcomes": {**DONE, BUILDER.name: "done", ENGINE.name: "failed"}}, "A"),
         ({"plan_b": "the calls were slow"}, "B"),
-        ({"used_s": 9 * 60.0, "chunks": {TENSORRT: Chunks(waiting=NAMES[:3])}}, "B"),
+        ({"used_s": 10 * 60.0, "chunks": {TENSORRT: Chunks(waiting=NAMES[:3])}}, "B"),
         ({"used_s": 12 * 60.0}, "A"),
     ],
 )
@@ -283,7 +283,7 @@ def test_the_lease_holds_everything_up_to_int8(transfer_s: float) -> None:
     names = [line.what for line in lines]
     assert not plan_b
     assert {"builder", "engine", "engine answers and bar", "torch speed"} <= set(names)
-    assert ("int8" in names) == (transfer_s <= 20.0)
+    assert "int8" in names
     assert max(line.end_s for line in lines) <= LIMITS.lease_s
 
 
