@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -122,7 +123,8 @@ def serve(
     if extractor is not None:
         # Opened once, to see that it is one whose features the model takes.
         open_extractor(extractor, device, threads).manifest.check_fits(grounder.manifest.features)
-    service = Service(
+    create = functools.partial(
+        Service,
         grounder,
         data_set,
         model=model.name,
@@ -133,7 +135,7 @@ def serve(
         threads=threads,
         options=options,
     )
-    run(service, host, port, grace)
+    run(create, host, port, grace)
     next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
 
 

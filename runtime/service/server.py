@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -54,13 +54,17 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _closed(service: Service) -> Iterator[None]:
-    """Close a service at the end, whatever signals come meanwhile."""
+def _opened(create: Callable[[], Service]) -> Iterator[Service]:
+    """Create a service and close it at the end; signals wait meanwhile, so that its directory does not stay."""
+    service = None
     try:
-        yield
-    finally:
         with deferred():
-            service.close()
+            service = create()
+        yield service
+    finally:
+        if service is not None:
+            with deferred():
+                service.close()
 
 
 def configuration(service: Service, grace: int) -> uvicorn.Config:
@@ -82,14 +86,14 @@ def configuration(service: Service, grace: int) -> uvicorn.Config:
     )
 
 
-def run(service: Service, host: str, port: int, grace: int) -> None:
-    """Serve until told to end; print the address once requests are taken.
+def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None:
+    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once requests are accepted.
 
     Raises:
         GroundingError: the port cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with _closed(service), socket.socket(family, socket.SOCK_STREAM) as listener:
+    with _opened(create) as service, socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
