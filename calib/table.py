@@ -17,7 +17,7 @@ from calib.graphs import graph_hash, weights_hash
 from calib.ranges import METHODS, Range
 from runtime.annotations import DataSet
 from runtime.errors import excerpt, one_line
-from runtime.files import read_json, write_text
+from runtime.files import json_digest, read_json, write_text
 
 if TYPE_CHECKING:
     import onnx
@@ -53,6 +53,12 @@ class CalibrationTable:
         content = {"key": dict(self.key), "ranges": _rows(self.ranges), "gains": _lists(self.gains)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of the whole table, as a file records it beside `digest`."""
+        content = {"ranges": _rows(self.ranges), "gains": _lists(self.gains), "videos": self.videos}
+        return json_digest({**content, **{name: dict(getattr(self, name)) for name in ("key", "coverage", "choice")}})
+
     def check(self, model: onnx.ModelProto, source: str = "the graph") -> None:
         """Raise CalibrationError unless the ranges were measured on this very model."""
         for what, found in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
@@ -76,6 +82,7 @@ class CalibrationTable:
             "format": FORMAT,
             "key": dict(self.key),
             "digest": self.digest,
+            "content_digest": self.content_digest,
             "choice": dict(self.choice),
             "coverage": dict(self.coverage),
             "videos": "@videos",
@@ -124,7 +131,9 @@ class CalibrationTable:
         ranges, key = table.ranges, table.key
         if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
             raise CalibrationError(f"{path} has no ranges, or one upside down or not finite; calibrate again.")
-        if key["method"] not in METHODS or table.digest != value.get("digest"):
+        # Tables of version 0.1 have no digest of their whole content.
+        intact = value.get("content_digest", table.content_digest) == table.content_digest
+        if key["method"] not in METHODS or table.digest != value.get("digest") or not intact:
             raise CalibrationError(
                 f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again."
             )

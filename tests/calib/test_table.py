@@ -106,6 +106,12 @@ def edited(value: dict, *path_and_new) -> dict:  # type: ignore[no-untyped-def, 
         (lambda value: edited(value, "ranges", "fcos.head/Mul", [1.0]), "damaged calibration table"),
         (lambda value: edited(value, "ranges", {}), "no ranges"),
         (lambda value: edited(value, "key", {}), "damaged calibration table"),
+        (lambda value: edited(value, "videos", ["other"]), "edited or damaged"),
+        (lambda value: edited(value, "videos", value["videos"][1:]), "edited or damaged"),
+        (lambda value: edited(value, "coverage", {}), "edited or damaged"),
+        (lambda value: edited(value, "choice", {"by": "chance"}), "edited or damaged"),
+        (lambda value: edited(value, "content_digest", "0" * 64), "edited or damaged"),
+        (lambda value: edited(value, "content_digest", None), "edited or damaged"),
         (lambda value: [value], "has the format None"),
     ],
 )
@@ -115,6 +121,15 @@ def test_what_is_no_table_any_more_is_refused(table: CalibrationTable, tmp_path:
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
     with pytest.raises(CalibrationError, match=message):
         CalibrationTable.load(path)
+
+
+def test_table_without_content_digest_loads(table: CalibrationTable, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    table.save(path)
+    value = json.loads(path.read_text())
+    del value["content_digest"]
+    path.write_text(json.dumps(value))
+    assert CalibrationTable.load(path) == table
 
 
 TENSOR, GAIN = "fcos.head/Mul", "any"
@@ -158,19 +173,24 @@ def test_damaged_table_is_refused(table: CalibrationTable, tmp_path: Path, chang
 
 
 def assert_refused(table: CalibrationTable, directory: Path, *change: object) -> None:
-    """Fail unless a table with one change is refused, also where its digest is that of the changed content."""
+    """Fail unless a table with one change is refused, also where its digests are those of the changed content."""
     path = directory / "t.json"
     table.save(path)
     value = edited(json.loads(path.read_text()), *change)
-    for digest in (value["digest"], digest_of(value)):
-        path.write_text(json.dumps({**value, "digest": digest}))
+    changed = {"digest": digest_of(value, "key", "ranges", "gains"), "content_digest": digest_of(value, *CONTENT)}
+    for digests in ({}, changed):
+        path.write_text(json.dumps({**value, **digests}))
         with pytest.raises(CalibrationError):
             CalibrationTable.load(path)
 
 
-def digest_of(value: dict[str, object]) -> str:
-    content = {name: value[name] for name in ("key", "ranges", "gains")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+CONTENT = ("key", "ranges", "gains", "videos", "coverage", "choice")
+
+
+def digest_of(value: dict[str, object], *names: str) -> str:
+    content = {name: value[name] for name in names}
+    separators = (",", ":") if names == CONTENT else None
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=separators).encode()).hexdigest()
 
 
 def test_deep_table_is_refused(tmp_path: Path) -> None:
