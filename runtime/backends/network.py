@@ -559,10 +559,12 @@ def logger_for(trt: Any) -> Any:
             self.warned = ""
 
         def log(self, severity: Any, message: str) -> None:
+            # TensorRT breaks lines within a message, also before its last bracket.
+            line = " ".join(message.split())
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.lines.append(message.strip())
+                self.lines.append(line)
             elif severity == trt.ILogger.WARNING:
-                self.warned = message.strip()
+                self.warned = line
                 log.debug("TensorRT: %s", self.warned)
 
     return Logger()

@@ -12,8 +12,8 @@ Rules about failures, and their sources:
 - A version-compatible plan is refused unless host code is allowed: `IRuntime::setEngineHostCodeAllowed` in
   NvInferRuntime.h. The words are in libtensorrt_rtx.so of 1.7.1.
 - A TensorRT-RTX plan for other compute capabilities is refused, in the words of libtensorrt_rtx.so of 1.7.1.
-- TensorRT 8.6 captures no LSTM that is a loop: "The CUDA stream is in capturing mode, but this TRT engine is not stream
-  capturable." ("the enqueue call may return false if the current CUDA graph capture fails", sampleInference.cpp).
+- TensorRT 8.6 captures no LSTM that is a loop, in the words of 8.6.0 on an H200 (2026-11-29; "the enqueue call may
+  return false if the current CUDA graph capture fails", sampleInference.cpp).
 - A context whose capture failed keeps failing (NVIDIA/TensorRT#2603: an enqueue that fails inside a capture leaves what
   it had begun).
 """
@@ -375,7 +375,11 @@ class Runtime:
 
 
 HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
-NOT_CAPTURABLE = "The CUDA stream is in capturing mode, but this TRT engine is not stream capturable."
+NOT_CAPTURABLE = (
+    "3: [runner.cpp::execute::732] Error Code 3: API Usage Error (Parameter check failed at: "
+    "runtime/myelin/runner.cpp::execute::732, condition: !isCapturing || isCapturable. The CUDA stream is in capturing "
+    "mode, but this TRT engine is not stream capturable!\n)"
+)
 
 
 class Engine:
