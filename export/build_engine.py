@@ -17,18 +17,20 @@ from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
 from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, VIDEOS, check_ranges, check_unrolled, one_profile
+from export.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
 from export.profiles import profiles as optimization_profiles
 from export.twin import Precision, Wishes, make_twin
 from export.unrolled import lstm_layers
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
-from runtime.errors import DeviceError, GroundingError, PromiseBroken
+from runtime.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
 from runtime.evaluation import askable_rows
 from runtime.files import Staging, locked
 from runtime.repeats import said_once
 
 if TYPE_CHECKING:
+    import onnx
+
     from export.verify import Proof
 
 log = logging.getLogger("drn")
@@ -103,7 +105,10 @@ def build_engine(
             a video, and MODEL.PRECISION.query, which answers and is what runs.
         videos: encoded videos that a split engine keeps on the GPU.
         unroll: numbers of tokens, as 6 10: an engine more for each, whose LSTM is written out step by step for queries
-            of at most so many tokens, where TensorRT's own is a loop. Longer queries are answered by the loop.
+            of at most so many tokens. TensorRT's own LSTM is a loop, which answers longer queries and cannot be
+            captured in a CUDA graph. Default for tensorrt: the 90 % and 99 % quantiles of the query lengths, of the
+            training split of --data or else of the data set that the model was trained on. 0 builds none, the default
+            for tensorrt-rtx.
         parity_split: whose queries prove parity.
         limit: only the first so many of them.
         profiles: optimization profiles of an engine: one for a single query and one for several, or 1 for both.
@@ -127,9 +132,9 @@ def build_engine(
     """
     given = dict(locals())
     compute_capability = tuple(dict.fromkeys(compute_capability))
-    unroll = tuple(sorted(set(unroll)))
+    unroll = check_unroll(unroll)
     chosen, why = choose_target(target, compute_capability)
-    job = Job(model, precision, chosen, data, output, split, unroll)
+    job = Job(model, precision, chosen, data, output, split, tuple(length for length in unroll if length))
     options = BuildOptions(
         target="tensorrt-rtx" if chosen == "tensorrt-rtx" else "tensorrt",
         precision=precision,
@@ -155,28 +160,34 @@ def build_engine(
             return job.output
         log.info("Target %s: %s", chosen, why)
         return build_extractor(job, options, batch, keep, timing_cache, threads)
-    shapes = job.early_profiles(batch, query_length, keep)
-    if shapes and profiles == 1:
-        shapes = one_profile(shapes)
-    if shapes:
-        check_unrolled(unroll, shapes[0].query_length)
+    early = job.early_profiles(batch, query_length, keep)
     data_set = DataSet(data) if data else None
     annotations = data_set.annotations(parity_split)[:limit] if data_set else []
+    shapes, short = None, None
+    if early:
+        shapes, about = early
+        shapes = one_profile(shapes) if profiles == 1 else shapes
+        short = unrolling(unroll, chosen, shapes[0].query_length[2], about, data_set, parity_split)
+        job = _with_short(job, short, table, plan, timing_cache)
     if dry_run:
-        print(job.describe(why, shapes, options, calib_samples if table is None else None))
+        print(job.describe(why, shapes, options, calib_samples if table is None else None, unrolling=short))
         return job.output
     log.info("Target %s: %s", chosen, why)
     source = source_graph(job, vocabulary, query_length[2] if query_length else 0)
     graph, manifest = read_source(source)
     annotations = [annotations[row] for row in askable_rows(manifest.vocabulary, annotations)]
     check_modules(graph, precision, keep)
-    if not shapes:
+    if not shapes or not short:
         shapes = optimization_profiles(batch, query_length, manifest)
         shapes = one_profile(shapes) if profiles == 1 else shapes
-    check_unrolled(unroll, shapes[0].query_length)
-    if unroll:
-        lstm_layers(graph)
-    again = _again({**given, "target": chosen, "output": job.output})
+        short = unrolling(unroll, chosen, shapes[0].query_length[2], manifest, data_set, parity_split)
+    short = _writable_out(short, graph)
+    job = _with_short(job, short, table, plan, timing_cache)
+    if chosen == "tensorrt":
+        print(_about_short(short))
+    # Lengths that the data set determined are named, so that other data does not change the engine.
+    named = job.unroll or ((0,) if chosen == "tensorrt" else ())
+    again = _again({**given, "target": chosen, "output": job.output, "unroll": named})
     with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
@@ -199,7 +210,7 @@ def build_engine(
                 parts = cut_parts(staged, made, graph, shapes, videos)
             engine = None
             if chosen != "onnxruntime":
-                parts = [part.with_unrolled(unroll) for part in parts]
+                parts = [part.with_unrolled(job.unroll) for part in parts]
                 for part in parts:
                     engine = build_part(staged, part, options, timing_cache)
                 if data_set and runs_here(options):
@@ -227,6 +238,42 @@ def build_engine(
         next_command("export.verify", "--reference", source, "--model", job.twin, "--data", "DIR")
     print(job.output)
     return job.output
+
+
+def _with_short(job: Job, short: Unrolling, table: Path | None, plan: Path | None, timing_cache: Path | None) -> Job:
+    """Return the job with engines for short queries; OutputError where one of their files cannot be written."""
+    if short.steps == job.unroll:
+        return job
+    job = dataclasses.replace(job, unroll=short.steps)
+    job.check_outputs(table, plan, timing_cache)
+    return job
+
+
+def _writable_out(short: Unrolling, graph: onnx.ModelProto) -> Unrolling:
+    """Return `short`, or no lengths where they are a default and the LSTM of a graph cannot be written out.
+
+    Raises:
+        ModelFileError: it cannot, and --unroll asks for it.
+    """
+    if not short.steps:
+        return short
+    try:
+        lstm_layers(graph)
+    except ModelFileError as error:
+        if not short.automatic:
+            raise
+        log.warning("%s The engine is built with TensorRT's LSTM loop alone.", error)
+        return Unrolling((), "the LSTM of this graph cannot be written out", automatic=True)
+    return short
+
+
+def _about_short(short: Unrolling) -> str:
+    """Return which engines with a written-out LSTM are built, for a terminal."""
+    if not short.steps:
+        return f"No engine with a written-out LSTM is built ({short.reason})."
+    lengths = " and ".join(map(str, short.steps))
+    off = " --unroll 0 builds none." if short.automatic else ""
+    return f"Engines with a written-out LSTM for at most {lengths} tokens ({short.reason}).{off}"
 
 
 def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:

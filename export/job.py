@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from calib.batches import LEAST_SAMPLES
 from export.builder import BuildOptions, check_options
 from export.made import read_extractor, read_source, unrolled_path
-from export.profiles import Profile, Range, check_ranges, profiles
+from export.profiles import Profile, Range, Unrolling, check_ranges, profiles
 from export.split import pair_paths
 from export.twin import Precision
 from runtime import sidecar
@@ -23,6 +23,8 @@ from runtime.inspection import layers_path
 
 if TYPE_CHECKING:
     import onnx
+
+    from runtime.manifest import Manifest
 
 log = logging.getLogger("drn")
 
@@ -154,6 +156,11 @@ class Job:
             )
         if not max_drop >= 0:
             raise GroundingError(f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.")
+        self.check_outputs(table, plan)
+        self._check_sources()
+
+    def check_outputs(self, table: Path | None, plan: Path | None, timing_cache: Path | None = None) -> None:
+        """Raise OutputError where a file of the build cannot be written, or would replace one that it reads."""
         # Ranges and a plan that are given are not written again; they may be an earlier build's of the same name.
         endings = ["parity.json", "passport.html"]
         endings += [] if table else ["calibration.json"]
@@ -165,8 +172,7 @@ class Job:
         layers = [layers_path(engine) for engine in engines]
         written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *layers, *reports)))
         for path in written:
-            check_writable(path, self.model, table, plan, *(other for other in {*written} - {path}))
-        self._check_sources()
+            check_writable(path, self.model, table, plan, timing_cache, *(other for other in {*written} - {path}))
 
     def _check_sources(self) -> None:
         """Raise OutputError where exporting MODEL would write over a file that is not known to come from it."""
@@ -230,8 +236,9 @@ class Job:
 
     def early_profiles(
         self, batch: Range, query_length: Range | None, keep: Sequence[str] = ()
-    ) -> list[Profile] | None:
-        """Return the optimization profiles; None where they are known only after a published file is converted.
+    ) -> tuple[list[Profile], Manifest] | None:
+        """Return the optimization profiles, and the manifest that they follow from; None where both are known only
+        after a published file is converted.
 
         Raises:
             ShapeError: a range does not rise, or there is no module of a name to keep.
@@ -242,12 +249,13 @@ class Job:
         if self.kind == "onnx":
             graph, manifest = read_source(self.model)
             check_modules(graph, self.precision, keep)
-            return profiles(batch, query_length, manifest)
+            return profiles(batch, query_length, manifest), manifest
         from train.checkpoints import load_checkpoint
 
         checkpoint = load_checkpoint(self.model)
         longest = max(query_length[2] if query_length else 0, checkpoint.longest_query)
-        return profiles(batch, query_length, checkpoint.manifest(longest))
+        manifest = checkpoint.manifest(longest)
+        return profiles(batch, query_length, manifest), manifest
 
     def describe(
         self,
@@ -256,6 +264,7 @@ class Job:
         options: BuildOptions,
         samples: int | None,
         proof: str = "the precision alone (no --data for parity)",
+        unrolling: Unrolling | None = None,
     ) -> str:
         """Return what a build would do, for --dry-run; `proof` is what it comes to without --data."""
         lines = [
@@ -272,6 +281,7 @@ class Job:
         if self.target != "onnxruntime":
             lines += [f"engine     {self.output}", f"sidecar    {self.sidecar}"]
             lines += [f"unrolled   {plan}" for plan in self.unrolled]
+            lines += [f"lengths    {unrolling.reason}"] if unrolling else []
         if options.compute_capabilities:
             lines.append(f"for        compute capability {', '.join(options.compute_capabilities)}")
         if shapes is None:

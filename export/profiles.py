@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from runtime.errors import ShapeError
+from runtime.annotations import DataSet
+from runtime.errors import QueryError, ShapeError
 from runtime.manifest import Manifest
-from runtime.presets import query_length_of
+from runtime.presets import length_quantiles, length_quantiles_of, query_length_of
 
 # Smallest, best and largest.
 Range = tuple[int, int, int]
@@ -124,14 +127,89 @@ def one_profile(several: Sequence[Profile]) -> list[Profile]:
     return [Profile("all queries", batch, length, shapes)]
 
 
-def check_unrolled(steps: Sequence[int], query_length: Range) -> None:
-    """Raise ShapeError unless each number of tokens is one that an engine for such queries may meet."""
-    wrong = [count for count in steps if not 1 <= count <= query_length[2]]
-    if wrong:
+@dataclasses.dataclass(frozen=True)
+class Unrolling:
+    """The query lengths for which engines with a written-out LSTM are built.
+
+    Attributes:
+        steps: longest queries of these engines, in tokens, ascending; empty if none is built.
+        reason: why these, as a clause.
+        automatic: whether the data set determines them, and not `--unroll`.
+    """
+
+    steps: tuple[int, ...]
+    reason: str
+    automatic: bool = False
+
+
+def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths that `--unroll` names, ascending and each once; ShapeError if 0 and lengths are combined."""
+    lengths = tuple(sorted(set(requested)))
+    if 0 in lengths and len(lengths) > 1:
         raise ShapeError(
-            f"--unroll takes numbers of tokens from 1 to {query_length[2]}, the longest query of this engine, and "
-            f"{', '.join(map(str, wrong))} was given."
+            f"--unroll 0 builds no engine with a written-out LSTM, but {' '.join(map(str, lengths))} was given. Give 0 "
+            "alone, or lengths alone."
         )
+    return lengths
+
+
+def unrolling(
+    requested: Sequence[int], target: str, longest: int, manifest: Manifest, data: DataSet | None, split: str
+) -> Unrolling:
+    """Return the query lengths for which an engine gets others beside it with a written-out LSTM.
+
+    Without `--unroll`, engines of TensorRT get the 90 % and 99 % quantiles of the query lengths: of the data set that
+    is given, else of the one that the model was trained on. TensorRT-RTX captures CUDA graphs by itself and gets none.
+
+    Args:
+        requested: of `check_unroll`; (0,) for none, empty for the default.
+        target: tensorrt, tensorrt-rtx or onnxruntime.
+        longest: tokens of the longest query of the engine.
+        manifest: of the model.
+        data: the data set of `--data`.
+        split: whose queries count if the data set has no training split.
+
+    Raises:
+        ShapeError: a requested length is below 1 or above `longest`.
+    """
+    if tuple(requested) == (0,):
+        return Unrolling((), "--unroll 0")
+    if requested:
+        wrong = [count for count in requested if not 1 <= count <= longest]
+        if wrong:
+            raise ShapeError(
+                f"--unroll takes numbers of tokens from 1 to {longest}, the longest query of this engine, and "
+                f"{', '.join(map(str, wrong))} was given. Correct --unroll, or give 0 for none."
+            )
+        return Unrolling(tuple(requested), "--unroll")
+    if target != "tensorrt":
+        return Unrolling((), f"the default for {target}", automatic=True)
+    quantiles = (data and _data_quantiles(data, split, manifest)) or length_quantiles_of(manifest.training)
+    if quantiles is None:
+        title = manifest.training.get("data_set")
+        reason = f"the query lengths of {title} are unknown; give --data, or lengths with --unroll"
+        return Unrolling((), reason, automatic=True)
+    lengths, source = quantiles
+    steps = tuple(sorted({length for length in lengths if 1 <= length < longest}))
+    # "90 % and 99 % quantiles" names both, also where they are equal or the engine is too short for one.
+    return Unrolling(steps, f"90 % ({lengths[0]}) and 99 % ({lengths[1]}) quantiles of {source}", automatic=True)
+
+
+def _data_quantiles(data: DataSet, split: str, manifest: Manifest) -> tuple[tuple[int, int], str] | None:
+    """Return the quantiles of the lengths of a data set's queries as the model reads them; None without a known word.
+
+    Of the training split, or of `split` where there is none.
+    """
+    split = "train" if "train" in data.splits else split
+    unheard: Counter[str] = Counter()
+    lengths = []
+    for annotation in data.annotations(split, invalid="keep", quiet=True):
+        # A query that the model cannot read is reported where it is asked.
+        with contextlib.suppress(QueryError):
+            lengths.append(len(manifest.vocabulary.encode(annotation.sentence, unheard)))
+    if not lengths:
+        return None
+    return length_quantiles(lengths), f"{len(lengths)} queries of {data.annotations_path(split)}"
 
 
 def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:

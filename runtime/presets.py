@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from runtime.errors import AnnotationError
 from runtime.manifest import Features
@@ -60,6 +62,48 @@ def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
         return (told[0], told[1], told[2])
     return Preset.query_length
 
+
+def length_quantiles(lengths: Iterable[int]) -> tuple[int, int]:
+    """Return the 90 % and 99 % quantiles of query lengths, in tokens.
+
+    Args:
+        lengths: tokens of each query, at least one.
+
+    Returns:
+        The smallest lengths that at least 90 % and 99 % of the queries do not exceed.
+    """
+    usual, rare = np.quantile(np.fromiter(lengths, np.int64), QUANTILES, method="inverted_cdf")
+    return int(usual), int(rare)
+
+
+def length_quantiles_of(training: Mapping[str, Any]) -> tuple[tuple[int, int], str] | None:
+    """Return the 90 % and 99 % quantiles of the query lengths that a model was trained on, and their source.
+
+    Args:
+        training: of a manifest. Training records the quantiles; for files without them, those of the published data set
+            are returned, and those of Charades-STA for files that name no data set.
+
+    Returns:
+        The quantiles in tokens and a phrase that names where they are from; None for an unknown data set.
+    """
+    recorded = training.get("query_length_quantiles")
+    if isinstance(recorded, (list, tuple)) and len(recorded) == 2 and all(type(length) is int for length in recorded):
+        return (recorded[0], recorded[1]), "the training queries, as the model records them"
+    title = training.get("data_set", PRESETS["charades-sta"].title)
+    published = LENGTH_QUANTILES.get(title) if isinstance(title, str) else None
+    return (published, f"the queries of {title}") if published else None
+
+
+QUANTILES = (0.9, 0.99)
+"""Shares of queries that have a plan with a written-out LSTM."""
+
+# Measured with `length_quantiles` on the training splits as published, 2026-11-29; of QVHighlights on val.
+LENGTH_QUANTILES: Mapping[str, tuple[int, int]] = {
+    "Charades-STA": (9, 10),
+    "ActivityNet Captions": (21, 37),
+    "TACoS": (15, 27),
+    "QVHighlights": (16, 23),
+}
 
 PRESETS: Mapping[str, Preset] = {
     "charades-sta": Preset("Charades-STA"),

@@ -18,6 +18,7 @@ from runtime.decoding import Decoding
 from runtime.errors import CheckpointError, GroundingError, OutputError
 from runtime.evaluation import askable_rows
 from runtime.files import check_writable, locked
+from runtime.presets import length_quantiles
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
 from train.curves import draw_curves
@@ -186,9 +187,10 @@ def train(
             synchronised=not faithful,
             negatives=negatives,
         )
+        learnt = TrainingData(data_set, training, pooled, vocabulary, blind)
         materials = Materials(
             data_set=data_set,
-            training=TrainingData(data_set, training, pooled, vocabulary, blind),
+            training=learnt,
             validation=validation,
             vocabulary=vocabulary,
             features=features,
@@ -200,7 +202,7 @@ def train(
                 protocol=preset.protocol,
             ),
             windows=windows_of(data_set, training),
-            told=told,
+            told={**told, "query_length_quantiles": list(length_quantiles(map(len, learnt.queries)))},
         )
         if negatives and len({annotation.video for annotation in training}) < 2:
             raise GroundingError("--negatives asks other videos, and there is only one; leave it out.")

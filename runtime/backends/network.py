@@ -412,7 +412,9 @@ class Network:
             self.forget_programs()
             # A plan for queries of one length has no loop.
             looping = self.query_length[0] < self.query_length[2]
+            short = plans.unrolled_steps(self.sidecar.content)
             hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
+            hint = f" It answers only queries of more than {short[-1]} tokens." if looping and short else hint
             log.warning(
                 "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
                 self.path.name,

@@ -113,7 +113,9 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, he
             domain[2] = max(domain[2], query_length)
         parts += [flag, *domain] if domain else []
     steps = unrolled_steps(content)
-    parts += ["--unroll", *steps] if steps else []
+    # Without the flag, data would choose lengths for TensorRT.
+    asks = manifest.part in ("whole", "query") and content.get("target", "tensorrt") == "tensorrt"
+    parts += ["--unroll", *(steps or [0])] if steps or asks else []
     options = _options(content)
     parts += ["--version-compatible"] if options.get("version_compatible") else []
     # A plan that failed on this GPU is built for it alone.

@@ -145,7 +145,7 @@ def of_length(profile: dict[str, Any], tokens: int) -> dict[str, Any]:
 def numbers_after(flag: str, words: Sequence[Any]) -> list[int]:
     """Return the integers that follow a flag."""
     after = words[words.index(flag) + 1 :] if flag in words else ()
-    return list(itertools.takewhile(lambda word: isinstance(word, int), after))
+    return [number for number in itertools.takewhile(lambda word: isinstance(word, int), after) if number]
 
 
 def main() -> int:

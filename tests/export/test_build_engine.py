@@ -8,10 +8,12 @@ import errno
 import gzip
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from calib.calibrate import measure_table
 from calib.errors import CalibrationError
 from calib.graphs import manifest_of
 from calib.qdq import attainable_share
+from export import engines
 from export.build_engine import _again, _proven_engine, build_engine, choose_target
 from export.builder import BuildFailed, BuildOptions, Plan, cuda_devices
 from export.engines import _write_engine, reject
@@ -34,6 +37,7 @@ from export.to_onnx import export_model
 from export.wide_scales import has_half_scales
 from runtime import Grounder, Presence
 from runtime.annotations import DataSet
+from runtime.backends import plans
 from runtime.backends.ort import _cuda_options
 from runtime.backends.plans import rebuild_command
 from runtime.backends.trt import unrolled_parts
@@ -367,9 +371,11 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
     monkeypatch.setattr("export.job.check_options", lambda options: None)
     engine: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "dry_run": True}
-    for wrong in ((0,), (8, 13)):
+    for wrong in ((-1,), (8, 13)):
         with pytest.raises(ShapeError, match=rf"from 1 to 12, .*and {wrong[-1]} was given"):
             build_engine(model, unroll=wrong, **engine)
+    with pytest.raises(ShapeError, match="0 6"):
+        build_engine(model, unroll=(6, 0), **engine)
     with pytest.raises(GroundingError, match="--unroll: of engines"):
         build_engine(model, target="onnxruntime", unroll=(8,))
     build_engine(model, unroll=(12, 8), **engine)
@@ -516,6 +522,121 @@ def _inspected(scenario: str, version: str = "11.4") -> Inspection:
     return Inspection(document(version, scenario, bound=False), tuple(views))
 
 
+@pytest.fixture
+def built_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A TensorRT that builds whatever it gets; the list has the number of tokens of each graph, 0 for any number."""
+    built: list[int] = []
+
+    def build(graph: bytes, options: Any, known: Any) -> Plan:
+        (tokens,) = (value for value in onnx.load_from_string(graph).graph.input if value.name == "query_tokens")
+        built.append(tokens.type.tensor_type.shape.dim[1].dim_value)
+        return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
+
+    monkeypatch.setattr("export.builder.load_library", lambda _: SimpleNamespace(__name__="trt", __version__="11.4"))
+    monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: True)
+    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.runs_here", lambda options: False)
+    monkeypatch.setattr("export.engines.build", build)
+    return built
+
+
+def test_tensorrt_engines_get_plans_for_the_usual_query_lengths(
+    model: Path, planted: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "limit": 9}
+    data = DataSet(planted)
+    vocabulary = Grounder.load(model).manifest.vocabulary
+    lengths = sorted(len(vocabulary.encode(one.sentence, Counter())) for one in data.annotations("train"))
+    expected = sorted({lengths[math.ceil(share * len(lengths)) - 1] for share in (0.9, 0.99)})
+    output = build_engine(model, data=planted, **asked)
+    assert built_tokens == [*expected, 0]
+    assert plans.unrolled_steps(read_sidecar(output).content) == expected
+    told = capsys.readouterr().out
+    assert f"{len(lengths)} queries of {data.annotations_path('train')}" in told
+    # The same command with other data builds the same again.
+    command = json.loads(model.with_name("drn.fp16.parity.json").read_text())["command"]
+    assert f"--unroll {' '.join(map(str, expected))}" in command
+    assert f"--unroll {' '.join(map(str, expected))}" in plans.rebuild_command(output, read_sidecar(output))
+    # Without data, what the model records; a length that is not below the engine's longest query is left out.
+    record_quantiles(model, [5, 12])
+    built_tokens.clear()
+    build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+    assert built_tokens == [5, 0]
+    built_tokens.clear()
+    output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,))
+    assert built_tokens == [0]
+    assert "unrolled" not in read_sidecar(output).content
+    assert "--unroll 0" in plans.rebuild_command(output, read_sidecar(output))
+
+
+def record_quantiles(model: Path, quantiles: list[int]) -> None:
+    graph = onnx.load(model)
+    about = manifest_of(graph)
+    training = {**about.training, "query_length_quantiles": quantiles}
+    onnx.helper.set_model_props(graph, {METADATA_KEY: dataclasses.replace(about, training=training).to_json()})
+    onnx.save(graph, model)
+
+
+def test_the_query_part_of_a_pair_gets_plans_for_the_usual_query_lengths(
+    model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_quantiles(model, [4, 4])
+    monkeypatch.setattr("export.engines.build", lambda *_: Plan(bytes(100), "tensorrt 11.4", True, shown, None))
+    shown = _inspected("convolutions")
+    output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), split=True)
+    assert plans.unrolled_steps(read_sidecar(output).content) == [4]
+    assert "unrolled" not in read_sidecar(output.with_name("drn.fp16.video.engine")).content
+    assert output.with_name("drn.fp16.query.4.engine").is_file()
+
+
+def test_a_dry_run_names_the_plans_for_the_usual_query_lengths(
+    model: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_quantiles(model, [4, 6])
+    for target, expected in (("tensorrt", ["drn.fp16.4.engine", "drn.fp16.6.engine"]), ("tensorrt-rtx", [])):
+        build_engine(
+            model, target=target, query_length=(1, 8, 12), dry_run=True,
+            compute_capability=("8.6",) if target == "tensorrt-rtx" else (),
+        )  # fmt: skip
+        told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
+        assert [Path(path).name for path in told] == expected
+
+
+def test_a_default_that_cannot_be_written_out_leaves_the_loop(
+    model: Path, built_tokens: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    record_quantiles(model, [4, 6])
+    graph = onnx.load(model)
+    next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
+    onnx.save(graph, model)
+    build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+    assert built_tokens == [0]
+    assert any(record.levelname == "WARNING" and "loop" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("error", [BuildFailed("No."), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
+    model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int
+) -> None:
+    record_quantiles(model, [4, 6])
+    good = engines.build
+
+    def build(*arguments: Any) -> Plan:
+        if len(built_tokens) == number:
+            raise error
+        return good(*arguments)
+
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    monkeypatch.setattr("export.engines.build", build)
+    with pytest.raises(type(error)):
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+    assert len(built_tokens) == number
+    after = {path.name: path.read_bytes() for path in model.parent.iterdir() if not path.name.startswith(".")}
+    assert after == before
+
+
 @pytest.mark.parametrize(("wide", "kept"), [(0, "drn.fp16.6.rejected"), (1, "drn.fp16.rejected")])
 def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
     model: Path, wide: int, kept: str, monkeypatch: pytest.MonkeyPatch
@@ -642,7 +763,7 @@ def test_a_build_ends_by_the_verdict_of_the_inspector(
     monkeypatch.setattr("export.inspection.Cuda", gpu)
     rejected = verdict == CONTRADICTED
     with pytest.raises(PromiseBroken) if rejected else contextlib.nullcontext():
-        build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,))
     engine = model.with_name("drn.fp16.rejected.engine" if rejected else "drn.fp16.engine")
     assert read_sidecar(engine).content["census"]["verdict"] == verdict
     layers = read_layers_file(layers_path(engine))
@@ -697,7 +818,7 @@ def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
         return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), None)
 
     monkeypatch.setattr("export.engines.build", build)
-    output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), batch=(1, 4, 8))
+    output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), batch=(1, 4, 8))
     assert [len(options.profiles) for options in tensorrt] == [2, 1]
     content = read_sidecar(output).content
     (profile,) = content["profiles"]
@@ -708,7 +829,7 @@ def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
     assert "--profiles 1" in rebuild_command(output, read_sidecar(output))
     # Requested, it is built at once.
     tensorrt.clear()
-    build_engine(model, target="tensorrt", query_length=(1, 8, 12), batch=(1, 4, 8), profiles=1)
+    build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), batch=(1, 4, 8), profiles=1)
     assert [len(options.profiles) for options in tensorrt] == [1]
 
 
@@ -721,7 +842,7 @@ def test_a_plan_with_one_profile_that_does_not_load_is_an_error(
     monkeypatch.setattr("export.engines.build", build)
     for profiles in (1, 2):
         with pytest.raises(PlanNotLoaded):
-            build_engine(model, target="tensorrt", query_length=(1, 8, 12), profiles=profiles)
+            build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), profiles=profiles)
     assert [path.name for path in model.parent.iterdir()] == ["drn.onnx"]
 
 
@@ -744,7 +865,7 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
 
     monkeypatch.setattr("export.engines.build", build)
     wanted: dict[str, Any] = {
-        "precision": "int8", "target": "tensorrt", "query_length": (1, 8, 12), "threads": 1,
+        "precision": "int8", "target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "unroll": (0,),
         "table": _measure(model, planted, tmp_path / "t.json"),
     }  # fmt: skip
     output = build_engine(model, **wanted)
@@ -766,7 +887,7 @@ def test_tf32_is_recorded_where_it_is_allowed(
         return Plan(b"plan", "tensorrt 11.4.0", True, _inspected("wide"), None)
 
     monkeypatch.setattr("export.engines.build", build)
-    output = build_engine(model, precision="fp32", target="tensorrt", query_length=(1, 8, 12), tf32=tf32)
+    output = build_engine(model, precision="fp32", target="tensorrt", query_length=(1, 8, 12), unroll=(0,), tf32=tf32)
     assert [options.tf32 for options in tensorrt] == [tf32]
     sidecar = read_sidecar(output)
     assert sidecar.content["options"]["tf32"] == tf32
@@ -786,7 +907,7 @@ def test_reports_contain_the_verdict_of_the_engine(
     monkeypatch.setattr(
         "export.engines.build", lambda *_: Plan(b"plan", "tensorrt 11.4.0", True, _inspected("mixed"), None)
     )
-    build_engine(model, target="tensorrt", data=planted, query_length=(1, 8, 12), limit=4, threads=1)
+    build_engine(model, target="tensorrt", data=planted, query_length=(1, 8, 12), unroll=(0,), limit=4, threads=1)
     found = json.loads(model.with_name("drn.fp16.parity.json").read_text())["engine_precision"]
     assert found["verdict"] == NOT_PROVEN
     assert "ForeignNode" in found["reason"]

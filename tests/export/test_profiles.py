@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from export.profiles import profiles, usual_query_length
+from export.profiles import Unrolling, profiles, unrolling, usual_query_length
 from runtime.errors import ShapeError
 from tests.export.conftest import TINY, manifest
 
@@ -51,3 +51,32 @@ def test_query_lengths_are_those_of_the_data_set_as_far_as_the_graph_goes() -> N
         about = dataclasses.replace(ABOUT, max_query_length=longest, training={"query_length": [1, 16, 96]})
         assert usual_query_length(about) == wanted
         assert profiles((1, 1, 1), None, about)[0].shapes["query_tokens"] == tuple((1, length) for length in wanted)
+
+
+def lengths(longest: int, target: str = "tensorrt", requested: tuple[int, ...] = (), **training: object) -> Unrolling:
+    return unrolling(requested, target, longest, dataclasses.replace(ABOUT, training=training), None, "test")
+
+
+def test_tensorrt_writes_out_the_lstm_for_the_usual_lengths_below_the_longest() -> None:
+    assert lengths(32).steps == (9, 10)
+    assert lengths(10).steps == (9,)
+    assert lengths(9).steps == ()
+    assert lengths(64, data_set="TACoS").steps == (15, 27)
+    assert lengths(64, query_length_quantiles=[7, 7]).steps == (7,)
+    for target in ("tensorrt-rtx", "onnxruntime"):
+        assert lengths(32, target).steps == ()
+        assert lengths(32, target, (6, 10)).steps == (6, 10)
+
+
+def test_lengths_of_an_unknown_data_set_are_not_guessed() -> None:
+    chosen = lengths(32, data_set="Mine")
+    assert chosen.steps == ()
+    assert "Mine" in chosen.reason
+
+
+def test_requested_lengths_replace_the_usual_ones() -> None:
+    assert lengths(32, requested=(0,)) == Unrolling((), "--unroll 0")
+    assert lengths(32, requested=(32,)).steps == (32,)
+    for wrong in ((-1,), (33,)):
+        with pytest.raises(ShapeError):
+            lengths(32, requested=wrong)

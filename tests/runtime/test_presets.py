@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.annotations import DataSet
 from runtime.decoding import Decoding
 from runtime.errors import AnnotationError
 from runtime.manifest import Features
-from runtime.presets import PRESETS, Preset, query_length_of
+from runtime.presets import (
+    LENGTH_QUANTILES,
+    PRESETS,
+    Preset,
+    length_quantiles,
+    length_quantiles_of,
+    query_length_of,
+)
+from runtime.vocabulary import tokenize
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -45,3 +56,34 @@ def test_a_preset_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None
 @pytest.mark.parametrize("told", [None, [1, 2], [1, 2, "3"], "1 2 3"])
 def test_a_model_that_says_nothing_usable_of_its_queries_takes_the_usual(told: Any) -> None:
     assert query_length_of({"query_length": told}) == query_length_of({}) == (1, 8, 32)
+
+
+def test_length_quantiles_are_lengths_that_enough_queries_do_not_exceed() -> None:
+    assert length_quantiles([4] * 90 + [7] * 9 + [30]) == (4, 7)
+    assert length_quantiles([4] * 89 + [7] * 9 + [30] * 2) == (7, 30)
+    assert length_quantiles([3]) == (3, 3)
+
+
+def test_quantiles_of_a_model_are_recorded_or_those_of_its_data_set() -> None:
+    recorded = length_quantiles_of({"data_set": "TACoS", "query_length_quantiles": [5, 8]})
+    assert recorded is not None
+    assert recorded[0] == (5, 8)
+    for title in (preset.title for preset in PRESETS.values()):
+        published = length_quantiles_of({"data_set": title})
+        assert published is not None
+        assert published[0] == LENGTH_QUANTILES[title]
+        assert title in published[1]
+    converted = length_quantiles_of({})
+    assert converted is not None
+    assert converted[0] == LENGTH_QUANTILES["Charades-STA"]
+    assert length_quantiles_of({"data_set": "Mine"}) is None
+    assert length_quantiles_of({"data_set": ["Mine"], "query_length_quantiles": [5.0, 8]}) is None
+
+
+@pytest.mark.parametrize(("directory", "title"), [("charades_sta", "Charades-STA"), ("tacos", "TACoS")])
+def test_published_quantiles_are_those_of_the_files(directory: str, title: str) -> None:
+    if "DRN_REAL_DATA" not in os.environ:
+        pytest.skip("DRN_REAL_DATA does not name the published annotations")
+    data_set = DataSet(Path(os.environ["DRN_REAL_DATA"]) / directory)
+    training = data_set.annotations("train", invalid="keep", quiet=True)
+    assert length_quantiles(len(tokenize(one.sentence)) for one in training) == LENGTH_QUANTILES[title]

@@ -360,7 +360,7 @@ def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to
     alone = plans.rebuild_command(shorter, read_sidecar(shorter))
     plan.unlink()
     assert plans.rebuild_command(shorter, read_sidecar(shorter)) == alone
-    assert alone.endswith(f"--query-length 6 6 6 --split --output {shorter}")
+    assert alone.endswith(f"--query-length 6 6 6 --unroll 0 --split --output {shorter}")
 
 
 def test_the_numbers_of_tokens_are_in_the_names_also_of_what_was_rejected() -> None:
@@ -1162,7 +1162,7 @@ def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
     command = plans.rebuild_command(plan, sidecar_of(options={"version_compatible": True, "hardware_compatible": True}))
     assert command == (
         "python -m export.build_engine --model models/drn.onnx --precision int8 --target tensorrt --data DIR "
-        "--batch 1 8 32 --query-length 1 8 16 --version-compatible --hardware-compatible "
+        "--batch 1 8 32 --query-length 1 8 16 --unroll 0 --version-compatible --hardware-compatible "
         "--output models/drn.int8.engine"
     )
     known = inspect.signature(build_engine).parameters

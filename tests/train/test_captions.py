@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from runtime.annotations import DataSet
 from runtime.errors import AnnotationError, FeatureError
 from runtime.evaluate import evaluate
+from runtime.presets import length_quantiles
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from train.__main__ import train
 from train.captions import content_words
@@ -94,6 +96,9 @@ def test_training_takes_the_preset_of_the_data_set(simulated: tuple[str, DataSet
     assert checkpoint.config.num_segments == preset.num_segments == {"TACoS": 128}.get(title, 32)
     assert checkpoint.decoding.pre_nms_top_n == max(32, preset.num_segments)
     assert checkpoint.training["query_length"] == list(preset.query_length)
+    training = data_set.annotations("train", invalid="drop")
+    lengths = (len(checkpoint.vocabulary.encode(one.sentence, Counter())) for one in training)
+    assert checkpoint.training["query_length_quantiles"] == list(length_quantiles(lengths))
     assert checkpoint.longest_query == max(64, preset.query_length[2])
     assert (checkpoint.features.kind, checkpoint.features.dim) == ("C3D", 12)
     # The val split chooses the epoch where there is one.
