@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.arrayfiles import read_header
 from runtime.errors import FeatureError, MissingFeatures, excerpt
-from runtime.files import check_directory, check_file, content_stamp
+from runtime.files import check_directory, check_file, content_stamp, file_stamp
 from runtime.hdf5 import Hdf5Reader
 from runtime.layouts.values import file_stem, is_file_name
 from runtime.videos import load_features
@@ -41,6 +41,10 @@ class FeatureStore(Protocol):
     def stamp(self, video: str) -> tuple[Any, ...]:
         """Return what changes whenever the features of a video do: name, size and time of the file, the place in it,
         and a hash of samples of the content."""
+
+    def file_stamp(self, video: str) -> tuple[Any, ...] | None:
+        """Return what changes whenever the file that holds a video is written or replaced, without reading the file;
+        None where there is none."""
 
     def content(self, video: str) -> bytes:
         """Return all that the features of a video are, to be hashed."""
@@ -84,6 +88,14 @@ class FeatureFiles:
         path = self.path(video)
         return path.name, *content_stamp(path)
 
+    def file_stamp(self, video: str) -> tuple[Any, ...] | None:
+        for name in _spellings(video):
+            for suffix in SUFFIXES:
+                stamp = file_stamp(self.place / f"{name}{suffix}")
+                if stamp is not None:
+                    return name, suffix, *stamp
+        return None
+
     def content(self, video: str) -> bytes:
         return self.path(video).read_bytes()
 
@@ -111,6 +123,9 @@ class FeatureArchive:
     def stamp(self, video: str) -> tuple[Any, ...]:
         name = self._reader.describe(_spellings(video))["name"]
         return self.place.name, *content_stamp(self.place), name
+
+    def file_stamp(self, video: str) -> tuple[Any, ...] | None:
+        return file_stamp(self.place)
 
     def close(self) -> None:
         """End the process that reads the file, until it is read again."""

@@ -581,6 +581,20 @@ def content_stamp(path: str | os.PathLike[str]) -> tuple[int, int, str]:
     return stat.st_size, stat.st_mtime_ns, digest.hexdigest()
 
 
+def file_stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Return what changes when a regular file is written or replaced, without opening it; None where there is none.
+
+    The time of the last status change is part of it, because copies may keep the time of the last write.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def json_digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value, the same however it is laid out and whatever the order of its keys."""
     # Once there and back: tuples become lists and number keys text, as they are when they are read from a file.

@@ -1,6 +1,6 @@
 """Read datasets of an HDF5 file in a process of its own, because damaged files crash libhdf5.
 
-Of 12,000 damaged files two ended the process with a segmentation fault (h5py 3.16; tests/fuzz). The process
+Of 12,000 damaged files two ended the process with a segmentation fault (h5py 3.16; tests/fuzzing.py). The process
 starts with the first question, in 0.2 s, and serves all that follow. What crashes it is one error, and the next
 question starts another.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.arrayfiles import check_unfolded
 from runtime.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, excerpt, one_line, reading
-from runtime.files import check_file
+from runtime.files import check_file, file_stamp
 
 # In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
 DATASET = "c3d_features"
@@ -46,6 +46,7 @@ class Hdf5Reader:
         self._path = path
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._stamp: tuple[int, ...] | None = None
         self._lock = threading.Lock()
 
     def describe(self, names: list[str]) -> dict[str, Any]:
@@ -120,7 +121,10 @@ class Hdf5Reader:
                 watchdog.cancel()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        stamp = file_stamp(self._path)
+        is_running = self._process is not None and self._owner == os.getpid() and self._process.poll() is None
+        # The process has the file open, and another file may have replaced it.
+        if self._process is None or not is_running or stamp != self._stamp:
             if importlib.util.find_spec("h5py") is None:
                 raise DeviceError("Features in HDF5 need h5py, which is missing; run `pip install 'drn-deploy[hdf5]'`.")
             check_file(self._path, "The feature file", FeatureError)
@@ -132,7 +136,7 @@ class Hdf5Reader:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-            self._owner = os.getpid()
+            self._owner, self._stamp = os.getpid(), stamp
         return self._process
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -18,7 +19,7 @@ import numpy as np
 from runtime.annotations import DataSet
 from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import AnnotationError, DeviceError, FeatureError, FootageError, GroundingError, excerpt
-from runtime.files import check_directory, open_inside
+from runtime.files import check_directory, file_stamp, open_inside
 from runtime.footage import offset_of
 from runtime.grounder import Grounder, Subject
 from runtime.service.batching import Batcher
@@ -113,6 +114,15 @@ class Library:
                 "no_features",
             ) from error
 
+    def stamp(self, name: str) -> object:
+        """Return what changes when the features or the film of a video are written or replaced."""
+        assert self._data is not None
+        film = self._media.get(name)
+        # What is wrong with the features is reported when they are read.
+        with contextlib.suppress(FeatureError):
+            return self._data.store.file_stamp(name), film and file_stamp(film)
+        return None
+
     def _film_offset(self, name: str) -> float:
         """Return the seconds from the start of a video's film to its first picture; 0 where that cannot be known."""
         film = self._media.get(name)
@@ -140,30 +150,36 @@ class Shelf:
         self._batcher = batcher
         self._capacity = capacity
         self._telemetry = telemetry
-        self._ready: collections.OrderedDict[str, tuple[Subject, int]] = collections.OrderedDict()
-        self._coming: dict[str, asyncio.Task[Subject]] = {}
+        self._ready: collections.OrderedDict[str, tuple[Subject, int, object]] = collections.OrderedDict()
+        self._coming: dict[tuple[str, object], asyncio.Task[Subject]] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
         self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._ready)
 
-    async def subject(self, key: str, load: Callable[[], Video]) -> Subject:
-        """Return the video of this key as the model takes it; `load` reads it, in another thread, if it is not there.
+    async def subject(self, key: str, load: Callable[[], Video], stamp: object = None) -> Subject:
+        """Return the video of this key as the model takes it.
+
+        Args:
+            key: of the video.
+            load: reads it, in another thread, if it is not ready.
+            stamp: of its files, taken now; a video with another stamp is read again.
 
         Raises what `load` does, and Refusal if the features do not fit the model.
         """
-        found = self._ready.get(key)
-        if found is not None:
+        ready = self._ready.get(key)
+        if ready is not None and ready[2] == stamp:
             self._ready.move_to_end(key)
             self._telemetry.looked("hit")
-            return found[0]
-        task = self._coming.get(key)
+            return ready[0]
+        self.forget(key)
+        task = self._coming.get((key, stamp))
         self._telemetry.looked("joined" if task else "miss")
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._make_ready(key, load))
-            self._coming[key] = task
-            task.add_done_callback(functools.partial(self._arrived, key))
+            task = asyncio.get_running_loop().create_task(self._make_ready(key, load, stamp))
+            self._coming[key, stamp] = task
+            task.add_done_callback(functools.partial(self._arrived, (key, stamp)))
         # One who leaves does not take it from the others.
         return await asyncio.shield(task)
 
@@ -192,21 +208,22 @@ class Shelf:
             return await self._batcher.do(lambda: self._grounder.encode(video))
         return video
 
-    async def _make_ready(self, key: str, load: Callable[[], Video]) -> Subject:
+    async def _make_ready(self, key: str, load: Callable[[], Video], stamp: object) -> Subject:
         started = time.perf_counter()
         subject = await self.prepared(load)
         self._telemetry.phase("ready", time.perf_counter() - started)
-        self._keep(key, subject)
+        self._keep(key, subject, stamp)
         return subject
 
-    def _keep(self, key: str, subject: Subject) -> None:
+    def _keep(self, key: str, subject: Subject, stamp: object) -> None:
+        self.forget(key)
         size = _bytes(subject)
-        self._ready[key] = (subject, size)
+        self._ready[key] = (subject, size, stamp)
         self.bytes += size
         while self.bytes > self._capacity and len(self._ready) > 1:
             self.forget(next(iter(self._ready)))
 
-    def _arrived(self, key: str, task: asyncio.Task[Subject]) -> None:
+    def _arrived(self, key: tuple[str, object], task: asyncio.Task[Subject]) -> None:
         self._coming.pop(key, None)
         # Read, so that a failure whose askers have all left is no warning of the loop's.
         if not task.cancelled():

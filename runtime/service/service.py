@@ -154,7 +154,7 @@ class Service:
     async def subject(self, name: str) -> Subject:
         """Return a video as the model takes it; Refusal if it is not known."""
         if name in self.library:
-            return await self.shelf.subject(name, lambda: self.library.load(name))
+            return await self.shelf.subject(name, lambda: self.library.load(name), self.library.stamp(name))
         upload = self.upload(name)
         extraction = upload.extraction
         if extraction is not None:
@@ -207,6 +207,7 @@ class Service:
         if field == "video":
             if asked.duration is not None or asked.num_frames is not None:
                 raise Refusal(422, "A video file tells its duration and frames; leave duration and num_frames out.")
+            await self.uploads.check_extractor()
             self.uploads.take_video(upload, file.path, asked.partial)
             return asked, None
         if asked.partial:

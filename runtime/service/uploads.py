@@ -26,7 +26,7 @@ from runtime.arrayfiles import open_archive, read_header
 from runtime.backends import Device
 from runtime.errors import FeatureError, OutputError, one_line
 from runtime.extraction import cache_directory
-from runtime.files import locked
+from runtime.files import content_stamp, file_stamp, locked
 from runtime.service.library import MEDIA_TYPES, Entry
 from runtime.service.refusals import Refusal, unknown_video
 from runtime.videos import ClipClock, Origin, Video, load_features
@@ -143,6 +143,8 @@ class Uploads:
         self._clock = clock
         self._forgotten = forgotten
         self._extractor = extractor
+        self._extractor_stamp = None if extractor is None else file_stamp(extractor)
+        self._extractor_digest = None if extractor is None else content_stamp(extractor)[2]
         self._device = device
         self._threads = threads
         self._uploads: dict[str, Upload] = {}
@@ -247,6 +249,25 @@ class Uploads:
         sent.unlink()
         return video
 
+    async def check_extractor(self) -> None:
+        """Raise Refusal (code `extractor_changed`) unless the extractor is the one that the service started with."""
+        assert self._extractor is not None
+        stamp = file_stamp(self._extractor)
+        if stamp == self._extractor_stamp:
+            return
+        with contextlib.suppress(OSError):
+            # A copy of the same content is the same extractor.
+            if (await asyncio.to_thread(content_stamp, self._extractor))[2] == self._extractor_digest:
+                self._extractor_stamp = stamp
+                return
+        log.error("%s changed since the service started. Restart the service to use it.", self._extractor)
+        raise Refusal(
+            503,
+            "The extractor of this service changed since the start, so it accepts no video files. Send features, or "
+            "restart the service.",
+            "extractor_changed",
+        )
+
     def take_video(self, upload: Upload, sent: Path, partial: bool = False) -> None:
         """Begin to extract a video that was sent; Refusal if it is none, or too many wait.
 
@@ -300,6 +321,7 @@ class Uploads:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
+        await self.check_extractor()
         if process.returncode != 0:
             raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
         for line in said.decode("utf-8", "replace").splitlines():

@@ -100,6 +100,25 @@ def test_without_h5py_the_install_command_is_told(published: Path, monkeypatch: 
         FeatureArchive(published).load("v_a")
 
 
+def test_replaced_archive_is_read_anew(published: Path, tmp_path: Path) -> None:
+    import h5py
+
+    path = tmp_path / "features.h5"
+    path.write_bytes(published.read_bytes())
+    store = FeatureArchive(path)
+    before, stamp = store.load("v_a"), store.file_stamp("v_a")
+    assert store.file_stamp("v_a") == stamp
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["v_a"] = before + 1
+    (tmp_path / "other.h5").replace(path)
+    assert store.file_stamp("v_a") != stamp
+    np.testing.assert_array_equal(store.load("v_a"), before + 1)
+    path.unlink()
+    assert store.file_stamp("v_a") is None
+    with pytest.raises(FeatureError):
+        store.load("v_a")
+
+
 def test_a_stamp_changes_with_the_file_and_from_video_to_video(published: Path) -> None:
     before = FeatureArchive(published)
     stamps = [before.stamp(video) for video in ("v_a", "s1-d1")]

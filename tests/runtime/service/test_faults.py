@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.annotations import DataSet
@@ -135,6 +136,76 @@ def test_features_that_vanish_are_told_without_their_path(
     shutil.rmtree(data / "C3D_unit16_overlap0.5_merged")
     said = serving.ask(questions[0][0]).refused(404, "features", "missing")
     assert str(tmp_path) not in said
+
+
+@pytest.mark.parametrize("how", ["rename", "in place", "rename, same time", "in place, same time", "another kind"])
+def test_replaced_features_are_read_again(
+    start: Callable[..., Running], model: Path, planted: Path, offline: Grounder, tmp_path: Path, how: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    name, query = sorted(DataSet(data).durations)[0], "person opens the door"
+    path = DataSet(data).feature_path(name)
+    original = DataSet(data).video(name)
+    serving = start("--model", model, "--data", data, "--uploads", tmp_path / "uploads")
+
+    def expected() -> Any:
+        moments = offline.ground(DataSet(data).video(name), query)
+        return [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}]
+
+    before = expected()
+    asked = {"video": name, "query": query}
+    for _ in range(2):
+        assert alike(serving.ask(asked).json, before)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    if how == "another kind":
+        path.unlink()
+        path = path.with_suffix(".npz")
+        np.savez(path, original.features[::-1])
+    else:
+        made = path if how.startswith("in place") else tmp_path / "made.npy"
+        np.save(made, original.features[::-1])
+        made.replace(path)
+    if "same time" in how:
+        os.utime(path, ns=times)
+    after = expected()
+    assert not alike(before, after)
+    for _ in range(2):
+        assert alike(serving.ask(asked).json, after)
+    path.write_bytes(b"damaged")
+    serving.ask(asked).refused(404)
+    path.unlink()
+    serving.ask(asked).refused(404)
+
+
+def test_replaced_extractor_is_refused(
+    start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path
+) -> None:
+    from tests.films import film
+
+    copied = tmp_path / "tiny.onnx"
+    shutil.copy(extractor, copied)
+    serving = start("--model", model, "--extractor", copied, "--uploads", tmp_path / "uploads")
+    video = ("film.mp4", film(tmp_path / "film.mp4", 40).read_bytes())
+
+    def send() -> Any:
+        return serving.send("/v1/ground", video=video, query="person opens the door")
+
+    before = send()
+    assert before.status == 200
+    # The same content under another time is the same extractor.
+    shutil.copy(extractor, tmp_path / "again.onnx")
+    (tmp_path / "again.onnx").replace(copied)
+    assert alike(send().json, before.json)
+    content = bytearray(extractor.read_bytes())
+    content[len(content) // 2] ^= 1
+    for replace in (lambda: copied.write_bytes(content), copied.unlink):
+        replace()
+        refused = send()
+        refused.refused(503)
+        assert refused.json["error"]["code"] == "extractor_changed"
+    shutil.copy(extractor, copied)
+    assert alike(send().json, before.json)
 
 
 def test_clients_that_leave_at_any_point_harm_nobody(service: Running, questions: list[Any]) -> None:
