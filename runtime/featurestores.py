@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class FeatureFiles:
     def file_stamp(self, video: str) -> tuple[Any, ...] | None:
         for name in _spellings(video):
             for suffix in SUFFIXES:
-                stamp = file_stamp(self.place / f"{name}{suffix}")
+                stamp = file_stamp(os.path.join(self.place, name + suffix))
                 if stamp is not None:
                     return name, suffix, *stamp
         return None

@@ -300,6 +300,8 @@ const isVideo = (file) => file.type.startsWith("video/") || /\.(mp4|m4v|mov|webm
 function chooseFile() {
   const file = $("file").files[0];
   $("clock").hidden = !file || isVideo(file);
+  $("damaged").hidden = !file || !isVideo(file);
+  $("partial").checked = false;
   $("sending-problem").hidden = true;
 }
 
@@ -327,6 +329,7 @@ $("sending").querySelector("form").addEventListener("submit", async (event) => {
     return;
   }
   if (!isVideo(file) && $("frames").value) fields.num_frames = $("frames").value;
+  if (isVideo(file) && $("partial").checked) fields.partial = true;
   sending = new AbortController();
   $("upload").disabled = true;
   $("sending-problem").hidden = true;

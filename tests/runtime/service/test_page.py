@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from runtime.annotations import DataSet
-from tests.films import film, scene
+from tests.films import film, holed, scene
 from tests.runtime.service.conftest import Running, npy
 
 # Named by .ci/run, so that there these tests fail instead of skipping.
@@ -374,6 +374,28 @@ def test_a_video_is_sent_played_and_asked(seen: Seen, tmp_path: Path) -> None:
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("#sending-problem")).to_contain_text("no NumPy file")
     page.get_by_role("button", name="Cancel").click()
+
+
+def test_damaged_video_is_answered_where_partial_is_checked(seen: Seen, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    damaged = holed(film(tmp_path / "whole.mp4", noise), tmp_path / "hole.mp4", 30)
+    page = seen.open()
+    checkbox = page.get_by_label("Use what can be decoded")
+    page.get_by_role("button", name="Send a video").click()
+    expect(checkbox).to_be_hidden()
+    (tmp_path / "x.npy").write_bytes(b"x")
+    page.get_by_label("File").set_input_files(tmp_path / "x.npy")
+    expect(checkbox).to_be_hidden()
+    page.get_by_label("File").set_input_files(damaged)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#problem")).to_contain_text("partial")
+    page.get_by_role("button", name="Send a video").click()
+    page.get_by_label("File").set_input_files(damaged)
+    expect(checkbox).not_to_be_checked()
+    checkbox.check()
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sending")).to_be_hidden()
+    seen.ask("person opens the door")
 
 
 def test_a_key_is_asked_for_and_kept(
