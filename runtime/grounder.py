@@ -19,7 +19,15 @@ import numpy as np
 from runtime.backends import Backend, Device, PairBackend, is_address, open_backend
 from runtime.decoding import NON_FINITE, decode, likely
 from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
+from runtime.errors import (
+    DeviceMemoryError,
+    FeatureError,
+    GroundingError,
+    ModelFileError,
+    QueryError,
+    ShapeError,
+    excerpt,
+)
 from runtime.moments import Moment
 from runtime.tensors import Batch, Heads, batches, collate, of_like_length, padded
 from runtime.videos import LARGE_FEATURE, Segments, Video, pooled
@@ -236,6 +244,61 @@ class Grounder:
         self, tokens: np.ndarray, lengths: np.ndarray, videos: list[EncodedVideo], index: np.ndarray, part: slice
     ) -> Heads:
         return self._pair.ask(tokens[part], lengths[part], videos, index[part])
+
+    def warm(
+        self,
+        batches: Sequence[int],
+        lengths: Sequence[int],
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> int:
+        """Run the network for each batch size and query length, so that no query pays for what a new size costs.
+
+        An engine makes an execution context for each size and captures it in a CUDA graph; ONNX Runtime and PyTorch
+        search kernels on a GPU. On a CPU, and for models behind Triton, nothing is run: a new size costs nothing there.
+        Sizes that are padded to the same shape are run once. An engine keeps the contexts of 64 shapes; of more, those
+        of the smallest batches stay. Of a split model the encoding of one video is run too.
+
+        Args:
+            batches: numbers of queries that are asked together, each at least 1.
+            lengths: query lengths in tokens, each at least 1.
+            progress: called with the number of shapes that are done and their total, before and after each.
+
+        Returns:
+            The number of shapes that were run; 0 where there is nothing to warm.
+
+        Raises:
+            ShapeError: a size is below 1, or beyond what the model takes. Nothing was run.
+            DeviceMemoryError: the device has no memory for all of them; those done before stay.
+            DeviceError: the model was closed, or the device failed.
+        """
+        longest = self.manifest.max_query_length
+        if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > longest:
+            raise ShapeError(
+                f"Batches of {excerpt(list(batches))} queries of {excerpt(list(lengths))} tokens were given. Give "
+                f"batches of at least 1, and 1 to {longest} tokens, which this model takes."
+            )
+        if not batches or not lengths:
+            return 0
+        warm = getattr(self.backend, "warm", None)
+        if warm is not None:
+            return int(warm(batches, lengths, progress))
+        if not str(getattr(self.backend, "device", "cpu")).startswith("cuda"):
+            return 0
+        sizes = [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
+        for done, (batch, length) in enumerate(sizes):
+            progress(done, len(sizes))
+            self._run_once(batch, length)
+        progress(len(sizes), len(sizes))
+        return len(sizes)
+
+    def _run_once(self, batch: int, length: int) -> None:
+        """Run the network on a batch of queries of one length, all about one video of zeros."""
+        segments, width = self.manifest.decoding.num_segments, self.manifest.features.dim
+        zeros = Segments(np.zeros((segments, width), np.float32), np.zeros((segments, 2), np.float32))
+        seen = self.encode_segments(zeros, 1.0, "zeros") if self.is_pair else zeros
+        for _ in self.run([np.zeros(length, np.int32)] * batch, [seen] * batch, batch):
+            pass
 
     def encode(self, video: Subject, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
         """Return what the model's video part makes of a video: `ground` takes it in the video's place, without

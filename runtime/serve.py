@@ -16,6 +16,7 @@ from runtime.extraction import cache_directory
 from runtime.extractors import open_extractor
 from runtime.files import sha256
 from runtime.grounder import BATCH_SIZE, Grounder
+from runtime.warming import warm_usual
 from runtime.windows import windows_asked
 
 log = logging.getLogger("drn")
@@ -123,6 +124,8 @@ def serve(
     if extractor is not None:
         # Opened once, to see that it is one whose features the model takes.
         open_extractor(extractor, device, threads).manifest.check_fits(grounder.manifest.features)
+    # Before requests are taken: the service's own thread owns the model from then on.
+    warm_usual(grounder, batch_size)
     create = functools.partial(
         Service,
         grounder,

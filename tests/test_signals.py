@@ -202,6 +202,13 @@ def test_sigterm_at_the_start_of_a_service_removes_its_directory(commands: dict[
     assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
 
 
+@pytest.mark.parametrize("module", ["runtime.serve", "runtime.ground_corpus"])
+def test_sigterm_while_warming_ends_the_command(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
+    words = commands[module](tmp_path)
+    end_half_way(start(module, tmp_path, words, ["-c", REPEATING, "runtime.grounder:Grounder.warm", module]))
+    assert not list(tmp_path.rglob("shard-*"))
+
+
 @pytest.mark.parametrize(
     "module", ["train.simulate", "export.build_engine", "runtime.extract", "runtime.ground_corpus"]
 )

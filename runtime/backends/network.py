@@ -41,6 +41,8 @@ SPANS = "segment_spans"
 # Contexts, each with its CUDA graph, that are kept; the least used goes first. There is room for all sizes of batches
 # to 32 and of queries to 16 words, which a service meets in any order, so that no context is made twice.
 MOST_PROGRAMS = 64
+# Runs of a shape after which it is captured.
+RUNS_BEFORE_CAPTURE = 2
 # At the end of the process, what calls in other threads get to end in all. A call takes milliseconds.
 LAST_CALLS_SECONDS = 2.0
 # Sizes whose profile is remembered.
@@ -301,9 +303,37 @@ class Network:
         rows = sizes["batch"] if "batch" in sizes else sizes["video"]
         answers = {name: view[:rows].copy() for name, view in program.outputs.items()}
         # A shape that comes a second time will come again. The run just done has settled what was deferred.
-        if program.runs >= 2 and program.graph is None and self._captures:
+        if program.runs >= RUNS_BEFORE_CAPTURE and program.graph is None and self._captures:
             self._capture(program)
         return answers
+
+    def key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the profile and the padded sizes of a request: requests of one key share a context and a CUDA graph.
+
+        Raises:
+            ShapeError: no profile takes them.
+        """
+        profile, padded = self.choose(sizes)
+        return (profile.index, *padded.values())
+
+    def warm(self, sizes: Mapping[str, int]) -> None:
+        """Run with made-up inputs until requests of these sizes need no new context and no capture; raises as `run`.
+
+        Args:
+            sizes: how many there are along each axis.
+        """
+        profile, _ = self.choose(sizes)
+        shapes = profile.shapes(self._axes, sizes)
+        inputs = {
+            name: np.full(shapes[name], _PADDING.get(name, 0), self._dtypes[name])
+            for name in self._axes
+            if name not in self._resident
+        }
+        for _ in range(RUNS_BEFORE_CAPTURE):
+            self.run(inputs, sizes)
+        if self.key(sizes) not in self._programs:
+            # A capture that failed gave the context back.
+            self.run(inputs, sizes)
 
     def _complete(self, program: _Program) -> None:
         """Run a program and wait for it."""

@@ -23,7 +23,7 @@ from runtime.backends.cuda import Cuda, OutOfDeviceMemory
 from runtime.backends.network import OUTPUTS, SPANS, Network
 from runtime.backends.shapes import asked, pieces, pieces_by_video
 from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, ModelFileError, ShapeError
+from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.extractors import ExtractorManifest, ExtractorSidecar
 from runtime.files import json_digest
 from runtime.manifest import Manifest
@@ -322,6 +322,46 @@ class _Grounding(_Model):
         self.manifest = manifest
         self._by_length = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
 
+    def warm(
+        self, batches: Sequence[int], lengths: Sequence[int], progress: Callable[[int, int], None] = lambda *_: None
+    ) -> int:
+        """Make the contexts and CUDA graphs for queries of these sizes; see `Grounder.warm`."""
+        requests: dict[Any, tuple[Network, dict[str, int]]] = {}
+        for network, sizes in self._requests(batches, lengths):
+            requests.setdefault((network, network.key(sizes)), (network, sizes))
+        for done, (network, sizes) in enumerate(requests.values()):
+            progress(done, len(requests))
+            with self._turn():
+                self._reset_clock()
+                try:
+                    network.warm(sizes)
+                except OutOfDeviceMemory as error:
+                    raise DeviceMemoryError(
+                        f"The GPU's memory is full after {done} of {len(requests)} sizes. Warm fewer sizes, or build "
+                        "the engine for fewer queries (--batch)."
+                    ) from error
+        progress(len(requests), len(requests))
+        return len(requests)
+
+    def _requests(self, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[Network, dict[str, int]]]:
+        """Yield the networks and sizes that queries meet, large batches first.
+
+        A network keeps `MOST_PROGRAMS` contexts, and those of single queries must not be the ones given back.
+        """
+        for batch in sorted(set(batches), reverse=True):
+            for longest in sorted(set(lengths), reverse=True):
+                yield self.network_for(longest), {"batch": batch, "query_length": longest}
+
+    @property
+    def largest_batch(self) -> int:
+        """Queries that go through together at most."""
+        return max(profile.ranges["batch"][2] for profile in self._network.domains)
+
+    @property
+    def longest_query(self) -> int:
+        """Tokens of the longest query."""
+        return self._network.query_length[2]
+
     def network_for(self, longest: int) -> Network:
         """Return what reads queries of so many tokens at most; ShapeError if the engine was built for shorter ones."""
         for network in self._by_length:
@@ -411,6 +451,12 @@ class TensorRTPair(_Grounding):
             for network in (query, *shorter)
         }
         self._calls = itertools.count(1)
+
+    def _requests(self, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[Network, dict[str, int]]]:
+        # Videos are encoded one by one; the query part always takes all that it keeps.
+        yield self._video, {"video": 1}
+        for network, sizes in super()._requests(batches, lengths):
+            yield network, {**sizes, "video": 1}
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""

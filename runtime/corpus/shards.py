@@ -22,6 +22,7 @@ from runtime.errors import FeatureError, GroundingError, OutputError, QueryError
 from runtime.files import json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.grounder import Grounder, Subject
 from runtime.videos import ClipClock, Video
+from runtime.warming import warm_usual
 from runtime.windows import windows_asked
 
 log = logging.getLogger("drn")
@@ -177,6 +178,7 @@ class Worker:
         settings = self.job.settings
         grounder = Grounder.load(self.job.model, settings.device, settings.threads)
         grounder.windows = windows_asked(grounder.windows, settings.window, settings.overlap)
+        warm_usual(grounder, settings.batch_size)
         return grounder
 
     @functools.cached_property

@@ -1,0 +1,190 @@
+"""`Grounder.warm` and `runtime.warming`: sizes that were warmed cost a query no context and no capture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.backends.cuda import OutOfDeviceMemory
+from runtime.backends.network import MOST_PROGRAMS, Network
+from runtime.errors import DeviceMemoryError, ShapeError
+from runtime.grounder import Grounder
+from runtime.tensors import Heads
+from runtime.videos import Video
+from runtime.warming import usual_sizes, warm_usual
+from tests.runtime.standin import VERSIONS
+from tests.runtime.test_trt import LONGEST, Bench, Graphs, batch_of, graphs
+
+__all__ = ["graphs"]
+
+BATCHES, LENGTHS = (1, 2, 5, 8), (2, 5, 9)
+
+
+@pytest.fixture(params=VERSIONS)
+def bench(tmp_path: Path, graphs: Graphs, request: pytest.FixtureRequest) -> Bench:
+    return Bench(tmp_path, graphs, request.param)
+
+
+@pytest.mark.parametrize("part", ["whole", "pair"])
+@pytest.mark.parametrize("unroll", [(), (3, 6)], ids=["loop", "unrolled"])
+def test_warm_sizes_need_no_new_context_and_no_capture(bench: Bench, part: str, unroll: Sequence[int]) -> None:
+    backend: Any = getattr(bench, part)(unroll=unroll)
+    grounder = Grounder(backend)
+    assert grounder.warm(BATCHES, LENGTHS) > 0
+    batches = [batch_of([length] * size, seed=size) for size in BATCHES for length in LENGTHS]
+    contexts, before = bench.library.contexts, len(bench.driver.calls)
+    for _ in range(3):
+        for batch in batches:
+            if part == "whole":
+                backend.run(batch)
+            else:
+                videos = known_of_one(backend, batch)
+                backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(len(batch), np.int32))
+    assert bench.library.contexts == contexts or bench.library.old
+    assert "cuStreamBeginCapture" not in bench.driver.calls[before:]
+    # Warm again costs nothing new either.
+    grounder.warm(BATCHES, LENGTHS)
+    assert "cuStreamBeginCapture" not in bench.driver.calls[before:]
+
+
+def known_of_one(pair: Any, batch: Any) -> Any:
+    from runtime.encodings import EncodedVideo
+
+    features = pair.encode(batch.segment_features[:1])[0]
+    return [EncodedVideo(features, batch.segment_spans[0], 1.0)]
+
+
+def test_warm_changes_no_answer(bench: Bench) -> None:
+    video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
+    queries = ["word1 word2", "word3 word7 word1 word5 word9", "word4"]
+    for backend in (bench.whole(), bench.pair()):
+        grounder = Grounder(backend)
+        expected = [grounder.ground(video, query) for query in queries]
+        grounder.warm(BATCHES, LENGTHS)
+        assert [grounder.ground(video, query) for query in queries] == expected
+
+
+@pytest.mark.parametrize(("batches", "lengths"), [((9,), (2,)), ((1,), (LONGEST + 1,)), ((0,), (2,)), ((1,), (0, 2))])
+def test_sizes_beyond_the_engine_are_refused_before_any_run(
+    bench: Bench, batches: tuple[int, ...], lengths: tuple[int, ...]
+) -> None:
+    for backend in (bench.whole(), bench.pair()):
+        runs = len(bench.library.runs)
+        with pytest.raises(ShapeError) as caught:
+            Grounder(backend).warm((1, *batches), (2, *lengths))
+        assert caught.value.code == "shape_mismatch"
+        assert len(bench.library.runs) == runs
+
+
+def test_progress_counts_every_shape_once(bench: Bench) -> None:
+    seen: list[tuple[int, int]] = []
+    count = Grounder(bench.whole()).warm((1, 3, 4), (1, 2, 3, 4, 5), progress=lambda *step: seen.append(step))
+    # Tokens are padded to 4 and 6.
+    assert count == 6
+    assert seen == [(done, 6) for done in range(7)]
+    assert Grounder(bench.whole()).warm((), (2,)) == Grounder(bench.whole()).warm((1,), ()) == 0
+
+
+def test_contexts_of_single_queries_stay_if_there_are_too_many(
+    tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.backends.network.MOST_PROGRAMS", 3)
+    assert MOST_PROGRAMS > 3
+    bench = Bench(tmp_path, graphs)
+    backend = bench.whole()
+    Grounder(backend).warm((1, 2, 4, 8), (4, 6, 8))
+    contexts = bench.library.contexts
+    for length in (4, 6, 8):
+        backend.run(batch_of([length]))
+    assert bench.library.contexts == contexts
+
+
+def test_a_device_without_memory_for_all_sizes_is_an_error_and_for_usual_sizes_a_warning(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grounder, warm = Grounder(bench.whole()), Network.warm
+    calls = iter([False, True])
+
+    def full(network: Network, sizes: Any) -> None:
+        if next(calls, True):
+            raise OutOfDeviceMemory("full")
+        warm(network, sizes)
+
+    monkeypatch.setattr(Network, "warm", full)
+    with pytest.raises(DeviceMemoryError) as caught:
+        grounder.warm((1, 2), (4, 6))
+    assert caught.value.code == "out_of_memory"
+    assert warm_usual(grounder, 4) == 0
+    assert any(record.levelname == "WARNING" for record in caplog.records)
+
+
+def test_usual_sizes_are_those_that_a_program_asks(
+    bench: Bench, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "drn")
+    grounder = Grounder(bench.whole())
+    # The engine takes 8 queries, and Charades-STA's have 10 tokens at most.
+    assert usual_sizes(grounder, 32) == ([1, 2, 3, 4, 6, 8], list(range(1, 11)))
+    assert usual_sizes(grounder, 5) == ([1, 2, 3, 4, 5], list(range(1, 11)))
+    assert warm_usual(grounder, 32) == 6 * 4
+    assert sum("24 sizes" in record.message for record in caplog.records) == 2
+    contexts = bench.library.contexts
+    for size in range(1, 20):
+        grounder.backend.run(batch_of([size % 10 + 1] * size))
+    assert bench.library.contexts == contexts or bench.library.old
+
+
+def test_a_model_on_a_cpu_is_not_run(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (graphs.whole, graphs.query):
+        grounder = Grounder.load(path, "cpu", 1)
+        monkeypatch.setattr(type(grounder.backend), "run", lambda *_: pytest.fail("it was run"))
+        assert grounder.warm(BATCHES, LENGTHS) == 0
+        assert warm_usual(grounder, 32) == 0
+        with pytest.raises(ShapeError):
+            grounder.warm((1,), (LONGEST + 1,))
+
+
+def test_another_backend_on_a_gpu_runs_each_size_once(graphs: Graphs) -> None:
+    class Recorded:
+        device = "cuda"
+
+        def __init__(self, path: Path) -> None:
+            self.inner: Any = Grounder.load(path, "cpu", 1).backend
+            self.manifest = self.inner.manifest
+            self.seen: list[tuple[int, ...]] = []
+
+        def run(self, batch: Any) -> Heads:
+            self.seen.append(batch.query_tokens.shape)
+            return self.inner.run(batch)
+
+        def encode(self, features: np.ndarray) -> np.ndarray:
+            return self.inner.encode(features)
+
+        def ask(self, tokens: np.ndarray, *others: Any) -> Heads:
+            self.seen.append(tokens.shape)
+            return self.inner.ask(tokens, *others)
+
+    for path in (graphs.whole, graphs.query):
+        backend = Recorded(path)
+        assert Grounder(backend).warm((1, 3), (2, 5)) == 4
+        assert sorted(backend.seen) == [(1, 2), (1, 5), (3, 2), (3, 5)]
+
+
+def test_a_corpus_warms_its_model_with_its_batch_size(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from runtime.corpus import shards
+
+    seen: list[int] = []
+    monkeypatch.setattr(shards, "warm_usual", lambda grounder, batch_size: seen.append(batch_size))
+    settings = SimpleNamespace(device="cpu", threads=1, window=None, overlap=None, batch_size=7)
+    worker = SimpleNamespace(job=SimpleNamespace(model=graphs.whole, settings=settings))
+    assert isinstance(shards.Worker._grounder.func(worker), Grounder)  # type: ignore[attr-defined]
+    assert seen == [7]
