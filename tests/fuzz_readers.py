@@ -7,9 +7,11 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gzip
 import importlib.util
 import io
 import json
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,9 @@ from runtime.extraction import FORMAT as NOTE_FORMAT
 from runtime.extraction import Extracted, read_note
 from runtime.extractors import ExtractorManifest
 from runtime.files import read_json, sha256
+from runtime.grounder import Grounder
+from runtime.inspection import FORMAT as LAYERS_FORMAT
+from runtime.inspection import census_of_file, read_layers_file
 from runtime.layouts.qvhighlights import FORMAT as DATASET_FORMAT
 from runtime.manifest import METADATA_KEY, Features, Manifest
 from runtime.onnxfile import read_metadata
@@ -37,6 +42,8 @@ from runtime.presets import PRESETS
 from runtime.sidecar import FORMAT as SIDECAR_FORMAT
 from runtime.sidecar import path_beside, read_sidecar, sealed
 from runtime.speed import read_report
+from runtime.tensors import Heads
+from runtime.triton import front
 from runtime.triton.networks import About
 from runtime.videos import ClipClock, load_features
 from runtime.vocabulary import Vocabulary
@@ -97,6 +104,8 @@ def _plain() -> list[Reader]:
         Reader("benchmark-report", _report, lambda directory, path: read_report(path)),
         Reader("extraction-note", _note, lambda directory, path: read_note(read_json(path, "note on features"), path)),
         Reader("glove", _glove, _read_glove),
+        Reader("engine-layers", _layers, _read_layers),
+        Reader("triton-request", _triton_request, _read_triton_request),
     ]
 
 
@@ -329,6 +338,96 @@ def _about(directory: Path) -> list[Path]:
     return [directory / "about.json"]
 
 
+class _Network:
+    """A network that finds nothing."""
+
+    manifest = property(lambda self: manifest())
+
+    def run(self, batch: Any) -> Heads:
+        count, places = len(batch), self.manifest.decoding.num_locations
+        return Heads(*(np.zeros((count, places, *axes), np.float32) for axes in ((), (2,), ())))
+
+
+def _layers(directory: Path) -> list[Path]:
+    tensor = {"Name": "x", "Dimensions": [1, 8], "Format/Datatype": "Row major linear FP16"}
+    layer = {"Name": "conv", "LayerType": "Convolution", "Inputs": [tensor], "Outputs": [tensor], "Metadata": "[a]"}
+    layers = {"Layers": [layer]}
+    profile = {"name": "default", "shapes": {"x": [[1, 8]] * 3}, "bound": layers, "reason": None}
+    about = {"format": LAYERS_FORMAT, "engine": "drn.engine", "sha256": "0" * 64, "library": "tensorrt 10"}
+    (directory / "layers.json").write_text(json.dumps({**about, "unbound": layers, "profiles": [profile]}))
+    return [directory / "layers.json"]
+
+
+def _read_layers(directory: Path, path: Path) -> object:
+    packed_path = directory / "drn.engine.layers.json.gz"
+    packed_path.write_bytes(gzip.compress(path.read_bytes(), 1))
+    return census_of_file(read_layers_file(packed_path))
+
+
+# Type and shape of each input, as the configuration of the front declares them; None is any size.
+TRITON_INPUTS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+    front.QUERY: (object, (None, None)),
+    front.FEATURES: (np.float32, (None, None, None)),
+    front.DURATION: (np.float64, (None, 1)),
+    front.NUM_FRAMES: (np.int32, (None, 1)),
+    front.TOP_K: (np.int32, (None, 1)),
+    front.WINDOWS: (np.float64, (None, 3)),
+    front.ALWAYS_ANSWER: (np.bool_, (None, 1)),
+}
+
+
+def _triton_request(directory: Path) -> list[Path]:
+    row = [["person opens the door", "dog runs"], CLIPS.tolist(), [30.5], [104], [3], [194.0, 43.0, 14.5], [True]]
+    values = {name: [value] for name, value in zip(TRITON_INPUTS, row, strict=True)}
+    (directory / "request.json").write_text(json.dumps(values))
+    return [directory / "request.json"]
+
+
+def _read_triton_request(directory: Path, path: Path) -> object:
+    """Answer a request of these inputs if Triton would forward it: in one batch, with the declared types and shapes."""
+    inputs = {}
+    try:
+        values = json.loads(path.read_text())
+        for name, (kind, shape) in TRITON_INPUTS.items():
+            array = inputs[name] = np.array(values[name], kind)
+            if array.ndim != len(shape) or any(
+                size not in (None, n) for size, n in zip(shape, array.shape, strict=True)
+            ):
+                return None
+        texts = inputs[front.QUERY]
+        inputs[front.QUERY] = np.array(
+            [[text.encode("utf-8", "surrogatepass") for text in row] for row in texts], object
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    if len({len(array) for array in inputs.values()}) != 1 or 0 in inputs[front.QUERY].shape:
+        return None
+    model = object.__new__(front.Front)
+    model.__dict__.update(
+        _pb=types.SimpleNamespace(
+            Tensor=lambda name, array: array,
+            TritonError=_TritonError,
+            InferenceResponse=lambda output_tensors=(), error=None: error or output_tensors,
+            get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: inputs[name]),
+        ),
+        _about=About(manifest(), "drn"),
+        _grounder=Grounder(_Network()),
+        _kept=front._Kept(front.KEPT_BYTES),
+        _waits=False,
+    )
+    (response,) = model.execute([types.SimpleNamespace(request_id=lambda: "")])
+    if isinstance(response, _TritonError):
+        raise response
+    return response
+
+
+class _TritonError(GroundingError):
+    INTERNAL, INVALID_ARG = "internal", "invalid"
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message, code=kind)
+
+
 def _report(directory: Path) -> list[Path]:
     latency = {
         "samples": 20,
@@ -431,11 +530,12 @@ def _torch() -> list[Reader]:
     import torch
 
     from runtime import torchfile
-    from train.c3d import is_c3d_file
+    from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.captions import captions_plan
-    from train.checkpoints import Checkpoint, load, load_checkpoint, save_checkpoint
+    from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import fitting_vocabulary, read, read_config
     from train.history import read_history
+    from train.initialise import load_glove
     from train.model import DRN, DRNConfig
     from train.simulate import real_plan
 
@@ -475,6 +575,37 @@ def _torch() -> list[Reader]:
         is_c3d_file(path)
         _use(load_checkpoint(path).manifest())
 
+    def content(directory: Path, make: Callable[[Path], list[Path]]) -> list[Path]:
+        """Write a checkpoint and, as JSON to be damaged, what it holds beside the weights."""
+        (whole,) = make(directory)
+        values = {name: value for name, value in load(whole).items() if name not in ("weights", "digest")}
+        (directory / "content.json").write_text(json.dumps(values))
+        return [directory / "content.json"]
+
+    def read_content(directory: Path, path: Path, name: str, loaded: Callable[[Path], object]) -> object:
+        try:
+            values = json.loads(path.read_text())
+            whole = load(directory / name)
+            save(directory / "again.pt", {**values, "weights": whole["weights"]})
+        except (ValueError, TypeError, RecursionError, OverflowError):
+            # Damage that leaves no table, or nothing that a checkpoint stores.
+            return None
+        return loaded(directory / "again.pt")
+
+    c3d_config = C3DConfig((1,) * 8, 2)
+
+    def c3d(directory: Path) -> list[Path]:
+        weights = C3D(c3d_config, (0.0, 0.0, 0.0)).state_dict()
+        save_c3d(directory / "c3d.pt", C3DCheckpoint(c3d_config, (1.0, 2.0, 3.0), weights, {"c3d.pth": "0" * 64}))
+        return [directory / "c3d.pt"]
+
+    def matrix(directory: Path) -> list[Path]:
+        torch.save(torch.ones(len(TABLE) + 1, 4), directory / "glove.pt")
+        return [directory / "glove.pt"]
+
+    def read_matrix(directory: Path, path: Path) -> object:
+        return load_glove(DRN(config), path, TABLE)
+
     def state(directory: Path) -> list[Path]:
         torch.save({"a": [1, {"b": torch.zeros(3)}], (1, 2): {3}}, directory / "a.pt")
         return [directory / "a.pt"]
@@ -508,6 +639,18 @@ def _torch() -> list[Reader]:
         Reader("features-pt-legacy", functools.partial(tensors, legacy=True), _load),
         Reader("published-checkpoint", published, read_published, _zip_again),
         Reader("checkpoint", checkpoint, read_checkpoint, _zip_again),
+        Reader(
+            "checkpoint-content",
+            functools.partial(content, make=checkpoint),
+            functools.partial(read_content, name="drn.pt", loaded=lambda path: load_checkpoint(path).manifest()),
+        ),
+        Reader("c3d", c3d, lambda directory, path: load_c3d(path).model(), _zip_again),
+        Reader(
+            "c3d-content",
+            functools.partial(content, make=c3d),
+            functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_c3d(path).model()),
+        ),
+        Reader("glove-matrix", matrix, read_matrix, _zip_again),
         Reader("torch-load", state, lambda directory, path: (load(path), torchfile.load(path, inert=True)), _zip_again),
         Reader("charades-csv", charades, lambda directory, path: real_plan(directory, None, 0)),
         Reader(
@@ -524,13 +667,22 @@ def _calib() -> list[Reader]:
     from calib.errors import CalibrationError
     from calib.plan import Plan
     from calib.ranges import Range
+    from calib.rank_layers import FORMAT as RANKING_FORMAT
+    from calib.rank_layers import ranked_names
     from calib.table import KEYS, CalibrationTable
 
     def table(directory: Path) -> list[Path]:
-        key = dict.fromkeys(KEYS, "0" * 64)
-        found = CalibrationTable({"a": Range(-1.0, 2.0)}, {**key, "method": "minmax", "split": "train"}, ("v",))
-        found.save(directory / "t.json")
+        ranked.save(directory / "t.json")
         return [directory / "t.json"]
+
+    key = {**dict.fromkeys(KEYS, "0" * 64), "method": "minmax", "split": "train"}
+    ranked = CalibrationTable({"a": Range(-1.0, 2.0)}, key, ("v",))
+
+    def ranking(directory: Path) -> list[Path]:
+        modules = [{"module": name, "share of multiply-adds": 0.5} for name in ("prop_fc", "fcos.head")]
+        value = {"format": RANKING_FORMAT, "kind": "int8", "table": ranked.digest, "all": {}, "modules": modules}
+        (directory / "ranking.json").write_text(json.dumps(value))
+        return [directory / "ranking.json"]
 
     def plan(directory: Path) -> list[Path]:
         Plan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2}).save(directory / "p.json")
@@ -540,6 +692,7 @@ def _calib() -> list[Reader]:
     return [
         Reader("calibration-table", table, lambda directory, path: CalibrationTable.load(path)),
         Reader("quantization-plan", plan, lambda directory, path: Plan.load(path)),
+        Reader("layer-ranking", ranking, lambda directory, path: ranked_names(path, ranked, "int8")),
     ]
 
 
@@ -629,24 +782,15 @@ def _service() -> list[Reader]:
 
 def _planted_service(directory: Path) -> Any:
     """Return the application of a service whose network finds nothing, with one video."""
-    from runtime.grounder import Grounder
     from runtime.service.app import application
     from runtime.service.service import Service, ServiceOptions
     from runtime.service.uploads import UploadOptions
-    from runtime.tensors import Heads
-
-    class Network:
-        manifest = manifest()
-
-        def run(self, batch: Any) -> Heads:
-            count, places = len(batch), self.manifest.decoding.num_locations
-            return Heads(*(np.zeros((count, places, *axes), np.float32) for axes in ((), (2,), ())))
 
     data = directory / "data"
     data.mkdir()
     _captions(data, tacos=False)
     options = ServiceOptions(uploads=UploadOptions(directory / "uploads"))
-    return application(Service(Grounder(Network()), DataSet(data), options=options))
+    return application(Service(Grounder(_Network()), DataSet(data), options=options))
 
 
 async def _post(application: Any, kind: str, content: bytes) -> tuple[int, bytes]:

@@ -18,7 +18,6 @@ import multiprocessing.connection
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -248,8 +247,11 @@ def run_case(reader: Reader, seed: int, directory: Path, targets: Sequence[Path]
     return None
 
 
-def _work(reader: Reader, seeds: Sequence[int], pipe: multiprocessing.connection.Connection) -> None:
-    """Run cases in this process, which was forked for them; send (seed, what is wrong or None) after each."""
+def _work(reader: Reader, seeds: Sequence[int], directory: Path, pipe: multiprocessing.connection.Connection) -> None:
+    """Run cases in an empty directory, in this process, which was forked for them.
+
+    Send (seed, what is wrong or None) after each.
+    """
     os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -259,40 +261,45 @@ def _work(reader: Reader, seeds: Sequence[int], pipe: multiprocessing.connection
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    directory = Path(tempfile.mkdtemp(prefix="drn-fuzz-", dir=os.environ.get("DRN_FUZZ_DIRECTORY")))
+    targets = reader.make(directory)
+    # A whole input is read, or else damaged ones prove nothing.
     try:
-        targets = reader.make(directory)
-        # A whole input is read, or else damaged ones prove nothing.
-        try:
-            for target in targets:
-                reader.read(directory, target)
-        except Exception as error:
-            pipe.send((-1, f"a whole input is refused: {type(error).__name__}: {error}"))
+        for target in targets:
+            reader.read(directory, target)
+    except Exception as error:
+        pipe.send((-1, f"a whole input is refused: {type(error).__name__}: {error}"))
+        return
+    pipe.send((-1, None))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in seeds:
+        pipe.send((seed, "begun"))
+        # Ends the process if it is reached.
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        wrong = run_case(reader, seed, directory, targets)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        if growth > MAX_GROWTH_BYTES:
+            pipe.send((seed, f"the process grew by {growth >> 20} MiB"))
             return
-        pipe.send((-1, None))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for seed in seeds:
-            pipe.send((seed, "begun"))
-            # Ends the process if it is reached.
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)
-            wrong = run_case(reader, seed, directory, targets)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-            if growth > MAX_GROWTH_BYTES:
-                pipe.send((seed, f"the process grew by {growth >> 20} MiB"))
-                return
-            pipe.send((seed, wrong))
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        pipe.send((seed, wrong))
 
 
-def fuzz(reader: Reader, seeds: Sequence[int], processes: int = 1) -> list[Finding]:
+def fuzz(reader: Reader, seeds: Sequence[int]) -> list[Finding]:
     """Return the cases of a reader that ended otherwise than with a value or one sentence."""
+    # Created and removed here, because a worker that is killed removes nothing.
+    with tempfile.TemporaryDirectory(
+        prefix="drn-fuzz-", dir=os.environ.get("DRN_FUZZ_DIRECTORY"), ignore_cleanup_errors=True
+    ) as directory:
+        return _fuzz(reader, seeds, directory)
+
+
+def _fuzz(reader: Reader, seeds: Sequence[int], directory: str) -> list[Finding]:
     findings: list[Finding] = []
     left = list(seeds)
     while left:
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("fork").Process(target=_work, args=(reader, left, theirs))
+        arguments = (reader, left, Path(tempfile.mkdtemp(dir=directory)), theirs)
+        process = multiprocessing.get_context("fork").Process(target=_work, args=arguments)
         process.start()
         theirs.close()
         current: int | None = None

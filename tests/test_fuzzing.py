@@ -67,6 +67,14 @@ def test_fuzz_finds_what_may_not_happen(monkeypatch: pytest.MonkeyPatch, harm: o
     assert what in finding.what
 
 
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(600)])
+def test_killed_worker_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: object) -> None:
+    monkeypatch.setenv("DRN_FUZZ_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(fuzzing, "TIMEOUT_S", 1.0)
+    assert _findings(end)
+    assert not list(tmp_path.iterdir())
+
+
 def test_fuzz_passes_sentences_and_values() -> None:
     assert _findings(lambda: _raise(FeatureError("one sentence"))) == []
     assert _findings(lambda: None) == []

@@ -7,6 +7,7 @@ fc6 after its ReLU.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from runtime import torchfile
-from runtime.errors import CheckpointError, one_line
+from runtime.errors import CheckpointError, excerpt, one_line
 from runtime.extractors import FORMAT, ExtractorManifest
 from train.checkpoints import load, save
 
 WINDOW, STRIDE = 16, 8
 RESIZE, CROP = (128, 171), (112, 112)
+# Tensors of larger networks have sizes that do not fit 64 bits.
+MAX_CHANNELS = 1 << 20
 LAYERS = ("1a", "2a", "3a", "3b", "4a", "4b", "5a", "5b")
 
 Layout = Literal["plain", "mmaction2"]
@@ -53,8 +56,14 @@ class C3DConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
-        if len(self.widths) != len(LAYERS) or min(*self.widths, self.dim) < 1:
-            raise ValueError(f"a C3D has {len(LAYERS)} convolutions of 1 channel or more, and {self.widths} was given")
+        sizes = (*self.widths, self.dim)
+        if len(self.widths) != len(LAYERS) or not all(
+            type(size) is int and 1 <= size <= MAX_CHANNELS for size in sizes
+        ):
+            raise ValueError(
+                f"a C3D has {len(LAYERS)} convolutions and features of 1 to {MAX_CHANNELS} channels each, and "
+                f"{excerpt(sizes)} was given"
+            )
 
 
 class C3D(nn.Module):
@@ -145,7 +154,7 @@ def load_c3d(path: Path) -> C3DCheckpoint:
     if found != FORMAT or content.get("kind") != "C3D":
         raise CheckpointError(f"{path} is no c3d.pt; make one of published weights with `python -m train.convert`.")
     try:
-        red, green, blue = content["mean"]
+        red, green, blue = map(_number, content["mean"])
         config = C3DConfig(tuple(content["config"]["widths"]), content["config"]["dim"])
         checkpoint = C3DCheckpoint(config, (red, green, blue), content["weights"], dict(content["sources"]))
     # The values of a damaged file are of any kind, tensors among them.
@@ -155,6 +164,12 @@ def load_c3d(path: Path) -> C3DCheckpoint:
         ) from error
     check_c3d_weights(checkpoint.weights, config, str(path))
     return checkpoint
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"the mean should be finite numbers, and {excerpt(value)} is one of them")
+    return float(value)
 
 
 def is_c3d_file(path: Path) -> bool:
