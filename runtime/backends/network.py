@@ -27,6 +27,7 @@ import numpy as np
 
 from runtime.backends import plans
 from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory, keep_for_good, keep_from_children
+from runtime.backends.kernelcache import KernelCache, Key
 from runtime.backends.shapes import ALIGNMENT, AXES, Domain, Region, choose, domain, layout, longest_query
 from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.sidecar import AboutPlan
@@ -94,6 +95,12 @@ class Network:
         self._captures = not hasattr(library, "CudaGraphStrategy")
         # Whether the last capture failed and nothing has run since.
         self._capture_failed = False
+        # Of TensorRT-RTX: what every context is made with, and the compiled kernels that all of them share.
+        self._config: Any = None
+        self._cache: Any = None
+        version = f"{library.__name__} {library.__version__}"
+        key = Key(str(sidecar.content["sha256"][path.name]), version, f"{cuda.name} ({cuda.capability})")
+        self._kernels = KernelCache(path, key)
         self._choices: dict[tuple[int, ...], tuple[Domain, dict[str, int]]] = {}
         self._streams: list[int] = []
         self._events: list[int] = []
@@ -252,11 +259,29 @@ class Network:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(trt, "CudaGraphStrategy"):
             return engine.create_execution_context(strategy)
-        # TensorRT-RTX compiles kernels while it runs, so it alone knows when to capture; it does so by itself.
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config)
+        if self._config is None:
+            # TensorRT-RTX compiles kernels while it runs, so it alone knows when to capture; it does so by itself.
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            cache = config.create_runtime_cache()
+            stored = self._kernels.read()
+            if stored is not None and not cache.deserialize(stored):
+                # Of the driver, for one, which the file does not name.
+                self._kernels.ignore("TensorRT-RTX refuses it on this machine")
+            self._logger.lines.clear()
+            self._expect(config.set_runtime_cache(cache), "use a runtime cache")
+            self._config = config
+            self._cache = cache
+        return engine.create_execution_context(self._config)
+
+    def save_kernels(self) -> None:
+        """Write what TensorRT-RTX compiled so far beside the plan; plans of TensorRT hold their kernels."""
+        if not hasattr(self._trt, "CudaGraphStrategy") or self._cache is None:
+            return
+        content = self._cache.serialize()
+        if content is not None:
+            self._kernels.write(bytes(content))
 
     @property
     def timed(self) -> bool:
@@ -496,8 +521,10 @@ class Network:
         with contextlib.suppress(CudaError):
             for stream in self._streams:
                 self.cuda.synchronize(stream)
+        self.save_kernels()
         with contextlib.suppress(CudaError):
             self.forget_programs()
+        self._config = self._cache = None
         self._engine = self._runtime = None
         freed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [
             (self.cuda.free, self._device),

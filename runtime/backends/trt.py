@@ -340,6 +340,9 @@ class _Grounding(_Model):
                         f"The GPU's memory is full after {done} of {len(requests)} sizes. Warm fewer sizes, or build "
                         "the engine for fewer queries (--batch)."
                     ) from error
+        with self._turn():
+            for network in self._networks:
+                network.save_kernels()
         progress(len(requests), len(requests))
         return len(requests)
 

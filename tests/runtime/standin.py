@@ -315,6 +315,8 @@ class Library:
         runs: shapes of the inputs of every time the network was computed.
         fed: what it was given last.
         failing: names of calls that are to fail, with what the logger is told.
+        compiled: kernels that TensorRT-RTX compiled, which were in no runtime cache.
+        cuda_major: of the driver, as a runtime cache remembers it.
         kept_errors: how many runs fail, in whichever context, because of a capture that failed before.
         network_ms: what a run takes, by the driver's clock.
     """
@@ -331,6 +333,8 @@ class Library:
         self.network_ms = 3.0
         self.kept_errors = 0
         self.contexts = 0
+        self.compiled = 0
+        self.cuda_major = 13
         self.old = version.startswith("8.")
         self.newest = version.startswith("11.") or rtx
         self.rtx = rtx
@@ -407,7 +411,7 @@ class Engine:
         else:
             self.device_memory_size = self.device_memory_size_v2 = self.SCRATCH
         if library.rtx:
-            self.create_runtime_config = RuntimeConfig
+            self.create_runtime_config = lambda: RuntimeConfig(library)
         self._types: dict[str, str] = plan.get("types", {})
         # op_type, field 4 of NodeProto in onnx.proto, as it is in the file.
         self._loops = b'"\x04LSTM' in Path(plan["graph"]).read_bytes()
@@ -417,7 +421,10 @@ class Engine:
     def create_execution_context(self, strategy: Any) -> Context | None:
         wanted = "user" if not isinstance(strategy, RuntimeConfig) else strategy._strategy
         assert wanted == "user", "it would allocate scratch memory of its own"
-        return self._create()
+        context = self._create()
+        if context is not None and isinstance(strategy, RuntimeConfig):
+            context._cache = strategy._cache
+        return context
 
     def _create(self) -> Context | None:
         if "create_execution_context" in self._library.failing:
@@ -450,10 +457,52 @@ class Engine:
 
 
 class RuntimeConfig:
-    __slots__ = ("_strategy", "cuda_graph_strategy")
+    __slots__ = ("_cache", "_library", "_strategy", "cuda_graph_strategy")
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._cache: RuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self._strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self._library)
+
+    def set_runtime_cache(self, cache: RuntimeCache | None = None) -> bool:
+        self._cache = cache
+        return True
+
+
+class RuntimeCache:
+    """Compiled kernels; its bytes are of one library, GPU and driver (IRuntimeCache.deserialize, 1.7.1)."""
+
+    __slots__ = ("_kernels", "_library")
+
+    def __init__(self, library: Library) -> None:
+        self._library, self._kernels = library, set[str]()
+
+    def _environment(self) -> list[str]:
+        return [self._library.__version__, self._library.driver._name, str(self._library.cuda_major)]
+
+    def serialize(self) -> memoryview:
+        return memoryview(json.dumps([self._environment(), sorted(self._kernels)]).encode())
+
+    def deserialize(self, blob: bytes) -> bool:
+        assert self._library.driver.stack()[-1:] == [CONTEXT], "no current CUDA context"
+        try:
+            environment, kernels = json.loads(bytes(blob))
+        except ValueError:
+            return False
+        if environment != self._environment():
+            return False
+        self._kernels |= set(kernels)
+        return True
+
+    def compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        kernel = json.dumps(sorted(shapes.items()))
+        self._library.compiled += kernel not in self._kernels
+        self._kernels.add(kernel)
 
 
 class Context:
@@ -461,6 +510,7 @@ class Context:
         "__weakref__",
         "_addresses",
         "_broken",
+        "_cache",
         "_engine",
         "_fresh",
         "_profile",
@@ -480,6 +530,7 @@ class Context:
         self._scratch = 0
         self._fresh = True
         self._broken = False
+        self._cache: RuntimeCache | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "set_device_memory" and not self._engine._library.old:
@@ -551,6 +602,8 @@ class Context:
         assert not (capturing and self._fresh), "what was deferred is not settled before the capture"
         if not capturing:
             self._fresh = False
+        if self._cache is not None:
+            self._cache.compile(self._shapes)
         shapes, addresses, scratch = dict(self._shapes), dict(self._addresses), self._scratch
         outputs = {name: self.get_tensor_shape(name) for name in engine._outputs}
 
