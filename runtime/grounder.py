@@ -29,6 +29,7 @@ from runtime.errors import (
     excerpt,
 )
 from runtime.moments import Moment
+from runtime.ranges import marked
 from runtime.tensors import Batch, Heads, batches, collate, of_like_length, padded
 from runtime.videos import LARGE_FEATURE, Segments, Video, pooled
 from runtime.windows import Candidates, Window, cut
@@ -133,21 +134,25 @@ class Grounder:
     def _ground_one(self, video: Subject, query: str, top_k: int, presence: bool) -> list[Moment]:
         """Return the moments of one pair, without what puts many together: a GPU answers faster than that takes."""
         tokens, seen = self.encode_query(query), self._seen(video)
-        if self.is_pair:
-            length = np.array([len(tokens)], np.int32)
-            heads = self._pair.ask(tokens[None], length, [cast(EncodedVideo, seen)], np.zeros(1, np.int32))
-        else:
-            heads = self.backend.run(collate([tokens], [cast(Segments, seen)]))
+        heads = self._run_one(tokens, seen)
         try:
             picks = self._picks(heads, top_k, self._threshold(presence))
         except ModelFileError as error:
             raise self.cause_of(error, [(video, tokens)]) from error
         return moments_of(picks[0], video)
 
+    @marked("network")
+    def _run_one(self, tokens: np.ndarray, seen: Segments | EncodedVideo) -> Heads:
+        if self.is_pair:
+            length = np.array([len(tokens)], np.int32)
+            return self._pair.ask(tokens[None], length, [cast(EncodedVideo, seen)], np.zeros(1, np.int32))
+        return self.backend.run(collate([tokens], [cast(Segments, seen)]))
+
     def _threshold(self, presence: bool) -> float | None:
         """Return the score below which a video has no moment; None if it is answered always."""
         return self.manifest.presence.threshold if presence and self.manifest.presence else None
 
+    @marked("decode")
     def _picks(self, heads: Heads, top_k: int, threshold: float | None) -> np.ndarray:
         """Return the best `top_k` of each query, (B, K, 3), NaN after the last; nothing where all are too unlikely."""
         decoding = self.manifest.decoding
@@ -235,11 +240,13 @@ class Grounder:
                 asked = (*padded([queries[i] for i in rows]), list(distinct.values()), video_index)
                 yield rows, functools.partial(self._ask_part, *asked)
 
+    @marked("network")
     def _run_part(self, batch: Batch, part: slice) -> Heads:
         if part == slice(0, len(batch)):
             return self.backend.run(batch)
         return self.backend.run(Batch(*(value[part] for value in vars(batch).values())))
 
+    @marked("network")
     def _ask_part(
         self, tokens: np.ndarray, lengths: np.ndarray, videos: list[EncodedVideo], index: np.ndarray, part: slice
     ) -> Heads:
@@ -336,6 +343,7 @@ class Grounder:
             raise ModelFileError("Only the .query.onnx of a model can prepare a video; leave prepare=True out.")
         return dataclasses.replace(encoded, prepared=self.backend.prepare(encoded.features))
 
+    @marked("encode video")
     def encode_segments(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> EncodedVideo:
         """Return the encoding of pooled segments; see `encode`."""
         if not self.is_pair:
@@ -346,6 +354,7 @@ class Grounder:
         features = self._pair.encode(segments.features[None].astype(np.float32, copy=False))[0]
         return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model, offset=offset)
 
+    @marked("encode query")
     def encode_query(
         self, query: str, unheard: collections.Counter[str] | None = None, *, check_content: bool = True
     ) -> np.ndarray:

@@ -64,6 +64,10 @@ FORMS_AGREE = 2e-2
 # Batches of the largest size that make a throughput.
 BULK_BATCHES = 8
 PROFILED_RUNS = 20
+# The files with tests that need a GPU: the whole suite takes tens of seconds to collect.
+GPU_TESTS = tuple(
+    Path(__file__).parents[2] / path for path in ("tests/runtime/test_trt.py", "tests/parity/test_kernels.py")
+)
 # Times that a batch is taken through all phases; the first ones warm up.
 MOST_WALKS, WARM_UP_WALKS = 40, 10
 PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
@@ -458,7 +462,9 @@ def _other_version(job: Job, pair: Path) -> Found:
 
 def _tests(job: Job, leg: Leg) -> Found:
     need(("pytest", "hypothesis"), "the test suite")
-    told = run_module(job, leg, "pytest", "-m", "gpu or trt", "-q", "-p", "no:cacheprovider", most=240, ok=(0, 1, 5))
+    told = run_module(
+        job, leg, "pytest", *GPU_TESTS, "-m", "gpu or trt", "-q", "-p", "no:cacheprovider", most=240, ok=(0, 1, 5)
+    )
     last = [line for line in told.splitlines() if line.strip()][-1].strip("= ")
     passed, bad = "passed" in last, "failed" in last or "error" in last
     if not passed and not bad:

@@ -217,3 +217,10 @@ def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyP
     engines.build(job, leg, "tensorrt", "int8", True)
     assert seen[2][seen[2].index("--table") + 1] == ran.checkpoint
     assert "--data" not in seen[2]
+
+
+def test_the_files_of_gpu_tests_are_all_that_have_any() -> None:
+    tests = Path(__file__).parents[1]
+    marks = tuple(f"@pytest.mark.{mark}\n" for mark in ("gpu", "trt"))
+    marked = {path for path in tests.rglob("test_*.py") if any(mark in path.read_text("utf-8") for mark in marks)}
+    assert marked == set(on_tensorrt.GPU_TESTS)
