@@ -108,7 +108,7 @@ def draw(
         seed: of the videos held out, and of the order among equals.
         exclude: videos to leave alone.
         held_out: most sentences of videos not calibrated on, for choosing between methods.
-        at_most: `samples` is a limit of our own and no wish of the user's, so that fewer need no warning.
+        at_most: `samples` is a default limit, which the user did not set, so that fewer need no warning.
 
     Raises:
         CalibrationError: fewer than `LEAST_SAMPLES` were asked for or are there, or training videos are test videos.
@@ -182,7 +182,7 @@ def check_held_out(count: int) -> None:
 
 
 def refuse_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
-    """Raise CalibrationError if one of `videos` is in the test split: what is tuned on test tells nothing by test."""
+    """Raise CalibrationError if one of `videos` is in the test split, because test results then mean nothing."""
     if "test" not in data_set.splits:
         log.warning("%s has no test split, so nothing can be held against it.", data_set.root)
         return

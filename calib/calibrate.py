@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 GAIN_SAMPLES = 128
-"""Enough to tell loud channels from quiet ones; ranges are then measured on all samples."""
+"""Enough to separate channels of large and small values; ranges are then measured on all samples."""
 
 
 def calibrate(
@@ -63,7 +63,7 @@ def calibrate(
         The table.
 
     Raises:
-        ModelFileError: `onnx` is not an FP32 graph of ours.
+        ModelFileError: `onnx` is not an FP32 graph of this toolkit.
         CalibrationError: there are too few samples, or they are of test videos.
     """
     if batch_size < 1 or held_out < 1:

@@ -1,4 +1,4 @@
-"""ONNX graphs of ours: read, told apart by hash, run as they stand, and counted."""
+"""Read ONNX graphs of this toolkit, hash them, run them as they are, and count their work."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def cut_video(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]
 
 
 class GraphBackend:
-    """A graph in memory as a `runtime.Backend`, computed operator by operator as it stands."""
+    """A graph in memory as a `runtime.Backend`, computed operator by operator as it is."""
 
     def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
         self.manifest = manifest_of(model)

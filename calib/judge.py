@@ -116,7 +116,7 @@ class Judge:
         self.reference = self._answers(model, "FP32")
 
     def cost(self, model: onnx.ModelProto, label: str) -> Cost:
-        """Return what `model` loses; `label` stands before the progress bar."""
+        """Return what `model` loses; `label` precedes the progress bar."""
         return self.compare(self._answers(model, label))
 
     def compare(self, found: Evaluation) -> Cost:

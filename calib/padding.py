@@ -1,9 +1,9 @@
 """The zeros at the ends of a convolution: an attribute of it, or a step of their own.
 
 ONNX Runtime's convolution of few columns goes over all weights once more for every end that it pads itself. Behind a
-Pad it does not, which makes one query a tenth faster (docs/performance.md). So an FP32 file of ours carries Pads, and
-`runtime.backends.ort` keeps ONNX Runtime from putting them back. Whatever else is made of a graph, in half precision,
-in eight bits or as an engine, is made of it with its padding inside, as TensorRT's convolutions want it.
+Pad it does not, which makes one query a tenth faster (docs/performance.md). So an FP32 file of this toolkit contains
+Pads, and `runtime.backends.ort` keeps ONNX Runtime from putting them back. Whatever else is made of a graph, in half
+precision, in eight bits or as an engine, is made of it with its padding inside, as TensorRT's convolutions need it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def quantize(
         `output`.
 
     Raises:
-        ModelFileError: `onnx` is not an FP32 graph of ours.
+        ModelFileError: `onnx` is not an FP32 graph of this toolkit.
         CalibrationError: the table or plan was measured on another graph, or a module is unknown.
     """
     for given in (onnx, table, plan):

@@ -3,7 +3,7 @@
 ONNX Runtime multiplies in eight bits what stands between Q/DQ and a matrix product. A convolution between them it
 multiplies in FP32, after it has made all its weights wide again, every time. So an INT8 graph that ONNX Runtime is to
 run on a CPU has every such convolution as a product: what each output column sees becomes a row, and is narrowed then.
-Numbers stay the same: zeros, and copies of a number, are narrowed to the same eight bits wherever they stand.
+Numbers stay the same: zeros, and copies of a number, are narrowed to the same eight bits wherever they are.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Writer:
         places = list(range(rank))
         found = add("Transpose", self._made_by[seen.input[0]].input[0], perm=[0, *places[2:], 1])
         outputs, channels = narrow.shape[:2]
-        # (N, C, taps), whatever stands between.
+        # (N, C, taps), whatever is between.
         narrow = narrow.reshape(outputs, channels, taps)
         if taps > 1 and stride == 1 and outputs < channels:
             # Each tap's product of every row, and then the sum of those that meet: less is moved than if rows were.

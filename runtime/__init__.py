@@ -1,4 +1,4 @@
-"""From a video and a sentence to moments and a report, in NumPy; the network stands behind a backend.
+"""From a video and a sentence to moments and a report, in NumPy; a backend runs the network.
 
 from runtime import Grounder, Video
 grounder = Grounder.load("drn.onnx")

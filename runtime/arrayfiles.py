@@ -1,6 +1,6 @@
 """Read NumPy arrays from `.npy` and `.npz` files, with every size checked before memory is allocated.
 
-A header of a few bytes can promise terabytes, and deflate unfolds a thousand times. NumPy believes both.
+A header of a few bytes can declare terabytes, and deflate expands a thousand times. NumPy checks neither.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read_array(stream: IO[bytes], available: int) -> np.ndarray:
     while count < header.num_bytes:
         block = stream.read(min(BLOCK_BYTES, header.num_bytes - count))
         if not block:
-            raise ValueError(f"its header promises {header.num_bytes} bytes and {count} are there")
+            raise ValueError(f"its header declares {header.num_bytes} bytes and {count} are there")
         content[count : count + len(block)] = np.frombuffer(block, np.uint8)
         count += len(block)
     return content.view(header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
@@ -196,4 +196,4 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
 
 def _check_whole(header: ArrayHeader, available: int) -> None:
     if header.num_bytes > available:
-        raise ValueError(f"its header promises {header.num_bytes} bytes and {available} are there")
+        raise ValueError(f"its header declares {header.num_bytes} bytes and {available} are there")

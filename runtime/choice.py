@@ -29,7 +29,7 @@ class VideoChoice:
     """How a user named a video; what goes together is checked by `check`.
 
     Attributes:
-        features, duration, num_frames: a feature file, and what it does not tell.
+        features, duration, num_frames: a feature file, and what it does not contain.
         data, video: the directory of a data set and a name in it.
         video, extractor, partial: a video file, what makes its features, and whether a damaged one will do.
         footage: the video file that features were made of.
@@ -59,7 +59,7 @@ class VideoChoice:
                 raise GroundingError("--video FILE is the footage already; leave --footage out.")
             if self._tells_length:
                 raise GroundingError(
-                    "A video file tells its duration and frames; leave --duration and --num-frames out."
+                    "A video file contains its duration and frames; leave --duration and --num-frames out."
                 )
         elif self.features is not None and self.data is None and self.video is None:
             if self.duration is None:

@@ -46,7 +46,7 @@ LONGEST_NAME = 240
 
 
 def clip_names(video: str, queries: Sequence[str]) -> list[str]:
-    """Return the file name of each query's clip: video, number, and the words that can stand in a name."""
+    """Return the file name of each query's clip: video, number, and the words that a name can contain."""
     digits = len(str(len(queries)))
     endings = [f"-{number:0{digits}}-{_slug(query)}.mp4" for number, query in enumerate(queries, 1)]
     return [_shortened(video, LONGEST_NAME - len(ending.encode())) + ending for ending in endings]
@@ -254,7 +254,7 @@ class _Sound:
             yield frame
 
     def _joined(self) -> Iterator[np.ndarray]:
-        """Yield (channels, samples) pieces that follow each other; silence stands where there is nothing."""
+        """Yield (channels, samples) pieces that follow each other; silence fills what is missing."""
         done, total = 0, round((self._end - self._start) * self.rate)
         for time, samples in self._decoded():
             begin = round((time - self._start) * self.rate)

@@ -136,7 +136,7 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
     """
     if heads.matching_logits.shape[1:] != (decoding.num_locations,):
         raise ModelFileError(
-            f"The model gave {heads.matching_logits.shape[1]} locations where its manifest tells of "
+            f"The model gave {heads.matching_logits.shape[1]} locations where its manifest has "
             f"{decoding.num_locations}; export it again."
         )
     for name, values in vars(heads).items():
@@ -158,7 +158,7 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
     scores[~kept] = -np.inf
 
     centre = locations(decoding.num_segments, decoding.strides)
-    # In memory all starts of a query stand together, and all ends: so they are compared, again and again.
+    # In memory all starts of a query are adjacent, and all ends: so they are compared, again and again.
     spans = np.empty((len(heads), 2, len(centre)), np.float32).transpose(0, 2, 1)
     np.subtract(centre, heads.boundary_distances[..., 0], out=spans[..., 0])
     np.add(centre, heads.boundary_distances[..., 1], out=spans[..., 1])
@@ -169,7 +169,7 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    # A dot product with itself tells in one call, but may overflow; of many numbers BLAS would ask other threads.
+    # A dot product with itself needs one call, but may overflow; of many numbers BLAS would ask other threads.
     if values.size <= FEW_NUMBERS and float(np.vdot(values, values)) < np.inf:
         return True
     return bool(np.isfinite(values).all())

@@ -31,8 +31,8 @@ def describe(
     """Say what a model file is: its network, features, decoding, words and origin.
 
     Args:
-        model: .onnx, .pt or .engine file of a model, or .onnx or .engine of an extractor; an engine is told of by its
-            sidecar, once that is seen to vouch for it.
+        model: .onnx, .pt or .engine file of a model, or .onnx or .engine of an extractor; an engine is described by its
+            sidecar, once the engine is seen to match it.
         json_output: print the whole manifest as JSON, word table included.
     """
     extractor = _extractor(model)
@@ -98,7 +98,7 @@ def describe(
 
 
 def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None:
-    """Return what is said of an extractor, in it or beside it, alone and with all else told; None for other files."""
+    """Return what is said of an extractor, in it or beside it, alone and with other metadata; None for other files."""
     content: Mapping[str, Any] | None = None
     about: Any = None
     if path.suffix == ".engine" and path.is_file():

@@ -63,7 +63,7 @@ def _cpu() -> Finding:
 
 
 def gpus() -> list[Finding]:
-    """Return what nvidia-smi tells of every GPU: name, driver, memory, compute capability."""
+    """Return what nvidia-smi reports of every GPU: name, driver, memory, compute capability."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return [Finding("NVIDIA GPU", False, "no nvidia-smi: no driver, so everything runs on the CPU")]

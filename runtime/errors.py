@@ -77,7 +77,7 @@ class QueryError(GroundingError):
 
 
 class ModelFileError(GroundingError):
-    """A file that is not a model of ours, or is one that cannot be used here."""
+    """A file that is not a model of this toolkit, or is one that cannot be used here."""
 
     code = "invalid_model"
 

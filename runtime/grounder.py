@@ -44,15 +44,15 @@ Subject = Union[Video, EncodedVideo, EncodedWindows]
 
 
 class Grounder:
-    """A model and all that stands around it: sentences and videos in, moments in seconds out.
+    """A model with what it needs: sentences and videos in, moments in seconds out.
 
     A model that was split encodes a video once: `encode` it, or pass the same `Video` again.
 
     A video longer than any of the training videos is grounded in overlapping windows whose answers are merged, if the
-    model tells of windows.
+    model has windows.
 
     Attributes:
-        windows: how long videos are cut: as the model tells. May be set to others, or to None: every video is then
+        windows: how long videos are cut: the model's own. May be set to others, or to None: every video is then
             grounded whole, as the published code does.
     """
 
@@ -100,7 +100,7 @@ class Grounder:
         """Return for each (video, query) pair its moments, best first, in the order of the pairs.
 
         Pairs are independent: batching changes nothing but speed. A sentence, and with a model that was split a
-        video, is encoded once however many pairs it stands in. Raises as `ground`.
+        video, is encoded once however many pairs it is in. Raises as `ground`.
         """
         if len(pairs) == 1 and not self.cut(pairs[0][0]):
             return [self._ground_one(*pairs[0], top_k, presence)]
@@ -158,7 +158,7 @@ class Grounder:
         decoding = self.manifest.decoding
         picks = decode(heads, decoding, min(top_k, decoding.num_locations))
         if threshold is not None:
-            # The whole video with score 1, which stands where nothing is likely, is no answer.
+            # The whole video with score 1, which is returned where nothing is likely, is no answer.
             picks[likely(heads, decoding).scores.max(axis=1) < threshold] = np.nan
         return picks
 
@@ -212,13 +212,13 @@ class Grounder:
     ) -> Iterator[tuple[np.ndarray, Heads]]:
         """Yield for each batch the positions of its pairs and their heads.
 
-        `videos` are segments, or for a model that was split encodings; each stands in a batch once. A batch that does
+        `videos` are segments, or for a model that was split encodings; each is in a batch once. A batch that does
         not fit the memory of its device is asked once more in halves.
 
         On a GPU the next batch is put together and asked while the caller decodes this one.
         """
         answers = ((chosen, _in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size))
-        # One batch alone would pay for a thread and gain nothing; on a CPU the network wants every core itself.
+        # One batch alone would pay for a thread and gain nothing; on a CPU the network uses every core itself.
         overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
         yield from _ahead(answers) if overlaps else answers
 

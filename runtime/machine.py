@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Libraries that a backend brings in: told of where they are in use.
+# Libraries that a backend imports: listed where they are in use.
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
 # CPU features that decide which kernels of ONNX Runtime and torch run, by Linux's names: of x86, then of Arm.
 CPU_FEATURES = (
@@ -50,7 +50,7 @@ THROTTLE_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.activ
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as nvidia-smi tells of it; None where it does not say."""
+    """A GPU as nvidia-smi reports it; None where it does not."""
 
     name: str
     driver: str
@@ -83,7 +83,7 @@ class Conditions:
 
 
 def cpu_name() -> str:
-    """Return the CPU's name as the system tells it."""
+    """Return the CPU's name as the system reports it."""
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -116,7 +116,7 @@ def cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return Python's, NumPy's and ours, and those of the libraries that run a network in this process."""
+    """Return the versions of Python, NumPy, this package and the libraries that run a network in this process."""
     found = {"python": platform.python_version()}
     for name in ("drn-deploy", "numpy"):
         try:
@@ -143,7 +143,7 @@ def others_load(before: float | None, after: float | None, num_cores: int, threa
 
     Args:
         before: load before anything was measured, which is of others.
-        after: load at the end, our own included.
+        after: load at the end, this process included.
         num_cores: that this process may use.
         threads: that it used.
     """
@@ -163,7 +163,7 @@ def throttling(seen: Sequence[Conditions]) -> tuple[str, ...]:
 
 
 def gpu() -> Gpu | None:
-    """Return what nvidia-smi tells of the GPU that CUDA would take first; None without one."""
+    """Return what nvidia-smi reports of the GPU that CUDA would take first; None without one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

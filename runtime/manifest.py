@@ -75,7 +75,7 @@ class Manifest:
         producer: what made it: package to version.
         training: how the weights came to be, for people.
         part: `whole`, or which of the two files that a model was split into.
-        video_part: of a query part: the file of its video part, which stands beside it, to SHA-256.
+        video_part: of a query part: the file of its video part, in the same directory, to SHA-256.
         prepared_parts: of a query part: the files that prepare an encoding for very many queries and that ask it, in
             this order, to SHA-256; empty where there are none.
         windows: how videos longer than the training videos are cut; None for files of before, which take them whole.

@@ -15,7 +15,7 @@ BALANCED = "balanced accuracy"
 
 @dataclasses.dataclass(frozen=True)
 class Presence:
-    """A threshold on the score of a video's best moment, and how well it told held-out pairs apart.
+    """A threshold on the score of a video's best moment, and how well it separated held-out pairs.
 
     Travels in the manifest of a model, which then answers "no moment found" below the threshold.
 
@@ -56,7 +56,7 @@ class Presence:
 
 
 def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None) -> Presence:
-    """Return the threshold that tells matching pairs from mismatched ones best.
+    """Return the threshold that separates matching from mismatched pairs best.
 
     Args:
         matching, mismatched: (N,) and (M,) scores of the best moment of each pair, -inf where no location is likely.
@@ -73,7 +73,7 @@ def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None)
     refused = np.searchsorted(np.sort(mismatched), found) / len(mismatched)
     allowed = np.ones(len(found), bool) if keep is None else kept >= keep
     if not allowed.any():
-        wanted, advice = "tells them from others", "train longer"
+        wanted, advice = "separates them from others", "train longer"
         if keep is not None:
             wanted = f"keeps {100 * keep:g} %"
             advice += ", or lower --keep" if len(found) else ""

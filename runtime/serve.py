@@ -59,7 +59,7 @@ def serve(
         data: directory of a data set, whose videos can be asked by name.
         media: directory of the same videos as files, named after them, for the page's player.
         extractor: .onnx or .engine file that makes features of a video file, so that videos can be sent.
-        host: address to listen at; any other than this machine's own wants --api-key.
+        host: address to listen at; any other than this machine's own needs --api-key.
         port: 0 takes a free one.
         allow_host: names that clients call the service by, where it is not this machine's own.
         api_key: what clients must show, also as DRN_API_KEY in the environment, which other users cannot read.

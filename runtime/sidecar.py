@@ -1,4 +1,4 @@
-"""The JSON beside a TensorRT plan: what the plan is, and the hashes that vouch for it and for itself."""
+"""The JSON beside a TensorRT plan: what the plan is, and the hashes of both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "drn-engine/1"
 
 
 class AboutModel(Protocol):
-    """What every manifest says that stands in a sidecar, of a model or of an extractor."""
+    """The keys of every manifest in a sidecar, of a model or of an extractor."""
 
     @property
     def part(self) -> str:
@@ -83,7 +83,7 @@ def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
 
 
 def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return what the sidecar of a plan says, after checking that it is whole and vouches for that very file.
+    """Return what the sidecar of a plan says, after checking that it is whole and records the hash of that very file.
 
     A plan is code: it must not be deserialised unless this returns.
 
@@ -108,7 +108,7 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     if vouched != actual:
         raise ModelFileError(
             f"{plan} is not the plan that its sidecar was written for (SHA-256 {actual[:12]}… where "
-            f"{printable_line(str(vouched)[:12])}… is vouched for): it is truncated, was tampered with, or renamed; "
+            f"{printable_line(str(vouched)[:12])}… is recorded): it is truncated, was tampered with, or renamed; "
             "build it again."
         )
     return content
@@ -193,7 +193,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
     ),
     "options": ("a table", _is_table, False),
     "unrolled": (
-        "a table of hashes by names of engines that stand beside it",
+        "a table of hashes by names of engines in the same directory",
         lambda value: _is_table_of(str)(value) and all(map(_is_beside, value)),
         False,
     ),

@@ -38,7 +38,7 @@ class Case:
         group: what it is part of: one query, batch size, queries per video, query length.
         name: what is called.
         boundary: what is inside of the time.
-        size: where it stands in its group: a number of queries, or of words.
+        size: its place in its group: a number of queries, or of words.
         queries: answered by one call.
     """
 
@@ -118,13 +118,13 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a model takes, in bytes; None where it cannot be told.
+    """What a model takes, in bytes; None where it is unknown.
 
     Attributes:
         files: of all its files.
         rss_growth: by how much the process grew when it was opened and answered once.
-        plan, device, pinned: as its backend tells: plan, buffers on the GPU, page-locked memory.
-        gpu_growth: by how much the GPU's used memory grew meanwhile, as nvidia-smi tells (others count too).
+        plan, device, pinned: as its backend reports: plan, buffers on the GPU, page-locked memory.
+        gpu_growth: by how much the GPU's used memory grew meanwhile, as nvidia-smi reports (others count too).
     """
 
     files: int
@@ -281,7 +281,7 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
     if found is None or not timings:
         measured = ", ".join(f"{model['label']} ({model['sha256'][:12]}…)" for model in report["models"]) or "nothing"
         raise ModelFileError(
-            f"The latency report tells of {measured} and not of the model with SHA-256 {sha256[:12]}…; measure that "
+            f"The latency report is of {measured} and not of the model with SHA-256 {sha256[:12]}…; measure that "
             "one with `python -m runtime.benchmark --model MODEL --output REPORT.json`."
         )
     rows = []
@@ -421,7 +421,7 @@ def _machine(report: Report) -> list[str]:
             told.append(f"SM clock {moment.gpu.sm_mhz} of {moment.gpu.max_sm_mhz} MHz")
             told.append(f"{moment.gpu.temperature_c} °C, {moment.gpu.power_w} W")
             told.append(f"slowed by {', '.join(moment.gpu.throttled_by) or 'nothing'}")
-        lines.append(f"  {moment.when:<24} {', '.join(told) or 'nothing told'}")
+        lines.append(f"  {moment.when:<24} {', '.join(told) or 'nothing known'}")
     return lines
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.videos import Segments
 
-# What stands between the two parts of a model; see `export.split`.
+# The tensors between the two parts of a model; see `export.split`.
 ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
 PREPARED_FEATURES = "prepared_features"
 

@@ -1,4 +1,4 @@
-"""Print text of users and files so that it can neither steer a terminal nor fail for want of a character."""
+"""Print text of users and files so that it can neither steer a terminal nor fail because a character is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.errors import excerpt, printable, printable_line
 
-# What our own output draws with, for terminals that have ASCII alone; every other character becomes an escape.
+# What the output of commands draws with, for terminals that have ASCII alone; every other character becomes an escape.
 _ASCII = {
     **dict(zip("█▒·•“”‘’–—−×µ─━│┃╭╮╰╯├┤┬┴┼", "#=.*\"\"''---xu--||+++++++++")),
     "…": "...",

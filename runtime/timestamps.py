@@ -86,7 +86,7 @@ def split(
         step: ticks from packet to packet, from `usual_step`.
         frame_ticks: ticks of a frame as the header of the file gives its rate, for packets without a time stamp.
         broadcast: whether the format of the container allows discontinuities.
-        others: seconds of the packets of other streams, which tell a gap in the pictures from a jump of the clock.
+        others: seconds of the packets of other streams, which separate a gap in the pictures from a jump of the clock.
 
     Returns:
         The parts, at least one where a time stamp is known; the shift of the first is 0.

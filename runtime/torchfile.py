@@ -427,7 +427,7 @@ def _unpickle(
         return tree
     except (CheckpointError, RecursionError, MemoryError):
         raise
-    except Exception as error:  # the pickle module promises no particular exception for hostile bytes
+    except Exception as error:  # the pickle module documents no particular exception for hostile bytes
         raise _damaged(path, f"its pickle fails on {_shown(error)}") from error
 
 

@@ -292,7 +292,7 @@ def segment_rows(
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Return (T, D) element-wise maxima over rows first..last, last included, of (num_clips, D) features.
 
-    Rows past the end are clipped to the last one: shorter feature files than the frame count promises occur.
+    Rows past the end are clipped to the last one: feature files shorter than their frame count occur.
     """
     end = len(features) - 1
     # NumPy compares halves in software, ten times slower than integers of the same order.
@@ -380,7 +380,7 @@ def check_features(features: np.ndarray, name: str) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         total = features.sum(dtype=np.float64)
     if np.isfinite(total):
-        # Finite, and yet too large for any layer? The sum of magnitudes tells without a look at each.
+        # Finite, and yet too large for any layer? The sum of magnitudes decides without a look at each.
         if not abs(total) <= LARGEST_FEATURE:
             raise FeatureError(
                 f"The features of {name} are as large as {np.abs(features).max():.1e}; extract them again."

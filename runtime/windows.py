@@ -81,7 +81,7 @@ class Window:
 
 
 def windows_asked(own: Windows | None, length: float | None, overlap: float | None) -> Windows | None:
-    """Return how long videos are cut: as the model tells, but for a length and an overlap that were asked for, in
+    """Return how long videos are cut: the model's own windows, but for a length and an overlap that were asked for, in
     seconds. A length of 0 asks for whole videos; without an overlap the model's is taken, or half of the length."""
     if length == 0:
         return None
@@ -92,7 +92,7 @@ def windows_asked(own: Windows | None, length: float | None, overlap: float | No
         return own
     if own is None:
         raise GroundingError(
-            "This model does not tell how long its training videos were, and grounds any video whole; --overlap needs "
+            "This model does not record the length of its training videos and grounds any video whole; --overlap needs "
             "--window SECONDS too."
         )
     return dataclasses.replace(own, overlap=overlap)

@@ -92,7 +92,7 @@ def train(
         fpn_dim: width of the pyramid and the head (512).
         iou_target: locations that train the IoU head: those with IoU above 0.9 as published, or all.
         negatives: for each pair of a sentence and its video, so many of a sentence and a video that is not its own, in
-            which no location is to match; the published recipes ask none. They teach to tell videos apart.
+            which no location is to match; the published recipes ask none. They teach the network to distinguish videos.
         faithful: keep what looks like slips of the published code: training lines whose moment ends before it starts,
             statistics and divisors per process, and with --recipe drn the clamp of the first location only and the
             gradients that pile up in stage 2.
@@ -148,7 +148,7 @@ def train(
 
         loaded = load_checkpoint(load) if load else None
         vocabulary = loaded.vocabulary if loaded and len(loaded.vocabulary) else data_set.vocabulary
-        # A network goes on with the pooling it has learnt.
+        # A network keeps the pooling that it was trained with.
         pooling = loaded.features.pooling if loaded else preset.pooling
         features = dataclasses.replace(data_set.features(), pooling=pooling)
         if loaded is None and num_segments is None:

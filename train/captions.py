@@ -21,7 +21,7 @@ STATEMENT = (
     "The features are simulated from the words of the sentences themselves: recall on this data set says that the "
     "machinery works, and no more."
 )
-# Where the annotations tell no frame count: a clip a second.
+# Where the annotations have no frame count: a clip a second.
 FRAMES_A_SECOND = CLOCK.stride
 
 

@@ -112,7 +112,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, not a torch file, holds code, is damaged, or is not one of ours.
+        CheckpointError: the file is missing, not a torch file, holds code, is damaged, or is no such checkpoint.
     """
     return checkpoint_of(load(path), path)
 
@@ -127,8 +127,8 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
                 f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here."
             )
         if found == RESUME_FORMAT:
-            raise CheckpointError(f"{path} is what `train --resume` goes on with; give best.pt beside it.")
-        kind = f"format {excerpt(found)}" if found else "no format of ours"
+            raise CheckpointError(f"{path} is the state for `train --resume`. Give best.pt of the same directory.")
+        kind = f"format {excerpt(found)}" if found else "an unknown format"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
             "convert published checkpoints with `python -m train.convert`."
@@ -218,12 +218,12 @@ def _check_values(weights: Mapping[str, Any], source: str) -> None:
 
 
 def source_hash(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return {file name: SHA-256}, as a manifest's `sources` wants it."""
+    """Return {file name: SHA-256}, as for a manifest's `sources`."""
     return {Path(path).name: sha256(path)}
 
 
 def save(path: str | os.PathLike[str], content: Any) -> None:
-    """Write tensors and plain containers with torch, whole or not at all; with a digest where a file is ours."""
+    """Write tensors and plain containers with torch, whole or not at all; with a digest in files of a known format."""
     if isinstance(content, Mapping) and content.get("format") in FORMATS:
         content = {**content, DIGEST: content_digest(content)}
     # RuntimeError is how torch's zip writer reports a full disk.
@@ -304,7 +304,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 def check(path: str | os.PathLike[str], content: Any) -> None:
     """Raise CheckpointError unless what `read` returned is as it was written.
 
-    Files of ours are compared with their digest, which covers all that was read; others with the CRCs of the archive.
+    Files of `save` are compared with their digest, which covers all that was read; others with the CRCs of the archive.
     """
     if not (isinstance(content, dict) and DIGEST in content and content.get("format") in FORMATS):
         check_records(Path(path))

@@ -30,7 +30,7 @@ log = logging.getLogger("drn")
 
 Layout = Literal["mmaction2", "drn"]
 
-# The authors' names -> mmaction2's, which are ours. Source: both code bases, checked on equal outputs.
+# The authors' names -> mmaction2's, which this toolkit uses. Source: both code bases, checked on equal outputs.
 _RENAMES = (
     (re.compile(r"query_encoder\.qInput\."), lambda match: "query_encoder.W3."),
     (re.compile(r"query_encoder\.qInput(\d+)\."), lambda match: f"query_encoder.W2.{match[1]}."),
@@ -54,8 +54,8 @@ class Found:
         weights: name -> array, as stored.
         layout: whose names it had.
         unused: names that were left out, as they stood in the file.
-        stage: the training stage its configuration tells of, where it tells.
-        epoch: the epochs it was trained for, where it tells.
+        stage: the training stage in its configuration, if there is one.
+        epoch: the epochs it was trained for, if they are recorded.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -126,7 +126,7 @@ def convert(
         ),
         weights=tensors(found.weights, checkpoint),
         training=training,
-        # The published networks of other data sets have other words, and do not tell how long their videos were.
+        # The published networks of other data sets have other words, and do not record how long their videos were.
         windows=CHARADES_STA if config.vocab_size == DRNConfig().vocab_size else None,
     )
     save_checkpoint(output, converted)
@@ -213,7 +213,7 @@ def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, 
 
 
 def _told_stage(configuration: Any) -> int | None:
-    """Return the stage that mmaction2's configuration text tells of: two flags, and neither set means stage 3."""
+    """Return the stage in mmaction2's configuration text: two flags, and neither set means stage 3."""
     if not isinstance(configuration, str) or "is_first_stage" not in configuration:
         return None
     flags = dict(re.findall(r"is_(first|second)_stage\s*=\s*(True|False)", configuration))
@@ -225,7 +225,7 @@ def _told_stage(configuration: Any) -> int | None:
 def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
     """Return the configuration of the network that has these tensors.
 
-    Where tensors disagree, most of them are believed, so that the odd one can be named.
+    Where tensors disagree, the majority decides, so that the odd one can be named.
 
     Raises:
         CheckpointError: the tensors are of no DRN that the configuration can describe.
@@ -290,7 +290,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
 
 
 def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
-    """Return how many convolutions stand in a tower: modules 0, 3, 6, ..., a batch norm and a ReLU after each."""
+    """Return how many convolutions a tower has: modules 0, 3, 6, ..., a batch norm and a ReLU after each."""
     number = 0
     while any(f"fcos.head.{tower}_tower.{3 * number}.weight" in weights for tower in ("cls", "bbox")):
         number += 1

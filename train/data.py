@@ -95,7 +95,7 @@ def pool(
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Return whether a cache file is there and holds what its name promises; a damaged one is written anew."""
+    """Return whether a cache file is there and holds what its name says; a damaged one is written anew."""
     if not path.is_file():
         return False
     # On a damaged header NumPy raises what its parser does, without a common base.
@@ -254,7 +254,7 @@ class TrainingData:
         for batch, draw in zip(epoch, drawn, strict=True):
             queries = batch[np.arange(count) * len(batch) // count]
             first, end = (np.searchsorted(rows, self.video_rows[queries], side) for side in ("left", "right"))
-            # Among all but the video's own queries, which stand together.
+            # Among all but the video's own queries, which are adjacent.
             place = (draw * (len(rows) - (end - first))).astype(np.int64)
             pairs.append(np.stack((queries, by_video[np.where(place < first, place, place + end - first)])))
         return pairs

@@ -101,7 +101,7 @@ class QueryEncoder(nn.Module):
     def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
         """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1.
 
-        Lengths may stay on the CPU, where packing wants them: fetched from a GPU, they would wait for all it has to do.
+        Lengths may stay on the CPU, where packing needs them: fetched from a GPU, they would wait for all it has to do.
         """
         words = self.words(query_tokens, query_length)
         return self.attend(words, query_length.to(words.device, non_blocking=True))
@@ -262,7 +262,7 @@ class FCOS(nn.Module):
 class DRN(nn.Module):
     """The whole network: a query and the segments of a video to heads at every location.
 
-    Sequences of any length stand in one batch in any order; padding never reaches an answer.
+    Sequences of any length may be in one batch in any order; padding never reaches an answer.
     """
 
     def __init__(self, config: DRNConfig | None = None) -> None:

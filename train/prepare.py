@@ -61,7 +61,7 @@ def prepare(
 ) -> Path:
     """Convert a data set to the common form: JSONL rows a split, its vocabulary, and what is usual for it.
 
-    Charades-STA, ActivityNet Captions, TACoS, QVHighlights and the common form itself are told by their files. What
+    Charades-STA, ActivityNet Captions, TACoS, QVHighlights and the common form itself are known by their files. What
     is left out is counted by reason, and named. Features are not copied.
 
     Args:
@@ -71,7 +71,7 @@ def prepare(
         glove: GloVe text. Words of other splits that have a vector join those of the training split, and the vectors
             of all words are written to OUTPUT/word_vectors.txt, for `train --glove`.
         embed_dim: width of the vectors.
-        min_count: words that stand less often in the training split are left out. A published word table is kept.
+        min_count: words that occur less often in the training split are left out. A published word table is kept.
         clock: frames of a clip, and from clip to clip, of the features (16 8 of C3D's); those usual for the data set
             when not given.
 

@@ -201,7 +201,7 @@ def simulate(
 
 
 def latent_dim(feature_dim: int) -> int:
-    """Return the width of the latent vector: few channels cannot tell many dimensions apart."""
+    """Return the width of the latent vector: few channels cannot represent many dimensions."""
     return min(LATENT_DIM, max(8, feature_dim // 2))
 
 
@@ -587,7 +587,7 @@ def _check_ours(output: Path, wanted: dict[str, Any], quiet: bool = True) -> Non
 
 
 def _begin(output: Path, folder: Path, wanted: dict[str, Any], statement: str) -> None:
-    """Mark `output` as ours and not yet whole; features go to `folder`."""
+    """Mark `output` as a simulation that is not yet whole; features go to `folder`."""
     write_json(output / UNDER_WAY, {"statement": statement, "parameters": wanted})
     try:
         (output / DONE).unlink(missing_ok=True)

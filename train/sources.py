@@ -1,7 +1,7 @@
 """Where a step gets its batches: from the host's memory, from the device's, or half computed already.
 
 A source yields the inputs of its network and the moments, (B, 2), for every batch of an epoch, on the device.
-Mismatched pairs stand behind those that match, and have no moments.
+Mismatched pairs follow those that match, and have no moments.
 """
 
 from __future__ import annotations

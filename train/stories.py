@@ -1,4 +1,4 @@
-"""What happens in the videos whose features are simulated, whoever tells it: made up, or read off annotations."""
+"""What happens in the videos whose features are simulated, made up or read off annotations."""
 
 from __future__ import annotations
 

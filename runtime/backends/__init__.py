@@ -76,7 +76,7 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
     """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
 
-    The query part of a model that was split opens both parts: the other stands beside it. An address opens the networks
+    The query part of a model that was split opens both parts: the other is beside it. An address opens the networks
     behind the front that Triton serves there (`runtime.triton.client`, which has its errors).
 
     Args:
@@ -86,7 +86,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         threads: CPU threads for the network; the library's own choice when None.
 
     Raises:
-        ModelFileError: there is no such file, or it is not a model of ours.
+        ModelFileError: there is no such file, or it is not a model of this toolkit.
         DeviceError: the library or the device is missing.
     """
     if is_address(path):

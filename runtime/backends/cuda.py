@@ -21,7 +21,7 @@ from runtime.errors import DeviceError
 LIBRARY = "libcuda.so.1"
 OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1
-# Another thread's allocation (torch's, say) does not break a capture of ours.
+# Another thread's allocation (torch's, say) does not break a capture of this thread.
 _CAPTURE_THREAD_LOCAL = 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 

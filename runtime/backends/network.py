@@ -132,7 +132,7 @@ class Network:
         with starting(self._trt, self._logger, cuda.driver):
             self._runtime = self._trt.Runtime(self._logger)
         if plans.host_code(self.sidecar.content):
-            # Only what the sidecar's hash vouches for comes this far.
+            # Only plans that match the hash in the sidecar are opened.
             self._runtime.engine_host_code_allowed = True
         try:
             plan = self.path.read_bytes()
@@ -181,7 +181,7 @@ class Network:
         wrong |= {name for name, kind in kinds.items() if kind not in _DTYPES}
         if wrong:
             raise ModelFileError(
-                f"{self.path} is not an engine of ours: {', '.join(sorted(wrong))} is missing, unknown, or not in "
+                f"{self.path} is not a DRN engine: {', '.join(sorted(wrong))} is missing, unknown, or not in "
                 "device memory; build it with `python -m export.build_engine`."
             )
         return {name: np.dtype(_DTYPES[kind]) for name, kind in kinds.items()}
@@ -587,7 +587,7 @@ def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...])
 
 @contextlib.contextmanager
 def starting(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
-    """Say what it means where TensorRT's own objects cannot be made, which its constructors do not tell.
+    """Say what it means where TensorRT's own objects cannot be made, which its constructors do not report.
 
     Args:
         trt: the library.
@@ -603,7 +603,7 @@ def starting(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
         told = "; ".join(logger.lines) or logger.warned or str(error)
         raise DeviceError(
             f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
-            f"{driver or 'of no version it tells'} and older: {told.rstrip('.')}; install a newer driver, or a build "
+            f"{driver or 'of an unknown version'} and older: {told.rstrip('.')}; install a newer driver, or a build "
             "of the library for that CUDA."
         ) from error
 

@@ -162,7 +162,7 @@ def _cuda_options(path: Path) -> dict[str, str]:
 
 
 class Session:
-    """An ONNX file of ours in ONNX Runtime.
+    """An ONNX file of this toolkit in ONNX Runtime.
 
     Args:
         path, device, threads: see `start`.
@@ -214,7 +214,7 @@ class Session:
         )
         if missing:
             raise ModelFileError(
-                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph of ours; export it again."
+                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph; export it again."
             )
 
     def run(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:

@@ -48,7 +48,7 @@ def libraries(content: Mapping[str, Any]) -> tuple[str, ...]:
 def host_code(content: Mapping[str, Any]) -> bool:
     """Return whether a plan brings code for the host with it, as version-compatible ones do.
 
-    Such a plan runs as a program, so it must be one whose hash the sidecar vouches for.
+    Such a plan runs as a program, so its hash must be the one in the sidecar.
     """
     return bool(_options(content).get("version_compatible"))
 
@@ -83,7 +83,7 @@ def built_for_gpu(content: Mapping[str, Any]) -> str:
     if _options(content).get("hardware_compatible"):
         return "Ampere and later"
     name, capability = _gpu(content)
-    return f"{name} ({capability})" if name else "a GPU it does not tell"
+    return f"{name} ({capability})" if name else "an unknown GPU"
 
 
 def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, here: bool = False) -> str:
@@ -99,7 +99,7 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, he
     plan, sidecar = _longer(plan) or (plan, sidecar)
     content, manifest = sidecar.content, sidecar.manifest
     graphs = [name for name in manifest.sources if name.endswith(".onnx")]
-    # The FP32 graph; after it stands the twin that parts were cut from.
+    # The FP32 graph; the twin that parts were cut from follows it.
     source = graphs[0] if graphs else next(iter(manifest.sources), "drn.onnx")
     parts: list[Any] = ["python", "-m", "export.build_engine", "--model", plan.with_name(source)]
     parts += ["--precision", manifest.precision, "--target", content.get("target", "tensorrt")]
@@ -131,7 +131,7 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, he
 
 
 def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
-    """Return the longest queries of the plans beside a plan for short ones, as their names tell: drn.fp16.8.engine."""
+    """Return the longest queries of the plans beside a plan for short ones, by their names: drn.fp16.8.engine."""
     found = (_SHORT.search(name) for name in content.get("unrolled") or ())
     return sorted(int(name["tokens"]) for name in found if name)
 

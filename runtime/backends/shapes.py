@@ -12,7 +12,7 @@ from runtime.errors import ShapeError
 Range = tuple[int, int, int]
 Shape = tuple[int, ...]
 
-# TensorRT wants every tensor to begin at a multiple of this.
+# TensorRT requires every tensor to begin at a multiple of this.
 ALIGNMENT = 256
 SHORTEST_QUERY = 4
 # Which of an input's leading sizes are free, and what they count, in a whole model, in the two parts of a pair, and in

@@ -65,13 +65,13 @@ def open_engine(
     """Open a plan, or the pair of plans that a query part belongs to.
 
     Args:
-        path: the `.engine` file; its sidecar stands beside it.
+        path: the `.engine` file; its sidecar is in the same directory.
         device: an engine runs on a GPU only, so `cpu` is an error.
         threads: has no meaning for a GPU.
         library, cuda: stand in for the TensorRT module and the driver.
 
     Raises:
-        ModelFileError: the sidecar does not vouch for the plan, or it is not an engine of ours.
+        ModelFileError: the plan does not match its sidecar, or is not a DRN engine.
         DeviceError: the plan was built for another library, version or GPU, or there is none.
     """
     del threads
@@ -222,7 +222,7 @@ class _Model:
             yield
 
     def time_gpu(self, on: bool) -> None:
-        """Count from now on, or no longer, what `gpu_ms` tells."""
+        """Start or stop measuring what `gpu_ms` returns."""
         with self._turn():
             for network in self._networks:
                 network.timed = on
@@ -447,7 +447,7 @@ class TensorRTPair(_Grounding):
     def __init__(self, manifest: Manifest, query: Network, video: Network, shorter: Sequence[Network] = ()) -> None:
         super().__init__(manifest, query, video, shorter=shorter)
         self._video = video
-        # Each keeps encodings of its own, by how many its profiles want.
+        # Each keeps encodings of its own, by how many its profiles take.
         self._banks = {network: {slots: Bank(slots) for slots, _ in network.resident} for network in (query, *shorter)}
         self._largest = {
             network: max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges

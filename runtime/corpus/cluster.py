@@ -97,7 +97,7 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
             f"Ray cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`, or pass --actors 0 to ground "
             "in this process."
         ) from error
-    # It tells of plans and bars that nobody asked about.
+    # It logs plans and progress bars of its own.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray

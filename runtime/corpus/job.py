@@ -1,4 +1,4 @@
-"""A corpus from beginning to end: planned, gone on with, and told of."""
+"""Plan a corpus, ground or resume its shards, and report the progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runtime.files import check_writable, json_digest, locked, remove_strays, wr
 
 log = logging.getLogger("drn")
 
-# Where no bar can be drawn, a line tells of the progress every so often.
+# Where no bar can be drawn, a line reports the progress at this interval.
 SECONDS_BETWEEN_LINES = 30.0
 
 

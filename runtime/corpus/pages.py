@@ -30,7 +30,7 @@ def unfolded_bytes(stream: BinaryIO, column: Any) -> int:
         column: a `pyarrow.parquet.ColumnChunkMetaData`.
 
     Raises:
-        ValueError: the chunk is not whole, or its pages hold other counts than the directory promises.
+        ValueError: the chunk is not whole, or its pages hold other counts than the directory has.
     """
     begin = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset is not None:

@@ -1,4 +1,4 @@
-"""Which pairs stand in which shard, and what a corpus was made of: both decided before anything is grounded."""
+"""Assign pairs to shards and describe the inputs of a corpus, before anything is grounded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Settings:
         shard_pairs: most pairs of a shard.
         top_k: most moments of a pair.
         batch_size: most pairs that go through the network at a time.
-        window, overlap: how long videos are cut, in seconds; as the model tells when None.
+        window, overlap: how long videos are cut, in seconds; the model's own when None.
         device, threads: of each process.
     """
 

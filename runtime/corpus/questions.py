@@ -20,7 +20,7 @@ class Question:
     """A sentence of the file of queries.
 
     Attributes:
-        line: where it stands in the file, from 1.
+        line: its number in the file, from 1.
         qid: its own name, or the line.
         query: the sentence, as written.
         video: which video it is about; None for every video.

@@ -52,7 +52,7 @@ MOST_WARNINGS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every process is told once.
+    """What every process receives once.
 
     Attributes:
         model, features, output: absolute paths.
@@ -151,7 +151,7 @@ class Worker:
         self._fewer = _Fewer()
 
     def __call__(self, shard: Shard) -> Done:
-        """Ground a shard, unless its file is there. What is wrong with it as a whole is told, not raised."""
+        """Ground a shard, unless its file is there. What is wrong with it as a whole is returned, not raised."""
         path = self.job.path(shard)
         try:
             self._check_manifest()
@@ -168,7 +168,7 @@ class Worker:
                 return Done(shard.number, len(shard), errors, attempts)
         except GroundingError as error:
             return Done(shard.number, len(shard), problem=f"{path.name}: {error}")
-        # Whatever it is, it is told with the shard's name; here stands where it comes from.
+        # The report names the shard and the error; the traceback is logged here.
         except Exception as error:
             log.exception("%s failed.", path.name)
             return Done(shard.number, len(shard), problem=f"{path.name}: {type(error).__name__}: {error}.")

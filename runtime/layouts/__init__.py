@@ -1,4 +1,4 @@
-"""Published data sets, one module a format, told apart by the files that are there."""
+"""Published data sets, one module a format, distinguished by the files that are there."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Clock:
 
     Attributes:
         duration: seconds.
-        num_frames: frames; None where the annotations do not tell.
+        num_frames: frames; None where the annotations have none.
         second: how much a second is in the unit of the timestamps.
     """
 

@@ -20,7 +20,7 @@ class Annotation:
         video: its name.
         start, end: seconds, as written in the file.
         sentence: as written in the file.
-        line: where it stands in the file, from 1: the line, or in a JSON file the how-many-eth sentence.
+        line: its number in the file, from 1: the line, or in a JSON file the how-many-eth sentence.
         qid: its own name where the data set gives it one.
         several: all moments it describes, where there are several; `start` and `end` are the first.
     """
@@ -70,7 +70,7 @@ class Layout(Protocol):
     Attributes:
         preset: what is usual for the data set.
         durations: video to seconds.
-        num_frames: video to frame count, where the annotations tell.
+        num_frames: video to frame count, where the annotations have it.
         unit: what its rows are called: lines or sentences.
         correction: what to do with a row that makes no sense, as the end of a message.
         simulated: whether the annotations themselves say that their features are.

@@ -128,9 +128,11 @@ def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
         name, qid = row["vid"], row["qid"]
         videos.add(name, row["duration"], place)
         if qid in seen:
-            raise AnnotationError(f"{place}: the qid {excerpt(qid)} stands in a line before; every query has its own.")
+            raise AnnotationError(
+                f"{place}: the qid {excerpt(qid)} is in an earlier line too; give every query its own."
+            )
         seen.add(qid)
-        # A split whose moments are kept secret still tells of its videos; `rows` refuses it.
+        # A split whose moments are secret still names its videos; `rows` refuses it.
         windows = _windows(row["relevant_windows"], place) if "relevant_windows" in row else (UNTOLD,)
         sentence = sentence_of(row["query"], place)
         (start, end), several = windows[0], windows if len(windows) > 1 else ()

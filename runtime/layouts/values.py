@@ -46,7 +46,7 @@ class Videos:
         if known != name:
             raise AnnotationError(
                 f"{place}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features "
-                "could not be told apart; rename one."
+                "could not be distinguished; rename one."
             )
         told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
         if told != (duration, num_frames):

@@ -1,4 +1,4 @@
-"""The routes: sentences in, moments out, and what stands around them."""
+"""Define the routes: sentences in, moments out, videos, the page and metrics."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class _Opened(FileResponse):
 
 
 def _body(schemas: dict[str, Any]) -> dict[str, Any]:
-    """Return how OpenAPI tells of a body that comes in any of these types."""
+    """Return the OpenAPI description of a body of any of these types."""
     return {"required": True, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}
 
 
@@ -197,7 +197,7 @@ def _of_grounding(error: Exception) -> Refusal:
 
 
 def _of_anything(error: Exception) -> Refusal:
-    return Refusal(500, "The service failed on this request; tell whoever runs it when.")
+    return Refusal(500, "The service failed on this request; report the time to its operator.")
 
 
 _HANDLERS: tuple[tuple[type[Exception], Callable[[Exception], Refusal]], ...] = (

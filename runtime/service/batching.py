@@ -22,7 +22,7 @@ log = logging.getLogger("drn.service")
 Pair = tuple[Subject, str]
 Result = TypeVar("Result")
 
-# How much the last batch counts in the mean rate that Retry-After is told from.
+# How much the last batch counts in the mean rate that Retry-After is computed from.
 RATE_SHARE = 0.1
 
 
@@ -79,7 +79,7 @@ class Batcher:
     Args:
         grounder: the model.
         options: how questions wait.
-        seen: told of every batch: how many pairs, the seconds they had waited, and the seconds the model took.
+        seen: called after every batch with how many pairs, the seconds they had waited, and the seconds the model took.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ async def read_form(
         content_type: of the request, with the boundary.
         chunks: the body.
         place: returns where to put the file of a field; Refusal if there should be none of this name.
-        spend: told of every byte of a file before it is written; Refusal if there is no room.
+        spend: called with the size of every part of a file before it is written; Refusal if there is no room.
 
     Raises:
         Refusal: the form is malformed, or too large.

@@ -110,7 +110,7 @@ class Gate:
         app: the routes.
         options: who may ask, and how much.
         keys: of `options`.
-        telemetry: told of every answer.
+        telemetry: records every answer.
         draining: whether the service ends, and takes no more.
     """
 
@@ -160,7 +160,7 @@ class Gate:
             except Exception as error:
                 log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
                 await self._refuse(
-                    Refusal(500, "The service failed on this request; tell whoever runs it when."), status, out
+                    Refusal(500, "The service failed on this request; report the time to its operator."), status, out
                 )
         except Gone:
             # Nothing was said, or not all of it: the connection ends.
@@ -206,7 +206,7 @@ class Gate:
         if not open_to_all and not self._keys.let_in(scope, headers.get("authorization", "")):
             raise Refusal(
                 401,
-                "This service wants a key; send it as `Authorization: Bearer KEY`.",
+                "This service needs a key; send it as `Authorization: Bearer KEY`.",
                 headers={"www-authenticate": "Bearer"},
             )
         if self._draining() and path not in ("/healthz", "/metrics"):
@@ -287,7 +287,7 @@ def start_of(refusal: Refusal) -> Message:
 
 
 def _in_plain_text(start: Message) -> Refusal | None:
-    """Return what is said in place of an error that a library tells in plain text: of files, and ranges of them."""
+    """Return what replaces a library's error in plain text: of files, and ranges of them."""
     headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
     if start["status"] < 400 or headers.get(b"content-type") == b"application/json":
         return None

@@ -54,7 +54,7 @@ class Entry:
         id: what it is asked by.
         name: what answers call it.
         duration: seconds, as players count.
-        num_frames: frames, where the data set tells them.
+        num_frames: frames, where the data set has them.
         media: the file that plays it, where there is one.
         state: ready, extracting, or failed.
         problem: what failed.
@@ -142,7 +142,7 @@ class Shelf:
         grounder: the model; one that was split encodes them.
         batcher: the thread that owns it.
         capacity: bytes; the videos asked last stay.
-        telemetry: told of every look: `hit`, `joined` (another is making it ready) or `miss`.
+        telemetry: counts every look: `hit`, `joined` (another is making it ready) or `miss`.
     """
 
     def __init__(self, grounder: Grounder, batcher: Batcher, capacity: int, telemetry: Telemetry) -> None:

@@ -1,4 +1,4 @@
-"""What is asked and what is answered, as OpenAPI tells of it."""
+"""Declare requests and answers, as OpenAPI describes them."""
 
 from __future__ import annotations
 

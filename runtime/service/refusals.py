@@ -57,14 +57,14 @@ class Refusal(Exception):
 
 
 def refusal_of(error: GroundingError) -> Refusal:
-    """Return how a client is told of something it can put right; what is wrong on our side is not described to it."""
+    """Return the refusal for an error that a client can correct; faults of the service are not described to it."""
     if isinstance(error, DeviceError):
-        return Refusal(503, "The service cannot do this now; try again later, or tell whoever runs it.")
+        return Refusal(503, "The service cannot do this now; try again later, or report it to its operator.")
     return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
 
 
 def unknown_video(name: str) -> Refusal:
-    """Return how a client is told that a video is not here, or no longer."""
+    """Return the refusal for a video that is not here, or no longer."""
     return Refusal(
         404,
         f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "

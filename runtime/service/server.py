@@ -1,4 +1,4 @@
-"""A service on a port, until it is told to end."""
+"""Run a service on a port until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
         sys.setswitchinterval(SWITCH_SECONDS)
-        # What a question has wrong with it is told to who asks, and does not fill the log.
+        # Errors of requests are sent to the client, and do not fill the log.
         logging.getLogger("drn").setLevel(logging.ERROR)
         log.setLevel(logging.INFO)
         _Server(config, service).run([listener])

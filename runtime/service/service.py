@@ -206,7 +206,7 @@ class Service:
         upload.name = shown_name(asked.name or Path(file.name).stem)
         if field == "video":
             if asked.duration is not None or asked.num_frames is not None:
-                raise Refusal(422, "A video file tells its duration and frames; leave duration and num_frames out.")
+                raise Refusal(422, "A video file contains its duration and frames; leave duration and num_frames out.")
             await self.uploads.check_extractor()
             self.uploads.take_video(upload, file.path, asked.partial)
             return asked, None

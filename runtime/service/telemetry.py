@@ -1,4 +1,4 @@
-"""What a service tells of itself, as Prometheus reads it."""
+"""Count requests, batches and videos of a service for Prometheus."""
 
 from __future__ import annotations
 

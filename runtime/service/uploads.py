@@ -124,10 +124,10 @@ class Uploads:
 
     Args:
         options: how much, and for how long.
-        clock: how clips lie on frames, for features whose frames are not told.
+        clock: how clips lie on frames, for features whose frames are not given.
         extractor: file of what makes features of videos; without it no video is taken.
         device, threads: for it.
-        forgotten: told of every upload that is gone.
+        forgotten: called with the id of every upload that is removed.
     """
 
     def __init__(
@@ -447,7 +447,7 @@ def _odd_archive(why: str) -> Refusal:
 
 
 def _cannot_extract(code: int | None, said: str, media: Path) -> Refusal:
-    """Return what a client is told of a video that could not be extracted, without names of this machine's."""
+    """Return the refusal for a video that could not be extracted, without paths of this machine."""
     (*_, line) = ["", *said.strip().splitlines()]
     if code == 2 and line.startswith("error: "):
         told = line.removeprefix("error: ").replace(str(media), "The video")

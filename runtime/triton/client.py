@@ -22,7 +22,7 @@ from runtime.triton.networks import PARAMETER, About, TritonBackend, TritonPair,
 from runtime.videos import Video
 
 TIMEOUT_SECONDS = 60.0
-# Where Triton listens unless told otherwise.
+# Where Triton listens by default.
 PORTS = {"grpc": 8001, "http": 8000}
 # A path in place of the address, which a command may have made of it, has lost one of two slashes.
 ADDRESS = re.compile(
@@ -99,20 +99,20 @@ class Connection:
             self._client = self._library.InferenceServerClient(str(address), ssl=address.secure, **limits, **context)
 
     def about(self) -> About:
-        """Return what the front tells clients.
+        """Return what the front publishes for clients.
 
         Raises:
             ServerError: no server answers, or it has no such model, or has not loaded it.
-            ModelFileError: the model is not a front of ours.
+            ModelFileError: the model is not a front of this toolkit.
         """
         name = self.address.model
-        with self._explained("tell of its models"):
+        with self._explained("list its models"):
             ready = self._client.is_model_ready(name, **self._options)
             known = None if ready else self._client.get_model_repository_index(**self._options)
         if known is not None:
             raise ServerError(self._not_ready(name, [_fields(entry) for entry in _entries(known)]))
         json = {"as_json": True} if self.address.protocol == "grpc" else {}
-        with self._explained(f"tell of {name}"):
+        with self._explained(f"describe {name}"):
             config = self._client.get_model_config(name, **json, **self._options)
         parameters = config.get("config", config).get("parameters", {})
         if PARAMETER not in parameters:
@@ -195,7 +195,7 @@ class ServedGrounder(Grounder):
             ServerError: the server cannot be reached, or fails.
         """
         if not all(isinstance(video, Video) for video, _ in pairs):
-            # What is encoded already cannot be told to the front.
+            # The front accepts features, and no encodings.
             return super().ground_batch(pairs, top_k, batch_size, presence=presence)
         for query in dict.fromkeys(query for _, query in pairs):
             # Refused, and warned of, here as there.
@@ -237,7 +237,7 @@ def connect(address: str | os.PathLike[str], device: Device = "auto", threads: i
     """Return the model at an address.
 
     Raises:
-        ModelFileError: it is no address, or what is there is not ours.
+        ModelFileError: it is no address, or what is there is no front of this toolkit.
         ServerError: no server answers, or it has no such model, or has not loaded it.
         DeviceError: a device or threads were asked for, which the server decides; or tritonclient is not installed.
     """

@@ -62,7 +62,7 @@ class Front:
 
     Args:
         pb: `triton_python_backend_utils`, which exists only inside Triton.
-        args: what Triton tells a model at its start.
+        args: what Triton passes to a model at its start.
         directory: of this version of the model, with `about.json`.
     """
 
@@ -141,7 +141,7 @@ class Front:
         return None if sizes == WHOLE else Windows(*sizes)
 
     def _one(self, request: Any, name: str) -> tuple[Any, ...] | None:
-        """Return what is the same for all rows of a request, if it is told."""
+        """Return what is the same for all rows of a request, if it is given."""
         given = self._optional(request, name)
         if given is None:
             return None

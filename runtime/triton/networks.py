@@ -1,4 +1,4 @@
-"""The networks that Triton runs, as a backend: whoever can call a model there has a `Grounder`."""
+"""Run the networks of a Triton server as a backend of `Grounder`."""
 
 from __future__ import annotations
 

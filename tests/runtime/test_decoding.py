@@ -564,5 +564,5 @@ def test_a_decoding_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
 
 def test_heads_of_another_number_of_locations_are_refused() -> None:
     heads = Heads(np.zeros((2, 56), np.float32), np.ones((2, 56, 2), np.float32), np.zeros((2, 56), np.float32))
-    with pytest.raises(ModelFileError, match="56 locations where its manifest tells of 48"):
+    with pytest.raises(ModelFileError, match=r"56 locations .* 48"):
         propose(heads, Decoding(strides=(1, 2)))

@@ -217,7 +217,7 @@ BROKEN_ROWS = [
     (json.dumps({**ROWS[1], "vid": "../x"}), "cannot be the name of a video"),
     (json.dumps({**ROWS[1], "relevant_windows": []}), "relevant_windows should be"),
     (json.dumps({**ROWS[1], "relevant_windows": [[1, 2, 3]]}), "relevant_windows should be"),
-    (json.dumps({**ROWS[1], "qid": 7}), "the qid 7 stands in a line before"),
+    (json.dumps({**ROWS[1], "qid": 7}), "the qid 7"),
     ("AAAAA 1 2##a person opens the door.", "JSON is expected"),
 ]
 

@@ -46,7 +46,7 @@ def test_a_threshold_by_hand() -> None:
 
 def test_keep_is_spoken_of_only_where_it_was_asked_for_and_a_lower_one_would_do() -> None:
     unlikely, some = np.full(3, -np.inf), np.array([0.5, -np.inf])
-    with pytest.raises(GroundingError, match=r"no threshold tells them from others; train longer\.$"):
+    with pytest.raises(GroundingError, match=r"no threshold .* train longer\.$"):
         fit(unlikely, np.array([0.5]))
     with pytest.raises(GroundingError, match=r"no threshold keeps 90 %; train longer, or lower --keep\.$"):
         fit(some, np.array([0.5]), keep=0.9)

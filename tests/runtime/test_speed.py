@@ -113,9 +113,7 @@ def test_a_passport_gets_the_rows_of_its_model_alone(report: Report, tmp_path: P
 
 
 def test_a_passport_of_another_model_is_refused(report: Report) -> None:
-    with pytest.raises(
-        ModelFileError, match=r"tells of slow.onnx \(555555555555…\), fast.onnx .* and not of the model"
-    ):
+    with pytest.raises(ModelFileError, match=r"slow.onnx .*fast.onnx"):
         latency_table(report.to_dict(), "0" * 64)
     nothing = dataclasses.replace(report, timings=[])
     with pytest.raises(ModelFileError, match="not of the model"):

@@ -1041,7 +1041,7 @@ def test_host_code_is_allowed_only_where_the_sidecar_says_so(bench: Bench) -> No
 def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> None:
     plan = bench.directory / "odd.engine"
     write_plan(plan, graphs.video, [profile((1, 1, 1), "video")], graphs.manifest, bench.version)
-    with pytest.raises(ModelFileError, match=r"not an engine of ours: .*query_tokens"):
+    with pytest.raises(ModelFileError, match="query_tokens"):
         bench.open(plan)
     assert bench.driver.held() == {}
 
