@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.builder import BuildOptions, Plan, build, cuda_devices, cuda_version, explained
+from export.builder import BuildFailed, BuildOptions, Plan, build, cuda_devices, cuda_version, explained
 from export.inspection import PlanNotLoaded
 from export.made import Part
 from export.profiles import one_profile
@@ -37,7 +37,10 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     from export.engine_precision import Promise, census_content, judge_engine, require
     from export.passport import ModelFile
 
-    shorter = [build_part(job, other, options, cache) for other in part.unrolled]
+    try:
+        shorter = [build_part(job, other, options, cache) for other in part.unrolled]
+    except BuildFailed as error:
+        raise BuildFailed(f"{error} --unroll 0 builds the engine without others for short queries.") from error
     built, part, changes = _build(part, options, cache)
     for change in changes:
         log.warning("%s was built in another form: %s.", part.engine.name, change)
@@ -98,7 +101,7 @@ def _build(part: Part, options: BuildOptions, cache: Path | None) -> tuple[Plan,
     Returns:
         The plan, what it was built of, and what is different from the request, a sentence each.
     """
-    from export.builder import BuildFailed, load_library
+    from export.builder import load_library
 
     library = load_library(options.target)
     log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
