@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.errors import AnnotationError, GroundingError, excerpt
+from runtime.errors import AnnotationError, FeatureError, GroundingError, excerpt
 from runtime.featurestores import FeatureStore, open_store
-from runtime.files import check_directory, check_file, read_json, sha256
+from runtime.files import check_directory, check_file, json_digest, read_json, sha256
 from runtime.layouts import Annotation as Annotation
 from runtime.layouts import Row, open_layout
 from runtime.layouts.charades import FEATURE_DIRECTORY as FEATURE_DIRECTORY
@@ -220,6 +220,12 @@ class DataSet:
             row[: len(annotation.moments)] = [self._fractions(annotation.video, one) for one in annotation.moments]
         return truths
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of all splits, and the tables that they are read with; not the features."""
+        beside = (path for path in self.root.glob("*.json") if path.name in (NOTES, "dataset.json"))
+        return [*dict.fromkeys(path for split in self.splits for path in self._layout.files(split)), *beside]
+
     def digest(self, split: str) -> str:
         """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
         paths = self._layout.files(split)
@@ -286,6 +292,7 @@ class DataSet:
         """
         self._layout.check_known(name, "--video")
         features = self.store.load(name)
+        self._check_features(name)
         frames = self.frames(name, len(features))
         counted = None if frames == self.num_frames.get(name) else self.preset.features.clock
         return Video(features, frames, self.durations[name], name, self.origin, counted, offset=self.offset(name))
@@ -294,14 +301,48 @@ class DataSet:
         """Return the seconds from the start of a video file to its first picture, as `runtime.extract` noted them.
 
         It is 0 where there is no note. Durations and annotations of a data set count from the first picture.
+
+        Raises:
+            AnnotationError: the note does not match its digest (code `damaged_note`), or the offset is no number.
         """
-        note = self._notes.get(name)
-        offset = note.get("offset", 0.0) if isinstance(note, dict) else 0.0
+        note = self._note(name)
+        offset = note.get("offset", 0.0)
         if not is_number(offset):
             raise AnnotationError(
                 f"{self.root / NOTES}: the offset of {excerpt(name)} is no number; extract the video again."
             )
         return float(offset)
+
+    def offsets(self) -> dict[str, float]:
+        """Return the offsets that are not 0, in seconds by video; raises as `offset`."""
+        return {name: offset for name in sorted(self._notes) if (offset := self.offset(name))}
+
+    def _note(self, name: str) -> Mapping[str, Any]:
+        """Return what `runtime.extract` noted about a video, compared with its digest where it has one."""
+        note = self._notes.get(name)
+        if not isinstance(note, dict):
+            return {}
+        content = {key: value for key, value in note.items() if key != "digest"}
+        if "digest" in note and note["digest"] != json_digest(content):
+            raise AnnotationError(
+                f"{self.root / NOTES}: the note on {excerpt(name)} was changed or damaged, since it does not match its "
+                "digest. Extract the video again.",
+                code="damaged_note",
+            )
+        return content
+
+    def _check_features(self, name: str) -> None:
+        """Raise FeatureError if the features of a video are not those that `runtime.extract` noted."""
+        noted = self._note(name).get("features")
+        if not noted:
+            return
+        path = self.feature_path(name)
+        if sha256(path) != noted:
+            raise FeatureError(
+                f"{path} was changed or damaged, since it does not match the digest in {NOTES}. Extract the "
+                "video again.",
+                code="damaged_features",
+            )
 
     @functools.cached_property
     def _notes(self) -> Mapping[str, Any]:

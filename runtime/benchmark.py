@@ -26,7 +26,7 @@ from runtime.decoding import PUBLISHED_COUNT, propose, suppress
 from runtime.drawing import check_plots
 from runtime.encodings import EncodedVideo
 from runtime.errors import DeviceError, GroundingError, ModelFileError, QueryError
-from runtime.files import check_file, check_writable, sha256, write_json
+from runtime.files import check_file, check_report, sha256, write_json
 from runtime.grounder import Grounder, in_seconds
 from runtime.manifest import Manifest
 from runtime.moments import Moment, temporal_iou
@@ -148,8 +148,9 @@ def _check(
         raise QueryError("--query asks about one video; pass --data DIR and --video NAME too.")
     for path in models:
         check_file(path, "The model file", ModelFileError)
-    check_writable(output, *models, plot)
-    check_writable(plot, *models)
+    read = (*models, *(DataSet(data).files if data else ()))
+    check_report(output, *read, plot)
+    check_report(plot, *read)
     if plot:
         check_plots(plot)
 

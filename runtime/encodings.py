@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.arrayfiles import read_archive
 from runtime.errors import FeatureError, excerpt, reading
-from runtime.files import check_file, replace_when_whole
+from runtime.files import check_file, json_digest, replace_when_whole
 from runtime.layouts.values import is_number
 from runtime.textfiles import parse_json
 from runtime.videos import LONGEST_SECONDS
@@ -121,6 +121,8 @@ class EncodedWindows:
 
 
 def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
+    # The keys stand for the arrays; this digest stands for the rest.
+    about = {**about, "digest": json_digest(about)}
     with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, features=features, spans=spans, about=np.array(json.dumps(about)))
 
@@ -135,6 +137,13 @@ def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndar
         if about.shape or about.dtype.kind != "U":
             raise ValueError("its facts are not a text")
         facts = parse_json(str(about), f"{path}", FeatureError, advice="encode the video again")
+        for name in ("duration", "offset"):
+            if not (is_number(facts.get(name, 0.0)) and 0 <= facts.get(name, 0.0) <= LONGEST_SECONDS):
+                raise ValueError(f"its {name} is {excerpt(facts[name])}")
+        # Files of version 0.1 have no digest.
+        digest = facts.pop("digest", None)
+        if digest is not None and digest != json_digest(facts):
+            raise ValueError("it was changed since it was written")
         return read(facts, features, spans)
 
 

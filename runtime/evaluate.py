@@ -20,7 +20,7 @@ from runtime.errors import GroundingError
 from runtime.evaluation import answered_whole
 from runtime.evaluation import evaluate as evaluate_annotations
 from runtime.evaluation import predictions as predictions_of
-from runtime.files import check_writable, replace_when_whole, write_json
+from runtime.files import check_report, replace_when_whole, write_json
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.metrics import Report, prior_report, table
 from runtime.videos import Segments
@@ -65,9 +65,9 @@ def evaluate(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
-    check_writable(output, model, predictions)
-    check_writable(predictions, model)
     data_set = DataSet(data)
+    check_report(output, model, predictions, *data_set.files)
+    check_report(predictions, model, *data_set.files)
     annotations = data_set.annotations(split, invalid)[:limit]
     grounder = Grounder.load(model, device, threads)
     data_set.check_clock(grounder.manifest.features.clock)

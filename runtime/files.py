@@ -463,6 +463,22 @@ def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLi
             raise _NotKept
 
 
+# Files that commands read and that a report never is.
+_READ_SUFFIXES = frozenset(
+    (".onnx", ".engine", ".pt", ".pth", ".data", ".npy", ".npz", ".h5", ".hdf5", ".parquet", ".mp4", ".mkv", ".avi",
+     ".webm", ".mov")
+)  # fmt: skip
+
+
+def check_report(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
+    """Do as `check_writable` for a report or a picture, which replaces no model, feature or video file either."""
+    if path is not None and Path(path).suffix.lower() in _READ_SUFFIXES and Path(path).exists():
+        raise OutputError(
+            f"{path} exists and is no report, and would be written over; name another file.", code="not_a_report"
+        )
+    check_writable(path, *inputs)
+
+
 class _NotKept(Exception):
     """Ends a trial write, so that nothing is left of it."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from runtime.errors import DeviceError, FootageError, one_line, reading
 from runtime.files import check_file
 from runtime.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
-from runtime.videos import LONGEST_SECONDS, MOST_FRAMES
+from runtime.videos import LONGEST_SECONDS, MAX_FRAME_RATE, MIN_FRAME_RATE, MOST_FRAMES
 
 log = logging.getLogger("drn")
 
@@ -27,6 +27,8 @@ log = logging.getLogger("drn")
 STEP_TOLERANCE = 0.1
 # From this share of equal steps on, the others are gaps in a steady video; below, its rate varies.
 STEADY = 0.9
+# In a video of steady frames, a step as long as this many others is a gap.
+MISSING_STEPS = 4.5
 # Shares of pixels are whole numbers that add up to this, as finely divided as OpenCV's; rounded, to one or two more or
 # less, which is a quarter of a grey level.
 WHOLE_BITS = 11
@@ -233,6 +235,13 @@ def look(path: str | os.PathLike[str]) -> Footage:
             f"{path} lasts {num_frames / rate:.3g} s by its time stamps, {num_frames} frames; write them anew, for "
             "example with `ffmpeg -i FILE -c copy NEW.mkv`."
         )
+    if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
+        raise FootageError(
+            f"{path} has {num_frames} frames in {num_frames / rate:.3g} s, which is {rate:.3g} frames per second; "
+            f"{MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. Encode it at a rate in between, for example with "
+            "`ffmpeg -i FILE -r 25 NEW.mp4`.",
+            code="frame_rate_out_of_range",
+        )
     _report(path, times, parts, unit)
     quarter_turns, mirrored = _orientation(first, path)
     return Footage(
@@ -295,10 +304,22 @@ def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -
             path, len(parts) - 1, after,
         )  # fmt: skip
     steps = np.diff(times)
-    if len(steps) and steps.max() * unit > LONG_STILL:
+    if not len(steps):
+        return
+    longest, begin = steps.max() * unit, (times[steps.argmax()] - times[0]) * unit
+    if longest > LONG_STILL:
         log.warning(
-            "%s: one picture stays on for %.1f s, from %.1f s on, by the time stamps of the file.",
-            path, steps.max() * unit, (times[steps.argmax()] - times[0]) * unit,
+            "%s: one picture stays on for %.1f s, from %.1f s on, by the time stamps of the file.", path, longest, begin
+        )
+        return
+    usual = float(np.median(steps))
+    steady = (np.abs(steps - usual) <= np.maximum(1, STEP_TOLERANCE * usual)).mean() >= STEADY
+    if steady and longest > MISSING_STEPS * usual * unit:
+        # A demuxer passes over bytes that it cannot read, and reports nothing but the missing time.
+        log.warning(
+            "%s has no frame for %.2f s from %.2f s on, and otherwise one every %.3f s: part of the file may be "
+            "missing or damaged. The frame before is used for that time.",
+            path, longest, begin, usual * unit,
         )  # fmt: skip
 
 
@@ -487,6 +508,8 @@ def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]
     with reading(path, "a video", FootageError, "copy or download it again"), opened_container(path) as container:
         stream = _video_stream(container, path)
         try:
+            # What a decoder checks besides what it needs; frames that fail are marked as corrupt.
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+careful"}
             stream.thread_type = "AUTO"
             if threads is not None:
                 stream.thread_count = threads

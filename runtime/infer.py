@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.annotations import DataSet
 from runtime.backends import Device, is_address
 from runtime.choice import VideoChoice, open_choice
 from runtime.command import command, next_command
@@ -15,7 +16,7 @@ from runtime.cutting import check_encoder, clip_names
 from runtime.cutting import cut as write_clips
 from runtime.drawing import check_plots, draw
 from runtime.errors import GroundingError, QueryError, excerpt
-from runtime.files import check_writable
+from runtime.files import check_report, check_writable
 from runtime.grounder import Grounder
 from runtime.timeline import Answer, Format, render
 from runtime.windows import windows_asked
@@ -76,8 +77,8 @@ def infer(
         raise QueryError('Nothing was asked; pass --query "a sentence".')
     choice = VideoChoice(features, duration, num_frames, data, video, extractor, partial, footage)
     choice.check()
-    inputs = (model, features, extractor, choice.film)
-    check_writable(plot, *inputs)
+    inputs = (model, features, extractor, choice.film, *(DataSet(data).files if data and plot else ()))
+    check_report(plot, *inputs)
     if plot:
         check_plots(plot)
     clips = _clips(choice, cut, query)

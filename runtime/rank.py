@@ -12,7 +12,7 @@ from runtime.backends import Device
 from runtime.command import command, next_command
 from runtime.errors import GroundingError
 from runtime.evaluation import askable_rows
-from runtime.files import check_writable, write_json
+from runtime.files import check_report, write_json
 from runtime.grounder import BATCH_SIZE, Grounder
 from runtime.ranking import Ranking, best_scores, draw_videos
 from runtime.ranking import rank as rank_scores
@@ -55,8 +55,8 @@ def rank(
             "--videos is at least 2, --seed 0 or more, --limit and --batch-size at least 1, and "
             f"{videos}, {seed}, {limit} and {batch_size} were given."
         )
-    check_writable(output, model)
     data_set = DataSet(data)
+    check_report(output, model, *data_set.files)
     annotations = data_set.annotations(split, invalid)
     names = sorted({annotation.video for annotation in annotations})
     grounder = Grounder.load(model, device, threads)

@@ -64,9 +64,9 @@ def fit_presence(
             f"--mismatched and --batch-size are at least 1 and --seed is 0 or more, and {mismatched}, {batch_size} and "
             f"{seed} were given."
         )
-    check_writable(output)
-    loaded = load_checkpoint(checkpoint)
     data_set = DataSet(data)
+    check_writable(output, *data_set.files)
+    loaded = load_checkpoint(checkpoint)
     seed = int(loaded.training.get("seed", 0)) if seed is None else seed
     if held_out is None and "val" in data_set.splits:
         annotations, source = data_set.annotations("val", invalid="drop", quiet=True), "of the val split"

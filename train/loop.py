@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,7 +210,7 @@ class Run:
                 if extended is None:
                     raise OutputError(
                         f"{self.output} was trained with other settings ({_difference(found, description)}); "
-                        "give the same ones to resume, or more --epochs."
+                        "give the same ones to resume. Only the epochs of a stage may become more."
                     )
                 self._check_whole()
                 self.processes.wait()
@@ -487,14 +487,26 @@ def _extended_stage(found: Any, asked: Mapping[str, Any]) -> int | None:
     return longer[0] if longer and before == asked else None
 
 
-def _difference(found: Any, wanted: Any, name: str = "") -> str:
-    """Name the first setting in which two runs differ."""
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        pairs = [(old, new) for old, new in zip(found, wanted, strict=True) if old != new]
-        if pairs and isinstance(pairs[0][0], dict):
-            return _difference(*pairs[0], name)
+def _difference(found: Any, wanted: Any) -> str:
+    """Name the first setting in which two runs differ, other than more epochs, if there is one."""
+    differences = list(_differences(found, wanted))
+    return next((text for text, longer in differences if not longer), differences[0][0])
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield each setting in which two runs differ, and whether it is that a stage has more epochs."""
+    if found == wanted:
+        return
+    lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
+    if lists and all(isinstance(item, dict) for item in (*found, *wanted)):
+        for old, new in zip(found, wanted, strict=True):
+            number = new.get("number")
+            for text, longer in _differences(old, new, name):
+                yield (f"stage {number}: {text}" if number else text), longer
+        return
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in {**found, **wanted}:
-            if found.get(key) != wanted.get(key):
-                return _difference(found.get(key), wanted.get(key), key)
-    return f"{name} was {str(found)[:60]}, is now {str(wanted)[:60]}"
+            yield from _differences(found.get(key), wanted.get(key), key)
+        return
+    longer = name == "epochs" and isinstance(found, int) and isinstance(wanted, int) and wanted > found
+    yield f"{name} was {str(found)[:60]}, is now {str(wanted)[:60]}", longer

@@ -100,7 +100,15 @@ class DataSetSource:
         return [Listed(name) for name in sorted(self._data_set.durations)]
 
     def digest(self) -> str:
-        return json_digest([self._data_set.durations, self._data_set.num_frames])
+        data = self._data_set
+        parts: list[Any] = [data.durations, data.num_frames]
+        # What else decides the times of moments, where it does.
+        clock, spread = data.preset.features.clock, data.preset.spread
+        if spread or data.durations.keys() - data.num_frames.keys():
+            parts.append({"window": clock.window, "stride": clock.stride, "spread": spread})
+        if offsets := data.offsets():
+            parts.append({"offsets": offsets})
+        return json_digest(parts)
 
     def stamp(self, video: Listed) -> str:
         return _stamp(functools.partial(self._data_set.store.stamp, video.name))

@@ -446,7 +446,7 @@ def test_bad_input_is_refused_before_any_work(
         (("--model", tmp_path / "none.onnx"), "does not exist"),
         ((*model, "--compare", tmp_path / "none.onnx"), "does not exist"),
         ((*model, "--output", tmp_path), "is a directory"),
-        ((*model, "--output", tiny_model), "named for something else"),
+        ((*model, "--output", tiny_model), "would be written over"),
         ((*model, "--plot", tmp_path / "a", "--output", tmp_path / "a"), "named for something else"),
         ((*model, "--plot", tmp_path / "a.jpg"), "a.jpg does not end in .png"),
         ((*model, "--video", "A"), "--video names a video of a data set; pass --data DIR too"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,30 @@ def test_a_damaged_encoding_is_refused_in_one_sentence(grounder: Grounder, tmp_p
     assert str(told.value).count("\n") == 0
     with pytest.raises(FeatureError, match="does not exist"):
         EncodedVideo.load(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize(
+    "change", [{"duration": 3200.0}, {"duration": "32"}, {"duration": True}, {"offset": -9.0}, {"offset": 1e300},
+               {"name": "another"}],
+)  # fmt: skip
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_changed_facts_of_an_encoding_are_refused(
+    grounder: Grounder, tmp_path: Path, change: dict[str, Any], has_digest: bool
+) -> None:
+    path = tmp_path / "video.npz"
+    grounder.encode(QUARTER).save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    facts = {**json.loads(str(arrays["about"])), **change}
+    if not has_digest:
+        del facts["digest"]
+    np.savez(path, **{**arrays, "about": np.array(json.dumps(facts))})
+    # Without a digest, as in files of version 0.1, only impossible values can be seen.
+    if has_digest or not (change.get("duration") == 3200.0 or "name" in change):
+        with pytest.raises(FeatureError):
+            EncodedVideo.load(path)
+    else:
+        EncodedVideo.load(path)
 
 
 def test_an_encoding_of_another_model_is_refused(planted_backend: Any, pair: PlantedPair) -> None:

@@ -14,7 +14,7 @@ import pytest
 from runtime import Grounder, Video
 from runtime.annotations import DataSet
 from runtime.decoding import Decoding
-from runtime.errors import FeatureError
+from runtime.errors import FeatureError, OutputError
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.evaluation import evaluate, predictions
 from runtime.manifest import METADATA_KEY, Manifest
@@ -397,3 +397,16 @@ def test_the_files_of_an_evaluation_are_there_before_a_word_is_said(
         )
     assert json.loads((tmp_path / "r.json").read_text())["queries"] == 2
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("option", ["output", "predictions"])
+def test_reports_replace_no_file_that_is_read(
+    option: str, data_set: DataSet, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = [*data_set.files, data_set.feature_path("BBBBB"), tiny_model]
+    assert {path.name for path in read} >= {"Charades_sta_test.txt", "Charades_sta_train.txt", "Charades_word2id.json"}
+    for path in read:
+        before = path.read_bytes()
+        with pytest.raises(OutputError):
+            evaluate_command(tiny_model, data_set.root, **{option: path})
+        assert path.read_bytes() == before

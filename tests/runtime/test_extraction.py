@@ -19,7 +19,7 @@ import pytest
 
 from runtime import drawing, extraction
 from runtime.annotations import FEATURE_DIRECTORY, DataSet
-from runtime.errors import FootageError
+from runtime.errors import FootageError, GroundingError
 from runtime.extract import extract
 from runtime.extraction import cached_video
 from runtime.extractors import ClipExtractor, open_extractor
@@ -419,6 +419,28 @@ def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cach
     assert (again.features == first.features).all()
     assert (again.num_frames, again.duration) == (first.num_frames, first.duration)
     assert entry.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [(f"{FEATURE_DIRECTORY}/hall.npy", "damaged_features"), ("extracted.json", "damaged_note")]
+)
+def test_damaged_features_of_a_directory_are_not_answered_from(
+    tmp_path: Path, tiny: Path, name: str, code: str
+) -> None:
+    data = extract((film(tmp_path / "hall.mkv", 40),), tiny, tmp_path / "data")
+    assert DataSet(data).video("hall").num_frames == 40
+    damaged = data / name
+    good = damaged.read_bytes()
+    place = len(good) * 3 // 4 if name.endswith(".npy") else good.index(b'"offset": 0') + len('"offset": ')
+    damaged.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    with pytest.raises(GroundingError) as caught:
+        DataSet(data).video("hall")
+    assert caught.value.code == code
+    # Of before there were digests.
+    notes = json.loads(good) if name == "extracted.json" else json.loads((data / "extracted.json").read_bytes())
+    del notes["videos"]["hall"]["digest"], notes["videos"]["hall"]["features"]
+    (data / "extracted.json").write_text(json.dumps(notes))
+    assert DataSet(data).video("hall").offset == 0.0
 
 
 @pytest.mark.parametrize("name", [f"{FEATURE_DIRECTORY}/hall.npy", "extracted.json"])

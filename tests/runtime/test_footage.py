@@ -571,3 +571,27 @@ def test_real_videos_have_the_frames_and_seconds_that_they_tell(
     assert (footage.num_frames, footage.damage) == (num_frames, "")
     assert footage.duration == pytest.approx(duration, abs=1e-3)
     assert sum(1 for _ in clips(pictures(footage, Framing()), 16, 8)) == (num_frames - 16) // 8 + 1
+
+
+@pytest.mark.parametrize("rate", [Fraction(1, 2), 500])
+def test_a_rate_that_no_model_is_asked_at_is_refused_before_frames_are_decoded(tmp_path: Path, rate: Any) -> None:
+    path = film(tmp_path / "odd.mkv", 40, rate=rate)
+    with pytest.raises(FootageError) as caught:
+        look(path)
+    assert caught.value.code == "frame_rate_out_of_range"
+
+
+def test_a_gap_among_steady_frames_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = [40 * number for number in range(40)]
+    look(film(tmp_path / "whole.mkv", 40, times=whole))
+    # Of a recording whose frames come as they like, no step is a gap.
+    look(
+        film(
+            tmp_path / "unsteady.mkv",
+            40,
+            times=[510 * (number // 5) + (0, 20, 60, 150, 450)[number % 5] for number in range(40)],
+        )
+    )
+    assert not caplog.messages
+    look(film(tmp_path / "gap.mkv", 40, times=[time + 400 * (time > 800) for time in whole]))
+    assert any("0.44 s from 0.80 s on" in message for message in caplog.messages)

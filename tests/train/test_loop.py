@@ -457,11 +457,19 @@ def test_resuming_under_another_setting_is_refused_naming_it(
 ) -> None:
     before = files(short_run)
     called = {"lr": "learning_rate"}.get(name, name)
-    with pytest.raises(OutputError, match=rf"\({called} was .*, is now ") as caught:
+    with pytest.raises(OutputError, match=rf"{called} was .*, is now ") as caught:
         run_training(planted, short_run, resume=True, **{**tiny_sizes, name: value})
     if not isinstance(value, tuple):
         assert f"is now {value}" in str(caught.value)
     assert files(short_run) == before
+
+
+def test_fewer_epochs_are_named_also_where_another_stage_has_more(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any]
+) -> None:
+    with pytest.raises(OutputError) as caught:
+        run_training(planted, short_run, resume=True, **{**tiny_sizes, "epochs": (1, 2, 1)})
+    assert "stage 1: epochs was 2, is now 1" in str(caught.value)
 
 
 @pytest.mark.parametrize("epochs", [(3, 1, 1), (2, 2, 1), (2, 1, 2), (3, 2, 2)])

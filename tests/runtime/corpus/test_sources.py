@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.corpus.sources import Listed, open_source
+from runtime.annotations import NOTES, DataSet
+from runtime.corpus.sources import DataSetSource, Listed, open_source
 from runtime.errors import DeviceError, GroundingError
 from runtime.videos import ClipClock, Video
+from tests.annotated import write_qvhighlights
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -196,3 +199,26 @@ def test_the_digest_follows_names_and_lengths(mini: Path, tmp_path: Path) -> Non
     table = json.loads((mini / "Charades_duration.json").read_text())
     (mini / "Charades_duration.json").write_text(json.dumps({**table, "AAAA1": 31.0}))
     assert open_source(mini).digest() != before
+
+
+def test_the_digest_follows_offsets_and_clip_timing(mini: Path) -> None:
+    before = open_source(mini).digest()
+    (mini / NOTES).write_text(json.dumps({"videos": {"AAAA1": {"offset": 4.0}}}))
+    late = open_source(mini).digest()
+    assert late != before
+    (mini / NOTES).write_text(json.dumps({"videos": {"AAAA1": {"offset": 0.0}}}))
+    assert open_source(mini).digest() == before
+
+
+def test_the_digest_follows_the_clip_timing_that_frames_are_counted_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_qvhighlights(tmp_path)
+    digests = set()
+    for stride in (8, 16):
+        features = dataclasses.replace(DataSet(tmp_path).preset.features, stride=stride)
+        preset = dataclasses.replace(DataSet(tmp_path).preset, features=features)
+        with monkeypatch.context() as patch:
+            patch.setattr(DataSet, "preset", preset, raising=False)
+            digests.add(DataSetSource(tmp_path).digest())
+    assert len(digests) == 2
