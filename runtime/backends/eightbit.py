@@ -27,6 +27,7 @@ log = logging.getLogger("drn")
 _MODEL_GRAPH = 7
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
+_ATTRIBUTE_TENSOR = 5
 _DIMS, _DATA_TYPE, _INT32_DATA, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 5, 8, 9, 13
 _VALUE_NAME, _VALUE_TYPE, _TENSOR_TYPE, _ELEM_TYPE = 1, 2, 1, 1
 TYPES = {1: "fp32", 2: "uint8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8"}
@@ -50,6 +51,7 @@ class Tensor:
         size: how many numbers.
         start, end: of its field in the file, tag and length included.
         inline: whether its numbers are in the file.
+        in_node: whether it is an attribute of a `Constant` node, not an initializer.
     """
 
     data_type: int
@@ -57,6 +59,7 @@ class Tensor:
     start: int
     end: int
     inline: bool
+    in_node: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,9 @@ def read_contents(content: Buffer) -> Contents:
     for number, _, tag, first, last in fields(content, start, end):
         if number == _NODE:
             nodes.append(_node(content, first, last))
+            if nodes[-1].op_type == "Constant":
+                found = _constant(content, first, last)
+                tensors.update({name: found for name in nodes[-1].outputs[:1] if found})
         elif number == _INITIALIZER:
             name, tensor = _tensor(content, tag, first, last)
             tensors[name] = tensor
@@ -263,6 +269,8 @@ def _can_shift(contents: Contents) -> bool:
     """Return whether every 8-bit number of a graph has a zero point that moves with it."""
     if _INT8 in contents.ends or not all(entry.inline for entry in contents.tensors.values()):
         return False
+    if any(entry.in_node and entry.data_type == _INT8 for entry in contents.tensors.values()):
+        return False
     signed = {name for name, entry in contents.tensors.items() if entry.data_type == _INT8}
     for node in contents.nodes:
         read = {index for index, name in enumerate(node.inputs) if name in signed}
@@ -311,6 +319,16 @@ def _node(content: Buffer, start: int, end: int) -> Node:
         elif number == _NODE_ATTRIBUTE:
             typed = typed or b"output_dtype" in content[first : min(first + 32, last)]
     return Node("".join(texts[_NODE_OP_TYPE][:1]), tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]), typed)
+
+
+def _constant(content: Buffer, start: int, end: int) -> Tensor | None:
+    """Return the tensor of a `Constant` node; None where its value is no tensor."""
+    for number, _, _, first, last in fields(content, start, end):
+        if number == _NODE_ATTRIBUTE:
+            for inner, _, tag, begin, finish in fields(content, first, last):
+                if inner == _ATTRIBUTE_TENSOR:
+                    return dataclasses.replace(_tensor(content, tag, begin, finish)[1], in_node=True)
+    return None
 
 
 def _tensor(content: Buffer, tag: int, start: int, end: int) -> tuple[str, Tensor]:

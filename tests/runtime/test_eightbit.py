@@ -265,3 +265,19 @@ def test_contents_are_counted_without_the_numbers() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"."):
         read_contents(b"not a graph")
+
+
+def test_weights_in_constant_nodes_are_counted_and_opened_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    model = product(np.full((8, 16), 100, np.int8))
+    for tensor in model.graph.initializer:
+        model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    del model.graph.initializer[:]
+    path = tmp_path / "constants.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert read_contents(path.read_bytes()).weight_types() == {"int8": 128}
+    with caplog.at_level(logging.WARNING):
+        assert source_for_cpu(path) == str(path)
+    assert caplog.records
