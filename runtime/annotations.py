@@ -47,7 +47,7 @@ NAMED = 20
 class DataSet:
     """A directory in the layout of Charades-STA, ActivityNet Captions, TACoS or QVHighlights, or in the common form.
 
-    Which one is told by the files that are there; see docs/formats.md. Features lie where the data set publishes them
+    The files that are there decide which one it is; see docs/formats.md. Features lie where the data set publishes them
     (Charades-STA: `C3D_unit16_overlap0.5_merged/`), in `features/`, or in one HDF5 file.
 
     Raises:
@@ -65,7 +65,7 @@ class DataSet:
         )
         self._layout = open_layout(self.root)
         self.durations: dict[str, float] = self._layout.durations
-        # Frame counts that the annotations tell; `frames` knows those of every video.
+        # Frame counts in the annotations; `frames` returns those of every video.
         self.num_frames: dict[str, int] = self._layout.num_frames
         self._told_of_stride = False
         self.origin = Origin(
@@ -176,7 +176,7 @@ class DataSet:
         """Raise AnnotationError (code `units_mismatch`) if moments and durations have different units.
 
         Args:
-            split: where the moments stand.
+            split: of the moments.
             ends: video to the end of its last moment, in seconds as they are read.
         """
         shares = {video: end / self.durations[video] for video, end in ends.items()}
@@ -249,9 +249,9 @@ class DataSet:
     def frames(self, video: str, num_clips: int | None = None) -> int:
         """Return the frames of a video, as its segments are counted in.
 
-        They are what the annotations tell. Where these tell nothing, frames are counted from the clips by the clock of
+        They are read from the annotations. Where these have none, frames are counted from the clips by the clock of
         the data set's features, and so they are where the preset says `spread` and the clips of the file are not as
-        many as the clock makes of the frames told (TACoS, whose features are published at several strides): segments
+        many as the clock makes of the frames (TACoS, whose features are published at several strides): segments
         are then equal parts of the clips, and so of the video.
 
         Args:

@@ -371,7 +371,7 @@ class Model:
 
 
 def _distinct(videos: Sequence[EncodedVideo]) -> tuple[list[EncodedVideo], np.ndarray]:
-    """Return each video once, and for each of all where it stands among them, (B,) int32."""
+    """Return each video once, and for each of all its index among them, (B,) int32."""
     once = {id(video): video for video in videos}
     place = {key: index for index, key in enumerate(once)}
     return list(once.values()), np.array([place[id(video)] for video in videos], np.int32)
@@ -661,12 +661,14 @@ class _Run:
             self._take_phases(size)
 
     def _boundaries(self) -> Iterator[tuple[Boundary, contextlib.AbstractContextManager[None], list[Model]]]:
-        """Yield the boundaries around the network, what to enter for each, and the models that tell of it."""
+        """Yield the boundaries around the network, what to enter for each, and the models that measure it."""
         yield "host", contextlib.nullcontext(), self._models
         telling = [model for model in self._models if model.tells_gpu]
         for model in self._models:
             if not model.tells_gpu:
-                told = "it runs on the CPU" if model.device == "cpu" else "its library does not tell the network's time"
+                told = (
+                    "it runs on the CPU" if model.device == "cpu" else "its library does not report the network's time"
+                )
                 note = f"{model.label}: no times of the GPU alone, since {told}."
                 if note not in self._notes:
                     self._notes.append(note)

@@ -129,7 +129,7 @@ class Staging:
             _remove_empty(self._made)
 
     def path(self, final: str | os.PathLike[str]) -> Path:
-        """Return where to write what is to stand at `final`; OutputError if its directory cannot be written."""
+        """Return where to write what becomes `final`; OutputError if its directory cannot be written."""
         final = Path(final)
         if final.is_dir():
             raise OutputError(f"{final} is a directory; name the file to write instead.")
@@ -144,7 +144,7 @@ class Staging:
         return self._staged[parent].path / final.name
 
     def settle(self, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
-        """Move what was written to its place, file by file in the order of names; return where it stands now.
+        """Move what was written to its place, file by file in the order of names; return where it is now.
 
         Args:
             wanted: whether a file of this name is to be kept; others are dropped.
@@ -360,7 +360,7 @@ def _remove_if_dead(path: Path, here: bool) -> None:
     old = time.time() - max(changed) > STRAY_SECONDS
     lock = path / LOCK if is_directory else path
     try:
-        # Network file systems want a descriptor that can write.
+        # Network file systems require a descriptor that can write.
         handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
         # Killed before it had its lock, or just being made.
@@ -562,7 +562,7 @@ def read_json(
 ) -> Any:
     """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed.
 
-    Where `unique`, no name may stand twice in one object: JSON readers keep the last and say nothing. See
+    Where `unique`, no name may occur twice in one object: JSON readers keep the last and say nothing. See
     `runtime.textfiles.parse_json` for what is refused.
     """
     text = read_text(path, f"JSON ({what})", error)
@@ -620,7 +620,7 @@ def json_digest(value: Any) -> str:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     if path.parent.name.startswith(TEMPORARY):
-        # Where it was to stand, not where it waited.
+        # The final path, not the temporary one.
         path = path.parent.parent / path.name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(

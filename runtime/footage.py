@@ -60,7 +60,7 @@ LONG_STILL = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """What a video file holds, told from its packets without decoding them.
+    """What a video file holds, by its packets, without decoding them.
 
     Frames lie on a grid: number k is what is seen k / `frame_rate` seconds after the first. In a video of constant
     rate these are the frames of the file. Where the rate varies or frames are missing, the one before stays on, and
@@ -217,9 +217,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
             raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
         rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
         if not rate > 0:
-            raise FootageError(
-                f"{path} does not tell its frame rate, and one frame alone has none; give a longer video."
-            )
+            raise FootageError(f"{path} has no frame rate, and one frame alone has none; give a longer video.")
         damage = _shortfall(container, stream, packets, parts) or packets.damage(parts)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         start = int(times[0]) * unit
@@ -372,7 +370,7 @@ def pictures(
                 yield shown
             reached, waiting = place, frame
     if not partial and reached + 1 < FEWEST_FRAMES * footage.num_frames:
-        raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets promise {footage.num_frames}")
+        raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets hold {footage.num_frames}")
 
 
 def stills(footage: Footage, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:

@@ -89,7 +89,7 @@ def infer(
     grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
     grounder.windows = windows_asked(grounder.windows, window, overlap)
     _warn_of_single_words(query)
-    # Before features are made, which may take hours; unknown words are told of when the sentences are asked.
+    # Before features are made, which may take hours; unknown words are reported when the sentences are asked.
     for sentence in query:
         grounder.encode_query(sentence, Counter())
     chosen = open_choice(choice, grounder.manifest.features, device, threads)

@@ -33,7 +33,7 @@ def rank(
     threads: int | None = None,
 ) -> Ranking:
     """Ask every sentence of a split of its own video and of others, rank them by their best moments' scores, and report
-    where its own stands, beside chance.
+    the rank of its own video, and that of chance.
 
     A video drawn may show what the sentence says too, so that no model reaches 100 %.
 

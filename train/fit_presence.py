@@ -52,7 +52,7 @@ def fit_presence(
             alike (balanced accuracy).
         mismatched: other videos that each sentence asks.
         held_out: fraction of the training videos to fit on, also where there is a val split. When not given and without
-            one, as the checkpoint tells, if it was trained with a part held out. A network that learnt from these
+            one, as the checkpoint records, if it was trained with a part held out. A network that learnt from these
             videos is surer of them than of others.
         seed: of the videos held out, and of the others asked; the training's when not given.
         batch_size: pairs that go through the network together; changes nothing but speed.
@@ -101,7 +101,7 @@ def _held_out(
         fraction = training.get("held_out")
         if fraction is None:
             raise CheckpointError(
-                f"{source} does not tell of videos that its training held out; pass --held-out 0.1 to fit on a tenth "
+                f"{source} does not record videos that its training held out; pass --held-out 0.1 to fit on a tenth "
                 "of the training videos, though the network may have learnt from them."
             )
         if training.get("annotations") != data_set.digest("train"):

@@ -92,7 +92,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Materials:
-    """What a run learns from and what its checkpoints carry along; `told` is what else they say of the training."""
+    """What a run learns from and what its checkpoints carry along; `told` is what else they record of the training."""
 
     data_set: DataSet
     training: TrainingData

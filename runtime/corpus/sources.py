@@ -120,7 +120,7 @@ class DataSetSource:
 
 class DirectorySource:
     """`VIDEO.npy`, `.npz` or `.pt` files and `durations.json`, which maps each to seconds, or to `{"duration": seconds,
-    "num_frames": N}`; frames that are not told are counted from the clips."""
+    "num_frames": N}`; frames that are not given are counted from the clips."""
 
     kind = "directory"
 
@@ -154,7 +154,7 @@ class ParquetSource:
     """Parquet files, a row for each video: `video`, `duration`, perhaps `num_frames`, and `features`.
 
     Features are a list of clips, each a list of D floats; or D floats after D floats in one list or in bytes (little
-    endian), with a column `shape`, [num_clips, D], and for bytes perhaps `dtype` (float32 where it is not told); or a
+    endian), with a column `shape`, [num_clips, D], and for bytes perhaps `dtype` (float32 where it is not given); or a
     tensor as Ray Data writes it.
     """
 
@@ -184,7 +184,7 @@ class ParquetSource:
                                 f"{path}: a video is called {excerpt(name)}; every row names its video."
                             )
                         if name in seen:
-                            raise AnnotationError(f"{path}: {excerpt(name)} stands in two rows; leave one of them out.")
+                            raise AnnotationError(f"{path}: {excerpt(name)} is in two rows; remove one of them.")
                         seen.add(name)
                         listed.append(Listed(name, (number, group, row)))
         if not listed:
@@ -333,18 +333,18 @@ def _plain(values: Any, key: str) -> Any:
 
 def _two(shape: Any) -> tuple[int, int]:
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise ValueError(f"a column `shape` should tell [num_clips, D], and tells {shape}")
+        raise ValueError(f"a column `shape` should hold [num_clips, D], and holds {shape}")
     return shape[0], shape[1]
 
 
 def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
-    """Return all numbers of a cell, and how many clips they are, 0 where the cell does not tell."""
+    """Return all numbers of a cell, and how many clips they are, 0 where the cell does not say."""
     import pyarrow as pa
 
     if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type):
         kind = dtype or "float32"
         if kind not in ("float16", "float32", "float64"):
-            raise ValueError(f"bytes are of float16, float32 or float64, and {excerpt(kind)} was told")
+            raise ValueError(f"bytes are of float16, float32 or float64, and {excerpt(kind)} was given")
         return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
     inner, clips = getattr(cell, "values", None), 0
     if inner is not None and hasattr(inner.type, "value_type"):
@@ -358,7 +358,7 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
 
 
 def _length(value: Any, place: str) -> tuple[float, int | None]:
-    """Return a duration in seconds and a frame count, None where it is not told; checked by `Video`."""
+    """Return a duration in seconds and a frame count, None where it is not given; checked by `Video`."""
     told: Any = value if isinstance(value, dict) else {"duration": value}
     duration, num_frames = told.get("duration"), told.get("num_frames")
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
