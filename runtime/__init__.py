@@ -17,7 +17,9 @@ if sys.argv[:1] == ["-m"]:
     # container, it would not even end at SIGTERM without a handler.
     from runtime.interrupts import install as _install
     from runtime.interrupts import interrupted_by as _interrupted_by
+    from runtime.terminal import replace_closed_streams as _replace_closed_streams
 
+    _replace_closed_streams()
     _install()
     _excepthook = sys.excepthook
     # What commands import before they begin, and the extra that brings it.

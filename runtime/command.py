@@ -7,14 +7,13 @@ import errno
 import functools
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from runtime.errors import GroundingError, PromiseBroken, one_line, printable_line
 from runtime.interrupts import handled, interrupted_by
-from runtime.terminal import Formatter, argument, protected_streams, shell_words
+from runtime.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
 log = logging.getLogger("drn")
 
@@ -48,11 +47,11 @@ def _run(function: Callable[..., Any], no_colors: Callable[[], None]) -> NoRetur
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
         # The reader of stdout (head, a pager) has gone; Python would complain once more at exit.
-        _drop_stdout()
+        discard_output(sys.stdout)
         sys.exit(0)
     except OSError as error:
         # Files report a full disk themselves; what is left is stdout sent to one.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             _fail("error: No space is left on the disk for the output; free some or send it elsewhere.", 2)
         if error.errno == errno.ENAMETOOLONG:
             _fail(f"error: A path is too long ({printable_line(one_line(error))}). Give a shorter one.", 2)
@@ -94,16 +93,10 @@ def next_command(module: str, *words: object) -> None:
     log.info("\nNext:  python -m %s", shell_words([module, *map(str, words)]))
 
 
-def _drop_stdout() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(sentence: str, code: int) -> NoReturn:
     try:
         sys.stdout.flush()
-    except OSError:
-        _drop_stdout()
-    # A terminal that was closed takes no more.
-    with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr)
+    except (OSError, GroundingError):
+        discard_output(sys.stdout)
+    print(sentence, file=sys.stderr)
     sys.exit(code)

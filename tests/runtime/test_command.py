@@ -165,6 +165,69 @@ def test_an_error_is_said_even_when_stdout_is_full() -> None:
     assert (process.returncode, err) == (2, "error: What happened.\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX shells close descriptors")
+@pytest.mark.parametrize(
+    ("redirection", "body", "code"),
+    [
+        (">&-", "print('x')", 2),
+        ("1</dev/null", "print('x')", 2),
+        (">&-", "pass", 0),
+        ("2>&-", "print('x')\nlogging.getLogger('drn').info('done')", 0),
+        ("2</dev/null", "print('x')\nlogging.getLogger('drn').info('done')", 0),
+        ("2>&-", "raise GroundingError('What happened.')", 2),
+        (">&- 2>&-", "print('x')", 2),
+        ("<&- >&- 2>&-", "print(sys.stdin.read(), file=sys.stderr)", 0),
+    ],
+)
+def test_closed_streams_keep_the_exit_code_and_print_no_traceback(redirection: str, body: str, code: int) -> None:
+    program = "import logging, sys\nfrom runtime.command import command\nfrom runtime.errors import GroundingError\n"
+    program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("\n") == (1 if code and redirection in (">&-", "1</dev/null") else 0)
+    assert ended.stdout == ("x\n" if code == 0 and redirection[0] == "2" else "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_log_that_cannot_be_written_is_no_error() -> None:
+    with open("/dev/full", "w") as full:
+        process = start("print('x')\nprint('log', file=sys.stderr, flush=True)", stderr=full)
+        out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "x\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX shells close descriptors")
+@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
+def test_files_never_get_the_number_of_a_closed_stream(tmp_path: Path, redirection: str) -> None:
+    # What a library prints to descriptor 1 or 2 would be written into the file.
+    body = (
+        f"with open({str(tmp_path / 'report')!r}, 'w') as stream:\n"
+        "    os.write(1, b'noise'); os.write(2, b'noise'); stream.write('whole')"
+    )
+    program = "import os\nfrom runtime.command import command\n"
+    program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program], cwd=ROOT, capture_output=True
+    )
+    assert ended.returncode == 0
+    assert (tmp_path / "report").read_text() == "whole"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX shells close descriptors")
+def test_help_into_a_closed_stdout_exits_with_2() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "runtime.describe", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: ")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     process = start("for number in range(100_000): print(number)")
     assert process.stdout
