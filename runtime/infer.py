@@ -119,7 +119,8 @@ def infer(
             threads,
             partial=partial,
         )
-        log.info("Cut:  %s", "\n      ".join(str(clip) for _, clip in best))
+        for _, clip in best:
+            log.info("Cut:  %s", clip)
     print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
     next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers

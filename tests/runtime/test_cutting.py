@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -261,7 +262,11 @@ def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path, video:
 
 
 def test_infer_cuts_the_best_moment_of_each_query(
-    tmp_path: Path, tiny_model: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model: Path,
+    run_command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
     source, tiny = film(tmp_path / "hall.mkv", numbered(200)), write_clips(tmp_path / "tiny.onnx")
@@ -276,10 +281,14 @@ def test_infer_cuts_the_best_moment_of_each_query(
         "dog sits",
         "person opens the door",
     )
+    caplog.set_level(logging.INFO, "drn")
     outcome = run_command(infer, *line, "--cut", tmp_path / "clips")
     assert outcome.code == 0, outcome.err
     clips = sorted((tmp_path / "clips").iterdir())
     assert [path.name for path in clips] == ["hall-1-dog-sits.mp4", "hall-2-person-opens-the-door.mp4"]
+    # A line for each file, because line breaks in values are escaped.
+    logged = [record.args for record in caplog.records if str(record.msg).startswith("Cut:")]
+    assert [list(map(str, paths or ())) for paths in logged] == [[str(path)] for path in clips]
     answers = infer(tiny_model, line[7:], video=str(source), extractor=tiny)
     for answer, path in zip(answers, clips, strict=True):
         best = answer.moments[0]
