@@ -25,7 +25,7 @@ from runtime.extraction import (
 )
 from runtime.extractors import open_extractor
 from runtime.files import check_writable, locked, read_json, write_json
-from runtime.footage import look
+from runtime.footage import check_one_file, look
 from runtime.videos import ClipClock
 
 log = logging.getLogger("drn")
@@ -84,6 +84,8 @@ def extract(
             footages[path] = footage = look(path)
             check_length(footage, clock)
             footage.check_whole(partial)
+        else:
+            check_one_file(path)
     for path in videos:
         target = output / FEATURE_DIRECTORY / f"{path.stem}.npy"
         found = extracted(

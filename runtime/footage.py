@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import mmap
@@ -54,6 +55,13 @@ HEADS = {
     "mov,mp4,m4a,3gp,3g2,mj2": re.compile(rb"\x00\x00\x00[\x10-\xff]ftyp[0-9A-Za-z ]{4}"),
     "avi": re.compile(rb"RIFF.{4}AVI LIST", re.DOTALL),
 }
+# Formats of FFmpeg that open further files or network addresses: the demuxers that call `io_open` or open a format of
+# their own (libavformat 62, and `mlv`, which looks for parts of its name). Content and digests of such a file do not
+# decide what is decoded.
+REFERRING_FORMATS = frozenset(
+    ("avisynth", "concat", "dash", "dvdvideo", "hls", "image2", "imf", "lavfi", "mlv",
+     "rtp", "rtsp", "sap", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest")
+)  # fmt: skip
 # A picture that stays on for more seconds is reported: it may be a fault of the time stamps.
 LONG_STILL = 600.0
 
@@ -258,6 +266,12 @@ def look(path: str | os.PathLike[str]) -> Footage:
         offset=offset,
         length=length,
     )
+
+
+def check_one_file(path: str | os.PathLike[str]) -> None:
+    """Raise FootageError if a video refers to other files, so that its own content does not decide its pictures."""
+    with opened_container(Path(path)):
+        pass
 
 
 def offset_of(path: str | os.PathLike[str]) -> float:
@@ -521,13 +535,22 @@ def opened_container(path: Path) -> Iterator[Any]:
     """Open a media file for reading, whatever its name and the encoding of its metadata.
 
     Raises:
-        FootageError: FFmpeg cannot open it.
+        FootageError: FFmpeg cannot open it, or its format refers to other files (code `refers_to_files`).
     """
     av = load_av()
+    # FFmpeg compares the format with the list before it reads more of the file, so that nothing else is opened.
+    allowed = ",".join(sorted(set(av.formats_available) - REFERRING_FORMATS))
     try:
         # An absolute path: FFmpeg takes what stands before a colon in `a:b.mp4` for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options={"format_whitelist": allowed})
     except (av.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:
+            raise FootageError(
+                f"{path} is a playlist or of another format that refers to other files, such as ffconcat, m3u8, sdp or "
+                "numbered pictures. Give the video file itself, or write one, for example with `ffmpeg -i FILE -c copy "
+                "NEW.mkv`.",
+                code="refers_to_files",
+            ) from error
         reason = getattr(error, "strerror", None) or one_line(error)
         raise FootageError(
             f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from runtime import drawing, extraction
+from runtime import footage as footage_module
 from runtime.annotations import FEATURE_DIRECTORY, DataSet
 from runtime.errors import FootageError, GroundingError
 from runtime.extract import extract
@@ -158,6 +159,32 @@ def test_what_is_there_is_not_extracted_again(
     (tmp_path / "data" / FEATURE_DIRECTORY / "yard.npy").unlink()
     extract(videos[1:], tiny, tmp_path / "data")
     assert sum(runs) == 4 + 5 + 4 + 5
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_extract_and_infer_refuse_a_playlist(
+    tmp_path: Path, tiny: Path, tiny_model: Path, refused: Callable[..., str], partial: bool
+) -> None:
+    film(tmp_path / "part.mp4", 40)
+    script = tmp_path / "v.ffconcat"
+    script.write_text("ffconcat version 1.0\nfile part.mp4\n")
+    options = ("--extractor", tiny, *(("--partial",) if partial else ()))
+    assert "v.ffconcat" in refused(extract, script, *options, "--output", tmp_path / "data")
+    assert "v.ffconcat" in refused(infer, "--model", tiny_model, "--video", script, *options, "--query", "a person")
+    assert not (tmp_path / "data").exists()
+
+
+def test_extract_refuses_a_playlist_that_an_earlier_version_extracted(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = film(tmp_path / "part.mp4", 40).with_name("v.ffconcat")
+    script.write_text("ffconcat version 1.0\nfile part.mp4\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(footage_module, "REFERRING_FORMATS", frozenset())
+        extract((script,), tiny, tmp_path / "data")
+    with pytest.raises(FootageError) as refusal:
+        extract((script,), tiny, tmp_path / "data")
+    assert refusal.value.code == "refers_to_files"
 
 
 def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:

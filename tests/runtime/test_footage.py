@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runtime import footage as footage_module
 from runtime.cutting import cut
 from runtime.errors import DeviceError, FootageError
-from runtime.footage import Framing, Picture, clips, look, offset_of, pictures, stills
+from runtime.footage import Framing, Picture, check_one_file, clips, look, offset_of, pictures, stills
 from runtime.infer import infer
 from runtime.videos import ClipClock
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
@@ -512,6 +512,57 @@ def test_a_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "clip.mp4", 20).rename(tmp_path / "concat:clip.mp4")
     assert look(Path("concat:clip.mp4")).num_frames == 20
+
+
+def referring(directory: Path, name: str) -> Path:
+    """Write a file that refers to others, beside the video or the pictures that it names."""
+    path, contents = directory / name, {
+        "v.ffconcat": "ffconcat version 1.0\nfile part.mp4\n",
+        "disguised.mp4": "ffconcat version 1.0\nfile part.mp4\n",
+        "v.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\npart.ts\n#EXT-X-ENDLIST\n",
+        "network.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+        "v.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+        "v.idx": "# VobSub index file, v7 (do not modify this line!)\n",
+    }  # fmt: skip
+    film(directory / "part.mp4", 40)
+    film(directory / "part.ts", 40)
+    if name == "p%03d.png":
+        for number in range(40):
+            (directory / f"p{number:03}.png").write_bytes(png(number))
+        path.write_bytes(png(0))
+    else:
+        path.write_text(contents[name])
+    return path
+
+
+def png(shade: int) -> bytes:
+    """Return a picture of 64 by 48 pixels in one shade."""
+    import av
+
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 64, 48, "rgb24", Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
+    return b"".join(bytes(packet) for packet in (*codec.encode(frame), *codec.encode(None)))
+
+
+REFERRING = ["v.ffconcat", "disguised.mp4", "v.m3u8", "network.m3u8", "v.sdp", "v.idx", "p%03d.png"]
+
+
+@pytest.mark.parametrize("name", REFERRING)
+@pytest.mark.parametrize("read", [look, offset_of, check_one_file])
+def test_file_that_refers_to_others_is_refused(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+    with pytest.raises(FootageError) as refusal:
+        read(referring(tmp_path, name))
+    assert refusal.value.code == "refers_to_files"
+
+
+def test_referring_formats_are_those_of_ffmpeg() -> None:
+    import av
+
+    # The names change with no version; a typing error would let one pass.
+    assert {"concat", "hls", "image2", "mlv", "sdp", "vobsub"} <= footage_module.REFERRING_FORMATS & set(
+        av.formats_available
+    )
 
 
 def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
