@@ -559,8 +559,11 @@ def test_a_lock_does_not_live_on_in_forked_children(writer: Callable[[str], Any]
     body = (
         "import os, signal\n"
         f"with locked({str(tmp_path)!r}):\n"
+        "    begun, begins = os.pipe()\n"
         "    child = os.fork()\n"
-        "    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n"
+        "    if child == 0:\n        os.write(begins, b'.')\n        time.sleep(60)\n        os._exit(0)\n"
+        # The child gives the lock up as soon as it runs, which on a busy machine may be later.
+        "    os.read(begun, 1)\n"
         "    print(child, flush=True)\n    WAIT\n"
     )
     process = start_writer(body)
