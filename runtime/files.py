@@ -557,16 +557,13 @@ def _kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "of an unknown kind")
 
 
-def read_json(
-    path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError, *, unique: bool = False
-) -> Any:
+def read_json(path: str | os.PathLike[str], what: str, error: type[GroundingError] = AnnotationError) -> Any:
     """Return the JSON value in `path`; `what` names it in the message when it is missing or malformed.
 
-    Where `unique`, no name may occur twice in one object: JSON readers keep the last and say nothing. See
-    `runtime.textfiles.parse_json` for what is refused.
+    See `runtime.textfiles.parse_json` for what is refused.
     """
     text = read_text(path, f"JSON ({what})", error)
-    return parse_json(text, f"{path} ({what})", error, unique=unique, advice="correct the file, or make it again")
+    return parse_json(text, f"{path} ({what})", error, advice="correct the file, or make it again")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -65,16 +65,16 @@ def parse_json(
     source: str,
     error: type[GroundingError] = AnnotationError,
     *,
-    unique: bool = False,
     advice: str = "correct it",
 ) -> Any:
     """Return a JSON value whose numbers are finite, whose text is valid Unicode, and whose nesting is bounded.
+
+    No name may occur twice in one object: JSON readers use the last value without an error.
 
     Args:
         text: the JSON.
         source: what messages begin with: the file, and the line where there are several.
         error: the class to raise.
-        unique: refuse a name that occurs twice in one object; otherwise the last counts.
         advice: what the reader should do, as an imperative without a full stop.
 
     Raises:
@@ -83,7 +83,7 @@ def parse_json(
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_unique if unique else None,
+            object_pairs_hook=_unique,
             parse_int=_integer,
             parse_float=_finite,
             parse_constant=_constant,

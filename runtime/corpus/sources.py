@@ -126,7 +126,7 @@ class DirectorySource:
 
     def __init__(self, root: Path) -> None:
         self._store = FeatureFiles(root)
-        table = read_json(root / DURATIONS, "lengths of the videos", unique=True)
+        table = read_json(root / DURATIONS, "lengths of the videos")
         if not isinstance(table, dict) or not table:
             raise AnnotationError(f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.')
         self._table, self._lengths = root / DURATIONS, table

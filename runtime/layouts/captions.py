@@ -125,7 +125,7 @@ def read_splits(root: Path) -> dict[str, Entries]:
 
 
 def _entries(path: Path) -> Entries:
-    entries = read_json(path, "annotations by video", unique=True)
+    entries = read_json(path, "annotations by video")
     if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
         raise AnnotationError(
             f"{path} should map videos to their timestamps and sentences, as ActivityNet Captions and TACoS do, and "

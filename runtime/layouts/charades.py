@@ -79,7 +79,7 @@ class CharadesSTA:
                 )
 
     def _table(self, name: str, what: str) -> dict[str, Any]:
-        table = read_json(self.root / name, what, unique=True)
+        table = read_json(self.root / name, what)
         if not isinstance(table, dict) or not table:
             raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
         for key, value in table.items():

@@ -66,7 +66,7 @@ class QVHighlights:
 
     def words(self) -> Mapping[str, int] | None:
         path = self.root / WORDS
-        return read_json(path, "word to id", unique=True) if path.exists() else None
+        return read_json(path, "word to id") if path.exists() else None
 
     def feature_place(self) -> Path | None:
         place = self._about.get("features")
@@ -101,7 +101,7 @@ def _names(split: str) -> tuple[str, str]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     """Return `dataset.json` with its preset read."""
-    value = read_json(path, "what a data set in the common form says of itself", unique=True)
+    value = read_json(path, "what a data set in the common form says of itself")
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise AnnotationError(

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from runtime.errors import excerpt
+from runtime.errors import GroundingError, excerpt
 from runtime.service.refusals import Refusal
+from runtime.textfiles import parse_json
 
 MOST_MOMENTS = 100
 
@@ -114,9 +115,14 @@ def form_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def parsed(model: type[BaseModel], body: bytes) -> Any:
     try:
-        return model.model_validate_json(body)
+        value = model.model_validate_json(body)
+        # pydantic uses the last of several values of one name, without an error.
+        parse_json(body.decode(), "The request", advice="send every name once; see /docs for what is expected")
+        return value
     except ValidationError as error:
         raise Refusal(422, told(error.errors(include_url=False, include_input=False))) from error
+    except GroundingError as error:
+        raise Refusal(422, str(error)) from error
 
 
 def checked(model: type[BaseModel], fields: dict[str, Any]) -> Any:

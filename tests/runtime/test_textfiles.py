@@ -82,6 +82,7 @@ def test_parse_json_names_the_line_of_half_a_character() -> None:
 
 
 def test_parse_json_refuses_a_name_that_occurs_twice() -> None:
-    assert parse_json('{"a": 1, "a": 2}', "f") == {"a": 2}
-    with pytest.raises(AnnotationError, match="'a'"):
-        parse_json('{"a": 1, "a": 2}', "f", unique=True)
+    for text in ('{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', '{"a": 1, "\\u0061": 2}'):
+        with pytest.raises(AnnotationError, match="'a'"):
+            parse_json(text, "f")
+    assert parse_json('[{"a": 1}, {"a": {"a": 2}}]', "f") == [{"a": 1}, {"a": {"a": 2}}]

@@ -30,6 +30,8 @@ def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
         ('{"query": "a", "qid": true}\n', "qid should be"),
         ('{"query": "a", "qid": 2}\n{"query": "b"}\n', "the qid 2 is that of line 1 too"),
         ('{"query": "\\ud800"}\n', "lone surrogate"),
+        ('{"query": "a", "query": "b"}\n', "line 1: .*'query'"),
+        ('{"query": "a"}\n{"query": "a", "vid": "V", "vid": "W"}\n', "line 2: .*'vid'"),
         ("[" * 100_000, "line 1: the JSON nests"),
     ],
 )

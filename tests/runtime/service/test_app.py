@@ -153,6 +153,8 @@ QUESTION = {"video": "SIM00001", "query": "person opens the door"}
         ({**QUESTION, "top_k": 101}, 422, ["top_k"]),
         ({**QUESTION, "top_k": "5"}, 422, ["top_k", "valid integer"]),
         (b'{"video": "SIM00001", "query": "person", "top_k": NaN}', 422, ["top_k"]),
+        (b'{"video": "SIM00001", "query": "person", "video": "SIM00002"}', 422, ["'video'"]),
+        (b'{"video": "SIM00001", "query": "person", "qu\\u0065ry": "person"}', 422, ["'query'"]),
         ({**QUESTION, "video": "nobody"}, 404, ["no video 'nobody'", "/v1/videos"]),
         ({**QUESTION, "video": "../SIM00001"}, 404, ["no video"]),
         ({**QUESTION, "video": "C3D_unit16_overlap0.5_merged/SIM00001"}, 404, ["no video"]),
