@@ -19,7 +19,7 @@ from runtime.corpus.parquet_check import check_metadata
 from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.featurestores import FeatureFiles
 from runtime.files import content_stamp, json_digest, read_json
-from runtime.layouts.values import is_number
+from runtime.layouts.values import check_distinct_names, is_number
 from runtime.videos import ClipClock, Origin, Video
 
 DURATIONS = "durations.json"
@@ -129,6 +129,7 @@ class DirectorySource:
         table = read_json(root / DURATIONS, "lengths of the videos")
         if not isinstance(table, dict) or not table:
             raise AnnotationError(f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.')
+        check_distinct_names(table, str(root / DURATIONS))
         self._table, self._lengths = root / DURATIONS, table
         self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
 

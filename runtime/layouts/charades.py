@@ -10,7 +10,7 @@ from typing import Any
 from runtime.errors import AnnotationError, excerpt
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
-from runtime.layouts.values import check_video_name
+from runtime.layouts.values import check_distinct_names, check_video_name
 from runtime.presets import PRESETS
 from runtime.textfiles import read_lines
 
@@ -34,6 +34,7 @@ class CharadesSTA:
         self.num_frames: dict[str, int] = self._table(FRAMES, "video to frame count")
         for name in self.durations:
             check_video_name(name, str(root / DURATIONS))
+        check_distinct_names(self.durations, str(root / DURATIONS))
 
     @staticmethod
     def claims(root: Path) -> list[Path]:

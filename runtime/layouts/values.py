@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from runtime.errors import AnnotationError, excerpt
@@ -42,12 +43,7 @@ class Videos:
             raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.")
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
             raise AnnotationError(f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.")
-        known = self._called.setdefault(file_stem(name), name)
-        if known != name:
-            raise AnnotationError(
-                f"{place}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features "
-                "could not be distinguished; rename one."
-            )
+        _check_distinct(self._called, name, place)
         told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
         if told != (duration, num_frames):
             raise AnnotationError(
@@ -89,8 +85,33 @@ def check_video_name(name: str, place: str) -> None:
         )
 
 
+def check_distinct_names(names: Iterable[str], place: str) -> None:
+    """Raise AnnotationError (code `ambiguous_video_name`) if the features of two videos could be one file.
+
+    Args:
+        names: of videos, each once.
+        place: where they are said, for messages.
+    """
+    called: dict[str, str] = {}
+    for name in names:
+        _check_distinct(called, name, place)
+
+
+def _check_distinct(called: dict[str, str], name: str, place: str) -> None:
+    """Add a name to the names by stem; AnnotationError if another one has this stem."""
+    known = called.setdefault(file_stem(name), name)
+    if known != name:
+        raise AnnotationError(
+            f"{place}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features could not be "
+            "distinguished. Rename one, or remove its entry.",
+            code="ambiguous_video_name",
+        )
+
+
 def file_stem(name: str) -> str:
     """Return a video's name without the suffix of a video file."""
+    if not name.lower().endswith(FILE_SUFFIXES):
+        return name
     for suffix in FILE_SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]

@@ -12,6 +12,7 @@ import pytest
 
 from runtime.annotations import DataSet, each_moment
 from runtime.errors import AnnotationError
+from runtime.layouts.charades import DURATIONS, FRAMES, WORDS
 from runtime.layouts.qvhighlights import FORMAT
 from runtime.presets import PRESETS, Preset
 
@@ -175,6 +176,27 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(AnnotationError, match=message) as caught:
         DataSet(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+ALIASES = [("a", "a.avi"), ("a.mp4", "a.avi"), ("a.MP4", "a.webm"), ("a", "a.mkv")]
+
+
+@pytest.mark.parametrize("names", ALIASES)
+@pytest.mark.parametrize("layout", ["activitynet", "tacos", "qvhighlights", "charades"])
+def test_names_of_one_feature_file_are_refused(tmp_path: Path, layout: str, names: tuple[str, str]) -> None:
+    if layout == "charades":
+        for table in (DURATIONS, FRAMES):
+            (tmp_path / table).write_text(json.dumps(dict.fromkeys(names, 48)))
+        (tmp_path / WORDS).write_text('{"person": 1}')
+    elif layout == "qvhighlights":
+        rows = [{**ROWS[0], "vid": name, "qid": number} for number, name in enumerate(names)]
+        write_rows(tmp_path, "train.jsonl", rows)
+    else:
+        entry = ACTIVITYNET["v_a"] if layout == "activitynet" else TACOS["s1-d1.avi"]
+        write_json(tmp_path, train={names[0]: entry}, val={names[1]: entry})
+    with pytest.raises(AnnotationError) as refusal:
+        DataSet(tmp_path)
+    assert refusal.value.code == "ambiguous_video_name"
 
 
 def test_one_video_in_two_splits_is_one_video(tmp_path: Path) -> None:

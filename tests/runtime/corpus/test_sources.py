@@ -13,7 +13,7 @@ import pytest
 
 from runtime.annotations import NOTES, DataSet
 from runtime.corpus.sources import DataSetSource, Listed, open_source
-from runtime.errors import DeviceError, GroundingError
+from runtime.errors import AnnotationError, DeviceError, GroundingError
 from runtime.videos import ClipClock, Video
 from tests.annotated import write_qvhighlights
 
@@ -66,6 +66,17 @@ def test_a_directory_of_files_and_their_lengths(tmp_path: Path, suffix: str) -> 
     assert "There are no features of 'none'" in str(found["none"])
     assert "cannot be the name of a video" in str(found["../v2"])
     assert isinstance(found["v4"], Video)
+
+
+@pytest.mark.parametrize("names", [("v0", "v0.avi"), ("v0.mp4", "v0.avi"), ("v0.MKV", "v0.webm")])
+def test_directory_refuses_names_of_one_feature_file(tmp_path: Path, names: tuple[str, str]) -> None:
+    np.save(tmp_path / "v0.npy", FEATURES["v0"])
+    (tmp_path / "durations.json").write_text(json.dumps(dict.fromkeys(names, 3.0)))
+    with pytest.raises(AnnotationError) as refusal:
+        open_source(tmp_path)
+    assert refusal.value.code == "ambiguous_video_name"
+    (tmp_path / "durations.json").write_text(json.dumps({names[0]: 3.0, "v0.other": 3.0}))
+    assert isinstance(loaded(tmp_path)[names[0]], Video)
 
 
 @pytest.mark.parametrize(
