@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import CalibrationError
 from calib.table import CalibrationTable
-from runtime.errors import excerpt
+from runtime.errors import excerpt, printable_line
 from runtime.files import json_digest, read_json, write_json
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class Plan:
         dataclasses.replace(table, key={**table.key, **self.key}).check(model, source)
         if self.table != table.digest:
             raise CalibrationError(
-                f"The plan was made with the calibration table {self.table[:12]}… and {table.digest[:12]}… is given; "
-                "use that table, or search again with `python -m calib.restore`."
+                f"The plan was made with the calibration table {printable_line(self.table[:12])}… and "
+                f"{table.digest[:12]}… is given; use that table, or search again with `python -m calib.restore`."
             )
         if self.kind != kind:
             raise CalibrationError(f"The plan is for {self.kind} and {kind} is asked for; search again with it.")

@@ -18,6 +18,7 @@ from calib.qdq import Kind, Policy, modules, multiply_adds, quantize, sites
 from calib.table import CalibrationTable
 from runtime.annotations import DataSet
 from runtime.command import command, next_command
+from runtime.errors import excerpt
 from runtime.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def ranked_names(path: Path, table: CalibrationTable, kind: Kind) -> list[str]:
         raise CalibrationError(f"{path} is no layer ranking; make one with `python -m calib.rank_layers`.") from error
     if found != (FORMAT, kind, table.digest):
         raise CalibrationError(
-            f"{path} ranks {found[1]} by the table {str(found[2])[:12]}…, and {kind} by {table.digest[:12]}… is asked; "
-            "rank again with `python -m calib.rank_layers --table`."
+            f"{path} ranks {excerpt(found[1])} by the table {excerpt(str(found[2])[:12])}, and {kind} by "
+            f"{table.digest[:12]}… is asked; rank again with `python -m calib.rank_layers --table`."
         )
     return names
 

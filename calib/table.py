@@ -16,7 +16,7 @@ from calib.errors import CalibrationError
 from calib.graphs import graph_hash, weights_hash
 from calib.ranges import METHODS, Range
 from runtime.annotations import DataSet
-from runtime.errors import excerpt, one_line
+from runtime.errors import excerpt, one_line, printable_line
 from runtime.files import json_digest, read_json, write_text
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class CalibrationTable:
             measured = self.key[what]
             if measured != found:
                 raise CalibrationError(
-                    f"This table was measured on another model: its {what} had the hash {measured[:12]}…, the {what} "
-                    f"of {source} {found[:12]}…; calibrate anew with `python -m calib.calibrate --onnx {source} "
-                    "--data DIR --output TABLE`."
+                    f"This table was measured on another model: its {what} had the hash "
+                    f"{printable_line(str(measured)[:12])}…, the {what} of {source} {found[:12]}…; calibrate anew with "
+                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`."
                 )
 
     def check_videos(self, data_set: DataSet) -> None:

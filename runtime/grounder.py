@@ -27,6 +27,7 @@ from runtime.errors import (
     QueryError,
     ShapeError,
     excerpt,
+    printable_line,
 )
 from runtime.moments import Moment
 from runtime.ranges import marked
@@ -453,8 +454,9 @@ class Grounder:
             )
         if video.model != self._model:
             raise FeatureError(
-                f"{video.name} was encoded by another model (video part {video.model[:12] or 'unknown'}, and "
-                f"{self._model[:12]} is wanted); encode it again with this one."
+                f"{video.name} was encoded by another model (video part "
+                f"{printable_line(video.model[:12]) or 'unknown'}, and {self._model[:12]} is wanted); encode it again "
+                "with this one."
             )
         wanted = (self.manifest.features.dim, self.manifest.decoding.num_segments)
         if video.features.shape != wanted:

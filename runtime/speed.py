@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.drawing import check_plots
-from runtime.errors import ModelFileError, excerpt, reading
+from runtime.errors import ModelFileError, excerpt, printable_line, reading
 from runtime.files import read_json, replace_when_whole
 from runtime.machine import Conditions
 from runtime.timing import Latency, Ratio, WarmUp
@@ -279,7 +279,10 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
     found = next((model for model in report["models"] if model["sha256"] == sha256), None)
     timings = [t for t in report["timings"] if found and t["model"] == found["label"] and t["latency"]]
     if found is None or not timings:
-        measured = ", ".join(f"{model['label']} ({model['sha256'][:12]}…)" for model in report["models"]) or "nothing"
+        measured = (
+            ", ".join(printable_line(f"{model['label']} ({model['sha256'][:12]}…)") for model in report["models"])
+            or "nothing"
+        )
         raise ModelFileError(
             f"The latency report is of {measured} and not of the model with SHA-256 {sha256[:12]}…; measure that "
             "one with `python -m runtime.benchmark --model MODEL --output REPORT.json`."
