@@ -101,8 +101,10 @@ class Grounder:
         """Return for each (video, query) pair its moments, best first, in the order of the pairs.
 
         Pairs are independent: batching changes nothing but speed. A sentence, and with a model that was split a
-        video, is encoded once however many pairs it is in. Raises as `ground`.
+        video, is encoded once however many pairs it is in. Raises as `ground`, and GroundingError (code
+        `invalid_argument`) if `pairs` are no pairs, `top_k` is below 0, or `batch_size` is below 1.
         """
+        check_asked(pairs, top_k, batch_size)
         if len(pairs) == 1 and not self.cut(pairs[0][0]):
             return [self._ground_one(*pairs[0], top_k, presence)]
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
@@ -165,6 +167,7 @@ class Grounder:
 
     def cut(self, video: Subject) -> Sequence[Window]:
         """Return the windows in which a video is grounded; none if it is grounded whole."""
+        _check_subject(video)
         if isinstance(video, EncodedWindows):
             return video.windows
         if isinstance(video, EncodedVideo) or self.windows is None or video.duration <= self.windows.longest:
@@ -321,6 +324,7 @@ class Grounder:
             FeatureError: the features are not of the width that the model takes, or windows are to be prepared.
             ModelFileError: the model is whole, or was split without what prepares.
         """
+        _check_subject(video)
         if isinstance(video, Video):
             windows = self.cut(video)
             encoded: EncodedVideo | EncodedWindows
@@ -364,6 +368,7 @@ class Grounder:
         `unheard` counts words that the model does not know, in place of a warning, and `check_content` is turned off
         for sentences of data sets; see `Vocabulary.encode`.
         """
+        _check_query(query)
         tokens = self.manifest.vocabulary.encode(query, unheard, check_content)
         longest = self.manifest.max_query_length
         if len(tokens) > longest:
@@ -464,6 +469,45 @@ class Grounder:
                 f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {wanted}; "
                 "encode it again with this one."
             )
+
+
+def check_asked(pairs: Sequence[tuple[Subject, str]], top_k: int, batch_size: int) -> None:
+    """Raise GroundingError unless `pairs` are videos and sentences, and the sizes are integers in their ranges."""
+    for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise GroundingError(
+                f"{name} must be an integer of at least {least}, and {excerpt(value)} was given. Give such a number.",
+                code="invalid_argument",
+            )
+    if not isinstance(pairs, (list, tuple, Sequence)) or not all(
+        isinstance(pair, (tuple, list, Sequence)) and len(pair) == 2 for pair in pairs
+    ):
+        raise GroundingError(
+            f"Expected a list of (video, query) pairs, got {_kind(pairs)}. Give one pair for each query.",
+            code="invalid_argument",
+        )
+    for video, query in pairs:
+        _check_subject(video)
+        _check_query(query)
+
+
+def _check_subject(video: object) -> None:
+    if not isinstance(video, (Video, EncodedVideo, EncodedWindows)):
+        raise FeatureError(
+            f"Expected a Video or its encoding, got {_kind(video)}. Read a feature file with Video.load.",
+            code="invalid_argument",
+        )
+
+
+def _check_query(query: object) -> None:
+    if not isinstance(query, str):
+        raise QueryError(f"Expected a sentence as text, got {_kind(query)}. Give one str for each query.")
+
+
+def _kind(value: object) -> str:
+    """Return the type of an argument and, where it is short, its value."""
+    text = excerpt(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
+    return f"{text} ({type(value).__name__})" if text else f"a value of type {type(value).__name__}"
 
 
 def _together(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:

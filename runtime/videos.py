@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -178,6 +179,8 @@ class Video:
 
     def __post_init__(self) -> None:
         check_features(self.features, self.name)
+        for field in ("duration", "offset", "num_frames"):
+            _check_number(field, getattr(self, field), self.name)
         if not 0 < self.duration <= LONGEST_SECONDS:
             raise FeatureError(
                 f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
@@ -392,6 +395,19 @@ def check_features(features: np.ndarray, name: str) -> None:
                 f"The features of {name} hold {len(bad)} values that are not finite, "
                 f"the first in clip {bad[0][0]}; extract them again."
             )
+
+
+def _check_number(field: str, value: object, name: str) -> None:
+    """Raise FeatureError unless a field of a video is one real number, and a whole one if it counts frames."""
+    # An array without axes is what NumPy reads from a file of one number.
+    kind = value.dtype.kind if isinstance(value, np.ndarray) and value.ndim == 0 else ""
+    is_real = kind in ("i", "u", "f") or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    whole = field == "num_frames"
+    if not is_real or (whole and cast(float, value) % 1 != 0):
+        raise FeatureError(
+            f"The {field} of {name} must be {'a whole number' if whole else 'a number of seconds'}, and "
+            f"{excerpt(value)} ({type(value).__name__}) was given. Give it as {'an int' if whole else 'a float'}."
+        )
 
 
 def check_varies(features: np.ndarray, name: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.backends import Device
 from runtime.errors import DeviceError, ModelFileError, ServerError, excerpt
-from runtime.grounder import BATCH_SIZE, Grounder, Subject
+from runtime.grounder import BATCH_SIZE, Grounder, Subject, check_asked
 from runtime.moments import Moment
 from runtime.triton import front
 from runtime.triton.networks import PARAMETER, About, TritonBackend, TritonPair, open_networks
@@ -194,6 +194,7 @@ class ServedGrounder(Grounder):
         Raises:
             ServerError: the server cannot be reached, or fails.
         """
+        check_asked(pairs, top_k, batch_size)
         if not all(isinstance(video, Video) for video, _ in pairs):
             # The front accepts features, and no encodings.
             return super().ground_batch(pairs, top_k, batch_size, presence=presence)

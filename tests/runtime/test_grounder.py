@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime import Grounder, Moment, Video
 from runtime.backends import Backend
 from runtime.decoding import NON_FINITE, Decoding
-from runtime.errors import DeviceMemoryError, FeatureError, ModelFileError, QueryError
+from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
 from runtime.grounder import in_seconds
 from runtime.tensors import Batch, Heads
 from runtime.windows import Windows
@@ -156,6 +156,59 @@ def test_a_query_that_cannot_be_asked_is_refused(grounder: Grounder, query: str,
     with pytest.raises(QueryError, match=said):
         grounder.ground(QUARTER, query)
     assert not grounder.backend.batches  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("windows", [None, Windows(40.0, 40.0, 10.0)])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        ({"query": None}, QueryError, "invalid_query"),
+        ({"query": 3}, QueryError, "invalid_query"),
+        ({"query": b"dog"}, QueryError, "invalid_query"),
+        ({"query": ["dog"]}, QueryError, "invalid_query"),
+        ({"video": None}, FeatureError, "invalid_argument"),
+        ({"video": "dog.npy"}, FeatureError, "invalid_argument"),
+        ({"video": np.ones((9, 8), np.float32)}, FeatureError, "invalid_argument"),
+        ({"top_k": -1}, GroundingError, "invalid_argument"),
+        ({"top_k": 1.5}, GroundingError, "invalid_argument"),
+        ({"top_k": "5"}, GroundingError, "invalid_argument"),
+        ({"top_k": None}, GroundingError, "invalid_argument"),
+        ({"batch_size": 0}, GroundingError, "invalid_argument"),
+        ({"batch_size": -1}, GroundingError, "invalid_argument"),
+        ({"batch_size": "5"}, GroundingError, "invalid_argument"),
+        ({"pairs": None}, GroundingError, "invalid_argument"),
+        ({"pairs": "ab"}, GroundingError, "invalid_argument"),
+        ({"pairs": (QUARTER, "dog")}, GroundingError, "invalid_argument"),
+        ({"pairs": [(QUARTER,)]}, GroundingError, "invalid_argument"),
+        ({"pairs": [(QUARTER, "dog", 5)]}, GroundingError, "invalid_argument"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(
+    grounder: Grounder, arguments: dict[str, Any], kind: type[GroundingError], code: str, windows: Windows | None
+) -> None:
+    arguments, grounder.windows = dict(arguments), windows
+    video, query = arguments.pop("video", QUARTER), arguments.pop("query", "dog")
+    several = arguments.pop("pairs", [(video, query)] * 2)
+    with pytest.raises(kind) as refused:
+        grounder.ground_batch(several, **arguments)
+    assert refused.value.code == code
+    if several and isinstance(several, list) and "batch_size" not in arguments and len(several) == 2:
+        with pytest.raises(kind) as refused:
+            grounder.ground(video, query, **arguments)
+        assert refused.value.code == code
+    assert not grounder.backend.batches  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("video", [None, "dog.npy", np.ones((9, 8), np.float32)])
+def test_encode_refuses_what_is_no_video(grounder: Grounder, video: Any) -> None:
+    with pytest.raises(FeatureError) as refused:
+        grounder.encode(video)
+    assert refused.value.code == "invalid_argument"
+
+
+def test_top_k_of_zero_and_of_numpy_are_accepted(grounder: Grounder) -> None:
+    assert grounder.ground(QUARTER, "dog", 0) == []
+    assert len(grounder.ground(QUARTER, "dog", np.int64(1))) == 1  # type: ignore[arg-type]
 
 
 def test_the_longest_query_that_fits_is_answered(grounder: Grounder) -> None:

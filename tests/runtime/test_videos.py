@@ -199,6 +199,22 @@ def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
         Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
 
 
+@pytest.mark.parametrize("field", ["duration", "num_frames", "offset"])
+@pytest.mark.parametrize("value", ["21", None, True, [21], 3j, b"21", np.full(3, 21.0), np.array("21"), object()])
+def test_video_field_of_another_type_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(FeatureError, match=field) as refused:
+        Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 4.0, "offset": 0.0, field: value})
+    assert refused.value.code == "invalid_features"
+
+
+def test_video_num_frames_must_be_whole_and_numpy_numbers_are_accepted() -> None:
+    for value in (100.5, math.nan, math.inf, 10**400):
+        with pytest.raises(FeatureError, match="frames"):
+            Video(np.ones((9, 2)), value, 4.0)  # type: ignore[arg-type]
+    for number in (np.int64(100), np.float32(100), np.array(100), 100.0):
+        assert Video(np.ones((9, 2)), number, number / 25).end == 4.0  # type: ignore[arg-type]
+
+
 CONSTANT = {
     "zero": np.zeros((9, 3), np.float32),
     "one": np.ones((9, 3), np.float16),
