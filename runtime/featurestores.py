@@ -104,7 +104,7 @@ class FeatureFiles:
 class FeatureArchive:
     """One HDF5 file: a dataset (num_clips, D) named after each video, or a group of that name with one in it.
 
-    Links out of the file are not followed: it is read as it is, and nothing else.
+    Links within the file are followed. Links out of it, virtual datasets and values in external files are refused.
     """
 
     def __init__(self, file: Path) -> None:

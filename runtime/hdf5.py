@@ -30,6 +30,10 @@ DATASET = "c3d_features"
 MAX_MEMORY_BYTES = 4 << 30
 # An answer that takes longer means that the file is damaged. The features of a video take milliseconds.
 TIMEOUT_S = 60.0
+# Soft links on the way to a dataset; the library follows as many.
+MAX_LINKS = 16
+# Code of features whose values are not in the file itself.
+OUTSIDE = "features_outside_file"
 ERRORS: dict[str, type[GroundingError]] = {"invalid_features": FeatureError, "missing_features": MissingFeatures}
 
 
@@ -102,7 +106,7 @@ class Hdf5Reader:
                 length = int.from_bytes(_exactly(process.stdout, 4), "little")
                 reply = json.loads(_exactly(process.stdout, length).tobytes())
                 if "error" in reply:
-                    raise ERRORS[reply["code"]](reply["error"])
+                    raise ERRORS.get(reply["code"], FeatureError)(reply["error"], code=reply["code"])
                 values = _exactly(process.stdout, reply["bytes"]) if request["values"] else None
                 return reply, values
             except GroundingError:
@@ -232,22 +236,48 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
             f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
         )
     if node.external or node.is_virtual:
-        raise FeatureError(f"{path}: the features of {excerpt(video)} lie in another file; copy them into this one.")
+        raise FeatureError(
+            f"{path}: the features of {excerpt(video)} are a virtual dataset, or their values are in another file. "
+            "Copy them into this file.",
+            code=OUTSIDE,
+        )
     return node
 
 
 def _member(group: Any, path: str, name: str) -> Any:
-    """Return a member of a group, or None; FeatureError for a link to somewhere else."""
+    """Return a member of a group, or None. Soft links are followed part by part, because any part may leave the file.
+
+    Raises:
+        FeatureError: a link leads out of the file, to nothing, or in a circle.
+    """
     import h5py
 
-    link = group.get(name, getlink=True)
-    if link is None:
-        return None
-    if not isinstance(link, h5py.HardLink):
-        raise FeatureError(
-            f"{path}: {excerpt(name)} is a link to somewhere else; copy what it points to into this file."
-        )
-    return group[name]
+    node, parts, num_links = group, [name], 0
+    while parts:
+        part = parts.pop(0)
+        if part in ("", "."):
+            continue
+        link = node.get(part, getlink=True) if hasattr(node, "keys") else None
+        if link is None and not num_links:
+            return None
+        if link is None or num_links == MAX_LINKS:
+            raise FeatureError(
+                f"{path}: {excerpt(name)} is a link to nothing, or in a circle. Correct the link, or write the "
+                "features in its place.",
+                code="broken_link",
+            )
+        if isinstance(link, h5py.SoftLink):
+            num_links += 1
+            node, parts = node.file if link.path.startswith("/") else node, link.path.split("/") + parts
+        elif isinstance(link, h5py.HardLink):
+            node = node[part]
+        else:
+            raise FeatureError(
+                f"{path}: {excerpt(name)} is a link out of the file, and such links are not followed. Copy its target "
+                "into this file.",
+                code=OUTSIDE,
+            )
+    return node
 
 
 if __name__ == "__main__":

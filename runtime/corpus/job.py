@@ -91,7 +91,7 @@ def ground(
         write_json(output / MANIFEST, manifest)
         inputs = (model.resolve(), features.resolve(), output.resolve(), tuple(common))
         job = Job(*inputs, len(shards), settings, json_digest(manifest))
-        left = [shard for shard in shards if not is_finished(job, shard, source.stamp)]
+        left = [shard for shard in shards if not is_finished(job, shard, source)]
         missing = sum(map(len, left))
         if missing < pairs:
             log.info("%d of %d shards are there already.", len(shards) - len(left), len(shards))

@@ -103,11 +103,11 @@ def stamps_of(shard: Shard, stamp: Callable[[Listed], str]) -> dict[str, str]:
     return {asked.video.name: stamp(asked.video) for asked in shard.asked if asked.known}
 
 
-def is_finished(job: Job, shard: Shard, stamp: Callable[[Listed], str]) -> bool:
+def is_finished(job: Job, shard: Shard, source: Source) -> bool:
     """Return whether a shard is there as it was written; a damaged one is removed, since it can be made again.
 
     Args:
-        stamp: `Source.stamp`.
+        source: the features of the corpus.
 
     Raises:
         OutputError: the features of one of its videos have changed since, or it is not known of which it was made.
@@ -130,15 +130,23 @@ def is_finished(job: Job, shard: Shard, stamp: Callable[[Listed], str]) -> bool:
         log.warning("%s is damaged: it does not match its digest in %s; it is made again.", path, beside)
         path.unlink()
         return False
-    now = stamps_of(shard, stamp)
-    for video, before in record["features"].items():
-        if now.get(video) != before:
-            raise OutputError(
-                f"The features of {excerpt(video)} changed since {path.name} was written. Remove the shard to "
-                "ground it "
-                "again, or name another --output.",
-                code="features_changed",
-            )
+    now = stamps_of(shard, source.stamp)
+    shared = {asked.video.name: source.shared_file(asked.video) for asked in shard.asked if asked.known}
+    before = record["features"]
+    changed = [video for video in before if now.get(video) != before[video]]
+    if changed:
+        # Of a file of many videos it is not known which of them changed, apart from those that came or went.
+        video = next((video for video in changed if not (before[video] and now.get(video))), "")
+        file = None if video else shared.get(changed[0])
+        subject = (
+            f"The features of {excerpt(video or changed[0])}" if file is None else f"{file}, a file of many videos,"
+        )
+        remove = f"Remove {path.name}" if file is None else "Remove the shards of its videos"
+        raise OutputError(
+            f"{subject} changed since {path.name} was written. {remove} to ground them again, or name another "
+            "--output.",
+            code="features_changed",
+        )
     return True
 
 

@@ -17,7 +17,7 @@ from runtime.arrayfiles import MAX_AXES, check_unfolded
 from runtime.corpus.pages import unfolded_bytes
 from runtime.corpus.parquet_check import check_metadata
 from runtime.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
-from runtime.featurestores import FeatureFiles
+from runtime.featurestores import FeatureArchive, FeatureFiles
 from runtime.files import content_stamp, json_digest, read_json
 from runtime.layouts.values import check_distinct_names, is_number
 from runtime.videos import ClipClock, Origin, Video
@@ -62,6 +62,10 @@ class Source(Protocol):
     def stamp(self, video: Listed) -> str:
         """Return what changes when the features of a video do, 16 hexadecimal digits; of samples, so that a million
         videos can be compared. Empty where there are no features."""
+
+    def shared_file(self, video: Listed) -> Path | None:
+        """Return the file that holds the features of this video and of others, whose stamp is that of all of them;
+        None if a video has a file of its own."""
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         """Yield each video when it is asked for, or a sentence that says why it cannot be had."""
@@ -113,6 +117,10 @@ class DataSetSource:
     def stamp(self, video: Listed) -> str:
         return _stamp(functools.partial(self._data_set.store.stamp, video.name))
 
+    def shared_file(self, video: Listed) -> Path | None:
+        store = self._data_set.store
+        return store.place if isinstance(store, FeatureArchive) else None
+
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for video in videos:
             yield _or_why(functools.partial(self._data_set.video, video.name))
@@ -141,6 +149,9 @@ class DirectorySource:
 
     def stamp(self, video: Listed) -> str:
         return _stamp(functools.partial(self._store.stamp, video.name))
+
+    def shared_file(self, video: Listed) -> Path | None:
+        return None
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for video in videos:
@@ -201,6 +212,9 @@ class ParquetSource:
 
     def stamp(self, video: Listed) -> str:
         return _stamp(functools.partial(content_stamp, self._files[_part(video.place)[0]]))
+
+    def shared_file(self, video: Listed) -> Path | None:
+        return self._files[_part(video.place)[0]]
 
     def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
         for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from runtime.corpus.job import Result
 from runtime.corpus.shards import DIGESTS
 from runtime.errors import OutputError
 from runtime.featurestores import FeatureFiles
+from runtime.videos import load_features
 from tests.damage import flip, random_bits
 from tests.runtime.corpus.conftest import content
 
@@ -73,6 +75,40 @@ def test_features_that_changed_are_refused_until_the_shard_is_removed(here: Here
             path.unlink()
     here(features, queries, shard_pairs=2)
     assert content(output).keys() == whole.keys()
+
+
+def test_changed_archive_is_named_and_no_video_blamed(here: Here, corpus: Corpus) -> None:
+    h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
+    features, queries = corpus(ROWS)
+    directory = features / "C3D_unit16_overlap0.5_merged"
+    arrays = {path.stem: load_features(path) for path in directory.iterdir()}
+    shutil.rmtree(directory)
+    archive = features / "all.hdf5"
+
+    def write() -> None:
+        archive.unlink(missing_ok=True)
+        with h5py.File(archive, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+
+    write()
+    here(features, queries)
+    here(features, queries)
+    # The last video: the first of its shard is not the one that changed.
+    last = max(arrays)
+    arrays[last] = arrays[last][::-1]
+    write()
+    with pytest.raises(OutputError) as caught:
+        here(features, queries)
+    assert caught.value.code == "features_changed"
+    assert archive.name in str(caught.value)
+    assert not [name for name in arrays if name in str(caught.value).replace(str(archive), "")]
+    # A video that is gone is known by name.
+    del arrays[last]
+    write()
+    with pytest.raises(OutputError, match=last) as caught:
+        here(features, queries)
+    assert caught.value.code == "features_changed"
 
 
 def test_features_that_come_later_change_their_shard(here: Here, corpus: Corpus) -> None:
