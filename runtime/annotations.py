@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -349,7 +350,16 @@ class DataSet:
         path = self.root / NOTES
         value = read_json(path, "notes on extracted videos") if path.is_file() else {}
         videos = value.get("videos") if isinstance(value, dict) else None
-        return videos if isinstance(videos, dict) else {}
+        if not isinstance(videos, dict):
+            return {}
+        makers = collections.Counter(str(note.get("extractor")) for note in videos.values() if isinstance(note, dict))
+        if len(makers) > 1:
+            log.warning(
+                "%s holds features of %d extractors: %d of %d videos have those of the most common one. Give all its "
+                "video files to `python -m runtime.extract` in one command.",
+                self.root, len(makers), max(makers.values()), sum(makers.values()),
+            )  # fmt: skip
+        return videos
 
     def features(self) -> Features:
         """Return what the clip features of this data set are, their width read off its first annotated video."""

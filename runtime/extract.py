@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ from runtime.extraction import (
 from runtime.extractors import open_extractor
 from runtime.files import check_writable, locked, read_json, write_json
 from runtime.footage import check_one_file, look
+from runtime.layouts.charades import DURATIONS, FRAMES
+from runtime.layouts.values import MAX_NAME_BYTES, file_stem, is_file_name
 from runtime.videos import ClipClock
 
 log = logging.getLogger("drn")
+
+# Control characters of Unicode, and its line and paragraph separators.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def extract(
@@ -45,7 +51,8 @@ def extract(
     """Extract the clip features of videos into a directory in the published Charades-STA layout.
 
     A video is named after its file, without the ending. One whose features are there already and whole, of the same
-    content and the same extractor, is passed over: the same command goes on after an interruption.
+    content and the same extractor, is passed over: the same command goes on after an interruption. A directory holds
+    features of one extractor: another one extracts all of its videos again, in one command, or fills another directory.
 
     Args:
         videos: video files: mp4, mkv, webm, avi and whatever else FFmpeg reads.
@@ -61,14 +68,12 @@ def extract(
         raise FootageError("No video was given; name the files to extract.")
     if batch_size < 1:
         raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
-    twice = [name for name, count in Counter(path.stem for path in videos).items() if count > 1]
-    if twice:
-        both = " and ".join(str(path) for path in videos if path.stem == twice[0])
-        raise FootageError(f"{both} would both be called {excerpt(twice[0])}; rename one of them.")
+    _check_names(videos, output)
     network = open_extractor(extractor, device, threads)
     maker = extractor_key(network)
     check_writable(output / NOTES)
-    notes = _notes(output)
+    notes, names = _notes(output), {path.stem for path in videos}
+    _check_extractors(output, notes, names, maker)
     # Every file is looked at before the first is extracted, which may take hours.
     hashes = {path: hash_of(path) for path in videos}
     clock = ClipClock(network.manifest.window, network.manifest.stride)
@@ -100,7 +105,7 @@ def extract(
             threads=threads,
             footage=footages.get(path),
         )
-        _note(output, path.stem, found)
+        _note(output, path.stem, found, names)
         print(
             f"{path.stem}  {found.num_clips} clips of {network.manifest.dim} channels, {found.num_frames} frames, "
             f"{found.duration:.2f} s"
@@ -123,27 +128,85 @@ def _notes(directory: Path) -> dict[str, Extracted]:
     return {name: note for name, note in notes.items() if note is not None}
 
 
-def _note(directory: Path, name: str, found: Extracted) -> None:
+def _check_names(videos: Sequence[Path], output: Path) -> None:
+    """Raise FootageError if a data set in `output` could not hold the names of the videos.
+
+    The code is `invalid_video_name`, or `ambiguous_video_name` where the features of two videos would be one file.
+    """
+    called: dict[str, Path] = {}
+    for path in videos:
+        if not is_file_name(path.stem) or _CONTROLS.search(path.stem):
+            raise FootageError(
+                f"The file {excerpt(path.name)} cannot give its video a name. Rename it, with at most "
+                f"{MAX_NAME_BYTES} bytes of UTF-8 before the ending, and no control character or line break.",
+                code="invalid_video_name",
+            )
+        stem = file_stem(path.stem)
+        if stem in called:
+            raise FootageError(
+                f"{called[stem]} and {path} would both be called {excerpt(stem)}; rename one of them.",
+                code="ambiguous_video_name",
+            )
+        called[stem] = path
+    for name in _table(output / DURATIONS):
+        same = called.get(file_stem(name))
+        if same is not None and same.stem != name:
+            raise FootageError(
+                f"{output} holds a video called {excerpt(name)}, from which {excerpt(same.stem)} could not be "
+                f"distinguished. Rename {same}, or choose another --output.",
+                code="ambiguous_video_name",
+            )
+
+
+def _check_extractors(directory: Path, notes: Mapping[str, Extracted], names: Set[str], maker: str) -> None:
+    """Raise FootageError (code `mixed_extractors`) if features of another extractor would stay in the directory.
+
+    Args:
+        directory: of the notes, for the message.
+        notes: by video.
+        names: videos whose features are replaced.
+        maker: `extractor_key`.
+    """
+    others = sorted(name for name, note in notes.items() if note.extractor != maker and name not in names)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise FootageError(
+            f"{directory} holds features of {excerpt(others[0])}{more} by another extractor, or by an earlier version "
+            "of this package. Choose another --output, remove the directory, or give the files of all its videos to "
+            "extract them again.",
+            code="mixed_extractors",
+        )
+
+
+def _note(directory: Path, name: str, found: Extracted, names: Set[str]) -> None:
     """Add a video to the tables of the directory. The note comes last: with it, all the rest is there."""
     # Several processes may fill one directory.
     with locked(directory, wait=True):
+        noted = _notes(directory)
+        _check_extractors(directory, noted, names, found.extractor)
         for table, value in (
-            ("Charades_duration.json", found.duration),
+            (DURATIONS, found.duration),
             ("Charades_fps_dict.json", f"{found.frame_rate:.6g}"),
-            ("Charades_frames_info.json", found.num_frames),
+            (FRAMES, found.num_frames),
         ):
             _merge(directory / table, name, value)
-        notes = {**_notes(directory), name: found}
+        notes = {**noted, name: found}
         write_json(
             directory / NOTES,
             {"format": FORMAT, "videos": {key: note.to_dict() for key, note in sorted(notes.items())}},
         )
 
 
-def _merge(path: Path, name: str, value: Any) -> None:
+def _table(path: Path) -> dict[str, Any]:
+    """Return a table of the directory, empty where there is none."""
     table = read_json(path, "table of videos") if path.is_file() else {}
     if not isinstance(table, dict):
         raise FootageError(f"{path} should be a table of videos and is not; choose another --output.")
+    return table
+
+
+def _merge(path: Path, name: str, value: Any) -> None:
+    table = _table(path)
     if table.get(name) != value:
         write_json(path, {**table, name: value})
 

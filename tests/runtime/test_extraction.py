@@ -7,7 +7,9 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,11 +156,150 @@ def test_what_is_there_is_not_extracted_again(
     assert sum(runs) == 4 + 5
     other = write_clips(tmp_path / "other.onnx", dataclasses.replace(CLIPS, kind="other"))
     # Another extractor, or features that were removed, are work again.
-    extract(videos[:1], other, tmp_path / "data")
-    assert sum(runs) == 4 + 5 + 4
-    (tmp_path / "data" / FEATURE_DIRECTORY / "yard.npy").unlink()
-    extract(videos[1:], tiny, tmp_path / "data")
+    extract(videos, other, tmp_path / "data")
     assert sum(runs) == 4 + 5 + 4 + 5
+    (tmp_path / "data" / FEATURE_DIRECTORY / "yard.npy").unlink()
+    extract(videos[1:], other, tmp_path / "data")
+    assert sum(runs) == 4 + 5 + 4 + 5 + 5
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Return the content of every file in a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def two(tmp_path: Path, tiny: Path) -> tuple[tuple[Path, Path], Path, Path]:
+    """Two videos, the directory of their features by one extractor, and another extractor."""
+    videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
+    output = extract(videos, tiny, tmp_path / "data")
+    return videos, output, write_clips(tmp_path / "other.onnx", dataclasses.replace(CLIPS, resize=(112, 112)))
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 2)])
+def test_extract_refuses_to_mix_extractors(
+    tmp_path: Path, two: tuple[tuple[Path, Path], Path, Path], runs: list[int], chosen: tuple[int, ...]
+) -> None:
+    videos, output, other = two
+    given = (*videos, film(tmp_path / "new.mkv", 40))
+    before, count = tree(output), sum(runs)
+    with pytest.raises(FootageError) as refusal:
+        extract(tuple(given[number] for number in chosen), other, output)
+    assert refusal.value.code == "mixed_extractors"
+    assert (tree(output), sum(runs)) == (before, count)
+
+
+def test_extract_replaces_all_features_by_another_extractor(
+    tmp_path: Path, two: tuple[tuple[Path, Path], Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    videos, output, other = two
+    before = DataSet(output).video("yard").features
+    extract((*videos, film(tmp_path / "new.mkv", 40)), other, output)
+    data = DataSet(output)
+    assert [len(data.video(name).features) for name in ("hall", "yard", "new")] == [4, 5, 4]
+    assert not np.allclose(data.video("yard").features, before)
+    assert not [record for record in caplog.records if "extractors" in record.getMessage()]
+
+
+def test_data_set_of_two_extractors_warns_once(
+    two: tuple[tuple[Path, Path], Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos, output, other = two
+    seen = extraction.extract
+
+    def interrupted(footage: Any, *arguments: Any, **options: Any) -> Any:
+        if footage.path.stem == "yard":
+            raise KeyboardInterrupt
+        return seen(footage, *arguments, **options)
+
+    monkeypatch.setattr(extraction, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(videos, other, output)
+    monkeypatch.setattr(extraction, "extract", seen)
+    data = DataSet(output)
+    for name in ("hall", "yard", "hall"):
+        data.video(name)
+    data.offsets()
+    assert len([record for record in caplog.records if "2 extractors" in record.getMessage()]) == 1
+    caplog.clear()
+    # The same command goes on.
+    extract(videos, other, output)
+    DataSet(output).video("hall")
+    assert not [record for record in caplog.records if "extractors" in record.getMessage()]
+
+
+def test_extractor_that_comes_in_between_is_refused(
+    two: tuple[tuple[Path, Path], Path, Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos, _, other = two
+    output, seen = tmp_path / "shared", extraction.extract
+
+    def beside(footage: Any, *arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(extraction, "extract", seen)
+        extract(videos[1:], tiny, output)
+        return seen(footage, *arguments, **options)
+
+    monkeypatch.setattr(extraction, "extract", beside)
+    with pytest.raises(FootageError) as refusal:
+        extract(videos[:1], other, output)
+    assert refusal.value.code == "mixed_extractors"
+    assert DataSet(output).durations.keys() == {"yard"}
+
+
+BAD_NAMES = {
+    "latin-1": os.fsdecode(b"caf\xe9.mkv"),
+    "line break": "a\nb.mkv",
+    "carriage return": "a\rb.mkv",
+    "escape": "a\x1b[31mb.mkv",
+    "separator": "a\u2028b.mkv",
+    "long": "a" * 251 + ".mkv",
+    "long in bytes": "ä" * 126 + ".mp",
+    "dots": "...mkv",
+    "blank": " .mkv",
+}
+
+
+@pytest.mark.parametrize("case", BAD_NAMES)
+def test_extract_refuses_a_name_that_no_data_set_holds(
+    tmp_path: Path, tiny: Path, runs: list[int], refused: Callable[..., str], case: str
+) -> None:
+    good = film(tmp_path / "good.mkv", 40)
+    bad = tmp_path / BAD_NAMES[case]
+    shutil.copy(good, bad)
+    output = tmp_path / "data"
+    with pytest.raises(FootageError) as refusal:
+        extract((good, bad), tiny, output)
+    assert refusal.value.code == "invalid_video_name"
+    assert not output.exists()
+    assert not runs
+    extract((good,), tiny, output)
+    before = tree(output)
+    refused(extract, bad, "--extractor", tiny, "--output", output)
+    assert tree(output) == before
+    assert DataSet(output).video("good").features.shape == (4, 16)
+
+
+@pytest.mark.parametrize("name", ["ä" * 125, "=1+1", "-x", "sp ace", "dot.", "%s%d{0}", ".hidden"])
+def test_a_name_that_a_data_set_holds_is_extracted(tmp_path: Path, tiny: Path, name: str) -> None:
+    video = film(tmp_path / "good.mkv", 40).rename(tmp_path / f"{name}.mp4")
+    assert DataSet(extract((video,), tiny, tmp_path / "data")).video(name).features.shape == (4, 16)
+
+
+@pytest.mark.parametrize("first", ["good.avi.mkv", "good.mkv"])
+def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, runs: list[int], first: str) -> None:
+    videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))
+    output = tmp_path / "data"
+    for chosen in (videos, videos[::-1], (videos[0], videos[0])):
+        with pytest.raises(FootageError) as refusal:
+            extract(chosen, tiny, output)
+        assert refusal.value.code == "ambiguous_video_name"
+    assert not output.exists()
+    extract((tmp_path / first,), tiny, output)
+    before, count = tree(output), sum(runs)
+    with pytest.raises(FootageError) as refusal:
+        extract(tuple(path for path in videos if path.name != first), tiny, output)
+    assert refusal.value.code == "ambiguous_video_name"
+    assert (tree(output), sum(runs)) == (before, count)
 
 
 @pytest.mark.parametrize("partial", [False, True])
