@@ -13,7 +13,7 @@ from torch import nn
 
 from runtime import torchfile
 from runtime.errors import CheckpointError
-from train.glove import glove_vectors
+from train.glove import MAX_MAGNITUDE, check_vector, glove_vectors
 from train.model import DRN
 
 log = logging.getLogger("drn")
@@ -47,7 +47,8 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
         words: word to id.
 
     Raises:
-        CheckpointError: the file is neither, or its vectors do not fit the embedding.
+        CheckpointError: the file is neither, its vectors do not fit the embedding, or they hold values that can be
+            none of word vectors.
     """
     path = Path(path)
     table = model.query_encoder.embedding.weight
@@ -58,11 +59,13 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
                 f"{path} holds vectors of shape {rows.shape} and the embedding is {tuple(table.shape)}; "
                 "use the file made for this word table."
             )
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        for index in np.flatnonzero(~(np.abs(rows) <= MAX_MAGNITUDE).all(axis=1))[:1]:
+            check_vector(rows[index], f"{path}: row {index} of the word vectors")
+        # Single rows of zeros are words without a vector.
+        if not rows.any():
             raise CheckpointError(
-                f"{path}: row {bad} of the word vectors holds a value that is not a finite number; use another file.",
-                code="word_vector_not_finite",
+                f"{path}: all {len(rows)} word vectors are zero. Use another file of word vectors.",
+                code="word_vector_zero",
             )
         rows = dict(enumerate(rows))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,48 @@ def test_load_glove_value_not_finite_is_refused(model: DRN, tmp_path: Path, valu
     with pytest.raises(CheckpointError, match=rf"line 2.*{value}") as raised:
         load_glove(model, path, WORDS)
     assert raised.value.code == "word_vector_not_finite"
+
+
+@pytest.mark.parametrize("value", ["1e38", "-1e38", "10001", "-2e4"])
+def test_load_glove_value_beyond_word_vectors_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "glove.txt", [line("w3", 1), line("w1", 1).replace("1 1", f"1 {value}", 1)])
+    with pytest.raises(CheckpointError, match=rf"glove.txt, line 2.*'w1'.*{value}") as raised:
+        load_glove(model, path, WORDS)
+    assert raised.value.code == "word_vector_out_of_range"
+    # Words that no query has may hold anything.
+    write(tmp_path / "glove.txt", [line("w3", 1e4), line("elsewhere", 1e38), line("other", 0)])
+    assert load_glove(model, tmp_path / "glove.txt", WORDS) == 1
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "-0.0", "1e-60"])
+def test_load_glove_vector_of_zeros_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "glove.txt", [line("w3", 1), " ".join(["w1", *[value] * 8])])
+    with pytest.raises(CheckpointError, match=rf"glove.txt, line 2.*'w1'.*{value}") as raised:
+        load_glove(model, path, WORDS)
+    assert raised.value.code == "word_vector_zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "named"),
+    [
+        (lambda matrix: matrix.__setitem__((3, 1), 1e38), "word_vector_out_of_range", "row 3.*1e\\+38"),
+        (lambda matrix: matrix.__setitem__((3, 1), -10001), "word_vector_out_of_range", "row 3.*-10001"),
+        (lambda matrix: matrix.zero_(), "word_vector_zero", "glove_weights"),
+    ],
+)
+def test_load_glove_matrix_beyond_word_vectors_is_refused(
+    model: DRN, tmp_path: Path, change: Callable[[torch.Tensor], Any], code: str, named: str
+) -> None:
+    matrix = torch.ones(model.query_encoder.embedding.weight.shape)
+    # Words without a vector have rows of zeros in published matrices.
+    matrix[5] = 0
+    torch.save(matrix, tmp_path / "glove_weights")
+    load_glove(model, tmp_path / "glove_weights", WORDS)
+    change(matrix)
+    torch.save(matrix, tmp_path / "glove_weights")
+    with pytest.raises(CheckpointError, match=named) as raised:
+        load_glove(model, tmp_path / "glove_weights", WORDS)
+    assert raised.value.code == code
 
 
 def test_load_glove_matrix_not_finite_is_refused(model: DRN, tmp_path: Path) -> None:
