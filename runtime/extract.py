@@ -111,7 +111,9 @@ def extract(
             f"{found.duration:.2f} s"
         )
     first = videos[0].stem
-    next_command("runtime.infer", "--model", "drn.onnx", "--data", output, "--video", first, "--query", "a sentence")
+    # A name that begins with a hyphen would be read as an option.
+    video = (f"--video={first}",) if first.startswith("-") else ("--video", first)
+    next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
     return output
 
 

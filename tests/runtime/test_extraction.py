@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -283,6 +284,21 @@ def test_extract_refuses_a_name_that_no_data_set_holds(
 def test_a_name_that_a_data_set_holds_is_extracted(tmp_path: Path, tiny: Path, name: str) -> None:
     video = film(tmp_path / "good.mkv", 40).rename(tmp_path / f"{name}.mp4")
     assert DataSet(extract((video,), tiny, tmp_path / "data")).video(name).features.shape == (4, 16)
+
+
+@pytest.mark.parametrize("name", ["-x", "--x", "sp ace", "it's"])
+def test_next_command_of_extract_runs(
+    tmp_path: Path, tiny: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, name: str, run_command: Any
+) -> None:
+    video = film(tmp_path / "good.mkv", 40).rename(tmp_path / f"{name}.mkv")
+    with caplog.at_level("INFO", "drn"):
+        extract((video,), tiny, tmp_path / "data")
+    (line,) = (record.getMessage() for record in caplog.records if "Next:" in record.getMessage())
+    words = shlex.split(line.split("runtime.infer", 1)[1])
+    own = {"drn.onnx": str(tiny_model), "a sentence": "person opens the door"}
+    outcome = run_command(infer, *[own.get(word, word) for word in words])
+    assert outcome.code == 0
+    assert name in outcome.out
 
 
 @pytest.mark.parametrize("first", ["good.avi.mkv", "good.mkv"])
