@@ -476,7 +476,7 @@ def check_asked(pairs: Sequence[tuple[Subject, str]], top_k: int, batch_size: in
     for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise GroundingError(
-                f"{name} must be an integer of at least {least}, and {excerpt(value)} was given. Give such a number.",
+                f"Expected an integer of at least {least} for {name}, got {excerpt(value)}. Correct the argument.",
                 code="invalid_argument",
             )
     if not isinstance(pairs, (list, tuple, Sequence)) or not all(
