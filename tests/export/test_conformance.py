@@ -33,7 +33,8 @@ CHOSEN = {"8.6": {"BuilderFlag"}, "10.16": set(), "11.4": set(), "rtx": {"Comput
 def sources() -> list[Path]:
     """Return the files of ours that touch TensorRT."""
     rooms = [path for room in ("runtime", "export", "calib", "benchmarks") for path in (ROOT / room).rglob("*.py")]
-    return sorted(path for path in rooms if re.search(r"(\b|_)trt\.|import tensorrt", path.read_text(encoding="utf-8")))
+    pattern = re.compile(r"(\b|_)trt\.(?!py)|import tensorrt")
+    return sorted(path for path in rooms if pattern.search(path.read_text(encoding="utf-8")))
 
 
 def folder_of(version: str) -> Path:
