@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -96,3 +98,11 @@ def models(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.parity.models import write_models
 
     return write_models(tmp_path_factory.mktemp("models"), planted)
+
+
+@pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """Let SIGHUP end processes, which it does not where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

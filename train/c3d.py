@@ -140,7 +140,7 @@ def save_c3d(path: Path, checkpoint: C3DCheckpoint) -> None:
             "format": FORMAT,
             "kind": "C3D",
             "config": {"widths": list(checkpoint.config.widths), "dim": checkpoint.config.dim},
-            "mean": list(checkpoint.mean),
+            "mean": [float(value) for value in checkpoint.mean],
             "sources": dict(checkpoint.sources),
             "weights": dict(checkpoint.weights),
         },

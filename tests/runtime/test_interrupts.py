@@ -20,6 +20,7 @@ def send(*numbers: signal.Signals) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_raises_interrupted_with_exit_code(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
