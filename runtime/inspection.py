@@ -183,8 +183,8 @@ WIDTHS = {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "tf32": 3, "fp32": 4}
 """Data types of multiplications, and their order from narrow to wide."""
 
 _NAMES = {
-    "i8": "int8", "u8": "int8", "e4m3": "fp8", "e5m2": "fp8", "f16": "fp16", "bf16": "bf16", "tf32": "tf32",
-    "f32": "fp32",
+    "s8": "int8", "i8": "int8", "u8": "int8", "e4m3": "fp8", "e5m2": "fp8", "f16": "fp16", "bf16": "bf16",
+    "tf32": "tf32", "f32": "fp32",
 }  # fmt: skip
 _T = r"(bf16|tf32|f16|f32|i32|i8|u8|e4m3|e5m2)"
 # As xmma kernels are called: input and output, then what is multiplied and what is added up, then the epilogue.
@@ -192,7 +192,10 @@ _T = r"(bf16|tf32|f16|f32|i32|i8|u8|e4m3|e5m2)"
 _XMMA = re.compile(rf"_{_T}{_T}_{_T}{_T}_{_T}(?![a-z0-9])")
 # As cuBLAS's are: sm50_xmma_cublas_gemvx_f16f16_f32.
 _CUBLAS = re.compile(rf"_{_T}{_T}_{_T}(?![a-z0-9])")
-# Other kernels (cuDNN, CUTLASS, generated ones). Narrow first: their names also hold what is added up and written.
+# As CUTLASS 3's are: both factors, then what is added up: cutlass3x_sm100_tensorop_i128x128x32gemm_s8_s8_s32_f16_f16.
+_FACTOR = r"(bf16|tf32|f16|f32|s8|u8|e4m3|e5m2)"
+_CUTLASS = re.compile(rf"_{_FACTOR}_{_FACTOR}_(s32|f32|f16)(?![a-z0-9])")
+# Other kernels (cuDNN, CUTLASS 2, generated ones). Narrow first: their names also hold what is added up and written.
 _KERNEL_TYPES = (
     (r"int8|i8i8|imma|i8816|i16816|i16832|(?<![a-z0-9])i8(?![0-9])", "int8"),
     (r"e4m3|e5m2|fp8|f8f8|qmma", "fp8"),
@@ -208,7 +211,7 @@ def _tactic_type(tactic: str) -> str | None:
 
     The names are those that trtexec --exportLayerInfo and Nsight Systems show for cuDNN, cuBLAS, CUTLASS and xmma.
     """
-    for pattern, group in ((_XMMA, 3), (_CUBLAS, 1)):
+    for pattern, group in ((_XMMA, 3), (_CUBLAS, 1), (_CUTLASS, 1)):
         found = pattern.search(tactic)
         if found and found[group] in _NAMES:
             return _NAMES[found[group]]

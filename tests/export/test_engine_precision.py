@@ -208,3 +208,20 @@ def test_both_dialects_of_the_inspector_are_read() -> None:
         == apart
         == EngineCensus({"fp16": 7, "fp32": 1}, {"fp32": 2, "int8": 4, "fp16": 2}, 7, {"int8": 4, "fp16": 2})
     )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cutlass3x_sm100_sptensorop_i128x128x64spgemm_s8_s8_s32_f16_f16_128x128x128_0_align32_1sm", "int8"),
+        ("cutlass3x_sm100_sptensorop_i128x128x64spgemm_s8_s8_s32_bf16_bf16_128x128x128_0_align32_1sm", "int8"),
+        ("cutlass3x_sm90_tensorop_s64x128x16gemm_f16_f16_f32_f32_f32_64x128x64", "fp16"),
+        ("cutlass3x_sm90_tensorop_s64x128x32gemm_e4m3_e4m3_f32_bf16_bf16_64x128x128", "fp8"),
+    ],
+)  # fmt: skip
+def test_names_of_cutlass_kernels_show_the_factors(kernel: str, kind: str) -> None:
+    """The first two names begin as names in libtensorrt_rtx.so of 1.7.1: INT8 products that are written as FP16 and BF16."""
+    layer = {
+        "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},
+    }  # fmt: skip
+    assert engine_census(json.dumps({"Layers": [layer]})).arithmetic == {kind: 1}
