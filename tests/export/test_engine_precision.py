@@ -220,7 +220,7 @@ def test_both_dialects_of_the_inspector_are_read() -> None:
     ],
 )  # fmt: skip
 def test_names_of_cutlass_kernels_show_the_factors(kernel: str, kind: str) -> None:
-    """The first two names begin as names in libtensorrt_rtx.so of 1.7.1: INT8 products that are written as FP16 and BF16."""
+    """The first two begin as names in libtensorrt_rtx.so of 1.7.1: INT8 products, written as FP16 and BF16."""
     layer = {
         "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},
     }  # fmt: skip
