@@ -17,7 +17,7 @@ from export.profiles import one_profile
 from export.wide_scales import has_half_scales, with_wide_scales
 from runtime import sidecar
 from runtime.backends.cuda import Cuda
-from runtime.errors import PromiseBroken
+from runtime.errors import ModelFileError, PromiseBroken
 from runtime.files import replace_when_whole, sha256, write_json
 from runtime.inspection import PROVEN, layers_path, packed
 
@@ -39,8 +39,8 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
 
     try:
         shorter = [build_part(job, other, options, cache) for other in part.unrolled]
-    except BuildFailed as error:
-        raise BuildFailed(f"{error} --unroll 0 builds the engine without others for short queries.") from error
+    except ModelFileError as error:
+        raise type(error)(f"{error} --unroll 0 builds the engine without others for short queries.") from error
     built, part, changes = _build(part, options, cache)
     for change in changes:
         log.warning("%s was built in another form: %s.", part.engine.name, change)

@@ -615,7 +615,7 @@ def test_a_default_that_cannot_be_written_out_leaves_the_loop(
     assert any(record.levelname == "WARNING" and "loop" in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize("error", [BuildFailed("No."), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [BuildFailed("No."), ModelFileError("No."), KeyboardInterrupt()])
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int
@@ -634,7 +634,7 @@ def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
         build_engine(model, target="tensorrt", query_length=(1, 8, 12))
     assert len(built_tokens) == number
     # Only a plan for short queries can be left out.
-    assert ("--unroll 0" in str(caught.value)) == (isinstance(error, BuildFailed) and number < 2)
+    assert ("--unroll 0" in str(caught.value)) == (isinstance(error, ModelFileError) and number < 2)
     after = {path.name: path.read_bytes() for path in model.parent.iterdir() if not path.name.startswith(".")}
     assert after == before
 
