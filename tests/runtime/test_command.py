@@ -238,7 +238,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert process.wait(timeout=30) == 0
 
 
-@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_termination_while_writing_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start(

@@ -20,7 +20,7 @@ def send(*numbers: signal.Signals) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_raises_interrupted_with_exit_code(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
@@ -72,6 +72,7 @@ def test_repeated_signal_does_not_interrupt_cleanup() -> None:
     assert steps == ["cleaned"]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_later_signal_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # A library may have swallowed the first one.
     monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.0)
