@@ -156,7 +156,7 @@ def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
 def unrolling(
     requested: Sequence[int], target: str, longest: int, manifest: Manifest, data: DataSet | None, split: str
 ) -> Unrolling:
-    """Return the query lengths for which an engine gets others beside it with a written-out LSTM.
+    """Return the query lengths for which plans with a written-out LSTM are built besides the engine.
 
     Without `--unroll`, engines of TensorRT get the 90 % and 99 % quantiles of the query lengths: of the data set that
     is given, else of the one that the model was trained on. TensorRT-RTX captures CUDA graphs by itself and gets none.

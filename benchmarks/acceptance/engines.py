@@ -24,7 +24,7 @@ NARROW = ("int8", "fp8")
 # What is compared is built alike.
 UNROLLED_IN = ("fp16", *NARROW)
 # Three FP16 plans of the published size took 107 s on an H200 with these (TensorRT 8.6.0). With the defaults, two
-# profiles at level 3, one of them alone takes longer than 70 s.
+# profiles at level 3, two plans built at the same time took longer than 70 s.
 QUICK: tuple[object, ...] = ("--profiles", 1, "--optimization-level", 2)
 
 
