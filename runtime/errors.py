@@ -17,8 +17,8 @@ _LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_LENGTH + 1},}}")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-class GroundingError(Exception):
-    """An error that the reader can correct: commands print the message without a traceback and exit with 2.
+class _CodedError(Exception):
+    """An error with a stable identifier.
 
     Args:
         message: what happened, with the values, and what to do.
@@ -28,16 +28,28 @@ class GroundingError(Exception):
         code: see above.
     """
 
-    code = "invalid_input"
+    code: str
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
-        super().__init__(bounded(message))
+        super().__init__(message)
         if code is not None:
             self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes send errors back: the keyword argument is part of the state.
         return type(self), self.args, dict(self.__dict__)
+
+
+class GroundingError(_CodedError):
+    """An error that the reader can correct: commands print the message without a traceback and exit with 2.
+
+    The message is bounded.
+    """
+
+    code = "invalid_input"
+
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        super().__init__(bounded(message), code=code)
 
 
 class ShapeError(GroundingError):
@@ -126,8 +138,10 @@ class OutputError(GroundingError):
     code = "unwritable_output"
 
 
-class PromiseBroken(Exception):
+class PromiseBroken(_CodedError):
     """The command ran, and what it checked does not hold (parity, precision, recall): exit code 1."""
+
+    code = "check_failed"
 
 
 def bounded(message: str) -> str:
@@ -190,17 +204,20 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
     except GroundingError:
         raise
     except FileNotFoundError as problem:
-        raise error(f"{path} does not exist; check the path.") from problem
+        raise error(f"{path} does not exist; check the path.", code="missing_file") from problem
     except OSError as problem:
         reason = problem.strerror or one_line(problem)
-        raise error(f"{path} should be {description} and cannot be read: {reason}; {advice}.") from problem
+        message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
+        raise error(message, code="unreadable_file") from problem
     except MemoryError as problem:
-        raise error(f"{path} should be {description} and asks for more memory than there is; {advice}.") from problem
+        message = f"{path} should be {description} and asks for more memory than there is; {advice}."
+        raise error(message, code="file_too_large") from problem
     except Exception as problem:
         reason = one_line(problem) or type(problem).__name__
         if isinstance(problem, KeyError):
             reason = f"{reason} is missing"
-        raise error(f"{path} should be {description} and cannot be read: {reason}; {advice}.") from problem
+        message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
+        raise error(message, code="damaged_file") from problem
 
 
 def _bounded(text: str, limit: int) -> str:

@@ -524,13 +524,16 @@ def _check_kind(
     advice: str,
 ) -> None:
     problem = None
+    code = "unreadable_file"
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         problem = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+        code = "missing_file"
     except NotADirectoryError:
         file = next(parent for parent in Path(path).parents if parent.is_file())
         problem = f"does not exist, because {file} is a file and not a directory"
+        code = "missing_file"
     except OSError as cause:
         problem = f"cannot be opened ({cause.strerror or cause})"
     except ValueError as cause:
@@ -539,10 +542,11 @@ def _check_kind(
     else:
         if not is_kind(mode):
             problem = f"is {_kind_of(mode)}, {otherwise}"
+            code = "not_a_file" if is_kind is stat.S_ISREG else "not_a_directory"
         elif not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
             problem = "cannot be opened (permission denied)"
     if problem is not None:
-        raise error(f"{description} {path} {problem}; {advice}.")
+        raise error(f"{description} {path} {problem}; {advice}.", code=code)
 
 
 def _kind_of(mode: int) -> str:
@@ -621,7 +625,8 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
         path = path.parent.parent / path.name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place."
+            f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place.",
+            code="disk_full",
         )
     for parent in path.parents:
         if os.path.exists(parent) and not os.path.isdir(parent):

@@ -115,7 +115,8 @@ class Hdf5Reader:
                 self.close()
                 raise FeatureError(
                     f"{self._path}: reading HDF5 ended without an answer ({one_line(error)}), so the file is damaged; "
-                    "copy or download it again."
+                    "copy or download it again.",
+                    code="damaged_file",
                 ) from error
             except BaseException:
                 # Whatever is still under way would be taken for the answer to the next question.
@@ -227,13 +228,15 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
         if inner is None:
             raise FeatureError(
                 f"{path}: the group of {excerpt(video)} should hold one dataset, or one called {DATASET!r}, and holds "
-                f"{', '.join(inside[:3]) or 'nothing'}."
+                f"{', '.join(inside[:3]) or 'nothing'}.",
+                code="ambiguous_features",
             )
         node = inner
     if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f" or node.dtype.itemsize > 8:
         raise FeatureError(
             f"{path}: the features of {excerpt(video)} should be floats of shape (num_clips, D), and are "
-            f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}."
+            f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}.",
+            code="wrong_array",
         )
     if node.external or node.is_virtual:
         raise FeatureError(

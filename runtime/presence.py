@@ -67,7 +67,10 @@ def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None)
         GroundingError: no threshold keeps so many, or `keep` is no share.
     """
     if keep is not None and not 0 < keep <= 1:
-        raise GroundingError(f"--keep is a share of the matching pairs, above 0 and at most 1, and {keep} was given.")
+        raise GroundingError(
+            f"--keep is a share of the matching pairs, above 0 and at most 1, and {keep} was given.",
+            code="invalid_option",
+        )
     found = np.unique(matching[matching > -np.inf])
     kept = 1 - np.searchsorted(np.sort(matching), found) / len(matching)
     refused = np.searchsorted(np.sort(mismatched), found) / len(mismatched)

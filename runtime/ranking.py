@@ -60,7 +60,8 @@ def draw_videos(own: np.ndarray, videos: int, count: int, seed: int) -> np.ndarr
     if count > videos - 1:
         raise GroundingError(
             f"Each sentence is to be asked of {count} other videos, and there are {max(videos - 1, 0)}; lower --videos "
-            "of runtime.rank or --mismatched of train.fit_presence, or give more data."
+            "of runtime.rank or --mismatched of train.fit_presence, or give more data.",
+            code="too_few_videos",
         )
     rng = np.random.default_rng(seed)
     others = np.stack([rng.choice(videos - 1, count, replace=False) for _ in own])

@@ -34,14 +34,15 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
     with reading(path, description, error, "check the file"):
         content = Path(path).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise error(f"{path} is UTF-16 text, and UTF-8 is expected; save it as UTF-8.")
+            raise error(f"{path} is UTF-16 text, and UTF-8 is expected; save it as UTF-8.", code="not_utf8")
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as problem:
             line = content.count(b"\n", 0, problem.start) + 1
             raise error(
                 f"{path}, line {line}: expected UTF-8 text, got the byte 0x{content[problem.start]:02x}; "
-                "save the file as UTF-8."
+                "save the file as UTF-8.",
+                code="not_utf8",
             ) from problem
 
 
@@ -92,9 +93,13 @@ def parse_json(
         _check_unicode(value, text)
         return value
     except RecursionError as problem:
-        raise error(f"{source}: the JSON nests more than {MAX_DEPTH} levels; {advice}.") from problem
+        raise error(
+            f"{source}: the JSON nests more than {MAX_DEPTH} levels; {advice}.", code="nested_too_deeply"
+        ) from problem
     except (ValueError, MemoryError) as problem:
-        raise error(f"{source}: JSON is expected and cannot be read: {one_line(problem)}; {advice}.") from problem
+        raise error(
+            f"{source}: JSON is expected and cannot be read: {one_line(problem)}; {advice}.", code="invalid_json"
+        ) from problem
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

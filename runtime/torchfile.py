@@ -129,7 +129,9 @@ def _errors(path: str) -> Iterator[None]:
         try:
             yield
         except RecursionError as error:
-            raise CheckpointError(f"{path} nests its containers too deeply to be read; save it again.") from error
+            raise CheckpointError(
+                f"{path} nests its containers too deeply to be read; save it again.", code="nested_too_deeply"
+            ) from error
 
 
 class Inert:
@@ -265,15 +267,19 @@ class _Ordered(OrderedDict):  # type: ignore[type-arg]
 def _load(file: IO[bytes], path: str, inert: bool, resolved: bool = True) -> Any:
     start = file.read(265)
     if not start:
-        raise CheckpointError(f"{path} is empty; copy or download it again.")
+        raise CheckpointError(f"{path} is empty; copy or download it again.", code="empty_file")
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
         return _load_zip(file, path, inert, resolved)
     if start[:1] == b"\x80":
         return _load_legacy(file, path, inert, resolved)
     if start[257:262] == b"ustar":
-        raise CheckpointError(f"{path} is a tar archive; unpack it first, or save it again with torch 1.6 or later.")
-    raise CheckpointError(f"{path} is not a file that torch.save writes: it starts with {start[:8]!r}.")
+        raise CheckpointError(
+            f"{path} is a tar archive; unpack it first, or save it again with torch 1.6 or later.", code="tar_archive"
+        )
+    raise CheckpointError(
+        f"{path} is not a file that torch.save writes: it starts with {start[:8]!r}.", code="not_a_torch_file"
+    )
 
 
 def _load_zip(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
@@ -285,10 +291,15 @@ def _load_zip(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
     records = {record.filename: record for record in archive.infolist()}
     prefixes = [name[: -len("data.pkl")] for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(prefixes) != 1:
-        raise CheckpointError(f"{path} is a zip archive without data.pkl, so not one that torch.save wrote.")
+        raise CheckpointError(
+            f"{path} is a zip archive without data.pkl, so not one that torch.save wrote.", code="not_a_torch_file"
+        )
     prefix = prefixes[0]
     if any(name == f"{prefix}constants.pkl" or name.startswith(f"{prefix}code/") for name in records):
-        raise CheckpointError(f"{path} is a TorchScript archive, which is a program; save its tensors by torch.save.")
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, which is a program; save its tensors by torch.save.",
+            code="torchscript_archive",
+        )
     if sum(record.file_size for record in records.values()) > file_size:
         raise CheckpointError(f"{path} claims to hold more than its {file_size} bytes; it is refused.")
 
@@ -317,7 +328,10 @@ def _read_record(file: IO[bytes], record: zipfile.ZipInfo, path: str, file_size:
     """The bytes of one record, in one copy. Torch stores its records uncompressed."""
     name = _shown(record.filename)
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise CheckpointError(f"{path} holds {name} compressed or encrypted, as torch.save never does; save it again.")
+        raise CheckpointError(
+            f"{path} holds {name} compressed or encrypted, as torch.save never does; save it again.",
+            code="compressed_record",
+        )
     damaged = _damaged(path, f"the record {name} is not whole")
     if not 0 <= record.header_offset <= file_size - 30:
         raise damaged
@@ -348,7 +362,9 @@ def _load_legacy(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any
     with contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
         magic_number = _next_pickle(mapped, path, inert)
         if type(magic_number) is not int or magic_number != _MAGIC_NUMBER:
-            raise CheckpointError(f"{path} is a pickle that torch.save did not write; save it with torch.save.")
+            raise CheckpointError(
+                f"{path} is a pickle that torch.save did not write; save it with torch.save.", code="not_a_torch_file"
+            )
         protocol = _next_pickle(mapped, path, inert)
         if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
             raise _damaged(path, f"its protocol is not {_LEGACY_PROTOCOL}")
@@ -716,12 +732,13 @@ def _item_size(dtype: str) -> int:
 
 
 def _damaged(path: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated or damaged: {what}; copy or download it again.")
+    return CheckpointError(f"{path} is truncated or damaged: {what}; copy or download it again.", code="damaged_file")
 
 
 def _too_large(path: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} was refused: its pickle is larger than that of any checkpoint; save tensors instead of lists."
+        f"{path} was refused: its pickle is larger than that of any checkpoint; save tensors instead of lists.",
+        code="pickle_too_large",
     )
 
 

@@ -50,7 +50,8 @@ class ClipClock:
         if self.window < 1 or self.stride < 1:
             raise FeatureError(
                 f"A clip sees at least 1 frame, and the next starts at least 1 later; {self.window} and {self.stride} "
-                "were given."
+                "were given.",
+                code="invalid_clip_timing",
             )
 
     def __str__(self) -> str:
@@ -378,7 +379,9 @@ def check_features(features: np.ndarray, name: str) -> None:
             f"The features of {name} should be floats of shape (num_clips, D), and are {kind} of shape {shape}."
         )
     if 0 in features.shape:
-        raise FeatureError(f"The features of {name} hold no clips (shape {features.shape}); at least one is needed.")
+        raise FeatureError(
+            f"The features of {name} hold no clips (shape {features.shape}); at least one is needed.", code="no_clips"
+        )
     # The sum is finite only if every value is, and costs no array of flags. A float16 sum could overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = features.sum(dtype=np.float64)
@@ -393,7 +396,8 @@ def check_features(features: np.ndarray, name: str) -> None:
         if len(bad):
             raise FeatureError(
                 f"The features of {name} hold {len(bad)} values that are not finite, "
-                f"the first in clip {bad[0][0]}; extract them again."
+                f"the first in clip {bad[0][0]}; extract them again.",
+                code="non_finite_features",
             )
 
 

@@ -106,18 +106,25 @@ def train(
     if stages[0].number > 1 and load is None:
         raise CheckpointError(
             f"Stage {stages[0].number} starts from a trained network; pass "
-            f"--load {output}/stage{stages[0].number - 1}/best.pt (or another checkpoint), or train --stage all."
+            f"--load {output}/stage{stages[0].number - 1}/best.pt (or another checkpoint), or train --stage all.",
+            code="missing_option",
         )
     sizes = Sizes(num_segments, embed_dim, hidden_dim, fpn_dim)
     _check(sizes, held_out, batch_size, seed, glove, load)
     _check_negatives(negatives, batch_size or preset.batch_size)
     target = torch_device(device)
     if precision == "fp16" and target.type == "cpu":
-        raise GroundingError("Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.")
+        raise GroundingError(
+            "Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.",
+            code="precision_unsupported",
+        )
 
     # Before features are pooled, which takes minutes.
     if (output / "run.json").is_file() and not resume:
-        raise OutputError(f"{output} holds a training run; pass --resume to go on with it, or choose another --output.")
+        raise OutputError(
+            f"{output} holds a training run; pass --resume to go on with it, or choose another --output.",
+            code="output_holds_run",
+        )
     check_writable(output / "run.json")
     data_set = DataSet(data)
     with (
@@ -205,11 +212,14 @@ def train(
             told={**told, "query_length_quantiles": list(length_quantiles(map(len, learnt.queries)))},
         )
         if negatives and len({annotation.video for annotation in training}) < 2:
-            raise GroundingError("--negatives asks other videos, and there is only one; leave it out.")
+            raise GroundingError(
+                "--negatives asks other videos, and there is only one; leave it out.", code="too_few_videos"
+            )
         if len(training) < settings.batch_size * processes.count:
             raise GroundingError(
                 f"{len(training)} queries do not fill one step of {settings.batch_size * processes.count}; "
-                "lower --batch-size."
+                "lower --batch-size.",
+                code="too_few_queries",
             )
         run = Run(output, settings, materials, target, processes)
         inputs = {
@@ -252,7 +262,8 @@ def _stages(
         if values is not None and (len(values) not in (1, len(stages)) or not all(0 < v < math.inf for v in values)):
             raise GroundingError(
                 f"{flag} takes one positive number, or one for each of the {len(stages)} stages, "
-                f"and {values} was given."
+                f"and {values} was given.",
+                code="invalid_option",
             )
     if epochs:
         counts = epochs * len(stages) if len(epochs) == 1 else epochs
@@ -267,7 +278,8 @@ def _check_negatives(negatives: float, batch_size: int) -> None:
     if not 0 <= negatives <= MOST_NEGATIVES or (negatives and not round(negatives * batch_size)):
         raise GroundingError(
             f"--negatives is 0 to {MOST_NEGATIVES} mismatched pairs for each matching one, and, if any, one or more in "
-            f"a step of {batch_size}; {negatives:g} was given."
+            f"a step of {batch_size}; {negatives:g} was given.",
+            code="invalid_option",
         )
 
 
@@ -290,21 +302,27 @@ def _check(
     """Raise what can be known to be wrong before anything is read."""
     if not 0 < held_out < 1:
         raise GroundingError(
-            f"--held-out is the fraction of videos to validate on, between 0 and 1, and {held_out} is not."
+            f"--held-out is the fraction of videos to validate on, between 0 and 1, and {held_out} is not.",
+            code="invalid_option",
         )
     if batch_size is not None and batch_size < 1:
-        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
+        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.", code="invalid_option")
     if not 0 <= seed < 2**63:
-        raise GroundingError(f"--seed must be 0 or more and below 2**63, and {seed} was given.")
+        raise GroundingError(f"--seed must be 0 or more and below 2**63, and {seed} was given.", code="invalid_option")
     multiples = {"num_segments": 4, "fpn_dim": 2}
     for name, size in sizes.given().items():
         multiple = multiples.get(name, 1)
         if not 1 <= size <= 1 << 16 or size % multiple:
             flag = f"--{name.replace('_', '-')}"
             wanted = "" if multiple == 1 else f"a multiple of {multiple}, and "
-            raise GroundingError(f"{flag} must be {wanted}from 1 to 65536, and {size} was given.")
+            raise GroundingError(
+                f"{flag} must be {wanted}from 1 to 65536, and {size} was given.", code="invalid_option"
+            )
     if glove and load:
-        raise GroundingError("--glove sets the words of a fresh network and --load brings its own; leave one out.")
+        raise GroundingError(
+            "--glove sets the words of a fresh network and --load brings its own; leave one out.",
+            code="conflicting_options",
+        )
 
 
 def _network(sizes: Sizes, loaded: Checkpoint | None, words: int, feature_dim: int, data: str) -> DRNConfig:
@@ -315,12 +333,14 @@ def _network(sizes: Sizes, loaded: Checkpoint | None, words: int, feature_dim: i
         if getattr(loaded.config, name) != size:
             raise GroundingError(
                 f"--{name.replace('_', '-')} {size} was given and the network of --load has "
-                f"{getattr(loaded.config, name)}; leave the flag out."
+                f"{getattr(loaded.config, name)}; leave the flag out.",
+                code="conflicting_options",
             )
     if loaded.config.feature_dim != feature_dim:
         raise GroundingError(
             f"The network of --load takes features of width {loaded.config.feature_dim} and {data} holds features of "
-            f"width {feature_dim}; use the features it was trained on."
+            f"width {feature_dim}; use the features it was trained on.",
+            code="feature_width_mismatch",
         )
     return loaded.config
 

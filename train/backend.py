@@ -90,12 +90,15 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.")
+        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(
-            f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu."
+            f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu.",
+            code="gpu_unavailable",
         )
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.") from error
+        raise DeviceError(
+            f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device"
+        ) from error

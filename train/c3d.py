@@ -152,7 +152,9 @@ def load_c3d(path: Path) -> C3DCheckpoint:
     content = load(path)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT or content.get("kind") != "C3D":
-        raise CheckpointError(f"{path} is no c3d.pt; make one of published weights with `python -m train.convert`.")
+        raise CheckpointError(
+            f"{path} is no c3d.pt; make one of published weights with `python -m train.convert`.", code="unknown_format"
+        )
     try:
         red, green, blue = map(_number, content["mean"])
         config = C3DConfig(tuple(content["config"]["widths"]), content["config"]["dim"])
@@ -160,7 +162,8 @@ def load_c3d(path: Path) -> C3DCheckpoint:
     # The values of a damaged file are of any kind, tensors among them.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); convert it again."
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); convert it again.",
+            code="damaged_file",
         ) from error
     check_c3d_weights(checkpoint.weights, config, str(path))
     return checkpoint
@@ -222,16 +225,22 @@ def from_published(
 def _tensor(arrays: Mapping[str, np.ndarray], name: str, source: str) -> Tensor:
     array = arrays.get(name, arrays.get(f"backbone.{name}"))
     if array is None:
-        raise CheckpointError(f"{source} looks like a C3D and lacks {name}; give the whole checkpoint.")
+        raise CheckpointError(
+            f"{source} looks like a C3D and lacks {name}; give the whole checkpoint.", code="missing_tensor"
+        )
     if array.dtype.kind != "f" or not array.size or not np.isfinite(array).all():
-        raise CheckpointError(f"{source} should hold finite floating-point weights, and does not in {name}.")
+        raise CheckpointError(
+            f"{source} should hold finite floating-point weights, and does not in {name}.", code="impossible_weights"
+        )
     return torch.from_numpy(np.array(array, np.float32, order="C"))
 
 
 def check_c3d_weights(weights: Any, config: C3DConfig, source: str) -> None:
     """Raise CheckpointError, naming a tensor, unless `weights` has just the tensors of such a network."""
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise CheckpointError(f"{source} is damaged: its weights are not named tensors; convert it again.")
+        raise CheckpointError(
+            f"{source} is damaged: its weights are not named tensors; convert it again.", code="damaged_file"
+        )
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in C3D(config, (0.0, 0.0, 0.0)).state_dict().items()}
     for name in {**wanted, **weights}:
@@ -239,5 +248,6 @@ def check_c3d_weights(weights: Any, config: C3DConfig, source: str) -> None:
         if found != wanted.get(name):
             raise CheckpointError(
                 f"The tensors of {source} are not those of a C3D of its size: {name} is {found or 'missing'} and "
-                f"should be {wanted.get(name) or 'left out'}."
+                f"should be {wanted.get(name) or 'left out'}.",
+                code="tensor_mismatch",
             )

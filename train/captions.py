@@ -36,7 +36,8 @@ def captions_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     if any(path.suffix != ".json" for path in paths.values()):
         raise AnnotationError(
             f"{annotations} is {data_set.preset.title}; features are simulated for Charades-STA, ActivityNet Captions "
-            "and TACoS, and for made-up videos without --annotations."
+            "and TACoS, and for made-up videos without --annotations.",
+            code="unsupported_layout",
         )
     told: dict[str, list[Annotation]] = {}
     texts, moments, chosen = {}, {}, dict[str, None]()

@@ -124,14 +124,18 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
         if found == EXTRACTOR_FORMAT:
             raise CheckpointError(
                 f"{path} makes clip features and grounds no sentence; export it with "
-                f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here."
+                f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here.",
+                code="wrong_model_kind",
             )
         if found == RESUME_FORMAT:
-            raise CheckpointError(f"{path} is the state for `train --resume`. Give best.pt of the same directory.")
+            raise CheckpointError(
+                f"{path} is the state for `train --resume`. Give best.pt of the same directory.", code="training_state"
+            )
         kind = f"format {excerpt(found)}" if found else "an unknown format"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
-            "convert published checkpoints with `python -m train.convert`."
+            "convert published checkpoints with `python -m train.convert`.",
+            code="unknown_format",
         )
     try:
         config = dict(content["config"])
@@ -151,15 +155,20 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     # The values of a damaged file are of any kind, tensors among them.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again."
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again.",
+            code="damaged_file",
         ) from error
     words, told = len(checkpoint.vocabulary), checkpoint.config
     if words not in (0, told.vocab_size):
-        raise CheckpointError(f"{path} has {words} words and its network takes {told.vocab_size}; convert it again.")
+        raise CheckpointError(
+            f"{path} has {words} words and its network takes {told.vocab_size}; convert it again.",
+            code="vocabulary_mismatch",
+        )
     if (checkpoint.decoding.num_segments, checkpoint.decoding.strides) != (told.num_segments, told.strides):
         raise CheckpointError(
             f"{path} decodes {checkpoint.decoding.num_segments} segments and its network has {told.num_segments}; "
-            "train or convert again."
+            "train or convert again.",
+            code="segment_count_mismatch",
         )
     check_weights(checkpoint.weights, checkpoint.config, str(path))
     return checkpoint
@@ -168,7 +177,9 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
 def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
     """Raise CheckpointError, naming the tensors, unless `weights` has just the tensors of such a network."""
     if not isinstance(weights, Mapping) or not all(hasattr(tensor, "shape") for tensor in weights.values()):
-        raise CheckpointError(f"{source} is damaged: its weights are not named tensors; train or convert again.")
+        raise CheckpointError(
+            f"{source} is damaged: its weights are not named tensors; train or convert again.", code="damaged_file"
+        )
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
     missing = [name for name in wanted if name not in weights]
@@ -184,7 +195,10 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
         if names
     ]
     if problems:
-        raise CheckpointError(f"The tensors of {source} are not those of a DRN of its size ({'; '.join(problems)}).")
+        raise CheckpointError(
+            f"The tensors of {source} are not those of a DRN of its size ({'; '.join(problems)}).",
+            code="tensor_mismatch",
+        )
     _check_values(weights, source)
 
 
@@ -326,14 +340,16 @@ def read(path: str | os.PathLike[str]) -> Any:
             if not stream.read(4).startswith((b"PK", b"\x80")):
                 raise CheckpointError(
                     f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
-                    "drn.pt; graphs and engines are made of one and do not turn back into it."
+                    "drn.pt; graphs and engines are made of one and do not turn back into it.",
+                    code="not_a_torch_file",
                 )
         torchfile.check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
-            "DRN checkpoint, convert it with `python -m train.convert`."
+            "DRN checkpoint, convert it with `python -m train.convert`.",
+            code="code_in_file",
         ) from error
     except GroundingError:
         raise
@@ -341,5 +357,6 @@ def read(path: str | os.PathLike[str]) -> Any:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again."
+            f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again.",
+            code="unreadable_file",
         ) from error

@@ -91,13 +91,16 @@ def convert(
     """
     for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
         if path.resolve() == checkpoint.resolve():
-            raise CheckpointError(f"--output {path} is the checkpoint itself; choose another name.")
+            raise CheckpointError(
+                f"--output {path} is the checkpoint itself; choose another name.", code="output_is_input"
+            )
     table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
     found = read(checkpoint)
     if published_layout(found.weights):
         if table is not None or stage is not None:
             raise CheckpointError(
-                f"{checkpoint} is a C3D, which has neither words nor stages; leave --vocabulary and --stage out."
+                f"{checkpoint} is a C3D, which has neither words nor stages; leave --vocabulary and --stage out.",
+                code="inapplicable_option",
             )
         return _convert_c3d(found.weights, checkpoint, output or Path("c3d.pt"))
     output = output or Path("drn.pt")
@@ -171,16 +174,21 @@ def read(path: Path) -> Found:
     """
     content = torchfile.load(path, inert=True)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        raise CheckpointError(f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.")
+        raise CheckpointError(
+            f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.", code="already_converted"
+        )
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not (isinstance(state, dict) and state and all(isinstance(name, str) for name in state)):
         raise CheckpointError(
-            f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved."
+            f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved.",
+            code="not_a_state_dict",
         )
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     others = [f"{excerpt(name)}" for name in state if name not in arrays]
     if others:
-        raise CheckpointError(f"{path} should map names to tensors, and {_few(others)} is none; is it a DRN?")
+        raise CheckpointError(
+            f"{path} should map names to tensors, and {_few(others)} is none; is it a DRN?", code="not_a_state_dict"
+        )
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
     details = content if state is not content else {}
@@ -207,7 +215,10 @@ def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, 
             if match:
                 ours = renamed(match) + name[match.end() :]
         if ours in weights:
-            raise CheckpointError(f"{path} holds {excerpt(ours)} twice, under the authors' and under mmaction2's name.")
+            raise CheckpointError(
+                f"{path} holds {excerpt(ours)} twice, under the authors' and under mmaction2's name.",
+                code="duplicate_tensor",
+            )
         weights[ours] = array
     return weights, tuple(unused), "drn"
 
@@ -286,7 +297,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
             lstm_layers=count(layers),
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} is no DRN of a known shape: {error}") from error
+        raise CheckpointError(f"{path} is no DRN of a known shape: {error}", code="unknown_network_shape") from error
 
 
 def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
@@ -316,7 +327,9 @@ def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Te
             odd.append(f"{name} (not finite)")
         converted[name] = torch.from_numpy(copy)
     if odd:
-        raise CheckpointError(f"{path} should hold finite floating-point weights, and does not in {_few(odd)}.")
+        raise CheckpointError(
+            f"{path} should hold finite floating-point weights, and does not in {_few(odd)}.", code="impossible_weights"
+        )
     return converted
 
 
@@ -330,14 +343,21 @@ def fitting_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Voca
         isinstance(table, dict)
         and all(isinstance(number, int) and not isinstance(number, bool) for number in table.values())
     ):
-        raise CheckpointError(f"{path} should map words to numbers, as Charades_word2id.json does, and does not.")
+        raise CheckpointError(
+            f"{path} should map words to numbers, as Charades_word2id.json does, and does not.",
+            code="invalid_word_table",
+        )
     if len(table) != config.vocab_size:
         raise CheckpointError(
             f"{path} has {len(table):,} words and the network was trained with {config.vocab_size:,}; give the word "
-            f"table it was trained with."
+            f"table it was trained with.",
+            code="vocabulary_mismatch",
         )
     if sorted(table.values()) != list(range(1, len(table) + 1)):
-        raise CheckpointError(f"{path} should number its words 1 to {len(table)}, each number once, and does not.")
+        raise CheckpointError(
+            f"{path} should number its words 1 to {len(table)}, each number once, and does not.",
+            code="word_numbers_not_consecutive",
+        )
     return Vocabulary(table)
 
 

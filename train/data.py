@@ -88,7 +88,9 @@ def pool(
         try:
             _write(path, data_set, videos, places, num_frames, num_segments, features)
         except OutputError as error:
-            raise OutputError(f"{error} The pooled features go to --cache, which is {cache}.") from error
+            raise OutputError(
+                f"{error} The pooled features go to --cache, which is {cache}.", code=error.code
+            ) from error
     mapped = load_array(path)
     spans = np.stack([spans for _, _, spans in places])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
@@ -156,11 +158,13 @@ def _write(
             place = f"The features of {video} in {store.path(video)} are"
             if clips.shape[1] != dim:
                 raise FeatureError(
-                    f"{place} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again."
+                    f"{place} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again.",
+                    code="feature_width_mismatch",
                 )
             if clips.dtype != dtype:
                 raise FeatureError(
-                    f"{place} {clips.dtype} where the first video's are {dtype}; store all features alike."
+                    f"{place} {clips.dtype} where the first video's are {dtype}; store all features alike.",
+                    code="feature_type_mismatch",
                 )
             data_set.origin.check(video, len(clips), frames, features.clock)
             check_varies(clips, video)
@@ -274,7 +278,7 @@ def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np
             queries.append(vocabulary.encode(annotation.sentence, unheard))
         except QueryError as error:
             place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
-            raise AnnotationError(f"{place}, cannot be used: {error}") from error
+            raise AnnotationError(f"{place}, cannot be used: {error}", code=error.code) from error
     vocabulary.tell(unheard)
     return queries
 

@@ -62,7 +62,8 @@ def fit_presence(
     if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
         raise GroundingError(
             f"--mismatched and --batch-size are at least 1 and --seed is 0 or more, and {mismatched}, {batch_size} and "
-            f"{seed} were given."
+            f"{seed} were given.",
+            code="invalid_option",
         )
     data_set = DataSet(data)
     check_writable(output, *data_set.files)
@@ -102,15 +103,19 @@ def _held_out(
         if fraction is None:
             raise CheckpointError(
                 f"{source} does not record videos that its training held out; pass --held-out 0.1 to fit on a tenth "
-                "of the training videos, though the network may have learnt from them."
+                "of the training videos, though the network may have learnt from them.",
+                code="unknown_held_out",
             )
         if training.get("annotations") != data_set.digest("train"):
             raise CheckpointError(
                 f"{data_set.root} is not the data that {source} was trained on, so that it is not known which of its "
-                "videos were held out; pass that directory, or --held-out 0.1 for a tenth of this one's."
+                "videos were held out; pass that directory, or --held-out 0.1 for a tenth of this one's.",
+                code="data_mismatch",
             )
     elif not 0 < fraction < 1:
-        raise GroundingError(f"--held-out is a fraction of the videos, between 0 and 1, and {fraction} is not.")
+        raise GroundingError(
+            f"--held-out is a fraction of the videos, between 0 and 1, and {fraction} is not.", code="invalid_option"
+        )
     elif fraction != training.get("held_out"):
         log.warning("The network may have learnt from the videos fitted on, and be surer of them than of others.")
     annotations = data_set.annotations("train", invalid="keep" if training.get("faithful") else "drop", quiet=True)

@@ -25,7 +25,7 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
     """
     rows: dict[int, np.ndarray] = {}
     if Path(path).is_dir():
-        raise CheckpointError(f"The word vectors {path} are a directory, not a file; check --glove.")
+        raise CheckpointError(f"The word vectors {path} are a directory, not a file; check --glove.", code="not_a_file")
     blank = 0
     with (
         reading(path, "GloVe text", CheckpointError, "check the file"),
@@ -41,13 +41,15 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
             if len(fields) != width + 1 or blank:
                 raise CheckpointError(
                     f"{path}, line {blank or number}: a word and {width} numbers are expected, as wide as the "
-                    "embedding."
+                    "embedding.",
+                    code="word_vector_width_mismatch",
                 )
             if fields[0] in words:
                 rows[words[fields[0]]] = _vector(fields, f"{path}, line {number}")
     if not rows:
         raise GroundingError(
-            f"{path} has no vector for any of the {len(words)} words; check that it is the right file."
+            f"{path} has no vector for any of the {len(words)} words; check that it is the right file.",
+            code="word_vectors_missing",
         )
     return rows
 

@@ -20,6 +20,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         place = f"{path}, line {number}"
         record = parse_json(line, place, CheckpointError, advice="delete the line")
         if not isinstance(record, dict) or not all(is_number(record.get(name)) for name in FIELDS):
-            raise CheckpointError(f"{place}: expected {', '.join(FIELDS)}, got {excerpt(record)}; delete the line.")
+            raise CheckpointError(
+                f"{place}: expected {', '.join(FIELDS)}, got {excerpt(record)}; delete the line.",
+                code="invalid_history",
+            )
         records.append(record)
     return records

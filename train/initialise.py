@@ -57,7 +57,8 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
         if rows.shape != tuple(table.shape):
             raise CheckpointError(
                 f"{path} holds vectors of shape {rows.shape} and the embedding is {tuple(table.shape)}; "
-                "use the file made for this word table."
+                "use the file made for this word table.",
+                code="word_vector_shape_mismatch",
             )
         for index in np.flatnonzero(~(np.abs(rows) <= MAX_MAGNITUDE).all(axis=1))[:1]:
             check_vector(rows[index], f"{path}: row {index} of the word vectors")
@@ -82,7 +83,9 @@ def _is_torch_file(path: Path) -> bool:
         with open(path, "rb") as stream:
             head = stream.read(4)
     except OSError as error:
-        raise CheckpointError(f"The word vectors {path} cannot be read: {error.strerror}; check --glove.") from error
+        raise CheckpointError(
+            f"The word vectors {path} cannot be read: {error.strerror}; check --glove.", code="unreadable_file"
+        ) from error
     # A zip archive, or a pickle of protocol 2: text begins with neither.
     return head.startswith((b"PK\x03\x04", b"\x80\x02"))
 
@@ -90,5 +93,8 @@ def _is_torch_file(path: Path) -> bool:
 def _matrix(path: Path) -> np.ndarray:
     rows = torchfile.load(path)
     if not isinstance(rows, np.ndarray) or rows.ndim != 2:
-        raise CheckpointError(f"{path} should hold one matrix of word vectors, and holds a {type(rows).__name__}.")
+        raise CheckpointError(
+            f"{path} should hold one matrix of word vectors, and holds a {type(rows).__name__}.",
+            code="invalid_word_vectors",
+        )
     return rows

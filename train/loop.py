@@ -202,7 +202,8 @@ class Run:
         if begun:
             if not resume:
                 raise OutputError(
-                    f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output."
+                    f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output.",
+                    code="output_holds_run",
                 )
             found = read_json(path, "settings of a run", OutputError)
             if found != description:
@@ -210,7 +211,8 @@ class Run:
                 if extended is None:
                     raise OutputError(
                         f"{self.output} was trained with other settings ({_difference(found, description)}); "
-                        "give the same ones to resume. Only the epochs of a stage may become more."
+                        "give the same ones to resume. Only the epochs of a stage may become more.",
+                        code="settings_mismatch",
                     )
                 self._check_whole()
                 self.processes.wait()
@@ -433,7 +435,8 @@ class Run:
         state = load(path)
         if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
             raise CheckpointError(
-                f"{path} is not the state of a training run of this version; start again with another --output."
+                f"{path} is not the state of a training run of this version; start again with another --output.",
+                code="unknown_format",
             )
         check_weights(state["model"], model.config, str(path))
         model.load_state_dict(state["model"])

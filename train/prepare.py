@@ -84,7 +84,10 @@ def prepare(
         OutputError: `output` holds something else, or cannot be written.
     """
     if min_count < 1 or embed_dim < 1:
-        raise GroundingError(f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.")
+        raise GroundingError(
+            f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.",
+            code="invalid_option",
+        )
     told = None if clock is None else ClipClock(*clock)
     data_set = DataSet(data)
     _check_empty(output)
@@ -103,7 +106,8 @@ def prepare(
     if empty or not splits:
         raise AnnotationError(
             f"Nothing is left of the {'/'.join(empty) or 'annotations'} split of {data}: "
-            f"{_reasons(splits[empty[0]].dropped) if empty else 'there is none'}."
+            f"{_reasons(splits[empty[0]].dropped) if empty else 'there is none'}.",
+            code="empty_split",
         )
     if store is not None:
         data_set.check_clips(sorted({a.video for kept in splits.values() for a in kept.annotations}), told, store)
@@ -134,21 +138,26 @@ def prepare(
 def _check_empty(output: Path) -> None:
     """Raise OutputError if `output` holds anything but features."""
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file and --output names a directory; choose another.")
+        raise OutputError(f"{output} is a file and --output names a directory; choose another.", code="output_is_file")
     others = [name for name in content_names(output) if name != "features" and not name.endswith(HDF5_SUFFIXES)]
     if others:
-        raise OutputError(f"{output} holds {others[0]} already; choose a new directory, or delete that one.")
+        raise OutputError(
+            f"{output} holds {others[0]} already; choose a new directory, or delete that one.", code="output_not_empty"
+        )
 
 
 def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str | None, FeatureStore | None]:
     """Return where features are, as `dataset.json` says it, and the store; None twice where there are none yet."""
     if given is not None:
         if not given.exists():
-            raise FeatureError(f"The features {given} do not exist; check the path, or leave --features out.")
+            raise FeatureError(
+                f"The features {given} do not exist; check the path, or leave --features out.", code="missing_file"
+            )
         if given.is_file() and given.suffix not in HDF5_SUFFIXES:
             raise FeatureError(
                 f"--features is a directory with a file for each video, or one HDF5 file ({', '.join(HDF5_SUFFIXES)}), "
-                f"and {given} is neither."
+                f"and {given} is neither.",
+                code="unknown_feature_store",
             )
         return str(given.resolve()), open_store(given.parent, given)
     own = open_store(output, None)

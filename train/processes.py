@@ -56,7 +56,8 @@ def started_by_torchrun(device: torch.device) -> Iterator[Processes]:
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(
                 f"torchrun started process {local_rank} and this machine has {torch.cuda.device_count()} GPUs; "
-                "lower --nproc-per-node."
+                "lower --nproc-per-node.",
+                code="too_few_gpus",
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

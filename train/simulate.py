@@ -129,16 +129,24 @@ def simulate(
         OutputError: the directory holds something else, or cannot be written.
     """
     if feature_dim < 1:
-        raise FeatureError(f"--feature-dim is {feature_dim} and should be at least 1 (C3D has 4096).")
+        raise FeatureError(
+            f"--feature-dim is {feature_dim} and should be at least 1 (C3D has 4096).", code="invalid_option"
+        )
     least = 1 if annotations else 2
     if videos is not None and videos < least:
-        raise FeatureError(f"--videos is {videos} and should be at least {least}.")
+        raise FeatureError(f"--videos is {videos} and should be at least {least}.", code="invalid_option")
     if seed < 0:
-        raise FeatureError(f"--seed is {seed} and should be 0 or more.")
+        raise FeatureError(f"--seed is {seed} and should be 0 or more.", code="invalid_option")
     if difficulty not in DIFFICULTIES:
-        raise FeatureError(f"--difficulty is {excerpt(difficulty)} and should be one of {', '.join(DIFFICULTIES)}.")
+        raise FeatureError(
+            f"--difficulty is {excerpt(difficulty)} and should be one of {', '.join(DIFFICULTIES)}.",
+            code="invalid_option",
+        )
     if dtype not in ("float16", "float32") or file_format not in ("npy", "pt"):
-        raise FeatureError(f"Features are stored as float16 or float32, in npy or pt, not {dtype} in {file_format}.")
+        raise FeatureError(
+            f"Features are stored as float16 or float32, in npy or pt, not {dtype} in {file_format}.",
+            code="invalid_option",
+        )
     if annotations is not None:
         check_directory(annotations, "The directory of annotations", AnnotationError)
     if annotations is None:
@@ -320,7 +328,8 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
         if not (annotations / name).is_file():
             raise AnnotationError(
                 f"{annotations} lacks {name}; --annotations takes train.json of ActivityNet Captions or TACoS and its "
-                f"other splits, or of Charades-STA {', '.join(_source_names())}, in one directory."
+                f"other splits, or of Charades-STA {', '.join(_source_names())}, in one directory.",
+                code="missing_file",
             )
     durations = read_json(annotations / "Charades_duration.json", "durations")
     frames = read_json(annotations / "Charades_frames_info.json", "frame counts")
@@ -349,17 +358,22 @@ def real_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
     for name in everyone:
         if name not in everything:
             raise AnnotationError(
-                f"Video {name} is annotated but has no row in the Charades_v1 csv files; add its row."
+                f"Video {name} is annotated but has no row in the Charades_v1 csv files; add its row.",
+                code="unlisted_video",
             )
         scene, objects, actions = everything[name]
         try:
             num_frames, duration = int(frames[name]), float(durations[name])
         except (KeyError, TypeError, ValueError, OverflowError):
             raise AnnotationError(
-                f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json."
+                f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json.",
+                code="unlisted_video",
             ) from None
         if num_frames < 1 or not 0 < duration < float("inf"):
-            raise AnnotationError(f"Video {name} has {num_frames} frames in {duration} s; both should be above 0.")
+            raise AnnotationError(
+                f"Video {name} has {num_frames} frames in {duration} s; both should be above 0.",
+                code="invalid_frame_count",
+            )
         stories[name] = Story(name, num_frames, duration, scene, objects, actions)
     return Plan(
         stories=[stories[name] for name in chosen],
@@ -388,9 +402,12 @@ def _read_moments(path: Path) -> list[tuple[str, str, float, float]]:
         except ValueError:
             mark = ""
         if not mark:
-            raise AnnotationError(f'{path}, line {number}: expected "VIDEO START END##sentence.", found {line[:80]!r}.')
+            raise AnnotationError(
+                f'{path}, line {number}: expected "VIDEO START END##sentence.", found {line[:80]!r}.',
+                code="malformed_row",
+            )
     if not found:
-        raise AnnotationError(f"{path} has no annotations.")
+        raise AnnotationError(f"{path} has no annotations.", code="empty_file")
     return found
 
 
@@ -404,11 +421,13 @@ def _read_labels(path: Path) -> dict[str, tuple[str, tuple[str, ...], tuple[tupl
     try:
         missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
         if missing:
-            raise AnnotationError(f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.")
+            raise AnnotationError(
+                f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.", code="missing_columns"
+            )
         for row in reader:
             labels[row["id"]] = _label(row, len(reader.fieldnames or ()), f"{path}, line {reader.line_num}")
     except csv.Error as error:
-        raise AnnotationError(f"{path}, line {reader.line_num}: not csv ({error}).") from None
+        raise AnnotationError(f"{path}, line {reader.line_num}: not csv ({error}).", code="malformed_row") from None
     return labels
 
 
@@ -417,7 +436,7 @@ def _label(
 ) -> tuple[str, tuple[str, ...], tuple[tuple[str, float, float], ...]]:
     """Return (scene, objects, actions) of one csv row; `where` names it when it is malformed."""
     if not row["id"] or row["actions"] is None or None in row.values():
-        raise AnnotationError(f"{where}: expected {num_columns} columns, found fewer.")
+        raise AnnotationError(f"{where}: expected {num_columns} columns, found fewer.", code="malformed_row")
     actions = []
     for entry in filter(None, row["actions"].split(";")):
         try:
@@ -426,7 +445,8 @@ def _label(
             action = (name, float(start), float(end))
         except ValueError:
             raise AnnotationError(
-                f'{where}: actions should read "c077 12.10 18.00;...", found {entry[:60]!r}.'
+                f'{where}: actions should read "c077 12.10 18.00;...", found {entry[:60]!r}.',
+                code="malformed_row",
             ) from None
         if action[1] < action[2]:
             actions.append(action)
@@ -562,17 +582,20 @@ def _deed_siblings(name: str) -> list[str]:
 def _check_ours(output: Path, wanted: dict[str, Any], quiet: bool = True) -> None:
     """Raise OutputError unless `output` is new, empty, or left by the same command; changes nothing."""
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file and --output names a directory; choose another.")
+        raise OutputError(f"{output} is a file and --output names a directory; choose another.", code="output_is_file")
     try:
         names = content_names(output)
     except OSError as error:
-        raise OutputError(f"{output} cannot be read: {error.strerror}. Choose another place.") from error
+        raise OutputError(
+            f"{output} cannot be read: {error.strerror}. Choose another place.", code="unreadable_file"
+        ) from error
     if not names:
         return
     marker = next((name for name in (DONE, UNDER_WAY) if name in names), None)
     if marker is None:
         raise OutputError(
-            f"{output} is not empty ({names[0]}) and was not made by train.simulate; choose a new directory."
+            f"{output} is not empty ({names[0]}) and was not made by train.simulate; choose a new directory.",
+            code="output_not_empty",
         )
     record = read_json(output / marker, "what was simulated here", OutputError)
     held = record.get("parameters") if isinstance(record, dict) else None
@@ -580,7 +603,8 @@ def _check_ours(output: Path, wanted: dict[str, Any], quiet: bool = True) -> Non
         differing = [key for key in wanted if not isinstance(held, dict) or held.get(key) != wanted[key]]
         raise OutputError(
             f"{output} holds another simulation (different: {', '.join(differing) or 'parameters'}); "
-            f"choose a new directory, or delete that one."
+            f"choose a new directory, or delete that one.",
+            code="settings_mismatch",
         )
     if not quiet:
         log.info("%s was begun by the same command: the features that are there are kept.", output)
@@ -608,7 +632,8 @@ def _check_space(output: Path, stories: Sequence[Story], bytes_per_clip: int) ->
     if needed > free:
         raise OutputError(
             f"The features need {needed / 1e6:,.0f} MB and the disk of {output} has {free / 1e6:,.0f} MB left; "
-            f"free some, or ask for fewer --videos or a smaller --feature-dim."
+            f"free some, or ask for fewer --videos or a smaller --feature-dim.",
+            code="disk_full",
         )
 
 

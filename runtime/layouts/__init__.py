@@ -36,7 +36,8 @@ def open_layout(root: Path) -> Layout:
         raise AnnotationError(
             f"{root} holds no data set: Charades_sta_SPLIT.txt (Charades-STA), SPLIT.json (ActivityNet Captions, "
             "TACoS) or SPLIT.jsonl (QVHighlights, or the common form) is looked for, SPLIT being train, val or test; "
-            "see docs/formats.md."
+            "see docs/formats.md.",
+            code="data_set_missing",
         )
     kind = next(iter(found))
     if kind == "QVHighlights":

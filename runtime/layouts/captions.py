@@ -129,6 +129,7 @@ def _entries(path: Path) -> Entries:
     if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
         raise AnnotationError(
             f"{path} should map videos to their timestamps and sentences, as ActivityNet Captions and TACoS do, and "
-            "holds something else."
+            "holds something else.",
+            code="unexpected_structure",
         )
     return entries

@@ -57,7 +57,11 @@ class Refusal(Exception):
 
 
 def refusal_of(error: GroundingError) -> Refusal:
-    """Return the refusal for an error that a client can correct; faults of the service are not described to it."""
+    """Return the refusal for an error that a client can correct; faults of the service are not described to it.
+
+    Status and HTTP code depend on the class of the error alone: `error.code` may be more exact, but clients rely on
+    the HTTP codes.
+    """
     if isinstance(error, DeviceError):
         return Refusal(503, "The service cannot do this now; try again later, or report it to its operator.")
     return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="C3D is a torch network")
 
 from runtime.errors import CheckpointError  # noqa: E402
+from tests.raising import raises  # noqa: E402
 from train.c3d import C3D, MEANS, C3DConfig, is_c3d_file, load_c3d, save_c3d  # noqa: E402
 from train.convert import convert  # noqa: E402
 
@@ -154,29 +155,33 @@ def test_frames_in_rgb_meet_what_bgr_frames_met(tmp_path: Path, tiny: C3D) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "name"),
     [
-        (lambda state: state.pop("conv3b.bias"), "lacks conv3b.bias"),
-        (lambda state: state.update({"conv4a.weight": torch.ones(5, 9, 3, 3, 3)}), "conv4a.weight is"),
-        (lambda state: state.update({"fc6.weight": torch.ones(8, 54)}), "fc6.weight is"),
-        (lambda state: state.update({"fc6.bias": torch.full((8,), torch.nan)}), "fc6.bias"),
-        (lambda state: state.update({"conv1.weight": torch.ones(2, 3, 3, 3, 3, dtype=torch.int8)}), "conv1.weight"),
+        (lambda state: state.pop("conv3b.bias"), "missing_tensor", "conv3b.bias"),
+        (lambda state: state.update({"conv4a.weight": torch.ones(5, 9, 3, 3, 3)}), "tensor_mismatch", "conv4a.weight"),
+        (lambda state: state.update({"fc6.weight": torch.ones(8, 54)}), "tensor_mismatch", "fc6.weight"),
+        (lambda state: state.update({"fc6.bias": torch.full((8,), torch.nan)}), "impossible_weights", "fc6.bias"),
+        (
+            lambda state: state.update({"conv1.weight": torch.ones(2, 3, 3, 3, 3, dtype=torch.int8)}),
+            "impossible_weights",
+            "conv1.weight",
+        ),
     ],
 )
 def test_what_is_no_whole_c3d_is_refused(
-    tmp_path: Path, tiny: C3D, change: Callable[[State], Any], message: str
+    tmp_path: Path, tiny: C3D, change: Callable[[State], Any], code: str, name: str
 ) -> None:
     state = plain(tiny)
     change(state)
     torch.save(state, tmp_path / "c3d.pickle")
-    with pytest.raises(CheckpointError, match=message):
+    with raises(CheckpointError, code, tmp_path / "c3d.pickle", name):
         convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
     assert os.listdir(tmp_path) == ["c3d.pickle"]
 
 
 def test_a_c3d_has_neither_words_nor_stages(tmp_path: Path, tiny: C3D) -> None:
     LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
-    with pytest.raises(CheckpointError, match="neither words nor stages"):
+    with raises(CheckpointError, "inapplicable_option", tmp_path / "c3d.pickle", "--stage"):
         convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt", stage=1)
 
 
@@ -186,7 +191,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, tiny: C3D) -> None:
             return os.mkdir, (str(tmp_path / "trapped"),)
 
     torch.save({**plain(tiny), "fc9": Trap()}, tmp_path / "c3d.pickle")
-    with pytest.raises(CheckpointError):
+    with raises(CheckpointError, "not_a_state_dict", "fc9"):
         convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
     assert not (tmp_path / "trapped").exists()
 
@@ -196,14 +201,14 @@ def test_a_damaged_c3d_pt_is_refused(tmp_path: Path, tiny: C3D) -> None:
     checkpoint = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
     content = torch.load(tmp_path / "c3d.pt", weights_only=True)
     del content["digest"]
-    for change, message in (
-        ({"format": "other"}, "is no c3d.pt"),
-        ({"mean": [1.0]}, "is damaged"),
-        ({"weights": {}}, "missing"),
-        ({"config": {"widths": [1], "dim": 8}}, "is damaged"),
+    for change, code in (
+        ({"format": "other"}, "unknown_format"),
+        ({"mean": [1.0]}, "damaged_file"),
+        ({"weights": {}}, "tensor_mismatch"),
+        ({"config": {"widths": [1], "dim": 8}}, "damaged_file"),
     ):
         torch.save({**content, **change}, tmp_path / "c3d.pt")
-        with pytest.raises(CheckpointError, match=message):
+        with raises(CheckpointError, code, tmp_path / "c3d.pt"):
             load_c3d(tmp_path / "c3d.pt")
     save_c3d(tmp_path / "c3d.pt", checkpoint)
     assert load_c3d(tmp_path / "c3d.pt").config == TINY

@@ -1,0 +1,74 @@
+"""The assertions on errors fail for another class, code or value."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import FeatureError, GroundingError, QueryError
+from tests.raising import quotes, raises, records
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "values"),
+    [
+        (GroundingError, "no_clips", (3, "v_1", Path("a/b.npy"), (0, 32), 2.5)),
+        (FeatureError, "no_clips", ()),
+    ],
+)
+def test_raises_passes_for_class_code_and_values(
+    error: type[GroundingError], code: str, values: tuple[object, ...]
+) -> None:
+    with raises(error, code, *values) as caught:
+        raise FeatureError("a/b.npy holds 3 of v_1, of (0, 32) and 2.5.", code="no_clips")
+    assert type(caught.value) is FeatureError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "values"),
+    [
+        (GroundingError, "invalid_features", ()),
+        (GroundingError, "no_clips", (4,)),
+        (GroundingError, "no_clips", (3, "v_1")),
+    ],
+)
+def test_raises_fails_for_another_code_or_value(
+    error: type[GroundingError], code: str, values: tuple[object, ...]
+) -> None:
+    with pytest.raises(AssertionError), raises(error, code, *values):
+        raise FeatureError("3 of v_10 or 14", code="no_clips")
+
+
+def test_raises_fails_for_another_class_or_none() -> None:
+    with pytest.raises(FeatureError), raises(QueryError, "no_clips"):
+        raise FeatureError("3", code="no_clips")
+    with pytest.raises(pytest.fail.Exception), raises(QueryError, "no_clips"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "found"),
+    [
+        ("has 13 clips", 3, False),
+        ("has 3.5 clips", 3, False),
+        ("has 3.", 3, True),
+        ("has -4", -4, True),
+        ("--data DIR", "--data", True),
+        ("of v_10", "v_1", False),
+        ("of 'v_1'", "v_1", True),
+        ("line 12", "line 1", False),
+        ("/tmp/a.npy: bad", Path("/tmp/a.npy"), True),
+    ],
+)
+def test_quotes_finds_whole_words(text: str, value: object, found: bool) -> None:
+    assert quotes(text, value) is found
+
+
+def test_records_are_those_of_one_level_that_quote_the_values(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("drn")
+    log.warning("left out %d lines", 3)
+    log.error("left out %d lines", 4)
+    assert [record.getMessage() for record in records(caplog, logging.WARNING, 3)] == ["left out 3 lines"]
+    assert not records(caplog, logging.WARNING, 4)
