@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from export.plan_parity import PlanAnswers, PlanCheck, plan_checks, plan_uses
 from runtime.annotations import Annotation, DataSet, each_moment
 from runtime.decoding import Protocol, propose
 from runtime.errors import AnnotationError, ModelFileError
@@ -148,6 +150,7 @@ class Parity:
         whole: queries without a likely location in both models, whose agreement proves nothing.
         reference, other, prior: scores; the prior is None without a training split.
         worst: the queries whose best moments agree least, worst first.
+        plans: of an engine how each of its plans answers.
     """
 
     queries: int
@@ -165,6 +168,7 @@ class Parity:
     other: Report
     prior: Report | None
     worst: tuple[Disagreement, ...]
+    plans: tuple[PlanCheck, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -187,6 +191,7 @@ class Parity:
             "differences": {name: dataclasses.asdict(value) for name, value in self.differences.items()},
             "confidence": CONFIDENCE,
             "worst": [dataclasses.asdict(row) for row in self.worst],
+            "plans": [check.to_dict() for check in self.plans],
         }
 
 
@@ -249,13 +254,23 @@ def compare(
     # Before the first of the two is asked them all.
     encoded(other, annotations)
     models = (reference, other) if known is None else (other,)
-    found = _answers(models, data_set, annotations, batch_size, at_once, on_progress)
+    before = plan_uses(other)
+    # One plan is all that answers, so that its parity is the engine's.
+    alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in before if len(before) > 1]
+    found, answered = _answers(models, data_set, annotations, batch_size, at_once, on_progress, alone)
     heads = found if known is None else [known, *found]
     prior_truth = None
     if "train" in data_set.splits:
         prior_truth = data_set.spans(each_moment(data_set.annotations("train", invalid="drop")))
+
+    def judge(others: Heads, rows: np.ndarray) -> Parity:
+        some = [Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], others)]
+        chosen = [annotations[row] for row in rows]
+        return _judge(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
+
     try:
-        return _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+        whole = _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+        return dataclasses.replace(whole, plans=plan_checks(before, answered, alone, judge))
     except ModelFileError as error:
         asked = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
         raise cause_of(error, reference, data_set, asked) from error
@@ -286,13 +301,25 @@ def check_comparable(reference: Manifest, other: Manifest) -> None:
 
 
 def verdict(parity: Parity, budget: Budget) -> list[str]:
-    """Return the promises that do not hold, a clause each; none when all is well."""
+    """Return the promises that do not hold, of the model and of each of its plans, a clause each; none if all hold."""
+    of_plans = (check.broken(parity.queries, budget) for check in parity.plans)
+    return [*broken_promises(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
+
+
+def broken_promises(parity: Parity, budget: Budget, share: float = 1.0) -> list[str]:
+    """Return the promises that some answers break, a clause each.
+
+    Args:
+        parity: of these answers.
+        budget: what may be lost.
+        share: of all queries, 0 to 1: points are percent of all.
+    """
     broken = []
     for name, error in parity.heads.items():
         if error.not_finite:
             broken.append(f"{name} holds {error.not_finite} values that are not finite and are in the reference")
     for name in GATED:
-        drop = -100 * parity.differences[name].mean
+        drop = -100 * share * parity.differences[name].mean
         # A budget that is used up to the last query is kept, and float32's rounding is no loss: one query of 3,720 is
         # 0.03 points.
         if drop > budget.max_drop + ROUNDING:
@@ -354,7 +381,7 @@ def answers(
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Heads:
     """Return the heads of all N queries, in their order: under 2 kB a query, the videos are let go of."""
-    return _answers((model,), data_set, annotations, batch_size, False, on_progress)[0]
+    return _answers((model,), data_set, annotations, batch_size, False, on_progress)[0][0]
 
 
 def _answers(
@@ -364,14 +391,14 @@ def _answers(
     batch_size: int,
     at_once: bool,
     on_progress: Callable[[int], Any],
-) -> list[Heads]:
-    """Return the heads of all N queries for each model; every video is read once for all of them."""
-    locations = models[0].manifest.decoding.num_locations
-    shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
-    gathered = [
-        Heads(**{name: np.empty((len(annotations), *shape), np.float32) for name, shape in shapes.items()})
-        for _ in models
-    ]
+    alone: Sequence[PlanAnswers] = (),
+) -> tuple[list[Heads], dict[str, int]]:
+    """Return the heads of all N queries for each model, and how many of them each plan of the last model answered.
+
+    Every video is read once for all models, and for the plans that are asked alone.
+    """
+    gathered = [_empty_heads(model, len(annotations)) for model in models]
+    answered: Counter[str] = Counter()
     waiting = chunks(models[0], data_set, annotations)
     with ThreadPoolExecutor(len(models) + 1) as pool:
         # The next videos are read while these are asked about.
@@ -382,13 +409,24 @@ def _answers(
             def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
                 return list(answers_to(model, chunk, batch_size))
 
+            before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
             every = pool.map(ask, models) if at_once else map(ask, models)
             for heads, found in zip(gathered, every):
                 for rows, part in found:
-                    for name in shapes:
-                        getattr(heads, name)[rows] = getattr(part, name)
+                    for name, values in vars(part).items():
+                        getattr(heads, name)[rows] = values
                     on_progress(len(rows))
-    return gathered
+            answered.update({plan.name: plan.queries - before[plan.name] for plan in plan_uses(models[-1])})
+            for plan in alone:
+                plan.ask(chunk, batch_size)
+    return gathered, answered
+
+
+def _empty_heads(model: Grounder, queries: int) -> Heads:
+    """Return heads of so many queries, to be filled."""
+    locations = model.manifest.decoding.num_locations
+    shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
+    return Heads(**{name: np.empty((queries, *shape), np.float32) for name, shape in shapes.items()})
 
 
 def _judge(

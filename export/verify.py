@@ -16,6 +16,7 @@ from export.layers import Layers, compare_layers, load_graph, precision_of, requ
 from export.layers import table as layer_table
 from export.parity import CONFIDENCE, Budget, Parity, check_comparable, compare, points, verdict
 from export.passport import VISIBLE_S, ModelFile, Table, lineage, passport
+from export.plan_parity import plan_table
 from runtime.annotations import Annotation, DataSet
 from runtime.backends import Device
 from runtime.command import command, next_command
@@ -165,6 +166,8 @@ class Proof:
             summary(self.parity, (self.reference.path.name, self.model.path.name), self.split),
             lineage(self.reference, self.model)[1],
         ]
+        if self.parity.plans:
+            parts.append(f"\n{plan_table(self.parity.plans, self.parity.queries, self.budget)}\n")
         if self.engine_precision:
             parts.append("Precision of the engine: {verdict} ({reason}).".format_map(self.engine_precision))
         if self.layers:
@@ -174,6 +177,10 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.parity.to_dict(),
+            "plans": [
+                {**check.to_dict(), **dict(zip(("verdict", "reason"), check.verdict(self.parity.queries, self.budget)))}
+                for check in self.parity.plans
+            ],
             "reference": self.reference.to_dict(),
             "model": self.model.to_dict(),
             "lineage": lineage(self.reference, self.model)[1],
@@ -260,6 +267,13 @@ def prove(
             at_once=at_once,
             on_progress=bar.update,
         )
+    for check in parity.plans:
+        found, reason = check.verdict(parity.queries, budget)
+        if found == NOT_PROVEN:
+            log.warning(
+                "%s is %s to answer as %s: %s. Choose more queries of the data set.",
+                *(check.name, found, files[0].path.name, reason),
+            )
     return Proof(parity, files[0], files[1], budget, verdict(parity, budget), split, again)
 
 

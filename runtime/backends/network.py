@@ -104,6 +104,8 @@ class Network:
         self._choices: dict[tuple[int, ...], tuple[Domain, dict[str, int]]] = {}
         self._streams: list[int] = []
         self._events: list[int] = []
+        # Rows that were answered since the plan was opened.
+        self.rows_answered = 0
         self.closed = False
         self.turn = threading.Lock()
         keep_from_children(self)
@@ -326,6 +328,7 @@ class Network:
             self.gpu_ms += self.cuda.elapsed_ms(*self._events)
         program.runs += 1
         rows = sizes["batch"] if "batch" in sizes else sizes["video"]
+        self.rows_answered += rows
         answers = {name: view[:rows].copy() for name, view in program.outputs.items()}
         # A shape that comes a second time will come again. The run just done has settled what was deferred.
         if program.runs >= RUNS_BEFORE_CAPTURE and program.graph is None and self._captures:

@@ -54,6 +54,21 @@ class MemoryReport:
     total: int
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanUse:
+    """What one of the plans of a model has answered.
+
+    Attributes:
+        name: file name of the plan.
+        max_query_length: tokens of the longest query that it takes.
+        queries: number of queries that it has answered since it was opened.
+    """
+
+    name: str
+    max_query_length: int
+    queries: int
+
+
 def open_engine(
     path: Path,
     device: Device = "auto",
@@ -320,7 +335,28 @@ class _Grounding(_Model):
     def __init__(self, manifest: Manifest, *networks: Network, shorter: Sequence[Network] = ()) -> None:
         super().__init__(*networks, *shorter)
         self.manifest = manifest
-        self._by_length = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
+        self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
+        # Those that answer; `only` limits them.
+        self._by_length = self._plans
+
+    def plan_uses(self) -> list[PlanUse]:
+        """Return what each plan that answers queries was used for, the plan for the shortest queries first."""
+        return [PlanUse(network.path.name, network.query_length[2], network.rows_answered) for network in self._plans]
+
+    @contextlib.contextmanager
+    def only(self, plan: str) -> Iterator[None]:
+        """Let one plan answer every query, so that it can be checked alone; for one thread.
+
+        Queries beyond its longest raise ShapeError.
+
+        Args:
+            plan: file name, of `plan_uses`.
+        """
+        self._by_length = [network for network in self._plans if network.path.name == plan]
+        try:
+            yield
+        finally:
+            self._by_length = self._plans
 
     def warm(
         self, batches: Sequence[int], lengths: Sequence[int], progress: Callable[[int, int], None] = lambda *_: None

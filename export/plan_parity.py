@@ -1,0 +1,156 @@
+"""Check every plan of an engine by itself: an engine of TensorRT may have plans for short queries beside it.
+
+The runtime answers a query with the shortest plan that it fits, so that the plan for long queries answers hardly any of
+a data set's. Here each plan answers all queries that it takes, and is compared with the reference like the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.backends.trt import PlanUse, TensorRTBackend, TensorRTPair
+from runtime.evaluation import Chunk, answers_to
+from runtime.grounder import Grounder
+from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.tensors import Heads
+
+if TYPE_CHECKING:
+    from export.parity import Budget, Parity
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCheck:
+    """How one plan of an engine answers.
+
+    Attributes:
+        name: file name of the plan.
+        max_query_length: tokens of the longest query that it takes.
+        answered: number of queries that it answered when the engine was asked all.
+        checked: number of queries for which its own answers were compared with the reference.
+        parity: of these queries; None if there is none, or if this is the only plan, whose parity is the engine's.
+    """
+
+    name: str
+    max_query_length: int
+    answered: int
+    checked: int
+    parity: Parity | None = None
+
+    def broken(self, queries: int, budget: Budget) -> list[str]:
+        """Return the promises that the plan breaks by itself, a clause each.
+
+        Args:
+            queries: number of all queries, of which points are percent.
+            budget: what may be lost.
+        """
+        from export.parity import broken_promises
+
+        if self.parity is None:
+            return []
+        return [
+            f"{self.name} alone: {clause}"
+            for clause in broken_promises(self.parity, budget, self.parity.queries / queries)
+        ]
+
+    def verdict(self, queries: int, budget: Budget) -> tuple[str, str]:
+        """Return proven, not proven or contradicted, and the reason, as a clause; arguments as of `broken`."""
+        if not self.checked:
+            return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"
+        broken = self.broken(queries, budget)
+        if broken:
+            return CONTRADICTED, "; ".join(broken)
+        return PROVEN, f"compared on {self.checked} queries"
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.parity.to_dict() if self.parity else {}
+        kept = {key: found.get(key) for key in ("heads", "boundaries_s", "differences")}
+        fields = ("name", "max_query_length", "answered", "checked")
+        return {**{name: getattr(self, name) for name in fields}, **kept}
+
+
+class PlanAnswers:
+    """Collect the heads of one plan for all queries that it takes.
+
+    Args:
+        model: an engine.
+        plan: which of its plans.
+        gathered: heads of N queries to fill.
+    """
+
+    def __init__(self, model: Grounder, plan: PlanUse, gathered: Heads) -> None:
+        self.model, self.plan, self.heads = model, plan, gathered
+        self._rows: list[np.ndarray] = []
+
+    def ask(self, chunk: Chunk, batch_size: int) -> None:
+        """Ask the plan those queries of a chunk that it takes."""
+        backend = answering(self.model)
+        assert backend is not None
+        fits = [index for index, query in enumerate(chunk.queries) if len(query) <= self.plan.max_query_length]
+        if not fits:
+            return
+        lists = (chunk.queries, chunk.segments, chunk.names, chunk.durations)
+        some = Chunk(chunk.rows[fits], *([values[index] for index in fits] for values in lists))
+        with backend.only(self.plan.name):
+            for rows, found in answers_to(self.model, some, batch_size):
+                for name, values in vars(found).items():
+                    getattr(self.heads, name)[rows] = values
+        self._rows.append(some.rows)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Positions of the queries that were answered, (C,) int64, ascending."""
+        return np.sort(np.concatenate([np.empty(0, np.int64), *self._rows]))
+
+
+def answering(model: Grounder) -> TensorRTBackend | TensorRTPair | None:
+    """Return the engine behind a model; None where none is."""
+    backend = model.backend
+    return backend if isinstance(backend, (TensorRTBackend, TensorRTPair)) else None
+
+
+def plan_uses(model: Grounder) -> list[PlanUse]:
+    """Return the plans of a model and how many queries each has answered so far; none of a model that is no engine."""
+    backend = answering(model)
+    return backend.plan_uses() if backend else []
+
+
+def plan_checks(
+    before: Sequence[PlanUse],
+    after: Mapping[str, int],
+    alone: Sequence[PlanAnswers],
+    judge: Callable[[Heads, np.ndarray], Parity],
+) -> tuple[PlanCheck, ...]:
+    """Return how each plan answers.
+
+    Args:
+        before: the plans, with the queries that each had answered before the engine was asked.
+        after: plan to the number of queries that it answered for the engine.
+        alone: the answers of each plan by itself; none if there is one plan.
+        judge: returns the parity of heads of N queries at some positions.
+    """
+    answers = {found.plan.name: found for found in alone}
+    checks = []
+    for plan in before:
+        answered = after[plan.name]
+        rows = answers[plan.name].rows if plan.name in answers else None
+        parity = judge(answers[plan.name].heads, rows) if rows is not None and len(rows) else None
+        checked = answered if rows is None else len(rows)
+        checks.append(PlanCheck(plan.name, plan.max_query_length, answered, checked, parity))
+    return tuple(checks)
+
+
+def plan_table(checks: Sequence[PlanCheck], queries: int, budget: Budget) -> str:
+    """Return the plans of an engine and their verdicts, for a terminal; arguments as of `PlanCheck.broken`."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{'plan':<{width}} {'tokens':>7} {'answered':>9} {'checked alone':>14}  verdict"]
+    for check in checks:
+        verdict, reason = check.verdict(queries, budget)
+        told = f"{verdict} ({reason})" if verdict != PROVEN else verdict
+        lines.append(
+            f"{check.name:<{width}} {f'<= {check.max_query_length}':>7} {check.answered:>9} {check.checked:>14}  {told}"
+        )
+    return "\n".join(lines)

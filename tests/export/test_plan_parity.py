@@ -1,0 +1,201 @@
+"""`export.plan_parity`: each plan of an engine is compared with the FP32 graph, also one that no query is routed to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.graphs import manifest_of
+from export.build_engine import _proven_engine
+from export.court import Court
+from export.parity import Budget, compare
+from export.passport import ModelFile
+from export.profiles import exactly, profiles
+from export.unrolled import unrolled
+from export.verify import Proof, prove
+from runtime import Grounder
+from runtime.annotations import Annotation, DataSet
+from runtime.backends.cuda import Cuda
+from runtime.backends.trt import open_engine
+from runtime.errors import PromiseBroken, ShapeError
+from runtime.files import sha256
+from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
+from tests.runtime.standin import Driver, Library, write_plan
+
+LONGEST = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, queries about it, and a directory for its engine."""
+
+    model: Path
+    directory: Path
+    data_set: DataSet
+    annotations: Sequence[Annotation]
+
+    def lengths(self) -> list[int]:
+        """Return the tokens of each query."""
+        vocabulary = Grounder.load(self.model).manifest.vocabulary
+        return [len(vocabulary.encode(one.sentence, Counter())) for one in self.annotations]
+
+    def engine(self, steps: Sequence[int], wrong: Sequence[int] = ()) -> Path:
+        """Write an engine with plans for queries of at most so many tokens.
+
+        Args:
+            steps: tokens of the plans beside the one for any length, which is 0.
+            wrong: those of the plans that answer wrongly.
+        """
+        engine = self.directory / "drn.fp32.engine"
+        graph = onnx.load(self.model)
+        manifest = manifest_of(graph)
+        shapes = profiles((1, 4, 8), (1, 8, LONGEST), manifest)
+        content: dict[str, Any] = {}
+        for tokens in (*steps, 0):
+            written = unrolled(graph, tokens) if tokens else onnx.ModelProto.FromString(graph.SerializeToString())
+            if tokens in wrong:
+                reverse(written)
+            path = self.directory / f"plan.{tokens}.onnx"
+            onnx.save(written, path)
+            built = [exactly(profile, tokens) for profile in shapes] if tokens else shapes
+            plan = engine.with_name(f"drn.fp32.{tokens}.engine") if tokens else engine
+            about = [dataclasses.asdict(profile) for profile in built]
+            others = {"unrolled": content} if content and not tokens else {}
+            write_plan(plan, path, about, manifest, **others)
+            content[plan.name] = sha256(plan)
+        return engine
+
+    def open(self, engine: Path) -> Grounder:
+        driver = Driver()
+        return Grounder(open_engine(engine, library=Library(driver, "10.16.1.11"), cuda=Cuda(driver)))
+
+    def proof(self, engine: Path) -> Proof:
+        sides = [Grounder.load(self.model, "cpu", 1), self.open(engine)]
+        files = [ModelFile.of(path, side.manifest) for path, side in zip((self.model, engine), sides, strict=True)]
+        return prove(sides, files, self.data_set, self.annotations, Budget(), split="test", again="again")
+
+
+def reverse(graph: onnx.ModelProto) -> None:
+    """Let the IoU head of a graph judge the other way round."""
+    for tensor in graph.graph.initializer:
+        if tensor.name in ("fcos.head.iou_scores.1.weight", "fcos.head.scales"):
+            values = -onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values, np.float32), tensor.name))
+
+
+@pytest.fixture
+def case(models: Path, planted: Path, tmp_path: Path) -> Case:
+    data_set = DataSet(planted)
+    return Case(models / "drn.onnx", tmp_path, data_set, data_set.annotations("test"))
+
+
+def test_plans_that_answer_alike_are_proven(case: Case) -> None:
+    lengths = sorted(case.lengths())
+    usual, longest = lengths[len(lengths) // 2], lengths[-1]
+    proof = case.proof(case.engine((usual, longest)))
+    assert not proof.broken
+    checks = proof.to_dict()["plans"]
+    assert [check["name"] for check in checks] == [
+        *(f"drn.fp32.{tokens}.engine" for tokens in (usual, longest)), "drn.fp32.engine",
+    ]  # fmt: skip
+    # Every query once for the engine, and alone of each plan that takes it.
+    assert sum(check["answered"] for check in checks) == len(lengths)
+    assert [check["checked"] for check in checks] == [
+        sum(length <= usual for length in lengths), len(lengths), len(lengths),
+    ]  # fmt: skip
+    # Batches go through the plan that their longest query fits.
+    assert checks[-2]["answered"] > checks[-1]["answered"] == 0
+    assert {check["verdict"] for check in checks} == {PROVEN}
+    assert json.loads(json.dumps(checks)) == checks
+    lines = [line for line in proof.text().splitlines() if " <= " in line]
+    for check, line in zip(checks, lines, strict=True):
+        assert line.startswith(check["name"])
+        assert f" {check['answered']} " in line
+        assert f" {check['checked']} " in line
+
+
+@pytest.mark.parametrize("wrong", ["loop", "short"])
+def test_wrong_plan_breaks_parity_also_without_routed_queries(case: Case, wrong: str) -> None:
+    longest = max(case.lengths())
+    engine = case.engine((longest,), wrong=(0,) if wrong == "loop" else (longest,))
+    proof = case.proof(engine)
+    name = engine.name if wrong == "loop" else f"drn.fp32.{longest}.engine"
+    assert any(clause.startswith(name) for clause in proof.broken)
+    verdicts = {check["name"]: check["verdict"] for check in proof.to_dict()["plans"]}
+    assert verdicts.pop(name) == CONTRADICTED
+    assert set(verdicts.values()) == {PROVEN}
+
+
+def test_plan_without_queries_is_not_proven(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    shortest = min(case.lengths())
+    assert shortest > 1
+    proof = case.proof(case.engine((1,), wrong=(1,)))
+    assert not proof.broken
+    short, loop = proof.to_dict()["plans"]
+    assert (short["checked"], short["answered"], short["verdict"]) == (0, 0, NOT_PROVEN)
+    assert loop["verdict"] == PROVEN
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "drn.fp32.1.engine" in warning.getMessage()
+    assert NOT_PROVEN in proof.text()
+
+
+def test_single_plan_is_checked_once(case: Case) -> None:
+    (check,) = case.proof(case.engine(())).to_dict()["plans"]
+    assert check["answered"] == check["checked"] == len(case.annotations)
+    assert check["verdict"] == PROVEN
+
+
+def test_models_without_plans_list_none(case: Case) -> None:
+    sides = [Grounder.load(case.model, "cpu", 1) for _ in range(2)]
+    assert compare(*sides, case.data_set, case.annotations[:2]).to_dict()["plans"] == []
+
+
+def test_plan_losses_count_as_share_of_all_queries(case: Case) -> None:
+    lengths = sorted(case.lengths())
+    short = lengths[0]
+    proof = case.proof(case.engine((short,), wrong=(short,)))
+    check = proof.parity.plans[0]
+    assert check.parity is not None
+    share = check.checked / len(lengths)
+    lost = max(-100 * share * check.parity.differences[name].mean for name in ("R@1 IoU=0.7", "mIoU"))
+    assert share < 1
+    loose = Budget(max_drop=max(lost, 0.0) + 1e-6, boundary_p99=None)
+    assert check.verdict(len(lengths), loose)[0] == PROVEN
+
+
+def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = max(case.lengths())
+    engine = case.engine((longest,), wrong=(0,))
+    monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
+    graph = onnx.load(case.model)
+    job: Any = SimpleNamespace(output=engine, precision="fp32", beside=lambda name: case.directory / name)
+    court = Court(job, engine, case.model, graph, case.data_set, case.annotations, "test", 0.2, "again", 1)
+    short = SimpleNamespace(engine=engine.with_name(f"drn.fp32.{longest}.engine"))
+    parts: Any = [SimpleNamespace(engine=engine, unrolled=(short,))]
+    made: Any = SimpleNamespace(manifest=manifest_of(graph))
+    monkeypatch.setattr(Court, "write_reports", lambda *_: None)
+    with pytest.raises(PromiseBroken):
+        _proven_engine(job, court, made, parts)
+    assert not engine.exists()
+    assert not short.engine.exists()
+
+
+def test_only_limits_queries_to_one_plan(case: Case) -> None:
+    short, longest = min(case.lengths()), max(case.lengths())
+    model = case.open(case.engine((short,)))
+    backend: Any = model.backend
+    with backend.only(f"drn.fp32.{short}.engine"), pytest.raises(ShapeError):
+        backend.network_for(longest)
+    assert backend.network_for(longest).path.name == "drn.fp32.engine"
+    with backend.only("drn.fp32.engine"):
+        assert backend.network_for(short).path.name == "drn.fp32.engine"
