@@ -290,9 +290,8 @@ def build(
     with starting(trt, logger, cuda_version()):
         builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
-    fp32_modules: frozenset[str] = frozenset()
-    if not typed:
-        graph, fp32_modules = weakly_typed.prepare(graph)
+    prepared = None if typed else weakly_typed.prepare(graph)
+    graph = prepared.graph if prepared else graph
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
@@ -300,8 +299,8 @@ def build(
         raise ModelFileError(f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.")
     config = builder.create_builder_config()
     _configure(trt, config, options)
-    if not typed:
-        weakly_typed.configure(trt, network, config, options.precision, fp32_modules)
+    if prepared:
+        weakly_typed.configure(trt, network, config, options.precision, prepared)
     for profile in options.profiles:
         shapes = builder.create_optimization_profile()
         for name, (smallest, best, largest) in profile.shapes.items():

@@ -64,6 +64,7 @@ class Promise:
         tf32: whether FP32 may be computed in TF32.
         strongly_typed: whether the library takes each layer's type from the graph.
         version_compatible: whether the plan contains the lean runtime.
+        fp32_nodes: of the graph those that stay in FP32; see `export.precision.fp32_nodes`.
     """
 
     precision: str
@@ -72,6 +73,7 @@ class Promise:
     tf32: bool = False
     strongly_typed: bool = True
     version_compatible: bool = False
+    fp32_nodes: frozenset[str] = frozenset()
 
 
 def judge_engine(
@@ -173,10 +175,28 @@ def _judge(layers: Sequence[Layer], census: EngineCensus, promise: Promise) -> V
         return Verdict(NOT_PROVEN, "the engine lists the names of its layers only")
     if not known and not hidden:
         return Verdict(NOT_PROVEN, "no layer that multiplies is shown")
+    narrowed = _narrowed(layers, promise)
+    if narrowed:
+        return Verdict(
+            NOT_PROVEN, f"{', '.join(narrowed)} in a narrower type than FP32, which the graph has ({census})"
+        )
     enough = known - wider >= MIN_KNOWN_SHARE * (known + census.unknown)
     if census.foreign or narrower or not enough or (in_graph and not in_precision):
         return Verdict(NOT_PROVEN, f"layers that multiply: {census}")
     return Verdict(PROVEN, f"layers that multiply: {census}")
+
+
+def _narrowed(layers: Sequence[Layer], promise: Promise) -> list[str]:
+    """Return nodes that stay in FP32 in the graph, and whose layer writes something narrower.
+
+    A layer may also compute nodes that are not FP32 in the graph; of its types nothing follows.
+    """
+    return [
+        node
+        for layer in layers
+        if layer.nodes and promise.fp32_nodes.issuperset(layer.nodes) and layer.writes and "fp32" not in layer.writes
+        for node in layer.nodes
+    ]
 
 
 def _types_by_module(promise: Promise) -> Mapping[str, Iterable[str]]:

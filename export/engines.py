@@ -36,6 +36,7 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     """
     from export.engine_precision import Promise, census_content, judge_engine, require
     from export.passport import ModelFile
+    from export.precision import fp32_nodes
 
     try:
         shorter = [build_part(job, other, options, cache) for other in part.unrolled]
@@ -51,6 +52,7 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
         tf32=options.tf32,
         strongly_typed=built.strongly_typed,
         version_compatible=options.version_compatible,
+        fp32_nodes=fp32_nodes(part.graph),
     )
     counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
     content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache, changes)

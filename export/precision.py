@@ -106,6 +106,25 @@ def modules(model: onnx.ModelProto) -> set[str]:
     return {module for node in model.graph.node for module in drn_modules(node.name)}
 
 
+def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the names of the nodes that a half-precision graph computes in FP32; none of an FP32 graph.
+
+    They are `exp`, the scale before it, and the nodes of modules that were kept. Casts and Q/DQ are not computed.
+    """
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    found: set[str] = set()
+    has_half = any(tensor.data_type in TYPES.values() for tensor in model.graph.initializer)
+    for node in model.graph.node:
+        if node.op_type in ("Cast", "QuantizeLinear", "DequantizeLinear"):
+            continue
+        written = {types.get(name) for name in node.output}
+        has_half |= bool(written.intersection(TYPES.values()))
+        if TensorProto.FLOAT in written:
+            found.add(node.name)
+    return frozenset(found) if has_half else frozenset()
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """Return the version of the standard operators that a graph uses."""
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

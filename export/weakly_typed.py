@@ -1,12 +1,16 @@
 """TensorRT 8.6, which is weakly typed: the graph it takes, its precision flags, and the layers it must keep in FP32.
 
 From TensorRT 10 on a graph's own types decide what is computed in what. 8.6 chooses by flags and by speed, so it gets
-the same graph in FP32 with the Q/DQ pairs around what multiplies, the flags of the precision, and FP32 for the modules
-that the graph computes in FP32: those of `--keep`, those that would overflow, and those restored for accuracy.
+the same graph in FP32 with the Q/DQ pairs around what multiplies, the flags of the precision, and FP32 for the nodes
+that the graph computes in FP32: `exp`, the scale before it, and the modules of `--keep`, those that would overflow, and
+those restored for accuracy.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,8 @@ from runtime.errors import DeviceError, ModelFileError, one_line
 
 if TYPE_CHECKING:
     import onnx
+
+log = logging.getLogger("drn")
 
 # "TensorRT 8.6 supports operators up to Opset 17" (onnx-tensorrt, release/8.6-GA, docs/operators.md).
 OPSET = 17
@@ -27,6 +33,21 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "int8": ("INT8", "FP16"),
     "fp8": ("FP8", "FP16"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A graph as 8.6 takes it.
+
+    Attributes:
+        graph: serialized, in FP32.
+        nodes: names of all its nodes.
+        fp32_nodes: those that must stay in FP32; see `export.precision.fp32_nodes`.
+    """
+
+    graph: bytes
+    nodes: frozenset[str]
+    fp32_nodes: frozenset[str]
 
 
 def precision_flags(precision: str) -> tuple[str, ...]:
@@ -44,22 +65,41 @@ def check_precision(trt: Any, precision: str) -> None:
         )
 
 
-def configure(trt: Any, network: Any, config: Any, precision: str, fp32_modules: Collection[str]) -> None:
-    """Set the flags of a precision, and FP32 for the layers of some modules."""
+def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Prepared) -> None:
+    """Set the flags of a precision, and FP32 for the layers of the nodes that must stay in it."""
     for name in precision_flags(precision):
         config.set_flag(getattr(trt.BuilderFlag, name))
     if hasattr(trt, "PreviewFeature"):
         _share_profiles(trt, config)
     _use_own_tactics(trt, config)
-    if not fp32_modules:
+    if not prepared.fp32_nodes:
         return
-    from export.to_onnx import drn_modules
-
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    missing = set(prepared.fp32_nodes)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if set(fp32_modules).intersection(drn_modules(layer.name)) and _takes_precision(trt, layer):
+        node = node_of(str(layer.name), prepared.nodes)
+        if node not in prepared.fp32_nodes:
+            continue
+        missing.discard(node)
+        if _takes_precision(trt, layer):
             layer.precision = trt.float32
+    if missing:
+        log.warning(
+            "TensorRT %s may compute %s in a narrower type than FP32: no layer has the name. Check the accuracy with "
+            "--data.",
+            *(trt.__version__, ", ".join(sorted(missing)[:8])),
+        )
+
+
+def node_of(layer: str, nodes: Collection[str]) -> str | None:
+    """Return the node of a graph that a layer of TensorRT's network is from; None where the name shows none.
+
+    The parser names a layer after its node. Further layers of that node get a number, as `fcos.head/Mul_17`
+    (`generateUniqueName` in onnx-tensorrt), which may look like another node's name, but the numbers are free ones.
+    """
+    ends = [len(layer), *(found.start() for found in re.finditer(r"[^A-Za-z0-9]", layer))]
+    return next((layer[:end] for end in sorted(ends, reverse=True) if layer[:end] in nodes), None)
 
 
 def _share_profiles(trt: Any, config: Any) -> None:
@@ -100,38 +140,20 @@ def _takes_precision(trt: Any, layer: Any) -> bool:
     return not (first.dtype in integers and written is not None and written.dtype in integers)
 
 
-def prepare(graph: bytes) -> tuple[bytes, frozenset[str]]:
-    """Return a serialized graph as 8.6 takes it, and the modules that must stay in FP32; see `without_types`."""
+def prepare(graph: bytes) -> Prepared:
+    """Return a serialized graph as 8.6 takes it, with the nodes that must stay in FP32; see `without_types`."""
     import onnx
+
+    from export.precision import fp32_nodes
 
     try:
         model = onnx.load_from_string(graph)
     # protobuf's own class, which differs between its versions.
     except Exception as error:
         raise ModelFileError(f"The graph is not an ONNX model ({one_line(error)}).") from error
-    return without_types(model).SerializeToString(), fp32_modules(model)
-
-
-def fp32_modules(model: onnx.ModelProto) -> frozenset[str]:
-    """Return the DRN modules that a half-precision graph computes in FP32 throughout; none of an FP32 graph."""
-    from onnx import TensorProto
-
-    from export.to_onnx import drn_modules
-
-    types = _types(model)
-    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    wide: set[str] = set()
-    narrow: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type in ("Cast", "QuantizeLinear", "DequantizeLinear"):
-            continue
-        written = {types.get(name) for name in node.output}
-        modules = drn_modules(node.name)
-        if written.intersection(halves):
-            narrow.update(modules)
-        elif TensorProto.FLOAT in written:
-            wide.update(modules)
-    return frozenset(wide - narrow) if narrow else frozenset()
+    plain = without_types(model)
+    names = frozenset(node.name for node in plain.graph.node)
+    return Prepared(plain.SerializeToString(), names, fp32_nodes(model) & names)
 
 
 def without_types(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from runtime.inspection import (
     engine_census,
     read_layers_file,
 )
-from tests.export.inspectors import document
+from tests.export.inspectors import Writer, document, layers
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
 FP16 = Promise("fp16", Census({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
@@ -168,6 +168,23 @@ def test_modules_that_the_graph_keeps_wide_are_not_held_against_the_engine() -> 
     # Every third of `wide` is layers.0, which the graph keeps in FP32.
     assert verdict([*narrow, *wide[0:30:3]]) == PROVEN
     assert verdict([*narrow, *wide[1:30:3]]) == CONTRADICTED
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("fp32", PROVEN), ("fp16", NOT_PROVEN)])
+def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
+    promise = Promise("fp16", FP16.graph, fp32_nodes=frozenset({"fcos.head/Mul_4", "fcos.head/Exp"}))
+    found = [*layers(Writer("11.4", bound=True), "convolutions")]
+    found.append(Writer("11.4", bound=True).layer("PWN(fcos.head/Mul_4, fcos.head/Exp)", "PointWise", "fp16", kind))
+    _, verdict = judge_engine(Inspection(json.dumps({"Layers": found})), promise, 0)
+    assert verdict.name == expected
+    assert ("fcos.head/Exp" in verdict.reason) == (expected == NOT_PROVEN)
+    # 8.6 hides the types of such layers, and what is fused with others is none of them.
+    for hidden in (
+        Writer("8.6", bound=True).layer("PWN(fcos.head/Exp)", "PointWise", "fp16", kind),
+        Writer("11.4", bound=True).layer("PWN(fcos.head/Exp, fcos.head/Add)", "PointWise", "fp16", kind),
+    ):
+        _, verdict = judge_engine(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), promise, 0)
+        assert verdict.name == PROVEN
 
 
 def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:

@@ -14,10 +14,11 @@ from onnx import TensorProto
 from calib.qdq import Policy, quantize
 from calib.table import CalibrationTable
 from export.builder import build
-from export.precision import opset_of, raise_opset, to_half
+from export.precision import FP32_OPERATORS, fp32_nodes, opset_of, raise_opset, to_half
 from export.split import split_graph
+from export.to_onnx import drn_modules
 from export.unrolled import unrolled
-from export.weakly_typed import fp32_modules, without_types
+from export.weakly_typed import node_of, prepare, without_types
 from runtime.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
@@ -111,9 +112,18 @@ def test_a_cut_shape_has_the_same_sizes(start: int, end: int | None) -> None:
 @pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])
 def test_modules_of_fp32_are_read_from_the_graph(kept: tuple[str, ...], exported: dict[str, onnx.ModelProto]) -> None:
     half = to_half(exported["tiny"], keep=kept)
-    assert fp32_modules(half) >= set(kept)
-    assert not fp32_modules(half) & ({"backbone_net.layers.0", "fcos.head.mix_fc", "prop_fc"} - set(kept))
-    assert fp32_modules(exported["tiny"]) == frozenset()
+    named = {node.name: node for node in half.graph.node}
+    held = {named[name].op_type: named[name] for name in fp32_nodes(half)}
+    assert {module for name in fp32_nodes(half) for module in drn_modules(name)} == {*kept, "fcos.head"}
+    # exp and the scale before it, and of modules that are not kept nothing else.
+    (exp,) = (node for node in half.graph.node if node.op_type in FP32_OPERATORS)
+    assert held["Exp"] == exp
+    assert exp.input[0] in {name for node in held.values() for name in node.output}
+    assert len([name for name in fp32_nodes(half) if "fcos.head" in drn_modules(name)]) == 2
+    assert fp32_nodes(exported["tiny"]) == frozenset()
+    # All of them are in the graph that 8.6 gets.
+    prepared = prepare(half.SerializeToString())
+    assert prepared.fp32_nodes == fp32_nodes(half) <= prepared.nodes
 
 
 def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "float32", **more: Any) -> Recorder:
@@ -124,35 +134,80 @@ def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "
     )  # fmt: skip
 
 
-def test_kept_modules_stay_in_fp32_and_what_takes_no_precision_is_skipped(exported: dict[str, onnx.ModelProto]) -> None:
+def test_fp32_nodes_stay_in_fp32_and_what_takes_no_precision_is_skipped(
+    exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
+) -> None:
     library, calls = stand_in("8.6.1")
-    held = [layer(calls, "prop_fc.conv/Conv"), layer(calls, "prop_fc.conv/Relu", "ACTIVATION")]
+    half = to_half(exported["tiny"], keep=("prop_fc",))
+    fp32 = sorted(fp32_nodes(half))
+    kept = next(name for name in fp32 if name.startswith("prop_fc"))
+    # The second has a further layer, as a convolution that is padded.
+    held = [*(layer(calls, name) for name in fp32), layer(calls, f"{kept}_1234", "SHUFFLE")]
     others = [
-        layer(calls, "backbone_net.layers.0/Conv"),
+        *(layer(calls, node.name) for node in without_types(half).graph.node if node.name not in fp32),
         # trtexec's skips (setLayerPrecisions in sampleEngines.cpp), and Q/DQ.
-        layer(calls, "prop_fc.conv/Range", "FILL", precision="int32"),
-        layer(calls, "prop_fc.conv/Mask", "ELEMENTWISE", precision="bool"),
-        layer(calls, "prop_fc.conv/weight", "CONSTANT"),
-        layer(calls, "prop_fc.conv/Slice", "SLICE", shapes=True),
-        layer(calls, "prop_fc.conv/Reshape", "SHUFFLE", dtype="int32"),
-        layer(calls, "prop_fc.conv/QuantizeLinear", "QUANTIZE"),
-        layer(calls, "prop_fc.conv/DequantizeLinear", "DEQUANTIZE"),
+        layer(calls, f"{kept}_1", "FILL", precision="int32"),
+        layer(calls, f"{kept}_2", "ELEMENTWISE", precision="bool"),
+        layer(calls, f"{kept}_3", "CONSTANT"),
+        layer(calls, f"{kept}_4", "SLICE", shapes=True),
+        layer(calls, f"{kept}_5", "SHUFFLE", dtype="int32"),
+        layer(calls, f"{kept}_6", "QUANTIZE"),
+        layer(calls, f"{kept}_7", "DEQUANTIZE"),
+        layer(calls, "(Unnamed Layer* 7) [Shuffle]", "SHUFFLE"),
     ]
     network = library.Builder(None).create_network(1)
     layers = [*held, *others]
     network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
-    graph = to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
-    build(graph, options(), library=library)
+    build(half.SerializeToString(), options(), library=library)
     assert named(calls, "precision") == [("float32",)] * len(held)
+    assert not caplog.records
     assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
     given = onnx.load_from_string(named(calls, "parse")[0][0])
     assert not FLOATS & {tensor.data_type for tensor in given.graph.initializer}
 
 
-def test_without_kept_modules_no_layer_is_constrained(exported: dict[str, onnx.ModelProto]) -> None:
+@pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
+def test_exp_and_its_scale_are_the_layers_in_fp32_without_kept_modules(
+    part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
+) -> None:
+    half = to_half(exported["tiny"])
+    graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unrolled(half, 6), "int8": int8}[part]
     library, calls = stand_in("8.6.1")
-    build(to_half(exported["tiny"]).SerializeToString(), options(), library=library)
-    assert named(calls, "set_flag") == [("FP16",)]
+    layers = [layer(Calls(), node.name) for node in without_types(graph).graph.node]
+    written: dict[str, str] = {}
+    for one in layers:
+        one._calls.append = lambda entry, name=one.name: written.update({name: entry[1][0]})  # type: ignore[method-assign]
+    network = library.Builder(None).create_network(1)
+    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
+    build(graph.SerializeToString(), options("int8" if part == "int8" else "fp16"), library=library)
+    (exp,) = (node for node in graph.graph.node if node.op_type == "Exp")
+    (scale,) = (node for node in graph.graph.node if exp.input[0] in node.output)
+    assert written == dict.fromkeys((exp.name, scale.name), "float32")
+    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
+
+
+def test_node_without_layer_is_a_warning(
+    exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(to_half(exported["tiny"]).SerializeToString(), options(), library=stand_in("8.6.1")[0])
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "fcos.head/Exp" in warning
+    caplog.clear()
+    build(exported["tiny"].SerializeToString(), options("fp32"), library=stand_in("8.6.1")[0])
+    assert not caplog.records
+
+
+def test_layers_are_found_by_the_longest_name_of_a_node() -> None:
+    nodes = {"fcos.head/Mul", "fcos.head/Mul_4", "prop_fc.conv/Conv"}
+    for layer_name, node in {
+        "fcos.head/Mul_4": "fcos.head/Mul_4", "fcos.head/Mul_41": "fcos.head/Mul",
+        "fcos.head/Mul_4_17": "fcos.head/Mul_4", "prop_fc.conv/Conv [Shuffle]": "prop_fc.conv/Conv",
+        "fcos.head/Multiply": None, "(Unnamed Layer* 4) [Shuffle]": None, "": None,
+    }.items():  # fmt: skip
+        assert node_of(layer_name, nodes) == node
+
+
+def test_types_of_later_versions_come_from_the_graph(exported: dict[str, onnx.ModelProto]) -> None:
     library, calls = stand_in("11.4.0")
     graph = to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
     build(graph, options(), library=library)
@@ -203,4 +258,5 @@ def test_quantised_modules_that_are_kept_are_not_constrained(
 ) -> None:
     # Kept out of 8 bits they are FP16, which is the type around them.
     kept = to_half(quantize(exported["tiny"], table, Policy(keep=("fpn",)), opset=19))
-    assert not fp32_modules(kept) & {"fpn.layer_blocks.0", "fpn.inner_blocks.0"}
+    modules = {module for name in fp32_nodes(kept) for module in drn_modules(name)}
+    assert not modules & {"fpn.layer_blocks.0", "fpn.inner_blocks.0"}
