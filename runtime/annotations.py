@@ -102,7 +102,7 @@ class DataSet:
         try:
             return Vocabulary(self.words)
         except GroundingError as error:
-            raise AnnotationError(f"{self._layout.files('train')[-1]}: {error}") from error
+            raise AnnotationError(f"{self._layout.files('train')[-1]}: {error}", code=error.code) from error
 
     @functools.cached_property
     def simulated(self) -> bool:

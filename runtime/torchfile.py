@@ -566,7 +566,8 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         if not self.inert:
             raise CheckpointError(
                 f"{self.path} was refused: it asks to run {_shown(full_name)}, where only tensors, numbers, "
-                f"text and plain containers are expected; nothing in it was run."
+                f"text and plain containers are expected; nothing in it was run.",
+                code="code_in_file",
             )
         return type("Inert", (Inert,), {"__slots__": (), "name": _shown(full_name)})
 

@@ -322,15 +322,20 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
     path = Path(path)
     check_file(path, "The feature file", FeatureError, "check the path or the name of the video")
     if path.stat().st_size == 0:
-        raise FeatureError(f"The feature file {path} is empty; extract the features of this video again.")
+        raise FeatureError(
+            f"The feature file {path} is empty; extract the features of this video again.", code="empty_file"
+        )
     if path.suffix not in FEATURE_SUFFIXES:
-        raise FeatureError(f"{path} should end in .npy, .npz or .pt; convert the features to one of them.")
+        raise FeatureError(
+            f"{path} should end in .npy, .npz or .pt; convert the features to one of them.", code="wrong_suffix"
+        )
     with reading(path, "a NumPy array of clip features", FeatureError, "extract the features of this video again"):
         value = FEATURE_SUFFIXES[path.suffix](path)
         if value.ndim != 2 or value.dtype.kind != "f":
             raise FeatureError(
                 f"The features of {path} should be floats of shape (num_clips, D), and are {value.dtype} of shape "
-                f"{value.shape}."
+                f"{value.shape}.",
+                code="wrong_array",
             )
         return value
 
@@ -356,9 +361,11 @@ def _tensor(path: Path) -> np.ndarray:
     try:
         value = torchfile.load(path)
     except CheckpointError as error:
-        raise FeatureError(f"{path} should be a tensor of clip features: {error}") from error
+        raise FeatureError(f"{path} should be a tensor of clip features: {error}", code=error.code) from error
     if not isinstance(value, np.ndarray):
-        raise FeatureError(f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.")
+        raise FeatureError(
+            f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.", code="wrong_array"
+        )
     return value
 
 
@@ -376,7 +383,8 @@ def check_features(features: np.ndarray, name: str) -> None:
         shape = getattr(features, "shape", None)
         kind = getattr(features, "dtype", type(features).__name__)
         raise FeatureError(
-            f"The features of {name} should be floats of shape (num_clips, D), and are {kind} of shape {shape}."
+            f"The features of {name} should be floats of shape (num_clips, D), and are {kind} of shape {shape}.",
+            code="wrong_array",
         )
     if 0 in features.shape:
         raise FeatureError(

@@ -39,6 +39,13 @@ def check_error(error: BaseException, code: str, *values: object) -> None:
     assert not missing, f"expected a message that quotes {missing}, got {describe(error)}"
 
 
+def command_error(ended: SystemExit) -> BaseException:
+    """Return the error for which a command that ran in this process exited, for `check_error`."""
+    error = ended.__context__
+    assert error is not None, f"the command exited with {ended.code} without an error"
+    return error
+
+
 def describe(error: BaseException) -> str:
     """Return class, code and message of an error."""
     return f"{type(error).__name__}({str(error)!r}, code={getattr(error, 'code', None)!r})"
@@ -52,9 +59,20 @@ def quotes(text: str, *values: object) -> bool:
     return all(_pattern(value).search(text) for value in values)
 
 
-def records(caplog: pytest.LogCaptureFixture, level: int, *values: object) -> list[logging.LogRecord]:
-    """Return the log records of exactly this level whose messages quote all values."""
-    return [record for record in caplog.records if record.levelno == level and quotes(record.getMessage(), *values)]
+def records(
+    caplog: pytest.LogCaptureFixture, level: int, *values: object, code: str | None = None
+) -> list[logging.LogRecord]:
+    """Return the log records of exactly this level, with this code if one is given, that quote all values.
+
+    A record has a code where it is logged with `extra={"code": ...}`, as those do whose messages quote no values.
+    """
+    return [
+        record
+        for record in caplog.records
+        if record.levelno == level
+        and (code is None or getattr(record, "code", None) == code)
+        and quotes(record.getMessage(), *values)
+    ]
 
 
 def _pattern(value: object) -> re.Pattern[str]:

@@ -72,3 +72,6 @@ def test_records_are_those_of_one_level_that_quote_the_values(caplog: pytest.Log
     log.error("left out %d lines", 4)
     assert [record.getMessage() for record in records(caplog, logging.WARNING, 3)] == ["left out 3 lines"]
     assert not records(caplog, logging.WARNING, 4)
+    log.warning("nothing left", extra={"code": "empty_split"})
+    assert len(records(caplog, logging.WARNING, code="empty_split")) == 1
+    assert not records(caplog, logging.WARNING, code="other")

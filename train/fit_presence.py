@@ -117,7 +117,10 @@ def _held_out(
             f"--held-out is a fraction of the videos, between 0 and 1, and {fraction} is not.", code="invalid_option"
         )
     elif fraction != training.get("held_out"):
-        log.warning("The network may have learnt from the videos fitted on, and be surer of them than of others.")
+        log.warning(
+            "The network may have learnt from the videos fitted on, and be surer of them than of others.",
+            extra={"code": "unknown_held_out"},
+        )
     annotations = data_set.annotations("train", invalid="keep" if training.get("faithful") else "drop", quiet=True)
     return split_by_video(annotations, fraction, seed)[1]
 

@@ -124,7 +124,9 @@ def prepare(
         staging.settle()
     _tell(data_set, splits, vocabulary, vectors if glove else None)
     if "train" not in splits:
-        log.warning("There is no training split: this can be evaluated on, and not trained on.")
+        log.warning(
+            "There is no training split: this can be evaluated on, and not trained on.", extra={"code": "empty_split"}
+        )
     if store is None:
         log.warning("No features were found; put them into %s, or prepare again with --features.", output / "features")
     if "train" in splits:

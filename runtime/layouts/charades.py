@@ -61,7 +61,9 @@ class CharadesSTA:
         path = self.path(split)
         lines = self._lines(split)
         if not lines:
-            raise AnnotationError(f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.")
+            raise AnnotationError(
+                f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.", code="empty_file"
+            )
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             yield Row(self._parse(line, place, number), str(number), place)
@@ -69,24 +71,30 @@ class CharadesSTA:
     def _lines(self, split: str) -> list[str]:
         path = self.path(split)
         if not path.exists():
-            raise AnnotationError(f"{path} does not exist, so there is no split {excerpt(split)} in this data set.")
+            raise AnnotationError(
+                f"{path} does not exist, so there is no split {excerpt(split)} in this data set.", code="missing_split"
+            )
         return read_lines(path, "lines of VIDEO START END##SENTENCE")
 
     def check_known(self, video: str, place: str) -> None:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
             if video not in table:
                 raise AnnotationError(
-                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name."
+                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name.",
+                    code="unlisted_video",
                 )
 
     def _table(self, name: str, what: str) -> dict[str, Any]:
         table = read_json(self.root / name, what)
         if not isinstance(table, dict) or not table:
-            raise AnnotationError(f"{self.root / name} should map {what}, and holds something else.")
+            raise AnnotationError(
+                f"{self.root / name} should map {what}, and holds something else.", code="unexpected_structure"
+            )
         for key, value in table.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
                 raise AnnotationError(
-                    f"{self.root / name} should map {what}, and maps {excerpt(key)} to {excerpt(value)}."
+                    f"{self.root / name} should map {what}, and maps {excerpt(key)} to {excerpt(value)}.",
+                    code="unexpected_structure",
                 )
         return table
 
@@ -95,7 +103,8 @@ class CharadesSTA:
         fields = parts[0].split()
         if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
             raise AnnotationError(
-                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line."
+                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line.",
+                code="malformed_row",
             )
         try:
             start, end = float(fields[1]), float(fields[2])
@@ -104,7 +113,8 @@ class CharadesSTA:
         if not (math.isfinite(start) and math.isfinite(end)):
             raise AnnotationError(
                 f"{place}: start and end should be seconds, and are {excerpt(fields[1])} and "
-                f"{excerpt(fields[2])}; correct the line."
+                f"{excerpt(fields[2])}; correct the line.",
+                code="malformed_row",
             )
         self.check_known(fields[0], place)
         return Annotation(fields[0], start, end, parts[1].strip(), number)

@@ -20,6 +20,7 @@ from torch import nn
 from runtime.decoding import Decoding
 from runtime.manifest import Features
 from runtime.vocabulary import Vocabulary
+from tests.raising import quotes
 from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
@@ -66,7 +67,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(
     sizes = {**tiny_sizes, "epochs": (1, 2, 1), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none", "negatives": negatives}
     train(planted, tmp_path / "one", **{**sizes, "batch_size": 8})
     said = together(planted, tmp_path / "two", *as_arguments({**sizes, "batch_size": 4}))
-    assert "2 processes" in said
+    assert quotes(said, "2 processes")
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert [record["stage"] for record in two] == [1, 2, 2, 3]
     for mine, theirs in zip(one, two, strict=True):

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.annotations import FEATURE_DIRECTORY, DataSet
-from runtime.errors import AnnotationError, FeatureError, GroundingError, OutputError
+from runtime.errors import AnnotationError, FeatureError, OutputError
 from runtime.vocabulary import tokenize
+from tests.raising import raises
 from train import simulate as module
 from train.simulate import DIFFICULTIES, Plan, Simulator, Story, made_up_plan, simulate
 
@@ -296,7 +297,7 @@ def test_an_interrupted_run_does_not_look_whole_and_is_continued(
         simulate(tmp_path / "cut", feature_dim=8, videos=6)
     cut = tmp_path / "cut"
     assert not (cut / "simulated.json").exists()
-    with pytest.raises(GroundingError):
+    with raises(AnnotationError, "data_set_missing", cut):
         DataSet(cut)
     left = cut / FEATURE_DIRECTORY / ".drn-01234567-abcdefgh-SIM00004.npy"
     left.write_bytes(b"half")
@@ -320,23 +321,23 @@ def test_a_second_run_writes_no_feature_again(tmp_path: Path) -> None:
 def test_a_simulation_of_other_parameters_is_refused_and_left_alone(tmp_path: Path, change: dict[str, int]) -> None:
     directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
     before = contents(directory)
-    with pytest.raises(OutputError, match=next(iter(change))):
+    with raises(OutputError, "settings_mismatch", directory, *change):
         simulate(directory, **{"feature_dim": 8, "videos": 3, **change})
     assert contents(directory) == before
 
 
 def test_a_directory_of_something_else_is_refused_and_left_alone(annotated: Path) -> None:
     before = contents(annotated)
-    with pytest.raises(OutputError, match="not empty"):
+    with raises(OutputError, "output_not_empty", annotated):
         simulate(annotated, annotations=annotated, feature_dim=8)
     assert contents(annotated) == before
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is a file"):
+    with raises(OutputError, "output_is_file", tmp_path / "file", "--output"):
         simulate(tmp_path / "file", feature_dim=8, videos=2)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with raises(OutputError, "unwritable_output", tmp_path / "file" / "below"):
         simulate(tmp_path / "file" / "below", feature_dim=8, videos=2)
 
 
@@ -344,7 +345,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
-    with pytest.raises(OutputError, match="disk"):
+    with raises(OutputError, "disk_full", tmp_path / "data", "--videos", "--feature-dim"):
         simulate(tmp_path / "data", feature_dim=8, videos=2)
     assert not (tmp_path / "data").exists()
 
@@ -357,7 +358,9 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
     [{"feature_dim": 0}, {"videos": 0}, {"videos": 1}, {"seed": -1}, {"difficulty": "nightmare"}, {"dtype": "int8"}],
 )
 def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[str, int]) -> None:
-    with pytest.raises(FeatureError, match=r"should|stored as"):
+    ((name, value),) = arguments.items()
+    named = () if name == "dtype" else (f"--{name.replace('_', '-')}",)
+    with raises(FeatureError, "invalid_option", *named, value):
         simulate(tmp_path / "data", **arguments)
     assert not (tmp_path / "data").exists()
 
@@ -365,35 +368,37 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[st
 @pytest.mark.parametrize("name", module._source_names())
 def test_a_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
     (annotated / name).unlink()
-    with pytest.raises(AnnotationError, match=f"lacks {name}"):
+    with raises(AnnotationError, "missing_file", annotated, name):
         simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "message"),
+    ("name", "old", "new", "code", "values"),
     [
-        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00", "csv, line 3: actions"),
-        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00 five", "csv, line 3: actions"),
-        ("Charades_v1_train.csv", "c040 0.00 5.00", "door 0.00 5.00", "csv, line 3: actions"),
-        ("Charades_v1_train.csv", ",c040 0.00 5.00,20.0", "", "csv, line 3: expected 11 columns"),
-        ("Charades_v1_test.csv", "actions", "deeds", "csv, line 1: the columns lack actions"),
-        ("Charades_v1_test.csv", "DDDDD", "FFFFF", "Video DDDDD is annotated but has no row"),
-        ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "train.txt, line 2"),
-        ("Charades_sta_train.txt", "BBBBB 0.0 5.0##", "BBBBB 0.0 5.0#", "train.txt, line 3"),
-        ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "test.txt, line 1"),
-        ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "Video BBBBB is annotated but has no number"),
-        ("Charades_frames_info.json", "500", "0", "Video BBBBB has 0 frames"),
-        ("Charades_duration.json", "{", "", "JSON"),
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00", "malformed_row", ("line 3", "'c040 0.00'")),
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00 five", "malformed_row", ("line 3", "'c040 0.00 five'")),
+        ("Charades_v1_train.csv", "c040 0.00 5.00", "door 0.00 5.00", "malformed_row", ("line 3", "'door 0.00 5.00'")),
+        ("Charades_v1_train.csv", ",c040 0.00 5.00,20.0", "", "malformed_row", ("line 3", 11)),
+        ("Charades_v1_test.csv", "actions", "deeds", "missing_columns", ("line 1", "actions")),
+        ("Charades_v1_test.csv", "DDDDD", "FFFFF", "unlisted_video", ("DDDDD",)),
+        ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "malformed_row", ("line 2",)),
+        ("Charades_sta_train.txt", "BBBBB 0.0 5.0##", "BBBBB 0.0 5.0#", "malformed_row", ("line 3",)),
+        ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "malformed_row", ("line 1",)),
+        ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "unlisted_video", ("BBBBB", "Charades_frames_info.json")),
+        ("Charades_frames_info.json", "500", "0", "invalid_frame_count", ("BBBBB", 0)),
+        ("Charades_duration.json", "{", "", "invalid_json", ()),
     ],
 )
 def test_malformed_annotations_are_named(
-    annotated: Path, tmp_path: Path, name: str, old: str, new: str, message: str
+    annotated: Path, tmp_path: Path, name: str, old: str, new: str, code: str, values: tuple[object, ...]
 ) -> None:
     text = (annotated / name).read_text()
     assert old in text
     (annotated / name).write_text(text.replace(old, new))
-    with pytest.raises(AnnotationError, match=message):
+    # These two name the video, which has no line of its own in that file.
+    files = () if code in ("unlisted_video", "invalid_frame_count") else (annotated / name,)
+    with raises(AnnotationError, code, *files, *values):
         simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
     assert not (tmp_path / "data").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import train.loop as loop
 from runtime.annotations import DataSet
+from tests.raising import records
 from tests.tolerances import HEADS, PROCESS_WEIGHTS, PROCESSES
 from train import sources
 from train.__main__ import train as run_training
@@ -104,7 +106,7 @@ def test_stems_that_do_not_fit_are_left_and_that_is_said(
     assert not caplog.records
     monkeypatch.setattr(sources, "STEM_GIB", 1e-3)
     assert not stems_fit(training, model, CPU)
-    assert "at every step" in caplog.text
+    assert records(caplog, logging.INFO, "Stage 2", len(training))
 
 
 def test_only_stage_2_has_a_frozen_stem_and_nothing_of_it_learns_there(model: DRN) -> None:
@@ -188,5 +190,5 @@ def test_a_gpu_holds_the_features_itself_if_it_can(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(sources.DeviceSource, "__init__", lambda self, data, device: None)
     assert type(open_source(training, torch.device("cuda"))) is kind
-    assert ("stay on the host" in caplog.text) == (kind is HostSource)
+    assert len(records(caplog, logging.INFO, "cuda")) == (kind is HostSource)
     assert type(open_source(training, CPU)) is HostSource
