@@ -114,7 +114,7 @@ def draw(
         CalibrationError: fewer than `LEAST_SAMPLES` were asked for or are there, or training videos are test videos.
     """
     if samples < LEAST_SAMPLES:
-        raise CalibrationError(_too_few(f"{samples} calibration samples were asked for"))
+        raise CalibrationError(_too_few(f"{samples} calibration samples were asked for"), code="too_few_samples")
     annotations = data_set.annotations("train", invalid="drop")
     refuse_test_videos(data_set, {entry.video for entry in annotations})
     usable, words = _usable(annotations, manifest)
@@ -125,7 +125,8 @@ def draw(
     inside = np.array([entry.video not in apart for entry in usable], bool) & allowed
     if inside.sum() < LEAST_SAMPLES:
         raise CalibrationError(
-            _too_few(f"{data_set.annotations_path('train')} has {inside.sum()} sentences to calibrate on")
+            _too_few(f"{data_set.annotations_path('train')} has {inside.sum()} sentences to calibrate on"),
+            code="too_few_samples",
         )
     if inside.sum() < samples and not at_most:
         log.warning(
@@ -177,7 +178,8 @@ def check_held_out(count: int) -> None:
         raise CalibrationError(
             f"{count} held-out training sentences are there to judge by and at least {LEAST_HELD_OUT} are needed, as "
             f"of fewer a single flip is over {100 // LEAST_HELD_OUT} points; raise --held-out, take a larger data set, "
-            "or name a --method where one can be named."
+            "or name a --method where one can be named.",
+            code="too_few_held_out",
         )
 
 
@@ -191,7 +193,8 @@ def refuse_test_videos(data_set: DataSet, videos: Collection[str], what: str = "
     if shared:
         raise CalibrationError(
             f"{what} holds {_videos(shared)} of the test split, and "
-            "recall on test would then say nothing; take training videos that are not in it."
+            "recall on test would then say nothing; take training videos that are not in it.",
+            code="test_videos_used",
         )
 
 

@@ -68,10 +68,13 @@ def calibrate(
     """
     if batch_size < 1 or held_out < 1:
         raise CalibrationError(
-            f"--batch-size and --held-out must be at least 1, and {batch_size} and {held_out} were given."
+            f"--batch-size and --held-out must be at least 1, and {batch_size} and {held_out} were given.",
+            code="invalid_option",
         )
     if Path(output).resolve() == Path(onnx).resolve():
-        raise OutputError(f"--output {output} is the graph itself; choose another, as drn{SUFFIX}.")
+        raise OutputError(
+            f"--output {output} is the graph itself; choose another, as drn{SUFFIX}.", code="output_is_input"
+        )
     model = read_graph(onnx)
     data_set = DataSet(data)
     log.info("Drawing calibration samples ...")

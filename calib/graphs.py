@@ -67,7 +67,8 @@ def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     if manifest.precision != "fp32":
         raise ModelFileError(
             f"{path} is {manifest.precision} already, and ranges and narrow weights are made from the FP32 graph; "
-            "give the file that `python -m export.to_onnx` wrote."
+            "give the file that `python -m export.to_onnx` wrote.",
+            code="not_fp32",
         )
     return padding_inside(model)
 
@@ -79,7 +80,8 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     manifest = dataclasses.replace(manifest, precision=precision_in(manifest.precision, _weight_types(model)))
     if manifest.part != "whole":
         raise ModelFileError(
-            f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from."
+            f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from.",
+            code="model_part",
         )
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     missing = (set(Batch.__dataclass_fields__) | set(OUTPUTS)) - names
@@ -148,7 +150,9 @@ def tapped(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     known = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     missing = sorted(set(tensors) - known)
     if missing:
-        raise CalibrationError(f"The graph has no tensor {', '.join(missing)}; export it with this version.")
+        raise CalibrationError(
+            f"The graph has no tensor {', '.join(missing)}; export it with this version.", code="unknown_tensor"
+        )
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {value.name for value in copy.graph.output}

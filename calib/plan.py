@@ -49,10 +49,13 @@ class Plan:
         if self.table != table.digest:
             raise CalibrationError(
                 f"The plan was made with the calibration table {printable_line(self.table[:12])}… and "
-                f"{table.digest[:12]}… is given; use that table, or search again with `python -m calib.restore`."
+                f"{table.digest[:12]}… is given; use that table, or search again with `python -m calib.restore`.",
+                code="plan_of_another_table",
             )
         if self.kind != kind:
-            raise CalibrationError(f"The plan is for {self.kind} and {kind} is asked for; search again with it.")
+            raise CalibrationError(
+                f"The plan is for {self.kind} and {kind} is asked for; search again with it.", code="precision_mismatch"
+            )
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -64,24 +67,34 @@ class Plan:
         """Read a plan; CalibrationError if it is none, or was edited."""
         value = read_json(Path(path), "quantisation plan", CalibrationError)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CalibrationError(f"{path} is no quantisation plan; make one with `python -m calib.restore`.")
+            raise CalibrationError(
+                f"{path} is no quantisation plan; make one with `python -m calib.restore`.", code="unknown_format"
+            )
         try:
             keep, key, measured = value["keep"], value["key"], value["measured"]
             kind, table, digest = value["kind"], value["table"], value["digest"]
         except KeyError as error:
-            raise CalibrationError(f"{path} is a damaged quantisation plan without {error}; {_AGAIN}") from None
+            raise CalibrationError(
+                f"{path} is a damaged quantisation plan without {error}; {_AGAIN}", code="missing_field"
+            ) from None
         if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
-            raise CalibrationError(f"{path} should keep a list of module names, and has {excerpt(keep)}; {_AGAIN}")
+            raise CalibrationError(
+                f"{path} should keep a list of module names, and has {excerpt(keep)}; {_AGAIN}", code="invalid_plan"
+            )
         if not isinstance(key, dict) or not isinstance(measured, dict):
             raise CalibrationError(
-                f"{path} is a damaged quantisation plan: 'key' and 'measured' should be tables; {_AGAIN}"
+                f"{path} is a damaged quantisation plan: 'key' and 'measured' should be tables; {_AGAIN}",
+                code="invalid_plan",
             )
         if kind not in ("int8", "fp8") or not all(isinstance(text, str) for text in (table, *key.values())):
             raise CalibrationError(
                 f"{path} is a damaged quantisation plan: 'kind' should be int8 or fp8, 'table' and what is in 'key' "
-                f"hashes; {_AGAIN}"
+                f"hashes; {_AGAIN}",
+                code="invalid_plan",
             )
         plan = cls(tuple(keep), kind, table, key, measured)
         if plan.digest != digest:
-            raise CalibrationError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
+            raise CalibrationError(
+                f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}", code="digest_mismatch"
+            )
         return plan

@@ -132,7 +132,10 @@ def sites(model: onnx.ModelProto, policy: Policy, kind: Kind = "int8") -> list[S
     for name, given in zip(keep, policy.keep):
         if not any(_under(module, (name,)) for module in nameable):
             known = ", ".join(nameable)
-            raise CalibrationError(f"There is no module {excerpt(given)} to keep; those that become INT8 are {known}.")
+            raise CalibrationError(
+                f"There is no module {excerpt(given)} to keep; those that become INT8 are {known}.",
+                code="unknown_module",
+            )
     return [site for site in found if not _under(site.module, keep)]
 
 
@@ -177,12 +180,14 @@ def quantize(
     wanted = {site.tensor for site in sites(model, policy, kind)}
     lacking = sorted(name for name in wanted if name is not None and name not in table.ranges)
     if lacking:
-        raise CalibrationError(f"The table has no range for {', '.join(lacking)}; calibrate again with this policy.")
+        raise CalibrationError(
+            f"The table has no range for {', '.join(lacking)}; calibrate again with this policy.", code="missing_range"
+        )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
     model, ranges = balanced(model, table, wanted)
     chosen = {site.node: site for site in sites(model, policy, kind)}
     if not chosen:
-        raise CalibrationError("Nothing is left to quantise; keep fewer modules.")
+        raise CalibrationError("Nothing is left to quantise; keep fewer modules.", code="nothing_to_quantize")
 
     old = model.graph
     weights = {site.weight: site for site in chosen.values()}
@@ -237,7 +242,10 @@ def quantize(
 
     wanted = opset or max(result.opset_import[0].version, FP8_OPSET if kind == "fp8" else 0)
     if kind == "fp8" and wanted < FP8_OPSET:
-        raise CalibrationError(f"FP8 needs opset {FP8_OPSET} at least, and {wanted} was asked for; leave --opset out.")
+        raise CalibrationError(
+            f"FP8 needs opset {FP8_OPSET} at least, and {wanted} was asked for; leave --opset out.",
+            code="unsupported_opset",
+        )
     restamp(result, wanted)
     about = dataclasses.replace(
         manifest, precision=kind, sources={**manifest.sources, "fp32 graph": source, "calibration": table.digest}
@@ -265,14 +273,18 @@ def balanced(
     where = gain_sites(model)
     strange = sorted(set(gains) - set(where))
     if strange:
-        raise CalibrationError(f"The table balances {', '.join(strange)}, which this graph cannot; calibrate again.")
+        raise CalibrationError(
+            f"The table balances {', '.join(strange)}, which this graph cannot; calibrate again.",
+            code="equalization_mismatch",
+        )
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     for name, row in gains.items():
         channels = constants[weights[where[name][0]]].dims[1]
         if len(row) != channels:
             raise CalibrationError(
-                f"The table has {len(row)} gains for {name}, which has {channels} channels; calibrate again."
+                f"The table has {len(row)} gains for {name}, which has {channels} channels; calibrate again.",
+                code="equalization_mismatch",
             )
         if name in ranges:
             ranges[balanced_name(model, name)] = ranges[name]
@@ -305,7 +317,8 @@ def narrow(weight: np.ndarray, kind: Kind, axis: int | None) -> tuple[np.ndarray
 def _check_finite(values: np.ndarray, what: str) -> None:
     if not np.isfinite(values).all():
         raise CalibrationError(
-            f"{what} is not finite, or too large for FP16; train the network again, or calibrate again."
+            f"{what} is not finite, or too large for FP16; train the network again, or calibrate again.",
+            code="invalid_scale",
         )
 
 
@@ -338,7 +351,8 @@ def restamp(model: onnx.ModelProto, opset: int) -> None:
         raise CalibrationError(
             f"A graph of opset {current.version} cannot be written as opset {opset}"
             + (f" (operators {', '.join(strange)})" if strange else f" (at most {NEWEST_OPSET}, never downwards)")
-            + "; export it with `python -m export.to_onnx --opset`."
+            + "; export it with `python -m export.to_onnx --opset`.",
+            code="unsupported_opset",
         )
     for node in model.graph.node:
         if node.op_type == "Split" and len(node.input) < 2 and current.version < 18 <= opset:

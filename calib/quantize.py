@@ -49,7 +49,7 @@ def quantize(
     """
     for given in (onnx, table, plan):
         if given is not None and Path(output).resolve() == Path(given).resolve():
-            raise OutputError(f"--output {output} is an input; choose another.")
+            raise OutputError(f"--output {output} is an input; choose another.", code="output_is_input")
     calibration = CalibrationTable.load(table)
     model = read_graph(onnx)
     calibration.check(model, str(onnx))

@@ -111,11 +111,14 @@ def observe(
             except ValueError as error:
                 raise CalibrationError(
                     f"The tensor {name} holds {error} on the calibration set, so it has no range; check the "
-                    "checkpoint with `python -m runtime.evaluate`."
+                    "checkpoint with `python -m runtime.evaluate`.",
+                    code="non_finite_activations",
                 ) from error
         seen += len(batch)
     if not seen:
-        raise CalibrationError("Ranges were asked for without a single calibration sample; give some.")
+        raise CalibrationError(
+            "Ranges were asked for without a single calibration sample; give some.", code="too_few_samples"
+        )
     return histograms
 
 

@@ -133,7 +133,8 @@ def ranked_names(path: Path, table: CalibrationTable, kind: Kind) -> list[str]:
     if found != (FORMAT, kind, table.digest):
         raise CalibrationError(
             f"{path} ranks {excerpt(found[1])} by the table {excerpt(str(found[2])[:12])}, and {kind} by "
-            f"{table.digest[:12]}… is asked; rank again with `python -m calib.rank_layers --table`."
+            f"{table.digest[:12]}… is asked; rank again with `python -m calib.rank_layers --table`.",
+            code="ranking_of_another_table",
         )
     return names
 

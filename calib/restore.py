@@ -134,7 +134,8 @@ def search(
         least = min(cost.worst_drop for _, cost in steps)
         raise PromiseBroken(
             f"Even with all but one module restored, {kind.upper()} loses at least {least:.2f} points and "
-            f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop."
+            f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop.",
+            code="budget_exceeded",
         )
     final = next(cost for label, cost in reversed(steps) if cost.worst_drop <= max_drop)
     measured: dict[str, Any] = {

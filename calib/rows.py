@@ -84,7 +84,8 @@ class _Writer:
             or any(size != 1 for size in narrow.shape[2:-1])
         ):
             raise ModelFileError(
-                f"{conv.name} is grouped, dilated or of two dimensions, which has no form of rows; build fp32 instead."
+                f"{conv.name} is grouped, dilated or of two dimensions, which has no form of rows; build fp32 instead.",
+                code="unsupported_convolution",
             )
         stride = told.get("strides", [1])[-1]
         pads = told.get("pads", [0, 0])

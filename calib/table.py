@@ -67,7 +67,8 @@ class CalibrationTable:
                 raise CalibrationError(
                     f"This table was measured on another model: its {what} had the hash "
                     f"{printable_line(str(measured)[:12])}…, the {what} of {source} {found[:12]}…; calibrate anew with "
-                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`."
+                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
+                    code="table_of_another_model",
                 )
 
     def check_videos(self, data_set: DataSet) -> None:
@@ -120,27 +121,33 @@ class CalibrationTable:
         if found != FORMAT:
             raise CalibrationError(
                 f"{path} has the format {excerpt(found)} and a calibration table has {FORMAT!r}; make one with "
-                "`python -m calib.calibrate`."
+                "`python -m calib.calibrate`.",
+                code="unknown_format",
             )
         try:
             table = cls._from_dict(value)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CalibrationError(
-                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}); calibrate again."
+                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}); calibrate again.",
+                code="invalid_table",
             ) from error
         ranges, key = table.ranges, table.key
         if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
-            raise CalibrationError(f"{path} has no ranges, or one upside down or not finite; calibrate again.")
+            raise CalibrationError(
+                f"{path} has no ranges, or one upside down or not finite; calibrate again.", code="invalid_range"
+            )
         # Tables of version 0.1 have no digest of their whole content.
         intact = value.get("content_digest", table.content_digest) == table.content_digest
         if key["method"] not in METHODS or table.digest != value.get("digest") or not intact:
             raise CalibrationError(
-                f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again."
+                f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again.",
+                code="digest_mismatch",
             )
         if key["split"] != "train":
             raise CalibrationError(
                 f"{path} was measured on the split {excerpt(key['split'])}, and recall on what ranges were tuned for "
-                "says nothing; calibrate on the training split with `python -m calib.calibrate`."
+                "says nothing; calibrate on the training split with `python -m calib.calibrate`.",
+                code="test_videos_used",
             )
         return table
 

@@ -132,7 +132,7 @@ class Staging:
         """Return where to write what becomes `final`; OutputError if its directory cannot be written."""
         final = Path(final)
         if final.is_dir():
-            raise OutputError(f"{final} is a directory; name the file to write instead.")
+            raise OutputError(f"{final} is a directory; name the file to write instead.", code="output_is_directory")
         parent = final.resolve().parent
         if parent not in self._staged:
             self._made += _missing(parent)
@@ -406,7 +406,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = Path(path).resolve()
         if resolved.is_dir():
-            raise OutputError(f"{path} is a directory; name the file to write instead.")
+            raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
         if resolved.exists() and not resolved.is_file():
             raise OutputError(f"{path} is a device, and would be replaced by a file; name another file to write.")
     except OSError as error:

@@ -165,6 +165,7 @@ class Manifest:
         if text is None:
             raise ModelFileError(
                 f"{source} carries no {METADATA_KEY!r}, so it was not exported by drn-deploy; "
-                "export the checkpoint with `python -m export.to_onnx`."
+                "export the checkpoint with `python -m export.to_onnx`.",
+                code="missing_manifest",
             )
         return cls.from_dict(parse_json(text, f"The manifest of {source}", ModelFileError, advice=AGAIN), source)

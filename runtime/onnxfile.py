@@ -204,7 +204,7 @@ def _parsing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not an ONNX file ({error}); export it again.") from error
+        raise ModelFileError(f"{path} is not an ONNX file ({error}); export it again.", code="not_onnx") from error
 
 
 def _seal(content: Buffer) -> tuple[int, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,10 @@ from calib.restore import restore
 from calib.table import CalibrationTable
 from runtime import open_backend
 from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, FeatureError, GroundingError, ModelFileError, OutputError
+from runtime.errors import AnnotationError, FeatureError, ModelFileError, OutputError
 from runtime.files import read_json
 from runtime.tensors import Batch
+from tests.raising import quotes, raises, records
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +68,7 @@ def test_from_graph_to_int8_file_and_back_within_budget(
 ) -> None:
     output = tmp_path / "drn.int8.onnx"
     quantize(onnx_file, table_file, output)
-    assert "of the multiply-adds in INT8" in capsys.readouterr().out
+    assert "INT8" in capsys.readouterr().out
     onnx.checker.check_model(output, full_check=True)
     backend = open_backend(output, device="cpu")
     assert backend.manifest.precision == "int8"
@@ -81,7 +83,6 @@ def test_from_graph_to_int8_file_and_back_within_budget(
     assert [entry["module"] for entry in written["modules"]] == [entry.module for entry in ranking]
     text = capsys.readouterr().out
     assert all(entry.module in text for entry in ranking)
-    assert "all of them" in text
 
     plan = restore(
         onnx_file,
@@ -97,9 +98,9 @@ def test_from_graph_to_int8_file_and_back_within_budget(
     dataclasses.replace(plan, keep=("fpn.layer_blocks.0",)).save(tmp_path / "plan.json")
     quantize(onnx_file, table_file, output, keep=("prop_fc",), plan=tmp_path / "plan.json")
     text = capsys.readouterr().out
-    assert "kept: prop_fc, fpn.layer_blocks.0" in text
+    assert quotes(text, "prop_fc", "fpn.layer_blocks.0")
     (tmp_path / "ranking.json").write_text(json.dumps({**written, "table": "0" * 64}))
-    with pytest.raises(CalibrationError, match="rank again"):
+    with raises(CalibrationError, "ranking_of_another_table", tmp_path / "ranking.json", "0" * 12):
         restore(
             onnx_file, data_set.root, table_file, tmp_path / "plan.json", ranking=tmp_path / "ranking.json", threads=1
         )
@@ -111,14 +112,16 @@ def test_what_comes_next_replaces_no_twin_that_was_proved(
     unproven = onnx_file.with_name("drn.int8-unproven.onnx")
     with caplog.at_level("INFO", "drn"):
         calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
-        assert f"calib.quantize --onnx {onnx_file} --table {tmp_path / 't.json'} --output {unproven}" in caplog.text
+        command = f"calib.quantize --onnx {onnx_file} --table {tmp_path / 't.json'} --output {unproven}"
+        assert records(caplog, logging.INFO, command)
         caplog.clear()
         given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
         restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
-        assert f"--plan {tmp_path / 'plan.json'} --output {unproven}" in caplog.text
+        assert records(caplog, logging.INFO, f"--plan {tmp_path / 'plan.json'} --output {unproven}")
         caplog.clear()
         quantize(onnx_file, table_file, tmp_path / unproven.name)
-        assert f"export.verify --reference {onnx_file} --model {tmp_path / unproven.name}" in caplog.text
+        command = f"export.verify --reference {onnx_file} --model {tmp_path / unproven.name}"
+        assert records(caplog, logging.INFO, command)
 
 
 def test_a_table_of_test_videos_is_refused_wherever_one_is_given(
@@ -128,10 +131,9 @@ def test_a_table_of_test_videos_is_refused_wherever_one_is_given(
     table = tmp_path / "t.json"
     loaded = CalibrationTable.load(table_file)
     dataclasses.replace(loaded, videos=(*loaded.videos, leaked)).save(table)
-    message = rf"The calibration table holds 1 video \({leaked}\) of the test split"
-    with pytest.raises(CalibrationError, match=message):
+    with raises(CalibrationError, "test_videos_used", 1, leaked):
         rank_layers(onnx_file, data_set.root, table=table, threads=1)
-    with pytest.raises(CalibrationError, match=message):
+    with raises(CalibrationError, "test_videos_used", 1, leaked):
         restore(onnx_file, data_set.root, table, tmp_path / "plan.json", threads=1)
 
 
@@ -144,16 +146,21 @@ def test_a_plan_of_another_table_is_refused(
     name, found = next(iter(loaded.ranges.items()))
     wider = {**loaded.ranges, name: dataclasses.replace(found, high=found.high * 2)}
     dataclasses.replace(loaded, ranges=wider).save(tmp_path / "t.json")
-    with pytest.raises(CalibrationError, match="The plan was made with the calibration table"):
+    digests = (loaded.digest[:12], CalibrationTable.load(tmp_path / "t.json").digest[:12])
+    with raises(CalibrationError, "plan_of_another_table", *digests):
         quantize(onnx_file, tmp_path / "t.json", tmp_path / "drn.int8.onnx", plan=tmp_path / "plan.json")
     assert not (tmp_path / "drn.int8.onnx").exists()
 
 
-def refused(function, *arguments, error: type[GroundingError], match: str, output: Path, **options) -> None:  # type: ignore[no-untyped-def]
-    """Assert that a command refuses in one sentence and leaves what was there."""
+def refused(function, *arguments, error, output: Path, **options) -> None:  # type: ignore[no-untyped-def]
+    """Assert that a command refuses in one sentence and leaves what was there.
+
+    Args:
+        error: class, code, and values that the message quotes.
+    """
     output.write_text("before")
     beside = sorted(output.parent.iterdir())
-    with pytest.raises(error, match=match) as found:
+    with raises(*error) as found:
         function(*arguments, **options)
     assert "\n" not in str(found.value)
     assert output.read_text() == "before"
@@ -163,21 +170,26 @@ def refused(function, *arguments, error: type[GroundingError], match: str, outpu
 def test_calibrate_refuses(onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path) -> None:
     output = tmp_path / "t.json"
     root = data_set.root
-    refused(calibrate, onnx_file, root, output, samples=5, error=CalibrationError, match="at least 32", output=output)
-    refused(calibrate, onnx_file, root, output, batch_size=0, error=CalibrationError, match="at least 1", output=output)
-    refused(calibrate, tmp_path / "no.onnx", root, output, error=ModelFileError, match="does not exist", output=output)
-    refused(calibrate, onnx_file, tmp_path / "no", output, error=AnnotationError, match="does not exist", output=output)
-    refused(calibrate, onnx_file, root, onnx_file.parent, error=OutputError, match="is a directory", output=output)
+    few = (CalibrationError, "too_few_samples", 5, 32)
+    refused(calibrate, onnx_file, root, output, samples=5, error=few, output=output)
+    option = (CalibrationError, "invalid_option", "--batch-size", 0)
+    refused(calibrate, onnx_file, root, output, batch_size=0, error=option, output=output)
+    absent = tmp_path / "no.onnx"
+    refused(calibrate, absent, root, output, error=(ModelFileError, "missing_file", absent), output=output)
+    absent = tmp_path / "no"
+    refused(calibrate, onnx_file, absent, output, error=(AnnotationError, "missing_file", absent), output=output)
+    directory = onnx_file.parent
+    refused(calibrate, onnx_file, root, directory, error=(OutputError, "output_is_directory", directory), output=output)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(onnx_file.read_bytes()[:5000])
-    refused(calibrate, broken, root, output, error=ModelFileError, match="ONNX", output=output)
+    refused(calibrate, broken, root, output, error=(ModelFileError, "not_onnx", broken), output=output)
     narrowed = quantize(onnx_file, table_file, tmp_path / "drn.int8.onnx")
-    refused(calibrate, narrowed, root, output, error=ModelFileError, match="is int8 already", output=output)
+    refused(calibrate, narrowed, root, output, error=(ModelFileError, "not_fp32", narrowed, "int8"), output=output)
     strange = onnx.load(onnx_file)
     del strange.metadata_props[:]
     onnx.save(strange, broken)
-    refused(calibrate, broken, root, output, error=ModelFileError, match="not exported by drn-deploy", output=output)
-    with pytest.raises(OutputError, match="the graph itself"):
+    refused(calibrate, broken, root, output, error=(ModelFileError, "missing_manifest", broken), output=output)
+    with raises(OutputError, "output_is_input", onnx_file):
         calibrate(onnx_file, root, onnx_file)
 
 
@@ -187,7 +199,7 @@ def test_calibration_data_without_features_is_refused(onnx_file: Path, data_set:
     for path in data_set.root.glob("Charades_*"):
         (bare / path.name).write_bytes(path.read_bytes())
     output = tmp_path / "t.json"
-    refused(calibrate, onnx_file, bare, output, error=FeatureError, match="features", output=output)
+    refused(calibrate, onnx_file, bare, output, error=(FeatureError, "missing_file", bare, "'SIM00007'"), output=output)
 
 
 def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -200,14 +212,15 @@ def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelPr
         tmp_path / "other.onnx",
         table_file,
         output,
-        error=CalibrationError,
-        match="measured on another model: its weights .*other.onnx",
+        error=(CalibrationError, "table_of_another_model", tmp_path / "other.onnx"),
         output=output,
     )
-    refused(quantize, onnx_file, onnx_file, output, error=CalibrationError, match="drn.onnx", output=output)
-    refused(quantize, onnx_file, table_file, output, keep=("no",), error=CalibrationError, match="'no'", output=output)
-    refused(quantize, onnx_file, table_file, output, opset=16, error=CalibrationError, match="opset", output=output)
-    with pytest.raises(OutputError, match="is an input"):
+    refused(quantize, onnx_file, onnx_file, output, error=(CalibrationError, "not_utf8", onnx_file), output=output)
+    module = (CalibrationError, "unknown_module", "'no'")
+    refused(quantize, onnx_file, table_file, output, keep=("no",), error=module, output=output)
+    opset = (CalibrationError, "unsupported_opset", 16)
+    refused(quantize, onnx_file, table_file, output, opset=16, error=opset, output=output)
+    with raises(OutputError, "output_is_input", table_file):
         quantize(onnx_file, table_file, table_file)
 
 
