@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from export.builder import BuildOptions, cuda_devices, runs_here, why_not
 from export.court import Court
-from export.engines import build_part, reject
+from export.engines import BuildState, build_part, reject
 from export.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.job import Job, check_modules, source_graph
-from export.made import Made, Part, counted_text, cut_parts, read_source, whole_part
+from export.made import Made, counted_text, cut_parts, read_source, whole_part
 from export.passport import ModelFile
 from export.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
 from export.profiles import profiles as optimization_profiles
@@ -187,7 +187,8 @@ def build_engine(
         print(_about_short(short))
     # Lengths that the data set determined are named, so that other data does not change the engine.
     named = job.unroll or ((0,) if chosen == "tensorrt" else ())
-    again = _again({**given, "target": chosen, "output": job.output, "unroll": named})
+    given = {**given, "target": chosen, "output": job.output}
+    again = _again({**given, "unroll": named})
     with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
@@ -208,15 +209,20 @@ def build_engine(
             parts = [whole_part(staged, made, twin, shapes)]
             if split:
                 parts = cut_parts(staged, made, graph, shapes, videos)
-            engine = None
+            engine, engines = None, []
             if chosen != "onnxruntime":
-                parts = [part.with_unrolled(job.unroll) for part in parts]
-                for part in parts:
-                    engine = build_part(staged, part, options, timing_cache)
+                state = BuildState()
+                parts = [part.with_unrolled(job.unroll, short.automatic) for part in parts]
+                built = [build_part(staged, part, options, timing_cache, state) for part in parts]
+                engine, engines = built[-1].file, [path for part in built for path in part.engines]
+                if built[-1].unrolled_steps != job.unroll:
+                    # What was left out does not build the next time either.
+                    again = _again({**given, "unroll": built[-1].unrolled_steps or (0,)})
+                    court = dataclasses.replace(court, again=again)
+                    proof = dataclasses.replace(proof, again=again) if proof else None
                 if data_set and runs_here(options):
-                    proof = _proven_engine(staged, court, made, parts)
+                    proof = _proven_engine(court, made, engines)
             if proof:
-                engines = [plan.engine for part in parts for plan in (*part.unrolled, part)] if engine else []
                 court.write_reports(proof, made, engine, engines)
         except PromiseBroken:
             # Ranges and a plan cost minutes and are good whatever came of them.
@@ -319,8 +325,13 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
     return proof
 
 
-def _proven_engine(job: Job, court: Court, made: Made, parts: Sequence[Part]) -> Proof:
+def _proven_engine(court: Court, made: Made, engines: Sequence[Path]) -> Proof:
     """Return the proof of an engine that answers as FP32 on this machine's GPU.
+
+    Args:
+        court: holds the engine against the FP32 graph.
+        made: the twin.
+        engines: every plan that was built, what runs last.
 
     Raises:
         PromiseBroken: it does not; it is then kept as rejected.
@@ -328,7 +339,7 @@ def _proven_engine(job: Job, court: Court, made: Made, parts: Sequence[Part]) ->
     proof = court.judge_engine(made)
     print(proof.text())
     if proof.broken:
-        kept = [reject(plan.engine) for part in parts for plan in (*part.unrolled, part)]
+        kept = [reject(engine) for engine in engines]
         proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
         court.write_reports(proof, made, None)
         raise PromiseBroken(

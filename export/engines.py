@@ -17,7 +17,7 @@ from export.profiles import one_profile
 from export.wide_scales import has_half_scales, with_wide_scales
 from runtime import sidecar
 from runtime.backends.cuda import Cuda
-from runtime.errors import ModelFileError, PromiseBroken
+from runtime.errors import DeviceError, ModelFileError, PromiseBroken
 from runtime.files import replace_when_whole, sha256, write_json
 from runtime.inspection import PROVEN, layers_path, packed
 
@@ -28,23 +28,74 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 
-def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) -> ModelFile:
+@dataclasses.dataclass
+class BuildState:
+    """What the plans of one build share, so that none measures again what another has measured.
+
+    Attributes:
+        timing_cache: measured kernel times, in TensorRT's own format; None before the first plan.
+        one_profile: whether a plan with two optimization profiles could not be loaded.
+    """
+
+    timing_cache: bytes | None = None
+    one_profile: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltPart:
+    """An engine that was written.
+
+    Attributes:
+        file: the engine.
+        part: what it was built of, with those parts for short queries that were built.
+    """
+
+    file: ModelFile
+    part: Part
+
+    @property
+    def engines(self) -> list[Path]:
+        """The plans for short queries, and the engine last."""
+        return [*(other.engine for other in self.part.unrolled), self.part.engine]
+
+    @property
+    def unrolled_steps(self) -> tuple[int, ...]:
+        """Tokens of the longest query of each plan for short queries."""
+        return tuple(_longest_query(other) for other in self.part.unrolled)
+
+
+def _longest_query(part: Part) -> int:
+    return max(profile.query_length[2] for profile in part.profiles)
+
+
+def build_part(
+    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState | None = None
+) -> BuiltPart:
     """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
 
+    An optional plan for short queries that does not build is left out, with a warning.
+
+    Args:
+        job, part: what to build, and where to write it.
+        options: of the build.
+        cache: file of kernel times, read if there and written back.
+        state: shared with other parts of the same build.
+
     Raises:
+        ModelFileError, DeviceError: the engine, or a plan that is not optional, does not build.
         PromiseBroken: the layers contradict the precision; the engine is then saved as rejected.
     """
     from export.engine_precision import Promise, census_content, judge_engine, require
     from export.passport import ModelFile
     from export.precision import fp32_nodes
 
-    try:
-        shorter = [build_part(job, other, options, cache) for other in part.unrolled]
-    except ModelFileError as error:
-        raise type(error)(f"{error} --unroll 0 builds the engine without others for short queries.") from error
-    built, part, changes = _build(part, options, cache)
+    state = state or BuildState()
+    shorter = _build_unrolled(job, part, options, cache, state)
+    left_out = [other for other in part.unrolled if other.engine not in [plan.part.engine for plan in shorter]]
+    built, part, changes = _build(part, options, cache, state)
     for change in changes:
         log.warning("%s was built in another form: %s.", part.engine.name, change)
+    changes += [f"it has no plan for queries of at most {_longest_query(other)} tokens" for other in left_out]
     promise = Promise(
         job.precision,
         part.census,
@@ -57,7 +108,7 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
     content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache, changes)
     if shorter:
-        content["unrolled"] = {file.path.name: file.sha256 for file in shorter}
+        content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
     try:
         require(verdict, job.precision)
     except PromiseBroken as error:
@@ -73,7 +124,27 @@ def build_part(job: Job, part: Part, options: BuildOptions, cache: Path | None) 
     print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}{told}.")
     if verdict.name != PROVEN:
         log.warning("%s: %s is %s: %s.", part.engine.name, job.precision, verdict.name, verdict.reason)
-    return ModelFile.of(part.engine, part.manifest)
+    part = dataclasses.replace(part, unrolled=tuple(plan.part for plan in shorter))
+    return BuiltPart(ModelFile.of(part.engine, part.manifest), part)
+
+
+def _build_unrolled(
+    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState
+) -> list[BuiltPart]:
+    """Build the plans for short queries that belong to a part; see `build_part`."""
+    built = []
+    for other in part.unrolled:
+        try:
+            built.append(build_part(job, other, options, cache, state))
+        except (ModelFileError, DeviceError) as error:
+            if not other.optional:
+                raise type(error)(f"{error} --unroll 0 builds the engine without others for short queries.") from error
+            log.warning(
+                "%s is not built, and queries of at most %d tokens are answered by a plan for longer ones, which takes "
+                "more time: %s --unroll 0 builds no such plans.",
+                *(other.engine.name, _longest_query(other), error),
+            )
+    return built
 
 
 def _rejected(engine: Path) -> Path:
@@ -97,7 +168,7 @@ def reject(engine: Path) -> Path:
     return rejected
 
 
-def _build(part: Part, options: BuildOptions, cache: Path | None) -> tuple[Plan, Part, list[str]]:
+def _build(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> tuple[Plan, Part, list[str]]:
     """Build a plan; where the library refuses, once more in the form that avoids a known failure of it.
 
     Returns:
@@ -108,8 +179,11 @@ def _build(part: Part, options: BuildOptions, cache: Path | None) -> tuple[Plan,
     library = load_library(options.target)
     log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
     changes: list[str] = []
+    if state.one_profile and len(part.profiles) > 1:
+        part = dataclasses.replace(part, profiles=one_profile(part.profiles))
+        changes.append(ONE_PROFILE)
     try:
-        built = _build_once(part, options, cache)
+        built = _build_once(part, options, cache, state)
     except BuildFailed as error:
         if not has_half_scales(part.graph):
             raise
@@ -118,23 +192,23 @@ def _build(part: Part, options: BuildOptions, cache: Path | None) -> tuple[Plan,
         part = dataclasses.replace(part, graph=with_wide_scales(part.graph))
         changes.append("its scales are FP32, because the build with FP16 scales failed")
         try:
-            built = _build_once(part, options, cache)
+            built = _build_once(part, options, cache, state)
         except BuildFailed:
             raise error from None
         except PlanNotLoaded as failure:
-            built, part = _with_one_profile(part, options, cache, failure)
+            built, part = _with_one_profile(part, options, cache, state, failure)
             changes.append(ONE_PROFILE)
     except PlanNotLoaded as failure:
-        built, part = _with_one_profile(part, options, cache, failure)
+        built, part = _with_one_profile(part, options, cache, state, failure)
         changes.append(ONE_PROFILE)
     return built, part, changes
 
 
-ONE_PROFILE = "it has one optimization profile (--profiles 1), because the plan with two could not be loaded"
+ONE_PROFILE = "it has one optimization profile (--profiles 1), because a plan with two could not be loaded"
 
 
 def _with_one_profile(
-    part: Part, options: BuildOptions, cache: Path | None, failure: PlanNotLoaded
+    part: Part, options: BuildOptions, cache: Path | None, state: BuildState, failure: PlanNotLoaded
 ) -> tuple[Plan, Part]:
     """Build with one profile in place of two: such a plan of TensorRT 8.6 may not load (NVIDIA/TensorRT#2977).
 
@@ -145,14 +219,17 @@ def _with_one_profile(
         raise failure
     log.warning("%s Building again with one optimization profile ...", failure)
     part = dataclasses.replace(part, profiles=one_profile(part.profiles))
-    return _build_once(part, options, cache), part
+    built = _build_once(part, options, cache, state)
+    state.one_profile = True
+    return built, part
 
 
-def _build_once(part: Part, options: BuildOptions, cache: Path | None) -> Plan:
-    known = cache.read_bytes() if cache and cache.is_file() else None
+def _build_once(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> Plan:
+    known = state.timing_cache or (cache.read_bytes() if cache and cache.is_file() else None)
     options = dataclasses.replace(options, profiles=part.profiles)
     with explained("Building the engine"):
         built = build(part.graph.SerializeToString(), options, known)
+    state.timing_cache = built.timing_cache or state.timing_cache
     if cache and built.timing_cache:
         with replace_when_whole(cache) as temporary:
             temporary.write_bytes(built.timing_cache)

@@ -136,6 +136,7 @@ class Part:
         census: of `graph`.
         fp32_weight_bytes: what its weights would be in FP32.
         unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
+        optional: whether the engine that this belongs to may be built without it.
     """
 
     graph: onnx.ModelProto
@@ -147,19 +148,26 @@ class Part:
     census: Census
     fp32_weight_bytes: int
     unrolled: tuple[Part, ...] = ()
+    optional: bool = False
 
-    def with_unrolled(self, steps: Sequence[int]) -> Part:
-        """Return this part with one more for each number of tokens; itself where it reads no tokens."""
+    def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> Part:
+        """Return this part with one more for each number of tokens; itself where it reads no tokens.
+
+        Args:
+            steps: numbers of tokens.
+            optional: of the parts that are added.
+        """
         if not steps or self.manifest.part not in ("whole", "query"):
             return self
-        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count) for count in steps))
+        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count, optional) for count in steps))
 
-    def _unrolled(self, steps: int) -> Part:
+    def _unrolled(self, steps: int, optional: bool) -> Part:
         return dataclasses.replace(
             self,
             graph=unrolled(self.graph, steps),
             engine=unrolled_path(self.engine, steps),
             profiles=[exactly(profile, steps) for profile in self.profiles],
+            optional=optional,
         )
 
 

@@ -106,6 +106,8 @@ class Network:
         self._events: list[int] = []
         # Rows that were answered since the plan was opened.
         self.rows_answered = 0
+        # Tokens up to which another plan answers in place of this one.
+        self.answers_above = 0
         self.closed = False
         self.turn = threading.Lock()
         keep_from_children(self)
@@ -117,7 +119,7 @@ class Network:
             self.close()
             with cuda.current():
                 free, total = cuda.memory()
-            raise DeviceError(
+            raise DeviceMemoryError(
                 f"The GPU has not enough memory for {path.name} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
                 f"free): {str(error).rstrip('.')}; end what else uses it, or build for fewer queries (--batch)."
             ) from error
@@ -470,9 +472,9 @@ class Network:
             self.forget_programs()
             # A plan for queries of one length has no loop.
             looping = self.query_length[0] < self.query_length[2]
-            short = plans.unrolled_steps(self.sidecar.content)
             hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
-            hint = f" It answers only queries of more than {short[-1]} tokens." if looping and short else hint
+            if looping and self.answers_above:
+                hint = f" It answers only queries of more than {self.answers_above} tokens."
             log.warning(
                 "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
                 self.path.name,

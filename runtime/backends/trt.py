@@ -101,12 +101,18 @@ def open_engine(
     beside = [(path, sidecar)]
     if part == "query":
         beside.append(video_part(path, sidecar))
-    beside += unrolled_parts(path, sidecar)
+    shorter = unrolled_parts(path, sidecar)
     networks = []
     try:
         for plan, about in beside:
             cuda, library = _ready(plan, about, cuda, library)
             networks.append(Network(library, cuda, plan, about))
+        for plan, about in shorter:
+            cuda, library = _ready(plan, about, cuda, library)
+            try:
+                networks.append(Network(library, cuda, plan, about))
+            except DeviceMemoryError as error:
+                log.warning("%s %s", error, _without(plan, path))
     except BaseException:
         for network in networks:
             network.close()
@@ -151,16 +157,30 @@ def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     return plan, found
 
 
+def _without(shorter: Path, path: Path) -> str:
+    """Return what it costs to run an engine without one of its plans for short queries, as a sentence."""
+    tokens = "".join(f" of at most {steps} tokens" for steps in plans.unrolled_steps({"unrolled": [shorter.name]}))
+    return (
+        f"{path.name} runs without {shorter.name}: queries{tokens} are answered by a plan for longer ones, which takes "
+        "more time for each."
+    )
+
+
 def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
-    """The plans for short queries that were built with a plan, by the names and hashes that its sidecar has."""
+    """Return the plans for short queries that were built with a plan, by the names and hashes that its sidecar has.
+
+    A plan that is not there, or has no sidecar, is a warning: a longer plan gives the same answers.
+
+    Raises:
+        ModelFileError: a plan is not the one that was built with it, or its sidecar is damaged.
+    """
     found = []
     for name, digest in sidecar.content.get("unrolled", {}).items():
         plan = path.with_name(Path(name).name)
-        if not plan.is_file():
-            raise ModelFileError(
-                f"{path} was built with {plan.name}, which answers short queries, and that is not beside it; copy it "
-                "there."
-            )
+        missing = next((file for file in (plan, path_beside(plan)) if not file.is_file()), None)
+        if missing:
+            log.warning("%s is missing. %s Copy it there.", missing, _without(plan, path))
+            continue
         about = read_sidecar(plan)
         if about.content["sha256"][plan.name] != digest or about.manifest.part != sidecar.manifest.part:
             raise ModelFileError(
@@ -338,6 +358,7 @@ class _Grounding(_Model):
         self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
         # Those that answer; `only` limits them.
         self._by_length = self._plans
+        networks[0].answers_above = max((network.query_length[2] for network in shorter), default=0)
 
     def plan_uses(self) -> list[PlanUse]:
         """Return what each plan that answers queries was used for, the plan for the shortest queries first."""

@@ -620,7 +620,6 @@ def test_a_default_that_cannot_be_written_out_leaves_the_loop(
 def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int
 ) -> None:
-    record_quantiles(model, [4, 6])
     good = engines.build
 
     def build(*arguments: Any) -> Plan:
@@ -631,12 +630,86 @@ def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
     monkeypatch.setattr("export.engines.build", build)
     with pytest.raises(type(error)) as caught:
-        build_engine(model, target="tensorrt", query_length=(1, 8, 12))
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(4, 6))
     assert len(built_tokens) == number
     # Only a plan for short queries can be left out.
     assert ("--unroll 0" in str(caught.value)) == (isinstance(error, ModelFileError) and number < 2)
     after = {path.name: path.read_bytes() for path in model.parent.iterdir() if not path.name.startswith(".")}
     assert after == before
+
+
+@pytest.mark.parametrize("error", [BuildFailed("No."), PlanNotLoaded("No."), DeviceError("No.")])
+@pytest.mark.parametrize("failing", [(4,), (6,), (4, 6)])
+@pytest.mark.parametrize("split", [False, True])
+def test_default_plan_that_does_not_build_is_left_out(
+    model: Path,
+    planted: Path,
+    built_tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: GroundingError,
+    failing: tuple[int, ...],
+    split: bool,
+) -> None:
+    record_quantiles(model, [4, 6])
+
+    def build(graph: bytes, *_: Any) -> Plan:
+        tokens = [value for value in onnx.load_from_string(graph).graph.input if value.name == "query_tokens"]
+        if tokens and tokens[0].type.tensor_type.shape.dim[1].dim_value in failing:
+            raise error
+        return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
+
+    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.profiles._data_quantiles", lambda *_: None)
+    asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "split": split}
+    output = build_engine(model, data=planted, limit=3, threads=1, **asked)
+    left = [steps for steps in (4, 6) if steps not in failing]
+    assert plans.unrolled_steps(read_sidecar(output).content) == left
+    for steps in (4, 6):
+        plan = output.with_name(f"{output.stem}.{steps}.engine")
+        assert plan.is_file() == (steps in left)
+        warnings = [record.getMessage() for record in caplog.records if plan.name in record.getMessage()]
+        assert bool(warnings) == (steps in failing)
+        assert all("No." in warning for warning in warnings)
+    # The same command builds the same again.
+    command = json.loads(model.with_name("drn.fp16.parity.json").read_text())["command"]
+    assert f"--unroll {' '.join(map(str, left or [0]))}" in command
+    assert read_sidecar(output).content["options"]["changes"]
+    if error.code == "build_failed":
+        with pytest.raises(BuildFailed):
+            build_engine(model, unroll=(4, 6), **asked)
+
+
+def test_plans_of_one_build_share_kernel_times_and_profiles(
+    model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[bytes | None] = []
+
+    def build(graph: bytes, options: BuildOptions, known: bytes | None) -> Plan:
+        tensorrt.append(options)
+        seen.append(known)
+        if len(options.profiles) > 1:
+            raise PlanNotLoaded("tensorrt 8.6.1 cannot load the plan that it built: missing offset in id2offset.")
+        times = b"%d" % len(seen)
+        return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), times)
+
+    monkeypatch.setattr("export.engines.build", build)
+    asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (4, 6)}
+    output = build_engine(model, split=True, **asked)
+    # The video part has one profile. Of the others the first alone is built with two.
+    assert [len(options.profiles) for options in tensorrt] == [1, 2, 1, 1, 1]
+    assert seen == [None, b"1", b"1", b"3", b"4"]
+    for name in ("drn.fp16.query.4.engine", "drn.fp16.query.6.engine", output.name):
+        options = read_sidecar(output.with_name(name)).content["options"]
+        assert options["profiles"] == 1
+        assert any("--profiles 1" in change for change in options["changes"])
+    # A file of an earlier build comes first.
+    cache = tmp_path / "times.cache"
+    cache.write_bytes(b"earlier")
+    seen.clear()
+    build_engine(model, profiles=1, timing_cache=cache, **asked)
+    assert seen == [b"earlier", b"1", b"2"]
+    assert cache.read_bytes() == b"3"
 
 
 @pytest.mark.parametrize(("wide", "kept"), [(0, "drn.fp16.6.rejected"), (1, "drn.fp16.rejected")])
@@ -697,13 +770,12 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     _write_engine(shorter, b"short", content)
     _write_engine(main, b"long", {**content, "unrolled": {shorter.name: sha256(shorter)}})
     layers_path(shorter).write_bytes(b"layers")
-    parts: Any = [SimpleNamespace(engine=main, unrolled=(SimpleNamespace(engine=shorter),))]
     written: list[Any] = []
     court: Any = SimpleNamespace(
         judge_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
     )
     with pytest.raises(PromiseBroken, match="the engine's kernels lose it"):
-        _proven_engine(SimpleNamespace(), court, SimpleNamespace(manifest=manifest), parts)  # type: ignore[arg-type]
+        _proven_engine(court, SimpleNamespace(manifest=manifest), [shorter, main])  # type: ignore[arg-type]
     assert written[0].model.path == tmp_path / "drn.fp16.rejected.engine"
     assert not main.exists()
     assert not shorter.exists()

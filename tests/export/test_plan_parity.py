@@ -180,14 +180,13 @@ def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: 
     graph = onnx.load(case.model)
     job: Any = SimpleNamespace(output=engine, precision="fp32", beside=lambda name: case.directory / name)
     court = Court(job, engine, case.model, graph, case.data_set, case.annotations, "test", 0.2, "again", 1)
-    short = SimpleNamespace(engine=engine.with_name(f"drn.fp32.{longest}.engine"))
-    parts: Any = [SimpleNamespace(engine=engine, unrolled=(short,))]
+    short = engine.with_name(f"drn.fp32.{longest}.engine")
     made: Any = SimpleNamespace(manifest=manifest_of(graph))
     monkeypatch.setattr(Court, "write_reports", lambda *_: None)
     with pytest.raises(PromiseBroken):
-        _proven_engine(job, court, made, parts)
+        _proven_engine(court, made, [short, engine])
     assert not engine.exists()
-    assert not short.engine.exists()
+    assert not short.exists()
 
 
 def test_only_limits_queries_to_one_plan(case: Case) -> None:
