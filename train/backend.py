@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from runtime.backends import Device
 from runtime.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from runtime.manifest import Manifest
 from runtime.tensors import Batch, Heads
-from train.checkpoints import check, checkpoint_of, read, source_hash
+from train.checkpoints import checkpoint_of, opened
 from train.model import DRN
 
 
@@ -75,14 +75,11 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
     target = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    # The file is hashed while the network is made of it, which takes longer.
-    with ThreadPoolExecutor(2) as beside:
-        content = read(path)
-        sources, checked = beside.submit(source_hash, path), beside.submit(check, path, content)
+    with opened(path) as (content, file_sha256):
         checkpoint = checkpoint_of(content, path)
-        model = checkpoint.model().to(target)
-        checked.result()
-    return TorchBackend(model, checkpoint.manifest(sources=sources.result()))
+        model = checkpoint.model(copy=False).to(target)
+        manifest = checkpoint.manifest(sources={Path(path).name: file_sha256()})
+    return TorchBackend(model, manifest)
 
 
 def torch_device(device: str) -> torch.device:

@@ -31,6 +31,7 @@ from train.backend import TorchBackend
 from train.checkpoints import (
     RESUME_FORMAT,
     Checkpoint,
+    check,
     check_weights,
     load,
     load_checkpoint,
@@ -233,7 +234,7 @@ class Run:
             for name in ("best.pt", "last.pt"):
                 path = self._directory(stage) / name
                 if path.is_file():
-                    load(path)
+                    check(path)
         # Before an epoch is computed that could not be added to it.
         self._history()
 

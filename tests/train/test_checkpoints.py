@@ -87,6 +87,33 @@ def test_network_of_a_checkpoint_answers_as_the_one_that_was_saved(
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_network_has_weights_of_its_own_unless_they_are_shared(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    before = checkpoint.weights["prop_fc.bias"].clone()
+    with torch.no_grad():
+        checkpoint.model().prop_fc.bias += 1
+        assert torch.equal(checkpoint.weights["prop_fc.bias"], before)
+        checkpoint.model(copy=False).prop_fc.bias += 1
+    assert torch.equal(checkpoint.weights["prop_fc.bias"], before + 1)
+
+
+def test_network_of_half_precision_weights_computes_in_float32(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in checkpoint.weights.items()
+    }
+    model = dataclasses.replace(checkpoint, weights=weights).model(copy=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_making_a_network_draws_no_random_numbers(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    before = torch.get_rng_state()
+    checkpoint.model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with raises(CheckpointError, "missing_file", tmp_path / "absent.pt"):
         load_checkpoint(tmp_path / "absent.pt")

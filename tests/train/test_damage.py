@@ -13,9 +13,11 @@ torch = pytest.importorskip("torch", reason="checkpoints are torch files")
 
 from runtime.errors import CheckpointError  # noqa: E402
 from tests.damage import count_refused, flip  # noqa: E402
+from train import checkpoints  # noqa: E402
 from train.__main__ import train  # noqa: E402
+from train.backend import open_checkpoint  # noqa: E402
 from train.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
-from train.checkpoints import content_digest, load, load_checkpoint  # noqa: E402
+from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def run(short_run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["drn.pt", "stage1/best.pt", "stage2/last.pt"])
 def test_checkpoints_of_a_run(run: Path, name: str) -> None:
     path = run / name
-    assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError) > 30
+    assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError) == 40
 
 
 def test_checkpoint_of_c3d(tmp_path: Path) -> None:
@@ -34,7 +36,53 @@ def test_checkpoint_of_c3d(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = C3D(C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8), (0.0, 0.0, 0.0))
     save_c3d(path, C3DCheckpoint(model.config, model.mean, model.state_dict(), {}))
-    assert count_refused(path, lambda: content_digest(load_c3d(path).weights).encode(), CheckpointError) > 20
+    assert count_refused(path, lambda: content_digest(load_c3d(path).weights).encode(), CheckpointError) == 40
+
+
+@pytest.mark.parametrize("part", ["digits", "length", "directory"])
+def test_flips_at_the_end_of_a_file(run: Path, part: str) -> None:
+    whole = (run / "drn.pt").read_bytes()
+    position = {"digits": len(whole) - 1, "length": len(whole) - 77, "directory": whole.rindex(b"PK\1\2") + 16}[part]
+    (run / "drn.pt").write_bytes(flip(whole, 8 * position))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(run / "drn.pt")
+
+
+def test_a_checkpoint_is_hashed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SHA-256 that the manifest records is the one that is compared."""
+    sources = source_hash(run / "drn.pt")
+    for name in ("content_digest", "check_records", "source_hash"):
+        monkeypatch.setattr(checkpoints, name, pytest.fail)
+    assert open_checkpoint(run / "drn.pt", "cpu").manifest.sources == sources
+    assert load_checkpoint(run / "drn.pt").weights
+    load(run / "stage1" / "last.pt")
+
+
+def test_files_that_are_not_needed_yet_are_only_hashed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "read", pytest.fail)
+    checkpoints.check(run / "stage2" / "last.pt")
+
+
+def test_weights_that_another_tool_changed(run: Path) -> None:
+    content = torch.load(run / "drn.pt", weights_only=True)
+    torch.save(content, run / "copied.pt")
+    load_checkpoint(run / "copied.pt")
+    content["weights"]["prop_fc.weight"][0] += 1
+    torch.save(content, run / "edited.pt")
+    for read in (load_checkpoint, checkpoints.check, lambda path: open_checkpoint(path, "cpu")):
+        with pytest.raises(CheckpointError) as caught:
+            read(run / "edited.pt")
+        assert caught.value.code == "digest_mismatch"
+
+
+def test_damage_is_named_before_what_it_does_to_numbers(run: Path) -> None:
+    whole = (run / "drn.pt").read_bytes()
+    weights = torch.load(run / "drn.pt", weights_only=True)["weights"]["prop_fc.weight"].numpy()
+    begin = whole.index(weights.tobytes())
+    (run / "drn.pt").write_bytes(whole[:begin] + np.float32(np.nan).tobytes() + whole[begin + 4 :])
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(run / "drn.pt")
+    assert caught.value.code == "digest_mismatch"
 
 
 def test_weights_in_a_file_without_crcs(run: Path) -> None:
