@@ -25,10 +25,10 @@ from runtime.extraction import (
     read_note,
 )
 from runtime.extractors import open_extractor
-from runtime.files import check_writable, locked, read_json, write_json
+from runtime.files import check_writable, locked, merges_names, read_json, write_json
 from runtime.footage import check_one_file, look
 from runtime.layouts.charades import DURATIONS, FRAMES
-from runtime.layouts.values import MAX_NAME_BYTES, file_stem, is_file_name
+from runtime.layouts.values import MAX_NAME_BYTES, file_stem, folded, is_file_name
 from runtime.videos import ClipClock
 
 log = logging.getLogger("drn")
@@ -135,6 +135,7 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
 
     The code is `invalid_video_name`, or `ambiguous_video_name` where the features of two videos would be one file.
     """
+    fold = folded if merges_names(output) else str
     called: dict[str, Path] = {}
     for path in videos:
         if not is_file_name(path.stem) or _CONTROLS.search(path.stem):
@@ -143,15 +144,15 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
                 f"{MAX_NAME_BYTES} bytes of UTF-8 before the ending, and no control character or line break.",
                 code="invalid_video_name",
             )
-        stem = file_stem(path.stem)
+        stem = fold(file_stem(path.stem))
         if stem in called:
             raise FootageError(
-                f"{called[stem]} and {path} would both be called {excerpt(stem)}; rename one of them.",
+                f"{called[stem]} and {path} would both be called {excerpt(stem)} in {output}; rename one of them.",
                 code="ambiguous_video_name",
             )
         called[stem] = path
     for name in _table(output / DURATIONS):
-        same = called.get(file_stem(name))
+        same = called.get(fold(file_stem(name)))
         if same is not None and same.stem != name:
             raise FootageError(
                 f"{output} holds a video called {excerpt(name)}, from which {excerpt(same.stem)} could not be "

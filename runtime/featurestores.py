@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from runtime.arrayfiles import read_header
 from runtime.errors import FeatureError, MissingFeatures, excerpt
 from runtime.files import check_directory, check_file, content_stamp, file_stamp
 from runtime.hdf5 import Hdf5Reader
-from runtime.layouts.values import file_stem, is_file_name
+from runtime.layouts.values import by_fold, file_stem, is_file_name, near_name
 from runtime.videos import load_features
 
 SUFFIXES = (".pt", ".npy", ".npz")
@@ -71,8 +72,14 @@ class FeatureFiles:
                     check_file(path, "The feature file", FeatureError)
         raise MissingFeatures(
             f"There are no features of {excerpt(video)}: {self.place / video}{SUFFIXES[0]} (or "
-            f"{', '.join(SUFFIXES[1:])}) is missing."
+            f"{', '.join(SUFFIXES[1:])}) is missing." + near_name(self._names, *_spellings(video))
         )
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """Names of the files, without their suffix, for `near_name`: listed once, when a video is missing."""
+        paths = (Path(name) for name in os.listdir(self.place))
+        return by_fold(path.stem for path in paths if path.suffix in SUFFIXES)
 
     def load(self, video: str) -> np.ndarray:
         return load_features(self.path(video))

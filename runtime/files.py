@@ -15,6 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -577,6 +578,27 @@ def sha256(path: str | os.PathLike[str]) -> str:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def merges_names(directory: str | os.PathLike[str]) -> bool:
+    """Return whether names that differ in case or Unicode normalization are one file, as on most of macOS and Windows.
+
+    Args:
+        directory: on the file system in question; it need not exist yet. A temporary file is written there.
+    """
+    there = Path(directory).absolute()
+    while not there.is_dir() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".drn-\u00e9-") as probe:
+            path = Path(probe.name)
+            return any(
+                path.with_name(other).exists()
+                for other in (path.name.replace("drn", "DRN"), unicodedata.normalize("NFD", path.name))
+            )
+    except (OSError, UnicodeEncodeError):
+        # Whatever is then written there is refused with the reason.
+        return False
 
 
 def content_stamp(path: str | os.PathLike[str]) -> tuple[int, int, str]:

@@ -23,6 +23,7 @@ import numpy as np
 from runtime.arrayfiles import check_unfolded
 from runtime.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, excerpt, one_line, reading
 from runtime.files import check_file, file_stamp
+from runtime.layouts.values import by_fold, near_name
 
 # In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
 DATASET = "c3d_features"
@@ -187,6 +188,7 @@ class Hdf5File:
     def __init__(self, path: str) -> None:
         self._path = path
         self._root: Any = None
+        self._names: dict[str, str] = {}
 
     def answer(self, names: list[str], values: bool) -> tuple[dict[str, Any], np.ndarray | None]:
         """Return what is known of a dataset and, if asked for, its values; see `Hdf5Reader`."""
@@ -194,7 +196,12 @@ class Hdf5File:
 
         with reading(self._path, "an HDF5 file of clip features", FeatureError, "copy or download it again"):
             self._root = self._root or h5py.File(self._path, "r")
-            dataset = _dataset(self._root, self._path, names)
+            try:
+                dataset = _dataset(self._root, self._path, names)
+            except MissingFeatures as error:
+                # Listed once: a corpus may lack many videos.
+                self._names = self._names or by_fold(self._root)
+                raise MissingFeatures(str(error) + near_name(self._names, *names)) from error
             reply = {"name": dataset.name, "dtype": dataset.dtype.str, "shape": list(dataset.shape)}
             if not values:
                 return reply, None

@@ -21,6 +21,7 @@ from runtime.encodings import EncodedVideo, EncodedWindows
 from runtime.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
 from runtime.files import json_digest, read_json, replace_when_whole, sha256, write_json
 from runtime.grounder import Grounder, Subject
+from runtime.layouts.values import by_fold, near_name
 from runtime.videos import ClipClock, Video
 from runtime.warming import warm_usual
 from runtime.windows import windows_asked
@@ -241,6 +242,7 @@ class Worker:
                 subject = self._subject(next(found), len(asked))
             else:
                 subject = f"There is no video {excerpt(asked.video.name)} in {self.job.features}; check the name."
+                subject += near_name(self._names, asked.video.name)
             group.append((asked, subject))
             pairs, waiting = pairs + len(asked), waiting + _bytes(subject)
             if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MOST_WAITING_BYTES:
@@ -248,6 +250,11 @@ class Worker:
                 group, pairs, waiting = [], 0, 0
         if group:
             yield group
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """Names of the videos of the corpus, for `near_name`."""
+        return by_fold(video.name for video in self._source.listing())
 
     @property
     def _clock(self) -> ClipClock:

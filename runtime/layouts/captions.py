@@ -10,7 +10,7 @@ from typing import Any
 from runtime.errors import AnnotationError, excerpt
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
-from runtime.layouts.values import SPLITS, Videos, is_number, sentence_of
+from runtime.layouts.values import SPLITS, Videos, by_fold, is_number, near_name, sentence_of
 from runtime.presets import Preset
 
 # Video to what is said of it.
@@ -107,7 +107,8 @@ class Captions:
     def check_known(self, video: str, place: str) -> None:
         if video not in self.durations:
             files = ", ".join(f"{split}.json" for split in self._splits)
-            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.")
+            near = near_name(by_fold(self.durations), video)
+            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}")
 
     def _entries(self, split: str) -> Entries:
         if split not in self._splits:

@@ -10,7 +10,7 @@ from typing import Any
 from runtime.errors import AnnotationError, excerpt
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row
-from runtime.layouts.values import check_distinct_names, check_video_name
+from runtime.layouts.values import by_fold, check_distinct_names, check_video_name, near_name
 from runtime.presets import PRESETS
 from runtime.textfiles import read_lines
 
@@ -80,7 +80,8 @@ class CharadesSTA:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
             if video not in table:
                 raise AnnotationError(
-                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name.",
+                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name."
+                    + near_name(by_fold(table), video),
                     code="unlisted_video",
                 )
 

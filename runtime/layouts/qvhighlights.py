@@ -14,7 +14,7 @@ from typing import Any
 from runtime.errors import AnnotationError, excerpt, reading
 from runtime.files import read_json
 from runtime.layouts.form import Annotation, Row, Times
-from runtime.layouts.values import SPLITS, Videos, is_number, sentence_of
+from runtime.layouts.values import SPLITS, Videos, by_fold, is_number, near_name, sentence_of
 from runtime.presets import PRESETS, Preset
 from runtime.textfiles import parse_json, read_lines
 from runtime.videos import MOST_FRAMES
@@ -92,7 +92,8 @@ class QVHighlights:
     def check_known(self, video: str, place: str) -> None:
         if video not in self.durations:
             files = ", ".join(self.path(split).name for split in self._splits)
-            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.")
+            near = near_name(by_fold(self.durations), video)
+            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}")
 
 
 def _names(split: str) -> tuple[str, str]:

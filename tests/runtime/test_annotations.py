@@ -292,3 +292,11 @@ def test_published_annotations_are_in_plausible_units(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     for video in data_set.num_frames.keys() & data_set.durations.keys():
         check_frame_rate(video, data_set.num_frames[video], data_set.durations[video])
+
+
+def test_unknown_videos_name_one_that_differs_in_form(directory: Path) -> None:
+    table = json.loads((directory / "Charades_duration.json").read_text())
+    known = next(iter(table))
+    with pytest.raises(AnnotationError) as refused:
+        DataSet(directory).video(known.lower())
+    assert repr(known) in str(refused.value)

@@ -301,6 +301,28 @@ def test_next_command_of_extract_runs(
     assert name in outcome.out
 
 
+@pytest.mark.parametrize("names", [("hall", "Hall"), ("vid\u00e9o", "vide\u0301o")])
+def test_names_that_the_file_system_merges_are_refused(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    first, second = (film(tmp_path / f"{name}.mkv", frames) for name, frames in zip(names, (40, 48), strict=True))
+    module = importlib.import_module("runtime.extract")
+    monkeypatch.setattr(module, "merges_names", lambda directory: True)
+    with pytest.raises(FootageError) as refusal:
+        extract((first, second), tiny, tmp_path / "data")
+    assert refusal.value.code == "ambiguous_video_name"
+    assert not (tmp_path / "data").exists()
+    extract((first,), tiny, tmp_path / "data")
+    before = tree(tmp_path / "data")
+    with pytest.raises(FootageError) as refusal:
+        extract((second,), tiny, tmp_path / "data")
+    assert refusal.value.code == "ambiguous_video_name"
+    assert tree(tmp_path / "data") == before
+    monkeypatch.setattr(module, "merges_names", lambda directory: False)
+    extract((second,), tiny, tmp_path / "data")
+    assert len(list((tmp_path / "data").rglob("*.npy"))) == 2
+
+
 @pytest.mark.parametrize("first", ["good.avi.mkv", "good.mkv"])
 def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, runs: list[int], first: str) -> None:
     videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))

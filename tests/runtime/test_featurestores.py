@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from runtime.annotations import DataSet
-from runtime.errors import DeviceError, FeatureError
+from runtime.errors import DeviceError, FeatureError, MissingFeatures, excerpt
 from runtime.featurestores import FeatureArchive, FeatureFiles, open_store
 from runtime.videos import ClipClock, load_features
 
@@ -297,3 +297,26 @@ def test_an_archive_is_read_by_threads_and_forked_processes(published: Path) -> 
         for features in processes.map(store.load, ["v_a"] * 4):
             np.testing.assert_array_equal(features, expected)
     np.testing.assert_array_equal(store.load("v_a"), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("Vid\u00e9o1", "Vide\u0301o1"), ("Vide\u0301o1", "Vid\u00e9o1.mp4"), ("v_ABC", "v_abc")]
+)
+@pytest.mark.parametrize("archive", [False, True])
+def test_missing_features_name_one_that_differs_in_form(tmp_path: Path, stored: str, asked: str, archive: bool) -> None:
+    store: FeatureFiles | FeatureArchive
+    if archive:
+        with h5py.File(tmp_path / "features.h5", "w") as file:
+            file[stored] = CLIPS
+        store = FeatureArchive(tmp_path / "features.h5")
+    else:
+        np.save(tmp_path / f"{stored}.npy", CLIPS)
+        store = FeatureFiles(tmp_path)
+    np.testing.assert_array_equal(store.load(stored), CLIPS)
+    for _ in range(2):
+        with pytest.raises(MissingFeatures) as refused:
+            store.load(asked)
+        assert excerpt(stored) in str(refused.value).split("; rename")[0].rpartition(".")[2]
+    with pytest.raises(MissingFeatures) as refused:
+        store.load("other")
+    assert stored not in str(refused.value)

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from runtime.files import (
     check_writable,
     content_names,
     locked,
+    merges_names,
     read_json,
     remove_strays,
     replace_when_whole,
@@ -42,6 +44,7 @@ from runtime.files import (
 )
 from runtime.footage import look
 from runtime.interrupts import Interrupted, handled
+from runtime.layouts.values import folded
 from runtime.videos import load_features
 from train.checkpoints import load_checkpoint
 
@@ -625,3 +628,17 @@ def test_directory_that_another_process_removes_meanwhile_is_created_again(
     files.write_text(tmp_path / "run" / "a.txt", "whole")
     assert (tmp_path / "run" / "a.txt").read_text() == "whole"
     assert not removals
+
+
+def test_file_systems_that_merge_names_are_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file systems of Linux distinguish them; that of macOS is emulated."""
+    assert not merges_names(tmp_path)
+    assert not merges_names(tmp_path / "new" / "directory")
+    assert list(tmp_path.iterdir()) == []
+    for merged in (folded, lambda name: unicodedata.normalize("NFC", name)):
+        monkeypatch.setattr(
+            Path,
+            "exists",
+            lambda path, merged=merged: merged(path.name) in {merged(other) for other in os.listdir(path.parent)},
+        )
+        assert merges_names(tmp_path)
