@@ -11,9 +11,9 @@ import math
 import numpy as np
 import torch
 
-from runtime.videos import Video
+from runtime.core.video import Video
 from train.checkpoints import Checkpoint
-from train.model import DRN, locations
+from train.network.model import DRN, locations
 
 
 class EagerBaseline:
@@ -54,7 +54,7 @@ class EagerBaseline:
 
 
 def soft_nms(rows: list[list[float]], count: int = 6) -> list[tuple[float, float, float]]:
-    """Suppress over plain lists, as the published code does; see `runtime.decoding.soft_nms` for the rule."""
+    """Suppress over plain lists, as the published code does; see `runtime.core.decoding.soft_nms` for the rule."""
     rows = sorted(rows, key=lambda row: -row[2])
     picked: list[tuple[float, float, float]] = []
     while rows and len(picked) < count:

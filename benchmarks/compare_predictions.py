@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from runtime.command import command
-from runtime.errors import GroundingError, PromiseBroken
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError, PromiseBroken
 
 
 def compare(

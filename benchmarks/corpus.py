@@ -18,26 +18,27 @@ import ray
 from tqdm import tqdm
 
 from benchmarks.cpu import environment, multiply_adds
-from export.split import pair_paths, split_graph, write_pair
+from calib.graph.split_model import pair_paths, split_graph, write_pair
 from export.to_onnx import export_model
 from runtime import Vocabulary
-from runtime.command import command
-from runtime.corpus.cluster import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray
-from runtime.corpus.plan import Settings, Shard, plan
-from runtime.corpus.questions import Question, read_questions
-from runtime.corpus.shards import Job, Worker
-from runtime.corpus.sources import open_source
-from runtime.decoding import Decoding
-from runtime.files import check_writable, json_digest, write_json
-from runtime.manifest import Features, Manifest
-from runtime.tensors import Heads
-from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
-from train.loop import fresh_model
-from train.model import DRNConfig
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.batch import Heads
+from runtime.core.cli import command
+from runtime.core.decoding import Decoding
+from runtime.core.io.files import check_writable, json_digest, write_json
+from runtime.corpus.feature_sources import open_source
+from runtime.corpus.queries import Question, read_questions
+from runtime.corpus.ray_runner import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray
+from runtime.corpus.sharding import Settings, Shard, plan
+from runtime.corpus.worker import Job, Worker
+from train.network.c3d import CROP, STRIDE, WINDOW, C3DConfig
+from train.network.model import DRNConfig
+from train.training.trainer import fresh_model
 
 WORDS, QUERY_LENGTH, CLIPS, SECONDS = 1301, 7, 110, 30.0
 FRAMES_A_SECOND = 30
-# The shape of what C3D's convolutions see, in frames and in 112 x 112 pixels halved so many times; see `train.c3d`.
+# The shape of what C3D's convolutions see, in frames and in 112 x 112 pixels halved so many times; see
+# `train.network.c3d`.
 SEEN = ((1, 1), (1, 2), (2, 4), (2, 4), (4, 8), (4, 8), (8, 16), (8, 16))
 
 

@@ -22,18 +22,18 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.baseline import EagerBaseline
-from export.split import pair_paths
+from calib.graph.split_model import pair_paths
 from export.to_onnx import OLDEST_OPSET
 from runtime import EncodedVideo, Grounder, Video, Vocabulary
-from runtime.command import command
-from runtime.errors import GroundingError
-from runtime.files import write_json
-from runtime.tensors import collate, padded
-from runtime.vocabulary import tokenize
+from runtime.core.batch import collate, padded
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import write_json
+from runtime.core.tokenizer import tokenize
 from train.checkpoints import load_checkpoint
-from train.losses import divide, loss_sums
-from train.model import DRNConfig
-from train.stages import RECIPES
+from train.network.losses import divide, loss_sums
+from train.network.model import DRNConfig
+from train.training.recipes import RECIPES
 
 EAGER = "eager PyTorch, list NMS"
 
@@ -264,8 +264,8 @@ def multiply_adds(config: DRNConfig, query_length: float) -> dict[str, float]:
     """Return the multiply-adds for one query that no rewriting saves, by what they depend on.
 
     `video`: prop_fc. `first`: the first convolution over gated features, and `first, prepared` what remains of it
-    (`export.split.prepared_graphs`). `rest`: everything else, for a query of `query_length` words. What positions cost
-    is left out: it is folded to next to nothing, and so is what stands in the gaps between levels.
+    (`calib.graph.split_model.prepared_graphs`). `rest`: everything else, for a query of `query_length` words. What
+    positions cost is left out: it is folded to next to nothing, and so is what stands in the gaps between levels.
     """
     width, segments, pyramid, hidden = config.feature_dim, config.num_segments, config.fpn_dim, config.hidden_dim
     lengths = [segments // stride for stride in config.strides]

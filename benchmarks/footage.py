@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from runtime.command import command
-from runtime.errors import FootageError
-from runtime.footage import Framing, clips, look, pictures
+from runtime.core.cli import command
+from runtime.core.errors import FootageError
+from runtime.media.video_file import Framing, clips, look, pictures
 
 
 def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) -> dict[str, float]:

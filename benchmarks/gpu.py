@@ -24,10 +24,10 @@ from typing import Any
 
 from benchmarks.acceptance.job import ROOT, Job
 from benchmarks.acceptance.steps import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
-from export.builder import cuda_devices
-from runtime import machine
-from runtime.errors import GroundingError
-from runtime.files import check_writable, write_text
+from export.engine.builder import cuda_devices
+from runtime.benchmarking import system_info
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_writable, write_text
 
 log = logging.getLogger("drn")
 
@@ -223,8 +223,8 @@ def _environment(job: Job) -> dict[str, str]:
 
 
 def about_machine(job: Job) -> dict[str, Any]:
-    gpu = machine.gpu() if job.device == "cuda" else None
-    told = f"{machine.cpu_name()}, {machine.cores()} cores"
+    gpu = system_info.gpu() if job.device == "cuda" else None
+    told = f"{system_info.cpu_name()}, {system_info.cores()} cores"
     if gpu:
         told = f"{gpu.name}, driver {gpu.driver}, {told}"
     about: dict[str, Any] = {"told": f"{told},", "versions": _versions(), "gpu": gpu and dataclasses.asdict(gpu)}
@@ -244,7 +244,7 @@ def _versions() -> dict[str, str]:
 
 
 def _name(job: Job) -> str:
-    gpu = machine.gpu() if job.device == "cuda" else None
+    gpu = system_info.gpu() if job.device == "cuda" else None
     name = gpu.name if gpu else job.device
     return f"rehearsal {name}" if job.rehearsal else name
 

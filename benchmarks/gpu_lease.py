@@ -18,9 +18,9 @@ from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.lease import CLOSING_S, START_S, TENSORRT, Limits, schedule
 from benchmarks.acceptance.lease_run import Lease
 from benchmarks.acceptance.packages import check_whole, current_python
-from export.builder import cuda_devices
-from runtime.errors import GroundingError
-from runtime.files import check_writable
+from export.engine.builder import cuda_devices
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_writable
 
 log = logging.getLogger("drn")
 

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from benchmarks.acceptance.job import ROOT
 from benchmarks.acceptance.lease import TENSORRT
 from benchmarks.acceptance.packages import calls, normalized, total_bytes
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 
 log = logging.getLogger("drn")
 

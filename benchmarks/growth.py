@@ -18,18 +18,18 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.cpu import environment, multiply_adds
-from export.split import pair_paths, split_graph, write_pair
+from calib.graph.split_model import pair_paths, split_graph, write_pair
 from export.to_onnx import export_model
 from runtime import EncodedVideo, Grounder, Vocabulary
-from runtime.backends.ort import OnnxRuntimePair
-from runtime.command import command
-from runtime.decoding import Decoding
-from runtime.drawing import check_plots
-from runtime.errors import GroundingError
-from runtime.files import check_writable, replace_when_whole, write_json
-from runtime.manifest import Features, Manifest
-from train.loop import fresh_model
-from train.model import DRNConfig
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.backends.onnxruntime_backend import OnnxRuntimePair
+from runtime.core.cli import command
+from runtime.core.decoding import Decoding
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_writable, replace_when_whole, write_json
+from runtime.grounding.plotting import check_plots
+from train.network.model import DRNConfig
+from train.training.trainer import fresh_model
 
 WORDS, QUERY_LENGTH = 1301, 8
 SEGMENTS, QUERY_LENGTHS, QUERIES = (32, 64, 128, 256), (2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32, 64)

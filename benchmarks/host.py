@@ -17,17 +17,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from export.profiles import VIDEOS, part_profiles, profiles
-from runtime import Grounder, machine
-from runtime.annotations import DataSet
-from runtime.backends.cuda import Cuda
-from runtime.backends.trt import TensorRTPair, open_engine
-from runtime.command import command
-from runtime.decoding import decode, likely
-from runtime.encodings import EncodedVideo
-from runtime.errors import ModelFileError
-from runtime.files import check_writable, write_json
-from runtime.timing import Call, Latency, take_turns, warm_up
+from export.engine.profiles import VIDEOS, part_profiles, profiles
+from runtime import Grounder
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.backends.cuda_driver import Cuda
+from runtime.backends.tensorrt_backend import TensorRTPair, open_engine
+from runtime.benchmarking import system_info
+from runtime.benchmarking.timing import Call, Latency, take_turns, warm_up
+from runtime.core.cli import command
+from runtime.core.decoding import decode, likely
+from runtime.core.errors import ModelFileError
+from runtime.core.io.files import check_writable, write_json
+from runtime.datasets.dataset import DataSet
 from tests.runtime.standin import Driver, Library, write_plan
 
 VERSION = "10.16.1.11"
@@ -79,7 +80,7 @@ def host(
     divided = {name: np.array(found) / (batch if name == many(batch) else 1) for name, found in seconds.items()}
     report = {
         "date": date.today().isoformat(),
-        "machine": machine.cpu_name(),
+        "machine": system_info.cpu_name(),
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "numpy")},
         "likely locations, mean": bench.likely,
         "ms": {name: dataclasses.asdict(Latency.of(list(found))) for name, found in divided.items()},

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import Annotation, DataSet
 from runtime.backends import Device
-from runtime.command import command
-from runtime.decoding import PUBLISHED_COUNT
-from runtime.errors import GroundingError
-from runtime.grounder import Grounder
-from runtime.metrics import IOU_THRESHOLDS, Report, report, table
-from runtime.moments import Moment
-from runtime.videos import ClipClock, Video
+from runtime.core.cli import command
+from runtime.core.decoding import PUBLISHED_COUNT
+from runtime.core.errors import GroundingError
+from runtime.core.metrics import IOU_THRESHOLDS, Report, report, table
+from runtime.core.moments import Moment
+from runtime.core.video import ClipClock, Video
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.grounding.grounder import Grounder
 
 SINGLE = "single videos"
 

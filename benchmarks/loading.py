@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import runtime.backends.ort as onnx_runtime
-from runtime import onnxfile
-from runtime.command import command
-from runtime.errors import GroundingError, ModelFileError
-from runtime.files import sha256
+import runtime.backends.onnxruntime_backend as onnx_runtime
+from runtime.artifacts import onnx_metadata
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError, ModelFileError
+from runtime.core.io.files import sha256
 
 
 class _Unchecked:
@@ -27,8 +27,8 @@ class _Unchecked:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         pass
 
-    def result(self) -> onnxfile.Content:
-        return onnxfile.Content("", (), "", "")
+    def result(self) -> onnx_metadata.Content:
+        return onnx_metadata.Content("", (), "", "")
 
 
 def loading(model: Path, *, repeats: int = 9) -> dict[str, float]:
@@ -79,13 +79,13 @@ def _waits() -> Iterator[list[float]]:
 
         return waited
 
-    result, future = onnxfile.Check.result, concurrent.futures.Future.result
-    onnxfile.Check.result = timed(result)  # type: ignore[method-assign]
+    result, future = onnx_metadata.Check.result, concurrent.futures.Future.result
+    onnx_metadata.Check.result = timed(result)  # type: ignore[method-assign]
     concurrent.futures.Future.result = timed(future)  # type: ignore[method-assign]
     try:
         yield waits
     finally:
-        onnxfile.Check.result, concurrent.futures.Future.result = result, future  # type: ignore[method-assign]
+        onnx_metadata.Check.result, concurrent.futures.Future.result = result, future  # type: ignore[method-assign]
 
 
 def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:

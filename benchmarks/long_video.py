@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends import Device
-from runtime.command import command
-from runtime.errors import ModelFileError
-from runtime.grounder import Grounder
-from runtime.videos import Video
+from runtime.core.cli import command
+from runtime.core.errors import ModelFileError
+from runtime.core.video import Video
+from runtime.grounding.grounder import Grounder
 
 FRAME_RATE = 25
 SEED = 0

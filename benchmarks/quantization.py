@@ -17,21 +17,21 @@ import onnx
 from tqdm import tqdm
 
 from benchmarks.cpu import _cpu_name
-from calib.batches import coverage_table, draw
+from calib.accuracy import table_of
 from calib.calibrate import observe_set
-from calib.graphs import GraphPair, manifest_of, read_graph
-from calib.judge import table_of
-from calib.qdq import quantize
-from calib.ranges import METHODS
-from export.census import census
-from export.parity import Parity, answers, compare, points
-from export.precision import emulated, raise_opset, to_half
-from export.split import split_graph
-from export.twin import OPSETS
-from runtime.annotations import DataSet
-from runtime.command import command
-from runtime.files import write_json
-from runtime.grounder import Grounder
+from calib.calibration_set import coverage_table, draw
+from calib.graph.half_precision import emulated, raise_opset, to_half
+from calib.graph.onnx_graph import GraphPair, manifest_of, read_graph
+from calib.graph.precision_audit import census
+from calib.graph.split_model import split_graph
+from calib.qdq_quantizer import quantize
+from calib.range_estimation import METHODS
+from export.build.reduced_precision import OPSETS
+from export.parity.compare import Parity, answers, compare, points
+from runtime.core.cli import command
+from runtime.core.io.files import write_json
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 
 ROW = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
 

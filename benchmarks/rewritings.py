@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.cpu import environment
-from calib.padding import padding_apart
-from export.graph import Convolution, ExportableDRN
-from export.split import split_graph
+from calib.graph.conv_padding import padding_apart
+from calib.graph.split_model import split_graph
 from export.to_onnx import TOLERANCE, export_model, relative_difference
-from runtime.backends.ort import KEPT_APART
-from runtime.command import command
-from runtime.errors import PromiseBroken
-from runtime.files import write_json
-from runtime.tensors import ENCODED_FEATURES, VIDEO_INDEX
+from export.tracing.exportable_model import Convolution, ExportableDRN
+from runtime.backends.onnxruntime_backend import KEPT_APART
+from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
+from runtime.core.cli import command
+from runtime.core.errors import PromiseBroken
+from runtime.core.io.files import write_json
 from train.checkpoints import load_checkpoint
-from train.model import DRN, DRNConfig, with_duration
+from train.network.model import DRN, DRNConfig, with_duration
 
 LENGTHS = (4, 8, 12)
 EXPORTED, PRODUCT, MILLISECONDS = "as exported", "prop_fc as a matrix product", "as exported, ms each"

@@ -28,12 +28,12 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime import Grounder
-from runtime.annotations import DataSet
-from runtime.command import command
-from runtime.errors import GroundingError, PromiseBroken
-from runtime.files import check_writable, write_json
-from runtime.grounder import BATCH_SIZE
-from runtime.machine import conditions, cores
+from runtime.benchmarking.system_info import conditions, cores
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.io.files import check_writable, write_json
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import BATCH_SIZE
 
 # A moment may differ by so many seconds, and a score by as much, from the one that was asked in another batch.
 CLOSE = 1e-3

@@ -20,20 +20,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_baseline import EagerTraining, Sample
-from runtime.annotations import DataSet
-from runtime.command import command
-from runtime.errors import GroundingError
-from runtime.files import write_json
-from runtime.machine import cpu_name
+from runtime.benchmarking.system_info import cpu_name
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import write_json
+from runtime.datasets.dataset import DataSet
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint
-from train.data import TrainingData, pool
-from train.loop import Learner, Settings, fresh_model
-from train.model import DRN, DRNConfig
-from train.processes import Processes
+from train.network.model import DRN, DRNConfig
 from train.simulate import simulate
-from train.sources import AfterStem, DeviceSource, HostSource, Source, StemSource, open_source
-from train.stages import RECIPES, Stage
+from train.training.batch_sources import AfterStem, DeviceSource, HostSource, Source, StemSource, open_source
+from train.training.dataset import TrainingData, pool
+from train.training.distributed import Processes
+from train.training.recipes import RECIPES, Stage
+from train.training.trainer import Learner, Settings, fresh_model
 
 # Of a loss, relative: sums in another order, over a few steps.
 SAME = 1e-3

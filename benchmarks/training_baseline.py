@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.losses import DISTANCE_RANGES, FOCAL_ALPHA, FOCAL_GAMMA, IOU_TARGET_THRESHOLD
-from train.model import DRN
-from train.stages import Stage
+from train.network.losses import DISTANCE_RANGES, FOCAL_ALPHA, FOCAL_GAMMA, IOU_TARGET_THRESHOLD
+from train.network.model import DRN
+from train.training.recipes import Stage
 
 
 @dataclasses.dataclass(frozen=True)

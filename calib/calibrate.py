@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
-from calib.balance import balanced_name, measure_gains
-from calib.batches import HELD_OUT, SAMPLES, CalibrationSet, check_held_out, coverage_table, draw
+from calib.accuracy import Judge, choose_method, cost_table, table_of
+from calib.calibration_set import HELD_OUT, SAMPLES, CalibrationSet, check_held_out, coverage_table, draw
+from calib.calibration_table import SUFFIX, CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import manifest_of, read_graph
-from calib.judge import Judge, choose_method, cost_table, table_of
-from calib.qdq import Kind, balanced, observed
-from calib.ranges import METHODS, Histogram, Method, observe
-from calib.table import SUFFIX, CalibrationTable
-from runtime.annotations import DataSet
-from runtime.command import command, next_command
-from runtime.errors import OutputError
-from runtime.files import replace_when_whole
-from runtime.grounder import BATCH_SIZE
-from runtime.tensors import Batch
+from calib.graph.channel_equalization import balanced_name, measure_gains
+from calib.graph.onnx_graph import manifest_of, read_graph
+from calib.qdq_quantizer import Kind, balanced, observed
+from calib.range_estimation import METHODS, Histogram, Method, observe
+from runtime.core.batch import Batch
+from runtime.core.cli import command, next_command
+from runtime.core.errors import OutputError
+from runtime.core.io.files import replace_when_whole
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import BATCH_SIZE
 
 if TYPE_CHECKING:
     import onnx

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 
 
 class CalibrationError(GroundingError):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import read_graph
-from calib.plan import Plan
-from calib.qdq import LEAST_SHARE, Kind, Policy, modules, narrow_share
-from calib.qdq import quantize as quantize_model
-from calib.table import CalibrationTable
-from runtime.command import command, next_command
-from runtime.errors import OutputError
-from runtime.files import replace_when_whole
-from runtime.onnxfile import sealed
+from calib.graph.onnx_graph import read_graph
+from calib.qdq_quantizer import LEAST_SHARE, Kind, Policy, modules, narrow_share
+from calib.qdq_quantizer import quantize as quantize_model
+from calib.quantization_plan import Plan
+from runtime.artifacts.onnx_metadata import sealed
+from runtime.core.cli import command, next_command
+from runtime.core.errors import OutputError
+from runtime.core.io.files import replace_when_whole
 
 log = logging.getLogger("drn")
 

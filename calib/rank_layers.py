@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from calib.batches import HELD_OUT, draw, hold_out
+from calib.accuracy import Cost, Judge, cost_table
 from calib.calibrate import measure_table
+from calib.calibration_set import HELD_OUT, draw, hold_out
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import manifest_of, read_graph
-from calib.judge import Cost, Judge, cost_table
-from calib.qdq import Kind, Policy, modules, multiply_adds, quantize, sites
-from calib.table import CalibrationTable
-from runtime.annotations import DataSet
-from runtime.command import command, next_command
-from runtime.errors import excerpt
-from runtime.files import read_json, write_json
+from calib.graph.onnx_graph import manifest_of, read_graph
+from calib.qdq_quantizer import Kind, Policy, modules, multiply_adds, quantize, sites
+from runtime.core.cli import command, next_command
+from runtime.core.errors import excerpt
+from runtime.core.io.files import read_json, write_json
+from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
     import onnx

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.batches import SAMPLES
+from calib.accuracy import Cost, Judge, cost_table
 from calib.calibrate import unproven_name
+from calib.calibration_set import SAMPLES
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import read_graph
-from calib.judge import Cost, Judge, cost_table
-from calib.plan import Plan
-from calib.qdq import Kind, Policy, modules, quantize
+from calib.graph.onnx_graph import read_graph
+from calib.qdq_quantizer import Kind, Policy, modules, quantize
+from calib.quantization_plan import Plan
 from calib.rank_layers import given_table, judge_for, rank, ranked_names
-from calib.table import CalibrationTable
-from runtime.annotations import DataSet
-from runtime.command import command, next_command
-from runtime.errors import PromiseBroken
-from runtime.files import replace_when_whole
+from runtime.core.cli import command, next_command
+from runtime.core.errors import PromiseBroken
+from runtime.core.io.files import replace_when_whole
+from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from runtime import Grounder
-from runtime.annotations import DataSet
+from runtime.datasets.dataset import DataSet
 
 
 def main(model: str, data: str, sentence: str) -> None:

@@ -10,23 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from export.builder import BuildOptions, cuda_devices, runs_here, why_not
-from export.court import Court
-from export.engines import BuildState, build_part, reject
-from export.extractor_engine import PROMISES, build_extractor, extractor_of
-from export.job import Job, check_modules, source_graph
-from export.made import Made, counted_text, cut_parts, read_source, whole_part
-from export.passport import ModelFile
-from export.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
-from export.profiles import profiles as optimization_profiles
-from export.twin import Precision, Wishes, make_twin
-from export.unrolled import lstm_layers
-from runtime.annotations import DataSet
-from runtime.command import command, next_command
-from runtime.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
-from runtime.evaluation import askable_rows
-from runtime.files import Staging, locked
-from runtime.repeats import said_once
+from calib.graph.unroll_lstm import lstm_layers
+from export.build.artifacts import Made, counted_text, cut_parts, read_source, whole_part
+from export.build.build_config import Job, check_modules, source_graph
+from export.build.extractor_engine import PROMISES, build_extractor, extractor_of
+from export.build.parity_check import Court
+from export.build.reduced_precision import Precision, Wishes, make_twin
+from export.engine.builder import BuildOptions, cuda_devices, runs_here, why_not
+from export.engine.engine_writer import BuildState, build_part, reject
+from export.engine.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
+from export.engine.profiles import profiles as optimization_profiles
+from export.parity.html_report import ModelFile
+from runtime.core.cli import command, next_command
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
+from runtime.core.io.files import Staging, locked
+from runtime.core.repeat_filter import said_once
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import askable_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -288,12 +288,12 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
     Raises:
         PromiseBroken: it does not; it is then kept as rejected.
     """
-    from export.census import LEAST_SHARE, check
+    from calib.graph.precision_audit import LEAST_SHARE, check
 
     rejected = job.rejected("onnx")
     attainable = 1.0
     if job.precision in ("int8", "fp8"):
-        from calib.qdq import attainable_share
+        from calib.qdq_quantizer import attainable_share
 
         attainable = attainable_share(court.graph, "fp8" if job.precision == "fp8" else "int8")
     try:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.trt import PlanUse, TensorRTBackend, TensorRTPair
-from runtime.evaluation import Chunk, answers_to
-from runtime.grounder import Grounder
-from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
-from runtime.tensors import Heads
+from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.backends.tensorrt_backend import PlanUse, TensorRTBackend, TensorRTPair
+from runtime.core.batch import Heads
+from runtime.grounding.evaluation import Chunk, answers_to
+from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
-    from export.parity import Budget, Parity
+    from export.parity.compare import Budget, Parity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PlanCheck:
             queries: number of all queries, of which points are percent.
             budget: what may be lost.
         """
-        from export.parity import broken_promises
+        from export.parity.compare import broken_promises
 
         if self.parity is None:
             return []

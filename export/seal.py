@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tyro
 
-from runtime.command import command, next_command
-from runtime.errors import ModelFileError
-from runtime.extractors import description_path, sealed_description
-from runtime.files import replace_when_whole, write_json
-from runtime.onnxfile import MANIFEST_KEYS, read_metadata, seal
+from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, seal
+from runtime.core.cli import command, next_command
+from runtime.core.errors import ModelFileError
+from runtime.core.io.files import replace_when_whole, write_json
+from runtime.media.extractors import description_path, sealed_description
 
 
 def seal_model(model: tyro.conf.Positional[Path], /) -> Path:

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.padding import padding_apart
-from export.split import pair_paths, prepared_graphs, prepared_paths, split_graph, write_pair
-from runtime.command import command, next_command
-from runtime.errors import DeviceError, OutputError, PromiseBroken, ShapeError
-from runtime.files import check_writable, replace_when_whole
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.onnxfile import sealed
-from runtime.tensors import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
+from calib.graph.conv_padding import padding_apart
+from calib.graph.split_model import pair_paths, prepared_graphs, prepared_paths, split_graph, write_pair
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.onnx_metadata import sealed
+from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.core.cli import command, next_command
+from runtime.core.errors import DeviceError, OutputError, PromiseBroken, ShapeError
+from runtime.core.io.files import check_writable, replace_when_whole
 
 if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-    from train.model import DRN, DRNConfig
+    from train.network.model import DRN, DRNConfig
 
 log = logging.getLogger("drn")
 
@@ -90,8 +90,8 @@ def to_onnx(
         import onnx  # noqa: F401 - needed by what is called below
         import onnxruntime
 
-        from train.c3d import is_c3d_file
         from train.checkpoints import load_checkpoint, source_hash
+        from train.network.c3d import is_c3d_file
     except ImportError as error:
         raise DeviceError(
             f"Exporting needs torch, onnx, onnxscript and onnxruntime, and one cannot be imported ({error}); "
@@ -101,7 +101,7 @@ def to_onnx(
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"--output {output} is the checkpoint itself; choose another.")
     if is_c3d_file(checkpoint):
-        from export.extractor import export_extractor
+        from export.tracing.extractor_to_onnx import export_extractor
 
         if split:
             raise ShapeError(f"{checkpoint} is an extractor of clip features, which is not split; leave --split out.")
@@ -157,16 +157,16 @@ def export_model(
     """Return the inference graph of `model` with `manifest` inside.
 
     A node is called `<module>/<operator>`, as `fcos.head.mix_fc/Conv`, where the module is the one of
-    `export.graph.ExportableDRN`; a tensor is called after the node it comes from, and a weight after its module, as
-    `fcos.head.mix_fc.weight`. `drn_modules` turns a node's name into the names of DRN's own modules.
+    `export.tracing.exportable_model.ExportableDRN`; a tensor is called after the node it comes from, and a weight after
+    its module, as `fcos.head.mix_fc.weight`. `drn_modules` turns a node's name into the names of DRN's own modules.
 
     Args:
         model: the network, in any mode, on the CPU; it stays as it is.
         manifest: what the file says of itself.
         opset: of the graph, 17 to 23.
-        graph: what is traced; `export.graph.ExportableDRN` of the model when None.
+        graph: what is traced; `export.tracing.exportable_model.ExportableDRN` of the model when None.
     """
-    from export.graph import ExportableDRN
+    from export.tracing.exportable_model import ExportableDRN
 
     traced = _traced(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
     return finished(
@@ -215,7 +215,7 @@ def check_pair_against_torch(
     """Return the largest differences between a split graph and torch, as `check_against_torch`.
 
     The queries of a batch ask fewer videos than there are queries, some several times, in any order. With `prepare`,
-    those about one video alone go the way of `export.split.prepared_graphs`.
+    those about one video alone go the way of `calib.graph.split_model.prepared_graphs`.
     """
     parts = (video, query, *(prepared_graphs(query) if prepare else ()))
     encoder, asker, *prepared = (open_session(part.SerializeToString()) for part in parts)
@@ -354,22 +354,6 @@ def producer() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: _version(name) for name in ("drn-deploy", "torch", "onnx", "onnxscript")
     }
-
-
-def drn_modules(node: str) -> tuple[str, ...]:
-    """Return the DRN modules (`prop_fc`, `fcos.head.cls_tower`, ...) that the node of this name computes."""
-    module = node.rpartition("/")[0]
-    if module.startswith("fcos.head.towers"):
-        return "fcos.head.cls_tower", "fcos.head.bbox_tower"
-    if module.startswith("fcos.head.predictions"):
-        return "fcos.head.cls_logits", "fcos.head.bbox_pred"
-    if module.startswith("query_encoder.W2"):
-        return "query_encoder.W2", "query_encoder.W1"
-    # Deeper names are parts of one step, as the two directions of the LSTM.
-    found = re.match(
-        r"query_encoder\.\w+|backbone_net\.layers\.\d|fpn\.\w+\.\d|fcos\.head(\.\w+)?|qInput\.\d|\w+", module
-    )
-    return (found[0],) if found else ()
 
 
 def _version(distribution: str) -> str:

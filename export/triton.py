@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from export.profiles import DEFAULT_BATCH
-from export.repository import write
-from export.served import Kind, Serving, models, read_model
-from runtime.command import command, next_command
+from export.engine.profiles import DEFAULT_BATCH
+from export.triton_repository.model_config import Kind, Serving, models, read_model
+from export.triton_repository.writer import write
+from runtime.core.cli import command, next_command
 
 log = logging.getLogger("drn")
 

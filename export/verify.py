@@ -12,29 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from export.layers import Layers, compare_layers, load_graph, precision_of, require_polygraphy
-from export.layers import table as layer_table
-from export.parity import CONFIDENCE, Budget, Parity, check_comparable, compare, points, verdict
-from export.passport import VISIBLE_S, ModelFile, Table, lineage, passport
+from export.parity.compare import CONFIDENCE, Budget, Parity, check_comparable, compare, points, verdict
+from export.parity.compare_layers import Layers, compare_layers, load_graph, precision_of, require_polygraphy
+from export.parity.compare_layers import table as layer_table
+from export.parity.html_report import VISIBLE_S, ModelFile, Table, lineage, passport
 from export.plan_parity import plan_table
-from runtime.annotations import Annotation, DataSet
+from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.decoding import Protocol
-from runtime.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
-from runtime.evaluation import askable_rows, batches_of
-from runtime.files import check_file, sha256, write_json, write_text
-from runtime.grounder import BATCH_SIZE, Grounder
-from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
-from runtime.machine import cpu
-from runtime.metrics import table as recall_table
-from runtime.sidecar import read_sidecar
-from runtime.speed import latency_table, read_report
+from runtime.benchmarking.report import latency_table, read_report
+from runtime.benchmarking.system_info import cpu
+from runtime.core.cli import command, next_command
+from runtime.core.decoding import Protocol
+from runtime.core.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.io.files import check_file, sha256, write_json, write_text
+from runtime.core.metrics import table as recall_table
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.grounding.evaluation import askable_rows, batches_of
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 if TYPE_CHECKING:
     import onnx
 
-    from export.census import Census
+    from calib.graph.precision_audit import Census
 
 log = logging.getLogger("drn")
 
@@ -138,7 +138,7 @@ class Proof:
         layers: where the two part, if that was looked at.
         engine_precision: of an engine: `verdict` over its precision, and `reason`.
         precision: name of the check of the model's precision, with the real share, where one was made.
-        cpu: the CPU of the machine that judged, of `runtime.machine.cpu`.
+        cpu: the CPU of the machine that judged, of `runtime.benchmarking.system_info.cpu`.
     """
 
     parity: Parity
@@ -255,7 +255,7 @@ def prove(
         budget: what may be lost.
         split, again: for the report.
         protocol, batch_size: see `verify`.
-        at_once: see `export.parity.compare`.
+        at_once: see `export.parity.compare.compare`.
     """
     with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
         parity = compare(
@@ -336,7 +336,7 @@ def census_of(model: Path) -> tuple[str, Table] | None:
     if importlib.util.find_spec("onnx") is None:
         log.warning("The passport holds no precision census: onnx is not installed.")
         return None
-    from export.census import census
+    from calib.graph.precision_audit import census
 
     return census_table(census(load_graph(model)))
 
@@ -457,10 +457,10 @@ def open_model(path: Path, device: Device, threads: int | None, exact: bool = Fa
 
 
 def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
-    from calib.graphs import GraphBackend, GraphPair
-    from export.made import manifest_in
-    from export.precision import emulated
-    from runtime.backends.ort import part_beside
+    from calib.graph.half_precision import emulated
+    from calib.graph.onnx_graph import GraphBackend, GraphPair
+    from export.build.artifacts import manifest_in
+    from runtime.backends.onnxruntime_backend import part_beside
 
     manifest = manifest_in(path)
     if manifest.part != "query":

@@ -13,11 +13,11 @@ import sys
 
 if sys.argv[:1] == ["-m"]:
     # Started as a command and still importing, which takes seconds with torch: neither Ctrl-C nor a package that is not
-    # installed should print a traceback. Once imported, `runtime.command` answers both. As the first process of a
+    # installed should print a traceback. Once imported, `runtime.core.cli` answers both. As the first process of a
     # container, it would not even end at SIGTERM without a handler.
-    from runtime.interrupts import install as _install
-    from runtime.interrupts import interrupted_by as _interrupted_by
-    from runtime.terminal import replace_closed_streams as _replace_closed_streams
+    from runtime.core.interrupts import install as _install
+    from runtime.core.interrupts import interrupted_by as _interrupted_by
+    from runtime.core.terminal import replace_closed_streams as _replace_closed_streams
 
     _replace_closed_streams()
     _install()
@@ -42,15 +42,15 @@ if sys.argv[:1] == ["-m"]:
 
     sys.excepthook = _quiet
 
+from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.backends import Backend, PairBackend, open_backend
-from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import GroundingError
-from runtime.grounder import Grounder
-from runtime.moments import Moment, temporal_iou
-from runtime.presence import Presence
-from runtime.videos import Segments, Video
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Windows
+from runtime.core.errors import GroundingError
+from runtime.core.moments import Moment, temporal_iou
+from runtime.core.presence import Presence
+from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
+from runtime.core.video import Segments, Video
+from runtime.grounding.grounder import Grounder
 
 __all__ = [
     "Backend",

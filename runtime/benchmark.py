@@ -18,20 +18,12 @@ from typing import Any, Literal, Union, cast
 import numpy as np
 from tqdm import tqdm
 
-from runtime import machine
-from runtime.annotations import Annotation, DataSet
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.engine_metadata import read_content
+from runtime.artifacts.manifest import Manifest
 from runtime.backends import MOST_THREADS, Device, PairBackend
-from runtime.command import command, next_command
-from runtime.decoding import PUBLISHED_COUNT, propose, suppress
-from runtime.drawing import check_plots
-from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, GroundingError, ModelFileError, QueryError
-from runtime.files import check_file, check_report, sha256, write_json
-from runtime.grounder import Grounder, in_seconds
-from runtime.manifest import Manifest
-from runtime.moments import Moment, temporal_iou
-from runtime.sidecar import read_content
-from runtime.speed import (
+from runtime.benchmarking import system_info
+from runtime.benchmarking.report import (
     BATCH_SIZE,
     LENGTH,
     ONE_QUERY,
@@ -46,10 +38,18 @@ from runtime.speed import (
     Timing,
     draw,
 )
-from runtime.tensors import collate, padded
-from runtime.timing import TOLERANCE, Call, Clock, Latency, WarmUp, speed_ratio, take_turns, warm_up
-from runtime.videos import Video
-from runtime.vocabulary import tokenize
+from runtime.benchmarking.timing import TOLERANCE, Call, Clock, Latency, WarmUp, speed_ratio, take_turns, warm_up
+from runtime.core.batch import collate, padded
+from runtime.core.cli import command, next_command
+from runtime.core.decoding import PUBLISHED_COUNT, propose, suppress
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
+from runtime.core.io.files import check_file, check_report, sha256, write_json
+from runtime.core.moments import Moment, temporal_iou
+from runtime.core.tokenizer import tokenize
+from runtime.core.video import Video
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.grounding.grounder import Grounder, in_seconds
+from runtime.grounding.plotting import check_plots
 
 log = logging.getLogger("drn")
 
@@ -471,7 +471,7 @@ class _Run:
         self._timings: list[Timing] = []
         self._phases: list[Phases] = []
         self._notes: list[str] = []
-        self._conditions = [machine.conditions("before")]
+        self._conditions = [system_info.conditions("before")]
 
     def measure(self, data: Path | None, video: str | None, query: Sequence[str]) -> None:
         """Do everything."""
@@ -493,37 +493,37 @@ class _Run:
             self._agree()
             for group in (self._one_query, self._batch_sizes, self._per_video, self._lengths, self._all_phases):
                 group()
-                self._conditions.append(machine.conditions(f"after {group.__name__.strip('_').replace('_', ' ')}"))
+                self._conditions.append(system_info.conditions(f"after {group.__name__.strip('_').replace('_', ' ')}"))
         finally:
             log.removeFilter(once)
 
     def report(self, interrupted: bool) -> Report:
         """Return what was found so far."""
         first = self._conditions[0]
-        last = machine.conditions("after") if interrupted else self._conditions[-1]
-        cores = machine.cores()
-        hardware = {"cpu": machine.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
+        last = system_info.conditions("after") if interrupted else self._conditions[-1]
+        cores = system_info.cores()
+        hardware = {"cpu": system_info.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
         if first.gpu:
             hardware.update(gpu=first.gpu.name, gpu_driver=first.gpu.driver)
         return Report(
             datetime.date.today().isoformat(),
             self._command,
             hardware,
-            machine.versions(),
+            system_info.versions(),
             {"samples": self._samples, "batch": self._batch, "device": self._device, "threads": self._threads},
             self._questions.to_dict(),
             self._subjects,
             self._agreements,
             self._timings,
             self._phases,
-            machine.peak_rss_bytes(),
+            system_info.peak_rss_bytes(),
             [*self._conditions, last] if interrupted else self._conditions,
             self._all_notes(first, last, cores, interrupted),
             interrupted,
         )
 
     def _all_notes(
-        self, first: machine.Conditions, last: machine.Conditions, cores: int, interrupted: bool
+        self, first: system_info.Conditions, last: system_info.Conditions, cores: int, interrupted: bool
     ) -> list[str]:
         notes = ["The run was interrupted: what is missing was not measured."] if interrupted else []
         if self._samples < SAMPLES:
@@ -534,8 +534,8 @@ class _Run:
             f"Cases other than one query end after {SWEEP_SECONDS:g} s each; beside each stands how many calls it "
             "took, and percentiles that so few cannot carry are left out."
         )
-        busy = machine.others_load(first.load, last.load, cores, min(self._threads or cores, cores))
-        slowed = machine.throttling([*self._conditions, last])
+        busy = system_info.others_load(first.load, last.load, cores, min(self._threads or cores, cores))
+        slowed = system_info.throttling([*self._conditions, last])
         unsettled = sum(not timing.settled for timing in self._timings)
         if busy:
             notes.append(busy)
@@ -556,7 +556,7 @@ class _Run:
             return None
 
     def _open(self, index: int, path: Path, cold: float | None) -> Grounder:
-        rss, graphics = machine.rss_bytes(), machine.gpu()
+        rss, graphics = system_info.rss_bytes(), system_info.gpu()
         began = time.perf_counter()
         grounder = Grounder.load(path, self._device, self._threads)
         # Times are of queries of one run of the network each.
@@ -569,11 +569,11 @@ class _Run:
         manifest, label = grounder.manifest, self._labels[index]
         files = files_of(path, manifest)
         report = getattr(grounder.backend, "memory_report", lambda: None)()
-        now = machine.rss_bytes()
+        now = system_info.rss_bytes()
         device = Model(label, grounder, (), ()).device
         grown = None
         if device == "cuda" and graphics and graphics.used_mib is not None:
-            after = machine.gpu()
+            after = system_info.gpu()
             if after and after.used_mib is not None:
                 grown = int((after.used_mib - graphics.used_mib) * 2**20)
         memory = Memory(
@@ -831,7 +831,7 @@ def cold_start(path: Path, device: Device, threads: int | None) -> float:
         DeviceError: the process failed.
     """
     code = (
-        "import sys; from runtime.benchmark import answer_one; from runtime.grounder import Grounder; "
+        "import sys; from runtime.benchmark import answer_one; from runtime.grounding.grounder import Grounder; "
         f"answer_one(Grounder.load({str(path.resolve())!r}, {device!r}, {threads!r})); print('answered', flush=True)"
     )
     root = Path(__file__).resolve().parents[1]

@@ -10,19 +10,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from runtime import extractors
-from runtime.backends import open_backend, plans
-from runtime.backends.eightbit import weights_in_file, weights_text
-from runtime.command import command, next_command
+from runtime.artifacts.engine_layers import census_of_file, layers_path, read_layers_file
+from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.onnx_metadata import MISMATCH, check, read_metadata
+from runtime.backends import engine_compatibility, open_backend
+from runtime.backends.exact_int8 import weights_in_file, weights_text
+from runtime.core.cli import command, next_command
+from runtime.core.errors import ModelFileError
+from runtime.core.io.files import read_json
+from runtime.core.io.text_files import parse_json
 from runtime.doctor import gpus
-from runtime.errors import ModelFileError
-from runtime.extractors import ExtractorManifest
-from runtime.files import read_json
-from runtime.inspection import census_of_file, layers_path, read_layers_file
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.onnxfile import MISMATCH, check, read_metadata
-from runtime.sidecar import read_content, read_sidecar
-from runtime.textfiles import parse_json
+from runtime.media import extractors
+from runtime.media.extractors import ExtractorManifest
 
 
 def describe(
@@ -89,7 +89,7 @@ def describe(
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
-    runs = model if not sidecar or gpus()[0].works else plans.twin(model, sidecar.content)
+    runs = model if not sidecar or gpus()[0].works else engine_compatibility.twin(model, sidecar.content)
     if runs.suffix == ".onnx" and manifest.precision == "bf16":
         next_command("runtime.doctor")
         return content
@@ -136,7 +136,7 @@ def _describe_extractor(
     runs = path
     if path.suffix == ".engine":
         rows += _engine_rows(path, content)
-        runs = path if gpus()[0].works else plans.twin(path, content)
+        runs = path if gpus()[0].works else engine_compatibility.twin(path, content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
@@ -175,7 +175,7 @@ def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, st
         rows.append(
             (f"profile: {profile['name']}", f"batch {sizes[0]}, query length {sizes[1]} (smallest best largest)")
         )
-    steps = plans.unrolled_steps(content)
+    steps = engine_compatibility.unrolled_steps(content)
     if steps:
         rows.append(("unrolled", f"queries of at most {' and '.join(map(str, steps))} tokens have a plan of their own"))
     return rows

@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 
-from runtime import machine
-from runtime.backends.eightbit import saturates
-from runtime.backends.ort import library
-from runtime.command import command, next_command
-from runtime.errors import DeviceError
+from runtime.backends.exact_int8 import saturates
+from runtime.backends.onnxruntime_backend import library
+from runtime.benchmarking import system_info
+from runtime.core.cli import command, next_command
+from runtime.core.errors import DeviceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +51,15 @@ def doctor() -> list[Finding]:
 
 
 def _python() -> Finding:
-    cores = machine.cores()
+    cores = system_info.cores()
     return Finding("this machine", True, f"Python {platform.python_version()}, {platform.machine()}, {cores} CPU cores")
 
 
 def _cpu() -> Finding:
-    features = machine.cpu_features()
+    features = system_info.cpu_features()
     listed = "features unknown" if features is None else ", ".join(features) or "none of the features that matter"
     kernels = "uint8 weights: no VNNI, so sums of int8 weights would saturate" if saturates() else "int8 weights"
-    return Finding("CPU", True, f"{machine.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
+    return Finding("CPU", True, f"{system_info.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
 
 
 def gpus() -> list[Finding]:
@@ -144,7 +144,7 @@ def _tensorrt() -> Finding:
 
 def _engines(subject: str, installed: str) -> Finding:
     """Return whether engines run here. CUDA is asked, not TensorRT, which may die without a GPU."""
-    from runtime.backends.cuda import Cuda
+    from runtime.backends.cuda_driver import Cuda
 
     try:
         gpu = Cuda()

@@ -12,18 +12,18 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import DataSet, Invalid, each_moment
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.decoding import Protocol
-from runtime.errors import GroundingError
-from runtime.evaluation import answered_whole
-from runtime.evaluation import evaluate as evaluate_annotations
-from runtime.evaluation import predictions as predictions_of
-from runtime.files import check_report, replace_when_whole, write_json
-from runtime.grounder import BATCH_SIZE, Grounder
-from runtime.metrics import Report, prior_report, table
-from runtime.videos import Segments
+from runtime.core.cli import command, next_command
+from runtime.core.decoding import Protocol
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_report, replace_when_whole, write_json
+from runtime.core.metrics import Report, prior_report, table
+from runtime.core.video import Segments
+from runtime.datasets.dataset import DataSet, Invalid, each_moment
+from runtime.grounding.evaluation import answered_whole
+from runtime.grounding.evaluation import evaluate as evaluate_annotations
+from runtime.grounding.evaluation import predictions as predictions_of
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 log = logging.getLogger("drn")
 

@@ -10,11 +10,15 @@ from typing import Any
 
 import tyro
 
-from runtime.annotations import FEATURE_DIRECTORY, NOTES
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.errors import FootageError, GroundingError, excerpt
-from runtime.extraction import (
+from runtime.core.cli import command, next_command
+from runtime.core.errors import FootageError, GroundingError, excerpt
+from runtime.core.io.files import check_writable, locked, merges_names, read_json, write_json
+from runtime.core.video import ClipClock
+from runtime.datasets.charades_sta import DURATIONS, FRAMES
+from runtime.datasets.dataset import FEATURE_DIRECTORY, NOTES
+from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, folded, is_file_name
+from runtime.media.extraction import (
     BATCH_SIZE,
     FORMAT,
     Extracted,
@@ -24,12 +28,8 @@ from runtime.extraction import (
     hash_of,
     read_note,
 )
-from runtime.extractors import open_extractor
-from runtime.files import check_writable, locked, merges_names, read_json, write_json
-from runtime.footage import check_one_file, look
-from runtime.layouts.charades import DURATIONS, FRAMES
-from runtime.layouts.values import MAX_NAME_BYTES, file_stem, folded, is_file_name
-from runtime.videos import ClipClock
+from runtime.media.extractors import open_extractor
+from runtime.media.video_file import check_one_file, look
 
 log = logging.getLogger("drn")
 

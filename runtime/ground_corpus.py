@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.backends import Device
-from runtime.command import command, next_command
+from runtime.core.cli import command, next_command
+from runtime.core.errors import GroundingError
 from runtime.corpus.job import Result, ground
-from runtime.corpus.plan import Form, Settings
-from runtime.errors import GroundingError
-from runtime.grounder import BATCH_SIZE
+from runtime.corpus.sharding import Form, Settings
+from runtime.grounding.grounder import BATCH_SIZE
 
 
 def ground_corpus(

@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.annotations import DataSet
 from runtime.backends import Device, is_address
-from runtime.choice import VideoChoice, open_choice
-from runtime.command import command, next_command
-from runtime.cutting import check_encoder, clip_names
-from runtime.cutting import cut as write_clips
-from runtime.drawing import check_plots, draw
-from runtime.errors import GroundingError, QueryError, excerpt
-from runtime.files import check_report, check_writable
-from runtime.grounder import Grounder
-from runtime.timeline import Answer, Format, render
-from runtime.windows import windows_asked
+from runtime.core.cli import command, next_command
+from runtime.core.errors import GroundingError, QueryError, excerpt
+from runtime.core.io.files import check_report, check_writable
+from runtime.core.sliding_windows import windows_asked
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.formatting import Answer, Format, render
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.plotting import check_plots, draw
+from runtime.grounding.video_source import VideoChoice, open_choice
+from runtime.media.clip_writer import check_encoder, clip_names
+from runtime.media.clip_writer import cut as write_clips
 
 log = logging.getLogger("drn")
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import DataSet, Invalid
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.errors import GroundingError
-from runtime.evaluation import askable_rows
-from runtime.files import check_report, write_json
-from runtime.grounder import BATCH_SIZE, Grounder
-from runtime.ranking import Ranking, best_scores, draw_videos
-from runtime.ranking import rank as rank_scores
+from runtime.core.cli import command, next_command
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_report, write_json
+from runtime.datasets.dataset import DataSet, Invalid
+from runtime.grounding.evaluation import askable_rows
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
+from runtime.grounding.retrieval import Ranking, best_scores, draw_videos
+from runtime.grounding.retrieval import rank as rank_scores
 
 
 def rank(

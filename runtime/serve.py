@@ -8,16 +8,16 @@ import logging
 import os
 from pathlib import Path
 
-from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.errors import DeviceError, GroundingError, MissingFeatures
-from runtime.extraction import cache_directory
-from runtime.extractors import open_extractor
-from runtime.files import sha256
-from runtime.grounder import BATCH_SIZE, Grounder
-from runtime.warming import warm_usual
-from runtime.windows import windows_asked
+from runtime.core.cli import command, next_command
+from runtime.core.errors import DeviceError, GroundingError, MissingFeatures
+from runtime.core.io.files import sha256
+from runtime.core.sliding_windows import windows_asked
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
+from runtime.grounding.warm_up import warm_usual
+from runtime.media.extraction import cache_directory
+from runtime.media.extractors import open_extractor
 
 log = logging.getLogger("drn")
 
@@ -83,7 +83,7 @@ def serve(
     if missing:
         raise DeviceError(f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.")
     from runtime.service.batching import BatchOptions
-    from runtime.service.gate import LOOPBACK, GateOptions
+    from runtime.service.middleware import LOOPBACK, GateOptions
     from runtime.service.server import run
     from runtime.service.service import Service, ServiceOptions
     from runtime.service.uploads import UploadOptions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 
 
 def flip(content: bytes, bit: int) -> bytes:

@@ -19,35 +19,35 @@ from typing import Any
 
 import numpy as np
 
-from runtime.annotations import DataSet
-from runtime.corpus.plan import FORMAT as CORPUS_FORMAT
-from runtime.corpus.plan import MANIFEST, check_same
-from runtime.corpus.questions import read_questions
-from runtime.corpus.sources import DirectorySource, ParquetSource
-from runtime.decoding import Decoding
-from runtime.encodings import EncodedVideo, EncodedWindows
-from runtime.errors import FeatureError, GroundingError, ModelFileError
-from runtime.extraction import FORMAT as NOTE_FORMAT
-from runtime.extraction import Extracted, read_note
-from runtime.extractors import ExtractorManifest
-from runtime.files import read_json, sha256
-from runtime.grounder import Grounder
-from runtime.inspection import FORMAT as LAYERS_FORMAT
-from runtime.inspection import census_of_file, read_layers_file
-from runtime.layouts.qvhighlights import FORMAT as DATASET_FORMAT
-from runtime.manifest import METADATA_KEY, Features, Manifest
-from runtime.onnxfile import read_metadata
-from runtime.presence import Presence
-from runtime.presets import PRESETS
-from runtime.sidecar import FORMAT as SIDECAR_FORMAT
-from runtime.sidecar import path_beside, read_sidecar, sealed
-from runtime.speed import read_report
-from runtime.tensors import Heads
+from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
+from runtime.artifacts.engine_layers import FORMAT as LAYERS_FORMAT
+from runtime.artifacts.engine_layers import census_of_file, read_layers_file
+from runtime.artifacts.engine_metadata import FORMAT as SIDECAR_FORMAT
+from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
+from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
+from runtime.artifacts.onnx_metadata import read_metadata
+from runtime.backends.triton_backend import About
+from runtime.benchmarking.report import read_report
+from runtime.core.batch import Heads
+from runtime.core.decoding import Decoding
+from runtime.core.errors import FeatureError, GroundingError, ModelFileError
+from runtime.core.io.files import read_json, sha256
+from runtime.core.presence import Presence
+from runtime.core.sliding_windows import Window, Windows
+from runtime.core.tokenizer import Vocabulary
+from runtime.core.video import ClipClock, load_features
+from runtime.corpus.feature_sources import DirectorySource, ParquetSource
+from runtime.corpus.queries import read_questions
+from runtime.corpus.sharding import FORMAT as CORPUS_FORMAT
+from runtime.corpus.sharding import MANIFEST, check_same
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.presets import PRESETS
+from runtime.datasets.qvhighlights import FORMAT as DATASET_FORMAT
+from runtime.grounding.grounder import Grounder
+from runtime.media.extraction import FORMAT as NOTE_FORMAT
+from runtime.media.extraction import Extracted, read_note
+from runtime.media.extractors import ExtractorManifest
 from runtime.triton import front
-from runtime.triton.networks import About
-from runtime.videos import ClipClock, load_features
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Window, Windows
 from tests.fuzzing import Reader
 
 CLIPS = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
@@ -467,7 +467,7 @@ def _glove(directory: Path) -> list[Path]:
 
 
 def _read_glove(directory: Path, path: Path) -> object:
-    from train.glove import glove_vectors
+    from train.network.glove import glove_vectors
 
     return glove_vectors(path, TABLE, 8)
 
@@ -484,8 +484,8 @@ def _hdf5() -> list[Reader]:
         return [directory / "features.hdf5"]
 
     def read(directory: Path, path: Path) -> None:
-        """Read as the process of `runtime.hdf5` does, without starting one for each case."""
-        from runtime.hdf5 import Hdf5File
+        """Read as the process of `runtime.core.io.hdf5_reader` does, without starting one for each case."""
+        from runtime.core.io.hdf5_reader import Hdf5File
 
         file = Hdf5File(str(path))
         try:
@@ -529,15 +529,15 @@ def _parquet() -> list[Reader]:
 def _torch() -> list[Reader]:
     import torch
 
-    from runtime import torchfile
-    from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
-    from train.captions import captions_plan
+    from runtime.core.io import torch_reader
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import fitting_vocabulary, read, read_config
     from train.history import read_history
-    from train.initialise import load_glove
-    from train.model import DRN, DRNConfig
+    from train.network.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
+    from train.network.initialization import load_glove
+    from train.network.model import DRN, DRNConfig
     from train.simulate import real_plan
+    from train.simulation.from_captions import captions_plan
 
     config = DRNConfig(6, 4, 8, 4, 4)
 
@@ -651,7 +651,9 @@ def _torch() -> list[Reader]:
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_c3d(path).model()),
         ),
         Reader("glove-matrix", matrix, read_matrix, _zip_again),
-        Reader("torch-load", state, lambda directory, path: (load(path), torchfile.load(path, inert=True)), _zip_again),
+        Reader(
+            "torch-load", state, lambda directory, path: (load(path), torch_reader.load(path, inert=True)), _zip_again
+        ),
         Reader("charades-csv", charades, lambda directory, path: real_plan(directory, None, 0)),
         Reader(
             "captions-plan",
@@ -664,12 +666,12 @@ def _torch() -> list[Reader]:
 
 
 def _calib() -> list[Reader]:
+    from calib.calibration_table import KEYS, CalibrationTable
     from calib.errors import CalibrationError
-    from calib.plan import Plan
-    from calib.ranges import Range
+    from calib.quantization_plan import Plan
+    from calib.range_estimation import Range
     from calib.rank_layers import FORMAT as RANKING_FORMAT
     from calib.rank_layers import ranked_names
-    from calib.table import KEYS, CalibrationTable
 
     def table(directory: Path) -> list[Path]:
         ranked.save(directory / "t.json")
@@ -697,9 +699,9 @@ def _calib() -> list[Reader]:
 
 
 def _service() -> list[Reader]:
-    from runtime.service.forms import read_form
-    from runtime.service.messages import asking, parsed
-    from runtime.service.refusals import Refusal
+    from runtime.service.http_errors import Refusal
+    from runtime.service.multipart import read_form
+    from runtime.service.schemas import asking, parsed
     from runtime.service.uploads import read_features
 
     question, _ = asking(8, 500)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import MAX_MESSAGE_LENGTH, GroundingError
+from runtime.core.errors import MAX_MESSAGE_LENGTH, GroundingError
 
 # Of a case, in CPU time, and on the clock for what waits: other programs may have the machine meanwhile.
 CPU_S, TIMEOUT_S = 10.0, 60.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import DeviceError, FeatureError, GroundingError, PromiseBroken, QueryError
+from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken, QueryError
 from tests.error_codes import ROOT, error_codes
 
 TABLE = re.compile(r"^\| `(\w+)` \| .+ \|$", re.MULTILINE)
@@ -51,7 +51,7 @@ def test_error_codes_reads_every_form(tmp_path: Path) -> None:
     ],
 )
 def test_http_codes_depend_on_the_class_alone(error: type[GroundingError], status: int, code: str) -> None:
-    from runtime.service.refusals import refusal_of
+    from runtime.service.http_errors import refusal_of
 
     for problem in (error("x"), error("x", code="anything_else")):
         refusal = refusal_of(problem)

@@ -11,13 +11,13 @@ from types import ModuleType
 import pytest
 
 from export.to_onnx import to_onnx
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.files import read_json
-from runtime.manifest import Features
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.io.files import read_json
+from runtime.datasets.dataset import DataSet
 from train.checkpoints import Checkpoint, save_checkpoint
-from train.loop import fresh_model
-from train.model import DRNConfig
+from train.network.model import DRNConfig
+from train.training.trainer import fresh_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: 
 
 
 def test_the_film_is_a_film(tmp_path: Path) -> None:
-    footage = pytest.importorskip("runtime.footage")
+    footage = pytest.importorskip("runtime.media.video_file")
     pytest.importorskip("av", reason="PyAV writes the film")
     film = load("film")
     film.SECONDS = 2

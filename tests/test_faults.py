@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.corpus.sources import ParquetSource
-from runtime.errors import GroundingError
-from runtime.service.refusals import Refusal
-from runtime.torchfile import check, load
-from runtime.videos import ClipClock, load_features
+from runtime.core.errors import GroundingError
+from runtime.core.io.torch_reader import check, load
+from runtime.core.video import ClipClock, load_features
+from runtime.corpus.feature_sources import ParquetSource
+from runtime.datasets.dataset import DataSet
+from runtime.service.http_errors import Refusal
 
 FAULTS = Path(os.environ.get("DRN_REAL_DATA", "/nowhere")) / "faults"
 pytestmark = pytest.mark.skipif(not FAULTS.is_dir(), reason="the faults are not here; set DRN_REAL_DATA")

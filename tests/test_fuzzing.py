@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.errors import FeatureError
+from runtime.core.errors import FeatureError
 from tests import fuzzing
 from tests.fuzz_readers import READERS
 from tests.fuzzing import Finding, Reader, fuzz

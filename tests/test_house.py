@@ -46,7 +46,7 @@ def test_the_floor_imports_nothing_heavy(statement: str) -> None:
 
 
 def test_runtime_keeps_to_python_39_syntax() -> None:
-    commands = {"infer.py", "evaluate.py", "describe.py", "doctor.py", "command.py"}
+    commands = {"infer.py", "evaluate.py", "describe.py", "doctor.py", "cli.py"}
     for path in (ROOT / "runtime").rglob("*.py"):
         if path.name not in commands:
             tree = ast.parse(path.read_text(), feature_version=(3, 9))
@@ -56,7 +56,7 @@ def test_runtime_keeps_to_python_39_syntax() -> None:
 
 def test_what_makes_and_judges_engines_keeps_to_python_39() -> None:
     # TensorRT 8.6 is not for newer ones than 3.10, and torch, which needs one, is not for these.
-    of_torch = {"graph.py", "on_torch.py", "rivals.py", "prepare.py"}
+    of_torch = {"exportable_model.py", "on_torch.py", "rivals.py", "prepare.py"}
     paths = [path for room in ("runtime", "calib", "export") for path in (ROOT / room).rglob("*.py")]
     paths += [ROOT / "benchmarks" / "gpu.py", *(ROOT / "benchmarks" / "acceptance").glob("*.py")]
     for path in paths:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import FeatureError, GroundingError, QueryError
+from runtime.core.errors import FeatureError, GroundingError, QueryError
 from tests.raising import quotes, raises, records
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from export.to_onnx import export_model
-from runtime.annotations import DataSet
+from runtime.datasets.dataset import DataSet
 from tests.export.conftest import TINY, lively, manifest
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
 from tests.tolerances import DETECTIONS

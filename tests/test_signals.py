@@ -166,13 +166,13 @@ def test_sigterm_while_writing_leaves_nothing_half_written(
 @pytest.mark.parametrize(
     ("module", "call"),
     [
-        ("train.prepare", "runtime.annotations:DataSet.__init__"),
+        ("train.prepare", "runtime.datasets.dataset:DataSet.__init__"),
         ("train.prepare", "pathlib:Path.write_text"),
-        ("runtime.infer", "runtime.grounder:Grounder.load"),
-        ("runtime.infer", "runtime.grounder:Grounder.ground_batch"),
-        ("runtime.benchmark", "runtime.grounder:Grounder.load"),
-        ("runtime.serve", "runtime.grounder:Grounder.load"),
-        ("runtime.serve", "runtime.annotations:DataSet.video"),
+        ("runtime.infer", "runtime.grounding.grounder:Grounder.load"),
+        ("runtime.infer", "runtime.grounding.grounder:Grounder.ground_batch"),
+        ("runtime.benchmark", "runtime.grounding.grounder:Grounder.load"),
+        ("runtime.serve", "runtime.grounding.grounder:Grounder.load"),
+        ("runtime.serve", "runtime.datasets.dataset:DataSet.video"),
     ],
 )
 def test_sigterm_during_a_long_call_leaves_no_files(
@@ -188,7 +188,7 @@ def test_sigterm_during_a_long_call_leaves_no_files(
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("call", ["subprocess:Popen.__enter__", "runtime.grounder:Grounder.ground"])
+@pytest.mark.parametrize("call", ["subprocess:Popen.__enter__", "runtime.grounding.grounder:Grounder.ground"])
 def test_sigterm_while_measuring_keeps_a_whole_report(call: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands["runtime.benchmark"](tmp_path)
     end_half_way(start("runtime.benchmark", tmp_path, words, ["-c", REPEATING, call, "runtime.benchmark"]))
@@ -205,7 +205,7 @@ def test_sigterm_at_the_start_of_a_service_removes_its_directory(commands: dict[
 @pytest.mark.parametrize("module", ["runtime.serve", "runtime.ground_corpus"])
 def test_sigterm_while_warming_ends_the_command(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands[module](tmp_path)
-    end_half_way(start(module, tmp_path, words, ["-c", REPEATING, "runtime.grounder:Grounder.warm", module]))
+    end_half_way(start(module, tmp_path, words, ["-c", REPEATING, "runtime.grounding.grounder:Grounder.warm", module]))
     assert not list(tmp_path.rglob("shard-*"))
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.qdq import observed, quantize
-from calib.ranges import measure
-from calib.table import CalibrationTable, key_of
-from export.precision import to_half
+from calib.calibration_table import CalibrationTable, key_of
+from calib.graph.half_precision import to_half
+from calib.qdq_quantizer import observed, quantize
+from calib.range_estimation import measure
 from export.to_onnx import export_model
-from runtime.tensors import Batch
+from runtime.core.batch import Batch
 from tests.export.conftest import TINY, lively, manifest, random_inputs
 
 ROOT = Path(__file__).parents[1]

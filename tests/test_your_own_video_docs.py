@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from export.to_onnx import export_model
-from runtime.annotations import DataSet
+from runtime.core.tokenizer import Vocabulary, tokenize
+from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
-from runtime.extractors import FORMAT, ExtractorManifest
-from runtime.footage import look, stills
 from runtime.infer import infer
-from runtime.vocabulary import Vocabulary, tokenize
+from runtime.media.extractors import FORMAT, ExtractorManifest
+from runtime.media.video_file import look, stills
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
-from train.c3d import C3D, MEANS, C3DConfig
+from train.network.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")

@@ -12,22 +12,22 @@ from typing import Literal
 
 import torch
 
-from runtime.annotations import DataSet, each_moment
-from runtime.command import command, next_command
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError, OutputError
-from runtime.evaluation import askable_rows
-from runtime.files import check_writable, locked
-from runtime.presets import length_quantiles
+from runtime.core.cli import command, next_command
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, GroundingError, OutputError
+from runtime.core.io.files import check_writable, locked
+from runtime.datasets.dataset import DataSet, each_moment
+from runtime.datasets.presets import length_quantiles
+from runtime.grounding.evaluation import askable_rows
 from train.backend import torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, source_hash
-from train.curves import draw_curves
-from train.data import TrainingData, encode, pool, split_by_video, windows_of
-from train.initialise import initialise_as_authors, load_glove
-from train.loop import Materials, Run, Settings, fresh_model
-from train.model import DRN, DRNConfig
-from train.processes import started_by_torchrun
-from train.stages import RECIPES, Stage
+from train.network.initialization import initialise_as_authors, load_glove
+from train.network.model import DRN, DRNConfig
+from train.training.curves import draw_curves
+from train.training.dataset import TrainingData, encode, pool, split_by_video, windows_of
+from train.training.distributed import started_by_torchrun
+from train.training.recipes import RECIPES, Stage
+from train.training.trainer import Materials, Run, Settings, fresh_model
 
 log = logging.getLogger("drn")
 

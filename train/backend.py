@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from runtime.artifacts.manifest import Manifest
 from runtime.backends import Device
-from runtime.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
-from runtime.manifest import Manifest
-from runtime.tensors import Batch, Heads
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from train.checkpoints import checkpoint_of, opened
-from train.model import DRN
+from train.network.model import DRN
 
 
 class TorchBackend:

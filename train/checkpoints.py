@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime import torchfile
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError, excerpt, one_line, reading
-from runtime.extractors import FORMAT as EXTRACTOR_FORMAT
-from runtime.files import check_file, replace_when_whole, sha256
-from runtime.manifest import Features, Manifest
-from runtime.presence import Presence
-from runtime.presets import query_length_of
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Windows
-from train.model import DRN, DRNConfig
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, GroundingError, excerpt, one_line, reading
+from runtime.core.io import torch_reader
+from runtime.core.io.files import check_file, replace_when_whole, sha256
+from runtime.core.presence import Presence
+from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
+from runtime.datasets.presets import query_length_of
+from runtime.media.extractors import FORMAT as EXTRACTOR_FORMAT
+from train.network.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"
 RESUME_FORMAT = "drn-training/1"
@@ -434,7 +434,7 @@ def read(path: str | os.PathLike[str]) -> Any:
                     "drn.pt; graphs and engines are made of one and do not turn back into it.",
                     code="not_a_torch_file",
                 )
-        torchfile.check(path)
+        torch_reader.check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

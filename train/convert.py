@@ -14,17 +14,17 @@ import numpy as np
 import torch
 import tyro
 
-from runtime import torchfile
-from runtime.command import command, next_command
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, excerpt
-from runtime.files import read_json, sha256
-from runtime.manifest import Features
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Windows
-from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
+from runtime.artifacts.manifest import Features
+from runtime.core.cli import command, next_command
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, excerpt
+from runtime.core.io import torch_reader
+from runtime.core.io.files import read_json, sha256
+from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
 from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
-from train.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
+from train.network.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
+from train.network.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
 log = logging.getLogger("drn")
 
@@ -167,12 +167,12 @@ def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Pa
 
 
 def read(path: Path) -> Found:
-    """Return what a published checkpoint holds, with all names as in `train.model`.
+    """Return what a published checkpoint holds, with all names as in `train.network.model`.
 
     Raises:
         CheckpointError: the file cannot be read or holds no state dict.
     """
-    content = torchfile.load(path, inert=True)
+    content = torch_reader.load(path, inert=True)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise CheckpointError(
             f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.", code="already_converted"

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.annotations import Annotation, DataSet
 from runtime.backends import Device
-from runtime.command import command, next_command
-from runtime.errors import CheckpointError, GroundingError
-from runtime.evaluation import askable_rows
-from runtime.files import check_writable
-from runtime.grounder import BATCH_SIZE, Grounder
-from runtime.presence import Presence, fit
-from runtime.ranking import best_scores, draw_videos
+from runtime.core.cli import command, next_command
+from runtime.core.errors import CheckpointError, GroundingError
+from runtime.core.io.files import check_writable
+from runtime.core.presence import Presence, fit
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.grounding.evaluation import askable_rows
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
+from runtime.grounding.retrieval import best_scores, draw_videos
 from train.backend import open_checkpoint
 from train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from train.data import split_by_video
+from train.training.dataset import split_by_video
 
 log = logging.getLogger("drn")
 

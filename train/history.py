@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import CheckpointError, excerpt
-from runtime.layouts.values import is_number
-from runtime.textfiles import parse_json, read_lines
+from runtime.core.errors import CheckpointError, excerpt
+from runtime.core.io.text_files import parse_json, read_lines
+from runtime.datasets.validation import is_number
 
 # What every line has: which epoch it is, and the losses that are drawn.
 FIELDS = ("stage", "epoch", "loss_matching", "loss_boundary", "loss_iou")

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.annotations import Annotation, DataSet
-from runtime.command import command, next_command
-from runtime.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
-from runtime.featurestores import HDF5_SUFFIXES, FeatureStore, open_store
-from runtime.files import Staging, content_names, locked, sha256
-from runtime.layouts.qvhighlights import ABOUT, FORMAT, WORDS
-from runtime.videos import ClipClock
-from runtime.vocabulary import Vocabulary, tokenize, word_table
-from train.glove import glove_vectors
+from runtime.core.cli import command, next_command
+from runtime.core.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
+from runtime.core.io.files import Staging, content_names, locked, sha256
+from runtime.core.tokenizer import Vocabulary, tokenize, word_table
+from runtime.core.video import ClipClock
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureStore, open_store
+from runtime.datasets.qvhighlights import ABOUT, FORMAT, WORDS
+from train.network.glove import glove_vectors
 
 log = logging.getLogger("drn")
 

@@ -4,7 +4,7 @@ A clip's features are a random but fixed function of what is said to happen in i
 objects, the video itself, the actions under way, noise) is projected at random, cut at each channel's 80 %
 quantile, raised to the power 1.3 and scaled per channel. The result looks like C3D fc6: about 80 % zeros, heavy tails.
 On Charades-STA the sentences never touch it; on ActivityNet Captions and TACoS, which nobody labelled, see
-`train.captions`. Recall on such features says whether training and deployment work; it cannot be
+`train.simulation.from_captions`. Recall on such features says whether training and deployment work; it cannot be
 compared with published numbers.
 """
 
@@ -26,10 +26,9 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from runtime.annotations import FEATURE_DIRECTORY
-from runtime.command import command, next_command
-from runtime.errors import AnnotationError, FeatureError, OutputError, excerpt
-from runtime.files import (
+from runtime.core.cli import command, next_command
+from runtime.core.errors import AnnotationError, FeatureError, OutputError, excerpt
+from runtime.core.io.files import (
     check_directory,
     content_names,
     locked,
@@ -40,9 +39,10 @@ from runtime.files import (
     write_json,
     write_text,
 )
-from runtime.textfiles import read_lines, read_text
-from train.captions import captions_plan
-from train.stories import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
+from runtime.core.io.text_files import read_lines, read_text
+from runtime.datasets.dataset import FEATURE_DIRECTORY
+from train.simulation.from_captions import captions_plan
+from train.simulation.scenario import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
 
 log = logging.getLogger("drn.simulate")
 

@@ -11,10 +11,10 @@ import numpy as np
 from benchmarks.acceptance.job import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
 from benchmarks.acceptance.prepare import FIXED_METHOD
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
-from runtime.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
-from runtime.inspection import EngineCensus, layers_path, read_layers_file
-from runtime.sidecar import read_content, read_sidecar
-from runtime.timing import Call
+from runtime.artifacts.engine_layers import EngineCensus, layers_path, read_layers_file
+from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.benchmarking.timing import Call
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
 
 # Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
 UNROLLED = (6, 10)
@@ -58,7 +58,7 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
         split: whether to build a pair.
         defaults: whether to build with the default effort in a lease too, which takes minutes.
     """
-    from export.builder import BuildOptions, check_options
+    from export.engine.builder import BuildOptions, check_options
 
     capabilities = () if job.device == "cuda" else ("8.6",)
     options = BuildOptions(target=target, precision=precision, profiles=(), compute_capabilities=capabilities)
@@ -136,13 +136,13 @@ def layers_step(job: Job, target: str, precision: str) -> Found:
 
 def time_rejected(job: Job, target: str) -> Found:
     """Time every rejected plan by itself, with random inputs of its largest size."""
-    from runtime.backends.cuda import Cuda
-    from runtime.backends.network import Network
+    from runtime.backends.cuda_driver import Cuda
+    from runtime.backends.tensorrt_engine import Network
 
     paths = sorted((job.output / target).glob("*.rejected.engine"))
     if not paths:
         raise Skip("No engine was rejected.")
-    from export.builder import load_library
+    from export.engine.builder import load_library
 
     library, cuda = load_library("tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt"), Cuda()
     entries, rows, broken = [], [], []
@@ -182,7 +182,7 @@ def _time_plan(job: Job, network: Any) -> list[float]:
 
 def make_builder(target: Any) -> Found:
     """Import the library and make a builder and a network, which shows that it is whole and accepts this GPU."""
-    from export.builder import load_library, logger_for
+    from export.engine.builder import load_library, logger_for
 
     library = load_library(target)
     builder = library.Builder(logger_for(library))

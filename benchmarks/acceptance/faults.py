@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.errors import DeviceError, GroundingError
-from runtime.grounder import Grounder
-from runtime.moments import Moment
-from runtime.videos import Video
+from runtime.core.errors import DeviceError, GroundingError
+from runtime.core.moments import Moment
+from runtime.core.video import Video
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 
 # Seconds by which the same answer may differ from one batch size to another.
 SAME_S = 0.05
@@ -134,7 +134,7 @@ def ending(model: Path, device: Device, pairs: Pairs) -> Seen:
 
 def memory(model: Path, device: Device, pairs: Pairs) -> Seen:
     """The GPU is full: a large batch ends in answers or one clear error, and a single query works afterwards."""
-    from runtime.backends.cuda import Cuda
+    from runtime.backends.cuda_driver import Cuda
 
     cuda = Cuda()
     grounder = Grounder.load(model, device)
@@ -158,7 +158,7 @@ def memory(model: Path, device: Device, pairs: Pairs) -> Seen:
 
 def opening(model: Path, device: Device, pairs: Pairs) -> Seen:
     """The GPU is full when a model is opened: one clear error, and it opens once there is room."""
-    from runtime.backends.cuda import Cuda
+    from runtime.backends.cuda_driver import Cuda
 
     cuda = Cuda()
     with _full(cuda):

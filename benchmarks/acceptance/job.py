@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, no_promise
-from runtime.annotations import Annotation, DataSet
-from runtime.errors import GroundingError, PromiseBroken
-from runtime.timing import Call, Latency, take_turns, warm_up
+from runtime.benchmarking.timing import Call, Latency, take_turns, warm_up
+from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.datasets.dataset import Annotation, DataSet
 
 if TYPE_CHECKING:
-    from runtime.grounder import Grounder
-    from runtime.videos import Video
+    from runtime.core.video import Video
+    from runtime.grounding.grounder import Grounder
 
 ROOT = Path(__file__).resolve().parents[2]
 # Points of recall: the made-up test split is a few hundred queries, so that one is 0.4 points and two may flip.
@@ -218,8 +218,8 @@ def device_of(job: Job) -> Any:
 
 def judge(job: Job, reference: Grounder, other: Grounder, precision: str, names: tuple[str, str]) -> Found:
     """Hold the answers of a model against another's, to every query of the test split, within the parity budget."""
-    from export.parity import Budget, compare
-    from export.parity import verdict as broken_of
+    from export.parity.compare import Budget, compare
+    from export.parity.compare import verdict as broken_of
 
     asked = annotations_of(job)
     parity = compare(reference, other, DataSet(job.data), asked, batch_size=8 if job.small else 32)

@@ -51,8 +51,8 @@ from benchmarks.acceptance.packages import (
     wheels,
 )
 from benchmarks.acceptance.steps import BAD, kept, read_leg
-from runtime.errors import GroundingError
-from runtime.files import read_json, replace_when_whole, write_json, write_text
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import read_json, replace_when_whole, write_json, write_text
 
 log = logging.getLogger("drn")
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
-from runtime.backends.cuda import Cuda, CudaError, OutOfDeviceMemory
-from runtime.errors import DeviceError
+from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory
+from runtime.core.errors import DeviceError
 
 COPY_BYTES = 1 << 20
 # A throughput is measured with this many bytes.

@@ -23,9 +23,9 @@ from benchmarks.acceptance.job import (
     there,
 )
 from benchmarks.acceptance.steps import Found, Leg, Skip
-from runtime.backends.ort import PROVIDERS, library
-from runtime.grounder import Grounder
-from runtime.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.backends.onnxruntime_backend import PROVIDERS, library
+from runtime.grounding.grounder import Grounder
 
 # Operators that hold the arithmetic: shapes are computed on the CPU whatever is asked for, and these must not be.
 HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "FusedConv", "FusedMatMul")

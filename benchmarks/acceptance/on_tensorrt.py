@@ -42,14 +42,14 @@ from benchmarks.acceptance.job import (
 )
 from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
 from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
-from runtime import machine
+from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
 from runtime.benchmark import walk
-from runtime.errors import DeviceError
-from runtime.files import sha256, write_json
-from runtime.grounder import Grounder
-from runtime.sidecar import path_beside, read_sidecar, sealed
-from runtime.timing import Call, speed_ratio
-from runtime.videos import Video
+from runtime.benchmarking import system_info
+from runtime.benchmarking.timing import Call, speed_ratio
+from runtime.core.errors import DeviceError
+from runtime.core.io.files import sha256, write_json
+from runtime.core.video import Video
+from runtime.grounding.grounder import Grounder
 
 # See `benchmarks.acceptance.faults`.
 ENGINE_FAULTS = {
@@ -79,12 +79,12 @@ TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorr
 def run(job: Job, leg: Leg) -> None:
     """Engines in every precision, what they are made of, whether they answer as their twins, and the bar."""
     need(("onnx",), "the leg")
-    from export.builder import why_not
+    from export.engine.builder import why_not
 
     reasons = {target: why_not(target) for target in TARGETS}
     ready = [target for target, reason in reasons.items() if reason is None]
     if job.device == "cuda":
-        from export.builder import cuda_devices
+        from export.engine.builder import cuda_devices
 
         if not cuda_devices():
             raise Skip("CUDA finds no GPU here.")
@@ -345,7 +345,7 @@ def _judged(
     """Return timings with their bars; a rehearsal's are not judged."""
     # The name as CUDA tells it, which is there where nvidia-smi is not.
     entries = bars.held(gpu, found)
-    values = {"timings": timings, "bars": entries, "conditions": dataclasses.asdict(machine.conditions("after"))}
+    values = {"timings": timings, "bars": entries, "conditions": dataclasses.asdict(system_info.conditions("after"))}
     notes = [f"{sentence}." for sentence in bars.missed(entries)] if job.rehearsal else []
     if bars.EAGER not in found and bars.COMPILED not in found:
         notes.append("torch cannot be imported, so that nothing stands beside it.")

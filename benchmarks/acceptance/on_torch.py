@@ -27,21 +27,21 @@ from benchmarks.acceptance.job import (
     take_times,
 )
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
-from runtime import machine
-from runtime.annotations import DataSet
-from runtime.decoding import decode
-from runtime.grounder import Grounder, in_seconds
-from runtime.tensors import Batch, collate, padded
-from runtime.timing import Call
+from runtime.benchmarking import system_info
+from runtime.benchmarking.timing import Call
+from runtime.core.batch import Batch, collate, padded
+from runtime.core.decoding import decode
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder, in_seconds
 
 if TYPE_CHECKING:
     import torch
 
     from benchmarks.acceptance.rivals import Rival
-    from runtime.videos import Video
-    from train.data import TrainingData
-    from train.loop import Learner
-    from train.model import DRN
+    from runtime.core.video import Video
+    from train.network.model import DRN
+    from train.training.dataset import TrainingData
+    from train.training.trainer import Learner
 
 # Relative, of losses against float32 on a CPU, over a few steps at the rate that a training begins with. There, at full
 # size, float32 with other kernels was seen within 2e-7 and bfloat16 within 2e-3; float16 rounds eight times as finely.
@@ -83,7 +83,7 @@ def _torch_machine(job: Job) -> Found:
     if job.device != "cuda":
         return no_promise(f"torch {torch.__version__} on the CPU.")
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    conditions = dataclasses.asdict(machine.conditions("before"))
+    conditions = dataclasses.asdict(system_info.conditions("before"))
     told = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, compute capability {capability}."
     return no_promise(told, {"conditions": conditions})
 
@@ -136,7 +136,7 @@ def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float
 
 def _training(job: Job) -> TrainingData:
     from train.checkpoints import load_checkpoint
-    from train.data import TrainingData, pool
+    from train.training.dataset import TrainingData, pool
 
     loaded = load_checkpoint(job.checkpoint)
     known = annotations_of(job, "train")
@@ -149,8 +149,8 @@ def _training(job: Job) -> TrainingData:
 def _losses(job: Job, training: TrainingData, number: int, precision: str, device: torch.device) -> list[float]:
     """Return the total loss of each of a few steps; stage 1 begins with fresh weights, the others with trained ones."""
     from train.checkpoints import load_checkpoint
-    from train.loop import fresh_model
-    from train.sources import HostSource
+    from train.training.batch_sources import HostSource
+    from train.training.trainer import fresh_model
 
     loaded = load_checkpoint(job.checkpoint)
     model = fresh_model(loaded.config, 0) if number == 1 else loaded.model()
@@ -168,9 +168,9 @@ def _losses(job: Job, training: TrainingData, number: int, precision: str, devic
 
 
 def _learner(number: int, precision: Any, model: DRN) -> Learner:
-    from train.loop import Learner, Settings
-    from train.processes import Processes
-    from train.stages import RECIPES
+    from train.training.distributed import Processes
+    from train.training.recipes import RECIPES
+    from train.training.trainer import Learner, Settings
 
     recipe = RECIPES["mmaction2"]
     stage = recipe.stages[number - 1]

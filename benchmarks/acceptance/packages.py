@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.acceptance.lease import ORT_GPU, TENSORRT, Chunks
-from runtime.errors import GroundingError, one_line, reading
-from runtime.files import read_json, sha256
+from runtime.core.errors import GroundingError, one_line, reading
+from runtime.core.io.files import read_json, sha256
 
 LIBRARIES = (TENSORRT, ORT_GPU)
 MANIFEST, UNPACK = "manifest.json", "unpack_carry.py"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from runtime.errors import GroundingError
-from runtime.tensors import Batch, Heads
-from train.model import DRN, DRNConfig, NetworkHeads, QueryEncoder
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import GroundingError
+from train.network.model import DRN, DRNConfig, NetworkHeads, QueryEncoder
 
 WARM_UP_RUNS = 3
 

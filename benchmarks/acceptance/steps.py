@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.acceptance import bars
-from runtime.errors import GroundingError, ModelFileError, PromiseBroken
-from runtime.files import read_json, write_json, write_text
+from runtime.core.errors import GroundingError, ModelFileError, PromiseBroken
+from runtime.core.io.files import read_json, write_json, write_text
 
 log = logging.getLogger("drn")
 

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, ModelFileError, excerpt
-from runtime.files import check_file
-from runtime.manifest import Manifest
-from runtime.tensors import Batch, Heads
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.manifest import Manifest
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import DeviceError, ModelFileError, excerpt
+from runtime.core.io.files import check_file
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -77,7 +77,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
     """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
 
     The query part of a model that was split opens both parts: the other is beside it. An address opens the networks
-    behind the front that Triton serves there (`runtime.triton.client`, which has its errors).
+    behind the front that Triton serves there (`runtime.backends.triton_client`, which has its errors).
 
     Args:
         path: the model file, or an address.
@@ -90,7 +90,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         DeviceError: the library or the device is missing.
     """
     if is_address(path):
-        from runtime.triton.client import open_served
+        from runtime.backends.triton_client import open_served
 
         return open_served(path, device, threads)
     path = Path(path)
@@ -98,11 +98,11 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
     check_model_path(path)
     if path.suffix == ".onnx":
-        from runtime.backends.ort import open_graph
+        from runtime.backends.onnxruntime_backend import open_graph
 
         return open_graph(path, device, threads)
     if path.suffix == ".engine":
-        from runtime.backends.trt import open_engine
+        from runtime.backends.tensorrt_backend import open_engine
 
         return open_engine(path, device, threads)
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):

@@ -13,13 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.backends import check_model_path
-from runtime.corpus.cluster import run_on_ray
-from runtime.corpus.plan import MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
-from runtime.corpus.questions import check_one_kind, read_questions
-from runtime.corpus.shards import ATTEMPTS, DIGESTS, Done, Job, Worker, is_finished
-from runtime.corpus.sources import open_source
-from runtime.errors import GroundingError
-from runtime.files import check_writable, json_digest, locked, remove_strays, write_json
+from runtime.core.errors import GroundingError
+from runtime.core.io.files import check_writable, json_digest, locked, remove_strays, write_json
+from runtime.corpus.feature_sources import open_source
+from runtime.corpus.queries import check_one_kind, read_questions
+from runtime.corpus.ray_runner import run_on_ray
+from runtime.corpus.sharding import MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
+from runtime.corpus.worker import ATTEMPTS, DIGESTS, Done, Job, Worker, is_finished
 
 log = logging.getLogger("drn")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import FeatureError
+from runtime.core.errors import FeatureError
 
 # For the start of pyarrow, and for each file: metadata is read in milliseconds.
 START_TIMEOUT_S, FILE_TIMEOUT_S = 60.0, 2.0

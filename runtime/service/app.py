@@ -13,11 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from runtime.errors import GroundingError, excerpt
-from runtime.files import open_inside
-from runtime.service.gate import Gate, Gone, unless_gone
-from runtime.service.library import MEDIA_TYPES
-from runtime.service.messages import (
+from runtime.core.errors import GroundingError, excerpt
+from runtime.core.io.files import open_inside
+from runtime.service.http_errors import Refusal, refusal_of
+from runtime.service.middleware import Gate, Gone, unless_gone
+from runtime.service.schemas import (
     Failure,
     Grounded,
     Health,
@@ -29,8 +29,8 @@ from runtime.service.messages import (
     parsed,
     told,
 )
-from runtime.service.refusals import Refusal, refusal_of
 from runtime.service.service import Service, json_response
+from runtime.service.video_cache import MEDIA_TYPES
 
 JSON = "application/json"
 READ = ["GET", "HEAD"]

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from runtime.errors import GroundingError
-from runtime.grounder import BATCH_SIZE, Grounder, Subject
-from runtime.moments import Moment
-from runtime.service.refusals import Refusal
+from runtime.core.errors import GroundingError
+from runtime.core.moments import Moment
+from runtime.grounding.grounder import BATCH_SIZE, Grounder, Subject
+from runtime.service.http_errors import Refusal
 
 log = logging.getLogger("drn.service")
 

@@ -12,11 +12,11 @@ from types import FrameType
 
 import uvicorn
 
-from runtime.errors import GroundingError
-from runtime.interrupts import SIGNALS, deferred
+from runtime.core.errors import GroundingError
+from runtime.core.interrupts import SIGNALS, deferred
 from runtime.service.app import application
-from runtime.service.connection import Connection
-from runtime.service.gate import HEADER_BYTES
+from runtime.service.h11_protocol import Connection
+from runtime.service.middleware import HEADER_BYTES
 from runtime.service.service import Service
 
 log = logging.getLogger("drn.service")

@@ -14,20 +14,20 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runtime.annotations import DataSet
 from runtime.backends import Device
-from runtime.errors import GroundingError, QueryError
-from runtime.grounder import Grounder, Subject
+from runtime.core.errors import GroundingError, QueryError
+from runtime.core.video import Video
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.formatting import Answer
+from runtime.grounding.grounder import Grounder, Subject
 from runtime.service.batching import Batcher, BatchOptions
-from runtime.service.forms import read_form
-from runtime.service.gate import GateOptions, Keys, unless_gone
-from runtime.service.library import Entry, Library, Shelf, check_windows
-from runtime.service.messages import SentVideo, checked
-from runtime.service.refusals import Refusal, unknown_video
-from runtime.service.telemetry import Telemetry
+from runtime.service.http_errors import Refusal, unknown_video
+from runtime.service.middleware import GateOptions, Keys, unless_gone
+from runtime.service.multipart import read_form
+from runtime.service.prometheus import Telemetry
+from runtime.service.schemas import SentVideo, checked
 from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
-from runtime.timeline import Answer
-from runtime.videos import Video
+from runtime.service.video_cache import Entry, Library, Shelf, check_windows
 
 # Of the header that names unknown words: proxies refuse responses whose headers exceed 4 to 8 KiB in all.
 MAX_HEADER_BYTES = 2048

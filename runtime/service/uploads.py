@@ -21,15 +21,15 @@ from typing import IO
 
 import numpy as np
 
-from runtime.annotations import DataSet
-from runtime.arrayfiles import open_archive, read_header
 from runtime.backends import Device
-from runtime.errors import FeatureError, OutputError, one_line
-from runtime.extraction import cache_directory
-from runtime.files import content_stamp, file_stamp, locked
-from runtime.service.library import MEDIA_TYPES, Entry
-from runtime.service.refusals import Refusal, unknown_video
-from runtime.videos import ClipClock, Origin, Video, load_features
+from runtime.core.errors import FeatureError, OutputError, one_line
+from runtime.core.io.array_files import open_archive, read_header
+from runtime.core.io.files import content_stamp, file_stamp, locked
+from runtime.core.video import ClipClock, Origin, Video, load_features
+from runtime.datasets.dataset import DataSet
+from runtime.media.extraction import cache_directory
+from runtime.service.http_errors import Refusal, unknown_video
+from runtime.service.video_cache import MEDIA_TYPES, Entry
 
 log = logging.getLogger("drn.service")
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import GroundingError, ModelFileError, QueryError, ServerError
-from runtime.files import sha256
-from runtime.grounder import Grounder, Subject
-from runtime.moments import Moment
-from runtime.onnxfile import MISMATCH
-from runtime.textfiles import read_text
-from runtime.triton.networks import About, open_networks
-from runtime.videos import Origin, Video
-from runtime.windows import Windows
+from runtime.artifacts.onnx_metadata import MISMATCH
+from runtime.backends.triton_backend import About, open_networks
+from runtime.core.errors import GroundingError, ModelFileError, QueryError, ServerError
+from runtime.core.io.files import sha256
+from runtime.core.io.text_files import read_text
+from runtime.core.moments import Moment
+from runtime.core.sliding_windows import Windows
+from runtime.core.video import Origin, Video
+from runtime.grounding.grounder import Grounder, Subject
 
 ABOUT_FILE = "about.json"
 QUERY, FEATURES, DURATION = "QUERY", "FEATURES", "DURATION"

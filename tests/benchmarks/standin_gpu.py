@@ -21,11 +21,11 @@ from unittest import mock
 
 from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.steps import Found, Leg
-from runtime.backends.cuda import Cuda
-from runtime.backends.shapes import AXES
-from runtime.files import sha256
-from runtime.inspection import Inspection, layers_path, packed
-from runtime.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.engine_layers import Inspection, layers_path, packed
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.backends.batch_shapes import AXES
+from runtime.backends.cuda_driver import Cuda
+from runtime.core.io.files import sha256
 from tests.runtime.standin import Driver, Library, write_plan
 
 # The newest that can be brought to a machine that reaches PyPI only, and the strictest.
@@ -51,12 +51,12 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
         library.__spec__ = ModuleSpec("tensorrt", None)  # type: ignore[attr-defined]
         modules["tensorrt"] = library
         changes |= {
-            "runtime.backends.trt.Cuda": gpu,
-            "runtime.backends.cuda.Cuda": gpu,
-            "export.builder.cuda_devices": lambda: 1,
-            "export.builder.why_not": lambda target: None if target == "tensorrt" else "It is not here.",
-            "export.builder.check_options": lambda options: None,
-            "export.builder.load_library": lambda target: library,
+            "runtime.backends.tensorrt_backend.Cuda": gpu,
+            "runtime.backends.cuda_driver.Cuda": gpu,
+            "export.engine.builder.cuda_devices": lambda: 1,
+            "export.engine.builder.why_not": lambda target: None if target == "tensorrt" else "It is not here.",
+            "export.engine.builder.check_options": lambda options: None,
+            "export.engine.builder.load_library": lambda target: library,
             # torch has no GPU to stand for: it does on the CPU what it would do there.
             "benchmarks.acceptance.on_tensorrt.device_of": lambda job: "cpu",
             "benchmarks.acceptance.on_tensorrt.rivals": _rivals,
@@ -93,7 +93,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
     """Write plans that stand for the graphs, in place of a command that builds them."""
     import onnx
 
-    from export.unrolled import unrolled
+    from calib.graph.unroll_lstm import unrolled
 
     assert module == "export.build_engine"
     output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
 
 from benchmarks.corpus import c3d_multiply_adds, clips_an_hour, corpus  # noqa: E402
-from train.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
+from train.network.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
 
 
 def test_the_multiply_adds_of_a_clip_are_those_of_the_layers() -> None:
@@ -29,7 +29,7 @@ def test_the_multiply_adds_of_a_clip_are_those_of_the_layers() -> None:
 
 
 def test_every_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Processes of Ray are timed by the command alone; that they work is shown beside `runtime.corpus.cluster`.
+    # Processes of Ray are timed by the command alone; that they work is shown beside `runtime.corpus.ray_runner`.
     monkeypatch.setattr("benchmarks.corpus._rates", lambda *_: {"1": 1.0, "2": 2.0})
     report = corpus(videos=5, sentences=4, rounds=1, feature_dim=32, fpn_dim=8)
     assert report["two processes over one"] == 2

@@ -21,7 +21,7 @@ from benchmarks.acceptance import bars
 from benchmarks.acceptance import job as acceptance
 from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
-from runtime.errors import GroundingError, ModelFileError, PromiseBroken
+from runtime.core.errors import GroundingError, ModelFileError, PromiseBroken
 
 ROOT = Path(__file__).parents[2]
 # Takes a minute, and says so when it gets Ctrl-C.

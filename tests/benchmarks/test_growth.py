@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import growth
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 
 
 def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

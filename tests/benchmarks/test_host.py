@@ -9,15 +9,15 @@ import pytest
 
 from benchmarks import host
 from runtime import Grounder, open_backend
-from runtime.annotations import DataSet
-from runtime.errors import ModelFileError
+from runtime.core.errors import ModelFileError
+from runtime.datasets.dataset import DataSet
 from tests.runtime.standin import counted
 
 
 @pytest.fixture
 def pair(models: Path, tmp_path: Path) -> Path:
     onnx = pytest.importorskip("onnx", reason="the graph is cut")
-    from export.split import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_pair
 
     return write_pair(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.joined_videos import join_videos, joined_videos
-from runtime.videos import ClipClock, Video
+from runtime.core.video import ClipClock, Video
 
 
 def test_videos_stand_where_they_are_said_to() -> None:

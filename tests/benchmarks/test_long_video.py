@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.long_video import long_video
-from runtime.errors import ModelFileError
+from runtime.core.errors import ModelFileError
 
 
 def test_a_long_video_is_asked_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +28,7 @@ def tiny(models: Path, tmp_path: Path) -> Path:
 
     import onnx
 
-    from runtime.manifest import METADATA_KEY, Manifest
+    from runtime.artifacts.manifest import METADATA_KEY, Manifest
 
     model = onnx.load(models / "drn.onnx")
     (told,) = (entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)

@@ -15,12 +15,12 @@ from benchmarks.acceptance import bars, engines, on_tensorrt
 from benchmarks.acceptance.engines import unrolled_tokens
 from benchmarks.acceptance.job import Job, questions
 from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
-from runtime.backends.trt import TensorRTPair
-from runtime.errors import PromiseBroken
-from runtime.files import sha256, write_json
-from runtime.inspection import layers_path
-from runtime.sidecar import path_beside, read_content, sealed
-from runtime.tensors import Heads
+from runtime.artifacts.engine_layers import layers_path
+from runtime.artifacts.engine_metadata import path_beside, read_content, sealed
+from runtime.backends.tensorrt_backend import TensorRTPair
+from runtime.core.batch import Heads
+from runtime.core.errors import PromiseBroken
+from runtime.core.io.files import sha256, write_json
 from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 
 
@@ -28,7 +28,7 @@ from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """The leg as it went on a GPU that is stood in for, but for what runs in processes of its own."""
     onnx = pytest.importorskip("onnx", reason="the graphs are cut")
-    from export.split import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_pair
 
     job = Job(tmp_path_factory.mktemp("found"), "cuda", small=True)
     job.checkpoint.parent.mkdir()
@@ -177,7 +177,7 @@ def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: 
     job = dataclasses.replace(ran, output=tmp_path)
     folder = tmp_path / "tensorrt"
     folder.mkdir()
-    # As `export.engines.reject` names them; the built ones are not there.
+    # As `export.engine.engine_writer.reject` names them; the built ones are not there.
     source = ran.output / "tensorrt" / "drn.fp16.video.engine"
     plan = folder / "drn.fp16.video.rejected.engine"
     plan.write_bytes(source.read_bytes())

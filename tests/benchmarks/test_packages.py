@@ -29,7 +29,7 @@ from benchmarks.acceptance.packages import (
     unpack,
     wheels,
 )
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 from tests.benchmarks.brought import write_chunks, write_packages, write_wheel
 
 PYTHON = current_python()

@@ -8,7 +8,7 @@ import torch
 from benchmarks.acceptance.rivals import Asked, side_by_side, unpacked
 from tests import tolerances
 from tests.export.conftest import lively
-from train.model import DRNConfig
+from train.network.model import DRNConfig
 
 CONFIG = DRNConfig(vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16)
 LENGTHS = torch.tensor([1, 7, 4, 2])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import serving
-from runtime.errors import GroundingError, PromiseBroken
+from runtime.core.errors import GroundingError, PromiseBroken
 
 pytest.importorskip("fastapi", reason="the service needs drn-deploy[serve]")
 

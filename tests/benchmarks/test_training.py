@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.training_baseline import EagerTraining, Sample
 from tests.tolerances import GRADIENTS
-from train.losses import divide, loss_sums
-from train.model import DRN, DRNConfig, locations
-from train.stages import RECIPES
+from train.network.losses import divide, loss_sums
+from train.network.model import DRN, DRNConfig, locations
+from train.training.recipes import RECIPES
 
 CONFIG = DRNConfig(vocab_size=20, embed_dim=8, feature_dim=32, hidden_dim=16, fpn_dim=16)
 LENGTHS = [3, 6, 1, 6, 4]

@@ -8,18 +8,18 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.batches import CalibrationSet, draw
+from calib.accuracy import table_of
 from calib.calibrate import observe_set
-from calib.judge import table_of
-from calib.ranges import Histogram
-from calib.table import CalibrationTable
+from calib.calibration_set import CalibrationSet, draw
+from calib.calibration_table import CalibrationTable
+from calib.range_estimation import Histogram
 from export.to_onnx import export_model
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.manifest import Features, Manifest
-from runtime.tensors import Batch
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.batch import Batch
+from runtime.core.decoding import Decoding
+from runtime.datasets.dataset import DataSet
 from tests.export.conftest import lively
-from train.model import DRNConfig
+from train.network.model import DRNConfig
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from calib.balance import balance, balanced_name, exponents, gain_sites, measure_gains
-from calib.batches import CalibrationSet
+from calib.accuracy import table_of
+from calib.calibration_set import CalibrationSet
+from calib.calibration_table import CalibrationTable, key_of
 from calib.errors import CalibrationError
-from calib.graphs import OUTPUTS, GraphBackend
-from calib.judge import table_of
-from calib.qdq import Policy, quantize
-from calib.ranges import Histogram, Range, measure
-from calib.table import CalibrationTable, key_of
-from runtime.manifest import Manifest
-from runtime.tensors import Batch
+from calib.graph.channel_equalization import balance, balanced_name, exponents, gain_sites, measure_gains
+from calib.graph.onnx_graph import OUTPUTS, GraphBackend
+from calib.qdq_quantizer import Policy, quantize
+from calib.range_estimation import Histogram, Range, measure
+from runtime.artifacts.manifest import Manifest
+from runtime.core.batch import Batch
 from tests.calib.conftest import weights
 from tests.raising import raises
 

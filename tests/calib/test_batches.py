@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calib.batches import LEAST_SAMPLES, CalibrationSet, coverage_table, draw, hold_out, refuse_test_videos
+from calib.calibration_set import LEAST_SAMPLES, CalibrationSet, coverage_table, draw, hold_out, refuse_test_videos
 from calib.errors import CalibrationError
-from runtime.annotations import DataSet
-from runtime.errors import FeatureError
-from runtime.manifest import Manifest
-from runtime.vocabulary import Vocabulary, tokenize
+from runtime.artifacts.manifest import Manifest
+from runtime.core.errors import FeatureError
+from runtime.core.tokenizer import Vocabulary, tokenize
+from runtime.datasets.dataset import DataSet
 from tests.raising import raises, records
 
 

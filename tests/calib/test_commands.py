@@ -14,16 +14,16 @@ import onnx
 import pytest
 
 from calib.calibrate import calibrate
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.quantize import quantize
 from calib.rank_layers import rank_layers
 from calib.restore import restore
-from calib.table import CalibrationTable
 from runtime import open_backend
-from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, FeatureError, ModelFileError, OutputError
-from runtime.files import read_json
-from runtime.tensors import Batch
+from runtime.core.batch import Batch
+from runtime.core.errors import AnnotationError, FeatureError, ModelFileError, OutputError
+from runtime.core.io.files import read_json
+from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises, records
 
 ROOT = Path(__file__).parents[2]

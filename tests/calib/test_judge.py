@@ -13,19 +13,19 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.batches import CalibrationSet
+from calib.accuracy import Cost, Judge, choose_method, cost_table
+from calib.calibration_set import CalibrationSet
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import OUTPUTS, GraphBackend, cut_video, weights_hash
-from calib.judge import Cost, Judge, choose_method, cost_table
-from calib.plan import Plan
-from calib.qdq import Policy, modules, quantize
-from calib.ranges import METHODS, Histogram
+from calib.graph.onnx_graph import OUTPUTS, GraphBackend, cut_video, weights_hash
+from calib.qdq_quantizer import Policy, modules, quantize
+from calib.quantization_plan import Plan
+from calib.range_estimation import METHODS, Histogram
 from calib.rank_layers import rank
 from calib.restore import fewest, search
-from calib.table import CalibrationTable
-from runtime.annotations import DataSet
-from runtime.errors import PromiseBroken
-from runtime.tensors import Batch
+from runtime.core.batch import Batch
+from runtime.core.errors import PromiseBroken
+from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
 from tests.raising import raises
 
@@ -45,7 +45,7 @@ def test_a_graph_cut_at_the_video_answers_as_a_whole(
     encoder, rest = parts
     assert [value.name for value in encoder.graph.input] == ["segment_features"]
     assert not any("prop_fc.weight" in tensor.name for tensor in rest.graph.initializer)
-    from calib.graphs import open_session
+    from calib.graph.onnx_graph import open_session
 
     (encoded,) = open_session(encoder, 1).run(None, {"segment_features": batch.segment_features})
     features = np.ascontiguousarray(encoded[:, :, 0].transpose(0, 2, 1))

@@ -8,10 +8,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graphs import graph_hash, open_session, read_graph, weights_hash
-from calib.padding import padding_apart, padding_inside
-from runtime.backends.ort import KEPT_APART
-from runtime.tensors import Batch, Heads
+from calib.graph.conv_padding import padding_apart, padding_inside
+from calib.graph.onnx_graph import graph_hash, open_session, read_graph, weights_hash
+from runtime.backends.onnxruntime_backend import KEPT_APART
+from runtime.core.batch import Batch, Heads
 
 OUTPUTS = list(Heads.__dataclass_fields__)
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import OUTPUTS, GraphBackend, manifest_of
-from calib.qdq import (
+from calib.graph.onnx_graph import OUTPUTS, GraphBackend, manifest_of
+from calib.qdq_quantizer import (
     LARGEST,
     LEAST_SHARE,
     Policy,
@@ -28,8 +29,7 @@ from calib.qdq import (
     quantize,
     restamp,
 )
-from calib.table import CalibrationTable
-from runtime.tensors import Batch
+from runtime.core.batch import Batch
 from tests.calib.conftest import altered, weights
 from tests.raising import raises
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from calib.batches import CalibrationSet
+from calib.calibration_set import CalibrationSet
 from calib.errors import CalibrationError
-from calib.qdq import observed
-from calib.ranges import LEVELS, METHODS, PERCENTILE, Histogram, Range, measure, observe, ranges
-from runtime.manifest import Manifest
-from runtime.tensors import Batch
+from calib.qdq_quantizer import observed
+from calib.range_estimation import LEVELS, METHODS, PERCENTILE, Histogram, Range, measure, observe, ranges
+from runtime.artifacts.manifest import Manifest
+from runtime.core.batch import Batch
 from tests.raising import raises
 
 VALUES = arrays.arrays(

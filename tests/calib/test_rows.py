@@ -14,18 +14,18 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from calib.graphs import GraphBackend, manifest_of, open_session, read_graph
-from calib.qdq import Policy, attainable_share, narrow_share, quantize
-from calib.rows import in_rows
-from calib.table import CalibrationTable
-from export.census import census
-from export.split import split_graph
-from runtime.backends.eightbit import unsigned
-from runtime.backends.ort import open_graph
+from calib.calibration_table import CalibrationTable
+from calib.graph.conv_to_matmul import in_rows
+from calib.graph.onnx_graph import GraphBackend, manifest_of, open_session, read_graph
+from calib.graph.precision_audit import census
+from calib.graph.split_model import split_graph
+from calib.qdq_quantizer import Policy, attainable_share, narrow_share, quantize
+from runtime.artifacts.manifest import METADATA_KEY
+from runtime.backends.exact_int8 import unsigned
+from runtime.backends.onnxruntime_backend import open_graph
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import ModelFileError
 from runtime.describe import describe
-from runtime.errors import ModelFileError
-from runtime.manifest import METADATA_KEY
-from runtime.tensors import Batch, Heads
 from tests import tolerances
 from tests.raising import raises, records
 
@@ -202,7 +202,7 @@ def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
     video, query = split_graph(rows)
     assert dict.fromkeys(node.op_type for node in video.graph.node).keys() >= {"MatMul", "QuantizeLinear"}
     whole = GraphBackend(rows, 1).run(batch)
-    from calib.graphs import GraphPair
+    from calib.graph.onnx_graph import GraphPair
 
     parts = GraphPair(video, query, 1).run(batch)
     for name in OUTPUTS:

@@ -13,12 +13,12 @@ from pathlib import Path
 import onnx
 import pytest
 
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import graph_hash, weights_hash
-from calib.qdq import observed, quantize
-from calib.ranges import Range
-from calib.table import CalibrationTable
-from runtime.annotations import DataSet
+from calib.graph.onnx_graph import graph_hash, weights_hash
+from calib.qdq_quantizer import observed, quantize
+from calib.range_estimation import Range
+from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
 from tests.raising import raises
 

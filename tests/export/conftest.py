@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from export.to_onnx import export_model
-from runtime.decoding import Decoding
-from runtime.manifest import Features, Manifest
-from runtime.vocabulary import Vocabulary
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.decoding import Decoding
+from runtime.core.tokenizer import Vocabulary
 from train.checkpoints import Checkpoint, save_checkpoint
-from train.model import DRN, DRNConfig, Scale
+from train.network.model import DRN, DRNConfig, Scale
 
 TINY = DRNConfig(vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16, num_segments=16)
 DEEP = DRNConfig(

@@ -22,38 +22,21 @@ from typing import Any
 import onnx
 import pytest
 
-from calib.batches import draw
 from calib.calibrate import measure_table
+from calib.calibration_set import draw
 from calib.errors import CalibrationError
-from calib.graphs import manifest_of
-from calib.qdq import attainable_share
-from export import engines
+from calib.graph.fp32_scales import has_half_scales
+from calib.graph.onnx_graph import manifest_of
+from calib.graph.split_model import split_graph, write_pair
+from calib.qdq_quantizer import attainable_share
 from export.build_engine import _again, _proven_engine, build_engine, choose_target
-from export.builder import BuildFailed, BuildOptions, Plan, cuda_devices
-from export.engines import _write_engine, reject
-from export.inspection import PlanNotLoaded
-from export.split import split_graph, write_pair
+from export.engine import engine_writer
+from export.engine.builder import BuildFailed, BuildOptions, Plan, cuda_devices
+from export.engine.engine_writer import _write_engine, reject
+from export.engine.inspector import PlanNotLoaded
 from export.to_onnx import export_model
-from export.wide_scales import has_half_scales
 from runtime import Grounder, Presence
-from runtime.annotations import DataSet
-from runtime.backends import plans
-from runtime.backends.ort import _cuda_options
-from runtime.backends.plans import rebuild_command
-from runtime.backends.trt import unrolled_parts
-from runtime.describe import describe
-from runtime.errors import (
-    AnnotationError,
-    DeviceError,
-    FeatureError,
-    GroundingError,
-    ModelFileError,
-    OutputError,
-    PromiseBroken,
-    ShapeError,
-)
-from runtime.files import sha256
-from runtime.inspection import (
+from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
     PROVEN,
@@ -63,12 +46,29 @@ from runtime.inspection import (
     packed,
     read_layers_file,
 )
-from runtime.manifest import METADATA_KEY
-from runtime.sidecar import read_sidecar
+from runtime.artifacts.engine_metadata import read_sidecar
+from runtime.artifacts.manifest import METADATA_KEY
+from runtime.backends import engine_compatibility
+from runtime.backends.engine_compatibility import rebuild_command
+from runtime.backends.onnxruntime_backend import _cuda_options
+from runtime.backends.tensorrt_backend import unrolled_parts
+from runtime.core.errors import (
+    AnnotationError,
+    DeviceError,
+    FeatureError,
+    GroundingError,
+    ModelFileError,
+    OutputError,
+    PromiseBroken,
+    ShapeError,
+)
+from runtime.core.io.files import sha256
+from runtime.datasets.dataset import DataSet
+from runtime.describe import describe
 from tests.export.conftest import lively
 from tests.export.inspectors import document
 from tests.export.test_builder import gpu, stand_in
-from train.model import DRNConfig
+from train.network.model import DRNConfig
 
 # A network this small loses more to eight bits than a real one, on thirty queries where one is three points.
 LOOSE = 100.0
@@ -202,7 +202,7 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
     model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
-    monkeypatch.setattr("export.parity.Budget.boundary_p99", -1.0)
+    monkeypatch.setattr("export.parity.compare.Budget.boundary_p99", -1.0)
     with pytest.raises(PromiseBroken, match=r"drn\.fp16\.rejected\.onnx does not answer as drn\.onnx"):
         build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
@@ -245,7 +245,7 @@ def test_an_engine_that_cannot_be_built_leaves_the_earlier_twin(model: Path, mon
     def broken(*_: Any) -> Any:
         raise ModelFileError("cannot build the engine")
 
-    monkeypatch.setattr("export.engines.build", broken)
+    monkeypatch.setattr("export.engine.engine_writer.build", broken)
     with pytest.raises(ModelFileError):
         build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
     assert {path.name for path in model.parent.iterdir()} == {"drn.onnx", "drn.fp16.onnx"}
@@ -369,7 +369,7 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
-    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     engine: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "dry_run": True}
     for wrong in ((-1,), (8, 13)):
         with pytest.raises(ShapeError, match=rf"from 1 to 12, .*and {wrong[-1]} was given"):
@@ -382,7 +382,7 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
     assert [Path(path).name for path in told] == ["drn.fp16.8.engine", "drn.fp16.12.engine"]
     # Of a published checkpoint the longest query is known once it is converted.
-    monkeypatch.setattr("export.job.Job.early_profiles", lambda *_: None)
+    monkeypatch.setattr("export.build.build_config.Job.early_profiles", lambda *_: None)
     with pytest.raises(ShapeError, match=r"from 1 to 12, .*and 13 was given"):
         build_engine(model, unroll=(13,), **{**engine, "dry_run": False})
 
@@ -391,7 +391,7 @@ def test_a_graph_whose_lstm_cannot_be_written_out_is_refused_before_it_is_narrow
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
-    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     monkeypatch.setattr("export.build_engine.make_twin", lambda *_: pytest.fail("minutes were spent"))
     graph = onnx.load(model)
     next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
@@ -481,7 +481,7 @@ def test_eight_bits_are_judged_as_what_will_answer_computes_them(
         seen.append((optimised, _narrow_operators(graph)))
         raise Enough
 
-    monkeypatch.setattr("export.court.Court._sharing", stop)
+    monkeypatch.setattr("export.build.parity_check.Court._sharing", stop)
     with pytest.raises(Enough):
         build_engine(
             model, precision="int8", target=target, data=planted, table=_measure(model, planted, tmp_path / "t.json"),
@@ -532,12 +532,14 @@ def built_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         built.append(tokens.type.tensor_type.shape.dim[1].dim_value)
         return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
 
-    monkeypatch.setattr("export.builder.load_library", lambda _: SimpleNamespace(__name__="trt", __version__="11.4"))
-    monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: True)
-    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr(
+        "export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="trt", __version__="11.4")
+    )
+    monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
     monkeypatch.setattr("export.build_engine.runs_here", lambda options: False)
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     return built
 
 
@@ -551,13 +553,15 @@ def test_tensorrt_engines_get_plans_for_the_usual_query_lengths(
     expected = sorted({lengths[math.ceil(share * len(lengths)) - 1] for share in (0.9, 0.99)})
     output = build_engine(model, data=planted, **asked)
     assert built_tokens == [*expected, 0]
-    assert plans.unrolled_steps(read_sidecar(output).content) == expected
+    assert engine_compatibility.unrolled_steps(read_sidecar(output).content) == expected
     told = capsys.readouterr().out
     assert f"{len(lengths)} queries of {data.annotations_path('train')}" in told
     # The same command with other data builds the same again.
     command = json.loads(model.with_name("drn.fp16.parity.json").read_text())["command"]
     assert f"--unroll {' '.join(map(str, expected))}" in command
-    assert f"--unroll {' '.join(map(str, expected))}" in plans.rebuild_command(output, read_sidecar(output))
+    assert f"--unroll {' '.join(map(str, expected))}" in engine_compatibility.rebuild_command(
+        output, read_sidecar(output)
+    )
     # Without data, what the model records; a length that is not below the engine's longest query is left out.
     record_quantiles(model, [5, 12])
     built_tokens.clear()
@@ -567,7 +571,7 @@ def test_tensorrt_engines_get_plans_for_the_usual_query_lengths(
     output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,))
     assert built_tokens == [0]
     assert "unrolled" not in read_sidecar(output).content
-    assert "--unroll 0" in plans.rebuild_command(output, read_sidecar(output))
+    assert "--unroll 0" in engine_compatibility.rebuild_command(output, read_sidecar(output))
 
 
 def record_quantiles(model: Path, quantiles: list[int]) -> None:
@@ -582,10 +586,12 @@ def test_the_query_part_of_a_pair_gets_plans_for_the_usual_query_lengths(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_quantiles(model, [4, 4])
-    monkeypatch.setattr("export.engines.build", lambda *_: Plan(bytes(100), "tensorrt 11.4", True, shown, None))
+    monkeypatch.setattr(
+        "export.engine.engine_writer.build", lambda *_: Plan(bytes(100), "tensorrt 11.4", True, shown, None)
+    )
     shown = _inspected("convolutions")
     output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), split=True)
-    assert plans.unrolled_steps(read_sidecar(output).content) == [4]
+    assert engine_compatibility.unrolled_steps(read_sidecar(output).content) == [4]
     assert "unrolled" not in read_sidecar(output.with_name("drn.fp16.video.engine")).content
     assert output.with_name("drn.fp16.query.4.engine").is_file()
 
@@ -620,7 +626,7 @@ def test_a_default_that_cannot_be_written_out_leaves_the_loop(
 def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int
 ) -> None:
-    good = engines.build
+    good = engine_writer.build
 
     def build(*arguments: Any) -> Plan:
         if len(built_tokens) == number:
@@ -628,7 +634,7 @@ def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
         return good(*arguments)
 
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     with pytest.raises(type(error)) as caught:
         build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(4, 6))
     assert len(built_tokens) == number
@@ -659,12 +665,12 @@ def test_default_plan_that_does_not_build_is_left_out(
             raise error
         return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
 
-    monkeypatch.setattr("export.engines.build", build)
-    monkeypatch.setattr("export.profiles._data_quantiles", lambda *_: None)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
+    monkeypatch.setattr("export.engine.profiles._data_quantiles", lambda *_: None)
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "split": split}
     output = build_engine(model, data=planted, limit=3, threads=1, **asked)
     left = [steps for steps in (4, 6) if steps not in failing]
-    assert plans.unrolled_steps(read_sidecar(output).content) == left
+    assert engine_compatibility.unrolled_steps(read_sidecar(output).content) == left
     for steps in (4, 6):
         plan = output.with_name(f"{output.stem}.{steps}.engine")
         assert plan.is_file() == (steps in left)
@@ -693,7 +699,7 @@ def test_plans_of_one_build_share_kernel_times_and_profiles(
         times = b"%d" % len(seen)
         return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), times)
 
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (4, 6)}
     output = build_engine(model, split=True, **asked)
     # The video part has one profile. Of the others the first alone is built with two.
@@ -718,13 +724,13 @@ def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
 ) -> None:
     scenarios: Iterator[str] = iter(())
     monkeypatch.setattr(
-        "export.builder.load_library", lambda target: SimpleNamespace(__name__="trt", __version__="11.4")
+        "export.engine.builder.load_library", lambda target: SimpleNamespace(__name__="trt", __version__="11.4")
     )
-    monkeypatch.setattr("export.builder.is_strongly_typed", lambda library: True)
-    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
     monkeypatch.setattr(
-        "export.engines.build",
+        "export.engine.engine_writer.build",
         lambda *_: Plan(bytes(100), "tensorrt 11.4", True, _inspected(next(scenarios)), None),
     )
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (6,)}
@@ -804,7 +810,7 @@ def test_a_plan_that_was_not_opened_is_not_proven_and_not_rejected(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     large = Plan(bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None, "no GPU is here to open the plan")
-    monkeypatch.setattr("export.engines.build", lambda *_: large)
+    monkeypatch.setattr("export.engine.engine_writer.build", lambda *_: large)
     output = build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
     census = read_sidecar(output).content["census"]
     assert census["verdict"] == NOT_PROVEN
@@ -832,9 +838,9 @@ def test_a_build_ends_by_the_verdict_of_the_inspector(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     library, _ = stand_in(version, scenario)
-    monkeypatch.setattr("export.builder.load_library", lambda target: library)
+    monkeypatch.setattr("export.engine.builder.load_library", lambda target: library)
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
-    monkeypatch.setattr("export.inspection.Cuda", gpu)
+    monkeypatch.setattr("export.engine.inspector.Cuda", gpu)
     rejected = verdict == CONTRADICTED
     with pytest.raises(PromiseBroken) if rejected else contextlib.nullcontext():
         build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,))
@@ -872,9 +878,9 @@ def test_layers_of_another_build_are_not_described(
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[BuildOptions]:
     """Make this machine build for TensorRT 11.4, by `build` of the test's own; return the options of every build."""
-    monkeypatch.setattr("export.builder.load_library", lambda target: stand_in("11.4.0")[0])
+    monkeypatch.setattr("export.engine.builder.load_library", lambda target: stand_in("11.4.0")[0])
     monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
-    monkeypatch.setattr("export.job.check_options", lambda options: None)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     return []
 
 
@@ -891,7 +897,7 @@ def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
             raise PlanNotLoaded("tensorrt 8.6.1 cannot load the plan that it built: missing offset in id2offset.")
         return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), None)
 
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), batch=(1, 4, 8))
     assert [len(options.profiles) for options in tensorrt] == [2, 1]
     content = read_sidecar(output).content
@@ -913,7 +919,7 @@ def test_a_plan_with_one_profile_that_does_not_load_is_an_error(
     def build(*_: Any) -> Plan:
         raise PlanNotLoaded("no")
 
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     for profiles in (1, 2):
         with pytest.raises(PlanNotLoaded):
             build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), profiles=profiles)
@@ -937,7 +943,7 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
             raise BuildFailed("Could not infer output types for operation: dequantize")
         return Plan(b"plan", "tensorrt 11.4.0", True, _inspected("int8"), None)
 
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     wanted: dict[str, Any] = {
         "precision": "int8", "target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "unroll": (0,),
         "table": _measure(model, planted, tmp_path / "t.json"),
@@ -947,7 +953,7 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
     assert read_sidecar(output).content["options"]["changes"]
     assert "FP32" in capsys.readouterr().out
     # Where there are no such scales the failure is the library's last word.
-    monkeypatch.setattr("export.engines.has_half_scales", lambda graph: False)
+    monkeypatch.setattr("export.engine.engine_writer.has_half_scales", lambda graph: False)
     with pytest.raises(BuildFailed):
         build_engine(model, **wanted)
 
@@ -960,7 +966,7 @@ def test_tf32_is_recorded_where_it_is_allowed(
         tensorrt.append(options)
         return Plan(b"plan", "tensorrt 11.4.0", True, _inspected("wide"), None)
 
-    monkeypatch.setattr("export.engines.build", build)
+    monkeypatch.setattr("export.engine.engine_writer.build", build)
     output = build_engine(model, precision="fp32", target="tensorrt", query_length=(1, 8, 12), unroll=(0,), tf32=tf32)
     assert [options.tf32 for options in tensorrt] == [tf32]
     sidecar = read_sidecar(output)
@@ -979,7 +985,8 @@ def test_reports_contain_the_verdict_of_the_engine(
     model: Path, planted: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "export.engines.build", lambda *_: Plan(b"plan", "tensorrt 11.4.0", True, _inspected("mixed"), None)
+        "export.engine.engine_writer.build",
+        lambda *_: Plan(b"plan", "tensorrt 11.4.0", True, _inspected("mixed"), None),
     )
     build_engine(model, target="tensorrt", data=planted, query_length=(1, 8, 12), unroll=(0,), limit=4, threads=1)
     found = json.loads(model.with_name("drn.fp16.parity.json").read_text())["engine_precision"]

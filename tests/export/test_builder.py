@@ -1,4 +1,4 @@
-"""`export.builder`: the right calls for TensorRT 8.6, 10, 11 and RTX, seen on a recording stand-in."""
+"""`export.engine.builder`: the right calls for TensorRT 8.6, 10, 11 and RTX, seen on a recording stand-in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from export.builder import (
+from export.engine.builder import (
     BuildOptions,
     build,
     check_options,
@@ -22,11 +22,11 @@ from export.builder import (
     runs_here,
     why_not,
 )
-from export.inspection import PlanNotLoaded
-from export.profiles import profiles
-from runtime.backends.cuda import Cuda
-from runtime.errors import DeviceError, ModelFileError
-from runtime.inspection import engine_census
+from export.engine.inspector import PlanNotLoaded
+from export.engine.profiles import profiles
+from runtime.artifacts.engine_layers import engine_census
+from runtime.backends.cuda_driver import Cuda
+from runtime.core.errors import DeviceError, ModelFileError
 from tests.export import inspectors
 from tests.export.conftest import TINY, manifest
 from tests.runtime.standin import Driver
@@ -363,8 +363,8 @@ def test_an_rtx_plan_is_opened_only_on_a_gpu_that_it_is_for(
     here: Any, capabilities: Any, inspected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library, calls = stand_in("1.7.1")
-    monkeypatch.setattr("export.builder.compute_capability", lambda: here)
-    monkeypatch.setattr("export.builder.cuda_devices", lambda: int(here is not None))
+    monkeypatch.setattr("export.engine.builder.compute_capability", lambda: here)
+    monkeypatch.setattr("export.engine.builder.cuda_devices", lambda: int(here is not None))
     given = options(target="tensorrt-rtx", compute_capabilities=capabilities)
     plan = build(b"graph", given, library=library, cuda=gpu())
     assert plan.plan == b"plan"

@@ -1,13 +1,13 @@
-"""`export.census`: precision is counted, and what is called by another name is found out."""
+"""`calib.graph.precision_audit`: precision is counted, and what is called by another name is found out."""
 
 from __future__ import annotations
 
 import onnx
 import pytest
 
-from export.census import Census, census, check
-from export.precision import to_half
-from runtime.errors import PromiseBroken
+from calib.graph.half_precision import to_half
+from calib.graph.precision_audit import Census, census, check
+from runtime.core.errors import PromiseBroken
 from tests.export.conftest import TINY
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from export.builder import _network_flags, is_strongly_typed
-from export.weakly_typed import precision_flags
+from export.engine.builder import _network_flags, is_strongly_typed
+from export.engine.weakly_typed import precision_flags
 from tests.export.bindings import ROOT, Surface, compiler, read_surface, run_with
 from tests.export.test_builder import EMPTY, VERSIONS, build, gpu, options, stand_in
 from tests.export.uses import Reading, lines_of
@@ -67,7 +67,7 @@ def reading(path: Path, library: str) -> Reading:
 
 
 # For TensorRT 8.6 alone.
-WEAKLY_TYPED = ROOT / "export" / "weakly_typed.py"
+WEAKLY_TYPED = ROOT / "export" / "engine" / "weakly_typed.py"
 
 
 @pytest.mark.parametrize("path", [path for path in sources() if path != WEAKLY_TYPED], ids=lambda path: path.name)
@@ -101,7 +101,7 @@ def test_the_bindings_are_of_the_version_asked_for(library: str) -> None:
 
 
 def test_the_builder_is_read_through_and_through() -> None:
-    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "builder.py", "8.6").uses.values()}
+    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "engine" / "builder.py", "8.6").uses.values()}
     ends_of_chains = {
         ("ParserError", "desc"),
         ("ITimingCache", "serialize"),
@@ -114,7 +114,7 @@ def test_the_builder_is_read_through_and_through() -> None:
 
 
 def test_the_inspection_is_read_through_and_through() -> None:
-    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "inspection.py", "8.6").uses.values()}
+    seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "engine" / "inspector.py", "8.6").uses.values()}
     assert seen >= {
         ("EngineInspector", "execution_context"),
         ("EngineInspector", "get_engine_information"),
@@ -141,7 +141,7 @@ def test_the_runtime_is_read_through_and_through() -> None:
 
 @pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
 def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
-    from runtime.backends.network import _DTYPES
+    from runtime.backends.tensorrt_engine import _DTYPES
 
     assert set(_DTYPES) <= set(surface_of(library)["names"]["DataType"]["members"])
 
@@ -164,7 +164,7 @@ def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
     ],
 )
 def test_a_name_that_does_not_exist_is_noticed(old: str, new: str, told: str, tmp_path: Path) -> None:
-    text = (ROOT / "export" / "builder.py").read_text(encoding="utf-8")
+    text = (ROOT / "export" / "engine" / "builder.py").read_text(encoding="utf-8")
     assert old in text, "builder.py no longer says so; mutate what it says now"
     (tmp_path / "builder.py").write_text(text.replace(old, new), encoding="utf-8")
     assert told in lines_of(reading(tmp_path / "builder.py", "8.6").problems())
@@ -178,7 +178,9 @@ def test_what_cannot_be_followed_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
 def test_precision_is_left_to_the_graph_where_the_library_can(library: str) -> None:
     used = {
-        use.name for use in reading(ROOT / "export" / "builder.py", library).uses.values() if use.owner == "BuilderFlag"
+        use.name
+        for use in reading(ROOT / "export" / "engine" / "builder.py", library).uses.values()
+        if use.owner == "BuilderFlag"
     }
     assert used <= {"VERSION_COMPATIBLE", "TF32"}
 
@@ -201,9 +203,9 @@ def test_the_flags_of_a_weakly_typed_build_exist() -> None:
 
 _BUILD = """
 import tensorrt_bindings as trt
-from export.builder import BuildOptions, build
-from export.profiles import Profile
-from runtime.backends.cuda import Cuda
+from export.engine.builder import BuildOptions, build
+from export.engine.profiles import Profile
+from runtime.backends.cuda_driver import Cuda
 from tests.runtime.standin import Driver
 
 shapes = {"query_tokens": ((1, 1), (1, 8), (1, 12)), "query_length": ((1,), (1,), (1,))}
@@ -263,7 +265,7 @@ def test_the_stood_in_libraries_do_not_make_the_bindings_take_everything(version
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
 def test_a_network_is_strongly_typed_by_name(version: str) -> None:
     code = (
-        "import json, tensorrt_bindings as trt; from export.builder import _network_flags, is_strongly_typed; "
+        "import json, tensorrt_bindings as trt; from export.engine.builder import _network_flags, is_strongly_typed; "
         "flag = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED); "
         "print(json.dumps([is_strongly_typed(trt), _network_flags(trt), flag]))"
     )

@@ -12,26 +12,27 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.batches import draw
 from calib.calibrate import measure_table
-from calib.graphs import load_graph, manifest_of, read_graph
-from calib.qdq import Policy, quantize
-from export import layers, made
-from export.precision import to_half
+from calib.calibration_set import draw
+from calib.graph.half_precision import to_half
+from calib.graph.onnx_graph import load_graph, manifest_of, read_graph
+from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_pair
+from calib.qdq_quantizer import Policy, quantize
+from export.build import artifacts
+from export.parity import compare_layers
 from export.seal import seal_model
-from export.served import Serving, read_model
-from export.split import pair_paths, prepared_paths, split_graph, write_pair
 from export.to_onnx import to_onnx
-from runtime.annotations import DataSet
+from export.triton_repository.model_config import Serving, read_model
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.onnx_metadata import check, external_data, read_metadata, sealed
 from runtime.backends import open_backend
+from runtime.core.batch import Batch
+from runtime.core.errors import ModelFileError
+from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
-from runtime.encodings import EncodedVideo
-from runtime.errors import ModelFileError
-from runtime.evaluation import batches_of
-from runtime.extractors import open_extractor
-from runtime.grounder import Grounder
-from runtime.onnxfile import check, external_data, read_metadata, sealed
-from runtime.tensors import Batch
+from runtime.grounding.evaluation import batches_of
+from runtime.grounding.grounder import Grounder
+from runtime.media.extractors import open_extractor
 from tests.damage import count_refused, damaged, flip, random_bits
 from tests.export.conftest import TINY, random_inputs
 from tests.runtime.extractor_graphs import write_clips, write_images
@@ -121,7 +122,9 @@ def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
         assert count_refused(path, heads(path, batch), ModelFileError, 20) == 20
 
 
-@pytest.mark.parametrize("read", [load_graph, read_graph, layers.load_graph, made.manifest_in, check, describe])
+@pytest.mark.parametrize(
+    "read", [load_graph, read_graph, compare_layers.load_graph, artifacts.manifest_in, check, describe]
+)
 def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
     refused = 0

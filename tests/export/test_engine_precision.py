@@ -1,4 +1,4 @@
-"""`export.engine_precision`: only evidence contradicts, and what is hidden is not proven."""
+"""`export.engine.precision_verdict`: only evidence contradicts, and what is hidden is not proven."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from export.census import Census
-from export.engine_precision import Promise, Verdict, check_size, judge_engine, require
-from runtime.errors import PromiseBroken
-from runtime.inspection import (
+from calib.graph.precision_audit import Census
+from export.engine.precision_verdict import Promise, Verdict, check_size, judge_engine, require
+from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
     PROVEN,
@@ -20,6 +19,7 @@ from runtime.inspection import (
     engine_census,
     read_layers_file,
 )
+from runtime.core.errors import PromiseBroken
 from tests.export.inspectors import Writer, document, layers
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")

@@ -9,18 +9,18 @@ import onnx
 import pytest
 import torch
 
-import export.extractor
-from export.extractor import export_c3d
+import export.tracing.extractor_to_onnx
 from export.to_onnx import relative_difference, to_onnx
-from runtime.errors import CheckpointError, PromiseBroken, ShapeError
-from runtime.extractors import ClipExtractor, open_extractor
-from runtime.files import sha256
-from runtime.footage import clips, look, pictures
+from export.tracing.extractor_to_onnx import export_c3d
+from runtime.core.errors import CheckpointError, PromiseBroken, ShapeError
+from runtime.core.io.files import sha256
+from runtime.media.extractors import ClipExtractor, open_extractor
+from runtime.media.video_file import clips, look, pictures
 from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
-from train.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 from train.checkpoints import load_checkpoint
+from train.network.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_graph_that_differs_from_torch_is_not_kept(
         other.load_state_dict(model.state_dict())
         return export_c3d(other.eval(), *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(export.extractor, "export_c3d", wrong)
+    monkeypatch.setattr(export.tracing.extractor_to_onnx, "export_c3d", wrong)
     with pytest.raises(PromiseBroken, match="nothing was kept"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx")
     assert not list(tmp_path.iterdir())

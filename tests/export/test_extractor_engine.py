@@ -11,25 +11,26 @@ import numpy as np
 import onnx
 import pytest
 
-from export import builder, engines, extractor_engine
+from calib.graph.precision_audit import census
+from export.build import extractor_engine
+from export.build.extractor_engine import PROMISES, Promise, compare, made_up_clips
 from export.build_engine import build_engine
-from export.builder import Plan
-from export.census import census
-from export.extractor_engine import PROMISES, Promise, compare, made_up_clips
+from export.engine import builder, engine_writer
+from export.engine.builder import Plan
 from export.to_onnx import to_onnx
-from runtime.backends.cuda import Cuda
-from runtime.backends.trt import open_extractor_engine
+from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.artifacts.onnx_metadata import sealed
+from runtime.backends.cuda_driver import Cuda
+from runtime.backends.tensorrt_backend import open_extractor_engine
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.io.files import sha256
 from runtime.describe import describe
-from runtime.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
-from runtime.extractors import open_extractor
-from runtime.files import sha256
 from runtime.infer import infer
-from runtime.onnxfile import sealed
-from runtime.sidecar import read_content, read_sidecar
+from runtime.media.extractors import open_extractor
 from tests.export.narrow_c3d import TINY, lively
 from tests.runtime.standin import VERSIONS, Driver, Library, write_plan
 from tests.train.test_c3d import LAYOUTS
-from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
+from train.network.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
 
 RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
 
@@ -193,11 +194,11 @@ def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: p
 def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof on a GPU, with what is built and what runs it stood in for."""
     built = Plan(b"plan", "tensorrt_rtx 1.7", True, None, None)
-    monkeypatch.setattr(engines, "build", lambda *_: built)
-    monkeypatch.setattr("export.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
-    monkeypatch.setattr("export.builder.is_strongly_typed", lambda _: True)
+    monkeypatch.setattr(engine_writer, "build", lambda *_: built)
+    monkeypatch.setattr("export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
+    monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda _: True)
     monkeypatch.setattr("export.build_engine.choose_target", lambda *_: ("tensorrt-rtx", "as asked for."))
-    monkeypatch.setattr("export.job.check_options", lambda *_: None)
+    monkeypatch.setattr("export.build.build_config.check_options", lambda *_: None)
     monkeypatch.setattr(extractor_engine, "runs_here", lambda options: True)
     closed: list[bool] = []
 

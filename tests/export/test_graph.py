@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export.graph import ExportableDRN
+from export.tracing.exportable_model import ExportableDRN
 from tests import tolerances
 from tests.export.conftest import CONFIGS, Inputs, lively, random_inputs
-from train.model import DRN, NetworkHeads
+from train.network.model import DRN, NetworkHeads
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`export.parity`: what two models are found to differ in, by hand."""
+"""`export.parity.compare`: what two models are found to differ in, by hand."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.parity import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
+from export.parity.compare import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
 from export.verify import summary
 from runtime import Grounder, Vocabulary
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.errors import AnnotationError, FeatureError, ModelFileError, QueryError
-from runtime.evaluation import evaluate
-from runtime.manifest import Features, Manifest
-from runtime.tensors import Batch, Heads
+from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.batch import Batch, Heads
+from runtime.core.decoding import Decoding
+from runtime.core.errors import AnnotationError, FeatureError, ModelFileError, QueryError
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import evaluate
 
 # Every query is one word, and every word one query: video, its duration, where it happens in fractions.
 QUERIES = [("VIDEO", 10.0, 0.2, 0.6), ("VIDEO", 10.0, 0.0, 0.5), ("OTHER", 40.0, 0.25, 0.75), ("OTHER", 40.0, 0.5, 1.0)]

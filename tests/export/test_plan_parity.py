@@ -15,21 +15,21 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.graphs import manifest_of
+from calib.graph.onnx_graph import manifest_of
+from calib.graph.unroll_lstm import unrolled
+from export.build.parity_check import Court
 from export.build_engine import _proven_engine
-from export.court import Court
-from export.parity import Budget, compare
-from export.passport import ModelFile
-from export.profiles import exactly, profiles
-from export.unrolled import unrolled
+from export.engine.profiles import exactly, profiles
+from export.parity.compare import Budget, compare
+from export.parity.html_report import ModelFile
 from export.verify import Proof, prove
 from runtime import Grounder
-from runtime.annotations import Annotation, DataSet
-from runtime.backends.cuda import Cuda
-from runtime.backends.trt import open_engine
-from runtime.errors import PromiseBroken, ShapeError
-from runtime.files import sha256
-from runtime.inspection import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.backends.cuda_driver import Cuda
+from runtime.backends.tensorrt_backend import open_engine
+from runtime.core.errors import PromiseBroken, ShapeError
+from runtime.core.io.files import sha256
+from runtime.datasets.dataset import Annotation, DataSet
 from tests.runtime.standin import Driver, Library, write_plan
 
 LONGEST = 12

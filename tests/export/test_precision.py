@@ -1,4 +1,4 @@
-"""`export.precision`: half precision is in the graph, inputs and outputs are not in it, and little is lost."""
+"""Test `calib.graph.half_precision`: the graph computes in half precision, its inputs and outputs stay FP32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
-from export.precision import (
+from calib.graph.half_precision import (
     FLOAT16_MAX,
     HEADROOM,
     _half_tensor,
@@ -22,9 +22,10 @@ from export.precision import (
     scan,
     to_half,
 )
-from export.to_onnx import INPUTS, OUTPUTS, drn_modules
-from runtime.errors import ModelFileError, ShapeError
-from runtime.tensors import Batch
+from calib.graph.naming import drn_modules
+from export.to_onnx import INPUTS, OUTPUTS
+from runtime.core.batch import Batch
+from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.tolerances import HALF
 

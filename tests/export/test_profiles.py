@@ -1,4 +1,4 @@
-"""`export.profiles`: the shapes an engine is built for."""
+"""`export.engine.profiles`: the shapes an engine is built for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from export.profiles import Unrolling, profiles, unrolling, usual_query_length
-from runtime.errors import ShapeError
+from export.engine.profiles import Unrolling, profiles, unrolling, usual_query_length
+from runtime.core.errors import ShapeError
 from tests.export.conftest import TINY, manifest
 
 ABOUT = manifest(TINY)

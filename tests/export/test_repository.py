@@ -1,4 +1,4 @@
-"""`export.repository` and `export.triton`: a repository is whole or not there, and grows by versions."""
+"""`export.triton_repository.writer` and `export.triton`: a repository is whole or not there, and grows by versions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
-from export import repository as module
-from export.repository import read_config
-from export.split import split_graph, write_pair
+from calib.graph.split_model import split_graph, write_pair
 from export.triton import triton
-from runtime.errors import ModelFileError, OutputError
-from runtime.manifest import METADATA_KEY
-from runtime.onnxfile import check
+from export.triton_repository import writer as module
+from export.triton_repository.writer import read_config
+from runtime.artifacts.manifest import METADATA_KEY
+from runtime.artifacts.onnx_metadata import check
+from runtime.core.errors import ModelFileError, OutputError
 from tests.export.conftest import TINY, manifest
 from tests.tritonserver import Server
 
@@ -250,7 +250,7 @@ def test_a_file_is_no_repository(graph: Path, tmp_path: Path) -> None:
 def test_triton_not_installed_is_said(graph: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from runtime.errors import DeviceError
+    from runtime.core.errors import DeviceError
 
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[triton\]'"):

@@ -9,24 +9,24 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.balance import balanced_name, measure_gains
-from calib.padding import padding_apart
-from calib.qdq import NEWEST_OPSET, Policy, balanced, observed, quantize
-from calib.ranges import measure
-from calib.table import CalibrationTable, key_of
-from export.census import census
-from export.extractor import export_c3d
-from export.precision import OPSETS, QDQ_OPSET, raise_opset, to_half
-from export.split import split_graph
+from calib.calibration_table import CalibrationTable, key_of
+from calib.graph.channel_equalization import balanced_name, measure_gains
+from calib.graph.conv_padding import padding_apart
+from calib.graph.fp32_scales import has_half_scales, with_wide_scales
+from calib.graph.half_precision import OPSETS, QDQ_OPSET, raise_opset, to_half
+from calib.graph.precision_audit import census
+from calib.graph.split_model import split_graph
+from calib.graph.unroll_lstm import unrolled
+from calib.qdq_quantizer import NEWEST_OPSET, Policy, balanced, observed, quantize
+from calib.range_estimation import measure
 from export.to_onnx import OLDEST_OPSET
-from export.unrolled import unrolled
-from export.wide_scales import has_half_scales, with_wide_scales
-from runtime.extractors import ExtractorManifest
-from runtime.tensors import Batch
+from export.tracing.extractor_to_onnx import export_c3d
+from runtime.core.batch import Batch
+from runtime.media.extractors import ExtractorManifest
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.narrow_c3d import lively as narrow_c3d
 from tests.export.rtx import build_with_rtx
-from train.model import DRNConfig
+from train.network.model import DRNConfig
 
 pytestmark = pytest.mark.rtx
 

@@ -1,4 +1,4 @@
-"""`export.served`: what Triton is told of a model, and which models it is told of at all."""
+"""`export.triton_repository.model_config`: what Triton is told of a model, and which models it is told of at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
-from export.profiles import Profile, part_profiles, profiles
-from export.repository import message
-from export.served import Served, Serving, models, padded_lengths, read_model
-from export.split import split_graph, write_pair
-from runtime import sidecar
-from runtime.errors import DeviceError, GroundingError, ModelFileError
-from runtime.files import sha256
-from runtime.manifest import Manifest
-from runtime.onnxfile import read_metadata
+from calib.graph.split_model import split_graph, write_pair
+from export.engine.profiles import Profile, part_profiles, profiles
+from export.triton_repository.model_config import Served, Serving, models, padded_lengths, read_model
+from export.triton_repository.writer import message
+from runtime.artifacts import engine_metadata
+from runtime.artifacts.manifest import Manifest
+from runtime.artifacts.onnx_metadata import read_metadata
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError
+from runtime.core.io.files import sha256
 from tests.export.conftest import TINY, manifest
 
 
@@ -38,7 +38,7 @@ def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | N
     path.write_bytes(b"a plan")
     hashes = {path.name: hashlib.sha256(b"a plan").hexdigest()}
     told = {
-        "format": sidecar.FORMAT,
+        "format": engine_metadata.FORMAT,
         "manifest": about.to_dict(),
         "library": "tensorrt 10.16.1",
         "target": "tensorrt",
@@ -47,7 +47,7 @@ def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | N
         "sha256": {**hashes, twin.name: sha256(twin)} if twin else hashes,
         **content,
     }
-    sidecar.path_beside(path).write_text(json.dumps(sidecar.sealed(told)))
+    engine_metadata.path_beside(path).write_text(json.dumps(engine_metadata.sealed(told)))
     return path
 
 
@@ -164,7 +164,7 @@ def test_a_pair_of_engines_is_told_with_its_own_limits(graph: Path) -> None:
 
 
 def test_encodings_are_of_the_type_that_the_engine_was_given(graph: Path) -> None:
-    from export.precision import to_half
+    from calib.graph.half_precision import to_half
 
     video = graph.with_name("drn.video.onnx")
     half = to_half(onnx.load(graph))

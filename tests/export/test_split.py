@@ -1,4 +1,4 @@
-"""`export.split`: two graphs that answer as the whole, and know each other."""
+"""`calib.graph.split_model`: two graphs that answer as the whole, and know each other."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import export.to_onnx
-from export.precision import to_half
-from export.split import pair_paths, prepared_graphs, split_graph, write_pair
+from calib.graph.half_precision import to_half
+from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_pair
 from export.to_onnx import check_pair_against_torch, relative_difference, to_onnx
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend, run_pair
-from runtime.backends.ort import LEAST_PREPARED, OnnxRuntimePair
-from runtime.encodings import EncodedVideo
-from runtime.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import Batch
+from runtime.backends.onnxruntime_backend import LEAST_PREPARED, OnnxRuntimePair
+from runtime.core.batch import Batch
+from runtime.core.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
+from runtime.core.io.files import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
-from train.model import DRN
+from train.network.model import DRN
 
 SAME = 1e-5
 """Relative: the same operators on the same numbers, but for what ONNX Runtime fuses across the cut."""
@@ -150,7 +150,7 @@ def test_a_prepared_video_is_answered_as_the_whole(
     assert np.isnan(pair.ask(*asked).matching_logits).any() == (len(lengths) < LEAST_PREPARED)
     # Whatever is too few to be worth it here is still asked that way.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.backends.ort.LEAST_PREPARED", 1)
+        patch.setattr("runtime.backends.onnxruntime_backend.LEAST_PREPARED", 1)
         found = pair.ask(*asked)
     one = [0] * len(tokens)
     wanted = open_backend(path, "cpu", 1).run(Batch(tokens, length, features[one], spans[one]))

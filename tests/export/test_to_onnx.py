@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import export.to_onnx
+from calib.graph.naming import drn_modules
 from export.to_onnx import (
     BATCH_SIZES,
     INPUTS,
@@ -23,21 +24,20 @@ from export.to_onnx import (
     OUTPUTS,
     check_against_torch,
     check_batches,
-    drn_modules,
     export_model,
     relative_difference,
     to_onnx,
 )
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
-from runtime.errors import CheckpointError, OutputError, PromiseBroken, ShapeError
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.vocabulary import Vocabulary
+from runtime.core.errors import CheckpointError, OutputError, PromiseBroken, ShapeError
+from runtime.core.io.files import sha256
+from runtime.core.tokenizer import Vocabulary
 from tests import tolerances
 from tests.export.conftest import CONFIGS, MAX_QUERY_LENGTH, Inputs, manifest, random_inputs
 from tests.export.rtx import build_with_rtx
 from train.checkpoints import load_checkpoint, save_checkpoint
-from train.model import DRN
+from train.network.model import DRN
 
 ROOT = Path(__file__).parents[2]
 

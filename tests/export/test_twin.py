@@ -1,4 +1,4 @@
-"""`export.twin`: what stays in higher precision, by a scan and by held-out queries."""
+"""`export.build.reduced_precision`: what stays in higher precision, by a scan and by held-out queries."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from calib.batches import draw
 from calib.calibrate import measure_table
+from calib.calibration_set import draw
+from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graphs import manifest_of
-from calib.plan import Plan
-from calib.table import CalibrationTable
-from export.census import census
-from export.twin import Wishes, make_twin
-from runtime.annotations import DataSet
-from runtime.errors import PromiseBroken
+from calib.graph.onnx_graph import manifest_of
+from calib.graph.precision_audit import census
+from calib.quantization_plan import Plan
+from export.build.reduced_precision import Wishes, make_twin
+from runtime.core.errors import PromiseBroken
+from runtime.datasets.dataset import DataSet
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_the_fewest_modules_go_back_to_fp16_and_the_plan_makes_the_same_graph_ag
 def test_a_budget_that_no_precision_holds_is_said_so(
     source: onnx.ModelProto, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.twin.BOUNDARY_P99", -1.0)
-    monkeypatch.setattr("export.twin.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
+    monkeypatch.setattr("export.build.reduced_precision.BOUNDARY_P99", -1.0)
+    monkeypatch.setattr("export.build.reduced_precision.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
     with pytest.raises(PromiseBroken, match="even with all but one module in FP32"):
         make_twin(source, "fp16", Wishes(threads=1), data_set)
 
@@ -145,8 +145,8 @@ def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
         asked.update(judge=len(judge.annotations), ranker=len(ranker.annotations))
         raise PromiseBroken("enough")
 
-    monkeypatch.setattr("export.twin.HELD_OUT", 8)
-    monkeypatch.setattr("export.twin.search", search)
+    monkeypatch.setattr("export.build.reduced_precision.HELD_OUT", 8)
+    monkeypatch.setattr("export.build.reduced_precision.search", search)
     with pytest.raises(PromiseBroken, match="enough"):
         make_twin(source, "int8", Wishes(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set)
     assert asked["ranker"] == 8

@@ -1,4 +1,4 @@
-"""`export.unrolled`: written out, an LSTM answers as it did, in every precision, for queries of any length up to S."""
+"""Test `calib.graph.unroll_lstm`: an unrolled LSTM gives the same outputs for queries of up to S tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.graphs import open_session
-from export.precision import raise_opset, to_half
-from export.split import split_graph
-from export.unrolled import unrolled
-from runtime.errors import ModelFileError
-from runtime.tensors import Heads
+from calib.graph.half_precision import raise_opset, to_half
+from calib.graph.onnx_graph import open_session
+from calib.graph.split_model import split_graph
+from calib.graph.unroll_lstm import unrolled
+from runtime.core.batch import Heads
+from runtime.core.errors import ModelFileError
 from tests import tolerances
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.rtx import build_with_rtx

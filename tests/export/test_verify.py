@@ -18,25 +18,25 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.batches import draw
 from calib.calibrate import measure_table
-from calib.graphs import manifest_of, read_graph
-from calib.qdq import Policy, quantize
-from calib.rows import in_rows
-from export.layers import compare_layers
-from export.parity import Budget, Disagreement, compare, verdict
-from export.passport import ModelFile, lineage, passport
+from calib.calibration_set import draw
+from calib.graph.conv_to_matmul import in_rows
+from calib.graph.onnx_graph import manifest_of, read_graph
+from calib.qdq_quantizer import Policy, quantize
+from export.parity.compare import Budget, Disagreement, compare, verdict
+from export.parity.compare_layers import compare_layers
+from export.parity.html_report import ModelFile, lineage, passport
 from export.verify import verify
 from runtime import Grounder
-from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
-from runtime.evaluation import batches_of
-from runtime.files import sha256, write_json
-from runtime.machine import cpu
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.moments import Moment
-from runtime.speed import ONE_QUERY, Case, Memory, Report, Subject, Timing
-from runtime.timing import Latency
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.benchmarking.report import ONE_QUERY, Case, Memory, Report, Subject, Timing
+from runtime.benchmarking.system_info import cpu
+from runtime.benchmarking.timing import Latency
+from runtime.core.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.io.files import sha256, write_json
+from runtime.core.moments import Moment
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import batches_of
 from tests.parity.models import save_twin
 
 ROOT = Path(__file__).parents[2]
@@ -192,10 +192,10 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(models: Path, planted:
 def test_a_twin_of_any_precision_is_judged_on_a_cpu(
     models: Path, planted: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from calib.batches import draw
     from calib.calibrate import measure_table
-    from calib.qdq import quantize
-    from export.precision import raise_opset, to_half
+    from calib.calibration_set import draw
+    from calib.graph.half_precision import raise_opset, to_half
+    from calib.qdq_quantizer import quantize
 
     source = models / "drn.onnx"
     graph = onnx.load(source)

@@ -1,4 +1,4 @@
-"""`export.weakly_typed`: what TensorRT 8.6 is given in place of a strongly typed graph."""
+"""`export.engine.weakly_typed`: what TensorRT 8.6 is given in place of a strongly typed graph."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from calib.qdq import Policy, quantize
-from calib.table import CalibrationTable
-from export.builder import build
-from export.precision import FP32_OPERATORS, fp32_nodes, opset_of, raise_opset, to_half
-from export.split import split_graph
-from export.to_onnx import drn_modules
-from export.unrolled import unrolled
-from export.weakly_typed import node_of, prepare, without_types
-from runtime.errors import ModelFileError
+from calib.calibration_table import CalibrationTable
+from calib.graph.half_precision import FP32_OPERATORS, fp32_nodes, opset_of, raise_opset, to_half
+from calib.graph.naming import drn_modules
+from calib.graph.split_model import split_graph
+from calib.graph.unroll_lstm import unrolled
+from calib.qdq_quantizer import Policy, quantize
+from export.engine.builder import build
+from export.engine.weakly_typed import node_of, prepare, without_types
+from runtime.core.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
 from tests.export.test_rtx_builds import table_for

@@ -8,12 +8,12 @@ from typing import Any
 
 import onnx
 
-from export.parity import Parity, compare
+from export.parity.compare import Parity, compare
 from export.to_onnx import export_model, producer
 from export.verify import open_model
-from runtime.annotations import DataSet
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.core.io.files import sha256
+from runtime.datasets.dataset import DataSet
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 

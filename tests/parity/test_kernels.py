@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from export.parity import Budget, verdict
-from export.profiles import Range
-from runtime.backends.cuda import Cuda
-from runtime.errors import DeviceError
+from export.engine.profiles import Range
+from export.parity.compare import Budget, verdict
+from runtime.backends.cuda_driver import Cuda
+from runtime.core.errors import DeviceError
 from tests.parity.models import parity
 
 
 def need_gpu() -> None:
     """Skip, with the reason, where no engine can be built and run."""
-    from export.builder import why_not
+    from export.engine.builder import why_not
 
     reason = why_not("tensorrt")
     if reason:

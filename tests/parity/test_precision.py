@@ -9,24 +9,26 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.parity import Budget, Parity, verdict
+from export.parity.compare import Budget, Parity, verdict
 from runtime import Grounder
-from runtime.annotations import DataSet
+from runtime.datasets.dataset import DataSet
 from tests import tolerances
 from tests.parity.models import parity, save_twin
 
 # Until the module that makes a twin is there, its tests cannot run.
 needs_half = pytest.mark.skipif(
-    importlib.util.find_spec("export.precision") is None, reason="export/precision.py, which makes FP16, is missing"
+    importlib.util.find_spec("calib.graph.half_precision") is None,
+    reason="calib/graph/half_precision.py, which makes FP16, is missing",
 )
 needs_calib = pytest.mark.skipif(
-    importlib.util.find_spec("calib.qdq") is None, reason="calib/qdq.py, which makes INT8, is missing"
+    importlib.util.find_spec("calib.qdq_quantizer") is None,
+    reason="calib/qdq_quantizer.py, which makes INT8, is missing",
 )
 
 
 @pytest.fixture(scope="module")
 def half(models: Path) -> Path:
-    from export.precision import to_half
+    from calib.graph.half_precision import to_half
 
     twin = to_half(onnx.load(models / "drn.onnx"), "fp16")
     return save_twin(twin, models / "drn.onnx", models / "drn.fp16.onnx", "fp16")
@@ -34,9 +36,9 @@ def half(models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def int8(models: Path, planted: Path) -> Path:
-    from calib.batches import draw
     from calib.calibrate import measure_table
-    from calib.qdq import quantize
+    from calib.calibration_set import draw
+    from calib.qdq_quantizer import quantize
 
     source = models / "drn.onnx"
     model = onnx.load(source)
@@ -96,9 +98,9 @@ def test_int8_rounds_more_than_fp16(quantised: Parity, halved: Parity) -> None:
 
 @needs_calib
 def test_int8_on_ranges_that_are_too_small_breaks_the_promise(models: Path, planted: Path, tmp_path: Path) -> None:
-    from calib.batches import draw
     from calib.calibrate import measure_table
-    from calib.qdq import quantize
+    from calib.calibration_set import draw
+    from calib.qdq_quantizer import quantize
 
     source = models / "drn.onnx"
     model = onnx.load(source)

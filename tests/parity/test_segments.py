@@ -12,8 +12,8 @@ import pytest
 from export.build_engine import build_engine
 from export.to_onnx import to_onnx
 from runtime import Grounder
-from runtime.annotations import DataSet
-from runtime.evaluation import heads_of
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import heads_of
 from tests import tolerances
 from tests.export.rtx import build_with_rtx
 from tests.parity.models import parity

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from runtime.command import command
-from runtime.decoding import Decoding
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Features, Manifest
-from runtime.tensors import Batch, Heads
-from runtime.vocabulary import Vocabulary
+from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
+from runtime.core.batch import Batch, Heads
+from runtime.core.cli import command
+from runtime.core.decoding import Decoding
+from runtime.core.io.files import sha256
+from runtime.core.tokenizer import Vocabulary
 
 # No deadline: a test must not fail because its machine is busy.
 settings.register_profile("house", deadline=None, max_examples=50)
@@ -164,7 +164,7 @@ def write_graph() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_manifest(golden: Path) -> Manifest:
     """The manifest of `tiny_model`: the words of the mini data set, features of width 16."""
-    from runtime.annotations import DataSet
+    from runtime.datasets.dataset import DataSet
 
     return Manifest(
         DataSet(golden / "mini").vocabulary,

@@ -57,7 +57,7 @@ class Stream:
 
 
 class Driver:
-    """libcuda, as far as `runtime.backends.cuda` calls it.
+    """libcuda, as far as `runtime.backends.cuda_driver` calls it.
 
     Attributes:
         calls: every call's name, in order.
@@ -655,8 +655,8 @@ def write_plan(
         types: inputs and outputs that are of another type than in the graph.
         content: other fields of the sidecar.
     """
-    from runtime.files import sha256
-    from runtime.sidecar import FORMAT, path_beside, sealed
+    from runtime.artifacts.engine_metadata import FORMAT, path_beside, sealed
+    from runtime.core.io.files import sha256
 
     shapes = [profile["shapes"] for profile in profiles]
     options = content.get("options", {})

@@ -1,4 +1,4 @@
-"""`runtime.annotations`: data sets in the published layout."""
+"""`runtime.datasets.dataset`: data sets in the published layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import Annotation, DataSet
-from runtime.errors import AnnotationError, FeatureError
+from runtime.core.errors import AnnotationError, FeatureError
+from runtime.core.video import ClipClock, check_frame_rate
+from runtime.datasets.dataset import Annotation, DataSet
 from runtime.evaluate import evaluate
 from runtime.rank import rank
-from runtime.videos import ClipClock, check_frame_rate
 from tests.annotated import write_activitynet, write_tacos
 
 FEATURES = "C3D_unit16_overlap0.5_merged"

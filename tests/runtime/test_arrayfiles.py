@@ -10,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.arrayfiles import MAX_DIRECTORY_BYTES, load_array, open_archive, read_archive, read_array, read_header
-from runtime.errors import FeatureError
-from runtime.videos import load_features
+from runtime.core.errors import FeatureError
+from runtime.core.io.array_files import (
+    MAX_DIRECTORY_BYTES,
+    load_array,
+    open_archive,
+    read_archive,
+    read_array,
+    read_header,
+)
+from runtime.core.video import load_features
 
 
 def npy(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import Device, open_backend
-from runtime.backends.ort import library
-from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
-from runtime.manifest import METADATA_KEY
-from runtime.tensors import Batch
+from runtime.backends.onnxruntime_backend import library
+from runtime.core.batch import Batch
+from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 
 
 @pytest.mark.parametrize("threads", [0, -3, 1_000_000])

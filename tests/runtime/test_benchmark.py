@@ -17,6 +17,7 @@ import pytest
 
 from runtime import Grounder, Moment, Vocabulary
 from runtime import benchmark as module
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.benchmark import (
     Model,
     agreement,
@@ -28,11 +29,10 @@ from runtime.benchmark import (
     sizes,
     walk,
 )
-from runtime.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
-from runtime.files import sha256
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.speed import latency_table, read_report
-from runtime.tensors import Batch, Heads
+from runtime.benchmarking.report import latency_table, read_report
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
+from runtime.core.io.files import sha256
 from tests.processes import heed_ctrl_c
 from tests.runtime.standin import write_plan
 from tests.runtime.test_encodings import PlantedPair
@@ -43,8 +43,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short windows, no GPU, and no fresh processes."""
-    monkeypatch.setattr("runtime.timing.WINDOW_SECONDS", 0.0)
-    monkeypatch.setattr("runtime.machine.shutil.which", lambda _: None)
+    monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr("runtime.benchmarking.system_info.shutil.which", lambda _: None)
     monkeypatch.setattr(module, "cold_start", lambda *_: 1.25)
 
 
@@ -396,7 +396,7 @@ def test_a_real_ctrl_c_ends_with_130_and_a_whole_report(tiny_model: Path, tmp_pa
     code = """
 import os, signal
 from runtime import benchmark as module, timing
-from runtime.command import command
+from runtime.core.cli import command
 module.cold_start = lambda *_: 1.0
 timing.WINDOW_SECONDS = 0.0
 plain = module.take_turns

@@ -1,4 +1,4 @@
-"""`runtime.command`: exit codes, and what is said where."""
+"""`runtime.core.cli`: exit codes, and what is said where."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from runtime.command import next_command
-from runtime.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
+from runtime.core.cli import next_command
+from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
 from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_an_interruption_is_exit_code_130(run_command: Callable[..., Any]) -> No
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.command import command
+    from runtime.core.cli import command
 
     def broken() -> None:
         raise ZeroDivisionError
@@ -117,8 +117,8 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
 
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
     """Start a process whose command has this body."""
-    code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.command import command\n"
-    code += "from runtime.errors import GroundingError\nfrom runtime.files import replace_when_whole\n"
+    code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.core.cli import command\n"
+    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.files import replace_when_whole\n"
     code += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     if unbuffered:
@@ -180,7 +180,9 @@ def test_an_error_is_said_even_when_stdout_is_full() -> None:
     ],
 )
 def test_closed_streams_keep_the_exit_code_and_print_no_traceback(redirection: str, body: str, code: int) -> None:
-    program = "import logging, sys\nfrom runtime.command import command\nfrom runtime.errors import GroundingError\n"
+    program = (
+        "import logging, sys\nfrom runtime.core.cli import command\nfrom runtime.core.errors import GroundingError\n"
+    )
     program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     ended = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program],
@@ -210,7 +212,7 @@ def test_files_never_get_the_number_of_a_closed_stream(tmp_path: Path, redirecti
         f"with open({str(tmp_path / 'report')!r}, 'w') as stream:\n"
         "    os.write(1, b'noise'); os.write(2, b'noise'); stream.write('whole')"
     )
-    program = "import os\nfrom runtime.command import command\n"
+    program = "import os\nfrom runtime.core.cli import command\n"
     program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     ended = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program], cwd=ROOT, capture_output=True

@@ -1,4 +1,4 @@
-"""`runtime.cutting`: clips begin and end at the right frame, upright, with their sound, all of them or none."""
+"""Test `runtime.media.clip_writer`: clips start and end at the right frame, upright and with their sound."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import cutting
-from runtime.cutting import check_encoder, clip_names, cut
-from runtime.errors import DeviceError, OutputError
-from runtime.footage import frames_from, look
+from runtime.core.errors import DeviceError, OutputError
 from runtime.infer import infer
+from runtime.media import clip_writer
+from runtime.media.clip_writer import check_encoder, clip_names, cut
+from runtime.media.video_file import frames_from, look
 from tests.films import film, joined, scene, sound_only, truncated
 from tests.runtime.extractor_graphs import write_clips
 
@@ -212,8 +212,8 @@ def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return write(*arguments)
 
-    write = cutting._write
-    monkeypatch.setattr(cutting, "_write", interrupted)
+    write = clip_writer._write
+    monkeypatch.setattr(clip_writer, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cut(footage, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
@@ -223,7 +223,7 @@ def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_encoder() in cutting.ENCODERS
+    assert check_encoder() in clip_writer.ENCODERS
     monkeypatch.setattr(av.codec, "codecs_available", {"aac", "vp9"})
     with pytest.raises(DeviceError, match="libx264 or libopenh264 or mpeg4 with AAC"):
         check_encoder()

@@ -1,4 +1,4 @@
-"""`runtime.decoding`: heads to proposals, and both suppressions."""
+"""`runtime.core.decoding`: heads to proposals, and both suppressions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding import (
+from runtime.core.batch import Heads
+from runtime.core.decoding import (
     BLOCK,
     FEW_PROPOSALS,
     Decoding,
@@ -25,8 +26,7 @@ from runtime.decoding import (
     soft_nms,
     suppress,
 )
-from runtime.errors import ModelFileError
-from runtime.tensors import Heads
+from runtime.core.errors import ModelFileError
 from tests.tolerances import DETECTIONS
 
 SMALL = Decoding(num_segments=4, strides=(1, 2))

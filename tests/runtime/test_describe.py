@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from runtime.artifacts.manifest import Manifest
 from runtime.describe import describe
-from runtime.manifest import Manifest
 
 
 def test_a_model_is_described_in_words(tiny_model: Path, run_command: Callable[..., Any]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runtime import doctor as module
-from runtime.backends import eightbit
+from runtime.backends import exact_int8
+from runtime.core.errors import DeviceError
 from runtime.doctor import doctor
-from runtime.errors import DeviceError
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pyte
         return SimpleNamespace(name="NVIDIA H100", capability="9.0", driver="13.0")
 
     installed["tensorrt"] = "11.4"
-    monkeypatch.setattr("runtime.backends.cuda.Cuda", cuda)
+    monkeypatch.setattr("runtime.backends.cuda_driver.Cuda", cuda)
     finding = findings()["TensorRT"]
     assert finding.works is gpu
     assert finding.seen.startswith("tensorrt 11.4")
@@ -93,8 +93,8 @@ def test_cpu_is_shown_with_what_decides_on_int8(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, shown: str
 ) -> None:
     monkeypatch.setattr(module.machine, "cpu_features", lambda: features)
-    monkeypatch.setattr(eightbit, "cpu_features", lambda: features)
-    monkeypatch.setattr(eightbit.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(exact_int8, "cpu_features", lambda: features)
+    monkeypatch.setattr(exact_int8.platform, "machine", lambda: "x86_64")
     finding = findings()["CPU"]
     assert finding.works
     assert shown in finding.seen

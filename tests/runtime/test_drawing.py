@@ -1,4 +1,4 @@
-"""`runtime.drawing`: bars where the moments are, one row a query, and frames of the video beneath."""
+"""`runtime.grounding.plotting`: bars where the moments are, one row a query, and frames of the video beneath."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.drawing import BEST, FRAMES, TRUTH, draw
-from runtime.errors import DeviceError, OutputError
-from runtime.footage import look
-from runtime.moments import Moment
-from runtime.timeline import Answer
+from runtime.core.errors import DeviceError, OutputError
+from runtime.core.moments import Moment
+from runtime.grounding.formatting import Answer
+from runtime.grounding.plotting import BEST, FRAMES, TRUTH, draw
+from runtime.media.video_file import look
 
 pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-deploy[plot]')")
 

@@ -1,4 +1,4 @@
-"""`runtime.backends.eightbit`: 8-bit products are exact on every kind of CPU, or a warning says that they are not."""
+"""`runtime.backends.exact_int8`: 8-bit products are exact on every kind of CPU, or a warning says that they are not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime import machine
-from runtime.backends import eightbit
-from runtime.backends.eightbit import for_cpu, read_contents, saturates, source_for_cpu, unsigned
-from runtime.backends.ort import start
+from runtime.backends import exact_int8
+from runtime.backends.exact_int8 import for_cpu, read_contents, saturates, source_for_cpu, unsigned
+from runtime.backends.onnxruntime_backend import start
+from runtime.benchmarking import system_info
 
 # Features of CPUs, by Linux's names.
 CPUS = {
@@ -116,7 +116,7 @@ def test_x86_of_unknown_features_gets_the_form_that_is_always_exact() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_kernels_of_this_machine_saturate_as_its_features_say(rows: int) -> None:
-    if machine.cpu_features() is None:
+    if system_info.cpu_features() is None:
         pytest.skip("the system does not list the features of this CPU")
     data, weights = numbers(rows)
     expected = saturating(as_data(data), weights) - 128 * weights.astype(np.int64).sum(0)
@@ -217,12 +217,12 @@ def test_graph_that_cannot_be_shifted_is_opened_with_a_warning(
     assert unsigned(model.SerializeToString()) is None
     path = tmp_path / "m.onnx"
     onnx.save(model, path)
-    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     with caplog.at_level(logging.WARNING, "drn"):
         assert source_for_cpu(path) == str(path)
     assert path.name in caplog.text
     start(path, "cpu", 1)
-    monkeypatch.setattr(eightbit, "saturates", lambda: False)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: False)
     caplog.clear()
     assert source_for_cpu(path) == str(path)
     assert not caplog.text
@@ -233,7 +233,7 @@ def test_numbers_in_another_file_are_opened_with_a_warning(
 ) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(product(numbers(1)[1]), path, save_as_external_data=True, size_threshold=8)
-    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     assert source_for_cpu(path) == str(path)
     assert path.name in caplog.text
 
@@ -241,15 +241,15 @@ def test_numbers_in_another_file_are_opened_with_a_warning(
 def test_cpu_with_vnni_opens_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(product(numbers(1)[1]), path)
-    monkeypatch.setattr(eightbit, "saturates", lambda: False)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: False)
     assert source_for_cpu(path) == str(path)
     assert for_cpu(path.read_bytes()) == path.read_bytes()
-    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     assert source_for_cpu(path) == unsigned(path.read_bytes())
 
 
 def test_damaged_file_is_left_to_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     content = product(numbers(1)[1]).SerializeToString()
     for damaged in (b"", content[:-30], content[:300], os.urandom(500), b"not a graph"):
         path = tmp_path / "m.onnx"
@@ -270,7 +270,7 @@ def test_contents_are_counted_without_the_numbers() -> None:
 def test_weights_in_constant_nodes_are_counted_and_opened_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eightbit, "saturates", lambda: True)
+    monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     model = product(np.full((8, 16), 100, np.int8))
     for tensor in model.graph.initializer:
         model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))

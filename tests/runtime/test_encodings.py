@@ -1,4 +1,4 @@
-"""`runtime.encodings`, and the pair behind it: videos encoded once, asked often, never by the wrong model."""
+"""Test `runtime.artifacts.encoded_video` and pairs: videos are encoded once, and only their model accepts them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from runtime import EncodedVideo, Grounder
-from runtime.annotations import DataSet
+from runtime.artifacts.encoded_video import EncodedWindows
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
-from runtime.decoding import Decoding
-from runtime.encodings import EncodedWindows
-from runtime.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
+from runtime.core.batch import Batch, Heads
+from runtime.core.decoding import Decoding
+from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
+from runtime.core.sliding_windows import Windows
+from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
-from runtime.evaluation import evaluate
+from runtime.grounding.evaluation import evaluate
 from runtime.infer import infer
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import Batch, Heads
-from runtime.windows import Windows
 from tests.runtime.test_grounder import PAIRS, QUARTER, video
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
@@ -334,7 +334,7 @@ def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does, on a CPU: tensors are bound, and of encodings the last few are kept."""
-    monkeypatch.setattr("runtime.backends.ort.KEPT_ON_DEVICE", 2)
+    monkeypatch.setattr("runtime.backends.onnxruntime_backend.KEPT_ON_DEVICE", 2)
     data_set = DataSet(mini)
     subjects = [data_set.video(name) for name in ("AAAA1", "BBBB2", "CCCC3")]
     pairs = [(subject, query) for subject in subjects for query in ("person opens the door", "person sits")]

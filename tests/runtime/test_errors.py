@@ -1,4 +1,4 @@
-"""`runtime.errors`: bounded and printable messages, and one class of error for every exception of a reader."""
+"""`runtime.core.errors`: bounded and printable messages, and one class of error for every exception of a reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import (
+from runtime.core.errors import (
     MAX_MESSAGE_LENGTH,
     MAX_VALUE_LENGTH,
     FeatureError,
@@ -27,7 +27,7 @@ def subclasses(error: type[GroundingError]) -> list[type[GroundingError]]:
 
 
 def test_every_error_class_of_the_module_has_its_own_code() -> None:
-    ours = [error for error in subclasses(GroundingError) if error.__module__ == "runtime.errors"]
+    ours = [error for error in subclasses(GroundingError) if error.__module__ == "runtime.core.errors"]
     assert len({error.code for error in ours}) == len(ours)
 
 

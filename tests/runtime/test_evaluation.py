@@ -1,4 +1,4 @@
-"""`runtime.evaluation` and `runtime.evaluate`: every question of a split, and the score of the answers."""
+"""`runtime.grounding.evaluation` and `runtime.evaluate`: every question of a split, and the score of the answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from runtime import Grounder, Video
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.errors import FeatureError, OutputError
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.core.decoding import Decoding
+from runtime.core.errors import FeatureError, OutputError
+from runtime.core.metrics import METRICS, metric_names
+from runtime.core.video import ClipClock
+from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
-from runtime.evaluation import evaluate, predictions
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.metrics import METRICS, metric_names
-from runtime.videos import ClipClock
+from runtime.grounding.evaluation import evaluate, predictions
 from tests.annotated import write_qvhighlights, write_tacos
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
@@ -88,7 +88,7 @@ def test_picks_stand_in_the_order_of_the_annotations_whatever_the_batch(
 def test_small_chunks_change_nothing(grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     annotations = data_set.annotations("test")
     whole = evaluate(grounder, data_set, annotations)
-    monkeypatch.setattr("runtime.evaluation.CHUNK", 2)
+    monkeypatch.setattr("runtime.grounding.evaluation.CHUNK", 2)
     chunked = evaluate(grounder, data_set, annotations)
     np.testing.assert_array_equal(chunked.picks[0.5], whole.picks[0.5])
     assert chunked.report == whole.report
@@ -220,7 +220,7 @@ def test_at_most_top_k_windows_are_predicted(grounder: Grounder, data_set: DataS
 def test_a_sentence_the_model_cannot_take_stops_before_any_video_is_read(
     grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime.errors import QueryError
+    from runtime.core.errors import QueryError
 
     annotations = data_set.annotations("test")
     bad = [*annotations, dataclasses.replace(annotations[0], sentence="dog " * 9, line=41)]

@@ -1,4 +1,4 @@
-"""`runtime.extraction` and `runtime.extract`: from video files to the published layout, once, and never by halves."""
+"""Test `runtime.media.extraction` and `runtime.extract`: from video files to the published feature layout."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import drawing, extraction
-from runtime import footage as footage_module
-from runtime.annotations import FEATURE_DIRECTORY, DataSet
-from runtime.errors import FootageError, GroundingError
+from runtime.core.errors import FootageError, GroundingError
+from runtime.core.video import load_features
+from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from runtime.extract import extract
-from runtime.extraction import cached_video
-from runtime.extractors import ClipExtractor, open_extractor
-from runtime.footage import Framing, look, pictures
+from runtime.grounding import plotting
 from runtime.infer import infer
-from runtime.videos import load_features
+from runtime.media import extraction
+from runtime.media import video_file as footage_module
+from runtime.media.extraction import cached_video
+from runtime.media.extractors import ClipExtractor, open_extractor
+from runtime.media.video_file import Framing, look, pictures
 from tests.films import film, sound_only, truncated
 from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
@@ -536,7 +537,7 @@ def test_a_moment_of_a_late_film_is_cut_and_drawn_where_players_show_it(
         shown.append(times)
         return [np.zeros((9, 16, 3), np.uint8)] * len(times)
 
-    monkeypatch.setattr(drawing, "stills", noted)
+    monkeypatch.setattr(plotting, "stills", noted)
     (answer,) = infer(
         tiny_model, ("dog sits",), video=str(late), extractor=tiny, cut=tmp_path / "clips", plot=tmp_path / "plot.png"
     )

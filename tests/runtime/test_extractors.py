@@ -1,4 +1,4 @@
-"""`runtime.extractors`: clips and images become features, and files that are no extractors are refused."""
+"""`runtime.media.extractors`: clips and images become features, and files that are no extractors are refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.errors import FeatureError, ModelFileError
-from runtime.extractors import FORMAT, ClipExtractor, ExtractorManifest, ImageExtractor, open_extractor
-from runtime.manifest import Features
+from runtime.artifacts.manifest import Features
+from runtime.core.errors import FeatureError, ModelFileError
+from runtime.media.extractors import FORMAT, ClipExtractor, ExtractorManifest, ImageExtractor, open_extractor
 from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")

@@ -1,4 +1,4 @@
-"""`runtime.featurestores`: features in files by video, or in one HDF5 file."""
+"""`runtime.datasets.feature_stores`: features in files by video, or in one HDF5 file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.errors import DeviceError, FeatureError, MissingFeatures, excerpt
-from runtime.featurestores import FeatureArchive, FeatureFiles, open_store
-from runtime.videos import ClipClock, load_features
+from runtime.core.errors import DeviceError, FeatureError, MissingFeatures, excerpt
+from runtime.core.video import ClipClock, load_features
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles, open_store
 
 h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
 
@@ -211,7 +211,7 @@ def test_an_archive_with_one_array_is_features_and_any_other_is_refused(tmp_path
 
 def bomb(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.suffix == ".npz":
-        monkeypatch.setattr("runtime.arrayfiles.MAX_UNFOLDED_BYTES", 1000)
+        monkeypatch.setattr("runtime.core.io.array_files.MAX_UNFOLDED_BYTES", 1000)
         np.savez_compressed(path, np.zeros((1000, 400), np.float32))
     else:
         with h5py.File(path, "w") as file:
@@ -282,7 +282,7 @@ def test_an_answer_that_never_comes_is_one_error(published: Path, monkeypatch: p
     store.path("v_a")
     assert store._reader._process is not None
     os.kill(store._reader._process.pid, signal.SIGSTOP)
-    monkeypatch.setattr("runtime.hdf5.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("runtime.core.io.hdf5_reader.TIMEOUT_S", 0.2)
     with pytest.raises(FeatureError):
         store.load("v_a")
 

@@ -1,4 +1,4 @@
-"""`runtime.files`: whole or not there."""
+"""`runtime.core.io.files`: whole or not there."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-from calib.graphs import load_graph
-from runtime import files
-from runtime.annotations import DataSet
+from calib.graph.onnx_graph import load_graph
+from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends import open_backend
-from runtime.corpus.questions import read_questions
-from runtime.corpus.sources import open_source
-from runtime.encodings import EncodedVideo
-from runtime.errors import AnnotationError, GroundingError, ModelFileError, OutputError
-from runtime.extractors import open_extractor
-from runtime.files import (
+from runtime.core.errors import AnnotationError, GroundingError, ModelFileError, OutputError
+from runtime.core.interrupts import Interrupted, handled
+from runtime.core.io import files
+from runtime.core.io.files import (
     Staging,
     check_directory,
     check_file,
@@ -42,10 +39,13 @@ from runtime.files import (
     write_json,
     write_text,
 )
-from runtime.footage import look
-from runtime.interrupts import Interrupted, handled
-from runtime.layouts.values import folded
-from runtime.videos import load_features
+from runtime.core.video import load_features
+from runtime.corpus.feature_sources import open_source
+from runtime.corpus.queries import read_questions
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.validation import folded
+from runtime.media.extractors import open_extractor
+from runtime.media.video_file import look
 from train.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_so_and_leaves_nothing(place: str, tmp_path: Path, m
 
 def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path: Path) -> None:
     # The limit on file sizes stands for the disk's end; both stop a write half-way.
-    code = f"from runtime.files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
+    code = f"from runtime.core.io.files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -347,7 +347,8 @@ def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
 
 def start_writer(body: str) -> subprocess.Popen[str]:
     """Start a process that prints a line when it is in the middle of this body, and waits."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom runtime.files import Staging, locked, replace_when_whole\n"
+    code = "import sys, time\nfrom pathlib import Path\n"
+    code += "from runtime.core.io.files import Staging, locked, replace_when_whole\n"
     wait = "print('ready', flush=True); sys.stdin.read()"
     return subprocess.Popen(
         [sys.executable, "-c", code + body.replace("WAIT", wait)],
@@ -427,7 +428,7 @@ def test_live_writers_of_one_file_keep_their_temporary_files(
 
 
 def test_sigterm_ends_a_writer_without_a_trace(writer: Callable[[str], Any], tmp_path: Path) -> None:
-    process = writer(f"from runtime.interrupts import install; install()\n{staged(tmp_path / 'report.json')}")
+    process = writer(f"from runtime.core.interrupts import install; install()\n{staged(tmp_path / 'report.json')}")
     process.terminate()
     process.wait(timeout=30)
     assert not list(tmp_path.iterdir())
@@ -465,7 +466,7 @@ def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Pat
 
 
 def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.files.fcntl.flock", failing(errno.ENOLCK))
+    monkeypatch.setattr("runtime.core.io.files.fcntl.flock", failing(errno.ENOLCK))
     with replace_when_whole(tmp_path / "report.json") as temporary:
         temporary.write_text("half")
         remove_strays(tmp_path)

@@ -1,4 +1,4 @@
-"""`runtime.footage`: frames at their times, upright, of the right size, one by one; and files that are no videos."""
+"""Test `runtime.media.video_file`: frames at their times, upright and of the right size; files that are no videos."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import footage as footage_module
-from runtime.cutting import cut
-from runtime.errors import DeviceError, FootageError
-from runtime.footage import Framing, Picture, check_one_file, clips, look, offset_of, pictures, stills
+from runtime.core.errors import DeviceError, FootageError
+from runtime.core.video import ClipClock
 from runtime.infer import infer
-from runtime.videos import ClipClock
+from runtime.media import video_file as footage_module
+from runtime.media.clip_writer import cut
+from runtime.media.video_file import Framing, Picture, check_one_file, clips, look, offset_of, pictures, stills
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 
 AS_IT_IS = Framing((48, 64), (48, 64))

@@ -1,4 +1,4 @@
-"""`runtime.grounder`: sentences and videos in, moments in seconds out."""
+"""`runtime.grounding.grounder`: sentences and videos in, moments in seconds out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from runtime import Grounder, Moment, Video
 from runtime.backends import Backend
-from runtime.decoding import NON_FINITE, Decoding
-from runtime.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
-from runtime.grounder import in_seconds
-from runtime.tensors import Batch, Heads
-from runtime.windows import Windows
+from runtime.core.batch import Batch, Heads
+from runtime.core.decoding import NON_FINITE, Decoding
+from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
+from runtime.core.sliding_windows import Windows
+from runtime.grounding.grounder import in_seconds
 
 CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from runtime import Grounder
-from runtime.annotations import DataSet
+from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
+from runtime.datasets.dataset import DataSet
 from runtime.infer import infer
-from runtime.manifest import METADATA_KEY, Features, Manifest
 
 ROOT = Path(__file__).parents[2]
 FEATURES = "C3D_unit16_overlap0.5_merged"

@@ -1,4 +1,4 @@
-"""`runtime.interrupts`: signals become one exception, which waits while files are created or removed."""
+"""`runtime.core.interrupts`: signals become one exception, which waits while files are created or removed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from runtime import interrupts
-from runtime.interrupts import Interrupted, deferred, handled
+from runtime.core import interrupts
+from runtime.core.interrupts import Interrupted, deferred, handled
 
 
 def send(*numbers: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""`runtime.backends.kernelcache`: TensorRT-RTX compiles a plan's kernels once, and loads none of another plan."""
+"""`runtime.backends.rtx_runtime_cache`: TensorRT-RTX compiles a plan's kernels once, and loads none of another plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from runtime.backends.cuda import Cuda
-from runtime.backends.kernelcache import path_beside
-from runtime.grounder import Grounder
+from runtime.backends.cuda_driver import Cuda
+from runtime.backends.rtx_runtime_cache import path_beside
+from runtime.grounding.grounder import Grounder
 from tests.runtime.standin import Driver, Library
 from tests.runtime.test_trt import Bench, Graphs, assert_same, batch_of, graphs, reference
 

@@ -1,4 +1,4 @@
-"""`runtime.layouts`: every published format is told by its files and read into one form."""
+"""`runtime.datasets.formats`: every published format is told by its files and read into one form."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet, each_moment
-from runtime.errors import AnnotationError
-from runtime.layouts.charades import DURATIONS, FRAMES, WORDS
-from runtime.layouts.qvhighlights import FORMAT
-from runtime.presets import PRESETS, Preset
+from runtime.core.errors import AnnotationError
+from runtime.datasets.charades_sta import DURATIONS, FRAMES, WORDS
+from runtime.datasets.dataset import DataSet, each_moment
+from runtime.datasets.presets import PRESETS, Preset
+from runtime.datasets.qvhighlights import FORMAT
 
 ACTIVITYNET = {
     "v_a": {"duration": 50, "timestamps": [[0, 5.5], [10, 60]], "sentences": ["A man  sits.", "\nHe stands up."]},

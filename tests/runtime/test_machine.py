@@ -1,4 +1,4 @@
-"""`runtime.machine`: what is read off nvidia-smi and the system, and when a machine is called busy."""
+"""`runtime.benchmarking.system_info`: what is read off nvidia-smi and the system, and when a machine is called busy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from typing import Any
 
 import pytest
 
-from runtime import machine
-from runtime.machine import Conditions, conditions, others_load, parse_gpu, throttle_reasons, throttling
+from runtime.benchmarking import system_info
+from runtime.benchmarking.system_info import (
+    Conditions,
+    conditions,
+    others_load,
+    parse_gpu,
+    throttle_reasons,
+    throttling,
+)
 
 LINE = "NVIDIA H100 80GB HBM3, 575.57, 1980, 1980, 31, 113.27, 1024, 81559, 0x0000000000000044"
 
 
 def test_a_line_of_nvidia_smi_is_read() -> None:
     found = parse_gpu(LINE)
-    assert found == machine.Gpu(
+    assert found == system_info.Gpu(
         "NVIDIA H100 80GB HBM3", "575.57", 1980, 1980, 31, 113.27, 1024, 81559, ("power limit", "heat (hardware)")
     )
 
@@ -41,10 +48,10 @@ def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch)
         new = "clocks_event_reasons" in words[2]
         return subprocess.CompletedProcess(words, 2 if new else 0, "not a valid field" if new else LINE + "\n", "")
 
-    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(system_info.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(system_info.subprocess, "run", run)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    found = machine.gpu()
+    found = system_info.gpu()
     assert found is not None
     assert found.sm_mhz == 1980
     assert [words[1] for words in asked] == ["--id=2", "--id=2"]
@@ -64,12 +71,12 @@ def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch)
 def test_cpu_features_are_those_linux_lists(
     lines: list[str], features: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_lines", lambda path: lines)
-    assert machine.cpu_features() == features
+    monkeypatch.setattr(system_info, "_lines", lambda path: lines)
+    assert system_info.cpu_features() == features
 
 
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    monkeypatch.setattr(system_info.shutil, "which", lambda _: None)
     found = conditions("before")
     assert isinstance(found, Conditions)
     assert (found.when, found.gpu) == ("before", None)
@@ -94,7 +101,7 @@ def test_a_machine_is_busy_where_others_leave_too_little(
 
 
 def test_this_process_has_memory_and_versions() -> None:
-    assert machine.peak_rss_bytes() > 10 * 2**20
-    assert {"python", "numpy", "drn-deploy"} <= set(machine.versions())
-    assert machine.cores() >= 1
-    assert machine.cpu_name()
+    assert system_info.peak_rss_bytes() > 10 * 2**20
+    assert {"python", "numpy", "drn-deploy"} <= set(system_info.versions())
+    assert system_info.cores() >= 1
+    assert system_info.cpu_name()

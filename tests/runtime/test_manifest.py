@@ -1,4 +1,4 @@
-"""`runtime.manifest`: what a model file says of itself."""
+"""`runtime.artifacts.manifest`: what a model file says of itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from runtime.decoding import Decoding
-from runtime.errors import ModelFileError
-from runtime.manifest import FORMAT, Features, Manifest
-from runtime.videos import ClipClock
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Windows
+from runtime.artifacts.manifest import FORMAT, Features, Manifest
+from runtime.core.decoding import Decoding
+from runtime.core.errors import ModelFileError
+from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
+from runtime.core.video import ClipClock
 
 
 def full() -> Manifest:

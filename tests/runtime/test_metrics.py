@@ -1,4 +1,4 @@
-"""`runtime.metrics`: recall, mean IoU, and the prior."""
+"""`runtime.core.metrics`: recall, mean IoU, and the prior."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.annotations import DataSet
-from runtime.decoding import Proposals, hard_nms, soft_nms
-from runtime.metrics import (
+from runtime.core.decoding import Proposals, hard_nms, soft_nms
+from runtime.core.metrics import (
     METRICS,
     Report,
     best_overlap,
@@ -24,6 +23,7 @@ from runtime.metrics import (
     report,
     table,
 )
+from runtime.datasets.dataset import DataSet
 from tests.tolerances import DETECTIONS
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["mmaction2", "drn"])

@@ -1,4 +1,4 @@
-"""`runtime.moments`: temporal IoU."""
+"""`runtime.core.moments`: temporal IoU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.moments import Moment, temporal_iou
+from runtime.core.moments import Moment, temporal_iou
 
 TIMES = st.floats(0, 1000, width=32)
 SPANS = st.tuples(TIMES, TIMES)

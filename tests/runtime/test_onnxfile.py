@@ -1,4 +1,4 @@
-"""`runtime.onnxfile`: metadata without the graph."""
+"""`runtime.artifacts.onnx_metadata`: metadata without the graph."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import ModelFileError
-from runtime.manifest import METADATA_KEY
-from runtime.onnxfile import read_metadata
+from runtime.artifacts.manifest import METADATA_KEY
+from runtime.artifacts.onnx_metadata import read_metadata
+from runtime.core.errors import ModelFileError
 
 
 def test_metadata_is_what_was_written(write_graph: Callable[..., Path], tmp_path: Path) -> None:

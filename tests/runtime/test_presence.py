@@ -1,4 +1,4 @@
-"""`runtime.presence`: a threshold that tells pairs apart, and models that say where nothing fits."""
+"""`runtime.core.presence`: a threshold that tells pairs apart, and models that say where nothing fits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Presence, Windows
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.errors import GroundingError, ModelFileError
-from runtime.evaluation import evaluate
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.core.decoding import Decoding
+from runtime.core.errors import GroundingError, ModelFileError
+from runtime.core.presence import fit
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import evaluate
+from runtime.grounding.formatting import Answer, render
 from runtime.infer import infer
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.presence import fit
-from runtime.timeline import Answer, render
 from tests.runtime.test_encodings import PlantedPair
 from tests.runtime.test_grounder import PAIRS, QUARTER, video
 from tests.runtime.test_windows import WINDOWS, Finder, long_video

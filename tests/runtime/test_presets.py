@@ -1,4 +1,4 @@
-"""`runtime.presets`: what is usual for each data set."""
+"""`runtime.datasets.presets`: what is usual for each data set."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.errors import AnnotationError
-from runtime.manifest import Features
-from runtime.presets import (
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.errors import AnnotationError
+from runtime.core.tokenizer import tokenize
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.presets import (
     LENGTH_QUANTILES,
     PRESETS,
     Preset,
@@ -21,7 +22,6 @@ from runtime.presets import (
     length_quantiles_of,
     query_length_of,
 )
-from runtime.vocabulary import tokenize
 
 
 @pytest.mark.parametrize("name", PRESETS)

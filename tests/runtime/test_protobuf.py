@@ -1,4 +1,4 @@
-"""`runtime.protobuf`: fields of messages, compared with the protobuf package."""
+"""`runtime.core.io.protobuf`: fields of messages, compared with the protobuf package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.protobuf import BYTES, FIXED32, VARINT, bytes_field, fields, mapped, number_field, varint, varints
+from runtime.core.io.protobuf import BYTES, FIXED32, VARINT, bytes_field, fields, mapped, number_field, varint, varints
 
 
 @given(st.integers(1, 1 << 28), st.binary(max_size=300), st.integers(0, (1 << 64) - 1))

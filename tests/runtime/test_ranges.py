@@ -1,4 +1,4 @@
-"""`runtime.ranges`: steps of a query are NVTX ranges where `nvtx` is installed; nothing changes where it is not."""
+"""Test `runtime.core.nvtx_ranges`: steps of a query become NVTX ranges if `nvtx` is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.ranking` and `runtime.rank`: where a sentence's own video stands among others."""
+"""`runtime.grounding.retrieval` and `runtime.rank`: where a sentence's own video stands among others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import Grounder
-from runtime import ranking as ranking_module
-from runtime.annotations import DataSet
-from runtime.decoding import likely
-from runtime.errors import FeatureError, GroundingError
+from runtime.core.batch import collate
+from runtime.core.decoding import likely
+from runtime.core.errors import FeatureError, GroundingError
+from runtime.datasets.dataset import DataSet
+from runtime.grounding import retrieval as ranking_module
+from runtime.grounding.retrieval import best_scores, draw_videos, rank
 from runtime.rank import rank as rank_command
-from runtime.ranking import best_scores, draw_videos, rank
-from runtime.tensors import collate
 
 
 def test_ranks_by_hand() -> None:

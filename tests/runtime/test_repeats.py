@@ -1,4 +1,4 @@
-"""`runtime.repeats`: a message is logged once within a block."""
+"""`runtime.core.repeat_filter`: a message is logged once within a block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from runtime.repeats import said_once
+from runtime.core.repeat_filter import said_once
 
 log = logging.getLogger("drn")
 

@@ -1,4 +1,4 @@
-"""`runtime.sidecar`: no plan is taken that its sidecar does not vouch for."""
+"""`runtime.artifacts.engine_metadata`: no plan is taken that its sidecar does not vouch for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from runtime.artifacts.engine_metadata import FORMAT, path_beside, read_sidecar, sealed
+from runtime.artifacts.manifest import Manifest
+from runtime.core.errors import ModelFileError
+from runtime.core.io.files import sha256
 from runtime.describe import describe
 from runtime.doctor import Finding
-from runtime.errors import ModelFileError
-from runtime.files import sha256
-from runtime.manifest import Manifest
-from runtime.sidecar import FORMAT, path_beside, read_sidecar, sealed
 
 
 @pytest.fixture

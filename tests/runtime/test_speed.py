@@ -1,4 +1,4 @@
-"""`runtime.speed`: shares, tables and sentences of a report that is made by hand."""
+"""`runtime.benchmarking.report`: shares, tables and sentences of a report that is made by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import ModelFileError
-from runtime.machine import Conditions, Gpu
-from runtime.speed import (
+from runtime.benchmarking.report import (
     BATCH_SIZE,
     ONE_QUERY,
     Agreement,
@@ -26,7 +24,9 @@ from runtime.speed import (
     read_report,
     where_and_when,
 )
-from runtime.timing import Latency, Ratio, WarmUp
+from runtime.benchmarking.system_info import Conditions, Gpu
+from runtime.benchmarking.timing import Latency, Ratio, WarmUp
+from runtime.core.errors import ModelFileError
 
 FAST, SLOW = "f" * 64, "5" * 64
 

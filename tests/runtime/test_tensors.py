@@ -1,4 +1,4 @@
-"""`runtime.tensors`: queries and videos side by side."""
+"""`runtime.core.batch`: queries and videos side by side."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.tensors import Batch, collate
-from runtime.videos import Segments
+from runtime.core.batch import Batch, collate
+from runtime.core.video import Segments
 
 
 def segments(value: float, dtype: type = np.float32) -> Segments:

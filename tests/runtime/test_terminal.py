@@ -1,4 +1,4 @@
-"""`runtime.terminal`: what is printed neither steers a terminal nor fails for want of a character."""
+"""`runtime.core.terminal`: what is printed neither steers a terminal nor fails for want of a character."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.terminal import Formatter, argument, escape_drawing, escape_results, protected_streams, shell_words
+from runtime.core.terminal import Formatter, argument, escape_drawing, escape_results, protected_streams, shell_words
 
 # Everything that an argument of a process can hold: any byte but zero.
 words = st.binary(max_size=40).map(lambda value: os.fsdecode(value.replace(b"\0", b"")))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import AnnotationError
-from runtime.textfiles import MAX_DEPTH, MAX_DIGITS, parse_json, read_lines, read_text
+from runtime.core.errors import AnnotationError
+from runtime.core.io.text_files import MAX_DEPTH, MAX_DIGITS, parse_json, read_lines, read_text
 
 SENTENCE = "a\u2028person\u2029opens\x85the\x0bdoor\x0c\x1c\x1d\x1e"
 

@@ -1,4 +1,4 @@
-"""`runtime.timeline`: answers for people and for other programs."""
+"""`runtime.grounding.formatting`: answers for people and for other programs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.moments import Moment
-from runtime.timeline import Answer, clock, render
+from runtime.core.moments import Moment
+from runtime.grounding.formatting import Answer, clock, render
 
 ANSWERS = [
     Answer(

@@ -1,4 +1,4 @@
-"""`runtime.timestamps`: whatever clocks a stream was recorded with, its frames follow each other."""
+"""`runtime.media.timestamps`: whatever clocks a stream was recorded with, its frames follow each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.timestamps import Part, SoundShift, Stamp, shifts, shown_times, split, usual_step
+from runtime.media.timestamps import Part, SoundShift, Stamp, shifts, shown_times, split, usual_step
 
 UNIT = 0.001
 STEP = 40

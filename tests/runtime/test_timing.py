@@ -1,4 +1,4 @@
-"""`runtime.timing`: percentiles, warm-up, turns and ratios, on a clock that the test moves."""
+"""`runtime.benchmarking.timing`: percentiles, warm-up, turns and ratios, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import timing
-from runtime.timing import Call, Latency, agree, percentile, speed_ratio, take_turns, turns, warm_up, window_size
+from runtime.benchmarking import timing
+from runtime.benchmarking.timing import (
+    Call,
+    Latency,
+    agree,
+    percentile,
+    speed_ratio,
+    take_turns,
+    turns,
+    warm_up,
+    window_size,
+)
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""`runtime.torchfile` against torch itself, and against files that mean harm."""
+"""`runtime.core.io.torch_reader` against torch itself, and against files that mean harm."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import torchfile
-from runtime.errors import CheckpointError
+from runtime.core.errors import CheckpointError
+from runtime.core.io import torch_reader
 
 torch = pytest.importorskip("torch", reason="torch writes the files that are read here")
 
@@ -107,7 +107,7 @@ def test_containers_come_back_with_arrays_in_place_of_tensors(tmp_path: Path, zi
         "device": torch.device("cuda:1"),
     }
     value["weights"]._metadata = {"": {"version": 1}}
-    found = torchfile.load(save(value, tmp_path / "f.pt", zipped))
+    found = torch_reader.load(save(value, tmp_path / "f.pt", zipped))
     assert list(found) == list(value)
     assert isinstance(found["weights"], collections.OrderedDict)
     np.testing.assert_array_equal(found["weights"]["a"], [[0, 1, 2], [3, 4, 5]])
@@ -129,7 +129,7 @@ def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped
     module(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
     content = {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
-    found = torchfile.load(save(content, tmp_path / "f.pt", zipped))
+    found = torch_reader.load(save(content, tmp_path / "f.pt", zipped))
     for name, weight in module.state_dict().items():
         np.testing.assert_array_equal(found["state_dict"][name], weight.numpy())
         assert found["state_dict"][name].shape == tuple(weight.shape)
@@ -144,7 +144,7 @@ def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped
 )
 def test_number_types_are_kept(tmp_path: Path, zipped: bool, dtype: str) -> None:
     wanted = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
-    found = torchfile.load(save(wanted, tmp_path / "f.pt", zipped))
+    found = torch_reader.load(save(wanted, tmp_path / "f.pt", zipped))
     assert found.dtype == wanted.numpy().dtype
     np.testing.assert_array_equal(found, wanted.numpy())
 
@@ -152,7 +152,7 @@ def test_number_types_are_kept(tmp_path: Path, zipped: bool, dtype: str) -> None
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
 def test_number_types_that_torch_stores_untyped_are_kept(tmp_path: Path, dtype: str) -> None:
     wanted = torch.arange(5).to(getattr(torch, dtype))[1:]
-    found = torchfile.load(save(wanted, tmp_path / "f.pt"))
+    found = torch_reader.load(save(wanted, tmp_path / "f.pt"))
     assert found.dtype == np.dtype(dtype)
     assert found.tolist() == [1, 2, 3, 4]
 
@@ -160,7 +160,7 @@ def test_number_types_that_torch_stores_untyped_are_kept(tmp_path: Path, dtype: 
 @FORMS
 def test_bfloat16_becomes_float32_exactly(tmp_path: Path, zipped: bool) -> None:
     wanted = torch.tensor([1.5, -3.0e38, float("inf"), 1e-40]).to(torch.bfloat16)
-    found = torchfile.load(save({"a": wanted, "view": wanted[1:]}, tmp_path / "f.pt", zipped))
+    found = torch_reader.load(save({"a": wanted, "view": wanted[1:]}, tmp_path / "f.pt", zipped))
     assert found["a"].dtype == np.float32
     np.testing.assert_array_equal(found["a"], wanted.float().numpy())
     assert np.shares_memory(found["a"], found["view"])
@@ -178,7 +178,7 @@ def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) ->
         begin = data.draw(st.integers(0, view.shape[axis]))
         view = view[(slice(None),) * axis + (slice(begin, None, data.draw(st.integers(1, 3))),)]
     with tempfile.TemporaryDirectory() as directory:
-        found = torchfile.load(save([base, view], Path(directory, "f.pt"), zipped))
+        found = torch_reader.load(save([base, view], Path(directory, "f.pt"), zipped))
     for array, wanted in zip(found, (base, view), strict=True):
         assert array.shape == tuple(wanted.shape)
         assert array.dtype == wanted.numpy().dtype
@@ -190,7 +190,7 @@ def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) ->
 @FORMS
 def test_arrays_are_writable_and_share_what_the_tensors_shared(tmp_path: Path, zipped: bool) -> None:
     base = torch.zeros(4, 3)
-    first, second, other = torchfile.load(save([base, base[:, 1], torch.zeros(2)], tmp_path / "f.pt", zipped))
+    first, second, other = torch_reader.load(save([base, base[:, 1], torch.zeros(2)], tmp_path / "f.pt", zipped))
     first[2, 1] = 5
     assert second[2] == 5
     other[:] = 1
@@ -198,7 +198,7 @@ def test_arrays_are_writable_and_share_what_the_tensors_shared(tmp_path: Path, z
 
 
 def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
-    found = torchfile.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
+    found = torch_reader.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
     np.testing.assert_array_equal(found, [[1, 2]] * 3)
 
 
@@ -218,7 +218,7 @@ def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
     ids=lambda array: f"{array.dtype}-{array.shape}",
 )
 def test_numpy_arrays_and_numbers_come_back(tmp_path: Path, zipped: bool, array: np.ndarray) -> None:
-    found = torchfile.load(save({"a": array}, tmp_path / "f.pt", zipped))["a"]
+    found = torch_reader.load(save({"a": array}, tmp_path / "f.pt", zipped))["a"]
     assert type(found) is type(array)
     assert found.dtype == array.dtype.newbyteorder("=")
     np.testing.assert_array_equal(found, array)
@@ -227,19 +227,19 @@ def test_numpy_arrays_and_numbers_come_back(tmp_path: Path, zipped: bool, array:
 def test_a_list_that_holds_itself_comes_back(tmp_path: Path) -> None:
     ring: list[Any] = [torch.ones(1)]
     ring.append({"ring": ring})
-    found = torchfile.load(save(ring, tmp_path / "f.pt"))
+    found = torch_reader.load(save(ring, tmp_path / "f.pt"))
     assert found[1]["ring"] is found
 
 
 def test_big_endian_records_are_turned_round(tmp_path: Path) -> None:
     records = {"byteorder": b"big", "data/0": np.arange(6, dtype=">f4").tobytes()}
-    found = torchfile.load(zip_file(tmp_path / "f.pt", tensor(), records))
+    found = torch_reader.load(zip_file(tmp_path / "f.pt", tensor(), records))
     np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
 
 
 def test_the_archive_may_have_any_name(tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / "odd name v1.2.pth.tar")
-    assert torchfile.load(tmp_path / "odd name v1.2.pth.tar").tolist() == [1, 1]
+    assert torch_reader.load(tmp_path / "odd name v1.2.pth.tar").tolist() == [1, 1]
 
 
 def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
@@ -250,12 +250,12 @@ def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
         save(torch.ones(2), tmp_path / "f.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert torchfile.load(tmp_path / "f.pt").tolist() == [1, 1]
+    assert torch_reader.load(tmp_path / "f.pt").tolist() == [1, 1]
 
 
 def test_the_published_glove_table_is_read_like_torch_reads_it(real_data: Path) -> None:
     path = real_data / "charades_sta" / "glove_weights"
-    np.testing.assert_array_equal(torchfile.load(path), torch.load(path, weights_only=True).numpy())
+    np.testing.assert_array_equal(torch_reader.load(path), torch.load(path, weights_only=True).numpy())
 
 
 # Files that mean harm. Every one is tried with and without `inert`: only the first may refuse, neither may run.
@@ -286,10 +286,10 @@ def test_no_call_is_made_and_it_is_named(tmp_path: Path, sentinel: Path, name: s
     value, asked = attacks(sentinel)[name]
     path = (zip_file if zipped else legacy_file)(tmp_path / "f.pt", value)
     with pytest.raises(CheckpointError, match=rf"asks to run .*{asked}.*nothing in it was run"):
-        torchfile.load(path)
+        torch_reader.load(path)
     assert not sentinel.exists()
     try:
-        torchfile.load(path, inert=True)
+        torch_reader.load(path, inert=True)
     except CheckpointError:
         assert name == "in a persistent id"
     assert not sentinel.exists()
@@ -310,10 +310,10 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
     }[opcode]
     path = zip_file(tmp_path / "f.pt", program)
     if inert:
-        assert isinstance(torchfile.load(path, inert=True), torchfile.Inert)
+        assert isinstance(torch_reader.load(path, inert=True), torch_reader.Inert)
     else:
         with pytest.raises(CheckpointError, match="asks to run"):
-            torchfile.load(path)
+            torch_reader.load(path)
     assert not sentinel.exists()
 
 
@@ -341,7 +341,7 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
 @pytest.mark.parametrize("inert", [False, True])
 def test_a_pickle_that_abuses_its_opcodes_is_refused(tmp_path: Path, program: bytes, inert: bool) -> None:
     with pytest.raises(CheckpointError):
-        torchfile.load(zip_file(tmp_path / "f.pt", program), inert=inert)
+        torch_reader.load(zip_file(tmp_path / "f.pt", program), inert=inert)
 
 
 def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,36 +376,36 @@ def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monke
     path = save(content, tmp_path / "f.pth")
     monkeypatch.delitem(sys.modules, module.__name__)
     made = HistoryBuffer.calls
-    found = torchfile.load(path, inert=True)
+    found = torch_reader.load(path, inert=True)
     assert found["weights"]["a"].tolist() == [0, 1, 2]
     assert repr(found["hub"]["loss"]) == "<unread made_up.logging.HistoryBuffer>"
     assert repr(found["queue"]) == "<unread collections.deque>"
     for value in (*found["hub"].values(), found["queue"], found["table"], found["when"], found["objects"]):
-        assert isinstance(value, torchfile.Inert)
+        assert isinstance(value, torch_reader.Inert)
     assert HistoryBuffer.calls == made
     assert module.__name__ not in sys.modules
     with pytest.raises(CheckpointError, match=r"asks to run made_up\.logging\.HistoryBuffer"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_a_whole_module_is_refused_by_name(tmp_path: Path) -> None:
     for zipped in (True, False):
         path = save(torch.nn.Linear(2, 1), tmp_path / "f.pt", zipped)
         with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear"):
-            torchfile.load(path)
+            torch_reader.load(path)
 
 
 def test_reading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = zip_file(tmp_path / "f.pt", b"\x80\x02cimported_by_a_pickle\nf\n.")
-    torchfile.load(path, inert=True)
+    torch_reader.load(path, inert=True)
     assert "imported_by_a_pickle" not in sys.modules
 
 
 def load_or_be_refused(path: Path, inert: bool) -> None:
     try:
-        torchfile.load(path, inert=inert)
+        torch_reader.load(path, inert=inert)
     except CheckpointError as error:
         sentence = str(error)
     else:
@@ -450,9 +450,9 @@ def load_or_be_refused(path: Path, inert: bool) -> None:
     ],
 )
 def test_a_tensor_that_reaches_outside_its_numbers_is_refused(tmp_path: Path, lie: Any) -> None:
-    assert torchfile.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
+    assert torch_reader.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
     with pytest.raises(CheckpointError):
-        torchfile.load(zip_file(tmp_path / "f.pt", lie, SIX))
+        torch_reader.load(zip_file(tmp_path / "f.pt", lie, SIX))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_a_numpy_array_that_lies_is_refused(tmp_path: Path, shape: Any, dtype: s
     state = (1, shape, Call(np.dtype, dtype, False, True), False, content)
     path = zip_file(tmp_path / "f.pt", Call(reconstruct, np.ndarray, (0,), b"b", state=state))
     with pytest.raises(CheckpointError):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_a_record_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_record_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path
     content[entry + 20 : entry + 28] = (1 << 30).to_bytes(4, "little") * 2
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"f\.pt"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -497,13 +497,13 @@ def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
             archive.filelist.append(twin)
             archive.NameToInfo[twin.filename] = twin
     with pytest.raises(CheckpointError, match="claims to hold more"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
     path = zip_file(tmp_path / "f.pt", tensor(), SIX, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="compressed"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content.replace(b"\0\0\x40\x40", b"\0\1\x40\x40", 1))
     with pytest.raises(CheckpointError, match="damaged"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 @FORMS
@@ -521,7 +521,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
     for length in range(0, len(whole), 7):
         cut.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"cut\.pt"):
-            torchfile.load(cut)
+            torch_reader.load(cut)
 
 
 @FORMS
@@ -557,7 +557,7 @@ def test_a_pickle_with_changed_bytes_is_read_or_refused_and_nothing_else(data: s
 def test_containers_nested_without_end_are_refused(tmp_path: Path) -> None:
     depth = 200_000
     with pytest.raises(CheckpointError, match="nests"):
-        torchfile.load(zip_file(tmp_path / "f.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."))
+        torch_reader.load(zip_file(tmp_path / "f.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."))
 
 
 @pytest.mark.parametrize(
@@ -575,25 +575,25 @@ def test_other_files_are_called_what_they_are(tmp_path: Path, content: bytes, sa
     path = tmp_path / "f.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=said):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_a_numpy_archive_is_not_taken_for_a_torch_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", a=np.ones(2))
     with pytest.raises(CheckpointError, match=r"without data\.pkl"):
-        torchfile.load(tmp_path / "f.npz")
+        torch_reader.load(tmp_path / "f.npz")
 
 
 def test_a_torchscript_archive_is_refused_as_a_program(tmp_path: Path) -> None:
     path = zip_file(tmp_path / "f.pt", {"a": 1}, {"constants.pkl": b"\x80\x02).", "code/__torch__.py": b""})
     with pytest.raises(CheckpointError, match="TorchScript"):
-        torchfile.load(path)
+        torch_reader.load(path)
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.pt", tmp_path):
         with pytest.raises(CheckpointError, match=path.name):
-            torchfile.load(path)
+            torch_reader.load(path)
 
 
 def _zipped(path: Path, content: bytes) -> Path:
@@ -627,7 +627,7 @@ HOSTILE = {
 def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path = _zipped(tmp_path / "bomb.pt", HOSTILE[name])
     started = time.monotonic()
-    for read in (torchfile.load, torchfile.check, lambda path: torchfile.load(path, inert=True)):
+    for read in (torch_reader.load, torch_reader.check, lambda path: torch_reader.load(path, inert=True)):
         with pytest.raises(CheckpointError):
             read(path)
     assert time.monotonic() - started < 5
@@ -637,5 +637,5 @@ def test_flat_keys_and_shared_parts_are_read(tmp_path: Path) -> None:
     part = [1, 2]
     value = {1: part, "a": part, (1, "b"): part, None: {3, (4, 5)}, 2.5: frozenset({6})}
     torch.save(value, tmp_path / "a.pt")
-    assert torchfile.load(tmp_path / "a.pt") == value
-    torchfile.check(tmp_path / "a.pt")
+    assert torch_reader.load(tmp_path / "a.pt") == value
+    torch_reader.check(tmp_path / "a.pt")

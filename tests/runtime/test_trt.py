@@ -1,4 +1,4 @@
-"""`runtime.backends.trt` and what it stands on: engines answer as their graphs, on a stand-in for CUDA and TensorRT."""
+"""Test `runtime.backends.tensorrt_backend` on doubles of CUDA and TensorRT: engines answer as their graphs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.backends import network as network_module
-from runtime.backends import open_backend, plans
-from runtime.backends.cuda import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
-from runtime.backends.network import MOST_PROGRAMS, close_all
-from runtime.backends.shapes import (
+from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.engine_metadata import Sidecar, path_beside, read_sidecar, sealed
+from runtime.artifacts.manifest import Manifest
+from runtime.backends import engine_compatibility, open_backend
+from runtime.backends import tensorrt_engine as network_module
+from runtime.backends.batch_shapes import (
     ALIGNMENT,
     AXES,
     SHORTEST_QUERY,
@@ -40,14 +41,20 @@ from runtime.backends.shapes import (
     pieces,
     pieces_by_video,
 )
-from runtime.backends.trt import Bank, TensorRTBackend, TensorRTPair, from_bfloat16, open_engine, to_bfloat16
-from runtime.encodings import EncodedVideo
-from runtime.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
-from runtime.files import sha256
-from runtime.grounder import Grounder
-from runtime.manifest import Manifest
-from runtime.sidecar import Sidecar, path_beside, read_sidecar, sealed
-from runtime.tensors import Batch, Heads
+from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
+from runtime.backends.tensorrt_backend import (
+    Bank,
+    TensorRTBackend,
+    TensorRTPair,
+    from_bfloat16,
+    open_engine,
+    to_bfloat16,
+)
+from runtime.backends.tensorrt_engine import MOST_PROGRAMS, close_all
+from runtime.core.batch import Batch, Heads
+from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
+from runtime.core.io.files import sha256
+from runtime.grounding.grounder import Grounder
 from tests.runtime.standin import NOT_CAPTURABLE, VERSIONS, Driver, Engine, Library, counted, write_plan
 from tests.tolerances import HALF
 
@@ -73,9 +80,9 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
         pytest.importorskip(name, reason=f"{name} makes and computes the graphs")
     import onnx
 
-    from export.split import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_pair
     from export.to_onnx import export_model
-    from runtime.manifest import METADATA_KEY
+    from runtime.artifacts.manifest import METADATA_KEY
     from tests.export.conftest import TINY, lively, manifest
 
     path = tmp_path_factory.mktemp("graphs") / "drn.onnx"
@@ -173,7 +180,7 @@ class Bench:
         """Write plans for short queries, and return what the sidecar of the longer one says of them."""
         import onnx
 
-        from export.unrolled import unrolled
+        from calib.graph.unroll_lstm import unrolled
 
         named = {}
         for tokens in steps:
@@ -220,7 +227,7 @@ def assert_same(found: Heads, expected: Heads, **close: float) -> None:
 def test_an_engine_gives_the_moments_of_its_graph(tmp_path: Path, graphs: Graphs, version: str) -> None:
     backend = Bench(tmp_path, graphs, version).whole()
     model = open_backend(graphs.whole, "cpu", 1)
-    from runtime.decoding import decode
+    from runtime.core.decoding import decode
 
     # Every kind of size three times: plainly, with what is then captured, and from the graph.
     for seed in range(3):
@@ -404,15 +411,15 @@ def test_plan_for_short_queries_beyond_the_memory_is_a_warning(
 def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to(bench: Bench, tmp_path: Path) -> None:
     bench.pair(unroll=(6, 3)).close()
     plan, shorter = (tmp_path / f"drn.query{tokens}.engine" for tokens in ("", ".6"))
-    wanted = plans.rebuild_command(plan, read_sidecar(plan), 20)
+    wanted = engine_compatibility.rebuild_command(plan, read_sidecar(plan), 20)
     assert f"--query-length 2 8 20 --unroll 3 6 --split --output {plan}" in wanted
-    assert plans.rebuild_command(shorter, read_sidecar(shorter), 20) == wanted
+    assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter), 20) == wanted
     # Alone it is all there is; and beside one that does not know it, it is one of its own.
     content = json.loads(path_beside(plan).read_text())
     path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {}})))
-    alone = plans.rebuild_command(shorter, read_sidecar(shorter))
+    alone = engine_compatibility.rebuild_command(shorter, read_sidecar(shorter))
     plan.unlink()
-    assert plans.rebuild_command(shorter, read_sidecar(shorter)) == alone
+    assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter)) == alone
     assert alone.endswith(f"--query-length 6 6 6 --unroll 0 --split --output {shorter}")
 
 
@@ -425,8 +432,8 @@ def test_the_numbers_of_tokens_are_in_the_names_also_of_what_was_rejected() -> N
         "drn.²5.engine",
         "x.engine",
     )
-    assert plans.unrolled_steps({"unrolled": dict.fromkeys(names, "")}) == [6, 9, 12]
-    assert plans.unrolled_steps({}) == []
+    assert engine_compatibility.unrolled_steps({"unrolled": dict.fromkeys(names, "")}) == [6, 9, 12]
+    assert engine_compatibility.unrolled_steps({}) == []
 
 
 def test_time_and_memory_count_the_plans_for_short_queries(bench: Bench) -> None:
@@ -455,8 +462,8 @@ def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs)
 def test_encodings_in_half_precision_stay_in_it(tmp_path: Path, graphs: Graphs) -> None:
     import onnx
 
-    from export.precision import to_half
-    from export.split import split_graph, write_pair
+    from calib.graph.half_precision import to_half
+    from calib.graph.split_model import split_graph, write_pair
 
     half = to_half(onnx.load(graphs.whole), "fp16")
     video, query = write_pair(*split_graph(half), tmp_path / "drn.onnx")
@@ -508,7 +515,7 @@ def test_sizes_of_a_service_are_all_kept() -> None:
 
 
 def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.network.MOST_PROGRAMS", 16)
+    monkeypatch.setattr("runtime.backends.tensorrt_engine.MOST_PROGRAMS", 16)
     backend = bench.whole([profile((1, 4, 64))])
     before = bench.library.contexts
     for length in (5, 6):
@@ -1129,8 +1136,10 @@ def test_the_cpu_is_refused(bench: Bench) -> None:
 
 def test_an_engine_is_opened_by_its_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.whole()
-    monkeypatch.setattr("runtime.backends.trt.Cuda", lambda: bench.cuda)
-    monkeypatch.setattr("runtime.backends.trt._import", lambda names: ({("tensorrt",): bench.library}[names], ""))
+    monkeypatch.setattr("runtime.backends.tensorrt_backend.Cuda", lambda: bench.cuda)
+    monkeypatch.setattr(
+        "runtime.backends.tensorrt_backend._import", lambda names: ({("tensorrt",): bench.library}[names], "")
+    )
     grounder = Grounder.load(bench.directory / "drn.fp32.engine", "cuda", 2)
     assert isinstance(grounder.backend, TensorRTBackend)
     assert grounder.backend.device == "cuda"
@@ -1142,13 +1151,13 @@ def test_without_a_gpu_tensorrt_is_not_touched(bench: Bench, monkeypatch: pytest
     def absent() -> Cuda:
         raise DeviceError("There is no CUDA driver here.")
 
-    monkeypatch.setattr("runtime.backends.trt.Cuda", absent)
-    monkeypatch.setattr("runtime.backends.trt._import", lambda names: pytest.fail(f"imports {names}"))
+    monkeypatch.setattr("runtime.backends.tensorrt_backend.Cuda", absent)
+    monkeypatch.setattr("runtime.backends.tensorrt_backend._import", lambda names: pytest.fail(f"imports {names}"))
     with pytest.raises(DeviceError, match=r"no CUDA driver here\); run .*drn.onnx on the CPU"):
         open_backend(bench.directory / "drn.fp32.engine")
 
 
-H100 = plans.Machine("tensorrt 10.16.0", "NVIDIA H100", "9.0")
+H100 = engine_compatibility.Machine("tensorrt 10.16.0", "NVIDIA H100", "9.0")
 
 
 def sidecar_of(**content: Any) -> Sidecar:
@@ -1205,7 +1214,7 @@ def test_both_sides_are_named_where_a_plan_does_not_fit(
     content: dict[str, Any], changed: dict[str, Any], told: str | None
 ) -> None:
     machine = dataclasses.replace(H100, **changed)
-    reason = plans.misfit(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
+    reason = engine_compatibility.misfit(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
     if told is None:
         assert reason is None
     else:
@@ -1219,7 +1228,9 @@ def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
     from export.build_engine import build_engine
 
     plan = Path("models/drn.int8.engine")
-    command = plans.rebuild_command(plan, sidecar_of(options={"version_compatible": True, "hardware_compatible": True}))
+    command = engine_compatibility.rebuild_command(
+        plan, sidecar_of(options={"version_compatible": True, "hardware_compatible": True})
+    )
     assert command == (
         "python -m export.build_engine --model models/drn.onnx --precision int8 --target tensorrt --data DIR "
         "--batch 1 8 32 --query-length 1 8 16 --unroll 0 --version-compatible --hardware-compatible "
@@ -1235,16 +1246,18 @@ def test_the_command_that_rebuilds_a_part_builds_the_pair_from_the_fp32_graph(pa
     whole = sidecar_of()
     sources = {"drn.pt": "0" * 64, "drn.onnx": "1" * 64, "drn.int8.onnx": "2" * 64}
     manifest = dataclasses.replace(whole.manifest, part=part, sources=sources)
-    command = plans.rebuild_command(Path(f"models/drn.int8.{part}.engine"), Sidecar(manifest, whole.content))
+    command = engine_compatibility.rebuild_command(
+        Path(f"models/drn.int8.{part}.engine"), Sidecar(manifest, whole.content)
+    )
     assert "--model models/drn.onnx " in command
     assert command.endswith("--split --output models/drn.int8.query.engine")
 
 
 def test_a_lean_runtime_is_looked_for_only_where_it_will_do() -> None:
-    assert plans.libraries({"target": "tensorrt"}) == ("tensorrt",)
-    assert plans.libraries({"target": "tensorrt", **COMPATIBLE}) == ("tensorrt", "tensorrt_lean")
-    assert plans.libraries(RTX) == ("tensorrt_rtx",)
-    assert plans.libraries({"target": "abacus"}) == ()
+    assert engine_compatibility.libraries({"target": "tensorrt"}) == ("tensorrt",)
+    assert engine_compatibility.libraries({"target": "tensorrt", **COMPATIBLE}) == ("tensorrt", "tensorrt_lean")
+    assert engine_compatibility.libraries(RTX) == ("tensorrt_rtx",)
+    assert engine_compatibility.libraries({"target": "abacus"}) == ()
 
 
 @given(st.integers(1, 5000))
@@ -1384,8 +1397,8 @@ def test_a_real_engine_answers_as_its_graph(tmp_path: Path, graphs: Graphs, spli
 
 def real_plan(plan: Path, graph: Path, shapes: Sequence[dict[str, Any]], manifest: Manifest, cuda: Cuda) -> Path:
     """Build a plan for the GPU that is here, with whichever TensorRT is."""
-    from export.builder import BuildOptions, build, why_not
-    from export.profiles import Profile
+    from export.engine.builder import BuildOptions, build, why_not
+    from export.engine.profiles import Profile
 
     target = "tensorrt-rtx" if why_not("tensorrt") else "tensorrt"
     profiles = [

@@ -1,4 +1,4 @@
-"""`runtime.videos`: feature files, the clip clock, and pooling clips into segments."""
+"""`runtime.core.video`: feature files, the clip clock, and pooling clips into segments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import FeatureError
-from runtime.videos import ClipClock, Origin, Video, load_features, max_over_rows, pooled, segment_rows
+from runtime.core.errors import FeatureError
+from runtime.core.video import ClipClock, Origin, Video, load_features, max_over_rows, pooled, segment_rows
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
@@ -419,7 +419,7 @@ def test_a_damaged_array_is_an_array_or_a_feature_error_and_nothing_else(
 
 
 def test_pooled_rows_spans_and_frames_are_those_of_the_published_loader(golden: Path) -> None:
-    from runtime.annotations import DataSet
+    from runtime.datasets.dataset import DataSet
 
     reference = np.load(golden / "dataset_mini.npz")
     data_set = DataSet(golden / "mini")

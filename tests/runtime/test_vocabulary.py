@@ -1,4 +1,4 @@
-"""`runtime.vocabulary`: sentences to word ids."""
+"""`runtime.core.tokenizer`: sentences to word ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.annotations import DataSet
-from runtime.errors import ModelFileError, QueryError
-from runtime.vocabulary import TAKEN_APART, Vocabulary, _tokenizer, tokenize, word_table
+from runtime.core.errors import ModelFileError, QueryError
+from runtime.core.tokenizer import TAKEN_APART, Vocabulary, _tokenizer, tokenize, word_table
+from runtime.datasets.dataset import DataSet
 
 WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 7}
 

@@ -1,4 +1,4 @@
-"""`Grounder.warm` and `runtime.warming`: sizes that were warmed cost a query no context and no capture."""
+"""`Grounder.warm` and `runtime.grounding.warm_up`: sizes that were warmed cost a query no context and no capture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.backends.cuda import OutOfDeviceMemory
-from runtime.backends.network import MOST_PROGRAMS, Network
-from runtime.errors import DeviceMemoryError, ShapeError
-from runtime.grounder import Grounder
-from runtime.tensors import Heads
-from runtime.videos import Video
-from runtime.warming import usual_sizes, warm_usual
+from runtime.backends.cuda_driver import OutOfDeviceMemory
+from runtime.backends.tensorrt_engine import MOST_PROGRAMS, Network
+from runtime.core.batch import Heads
+from runtime.core.errors import DeviceMemoryError, ShapeError
+from runtime.core.video import Video
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.warm_up import usual_sizes, warm_usual
 from tests.runtime.standin import VERSIONS
 from tests.runtime.test_trt import LONGEST, Bench, Graphs, batch_of, graphs
 
@@ -55,7 +55,7 @@ def test_warm_sizes_need_no_new_context_and_no_capture(bench: Bench, part: str, 
 
 
 def known_of_one(pair: Any, batch: Any) -> Any:
-    from runtime.encodings import EncodedVideo
+    from runtime.artifacts.encoded_video import EncodedVideo
 
     features = pair.encode(batch.segment_features[:1])[0]
     return [EncodedVideo(features, batch.segment_spans[0], 1.0)]
@@ -95,7 +95,7 @@ def test_progress_counts_every_shape_once(bench: Bench) -> None:
 def test_contexts_of_single_queries_stay_if_there_are_too_many(
     tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.backends.network.MOST_PROGRAMS", 3)
+    monkeypatch.setattr("runtime.backends.tensorrt_engine.MOST_PROGRAMS", 3)
     assert MOST_PROGRAMS > 3
     bench = Bench(tmp_path, graphs)
     backend = bench.whole()
@@ -182,11 +182,11 @@ def test_a_corpus_warms_its_model_with_its_batch_size(
 ) -> None:
     from types import SimpleNamespace
 
-    from runtime.corpus import shards
+    from runtime.corpus import worker
 
     seen: list[int] = []
-    monkeypatch.setattr(shards, "warm_usual", lambda grounder, batch_size: seen.append(batch_size))
+    monkeypatch.setattr(worker, "warm_usual", lambda grounder, batch_size: seen.append(batch_size))
     settings = SimpleNamespace(device="cpu", threads=1, window=None, overlap=None, batch_size=7)
-    worker = SimpleNamespace(job=SimpleNamespace(model=graphs.whole, settings=settings))
-    assert isinstance(shards.Worker._grounder.func(worker), Grounder)  # type: ignore[attr-defined]
+    double = SimpleNamespace(job=SimpleNamespace(model=graphs.whole, settings=settings))
+    assert isinstance(worker.Worker._grounder.func(double), Grounder)  # type: ignore[attr-defined]
     assert seen == [7]

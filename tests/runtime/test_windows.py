@@ -1,4 +1,4 @@
-"""`runtime.windows`: long videos are cut without a gap, and what is found does not depend on where they are cut."""
+"""Test `runtime.core.sliding_windows`: windows cover long videos without a gap, and merge into the same moments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import EncodedVideo, EncodedWindows, Grounder, Moment, Video, Windows
-from runtime import videos as videos_module
 from runtime.backends import Backend
-from runtime.decoding import HARD_NMS_MARGIN, Decoding
-from runtime.errors import FeatureError, ModelFileError
-from runtime.moments import temporal_iou
-from runtime.tensors import Batch, Heads
-from runtime.videos import ClipClock
-from runtime.windows import cut
+from runtime.core import video as videos_module
+from runtime.core.batch import Batch, Heads
+from runtime.core.decoding import HARD_NMS_MARGIN, Decoding
+from runtime.core.errors import FeatureError, ModelFileError
+from runtime.core.moments import temporal_iou
+from runtime.core.sliding_windows import cut
+from runtime.core.video import ClipClock
 from tests.runtime.test_encodings import PlantedPair
 from tests.runtime.test_grounder import CHANNELS, PAIRS
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from train.__main__ import train
-from train.model import DRN, DRNConfig, NetworkHeads
+from train.network.model import DRN, DRNConfig, NetworkHeads
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Goldens of other seeds and sizes, where somebody has them: DRN_GOLDEN names a directory of the same layout.

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import runtime
-from runtime.annotations import DataSet
+from runtime.artifacts.manifest import Features
 from runtime.backends import open_backend
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, DeviceError, DeviceMemoryError
-from runtime.files import sha256
-from runtime.manifest import Features
-from runtime.tensors import Batch, Heads, collate
-from runtime.vocabulary import Vocabulary
+from runtime.core.batch import Batch, Heads, collate
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, DeviceError, DeviceMemoryError
+from runtime.core.io.files import sha256
+from runtime.core.tokenizer import Vocabulary
+from runtime.datasets.dataset import DataSet
 from tests.raising import raises
 from tests.tolerances import HEADS
 from train.backend import TorchBackend, open_checkpoint, torch_device

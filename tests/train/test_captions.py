@@ -1,4 +1,4 @@
-"""`train.captions`: features simulated from the words of ActivityNet Captions and TACoS, and training on them."""
+"""Test `train.simulation.from_captions`: features simulated from sentences, and training on them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.errors import AnnotationError, FeatureError
+from runtime.core.errors import AnnotationError, FeatureError
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.presets import length_quantiles
 from runtime.evaluate import evaluate
-from runtime.presets import length_quantiles
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from tests.raising import raises
 from train.__main__ import train
-from train.captions import content_words
 from train.checkpoints import load_checkpoint
-from train.data import pool
 from train.simulate import simulate
+from train.simulation.from_captions import content_words
+from train.training.dataset import pool
 
 WRITERS = {"ActivityNet Captions": write_activitynet, "TACoS": write_tacos}
 EASY: dict[str, Any] = {"feature_dim": 12, "difficulty": "easy"}

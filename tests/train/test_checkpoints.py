@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, OutputError
-from runtime.manifest import Features
-from runtime.vocabulary import Vocabulary
-from runtime.windows import Windows
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, OutputError
+from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
 from tests.raising import raises
 from train.checkpoints import Checkpoint, check_weights, load_checkpoint, save_checkpoint
-from train.loop import fresh_model
-from train.model import DRNConfig
+from train.network.model import DRNConfig
+from train.training.trainer import fresh_model
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="conversion writes torch files")
 
-from runtime.decoding import Decoding  # noqa: E402
-from runtime.errors import CheckpointError  # noqa: E402
-from runtime.manifest import Features  # noqa: E402
-from runtime.vocabulary import Vocabulary  # noqa: E402
+from runtime.artifacts.manifest import Features  # noqa: E402
+from runtime.core.decoding import Decoding  # noqa: E402
+from runtime.core.errors import CheckpointError  # noqa: E402
+from runtime.core.tokenizer import Vocabulary  # noqa: E402
 from tests.raising import quotes, raises, records  # noqa: E402
 from train.checkpoints import Checkpoint, load_checkpoint  # noqa: E402
 from train.convert import CHARADES_STA, convert, read, read_config, report  # noqa: E402
-from train.model import DRN, DRNConfig  # noqa: E402
+from train.network.model import DRN, DRNConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SMALL = DRNConfig(feature_dim=64, embed_dim=16, fpn_dim=32)

@@ -11,13 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="checkpoints are torch files")
 
-from runtime.errors import CheckpointError  # noqa: E402
+from runtime.core.errors import CheckpointError  # noqa: E402
 from tests.damage import count_refused, flip  # noqa: E402
 from train import checkpoints  # noqa: E402
 from train.__main__ import train  # noqa: E402
 from train.backend import open_checkpoint  # noqa: E402
-from train.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
 from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
+from train.network.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.annotations import Annotation, DataSet
-from runtime.errors import AnnotationError, FeatureError, OutputError
-from runtime.featurestores import FeatureFiles
-from runtime.windows import Windows
+from runtime.core.errors import AnnotationError, FeatureError, OutputError
+from runtime.core.sliding_windows import Windows
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.datasets.feature_stores import FeatureFiles
 from tests.damage import flip, random_bits
 from tests.raising import raises, records
 from train.convert import CHARADES_STA
-from train.data import PooledFeatures, TrainingData, pool, split_by_video, windows_of
+from train.training.dataset import PooledFeatures, TrainingData, pool, split_by_video, windows_of
 
 
 @pytest.fixture

@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from export.to_onnx import export_model
-from runtime.annotations import DataSet
-from runtime.decoding import likely
-from runtime.errors import CheckpointError, GroundingError
-from runtime.grounder import Grounder
-from runtime.manifest import METADATA_KEY, Manifest
-from runtime.tensors import collate
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.core.batch import collate
+from runtime.core.decoding import likely
+from runtime.core.errors import CheckpointError, GroundingError
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 from tests.raising import raises, records
 from train import fit_presence as module
 from train.backend import open_checkpoint
 from train.checkpoints import load_checkpoint, save_checkpoint
-from train.data import split_by_video
 from train.fit_presence import fit_presence
+from train.training.dataset import split_by_video
 
 
 @pytest.fixture(scope="module")

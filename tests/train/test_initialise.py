@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.errors import CheckpointError, GroundingError
+from runtime.core.errors import CheckpointError, GroundingError
 from tests.raising import raises, records
-from train.initialise import initialise_as_authors, load_glove
-from train.loop import fresh_model
-from train.model import DRN, DRNConfig
+from train.network.initialization import initialise_as_authors, load_glove
+from train.network.model import DRN, DRNConfig
+from train.training.trainer import fresh_model
 
 WORDS = {f"w{i}": i for i in range(1, 21)}
 WIDE = DRNConfig(vocab_size=300, embed_dim=32, feature_dim=64, hidden_dim=64, fpn_dim=64)

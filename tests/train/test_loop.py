@@ -20,27 +20,27 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop as loop
-from runtime.annotations import Annotation, DataSet
-from runtime.decoding import Decoding
-from runtime.errors import CheckpointError, GroundingError, OutputError
-from runtime.evaluation import evaluate
-from runtime.grounder import Grounder
-from runtime.manifest import Features
-from runtime.metrics import prior_report
-from runtime.presets import PRESETS
-from runtime.videos import Segments
-from runtime.vocabulary import Vocabulary
+import train.training.trainer as loop
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, GroundingError, OutputError
+from runtime.core.metrics import prior_report
+from runtime.core.tokenizer import Vocabulary
+from runtime.core.video import Segments
+from runtime.datasets.dataset import Annotation, DataSet
+from runtime.datasets.presets import PRESETS
+from runtime.grounding.evaluation import evaluate
+from runtime.grounding.grounder import Grounder
 from tests.raising import raises
 from tests.tolerances import HEADS, STEP_HEADS, STEPS
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint, save_checkpoint
-from train.data import PooledFeatures, TrainingData, split_by_video
 from train.history import read_history
-from train.losses import Losses, LossOptions
-from train.processes import Processes
+from train.network.losses import Losses, LossOptions
 from train.simulate import simulate
-from train.stages import RECIPES, Stage
+from train.training.dataset import PooledFeatures, TrainingData, split_by_video
+from train.training.distributed import Processes
+from train.training.recipes import RECIPES, Stage
 
 ROOT = Path(__file__).parents[2]
 SELECTION = loop.SELECTION

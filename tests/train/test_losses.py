@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.videos import ClipClock, max_over_rows, segment_rows
+from runtime.core.video import ClipClock, max_over_rows, segment_rows
 from tests.tolerances import GRADIENTS, HEADS, LOSSES
-from train.losses import (
+from train.network.losses import (
     Losses,
     LossOptions,
     distance_loss,
@@ -26,8 +26,8 @@ from train.losses import (
     proposal_overlap,
     targets,
 )
-from train.model import DRN, DRNConfig, NetworkHeads, locations
-from train.stages import RECIPES
+from train.network.model import DRN, DRNConfig, NetworkHeads, locations
+from train.training.recipes import RECIPES
 
 STAGES = RECIPES["mmaction2"].stages
 PUBLISHED = DRNConfig()

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.annotations import DataSet
-from runtime.command import command
-from runtime.errors import CheckpointError, GroundingError
+from runtime.core.cli import command
+from runtime.core.errors import CheckpointError, GroundingError
+from runtime.datasets.dataset import DataSet
 from tests.processes import heed_ctrl_c
 from tests.raising import check_error, raises, records
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
-from train.data import split_by_video
-from train.stages import RECIPES
+from train.training.dataset import split_by_video
+from train.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 FEATURES = "C3D_unit16_overlap0.5_merged"
@@ -271,7 +271,7 @@ def test_defaults_are_the_published_recipe(planted: Path, tmp_path: Path, monkey
         seen.append(run.settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.loop.Run.open", stop)
+    monkeypatch.setattr("train.training.trainer.Run.open", stop)
     for recipe in ("mmaction2", "drn"):
         with pytest.raises(KeyboardInterrupt):
             train(planted, tmp_path / "run", recipe=recipe, embed_dim=8, hidden_dim=8, fpn_dim=8)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 
 from tests.raising import quotes
 from tests.tolerances import HEADS
-from train.model import BACKBONE_CHANNELS, DRN, DRNConfig, locations, with_duration
+from train.network.model import BACKBONE_CHANNELS, DRN, DRNConfig, locations, with_duration
 
 
 def assert_close(found: Any, wanted: Any, tolerance: float = HEADS) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet, each_moment
-from runtime.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
-from runtime.videos import ClipClock
+from runtime.core.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
+from runtime.core.video import ClipClock
+from runtime.datasets.dataset import DataSet, each_moment
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from tests.raising import quotes, raises, records
 from train.prepare import prepare
@@ -117,7 +117,7 @@ def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path, caplog: p
     found = {word: np.array(row, np.float32).tolist() for word, *row in (line.split() for line in lines)}
     assert found == {word: np.float32(vectors[word]).tolist() for word in ("person", "zebra")}
     # In the form that training reads.
-    from train.initialise import glove_vectors
+    from train.network.initialization import glove_vectors
 
     assert set(glove_vectors(common / "word_vectors.txt", words, 3)) == {words["person"], words["zebra"]}
 

@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.decoding import Decoding
-from runtime.manifest import Features
-from runtime.vocabulary import Vocabulary
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.tokenizer import Vocabulary
 from tests.raising import quotes
 from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
-from train.loop import Materials, Run, Settings
-from train.losses import LossOptions
-from train.processes import Processes, SyncedBatchNorm1d, started_by_torchrun, synchronise_batch_norm
-from train.stages import RECIPES
+from train.network.losses import LossOptions
+from train.training.distributed import Processes, SyncedBatchNorm1d, started_by_torchrun, synchronise_batch_norm
+from train.training.recipes import RECIPES
+from train.training.trainer import Materials, Run, Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.annotations import FEATURE_DIRECTORY, DataSet
-from runtime.errors import AnnotationError, FeatureError, OutputError
-from runtime.vocabulary import tokenize
+from runtime.core.errors import AnnotationError, FeatureError, OutputError
+from runtime.core.tokenizer import tokenize
+from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from tests.raising import raises
 from train import simulate as module
 from train.simulate import DIFFICULTIES, Plan, Simulator, Story, made_up_plan, simulate

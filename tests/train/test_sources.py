@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop as loop
-from runtime.annotations import DataSet
+import train.training.trainer as loop
+from runtime.datasets.dataset import DataSet
 from tests.raising import records
 from tests.tolerances import HEADS, PROCESS_WEIGHTS, PROCESSES
-from train import sources
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint
-from train.data import TrainingData, pool
-from train.model import DRN, DRNConfig, Stem
-from train.sources import AfterStem, DeviceSource, HostSource, StemSource, Step, open_source, stems_fit
-from train.stages import RECIPES, Stage
+from train.network.model import DRN, DRNConfig, Stem
+from train.training import batch_sources
+from train.training.batch_sources import AfterStem, DeviceSource, HostSource, StemSource, Step, open_source, stems_fit
+from train.training.dataset import TrainingData, pool
+from train.training.recipes import RECIPES, Stage
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_each_video_is_projected_once_for_its_queries(
     StemSource(training, model, CPU, None)
     model.prop_fc._forward_hooks.clear()
     # One video may stand at the end of one chunk and at the beginning of the next.
-    chunks = -(-len(training) // sources.STEM_PAIRS)
+    chunks = -(-len(training) // batch_sources.STEM_PAIRS)
     assert len(projected) == chunks
     assert sum(projected) < len(set(training.video_rows.tolist())) + chunks < len(training)
 
@@ -104,7 +104,7 @@ def test_stems_that_do_not_fit_are_left_and_that_is_said(
     caplog.set_level("INFO", logger="drn")
     assert stems_fit(training, model, CPU)
     assert not caplog.records
-    monkeypatch.setattr(sources, "STEM_GIB", 1e-3)
+    monkeypatch.setattr(batch_sources, "STEM_GIB", 1e-3)
     assert not stems_fit(training, model, CPU)
     assert records(caplog, logging.INFO, "Stage 2", len(training))
 
@@ -188,7 +188,7 @@ def test_a_gpu_holds_the_features_itself_if_it_can(
 ) -> None:
     caplog.set_level("INFO", logger="drn")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    monkeypatch.setattr(sources.DeviceSource, "__init__", lambda self, data, device: None)
+    monkeypatch.setattr(batch_sources.DeviceSource, "__init__", lambda self, data, device: None)
     assert type(open_source(training, torch.device("cuda"))) is kind
     assert len(records(caplog, logging.INFO, "cuda")) == (kind is HostSource)
     assert type(open_source(training, CPU)) is HostSource

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from train.checkpoints import load_checkpoint
-from train.loop import fresh_model
-from train.losses import LossOptions
-from train.model import DRN, DRNConfig
-from train.stages import RECIPES, Stage
+from train.network.losses import LossOptions
+from train.network.model import DRN, DRNConfig
+from train.training.recipes import RECIPES, Stage
+from train.training.trainer import fresh_model
 
 IOU_HEAD = {
     *(f"fcos.head.mix_fc.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias")),

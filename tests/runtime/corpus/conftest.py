@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtime.corpus.job import Result, ground
-from runtime.corpus.plan import Settings
+from runtime.corpus.sharding import Settings
 
 Row = dict[str, Any]
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.core.video import ClipClock, Video
+from runtime.corpus.feature_sources import open_source
 from runtime.corpus.job import ground
-from runtime.corpus.plan import Settings
-from runtime.corpus.shards import MOST_ATTEMPTS
-from runtime.corpus.sources import open_source
-from runtime.videos import ClipClock, Video
+from runtime.corpus.sharding import Settings
+from runtime.corpus.worker import MOST_ATTEMPTS
 from tests.processes import heed_ctrl_c
 from tests.runtime.corpus.conftest import content, write_rows
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.core.errors import OutputError
+from runtime.core.video import load_features
 from runtime.corpus.job import Result
-from runtime.corpus.shards import DIGESTS
-from runtime.errors import OutputError
-from runtime.featurestores import FeatureFiles
-from runtime.videos import load_features
+from runtime.corpus.worker import DIGESTS
+from runtime.datasets.feature_stores import FeatureFiles
 from tests.damage import flip, random_bits
 from tests.runtime.corpus.conftest import content
 
@@ -137,7 +137,7 @@ def test_a_shard_without_digests_is_refused(here: Here, corpus: Corpus) -> None:
 
 def test_features_in_hdf5_are_sampled(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="HDF5 needs drn-deploy[hdf5]")
-    from runtime.featurestores import FeatureArchive
+    from runtime.datasets.feature_stores import FeatureArchive
 
     path = tmp_path / "features.hdf5"
     stamps = []

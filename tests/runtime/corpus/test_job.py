@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from runtime.core.errors import GroundingError, OutputError
+from runtime.core.io.files import locked
 from runtime.corpus import job
 from runtime.corpus.job import Result
-from runtime.corpus.plan import MANIFEST
-from runtime.corpus.shards import Worker
-from runtime.errors import GroundingError, OutputError
-from runtime.files import locked
+from runtime.corpus.sharding import MANIFEST
+from runtime.corpus.worker import Worker
 from tests.runtime.corpus.conftest import content, write_rows
 
 Here = Callable[..., Result]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.corpus.pages import unfolded_bytes
-from runtime.corpus.sources import ParquetSource
-from runtime.errors import FeatureError
-from runtime.videos import ClipClock
+from runtime.core.errors import FeatureError
+from runtime.core.video import ClipClock
+from runtime.corpus.feature_sources import ParquetSource
+from runtime.corpus.parquet_pages import unfolded_bytes
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from runtime.core.errors import FeatureError
 from runtime.corpus import parquet_check
 from runtime.corpus.parquet_check import check_metadata
-from runtime.errors import FeatureError
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow reads Parquet")
 parquet = pytest.importorskip("pyarrow.parquet")

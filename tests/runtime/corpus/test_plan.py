@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.corpus.plan import MANIFEST, check_ours, check_same, plan, shard_name
-from runtime.corpus.questions import Question
-from runtime.corpus.sources import Listed
-from runtime.errors import OutputError
-from runtime.files import LOCK
+from runtime.core.errors import OutputError
+from runtime.core.io.files import LOCK
+from runtime.corpus.feature_sources import Listed
+from runtime.corpus.queries import Question
+from runtime.corpus.sharding import MANIFEST, check_ours, check_same, plan, shard_name
 
 VIDEOS = ("a", "b", "c", "d")
 

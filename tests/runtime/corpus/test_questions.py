@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.corpus.questions import Question, check_one_kind, read_questions
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
+from runtime.corpus.queries import Question, check_one_kind, read_questions
 
 
 def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
+from runtime.core.errors import GroundingError
 from runtime.corpus.job import Result
-from runtime.corpus.plan import MANIFEST
-from runtime.corpus.shards import MOST_ATTEMPTS, Worker
-from runtime.errors import GroundingError
-from runtime.grounder import Grounder
+from runtime.corpus.sharding import MANIFEST
+from runtime.corpus.worker import MOST_ATTEMPTS, Worker
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 from tests.runtime.corpus.conftest import content, read_rows, write_rows
 
 Here = Callable[..., Result]
@@ -143,7 +143,7 @@ def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_mo
 
 def test_parquet_holds_what_jsonl_holds(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs drn-deploy[corpus]")
-    monkeypatch.setattr("runtime.corpus.shards.ROWS_OF_GROUP", 4)
+    monkeypatch.setattr("runtime.corpus.worker.ROWS_OF_GROUP", 4)
     queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": UNKNOWN}])
     lines = here(damaged, queries, tmp_path / "lines", shard_pairs=6)
     table = here(damaged, queries, tmp_path / "table", shard_pairs=6, form="parquet")
@@ -162,7 +162,7 @@ def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
 ) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG}])
     here(features, queries, tmp_path / "together")
-    monkeypatch.setattr("runtime.corpus.shards.MOST_WAITING_BYTES", 1)
+    monkeypatch.setattr("runtime.corpus.worker.MOST_WAITING_BYTES", 1)
     here(features, queries, tmp_path / "alone")
     together, alone = read_rows(tmp_path / "together"), read_rows(tmp_path / "alone")
     for row, other in zip(together, alone, strict=True):
@@ -173,7 +173,7 @@ def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
 def test_like_warnings_are_said_a_few_times(
     here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.corpus.shards.MOST_WARNINGS", 2)
+    monkeypatch.setattr("runtime.corpus.worker.MOST_WARNINGS", 2)
     features, queries = corpus([{"query": f"{DOOR} xyzzy{n}", "vid": "AAAA1"} for n in range(9)])
     here(features, queries)
     assert sum("does not know" in record.message for record in caplog.records) == 2

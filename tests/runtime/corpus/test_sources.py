@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import NOTES, DataSet
-from runtime.corpus.sources import DataSetSource, Listed, open_source
-from runtime.errors import AnnotationError, DeviceError, GroundingError
-from runtime.videos import ClipClock, Video
+from runtime.core.errors import AnnotationError, DeviceError, GroundingError
+from runtime.core.video import ClipClock, Video
+from runtime.corpus.feature_sources import DataSetSource, Listed, open_source
+from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
@@ -199,7 +199,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch
         raise DeviceError("no h5py")
 
     source = open_source(mini)
-    monkeypatch.setattr("runtime.annotations.DataSet.video", lacking)
+    monkeypatch.setattr("runtime.datasets.dataset.DataSet.video", lacking)
     with pytest.raises(DeviceError, match="no h5py"):
         next(source.load([Listed("AAAA1")], CLOCK))
 

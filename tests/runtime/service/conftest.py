@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.decoding import Decoding
-from runtime.grounder import Grounder
-from runtime.manifest import METADATA_KEY, Features, Manifest
+from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
+from runtime.core.decoding import Decoding
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 
 ROOT = Path(__file__).parents[3]
 

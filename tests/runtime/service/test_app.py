@@ -14,12 +14,12 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.files import sha256
-from runtime.grounder import Grounder
+from runtime.core.io.files import sha256
+from runtime.core.sliding_windows import Windows
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
 from runtime.service.service import unknown_words
-from runtime.windows import Windows
 from tests.runtime.service.conftest import Running, npy
 from tests.tolerances import BATCHED_SECONDS
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from runtime import Grounder, Moment
-from runtime.annotations import DataSet
-from runtime.errors import GroundingError
+from runtime.core.errors import GroundingError
+from runtime.datasets.dataset import DataSet
 from runtime.service.batching import Batcher, BatchOptions
-from runtime.service.refusals import Refusal
+from runtime.service.http_errors import Refusal
 from tests.tolerances import BATCHED_SECONDS
 
 

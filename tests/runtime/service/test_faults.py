@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
-from runtime.files import sha256
-from runtime.grounder import Grounder
+from runtime.core.io.files import sha256
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 from tests.runtime.service.conftest import Running
 from tests.runtime.service.test_app import alike
 

@@ -1,4 +1,4 @@
-"""`runtime.service.gate` and `connection`: who may ask, how much, and how slowly."""
+"""`runtime.service.middleware` and `connection`: who may ask, how much, and how slowly."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 import uvicorn
 
 from runtime import Grounder
-from runtime.annotations import DataSet
-from runtime.service import connection, gate
-from runtime.service.gate import GateOptions
+from runtime.datasets.dataset import DataSet
+from runtime.service import h11_protocol, middleware
+from runtime.service.middleware import GateOptions
 from runtime.service.server import configuration
 from runtime.service.service import Service, ServiceOptions
 from runtime.service.uploads import UploadOptions
@@ -63,9 +63,9 @@ def reply(raw: bytes) -> Reply:
 @pytest.fixture
 def hurried(offline: Grounder, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a service in this process that has no patience."""
-    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
-    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 8)
-    monkeypatch.setattr(gate, "BODY_SECONDS", 0.4)
+    monkeypatch.setattr(h11_protocol, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(h11_protocol, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.4)
     options = ServiceOptions(uploads=UploadOptions(tmp_path / "uploads"), gate=GateOptions(json_bytes=1000))
     service = Service(offline, DataSet(planted), options=options)
     server = uvicorn.Server(configuration(service, 5))
@@ -90,13 +90,13 @@ def asking(body: bytes, length: int | None = None) -> bytes:
 
 
 def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, at_once = connection.Connection.connection_made, []
+    made, at_once = h11_protocol.Connection.connection_made, []
 
-    def noted(self: connection.Connection, transport: Any) -> None:
+    def noted(self: h11_protocol.Connection, transport: Any) -> None:
         made(self, transport)
         at_once.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(connection.Connection, "connection_made", noted)
+    monkeypatch.setattr(h11_protocol.Connection, "connection_made", noted)
     assert reply(said(hurried, asking(json.dumps(QUESTION).encode()))).status == 200
     (sent_at_once,) = at_once
     assert sent_at_once
@@ -118,7 +118,7 @@ def test_what_is_written_in_one_turn_is_one_send_and_nothing_is_lost_at_the_end(
 
     async def write() -> list[Any]:
         noting = Noting()
-        joined = connection._Joined(noting, asyncio.get_running_loop())
+        joined = h11_protocol._Joined(noting, asyncio.get_running_loop())
         for data in (b"head ", b"body", b""):
             joined.write(data)
         assert noting.seen == []
@@ -257,7 +257,7 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
         locked.get(f"{path}?ticket={wrong}").refused(401)
     locked.get(f"/v1/videos?ticket={ticket}").refused(401)
     locked.request("DELETE", f"/v1/videos/SIM00001?ticket={ticket}").refused(401)
-    keys = gate.Keys(KEY)
+    keys = middleware.Keys(KEY)
     scope = {"method": "GET", "path": path, "query_string": f"ticket={ticket}".encode()}
     assert keys.let_in(scope, "")
     monkeypatch.setattr(time, "time", lambda: int(until) + 1)
@@ -265,7 +265,7 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
 
 
 def test_a_ticket_is_for_the_path_as_it_arrives_decoded() -> None:
-    keys = gate.Keys(KEY)
+    keys = middleware.Keys(KEY)
     path, _, query = keys.ticket(f"/v1/videos/{quote('50% of é', safe='')}/media").partition("?")
     assert keys.let_in({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.annotations import DataSet
+from runtime.datasets.dataset import DataSet
 from tests.films import film, holed, scene
 from tests.runtime.service.conftest import Running, npy
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.service import connection, gate, library
+from runtime.service import h11_protocol, middleware, video_cache
 from runtime.service.service import ServiceOptions
 from tests.films import film
 from tests.runtime.service.conftest import Running
@@ -61,15 +61,16 @@ def test_every_limit_on_the_page_is_that_of_the_code() -> None:
         f"| {options.most_queries}, {options.longest_query} |",
         f"`--queue-size` {options.batching.queue_size};",
         f"`--timeout` {options.timeout_s:g} s",
-        f"times sentences | {library.MOST_WINDOWS} |",
+        f"times sentences | {video_cache.MOST_WINDOWS} |",
         f"{options.gate.json_bytes >> 10} KiB of JSON; `--upload-mib` {options.gate.upload_bytes >> 20} ",
         f"unpacked | {options.uploads.features_bytes >> 20} MiB |",
         f"`--uploads-mib` {options.uploads.total_bytes >> 20}, {options.uploads.most} at most",
         f"`--keep-minutes` {options.uploads.keep_s / 60:g} ",
         f"one at a time, {options.uploads.most_extractions} wait; {options.uploads.extract_s / 60:g} minutes",
         f"`--cache-mib` {options.cache_bytes >> 20},",
-        f"{gate.HEADER_BYTES >> 10} KiB, within {connection.HEADER_SECONDS:g} s |",
-        f"{gate.BODY_BYTES_PER_SECOND >> 10} KiB a second on the whole, no pause above {gate.BODY_SECONDS:g} s |",
-        f"connections | {connection.MOST_CONNECTIONS} |",
+        f"{middleware.HEADER_BYTES >> 10} KiB, within {h11_protocol.HEADER_SECONDS:g} s |",
+        f"{middleware.BODY_BYTES_PER_SECOND >> 10} KiB a second on the whole, "
+        f"no pause above {middleware.BODY_SECONDS:g} s |",
+        f"connections | {h11_protocol.MOST_CONNECTIONS} |",
     ):
         assert value in PAGE, value

@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Video
-from runtime.annotations import DataSet
-from runtime.errors import OutputError
-from runtime.files import LOCK
-from runtime.service.forms import read_form
-from runtime.service.refusals import Refusal
+from runtime.core.errors import OutputError
+from runtime.core.io.files import LOCK
+from runtime.core.video import ClipClock
+from runtime.datasets.dataset import DataSet
+from runtime.service.http_errors import Refusal
+from runtime.service.multipart import read_form
 from runtime.service.uploads import UploadOptions, Uploads, container_of, read_features, shown_name
-from runtime.videos import ClipClock
 from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
 

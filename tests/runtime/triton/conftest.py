@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from export.split import split_graph, write_pair
+from calib.graph.split_model import split_graph, write_pair
 from export.to_onnx import export_model
 from export.triton import triton
 from runtime import Grounder, Video
-from runtime.windows import Windows
+from runtime.core.sliding_windows import Windows
 from tests.export.conftest import TINY, lively, manifest
 
 QUERIES = ("word1 word2 word3", "word7", "word4 word9 word2 word11 word3", "word5 word6")

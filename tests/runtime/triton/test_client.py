@@ -1,4 +1,4 @@
-"""`runtime.triton.client`: a model behind Triton answers as its file does, over either protocol."""
+"""`runtime.backends.triton_client`: a model behind Triton answers as its file does, over either protocol."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from runtime import Grounder, open_backend
-from runtime.errors import DeviceError, FeatureError, GroundingError, ModelFileError, QueryError, ServerError
+from runtime.backends import triton_client
+from runtime.backends.triton_client import Address
+from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, QueryError, ServerError
+from runtime.core.sliding_windows import Windows
 from runtime.evaluate import evaluate
 from runtime.infer import infer
-from runtime.triton import client
-from runtime.triton.client import Address
-from runtime.windows import Windows
 from tests import tolerances
 from tests.export.conftest import TINY
 from tests.runtime.triton.conftest import QUERIES, video
@@ -166,7 +166,7 @@ def test_another_model_is_no_front(address: str, wire: Wire) -> None:
 
 
 def test_a_server_that_takes_too_long_is_given_up(address: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(triton_client, "TIMEOUT_SECONDS", 1.0)
     served = Grounder.load(address)
     wire.delay_s = 1.5
     with pytest.raises(ServerError, match=r"did not answer as drn within 1 s"):
@@ -257,8 +257,8 @@ def test_a_model_that_can_say_that_nothing_fits_says_so_when_served(
     import onnx
 
     from export.triton import triton
-    from runtime.manifest import METADATA_KEY
-    from runtime.presence import Presence
+    from runtime.artifacts.manifest import METADATA_KEY
+    from runtime.core.presence import Presence
 
     pairs = [(video(30 + seed, seed), query) for query in QUERIES for seed in range(2)]
     best = sorted(moments[0].score for moments in direct.ground_batch(pairs))

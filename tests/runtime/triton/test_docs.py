@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.repository import read_config
+from export.triton_repository.writer import read_config
 from runtime import Grounder
-from runtime.annotations import DataSet
+from runtime.datasets.dataset import DataSet
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime import Grounder, Moment, Video
-from runtime.errors import ModelFileError
+from runtime.core.errors import ModelFileError
 from runtime.triton import front
 from tests import tolerances
 from tests.damage import damaged, random_bits

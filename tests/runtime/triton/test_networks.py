@@ -1,4 +1,4 @@
-"""`runtime.triton.networks`: what the front and its clients know, and how they ask."""
+"""`runtime.backends.triton_backend`: what the front and its clients know, and how they ask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from runtime import Grounder
-from runtime.errors import ModelFileError, ShapeError
-from runtime.triton.networks import About, TritonBackend, open_networks, padded_length
+from runtime.backends.triton_backend import About, TritonBackend, open_networks, padded_length
+from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import TINY, manifest, random_inputs
 from tests.runtime.triton.conftest import QUERIES, video
 
@@ -72,7 +72,7 @@ def test_padding_is_exact_and_large_batches_go_in_pieces(direct: Grounder) -> No
 
 @pytest.mark.parametrize("length", [1, 3, 5, 7, 9])
 def test_a_padded_query_has_the_heads_of_the_query_itself(direct: Grounder, length: int) -> None:
-    from runtime.tensors import Batch
+    from runtime.core.batch import Batch
 
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [length, max(1, length - 2)])))
     network = Network(direct)
@@ -83,7 +83,7 @@ def test_a_padded_query_has_the_heads_of_the_query_itself(direct: Grounder, leng
 
 
 def test_a_query_beyond_the_network_is_refused(direct: Grounder) -> None:
-    from runtime.tensors import Batch
+    from runtime.core.batch import Batch
 
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [13])))
     with pytest.raises(ShapeError, match="13 tokens and the network behind Triton takes 1 to 12"):

@@ -27,8 +27,8 @@ import tritonclient.grpc as tritonclient
 
 from export.triton import triton
 from runtime import Grounder
-from runtime.errors import GroundingError
-from runtime.triton.client import Address, Connection
+from runtime.backends.triton_client import Address, Connection
+from runtime.core.errors import GroundingError
 from tests import tolerances
 from tests.runtime.triton.conftest import QUERIES, video
 

@@ -1,0 +1,202 @@
+"""The calibration table: ranges, and what exactly they were measured on. Never used for anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import CalibrationError
+from calib.graph.channel_equalization import LARGEST_EXPONENT
+from calib.graph.onnx_graph import graph_hash, weights_hash
+from calib.range_estimation import METHODS, Range
+from runtime.core.errors import excerpt, one_line, printable_line
+from runtime.core.io.files import json_digest, read_json, write_text
+from runtime.datasets.dataset import DataSet
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT = "drn-calibration/1"
+SUFFIX = ".calibration.json"
+KEYS = ("graph", "weights", "samples", "method", "split")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationTable:
+    """Ranges by tensor name.
+
+    Attributes:
+        ranges: tensor to what of it must be represented.
+        key: what they hold for: `graph` and `weights` hashes of the FP32 model, `samples` digest, `method`, `split`.
+        videos: what was calibrated on, sorted.
+        coverage: how the samples were spread.
+        choice: how the method was chosen, where it was.
+        gains: tensor to the power of two of each channel that its range was measured after; see
+            `calib.graph.channel_equalization`.
+    """
+
+    ranges: Mapping[str, Range]
+    key: Mapping[str, str]
+    videos: tuple[str, ...] = ()
+    coverage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    choice: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides a quantised graph: the key and the ranges."""
+        content = {"key": dict(self.key), "ranges": _rows(self.ranges), "gains": _lists(self.gains)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of the whole table, as a file records it beside `digest`."""
+        content = {"ranges": _rows(self.ranges), "gains": _lists(self.gains), "videos": self.videos}
+        return json_digest({**content, **{name: dict(getattr(self, name)) for name in ("key", "coverage", "choice")}})
+
+    def check(self, model: onnx.ModelProto, source: str = "the graph") -> None:
+        """Raise CalibrationError unless the ranges were measured on this very model."""
+        for what, found in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
+            measured = self.key[what]
+            if measured != found:
+                raise CalibrationError(
+                    f"This table was measured on another model: its {what} had the hash "
+                    f"{printable_line(str(measured)[:12])}…, the {what} of {source} {found[:12]}…; calibrate anew with "
+                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
+                    code="table_of_another_model",
+                )
+
+    def check_videos(self, data_set: DataSet) -> None:
+        """Raise CalibrationError if the table was measured on videos of the data set's test split."""
+        from calib.calibration_set import refuse_test_videos
+
+        refuse_test_videos(data_set, self.videos, "The calibration table")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON that a person can read, a tensor a line."""
+        value = {
+            "format": FORMAT,
+            "key": dict(self.key),
+            "digest": self.digest,
+            "content_digest": self.content_digest,
+            "choice": dict(self.choice),
+            "coverage": dict(self.coverage),
+            "videos": "@videos",
+            "ranges": "@ranges",
+            "gains": "@gains",
+        }
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in _rows(self.ranges).items())
+        gains = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in _lists(self.gains).items())
+        text = json.dumps(value, indent=2, allow_nan=False)
+        text = text.replace('"@videos"', json.dumps(list(self.videos)), 1).replace('"@ranges"', f"{{\n{rows}\n  }}", 1)
+        write_text(path, text.replace('"@gains"', f"{{\n{gains}\n  }}", 1) + "\n")
+
+    @classmethod
+    def _from_dict(cls, value: Mapping[str, Any]) -> CalibrationTable:
+        """Read the content of a file; KeyError, TypeError or ValueError where it is damaged."""
+        return cls(
+            {name: _range(row) for name, row in value["ranges"].items()},
+            {name: _text(value["key"][name]) for name in KEYS},
+            tuple(_text(video) for video in _list(value["videos"])),
+            dict(value["coverage"].items()),
+            dict(value["choice"].items()),
+            {name: tuple(_exponent(shift) for shift in _list(row)) for name, row in value["gains"].items()},
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:
+        """Read a table.
+
+        Raises:
+            CalibrationError: it is missing, no such table, edited, or not measured on a training split.
+        """
+        path = Path(path)
+        value = read_json(path, "calibration table", CalibrationError)
+        found = value.get("format") if isinstance(value, dict) else None
+        if found != FORMAT:
+            raise CalibrationError(
+                f"{path} has the format {excerpt(found)} and a calibration table has {FORMAT!r}; make one with "
+                "`python -m calib.calibrate`.",
+                code="unknown_format",
+            )
+        try:
+            table = cls._from_dict(value)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CalibrationError(
+                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}); calibrate again.",
+                code="invalid_table",
+            ) from error
+        ranges, key = table.ranges, table.key
+        if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
+            raise CalibrationError(
+                f"{path} has no ranges, or one upside down or not finite; calibrate again.", code="invalid_range"
+            )
+        # Tables of version 0.1 have no digest of their whole content.
+        intact = value.get("content_digest", table.content_digest) == table.content_digest
+        if key["method"] not in METHODS or table.digest != value.get("digest") or not intact:
+            raise CalibrationError(
+                f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again.",
+                code="digest_mismatch",
+            )
+        if key["split"] != "train":
+            raise CalibrationError(
+                f"{path} was measured on the split {excerpt(key['split'])}, and recall on what ranges were tuned for "
+                "says nothing; calibrate on the training split with `python -m calib.calibrate`.",
+                code="test_videos_used",
+            )
+        return table
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a number is expected, and {excerpt(value)} is there")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is expected, and {excerpt(value)} is there")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is expected, and {excerpt(value)} is there")
+    return value
+
+
+def _range(value: Any) -> Range:
+    if len(_list(value)) != 2:
+        raise ValueError(f"a lower and an upper end are expected, and {excerpt(value)} is there")
+    return Range(_number(value[0]), _number(value[1]))
+
+
+def _exponent(value: Any) -> int:
+    if type(value) is not int or abs(value) > LARGEST_EXPONENT:
+        raise ValueError(f"exponents are whole numbers up to {LARGEST_EXPONENT}, and {excerpt(value)} is there")
+    return value
+
+
+def key_of(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
+    """Return what ranges measured on `model` over training samples of this digest hold for."""
+    return {
+        "graph": graph_hash(model),
+        "weights": weights_hash(model),
+        "samples": samples,
+        "method": method,
+        "split": "train",
+    }
+
+
+def _lists(gains: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {name: list(row) for name, row in gains.items()}
+
+
+def _rows(ranges: Mapping[str, Range]) -> dict[str, list[float]]:
+    return {name: [entry.low, entry.high] for name, entry in ranges.items()}

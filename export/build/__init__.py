@@ -1,0 +1,3 @@
+"""Run one build of an engine: its configuration, conversion, and checks."""
+
+from __future__ import annotations

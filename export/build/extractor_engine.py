@@ -1,0 +1,270 @@
+"""An extractor of clip features becomes an engine: its graph in half precision, proven on clips, then a plan of it.
+
+C3D is built like DRN: the twin runs in ONNX Runtime on any machine, the precision is counted in it, and its features
+are held against those of the FP32 graph. No torch is needed where a graph is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calib.graph.half_precision import emulated, overflowing, scan
+from calib.graph.precision_audit import Census, census, check
+from export.build.artifacts import Part, counted_text, read_extractor
+from export.build.build_config import Job, check_modules
+from export.build.reduced_precision import Wishes, make_twin
+from export.engine.builder import BuildOptions, runs_here
+from export.engine.engine_writer import build_part, reject
+from export.engine.profiles import Profile, Range
+from export.to_onnx import open_session
+from runtime.artifacts.engine_metadata import read_content
+from runtime.artifacts.onnx_metadata import read_metadata, sealed
+from runtime.core.cli import next_command
+from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.io.files import Staging, locked, sha256, write_json
+from runtime.media.extractors import METADATA_KEY, Extractor, ExtractorManifest, open_extractor
+
+if TYPE_CHECKING:
+    import onnx
+
+log = logging.getLogger("drn")
+
+FEATURES = "features"
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """How near features are to those of FP32, over every clip of `made_up_clips`.
+
+    Attributes:
+        cosine: least, of the two vectors of a clip.
+        difference: most, as a share of the largest feature of the clip.
+    """
+
+    cosine: float
+    difference: float
+
+    def broken_by(self, found: Promise) -> bool:
+        # `not` also refuses NaN.
+        return not (found.cosine >= self.cosine and found.difference <= self.difference)
+
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.6f}, difference {self.difference:.1e} of the largest"
+
+
+# Half precision rounds each tensor by 5e-4 (BF16 by 4e-3), and eleven layers stand one after another.
+PROMISES = {"fp32": Promise(0.99999, 1e-4), "fp16": Promise(0.9999, 1e-2), "bf16": Promise(0.999, 5e-2)}
+
+
+def extractor_of(model: Path) -> str | None:
+    """Return of which kind a file is, `checkpoint`, `onnx` or `published`, if it is an extractor; else None."""
+    if not model.is_file():
+        return None
+    if model.suffix == ".onnx":
+        try:
+            return "onnx" if METADATA_KEY in read_metadata(model) else None
+        except GroundingError:
+            return None
+    if model.suffix == ".pt":
+        try:
+            from train.network.c3d import is_c3d_file
+        except ImportError:
+            return None
+        return "checkpoint" if is_c3d_file(model) else None
+    if model.name.endswith((".pth", ".tar", ".pickle")):
+        try:
+            from train.convert import read
+            from train.network.c3d import published_layout
+        except ImportError:
+            return None
+        return "published" if published_layout(read(model).weights) else None
+    return None
+
+
+def build_extractor(
+    job: Job, options: BuildOptions, batch: Range, keep: tuple[str, ...], cache: Path | None, threads: int | None
+) -> Path:
+    """Build the engine of an extractor, or its twin alone; see `export.build_engine.build_engine`.
+
+    Raises:
+        GroundingError: the precision, or the graph, is none that can be built.
+        PromiseBroken: the precision is not in the graph, or the features are too far from those of FP32.
+    """
+    source = _source_graph(job)
+    graph, manifest = read_extractor(source)
+    check_modules(graph, job.precision, keep)
+    shape = manifest.window, *manifest.crop, 3
+    smallest, best, largest = ((size, *shape) for size in batch)
+    profile = Profile("clips", batch, (1, 1, 1), {"clips": (smallest, best, largest)})
+    with locked(job.output.parent, job.output.name), Staging() as staging:
+        staged = dataclasses.replace(job, given_output=staging.path(job.output))
+        try:
+            part, found = _proven_twin(staged, source, graph, manifest, profile, keep, threads)
+            report = _report(job, source, part, found)
+            if job.target != "onnxruntime":
+                build_part(staged, part, options, cache)
+                judged = read_content(part.engine)["census"]
+                report["engine_precision"] = {key: judged[key] for key in ("verdict", "reason")}
+                if runs_here(options):
+                    report["engine"] = dataclasses.asdict(_proven_engine(staged, part, source, threads))
+            write_json(staged.beside("parity.json"), report)
+        except PromiseBroken:
+            staging.settle(lambda name: ".rejected." in name)
+            raise
+        settled = staging.settle()
+    print(f"Written: {', '.join(path.name for path in settled)}.")
+    runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.twin
+    next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
+    print(job.output)
+    return job.output
+
+
+def _source_graph(job: Job) -> Path:
+    """Return the FP32 graph, converting and exporting first where MODEL is a checkpoint."""
+    if job.kind == "onnx" or job.source.exists():
+        return job.source
+    from export.tracing.extractor_to_onnx import export_extractor
+
+    if job.kind == "published":
+        from train.convert import convert
+
+        convert(job.model, job.checkpoint)
+
+    return export_extractor(job.checkpoint, job.source)
+
+
+def _proven_twin(
+    job: Job,
+    source: Path,
+    graph: onnx.ModelProto,
+    manifest: ExtractorManifest,
+    profile: Profile,
+    keep: tuple[str, ...],
+    threads: int | None,
+) -> tuple[Part, Promise]:
+    """Write the graph in the precision asked for, and return what an engine is built of and how near its features are.
+
+    Raises:
+        PromiseBroken: it has not that precision, or other features; it is then kept as rejected.
+    """
+    import onnx
+
+    if job.precision == "fp16":
+        keep = (*keep, *_overflowing(graph, manifest))
+    twin = make_twin(graph, job.precision, Wishes(keep), None, str(source))
+    counted, weights = census(twin.graph), sum(census(graph).weight_bytes.values())
+    about = dataclasses.replace(
+        manifest, precision=job.precision, sources={**manifest.sources, source.name: sha256(source)}
+    )
+    del twin.graph.metadata_props[:]
+    onnx.helper.set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
+    print(f"{job.twin.name}: {counted_text(counted)}.")
+    job.twin.write_bytes(sealed(twin.graph.SerializeToString()))
+    try:
+        check(counted, job.precision)
+        runs = str(job.twin) if job.precision != "bf16" else emulated(twin.graph).SerializeToString()
+        found = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
+        _keep_promise(job, found, "the twin")
+    except PromiseBroken as error:
+        rejected = job.rejected("onnx")
+        job.twin.rename(rejected)
+        raise PromiseBroken(f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.") from error
+    part = Part(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
+    return part, found
+
+
+def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[str, ...]:
+    """Return the layers that come too near the largest FP16 number on made-up clips, and say so.
+
+    Features alone would not tell on a CPU, where ONNX Runtime computes FP16 layers in FP32.
+    """
+    scanned = scan(graph, (SimpleNamespace(clips=clip) for clip in made_up_clips(manifest)))
+    held = overflowing(scanned)
+    for module in held:
+        log.warning(
+            "%s reaches %.3g, too near the largest FP16 number (65504), and stays in FP32.", module, scanned[module]
+        )
+    return held
+
+
+def _proven_engine(job: Job, part: Part, source: Path, threads: int | None) -> Promise:
+    """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
+    extractor = open_extractor(part.engine)
+    try:
+        found = compare(_Graph(str(source), threads), extractor, extractor.manifest)
+    finally:
+        extractor.close()  # type: ignore[attr-defined]
+    try:
+        _keep_promise(job, found, "the engine")
+    except PromiseBroken as error:
+        raise PromiseBroken(f"{error} It is kept as {reject(part.engine).name}.") from error
+    return found
+
+
+def _keep_promise(job: Job, found: Promise, what: str) -> None:
+    promise = PROMISES[job.precision]
+    print(f"features of {what} against FP32: {found}; promised: {promise}.")
+    if promise.broken_by(found):
+        raise PromiseBroken(f"The features of {what} are too far from FP32's ({found}; promised: {promise}).")
+
+
+def _report(job: Job, source: Path, part: Part, found: Promise) -> dict[str, Any]:
+    counted: Census = part.census
+    return {
+        "reference": {"name": source.name, "sha256": sha256(source)},
+        "model": {"name": part.twin.name, "sha256": part.twin_hash, "precision": job.precision},
+        "promised": dataclasses.asdict(PROMISES[job.precision]),
+        "twin": dataclasses.asdict(found),
+        "census": counted.to_dict(),
+    }
+
+
+class _Graph:
+    """A graph in ONNX Runtime, on the CPU: what is compared must not depend on where it is compared."""
+
+    def __init__(self, source: str | bytes, threads: int | None) -> None:
+        self._session = open_session(source, threads)
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._session.run([FEATURES], {"clips": clips})[0]
+        return found
+
+
+def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> Promise:
+    """Return how near the features of made-up clips are."""
+    cosine, difference = 1.0, 0.0
+    for clip in made_up_clips(manifest):
+        wanted, found = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
+        largest = np.abs(wanted).max()
+        if largest == 0 and not found.any():
+            continue
+        norms = np.linalg.norm(wanted) * np.linalg.norm(found)
+        # np.minimum and np.maximum let NaN through; the built-in ones do not always.
+        cosine = float(np.minimum(cosine, wanted @ found / norms if norms else 0.0))
+        difference = float(np.maximum(difference, np.abs(found - wanted).max() / max(largest, 1e-30)))
+    return Promise(cosine, difference)
+
+
+def made_up_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
+    """Yield clips one by one, (1, window, height, width, 3) uint8: three as smooth as pictures, noise, white, black."""
+    shape = 1, manifest.window, *manifest.crop, 3
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        yield smooth_clips(rng, shape)
+    yield rng.integers(0, 256, shape, dtype=np.uint8)
+    yield np.full(shape, 255, np.uint8)
+    yield np.zeros(shape, np.uint8)
+
+
+def smooth_clips(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Return clips of a shape, smooth in space and time as pictures are, and of full contrast."""
+    size, window, height, width, colours = shape
+    coarse = rng.integers(0, 256, (size, -(-window // 4), -(-height // 8), -(-width // 8), colours), dtype=np.uint8)
+    return np.ascontiguousarray(coarse.repeat(4, 1).repeat(8, 2).repeat(8, 3)[:, :window, :height, :width])

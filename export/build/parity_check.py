@@ -1,0 +1,129 @@
+"""Does what was built answer as the FP32 graph? Twins are judged on the CPU, engines where a GPU runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calib.graph.onnx_graph import manifest_of
+from export.build.artifacts import Made
+from runtime.artifacts import engine_metadata
+from runtime.datasets.dataset import Annotation, DataSet
+
+if TYPE_CHECKING:
+    import onnx
+
+    from export.build.build_config import Job
+    from export.parity.html_report import ModelFile
+    from export.verify import Proof
+    from runtime.grounding.grounder import Grounder
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Court:
+    """What a twin and an engine are held against: the FP32 graph's answers to a split.
+
+    Attributes:
+        job: the build, where it is written until it is proven.
+        final: what it will be called.
+        source, graph: the FP32 graph, and the file it is from.
+        data_set, annotations, split: the queries; None and empty without --data.
+        max_drop: points that may be lost.
+        again: the command that builds the same again.
+        threads: CPU threads.
+    """
+
+    job: Job
+    final: Path
+    source: Path
+    graph: onnx.ModelProto
+    data_set: DataSet | None
+    annotations: Sequence[Annotation]
+    split: str
+    max_drop: float
+    again: str
+    threads: int | None
+
+    def judge_twin(self, made: Made) -> Proof:
+        """Hold the twin, as it will be on disk, against the FP32 graph; on the CPU."""
+        import onnx
+
+        from calib.graph.half_precision import emulated
+
+        # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
+        # they are in only where ONNX Runtime is what will answer.
+        graph = emulated(onnx.load_from_string(made.content))
+        optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
+        # One core for each of the two serves better than all cores for one after the other.
+        threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
+        at_once = self.threads != 1
+        judged, reference = self._sharing(graph, optimised, threads), self._sharing(self.graph, True, threads)
+        return self._judge(judged, made.file(self.job.twin), reference, at_once)
+
+    def judge_engine(self, made: Made) -> Proof:
+        """Hold the engine against the FP32 graph; on the GPU."""
+        from export.parity.html_report import ModelFile
+        from runtime.grounding.grounder import Grounder
+
+        judged = Grounder.load(self.job.output, "cuda")
+        reference = self._sharing(self.graph, True, self.threads)
+        return self._judge(judged, ModelFile.of(self.job.output, made.manifest), reference, False)
+
+    def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
+        """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
+        two thirds of the time."""
+        from calib.graph.onnx_graph import GraphPair
+        from calib.graph.split_model import split_graph
+        from runtime.grounding.grounder import Grounder
+
+        return Grounder(GraphPair(*split_graph(graph), threads, optimised))
+
+    def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> Proof:
+        from export.parity.compare import Budget
+        from export.parity.html_report import ModelFile
+        from export.verify import prove
+
+        assert self.data_set is not None
+        log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
+        manifest = manifest_of(self.graph, str(self.source))
+        return prove(
+            (reference, judged),
+            (ModelFile.of(self.source, manifest), file),
+            self.data_set,
+            self.annotations,
+            Budget.of(self.job.precision, self.max_drop),
+            split=self.split,
+            again=self.again,
+            at_once=at_once,
+        )
+
+    def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None, engines: Sequence[Path] = ()) -> None:
+        """Write the JSON report and the passport of what was judged; of what was rejected, under that name.
+
+        Args:
+            proof: what was found.
+            made: the twin.
+            engine: what runs; None for the twin alone.
+            engines: every engine that was built with it.
+        """
+        from export.verify import census_table, engine_census_table, engine_precision
+
+        census = census_table(made.census)
+        if engine:
+            proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
+            told = engine_census_table(engine_metadata.read_sidecar(engine.path).content["census"])
+            census = (f"{census[0]} {told[0]}" if told else census[0], census[1])
+            if proof.model.path == engine.path:
+                engine = None
+        rejected = "rejected." if proof.broken else ""
+        subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
+        commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(subject))))
+        beside = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
+        proof.write(*beside, census, engine, commands)

@@ -1,0 +1,3 @@
+"""Build TensorRT engines, write them, and decide from their layers which precision they have."""
+
+from __future__ import annotations

@@ -1,0 +1,299 @@
+"""A sealed twin, or a part of one, becomes a plan with its sidecar and layers: built, judged, written as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.graph.fp32_scales import has_half_scales, with_wide_scales
+from export.build.artifacts import Part
+from export.engine.builder import BuildFailed, BuildOptions, Plan, build, cuda_devices, cuda_version, explained
+from export.engine.inspector import PlanNotLoaded
+from export.engine.profiles import one_profile
+from runtime.artifacts import engine_metadata
+from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
+from runtime.backends.cuda_driver import Cuda
+from runtime.core.errors import DeviceError, ModelFileError, PromiseBroken
+from runtime.core.io.files import replace_when_whole, sha256, write_json
+
+if TYPE_CHECKING:
+    from export.build.build_config import Job
+    from export.parity.html_report import ModelFile
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass
+class BuildState:
+    """What the plans of one build share, so that none measures again what another has measured.
+
+    Attributes:
+        timing_cache: measured kernel times, in TensorRT's own format; None before the first plan.
+        one_profile: whether a plan with two optimization profiles could not be loaded.
+    """
+
+    timing_cache: bytes | None = None
+    one_profile: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltPart:
+    """An engine that was written.
+
+    Attributes:
+        file: the engine.
+        part: what it was built of, with those parts for short queries that were built.
+    """
+
+    file: ModelFile
+    part: Part
+
+    @property
+    def engines(self) -> list[Path]:
+        """The plans for short queries, and the engine last."""
+        return [*(other.engine for other in self.part.unrolled), self.part.engine]
+
+    @property
+    def unrolled_steps(self) -> tuple[int, ...]:
+        """Tokens of the longest query of each plan for short queries."""
+        return tuple(_longest_query(other) for other in self.part.unrolled)
+
+
+def _longest_query(part: Part) -> int:
+    return max(profile.query_length[2] for profile in part.profiles)
+
+
+def build_part(
+    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState | None = None
+) -> BuiltPart:
+    """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
+
+    An optional plan for short queries that does not build is left out, with a warning.
+
+    Args:
+        job, part: what to build, and where to write it.
+        options: of the build.
+        cache: file of kernel times, read if there and written back.
+        state: shared with other parts of the same build.
+
+    Raises:
+        ModelFileError, DeviceError: the engine, or a plan that is not optional, does not build.
+        PromiseBroken: the layers contradict the precision; the engine is then saved as rejected.
+    """
+    from calib.graph.half_precision import fp32_nodes
+    from export.engine.precision_verdict import Promise, census_content, judge_engine, require
+    from export.parity.html_report import ModelFile
+
+    state = state or BuildState()
+    shorter = _build_unrolled(job, part, options, cache, state)
+    left_out = [other for other in part.unrolled if other.engine not in [plan.part.engine for plan in shorter]]
+    built, part, changes = _build(part, options, cache, state)
+    for change in changes:
+        log.warning("%s was built in another form: %s.", part.engine.name, change)
+    changes += [f"it has no plan for queries of at most {_longest_query(other)} tokens" for other in left_out]
+    promise = Promise(
+        job.precision,
+        part.census,
+        part.fp32_weight_bytes,
+        tf32=options.tf32,
+        strongly_typed=built.strongly_typed,
+        version_compatible=options.version_compatible,
+        fp32_nodes=fp32_nodes(part.graph),
+    )
+    counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
+    content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache, changes)
+    if shorter:
+        content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
+    try:
+        require(verdict, job.precision)
+    except PromiseBroken as error:
+        rejected = _rejected(part.engine)
+        # Of what is rejected, it alone is kept.
+        content.pop("unrolled", None)
+        _write_engine(rejected, built.plan, content)
+        _write_layers(rejected, built)
+        raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
+    _write_engine(part.engine, built.plan, content)
+    _write_layers(part.engine, built)
+    told = "".join(f"; {change}" for change in changes)
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}{told}.")
+    if verdict.name != PROVEN:
+        log.warning("%s: %s is %s: %s.", part.engine.name, job.precision, verdict.name, verdict.reason)
+    part = dataclasses.replace(part, unrolled=tuple(plan.part for plan in shorter))
+    return BuiltPart(ModelFile.of(part.engine, part.manifest), part)
+
+
+def _build_unrolled(
+    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState
+) -> list[BuiltPart]:
+    """Build the plans for short queries that belong to a part; see `build_part`."""
+    built = []
+    for other in part.unrolled:
+        try:
+            built.append(build_part(job, other, options, cache, state))
+        except (ModelFileError, DeviceError) as error:
+            if not other.optional:
+                raise type(error)(f"{error} --unroll 0 builds the engine without others for short queries.") from error
+            log.warning(
+                "%s is not built, and queries of at most %d tokens are answered by a plan for longer ones, which takes "
+                "more time: %s --unroll 0 builds no such plans.",
+                *(other.engine.name, _longest_query(other), error),
+            )
+    return built
+
+
+def _rejected(engine: Path) -> Path:
+    return engine.with_name(f"{engine.stem}.rejected.engine")
+
+
+def reject(engine: Path) -> Path:
+    """Take an engine's name from it, and return its new one."""
+    content = dict(engine_metadata.read_content(engine))
+    content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
+    if "unrolled" in content:
+        content["unrolled"] = {
+            _rejected(engine.with_name(name)).name: digest for name, digest in content["unrolled"].items()
+        }
+    rejected = _rejected(engine)
+    _write_engine(rejected, engine.read_bytes(), content)
+    if layers_path(engine).is_file():
+        layers_path(engine).replace(layers_path(rejected))
+    for old in (engine_metadata.path_beside(engine), engine):
+        old.unlink()
+    return rejected
+
+
+def _build(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> tuple[Plan, Part, list[str]]:
+    """Build a plan; where the library refuses, once more in the form that avoids a known failure of it.
+
+    Returns:
+        The plan, what it was built of, and what is different from the request, a sentence each.
+    """
+    from export.engine.builder import load_library
+
+    library = load_library(options.target)
+    log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
+    changes: list[str] = []
+    if state.one_profile and len(part.profiles) > 1:
+        part = dataclasses.replace(part, profiles=one_profile(part.profiles))
+        changes.append(ONE_PROFILE)
+    try:
+        built = _build_once(part, options, cache, state)
+    except BuildFailed as error:
+        if not has_half_scales(part.graph):
+            raise
+        # NVIDIA/TensorRT#4832.
+        log.warning("%s Building again with FP32 scales around INT8 ...", error)
+        part = dataclasses.replace(part, graph=with_wide_scales(part.graph))
+        changes.append("its scales are FP32, because the build with FP16 scales failed")
+        try:
+            built = _build_once(part, options, cache, state)
+        except BuildFailed:
+            raise error from None
+        except PlanNotLoaded as failure:
+            built, part = _with_one_profile(part, options, cache, state, failure)
+            changes.append(ONE_PROFILE)
+    except PlanNotLoaded as failure:
+        built, part = _with_one_profile(part, options, cache, state, failure)
+        changes.append(ONE_PROFILE)
+    return built, part, changes
+
+
+ONE_PROFILE = "it has one optimization profile (--profiles 1), because a plan with two could not be loaded"
+
+
+def _with_one_profile(
+    part: Part, options: BuildOptions, cache: Path | None, state: BuildState, failure: PlanNotLoaded
+) -> tuple[Plan, Part]:
+    """Build with one profile in place of two: such a plan of TensorRT 8.6 may not load (NVIDIA/TensorRT#2977).
+
+    Raises:
+        PlanNotLoaded: there was one already, or that plan cannot be loaded either.
+    """
+    if len(part.profiles) == 1:
+        raise failure
+    log.warning("%s Building again with one optimization profile ...", failure)
+    part = dataclasses.replace(part, profiles=one_profile(part.profiles))
+    built = _build_once(part, options, cache, state)
+    state.one_profile = True
+    return built, part
+
+
+def _build_once(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> Plan:
+    known = state.timing_cache or (cache.read_bytes() if cache and cache.is_file() else None)
+    options = dataclasses.replace(options, profiles=part.profiles)
+    with explained("Building the engine"):
+        built = build(part.graph.SerializeToString(), options, known)
+    state.timing_cache = built.timing_cache or state.timing_cache
+    if cache and built.timing_cache:
+        with replace_when_whole(cache) as temporary:
+            temporary.write_bytes(built.timing_cache)
+    return built
+
+
+def _sidecar_content(
+    part: Part,
+    built: Plan,
+    options: BuildOptions,
+    census: dict[str, Any],
+    cache: Path | None,
+    changes: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "format": engine_metadata.FORMAT,
+        "manifest": part.manifest.to_dict(),
+        "library": built.library,
+        "cuda": cuda_version(),
+        "python": sys.version.split()[0],
+        "strongly_typed": built.strongly_typed,
+        "target": options.target,
+        "gpu": _gpu(),
+        "compute_capabilities": list(options.compute_capabilities),
+        "profiles": [dataclasses.asdict(profile) for profile in part.profiles],
+        "options": {
+            "optimization_level": options.optimization_level,
+            "workspace_gib": options.workspace_gib,
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+            "tf32": options.tf32,
+            "profiles": len(part.profiles),
+            "changes": list(changes),
+        },
+        "timing_cache": sha256(cache) if cache and cache.is_file() else None,
+        "census": census,
+        "sha256": {part.twin.name: part.twin_hash},
+    }
+
+
+def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
+    """Write plan and sidecar: both are whole before either takes its place, so that no old pair is lost to half a new
+    one."""
+    hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
+    with replace_when_whole(engine_metadata.path_beside(path)) as beside, replace_when_whole(path) as temporary:
+        temporary.write_bytes(plan)
+        write_json(beside, engine_metadata.sealed({**content, "sha256": hashes}))
+
+
+def _write_layers(engine: Path, built: Plan) -> None:
+    """Write everything that the inspector wrote about a plan beside it; nothing where it was not inspected."""
+    if built.inspection is None:
+        return
+    digest = hashlib.sha256(built.plan).hexdigest()
+    with replace_when_whole(layers_path(engine)) as temporary:
+        temporary.write_bytes(packed(built.inspection, engine.name, digest, built.library))
+
+
+def _gpu() -> str | None:
+    """Return name, CUDA version, memory and compute capability of the GPU that is built for, as the driver tells them.
+
+    Not as nvidia-smi does: the runtime compares the name with the driver's.
+    """
+    if not cuda_devices():
+        return None
+    gpu = Cuda()
+    return f"{gpu.name}, CUDA {gpu.driver}, {gpu.memory()[1] >> 20} MiB, {gpu.capability}"

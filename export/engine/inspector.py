@@ -1,0 +1,106 @@
+"""Ask TensorRT's engine inspector about a plan that was just built, unbound and bound to each optimization profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from export.engine.profiles import Profile
+from runtime.artifacts.engine_layers import Inspection, ProfileView
+from runtime.backends.cuda_driver import Cuda
+from runtime.core.errors import GroundingError, ModelFileError, one_line
+
+
+class PlanNotLoaded(ModelFileError):
+    """The library cannot load the plan that it built."""
+
+    code = "plan_not_loaded"
+
+
+def inspect_plan(
+    trt: Any,
+    logger: Any,
+    plan: bytes,
+    profiles: Sequence[Profile],
+    *,
+    host_code: bool = False,
+    cuda: Cuda | None = None,
+) -> Inspection:
+    """Return everything that the inspector writes about a plan.
+
+    Args:
+        trt: the library that built it.
+        logger: of `logger_for`.
+        plan: the serialized engine. It is loaded, so it must be one that this process built.
+        profiles: its optimization profiles, in the order of the build.
+        host_code: whether it is version-compatible. Such a plan contains the lean runtime, which is code, and is
+            refused unless `IRuntime::setEngineHostCodeAllowed` permits it (NvInferRuntime.h; Polygraphy's loader.py).
+        cuda: the GPU; opened when not given.
+
+    Raises:
+        PlanNotLoaded: the library refuses the plan.
+    """
+    runtime = trt.Runtime(logger)
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    logger.lines.clear()
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise PlanNotLoaded(
+            f"{trt.__name__} {trt.__version__} cannot load the plan that it built: "
+            f"{'; '.join(logger.lines)[:500] or 'it gave no reason'}."
+        )
+    inspector = engine.create_engine_inspector()
+    unbound = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    try:
+        cuda = cuda or Cuda()
+    except GroundingError as error:
+        reason = one_line(error)
+        return Inspection(unbound, tuple(ProfileView(profile.name, {}, None, reason) for profile in profiles))
+    views = []
+    for index, profile in enumerate(profiles):
+        shapes = {name: opt for name, (_, opt, _) in profile.shapes.items()}
+        try:
+            text = _bound(trt, logger, engine, inspector, cuda, index, shapes)
+        # Whatever fails here says nothing about the plan's precision.
+        except (GroundingError, RuntimeError, TypeError, ValueError) as error:
+            views.append(ProfileView(profile.name, shapes, None, one_line(error)))
+        else:
+            views.append(ProfileView(profile.name, shapes, text))
+    return Inspection(unbound, tuple(views))
+
+
+def _bound(
+    trt: Any, logger: Any, engine: Any, inspector: Any, cuda: Cuda, index: int, shapes: dict[str, Sequence[int]]
+) -> str:
+    """Return the inspector's JSON with a context set to a profile and to the shapes of all inputs.
+
+    Only then does it show concrete sizes and formats (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
+    """
+    with cuda.current():
+        stream = cuda.stream()
+        try:
+            context = engine.create_execution_context()
+            _expect(context is not None, logger, "an execution context could not be created")
+            chosen = context.set_optimization_profile_async(index, stream)
+            _expect(chosen, logger, f"profile {index} could not be selected")
+            # The profile is switched on the stream, and shapes must not be set before it has been.
+            cuda.synchronize(stream)
+            for name, shape in shapes.items():
+                fits = context.set_input_shape(name, tuple(shape))
+                _expect(fits, logger, f"the shape {tuple(shape)} of {name} could not be set")
+            inspector.execution_context = context
+            text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+            # The inspector must not outlive its context.
+            inspector.execution_context = None
+            return text
+        finally:
+            cuda.destroy_stream(stream)
+
+
+def _expect(ok: Any, logger: Any, failure: str) -> None:
+    if ok:
+        return
+    told = "; ".join(logger.lines)[:300]
+    logger.lines.clear()
+    raise ModelFileError(f"{failure} ({told})" if told else failure)

@@ -1,0 +1,3 @@
+"""Compare two models on the same queries, and report the differences."""
+
+from __future__ import annotations

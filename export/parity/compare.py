@@ -1,0 +1,571 @@
+"""Do two models answer alike? First in their heads, then in seconds, then query by query in recall.
+
+Both see the very same batches, so whatever differs is the models' doing. Differences are other less reference
+throughout, and recall is compared in pairs: of 3,720 queries an unpaired R@1 has a standard error of 0.8 points, while
+two models that differ in ten answers differ by those ten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from export.plan_parity import PlanAnswers, PlanCheck, plan_checks, plan_uses
+from runtime.artifacts.manifest import Manifest
+from runtime.core.batch import Heads
+from runtime.core.decoding import Protocol, propose
+from runtime.core.errors import AnnotationError, ModelFileError
+from runtime.core.metrics import Report, best_overlap, hits, prior_report, recall_name, report
+from runtime.core.moments import Moment, temporal_iou
+from runtime.datasets.dataset import Annotation, DataSet, each_moment
+from runtime.grounding.evaluation import Chunk, answered_whole, answers_to, cause_of, chunks, encoded, suppressed
+from runtime.grounding.grounder import BATCH_SIZE, Grounder, in_seconds
+
+FORMAT = "drn-parity/1"
+FLIP_THRESHOLDS = (0.5, 0.7)
+GATED = (recall_name(1, 0.7), "mIoU")
+"""What the budget is held against; R@5 IoU=0.5 says next to nothing on Charades-STA."""
+
+ROUNDING = 1e-4
+"""Points by which mIoU may differ between any two orders of float32 sums."""
+
+RANKED = 5
+WORST = 12
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadError:
+    """How far one output of the network is off, over all queries and locations.
+
+    Attributes:
+        max, p99: absolute error, in the unit of the output.
+        largest: the reference's largest absolute value, to judge them by.
+        not_finite: values that are NaN or infinite in the other model alone; they are left out of the errors.
+    """
+
+    max: float
+    p99: float
+    largest: float
+    not_finite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """How far starts and ends move, in seconds."""
+
+    p50: float
+    p99: float
+    max: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """Temporal IoU between the two models' best moments."""
+
+    mean: float
+    p1: float
+    min: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The share of queries whose best moment is the same in both, and whose best five come in the same order.
+
+    A moment is the same when no other of the five overlaps it more: precision may move its borders a little.
+    """
+
+    first: float
+    five: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Flips:
+    """Queries that one model answers and the other does not.
+
+    Attributes:
+        gained, lost: the lines of the annotation file where only the other, or only the reference, is right.
+        p_value: McNemar's exact test, two-sided: how often chance alone would split the flips so unevenly.
+    """
+
+    gained: tuple[int, ...]
+    lost: tuple[int, ...]
+    p_value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Other less reference, a fraction, and its bootstrap interval over queries."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """One query that the two models answer differently; times in seconds, None where a model gave no moment.
+
+    Attributes:
+        line: where the query stands in the annotation file.
+        overlap: temporal IoU between the two moments.
+        reference_iou, other_iou: of each with the truth.
+        shift: how far the farther of the two borders moved.
+    """
+
+    line: int
+    video: str
+    query: str
+    duration: float
+    truth: tuple[float, float]
+    reference: Moment | None
+    other: Moment | None
+    overlap: float
+    reference_iou: float
+    other_iou: float
+    shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What was found between two models on N queries.
+
+    Attributes:
+        queries: N.
+        protocol: whose NMS and hit rule, for both.
+        simulated: whether the features are simulated.
+        heads: by output.
+        locations: shift of what each location proposes, before any ranking: the error of the regression alone.
+        boundaries: shift of the best moments: a changed order shows here as a leap.
+        overlap, order: of the best moments.
+        flips: by metric, R@1 IoU=0.5 and 0.7.
+        differences: by metric, as `flips` and mIoU.
+        whole: queries without a likely location in both models, whose agreement proves nothing.
+        reference, other, prior: scores; the prior is None without a training split.
+        worst: the queries whose best moments agree least, worst first.
+        plans: of an engine how each of its plans answers.
+    """
+
+    queries: int
+    protocol: Protocol
+    simulated: bool
+    heads: Mapping[str, HeadError]
+    locations: Shift
+    boundaries: Shift
+    overlap: Overlap
+    order: Order
+    flips: Mapping[str, Flips]
+    differences: Mapping[str, Difference]
+    whole: int
+    reference: Report
+    other: Report
+    prior: Report | None
+    worst: tuple[Disagreement, ...]
+    plans: tuple[PlanCheck, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "queries": self.queries,
+            "protocol": self.protocol,
+            "simulated_features": self.simulated,
+            "answered_whole": self.whole,
+            "recall": {
+                "reference": self.reference.to_dict(),
+                "other": self.other.to_dict(),
+                "prior": self.prior.to_dict() if self.prior else None,
+            },
+            "heads": {name: dataclasses.asdict(error) for name, error in self.heads.items()},
+            "locations_s": dataclasses.asdict(self.locations),
+            "boundaries_s": dataclasses.asdict(self.boundaries),
+            "overlap": dataclasses.asdict(self.overlap),
+            "order": dataclasses.asdict(self.order),
+            "flips": {name: dataclasses.asdict(flips) for name, flips in self.flips.items()},
+            "differences": {name: dataclasses.asdict(value) for name, value in self.differences.items()},
+            "confidence": CONFIDENCE,
+            "worst": [dataclasses.asdict(row) for row in self.worst],
+            "plans": [check.to_dict() for check in self.plans],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What may be lost.
+
+    Attributes:
+        max_drop: points (percent of all queries) of R@1 IoU=0.7 and of mIoU.
+        boundary_p99: seconds that 99 % of the borders of best moments stay within; None judges none.
+    """
+
+    max_drop: float = 0.2
+    boundary_p99: float | None = 0.1
+
+    @classmethod
+    def of(cls, precision: str, max_drop: float = 0.2, boundary_p99: float | None = None) -> Budget:
+        """Return the budget for a model of this precision: borders are held to 0.1 s in FP32 and FP16.
+
+        Narrower numbers move borders by more, and are judged by recall unless `boundary_p99` says otherwise.
+        """
+        if boundary_p99 is None and precision in ("fp32", "fp16"):
+            boundary_p99 = cls.boundary_p99
+        return cls(max_drop, boundary_p99)
+
+
+def compare(
+    reference: Grounder,
+    other: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    *,
+    protocol: Protocol | None = None,
+    batch_size: int = BATCH_SIZE,
+    known: Heads | None = None,
+    at_once: bool = False,
+    on_progress: Callable[[int], Any] = lambda queries: None,
+) -> Parity:
+    """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
+
+    Args:
+        reference: the model whose answers are to be kept.
+        other: the model made from it.
+        data_set: where durations, features and the prior's training split come from.
+        annotations: the N queries.
+        protocol: whose NMS and hit rule, for both; the reference's own when None.
+        batch_size: queries that go through the networks together.
+        known: what `answers` gave for the reference, for callers that compare several models with it.
+        at_once: ask both at the same time, in a thread each; for models on the CPU.
+        on_progress: called with the number of queries that one of the two has answered since the last call.
+
+    Raises:
+        ModelFileError: the two do not take the same words, features or segments.
+        AnnotationError: there are no queries.
+        QueryError: one of the two does not take a sentence.
+    """
+    if not annotations:
+        raise AnnotationError("There are no queries to compare the two models on; choose another split or --limit.")
+    check_comparable(reference.manifest, other.manifest)
+    # Before the first of the two is asked them all.
+    encoded(other, annotations)
+    models = (reference, other) if known is None else (other,)
+    before = plan_uses(other)
+    # One plan is all that answers, so that its parity is the engine's.
+    alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in before if len(before) > 1]
+    found, answered = _answers(models, data_set, annotations, batch_size, at_once, on_progress, alone)
+    heads = found if known is None else [known, *found]
+    prior_truth = None
+    if "train" in data_set.splits:
+        prior_truth = data_set.spans(each_moment(data_set.annotations("train", invalid="drop")))
+
+    def judge(others: Heads, rows: np.ndarray) -> Parity:
+        some = [Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], others)]
+        chosen = [annotations[row] for row in rows]
+        return _judge(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
+
+    try:
+        whole = _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+        return dataclasses.replace(whole, plans=plan_checks(before, answered, alone, judge))
+    except ModelFileError as error:
+        asked = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
+        raise cause_of(error, reference, data_set, asked) from error
+
+
+def check_comparable(reference: Manifest, other: Manifest) -> None:
+    """Raise ModelFileError where two models cannot be asked the same question."""
+    kinds = {
+        "words": (reference.vocabulary.words, other.vocabulary.words),
+        "rule for unknown words": (reference.vocabulary.unknown, other.vocabulary.unknown),
+        "number of segments T": (reference.decoding.num_segments, other.decoding.num_segments),
+        "strides": (reference.decoding.strides, other.decoding.strides),
+        "feature width": (reference.features.dim, other.features.dim),
+        "clip clock": (reference.features.clock, other.features.clock),
+        "pooling": (reference.features.pooling, other.features.pooling),
+    }
+    for kind, (ours, theirs) in kinds.items():
+        if ours != theirs:
+            if kind == "words":
+                changed = sum(ours.get(word) != theirs.get(word) for word in {*ours, *theirs})
+                told = f"{len(ours)} words and {len(theirs)}, {changed} of them different"
+            else:
+                told = f"{ours} and {theirs}"
+            raise ModelFileError(
+                f"The two models differ in their {kind} ({told}), so they cannot answer the same questions; "
+                "compare models that come from one checkpoint."
+            )
+
+
+def verdict(parity: Parity, budget: Budget) -> list[str]:
+    """Return the promises that do not hold, of the model and of each of its plans, a clause each; none if all hold."""
+    of_plans = (check.broken(parity.queries, budget) for check in parity.plans)
+    return [*broken_promises(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
+
+
+def broken_promises(parity: Parity, budget: Budget, share: float = 1.0) -> list[str]:
+    """Return the promises that some answers break, a clause each.
+
+    Args:
+        parity: of these answers.
+        budget: what may be lost.
+        share: of all queries, 0 to 1: points are percent of all.
+    """
+    broken = []
+    for name, error in parity.heads.items():
+        if error.not_finite:
+            broken.append(f"{name} holds {error.not_finite} values that are not finite and are in the reference")
+    for name in GATED:
+        drop = -100 * share * parity.differences[name].mean
+        # A budget that is used up to the last query is kept, and float32's rounding is no loss: one query of 3,720 is
+        # 0.03 points.
+        if drop > budget.max_drop + ROUNDING:
+            before, after = (100 * side.values[name] for side in (parity.reference, parity.other))
+            broken.append(
+                f"{name} falls by {drop:.2f} points ({before:.2f} to {after:.2f}) where {budget.max_drop:g} may be lost"
+            )
+    limit, moved = budget.boundary_p99, parity.boundaries.p99
+    if limit is not None and moved > limit:
+        broken.append(f"1 % of the boundaries move by {moved:.3f} s or more where {limit:g} s is allowed")
+    return broken
+
+
+def points(fraction: float) -> str:
+    """Return a difference of two fractions in points, with its sign; nothing is never below zero."""
+    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p value of McNemar's exact test: a fair coin's for this many heads and tails."""
+    flips = gained + lost
+    tail = term = 1
+    for k in range(1, min(gained, lost) + 1):
+        term = term * (flips - k + 1) // k
+        tail += term
+    return min(1.0, 2 * tail / 2**flips)
+
+
+def bootstrap(
+    differences: np.ndarray, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the percentile intervals of the means of M paired differences, (M,) each.
+
+    Args:
+        differences: (N, M), a row per query; all M are drawn together.
+        resamples: how often N queries are drawn with replacement.
+        confidence: share of the resampled means that an interval holds.
+        seed: the same seed gives the same interval.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(differences)
+    means = np.empty((resamples, differences.shape[1]))
+    # About 16 MB of indices at a time.
+    step = max(1, (1 << 22) // count)
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        drawn = rng.integers(count, size=(stop - start, count), dtype=np.uint32)
+        for column, values in enumerate(differences.T):
+            means[start:stop, column] = values[drawn].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+def answers(
+    model: Grounder,
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[int], Any] = lambda queries: None,
+) -> Heads:
+    """Return the heads of all N queries, in their order: under 2 kB a query, the videos are let go of."""
+    return _answers((model,), data_set, annotations, batch_size, False, on_progress)[0][0]
+
+
+def _answers(
+    models: Sequence[Grounder],
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    batch_size: int,
+    at_once: bool,
+    on_progress: Callable[[int], Any],
+    alone: Sequence[PlanAnswers] = (),
+) -> tuple[list[Heads], dict[str, int]]:
+    """Return the heads of all N queries for each model, and how many of them each plan of the last model answered.
+
+    Every video is read once for all models, and for the plans that are asked alone.
+    """
+    gathered = [_empty_heads(model, len(annotations)) for model in models]
+    answered: Counter[str] = Counter()
+    waiting = chunks(models[0], data_set, annotations)
+    with ThreadPoolExecutor(len(models) + 1) as pool:
+        # The next videos are read while these are asked about.
+        upcoming = pool.submit(next, waiting, None)
+        while (chunk := upcoming.result()) is not None:
+            upcoming = pool.submit(next, waiting, None)
+
+            def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
+                return list(answers_to(model, chunk, batch_size))
+
+            before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
+            every = pool.map(ask, models) if at_once else map(ask, models)
+            for heads, found in zip(gathered, every):
+                for rows, part in found:
+                    for name, values in vars(part).items():
+                        getattr(heads, name)[rows] = values
+                    on_progress(len(rows))
+            answered.update({plan.name: plan.queries - before[plan.name] for plan in plan_uses(models[-1])})
+            for plan in alone:
+                plan.ask(chunk, batch_size)
+    return gathered, answered
+
+
+def _empty_heads(model: Grounder, queries: int) -> Heads:
+    """Return heads of so many queries, to be filled."""
+    locations = model.manifest.decoding.num_locations
+    shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
+    return Heads(**{name: np.empty((queries, *shape), np.float32) for name, shape in shapes.items()})
+
+
+def _judge(
+    reference: Manifest,
+    other: Manifest,
+    heads: Sequence[Heads],
+    data_set: DataSet,
+    annotations: Sequence[Annotation],
+    protocol: Protocol | None,
+    prior_truth: np.ndarray | None,
+) -> Parity:
+    """Return all that follows from the heads of both models."""
+    protocol = protocol or reference.decoding.protocol
+    decodings = [dataclasses.replace(manifest.decoding, protocol=protocol) for manifest in (reference, other)]
+    durations = np.array([data_set.durations[annotation.video] for annotation in annotations], np.float64)
+    truth, thresholds = data_set.truths(annotations), data_set.preset.iou_thresholds
+    # Decoding refuses what is not finite; a query that a model overflowed on counts as one without an answer.
+    silent = ~_finite_rows(heads[1])
+    answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
+    proposals = [propose(found, decoding) for found, decoding in zip((heads[0], answerable), decodings)]
+    picks = [dict(suppressed(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings)]
+    for silenced in (proposals[1].spans, *picks[1].values()):
+        silenced[silent] = np.nan
+    kept = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
+    by_location = _shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[kept]
+    lines = np.array([annotation.line for annotation in annotations])
+    tops = [found[0.5][:, :RANKED] for found in picks]
+    by_query = _shifts(tops[0][:, 0, :2], tops[1][:, 0, :2], durations)
+    overlap = temporal_iou(tops[0][:, :1, :2], tops[1][:, :1, :2])[:, 0, 0]
+    flips, columns = {}, {}
+    for threshold in FLIP_THRESHOLDS:
+        before, after = (hits(found[threshold], truth, 1, threshold, protocol) for found in picks)
+        gained, lost = lines[~before & after], lines[before & ~after]
+        name = recall_name(1, threshold)
+        flips[name] = Flips(tuple(gained.tolist()), tuple(lost.tolist()), mcnemar(len(gained), len(lost)))
+        columns[name] = after.astype(np.float64) - before
+    ious = [best_overlap(found[thresholds[0]].astype(np.float64), truth, 1) for found in picks]
+    columns["mIoU"] = ious[1] - ious[0]
+    scored = [report(found, truth, protocol) for found in picks]
+    first, five = _same_order(*tops)
+    low, high = bootstrap(np.stack(list(columns.values()), axis=1))
+    return Parity(
+        queries=len(annotations),
+        protocol=protocol,
+        simulated=data_set.simulated,
+        heads=dict(_head_errors(*heads)),
+        locations=_shift(by_location),
+        boundaries=_shift(by_query),
+        overlap=Overlap(float(overlap.mean()), float(np.quantile(overlap, 0.01)), float(overlap.min())),
+        order=Order(float(first.mean()), float(five.mean())),
+        flips=flips,
+        differences={
+            name: Difference(float(values.mean()), float(low[index]), float(high[index]))
+            for index, (name, values) in enumerate(columns.items())
+        },
+        whole=int((answered_whole(tops[0]) & answered_whole(tops[1])).sum()),
+        reference=scored[0],
+        other=scored[1],
+        prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
+        worst=tuple(_worst(annotations, durations, truth, tops, overlap, ious, by_query.max(axis=-1))),
+    )
+
+
+def _finite_rows(heads: Heads) -> np.ndarray:
+    """Return which queries have no NaN and no infinity in any head, (N,)."""
+    rows = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in vars(heads).values()]
+    return np.logical_and.reduce(rows)
+
+
+def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return (N,) flags in a shape that broadcasts against (N, ...) values."""
+    return rows.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, HeadError]]:
+    for name, values in vars(reference).items():
+        found = getattr(other, name)
+        finite = np.isfinite(values)
+        bad = finite & ~np.isfinite(found)
+        errors = np.abs(found[finite & ~bad].astype(np.float64) - values[finite & ~bad])
+        largest = float(np.abs(values[finite]).max(initial=0))
+        if not errors.size:
+            yield name, HeadError(0.0, 0.0, largest, int(bad.sum()))
+            continue
+        yield name, HeadError(float(errors.max()), float(np.quantile(errors, 0.99)), largest, int(bad.sum()))
+
+
+def _shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray) -> np.ndarray:
+    """Return how far starts and ends, (..., 2) fractions, lie apart in seconds; the whole video where one has none."""
+    apart = np.abs(other.astype(np.float64) - reference)
+    return np.where(np.isfinite(apart), apart, 1.0) * durations[..., None]
+
+
+def _shift(seconds: np.ndarray) -> Shift:
+    if not seconds.size:
+        return Shift(0.0, 0.0, 0.0)
+    return Shift(*(float(np.quantile(seconds, q)) for q in (0.5, 0.99, 1)))
+
+
+def _same_order(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which queries have the same first moment, and the same order of all; (N,) each, from (N, K, 3)."""
+    overlap = temporal_iou(reference[..., :2], other[..., :2])
+    # Not `argmax`: two of a model's own moments may coincide, as when both fill the video.
+    same = np.diagonal(overlap, axis1=1, axis2=2) >= overlap.max(axis=2)
+    same &= np.isnan(reference[..., 0]) == np.isnan(other[..., 0])
+    return same[:, 0], same.all(axis=1)
+
+
+def _worst(
+    annotations: Sequence[Annotation],
+    durations: np.ndarray,
+    truth: np.ndarray,
+    tops: Sequence[np.ndarray],
+    overlap: np.ndarray,
+    ious: Sequence[np.ndarray],
+    shift: np.ndarray,
+) -> Iterator[Disagreement]:
+    """Yield the queries whose best moments overlap least; of those alike, the farther apart in seconds."""
+    for index in np.lexsort((-shift, overlap))[:WORST].tolist():
+        if not shift[index] > 0:
+            continue
+        annotation, duration = annotations[index], float(durations[index])
+        first = truth[index].reshape(-1, 2)[0].tolist()
+        moments = [next(iter(in_seconds(found[index, :1], duration)), None) for found in tops]
+        yield Disagreement(
+            line=annotation.line,
+            video=annotation.video,
+            query=annotation.sentence,
+            duration=duration,
+            truth=(first[0] * duration, first[1] * duration),
+            reference=_finite(moments[0]),
+            other=_finite(moments[1]),
+            overlap=float(overlap[index]),
+            reference_iou=float(ious[0][index]),
+            other_iou=float(ious[1][index]),
+            shift=float(shift[index]),
+        )
+
+
+def _finite(moment: Moment | None) -> Moment | None:
+    """Return the moment, or None where NaN stands in it, which no JSON can hold."""
+    return moment if moment and all(map(math.isfinite, dataclasses.astuple(moment))) else None

@@ -1,0 +1,350 @@
+"""A model's passport: one HTML page, complete in itself, of what a model is, where it comes from and what it lost.
+
+The page asks for nothing outside itself, follows the reader's light or dark setting, and fits a phone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.parity.compare import CONFIDENCE, GATED, Budget, Disagreement, Parity, points
+from export.parity.compare_layers import Layers
+from runtime.artifacts.manifest import Manifest
+from runtime.core.io.files import sha256
+from runtime.core.moments import Moment
+
+VISIBLE_S = 0.05
+"""Seconds by which a border must move before a reader of tenths of a second can see it."""
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""The names of the columns, and the rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A model file as it was when it was judged."""
+
+    path: Path
+    sha256: str
+    size: int
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, path: Path, manifest: Manifest) -> ModelFile:
+        return cls(path, sha256(path), path.stat().st_size, manifest)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.path.name,
+            "sha256": self.sha256,
+            "bytes": self.size,
+            "precision": self.manifest.precision,
+            "stage": self.manifest.stage,
+            "sources": dict(self.manifest.sources),
+            "producer": dict(self.manifest.producer),
+        }
+
+
+def lineage(reference: ModelFile, other: ModelFile) -> tuple[bool, str]:
+    """Return whether `other` is known to share an origin with the reference, and a sentence that says it.
+
+    Names may change; only hashes count.
+    """
+    theirs = other.manifest.sources
+    if reference.sha256 == other.sha256:
+        return True, f"{reference.path.name} and {other.path.name} are the same file."
+    if reference.sha256 in theirs.values():
+        return True, f"{other.path.name} was made from this very {reference.path.name}: it records its hash."
+    shared = [name for name, digest in theirs.items() if digest in reference.manifest.sources.values()]
+    if shared:
+        return True, f"Both come from the same {', '.join(shared)}: they record its hash."
+    return False, f"{other.path.name} records no file that {reference.path.name} is or was made from."
+
+
+def passport(
+    parity: Parity,
+    reference: ModelFile,
+    other: ModelFile,
+    broken: Sequence[str],
+    *,
+    budget: Budget,
+    split: str = "test",
+    census: tuple[str, Table] | None = None,
+    layers: Layers | None = None,
+    latency: Table | None = None,
+    engine: ModelFile | None = None,
+    commands: Sequence[str] = (),
+    cpu: Mapping[str, Any] | None = None,
+    precision: str = "",
+) -> str:
+    """Return the page.
+
+    Args:
+        parity: what was found between the two.
+        reference, other: the files; the passport is the second's.
+        broken: the promises that do not hold, of `export.parity.compare.verdict`.
+        budget: what they were held to.
+        split: where the queries come from.
+        census: how much of the model is computed in which type: a sentence, and the table behind it.
+        layers: where the two part.
+        latency: what was measured, with its conditions.
+        engine: built of the second file, which is its twin; the passport is then the engine's.
+        commands: what to type to see the same again.
+        cpu: the CPU that judged, of `runtime.benchmarking.system_info.cpu`.
+        precision: name of the check of the model's precision, with the real share.
+    """
+    title = f"Passport of {(engine or other).path.name}"
+    names = (reference.path.name, other.path.name)
+    if names[0] == names[1]:
+        names = ("reference", "model")
+    sections = [
+        _lineage(*(file for file in (reference, other, engine) if file)),
+        _precision(other, census),
+        _recall(parity, names),
+        _flips(parity),
+        _heads(parity),
+        _section("Latency", _table(latency)) if latency else "",
+        _layers(layers) if layers else "",
+        _worst(parity, names),
+        _section("To see the same again", "".join(f"<pre><code>{_text(line)}</code></pre>" for line in commands))
+        if commands
+        else "",
+    ]
+    kept = "kept" if not broken else "broken"
+    simulated = _paragraph("Features are simulated: recall is not comparable with published numbers.", "simulated")
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+            f"<h1>{_text(title)}</h1>",
+            _paragraph(
+                (f"Its twin {other.path.name} was held" if engine else "Held")
+                + f" against {names[0]} on {parity.queries} queries of {split}, protocol {parity.protocol}."
+            ),
+            _paragraph(_cpu(cpu)) if cpu else "",
+            simulated if parity.simulated else "",
+            f'<div class="verdict {kept}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
+            _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_kept(parity, budget)]),
+            "</div>",
+            *sections,
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _cpu(cpu: Mapping[str, Any]) -> str:
+    features = cpu["features"]
+    listed = "features unknown" if features is None else ", ".join(features)
+    return f"Judged on {cpu['name']} ({cpu['architecture']}; {listed})."
+
+
+def _kept(parity: Parity, budget: Budget) -> list[str]:
+    rows = []
+    for name in GATED:
+        change = points(parity.differences[name].mean)
+        rows.append(f"{name} changes by {change} points; {budget.max_drop:g} may be lost.")
+    if budget.boundary_p99 is not None:
+        rows.append(
+            f"99 % of the boundaries of best moments stay within {parity.boundaries.p99:.3f} s; "
+            f"{budget.boundary_p99:g} s is allowed."
+        )
+    return rows
+
+
+def _precision(other: ModelFile, census: tuple[str, Table] | None) -> str:
+    if census is None:
+        told = f"{other.manifest.precision}, as the file says of itself; its layers were not counted."
+        return _section("Precision", _paragraph(told))
+    return _section("Precision", _paragraph(census[0]) + _folded("By module", _table(census[1])))
+
+
+def _lineage(*files: ModelFile) -> str:
+    items: dict[str, str] = {}
+    for file in files:
+        for name, digest in file.manifest.sources.items():
+            items.setdefault(digest, f"<b>{_text(name)}</b><code>{_text(digest)}</code>")
+        about = f"{file.manifest.precision}, stage {file.manifest.stage}, {file.size / 2**20:.1f} MiB"
+        made = ", ".join(f"{name} {version}" for name, version in file.manifest.producer.items())
+        # A file judged here says more of itself than one that is only named as a source.
+        items[file.sha256] = (
+            f"<b>{_text(file.path.name)}</b> <span>{_text(about)}</span><code>{_text(file.sha256)}</code>"
+            f"<small>{_text(f'made with {made}' if made else '')}</small>"
+        )
+    chain = "".join(f"<li>{item}</li>" for item in items.values())
+    return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(lineage(*files[:2])[1]))
+
+
+def _recall(parity: Parity, names: tuple[str, str]) -> str:
+    reports = [(names[0], parity.reference), (names[1], parity.other)]
+    if parity.prior:
+        reports.append(("prior", parity.prior))
+    metrics = list(parity.reference.values)
+    rows = [(name, *(f"{100 * scored.values[name]:.2f}" for _, scored in reports)) for name in metrics]
+    note = "Percent. The prior answers every query with the same moments, fitted on the training split."
+    return _section(
+        "Recall", _table((("", *(label for label, _ in reports)), rows)) + (_paragraph(note) if parity.prior else "")
+    )
+
+
+def _flips(parity: Parity) -> str:
+    rows = []
+    for name, interval in parity.differences.items():
+        flips = parity.flips.get(name)
+        counts = (len(flips.gained), len(flips.lost), f"{flips.p_value:.3g}") if flips else ("", "", "")
+        spread = f"{points(interval.low)} to {points(interval.high)}"
+        rows.append((name, *map(str, counts), points(interval.mean), spread))
+    header = ("", "gained", "lost", "McNemar p", "points", f"{100 * CONFIDENCE:g} % interval")
+    return _section("Flips, query by query", _table((header, rows)))
+
+
+def _heads(parity: Parity) -> str:
+    errors = [
+        (name, f"{error.max:.2e}", f"{error.p99:.2e}", f"{error.largest:.3g}", str(error.not_finite))
+        for name, error in parity.heads.items()
+    ]
+    shifts = [
+        (label, *(f"{seconds:.2g}" for seconds in (shift.p50, shift.p99, shift.max)))
+        for label, shift in (("best moment", parity.boundaries), ("same location", parity.locations))
+    ]
+    overlap, order = parity.overlap, parity.order
+    return _section(
+        "Heads and moments",
+        _table((("output", "largest error", "99 % within", "largest value", "not finite"), errors))
+        + _table((("boundaries, seconds", "half within", "99 % within", "largest"), shifts))
+        + _paragraph(
+            f"Temporal IoU between the best moments: mean {overlap.mean:.4f}, 1 % below {overlap.p1:.4f}, least "
+            f"{overlap.min:.4f}. The same moment comes first for {100 * order.first:.2f} % of the queries, the same "
+            f"five in the same order for {100 * order.five:.2f} %."
+        ),
+    )
+
+
+def _layers(layers: Layers) -> str:
+    rows = [
+        (module.module, f"{module.worst.relative:.1e}", "wrong" if module.wrong else "") for module in layers.modules
+    ]
+    return _section(
+        "Where they part",
+        _paragraph(f"{layers.sentence()} Every tensor of {layers.queries} queries.")
+        + _folded("By module", _table((("module", "largest relative error", ""), rows))),
+    )
+
+
+def _worst(parity: Parity, names: tuple[str, str]) -> str:
+    shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
+    if not shown:
+        farthest = max((row.shift for row in parity.worst), default=0.0)
+        told = f"No best moment moves by {VISIBLE_S:g} s or more; the farthest by {farthest:.1e} s."
+        return _section("Worst queries", _paragraph(told))
+    return _section("Worst queries", "".join(_time_line(row, names) for row in shown))
+
+
+def _time_line(row: Disagreement, names: tuple[str, str]) -> str:
+    truth = Moment(*row.truth, 1.0)
+    lines = (
+        ("truth", truth, "truth", ""),
+        (names[0], row.reference, "reference", f"IoU {row.reference_iou:.2f}"),
+        (names[1], row.other, "other", f"IoU {row.other_iou:.2f}"),
+    )
+    parts = []
+    for label, moment, kind, note in lines:
+        bar = ""
+        told = "no moment"
+        if moment:
+            start, end = (min(100 * seconds / row.duration, 100) for seconds in (moment.start, moment.end))
+            told = f"{moment.start:.1f}–{moment.end:.1f} s"
+            bar = f'<rect class="{kind}" x="{start:.2f}%" width="{max(end - start, 0.4):.2f}%" height="14" rx="2"/>'
+        described = _text(f"{label}: {told} of {row.duration:.1f} s")
+        parts.append(
+            f"<dt>{_text(label)}</dt><dd>"
+            f'<svg role="img" aria-label="{described}" width="100%" height="14">'
+            f'<rect class="video" width="100%" height="14" rx="2"/>{bar}</svg>'
+            f"<span>{told}</span> <span>{note}</span></dd>"
+        )
+    heading = f"“{row.query}”"
+    about = f"line {row.line}, {row.video}, {row.duration:.1f} s; the two overlap by {row.overlap:.2f}"
+    caption = f"{_text(heading)} <small>{_text(about)}</small>"
+    return f"<figure><figcaption>{caption}</figcaption><dl>{''.join(parts)}</dl></figure>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>"
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{_text(text)}</p>' if kind else f"<p>{_text(text)}</p>"
+
+
+def _list(rows: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_text(row)}</li>" for row in rows) + "</ul>"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{_text(title)}</summary>{content}</details>"
+
+
+def _table(table: Table) -> str:
+    header, rows = table
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
+    body = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{_text(cell)}</td>" for cell in others)
+        body.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _text(text: str) -> str:
+    """Return text for HTML: names and queries are not ours, and may hold anything."""
+    return html.escape(str(text))
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6670; --line: #d5dae0; --wash: #f1f3f5;
+  --good: #1a7f37; --bad: #b42318; --truth: #2e8b57; --reference: #3572b0; --other: #c2630c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e4e7eb; --faint: #9aa4ae; --line: #343b43;
+  --wash: #1f242a; --good: #4cc26c; --bad: #ff7b6e; --truth: #4fb981; --reference: #6aa8e6; --other: #f0954a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 58rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+p { margin: .5rem 0; }
+.simulated { color: var(--bad); font-weight: 600; }
+.verdict { margin: 1rem 0; padding: .6rem 1rem; border-left: .35rem solid; background: var(--wash);
+  border-radius: .25rem; }
+.verdict.kept { border-color: var(--good); } .verdict.kept strong { color: var(--good); }
+.verdict.broken { border-color: var(--bad); } .verdict.broken strong { color: var(--bad); }
+ul { margin: .25rem 0; padding-left: 1.2rem; }
+.wide { overflow-x: auto; margin: .75rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; }
+thead th { color: var(--faint); font-weight: 500; white-space: normal; vertical-align: bottom; }
+tbody th { font-weight: 500; }
+code { font: .8rem/1.4 ui-monospace, monospace; }
+summary { cursor: pointer; color: var(--faint); }
+.chain { list-style: none; margin: .75rem 0; padding: 0; }
+.chain li { padding: 0 0 .9rem 1.1rem; border-left: 2px solid var(--line); position: relative; }
+.chain li:last-child { border-color: transparent; padding-bottom: 0; }
+.chain li::before { content: ""; position: absolute; left: -.36rem; top: .5rem; width: .6rem; height: .6rem;
+  border-radius: 50%; background: var(--faint); }
+.chain li:last-child::before { background: var(--good); }
+.chain code, .chain small { display: block; overflow-wrap: anywhere; }
+.chain span, .chain code { color: var(--faint); }
+pre { margin: .5rem 0; padding: .6rem .8rem; background: var(--wash); border-radius: .25rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+figure { margin: 1.25rem 0; } figcaption { margin-bottom: .35rem; } small { color: var(--faint); white-space: normal; }
+dl { display: grid; grid-template-columns: minmax(4rem, 9rem) 1fr; gap: .2rem .75rem; margin: 0; font-size: .85rem; }
+dt { color: var(--faint); overflow-wrap: anywhere; } dd { margin: 0; display: grid;
+  grid-template-columns: 1fr 7.5rem 4.2rem; gap: .6rem; align-items: center; font-variant-numeric: tabular-nums; }
+@media (max-width: 34rem) { table { font-size: .8rem; } th, td { padding: .3rem; }
+  dl { grid-template-columns: 1fr; } dd { grid-template-columns: 1fr 1fr; }
+  dd svg { grid-column: 1 / -1; } dd span:last-child { text-align: right; } }
+rect.video { fill: var(--wash); } rect.truth { fill: var(--truth); } rect.reference { fill: var(--reference); }
+rect.other { fill: var(--other); }
+"""

@@ -1,0 +1,3 @@
+"""Trace torch modules to ONNX, and check the graphs against torch."""
+
+from __future__ import annotations

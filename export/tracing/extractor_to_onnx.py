@@ -1,0 +1,94 @@
+"""A C3D checkpoint becomes an ONNX extractor, proven equal to torch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from export.build.extractor_engine import smooth_clips
+from export.to_onnx import OLDEST_OPSET, TOLERANCE, TRACED_OPSET, finished, open_session, silence
+from runtime.artifacts.onnx_metadata import sealed
+from runtime.core.cli import next_command
+from runtime.core.errors import PromiseBroken
+from runtime.core.io.files import replace_when_whole
+from runtime.media.extractors import METADATA_KEY, ExtractorManifest
+from train.checkpoints import source_hash
+from train.network.c3d import C3D, CROP, WINDOW, load_c3d
+
+log = logging.getLogger("drn")
+
+INPUT, OUTPUT = "clips", "features"
+BATCH_SIZES = (1, 3)
+"""Clips in the batches that are checked; a full-size C3D takes a second or two for each on a CPU."""
+
+
+def export_extractor(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET) -> Path:
+    """Export a `c3d.pt` to ONNX, once ONNX Runtime is seen to answer as torch does; see `export.to_onnx.to_onnx`."""
+    log.info("Reading %s ...", checkpoint)
+    loaded = load_c3d(checkpoint)
+    model, manifest = loaded.model(), loaded.manifest(source_hash(checkpoint))
+    with replace_when_whole(output) as temporary:
+        log.info("Tracing C3D ...")
+        temporary.write_bytes(sealed(export_c3d(model, manifest, opset=opset).SerializeToString()))
+        difference = check_c3d(temporary, model)
+        size = temporary.stat().st_size
+    print(f"{OUTPUT}: largest difference {difference:.1e}, {TOLERANCE:.0e} is allowed")
+    log.info("%s: %.1f MB, opset %d, checked against torch for %s clips.", output, size / 1e6, opset, BATCH_SIZES)
+    next_command("runtime.extract", "VIDEO", "--extractor", output, "--output", "DIR")
+    return output
+
+
+def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = OLDEST_OPSET) -> onnx.ModelProto:
+    """Return the graph of a C3D: `clips` (N, 16, 112, 112, 3) uint8 in RGB to `features` (N, D), any N.
+
+    Frames go in as they are decoded, a quarter of the bytes of float32, and the mean is taken off inside.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    with silence(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(3, WINDOW, *CROP, 3, dtype=torch.uint8),),
+            dynamo=True,
+            opset_version=max(opset, TRACED_OPSET),
+            dynamic_shapes=({0: batch},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    assert program is not None
+    return finished(
+        program.model_proto,
+        opset,
+        {METADATA_KEY: manifest.to_json()},
+        f"C3D: features of clips of {WINDOW} frames. What it takes stands under the metadata key {METADATA_KEY!r}.",
+    )
+
+
+def check_c3d(path: Path, model: C3D) -> float:
+    """Return the largest difference between an ONNX file and torch, as a share of the largest feature.
+
+    Raises:
+        PromiseBroken: it is beyond the tolerance.
+    """
+    session = open_session(str(path))
+    rng = np.random.default_rng(0)
+    largest = 0.0
+    for size in BATCH_SIZES:
+        clips = smooth_clips(rng, (size, WINDOW, *CROP, 3))
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(clips)).numpy()
+        (found,) = session.run([OUTPUT], {INPUT: clips})
+        # Of the largest feature, however small that is: made-up weights give small ones.
+        difference = float(np.abs(found - wanted).max() / max(wanted.max(), np.finfo(np.float32).tiny))
+        # `not <=` also refuses NaN.
+        if not difference <= TOLERANCE:
+            raise PromiseBroken(
+                f"The features of the graph differ from torch by {difference:.1e} of their largest for {size} clips, "
+                f"and {TOLERANCE:.0e} is allowed; nothing was kept."
+            )
+        largest = max(largest, difference)
+    return largest

@@ -1,0 +1,379 @@
+"""Read what TensorRT's engine inspector writes: which layers multiply, and in which data types.
+
+Three kinds of evidence show the data type that a layer computes in. In order of weight:
+
+1. The name of its kernel (`TacticName`), as `sm80_xmma_gemm_f16f16_f16f32_f32_...`.
+2. The type of its weights (`"Weights": {"Type": "Half", ...}`).
+3. The types of the tensors that it reads. An inspector without an execution context, or without all input shapes,
+   does not show them (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.core.errors import ModelFileError, one_line, reading
+
+FORMAT = "drn-layers/1"
+SUFFIX = ".layers.json.gz"
+
+PROVEN, NOT_PROVEN, CONTRADICTED = "proven", "not proven", "contradicted"
+VERDICTS = (PROVEN, NOT_PROVEN, CONTRADICTED)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileView:
+    """What the inspector wrote with a context bound to one optimization profile at its opt shapes.
+
+    Attributes:
+        name: of the profile.
+        shapes: input name to shape.
+        text: the inspector's JSON; None where no context could be bound.
+        reason: why not; empty where there is `text`.
+    """
+
+    name: str
+    shapes: Mapping[str, Sequence[int]]
+    text: str | None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Everything the inspector wrote about one engine.
+
+    Attributes:
+        unbound: its JSON without an execution context.
+        profiles: its JSON for each profile.
+    """
+
+    unbound: str
+    profiles: tuple[ProfileView, ...] = ()
+
+    def views(self) -> list[str]:
+        """Return the JSON of each profile: bound where a context could be bound, else unbound."""
+        return [self.unbound if view.text is None else view.text for view in self.profiles] or [self.unbound]
+
+    def reason(self) -> str:
+        """Return why a profile could not be bound; empty if every one was."""
+        return next((view.reason for view in self.profiles if view.text is None), "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "unbound": _parsed(self.unbound),
+            "profiles": [
+                {
+                    "name": view.name,
+                    "shapes": {name: list(shape) for name, shape in view.shapes.items()},
+                    "bound": None if view.text is None else _parsed(view.text),
+                    "reason": view.reason,
+                }
+                for view in self.profiles
+            ],
+        }
+
+
+def _parsed(text: str) -> Any:
+    """Return JSON as a value; text that is not JSON as it is."""
+    try:
+        return _loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _loads(text: str) -> Any:
+    """Return the inspector's JSON as a value. TensorRT 8.6 separates metadata by control characters, unescaped."""
+    return json.loads(text, strict=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of an engine.
+
+    Attributes:
+        name: as TensorRT calls it: the names of the graph's nodes that it computes, among others.
+        nodes: names of the graph's nodes, as far as they can be read from `name` and the metadata.
+        multiplies: whether it is a convolution or a matrix product, alone or fused with others.
+        foreign: whether it is a Myelin ForeignNode: part of the graph, compiled as one, of which the inspector shows
+            the border only.
+        computes: data type of its multiplications; None where nothing shows it.
+        reads, writes: data types of its inputs and outputs that are shown.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    multiplies: bool
+    foreign: bool
+    computes: str | None
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def read_layers(text: str, profile: int = 0) -> list[Layer]:
+    """Return the layers of one profile from the inspector's JSON; none where it lists layer names only.
+
+    Args:
+        text: what `IEngineInspector.get_engine_information` returned. Up to TensorRT 10 a tensor has one
+            "Format/Datatype"; from 11 on "Format" and "Datatype" are separate.
+        profile: index of the profile. TensorRT 8 lists the layers of each, with " [profile N]" after their names.
+
+    Raises:
+        ModelFileError: the text is not such JSON.
+    """
+    try:
+        entries = _loads(text)["Layers"]
+        details = [entry for entry in entries if isinstance(entry, dict)]
+        names = [str(entry.get("Name", "")) for entry in details]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelFileError(
+            f"Expected the JSON of TensorRT's engine inspector, got something else ({one_line(error)})."
+        ) from error
+    numbers = [int(found[1]) if (found := _PROFILE.search(name)) else 0 for name in names]
+    only = profile if any(numbers) else 0
+    return [_layer(entry) for entry, number in zip(details, numbers) if number == only]
+
+
+_PROFILE = re.compile(r"\[profile (\d+)\]\s*\Z")
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    name = str(entry.get("Name", ""))
+    kind = f"{entry.get('LayerType', '')} {entry.get('ParameterType', '')}".lower()
+    tactic = str(entry.get("TacticName", "")).lower()
+    foreign = "myelin" in kind.split() or "ForeignNode[" in name
+    moves = any(word in kind for word in _MOVES)
+    multiplies = not moves and bool(_MULTIPLIES.search(kind) or _KERNELS.search(tactic))
+    inputs, outputs = (_tensor_types(entry.get(side)) for side in ("Inputs", "Outputs"))
+    computes = None
+    if multiplies or foreign:
+        weights = entry.get("Weights")
+        computes = _tactic_type(tactic) or _type(weights.get("Type") if isinstance(weights, dict) else None)
+    if computes is None and multiplies and not foreign:
+        # A convolution reads its data first, and then perhaps what is added to it. Of a matrix product both factors
+        # count: weights that are only stored in 8 bits are multiplied in the type of the other.
+        factors = inputs[:1] if "conv" in kind else inputs[:2]
+        computes = max((factor for factor in factors if factor), key=WIDTHS.__getitem__, default=None)
+    # A ForeignNode that shows nothing may hold no multiplication at all.
+    return Layer(
+        name,
+        _nodes(name, str(entry.get("Metadata", ""))),
+        multiplies or (foreign and computes is not None),
+        foreign,
+        computes,
+        tuple(sorted({kind for kind in inputs if kind})),
+        tuple(sorted({kind for kind in outputs if kind})),
+    )
+
+
+# Layers that change layout or type only, whatever their kernels are called.
+_MOVES = ("reformat", "shuffle", "noop", "slice", "constant")
+_MULTIPLIES = re.compile(r"conv(?!er)|gemm|matrixmultiply|matmul|fullyconnected|\brnn|lstm")
+_KERNELS = re.compile(r"gemm|gemv|fprop|dgrad|cudnn|mma|_mha|conv(?!er)")
+
+WIDTHS = {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "tf32": 3, "fp32": 4}
+"""Data types of multiplications, and their order from narrow to wide."""
+
+_NAMES = {
+    "s8": "int8", "i8": "int8", "u8": "int8", "e4m3": "fp8", "e5m2": "fp8", "f16": "fp16", "bf16": "bf16",
+    "tf32": "tf32", "f32": "fp32",
+}  # fmt: skip
+_T = r"(bf16|tf32|f16|f32|i32|i8|u8|e4m3|e5m2)"
+# As xmma kernels are called: input and output, then what is multiplied and what is added up, then the epilogue.
+# i8f32_i8i32_f32 multiplies INT8 and writes FP32; f32f32_tf32f32_f32 multiplies TF32.
+_XMMA = re.compile(rf"_{_T}{_T}_{_T}{_T}_{_T}(?![a-z0-9])")
+# As cuBLAS's are: sm50_xmma_cublas_gemvx_f16f16_f32.
+_CUBLAS = re.compile(rf"_{_T}{_T}_{_T}(?![a-z0-9])")
+# As CUTLASS 3's are: both factors, then what is added up: cutlass3x_sm100_tensorop_i128x128x32gemm_s8_s8_s32_f16_f16.
+_FACTOR = r"(bf16|tf32|f16|f32|s8|u8|e4m3|e5m2)"
+_CUTLASS = re.compile(rf"_{_FACTOR}_{_FACTOR}_(s32|f32|f16)(?![a-z0-9])")
+# Other kernels (cuDNN, CUTLASS 2, generated ones). Narrow first: their names also hold what is added up and written.
+_KERNEL_TYPES = (
+    (r"int8|i8i8|imma|i8816|i16816|i16832|(?<![a-z0-9])i8(?![0-9])", "int8"),
+    (r"e4m3|e5m2|fp8|f8f8|qmma", "fp8"),
+    (r"bf16|bfloat16", "bf16"),
+    (r"tf32", "tf32"),
+    (r"fp16|f16|half|hmma|h16816|h1688|h884|hgemm|hcudnn", "fp16"),
+    (r"fp32|f32f32|float32|sgemm|scudnn", "fp32"),
+)
+
+
+def _tactic_type(tactic: str) -> str | None:
+    """Return the data type that a kernel multiplies, by its name in lower case; None where the name does not show it.
+
+    The names are those that trtexec --exportLayerInfo and Nsight Systems show for cuDNN, cuBLAS, CUTLASS and xmma.
+    """
+    for pattern, group in ((_XMMA, 3), (_CUBLAS, 1), (_CUTLASS, 1)):
+        found = pattern.search(tactic)
+        if found and found[group] in _NAMES:
+            return _NAMES[found[group]]
+    return next((name for pattern, name in _KERNEL_TYPES if re.search(pattern, tactic)), None)
+
+
+# Longest first, since "Float" begins more than one.
+_TENSOR_TYPES = (
+    (r"bfloat16|bf16", "bf16"),
+    (r"half|fp16|float16", "fp16"),
+    (r"fp8|float8|e4m3", "fp8"),
+    (r"int8", "int8"),
+    (r"fp32|float32|float", "fp32"),
+)
+
+
+def _type(text: Any) -> str | None:
+    lowered = str(text or "").lower()
+    return next((name for pattern, name in _TENSOR_TYPES if re.search(pattern, lowered)), None)
+
+
+def _tensor_types(tensors: Any) -> list[str | None]:
+    """Return the type of each tensor; None where it is not shown, or is no type that multiplications have.
+
+    Hidden types are written "N/A due to dynamic shapes" by TensorRT 8.6 and 10.
+    """
+    found = []
+    for tensor in tensors if isinstance(tensors, list) else ():
+        known = tensor if isinstance(tensor, dict) else {}
+        found.append(_type(known.get("DataType") or known.get("Datatype") or known.get("Format/Datatype")))
+    return found
+
+
+def _nodes(name: str, metadata: str) -> tuple[str, ...]:
+    """Return the graph's nodes that a layer computes: from its metadata, where that names any, or else its name.
+
+    `a/Conv + PWN(b/Relu, c/Mul) [profile 1]` computes a/Conv, b/Relu and c/Mul.
+    """
+    recorded = re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata)
+    split = re.split(r"\s*\+\s*|[(),\[\]{}]|\s*\|\|\s*|\.\.\.", _PROFILE.sub("", name))
+    return tuple(node.strip() for node in recorded or split if "/" in node)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCensus:
+    """The layers of an engine by data type.
+
+    Attributes:
+        layers: data type -> number of layers that write it.
+        quantised_inputs: data type -> number of layers that read tensors of it; int8 kernels may write wider types.
+        plan_bytes: size of the plan.
+        arithmetic: data type -> number of convolutions and matrix products that compute in it.
+        unknown: number of those of which nothing shows the type.
+        foreign: number of ForeignNodes of which nothing shows what they compute in.
+    """
+
+    layers: Mapping[str, int]
+    quantised_inputs: Mapping[str, int]
+    plan_bytes: int = 0
+    arithmetic: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unknown: int = 0
+    foreign: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """Return the arithmetic layers in words, as "9 in fp16, 1 in fp32, 2 of unknown type"."""
+        parts = [f"{count} in {kind}" for kind, count in self.arithmetic.items()]
+        parts += [f"{self.unknown} of unknown type"] if self.unknown else []
+        if self.foreign:
+            parts.append("1 ForeignNode that shows" if self.foreign == 1 else f"{self.foreign} ForeignNodes that show")
+            parts[-1] += " nothing"
+        return ", ".join(parts) or "none that multiplies is shown"
+
+
+def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineCensus:
+    """Return the layers by data type."""
+    written: collections.Counter[str] = collections.Counter()
+    read: collections.Counter[str] = collections.Counter()
+    arithmetic: collections.Counter[str] = collections.Counter()
+    unknown = foreign = 0
+    for layer in layers:
+        written.update(layer.writes[:1])
+        read.update(layer.reads)
+        if layer.computes is not None:
+            arithmetic[layer.computes] += 1
+        elif layer.foreign:
+            foreign += 1
+        elif layer.multiplies:
+            unknown += 1
+    return EngineCensus(dict(written), dict(read), plan_bytes, dict(arithmetic), unknown, foreign)
+
+
+def engine_census(inspector: str, plan_bytes: int = 0) -> EngineCensus:
+    """Count an engine's layers by data type from the inspector's JSON; raises as `read_layers`."""
+    return count_layers(read_layers(inspector), plan_bytes)
+
+
+def layers_path(engine: str | os.PathLike[str]) -> Path:
+    """Return where the inspector's JSON of an engine is kept: drn.fp16.layers.json.gz for drn.fp16.engine."""
+    engine = Path(engine)
+    return engine.with_name(f"{engine.stem}{SUFFIX}")
+
+
+def packed(inspection: Inspection, engine: str, digest: str, library: str) -> bytes:
+    """Return the content of an engine's layers file.
+
+    Args:
+        inspection: what it holds.
+        engine: file name of the plan.
+        digest: SHA-256 of the plan.
+        library: name and version of what wrote the JSON.
+    """
+    content = {
+        "format": FORMAT,
+        "engine": engine,
+        "sha256": digest,
+        "library": library,
+        **inspection.to_dict(),
+    }
+    # The same bytes for the same content: gzip would write the time.
+    return gzip.compress(json.dumps(content).encode(), mtime=0)
+
+
+MAX_LAYERS_BYTES = 256 << 20
+"""Size of an unpacked layers file beyond which it is not read: an engine of ours has some hundred layers."""
+
+
+def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of a layers file.
+
+    Raises:
+        ModelFileError: it is damaged, of another format, or too large.
+    """
+    path = Path(path)
+    advice = "build the engine again, or delete the file"
+    with reading(path, "the layers of an engine", ModelFileError, advice):
+        unpacker = zlib.decompressobj(wbits=31)
+        text = unpacker.decompress(path.read_bytes(), MAX_LAYERS_BYTES)
+        if not unpacker.eof:
+            raise ModelFileError(f"{path} is truncated, or holds over {MAX_LAYERS_BYTES >> 20} MiB; {advice}.")
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ModelFileError(f"{path} is not a file of format {FORMAT!r}; {advice}.")
+        if not isinstance(content.get("profiles"), list) or not all(
+            isinstance(view, dict) for view in content["profiles"]
+        ):
+            raise ModelFileError(f"{path} is damaged: 'profiles' should be a list of tables; {advice}.")
+    return content
+
+
+def census_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineCensus | None]]:
+    """Return for each profile in a layers file its name and its layers by type; None where no layer is described."""
+    found: list[tuple[str, EngineCensus | None]] = []
+    views = content["profiles"] or [{"name": "no profile"}]
+    for index, view in enumerate(views):
+        bound = view.get("bound")
+        text = json.dumps(content.get("unbound") if bound is None else bound)
+        try:
+            layers = read_layers(text, index)
+        except ModelFileError:
+            layers = []
+        found.append((str(view.get("name", index))[:80], count_layers(layers) if layers else None))
+    return found

@@ -1,0 +1,102 @@
+"""Keep what TensorRT-RTX compiles for a plan in a file beside it, for later processes.
+
+TensorRT-RTX compiles kernels where they run. Its runtime cache (`IRuntimeCache`) holds them, and its bytes are valid
+for one library version and one kind of GPU. The file is one line of JSON, which names what the bytes belong to, and
+the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from runtime.core.errors import GroundingError, one_line
+from runtime.core.io.files import replace_when_whole
+
+log = logging.getLogger("drn")
+
+FORMAT = "drn-runtime-cache/1"
+# A header is some hundred bytes long.
+MAX_HEADER_BYTES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What compiled kernels are valid for.
+
+    Attributes:
+        plan: SHA-256 of the plan.
+        library: name and version of TensorRT-RTX.
+        gpu: name and compute capability.
+    """
+
+    plan: str
+    library: str
+    gpu: str
+
+
+class KernelCache:
+    """The file beside a plan that holds its compiled kernels."""
+
+    def __init__(self, plan: Path, key: Key) -> None:
+        self.path = path_beside(plan)
+        self.key = key
+        self._stored = ""
+
+    def read(self) -> bytes | None:
+        """Return the compiled kernels; None without a file, and with a warning if it is damaged or of another key."""
+        try:
+            with open(self.path, "rb") as file:
+                header, content = file.readline(MAX_HEADER_BYTES), file.read()
+            about: Any = json.loads(header)
+            expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
+            digest = hashlib.sha256(content).hexdigest()
+            if not isinstance(about, dict) or about.get("sha256") != digest:
+                self.ignore("it is damaged")
+                return None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            self.ignore(one_line(error))
+            return None
+        different = [name for name, value in expected.items() if about.get(name) != value]
+        if different:
+            self.ignore(f"it was written for another {' and '.join(different)}")
+            return None
+        self._stored = digest
+        return content
+
+    def ignore(self, reason: str) -> None:
+        """Warn that the file is not used, so that the next `write` replaces it."""
+        self._stored = ""
+        log.warning(
+            "%s is not used, because %s. Kernels are compiled again, and the file is replaced.", self.path, reason
+        )
+
+    def write(self, content: bytes) -> bool:
+        """Write compiled kernels, whole or not at all, if they are not those of the file.
+
+        Returns:
+            Whether the file now holds them; False, with a warning, if it cannot be written.
+        """
+        digest = hashlib.sha256(content).hexdigest()
+        if digest == self._stored:
+            return True
+        header = json.dumps({"format": FORMAT, **dataclasses.asdict(self.key), "sha256": digest})
+        try:
+            with replace_when_whole(self.path) as temporary:
+                temporary.write_bytes(header.encode() + b"\n" + content)
+        except (GroundingError, OSError) as error:
+            log.warning("%s was not written: %s The next process compiles the kernels again.", self.path, error)
+            return False
+        self._stored = digest
+        return True
+
+
+def path_beside(plan: Path) -> Path:
+    """Return where the compiled kernels of a plan are: drn.fp16.engine.cache for drn.fp16.engine."""
+    return plan.with_name(f"{plan.name}.cache")

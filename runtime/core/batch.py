@@ -1,0 +1,86 @@
+"""What goes into a backend and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from runtime.core.video import Segments
+
+# The tensors between the two parts of a model; see `calib.graph.split_model`.
+ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
+PREPARED_FEATURES = "prepared_features"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B queries, each with the segments of its video. Field names are the input names of every exported graph.
+
+    Attributes:
+        query_tokens: (B, L) int32 word ids, 0 past each length.
+        query_length: (B,) int32, at least 1.
+        segment_features: (B, T, D) float32.
+        segment_spans: (B, T, 2) float32, fractions of the video.
+    """
+
+    query_tokens: np.ndarray
+    query_length: np.ndarray
+    segment_features: np.ndarray
+    segment_spans: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Raw outputs for B queries at P locations, levels finest first, all float32.
+
+    Attributes:
+        matching_logits: (B, P), does this location lie in the moment.
+        boundary_distances: (B, P, 2), from the location back to the start and on to the end, in segments.
+        iou_logits: (B, P), how good is the proposal of this location.
+    """
+
+    matching_logits: np.ndarray
+    boundary_distances: np.ndarray
+    iou_logits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.matching_logits)
+
+
+def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
+    """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
+    features = np.empty((len(videos), *videos[0].features.shape), np.float32)
+    spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
+    for index, segments in enumerate(videos):
+        features[index] = segments.features
+        spans[index] = segments.spans
+    return Batch(*padded(queries), features, spans)
+
+
+def padded(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 past each length, and (B,) int32 lengths."""
+    lengths = np.array([len(tokens) for tokens in queries], np.int32)
+    tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
+    for row, ids in zip(tokens, queries):
+        row[: len(ids)] = ids
+    return tokens, lengths
+
+
+def of_like_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the positions of at most `batch_size` queries at a time, of like length, so that little is padding."""
+    order = np.argsort([len(tokens) for tokens in queries], kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def batches(
+    queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yield batches of at most `batch_size` pairs, each after the positions of its pairs."""
+    for chosen in of_like_length(queries, batch_size):
+        yield chosen, collate([queries[i] for i in chosen], [videos[i] for i in chosen])

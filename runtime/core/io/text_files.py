@@ -1,0 +1,162 @@
+"""Read UTF-8 text, line formats and JSON from files that may be damaged or hostile."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from runtime.core.errors import AnnotationError, GroundingError, excerpt, one_line, reading
+
+# Nesting of our deepest format is 6. Recursive code such as `copy.deepcopy` fails at a few hundred.
+MAX_DEPTH = 64
+# A float holds integers of up to 309 digits. Conversions beyond raise OverflowError.
+MAX_DIGITS = 300
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_text(path: str | os.PathLike[str], description: str, error: type[GroundingError] = AnnotationError) -> str:
+    """Return the content of a UTF-8 text file without its byte order mark.
+
+    Args:
+        path: the file.
+        description: what the file should be, for messages: "a word table".
+        error: the class to raise.
+
+    Raises:
+        GroundingError: `error`, if the file is missing, unreadable, or not UTF-8.
+    """
+    with reading(path, description, error, "check the file"):
+        content = Path(path).read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise error(f"{path} is UTF-16 text, and UTF-8 is expected; save it as UTF-8.", code="not_utf8")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as problem:
+            line = content.count(b"\n", 0, problem.start) + 1
+            raise error(
+                f"{path}, line {line}: expected UTF-8 text, got the byte 0x{content[problem.start]:02x}; "
+                "save the file as UTF-8.",
+                code="not_utf8",
+            ) from problem
+
+
+def read_lines(
+    path: str | os.PathLike[str], description: str, error: type[GroundingError] = AnnotationError
+) -> list[str]:
+    """Return the lines of a UTF-8 text file without line ends; blank lines at the end are dropped.
+
+    Only \\n, \\r\\n and \\r end a line. `str.splitlines` also splits at U+2028, U+0085 and others, which are
+    legal within a sentence. Arguments and errors are those of `read_text`.
+    """
+    text = read_text(path, description, error).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def parse_json(
+    text: str,
+    source: str,
+    error: type[GroundingError] = AnnotationError,
+    *,
+    advice: str = "correct it",
+) -> Any:
+    """Return a JSON value whose numbers are finite, whose text is valid Unicode, and whose nesting is bounded.
+
+    No name may occur twice in one object: JSON readers use the last value without an error.
+
+    Args:
+        text: the JSON.
+        source: what messages begin with: the file, and the line where there are several.
+        error: the class to raise.
+        advice: what the reader should do, as an imperative without a full stop.
+
+    Raises:
+        GroundingError: `error`, if the text is not such a value.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_constant,
+        )
+        _check_depth(value, text)
+        _check_unicode(value, text)
+        return value
+    except RecursionError as problem:
+        raise error(
+            f"{source}: the JSON nests more than {MAX_DEPTH} levels; {advice}.", code="nested_too_deeply"
+        ) from problem
+    except (ValueError, MemoryError) as problem:
+        raise error(
+            f"{source}: JSON is expected and cannot be read: {one_line(problem)}; {advice}.", code="invalid_json"
+        ) from problem
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names: set[str] = set()
+        for name, _ in pairs:
+            if name in names:
+                raise ValueError(f"two entries have the name {excerpt(name)}")
+            names.add(name)
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits, and at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {excerpt(digits)} is too large")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_depth(value: Any, text: str) -> None:
+    """Raise RecursionError if `value`, parsed from `text`, nests more than `MAX_DEPTH` levels."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _check_unicode(value: Any, text: str) -> None:
+    """Raise ValueError if a string of `value`, parsed from `text`, holds half of a surrogate pair."""
+    escape = _SURROGATE.search(text)
+    if escape is None:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:
+        half = problem.object[problem.start]
+        # The first escape that the decoder did not join with its other half.
+        match = re.search(re.escape(f"\\u{ord(half):04x}"), text, re.IGNORECASE) or escape
+        line = text.count("\n", 0, match.start()) + 1
+        raise ValueError(f"line {line} holds half a character (the lone surrogate \\u{ord(half):04x})") from problem

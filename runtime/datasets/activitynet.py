@@ -1,0 +1,25 @@
+"""ActivityNet Captions as published for grounding: durations and timestamps in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.datasets.caption_json import Captions, Clock, Entries
+from runtime.datasets.presets import PRESETS
+
+
+def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:
+    """Read `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`; see `Captions`."""
+    return Captions(root, splits, PRESETS["activitynet"], _clock, "a duration in seconds")
+
+
+def is_activitynet(entry: Mapping[str, Any]) -> bool:
+    return "duration" in entry
+
+
+def _clock(entry: Mapping[str, Any]) -> Clock:
+    if "num_frames" in entry or "fps" in entry:
+        raise ValueError
+    return Clock(entry["duration"], None, 1.0)

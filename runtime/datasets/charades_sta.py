@@ -1,0 +1,121 @@
+"""Charades-STA as published: a line for each sentence, and tables of videos and words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.core.errors import AnnotationError, excerpt
+from runtime.core.io.files import read_json
+from runtime.core.io.text_files import read_lines
+from runtime.datasets.presets import PRESETS
+from runtime.datasets.schema import Annotation, Row
+from runtime.datasets.validation import by_fold, check_distinct_names, check_video_name, near_name
+
+DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
+TABLES = (DURATIONS, FRAMES, WORDS)
+FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
+
+
+class CharadesSTA:
+    """`Charades_sta_SPLIT.txt`, one `VIDEO START END##SENTENCE` a line, and JSON tables; see `Layout`.
+
+    Raises:
+        AnnotationError: a table is missing or malformed.
+    """
+
+    unit, correction, simulated = "lines", "correct the line or leave it out", False
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.preset = root, PRESETS["charades-sta"]
+        self.durations: dict[str, float] = self._table(DURATIONS, "video to seconds")
+        self.num_frames: dict[str, int] = self._table(FRAMES, "video to frame count")
+        for name in self.durations:
+            check_video_name(name, str(root / DURATIONS))
+        check_distinct_names(self.durations, str(root / DURATIONS))
+
+    @staticmethod
+    def claims(root: Path) -> list[Path]:
+        """Return the files of a directory that are of this format."""
+        named = [root / name for name in TABLES if (root / name).exists()]
+        return [*named, *sorted(root.glob("Charades_sta_*.txt"))]
+
+    def path(self, split: str) -> Path:
+        return self.root / f"Charades_sta_{split}.txt"
+
+    def files(self, split: str) -> list[Path]:
+        return [self.path(split), *(self.root / name for name in TABLES)]
+
+    def words(self) -> Mapping[str, int]:
+        return self._table(WORDS, "word to id")
+
+    def feature_place(self) -> Path:
+        return self.root / FEATURE_DIRECTORY
+
+    def videos(self, split: str) -> set[str]:
+        return {line.split(maxsplit=1)[0] for line in self._lines(split) if line.strip()}
+
+    def rows(self, split: str) -> Iterator[Row]:
+        path = self.path(split)
+        lines = self._lines(split)
+        if not lines:
+            raise AnnotationError(
+                f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.", code="empty_file"
+            )
+        for number, line in enumerate(lines, 1):
+            place = f"{path}, line {number}"
+            yield Row(self._parse(line, place, number), str(number), place)
+
+    def _lines(self, split: str) -> list[str]:
+        path = self.path(split)
+        if not path.exists():
+            raise AnnotationError(
+                f"{path} does not exist, so there is no split {excerpt(split)} in this data set.", code="missing_split"
+            )
+        return read_lines(path, "lines of VIDEO START END##SENTENCE")
+
+    def check_known(self, video: str, place: str) -> None:
+        for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
+            if video not in table:
+                raise AnnotationError(
+                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name."
+                    + near_name(by_fold(table), video),
+                    code="unlisted_video",
+                )
+
+    def _table(self, name: str, what: str) -> dict[str, Any]:
+        table = read_json(self.root / name, what)
+        if not isinstance(table, dict) or not table:
+            raise AnnotationError(
+                f"{self.root / name} should map {what}, and holds something else.", code="unexpected_structure"
+            )
+        for key, value in table.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+                raise AnnotationError(
+                    f"{self.root / name} should map {what}, and maps {excerpt(key)} to {excerpt(value)}.",
+                    code="unexpected_structure",
+                )
+        return table
+
+    def _parse(self, line: str, place: str, number: int) -> Annotation:
+        parts = line.strip().split("##")
+        fields = parts[0].split()
+        if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
+            raise AnnotationError(
+                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line.",
+                code="malformed_row",
+            )
+        try:
+            start, end = float(fields[1]), float(fields[2])
+        except ValueError:
+            start = end = math.nan
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise AnnotationError(
+                f"{place}: start and end should be seconds, and are {excerpt(fields[1])} and "
+                f"{excerpt(fields[2])}; correct the line.",
+                code="malformed_row",
+            )
+        self.check_known(fields[0], place)
+        return Annotation(fields[0], start, end, parts[1].strip(), number)

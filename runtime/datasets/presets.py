@@ -1,0 +1,119 @@
+"""What is usual for each data set: segments, clip features, metrics, query lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from runtime.artifacts.manifest import Features
+from runtime.core.errors import AnnotationError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a command takes for a data set where nothing else is asked for.
+
+    Attributes:
+        title: the data set, as papers call it.
+        num_segments: T. Moments far shorter than 1 / T of their video cannot be found.
+        features: kind, clip clock and width of the features published for it. The width is read off the files.
+        iou_thresholds: of the recall that papers report.
+        query_length: shortest, usual and longest query in tokens: what graphs and engines are made for.
+        spread: whether a video whose clips do not fit its frame count is divided by its clips; see `DataSet.frames`.
+    """
+
+    title: str
+    num_segments: int = 32
+    features: Features = dataclasses.field(default_factory=Features)
+    iou_thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)
+    query_length: tuple[int, int, int] = (1, 8, 32)
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iou_thresholds", tuple(self.iou_thresholds))
+        object.__setattr__(self, "query_length", tuple(self.query_length))
+        lengths, thresholds = self.query_length, self.iou_thresholds
+        if self.num_segments < 4 or self.num_segments % 4:
+            raise AnnotationError(f"The number of segments is a multiple of 4, and {self.num_segments} is not.")
+        # Models are compared at 0.5 and 0.7, whatever the data set.
+        if not {0.5, 0.7} <= set(thresholds) or not all(0 < threshold < 1 for threshold in thresholds):
+            raise AnnotationError(
+                f"IoU thresholds lie between 0 and 1, 0.5 and 0.7 among them, and are {list(thresholds)}."
+            )
+        if len(lengths) != 3 or not 1 <= lengths[0] <= lengths[1] <= lengths[2]:
+            raise AnnotationError(f"Query lengths are MIN OPT MAX, from 1 and rising, and are {list(lengths)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Preset:
+        """Read what `to_dict` returned; TypeError, ValueError or a GroundingError where it is something else."""
+        return cls(**{**value, "features": Features(**value["features"])})
+
+
+def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return shortest, usual and longest query of the data set that a model learnt from, by what its file says."""
+    told = training.get("query_length")
+    if isinstance(told, (list, tuple)) and len(told) == 3 and all(isinstance(length, int) for length in told):
+        return (told[0], told[1], told[2])
+    return Preset.query_length
+
+
+def length_quantiles(lengths: Iterable[int]) -> tuple[int, int]:
+    """Return the 90 % and 99 % quantiles of query lengths, in tokens.
+
+    Args:
+        lengths: tokens of each query, at least one.
+
+    Returns:
+        The smallest lengths that at least 90 % and 99 % of the queries do not exceed.
+    """
+    usual, rare = np.quantile(np.fromiter(lengths, np.int64), QUANTILES, method="inverted_cdf")
+    return int(usual), int(rare)
+
+
+def length_quantiles_of(training: Mapping[str, Any]) -> tuple[tuple[int, int], str] | None:
+    """Return the 90 % and 99 % quantiles of the query lengths that a model was trained on, and their source.
+
+    Args:
+        training: of a manifest. Training records the quantiles; for files without them, those of the published data set
+            are returned, and those of Charades-STA for files that name no data set.
+
+    Returns:
+        The quantiles in tokens and a phrase that names where they are from; None for an unknown data set.
+    """
+    recorded = training.get("query_length_quantiles")
+    if isinstance(recorded, (list, tuple)) and len(recorded) == 2 and all(type(length) is int for length in recorded):
+        return (recorded[0], recorded[1]), "the training queries, as the model records them"
+    title = training.get("data_set", PRESETS["charades-sta"].title)
+    published = LENGTH_QUANTILES.get(title) if isinstance(title, str) else None
+    return (published, f"the queries of {title}") if published else None
+
+
+QUANTILES = (0.9, 0.99)
+"""Shares of queries that have a plan with a written-out LSTM."""
+
+# Measured with `length_quantiles` on the training splits as published, 2026-11-29; of QVHighlights on val.
+LENGTH_QUANTILES: Mapping[str, tuple[int, int]] = {
+    "Charades-STA": (9, 10),
+    "ActivityNet Captions": (21, 37),
+    "TACoS": (15, 27),
+    "QVHighlights": (16, 23),
+}
+
+PRESETS: Mapping[str, Preset] = {
+    "charades-sta": Preset("Charades-STA"),
+    "activitynet": Preset("ActivityNet Captions", features=Features(dim=500), query_length=(1, 16, 96)),
+    # A third of its moments are shorter than 1/32 of their video. Its features are published at several strides.
+    "tacos": Preset(
+        "TACoS", num_segments=128, iou_thresholds=(0.1, 0.3, 0.5, 0.7), query_length=(1, 8, 64), spread=True
+    ),
+    # Clips of two seconds side by side: 60 frames, were there 30 a second.
+    "qvhighlights": Preset(
+        "QVHighlights", num_segments=64, features=Features("CLIP", 512, window=60, stride=60), query_length=(1, 10, 64)
+    ),
+}

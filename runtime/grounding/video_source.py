@@ -1,0 +1,163 @@
+"""Which video is asked about: a feature file, a video of a data set, or a video file."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtime.artifacts.manifest import Features
+from runtime.backends import Device
+from runtime.core.errors import FootageError, GroundingError
+from runtime.core.video import Origin, Video
+from runtime.datasets.dataset import DataSet
+from runtime.media.extraction import cached_video
+from runtime.media.extractors import open_extractor
+from runtime.media.video_file import Footage, look
+
+log = logging.getLogger("drn")
+
+# A film may be longer or shorter than the features' video by this many seconds, or this share of it: tables round
+# durations, and some count the sound.
+SAME_SECONDS = 1.0
+SAME_SHARE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoChoice:
+    """How a user named a video; what goes together is checked by `check`.
+
+    Attributes:
+        features, duration, num_frames: a feature file, and what it does not contain.
+        data, video: the directory of a data set and a name in it.
+        video, extractor, partial: a video file, what makes its features, and whether a damaged one will do.
+        footage: the video file that features were made of.
+    """
+
+    features: Path | None = None
+    duration: float | None = None
+    num_frames: int | None = None
+    data: Path | None = None
+    video: str | None = None
+    extractor: Path | None = None
+    partial: bool = False
+    footage: Path | None = None
+
+    def check(self) -> None:
+        """Raise GroundingError unless just one video was named, with all that it needs and nothing more."""
+        if self.partial and self.extractor is None and self.footage is None:
+            raise GroundingError(
+                "--partial is about a video file; pass --video FILE --extractor FILE, or leave it out."
+            )
+        if self.extractor is not None:
+            if self.video is None or self.features is not None or self.data is not None:
+                raise GroundingError(
+                    "--extractor makes features of a video file; pass --video FILE with it, and nothing else."
+                )
+            if self.footage is not None:
+                raise GroundingError("--video FILE is the footage already; leave --footage out.")
+            if self._tells_length:
+                raise GroundingError(
+                    "A video file contains its duration and frames; leave --duration and --num-frames out."
+                )
+        elif self.features is not None and self.data is None and self.video is None:
+            if self.duration is None:
+                raise GroundingError("--features needs --duration, the length of that video in seconds.")
+        elif self.data is not None and self.video is not None and self.features is None:
+            if self._tells_length:
+                raise GroundingError(
+                    "--data knows the duration and frames of its videos; leave --duration and --num-frames out."
+                )
+        else:
+            raise GroundingError(
+                "Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME, or --video "
+                "FILE --extractor FILE."
+            )
+
+    @property
+    def film(self) -> Path | None:
+        """The video file, where there is one."""
+        return Path(self.video) if self.extractor is not None and self.video is not None else self.footage
+
+    @property
+    def _tells_length(self) -> bool:
+        return self.duration is not None or self.num_frames is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenVideo:
+    """The video that is asked about.
+
+    Attributes:
+        video: its features.
+        truths: sentence to starts and ends in seconds from the first picture, where the data set knows them.
+        footage: its frames, where the file is at hand.
+    """
+
+    video: Video
+    truths: Mapping[str, Sequence[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    footage: Footage | None = None
+
+    def truths_of(self, sentence: str) -> Sequence[tuple[float, float]]:
+        """Return what is known of a sentence, whatever stands around its words, in the time of players."""
+        offset = self.video.offset
+        known = self.truths.get(" ".join(sentence.split()), ())
+        return [(start + offset, end + offset) for start, end in known]
+
+
+def open_choice(
+    choice: VideoChoice, features: Features, device: Device = "auto", threads: int | None = None
+) -> ChosenVideo:
+    """Return the video that a user named, with its features, which are extracted where they are not there yet.
+
+    Args:
+        choice: what `VideoChoice.check` let pass.
+        features: what the model takes.
+        device, threads: for the extractor.
+
+    Raises:
+        FootageError: the film and the features are of different lengths.
+    """
+    film = choice.film
+    if choice.extractor is not None:
+        assert film is not None
+        network = open_extractor(choice.extractor, device, threads)
+        network.manifest.check_fits(features)
+        opened = look(film)
+        video = cached_video(film, network, partial=choice.partial, threads=threads, footage=opened)
+        return ChosenVideo(video, footage=opened)
+    footage = look(film) if film else None
+    if footage:
+        footage.check_whole(choice.partial)
+    truths: Mapping[str, Sequence[tuple[float, float]]] = {}
+    if choice.features is not None:
+        assert choice.duration is not None
+        origin = Origin("Correct --num-frames, or use --features with this clip timing.")
+        video = Video.load(choice.features, choice.duration, choice.num_frames, clock=features.clock, origin=origin)
+    else:
+        assert choice.data is not None
+        assert choice.video is not None
+        data_set = DataSet(choice.data)
+        data_set.check_clock(features.clock)
+        video, truths = data_set.video(choice.video), _truths(data_set, choice.video)
+    if footage and abs(footage.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
+        raise FootageError(
+            f"{footage.path} lasts {footage.duration:.1f} s and {video.name} {video.duration:.1f} s; give the video "
+            "file that its features were made of."
+        )
+    if footage and not video.offset:
+        video = dataclasses.replace(video, offset=footage.offset)
+    return ChosenVideo(video, truths, footage)
+
+
+def _truths(data_set: DataSet, video: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the moments that the data set gives for this video's sentences, cut off at its end, each once."""
+    truths: dict[str, list[tuple[float, float]]] = {}
+    for split in data_set.splits:
+        for annotation in data_set.annotations(split, invalid="keep", quiet=True):
+            for start, end in annotation.moments if annotation.video == video else ():
+                known, moment = truths.setdefault(annotation.sentence, []), (start, min(end, data_set.durations[video]))
+                if moment[0] < moment[1] and moment not in known:
+                    known.append(moment)
+    return truths

@@ -1,0 +1,3 @@
+"""Decode video files, extract clip features and write clips."""
+
+from __future__ import annotations

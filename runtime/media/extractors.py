@@ -1,0 +1,290 @@
+"""Networks that turn frames into clip features: C3D on runs of frames, an image encoder on frames one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.artifacts.manifest import Features
+from runtime.artifacts.onnx_metadata import DIGEST, MISMATCH, Content, read_content
+from runtime.backends import Device
+from runtime.core.errors import (
+    DeviceMemoryError,
+    FeatureError,
+    GroundingError,
+    ModelFileError,
+    excerpt,
+    is_out_of_memory,
+    reading,
+)
+from runtime.core.io.files import check_file, json_digest, read_json
+from runtime.core.io.text_files import parse_json
+from runtime.datasets.validation import is_number
+from runtime.media.video_file import Framing
+
+FORMAT = "drn-extractor/1"
+METADATA_KEY = "drn.extractor"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorManifest:
+    """What an extractor says of itself, under the metadata key "drn.extractor" or in NAME.onnx.json beside it.
+
+    Attributes:
+        kind: its name, for people: C3D, CLIP.
+        dim: D, channels of a feature.
+        window, stride: frames that a clip sees, frames from clip to clip.
+        resize: height and width of a frame before the crop, or its shorter side.
+        crop: height and width of the network's picture.
+        mean, std: of red, green and blue; taken off and divided by. A network of clips does so itself.
+        white: what value stands for white in `mean` and `std`: 255, or 1 for most image encoders.
+        sources: what the file was made of: name to SHA-256.
+        precision: of its weights and arithmetic: fp32, fp16, bf16.
+    """
+
+    kind: str
+    dim: int
+    window: int
+    stride: int
+    resize: tuple[int, int] | int
+    crop: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    white: float = 255.0
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", tuple(self.resize))
+        counts = (self.dim, self.window, self.stride)
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ModelFileError(f"An extractor's dim, window and stride are 1 or more, and {counts} were given.")
+        if not all(map(is_number, (*self.mean, *self.std, self.white))):
+            raise ModelFileError("An extractor's mean, std and white are numbers; correct its description.")
+        if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
+            raise ModelFileError(
+                f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
+                f"and {self.white} were given."
+            )
+        try:
+            _ = self.framing
+        except GroundingError as error:
+            raise ModelFileError(str(error)) from error
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.resize, self.crop)
+
+    @property
+    def part(self) -> str:
+        """What goes into a plan of it; see `runtime.backends.batch_shapes.AXES`."""
+        return "clips"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
+        """Read a manifest; `source` names it in the ModelFileError that says what is wrong with it."""
+        found = value.get("format") if isinstance(value, Mapping) else None
+        if found != FORMAT:
+            raise ModelFileError(
+                f"{source} is of format {excerpt(found)} and extractors of this version are {FORMAT!r}; export it "
+                "again."
+            )
+        with reading(source, "the description of an extractor", ModelFileError, "see docs/your-own-video.md"):
+            # The digest is checked where the file is opened (`runtime.artifacts.onnx_metadata`).
+            return cls(**{name: item for name, item in value.items() if name not in ("format", "digest")})
+
+    def check_fits(self, features: Features) -> None:
+        """Raise FeatureError unless a model that takes `features` can take this extractor's."""
+        if self.dim != features.dim:
+            raise FeatureError(
+                f"The extractor gives features of {self.dim} channels and the model takes {features.dim} "
+                f"({features.kind}); give the extractor that the model was trained with."
+            )
+        if (self.window, self.stride) != (features.window, features.stride):
+            raise FeatureError(
+                f"The extractor's clips see {self.window} frames and start every {self.stride}, and the model was "
+                f"trained with {features.window} and {features.stride}; give the extractor that it was trained with."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorSidecar:
+    """What the sidecar of an extractor's plan says: its manifest, and everything else."""
+
+    manifest: ExtractorManifest
+    content: Mapping[str, Any]
+
+
+def no_model(path: Path) -> ModelFileError:
+    """Return what is wrong where an extractor was given as a model."""
+    return ModelFileError(
+        f"{path} makes clip features and grounds no sentence; give it as --extractor, and a DRN as --model."
+    )
+
+
+class Extractor(Protocol):
+    """Something that turns clips of frames into features.
+
+    Attributes:
+        identity: digest of all that decides its features: every file of the network, and the manifest as it was read.
+    """
+
+    identity: str
+
+    @property
+    def manifest(self) -> ExtractorManifest:
+        """What the extractor says of itself."""
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 clips in RGB, of the size of `crop`."""
+
+
+class ClipExtractor:
+    """An ONNX graph that takes clips as they are, (N, window, height, width, 3) uint8: C3D of `export.to_onnx`."""
+
+    def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
+        self.manifest = manifest
+        self.identity = identity
+        self._session = session
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features; see `Extractor`."""
+        return _run(self._session, clips, self.manifest)
+
+
+class ImageExtractor:
+    """An ONNX image encoder, (N, 3, height, width) float32 in and (N, D) out, on the middle frame of each clip."""
+
+    def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
+        self.manifest = manifest
+        self.identity = identity
+        self._session = session
+        # One multiplication and one addition for scaling, mean and deviation together.
+        self._factor = (1 / np.array(manifest.std, np.float32) / (255 / manifest.white)).astype(np.float32)
+        self._offset = (-np.array(manifest.mean) / np.array(manifest.std)).astype(np.float32)
+
+    def extract(self, clips: np.ndarray) -> np.ndarray:
+        """Return (N, D) float32 features; see `Extractor`."""
+        images = clips[:, clips.shape[1] // 2] * self._factor + self._offset
+        return _run(self._session, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.manifest)
+
+
+def open_extractor(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Extractor:
+    """Open an extractor: an `.onnx` file that carries its manifest or has it in NAME.onnx.json beside it, or an engine.
+
+    What goes into a graph says of which kind it is: clips in uint8, or one picture a clip in float32.
+
+    Raises:
+        ModelFileError: there is no such file, or it is no extractor.
+        DeviceError: ONNX Runtime or the device is missing.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".engine"):
+        raise ModelFileError(
+            f"An extractor is an .onnx or .engine file, and {excerpt(path.name)} is none; a c3d.pt becomes one by "
+            "`python -m export.to_onnx`, as docs/your-own-video.md shows."
+        )
+    check_file(path, "The extractor", ModelFileError)
+    if path.suffix == ".engine":
+        from runtime.backends.tensorrt_backend import open_extractor_engine
+
+        return open_extractor_engine(path, device)
+    from runtime.backends.onnxruntime_backend import start
+
+    session, _, content = start(path, device, threads)
+    manifest = _manifest(session, path, content)
+    identity = json_digest([manifest.to_dict(), content.sha256, content.external])
+    taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
+    if taken == [("tensor(uint8)", 5)]:
+        return ClipExtractor(session, manifest, identity)
+    if taken == [("tensor(float)", 4)]:
+        return ImageExtractor(session, manifest, identity)
+    raise ModelFileError(
+        f"{path} takes {', '.join(f'{kind} of {axes} axes' for kind, axes in taken) or 'nothing'}; an extractor takes "
+        "clips (uint8, 5 axes) or images (float, 4 axes) alone."
+    )
+
+
+def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is not None:
+        value = parse_json(text, f"The manifest of {path}", ModelFileError, advice="export it again")
+        return ExtractorManifest.from_dict(value, str(path))
+    value = read_description(path)
+    check_description(value, path, content)
+    return ExtractorManifest.from_dict(value, str(description_path(path)))
+
+
+def description_path(path: Path) -> Path:
+    """Return where the description of an image encoder is: NAME.onnx.json."""
+    return path.with_name(f"{path.name}.json")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the description beside an image encoder; ModelFileError where there is none."""
+    beside = description_path(path)
+    if not beside.is_file():
+        raise ModelFileError(
+            f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
+            f"own encoder in {beside.name} as docs/your-own-video.md shows."
+        )
+    value = read_json(beside, "description of an extractor", ModelFileError)
+    ExtractorManifest.from_dict(value, str(beside))
+    return value
+
+
+def check_description(value: Mapping[str, Any], path: Path, content: Content) -> None:
+    """Raise ModelFileError if a description records a digest, and the files of the encoder have another."""
+    if DIGEST in value and value[DIGEST] != _description_digest(value, content):
+        raise ModelFileError(
+            f"{path} and {description_path(path).name} do not match the digest that is recorded there: one of them is "
+            "damaged or was changed. Copy them again; `python -m export.seal` records the digest of files that were "
+            "changed on purpose.",
+            code=MISMATCH,
+        )
+
+
+def sealed_description(path: Path) -> dict[str, Any]:
+    """Return the description beside an image encoder with a digest of it, of the graph and of its external data."""
+    value = read_description(path)
+    return {**value, DIGEST: _description_digest(value, read_content(path))}
+
+
+def _description_digest(value: Mapping[str, Any], content: Content) -> str:
+    rest = {name: item for name, item in value.items() if name != DIGEST}
+    return json_digest([rest, content.sha256, content.external])
+
+
+def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.ndarray:
+    try:
+        found = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    # ONNX Runtime's exceptions share no base class below Exception.
+    except Exception as error:
+        said = str(error).strip().splitlines()[0]
+        if is_out_of_memory(said):
+            raise DeviceMemoryError(
+                f"The device has no memory left for {len(batch)} clips ({said}); pass a smaller --batch-size."
+            ) from error
+        raise ModelFileError(f"The extractor does not take pictures as its manifest says: {said}.") from error
+    features = np.asarray(found, np.float32)
+    if features.shape != (len(batch), manifest.dim):
+        raise ModelFileError(
+            f"The extractor's manifest says features of {manifest.dim} channels, and it gave {features.shape} for "
+            f"{len(batch)} clips; correct the manifest."
+        )
+    return features

@@ -1,0 +1,771 @@
+"""A video file as its frames: decoded one by one, upright, at a constant rate, and as large as a network takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.core.errors import DeviceError, FootageError, one_line, reading
+from runtime.core.io.files import check_file
+from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MIN_FRAME_RATE, MOST_FRAMES
+from runtime.media.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
+
+log = logging.getLogger("drn")
+
+# Steps between frames that differ by less than this share count as one: 30 frames a second in whole milliseconds
+# are 33 or 34 apart, and 60 are 16 or 17.
+STEP_TOLERANCE = 0.1
+# From this share of equal steps on, the others are gaps in a steady video; below, its rate varies.
+STEADY = 0.9
+# In a video of steady frames, a step as long as this many others is a gap.
+MISSING_STEPS = 4.5
+# Shares of pixels are whole numbers that add up to this, as finely divided as OpenCV's; rounded, to one or two more or
+# less, which is a quarter of a grey level.
+WHOLE_BITS = 11
+WHOLE = 1 << WHOLE_BITS
+# A file that ends earlier than it says by more than this many seconds, and this share of a frame count, is truncated.
+# Containers round durations, and the last frame of some has no length.
+LATEST_SECONDS = 0.5
+FEWEST_FRAMES = 0.98
+# Containers keep times in units of up to a millisecond.
+ROUNDING = 1e-3
+# Most videos have a key frame within so many seconds.
+KEY_SECONDS = 12.0
+# Codecs of cover pictures, which some writers store as a video stream without marking it.
+PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
+# Degrees that a display matrix may be off a quarter turn, as ffmpeg allows.
+TURN_TOLERANCE = 1.0
+# Of libavformat's AVFMT_TS_DISCONT: containers of broadcasts, in which time stamps may restart.
+TS_DISCONT = 0x0200
+# How files of a format begin, to find one that was joined to another and that FFmpeg does not read.
+HEADS = {
+    "flv": re.compile(rb"FLV\x01[\x00-\x07]\x00\x00\x00\x09\x00\x00\x00\x00"),
+    "matroska,webm": re.compile(rb"\x1a\x45\xdf\xa3.{1,8}\x42\x86\x81\x01", re.DOTALL),
+    "mov,mp4,m4a,3gp,3g2,mj2": re.compile(rb"\x00\x00\x00[\x10-\xff]ftyp[0-9A-Za-z ]{4}"),
+    "avi": re.compile(rb"RIFF.{4}AVI LIST", re.DOTALL),
+}
+# Formats of FFmpeg that open further files or network addresses: the demuxers that call `io_open` or open a format of
+# their own (libavformat 62, and `mlv`, which looks for parts of its name). Content and digests of such a file do not
+# decide what is decoded.
+REFERRING_FORMATS = frozenset(
+    ("avisynth", "concat", "dash", "dvdvideo", "hls", "image2", "imf", "lavfi", "mlv",
+     "rtp", "rtsp", "sap", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest")
+)  # fmt: skip
+# A picture that stays on for more seconds is reported: it may be a fault of the time stamps.
+LONG_STILL = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """What a video file holds, by its packets, without decoding them.
+
+    Frames lie on a grid: number k is what is seen k / `frame_rate` seconds after the first. In a video of constant
+    rate these are the frames of the file. Where the rate varies or frames are missing, the one before stays on, and
+    of several in one place the first counts.
+
+    Attributes:
+        path: the file.
+        num_frames: places of the grid.
+        frame_rate: frames per second.
+        height, width: of a frame as it is stored, before it is turned.
+        quarter_turns: how often a frame is to be turned by 90 degrees counterclockwise, to stand upright.
+        offset: seconds from the start of the file, as players count, to the first picture.
+        length: seconds of the pictures where the file ends before the last grid place does; 0 where it does not.
+        mirrored: whether left and right of a frame are to be exchanged before it is turned.
+        damage: what is wrong with the file, where something is: a clause for a sentence. Empty when it is whole.
+        start: time of the first frame on the file's own clock, in seconds.
+        pixel_aspect: how many times as wide as high a stored pixel is shown.
+        parts: parts of the file whose time stamps continue each other once they are corrected. Seconds of a footage,
+            `start` included, are those after the correction.
+        tick: seconds of a tick, in which `parts` count.
+    """
+
+    path: Path
+    num_frames: int
+    frame_rate: float
+    height: int
+    width: int
+    quarter_turns: int = 0
+    damage: str = ""
+    start: float = 0.0
+    pixel_aspect: float = 1.0
+    parts: tuple[Part, ...] = ()
+    tick: float = 0.0
+    mirrored: bool = False
+    offset: float = 0.0
+    length: float = 0.0
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the time stamps of the file restart or jump, so that no time can be sought in it."""
+        return len(self.parts) > 1
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds; the last frame is as long as the others, but ends with the file."""
+        return self.length or self.num_frames / self.frame_rate
+
+    def check_whole(self, partial: bool) -> None:
+        """Raise FootageError if the file is damaged, unless what can be decoded of it is enough."""
+        if self.damage and not partial:
+            raise _damaged(self.path, self.damage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How a frame becomes the network's picture: resized, then cut out of the middle.
+
+    Attributes:
+        resize: height and width, whatever the shape of the frame; or one number, the shorter side.
+        crop: height and width of what is cut out.
+    """
+
+    resize: tuple[int, int] | int = (128, 171)
+    crop: tuple[int, int] = (112, 112)
+
+    def __post_init__(self) -> None:
+        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
+            raise FootageError(
+                f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
+                f"{self.resize} and {self.crop} were given."
+            )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width after the resizing of a frame of this size."""
+        if not isinstance(self.resize, int):
+            return self.resize
+        shorter = min(height, width)
+        return round(height * self.resize / shorter), round(width * self.resize / shorter)
+
+
+class Picture:
+    """Makes the network's picture of every frame of one size, by bilinear interpolation between pixel centres.
+
+    Nothing is smoothed before: the published C3D features come from OpenCV's `resize`, which does not. Only pixels
+    that the crop keeps are computed.
+
+    Args:
+        height, width: of the frames.
+        framing: what becomes of them.
+        quarter_turns, mirrored: how frames are made upright, as `Footage` has it, before all else.
+    """
+
+    def __init__(
+        self, height: int, width: int, framing: Framing, quarter_turns: int = 0, mirrored: bool = False
+    ) -> None:
+        pixels = upright(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns, mirrored)
+        (top, below, across), (left, right, along) = (
+            _taps(length, resized, cut)
+            for length, resized, cut in zip(pixels.shape, framing.resized(*pixels.shape), framing.crop)
+        )
+        self._places, found = [], []
+        for rows, vertical in ((top, 1 - across), (below, across)):
+            for columns, horizontal in ((left, 1 - along), (right, along)):
+                self._places.append(np.ascontiguousarray(pixels[np.ix_(rows, columns)]))
+                found.append(np.rint(np.outer(vertical, horizontal) * WHOLE).astype(np.uint32))
+        self._shares = np.stack(found)[..., None].repeat(4, -1)
+        self._total, self._parts = np.empty((2, *framing.crop, 4), np.uint32)
+
+    def of(self, frame: np.ndarray) -> np.ndarray:
+        """Return the picture, `crop` by 3 uint8, of a (height, width, 4) uint8 frame, RGB and one byte to spare."""
+        # Whole pixels are gathered as one number each, and integers of one size multiply fastest: a third of the time
+        # that floats take.
+        pixels = frame.reshape(-1).view(np.uint32)
+        self._total.fill(WHOLE // 2)
+        for places, shares in zip(self._places, self._shares):
+            self._parts[:] = pixels.take(places).view(np.uint8).reshape(self._parts.shape)
+            np.multiply(self._parts, shares, out=self._parts)
+            np.add(self._total, self._parts, out=self._total)
+        np.right_shift(self._total, WHOLE_BITS, out=self._total)
+        return self._total[..., :3].astype(np.uint8)
+
+
+def upright(pixels: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
+    """Return a picture, (height, width, ...), mirrored left to right if so, then turned counterclockwise."""
+    return np.rot90(pixels[:, ::-1] if mirrored else pixels, quarter_turns)
+
+
+def _taps(length: int, resized: int, cut: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pixels before and after each kept place along one side, and the share of the second."""
+    first = (resized - cut) // 2
+    places = (np.arange(first, first + cut) + 0.5) * (length / resized) - 0.5
+    places = places.clip(0, length - 1)
+    before = np.floor(places).astype(np.intp)
+    return before, np.minimum(before + 1, length - 1), places - before
+
+
+def look(path: str | os.PathLike[str]) -> Footage:
+    """Return what a video file holds; it is read once, and nothing but its first frame is decoded.
+
+    Raises:
+        FootageError: the file is missing or empty, is no video, or has no frame.
+        DeviceError: PyAV is not installed.
+    """
+    path = Path(path)
+    check_file(path, "The video", FootageError)
+    if path.stat().st_size == 0:
+        raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
+    with _opened(path) as (container, stream):
+        unit = float(stream.time_base)
+        packets = _packets(container, stream)
+        times, parts = packets.times(container, stream)
+        if not len(times):
+            raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
+        rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
+        if not rate > 0:
+            raise FootageError(f"{path} has no frame rate, and one frame alone has none; give a longer video.")
+        damage = _shortfall(container, stream, packets, parts) or packets.damage(parts)
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        start = int(times[0]) * unit
+        offset = _offset(container, start)
+        length = 0.0 if damage or len(parts) > 1 else _length(container, start, int(times[-1]) * unit, 1 / rate)
+    with _opened(path) as (container, stream):
+        first = next(_decoded(container, stream, path, parts), None)
+    if first is None:
+        raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
+    num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
+    if num_frames > MOST_FRAMES or num_frames / rate > LONGEST_SECONDS:
+        raise FootageError(
+            f"{path} lasts {num_frames / rate:.3g} s by its time stamps, {num_frames} frames; write them anew, for "
+            "example with `ffmpeg -i FILE -c copy NEW.mkv`."
+        )
+    if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
+        raise FootageError(
+            f"{path} has {num_frames} frames in {num_frames / rate:.3g} s, which is {rate:.3g} frames per second; "
+            f"{MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. Encode it at a rate in between, for example with "
+            "`ffmpeg -i FILE -r 25 NEW.mp4`.",
+            code="frame_rate_out_of_range",
+        )
+    _report(path, times, parts, unit)
+    quarter_turns, mirrored = _orientation(first, path)
+    return Footage(
+        path=path,
+        num_frames=num_frames,
+        frame_rate=rate,
+        height=first.height,
+        width=first.width,
+        quarter_turns=quarter_turns,
+        damage=damage,
+        start=start,
+        pixel_aspect=pixel_aspect,
+        parts=parts,
+        tick=unit,
+        mirrored=mirrored,
+        offset=offset,
+        length=length,
+    )
+
+
+def check_one_file(path: str | os.PathLike[str]) -> None:
+    """Raise FootageError if a video refers to other files, so that its own content does not decide its pictures."""
+    with opened_container(Path(path)):
+        pass
+
+
+def offset_of(path: str | os.PathLike[str]) -> float:
+    """Return the `offset` of a video file from its header alone; 0 where the header has none.
+
+    Raises:
+        FootageError: the file is no video.
+        DeviceError: PyAV is not installed.
+    """
+    with _opened(Path(path)) as (container, stream):
+        if stream.start_time is None:
+            return 0.0
+        return _offset(container, stream.start_time * float(stream.time_base))
+
+
+def _offset(container: Any, start: float) -> float:
+    """Return the seconds from the start of a file, as players count, to `start` on its own clock."""
+    if container.start_time is None:
+        return 0.0
+    offset = start - container.start_time / 1e6
+    # Header and packets round times in units of their own.
+    return offset if offset > ROUNDING else 0.0
+
+
+def _length(container: Any, start: float, last: float, step: float) -> float:
+    """Return the seconds from `start` to the end of a file if that is within the last frame, else 0."""
+    told = (container.duration or 0) / 1e6
+    # Some containers count their duration from zero, and some from their start.
+    for end in (told, told + (container.start_time or 0) / 1e6):
+        if last + ROUNDING < end < last + step - ROUNDING:
+            return end - start
+    return 0.0
+
+
+def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -> None:
+    """Log what is odd about the time stamps of a file."""
+    if len(parts) > 1:
+        after = (parts[0].end - int(times[0])) * unit
+        log.warning(
+            "%s: the time stamps restart or jump %d times, first after %.1f s; times are those of the frames one after "
+            "the other, as players show them.",
+            path, len(parts) - 1, after,
+        )  # fmt: skip
+    steps = np.diff(times)
+    if not len(steps):
+        return
+    longest, begin = steps.max() * unit, (times[steps.argmax()] - times[0]) * unit
+    if longest > LONG_STILL:
+        log.warning(
+            "%s: one picture stays on for %.1f s, from %.1f s on, by the time stamps of the file.", path, longest, begin
+        )
+        return
+    usual = float(np.median(steps))
+    steady = (np.abs(steps - usual) <= np.maximum(1, STEP_TOLERANCE * usual)).mean() >= STEADY
+    if steady and longest > MISSING_STEPS * usual * unit:
+        # A demuxer passes over bytes that it cannot read, and reports nothing but the missing time.
+        log.warning(
+            "%s has no frame for %.2f s from %.2f s on, and otherwise one every %.3f s: part of the file may be "
+            "missing or damaged. The frame before is used for that time.",
+            path, longest, begin, usual * unit,
+        )  # fmt: skip
+
+
+def pictures(
+    footage: Footage, framing: Framing, *, every: int = 1, partial: bool = False, threads: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the picture of each frame of the grid, or of every `every`-th from the first on: (height, width, 3) uint8.
+
+    Frames are decoded one by one; a frame that stays on is yielded again, the same array.
+
+    Args:
+        footage: what `look` returned.
+        framing: resizing and crop.
+        every: grid places from picture to picture.
+        partial: whether a damaged file is used as far as it can be decoded.
+        threads: CPU threads for decoding; as many as FFmpeg likes when None.
+
+    Raises:
+        FootageError: the file is damaged and `partial` is not set.
+    """
+    footage.check_whole(partial)
+    av = load_av()
+    makers: dict[tuple[int, int], Picture] = {}
+    reformatter = av.video.reformatter.VideoReformatter()
+
+    def picture(frame: Any) -> np.ndarray:
+        size = (frame.height, frame.width)
+        if size not in makers:
+            makers[size] = Picture(*size, framing, footage.quarter_turns, footage.mirrored)
+        return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
+
+    reached, waiting, shown = -1, None, None
+    with _opened(footage.path, threads) as (container, stream):
+        decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial)
+        for time, frame in _timed(decoded, footage):
+            place = int(time * footage.frame_rate + 0.5)
+            if place <= reached:
+                # Its place is taken, but it is on from now.
+                waiting, shown = frame, None
+                continue
+            # Until now the frame before was on; a first frame that comes late stands for those before it too.
+            before = frame if waiting is None else waiting
+            for filled in range(reached + 1, place):
+                if filled % every == 0:
+                    shown = picture(before) if shown is None else shown
+                    yield shown
+            shown = None
+            if place % every == 0:
+                shown = picture(frame)
+                yield shown
+            reached, waiting = place, frame
+    if not partial and reached + 1 < FEWEST_FRAMES * footage.num_frames:
+        raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets hold {footage.num_frames}")
+
+
+def stills(footage: Footage, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
+    """Return what is seen at some times, upright and in its true shape: (height, width, 3) uint8 each.
+
+    Decoding starts at the last key frame before, so that a few frames of a long video cost little. Of a damaged file
+    the last frame that can be decoded stands for what comes after it.
+
+    Args:
+        footage: what `look` returned.
+        times: in seconds from the first frame, rising.
+        height: of the pictures, in pixels; none is made larger than it is stored.
+        partial: whether damaged frames are shown as they are decoded.
+
+    Raises:
+        FootageError: a frame on the way is damaged and `partial` is not set.
+    """
+    found: list[np.ndarray] = []
+    last = None
+    for frame in _frames_at(footage, times, partial):
+        # A frame that stays on for several of the times is one picture.
+        picture = found[-1] if found and frame is last else _small(frame, footage, height)
+        found.append(picture)
+        last = frame
+    return found
+
+
+def _frames_at(footage: Footage, times: Sequence[float], partial: bool) -> Iterator[Any]:
+    """Yield the frame that is on at each of the rising times; no part is decoded twice."""
+    with _opened(footage.path) as (container, stream):
+        # Of a damaged file nothing is sure but its start.
+        packets = container.demux(stream) if not (footage.damage or footage.is_continued) else ()
+        keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
+        starts = keys * float(stream.time_base) - footage.start
+    after = np.searchsorted(starts, np.array(times) + ROUNDING, side="right") - 1
+    for key in np.unique(after):
+        wanted = [time for time, its_key in zip(times, after) if its_key == key]
+        shown, place = None, 0
+        for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0, partial=partial):
+            while shown is not None and place < len(wanted) and time > wanted[place] + ROUNDING:
+                yield shown
+                place += 1
+            if place == len(wanted):
+                break
+            shown = frame
+        for _ in wanted[place:]:
+            assert shown is not None, "look found a first frame"
+            yield shown
+
+
+def frames_from(
+    footage: Footage, start: float, threads: int | None = None, *, partial: bool = True
+) -> Iterator[tuple[float, Any]]:
+    """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
+
+    Args:
+        footage: what `look` returned.
+        start: seconds; the first frame is that of a key frame at or before it.
+        threads: CPU threads for decoding; as many as FFmpeg likes when None.
+        partial: whether what cannot be decoded is passed over.
+
+    Raises:
+        FootageError: the file is damaged from the first frame on, and `partial` is not set.
+    """
+    av = load_av()
+    # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
+    # from further back, and at last from the start of the file. Where time stamps restart, a time is in several places.
+    for target in (start, start - KEY_SECONDS, 0.0) if not footage.is_continued else (0.0,):
+        with _opened(footage.path, threads) as (container, stream):
+            if target > 0:
+                try:
+                    container.seek(int((footage.start + target) / float(stream.time_base) + 1e-6), stream=stream)
+                except av.FFmpegError:
+                    continue
+            reached = target <= 0
+            sought = target > 0
+            decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial, sought=sought)
+            for time, frame in _timed(decoded, footage):
+                if not reached and (frame.time is None or time > start + ROUNDING):
+                    break
+                reached = reached or frame.key_frame
+                if reached:
+                    yield time, frame
+            if reached:
+                return
+
+
+def _small(frame: Any, footage: Footage, height: int) -> np.ndarray:
+    """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
+    tall, wide = frame.height, frame.width * footage.pixel_aspect
+    share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
+    size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
+    picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
+    return np.ascontiguousarray(upright(picture, footage.quarter_turns, footage.mirrored))
+
+
+def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:
+    """Yield every whole window of consecutive pictures, one every `stride`, as (window, height, width, 3) uint8."""
+    held: list[np.ndarray] = []
+    skipped = 0
+    for frame in frames:
+        if skipped:
+            skipped -= 1
+            continue
+        held.append(frame)
+        if len(held) == window:
+            yield np.stack(held)
+            skipped = max(0, stride - window)
+            held = held[stride:]
+
+
+def _damaged(path: Path, damage: str) -> FootageError:
+    return FootageError(f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.")
+
+
+def load_av() -> Any:
+    """Import PyAV, with FFmpeg's own remarks silenced; DeviceError if it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise DeviceError(
+            f"Videos are decoded by PyAV, which cannot be imported here ({error}); "
+            "run `pip install 'drn-deploy[video]'`."
+        ) from error
+    # FFmpeg's own remarks on odd files go to stderr otherwise, one for every frame.
+    av.logging.set_level(None)
+    return av
+
+
+@contextlib.contextmanager
+def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Open a file at its first video stream that is no cover picture."""
+    with reading(path, "a video", FootageError, "copy or download it again"), opened_container(path) as container:
+        stream = _video_stream(container, path)
+        try:
+            # What a decoder checks besides what it needs; frames that fail are marked as corrupt.
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+careful"}
+            stream.thread_type = "AUTO"
+            if threads is not None:
+                stream.thread_count = threads
+        except (AttributeError, RuntimeError) as error:
+            raise FootageError(f"{path} is of a codec that this FFmpeg cannot decode; convert it to H.264.") from error
+        yield container, stream
+
+
+@contextlib.contextmanager
+def opened_container(path: Path) -> Iterator[Any]:
+    """Open a media file for reading, whatever its name and the encoding of its metadata.
+
+    Raises:
+        FootageError: FFmpeg cannot open it, or its format refers to other files (code `refers_to_files`).
+    """
+    av = load_av()
+    # FFmpeg compares the format with the list before it reads more of the file, so that nothing else is opened.
+    allowed = ",".join(sorted(set(av.formats_available) - REFERRING_FORMATS))
+    try:
+        # An absolute path: FFmpeg takes what stands before a colon in `a:b.mp4` for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options={"format_whitelist": allowed})
+    except (av.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:
+            raise FootageError(
+                f"{path} is a playlist or of another format that refers to other files, such as ffconcat, m3u8, sdp or "
+                "numbered pictures. Give the video file itself, or write one, for example with `ffmpeg -i FILE -c copy "
+                "NEW.mkv`.",
+                code="refers_to_files",
+            ) from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise FootageError(
+            f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "
+            "mkv, webm, avi or the like, or copy it again."
+        ) from error
+    with container:
+        yield container
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    """Return the first stream of moving pictures; FootageError if there is none."""
+    covers = load_av().stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    # Of several streams, one that holds a single picture is a cover that is not marked as one.
+    moving = [stream for stream in streams if not (stream.frames == 1 and _codec(stream) in PICTURE_CODECS)]
+    if moving or streams:
+        return (moving or streams)[0]
+    kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
+    only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
+    raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.")
+
+
+def _codec(stream: Any) -> str:
+    return stream.codec_context.name if stream.codec_context is not None else ""
+
+
+@dataclasses.dataclass
+class _Packets:
+    """What the packets of a file hold, read without decoding them.
+
+    Attributes:
+        stamps: of the packets of the pictures, in the order of the file.
+        corrupt: numbers of those that are cut short.
+        others: seconds of the packets of all other streams.
+        reached: the second that any stream reaches, as the file counts.
+        last_byte: where the last packet ends in the file.
+        broken: why the file cannot be read to its end; empty where it can.
+    """
+
+    stamps: list[Stamp] = dataclasses.field(default_factory=list)
+    corrupt: set[int] = dataclasses.field(default_factory=set)
+    others: list[float] = dataclasses.field(default_factory=list)
+    reached: float = 0.0
+    last_byte: int = 1
+    broken: str = ""
+
+    def times(self, container: Any, stream: Any) -> tuple[np.ndarray, tuple[Part, ...]]:
+        """Return the rising times of the frames that are shown, in ticks, and the parts that they were made of."""
+        unit = float(stream.time_base)
+        ticks = 1 / (float(stream.guessed_rate or stream.average_rate or 25) * unit)
+        broadcast = bool(int(container.format.flags) & TS_DISCONT)
+        step = usual_step(self.stamps, ticks)
+        parts = split(self.stamps, unit, step, ticks, broadcast=broadcast, others=self.others)
+        return shown_times(self.stamps, parts, ticks), parts
+
+    def damage(self, parts: Sequence[Part]) -> str:
+        """Return what is wrong with the packets, as a clause; empty where nothing is."""
+        if self.broken:
+            return self.broken
+        # Where another recording begins, MPEG-TS counts the packet before it as cut short.
+        at_ends = {part.first - back for part in parts[1:] for back in (1, 2)}
+        return "holds a frame that is cut short" if self.corrupt - at_ends else ""
+
+
+def _packets(container: Any, stream: Any) -> _Packets:
+    """Return what the packets of a file hold."""
+    av = load_av()
+    found = _Packets()
+    try:
+        for packet in container.demux():
+            if not packet.size:
+                continue
+            found.last_byte = max(found.last_byte, (packet.pos or 0) + packet.size)
+            time = packet.pts if packet.pts is not None else packet.dts
+            seconds = None if time is None else time * float(packet.time_base)
+            if seconds is not None:
+                found.reached = max(found.reached, seconds + (packet.duration or 0) * float(packet.time_base))
+            if packet.stream.index == stream.index:
+                if packet.is_corrupt:
+                    found.corrupt.add(len(found.stamps))
+                found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
+            elif packet.is_corrupt:
+                found.corrupt.add(-1)
+            if seconds is not None and packet.stream.index != stream.index:
+                found.others.append(seconds)
+    except (av.FFmpegError, OSError) as error:
+        found.broken = f"cannot be read to its end ({error.strerror or error})"
+    return found
+
+
+def _rate(times: np.ndarray, unit: float) -> float | None:
+    """Return frames per second: of the steady steps where nearly all are alike, else on average; None for one frame."""
+    steps = np.diff(times)
+    steps = steps[steps > 0]
+    if not len(steps):
+        return None
+    usual = np.median(steps)
+    alike = np.abs(steps - usual) <= np.maximum(1, STEP_TOLERANCE * usual)
+    chosen = steps[alike] if alike.mean() >= STEADY else steps
+    return 1 / (float(chosen.mean()) * unit)
+
+
+def _shortfall(container: Any, stream: Any, packets: _Packets, parts: Sequence[Part]) -> str:
+    """Return how much less is there than the file says, as a clause; empty when all is there."""
+    # An edit list may leave stored frames out, and the index after it; the header counts them all the same.
+    indexed = len(getattr(stream, "index_entries", ())) or stream.frames
+    expected, stored = min(stream.frames, indexed), len(packets.stamps)
+    if stored < FEWEST_FRAMES * expected - 1:
+        return f"is cut off: it says {expected} frames and holds {stored}"
+    # FFmpeg skips what lies around the head of a second FLV file, and of other formats what lies after one.
+    if _begins_again(container, 1 if container.format.name == "flv" else packets.last_byte):
+        return "consists of several files, of which FFmpeg does not read the last"
+    # Some containers count from the first frame and some from zero, so that only an end before both is too early.
+    told = (container.duration or 0) / 1e6
+    if len(parts) < 2 and 0 < packets.reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
+        return f"is cut off: it says {told:.1f} s and ends after {packets.reached:.1f} s"
+    return ""
+
+
+def _begins_again(container: Any, start: int) -> bool:
+    """Whether another file of the same format begins in this one, from byte `start` on."""
+    head = HEADS.get(container.format.name)
+    if head is None or start >= os.path.getsize(container.name):
+        return False
+    # What lies before is not mapped: a mapping counts as memory where that is limited.
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with (
+        open(container.name, "rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, offset=first) as content,
+    ):
+        return head.search(content, start - first) is not None
+
+
+def _timed(frames: Iterator[Any], footage: Footage) -> Iterator[tuple[float, Any]]:
+    """Yield the seconds of each frame after the first, and the frame; one without a time follows the one before."""
+    time = -1 / footage.frame_rate
+    for frame in frames:
+        time = time + 1 / footage.frame_rate if frame.time is None else frame.time - footage.start
+        yield time, frame
+
+
+def _decoded(
+    container: Any,
+    stream: Any,
+    path: Path,
+    parts: Sequence[Part] = (),
+    *,
+    partial: bool = True,
+    sought: bool = False,
+) -> Iterator[Any]:
+    """Yield the frames of a stream, their time stamps corrected.
+
+    Args:
+        container, stream: from `_opened`.
+        path: the file, for messages.
+        parts: parts of the file whose time stamps are corrected; the container is at its start where there are several.
+        partial: whether damage is passed over: packets that cannot be decoded are left out, and frames that the decoder
+            reports as damaged are yielded as a player shows them.
+        sought: whether the container was sought to a time. What comes before the first key frame then lacks the frames
+            it refers to, and is no damage.
+
+    Raises:
+        FootageError: the file is damaged and `partial` is not set.
+    """
+    av = load_av()
+    packets = container.demux(stream)
+    started = False
+    corrections = shifts(parts)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError) as error:
+            if partial:
+                return
+            raise _damaged(path, f"cannot be read to its end ({error.strerror or error})") from error
+        if packet is None:
+            return
+        shift = next(corrections) if packet.size else 0
+        if shift:
+            packet.pts = packet.pts if packet.pts is None else packet.pts + shift
+            packet.dts = packet.dts if packet.dts is None else packet.dts + shift
+        if packet.is_corrupt and partial:
+            # The decoder would make up what is missing of its frame.
+            continue
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if not (partial or (sought and not started)):
+                raise _damaged(path, f"holds a frame that cannot be decoded ({error.strerror or error})") from error
+            log.debug("%s: passed over a packet: %s", path, error)
+            continue
+        for frame in frames:
+            # A recording may begin between key frames, and its first frames then lack what they refer to.
+            started = started or frame.key_frame
+            if frame.is_corrupt and started and not partial:
+                raise _damaged(path, "holds frames that the decoder reports as damaged")
+            yield frame
+
+
+def _orientation(frame: Any, path: Path) -> tuple[int, bool]:
+    """Return the counterclockwise quarter turns that make a frame upright, and whether it is mirrored before.
+
+    Source: the matrix (a, b, u, c, d, v, x, y, w) of ISO/IEC 14496-12, 8.3.2: a stored pixel at (p, q), counted to the
+    right and down, is shown at (a p + c q + x, b p + d q + y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32).astype(float)[:5]
+    if a * d == b * c:
+        log.warning("%s has a display matrix of which nothing can be seen; its frames are taken as stored.", path)
+        return 0, False
+    mirrored = a * d < b * c
+    degrees = math.degrees(math.atan2(-b, a)) + (180 if mirrored else 0)
+    turns = round(degrees / 90)
+    if abs(degrees - 90 * turns) > TURN_TOLERANCE:
+        log.warning("%s says it is turned by %d degrees; it is turned by %d.", path, degrees, 90 * turns)
+    return turns % 4, mirrored

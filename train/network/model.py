@@ -1,0 +1,321 @@
+"""DRN, the Dense Regression Network for video grounding, in the order the data takes.
+
+Source: Zeng et al., "Dense Regression Network for Video Grounding", CVPR 2020. Parameter names are those of
+mmaction2's published checkpoint, so that its state dict loads as it is. The network is plain torch and knows
+nothing of ONNX; `export/tracing/exportable_model.py` wraps it for tracing.
+
+Shape letters: B batch, L query length, T segments, D feature channels, C channels, P locations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from runtime.core.errors import excerpt
+
+# Channels of the three backbone levels; the gate of level t multiplies the input of level t. Fixed in both
+# published codes: there, other values crash.
+BACKBONE_CHANNELS = (256, 512, 1024)
+POSITION_CHANNELS = 256
+# A word table of a million is more than any language has; beyond, a size is damage.
+LARGEST_SIZE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class DRNConfig:
+    """Everything that decides the shape of the network. The defaults are the published Charades-STA C3D model."""
+
+    vocab_size: int = 1301
+    """Words in the table; the embedding has one more row, row 0, for padding."""
+    embed_dim: int = 300
+    feature_dim: int = 4096
+    hidden_dim: int = 512
+    """LSTM width per direction."""
+    fpn_dim: int = 512
+    num_segments: int = 32
+    """T. A multiple of the coarsest stride. The weights do not depend on it."""
+    strides: tuple[int, ...] = (1, 2, 4)
+    head_convs: int = 1
+    lstm_layers: int = 1
+    prior_probability: float = 0.01
+    """What a fresh network's matching scores are near, so that the focal loss starts quiet."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strides", tuple(self.strides))
+        sizes = {name: value for name, value in vars(self).items() if name not in ("strides", "prior_probability")}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
+                raise ValueError(f"{name} is a whole number from 1 to {LARGEST_SIZE}, and {excerpt(size)} is not.")
+        if len(self.strides) != len(BACKBONE_CHANNELS) or self.strides != (1, 2, 4):
+            raise ValueError(f"DRN has three levels of strides 1, 2, 4, and strides={self.strides} was asked for.")
+        if self.num_segments < 4 or self.num_segments % self.strides[-1]:
+            raise ValueError(
+                f"The number of segments must be a multiple of {self.strides[-1]}, and {self.num_segments} is not."
+            )
+        if self.fpn_dim % 2:
+            raise ValueError(f"fpn_dim is halved by the IoU head, and {self.fpn_dim} is odd.")
+
+    @property
+    def num_locations(self) -> int:
+        """P: 56 for 32 segments."""
+        return sum(self.num_segments // stride for stride in self.strides)
+
+
+class NetworkHeads(NamedTuple):
+    """Raw outputs, levels finest first; see `runtime.core.batch.Heads` for the same in NumPy."""
+
+    matching_logits: Tensor  # (B, P)
+    boundary_distances: Tensor  # (B, P, 2): from the location to the start and to the end, in segments
+    iou_logits: Tensor  # (B, P)
+
+
+class Stem(NamedTuple):
+    """What becomes of each pair before the first batch norm: nothing of it depends on the other pairs of a batch."""
+
+    first: Tensor  # (B, 256, T): the output of the first convolution
+    second_gate: Tensor  # (B, 256): of the input of the second
+    third_gate: Tensor  # (B, 512): of the input of the third
+
+
+class QueryEncoder(nn.Module):
+    """A sentence becomes three features, one for each level: words weighted by three attentions over a BiLSTM."""
+
+    def __init__(self, config: DRNConfig) -> None:
+        super().__init__()
+        width = 2 * config.hidden_dim
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.embed_dim, padding_idx=0)
+        self.biLSTM = nn.LSTM(
+            config.embed_dim, config.hidden_dim, config.lstm_layers, batch_first=True, bidirectional=True
+        )
+        self.W3 = nn.Linear(2 * width, config.hidden_dim)
+        self.W2 = nn.ModuleList(nn.Linear(config.hidden_dim, width) for _ in config.strides)
+        self.W1 = nn.Linear(width, 1)
+
+    def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
+        """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1.
+
+        Lengths may stay on the CPU, where packing needs them: fetched from a GPU, they would wait for all it has to do.
+        """
+        words = self.words(query_tokens, query_length)
+        return self.attend(words, query_length.to(words.device, non_blocking=True))
+
+    def words(self, query_tokens: Tensor, query_length: Tensor) -> Tensor:
+        """Return the BiLSTM's outputs, (B, L, 2H), zero past each length."""
+        embedded = self.embedding(query_tokens)
+        packed = pack_padded_sequence(embedded, query_length.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, _ = self.biLSTM(packed)
+        return pad_packed_sequence(outputs, batch_first=True, total_length=query_tokens.shape[1])[0]
+
+    def attend(self, words: Tensor, query_length: Tensor) -> list[Tensor]:
+        """Return one (B, 2H) feature for each level from the (B, L, 2H) word features."""
+        rows = torch.arange(len(words), device=words.device)
+        # The whole 2H-wide outputs at both ends, not the final hidden states.
+        sentence = torch.cat((words[:, 0], words[rows, query_length.long() - 1]), dim=1)
+        shared = functional.relu(self.W3(sentence))
+        steps = torch.arange(words.shape[1], device=words.device)
+        beyond = steps[None] >= query_length[:, None]
+        features = []
+        for project in self.W2:
+            logits = self.W1(project(shared)[:, None] * words).squeeze(-1)
+            attention = logits.masked_fill(beyond, -1e30 if logits.dtype == torch.float32 else -6e4).softmax(dim=1)
+            features.append((attention[:, None] @ words).squeeze(1))
+        return features
+
+
+class Backbone(nn.Module):
+    """Three temporal convolutions, each behind a gate made of the query."""
+
+    def __init__(self, config: DRNConfig) -> None:
+        super().__init__()
+        inputs = (config.feature_dim + POSITION_CHANNELS, *BACKBONE_CHANNELS)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(inputs[level], channels, 3, stride=1 if level == 0 else 2, padding=1, bias=False),
+                nn.BatchNorm1d(channels),
+                nn.ReLU(),
+            )
+            for level, channels in enumerate(BACKBONE_CHANNELS)
+        )
+
+    def forward(self, features: Tensor, positions: Tensor, gates: list[Tensor]) -> list[Tensor]:
+        """Return (B, 256, T), (B, 512, T/2) and (B, 1024, T/4) from (B, D, T) features and (B, 256, T) positions."""
+        return self.onward(self.first(features, positions, gates[0]), gates[1:])
+
+    def first(self, features: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
+        """Return the first convolution's (B, 256, T), before its batch norm."""
+        # Positions are appended after the gate: they are not gated.
+        return self.layers[0][0](torch.cat((features * gate[:, :, None], positions), dim=1))
+
+    def onward(self, first: Tensor, gates: list[Tensor]) -> list[Tensor]:
+        """Return the three levels from the first convolution's output and the other two gates."""
+        _, norm, relu = self.layers[0]
+        levels = [relu(norm(first))]
+        for layer, gate in zip(self.layers[1:], gates, strict=True):
+            levels.append(layer(levels[-1] * gate[:, :, None]))
+        return levels
+
+
+class FeaturePyramid(nn.Module):
+    """Coarse levels are added to finer ones. Unlike in most pyramids, ReLU also follows the lateral convolutions."""
+
+    def __init__(self, config: DRNConfig) -> None:
+        super().__init__()
+
+        def block(inputs: int, kernel: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv1d(inputs, config.fpn_dim, kernel, padding=kernel // 2, bias=False),
+                nn.BatchNorm1d(config.fpn_dim),
+                nn.ReLU(),
+            )
+
+        self.inner_blocks = nn.ModuleList(block(channels, 1) for channels in BACKBONE_CHANNELS)
+        self.layer_blocks = nn.ModuleList(block(config.fpn_dim, 3) for _ in BACKBONE_CHANNELS)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return three (B, fpn_dim, T_i), finest first."""
+        outputs: list[Tensor] = []
+        merged = None
+        for level in reversed(range(len(levels))):
+            lateral = self.inner_blocks[level](levels[level])
+            if merged is not None:
+                lateral = lateral + functional.interpolate(merged, scale_factor=2, mode="nearest")
+            merged = lateral
+            outputs.insert(0, self.layer_blocks[level](merged))
+        return outputs
+
+
+class Scale(nn.Module):
+    """One learnt factor for the distances of one level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.scale
+
+
+class Head(nn.Module):
+    """From a pyramid level to matching logits, boundary distances and IoU logits; weights shared by the levels."""
+
+    def __init__(self, config: DRNConfig) -> None:
+        super().__init__()
+        width = config.fpn_dim
+
+        def tower() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for _ in range(config.head_convs):
+                layers += [nn.Conv1d(width, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU()]
+            return nn.Sequential(*layers)
+
+        self.cls_tower = tower()
+        self.bbox_tower = tower()
+        self.cls_logits = nn.Conv1d(width, 1, 3, padding=1)
+        self.bbox_pred = nn.Conv1d(width, 2, 3, padding=1)
+        self.mix_fc = nn.Sequential(nn.Conv1d(2 * width, width, 1), nn.BatchNorm1d(width), nn.ReLU())
+        self.iou_scores = nn.Sequential(
+            nn.Conv1d(width, width // 2, 3, padding=1),
+            nn.BatchNorm1d(width // 2),
+            nn.ReLU(),
+            nn.Conv1d(width // 2, 1, 1),
+        )
+        self.scales = nn.ModuleList(Scale() for _ in config.strides)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - config.prior_probability) / config.prior_probability))
+
+    def forward(self, levels: list[Tensor]) -> NetworkHeads:
+        """Return the heads of all levels side by side, finest first, from three (B, fpn_dim, T_i)."""
+        # One level after the other, not joined: batch norm takes its statistics per level.
+        matching, distances, overlap = [], [], []
+        for features, scale in zip(levels, self.scales, strict=True):
+            towards_match = self.cls_tower(features)
+            towards_boundary = self.bbox_tower(features)
+            matching.append(self.cls_logits(towards_match).squeeze(1))
+            # exp and what multiplies it overflow in half precision long before they lose a decimal.
+            distances.append(torch.exp(scale(self.bbox_pred(towards_boundary).float())).transpose(1, 2))
+            mixed = torch.cat((towards_match, towards_boundary), dim=1)
+            overlap.append(self.iou_scores(self.mix_fc(mixed)).squeeze(1))
+        return NetworkHeads(torch.cat(matching, 1), torch.cat(distances, 1), torch.cat(overlap, 1))
+
+
+class FCOS(nn.Module):
+    """Holds the head under the name that the published checkpoint gives it."""
+
+    def __init__(self, config: DRNConfig) -> None:
+        super().__init__()
+        self.head = Head(config)
+
+    def forward(self, levels: list[Tensor]) -> NetworkHeads:
+        return self.head(levels)
+
+
+class DRN(nn.Module):
+    """The whole network: a query and the segments of a video to heads at every location.
+
+    Sequences of any length may be in one batch in any order; padding never reaches an answer.
+    """
+
+    def __init__(self, config: DRNConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DRNConfig()
+        width = 2 * config.hidden_dim
+        self.query_encoder = QueryEncoder(config)
+        self.backbone_net = Backbone(config)
+        self.fpn = FeaturePyramid(config)
+        self.fcos = FCOS(config)
+        self.prop_fc = nn.Linear(config.feature_dim, config.feature_dim)
+        self.position_transform = nn.Linear(3, POSITION_CHANNELS)
+        gated = (config.feature_dim, *BACKBONE_CHANNELS[:-1])
+        self.qInput = nn.ModuleList(nn.Linear(width, channels) for channels in gated)
+
+    def forward(
+        self, query_tokens: Tensor, query_length: Tensor, segment_features: Tensor, segment_spans: Tensor
+    ) -> NetworkHeads:
+        """Score every location.
+
+        Args:
+            query_tokens: (B, L) word ids, 0 past each length.
+            query_length: (B,) at least 1.
+            segment_features: (B, T, D) clip features, max-pooled over each segment.
+            segment_spans: (B, T, 2) starts and ends as fractions of the video.
+
+        Returns:
+            Heads at P locations: matching logits (B, P), boundary distances in segments (B, P, 2), IoU logits (B, P).
+        """
+        return self.score(self.stem(query_tokens, query_length, self.prop_fc(segment_features), segment_spans))
+
+    def stem(self, query_tokens: Tensor, query_length: Tensor, projected: Tensor, segment_spans: Tensor) -> Stem:
+        """Return all that comes before the first batch norm; `projected` are the (B, T, D) outputs of `prop_fc`."""
+        queries = self.query_encoder(query_tokens, query_length)
+        gate, *other_gates = (gate(query) for gate, query in zip(self.qInput, queries, strict=True))
+        positions = self.position_transform(with_duration(segment_spans)).transpose(1, 2)
+        return Stem(self.backbone_net.first(projected.transpose(1, 2), positions, gate), *other_gates)
+
+    def score(self, stem: Stem) -> NetworkHeads:
+        """Return the heads of what `stem` left."""
+        return self.fcos(self.fpn(self.backbone_net.onward(stem.first, list(stem[1:]))))
+
+
+def with_duration(spans: Tensor) -> Tensor:
+    """Return (B, T, 3) float32: start, end and duration of (B, T, 2) spans, the difference in their own dtype."""
+    return torch.cat((spans, spans[..., 1:] - spans[..., :1]), dim=-1).float()
+
+
+def locations(config: DRNConfig, device: torch.device | None = None) -> Tensor:
+    """Return the centre of each location in segments, (P,), finest level first: stride * k + stride / 2."""
+    return torch.cat(
+        [
+            torch.arange(0, config.num_segments, stride, dtype=torch.float32, device=device) + stride / 2
+            for stride in config.strides
+        ]
+    )

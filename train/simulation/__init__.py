@@ -1,0 +1,3 @@
+"""Simulate clip features for videos whose real features are not at hand."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Train a network in stages."""
+
+from __future__ import annotations
