@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.baseline import EagerBaseline
 from calib.graph.split_model import pair_paths
-from export.to_onnx import OLDEST_OPSET
+from export.tracing.tracer import OLDEST_OPSET
 from runtime import EncodedVideo, Grounder, Video, Vocabulary
 from runtime.core.batch import collate, padded
 from runtime.core.cli import command

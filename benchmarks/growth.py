@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.cpu import environment, multiply_adds
 from calib.graph.split_model import pair_paths, split_graph, write_pair
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime import EncodedVideo, Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.backends.onnxruntime_backend import OnnxRuntimePair

@@ -25,8 +25,9 @@ from torch.nn import functional
 from benchmarks.cpu import environment
 from calib.graph.conv_padding import padding_apart
 from calib.graph.split_model import split_graph
-from export.to_onnx import TOLERANCE, export_model, relative_difference
 from export.tracing.exportable_model import Convolution, ExportableDRN
+from export.tracing.torch_check import TOLERANCE, relative_difference
+from export.tracing.tracer import export_model
 from runtime.backends.onnxruntime_backend import KEPT_APART
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.cli import command

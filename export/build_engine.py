@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from calib.graph.source_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
-from export.build.artifacts import Made, counted_text, cut_parts, read_source, whole_part
+from export.build.artifacts import Made, counted_text, cut_parts, whole_part
 from export.build.build_config import Job, check_modules, source_graph
 from export.build.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.build.parity_check import Court
@@ -20,7 +21,7 @@ from export.engine.builder import BuildOptions, cuda_devices, runs_here, why_not
 from export.engine.engine_writer import BuildState, build_part, reject
 from export.engine.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
 from export.engine.profiles import profiles as optimization_profiles
-from export.parity.html_report import ModelFile
+from export.parity.model_file import ModelFile
 from runtime.core.cli import command, next_command
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
 from runtime.core.io.files import Staging, locked
@@ -31,7 +32,7 @@ from runtime.grounding.evaluation import askable_rows
 if TYPE_CHECKING:
     import onnx
 
-    from export.verify import Proof
+    from export.parity.parity_report import Proof
 
 log = logging.getLogger("drn")
 

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from export.parity.compare import CONFIDENCE, Budget, Parity, check_comparable, compare, points, verdict
-from export.parity.compare_layers import Layers, compare_layers, load_graph, precision_of, require_polygraphy
-from export.parity.compare_layers import table as layer_table
-from export.parity.html_report import VISIBLE_S, ModelFile, Table, lineage, passport
-from export.plan_parity import plan_table
-from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
-from runtime.artifacts.engine_metadata import read_sidecar
+from export.parity.compare import Budget, Parity, check_comparable
+from export.parity.compare_layers import Layers, compare_layers, require_polygraphy
+from export.parity.html_report import Table
+from export.parity.model_file import ModelFile
+from export.parity.parity_report import census_of, engine_precision, open_model, prove
 from runtime.backends import Device
 from runtime.benchmarking.report import latency_table, read_report
-from runtime.benchmarking.system_info import cpu
 from runtime.core.cli import command, next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
-from runtime.core.io.files import check_file, sha256, write_json, write_text
-from runtime.core.metrics import table as recall_table
+from runtime.core.io.files import check_file, sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows, batches_of
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 if TYPE_CHECKING:
-    import onnx
-
-    from calib.graph.precision_audit import Census
+    pass
 
 log = logging.getLogger("drn")
 
@@ -124,272 +117,6 @@ def verify(
     return proof.parity
 
 
-@dataclasses.dataclass(frozen=True)
-class Proof:
-    """What the answers of two models to the queries of a split come to.
-
-    Attributes:
-        parity: what was found between the two.
-        reference, model: the files.
-        budget: what the second is held to.
-        broken: the promises that do not hold, a clause each.
-        split: where the queries come from.
-        again: the command that finds the same again.
-        layers: where the two part, if that was looked at.
-        engine_precision: of an engine: `verdict` over its precision, and `reason`.
-        precision: name of the check of the model's precision, with the real share, where one was made.
-        cpu: the CPU of the machine that judged, of `runtime.benchmarking.system_info.cpu`.
-    """
-
-    parity: Parity
-    reference: ModelFile
-    model: ModelFile
-    budget: Budget
-    broken: Sequence[str]
-    split: str
-    again: str
-    layers: Layers | None = None
-    engine_precision: Mapping[str, str] | None = None
-    precision: str = ""
-    cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
-
-    def sentence(self) -> str:
-        """Return the verdict."""
-        names = self.model.path.name, self.reference.path.name
-        if self.broken:
-            return f"{names[0]} does not answer as {names[1]}: {'; '.join(self.broken)}."
-        return f"{names[0]} answers as {names[1]}: every promise is kept."
-
-    def text(self) -> str:
-        """Return all but the verdict, for a terminal."""
-        parts = [
-            summary(self.parity, (self.reference.path.name, self.model.path.name), self.split),
-            lineage(self.reference, self.model)[1],
-        ]
-        if self.parity.plans:
-            parts.append(f"\n{plan_table(self.parity.plans, self.parity.queries, self.budget)}\n")
-        if self.engine_precision:
-            parts.append("Precision of the engine: {verdict} ({reason}).".format_map(self.engine_precision))
-        if self.layers:
-            parts.append(f"\n{layer_table(self.layers)}\n{self.layers.sentence()}")
-        return "\n".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.parity.to_dict(),
-            "plans": [
-                {**check.to_dict(), **dict(zip(("verdict", "reason"), check.verdict(self.parity.queries, self.budget)))}
-                for check in self.parity.plans
-            ],
-            "reference": self.reference.to_dict(),
-            "model": self.model.to_dict(),
-            "lineage": lineage(self.reference, self.model)[1],
-            "split": self.split,
-            "budget": dataclasses.asdict(self.budget),
-            "broken": list(self.broken),
-            "layers": self.layers.to_dict() if self.layers else None,
-            "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
-            "precision": self.precision,
-            "cpu": dict(self.cpu),
-            "command": self.again,
-        }
-
-    def write(
-        self,
-        output: Path | None,
-        html: Path | None,
-        census: tuple[str, Table] | None = None,
-        engine: ModelFile | None = None,
-        commands: Sequence[str] = (),
-        latency: Table | None = None,
-    ) -> None:
-        """Write the JSON report and the passport, those of the two that are named.
-
-        Args:
-            output, html: the files.
-            census: what the model is computed in; see `census_of`.
-            engine: built of the model, where the model is its twin.
-            commands: what to type to see the same again.
-            latency: of the model, with its conditions.
-        """
-        if output:
-            write_json(output, self.to_dict())
-        if html:
-            page = passport(
-                self.parity,
-                self.reference,
-                self.model,
-                self.broken,
-                budget=self.budget,
-                split=self.split,
-                census=census,
-                layers=self.layers,
-                latency=latency,
-                engine=engine,
-                commands=commands,
-                cpu=self.cpu,
-                precision=self.precision,
-            )
-            write_text(html, page)
-
-
-def prove(
-    sides: Sequence[Grounder],
-    files: Sequence[ModelFile],
-    data_set: DataSet,
-    annotations: Sequence[Annotation],
-    budget: Budget,
-    *,
-    split: str,
-    again: str,
-    protocol: Protocol | None = None,
-    batch_size: int = BATCH_SIZE,
-    at_once: bool = False,
-) -> Proof:
-    """Ask both models every query, with progress, and hold the second to its budget.
-
-    Args:
-        sides: the reference and the model to judge.
-        files: what they were opened from.
-        data_set, annotations: the queries.
-        budget: what may be lost.
-        split, again: for the report.
-        protocol, batch_size: see `verify`.
-        at_once: see `export.parity.compare.compare`.
-    """
-    with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
-        parity = compare(
-            *sides,
-            data_set,
-            annotations,
-            protocol=protocol,
-            batch_size=batch_size,
-            at_once=at_once,
-            on_progress=bar.update,
-        )
-    for check in parity.plans:
-        found, reason = check.verdict(parity.queries, budget)
-        if found == NOT_PROVEN:
-            log.warning(
-                "%s is %s to answer as %s: %s. Choose more queries of the data set.",
-                *(check.name, found, files[0].path.name, reason),
-            )
-    return Proof(parity, files[0], files[1], budget, verdict(parity, budget), split, again)
-
-
-def summary(parity: Parity, names: Sequence[str], split: str) -> str:
-    """Return what was found, for a terminal."""
-    rows = [(f"{names[0]} (reference)", parity.reference), (names[1], parity.other)]
-    if parity.prior:
-        rows.append(("prior (constant moments)", parity.prior))
-    lines = [
-        recall_table(rows),
-        f"{parity.queries} queries of {split}, protocol {parity.protocol}, percent.",
-    ]
-    if parity.whole:
-        lines.append(f"{parity.whole} of them have no likely location in either: that these agree proves nothing.")
-    if parity.simulated:
-        lines.append("Features are simulated: not comparable with published numbers.")
-    lines += ["", f"{'head':<20} {'largest error':>13} {'99 % within':>12} {'largest value':>13}"]
-    for name, error in parity.heads.items():
-        bad = f"  {error.not_finite} values not finite" if error.not_finite else ""
-        lines.append(f"{name:<20} {error.max:>13.1e} {error.p99:>12.1e} {error.largest:>13.3g}{bad}")
-    lines += ["", f"{'boundaries':<20} {'half within':>13} {'99 % within':>12} {'largest':>13}"]
-    for label, shift in (("of best moments", parity.boundaries), ("at each location", parity.locations)):
-        lines.append(f"{label:<20} {shift.p50:>11.2g} s {shift.p99:>10.2g} s {shift.max:>11.2g} s")
-    overlap, order = parity.overlap, parity.order
-    lines += [
-        "",
-        f"Best moments overlap by {overlap.mean:.4f} on average, 1 % by less than {overlap.p1:.4f}, one by "
-        f"{overlap.min:.4f}.",
-        f"The same moment comes first for {100 * order.first:.2f} % of the queries, the same five in the same order "
-        f"for {100 * order.five:.2f} %.",
-        "",
-        f"{'':<12} {'gained':>7} {'lost':>7} {'McNemar p':>10} {'points':>8}  {100 * CONFIDENCE:g} % interval",
-    ]
-    for name, interval in parity.differences.items():
-        flips = parity.flips.get(name)
-        counts = f"{len(flips.gained):>7} {len(flips.lost):>7} {flips.p_value:>10.3g}" if flips else " " * 26
-        spread = f"{points(interval.low)} to {points(interval.high)}"
-        lines.append(f"{name:<12} {counts} {points(interval.mean):>8}  {spread}")
-    shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
-    if shown:
-        lines += [
-            "",
-            "Worst queries, in seconds:",
-            f"{'line':>6}  {'truth':>13}  {'reference':>13}  {'model':>13}  query",
-        ]
-    for row in shown:
-        spans = [row.truth, *((m.start, m.end) if m else None for m in (row.reference, row.other))]
-        cells = (f"{f'{span[0]:.1f} - {span[1]:.1f}' if span else 'none':>13}" for span in spans)
-        lines.append(f"{row.line:>6}  {'  '.join(cells)}  {row.query}")
-    return "\n".join(lines)
-
-
-def census_of(model: Path) -> tuple[str, Table] | None:
-    """Return what a model is computed in, in a sentence and as a table: an .onnx file by DRN module, an engine by what
-    its sidecar counted; None for other files."""
-    if model.suffix == ".engine":
-        return engine_census_table(read_sidecar(model).content.get("census", {}))
-    if model.suffix != ".onnx":
-        return None
-    if importlib.util.find_spec("onnx") is None:
-        log.warning("The passport holds no precision census: onnx is not installed.")
-        return None
-    from calib.graph.precision_audit import census
-
-    return census_table(census(load_graph(model)))
-
-
-def census_table(found: Census) -> tuple[str, Table]:
-    """Return the census of a graph as a sentence, and the table behind it by DRN module."""
-    total = found.total()
-    kinds = sorted(total, key=total.__getitem__, reverse=True)
-    shares = ", ".join(f"{100 * found.share(kind):.1f} % in {kind}" for kind in kinds)
-    weights = ", ".join(f"{size / 2**20:.1f} MiB in {kind}" for kind, size in found.weight_bytes.items())
-    counts = {**found.macs, "all": total}
-    rows = [
-        [module, *(f"{by_kind[kind] / 1e6:.2f}" if by_kind.get(kind) else "" for kind in kinds)]
-        for module, by_kind in counts.items()
-    ]
-    sentence = f"Of its multiply-adds {shares}; of its weights {weights}."
-    return sentence, (("million multiply-adds of one query", *kinds), rows)
-
-
-def engine_precision(*engines: Path) -> dict[str, str] | None:
-    """Return `verdict` and `reason` of the precision of engines that belong together: the worst of what their metadata
-    holds. None where one was built before verdicts were recorded."""
-    found = [(engine.name, read_sidecar(engine).content.get("census", {})) for engine in engines]
-    if not all("verdict" in census for _, census in found):
-        return None
-    worst = max((census["verdict"] for _, census in found), key=(PROVEN, NOT_PROVEN, CONTRADICTED).index)
-    reasons = [(name, census["reason"]) for name, census in found if census["verdict"] == worst]
-    told = [f"{name}: {reason}" if len(found) > 1 else reason for name, reason in reasons]
-    return {"verdict": worst, "reason": "; ".join(told)}
-
-
-def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
-    """Return what a sidecar's `census` says: the verdict, and the layers of the engine by type; those of its twin where
-    no GPU counted them."""
-    engine = counted.get("engine")
-    verdict = "The precision of the engine is {verdict}: {reason}.".format_map(counted) if "verdict" in counted else ""
-    if engine:
-        keys = (("multiply in it", "arithmetic"), ("write it", "layers"), ("read it", "quantised_inputs"))
-        found = [(name, engine[key]) for name, key in keys if key in engine]
-        kinds = sorted({kind for _, counts in found for kind in counts})
-        rows = [(name, *(str(counts.get(kind, "")) for kind in kinds)) for name, counts in found]
-        told = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
-        sentence = f"Layers of the engine by what they write, as its inspector shows them: {told}."
-        return " ".join(filter(None, (verdict, sentence))), (("layers that", *kinds), rows)
-    shares = counted.get("twin", {}).get("shares", {})
-    if not shares:
-        return None
-    told = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
-    rows = [(kind, f"{100 * share:.1f}") for kind, share in shares.items()]
-    sentence = f"Of its twin's multiply-adds {told}; its own layers can be counted on the GPU only."
-    return " ".join(filter(None, (verdict, sentence))), (("type", "percent of the multiply-adds"), rows)
-
-
 def _check(
     reference: Path,
     model: Path,
@@ -438,36 +165,6 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
         raise OutputError(f"{report} is read, and would be written over; choose another --output or --html.")
     check_file(model, "The model file", ModelFileError)
     return latency_table(read_report(report), sha256(model))
-
-
-def open_model(path: Path, device: Device, threads: int | None, exact: bool = False) -> Grounder:
-    """Open a model as it is to be judged: as it runs, and on a CPU BF16 by rounding every result.
-
-    ONNX Runtime has no BF16 kernels there. Its fusions of Q/DQ add errors of up to 2.7e-2 that no engine has: with
-    `exact`, 8-bit graphs are computed on the CPU without them.
-    """
-    if path.suffix == ".onnx" and path.is_file() and device != "cuda" and importlib.util.find_spec("onnx"):
-        graph = load_graph(path)
-        precision = precision_of(graph, path)
-        if precision == "bf16" or (exact and precision in ("int8", "fp8")):
-            how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
-            log.info("%s is %s: computed on the CPU %s.", path, precision, how)
-            return _computed(path, graph, threads, optimised=precision == "bf16")
-    return Grounder.load(path, device, threads)
-
-
-def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
-    from calib.graph.half_precision import emulated
-    from calib.graph.onnx_graph import GraphBackend, GraphPair
-    from export.build.artifacts import manifest_in
-    from runtime.backends.onnxruntime_backend import part_beside
-
-    manifest = manifest_in(path)
-    if manifest.part != "query":
-        return Grounder(GraphBackend(emulated(graph), threads, optimised))
-    ((name, digest),) = manifest.video_part.items()
-    video = load_graph(part_beside(path, name, digest))
-    return Grounder(GraphPair(emulated(video), emulated(graph), threads, optimised))
 
 
 def _compare_layers(

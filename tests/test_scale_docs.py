@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
 from tests.export.conftest import TINY, lively, manifest
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses

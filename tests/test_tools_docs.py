@@ -17,7 +17,7 @@ from calib.calibration_table import CalibrationTable, key_of
 from calib.graph.half_precision import to_half
 from calib.qdq_quantizer import observed, quantize
 from calib.range_estimation import measure
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.core.batch import Batch
 from tests.export.conftest import TINY, lively, manifest, random_inputs
 

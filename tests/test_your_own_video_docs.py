@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.core.tokenizer import Vocabulary, tokenize
 from runtime.datasets.dataset import DataSet
 from runtime.extract import extract

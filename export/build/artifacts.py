@@ -4,65 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.graph.conv_padding import padding_apart, padding_inside
+from calib.graph.source_graph import manifest_in
 from calib.graph.split_model import split_graph, write_pair
-from calib.graph.unroll_lstm import unrolled
 from export.build.reduced_precision import Twin
-from export.engine.profiles import Profile, exactly, part_profiles
+from export.engine.engine_part import Part
+from export.engine.profiles import Profile, part_profiles
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import check, read_metadata, sealed
+from runtime.artifacts.onnx_metadata import sealed
 from runtime.benchmarking.system_info import cpu
-from runtime.core.errors import ModelFileError
 from runtime.core.io.files import replace_when_whole, sha256
-from runtime.media.extractors import METADATA_KEY as EXTRACTOR_KEY
-from runtime.media.extractors import ExtractorManifest
 
 if TYPE_CHECKING:
     import onnx
 
     from calib.graph.precision_audit import Census
     from export.build.build_config import Job
-    from export.parity.html_report import ModelFile
-
-
-def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
-    """Return an FP32 graph and its manifest; ModelFileError if it is none of ours."""
-    from calib.graph.onnx_graph import manifest_of, read_graph
-
-    graph = read_graph(path)
-    return graph, manifest_of(graph, str(path))
-
-
-def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
-    """Return the FP32 graph of an extractor of clips and its manifest; ModelFileError if it is none of ours."""
-    from calib.graph.onnx_graph import load_graph
-
-    graph = load_graph(path)
-    told = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
-    names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
-    if told is None or names != ["clips", "features"]:
-        raise ModelFileError(f"{path} is no extractor of clips of ours; export C3D with `python -m export.to_onnx`.")
-    try:
-        manifest = ExtractorManifest.from_dict(json.loads(told), str(path))
-    except ValueError as error:
-        raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
-    if manifest.precision != "fp32":
-        raise ModelFileError(
-            f"{path} is {manifest.precision} already, and narrow weights are made from the FP32 graph; give the file "
-            "that `python -m export.to_onnx` wrote."
-        )
-    return graph, manifest
-
-
-def manifest_in(path: Path) -> Manifest:
-    """Return the manifest of a graph of any precision; ModelFileError if the file is damaged or carries none."""
-    check(path)
-    return Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
+    from export.parity.model_file import ModelFile
 
 
 def counted_text(counted: Census) -> str:
@@ -112,7 +74,7 @@ class Made:
 
     def file(self, path: Path) -> ModelFile:
         """Return the file that these bytes are, or will be."""
-        from export.parity.html_report import ModelFile
+        from export.parity.model_file import ModelFile
 
         return ModelFile(path, hashlib.sha256(self.content).hexdigest(), len(self.content), self.manifest)
 
@@ -120,60 +82,6 @@ class Made:
         with replace_when_whole(path) as temporary:
             temporary.write_bytes(self.content)
         return path
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What one engine is built of: the whole model, or one of the two parts that it was cut in.
-
-    Attributes:
-        graph: in the precision requested.
-        manifest: what the file says of itself: of an extractor its own kind.
-        twin: the ONNX file.
-        twin_hash: its SHA-256.
-        engine: where the plan goes.
-        profiles: what it is built for.
-        census: of `graph`.
-        fp32_weight_bytes: what its weights would be in FP32.
-        unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
-        optional: whether the engine that this belongs to may be built without it.
-    """
-
-    graph: onnx.ModelProto
-    manifest: Manifest | ExtractorManifest
-    twin: Path
-    twin_hash: str
-    engine: Path
-    profiles: Sequence[Profile]
-    census: Census
-    fp32_weight_bytes: int
-    unrolled: tuple[Part, ...] = ()
-    optional: bool = False
-
-    def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> Part:
-        """Return this part with one more for each number of tokens; itself where it reads no tokens.
-
-        Args:
-            steps: numbers of tokens.
-            optional: of the parts that are added.
-        """
-        if not steps or self.manifest.part not in ("whole", "query"):
-            return self
-        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count, optional) for count in steps))
-
-    def _unrolled(self, steps: int, optional: bool) -> Part:
-        return dataclasses.replace(
-            self,
-            graph=unrolled(self.graph, steps),
-            engine=unrolled_path(self.engine, steps),
-            profiles=[exactly(profile, steps) for profile in self.profiles],
-            optional=optional,
-        )
-
-
-def unrolled_path(engine: Path, steps: int) -> Path:
-    """Return where the engine for queries of at most so many tokens stands: drn.fp16.8.engine for drn.fp16.engine."""
-    return engine.with_name(f"{engine.stem}.{steps}{engine.suffix}")
 
 
 def whole_part(job: Job, made: Made, twin: Twin, shapes: Sequence[Profile]) -> Part:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.calibration_set import LEAST_SAMPLES
+from calib.graph.source_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
-from export.build.artifacts import read_extractor, read_source, unrolled_path
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options
+from export.engine.engine_part import unrolled_path
 from export.engine.profiles import Profile, Range, Unrolling, check_ranges, profiles
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path

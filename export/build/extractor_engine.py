@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,16 @@ import numpy as np
 
 from calib.graph.half_precision import emulated, overflowing, scan
 from calib.graph.precision_audit import Census, census, check
-from export.build.artifacts import Part, counted_text, read_extractor
+from calib.graph.source_graph import read_extractor
+from export.build.artifacts import counted_text
 from export.build.build_config import Job, check_modules
 from export.build.reduced_precision import Wishes, make_twin
 from export.engine.builder import BuildOptions, runs_here
+from export.engine.engine_part import Part
 from export.engine.engine_writer import build_part, reject
 from export.engine.profiles import Profile, Range
-from export.to_onnx import open_session
+from export.tracing.synthetic_clips import made_up_clips
+from export.tracing.torch_check import open_session
 from runtime.artifacts.engine_metadata import read_content
 from runtime.artifacts.onnx_metadata import read_metadata, sealed
 from runtime.core.cli import next_command
@@ -250,21 +252,3 @@ def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorMan
         cosine = float(np.minimum(cosine, wanted @ found / norms if norms else 0.0))
         difference = float(np.maximum(difference, np.abs(found - wanted).max() / max(largest, 1e-30)))
     return Promise(cosine, difference)
-
-
-def made_up_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
-    """Yield clips one by one, (1, window, height, width, 3) uint8: three as smooth as pictures, noise, white, black."""
-    shape = 1, manifest.window, *manifest.crop, 3
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        yield smooth_clips(rng, shape)
-    yield rng.integers(0, 256, shape, dtype=np.uint8)
-    yield np.full(shape, 255, np.uint8)
-    yield np.zeros(shape, np.uint8)
-
-
-def smooth_clips(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Return clips of a shape, smooth in space and time as pictures are, and of full contrast."""
-    size, window, height, width, colours = shape
-    coarse = rng.integers(0, 256, (size, -(-window // 4), -(-height // 8), -(-width // 8), colours), dtype=np.uint8)
-    return np.ascontiguousarray(coarse.repeat(4, 1).repeat(8, 2).repeat(8, 3)[:, :window, :height, :width])

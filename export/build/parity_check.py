@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import onnx
 
     from export.build.build_config import Job
-    from export.parity.html_report import ModelFile
-    from export.verify import Proof
+    from export.parity.model_file import ModelFile
+    from export.parity.parity_report import Proof
     from runtime.grounding.grounder import Grounder
 
 log = logging.getLogger("drn")
@@ -69,7 +69,7 @@ class Court:
 
     def judge_engine(self, made: Made) -> Proof:
         """Hold the engine against the FP32 graph; on the GPU."""
-        from export.parity.html_report import ModelFile
+        from export.parity.model_file import ModelFile
         from runtime.grounding.grounder import Grounder
 
         judged = Grounder.load(self.job.output, "cuda")
@@ -87,8 +87,8 @@ class Court:
 
     def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> Proof:
         from export.parity.compare import Budget
-        from export.parity.html_report import ModelFile
-        from export.verify import prove
+        from export.parity.model_file import ModelFile
+        from export.parity.parity_report import prove
 
         assert self.data_set is not None
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
@@ -113,7 +113,7 @@ class Court:
             engine: what runs; None for the twin alone.
             engines: every engine that was built with it.
         """
-        from export.verify import census_table, engine_census_table, engine_precision
+        from export.parity.parity_report import census_table, engine_census_table, engine_precision
 
         census = census_table(made.census)
         if engine:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
-from export.build.artifacts import Part
 from export.engine.builder import BuildFailed, BuildOptions, Plan, build, cuda_devices, cuda_version, explained
+from export.engine.engine_part import Part
 from export.engine.inspector import PlanNotLoaded
 from export.engine.profiles import one_profile
 from runtime.artifacts import engine_metadata
@@ -23,7 +23,7 @@ from runtime.core.io.files import replace_when_whole, sha256, write_json
 
 if TYPE_CHECKING:
     from export.build.build_config import Job
-    from export.parity.html_report import ModelFile
+    from export.parity.model_file import ModelFile
 
 log = logging.getLogger("drn")
 
@@ -87,7 +87,7 @@ def build_part(
     """
     from calib.graph.half_precision import fp32_nodes
     from export.engine.precision_verdict import Promise, census_content, judge_engine, require
-    from export.parity.html_report import ModelFile
+    from export.parity.model_file import ModelFile
 
     state = state or BuildState()
     shorter = _build_unrolled(job, part, options, cache, state)

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import torch
 
-from export.build.extractor_engine import smooth_clips
-from export.to_onnx import OLDEST_OPSET, TOLERANCE, TRACED_OPSET, finished, open_session, silence
+from export.tracing.synthetic_clips import smooth_clips
+from export.tracing.torch_check import TOLERANCE, open_session
+from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finished, silence
 from runtime.artifacts.onnx_metadata import sealed
 from runtime.core.cli import next_command
 from runtime.core.errors import PromiseBroken

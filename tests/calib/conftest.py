@@ -13,7 +13,7 @@ from calib.calibrate import observe_set
 from calib.calibration_set import CalibrationSet, draw
 from calib.calibration_table import CalibrationTable
 from calib.range_estimation import Histogram
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch
 from runtime.core.decoding import Decoding

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.tokenizer import Vocabulary

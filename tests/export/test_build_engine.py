@@ -34,7 +34,7 @@ from export.engine import engine_writer
 from export.engine.builder import BuildFailed, BuildOptions, Plan, cuda_devices
 from export.engine.engine_writer import _write_engine, reject
 from export.engine.inspector import PlanNotLoaded
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime import Grounder, Presence
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import export.tracing.extractor_to_onnx
-from export.to_onnx import relative_difference, to_onnx
+from export.to_onnx import to_onnx
 from export.tracing.extractor_to_onnx import export_c3d
+from export.tracing.torch_check import relative_difference
 from runtime.core.errors import CheckpointError, PromiseBroken, ShapeError
 from runtime.core.io.files import sha256
 from runtime.media.extractors import ClipExtractor, open_extractor

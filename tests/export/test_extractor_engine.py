@@ -13,11 +13,12 @@ import pytest
 
 from calib.graph.precision_audit import census
 from export.build import extractor_engine
-from export.build.extractor_engine import PROMISES, Promise, compare, made_up_clips
+from export.build.extractor_engine import PROMISES, Promise, compare
 from export.build_engine import build_engine
 from export.engine import builder, engine_writer
 from export.engine.builder import Plan
 from export.to_onnx import to_onnx
+from export.tracing.synthetic_clips import made_up_clips
 from runtime.artifacts.engine_metadata import read_content, read_sidecar
 from runtime.artifacts.onnx_metadata import sealed
 from runtime.backends.cuda_driver import Cuda

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.parity.compare import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
-from export.verify import summary
+from export.parity.parity_report import summary
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch, Heads

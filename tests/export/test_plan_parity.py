@@ -21,8 +21,8 @@ from export.build.parity_check import Court
 from export.build_engine import _proven_engine
 from export.engine.profiles import exactly, profiles
 from export.parity.compare import Budget, compare
-from export.parity.html_report import ModelFile
-from export.verify import Proof, prove
+from export.parity.model_file import ModelFile
+from export.parity.parity_report import Proof, prove
 from runtime import Grounder
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda

@@ -23,7 +23,7 @@ from calib.graph.half_precision import (
     to_half,
 )
 from calib.graph.naming import drn_modules
-from export.to_onnx import INPUTS, OUTPUTS
+from export.tracing.tracer import INPUTS, OUTPUTS
 from runtime.core.batch import Batch
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import CONFIGS, random_inputs

@@ -19,8 +19,8 @@ from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unrolled
 from calib.qdq_quantizer import NEWEST_OPSET, Policy, balanced, observed, quantize
 from calib.range_estimation import measure
-from export.to_onnx import OLDEST_OPSET
 from export.tracing.extractor_to_onnx import export_c3d
+from export.tracing.tracer import OLDEST_OPSET
 from runtime.core.batch import Batch
 from runtime.media.extractors import ExtractorManifest
 from tests.export.conftest import CONFIGS, random_inputs

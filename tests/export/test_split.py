@@ -13,7 +13,8 @@ import torch
 import export.to_onnx
 from calib.graph.half_precision import to_half
 from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_pair
-from export.to_onnx import check_pair_against_torch, relative_difference, to_onnx
+from export.to_onnx import to_onnx
+from export.tracing.torch_check import check_pair_against_torch, relative_difference
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend, run_pair

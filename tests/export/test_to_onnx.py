@@ -17,17 +17,9 @@ import torch
 
 import export.to_onnx
 from calib.graph.naming import drn_modules
-from export.to_onnx import (
-    BATCH_SIZES,
-    INPUTS,
-    NEWEST_OPSET,
-    OUTPUTS,
-    check_against_torch,
-    check_batches,
-    export_model,
-    relative_difference,
-    to_onnx,
-)
+from export.to_onnx import to_onnx
+from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_batches, relative_difference
+from export.tracing.tracer import INPUTS, NEWEST_OPSET, OUTPUTS, export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.core.errors import CheckpointError, OutputError, PromiseBroken, ShapeError

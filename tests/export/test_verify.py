@@ -25,7 +25,8 @@ from calib.graph.onnx_graph import manifest_of, read_graph
 from calib.qdq_quantizer import Policy, quantize
 from export.parity.compare import Budget, Disagreement, compare, verdict
 from export.parity.compare_layers import compare_layers
-from export.parity.html_report import ModelFile, lineage, passport
+from export.parity.html_report import passport
+from export.parity.model_file import ModelFile, lineage
 from export.verify import verify
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Manifest

@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 
 from export.parity.compare import Parity, compare
-from export.to_onnx import export_model, producer
-from export.verify import open_model
+from export.parity.parity_report import open_model
+from export.tracing.tracer import export_model, producer
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.io.files import sha256
 from runtime.datasets.dataset import DataSet

@@ -81,7 +81,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     import onnx
 
     from calib.graph.split_model import split_graph, write_pair
-    from export.to_onnx import export_model
+    from export.tracing.tracer import export_model
     from runtime.artifacts.manifest import METADATA_KEY
     from tests.export.conftest import TINY, lively, manifest
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.batch import collate
 from runtime.core.decoding import likely

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from calib.graph.split_model import split_graph, write_pair
-from export.to_onnx import export_model
+from export.tracing.tracer import export_model
 from export.triton import triton
 from runtime import Grounder, Video
 from runtime.core.sliding_windows import Windows

@@ -1,0 +1,51 @@
+"""Read the ONNX graph that a build starts from, and its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.onnx_metadata import check, read_metadata
+from runtime.core.errors import ModelFileError
+from runtime.media.extractors import METADATA_KEY as EXTRACTOR_KEY
+from runtime.media.extractors import ExtractorManifest
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
+    """Return an FP32 graph and its manifest; ModelFileError if it is none of ours."""
+    from calib.graph.onnx_graph import manifest_of, read_graph
+
+    graph = read_graph(path)
+    return graph, manifest_of(graph, str(path))
+
+
+def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
+    """Return the FP32 graph of an extractor of clips and its manifest; ModelFileError if it is none of ours."""
+    from calib.graph.onnx_graph import load_graph
+
+    graph = load_graph(path)
+    told = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
+    names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
+    if told is None or names != ["clips", "features"]:
+        raise ModelFileError(f"{path} is no extractor of clips of ours; export C3D with `python -m export.to_onnx`.")
+    try:
+        manifest = ExtractorManifest.from_dict(json.loads(told), str(path))
+    except ValueError as error:
+        raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
+    if manifest.precision != "fp32":
+        raise ModelFileError(
+            f"{path} is {manifest.precision} already, and narrow weights are made from the FP32 graph; give the file "
+            "that `python -m export.to_onnx` wrote."
+        )
+    return graph, manifest
+
+
+def manifest_in(path: Path) -> Manifest:
+    """Return the manifest of a graph of any precision; ModelFileError if the file is damaged or carries none."""
+    check(path)
+    return Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))

@@ -1,0 +1,72 @@
+"""Describe one part of a model that becomes one engine: its graph, profiles and paths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calib.graph.unroll_lstm import unrolled
+from export.engine.profiles import Profile, exactly
+from runtime.artifacts.manifest import Manifest
+from runtime.media.extractors import ExtractorManifest
+
+if TYPE_CHECKING:
+    import onnx
+
+    from calib.graph.precision_audit import Census
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one engine is built of: the whole model, or one of the two parts that it was cut in.
+
+    Attributes:
+        graph: in the precision requested.
+        manifest: what the file says of itself: of an extractor its own kind.
+        twin: the ONNX file.
+        twin_hash: its SHA-256.
+        engine: where the plan goes.
+        profiles: what it is built for.
+        census: of `graph`.
+        fp32_weight_bytes: what its weights would be in FP32.
+        unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
+        optional: whether the engine that this belongs to may be built without it.
+    """
+
+    graph: onnx.ModelProto
+    manifest: Manifest | ExtractorManifest
+    twin: Path
+    twin_hash: str
+    engine: Path
+    profiles: Sequence[Profile]
+    census: Census
+    fp32_weight_bytes: int
+    unrolled: tuple[Part, ...] = ()
+    optional: bool = False
+
+    def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> Part:
+        """Return this part with one more for each number of tokens; itself where it reads no tokens.
+
+        Args:
+            steps: numbers of tokens.
+            optional: of the parts that are added.
+        """
+        if not steps or self.manifest.part not in ("whole", "query"):
+            return self
+        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count, optional) for count in steps))
+
+    def _unrolled(self, steps: int, optional: bool) -> Part:
+        return dataclasses.replace(
+            self,
+            graph=unrolled(self.graph, steps),
+            engine=unrolled_path(self.engine, steps),
+            profiles=[exactly(profile, steps) for profile in self.profiles],
+            optional=optional,
+        )
+
+
+def unrolled_path(engine: Path, steps: int) -> Path:
+    """Return where the engine for queries of at most so many tokens stands: drn.fp16.8.engine for drn.fp16.engine."""
+    return engine.with_name(f"{engine.stem}.{steps}{engine.suffix}")
