@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import tyro
 
+from runtime.artifacts.extractor_manifest import Framing
 from runtime.core.cli import command
 from runtime.core.errors import FootageError
-from runtime.media.video_file import Framing, clips, look, pictures
+from runtime.media.video_file import clips, look, pictures
 
 
 def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) -> dict[str, float]:

@@ -26,6 +26,7 @@ from benchmarks.acceptance.job import ROOT, Job
 from benchmarks.acceptance.steps import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
 from export.engine.builder import cuda_devices
 from runtime.benchmarking import system_info
+from runtime.core import cpu_info
 from runtime.core.errors import GroundingError
 from runtime.core.io.files import check_writable, write_text
 
@@ -224,7 +225,7 @@ def _environment(job: Job) -> dict[str, str]:
 
 def about_machine(job: Job) -> dict[str, Any]:
     gpu = system_info.gpu() if job.device == "cuda" else None
-    told = f"{system_info.cpu_name()}, {system_info.cores()} cores"
+    told = f"{cpu_info.cpu_name()}, {cpu_info.cores()} cores"
     if gpu:
         told = f"{gpu.name}, driver {gpu.driver}, {told}"
     about: dict[str, Any] = {"told": f"{told},", "versions": _versions(), "gpu": gpu and dataclasses.asdict(gpu)}

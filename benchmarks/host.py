@@ -22,8 +22,8 @@ from runtime import Grounder
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import TensorRTPair, open_engine
-from runtime.benchmarking import system_info
 from runtime.benchmarking.timing import Call, Latency, take_turns, warm_up
+from runtime.core import cpu_info
 from runtime.core.cli import command
 from runtime.core.decoding import decode, likely
 from runtime.core.errors import ModelFileError
@@ -80,7 +80,7 @@ def host(
     divided = {name: np.array(found) / (batch if name == many(batch) else 1) for name, found in seconds.items()}
     report = {
         "date": date.today().isoformat(),
-        "machine": system_info.cpu_name(),
+        "machine": cpu_info.cpu_name(),
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "numpy")},
         "likely locations, mean": bench.likely,
         "ms": {name: dataclasses.asdict(Latency.of(list(found))) for name, found in divided.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command
 from runtime.core.decoding import PUBLISHED_COUNT
 from runtime.core.errors import GroundingError

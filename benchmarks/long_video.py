@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command
 from runtime.core.errors import ModelFileError
 from runtime.core.video import Video

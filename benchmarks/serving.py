@@ -28,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime import Grounder
-from runtime.benchmarking.system_info import conditions, cores
+from runtime.benchmarking.system_info import conditions
 from runtime.core.cli import command
+from runtime.core.cpu_info import cores
 from runtime.core.errors import GroundingError, PromiseBroken
 from runtime.core.io.files import check_writable, write_json
 from runtime.datasets.dataset import DataSet

@@ -20,8 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_baseline import EagerTraining, Sample
-from runtime.benchmarking.system_info import cpu_name
 from runtime.core.cli import command
+from runtime.core.cpu_info import cpu_name
 from runtime.core.errors import GroundingError
 from runtime.core.io.files import write_json
 from runtime.datasets.dataset import DataSet

@@ -16,7 +16,7 @@ from export.parity.compare_layers import Layers, compare_layers, require_polygra
 from export.parity.html_report import Table
 from export.parity.model_file import ModelFile
 from export.parity.parity_report import census_of, engine_precision, open_model, prove
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, next_command
 from runtime.core.decoding import Protocol

@@ -43,7 +43,8 @@ if sys.argv[:1] == ["-m"]:
     sys.excepthook = _quiet
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
-from runtime.backends import Backend, PairBackend, open_backend
+from runtime.backends import open_backend
+from runtime.backends.base import Backend, PairBackend
 from runtime.core.errors import GroundingError
 from runtime.core.moments import Moment, temporal_iou
 from runtime.core.presence import Presence

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.engine_metadata import read_content
 from runtime.artifacts.manifest import Manifest
-from runtime.backends import MOST_THREADS, Device, PairBackend
+from runtime.backends.base import MOST_THREADS, Device, PairBackend
 from runtime.benchmarking import system_info
 from runtime.benchmarking.report import (
     BATCH_SIZE,
@@ -39,6 +39,7 @@ from runtime.benchmarking.report import (
     draw,
 )
 from runtime.benchmarking.timing import TOLERANCE, Call, Clock, Latency, WarmUp, speed_ratio, take_turns, warm_up
+from runtime.core import cpu_info
 from runtime.core.batch import collate, padded
 from runtime.core.cli import command, next_command
 from runtime.core.decoding import PUBLISHED_COUNT, propose, suppress
@@ -501,8 +502,8 @@ class _Run:
         """Return what was found so far."""
         first = self._conditions[0]
         last = system_info.conditions("after") if interrupted else self._conditions[-1]
-        cores = system_info.cores()
-        hardware = {"cpu": system_info.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
+        cores = cpu_info.cores()
+        hardware = {"cpu": cpu_info.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
         if first.gpu:
             hardware.update(gpu=first.gpu.name, gpu_driver=first.gpu.driver)
         return Report(

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from runtime.artifacts import extractor_manifest
 from runtime.artifacts.engine_layers import census_of_file, layers_path, read_layers_file
 from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, check, read_metadata
 from runtime.backends import engine_compatibility, open_backend
@@ -22,7 +24,6 @@ from runtime.core.io.files import read_json
 from runtime.core.io.text_files import parse_json
 from runtime.doctor import gpus
 from runtime.media import extractors
-from runtime.media.extractors import ExtractorManifest
 
 
 def describe(
@@ -108,13 +109,13 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
         beside, told = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
         with contextlib.suppress(ModelFileError):
             told = read_metadata(path)
-            about = parse_json(told.get(extractors.METADATA_KEY, "null"), str(path), ModelFileError)
-        if not {METADATA_KEY, extractors.METADATA_KEY} & told.keys() and beside.is_file():
+            about = parse_json(told.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
+        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & told.keys() and beside.is_file():
             about = read_json(beside, "description of an extractor", ModelFileError)
-    if not isinstance(about, dict) or about.get("format") != extractors.FORMAT:
+    if not isinstance(about, dict) or about.get("format") != extractor_manifest.FORMAT:
         return None
     if path.suffix == ".onnx":
-        extractors.check_description({} if extractors.METADATA_KEY in told else about, path, check(path))
+        extractors.check_description({} if extractor_manifest.METADATA_KEY in told else about, path, check(path))
     return ExtractorManifest.from_dict(about, str(path)), content or about
 
 

@@ -11,7 +11,7 @@ import sys
 
 from runtime.backends.exact_int8 import saturates
 from runtime.backends.onnxruntime_backend import library
-from runtime.benchmarking import system_info
+from runtime.core import cpu_info
 from runtime.core.cli import command, next_command
 from runtime.core.errors import DeviceError
 
@@ -51,15 +51,15 @@ def doctor() -> list[Finding]:
 
 
 def _python() -> Finding:
-    cores = system_info.cores()
+    cores = cpu_info.cores()
     return Finding("this machine", True, f"Python {platform.python_version()}, {platform.machine()}, {cores} CPU cores")
 
 
 def _cpu() -> Finding:
-    features = system_info.cpu_features()
+    features = cpu_info.cpu_features()
     listed = "features unknown" if features is None else ", ".join(features) or "none of the features that matter"
     kernels = "uint8 weights: no VNNI, so sums of int8 weights would saturate" if saturates() else "int8 weights"
-    return Finding("CPU", True, f"{system_info.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
+    return Finding("CPU", True, f"{cpu_info.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
 
 
 def gpus() -> list[Finding]:

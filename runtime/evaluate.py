@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import FootageError, GroundingError, excerpt
 from runtime.core.io.files import check_writable, locked, merges_names, read_json, write_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import GroundingError
 from runtime.corpus.job import Result, ground

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.backends import Device, is_address
+from runtime.backends import is_address
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
 from runtime.core.io.files import check_report, check_writable

@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import DeviceError, GroundingError, MissingFeatures
 from runtime.core.io.files import sha256

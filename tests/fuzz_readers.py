@@ -24,8 +24,10 @@ from runtime.artifacts.engine_layers import FORMAT as LAYERS_FORMAT
 from runtime.artifacts.engine_layers import census_of_file, read_layers_file
 from runtime.artifacts.engine_metadata import FORMAT as SIDECAR_FORMAT
 from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.artifacts.onnx_metadata import read_metadata
+from runtime.backends import triton_protocol
 from runtime.backends.triton_backend import About
 from runtime.benchmarking.report import read_report
 from runtime.core.batch import Heads
@@ -46,7 +48,6 @@ from runtime.datasets.qvhighlights import FORMAT as DATASET_FORMAT
 from runtime.grounding.grounder import Grounder
 from runtime.media.extraction import FORMAT as NOTE_FORMAT
 from runtime.media.extraction import Extracted, read_note
-from runtime.media.extractors import ExtractorManifest
 from runtime.triton import front
 from tests.fuzzing import Reader
 
@@ -366,13 +367,13 @@ def _read_layers(directory: Path, path: Path) -> object:
 
 # Type and shape of each input, as the configuration of the front declares them; None is any size.
 TRITON_INPUTS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
-    front.QUERY: (object, (None, None)),
-    front.FEATURES: (np.float32, (None, None, None)),
-    front.DURATION: (np.float64, (None, 1)),
-    front.NUM_FRAMES: (np.int32, (None, 1)),
-    front.TOP_K: (np.int32, (None, 1)),
-    front.WINDOWS: (np.float64, (None, 3)),
-    front.ALWAYS_ANSWER: (np.bool_, (None, 1)),
+    triton_protocol.QUERY: (object, (None, None)),
+    triton_protocol.FEATURES: (np.float32, (None, None, None)),
+    triton_protocol.DURATION: (np.float64, (None, 1)),
+    triton_protocol.NUM_FRAMES: (np.int32, (None, 1)),
+    triton_protocol.TOP_K: (np.int32, (None, 1)),
+    triton_protocol.WINDOWS: (np.float64, (None, 3)),
+    triton_protocol.ALWAYS_ANSWER: (np.bool_, (None, 1)),
 }
 
 
@@ -394,13 +395,13 @@ def _read_triton_request(directory: Path, path: Path) -> object:
                 size not in (None, n) for size, n in zip(shape, array.shape, strict=True)
             ):
                 return None
-        texts = inputs[front.QUERY]
-        inputs[front.QUERY] = np.array(
+        texts = inputs[triton_protocol.QUERY]
+        inputs[triton_protocol.QUERY] = np.array(
             [[text.encode("utf-8", "surrogatepass") for text in row] for row in texts], object
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    if len({len(array) for array in inputs.values()}) != 1 or 0 in inputs[front.QUERY].shape:
+    if len({len(array) for array in inputs.values()}) != 1 or 0 in inputs[triton_protocol.QUERY].shape:
         return None
     model = object.__new__(front.Front)
     model.__dict__.update(

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from export.tracing.tracer import export_model
+from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
 from runtime.core.tokenizer import Vocabulary, tokenize
 from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
-from runtime.media.extractors import FORMAT, ExtractorManifest
 from runtime.media.video_file import look, stills
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film

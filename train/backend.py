@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime.artifacts.manifest import Manifest
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from train.checkpoints import checkpoint_of, opened

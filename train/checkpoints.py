@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.artifacts.extractor_manifest import FORMAT as EXTRACTOR_FORMAT
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, GroundingError, excerpt, one_line, reading
@@ -28,7 +29,6 @@ from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.presets import query_length_of
-from runtime.media.extractors import FORMAT as EXTRACTOR_FORMAT
 from train.network.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import CheckpointError, GroundingError
 from runtime.core.io.files import check_writable

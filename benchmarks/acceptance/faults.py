@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.errors import DeviceError, GroundingError
 from runtime.core.moments import Moment
 from runtime.core.video import Video

@@ -15,7 +15,7 @@ from calib.errors import CalibrationError
 from calib.graph.conv_padding import padding_inside
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check
-from runtime.backends import run_pair
+from runtime.backends.base import run_pair
 from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, for_cpu, precision_in
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, ModelFileError

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.artifacts.extractor_manifest import METADATA_KEY as EXTRACTOR_KEY
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
 from runtime.core.errors import ModelFileError
-from runtime.media.extractors import METADATA_KEY as EXTRACTOR_KEY
-from runtime.media.extractors import ExtractorManifest
 
 if TYPE_CHECKING:
     import onnx

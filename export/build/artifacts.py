@@ -16,7 +16,7 @@ from export.engine.engine_part import Part
 from export.engine.profiles import Profile, part_profiles
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import sealed
-from runtime.benchmarking.system_info import cpu
+from runtime.core.cpu_info import cpu
 from runtime.core.io.files import replace_when_whole, sha256
 
 if TYPE_CHECKING:

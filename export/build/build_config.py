@@ -18,7 +18,7 @@ from export.engine.engine_part import unrolled_path
 from export.engine.profiles import Profile, Range, Unrolling, check_ranges, profiles
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
-from runtime.backends import MOST_THREADS
+from runtime.backends.base import MOST_THREADS
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
 from runtime.core.io.files import check_file, check_writable, sha256
 

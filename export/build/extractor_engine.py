@@ -27,11 +27,12 @@ from export.engine.profiles import Profile, Range
 from export.tracing.synthetic_clips import made_up_clips
 from export.tracing.torch_check import open_session
 from runtime.artifacts.engine_metadata import read_content
+from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, sealed
 from runtime.core.cli import next_command
 from runtime.core.errors import GroundingError, PromiseBroken
 from runtime.core.io.files import Staging, locked, sha256, write_json
-from runtime.media.extractors import METADATA_KEY, Extractor, ExtractorManifest, open_extractor
+from runtime.media.extractors import Extractor, open_extractor
 
 if TYPE_CHECKING:
     import onnx

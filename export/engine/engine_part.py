@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from calib.graph.unroll_lstm import unrolled
 from export.engine.profiles import Profile, exactly
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
-from runtime.media.extractors import ExtractorManifest
 
 if TYPE_CHECKING:
     import onnx

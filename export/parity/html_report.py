@@ -50,7 +50,7 @@ def passport(
         latency: what was measured, with its conditions.
         engine: built of the second file, which is its twin; the passport is then the engine's.
         commands: what to type to see the same again.
-        cpu: the CPU that judged, of `runtime.benchmarking.system_info.cpu`.
+        cpu: the CPU that judged, of `runtime.core.cpu_info.cpu`.
         precision: name of the check of the model's precision, with the real share.
     """
     title = f"Passport of {(engine or other).path.name}"

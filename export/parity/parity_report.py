@@ -19,8 +19,8 @@ from export.parity.model_file import ModelFile, lineage
 from export.plan_parity import plan_table
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.artifacts.engine_metadata import read_sidecar
-from runtime.backends import Device
-from runtime.benchmarking.system_info import cpu
+from runtime.backends.base import Device
+from runtime.core.cpu_info import cpu
 from runtime.core.decoding import Protocol
 from runtime.core.io.files import write_json, write_text
 from runtime.core.metrics import table as recall_table
@@ -49,7 +49,7 @@ class Proof:
         layers: where the two part, if that was looked at.
         engine_precision: of an engine: `verdict` over its precision, and `reason`.
         precision: name of the check of the model's precision, with the real share, where one was made.
-        cpu: the CPU of the machine that judged, of `runtime.benchmarking.system_info.cpu`.
+        cpu: the CPU of the machine that judged, of `runtime.core.cpu_info.cpu`.
     """
 
     parity: Parity

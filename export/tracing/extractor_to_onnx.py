@@ -12,11 +12,11 @@ import torch
 from export.tracing.synthetic_clips import smooth_clips
 from export.tracing.torch_check import TOLERANCE, open_session
 from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finished, silence
+from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import sealed
 from runtime.core.cli import next_command
 from runtime.core.errors import PromiseBroken
 from runtime.core.io.files import replace_when_whole
-from runtime.media.extractors import METADATA_KEY, ExtractorManifest
 from train.checkpoints import source_hash
 from train.network.c3d import C3D, CROP, WINDOW, load_c3d
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.media.extractors import ExtractorManifest
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 
 if TYPE_CHECKING:
     pass

@@ -18,14 +18,13 @@ from export.engine.profiles import DEFAULT_BATCH, MOST_ENCODED, VIDEOS, Range
 from runtime.artifacts.engine_metadata import Sidecar, read_sidecar
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
-from runtime.backends import engine_compatibility
+from runtime.backends import engine_compatibility, triton_protocol
 from runtime.backends.onnxruntime_backend import part_beside
 from runtime.backends.tensorrt_backend import video_part
 from runtime.backends.triton_backend import FORMAT, PARAMETER, About, padded_length
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, excerpt
 from runtime.core.io.files import check_file, sha256
-from runtime.triton import front
 
 Kind = Literal["auto", "cpu", "cuda"]
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}
@@ -259,17 +258,17 @@ def _front(about: About, serving: Serving) -> Served:
         "max_batch_size": about.batch,
         "version_policy": TWO_VERSIONS,
         "input": [
-            given(front.QUERY, "TYPE_STRING", -1),
-            given(front.FEATURES, "TYPE_FP32", -1, manifest.features.dim),
-            given(front.DURATION, "TYPE_FP64", 1),
-            given(front.NUM_FRAMES, "TYPE_INT32", 1, optional=True),
-            given(front.TOP_K, "TYPE_INT32", 1, optional=True),
-            given(front.WINDOWS, "TYPE_FP64", 3, optional=True),
-            given(front.ALWAYS_ANSWER, "TYPE_BOOL", 1, optional=True),
+            given(triton_protocol.QUERY, "TYPE_STRING", -1),
+            given(triton_protocol.FEATURES, "TYPE_FP32", -1, manifest.features.dim),
+            given(triton_protocol.DURATION, "TYPE_FP64", 1),
+            given(triton_protocol.NUM_FRAMES, "TYPE_INT32", 1, optional=True),
+            given(triton_protocol.TOP_K, "TYPE_INT32", 1, optional=True),
+            given(triton_protocol.WINDOWS, "TYPE_FP64", 3, optional=True),
+            given(triton_protocol.ALWAYS_ANSWER, "TYPE_BOOL", 1, optional=True),
         ],
         "output": [
-            {"name": front.MOMENTS, "data_type": "TYPE_FP64", "dims": [-1, -1, 3]},
-            {"name": front.COUNT, "data_type": "TYPE_INT32", "dims": [-1]},
+            {"name": triton_protocol.MOMENTS, "data_type": "TYPE_FP64", "dims": [-1, -1, 3]},
+            {"name": triton_protocol.COUNT, "data_type": "TYPE_INT32", "dims": [-1]},
         ],
         "dynamic_batching": {"max_queue_delay_microseconds": round(1000 * serving.wait_ms)},
         "instance_group": [{"kind": "KIND_CPU", "count": serving.instances}],
@@ -279,7 +278,7 @@ def _front(about: About, serving: Serving) -> Served:
         },
     }
     shell = Path(runtime.triton.__file__).with_name("model.py")
-    return Served(config, {"model.py": shell, front.ABOUT_FILE: about.to_json() + "\n"})
+    return Served(config, {"model.py": shell, triton_protocol.ABOUT_FILE: about.to_json() + "\n"})
 
 
 # The front of a new version calls networks of that version; the old ones stay until it answers.

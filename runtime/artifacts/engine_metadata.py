@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.artifacts import extractor_manifest
 from runtime.artifacts.engine_layers import VERDICTS
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import ModelFileError, excerpt, printable_line
 from runtime.core.io.files import json_digest, read_json, sha256
-from runtime.media import extractors
 
 FORMAT = "drn-engine/1"
 
@@ -77,8 +77,8 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
     """Return the sidecar of a model's plan, checked; ModelFileError as of `read_content`, or if it is no model's."""
     content = read_content(plan)
-    if content["manifest"].get("format") == extractors.FORMAT:
-        raise extractors.no_model(Path(plan))
+    if content["manifest"].get("format") == extractor_manifest.FORMAT:
+        raise extractor_manifest.no_model(Path(plan))
     return Sidecar(Manifest.from_dict(content["manifest"], str(path_beside(plan))), content)
 
 

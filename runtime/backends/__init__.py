@@ -1,64 +1,17 @@
-"""What runs the network: one file per library, imported only when its kind of file is opened."""
+"""Run networks: one file for each library, imported only when its kind of file is opened."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
 
-import numpy as np
-
-from runtime.artifacts.encoded_video import EncodedVideo
-from runtime.artifacts.manifest import Manifest
-from runtime.core.batch import Batch, Heads
+from runtime.backends.base import MOST_THREADS, Backend, Device
 from runtime.core.errors import DeviceError, ModelFileError, excerpt
 from runtime.core.io.files import check_file
 
-Device = Literal["auto", "cpu", "cuda"]
-
 # Packages that `runtime` must not import offer their backend here, named after the suffix they read.
 ENTRY_POINT_GROUP = "drn.backends"
-MOST_THREADS = 1024
-
-
-class Backend(Protocol):
-    """Something that runs the network."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the model says of itself."""
-
-    def run(self, batch: Batch) -> Heads:
-        """Return the heads of every query of the batch, in its order."""
-
-
-class PairBackend(Backend, Protocol):
-    """Something that runs a network cut in two: videos are encoded once and asked often.
-
-    Its manifest is that of the query part: `part` is "query", `video_part` names the other. `run` answers as the whole
-    model would (`run_pair`).
-    """
-
-    def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
-
-    def ask(
-        self,
-        query_tokens: np.ndarray,
-        query_length: np.ndarray,
-        videos: Sequence[EncodedVideo],
-        video_index: np.ndarray,
-    ) -> Heads:
-        """Return the heads of B queries, (B, L) and (B,) int32, each about the video that `video_index`, (B,), says."""
-
-
-def run_pair(pair: PairBackend, batch: Batch) -> Heads:
-    """Return what a whole model would: for callers that hold batches of segments, and share no video."""
-    features = pair.encode(batch.segment_features)
-    videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans)]
-    return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
 
 def check_model_path(path: Path) -> None:
@@ -90,9 +43,9 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         DeviceError: the library or the device is missing.
     """
     if is_address(path):
-        from runtime.backends.triton_client import open_served
+        from runtime.backends.triton_client import connect
 
-        return open_served(path, device, threads)
+        return connect(path, device, threads)[0]
     path = Path(path)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.artifacts.onnx_metadata import sealed
-from runtime.benchmarking.system_info import cpu_features
+from runtime.core.cpu_info import cpu_features
 from runtime.core.io.protobuf import Buffer, bytes_field, fields, header, mapped, number_field, varint, varints
 
 log = logging.getLogger("drn")
@@ -105,7 +105,7 @@ def saturates(machine: str | None = None, features: Sequence[str] | None = None)
 
     Args:
         machine: its architecture, as `platform.machine` names it; this machine's when None.
-        features: of `runtime.benchmarking.system_info.cpu_features`; this machine's when `machine` is None. None where
+        features: of `runtime.core.cpu_info.cpu_features`; this machine's when `machine` is None. None where
             they are not known: an x86 CPU is then taken for one that saturates, since uint8 is exact on every CPU.
     """
     if machine is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.artifacts import extractor_manifest
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, Check, Content, check, read_metadata
@@ -26,10 +27,9 @@ from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
 from runtime.core.io.files import sha256
-from runtime.media import extractors
 
 if TYPE_CHECKING:
-    from runtime.backends import Device
+    from runtime.backends.base import Device
 
 log = logging.getLogger("drn")
 
@@ -192,8 +192,8 @@ class Session:
         self.binds = device == "cuda"
         self._process = os.getpid()
         metadata = session.get_modelmeta().custom_metadata_map
-        if extractors.METADATA_KEY in metadata:
-            raise extractors.no_model(path)
+        if extractor_manifest.METADATA_KEY in metadata:
+            raise extractor_manifest.no_model(path)
         manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
         self.manifest = dataclasses.replace(manifest, precision=precision_of_file(path, manifest.precision))
         about = manifest.training.get("precision")
@@ -392,7 +392,7 @@ class OnnxRuntimePair:
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, as the whole model would."""
-        from runtime.backends import run_pair
+        from runtime.backends.base import run_pair
 
         return run_pair(self, batch)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.engine_metadata import AboutPlan, Sidecar, path_beside, read_content, read_sidecar
+from runtime.artifacts.extractor_manifest import ExtractorManifest, ExtractorSidecar
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import asked, pieces, pieces_by_video
@@ -29,10 +30,9 @@ from runtime.backends.tensorrt_engine import OUTPUTS, SPANS, Network
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.files import json_digest
-from runtime.media.extractors import ExtractorManifest, ExtractorSidecar
 
 if TYPE_CHECKING:
-    from runtime.backends import Device
+    from runtime.backends.base import Device
 
 log = logging.getLogger("drn")
 

@@ -12,7 +12,7 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH
-from runtime.backends import run_pair
+from runtime.backends.base import run_pair
 from runtime.backends.batch_shapes import bucket, pieces, pieces_by_video
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading

@@ -9,17 +9,17 @@ import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 
-from runtime.backends import Device
+from runtime.backends import triton_protocol
+from runtime.backends.base import Device
 from runtime.backends.triton_backend import PARAMETER, About, TritonBackend, TritonPair, open_networks
 from runtime.core.errors import DeviceError, ModelFileError, ServerError, excerpt
 from runtime.core.moments import Moment
+from runtime.core.sliding_windows import Windows
 from runtime.core.video import Video
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, Subject, check_asked
-from runtime.triton import front
 
 TIMEOUT_SECONDS = 60.0
 # Where Triton listens by default.
@@ -173,60 +173,36 @@ class Connection:
         )
 
 
-class ServedGrounder(Grounder):
-    """A model behind Triton: sentences are asked of its front, and tensors of the networks behind that."""
+class ServedModel:
+    """The Triton front of a model, which answers whole queries; see `runtime.backends.base.QueryServer`."""
 
     def __init__(self, connection: Connection) -> None:
-        about = connection.about()
-        super().__init__(open_networks(about, connection.call))
         self._connection = connection
 
-    def ground_batch(
+    def ground(
         self,
-        pairs: Sequence[tuple[Subject, str]],
-        top_k: int = 5,
-        batch_size: int = BATCH_SIZE,
+        video: Video,
+        queries: Sequence[str],
+        top_k: int,
         *,
-        presence: bool = True,
-    ) -> list[list[Moment]]:
-        """Answer as a model file does, with one request for each video; see `Grounder.ground_batch`.
-
-        Raises:
-            ServerError: the server cannot be reached, or fails.
-        """
-        check_asked(pairs, top_k, batch_size)
-        if not all(isinstance(video, Video) for video, _ in pairs):
-            # The front accepts features, and no encodings.
-            return super().ground_batch(pairs, top_k, batch_size, presence=presence)
-        for query in dict.fromkeys(query for _, query in pairs):
-            # Refused, and warned of, here as there.
-            self.encode_query(query)
-        videos = {id(video): cast(Video, video) for video, _ in pairs}
-        for video in videos.values():
-            self.check_fits(video)
-        answers: list[list[Moment]] = [[] for _ in pairs]
-        for key, video in videos.items():
-            places = [index for index, (asked, _) in enumerate(pairs) if id(asked) == key]
-            found = self._ask_front(video, [pairs[index][1] for index in places], top_k, not presence)
-            for index, moments in zip(places, found):
-                answers[index] = moments
-        return answers
-
-    def _ask_front(self, video: Video, queries: Sequence[str], top_k: int, always: bool) -> Iterator[list[Moment]]:
+        windows: Windows | Literal["model"] | None,
+        always: bool,
+    ) -> Iterator[list[Moment]]:
+        """Yield the moments of each query, best first; ServerError if the server cannot be reached, or fails."""
         inputs = {
-            front.QUERY: np.array([[query.encode() for query in queries]], np.object_),
-            front.FEATURES: video.features[None].astype(np.float32, copy=False),
-            front.DURATION: np.array([[video.duration]], np.float64),
-            front.NUM_FRAMES: np.array([[video.num_frames]], np.int32),
-            front.TOP_K: np.array([[top_k]], np.int32),
-            front.ALWAYS_ANSWER: np.array([[always]]),
+            triton_protocol.QUERY: np.array([[query.encode() for query in queries]], np.object_),
+            triton_protocol.FEATURES: video.features[None].astype(np.float32, copy=False),
+            triton_protocol.DURATION: np.array([[video.duration]], np.float64),
+            triton_protocol.NUM_FRAMES: np.array([[video.num_frames]], np.int32),
+            triton_protocol.TOP_K: np.array([[top_k]], np.int32),
+            triton_protocol.ALWAYS_ANSWER: np.array([[always]]),
         }
-        if self.windows != self.manifest.windows:
-            sizes = dataclasses.astuple(self.windows) if self.windows else front.WHOLE
-            inputs[front.WINDOWS] = np.array([sizes], np.float64)
-        model = self._connection.address.model
-        found, counts = self._connection.call(model, inputs, (front.MOMENTS, front.COUNT))
-        for rows, count in zip(found[0], counts[0]):
+        if windows != "model":
+            sizes = dataclasses.astuple(windows) if windows else triton_protocol.WHOLE
+            inputs[triton_protocol.WINDOWS] = np.array([sizes], np.float64)
+        outputs = (triton_protocol.MOMENTS, triton_protocol.COUNT)
+        moments, counts = self._connection.call(self._connection.address.model, inputs, outputs)
+        for rows, count in zip(moments[0], counts[0]):
             # The front counts from the first picture.
             yield [
                 Moment(video.offset + float(start), video.offset + float(end), float(score))
@@ -234,8 +210,10 @@ class ServedGrounder(Grounder):
             ]
 
 
-def connect(address: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> ServedGrounder:
-    """Return the model at an address.
+def connect(
+    address: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
+) -> tuple[TritonBackend | TritonPair, ServedModel]:
+    """Return the networks behind the front at an address, and the front itself.
 
     Raises:
         ModelFileError: it is no address, or what is there is no front of this toolkit.
@@ -248,14 +226,8 @@ def connect(address: str | os.PathLike[str], device: Device = "auto", threads: i
             f"The server at {parsed} decides on what its networks run; leave --device and --threads out, and pass them "
             "to `python -m export.triton`."
         )
-    return ServedGrounder(Connection(parsed))
-
-
-def open_served(
-    address: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
-) -> TritonBackend | TritonPair:
-    """Return the networks behind the front at an address; see `connect`."""
-    return cast("TritonBackend | TritonPair", connect(address, device, threads).backend)
+    connection = Connection(parsed)
+    return open_networks(connection.about(), connection.call), ServedModel(connection)
 
 
 def _entries(index: Any) -> Sequence[Any]:

@@ -11,16 +11,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+
+from runtime.core.cpu_info import _lines
 
 # Libraries that a backend imports: listed where they are in use.
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
-# CPU features that decide which kernels of ONNX Runtime and torch run, by Linux's names: of x86, then of Arm.
-CPU_FEATURES = (
-    "sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8",
-    "asimd", "asimddp", "i8mm", "sve",
-)  # fmt: skip
 # Reasons for a lower clock that are no trouble: idle, and a limit that was asked for.
 HARMLESS = 0x1 | 0x2
 REASONS = {
@@ -80,39 +75,6 @@ class Conditions:
     cpu_mhz: float | None
     governor: str | None
     gpu: Gpu | None
-
-
-def cpu_name() -> str:
-    """Return the CPU's name as the system reports it."""
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_features() -> tuple[str, ...] | None:
-    """Return which of `CPU_FEATURES` this CPU has, as Linux lists them; None where the system does not list them."""
-    for line in _lines("/proc/cpuinfo"):
-        # "flags" on x86, "Features" on Arm.
-        if line.lower().startswith(("flags", "features")):
-            listed = set(line.partition(":")[2].split())
-            return tuple(name for name in CPU_FEATURES if name in listed)
-    return None
-
-
-def cpu() -> dict[str, Any]:
-    """Return name, architecture and features of this CPU, for reports; features are None where they are not known."""
-    features = cpu_features()
-    return {
-        "name": cpu_name(),
-        "architecture": platform.machine(),
-        "features": None if features is None else list(features),
-    }
-
-
-def cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -218,10 +180,3 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runtime.benchmarking.system_info import cores
+from runtime.core.cpu_info import cores
 from runtime.core.errors import DeviceError, one_line
 from runtime.core.interrupts import preserved
 from runtime.corpus.sharding import Settings, Shard

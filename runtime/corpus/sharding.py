@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from runtime.artifacts.engine_metadata import path_beside, read_sidecar
 from runtime.artifacts.onnx_metadata import external_data
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.errors import ModelFileError, OutputError, excerpt
 from runtime.core.io.files import LOCK, content_names, read_json, sha256
 from runtime.corpus.feature_sources import Listed, Source

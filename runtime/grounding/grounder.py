@@ -12,12 +12,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Union, cast
+from typing import Literal, Union, cast
 
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
-from runtime.backends import Backend, Device, PairBackend, is_address, open_backend
+from runtime.backends import is_address, open_backend
+from runtime.backends.base import Backend, Device, PairBackend, QueryServer
 from runtime.core.batch import Batch, Heads, batches, collate, of_like_length, padded
 from runtime.core.decoding import NON_FINITE, decode, likely
 from runtime.core.errors import (
@@ -32,7 +33,7 @@ from runtime.core.errors import (
 )
 from runtime.core.moments import Moment
 from runtime.core.nvtx_ranges import marked
-from runtime.core.sliding_windows import Candidates, Window, cut
+from runtime.core.sliding_windows import Candidates, Window, Windows, cut
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pooled
 
 log = logging.getLogger("drn")
@@ -62,6 +63,8 @@ class Grounder:
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
         self._encodings = _Encodings(KEPT_ENCODINGS)
+        # A server that answers whole queries; None where they are answered here.
+        self._server: QueryServer | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Grounder:
@@ -69,7 +72,10 @@ class Grounder:
         if is_address(path):
             from runtime.backends.triton_client import connect
 
-            return connect(path, device, threads)
+            backend, server = connect(path, device, threads)
+            grounder = cls(backend)
+            grounder._server = server
+            return grounder
         return cls(open_backend(path, device, threads))
 
     @property
@@ -105,6 +111,9 @@ class Grounder:
         `invalid_argument`) if `pairs` are no pairs, `top_k` is below 0, or `batch_size` is below 1.
         """
         check_asked(pairs, top_k, batch_size)
+        # A server accepts features, but no encodings.
+        if self._server is not None and all(isinstance(video, Video) for video, _ in pairs):
+            return self._ground_on_server(cast("Sequence[tuple[Video, str]]", pairs), top_k, presence)
         if len(pairs) == 1 and not self.cut(pairs[0][0]):
             return [self._ground_one(*pairs[0], top_k, presence)]
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
@@ -143,6 +152,29 @@ class Grounder:
         except ModelFileError as error:
             raise self.cause_of(error, [(video, tokens)]) from error
         return moments_of(picks[0], video)
+
+    def _ground_on_server(self, pairs: Sequence[tuple[Video, str]], top_k: int, presence: bool) -> list[list[Moment]]:
+        """Return the moments of each pair, with one request for each video.
+
+        Raises:
+            ServerError: the server cannot be reached, or fails.
+        """
+        assert self._server is not None
+        for query in dict.fromkeys(query for _, query in pairs):
+            # Check, and warn of unknown words, before anything is sent.
+            self.encode_query(query)
+        videos = {id(video): video for video, _ in pairs}
+        for video in videos.values():
+            self.check_fits(video)
+        windows: Windows | Literal["model"] | None = "model" if self.windows == self.manifest.windows else self.windows
+        answers: list[list[Moment]] = [[] for _ in pairs]
+        for key, video in videos.items():
+            indices = [index for index, (other, _) in enumerate(pairs) if id(other) == key]
+            queries = [pairs[index][1] for index in indices]
+            results = self._server.ground(video, queries, top_k, windows=windows, always=not presence)
+            for index, moments in zip(indices, results):
+                answers[index] = moments
+        return answers
 
     @marked("network")
     def _run_one(self, tokens: np.ndarray, seen: Segments | EncodedVideo) -> Heads:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.artifacts.manifest import Features
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.errors import FootageError, GroundingError
 from runtime.core.video import Origin, Video
 from runtime.datasets.dataset import DataSet

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.artifacts.extractor_manifest import Framing
 from runtime.core.errors import DeviceError, FootageError, one_line, reading
 from runtime.core.io.files import check_file
 from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MIN_FRAME_RATE, MOST_FRAMES
@@ -120,34 +121,6 @@ class Footage:
         """Raise FootageError if the file is damaged, unless what can be decoded of it is enough."""
         if self.damage and not partial:
             raise _damaged(self.path, self.damage)
-
-
-@dataclasses.dataclass(frozen=True)
-class Framing:
-    """How a frame becomes the network's picture: resized, then cut out of the middle.
-
-    Attributes:
-        resize: height and width, whatever the shape of the frame; or one number, the shorter side.
-        crop: height and width of what is cut out.
-    """
-
-    resize: tuple[int, int] | int = (128, 171)
-    crop: tuple[int, int] = (112, 112)
-
-    def __post_init__(self) -> None:
-        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-        if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
-            raise FootageError(
-                f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
-                f"{self.resize} and {self.crop} were given."
-            )
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width after the resizing of a frame of this size."""
-        if not isinstance(self.resize, int):
-            return self.resize
-        shorter = min(height, width)
-        return round(height * self.resize / shorter), round(width * self.resize / shorter)
 
 
 class Picture:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.errors import GroundingError, QueryError
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet

@@ -21,7 +21,7 @@ from typing import IO
 
 import numpy as np
 
-from runtime.backends import Device
+from runtime.backends.base import Device
 from runtime.core.errors import FeatureError, OutputError, one_line
 from runtime.core.io.array_files import open_archive, read_header
 from runtime.core.io.files import content_stamp, file_stamp, locked

@@ -22,6 +22,19 @@ import numpy as np
 
 from runtime.artifacts.onnx_metadata import MISMATCH
 from runtime.backends.triton_backend import About, open_networks
+from runtime.backends.triton_protocol import (
+    ABOUT_FILE,
+    ALWAYS_ANSWER,
+    COUNT,
+    DURATION,
+    FEATURES,
+    MOMENTS,
+    NUM_FRAMES,
+    QUERY,
+    TOP_K,
+    WHOLE,
+    WINDOWS,
+)
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, ServerError
 from runtime.core.io.files import sha256
 from runtime.core.io.text_files import read_text
@@ -30,16 +43,11 @@ from runtime.core.sliding_windows import Windows
 from runtime.core.video import Origin, Video
 from runtime.grounding.grounder import Grounder, Subject
 
-ABOUT_FILE = "about.json"
-QUERY, FEATURES, DURATION = "QUERY", "FEATURES", "DURATION"
-NUM_FRAMES, TOP_K, WINDOWS, ALWAYS_ANSWER = "NUM_FRAMES", "TOP_K", "WINDOWS", "ALWAYS_ANSWER"
-MOMENTS, COUNT = "MOMENTS", "COUNT"
 DEFAULT_TOP_K = 5
 # Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
 KEPT_BYTES = 256 << 20
 # How long the first request waits for networks that are still being loaded.
 LOAD_SECONDS = 60.0
-WHOLE = (0.0, 0.0, 0.0)
 """WINDOWS that ask for videos to be grounded whole."""
 
 

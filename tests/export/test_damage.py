@@ -14,11 +14,11 @@ import pytest
 
 from calib.calibrate import measure_table
 from calib.calibration_set import draw
+from calib.graph import source_graph
 from calib.graph.half_precision import to_half
 from calib.graph.onnx_graph import load_graph, manifest_of, read_graph
 from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_pair
 from calib.qdq_quantizer import Policy, quantize
-from export.build import artifacts
 from export.parity import compare_layers
 from export.seal import seal_model
 from export.to_onnx import to_onnx
@@ -123,7 +123,7 @@ def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "read", [load_graph, read_graph, compare_layers.load_graph, artifacts.manifest_in, check, describe]
+    "read", [load_graph, read_graph, compare_layers.load_graph, source_graph.manifest_in, check, describe]
 )
 def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)

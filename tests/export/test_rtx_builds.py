@@ -21,8 +21,8 @@ from calib.qdq_quantizer import NEWEST_OPSET, Policy, balanced, observed, quanti
 from calib.range_estimation import measure
 from export.tracing.extractor_to_onnx import export_c3d
 from export.tracing.tracer import OLDEST_OPSET
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core.batch import Batch
-from runtime.media.extractors import ExtractorManifest
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.narrow_c3d import lively as narrow_c3d
 from tests.export.rtx import build_with_rtx

@@ -17,7 +17,8 @@ from export.to_onnx import to_onnx
 from export.tracing.torch_check import check_pair_against_torch, relative_difference
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.backends import open_backend, run_pair
+from runtime.backends import open_backend
+from runtime.backends.base import run_pair
 from runtime.backends.onnxruntime_backend import LEAST_PREPARED, OnnxRuntimePair
 from runtime.core.batch import Batch
 from runtime.core.errors import ModelFileError, OutputError, PromiseBroken, ShapeError

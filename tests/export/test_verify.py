@@ -31,8 +31,8 @@ from export.verify import verify
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.benchmarking.report import ONE_QUERY, Case, Memory, Report, Subject, Timing
-from runtime.benchmarking.system_info import cpu
 from runtime.benchmarking.timing import Latency
+from runtime.core.cpu_info import cpu
 from runtime.core.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.core.io.files import sha256, write_json
 from runtime.core.moments import Moment

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.media.extractors import FORMAT, METADATA_KEY, ExtractorManifest
+from runtime.artifacts.extractor_manifest import FORMAT, METADATA_KEY, ExtractorManifest
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
 

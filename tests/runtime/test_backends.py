@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from runtime.artifacts.manifest import METADATA_KEY
-from runtime.backends import Device, open_backend
+from runtime.backends import open_backend
+from runtime.backends.base import Device
 from runtime.backends.onnxruntime_backend import library
 from runtime.core.batch import Batch
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory

@@ -92,7 +92,7 @@ def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pyte
 def test_cpu_is_shown_with_what_decides_on_int8(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, shown: str
 ) -> None:
-    monkeypatch.setattr(module.machine, "cpu_features", lambda: features)
+    monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: features)
     monkeypatch.setattr(exact_int8, "cpu_features", lambda: features)
     monkeypatch.setattr(exact_int8.platform, "machine", lambda: "x86_64")
     finding = findings()["CPU"]

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime.backends import exact_int8
 from runtime.backends.exact_int8 import for_cpu, read_contents, saturates, source_for_cpu, unsigned
 from runtime.backends.onnxruntime_backend import start
-from runtime.benchmarking import system_info
+from runtime.core import cpu_info
 
 # Features of CPUs, by Linux's names.
 CPUS = {
@@ -116,7 +116,7 @@ def test_x86_of_unknown_features_gets_the_form_that_is_always_exact() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_kernels_of_this_machine_saturate_as_its_features_say(rows: int) -> None:
-    if system_info.cpu_features() is None:
+    if cpu_info.cpu_features() is None:
         pytest.skip("the system does not list the features of this CPU")
     data, weights = numbers(rows)
     expected = saturating(as_data(data), weights) - 128 * weights.astype(np.int64).sum(0)

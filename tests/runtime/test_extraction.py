@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.artifacts.extractor_manifest import Framing
 from runtime.core.errors import FootageError, GroundingError
 from runtime.core.video import load_features
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
@@ -30,7 +31,7 @@ from runtime.media import extraction
 from runtime.media import video_file as footage_module
 from runtime.media.extraction import cached_video
 from runtime.media.extractors import ClipExtractor, open_extractor
-from runtime.media.video_file import Framing, look, pictures
+from runtime.media.video_file import look, pictures
 from tests.films import film, sound_only, truncated
 from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import FeatureError, ModelFileError
-from runtime.media.extractors import FORMAT, ClipExtractor, ExtractorManifest, ImageExtractor, open_extractor
+from runtime.media.extractors import ClipExtractor, ImageExtractor, open_extractor
 from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.artifacts.extractor_manifest import Framing
 from runtime.core.errors import DeviceError, FootageError
 from runtime.core.video import ClipClock
 from runtime.infer import infer
 from runtime.media import video_file as footage_module
 from runtime.media.clip_writer import cut
-from runtime.media.video_file import Framing, Picture, check_one_file, clips, look, offset_of, pictures, stills
+from runtime.media.video_file import Picture, check_one_file, clips, look, offset_of, pictures, stills
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 
 AS_IT_IS = Framing((48, 64), (48, 64))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Moment, Video
-from runtime.backends import Backend
+from runtime.backends.base import Backend
 from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError

@@ -16,6 +16,7 @@ from runtime.benchmarking.system_info import (
     throttle_reasons,
     throttling,
 )
+from runtime.core import cpu_info
 
 LINE = "NVIDIA H100 80GB HBM3, 575.57, 1980, 1980, 31, 113.27, 1024, 81559, 0x0000000000000044"
 
@@ -71,8 +72,8 @@ def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch)
 def test_cpu_features_are_those_linux_lists(
     lines: list[str], features: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(system_info, "_lines", lambda path: lines)
-    assert system_info.cpu_features() == features
+    monkeypatch.setattr(cpu_info, "_lines", lambda path: lines)
+    assert cpu_info.cpu_features() == features
 
 
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +104,5 @@ def test_a_machine_is_busy_where_others_leave_too_little(
 def test_this_process_has_memory_and_versions() -> None:
     assert system_info.peak_rss_bytes() > 10 * 2**20
     assert {"python", "numpy", "drn-deploy"} <= set(system_info.versions())
-    assert system_info.cores() >= 1
-    assert system_info.cpu_name()
+    assert cpu_info.cores() >= 1
+    assert cpu_info.cpu_name()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import EncodedVideo, EncodedWindows, Grounder, Moment, Video, Windows
-from runtime.backends import Backend
+from runtime.backends.base import Backend
 from runtime.core import video as videos_module
 from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import HARD_NMS_MARGIN, Decoding

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
 from runtime.core.errors import CheckpointError, excerpt, one_line
 from runtime.core.io import torch_reader
-from runtime.media.extractors import FORMAT, ExtractorManifest
 from train.checkpoints import load, save
 
 WINDOW, STRIDE = 16, 8

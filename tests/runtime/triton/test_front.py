@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from runtime import Grounder, Moment, Video
+from runtime.backends import triton_protocol
 from runtime.core.errors import ModelFileError
 from runtime.triton import front
 from tests import tolerances
@@ -103,7 +104,7 @@ def test_a_long_video_is_cut_as_the_model_tells_or_as_is_asked(server: Server, d
     whole = Grounder(direct.backend)
     whole.windows = None
     assert long.duration > 60
-    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(front.WHOLE))])
+    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(triton_protocol.WHOLE))])
     assert_alike(moments(cut), [direct.ground(long, query) for query in QUERIES])
     assert_alike(moments(uncut), [whole.ground(long, query) for query in QUERIES])
     assert moments(cut) != moments(uncut)

@@ -1,0 +1,158 @@
+"""Read and check the manifest of a feature extractor, in an ONNX file or beside an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.artifacts.manifest import Features
+from runtime.core.errors import (
+    FeatureError,
+    FootageError,
+    GroundingError,
+    ModelFileError,
+    excerpt,
+    reading,
+)
+from runtime.datasets.validation import is_number
+
+FORMAT = "drn-extractor/1"
+
+
+METADATA_KEY = "drn.extractor"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorManifest:
+    """What an extractor says of itself, under the metadata key "drn.extractor" or in NAME.onnx.json beside it.
+
+    Attributes:
+        kind: its name, for people: C3D, CLIP.
+        dim: D, channels of a feature.
+        window, stride: frames that a clip sees, frames from clip to clip.
+        resize: height and width of a frame before the crop, or its shorter side.
+        crop: height and width of the network's picture.
+        mean, std: of red, green and blue; taken off and divided by. A network of clips does so itself.
+        white: what value stands for white in `mean` and `std`: 255, or 1 for most image encoders.
+        sources: what the file was made of: name to SHA-256.
+        precision: of its weights and arithmetic: fp32, fp16, bf16.
+    """
+
+    kind: str
+    dim: int
+    window: int
+    stride: int
+    resize: tuple[int, int] | int
+    crop: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    white: float = 255.0
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", tuple(self.resize))
+        counts = (self.dim, self.window, self.stride)
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ModelFileError(f"An extractor's dim, window and stride are 1 or more, and {counts} were given.")
+        if not all(map(is_number, (*self.mean, *self.std, self.white))):
+            raise ModelFileError("An extractor's mean, std and white are numbers; correct its description.")
+        if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
+            raise ModelFileError(
+                f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
+                f"and {self.white} were given."
+            )
+        try:
+            _ = self.framing
+        except GroundingError as error:
+            raise ModelFileError(str(error)) from error
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.resize, self.crop)
+
+    @property
+    def part(self) -> str:
+        """What goes into a plan of it; see `runtime.backends.batch_shapes.AXES`."""
+        return "clips"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
+        """Read a manifest; `source` names it in the ModelFileError that says what is wrong with it."""
+        found = value.get("format") if isinstance(value, Mapping) else None
+        if found != FORMAT:
+            raise ModelFileError(
+                f"{source} is of format {excerpt(found)} and extractors of this version are {FORMAT!r}; export it "
+                "again."
+            )
+        with reading(source, "the description of an extractor", ModelFileError, "see docs/your-own-video.md"):
+            # The digest is checked where the file is opened (`runtime.artifacts.onnx_metadata`).
+            return cls(**{name: item for name, item in value.items() if name not in ("format", "digest")})
+
+    def check_fits(self, features: Features) -> None:
+        """Raise FeatureError unless a model that takes `features` can take this extractor's."""
+        if self.dim != features.dim:
+            raise FeatureError(
+                f"The extractor gives features of {self.dim} channels and the model takes {features.dim} "
+                f"({features.kind}); give the extractor that the model was trained with."
+            )
+        if (self.window, self.stride) != (features.window, features.stride):
+            raise FeatureError(
+                f"The extractor's clips see {self.window} frames and start every {self.stride}, and the model was "
+                f"trained with {features.window} and {features.stride}; give the extractor that it was trained with."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractorSidecar:
+    """What the sidecar of an extractor's plan says: its manifest, and everything else."""
+
+    manifest: ExtractorManifest
+    content: Mapping[str, Any]
+
+
+def no_model(path: Path) -> ModelFileError:
+    """Return what is wrong where an extractor was given as a model."""
+    return ModelFileError(
+        f"{path} makes clip features and grounds no sentence; give it as --extractor, and a DRN as --model."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How a frame becomes the network's picture: resized, then cut out of the middle.
+
+    Attributes:
+        resize: height and width, whatever the shape of the frame; or one number, the shorter side.
+        crop: height and width of what is cut out.
+    """
+
+    resize: tuple[int, int] | int = (128, 171)
+    crop: tuple[int, int] = (112, 112)
+
+    def __post_init__(self) -> None:
+        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
+            raise FootageError(
+                f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
+                f"{self.resize} and {self.crop} were given."
+            )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width after the resizing of a frame of this size."""
+        if not isinstance(self.resize, int):
+            return self.resize
+        shorter = min(height, width)
+        return round(height * self.resize / shorter), round(width * self.resize / shorter)
