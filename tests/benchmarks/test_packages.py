@@ -88,15 +88,15 @@ def no_program(packages: Path) -> None:
 # What may be wrong with a directory, and the code of the error.
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no wheels": (no_wheels, "no_wheels"),
-    "a wheel that is cut": (cut_wheel, "damaged_wheel"),
+    "a wheel that is cut": (cut_wheel, "damaged_file"),
     "a wheel that is changed": (changed_wheel, "damaged_wheel"),
     "no chunk": (no_chunk, "missing_chunk"),
     "a changed chunk": (damaged_chunk, "damaged_chunk"),
     "a chunk that is cut": (cut_chunk, "damaged_chunk"),
     "an empty chunk": (empty_chunk, "damaged_chunk"),
-    "no manifest": (no_manifest, "invalid_manifest"),
+    "no manifest": (no_manifest, "missing_file"),
     "no program": (no_program, "invalid_manifest"),
-    "a manifest that is cut": (manifest('{"chunks": {'), "invalid_manifest"),
+    "a manifest that is cut": (manifest('{"chunks": {'), "invalid_json"),
     "a manifest of another kind": (manifest("[1, 2]"), "invalid_manifest"),
     "a manifest without hashes": (manifest('{"chunks": {"chunk_000.bin": 1}, "use": ""}'), "invalid_manifest"),
     "a manifest without chunks": (manifest('{"chunks": {}, "use": ""}'), "invalid_manifest"),
