@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.core.errors import FeatureError, excerpt, reading
+from runtime.core.errors import FeatureError, OutputError, check_argument, check_path, excerpt, reading
 from runtime.core.io.array_files import read_archive
 from runtime.core.io.files import check_file, json_digest, replace_when_whole
 from runtime.core.io.text_files import parse_json
@@ -53,6 +54,12 @@ class EncodedVideo:
 
     def __post_init__(self) -> None:
         features, spans = self.features, self.spans
+        for name in ("features", "spans"):
+            check_argument(name, getattr(self, name), np.ndarray, "an array", FeatureError)
+        for name in ("duration", "offset"):
+            check_argument(name, getattr(self, name), numbers.Real, "a number of seconds", FeatureError)
+        for name in ("name", "model", "key"):
+            check_argument(name, getattr(self, name), str, "a text", FeatureError)
         if features.ndim != 2 or features.dtype.kind != "f" or spans.shape != (features.shape[1], 2):
             raise FeatureError(
                 f"An encoding of {self.name} holds floats of shape (D, T) and spans of shape (T, 2), and "
@@ -121,6 +128,7 @@ class EncodedWindows:
 
 
 def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
+    check_path(path, OutputError)
     # The keys stand for the arrays; this digest stands for the rest.
     about = {**about, "digest": json_digest(about)}
     with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
@@ -129,6 +137,7 @@ def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndar
 
 def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndarray], Read]) -> Read:
     """Return what `read` makes of a file's facts, features and spans."""
+    check_path(path, FeatureError)
     path = Path(path)
     check_file(path, "The encoding", FeatureError)
     with reading(path, "an encoding that drn-deploy saved", FeatureError, "encode the video again"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import numbers
 import os
 from pathlib import Path
 
 from runtime.backends.base import MOST_THREADS, Backend, Device
-from runtime.core.errors import DeviceError, ModelFileError, excerpt
+from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_path, excerpt
 from runtime.core.io.files import check_file
 
 # Packages that `runtime` must not import offer their backend here, named after the suffix they read.
@@ -23,6 +24,7 @@ def check_model_path(path: Path) -> None:
 
 def is_address(path: str | os.PathLike[str]) -> bool:
     """Whether this is the address of a model behind Triton, `triton://host:port/model`, and not a file."""
+    check_path(path, ModelFileError)
     return os.fspath(path).startswith(("triton:/", "triton+"))
 
 
@@ -47,6 +49,10 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
 
         return connect(path, device, threads)[0]
     path = Path(path)
+    if not isinstance(device, str) or device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.")
+    if threads is not None:
+        check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
     check_model_path(path)

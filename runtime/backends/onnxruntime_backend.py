@@ -113,7 +113,7 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
     available = ort.get_available_providers()
     if device == "auto":
         device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
-    if PROVIDERS[device] not in available:
+    if PROVIDERS.get(device) not in available:
         raise DeviceError(
             f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
             f"{', '.join(available)}; "

@@ -144,6 +144,38 @@ class PromiseBroken(_CodedError):
     code = "check_failed"
 
 
+def check_argument(
+    name: str,
+    value: object,
+    types: type | tuple[type, ...],
+    expected: str,
+    error: type[GroundingError] = GroundingError,
+) -> None:
+    """Raise `error` (code `invalid_argument`) unless an argument of a public function has the right type.
+
+    Args:
+        name: of the argument.
+        value: as the caller gave it; a bool is no number.
+        types: of which it may be an instance.
+        expected: what it should be, with its article.
+        error: the class to raise.
+    """
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        raise error(
+            f"Expected {expected} for {name}, got {excerpt(value)} ({type(value).__name__}). Correct the argument.",
+            code="invalid_argument",
+        )
+
+
+def check_path(path: object, error: type[GroundingError] = GroundingError) -> None:
+    """Raise `error` (code `invalid_argument`) unless the argument `path` is a text or an `os.PathLike`."""
+    check_argument("path", path, (str, os.PathLike), "a path", error)
+    if "\0" in str(path):
+        raise error(
+            f"Expected a path, got {excerpt(path)} with a null character. Correct the path.", code="invalid_argument"
+        )
+
+
 def bounded(message: str) -> str:
     """Return a message of at most 4000 characters, in which no path or number takes more than 300.
 

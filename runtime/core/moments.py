@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from runtime.core.errors import GroundingError, excerpt
+
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
@@ -32,9 +34,20 @@ def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Returns:
         (..., N, M) ratios in [0, 1], in the dtype of the arguments; 0 for spans that only touch, are empty, end
         before they start or hold NaN.
+
+    Raises:
+        GroundingError: `a` or `b` is no such array (code `invalid_argument`).
     """
-    start_a, end_a = a[..., :, None, 0], a[..., :, None, 1]
-    start_b, end_b = b[..., None, :, 0], b[..., None, :, 1]
+    try:
+        start_a, end_a = a[..., :, None, 0], a[..., :, None, 1]
+        start_b, end_b = b[..., None, :, 0], b[..., None, :, 1]
+    # Not looked at before: metrics call this for each of many queries.
+    except (IndexError, TypeError) as error:
+        raise GroundingError(
+            f"Expected arrays of shape (..., N, 2) for a and b, got {excerpt(a)} and {excerpt(b)}. Give NumPy arrays "
+            "of starts and ends.",
+            code="invalid_argument",
+        ) from error
     overlap = np.minimum(end_a, end_b)
     overlap -= np.maximum(start_a, start_b)
     hull = np.maximum(end_a, end_b)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import GroundingError, ModelFileError
+from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
 
 BALANCED = "balanced accuracy"
 
@@ -52,7 +52,13 @@ class Presence:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Presence:
-        return cls(**value)
+        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ModelFileError(
+                f"Expected what `to_dict` returns: {one_line(error)}. Export the model again."
+            ) from error
 
 
 def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None) -> Presence:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.decoding import Decoding, Proposals, suppress
-from runtime.core.errors import GroundingError, ModelFileError
+from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
 from runtime.core.video import LONGEST_SECONDS, ClipClock
 
 # Of the training videos' and the training moments' durations.
@@ -34,7 +34,7 @@ class Windows:
     def __post_init__(self) -> None:
         sizes = (self.longest, self.length, self.overlap)
         if not all(isinstance(size, (int, float)) for size in sizes) or not (
-            0 <= self.overlap <= self.length / 2 and 0 < self.length <= self.longest <= LONGEST_SECONDS
+            0 < self.length <= self.longest <= LONGEST_SECONDS and 0 <= self.overlap <= self.length / 2
         ):
             raise ModelFileError(
                 f"Windows of {self.length} s that share {self.overlap} s, for videos above {self.longest} s, cannot be "
@@ -55,7 +55,13 @@ class Windows:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Windows:
-        return cls(**value)
+        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ModelFileError(
+                f"Expected what `to_dict` returns: {one_line(error)}. Export the model again."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from runtime.core.errors import ModelFileError, QueryError, excerpt
+from runtime.core.errors import ModelFileError, QueryError, check_argument, excerpt
 
 log = logging.getLogger("drn")
 
@@ -64,7 +64,7 @@ class Vocabulary:
             raise ModelFileError(
                 f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not."
             )
-        if unknown not in ("skip", "zero", "error"):
+        if not isinstance(unknown, str) or unknown not in ("skip", "zero", "error"):
             raise ModelFileError(
                 f"Unknown words are treated by skip, zero or error, and {excerpt(unknown)} was asked for."
             )
@@ -144,6 +144,7 @@ class Vocabulary:
 
     def near(self, word: str) -> list[str]:
         """Return the known words that are spelled most like `word`, at most three, the nearest first."""
+        check_argument("word", word, str, "a text", QueryError)
         word = word.lower()[:LONGEST_NEAR]
         alike = [known for known in self.words if abs(len(known) - len(word)) <= 2 and known not in STOP_WORDS]
         return difflib.get_close_matches(word, alike, NEAR_WORDS, 0.6)
@@ -164,6 +165,9 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
+        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
+        if missing := {"words", "unknown"} - value.keys():
+            raise ModelFileError(f"A vocabulary lacks {' and '.join(sorted(missing))}; export the model again.")
         return cls(value["words"], value["unknown"])
 
 
@@ -185,6 +189,7 @@ def tokenize(sentence: str) -> list[str]:
     Source: the published code calls nltk.word_tokenize; without the sentence splitter, which needs data to be
     downloaded, the result is equal on all 16,128 Charades-STA sentences.
     """
+    check_argument("sentence", sentence, str, "a text", QueryError)
     text = sentence.replace(".", "")
     # Nothing for the tokenizer's thirty patterns to find: they split at signs, and a few words.
     if PLAIN.fullmatch(text) and TAKEN_APART.isdisjoint(text.lower().split()):

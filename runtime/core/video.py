@@ -12,7 +12,15 @@ from typing import Literal, cast
 
 import numpy as np
 
-from runtime.core.errors import CheckpointError, FeatureError, GroundingError, excerpt, reading
+from runtime.core.errors import (
+    CheckpointError,
+    FeatureError,
+    GroundingError,
+    check_argument,
+    check_path,
+    excerpt,
+    reading,
+)
 from runtime.core.io.array_files import load_array, read_archive
 from runtime.core.io.files import check_file
 
@@ -179,6 +187,8 @@ class Video:
     )
 
     def __post_init__(self) -> None:
+        check_argument("name", self.name, str, "a text", FeatureError)
+        check_argument("origin", self.origin, Origin, "an Origin", FeatureError)
         check_features(self.features, self.name)
         for field in ("duration", "offset", "num_frames"):
             _check_number(field, getattr(self, field), self.name)
@@ -225,11 +235,14 @@ class Video:
         Raises:
             FeatureError: the file is missing, is not such an array, or holds values that are not finite.
         """
+        check_path(path, FeatureError)
+        clock = ClipClock() if clock is None else clock
+        check_argument("clock", clock, ClipClock, "a ClipClock", FeatureError)
         path = Path(path)
         features = load_features(path)
-        counted = (clock or ClipClock()) if num_frames is None else None
+        counted = clock if num_frames is None else None
         if num_frames is None:
-            num_frames = (clock or ClipClock()).num_frames(len(features))
+            num_frames = clock.num_frames(len(features))
         return cls(features, num_frames, duration, name or path.stem, origin or Origin(), counted)
 
     def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipClock | None = None) -> Segments:
@@ -249,8 +262,18 @@ class Video:
 
         Source: CharadesSTADataset in mmaction2; CharadesSTA and its proposal file in the authors' code.
         """
-        key = (num_segments, pooling, clock or ClipClock())
-        if key not in self._segments:
+        key = (num_segments, pooling, ClipClock() if clock is None else clock)
+        try:
+            found = self._segments.get(key)
+        except TypeError:
+            found = None  # An argument that cannot be hashed has the wrong type.
+        if found is None:
+            check_argument("num_segments", num_segments, numbers.Integral, "a number of segments", FeatureError)
+            check_argument("pooling", pooling, str, "a rule of pooling", FeatureError)
+            if not 1 <= num_segments <= MOST_FRAMES:
+                raise FeatureError(
+                    f"A video has 1 to {MOST_FRAMES} segments, and {excerpt(num_segments)} were asked for."
+                )
             self.check(key[2])
             self._segments[key] = pooled(self.features, self.num_frames, *key)
         return self._segments[key]
@@ -260,6 +283,7 @@ class Video:
 
         See `Origin.check` and `check_varies`. Frames that were counted from the clips cannot contradict them.
         """
+        check_argument("clock", clock, ClipClock, "a ClipClock", FeatureError)
         if self.counted is None:
             self.origin.check(self.name, len(self.features), self.num_frames, clock)
         else:

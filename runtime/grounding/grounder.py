@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import numbers
 import os
 import threading
 import weakref
@@ -28,6 +29,7 @@ from runtime.core.errors import (
     ModelFileError,
     QueryError,
     ShapeError,
+    check_argument,
     excerpt,
     printable_line,
 )
@@ -59,6 +61,10 @@ class Grounder:
     """
 
     def __init__(self, backend: Backend) -> None:
+        if not hasattr(backend, "manifest"):
+            raise ModelFileError(
+                f"Expected a backend, got {_kind(backend)}. Open a model with Grounder.load.", code="invalid_argument"
+            )
         self.backend = backend
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
@@ -315,6 +321,10 @@ class Grounder:
             DeviceMemoryError: the device has no memory for all of them; those done before stay.
             DeviceError: the model was closed, or the device failed.
         """
+        for name, given in (("batches", batches), ("lengths", lengths)):
+            check_argument(name, given, Sequence, "a list of integers", ShapeError)
+            for size in given:
+                check_argument(name, size, numbers.Integral, "integers", ShapeError)
         longest = self.manifest.max_query_length
         if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > longest:
             raise ShapeError(
@@ -465,6 +475,7 @@ class Grounder:
 
     def check_fits(self, video: Video) -> None:
         """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""
+        check_argument("video", video, Video, "a Video", FeatureError)
         self.check_width(video)
         video.check(self.manifest.features.clock)
 
