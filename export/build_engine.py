@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calib.graph.source_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
 from export.build.artifacts import Made, counted_text, cut_parts, whole_part
-from export.build.build_config import Job, check_modules, source_graph
+from export.build.build_config import Job, check_modules, known_graph, source_graph
 from export.build.extractor_engine import PROMISES, build_extractor, extractor_of
 from export.build.parity_check import Court
 from export.build.reduced_precision import Precision, Wishes, make_twin
@@ -27,6 +27,7 @@ from runtime.core.errors import DeviceError, GroundingError, ModelFileError, Pro
 from runtime.core.io.files import Staging, locked
 from runtime.core.repeat_filter import said_once
 from runtime.datasets.dataset import DataSet
+from runtime.datasets.presets import query_length_of
 from runtime.grounding.evaluation import askable_rows
 
 if TYPE_CHECKING:
@@ -171,6 +172,12 @@ def build_engine(
         short = unrolling(unroll, chosen, shapes[0].query_length[2], about, data_set, parity_split)
         job = _with_short(job, short, table, plan, timing_cache)
     if dry_run:
+        longest = query_length[2] if query_length else 0
+        if not short:
+            short = unrolling(unroll, chosen, longest or query_length_of({})[2], None, data_set, parity_split)
+        graph = known_graph(job, longest) if short.steps else None
+        short = _writable_out(short, graph) if graph else short
+        job = _with_short(job, short, table, plan, timing_cache)
         print(job.describe(why, shapes, options, calib_samples if table is None else None, unrolling=short))
         return job.output
     log.info("Target %s: %s", chosen, why)

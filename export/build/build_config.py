@@ -316,12 +316,29 @@ def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
     from train.checkpoints import load_checkpoint
 
     longest = max(longest, load_checkpoint(job.checkpoint).longest_query)
-    if job.source.exists() and read_source(job.source)[1].max_query_length >= longest:
+    if fits(job.source, longest):
         log.info("%s was exported from this %s already.", job.source, job.checkpoint.name)
         return job.source
     from export.to_onnx import to_onnx
 
     return to_onnx(job.checkpoint, job.source, max_query_length=longest)
+
+
+def fits(source: Path, longest: int) -> bool:
+    """Return whether an exported graph is there that takes queries of `longest` tokens."""
+    return source.exists() and read_source(source)[1].max_query_length >= longest
+
+
+def known_graph(job: Job, longest: int) -> onnx.ModelProto | None:
+    """Return the FP32 graph that `source_graph` returns, where it is there before any work; None where it is not."""
+    if job.kind == "published":
+        return None
+    if job.kind == "checkpoint":
+        from train.checkpoints import load_checkpoint
+
+        if not fits(job.source, max(longest, load_checkpoint(job.checkpoint).longest_query)):
+            return None
+    return read_source(job.source)[0]
 
 
 def check_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:

@@ -154,7 +154,7 @@ def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
 
 
 def unrolling(
-    requested: Sequence[int], target: str, longest: int, manifest: Manifest, data: DataSet | None, split: str
+    requested: Sequence[int], target: str, longest: int, manifest: Manifest | None, data: DataSet | None, split: str
 ) -> Unrolling:
     """Return the query lengths for which plans with a written-out LSTM are built besides the engine.
 
@@ -165,7 +165,7 @@ def unrolling(
         requested: of `check_unroll`; (0,) for none, empty for the default.
         target: tensorrt, tensorrt-rtx or onnxruntime.
         longest: tokens of the longest query of the engine.
-        manifest: of the model.
+        manifest: of the model; None of a published checkpoint that is not converted yet, which names no data set.
         data: the data set of `--data`.
         split: whose queries count if the data set has no training split.
 
@@ -184,15 +184,24 @@ def unrolling(
         return Unrolling(tuple(requested), "--unroll")
     if target != "tensorrt":
         return Unrolling((), f"the default for {target}", automatic=True)
-    quantiles = (data and _data_quantiles(data, split, manifest)) or length_quantiles_of(manifest.training)
+    if data and manifest is None:
+        path = data.annotations_path(_counted_split(data, split))
+        reason = f"90 % and 99 % quantiles of the queries of {path}, known once the checkpoint is converted"
+        return Unrolling((), reason, automatic=True)
+    training = manifest.training if manifest else {}
+    quantiles = (data and manifest and _data_quantiles(data, split, manifest)) or length_quantiles_of(training)
     if quantiles is None:
-        title = manifest.training.get("data_set")
+        title = training.get("data_set")
         reason = f"the query lengths of {title} are unknown; give --data, or lengths with --unroll"
         return Unrolling((), reason, automatic=True)
     lengths, source = quantiles
     steps = tuple(sorted({length for length in lengths if 1 <= length < longest}))
     # "90 % and 99 % quantiles" names both, also where they are equal or the engine is too short for one.
-    return Unrolling(steps, f"90 % ({lengths[0]}) and 99 % ({lengths[1]}) quantiles of {source}", automatic=True)
+    reason = f"90 % ({lengths[0]}) and 99 % ({lengths[1]}) quantiles of {source}"
+    others = sorted(set(lengths) - set(steps))
+    if others:
+        reason += f"; no plan for {' and '.join(map(str, others))}, as the longest query of the engine has {longest}"
+    return Unrolling(steps, reason, automatic=True)
 
 
 def _data_quantiles(data: DataSet, split: str, manifest: Manifest) -> tuple[tuple[int, int], str] | None:
@@ -200,7 +209,7 @@ def _data_quantiles(data: DataSet, split: str, manifest: Manifest) -> tuple[tupl
 
     Of the training split, or of `split` where there is none.
     """
-    split = "train" if "train" in data.splits else split
+    split = _counted_split(data, split)
     unheard: Counter[str] = Counter()
     lengths = []
     for annotation in data.annotations(split, invalid="keep", quiet=True):
@@ -210,6 +219,11 @@ def _data_quantiles(data: DataSet, split: str, manifest: Manifest) -> tuple[tupl
     if not lengths:
         return None
     return length_quantiles(lengths), f"{len(lengths)} queries of {data.annotations_path(split)}"
+
+
+def _counted_split(data: DataSet, split: str) -> str:
+    """Return the split whose queries are counted: the training split, or `split` where there is none."""
+    return "train" if "train" in data.splits else split
 
 
 def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:

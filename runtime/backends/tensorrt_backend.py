@@ -367,6 +367,11 @@ class _Grounding(_Model):
         """Return what each plan that answers queries was used for, the plan for the shortest queries first."""
         return [PlanUse(network.path.name, network.query_length[2], network.rows_answered) for network in self._plans]
 
+    @property
+    def first_lengths(self) -> list[int]:
+        """Tokens of the shortest query that each plan answers, ascending: with these lengths no plan is left out."""
+        return [1, *(network.query_length[2] + 1 for network in self._plans[:-1])]
+
     @contextlib.contextmanager
     def only(self, plan: str) -> Iterator[None]:
         """Let one plan answer every query, so that it can be checked alone; for one thread.

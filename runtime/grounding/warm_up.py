@@ -19,8 +19,9 @@ PROGRESS_SECONDS = 2.0
 def warm_usual(grounder: Grounder, batch_size: int) -> int:
     """Warm a model for batches of up to `batch_size` queries of usual lengths; progress goes to the log.
 
-    Usual are lengths up to the 99 % quantile of the queries that the model was trained on. If the memory of the device
-    is full, the other sizes are prepared when they are asked, which a warning says.
+    Usual are lengths up to the 99 % quantile of the queries that the model was trained on, and the shortest query of
+    each plan of an engine, so that every plan has run. If the memory of the device is full, the other sizes are
+    prepared when they are asked, which a warning says.
 
     Args:
         grounder: the model.
@@ -56,6 +57,8 @@ def usual_sizes(grounder: Grounder, batch_size: int) -> tuple[list[int], list[in
     quantiles = length_quantiles_of(training)
     longest = quantiles[0][1] if quantiles else query_length_of(training)[1]
     largest = min(batch_size, getattr(backend, "largest_batch", batch_size))
-    longest = min(longest, grounder.manifest.max_query_length, getattr(backend, "longest_query", longest))
     batches = sorted({min(bucket(size), largest) for size in range(1, largest + 1)})
-    return batches, list(range(1, longest + 1))
+    limit = min(grounder.manifest.max_query_length, getattr(backend, "longest_query", longest))
+    longest = min(longest, limit)
+    first = [length for length in getattr(backend, "first_lengths", ()) if length <= limit]
+    return batches, sorted({*range(1, longest + 1), *first})

@@ -21,6 +21,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from calib.calibrate import measure_table
 from calib.calibration_set import draw
@@ -607,6 +608,57 @@ def test_a_dry_run_names_the_plans_for_the_usual_query_lengths(
         )  # fmt: skip
         told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
         assert [Path(path).name for path in told] == expected
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], model: Path, **asked: Any) -> tuple[list[str], str]:
+    """Return the names of the plans for short queries that a dry run lists, and its line on their lengths."""
+    capsys.readouterr()
+    build_engine(model, target="tensorrt", dry_run=True, **asked)
+    lines = capsys.readouterr().out.splitlines()
+    (reason,) = [line.partition(" ")[2].strip() for line in lines if line.startswith("lengths ")]
+    return [Path(line.split()[1]).name for line in lines if line.startswith("unrolled")], reason
+
+
+def test_dry_run_lists_only_plans_that_are_built(
+    model: Path, models: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_quantiles(model, [4, 12])
+    listed, reason = dry_run(capsys, model, query_length=(1, 8, 12))
+    assert listed == ["drn.fp16.4.engine"]
+    assert "no plan for 12" in reason
+    graph = onnx.load(model)
+    next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
+    onnx.save(graph, model)
+    listed, reason = dry_run(capsys, model, query_length=(1, 8, 12))
+    assert listed == []
+    assert "cannot be written out" in reason
+    with pytest.raises(ModelFileError):
+        build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(6,), dry_run=True)
+    # A checkpoint is built of the graph that was exported of it earlier, if that takes its longest query.
+    checkpoint = model.with_name("drn.pt")
+    shutil.copy(models / "drn.pt", checkpoint)
+    assert dry_run(capsys, checkpoint)[0] != []
+    longer = dataclasses.replace(manifest_of(graph), max_query_length=64)
+    onnx.helper.set_model_props(graph, {METADATA_KEY: longer.to_json()})
+    onnx.save(graph, model)
+    assert dry_run(capsys, checkpoint)[0] == []
+    model.unlink()
+    assert dry_run(capsys, checkpoint)[0] != []
+
+
+def test_dry_run_of_published_checkpoint_names_lengths_and_source(
+    planted: Path, tmp_path: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = tmp_path / "published.pth"
+    torch.save({"state_dict": {"prop_fc.weight": torch.zeros(1)}}, published)
+    listed, reason = dry_run(capsys, published)
+    assert listed == ["published.fp16.9.engine", "published.fp16.10.engine"]
+    assert "Charades-STA" in reason
+    assert dry_run(capsys, published, query_length=(1, 8, 10))[0] == ["published.fp16.9.engine"]
+    assert dry_run(capsys, published, unroll=(0,)) == ([], "--unroll 0")
+    listed, reason = dry_run(capsys, published, data=planted)
+    assert listed == []
+    assert str(planted) in reason
 
 
 def test_a_default_that_cannot_be_written_out_leaves_the_loop(

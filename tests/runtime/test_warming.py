@@ -141,6 +141,32 @@ def test_usual_sizes_are_those_that_a_program_asks(
     assert bench.library.contexts == contexts or bench.library.old
 
 
+@pytest.mark.parametrize("part", ["whole", "pair"])
+@pytest.mark.parametrize("unroll", [(10,), (4, 11), (11,)])
+def test_usual_sizes_include_every_plan(bench: Bench, part: str, unroll: tuple[int, ...]) -> None:
+    backend: Any = getattr(bench, part)(unroll=unroll)
+    grounder = Grounder(backend)
+    batches, lengths = usual_sizes(grounder, 4)
+    # Charades-STA's queries have 10 tokens at most, and one length more reaches the loop.
+    assert lengths == [*range(1, 11), unroll[-1] + 1]
+    warm_usual(grounder, 4)
+    assert {use.max_query_length for use in backend.plan_uses() if use.queries} == {*unroll, LONGEST}
+    if not bench.library.old:
+        contexts = bench.library.contexts
+        for size in batches:
+            batch = batch_of([LONGEST] * size)
+            if part == "whole":
+                backend.run(batch)
+            else:
+                videos = known_of_one(backend, batch)
+                backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(size, np.int32))
+        assert bench.library.contexts == contexts
+
+
+def test_plans_beyond_the_longest_query_are_not_warmed(bench: Bench) -> None:
+    assert usual_sizes(Grounder(bench.whole(unroll=(LONGEST,))), 4)[1] == list(range(1, 11))
+
+
 def test_a_model_on_a_cpu_is_not_run(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (graphs.whole, graphs.query):
         grounder = Grounder.load(path, "cpu", 1)
