@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from export.plan_parity import PlanAnswers, PlanCheck, plan_checks, plan_uses
+from export.parity.compare_plans import PlanAnswers, PlanCheck, plan_checks, plan_uses
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Heads
 from runtime.core.decoding import Protocol, propose

@@ -1,4 +1,4 @@
-"""`export.plan_parity`: each plan of an engine is compared with the FP32 graph, also one that no query is routed to."""
+"""`export.parity.compare_plans`: each plan of an engine is compared with the reference, also without routed queries."""
 
 from __future__ import annotations
 
