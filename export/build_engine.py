@@ -310,7 +310,8 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
         made.save(rejected)
         raise PromiseBroken(
             f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
-            f"{job.precision}, build fp16."
+            f"{job.precision}, build fp16.",
+            code=error.code,
         ) from error
     if made.census.share(job.precision) < LEAST_SHARE[job.precision]:
         log.warning(
@@ -328,7 +329,8 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
         court.write_reports(proof, made, None)
         raise PromiseBroken(
             f"{proof.sentence()} Keep the costliest modules in higher precision (--keep; `python -m calib.rank_layers` "
-            "finds them), or raise --max-drop."
+            "finds them), or raise --max-drop.",
+            code="parity_failed",
         )
     return proof
 
@@ -352,7 +354,8 @@ def _proven_engine(court: Court, made: Made, engines: Sequence[Path]) -> Proof:
         court.write_reports(proof, made, None)
         raise PromiseBroken(
             f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "
-            "--optimization-level, or keep modules."
+            "--optimization-level, or keep modules.",
+            code="parity_failed",
         )
     return proof
 
@@ -398,7 +401,8 @@ def _check_extractor(given: Mapping[str, Any]) -> None:
     if given["precision"] not in PROMISES:
         raise GroundingError(
             f"{name} makes clip features, and is built in {', '.join(PROMISES)}; {given['precision']} needs ranges, "
-            "which are measured on queries."
+            "which are measured on queries.",
+            code="precision_unsupported",
         )
     parameters = inspect.signature(build_engine).parameters
     others = [
@@ -407,7 +411,9 @@ def _check_extractor(given: Mapping[str, Any]) -> None:
         if option not in OF_EXTRACTORS and given[option] != parameter.default
     ]
     if others:
-        raise GroundingError(f"{', '.join(others)}: of a DRN, and {name} makes clip features; leave it out.")
+        raise GroundingError(
+            f"{', '.join(others)}: of a DRN, and {name} makes clip features; leave it out.", code="inapplicable_option"
+        )
 
 
 def _again(given: Mapping[str, Any]) -> str:

@@ -61,12 +61,18 @@ def to_onnx(
     checkpoint, output = Path(checkpoint), Path(output)
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise ShapeError(
-            f"Opset {opset} was asked for and {OLDEST_OPSET} to {NEWEST_OPSET} can be written; leave --opset out."
+            f"Opset {opset} was asked for and {OLDEST_OPSET} to {NEWEST_OPSET} can be written; leave --opset out.",
+            code="unsupported_opset",
         )
     if max_query_length is not None and max_query_length < 1:
-        raise ShapeError(f"A query has at least 1 word, and --max-query-length {max_query_length} was asked for.")
+        raise ShapeError(
+            f"A query has at least 1 word, and --max-query-length {max_query_length} was asked for.",
+            code="invalid_option",
+        )
     if output.suffix != ".onnx" and not output.is_dir():
-        raise OutputError(f"--output {output} should end in .onnx: models are told apart by their names.")
+        raise OutputError(
+            f"--output {output} should end in .onnx: models are told apart by their names.", code="wrong_suffix"
+        )
     try:
         import onnx  # noqa: F401 - needed by what is called below
         import onnxruntime
@@ -76,19 +82,23 @@ def to_onnx(
     except ImportError as error:
         raise DeviceError(
             f"Exporting needs torch, onnx, onnxscript and onnxruntime, and one cannot be imported ({error}); "
-            "run `pip install 'drn-deploy[export]'`."
+            "run `pip install 'drn-deploy[export]'`.",
+            code="missing_library",
         ) from error
 
     if output.resolve() == checkpoint.resolve():
-        raise OutputError(f"--output {output} is the checkpoint itself; choose another.")
+        raise OutputError(f"--output {output} is the checkpoint itself; choose another.", code="output_is_input")
     if is_c3d_file(checkpoint):
         from export.tracing.extractor_to_onnx import export_extractor
 
         if split:
-            raise ShapeError(f"{checkpoint} is an extractor of clip features, which is not split; leave --split out.")
+            raise ShapeError(
+                f"{checkpoint} is an extractor of clip features, which is not split; leave --split out.",
+                code="inapplicable_option",
+            )
         return export_extractor(checkpoint, output, opset=opset)
     if prepare and not split:
-        raise ShapeError("--prepare writes parts of a model that is split; pass --split too.")
+        raise ShapeError("--prepare writes parts of a model that is split; pass --split too.", code="missing_option")
     parts = (*pair_paths(output), *(prepared_paths(output) if prepare else ())) if split else ()
     for part in parts:
         check_writable(part, checkpoint)

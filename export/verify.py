@@ -111,7 +111,7 @@ def verify(
         log.info("The passport is in %s.", html)
     if proof.broken:
         where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
-        raise PromiseBroken(f"{proof.sentence()}{where}")
+        raise PromiseBroken(f"{proof.sentence()}{where}", code="parity_failed")
     print(proof.sentence())
     next_command(*_next(model, files[1], data, annotations[0]))
     return proof.parity
@@ -130,27 +130,35 @@ def _check(
 ) -> None:
     """Refuse what cannot work before anything is opened."""
     if batch_size < 1 or (limit is not None and limit < 1):
-        raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
+        raise GroundingError(
+            f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.",
+            code="invalid_option",
+        )
     # `not >=` also refuses NaN.
     if not max_drop >= 0 or not (boundary_p99 is None or boundary_p99 >= 0):
         raise GroundingError(
-            f"--max-drop and --boundary-p99 cannot be negative; {max_drop} and {boundary_p99} were given."
+            f"--max-drop and --boundary-p99 cannot be negative; {max_drop} and {boundary_p99} were given.",
+            code="invalid_option",
         )
     taken = {path.resolve() for path in (reference, model)}
     for path in (output, html):
         if path is None:
             continue
         if Path(path).resolve() in taken:
-            raise OutputError(f"{path} is named twice, and would be written over; choose another --output or --html.")
+            raise OutputError(
+                f"{path} is named twice, and would be written over; choose another --output or --html.",
+                code="output_is_input",
+            )
         taken.add(Path(path).resolve())
         if Path(path).is_dir():
-            raise OutputError(f"{path} is a directory; name the file to write instead.")
+            raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
     if layers:
         for path in (reference, model):
             if path.suffix != ".onnx":
                 raise ModelFileError(
                     f"--layers looks into .onnx files and {path.name} is none; compare with the .onnx file it was made "
-                    "from or into."
+                    "from or into.",
+                    code="wrong_suffix",
                 )
         require_polygraphy()
 
@@ -160,9 +168,11 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
     if report is None:
         return None
     if html is None:
-        raise GroundingError("--latency goes into the passport; pass --html FILE too.")
+        raise GroundingError("--latency goes into the passport; pass --html FILE too.", code="missing_option")
     if Path(report).resolve() in {Path(path).resolve() for path in (html, output) if path is not None}:
-        raise OutputError(f"{report} is read, and would be written over; choose another --output or --html.")
+        raise OutputError(
+            f"{report} is read, and would be written over; choose another --output or --html.", code="output_is_input"
+        )
     check_file(model, "The model file", ModelFileError)
     return latency_table(read_report(report), sha256(model))
 

@@ -49,11 +49,15 @@ def to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collection[str] =
     has_qdq = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     needed = max(OPSETS[kind], QDQ_OPSET if has_qdq else 0)
     if opset < needed:
-        raise ShapeError(f"{kind}{' around Q/DQ' if has_qdq else ''} needs opset {needed} and this graph has {opset}.")
+        raise ShapeError(
+            f"{kind}{' around Q/DQ' if has_qdq else ''} needs opset {needed} and this graph has {opset}.",
+            code="unsupported_opset",
+        )
     unknown = set(keep) - modules(model)
     if unknown:
         raise ShapeError(
-            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(model)))}."
+            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(model)))}.",
+            code="unknown_module",
         )
     halved = _Halving(model, TYPES[kind], frozenset(keep)).run()
     _add_initial_states(halved.graph, TYPES[kind])
@@ -318,7 +322,8 @@ def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:
         raise ModelFileError(
             f"The FP32 model is not finite in {' and '.join(drn_modules(node)) or node}: it holds or computes "
             f"{largest}, so no precision can be chosen for it; check the checkpoint and the features with "
-            "`python -m runtime.evaluate`."
+            "`python -m runtime.evaluate`.",
+            code="non_finite_output",
         )
     for module in drn_modules(node):
         found[module] = float(np.maximum(found.get(module, 0.0), largest))

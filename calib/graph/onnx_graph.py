@@ -41,7 +41,8 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DeviceError(
-            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install 'drn-deploy[engine]'`."
+            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install 'drn-deploy[engine]'`.",
+            code="missing_library",
         ) from error
     path = Path(path)
     check_file(path, "The ONNX file", ModelFileError)

@@ -157,6 +157,7 @@ def check(found: Census, precision: str, attainable: float = 1.0) -> str:
         others = ", ".join(f"{100 * found.share(kind):.1f} % {kind}" for kind in found.total())
         raise PromiseBroken(
             f"{precision} was asked for, and {100 * share:.1f} % of the multiply-adds are in it where at least "
-            f"{100 * least:.0f} % must be ({others})."
+            f"{100 * least:.0f} % must be ({others}).",
+            code="precision_not_reached",
         )
     return f"{precision} in {100 * share:.1f} % of the multiply-adds"

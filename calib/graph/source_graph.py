@@ -40,7 +40,8 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
     if manifest.precision != "fp32":
         raise ModelFileError(
             f"{path} is {manifest.precision} already, and narrow weights are made from the FP32 graph; give the file "
-            "that `python -m export.to_onnx` wrote."
+            "that `python -m export.to_onnx` wrote.",
+            code="not_fp32",
         )
     return graph, manifest
 

@@ -55,7 +55,9 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
 
     manifest = _manifest(model)
     if manifest.part != "whole":
-        raise ModelFileError(f"This graph is the {manifest.part} part of a pair already; split the whole one.")
+        raise ModelFileError(
+            f"This graph is the {manifest.part} part of a pair already; split the whole one.", code="model_part"
+        )
     graph = model.graph
     depends = _dependence(graph)
     # What is computed of the video alone and read by something that also sees the query.
@@ -72,7 +74,8 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
             f"The graph should have one tensor at which what depends on the video alone ends, and has {len(cuts)}; "
-            "export it with this version."
+            "export it with this version.",
+            code="ambiguous_split",
         )
     (cut,) = cuts
     rows, channels, _, segments = kinds[cut].shape.dim
@@ -140,7 +143,10 @@ def prepared_graphs(query: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.Model
     for kind in ("Gather", "Unsqueeze", "Mul", "Conv"):
         found = readers.get(chain[-1], [])
         if len(found) != 1 or found[0].op_type != kind:
-            raise ModelFileError("This graph is no FP32 query part, which alone can be prepared for; export it again.")
+            raise ModelFileError(
+                "This graph is no FP32 query part, which alone can be prepared for; export it again.",
+                code="not_a_query_part",
+            )
         chain.append(found[0].output[0])
     makers = {name: node for node in graph.node for name in node.output}
     gated, convolution = makers[chain[3]], makers[chain[4]]
@@ -148,7 +154,10 @@ def prepared_graphs(query: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.Model
     weight = numpy_helper.to_array(next(entry for entry in graph.initializer if entry.name == convolution.input[1]))
     channels, width = weight.shape[:2]
     if weight.dtype != np.float32 or weight.shape[2:] != (1, 3) or len(convolution.input) > 2:
-        raise ModelFileError("This graph is no FP32 query part, which alone can be prepared for; export it again.")
+        raise ModelFileError(
+            "This graph is no FP32 query part, which alone can be prepared for; export it again.",
+            code="not_a_query_part",
+        )
     segments = next(value for value in graph.input if value.name == ENCODED_FEATURES).type.tensor_type.shape.dim[2]
     rows = channels * segments.dim_value
     floats, scope = onnx.TensorProto.FLOAT, convolution.name.rpartition("/")[0]

@@ -71,7 +71,8 @@ def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     if not reads_words or not layers or any(len(pair) != 2 for pair in layers.values()):
         raise ModelFileError(
             "Only a graph of ours, in which two LSTMs make a layer, can have them written out; export it with this "
-            "version."
+            "version.",
+            code="unsupported_lstm",
         )
     return layers
 

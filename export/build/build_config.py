@@ -112,51 +112,69 @@ class Job:
         """Raise what can be known to be wrong before any work is done."""
         check_file(self.model, "The model file", ModelFileError)
         if not self.model.name.endswith(SUFFIXES):
-            raise ModelFileError(f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.")
+            raise ModelFileError(
+                f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.", code="wrong_suffix"
+            )
         if self.output.suffix != (".onnx" if self.target == "onnxruntime" else ".engine"):
             raise OutputError(
                 f"--output {self.output} should end in {'.onnx' if self.target == 'onnxruntime' else '.engine'} "
-                f"for the target {self.target}."
+                f"for the target {self.target}.",
+                code="wrong_suffix",
             )
         if self.split and not self.output.name.endswith((".query.onnx", ".query.engine")):
             raise OutputError(
                 f"--output {self.output} names the query part of the pair that --split makes, and should end in "
-                f".query{self.output.suffix}."
+                f".query{self.output.suffix}.",
+                code="wrong_suffix",
             )
         if self.model.resolve() in (self.output.resolve(), self.twin.resolve()):
             raise OutputError(
-                f"{self.model} would be overwritten by its own {self.precision} form; choose another --output."
+                f"{self.model} would be overwritten by its own {self.precision} form; choose another --output.",
+                code="output_is_input",
             )
         if self.target == "onnxruntime" and self.precision == "bf16":
             raise DeviceError(
                 "ONNX Runtime has no bf16 kernels, so it could not open what was built; take --precision fp16, or "
-                "build an engine with --target tensorrt or tensorrt-rtx."
+                "build an engine with --target tensorrt or tensorrt-rtx.",
+                code="precision_unsupported",
             )
         narrow = self.precision in ("int8", "fp8")
         if narrow and self.data is None and table is None:
-            raise GroundingError(f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.")
+            raise GroundingError(
+                f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.",
+                code="missing_option",
+            )
         if (table or plan) and not narrow:
-            raise GroundingError(f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.")
+            raise GroundingError(
+                f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.",
+                code="inapplicable_option",
+            )
         for flag, given in (("--table", table), ("--plan", plan)):
             if given:
                 check_file(given, f"The file of {flag},", GroundingError)
         if plan and not table:
             raise GroundingError(
-                "--plan was found with one calibration table and holds for it alone; give that with --table."
+                "--plan was found with one calibration table and holds for it alone; give that with --table.",
+                code="missing_option",
             )
         if self.precision == "fp32" and keep:
-            raise GroundingError("--keep names modules for a higher precision than fp32, and there is none.")
+            raise GroundingError(
+                "--keep names modules for a higher precision than fp32, and there is none.", code="inapplicable_option"
+            )
         if limit is not None and limit < 1:
-            raise GroundingError(f"--limit must be at least 1, and {limit} was given.")
+            raise GroundingError(f"--limit must be at least 1, and {limit} was given.", code="invalid_option")
         if threads is not None and not 1 <= threads <= MOST_THREADS:
-            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
+            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.", code="invalid_option")
         if narrow and table is None and samples < LEAST_SAMPLES:
             raise GroundingError(
                 f"--calib-samples {samples} was given and at least {LEAST_SAMPLES} are needed: single videos would set "
-                "the ranges; 512 is a good number."
+                "the ranges; 512 is a good number.",
+                code="too_few_samples",
             )
         if not max_drop >= 0:
-            raise GroundingError(f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.")
+            raise GroundingError(
+                f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.", code="invalid_option"
+            )
         self.check_outputs(table, plan)
         self._check_sources()
 
@@ -182,12 +200,14 @@ class Job:
                 if made.exists():
                     raise OutputError(
                         f"{made} is there already, and {self.model.name} would be converted to it; give it as "
-                        "--model, or move it away."
+                        "--model, or move it away.",
+                        code="output_exists",
                     )
         if self.kind == "checkpoint" and self.source.exists() and not self.is_exported:
             raise OutputError(
                 f"{self.source} is there already and was not exported from this {self.model.name}; give it as --model, "
-                "or move it away."
+                "or move it away.",
+                code="output_exists",
             )
 
     @property
@@ -225,12 +245,14 @@ class Job:
             if given:
                 raise GroundingError(
                     f"{', '.join(given)}: of engines, and the target is onnxruntime ({why.rstrip('.')}); leave it out, "
-                    "or name a --target that builds one."
+                    "or name a --target that builds one.",
+                    code="inapplicable_option",
                 )
             return
         if timing_cache and self.target == "tensorrt-rtx":
             raise GroundingError(
-                "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out."
+                "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out.",
+                code="inapplicable_option",
             )
         check_writable(timing_cache, self.model, self.output, self.twin, *self.unrolled)
         check_options(options)
@@ -355,5 +377,6 @@ def check_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -
     unknown = set(keep) - modules(graph)
     if unknown:
         raise ShapeError(
-            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(graph)))}."
+            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(graph)))}.",
+            code="unknown_module",
         )

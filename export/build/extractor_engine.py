@@ -178,7 +178,9 @@ def _proven_twin(
     except PromiseBroken as error:
         rejected = job.rejected("onnx")
         job.twin.rename(rejected)
-        raise PromiseBroken(f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.") from error
+        raise PromiseBroken(
+            f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
+        ) from error
     part = Part(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
     return part, found
 
@@ -207,7 +209,7 @@ def _proven_engine(job: Job, part: Part, source: Path, threads: int | None) -> P
     try:
         _keep_promise(job, found, "the engine")
     except PromiseBroken as error:
-        raise PromiseBroken(f"{error} It is kept as {reject(part.engine).name}.") from error
+        raise PromiseBroken(f"{error} It is kept as {reject(part.engine).name}.", code=error.code) from error
     return found
 
 
@@ -215,7 +217,9 @@ def _keep_promise(job: Job, found: Promise, what: str) -> None:
     promise = PROMISES[job.precision]
     print(f"features of {what} against FP32: {found}; promised: {promise}.")
     if promise.broken_by(found):
-        raise PromiseBroken(f"The features of {what} are too far from FP32's ({found}; promised: {promise}).")
+        raise PromiseBroken(
+            f"The features of {what} are too far from FP32's ({found}; promised: {promise}).", code="parity_failed"
+        )
 
 
 def _report(job: Job, source: Path, part: Part, found: Promise) -> dict[str, Any]:

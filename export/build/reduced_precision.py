@@ -172,7 +172,8 @@ def _accurate(
         least = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
         raise PromiseBroken(
             f"{kind} moves boundaries by {least.shift_p99:.2f} s and loses {least.worst_drop:.2f} points even with all "
-            "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16."
+            "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16.",
+            code="budget_exceeded",
         )
     if not restored:
         return half, []

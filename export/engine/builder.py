@@ -160,7 +160,8 @@ def load_library(target: Target) -> ModuleType:
         library = importlib.import_module(_MODULES[target])
     except ImportError as error:
         raise DeviceError(
-            f"The target {target} needs {_MODULES[target]}, which cannot be imported ({error}); {_WAYS_OUT[target]}."
+            f"The target {target} needs {_MODULES[target]}, which cannot be imported ({error}); {_WAYS_OUT[target]}.",
+            code="missing_library",
         ) from error
     major = int(str(library.__version__).split(".")[0])
     if major not in SUPPORTED_MAJORS[target]:
@@ -197,9 +198,14 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
     trt = library or load_library(options.target)
     name = f"{_MODULES[options.target]} {trt.__version__}"
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
-        raise DeviceError(f"--optimization-level is 0 to 5, and {options.optimization_level} was given.")
+        raise DeviceError(
+            f"--optimization-level is 0 to 5, and {options.optimization_level} was given.", code="invalid_option"
+        )
     if options.workspace_gib is not None and not options.workspace_gib > 0:
-        raise DeviceError(f"--workspace is GiB of scratch memory, more than 0, and {options.workspace_gib} was given.")
+        raise DeviceError(
+            f"--workspace is GiB of scratch memory, more than 0, and {options.workspace_gib} was given.",
+            code="invalid_option",
+        )
     if options.target == "tensorrt-rtx":
         flags = {
             "--version-compatible": options.version_compatible,
@@ -208,33 +214,40 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
         refused = [flag for flag, given in flags.items() if given]
         if refused:
             raise DeviceError(
-                f"{' and '.join(refused)}: of TensorRT, not of TensorRT-RTX; name the GPUs with --compute-capability."
+                f"{' and '.join(refused)}: of TensorRT, not of TensorRT-RTX; name the GPUs with --compute-capability.",
+                code="inapplicable_option",
             )
         _known_capabilities(trt, options.compute_capabilities)
     elif options.compute_capabilities:
         raise DeviceError(
             "--compute-capability is for --target tensorrt-rtx; TensorRT builds for the GPU it runs on "
-            "(--hardware-compatible makes a plan for Ampere and later)."
+            "(--hardware-compatible makes a plan for Ampere and later).",
+            code="inapplicable_option",
         )
     if not is_strongly_typed(trt):
         weakly_typed.check_precision(trt, options.precision)
     if options.precision == "bf16" and options.target == "tensorrt" and _version(trt) < BF16_VERSION:
         raise DeviceError(
             f"{name} cannot read a bf16 graph, whose opset 22 TensorRT's parser reads from "
-            f"{'.'.join(map(str, BF16_VERSION))} on; install that, or use fp16."
+            f"{'.'.join(map(str, BF16_VERSION))} on; install that, or use fp16.",
+            code="precision_unsupported",
         )
     if options.precision == "fp8" and options.target == "tensorrt-rtx":
         raise DeviceError(
             "TensorRT-RTX documents fp8 for matrix products only, and this network is made of convolutions; "
-            "use fp16 or int8."
+            "use fp16 or int8.",
+            code="precision_unsupported",
         )
     if options.precision == "fp8" and options.hardware_compatible:
         raise DeviceError(
             "--hardware-compatible makes a plan for Ampere and later, and Ampere has no fp8; use int8, or leave "
-            "--hardware-compatible out."
+            "--hardware-compatible out.",
+            code="conflicting_options",
         )
     if options.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
-        raise DeviceError(f"{name} has no version-compatible plans; leave --version-compatible out.")
+        raise DeviceError(
+            f"{name} has no version-compatible plans; leave --version-compatible out.", code="inapplicable_option"
+        )
     least = LEAST_CAPABILITY.get(options.precision)
     if least is None:
         return
@@ -249,7 +262,8 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
         if capability < least:
             raise DeviceError(
                 f"{options.precision} needs a GPU of compute capability {least[0]}.{least[1]} or later, and "
-                f"{capability[0]}.{capability[1]} was asked for; use fp16 or int8."
+                f"{capability[0]}.{capability[1]} was asked for; use fp16 or int8.",
+                code="precision_unsupported",
             )
 
 
@@ -296,7 +310,10 @@ def build(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         told = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.lines
-        raise ModelFileError(f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.")
+        raise ModelFileError(
+            f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.",
+            code="unparsable_graph",
+        )
     config = builder.create_builder_config()
     _configure(trt, config, options)
     if prepared:
@@ -308,7 +325,10 @@ def build(
         config.add_optimization_profile(shapes)
     cache = config.create_timing_cache(timing_cache or b"") if options.target == "tensorrt" else None
     if cache is not None and not config.set_timing_cache(cache, False):
-        raise ModelFileError("The timing cache is of another GPU or TensorRT version; delete it or name another file.")
+        raise ModelFileError(
+            "The timing cache is of another GPU or TensorRT version; delete it or name another file.",
+            code="timing_cache_mismatch",
+        )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildFailed(
@@ -362,13 +382,15 @@ def _known_capabilities(trt: Any, wanted: Sequence[str]) -> dict[str, str]:
     offered = ", ".join(sorted(known, key=float))
     if not wanted and not cuda_devices():
         raise DeviceError(
-            f"Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability ({offered})."
+            f"Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability ({offered}).",
+            code="missing_option",
         )
     unknown = [capability for capability in wanted if capability not in known]
     if unknown:
         raise DeviceError(
             f"TensorRT-RTX {trt.__version__} builds for compute capabilities {offered}, and "
-            f"{', '.join(unknown)} was asked for."
+            f"{', '.join(unknown)} was asked for.",
+            code="unsupported_compute_capability",
         )
     return known
 

@@ -117,7 +117,7 @@ def build_part(
         content.pop("unrolled", None)
         _write_engine(rejected, built.plan, content)
         _write_layers(rejected, built)
-        raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.") from error
+        raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.", code=error.code) from error
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
     told = "".join(f"; {change}" for change in changes)

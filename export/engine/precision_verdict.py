@@ -117,7 +117,10 @@ def judge_engine(
 def require(verdict: Verdict, precision: str) -> None:
     """Raise PromiseBroken if the evidence contradicts the precision."""
     if verdict.name == CONTRADICTED:
-        raise PromiseBroken(f"{precision} was requested, but the engine computes otherwise: {verdict.reason}.")
+        raise PromiseBroken(
+            f"{precision} was requested, but the engine computes otherwise: {verdict.reason}.",
+            code="precision_contradicted",
+        )
 
 
 def check_size(plan_bytes: int, promise: Promise, num_profiles: int) -> str:

@@ -59,7 +59,8 @@ def profiles(batch: Range, query_length: Range | None, manifest: Manifest) -> li
     if query_length[2] > manifest.max_query_length:
         raise ShapeError(
             f"--query-length asks for up to {query_length[2]} tokens and this model was exported for at most "
-            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length[2]}."
+            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length[2]}.",
+            code="query_length_out_of_range",
         )
     smallest, best, largest = batch
     if smallest > 1 or largest == 1:
@@ -148,7 +149,8 @@ def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
     if 0 in lengths and len(lengths) > 1:
         raise ShapeError(
             f"--unroll 0 builds no engine with a written-out LSTM, but {' '.join(map(str, lengths))} was given. Give 0 "
-            "alone, or lengths alone."
+            "alone, or lengths alone.",
+            code="invalid_option",
         )
     return lengths
 
@@ -179,7 +181,8 @@ def unrolling(
         if wrong:
             raise ShapeError(
                 f"--unroll takes numbers of tokens from 1 to {longest}, the longest query of this engine, and "
-                f"{', '.join(map(str, wrong))} was given. Correct --unroll, or give 0 for none."
+                f"{', '.join(map(str, wrong))} was given. Correct --unroll, or give 0 for none.",
+                code="invalid_option",
             )
         return Unrolling(tuple(requested), "--unroll")
     if target != "tensorrt":
@@ -242,7 +245,8 @@ def _check(flag: str, domain: Range) -> None:
     smallest, best, largest = domain
     if not 1 <= smallest <= best <= largest:
         raise ShapeError(
-            f"{flag} takes MIN OPT MAX with 1 <= MIN <= OPT <= MAX, and {smallest} {best} {largest} was given."
+            f"{flag} takes MIN OPT MAX with 1 <= MIN <= OPT <= MAX, and {smallest} {best} {largest} was given.",
+            code="invalid_option",
         )
 
 

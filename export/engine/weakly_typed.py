@@ -61,7 +61,8 @@ def check_precision(trt: Any, precision: str) -> None:
     missing = [name for name in precision_flags(precision) if not hasattr(trt.BuilderFlag, name)]
     if missing or precision == "fp8":
         raise DeviceError(
-            f"TensorRT {trt.__version__} cannot build {precision}; use fp16 or int8, or TensorRT 10 or later."
+            f"TensorRT {trt.__version__} cannot build {precision}; use fp16 or int8, or TensorRT 10 or later.",
+            code="precision_unsupported",
         )
 
 
@@ -150,7 +151,7 @@ def prepare(graph: bytes) -> Prepared:
         model = onnx.load_from_string(graph)
     # protobuf's own class, which differs between its versions.
     except Exception as error:
-        raise ModelFileError(f"The graph is not an ONNX model ({one_line(error)}).") from error
+        raise ModelFileError(f"The graph is not an ONNX model ({one_line(error)}).", code="not_onnx") from error
     plain = without_types(model)
     names = frozenset(node.name for node in plain.graph.node)
     return Prepared(plain.SerializeToString(), names, fp32_nodes(model) & names)

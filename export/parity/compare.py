@@ -249,7 +249,10 @@ def compare(
         QueryError: one of the two does not take a sentence.
     """
     if not annotations:
-        raise AnnotationError("There are no queries to compare the two models on; choose another split or --limit.")
+        raise AnnotationError(
+            "There are no queries to compare the two models on; choose another split or --limit.",
+            code="too_few_queries",
+        )
     check_comparable(reference.manifest, other.manifest)
     # Before the first of the two is asked them all.
     encoded(other, annotations)
@@ -296,7 +299,8 @@ def check_comparable(reference: Manifest, other: Manifest) -> None:
                 told = f"{ours} and {theirs}"
             raise ModelFileError(
                 f"The two models differ in their {kind} ({told}), so they cannot answer the same questions; "
-                "compare models that come from one checkpoint."
+                "compare models that come from one checkpoint.",
+                code="models_differ",
             )
 
 

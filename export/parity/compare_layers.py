@@ -114,7 +114,8 @@ def require_polygraphy() -> None:
     except ImportError as error:
         raise DeviceError(
             f"Comparing layers needs onnx and polygraphy, and one cannot be imported ({error}); "
-            "run `pip install 'drn-deploy[engine]'`."
+            "run `pip install 'drn-deploy[engine]'`.",
+            code="missing_library",
         ) from error
 
 

@@ -312,7 +312,8 @@ def open_model(path: Path, device: Device, threads: int | None, exact: bool = Fa
         precision = precision_of(graph, path)
         if precision == "bf16" or (exact and precision in ("int8", "fp8")):
             how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
-            log.info("%s is %s: computed on the CPU %s.", path, precision, how)
+            code = "rounded_to_bf16" if precision == "bf16" else "without_fusions"
+            log.info("%s is %s: computed on the CPU %s.", path, precision, how, extra={"code": code})
             return _computed(path, graph, threads, optimised=precision == "bf16")
     return Grounder.load(path, device, threads)
 

@@ -115,7 +115,8 @@ def _differences(
             except Exception as error:
                 raise PromiseBroken(
                     f"The graph does not run for {len(batch)} queries of up to {batch.query_tokens.shape[1]} words "
-                    f"({str(error).splitlines()[0]}); nothing was kept."
+                    f"({str(error).splitlines()[0]}); nothing was kept.",
+                    code="graph_does_not_run",
                 ) from error
             for name, ours, theirs in zip(OUTPUTS, found, wanted):
                 difference = relative_difference(ours, theirs.numpy())
@@ -124,7 +125,8 @@ def _differences(
                     raise PromiseBroken(
                         f"{name} of the graph differs from torch by {difference:.1e} of its largest value for "
                         f"{len(batch)} queries of {batch.query_length.tolist()} words, and {TOLERANCE:.0e} is allowed; "
-                        "nothing was kept."
+                        "nothing was kept.",
+                        code="parity_failed",
                     )
                 differences[name] = max(differences[name], difference)
     finally:
@@ -159,6 +161,7 @@ def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> No
     raise PromiseBroken(
         f"The network computes numbers that are not finite in torch, {first}, for made-up queries; nothing was kept. "
         "Train or convert the checkpoint again.",
+        code="non_finite_output",
     )
 
 

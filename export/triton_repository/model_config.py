@@ -60,7 +60,8 @@ class Serving:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name):
             raise GroundingError(
                 f"--name {excerpt(self.name)} becomes part of addresses; it holds letters, digits, - and _, a "
-                "letter first."
+                "letter first.",
+                code="invalid_option",
             )
         if (
             min(self.batch, self.instances, 1 if self.threads is None else self.threads) < 1
@@ -68,7 +69,8 @@ class Serving:
         ):
             raise GroundingError(
                 f"--batch, --instances and --threads are at least 1 and --wait-ms is 0 to 1000; {self.batch}, "
-                f"{self.instances}, {self.threads} and {self.wait_ms:g} were given."
+                f"{self.instances}, {self.threads} and {self.wait_ms:g} were given.",
+                code="invalid_option",
             )
 
 
@@ -132,18 +134,21 @@ def read_model(path: Path, serving: Serving) -> Source:
     if path.suffix not in PLATFORMS:
         raise ModelFileError(
             f"Triton serves .onnx and .engine files, and {excerpt(path.name)} is neither; export a checkpoint with "
-            "`python -m export.to_onnx`."
+            "`python -m export.to_onnx`.",
+            code="wrong_suffix",
         )
     check_file(path, "The model file", ModelFileError)
     if path.suffix == ".engine" and serving.device == "cpu":
         raise DeviceError(
-            f"{path.name} is an engine, which runs on a GPU only; leave --device out, or serve its graph."
+            f"{path.name} is an engine, which runs on a GPU only; leave --device out, or serve its graph.",
+            code="gpu_required",
         )
     source = _read_engine(path) if path.suffix == ".engine" else _read_graph(path, serving)
     if source.encoded[1] == "TYPE_BF16":
         raise ModelFileError(
             f"{path.name} passes bfloat16 between its two parts, which Triton's Python backend cannot take as an "
-            "array; give the whole .engine, or build the pair in fp16."
+            "array; give the whole .engine, or build the pair in fp16.",
+            code="precision_unsupported",
         )
     return source
 
@@ -153,7 +158,10 @@ def _read_graph(path: Path, serving: Serving) -> Source:
     manifest = Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
     _check_part(path, manifest)
     if manifest.precision == "bf16":
-        raise ModelFileError(f"ONNX Runtime has no bf16 kernels to run {path.name}; give its .engine, or fp16.")
+        raise ModelFileError(
+            f"ONNX Runtime has no bf16 kernels to run {path.name}; give its .engine, or fp16.",
+            code="precision_unsupported",
+        )
     longest = manifest.max_query_length
     # Eight words are usual in every data set that DRN is trained on.
     source = Source(manifest, (1, min(8, serving.batch), serving.batch), (1, min(8, longest), longest), path)
@@ -171,7 +179,8 @@ def _read_engine(path: Path) -> Source:
     if content.get("target", "tensorrt") != "tensorrt":
         raise ModelFileError(
             f"{path.name} was built for {content['target']}, whose plans Triton does not run; build it with "
-            "`python -m export.build_engine --target tensorrt`, or serve its graph."
+            "`python -m export.build_engine --target tensorrt`, or serve its graph.",
+            code="target_unsupported",
         )
     batch, query_length = (_over_profiles(content, name) for name in ("batch", "query_length"))
     longest = min(query_length[2], manifest.max_query_length)
@@ -198,7 +207,8 @@ def _read_engine(path: Path) -> Source:
 def _check_part(path: Path, manifest: Manifest) -> None:
     if manifest.part not in ("whole", "query"):
         raise ModelFileError(
-            f"{path} is one part of a model ({manifest.part}); give the query part (its name holds .query.)."
+            f"{path} is one part of a model ({manifest.part}); give the query part (its name holds .query.).",
+            code="model_part",
         )
 
 

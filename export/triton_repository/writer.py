@@ -48,7 +48,8 @@ def _definitions() -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise DeviceError(
-            f"Triton's definitions cannot be imported ({error}); run `pip install 'drn-deploy[triton]'`."
+            f"Triton's definitions cannot be imported ({error}); run `pip install 'drn-deploy[triton]'`.",
+            code="missing_library",
         ) from error
     return model_config_pb2
 
@@ -77,7 +78,9 @@ def read_config(path: Path) -> ModelConfig:
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist, so {path.parent} is no model of Triton's; remove it.") from None
     except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path} is no configuration that Triton reads: {one_line(error)}.") from error
+        raise ModelFileError(
+            f"{path} is no configuration that Triton reads: {one_line(error)}.", code="invalid_model_config"
+        ) from error
 
 
 def next_version(repository: Path, parts: Sequence[Served]) -> int:
@@ -94,16 +97,20 @@ def next_version(repository: Path, parts: Sequence[Served]) -> int:
         if part not in there:
             raise OutputError(
                 f"{repository} holds {', '.join(found.name for found in there)} but no {part.name}, so this would be "
-                "no new version of one model; choose another --name."
+                "no new version of one model; choose another --name.",
+                code="version_mismatch",
             )
         known, wanted = read_config(directory / "config.pbtxt"), message(part.config)
         if known.parameters[FORMAT_PARAMETER].string_value != FORMAT:
-            raise OutputError(f"{directory} is there already and is not ours; choose another --name.")
+            raise OutputError(
+                f"{directory} is there already and is not ours; choose another --name.", code="output_exists"
+            )
         for field in SHARED:
             if getattr(known, field) != getattr(wanted, field):
                 raise OutputError(
                     f"{directory} is there with another {field}, and versions of one model share it; choose another "
-                    "--name, or remove the old model."
+                    "--name, or remove the old model.",
+                    code="version_mismatch",
                 )
         if PARAMETER in known.parameters:
             before, now = (
@@ -112,7 +119,8 @@ def next_version(repository: Path, parts: Sequence[Served]) -> int:
             if before.manifest.max_query_length != now.manifest.max_query_length:
                 raise OutputError(
                     f"{directory} takes queries of up to {before.manifest.max_query_length} tokens, and this model "
-                    f"{now.manifest.max_query_length}; versions of one model share that: choose another --name."
+                    f"{now.manifest.max_query_length}; versions of one model share that: choose another --name.",
+                    code="version_mismatch",
                 )
     versions = [
         int(version.name)
@@ -140,7 +148,7 @@ def write(repository: Path, parts: Sequence[Served], origin: Path) -> int:
     """
     repository = repository.resolve()
     if repository.exists() and not repository.is_dir():
-        raise OutputError(f"{repository} is a file; name a directory for the repository.")
+        raise OutputError(f"{repository} is a file; name a directory for the repository.", code="output_is_file")
     # Two writers would choose the same version.
     with locked(repository.parent, repository.name):
         version = next_version(repository, parts)

@@ -100,7 +100,9 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     content = read_json(path, "sidecar of an engine", ModelFileError)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise ModelFileError(f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_AGAIN}")
+        raise ModelFileError(
+            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_AGAIN}", code="unknown_format"
+        )
     if content.get("digest") != json_digest(_unsealed(content)):
         raise ModelFileError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
     _check_shapes(content, path)
@@ -109,7 +111,8 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise ModelFileError(
             f"{plan} is not the plan that its sidecar was written for (SHA-256 {actual[:12]}… where "
             f"{printable_line(str(vouched)[:12])}… is recorded): it is truncated, was tampered with, or renamed; "
-            "build it again."
+            "build it again.",
+            code="digest_mismatch",
         )
     return content
 

@@ -95,7 +95,8 @@ class ExtractorManifest:
         if found != FORMAT:
             raise ModelFileError(
                 f"{source} is of format {excerpt(found)} and extractors of this version are {FORMAT!r}; export it "
-                "again."
+                "again.",
+                code="unknown_format",
             )
         with reading(source, "the description of an extractor", ModelFileError, "see docs/your-own-video.md"):
             # The digest is checked where the file is opened (`runtime.artifacts.onnx_metadata`).
@@ -126,7 +127,8 @@ class ExtractorSidecar:
 def no_model(path: Path) -> ModelFileError:
     """Return what is wrong where an extractor was given as a model."""
     return ModelFileError(
-        f"{path} makes clip features and grounds no sentence; give it as --extractor, and a DRN as --model."
+        f"{path} makes clip features and grounds no sentence; give it as --extractor, and a DRN as --model.",
+        code="wrong_model_kind",
     )
 
 

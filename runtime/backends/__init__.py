@@ -18,7 +18,9 @@ ENTRY_POINT_GROUP = "drn.backends"
 def check_model_path(path: Path) -> None:
     """Raise ModelFileError unless there is a file of this name, and the name is a model's."""
     if path.suffix not in (".onnx", ".pt", ".engine"):
-        raise ModelFileError(f"A model file ends in .onnx, .engine or .pt, and {excerpt(path.name)} does not.")
+        raise ModelFileError(
+            f"A model file ends in .onnx, .engine or .pt, and {excerpt(path.name)} does not.", code="wrong_suffix"
+        )
     check_file(path, "The model file", ModelFileError)
 
 

@@ -138,7 +138,9 @@ def open_extractor_engine(
 
 def _check_device(path: Path, device: Device) -> None:
     if device == "cpu":
-        raise DeviceError(f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.")
+        raise DeviceError(
+            f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.", code="gpu_required"
+        )
 
 
 def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
@@ -216,7 +218,7 @@ def _ready(plan: Path, sidecar: AboutPlan, cuda: Cuda | None, library: Any) -> t
     )
     reason = engine_compatibility.misfit(plan, sidecar, machine)
     if reason is not None:
-        raise DeviceError(reason)
+        raise DeviceError(reason, code="incompatible_engine")
     assert cuda is not None
     return cuda, library
 
@@ -439,7 +441,8 @@ class _Grounding(_Model):
         again = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, longest)
         raise ShapeError(
             f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
-            f"or rebuild: `{again}`."
+            f"or rebuild: `{again}`.",
+            code="query_length_out_of_range",
         )
 
 

@@ -73,7 +73,10 @@ class About:
                 )
             found = value.pop("format")
             if found != FORMAT:
-                raise ModelFileError(f"{source} is of format {excerpt(found)} and {FORMAT!r} is read here; {again}.")
+                raise ModelFileError(
+                    f"{source} is of format {excerpt(found)} and {FORMAT!r} is read here; {again}.",
+                    code="unknown_format",
+                )
             about = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
             sizes = (about.batch, about.videos, about.encoded_together)
             if not all(type(size) is int and size > 0 for size in sizes):

@@ -285,7 +285,8 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
         )
         raise ModelFileError(
             f"The latency report is of {measured} and not of the model with SHA-256 {sha256[:12]}…; measure that "
-            "one with `python -m runtime.benchmark --model MODEL --output REPORT.json`."
+            "one with `python -m runtime.benchmark --model MODEL --output REPORT.json`.",
+            code="report_of_another_model",
         )
     rows = []
     for timing in timings:
@@ -304,7 +305,8 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found != FORMAT:
         raise ModelFileError(
             f"{path} is of format {excerpt(found)} and {FORMAT!r} is read here; write it with "
-            "`python -m runtime.benchmark --output`."
+            "`python -m runtime.benchmark --output`.",
+            code="unknown_format",
         )
     with reading(path, "a report of runtime.benchmark", ModelFileError, "measure again"):
         # Whatever is read of it later must be there.

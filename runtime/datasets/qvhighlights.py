@@ -106,7 +106,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise AnnotationError(
-            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; prepare it again."
+            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; prepare it again.",
+            code="unknown_format",
         )
     with reading(path, "a description of a data set", AnnotationError, "prepare the data set again"):
         counts, place = value.get("num_frames", {}), value.get("features")

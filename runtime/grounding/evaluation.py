@@ -222,7 +222,7 @@ def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.nd
             queries.append(grounder.encode_query(annotation.sentence, unheard, check_content=False))
         except QueryError as error:
             place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
-            raise QueryError(f"{place}: {error}") from error
+            raise QueryError(f"{place}: {error}", code=error.code) from error
     grounder.manifest.vocabulary.tell(unheard)
     return queries
 

@@ -414,7 +414,10 @@ class Grounder:
         tokens = self.manifest.vocabulary.encode(query, unheard, check_content)
         longest = self.manifest.max_query_length
         if len(tokens) > longest:
-            raise QueryError(f"The query has {len(tokens)} tokens and this model takes 1 to {longest}; shorten it.")
+            raise QueryError(
+                f"The query has {len(tokens)} tokens and this model takes 1 to {longest}; shorten it.",
+                code="query_too_long",
+            )
         return tokens
 
     def segments(self, video: Video) -> Segments:

@@ -30,6 +30,7 @@ from runtime.backends.tensorrt_backend import open_engine
 from runtime.core.errors import PromiseBroken, ShapeError
 from runtime.core.io.files import sha256
 from runtime.datasets.dataset import Annotation, DataSet
+from tests.raising import raises
 from tests.runtime.standin import Driver, Library, write_plan
 
 LONGEST = 12
@@ -183,7 +184,7 @@ def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: 
     short = engine.with_name(f"drn.fp32.{longest}.engine")
     made: Any = SimpleNamespace(manifest=manifest_of(graph))
     monkeypatch.setattr(Court, "write_reports", lambda *_: None)
-    with pytest.raises(PromiseBroken):
+    with raises(PromiseBroken, "parity_failed", "--optimization-level"):
         _proven_engine(court, made, [short, engine])
     assert not engine.exists()
     assert not short.exists()
@@ -193,7 +194,7 @@ def test_only_limits_queries_to_one_plan(case: Case) -> None:
     short, longest = min(case.lengths()), max(case.lengths())
     model = case.open(case.engine((short,)))
     backend: Any = model.backend
-    with backend.only(f"drn.fp32.{short}.engine"), pytest.raises(ShapeError):
+    with backend.only(f"drn.fp32.{short}.engine"), raises(ShapeError, "query_length_out_of_range", longest):
         backend.network_for(longest)
     assert backend.network_for(longest).path.name == "drn.fp32.engine"
     with backend.only("drn.fp32.engine"):

@@ -30,6 +30,16 @@ STAND_INS = {"8.6": "8.6.1", "10.16": "10.16.1", "11.4": "11.4.0", "rtx": "1.7.1
 CHOSEN = {"8.6": {"BuilderFlag"}, "10.16": set(), "11.4": set(), "rtx": {"ComputeCapability"}}
 
 
+# Files that use TensorRT, each with a minimum for the number of its uses: 8.6 has 44, 17, 29 and 38 (2026-11-30).
+# `uses.py` recognizes objects of TensorRT by the names of variables: after a rename it sees fewer uses, or no file.
+MIN_USES = {
+    "export/engine/builder.py": 40,
+    "export/engine/inspector.py": 15,
+    "export/engine/weakly_typed.py": 26,
+    "runtime/backends/tensorrt_engine.py": 34,
+}
+
+
 def sources() -> list[Path]:
     """Return the files of ours that touch TensorRT."""
     rooms = [path for room in ("runtime", "export", "calib", "benchmarks") for path in (ROOT / room).rglob("*.py")]
@@ -93,6 +103,38 @@ def check_names(path: Path, library: str) -> None:
         f"{path.name}: TensorRT's names on what `uses.py` cannot follow: {sorted(read.untracked)}"
     )
     assert {owner for owner, _ in read.chosen} <= CHOSEN[library], read.chosen
+
+
+def test_sources_are_all_files_that_use_tensorrt() -> None:
+    assert [path.relative_to(ROOT).as_posix() for path in sources()] == sorted(MIN_USES)
+
+
+@pytest.mark.parametrize("path", MIN_USES)
+def test_reading_sees_the_uses_of_every_file(path: str) -> None:
+    assert len(reading(ROOT / path, "8.6").uses) >= MIN_USES[path]
+
+
+@pytest.mark.parametrize(
+    ("path", "old"),
+    [
+        ("export/engine/builder.py", "trt"),
+        ("export/engine/builder.py", "config"),
+        ("export/engine/inspector.py", "trt"),
+        ("export/engine/weakly_typed.py", "trt"),
+        ("export/engine/weakly_typed.py", "network"),
+        ("runtime/backends/tensorrt_engine.py", "trt"),
+        ("runtime/backends/tensorrt_engine.py", "library"),
+        ("runtime/backends/tensorrt_engine.py", "context"),
+    ],
+)
+def test_renamed_variable_is_followed_or_noticed(path: str, old: str, tmp_path: Path) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    renamed = tmp_path / "renamed.py"
+    renamed.write_text(re.sub(rf"\b{old}\b", "renamed", text), encoding="utf-8")
+    read = reading(renamed, "8.6")
+    # Where the object comes from a call that `uses.py` follows, its name does not matter.
+    followed = len(read.uses) == len(reading(ROOT / path, "8.6").uses)
+    assert followed or len(read.uses) < MIN_USES[path] or read.untracked
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -35,6 +35,7 @@ from runtime.grounding.grounder import Grounder
 from runtime.media.extractors import open_extractor
 from tests.damage import count_refused, damaged, flip, random_bits
 from tests.export.conftest import TINY, random_inputs
+from tests.raising import raises
 from tests.runtime.extractor_graphs import write_clips, write_images
 
 
@@ -103,9 +104,8 @@ def test_external_data(graph: Path, tmp_path: Path, name: str) -> None:
     onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=200)
     assert external_data(path) == [path.parent / "weights.data"]
     # Another tool wrote it: it is refused until the change is confirmed.
-    with pytest.raises(ModelFileError) as caught:
+    with raises(ModelFileError, "digest_mismatch", path):
         open_backend(path, "cpu")
-    assert caught.value.code == "digest_mismatch"
     seal_model(path)
     assert heads(path)() == heads(graph)()
     assert count_refused(path.parent / name, heads(path), ModelFileError) == 40
@@ -129,7 +129,7 @@ def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
     refused = 0
     for _ in damaged(graph, random_bits(graph.read_bytes(), 10)):
-        with pytest.raises(ModelFileError):
+        with raises(ModelFileError, "digest_mismatch", graph):
             read(graph)
         refused += 1
     assert refused == 10
@@ -142,7 +142,7 @@ def test_triton_repositories_are_not_made_of_damaged_graphs(
     files = write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
     read_model(files[-1], Serving())
     for _ in damaged(files[part], random_bits(files[part].read_bytes(), 10)):
-        with pytest.raises(ModelFileError):
+        with raises(ModelFileError, "digest_mismatch", files[part].name):
             read_model(files[-1], Serving())
 
 
@@ -194,6 +194,5 @@ def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> Non
 def test_a_file_that_is_damaged_where_onnx_runtime_cannot_parse_it_is_called_damaged(graph: Path) -> None:
     whole = graph.read_bytes()
     graph.write_bytes(flip(whole, 8 * whole.index(b"Conv")))
-    with pytest.raises(ModelFileError) as caught:
+    with raises(ModelFileError, "digest_mismatch", graph):
         open_backend(graph, "cpu")
-    assert caught.value.code == "digest_mismatch"

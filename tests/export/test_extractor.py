@@ -20,6 +20,7 @@ from runtime.media.video_file import clips, look, pictures
 from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
+from tests.raising import raises
 from train.checkpoints import load_checkpoint
 from train.network.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 
@@ -77,16 +78,16 @@ def test_a_graph_that_differs_from_torch_is_not_kept(
         return export_c3d(other.eval(), *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export.tracing.extractor_to_onnx, "export_c3d", wrong)
-    with pytest.raises(PromiseBroken, match="nothing was kept"):
+    with raises(PromiseBroken, "parity_failed", "1e-04"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_extractor_is_not_split(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(ShapeError, match="not split"):
+    with raises(ShapeError, "inapplicable_option", checkpoint, "--split"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)
 
 
 def test_a_c3d_pt_given_as_a_model_is_told_what_it_is_for(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"makes clip features.*export\.to_onnx --checkpoint"):
+    with raises(CheckpointError, "wrong_model_kind", f"export.to_onnx --checkpoint {checkpoint}"):
         load_checkpoint(checkpoint)

@@ -9,6 +9,7 @@ import pytest
 from export.engine.profiles import Unrolling, profiles, unrolling, usual_query_length
 from runtime.core.errors import ShapeError
 from tests.export.conftest import TINY, manifest
+from tests.raising import raises
 
 ABOUT = manifest(TINY)
 
@@ -34,14 +35,14 @@ def test_the_best_of_several_is_several() -> None:
 
 @pytest.mark.parametrize("wrong", [(0, 1, 2), (4, 2, 8), (1, 9, 8), (8, 8, 1)])
 def test_a_range_that_does_not_rise_is_refused(wrong: tuple[int, int, int]) -> None:
-    with pytest.raises(ShapeError, match="--batch takes MIN OPT MAX"):
+    with raises(ShapeError, "invalid_option", "--batch", *wrong):
         profiles(wrong, (1, 8, 12), ABOUT)
-    with pytest.raises(ShapeError, match="--query-length takes MIN OPT MAX"):
+    with raises(ShapeError, "invalid_option", "--query-length", *wrong):
         profiles((1, 1, 1), wrong, ABOUT)
 
 
 def test_queries_longer_than_the_graph_was_checked_for_are_refused() -> None:
-    with pytest.raises(ShapeError, match="--max-query-length 13"):
+    with raises(ShapeError, "query_length_out_of_range", 12, "--max-query-length 13"):
         profiles((1, 1, 1), (1, 8, 13), ABOUT)
 
 
@@ -78,5 +79,5 @@ def test_requested_lengths_replace_the_usual_ones() -> None:
     assert lengths(32, requested=(0,)) == Unrolling((), "--unroll 0")
     assert lengths(32, requested=(32,)).steps == (32,)
     for wrong in ((-1,), (33,)):
-        with pytest.raises(ShapeError):
+        with raises(ShapeError, "invalid_option", "--unroll", 32, wrong[0]):
             lengths(32, requested=wrong)

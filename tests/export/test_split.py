@@ -25,6 +25,7 @@ from runtime.core.errors import ModelFileError, OutputError, PromiseBroken, Shap
 from runtime.core.io.files import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
+from tests.raising import raises
 from train.network.model import DRN
 
 SAME = 1e-5
@@ -163,13 +164,13 @@ def test_a_prepared_video_is_answered_as_the_whole(
 def test_only_fp32_query_parts_can_be_prepared_for(exported: dict[str, onnx.ModelProto]) -> None:
     half = to_half(exported["tiny"])
     for graph in (exported["tiny"], split_graph(exported["tiny"])[0], split_graph(half)[1]):
-        with pytest.raises(ModelFileError, match="no FP32 query part"):
+        with raises(ModelFileError, "not_a_query_part"):
             prepared_graphs(graph)
 
 
 def test_a_part_is_not_split_again(exported: dict[str, onnx.ModelProto]) -> None:
     for part in split_graph(exported["tiny"]):
-        with pytest.raises(ModelFileError, match="part of a pair already"):
+        with raises(ModelFileError, "model_part"):
             split_graph(part)
 
 
@@ -182,7 +183,7 @@ def test_a_graph_without_a_place_to_cut_is_refused(exported: dict[str, onnx.Mode
             node.output[0] = "elsewhere"
         elif node.name == "backbone_net/Mul":
             node.input[0] = "prop_fc/Unsqueeze"
-    with pytest.raises(ModelFileError, match="one tensor at which"):
+    with raises(ModelFileError, "ambiguous_split", 2):
         split_graph(_twice(other))
 
 
@@ -202,7 +203,7 @@ def test_an_encoding_that_would_hold_the_spans_is_refused(exported: dict[str, on
     copies = [type(node).FromString(node.SerializeToString()) for node in kept]
     del other.graph.node[:]
     other.graph.node.extend(copies)
-    with pytest.raises(ModelFileError, match="one tensor at which"):
+    with raises(ModelFileError, "ambiguous_split", 1):
         split_graph(other)
 
 
@@ -218,7 +219,7 @@ def test_the_command_writes_all_three(checkpoint: Path, tmp_path: Path) -> None:
     output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True, max_query_length=3)
     names = ["drn.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx", "drn.video.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    with pytest.raises(ShapeError, match="pass --split too"):
+    with raises(ShapeError, "missing_option", "--prepare", "--split"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", prepare=True)
     assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
     # With the padding of convolutions apart, as ONNX Runtime is fastest.
@@ -240,7 +241,7 @@ def test_a_pair_that_differs_from_torch_is_not_kept(
         return video, query
 
     monkeypatch.setattr(export.to_onnx, "split_graph", wrong)
-    with pytest.raises(PromiseBroken):
+    with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
     assert list(tmp_path.iterdir()) == []
 
@@ -250,7 +251,7 @@ def test_parts_that_cannot_be_written_are_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
     (tmp_path / "drn.query.onnx").mkdir()
-    with pytest.raises(OutputError):
+    with raises(OutputError, "output_is_directory", tmp_path / "drn.query.onnx"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
 
 
@@ -262,5 +263,5 @@ def test_the_check_tells_a_wrong_pair(exported: dict[str, onnx.ModelProto], netw
     other.load_state_dict(networks["tiny"].state_dict())
     with torch.no_grad():
         other.prop_fc.bias.add_(1)
-    with pytest.raises(PromiseBroken):
+    with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
         check_pair_against_torch(video, query, other, 3)

@@ -23,6 +23,7 @@ from runtime.core.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
 from tests.export.test_rtx_builds import table_for
+from tests.raising import raises
 
 FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 KEPT = ("prop_fc", "fpn.layer_blocks.0")
@@ -217,7 +218,7 @@ def test_types_of_later_versions_come_from_the_graph(exported: dict[str, onnx.Mo
 
 def test_what_is_no_graph_is_one_error() -> None:
     library, _ = stand_in("8.6.1")
-    with pytest.raises(ModelFileError):
+    with raises(ModelFileError, "not_onnx"):
         build(b"graph", options(), library=library)
 
 

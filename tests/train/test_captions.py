@@ -19,7 +19,7 @@ from tests.raising import raises
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.simulate import simulate
-from train.simulation.from_captions import content_words
+from train.simulation.from_captions import STATEMENT, content_words
 from train.training.dataset import pool
 
 WRITERS = {"ActivityNet Captions": write_activitynet, "TACoS": write_tacos}
@@ -46,7 +46,7 @@ def test_annotations_are_copied_and_every_video_has_features(simulated: tuple[st
             # Frames that the annotations tell are those that were simulated, and the others follow from the clips.
             assert video.num_frames == data_set.num_frames.get(name, video.num_frames)
     record = json.loads((data_set.root / "simulated.json").read_text())
-    assert "from the words of the sentences themselves" in record["statement"]
+    assert record["statement"] == STATEMENT
     assert record["contents"]["moments"] == {"train": 72, "val": 18, "test": 18}
 
 
