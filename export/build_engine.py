@@ -375,7 +375,7 @@ def choose_target(
         if reason is None and target == "tensorrt-rtx" and not capabilities and not cuda_devices():
             reason = "Without a GPU, --target tensorrt-rtx needs --compute-capability, as 8.6 8.9."
         if reason:
-            raise DeviceError(reason)
+            raise DeviceError(reason, code="target_unavailable")
         return target, "as asked for."
     reason = why_not("tensorrt")
     if reason is None:

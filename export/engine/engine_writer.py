@@ -138,7 +138,9 @@ def _build_unrolled(
             built.append(build_part(job, other, options, cache, state))
         except (ModelFileError, DeviceError) as error:
             if not other.optional:
-                raise type(error)(f"{error} --unroll 0 builds the engine without others for short queries.") from error
+                raise type(error)(
+                    f"{error} --unroll 0 builds the engine without others for short queries.", code=error.code
+                ) from error
             log.warning(
                 "%s is not built, and queries of at most %d tokens are answered by a plan for longer ones, which takes "
                 "more time: %s --unroll 0 builds no such plans.",

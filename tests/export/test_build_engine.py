@@ -463,7 +463,7 @@ def test_the_target_is_chosen_with_a_reason() -> None:
     chosen, why = choose_target("auto")
     assert chosen == "onnxruntime"
     assert quotes(why, str(why_not("tensorrt")).rstrip("."))
-    with raises(DeviceError, "missing_library", "tensorrt"):
+    with raises(DeviceError, "target_unavailable", "tensorrt"):
         choose_target("tensorrt")
 
 
