@@ -207,7 +207,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     if differences:
         raise OutputError(
             f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
-            "Take those again, or name another directory."
+            "Take those again, or name another directory. Ground added videos from features of their own."
         )
 
 
