@@ -247,7 +247,9 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
     except Exception as problem:
         reason = one_line(problem) or type(problem).__name__
         if isinstance(problem, KeyError):
-            reason = f"{reason} is missing"
+            # h5py raises KeyError with a sentence in place of the key.
+            sentence = isinstance(key := problem.args[0] if problem.args else "", str) and " " in key
+            reason = one_line(Exception(key)) if sentence else f"{reason} is missing"
         message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
         raise error(message, code="damaged_file") from problem
 

@@ -95,3 +95,11 @@ def test_reading_passes_errors_of_the_project_and_interrupts() -> None:
     assert type(raised.value) is GroundingError
     with pytest.raises(KeyboardInterrupt), reading("f.npy", "an array", FeatureError, "extract it again"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("key", "missing"), [("shape", True), ("Unable to open object (bad checksum)", False)])
+def test_key_errors_of_sentences_name_no_missing_key(key: str, missing: bool) -> None:
+    with pytest.raises(FeatureError) as caught, reading("a.h5", "an HDF5 file", FeatureError, "copy it again"):
+        raise KeyError(key)
+    assert ("is missing" in str(caught.value)) == missing
+    assert key in str(caught.value)
