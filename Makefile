@@ -44,12 +44,12 @@ test: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What depends on how kernels round, with the kernels of other CPUs than this machine's: of torch (ATEN, oneDNN) and of
-# NumPy (OpenBLAS), in one thread and in two. ONNX Runtime has no such switch; tests/runtime/test_eightbit.py computes its
+# NumPy (OpenBLAS), in one thread and in two. ONNX Runtime has no such switch; tests/runtime/backends/test_exact_int8.py computes its
 # kernels in NumPy instead.
-PORTABLE := tests/train/test_losses.py tests/train/test_model.py tests/train/test_loop.py tests/train/test_processes.py \
-	tests/calib tests/runtime/test_eightbit.py tests/runtime/test_decoding.py \
-	tests/export/test_graph.py tests/export/test_parity.py tests/export/test_precision.py tests/export/test_split.py \
-	tests/export/test_to_onnx.py tests/export/test_twin.py tests/export/test_unrolled.py
+PORTABLE := tests/train/network/test_losses.py tests/train/network/test_model.py tests/train/training/test_trainer.py tests/train/training/test_distributed.py \
+	tests/calib tests/runtime/backends/test_exact_int8.py tests/runtime/core/test_decoding.py \
+	tests/export/tracing/test_exportable_model.py tests/export/parity/test_compare.py tests/calib/graph/test_half_precision.py tests/calib/graph/test_split_model.py \
+	tests/export/test_to_onnx.py tests/export/build/test_reduced_precision.py tests/calib/graph/test_unroll_lstm.py
 OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=1
 AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=2
 

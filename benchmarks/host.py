@@ -1,8 +1,8 @@
 """`python -m benchmarks.host`: what a query on a GPU costs the host, where the GPU itself takes no time.
 
-The TensorRT runtime works on a stand-in for the driver and the library (`tests/runtime/standin.py`), which answers
-every shape in ONNX Runtime and then stands still. What is left is ours: tokens, staging, launch, copies, decoding,
-suppression. A real driver adds a launch and a wait. Who has a GPU measures there (`runtime.benchmark`).
+The TensorRT runtime works on a stand-in for the driver and the library (`tests/runtime/backends/tensorrt_double.py`),
+which answers every shape in ONNX Runtime and then stands still. What is left is ours: tokens, staging, launch, copies,
+decoding, suppression. A real driver adds a launch and a wait. Who has a GPU measures there (`runtime.benchmark`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.core.decoding import decode, likely
 from runtime.core.errors import ModelFileError
 from runtime.core.io.files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
-from tests.runtime.standin import Driver, Library, write_plan
+from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 VERSION = "10.16.1.11"
 # A CUDA graph is made at the second run of a shape.

@@ -97,7 +97,7 @@ Words = Callable[[Path], list[str]]
 @pytest.fixture(scope="module")
 def commands(planted: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Words]:
     """The words of each command, given the directory it writes into."""
-    from tests.runtime.extractor_graphs import CLIPS, write_clips
+    from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 
     inputs = tmp_path_factory.mktemp("inputs")
     extractor, video = write_clips(inputs / "tiny.onnx", CLIPS), film(inputs / "film.mp4", 40)

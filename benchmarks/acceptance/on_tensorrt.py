@@ -66,7 +66,8 @@ BULK_BATCHES = 8
 PROFILED_RUNS = 20
 # The files with tests that need a GPU: the whole suite takes tens of seconds to collect.
 GPU_TESTS = tuple(
-    Path(__file__).parents[2] / path for path in ("tests/runtime/test_trt.py", "tests/parity/test_kernels.py")
+    Path(__file__).parents[2] / path
+    for path in ("tests/runtime/backends/test_tensorrt_backend.py", "tests/parity/test_kernels.py")
 )
 # Times that a batch is taken through all phases; the first ones warm up.
 MOST_WALKS, WARM_UP_WALKS = 40, 10

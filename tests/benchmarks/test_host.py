@@ -11,7 +11,7 @@ from benchmarks import host
 from runtime import Grounder, open_backend
 from runtime.core.errors import ModelFileError
 from runtime.datasets.dataset import DataSet
-from tests.runtime.standin import counted
+from tests.runtime.backends.tensorrt_double import counted
 
 
 @pytest.fixture

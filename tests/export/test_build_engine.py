@@ -68,8 +68,8 @@ from runtime.core.io.files import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
 from tests.export.conftest import lively
-from tests.export.inspectors import document
-from tests.export.test_builder import gpu, stand_in
+from tests.export.engine.inspector_doubles import document
+from tests.export.engine.test_builder import gpu, stand_in
 from tests.raising import quotes, raises, records
 from train.network.model import DRNConfig
 

@@ -19,7 +19,7 @@ import pytest
 from export.engine.builder import _network_flags, is_strongly_typed
 from export.engine.weakly_typed import precision_flags
 from tests.export.bindings import ROOT, Surface, compiler, read_surface, run_with
-from tests.export.test_builder import EMPTY, VERSIONS, build, gpu, options, stand_in
+from tests.export.engine.test_builder import EMPTY, VERSIONS, build, gpu, options, stand_in
 from tests.export.uses import Reading, lines_of
 
 BINDINGS = os.environ.get("DRN_TENSORRT_BINDINGS")
@@ -248,7 +248,7 @@ import tensorrt_bindings as trt
 from export.engine.builder import BuildOptions, build
 from export.engine.profiles import Profile
 from runtime.backends.cuda_driver import Cuda
-from tests.runtime.standin import Driver
+from tests.runtime.backends.tensorrt_double import Driver
 
 shapes = {"query_tokens": ((1, 1), (1, 8), (1, 12)), "query_length": ((1,), (1,), (1,))}
 profile = Profile("one query", (1, 1, 1), (1, 8, 12), shapes)

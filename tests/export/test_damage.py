@@ -36,7 +36,7 @@ from runtime.media.extractors import open_extractor
 from tests.damage import count_refused, damaged, flip, random_bits
 from tests.export.conftest import TINY, random_inputs
 from tests.raising import raises
-from tests.runtime.extractor_graphs import write_clips, write_images
+from tests.runtime.media.extractor_graphs import write_clips, write_images
 
 
 @pytest.fixture

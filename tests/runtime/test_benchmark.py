@@ -34,8 +34,8 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
 from runtime.core.io.files import sha256
 from tests.processes import heed_ctrl_c
-from tests.runtime.standin import write_plan
-from tests.runtime.test_encodings import PlantedPair
+from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.backends.tensorrt_double import write_plan
 
 ROOT = Path(__file__).parents[2]
 

@@ -37,7 +37,7 @@ def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, r
 def test_an_encoder_is_described_by_what_stands_beside_it(
     tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., str]
 ) -> None:
-    graphs = pytest.importorskip("tests.runtime.extractor_graphs")
+    graphs = pytest.importorskip("tests.runtime.media.extractor_graphs")
     outcome = run_command(describe, graphs.write_images(tmp_path / "clip.onnx"))
     assert outcome.code == 0
     assert "encoder, an extractor of clip features" in outcome.out

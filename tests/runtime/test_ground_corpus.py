@@ -1,4 +1,4 @@
-"""`python -m runtime.ground_corpus` without Ray; with it, see `tests/runtime/corpus/test_cluster.py`."""
+"""`python -m runtime.ground_corpus` without Ray; with it, see `tests/runtime/corpus/test_ray_runner.py`."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def start() -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="session")
 def extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small extractor whose features the model takes."""
-    from tests.runtime.extractor_graphs import CLIPS, write_clips
+    from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 
     return write_clips(tmp_path_factory.mktemp("extractor") / "tiny.onnx", dataclasses.replace(CLIPS, dim=32))
 

@@ -48,7 +48,7 @@ from runtime.media.extractors import open_extractor
 from runtime.media.video_file import look
 from train.checkpoints import load_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 def content(directory: Path) -> dict[str, str]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.test_trt import Graphs, graphs
+from tests.runtime.backends.test_tensorrt_backend import Graphs, graphs
 
 __all__ = ["graphs"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # As nvtx 0.2: a context manager that is a decorator, and takes these keywords.
 NVTX = """
 from contextlib import ContextDecorator

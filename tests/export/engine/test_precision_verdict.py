@@ -20,7 +20,7 @@ from runtime.artifacts.engine_layers import (
     read_layers_file,
 )
 from runtime.core.errors import PromiseBroken
-from tests.export.inspectors import Writer, document, layers
+from tests.export.engine.inspector_doubles import Writer, document, layers
 from tests.raising import quotes, raises
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
@@ -62,7 +62,7 @@ def test_census_and_verdict_of_each_version(row: str, column: int) -> None:
 
 
 def test_the_documented_table_is_what_is_computed() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
     for row, (_, _, _, cells) in TABLE.items():
         shown = " | ".join(f"{counted}: **{verdict}**" for counted, verdict in cells)
         assert f"| {row} | {shown} |" in text
@@ -77,7 +77,7 @@ def test_hidden_types_leave_weights_and_kernel_names(version: str) -> None:
     assert counted.arithmetic == {"fp16": 4}
 
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = Path(__file__).parents[1] / "recorded"
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from export.engine.profiles import profiles
 from runtime.artifacts.engine_layers import engine_census
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError, ModelFileError
-from tests.export import inspectors
 from tests.export.conftest import TINY, manifest
+from tests.export.engine import inspector_doubles
 from tests.raising import quotes, raises
-from tests.runtime.standin import Driver
+from tests.runtime.backends.tensorrt_double import Driver
 
 EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], [])).SerializeToString()
 SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
@@ -114,7 +114,7 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
 
     Args:
         version: of `VERSIONS`.
-        scenario: what the engine looks like; see `tests.export.inspectors`.
+        scenario: what the engine looks like; see `tests.export.engine.inspector_doubles`.
         answers: `parser`: of its calls; `build`, `context`: in place of building, and of creating a context.
     """
     calls = Calls()
@@ -154,7 +154,7 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         )
 
     def write(form: str) -> str:
-        text: str = inspectors.document(version, scenario, bound=is_bound(), profiles=len(SHAPES))
+        text: str = inspector_doubles.document(version, scenario, bound=is_bound(), profiles=len(SHAPES))
         return text
 
     def is_bound() -> bool:

@@ -21,9 +21,9 @@ from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.formatting import Answer, render
 from runtime.infer import infer
-from tests.runtime.test_encodings import PlantedPair
-from tests.runtime.test_grounder import PAIRS, QUARTER, video
-from tests.runtime.test_windows import WINDOWS, Finder, long_video
+from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.core.test_sliding_windows import WINDOWS, Finder, long_video
+from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, video
 
 HALF = Presence(0.5, 0.9, 0.8, 100, 500)
 SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1, max_size=30)

@@ -31,7 +31,7 @@ from runtime.core.errors import PromiseBroken, ShapeError
 from runtime.core.io.files import sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from tests.raising import raises
-from tests.runtime.standin import Driver, Library, write_plan
+from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 LONGEST = 12
 

@@ -24,7 +24,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate
 from runtime.infer import infer
-from tests.runtime.test_grounder import PAIRS, QUARTER, video
+from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, video
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
 

@@ -13,7 +13,7 @@ from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import FeatureError, ModelFileError
 from runtime.media.extractors import ClipExtractor, ImageExtractor, open_extractor
-from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
+from tests.runtime.media.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")
 

@@ -42,7 +42,7 @@ from train.training.dataset import PooledFeatures, TrainingData, split_by_video
 from train.training.distributed import Processes
 from train.training.recipes import RECIPES, Stage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SELECTION = loop.SELECTION
 
 

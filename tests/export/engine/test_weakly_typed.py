@@ -21,7 +21,7 @@ from export.engine.builder import build
 from export.engine.weakly_typed import node_of, prepare, without_types
 from runtime.core.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
-from tests.export.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
+from tests.export.engine.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
 from tests.export.test_rtx_builds import table_for
 from tests.raising import raises
 
@@ -239,7 +239,7 @@ def test_an_engine_needs_neither_cublas_nor_cudnn() -> None:
 
 
 def test_nothing_else_mentions_weak_graphs() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     paths = [path for package in ("export", "calib", "train") for path in (root / package).rglob("*.py")]
     assert len(paths) > 50
     for path in paths:

@@ -22,8 +22,8 @@ from runtime.core.errors import FeatureError, ModelFileError
 from runtime.core.moments import temporal_iou
 from runtime.core.sliding_windows import cut
 from runtime.core.video import ClipClock
-from tests.runtime.test_encodings import PlantedPair
-from tests.runtime.test_grounder import CHANNELS, PAIRS
+from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS
 
 CLOCK = ClipClock()
 RATE = 24

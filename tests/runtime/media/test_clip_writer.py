@@ -17,7 +17,7 @@ from runtime.media import clip_writer
 from runtime.media.clip_writer import check_encoder, clip_names, cut
 from runtime.media.video_file import frames_from, look
 from tests.films import film, joined, scene, sound_only, truncated
-from tests.runtime.extractor_graphs import write_clips
+from tests.runtime.media.extractor_graphs import write_clips
 
 av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
 

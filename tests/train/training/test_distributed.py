@@ -29,7 +29,7 @@ from train.training.distributed import Processes, SyncedBatchNorm1d, started_by_
 from train.training.recipes import RECIPES
 from train.training.trainer import Materials, Run, Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def together(data: Path, output: Path, *arguments: str) -> str:

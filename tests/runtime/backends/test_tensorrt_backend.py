@@ -55,7 +55,15 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.files import sha256
 from runtime.grounding.grounder import Grounder
-from tests.runtime.standin import NOT_CAPTURABLE, VERSIONS, Driver, Engine, Library, counted, write_plan
+from tests.runtime.backends.tensorrt_double import (
+    NOT_CAPTURABLE,
+    VERSIONS,
+    Driver,
+    Engine,
+    Library,
+    counted,
+    write_plan,
+)
 from tests.tolerances import HALF
 
 LONGEST = 12

@@ -17,7 +17,7 @@ from runtime.core.cli import next_command
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
 from tests.processes import heed_ctrl_c
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def add(first: int, *, second: int = 2) -> int:

@@ -17,8 +17,8 @@ from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.warm_up import usual_sizes, warm_usual
-from tests.runtime.standin import VERSIONS
-from tests.runtime.test_trt import LONGEST, Bench, Graphs, batch_of, graphs
+from tests.runtime.backends.tensorrt_double import VERSIONS
+from tests.runtime.backends.test_tensorrt_backend import LONGEST, Bench, Graphs, batch_of, graphs
 
 __all__ = ["graphs"]
 

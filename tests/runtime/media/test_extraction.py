@@ -33,7 +33,7 @@ from runtime.media.extraction import cached_video
 from runtime.media.extractors import ClipExtractor, open_extractor
 from runtime.media.video_file import look, pictures
 from tests.films import film, sound_only, truncated
-from tests.runtime.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
+from tests.runtime.media.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
 # The package has a function of the same name.
 infer_module = importlib.import_module("runtime.infer")
