@@ -67,11 +67,11 @@ def refusal_of(error: GroundingError) -> Refusal:
     return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
 
 
-def unknown_video(name: str) -> Refusal:
-    """Return the refusal for a video that is not here, or no longer."""
+def unknown_video(name: str, near: str = "") -> Refusal:
+    """Return the refusal for a video that is not here, or no longer; `near` is what `near_name` returns."""
     return Refusal(
         404,
         f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
-        "kept for a while only.",
+        f"kept for a while only.{near}",
         "unknown_video",
     )

@@ -18,6 +18,7 @@ from runtime.backends.base import Device
 from runtime.core.errors import GroundingError, QueryError
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
+from runtime.datasets.validation import near_name
 from runtime.grounding.formatting import Answer
 from runtime.grounding.grounder import Grounder, Subject
 from runtime.service.batching import Batcher, BatchOptions
@@ -168,7 +169,7 @@ class Service:
         """Return an upload by its id; Refusal if there is none."""
         upload = self.uploads.get(name)
         if upload is None:
-            raise unknown_video(name)
+            raise unknown_video(name, near_name(self.library.folded_names, name))
         return upload
 
     def entry(self, name: str) -> Entry:

@@ -21,6 +21,7 @@ from runtime.core.errors import AnnotationError, DeviceError, FeatureError, Foot
 from runtime.core.io.files import check_directory, file_stamp, open_inside
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
+from runtime.datasets.validation import by_fold
 from runtime.grounding.grounder import Grounder, Subject
 from runtime.media.video_file import offset_of
 from runtime.service.batching import Batcher
@@ -82,6 +83,11 @@ class Library:
         self._media = _media_files(media) if media else {}
         self.names = sorted(data.durations) if data else []
         self._known = frozenset(self.names)
+
+    @functools.cached_property
+    def folded_names(self) -> dict[str, str]:
+        """The names, for `near_name`."""
+        return by_fold(self.names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._known

@@ -325,6 +325,17 @@ def test_names_that_the_file_system_merges_are_refused(
     assert len(list((tmp_path / "data").rglob("*.npy"))) == 2
 
 
+def test_a_video_that_is_short_because_it_was_cut_off_is_named_damaged(tmp_path: Path, tiny: Path) -> None:
+    whole = film(tmp_path / "whole.mkv", 60).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 6])
+    with pytest.raises(FootageError) as refusal:
+        extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data")
+    assert "--partial" in str(refusal.value)
+    with pytest.raises(FootageError) as refusal:
+        extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data", partial=True)
+    assert "--partial" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("first", ["good.avi.mkv", "good.mkv"])
 def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, runs: list[int], first: str) -> None:
     videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))

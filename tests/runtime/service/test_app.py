@@ -156,6 +156,7 @@ QUESTION = {"video": "SIM00001", "query": "person opens the door"}
         (b'{"video": "SIM00001", "query": "person", "video": "SIM00002"}', 422, ["'video'"]),
         (b'{"video": "SIM00001", "query": "person", "qu\\u0065ry": "person"}', 422, ["'query'"]),
         ({**QUESTION, "video": "nobody"}, 404, ["no video 'nobody'", "/v1/videos"]),
+        ({**QUESTION, "video": "sim00001"}, 404, ["no video 'sim00001'", "'SIM00001' differs"]),
         ({**QUESTION, "video": "../SIM00001"}, 404, ["no video"]),
         ({**QUESTION, "video": "C3D_unit16_overlap0.5_merged/SIM00001"}, 404, ["no video"]),
         ({**QUESTION, "video": "SIM00001\0.pt"}, 404, ["no video"]),
