@@ -109,7 +109,7 @@ def test_a_model_that_answers_alike_passes_and_is_documented(
     assert ", ".join(cpu()["features"] or ["features unknown"]) in text
     assert sha256(reference) in text
     assert sha256(model) in text
-    assert "Promises kept" in text
+    assert 'class="verdict kept"' in text
     assert "100.0 % in fp32" in text
     assert "--split train --max-drop 0.2" in text
 
@@ -137,7 +137,7 @@ def test_a_model_that_loses_answers_fails_and_is_documented_all_the_same(
     assert last.startswith("error: ")
     assert quotes(last, "wrong.onnx", "drn.onnx", "R@1 IoU=0.7", "--layers")
     assert len(json.loads(report.read_text())["broken"]) == 3
-    assert "Promises broken" in page.read_text()
+    assert 'class="verdict broken"' in page.read_text()
 
 
 def test_a_larger_budget_lets_it_pass(models: Path, wrong: Path, planted: Path) -> None:

@@ -79,6 +79,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     assert any(quotes(line, 1, "v_1 sentence 2", "8 s") for line in told.splitlines())
     assert any(quotes(line, 1, "4", "'...'") for line in told.splitlines())
     assert any(quotes(line, 3, "v_36 sentence 1", "v_36 sentence 2", "v_36 sentence 3") for line in told.splitlines())
+    assert any(line.split()[:2] == ["1", "moments"] for line in told.splitlines())
     about = json.loads((common.root / "dataset.json").read_text())
     assert about["dropped"]["train"] == {"the moment makes no sense": 1, "no word of the sentence is known": 1}
     assert about["dropped"]["test"] == {"its video has no features": 3}
