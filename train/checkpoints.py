@@ -167,9 +167,7 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
             windows=Windows.from_dict(content["windows"]) if "windows" in content else None,
             presence=Presence.from_dict(content["presence"]) if "presence" in content else None,
         )
-    except GroundingError:
-        raise
-    # The values of a damaged file are of any kind, tensors among them.
+    # The values of a damaged file are of any kind, tensors among them. Errors of the parts do not name the file.
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again.",
