@@ -537,7 +537,7 @@ def _torch() -> list[Reader]:
     from train.network.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
-    from train.simulate import real_plan
+    from train.simulation.charades_actions import charades_plan
     from train.simulation.from_captions import captions_plan
 
     config = DRNConfig(6, 4, 8, 4, 4)
@@ -655,7 +655,7 @@ def _torch() -> list[Reader]:
         Reader(
             "torch-load", state, lambda directory, path: (load(path), torch_reader.load(path, inert=True)), _zip_again
         ),
-        Reader("charades-csv", charades, lambda directory, path: real_plan(directory, None, 0)),
+        Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),
         Reader(
             "captions-plan",
             functools.partial(_captions, tacos=False),

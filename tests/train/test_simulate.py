@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -11,16 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from runtime.core.errors import AnnotationError, FeatureError, OutputError
 from runtime.core.tokenizer import tokenize
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from tests.raising import quotes, raises
-from train import simulate as module
-from train.simulate import DIFFICULTIES, Plan, Simulator, Story, made_up_plan, simulate
-from train.simulation.scenario import STATEMENT
+from train.simulate import simulate
+from train.simulation.charades_actions import SOURCE_FILES
+from train.simulation.feature_simulator import Simulator
+from train.simulation.scenario import STATEMENT, Scenario
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -187,96 +187,6 @@ def test_four_in_five_values_are_zero_and_the_tail_is_heavy(tmp_path: Path) -> N
     assert kurtosis > 10, "a normal distribution has 3"
 
 
-@given(st.integers(1, 5000), st.floats(1, 300))
-def test_features_are_finite_whatever_the_clock(num_frames: int, duration: float) -> None:
-    story = Story("V", num_frames, duration, "kitchen", ("door",), (("open door", 0.0, duration / 2),))
-    rows = SIMULATOR.features(story)
-    assert rows.shape == (story.num_clips, 8)
-    assert np.isfinite(rows).all()
-
-
-def simulator(**changes: float) -> Simulator:
-    """A simulator in which nothing but the actions is left, save for `changes`."""
-    quiet = {"identity": 0.0, "noise": 0.0, "jitter": 0.0, "drop": 0.0, "confuse": 0.0}
-    return Simulator(made_up_plan(2, 0), module.Difficulty(**{**quiet, **changes}), 8, 0)
-
-
-SIMULATOR = Simulator(made_up_plan(2, 0), DIFFICULTIES["medium"], 8, 0)
-# 30 frames a second: clip k sees the frames 8k to 8k + 15. The action starts with frame 120 and ends before frame 240.
-STORY = Story("V", 480, 16.0, "kitchen", (), (("open door", 4.0, 8.0),))
-
-
-def test_an_action_counts_by_its_share_of_the_clip() -> None:
-    quiet = simulator()
-    latents = quiet.latents(STORY) - quiet.embedding("scene", "kitchen")
-    action = quiet.embedding("action", "open door")
-    weights = latents @ action / (action @ action)
-    expected = np.zeros(59)
-    expected[14] = expected[29] = 0.5  # frames 112 to 127, of which 120 on; and 232 to 247, of which up to 239
-    expected[15:29] = 1
-    np.testing.assert_allclose(weights, expected, atol=1e-5)
-
-
-def test_a_dropped_action_leaves_no_trace() -> None:
-    latents = simulator(drop=1.0).latents(STORY)
-    np.testing.assert_allclose(latents, np.broadcast_to(latents[0], latents.shape), atol=1e-6)
-
-
-def test_a_confused_action_leaves_the_trace_of_a_sibling() -> None:
-    confused = simulator(confuse=1.0)
-    trace = confused.latents(STORY)[20] - confused.embedding("scene", "kitchen")
-    siblings = module._deed_siblings("open door")
-    assert "close door" in siblings
-    assert "open window" in siblings
-    assert "open door" not in siblings
-    assert any(np.allclose(trace, confused.embedding("action", name), atol=1e-5) for name in siblings)
-
-
-def test_jitter_moves_boundaries_by_its_number_of_seconds() -> None:
-    jittered = simulator(jitter=0.9)
-    action = jittered.embedding("action", "open door")
-    onsets = []
-    for index in range(400):
-        story = Story(f"V{index}", 1800, 60.0, "kitchen", (), (("open door", 20.0, 40.0),))
-        weights = (jittered.latents(story) - jittered.embedding("scene", "kitchen")) @ action / (action @ action)
-        onsets.append(float(np.argmax(weights > 0.5)) * 8 / 30)
-    assert np.std(onsets) == pytest.approx(0.9, rel=0.15)
-
-
-def test_noise_is_remembered_for_about_a_second() -> None:
-    noisy = Simulator(made_up_plan(2, 0), module.Difficulty(0.0, 1.0, 0.0, 0.0, 0.0), 256, 0)
-    # 8 frames a second, so that neighbouring clips lie one second apart.
-    story = Story("V", 8 * 2000, 2000.0, "kitchen", (), ())
-    noise = noisy.latents(story) - noisy.embedding("scene", "kitchen")
-    assert noise.std() == pytest.approx(1, rel=0.05)
-    assert (noise[1:] * noise[:-1]).mean() == pytest.approx(np.exp(-1), abs=0.05)
-
-
-def test_charades_siblings_are_the_neighbouring_classes() -> None:
-    classes = ["c001", "c002", "c003", "c005", "c100"]
-    assert module._class_siblings(classes, "c003") == ["c001", "c002", "c005"]
-    assert module._class_siblings(classes, "c100") == []
-
-
-@pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
-def test_a_linear_probe_tells_what_is_opened_better_when_it_is_easier(difficulty: str) -> None:
-    """Nearest class mean on unseen videos: which of two actions is under way."""
-    expected = {"easy": (0.93, 1.0), "medium": (0.72, 0.97), "hard": (0.6, 0.93)}[difficulty]
-    plan = made_up_plan(2, 0)
-    tool = Simulator(plan, DIFFICULTIES[difficulty], 512, 0)
-    rows, truth = [], []
-    for index in range(200):
-        deed = ("open door", "wash cup")[index % 2]
-        story = Story(f"V{index}", 480, 16.0, module.PLACES[index % 6], (), ((deed, 3.0, 13.0),))
-        rows.append(tool.features(story)[30:34].max(axis=0))
-        truth.append(index % 2)
-    rows, truth = np.stack(rows), np.array(truth)
-    means = [rows[:100][truth[:100] == which].mean(axis=0) for which in (0, 1)]
-    distance = np.stack([((rows[100:] - mean) ** 2).sum(axis=1) for mean in means])
-    accuracy = (distance.argmin(axis=0) == truth[100:]).mean()
-    assert expected[0] <= accuracy <= expected[1]
-
-
 # Interruption and the directory.
 
 
@@ -287,11 +197,11 @@ def test_an_interrupted_run_does_not_look_whole_and_is_continued(
     made = Simulator.features
     asked: list[str] = []
 
-    def interrupted(self: Simulator, story: Story) -> np.ndarray:
-        asked.append(story.name)
+    def interrupted(self: Simulator, scenario: Scenario) -> np.ndarray:
+        asked.append(scenario.name)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return made(self, story)
+        return made(self, scenario)
 
     monkeypatch.setattr(Simulator, "features", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -345,7 +255,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
 def test_too_small_a_disk_is_noticed_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
     with raises(OutputError, "disk_full", tmp_path / "data", "--videos", "--feature-dim"):
         simulate(tmp_path / "data", feature_dim=8, videos=2)
     assert not (tmp_path / "data").exists()
@@ -366,7 +276,7 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[st
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("name", module._source_names())
+@pytest.mark.parametrize("name", SOURCE_FILES)
 def test_a_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
     (annotated / name).unlink()
     with raises(AnnotationError, "missing_file", annotated, name):
@@ -416,14 +326,3 @@ def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert STATEMENT in done.stdout
     assert "Next:" in done.stderr
-
-
-# The real annotations.
-
-
-def test_every_charades_sta_moment_that_ends_after_its_start_is_an_action_interval(real_data: Path) -> None:
-    plan: Plan = module.real_plan(real_data / "charades_sta", None, 0)
-    assert len(plan.stories) == 6672
-    assert plan.facts["moments"] == {"train": 12408, "test": 3720}
-    # Four training lines end before they start, and so do the actions they equal.
-    assert plan.facts["moments_equal_to_an_action"] == {"train": 12404, "test": 3720}

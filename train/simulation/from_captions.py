@@ -1,8 +1,8 @@
-"""Stories of videos that nobody labelled: what happens is what their own sentences say.
+"""Describe videos without action labels by the content words of their own sentences.
 
 ActivityNet Captions and TACoS have no human action labels, so the features that are simulated for them follow the
-content words of the very sentences that are asked. Recall on such features says that training, decoding and metrics
-work together on these annotations; it says less than that on simulated Charades-STA, where text never touches them.
+content words of the queries themselves. Recall on such features shows that training, decoding and metrics work together
+on these annotations; it shows less than recall on simulated Charades-STA, where the features do not depend on the text.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from runtime.core.io.files import read_json
 from runtime.core.io.text_files import read_text
 from runtime.core.tokenizer import STOP_WORDS, tokenize
 from runtime.datasets.dataset import Annotation, DataSet
-from train.simulation.scenario import CLOCK, REFERENCE_VIDEOS, Plan, Story, seeded_order
+from train.simulation.scenario import CLIP_TIMING, REFERENCE_VIDEOS, Scenario, SimulationPlan, seeded_order
 
 STATEMENT = (
     "The features are simulated from the words of the sentences themselves: recall on this data set says that the "
     "machinery works, and no more."
 )
 # Where the annotations have no frame count: a clip a second.
-FRAMES_A_SECOND = CLOCK.stride
+FRAMES_PER_SECOND = CLIP_TIMING.stride
 
 
-def captions_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
+def captions_plan(annotations: Path, videos: int | None, seed: int) -> SimulationPlan:
     """Read annotations in the layout of ActivityNet Captions or TACoS into a plan; see `train.simulate.simulate`.
 
     Raises:
@@ -39,39 +39,40 @@ def captions_plan(annotations: Path, videos: int | None, seed: int) -> Plan:
             "and TACoS, and for made-up videos without --annotations.",
             code="unsupported_layout",
         )
-    told: dict[str, list[Annotation]] = {}
-    texts, moments, chosen = {}, {}, dict[str, None]()
+    by_video: dict[str, list[Annotation]] = {}
+    texts, moments, selected = {}, {}, dict[str, None]()
     for split, path in paths.items():
         entries = read_json(path, "annotations by video")
-        keep = set(seeded_order(entries, seed)[:videos])
+        selection = set(seeded_order(entries, seed)[:videos])
         texts[path.name] = (
             read_text(path, "annotations")
             if videos is None
-            else json.dumps({name: entry for name, entry in entries.items() if name in keep}) + "\n"
+            else json.dumps({name: entry for name, entry in entries.items() if name in selection}) + "\n"
         )
-        chosen.update(dict.fromkeys(name for name in entries if name in keep))
+        selected.update(dict.fromkeys(name for name in entries if name in selection))
         moments[split] = 0
         for annotation in data_set.annotations(split, invalid="drop", quiet=True):
-            told.setdefault(annotation.video, []).append(annotation)
-            moments[split] += annotation.video in keep
-    stories = {name: _story(data_set, name, told.get(name, ())) for name in data_set.durations}
-    return Plan(
-        stories=[stories[name] for name in chosen],
-        reference=[stories[name] for name in seeded_order(stories, seed)[:REFERENCE_VIDEOS]],
+            by_video.setdefault(annotation.video, []).append(annotation)
+            moments[split] += annotation.video in selection
+    scenarios = {name: _scenario(data_set, name, by_video.get(name, ())) for name in data_set.durations}
+    return SimulationPlan(
+        scenarios=[scenarios[name] for name in selected],
+        reference=[scenarios[name] for name in seeded_order(scenarios, seed)[:REFERENCE_VIDEOS]],
         texts=texts,
-        parts=_words_parts,
-        siblings=lambda action: [],
-        facts={"kind": f"real annotations ({data_set.preset.title})", "moments": moments},
+        sources=tuple(texts),
+        action_parts=_word_parts,
+        confusable_actions=lambda action: [],
+        contents={"kind": f"real annotations ({data_set.preset.title})", "moments": moments},
         statement=STATEMENT,
         directory="features",
     )
 
 
-def _story(data_set: DataSet, name: str, annotations: list[Annotation] | tuple[()]) -> Story:
+def _scenario(data_set: DataSet, name: str, annotations: list[Annotation] | tuple[()]) -> Scenario:
     duration = data_set.durations[name]
-    num_frames = data_set.num_frames.get(name, max(CLOCK.window, round(duration * FRAMES_A_SECOND)))
+    num_frames = data_set.num_frames.get(name, max(CLIP_TIMING.window, round(duration * FRAMES_PER_SECOND)))
     actions = ((content_words(annotation.sentence), annotation.start, annotation.end) for annotation in annotations)
-    return Story(name, num_frames, duration, "", (), tuple(action for action in actions if action[0]))
+    return Scenario(name, num_frames, duration, "", (), tuple(action for action in actions if action[0]))
 
 
 def content_words(sentence: str) -> str:
@@ -80,6 +81,6 @@ def content_words(sentence: str) -> str:
     return " ".join(sorted(words - STOP_WORDS))
 
 
-def _words_parts(action: str) -> list[tuple[str, float]]:
+def _word_parts(action: str) -> list[tuple[str, float]]:
     words = action.split()
     return [(f"word {word}", 1 / len(words)) for word in words]

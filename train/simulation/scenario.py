@@ -1,4 +1,4 @@
-"""What happens in the videos whose features are simulated, made up or read off annotations."""
+"""Describe what happens in the videos whose features are simulated, synthetic or read from annotations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from runtime.core.video import ClipClock
 from runtime.datasets.dataset import FEATURE_DIRECTORY
 
 STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
-CLOCK = ClipClock()
+CLIP_TIMING = ClipClock()
 REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
 
 
 @dataclass(frozen=True)
-class Story:
+class Scenario:
     """What happens in one video: all that its features may depend on. `actions` holds (action, start, end), seconds."""
 
     name: str
@@ -29,30 +31,32 @@ class Story:
     @property
     def num_clips(self) -> int:
         """One clip of 16 frames every 8; a video shorter than 16 frames still has one."""
-        return CLOCK.num_clips(self.num_frames)
+        return CLIP_TIMING.num_clips(self.num_frames)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A data set to be.
+class SimulationPlan:
+    """The contents of a data set before its features are simulated.
 
     Attributes:
-        stories: what to simulate.
+        scenarios: what to simulate, one a video.
         reference: the videos that fix every channel's threshold.
-        texts: the annotation files: name to content.
-        parts: what an action is made of: names and their shares.
-        siblings: actions that one is mistaken for.
-        facts: what `simulated.json` says of the contents.
-        statement: what recall on it is worth.
+        texts: the annotation files to write: name to content.
+        sources: names of the annotation files that were read; none if the data set is synthetic.
+        action_parts: function from an action to its (part, share) pairs, from which its embedding is made.
+        confusable_actions: function from an action to those that may replace its trace.
+        contents: what `simulated.json` records of the contents.
+        statement: what recall on the data set is worth.
         directory: where its features go.
     """
 
-    stories: list[Story]
-    reference: list[Story]
+    scenarios: list[Scenario]
+    reference: list[Scenario]
     texts: dict[str, str]
-    parts: Callable[[str], list[tuple[str, float]]]
-    siblings: Callable[[str], list[str]]
-    facts: dict[str, Any]
+    sources: tuple[str, ...]
+    action_parts: Callable[[str], list[tuple[str, float]]]
+    confusable_actions: Callable[[str], list[str]]
+    contents: dict[str, Any]
     statement: str = STATEMENT
     directory: str = FEATURE_DIRECTORY
 
@@ -60,3 +64,9 @@ class Plan:
 def seeded_order(names: Iterable[str], seed: int) -> list[str]:
     """Return the names shuffled by seed, so that the first N of them are among the first N + 1."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0order\0{name}".encode()).digest())
+
+
+def seeded_generator(*key: object) -> np.random.Generator:
+    """Return the random numbers that belong to `key`, the same on every machine and in any order of calls."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))

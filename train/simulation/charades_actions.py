@@ -1,0 +1,213 @@
+"""Read the human action labels of Charades, from which features for Charades-STA are simulated."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.core.errors import AnnotationError
+from runtime.core.io.files import read_json
+from runtime.core.io.text_files import read_lines, read_text
+from train.simulation.scenario import REFERENCE_VIDEOS, Scenario, SimulationPlan, seeded_order
+
+SPLITS = ("train", "test")
+TABLES = ("Charades_word2id.json", "Charades_fps_dict.json", "Charades_duration.json", "Charades_frames_info.json")
+SOURCE_FILES = (
+    *(f"Charades_sta_{split}.txt" for split in SPLITS),
+    *TABLES,
+    *(f"Charades_v1_{split}.csv" for split in SPLITS),
+)
+# Moments and action labels are rounded to tenths of a second.
+SAME_TIME_S = 0.051
+
+
+class VideoLabels(NamedTuple):
+    """The labels of one video; `actions` holds (action class, start, end), seconds."""
+
+    scene: str
+    objects: tuple[str, ...]
+    actions: tuple[tuple[str, float, float], ...]
+
+
+class AnnotationLine(NamedTuple):
+    """One line of an annotation file; start and end in seconds."""
+
+    text: str
+    video: str
+    start: float
+    end: float
+
+
+def charades_plan(annotations: Path, videos: int | None, seed: int) -> SimulationPlan:
+    """Read the Charades-STA annotations of a directory into a plan; see `train.simulate.simulate`.
+
+    Args:
+        annotations: directory of all `SOURCE_FILES`.
+        videos: at most so many of each split, a seeded choice; None takes all.
+        seed: of the choice.
+
+    Raises:
+        AnnotationError: a file is missing or malformed (the row is named), or lacks a video.
+    """
+    for name in SOURCE_FILES:
+        if not (annotations / name).is_file():
+            raise AnnotationError(
+                f"{annotations} lacks {name}; --annotations takes train.json of ActivityNet Captions or TACoS and its "
+                f"other splits, or of Charades-STA {', '.join(SOURCE_FILES)}, in one directory.",
+                code="missing_file",
+            )
+    durations = read_json(annotations / "Charades_duration.json", "durations")
+    num_frames = read_json(annotations / "Charades_frames_info.json", "frame counts")
+    labels: dict[str, VideoLabels] = {}
+    for split in SPLITS:
+        labels |= _read_labels(annotations / f"Charades_v1_{split}.csv")
+    texts: dict[str, str] = {name: read_text(annotations / name, "a table") for name in TABLES}
+    selected: dict[str, None] = {}
+    annotated: dict[str, None] = {}
+    moments, exact = {}, {}
+    for split in SPLITS:
+        path = annotations / f"Charades_sta_{split}.txt"
+        lines = _read_moments(path)
+        names = list(dict.fromkeys(line.video for line in lines))
+        annotated.update(dict.fromkeys(names))
+        selection = set(seeded_order(names, seed)[:videos])
+        selected.update(dict.fromkeys(name for name in names if name in selection))
+        lines = [line for line in lines if line.video in selection]
+        texts[path.name] = (
+            read_text(path, "annotations") if videos is None else "".join(line.text + "\n" for line in lines)
+        )
+        moments[split] = len(lines)
+        exact[split] = sum(_is_action(line, labels) for line in lines)
+    scenarios = {name: _scenario(name, labels, num_frames, durations) for name in annotated}
+    classes = sorted({action for video in labels.values() for action, _, _ in video.actions})
+    return SimulationPlan(
+        scenarios=[scenarios[name] for name in selected],
+        reference=[scenarios[name] for name in seeded_order(annotated, seed)[:REFERENCE_VIDEOS]],
+        texts=texts,
+        sources=SOURCE_FILES,
+        action_parts=_class_parts,
+        confusable_actions=functools.partial(_confusable_classes, classes),
+        contents={"kind": "real annotations", "moments": moments, "moments_equal_to_an_action": exact},
+    )
+
+
+def _scenario(
+    name: str, labels: Mapping[str, VideoLabels], num_frames: Mapping[str, Any], durations: Mapping[str, Any]
+) -> Scenario:
+    """Return what happens in an annotated video.
+
+    Raises:
+        AnnotationError: a table or the labels lack the video, or its size is impossible.
+    """
+    if name not in labels:
+        raise AnnotationError(
+            f"Video {name} is annotated but has no row in the Charades_v1 csv files; add its row.",
+            code="unlisted_video",
+        )
+    try:
+        frames, duration = int(num_frames[name]), float(durations[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise AnnotationError(
+            f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json.",
+            code="unlisted_video",
+        ) from None
+    if frames < 1 or not 0 < duration < float("inf"):
+        raise AnnotationError(
+            f"Video {name} has {frames} frames in {duration} s; both should be above 0.",
+            code="invalid_frame_count",
+        )
+    return Scenario(name, frames, duration, *labels[name])
+
+
+def _read_moments(path: Path) -> list[AnnotationLine]:
+    """Return the lines of an annotation file; checks its form and not its times."""
+    lines = []
+    for number, line in enumerate(read_lines(path, "lines of VIDEO START END##SENTENCE"), start=1):
+        head, mark, _ = line.partition("##")
+        try:
+            video, start, end = head.split()
+            lines.append(AnnotationLine(line, video, float(start), float(end)))
+            # The name becomes that of a file.
+            mark = mark if re.fullmatch(r"[\w-]+", video) else ""
+        except ValueError:
+            mark = ""
+        if not mark:
+            raise AnnotationError(
+                f'{path}, line {number}: expected "VIDEO START END##sentence.", found {line[:80]!r}.',
+                code="malformed_row",
+            )
+    if not lines:
+        raise AnnotationError(f"{path} has no annotations.", code="empty_file")
+    return lines
+
+
+def _read_labels(path: Path) -> dict[str, VideoLabels]:
+    """Return the labels of every video of a Charades_v1 csv file.
+
+    Intervals that end before they start (the real files have a few) are left out.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path, "a table of labels"), newline=""), strict=True)
+    labels = {}
+    try:
+        missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
+        if missing:
+            raise AnnotationError(
+                f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.", code="missing_columns"
+            )
+        for row in reader:
+            labels[row["id"]] = _parse_row(row, len(reader.fieldnames or ()), f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise AnnotationError(f"{path}, line {reader.line_num}: not csv ({error}).", code="malformed_row") from None
+    return labels
+
+
+def _parse_row(row: dict[str, str | None], num_columns: int, location: str) -> VideoLabels:
+    """Return the labels of one csv row; `location` names it when it is malformed."""
+    if not row["id"] or row["actions"] is None or None in row.values():
+        raise AnnotationError(f"{location}: expected {num_columns} columns, found fewer.", code="malformed_row")
+    actions = []
+    for entry in filter(None, row["actions"].split(";")):
+        try:
+            name, start, end = entry.split()
+            _class_number(name)
+            action = (name, float(start), float(end))
+        except ValueError:
+            raise AnnotationError(
+                f'{location}: actions should read "c077 12.10 18.00;...", found {entry[:60]!r}.',
+                code="malformed_row",
+            ) from None
+        if action[1] < action[2]:
+            actions.append(action)
+    objects = tuple(sorted(set(filter(None, (row["objects"] or "").split(";")))))
+    return VideoLabels(row["scene"] or "", objects, tuple(actions))
+
+
+def _class_number(name: str) -> int:
+    if not name.startswith("c"):
+        raise ValueError(name)
+    return int(name[1:])
+
+
+# The strings in these parts seed the embeddings: other strings give other features.
+def _class_parts(name: str) -> list[tuple[str, float]]:
+    """Return the parts of an action class: itself, and what it shares with its neighbors in the numbering."""
+    number = _class_number(name)
+    shared = [(f"class family {neighbor}", 0.4 / 3) for neighbor in (number - 1, number, number + 1)]
+    return [(f"class {number}", 0.6), *shared]
+
+
+def _confusable_classes(classes: Sequence[str], name: str) -> list[str]:
+    """Return the classes numbered next to `name`: Charades numbers the actions with one object in a row."""
+    number = _class_number(name)
+    return [other for other in classes if 0 < abs(_class_number(other) - number) <= 2]
+
+
+def _is_action(line: AnnotationLine, labels: Mapping[str, VideoLabels]) -> bool:
+    """Return whether a moment equals the interval of an action in its video."""
+    actions = labels[line.video].actions if line.video in labels else ()
+    return any(abs(line.start - start) < SAME_TIME_S and abs(line.end - end) < SAME_TIME_S for _, start, end in actions)
