@@ -23,11 +23,10 @@ from export.tracing.tracer import export_model
 from runtime import EncodedVideo, Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.backends.onnxruntime_backend import OnnxRuntimePair
-from runtime.core.cli import command
+from runtime.core.cli import check_plots, command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError
 from runtime.core.io.files import check_writable, replace_when_whole, write_json
-from runtime.grounding.plotting import check_plots
 from train.network.model import DRNConfig
 from train.training.trainer import fresh_model
 

@@ -27,7 +27,8 @@ from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import quantize
 from calib.range_estimation import METHODS
 from export.build.reduced_precision import OPSETS
-from export.parity.compare import Parity, answers, compare, points
+from export.parity.compare import answers, compare
+from export.parity.parity_result import Parity, points
 from runtime.core.cli import command
 from runtime.core.io.files import write_json
 from runtime.datasets.dataset import DataSet

@@ -221,7 +221,7 @@ def build_engine(
             if chosen != "onnxruntime":
                 state = BuildState()
                 parts = [part.with_unrolled(job.unroll, short.automatic) for part in parts]
-                built = [build_part(staged, part, options, timing_cache, state) for part in parts]
+                built = [build_part(part, staged.precision, options, timing_cache, state) for part in parts]
                 engine, engines = built[-1].file, [path for part in built for path in part.engines]
                 if built[-1].unrolled_steps != job.unroll:
                     # What was left out does not build the next time either.

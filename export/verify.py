@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from export.parity.compare import Budget, Parity, check_comparable
+from export.parity.compare import check_comparable
 from export.parity.compare_layers import Layers, compare_layers, require_polygraphy
 from export.parity.html_report import Table
 from export.parity.model_file import ModelFile
 from export.parity.parity_report import census_of, engine_precision, open_model, prove
+from export.parity.parity_result import Budget, Parity
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, next_command

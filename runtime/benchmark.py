@@ -41,7 +41,7 @@ from runtime.benchmarking.report import (
 from runtime.benchmarking.timing import TOLERANCE, Call, Clock, Latency, WarmUp, speed_ratio, take_turns, warm_up
 from runtime.core import cpu_info
 from runtime.core.batch import collate, padded
-from runtime.core.cli import command, next_command
+from runtime.core.cli import check_plots, command, next_command
 from runtime.core.decoding import PUBLISHED_COUNT, propose, suppress
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
 from runtime.core.io.files import check_file, check_report, sha256, write_json
@@ -50,7 +50,6 @@ from runtime.core.tokenizer import tokenize
 from runtime.core.video import Video
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import Grounder, in_seconds
-from runtime.grounding.plotting import check_plots
 
 log = logging.getLogger("drn")
 

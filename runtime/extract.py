@@ -14,10 +14,11 @@ from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
 from runtime.core.errors import FootageError, GroundingError, excerpt
 from runtime.core.io.files import check_writable, locked, merges_names, read_json, write_json
+from runtime.core.names import folded
 from runtime.core.video import ClipClock
 from runtime.datasets.charades_sta import DURATIONS, FRAMES
 from runtime.datasets.dataset import FEATURE_DIRECTORY, NOTES
-from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, folded, is_file_name
+from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, is_file_name
 from runtime.media.extraction import (
     BATCH_SIZE,
     FORMAT,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from runtime.backends import is_address
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import check_plots, command, next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
 from runtime.core.io.files import check_report, check_writable
 from runtime.core.sliding_windows import windows_asked
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer, Format, render
 from runtime.grounding.grounder import Grounder
-from runtime.grounding.plotting import check_plots, draw
+from runtime.grounding.plotting import draw
 from runtime.grounding.video_source import VideoChoice, open_choice
 from runtime.media.clip_writer import check_encoder, clip_names
 from runtime.media.clip_writer import cut as write_clips

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import CheckpointError, excerpt
-from runtime.core.io.text_files import parse_json, read_lines
-from runtime.datasets.validation import is_number
+from runtime.core.io.text_files import is_number, parse_json, read_lines
 
 # What every line has: which epoch it is, and the losses that are drawn.
 FIELDS = ("stage", "epoch", "loss_matching", "loss_boundary", "loss_iou")

@@ -218,8 +218,9 @@ def device_of(job: Job) -> Any:
 
 def judge(job: Job, reference: Grounder, other: Grounder, precision: str, names: tuple[str, str]) -> Found:
     """Hold the answers of a model against another's, to every query of the test split, within the parity budget."""
-    from export.parity.compare import Budget, compare
-    from export.parity.compare import verdict as broken_of
+    from export.parity.compare import compare
+    from export.parity.parity_result import Budget
+    from export.parity.parity_result import verdict as broken_of
 
     asked = annotations_of(job)
     parity = compare(reference, other, DataSet(job.data), asked, batch_size=8 if job.small else 32)

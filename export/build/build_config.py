@@ -341,9 +341,9 @@ def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
     if fits(job.source, longest):
         log.info("%s was exported from this %s already.", job.source, job.checkpoint.name)
         return job.source
-    from export.to_onnx import to_onnx
+    from export.tracing.checkpoint_to_onnx import ExportOptions, export_checkpoint
 
-    return to_onnx(job.checkpoint, job.source, max_query_length=longest)
+    return export_checkpoint(ExportOptions(job.checkpoint, job.source, max_query_length=longest))
 
 
 def fits(source: Path, longest: int) -> bool:

@@ -112,7 +112,7 @@ def build_extractor(
             part, found = _proven_twin(staged, source, graph, manifest, profile, keep, threads)
             report = _report(job, source, part, found)
             if job.target != "onnxruntime":
-                build_part(staged, part, options, cache)
+                build_part(part, staged.precision, options, cache)
                 judged = read_content(part.engine)["census"]
                 report["engine_precision"] = {key: judged[key] for key in ("verdict", "reason")}
                 if runs_here(options):

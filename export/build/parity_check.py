@@ -86,9 +86,9 @@ class Court:
         return Grounder(GraphPair(*split_graph(graph), threads, optimised))
 
     def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> Proof:
-        from export.parity.compare import Budget
         from export.parity.model_file import ModelFile
         from export.parity.parity_report import prove
+        from export.parity.parity_result import Budget
 
         assert self.data_set is not None
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))

@@ -22,7 +22,6 @@ from runtime.core.errors import DeviceError, ModelFileError, PromiseBroken
 from runtime.core.io.files import replace_when_whole, sha256, write_json
 
 if TYPE_CHECKING:
-    from export.build.build_config import Job
     from export.parity.model_file import ModelFile
 
 log = logging.getLogger("drn")
@@ -69,14 +68,15 @@ def _longest_query(part: Part) -> int:
 
 
 def build_part(
-    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState | None = None
+    part: Part, precision: str, options: BuildOptions, cache: Path | None, state: BuildState | None = None
 ) -> BuiltPart:
     """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
 
     An optional plan for short queries that does not build is left out, with a warning.
 
     Args:
-        job, part: what to build, and where to write it.
+        part: what to build, and where to write it.
+        precision: that the engine must have.
         options: of the build.
         cache: file of kernel times, read if there and written back.
         state: shared with other parts of the same build.
@@ -90,14 +90,14 @@ def build_part(
     from export.parity.model_file import ModelFile
 
     state = state or BuildState()
-    shorter = _build_unrolled(job, part, options, cache, state)
+    shorter = _build_unrolled(part, precision, options, cache, state)
     left_out = [other for other in part.unrolled if other.engine not in [plan.part.engine for plan in shorter]]
     built, part, changes = _build(part, options, cache, state)
     for change in changes:
         log.warning("%s was built in another form: %s.", part.engine.name, change)
     changes += [f"it has no plan for queries of at most {_longest_query(other)} tokens" for other in left_out]
     promise = Promise(
-        job.precision,
+        precision,
         part.census,
         part.fp32_weight_bytes,
         tf32=options.tf32,
@@ -110,7 +110,7 @@ def build_part(
     if shorter:
         content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
     try:
-        require(verdict, job.precision)
+        require(verdict, precision)
     except PromiseBroken as error:
         rejected = _rejected(part.engine)
         # Of what is rejected, it alone is kept.
@@ -121,21 +121,21 @@ def build_part(
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
     told = "".join(f"; {change}" for change in changes)
-    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {job.precision} is {verdict}{told}.")
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{told}.")
     if verdict.name != PROVEN:
-        log.warning("%s: %s is %s: %s.", part.engine.name, job.precision, verdict.name, verdict.reason)
+        log.warning("%s: %s is %s: %s.", part.engine.name, precision, verdict.name, verdict.reason)
     part = dataclasses.replace(part, unrolled=tuple(plan.part for plan in shorter))
     return BuiltPart(ModelFile.of(part.engine, part.manifest), part)
 
 
 def _build_unrolled(
-    job: Job, part: Part, options: BuildOptions, cache: Path | None, state: BuildState
+    part: Part, precision: str, options: BuildOptions, cache: Path | None, state: BuildState
 ) -> list[BuiltPart]:
     """Build the plans for short queries that belong to a part; see `build_part`."""
     built = []
     for other in part.unrolled:
         try:
-            built.append(build_part(job, other, options, cache, state))
+            built.append(build_part(other, precision, options, cache, state))
         except (ModelFileError, DeviceError) as error:
             if not other.optional:
                 raise type(error)(

@@ -6,70 +6,20 @@ a data set's. Here each plan answers all queries that it takes, and is compared 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
+from export.parity.parity_result import PlanCheck
+from runtime.artifacts.engine_layers import PROVEN
 from runtime.backends.tensorrt_backend import PlanUse, TensorRTBackend, TensorRTPair
 from runtime.core.batch import Heads
 from runtime.grounding.evaluation import Chunk, answers_to
 from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
-    from export.parity.compare import Budget, Parity
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanCheck:
-    """How one plan of an engine answers.
-
-    Attributes:
-        name: file name of the plan.
-        max_query_length: tokens of the longest query that it takes.
-        answered: number of queries that it answered when the engine was asked all.
-        checked: number of queries for which its own answers were compared with the reference.
-        parity: of these queries; None if there is none, or if this is the only plan, whose parity is the engine's.
-    """
-
-    name: str
-    max_query_length: int
-    answered: int
-    checked: int
-    parity: Parity | None = None
-
-    def broken(self, queries: int, budget: Budget) -> list[str]:
-        """Return the promises that the plan breaks by itself, a clause each.
-
-        Args:
-            queries: number of all queries, of which points are percent.
-            budget: what may be lost.
-        """
-        from export.parity.compare import broken_promises
-
-        if self.parity is None:
-            return []
-        return [
-            f"{self.name} alone: {clause}"
-            for clause in broken_promises(self.parity, budget, self.parity.queries / queries)
-        ]
-
-    def verdict(self, queries: int, budget: Budget) -> tuple[str, str]:
-        """Return proven, not proven or contradicted, and the reason, as a clause; arguments as of `broken`."""
-        if not self.checked:
-            return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"
-        broken = self.broken(queries, budget)
-        if broken:
-            return CONTRADICTED, "; ".join(broken)
-        return PROVEN, f"compared on {self.checked} queries"
-
-    def to_dict(self) -> dict[str, Any]:
-        found = self.parity.to_dict() if self.parity else {}
-        kept = {key: found.get(key) for key in ("heads", "boundaries_s", "differences")}
-        fields = ("name", "max_query_length", "answered", "checked")
-        return {**{name: getattr(self, name) for name in fields}, **kept}
+    from export.parity.parity_result import Budget, Parity
 
 
 class PlanAnswers:

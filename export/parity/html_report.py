@@ -9,9 +9,9 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from export.parity.compare import CONFIDENCE, GATED, Budget, Disagreement, Parity, points
 from export.parity.compare_layers import Layers
 from export.parity.model_file import ModelFile, lineage
+from export.parity.parity_result import CONFIDENCE, GATED, Budget, Disagreement, Parity, points
 from runtime.core.moments import Moment
 
 VISIBLE_S = 0.05
@@ -42,7 +42,7 @@ def passport(
     Args:
         parity: what was found between the two.
         reference, other: the files; the passport is the second's.
-        broken: the promises that do not hold, of `export.parity.compare.verdict`.
+        broken: the promises that do not hold, of `export.parity.parity_result.verdict`.
         budget: what they were held to.
         split: where the queries come from.
         census: how much of the model is computed in which type: a sentence, and the table behind it.

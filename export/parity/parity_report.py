@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from export.parity.compare import CONFIDENCE, Budget, Parity, compare, points, verdict
+from export.parity.compare import compare
 from export.parity.compare_layers import Layers, load_graph, precision_of
 from export.parity.compare_layers import table as layer_table
 from export.parity.compare_plans import plan_table
 from export.parity.html_report import VISIBLE_S, Table, passport
 from export.parity.model_file import ModelFile, lineage
+from export.parity.parity_result import CONFIDENCE, Budget, Parity, points, verdict
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends.base import Device

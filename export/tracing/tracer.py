@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 INPUTS = tuple(field.name for field in dataclasses.fields(Batch))
-
-
 OUTPUTS = tuple(field.name for field in dataclasses.fields(Heads))
-
-
 OLDEST_OPSET, TRACED_OPSET, NEWEST_OPSET = 17, 18, 23
 
 

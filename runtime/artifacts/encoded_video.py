@@ -16,10 +16,9 @@ import numpy as np
 from runtime.core.errors import FeatureError, OutputError, check_argument, check_path, excerpt, reading
 from runtime.core.io.array_files import read_archive
 from runtime.core.io.files import check_file, json_digest, replace_when_whole
-from runtime.core.io.text_files import parse_json
+from runtime.core.io.text_files import is_number, parse_json
 from runtime.core.sliding_windows import Window
 from runtime.core.video import LONGEST_SECONDS
-from runtime.datasets.validation import is_number
 
 FORMAT = "drn-encoding/1"
 WINDOWS_FORMAT = "drn-encoded-windows/1"

@@ -17,11 +17,9 @@ from runtime.core.errors import (
     excerpt,
     reading,
 )
-from runtime.datasets.validation import is_number
+from runtime.core.io.text_files import is_number
 
 FORMAT = "drn-extractor/1"
-
-
 METADATA_KEY = "drn.extractor"
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from runtime.benchmarking.system_info import Conditions
 from runtime.benchmarking.timing import Latency, Ratio, WarmUp
+from runtime.core.cli import check_plots
 from runtime.core.errors import ModelFileError, excerpt, printable_line, reading
 from runtime.core.io.files import read_json, replace_when_whole
-from runtime.grounding.plotting import check_plots
 
 FORMAT = "drn-benchmark/1"
 

@@ -9,9 +9,10 @@ import io
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.core.errors import GroundingError, PromiseBroken, one_line, printable_line
+from runtime.core.errors import DeviceError, GroundingError, OutputError, PromiseBroken, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
@@ -100,3 +101,15 @@ def _fail(sentence: str, code: int) -> NoReturn:
         discard_output(sys.stdout)
     print(sentence, file=sys.stderr)
     sys.exit(code)
+
+
+def check_plots(path: Path) -> None:
+    """Raise OutputError where a plot is not named .png, and DeviceError if matplotlib is not installed."""
+    if path.suffix.lower() != ".png":
+        raise OutputError(
+            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}."
+        )
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.") from error

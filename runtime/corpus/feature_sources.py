@@ -15,12 +15,13 @@ import numpy as np
 from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.core.io.array_files import MAX_AXES, check_unfolded
 from runtime.core.io.files import content_stamp, json_digest, read_json
+from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipClock, Origin, Video
 from runtime.corpus.parquet_check import check_metadata
 from runtime.corpus.parquet_pages import unfolded_bytes
 from runtime.datasets.dataset import DataSet
 from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles
-from runtime.datasets.validation import check_distinct_names, is_number
+from runtime.datasets.validation import check_distinct_names
 
 DURATIONS = "durations.json"
 PARQUET_SUFFIXES = (".parquet", ".pq")

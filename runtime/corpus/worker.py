@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, Union
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
 from runtime.core.io.files import json_digest, read_json, replace_when_whole, sha256, write_json
+from runtime.core.names import by_fold, near_name
 from runtime.core.sliding_windows import windows_asked
 from runtime.core.video import ClipClock, Video
 from runtime.corpus.feature_sources import Listed, Source, open_source
 from runtime.corpus.queries import Question
 from runtime.corpus.sharding import MANIFEST, Asked, Form, Settings, Shard, shard_name
-from runtime.datasets.validation import by_fold, near_name
 from runtime.grounding.grounder import Grounder, Subject
 from runtime.grounding.warm_up import warm_usual
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.files import read_json
+from runtime.core.io.text_files import is_number
+from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import Preset
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import SPLITS, Videos, by_fold, is_number, near_name, sentence_of
+from runtime.datasets.validation import SPLITS, Videos, sentence_of
 
 # Video to what is said of it.
 Entries = Mapping[str, Mapping[str, Any]]

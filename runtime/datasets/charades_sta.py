@@ -10,9 +10,10 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.files import read_json
 from runtime.core.io.text_files import read_lines
+from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import PRESETS
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import by_fold, check_distinct_names, check_video_name, near_name
+from runtime.datasets.validation import check_distinct_names, check_video_name
 
 DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
 TABLES = (DURATIONS, FRAMES, WORDS)

@@ -17,6 +17,7 @@ import numpy as np
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, excerpt
 from runtime.core.io.files import check_directory, check_file, json_digest, read_json, sha256
+from runtime.core.io.text_files import is_number
 from runtime.core.tokenizer import Vocabulary, word_table
 from runtime.core.video import ClipClock, Origin, Video, check_frame_rate
 from runtime.datasets.charades_sta import FEATURE_DIRECTORY as FEATURE_DIRECTORY
@@ -25,7 +26,7 @@ from runtime.datasets.formats import Annotation as Annotation
 from runtime.datasets.formats import Row, open_layout
 from runtime.datasets.presets import Preset
 from runtime.datasets.schema import Times
-from runtime.datasets.validation import SPLITS, is_number
+from runtime.datasets.validation import SPLITS
 
 log = logging.getLogger("drn")
 

@@ -14,8 +14,9 @@ from runtime.core.errors import FeatureError, MissingFeatures, excerpt
 from runtime.core.io.array_files import read_header
 from runtime.core.io.files import check_directory, check_file, content_stamp, file_stamp
 from runtime.core.io.hdf5_reader import Hdf5Reader
+from runtime.core.names import by_fold, near_name
 from runtime.core.video import load_features
-from runtime.datasets.validation import by_fold, file_stem, is_file_name, near_name
+from runtime.datasets.validation import file_stem, is_file_name
 
 SUFFIXES = (".pt", ".npy", ".npz")
 HDF5_SUFFIXES = (".h5", ".hdf5")

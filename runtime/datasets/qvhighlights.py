@@ -13,11 +13,12 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt, reading
 from runtime.core.io.files import read_json
-from runtime.core.io.text_files import parse_json, read_lines
+from runtime.core.io.text_files import is_number, parse_json, read_lines
+from runtime.core.names import by_fold, near_name
 from runtime.core.video import MOST_FRAMES
 from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.schema import Annotation, Row, Times
-from runtime.datasets.validation import SPLITS, Videos, by_fold, is_number, near_name, sentence_of
+from runtime.datasets.validation import SPLITS, Videos, sentence_of
 
 FORMAT = "drn-dataset/1"
 UNTOLD = (math.nan, math.nan)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.core.io.text_files import is_number
 from runtime.datasets.caption_json import Captions, Clock, Entries
 from runtime.datasets.presets import PRESETS
-from runtime.datasets.validation import MAX_FRAME_RATE, is_number
+from runtime.datasets.validation import MAX_FRAME_RATE
 
 
 def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:

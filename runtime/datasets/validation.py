@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
+from runtime.core.io.text_files import is_number
 from runtime.core.video import LONGEST_SECONDS, MOST_FRAMES
 
 SPLITS = ("train", "val", "test")
@@ -53,17 +52,6 @@ class Videos:
             )
         if num_frames is not None:
             self.num_frames[name] = int(num_frames)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        # An integer beyond all floats.
-        return False
 
 
 def is_file_name(name: str) -> bool:
@@ -117,35 +105,6 @@ def file_stem(name: str) -> str:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return name
-
-
-def folded(name: str) -> str:
-    """Return what is equal for two names that differ in case or Unicode normalization alone (NFC, NFD)."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def by_fold(names: Iterable[str]) -> dict[str, str]:
-    """Return names by what `folded` returns for them, as `near_name` expects."""
-    return {folded(name): name for name in names}
-
-
-def near_name(known: Mapping[str, str], *spellings: str) -> str:
-    """Return a sentence, after a space, that names a known name which differs in form alone; empty where there is none.
-
-    macOS stores accents apart from their letters (NFD), where other systems write one character (NFC). Such names look
-    alike.
-
-    Args:
-        known: from `by_fold`.
-        spellings: of a name that is not known.
-    """
-    for name in spellings:
-        other = known.get(folded(name), name)
-        if other != name:
-            normalized = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
-            form = "Unicode normalization (NFC, NFD)" if normalized else "case"
-            return f" {excerpt(other)} differs from it in {form} alone; rename one of them."
-    return ""
 
 
 def sentence_of(value: Any, place: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import DeviceError, OutputError
+from runtime.core.cli import check_plots
 from runtime.core.io.files import replace_when_whole
 from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer, clock
@@ -61,18 +61,6 @@ class _Track:
     label: str
     colour: str
     height: float = BAR
-
-
-def check_plots(path: Path) -> None:
-    """Raise OutputError where a plot is not named .png, and DeviceError if matplotlib is not installed."""
-    if path.suffix.lower() != ".png":
-        raise OutputError(
-            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}."
-        )
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.") from error
 
 
 def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None, *, partial: bool = True) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from runtime.core.errors import FootageError, excerpt, printable_line, reading
 from runtime.core.io.files import check_file, json_digest, read_json, replace_when_whole, sha256, write_json
+from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipClock, Video, load_features
-from runtime.datasets.validation import MAX_FRAME_RATE, is_number
+from runtime.datasets.validation import MAX_FRAME_RATE
 from runtime.media.extractors import Extractor
 from runtime.media.video_file import Footage, clips, look, pictures
 

@@ -16,9 +16,9 @@ from starlette.responses import Response
 
 from runtime.backends.base import Device
 from runtime.core.errors import GroundingError, QueryError
+from runtime.core.names import near_name
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
-from runtime.datasets.validation import near_name
 from runtime.grounding.formatting import Answer
 from runtime.grounding.grounder import Grounder, Subject
 from runtime.service.batching import Batcher, BatchOptions

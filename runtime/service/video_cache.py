@@ -19,9 +19,9 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import AnnotationError, DeviceError, FeatureError, FootageError, GroundingError, excerpt
 from runtime.core.io.files import check_directory, file_stamp, open_inside
+from runtime.core.names import by_fold
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
-from runtime.datasets.validation import by_fold
 from runtime.grounding.grounder import Grounder, Subject
 from runtime.media.video_file import offset_of
 from runtime.service.batching import Batcher

@@ -48,7 +48,6 @@ DEFAULT_TOP_K = 5
 KEPT_BYTES = 256 << 20
 # How long the first request waits for networks that are still being loaded.
 LOAD_SECONDS = 60.0
-"""WINDOWS that ask for videos to be grounded whole."""
 
 
 @dataclasses.dataclass(frozen=True)

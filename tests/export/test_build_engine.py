@@ -203,7 +203,7 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
     model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
-    monkeypatch.setattr("export.parity.compare.Budget.boundary_p99", -1.0)
+    monkeypatch.setattr("export.parity.parity_result.Budget.boundary_p99", -1.0)
     with raises(PromiseBroken, "parity_failed", "drn.fp16.rejected.onnx", "drn.onnx"):
         build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"

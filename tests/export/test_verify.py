@@ -24,10 +24,11 @@ from calib.calibration_set import draw
 from calib.graph.conv_to_matmul import in_rows
 from calib.graph.onnx_graph import manifest_of, read_graph
 from calib.qdq_quantizer import Policy, quantize
-from export.parity.compare import Budget, Disagreement, compare, verdict
+from export.parity.compare import compare
 from export.parity.compare_layers import compare_layers
 from export.parity.html_report import passport
 from export.parity.model_file import ModelFile, lineage
+from export.parity.parity_result import Budget, Disagreement, verdict
 from export.verify import verify
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Manifest

@@ -8,8 +8,9 @@ from typing import Any
 
 import onnx
 
-from export.parity.compare import Parity, compare
+from export.parity.compare import compare
 from export.parity.parity_report import open_model
+from export.parity.parity_result import Parity
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.io.files import sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from export.engine.profiles import Range
-from export.parity.compare import Budget, verdict
+from export.parity.parity_result import Budget, verdict
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError
 from tests.parity.models import parity

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.parity.compare import Budget, Parity, verdict
+from export.parity.parity_result import Budget, Parity, verdict
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
 from tests import tolerances

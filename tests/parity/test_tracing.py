@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.parity.compare import Budget, verdict
+from export.parity.parity_result import Budget, verdict
 from tests import tolerances
 from tests.parity.models import parity
 

@@ -160,3 +160,14 @@ def _check_unicode(value: Any, text: str) -> None:
         match = re.search(re.escape(f"\\u{ord(half):04x}"), text, re.IGNORECASE) or escape
         line = text.count("\n", 0, match.start()) + 1
         raise ValueError(f"line {line} holds half a character (the lone surrogate \\u{ord(half):04x})") from problem
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # An integer beyond all floats.
+        return False

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.parity.compare import RESAMPLES, Budget, Difference, answers, bootstrap, compare, mcnemar, verdict
+from export.parity.compare import RESAMPLES, answers, bootstrap, compare, mcnemar
 from export.parity.parity_report import summary
+from export.parity.parity_result import Budget, Difference, verdict
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch, Heads

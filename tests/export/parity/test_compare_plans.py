@@ -20,9 +20,10 @@ from calib.graph.unroll_lstm import unrolled
 from export.build.parity_check import Court
 from export.build_engine import _proven_engine
 from export.engine.profiles import exactly, profiles
-from export.parity.compare import Budget, compare
+from export.parity.compare import compare
 from export.parity.model_file import ModelFile
 from export.parity.parity_report import Proof, prove
+from export.parity.parity_result import Budget
 from runtime import Grounder
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda

@@ -39,11 +39,11 @@ from runtime.core.io.files import (
     write_json,
     write_text,
 )
+from runtime.core.names import folded
 from runtime.core.video import load_features
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import read_questions
 from runtime.datasets.dataset import DataSet
-from runtime.datasets.validation import folded
 from runtime.media.extractors import open_extractor
 from runtime.media.video_file import look
 from train.checkpoints import load_checkpoint

@@ -1,0 +1,140 @@
+"""Export a checkpoint to ONNX files, and keep them only if ONNX Runtime gives the outputs of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from calib.graph.conv_padding import padding_apart
+from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_pair
+from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, report
+from export.tracing.tracer import NEWEST_OPSET, OLDEST_OPSET, export_model, producer
+from runtime.artifacts.onnx_metadata import sealed
+from runtime.core.errors import DeviceError, OutputError, ShapeError
+from runtime.core.io.files import check_writable, replace_when_whole
+
+log = logging.getLogger("drn")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Describe one export.
+
+    Attributes:
+        checkpoint: a `drn.pt`.
+        output: the .onnx file to write.
+        split: whether the model is written in two parts too.
+        prepare: whether the parts that prepare a video are written too.
+        opset: of the graph.
+        max_query_length: tokens of the longest query; None for 64 or the longest query of the training data.
+    """
+
+    checkpoint: Path
+    output: Path
+    split: bool = False
+    prepare: bool = False
+    opset: int = OLDEST_OPSET
+    max_query_length: int | None = None
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """Files that are written beside the output."""
+        if not self.split:
+            return ()
+        return (*pair_paths(self.output), *(prepared_paths(self.output) if self.prepare else ()))
+
+    def check(self) -> None:
+        """Check what can be known before any file is read.
+
+        Raises:
+            ShapeError: an option has a value that no graph can have.
+            OutputError: the output cannot be the name of a model, or is the checkpoint.
+            DeviceError: a library is missing.
+        """
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            raise ShapeError(
+                f"Expected an opset of {OLDEST_OPSET} to {NEWEST_OPSET}, got {self.opset}. Leave --opset out.",
+                code="unsupported_opset",
+            )
+        if self.max_query_length is not None and self.max_query_length < 1:
+            raise ShapeError(
+                f"Expected --max-query-length of at least 1 token, got {self.max_query_length}. Correct the option.",
+                code="invalid_option",
+            )
+        if self.output.suffix != ".onnx" and not self.output.is_dir():
+            raise OutputError(
+                f"Expected --output with the suffix .onnx, got {self.output}. Choose another name.", code="wrong_suffix"
+            )
+        try:
+            import onnx  # noqa: F401 - needed by what is called below
+            import onnxruntime  # noqa: F401
+
+            import train.checkpoints  # noqa: F401
+        except ImportError as error:
+            raise DeviceError(
+                f"Exporting needs torch, onnx, onnxscript and onnxruntime, and one cannot be imported ({error}). "
+                "Run `pip install 'drn-deploy[export]'`.",
+                code="missing_library",
+            ) from error
+        if self.output.resolve() == self.checkpoint.resolve():
+            raise OutputError(f"--output {self.output} is the checkpoint. Choose another name.", code="output_is_input")
+
+
+def export_checkpoint(options: ExportOptions) -> Path:
+    """Export a DRN checkpoint, and return the file that answers queries: the output, or its query part.
+
+    Batch size and query length are free. Nothing is kept if a graph differs from torch by more than the tolerance.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not a drn-deploy file.
+        ShapeError, OutputError, DeviceError: see `ExportOptions.check`; or a file cannot be written.
+        PromiseBroken: a graph and torch differ by more than the tolerance.
+    """
+    options.check()
+    import onnxruntime
+
+    from train.checkpoints import load_checkpoint, source_hash
+
+    output = options.output
+    if options.prepare and not options.split:
+        raise ShapeError("--prepare writes parts of a split model. Add --split.", code="missing_option")
+    for part in options.parts:
+        check_writable(part, options.checkpoint)
+    log.info("Reading %s ...", options.checkpoint)
+    loaded = load_checkpoint(options.checkpoint)
+    max_query_length = options.max_query_length or loaded.longest_query
+    manifest = loaded.manifest(max_query_length, sources=source_hash(options.checkpoint), producer=producer())
+    model = loaded.model()
+    # Entered before the work, so that an unwritable output is known at once.
+    with replace_when_whole(output) as temporary:
+        log.info("Tracing the network (10 to 30 s) ...")
+        graph = export_model(model, manifest, opset=options.opset)
+        temporary.write_bytes(sealed(padding_apart(graph).SerializeToString()))
+        differences = check_against_torch(temporary, model, max_query_length)
+        size = temporary.stat().st_size
+        answering = output
+        if options.split:
+            pair = split_graph(graph)
+            of_pair = check_pair_against_torch(*pair, model, max_query_length, prepare=options.prepare)
+            differences = {name: max(value, of_pair.get(name, 0.0)) for name, value in differences.items()}
+            *_, answering = write_pair(*pair, output, prepare=options.prepare)
+    print(report(differences))
+    log.info(
+        "%s: %.1f MB, opset %d, checked against torch in ONNX Runtime %s for batches of %s and every query length "
+        "from 1 to %d.",
+        output,
+        size / 1e6,
+        options.opset,
+        onnxruntime.__version__,
+        ", ".join(map(str, BATCH_SIZES)),
+        max_query_length,
+    )
+    if options.split:
+        log.info("%s: the same in parts, checked likewise.", ", ".join(path.name for path in options.parts))
+    if not manifest.vocabulary.words:
+        log.warning(
+            "%s has no vocabulary, so it cannot answer sentences. Convert its checkpoint again with --vocabulary.",
+            output,
+        )
+    return answering
