@@ -67,6 +67,7 @@ lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 demo: environment
 	$(BIN)/python examples/demo.py $(DEMO)

@@ -31,14 +31,14 @@ from runtime.corpus.queries import Question, read_questions
 from runtime.corpus.ray_runner import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray
 from runtime.corpus.sharding import Settings, Shard, plan
 from runtime.corpus.worker import Job, Worker
-from train.network.c3d import CROP, STRIDE, WINDOW, C3DConfig
+from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
 from train.network.model import DRNConfig
 from train.training.trainer import fresh_model
 
 WORDS, QUERY_LENGTH, CLIPS, SECONDS = 1301, 7, 110, 30.0
 FRAMES_A_SECOND = 30
 # The shape of what C3D's convolutions see, in frames and in 112 x 112 pixels halved so many times; see
-# `train.network.c3d`.
+# `train.c3d`.
 SEEN = ((1, 1), (1, 2), (2, 4), (2, 4), (4, 8), (4, 8), (8, 16), (8, 16))
 
 

@@ -45,7 +45,7 @@ def to_onnx(
     """
     options = ExportOptions(Path(checkpoint), Path(output), split, prepare, opset, max_query_length)
     options.check()
-    from train.network.c3d import is_c3d_file
+    from train.c3d import is_c3d_file
 
     if is_c3d_file(options.checkpoint):
         from export.tracing.extractor_to_onnx import export_extractor

@@ -531,10 +531,10 @@ def _torch() -> list[Reader]:
     import torch
 
     from runtime.core.io import torch_reader
+    from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import fitting_vocabulary, read, read_config
     from train.history import read_history
-    from train.network.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
     from train.simulation.charades_actions import charades_plan

@@ -25,7 +25,7 @@ from runtime.media.video_file import look, stills
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
-from train.network.c3d import C3D, MEANS, C3DConfig
+from train.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")

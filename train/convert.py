@@ -22,8 +22,8 @@ from runtime.core.io import torch_reader
 from runtime.core.io.files import read_json, sha256
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
+from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
 from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
-from train.network.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
 from train.network.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
 log = logging.getLogger("drn")

@@ -77,14 +77,14 @@ def extractor_of(model: Path) -> str | None:
             return None
     if model.suffix == ".pt":
         try:
-            from train.network.c3d import is_c3d_file
+            from train.c3d import is_c3d_file
         except ImportError:
             return None
         return "checkpoint" if is_c3d_file(model) else None
     if model.name.endswith((".pth", ".tar", ".pickle")):
         try:
+            from train.c3d import published_layout
             from train.convert import read
-            from train.network.c3d import published_layout
         except ImportError:
             return None
         return "published" if published_layout(read(model).weights) else None

@@ -17,8 +17,8 @@ from runtime.artifacts.onnx_metadata import sealed
 from runtime.core.cli import next_command
 from runtime.core.errors import PromiseBroken
 from runtime.core.io.files import replace_when_whole
+from train.c3d import C3D, CROP, WINDOW, load_c3d
 from train.checkpoints import source_hash
-from train.network.c3d import C3D, CROP, WINDOW, load_c3d
 
 log = logging.getLogger("drn")
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
 
 from benchmarks.corpus import c3d_multiply_adds, clips_an_hour, corpus  # noqa: E402
-from train.network.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
+from train.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
 
 
 def test_the_multiply_adds_of_a_clip_are_those_of_the_layers() -> None:

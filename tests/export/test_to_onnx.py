@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 import torch
 
-import export.to_onnx
 from calib.graph.naming import drn_modules
 from export.to_onnx import to_onnx
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_batches, relative_difference
@@ -232,7 +231,7 @@ def test_a_graph_that_differs_is_not_kept(
     spoilt = copy.deepcopy(exported["tiny"])
     bias = next(tensor for tensor in spoilt.graph.initializer if tensor.name == "fcos.head.iou_scores.1.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-2), bias.name))
-    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: spoilt)
+    monkeypatch.setattr("export.tracing.checkpoint_to_onnx.export_model", lambda *_, **__: spoilt)
     output = tmp_path / "drn.onnx"
     output.write_text("what was here before")
     with raises(PromiseBroken, "parity_failed", "iou_logits", "1e-04"):
@@ -317,7 +316,9 @@ def test_a_network_without_words_is_exported_and_said_to_answer_no_sentence(
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
+    monkeypatch.setattr(
+        "export.tracing.checkpoint_to_onnx.export_model", lambda *_, **__: pytest.fail("traced all the same")
+    )
     (tmp_path / "file").touch()
     for output, code in (
         (tmp_path, "output_is_directory"),

@@ -17,8 +17,8 @@ from tests.raising import raises  # noqa: E402
 from train import checkpoints  # noqa: E402
 from train.__main__ import train  # noqa: E402
 from train.backend import open_checkpoint  # noqa: E402
+from train.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
 from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
-from train.network.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import onnx
 import pytest
 import torch
 
-import export.to_onnx
 from calib.graph.half_precision import to_half
 from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_pair
 from export.to_onnx import to_onnx
@@ -240,7 +239,7 @@ def test_a_pair_that_differs_from_torch_is_not_kept(
         query.graph.initializer.append(zero)
         return video, query
 
-    monkeypatch.setattr(export.to_onnx, "split_graph", wrong)
+    monkeypatch.setattr("export.tracing.checkpoint_to_onnx.split_graph", wrong)
     with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +248,8 @@ def test_a_pair_that_differs_from_torch_is_not_kept(
 def test_parts_that_cannot_be_written_are_refused_before_the_work(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.to_onnx, "export_model", lambda *_, **__: pytest.fail("traced all the same"))
+    traced = "export.tracing.checkpoint_to_onnx.export_model"
+    monkeypatch.setattr(traced, lambda *_, **__: pytest.fail("traced all the same"))
     (tmp_path / "drn.query.onnx").mkdir()
     with raises(OutputError, "output_is_directory", tmp_path / "drn.query.onnx"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)

@@ -32,8 +32,8 @@ from runtime.media.extractors import open_extractor
 from tests.export.narrow_c3d import TINY, lively
 from tests.raising import quotes, raises, records
 from tests.runtime.backends.tensorrt_double import VERSIONS, Driver, Library, write_plan
-from tests.train.network.test_c3d import LAYOUTS
-from train.network.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
+from tests.train.test_c3d import LAYOUTS
+from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
 
 RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
 

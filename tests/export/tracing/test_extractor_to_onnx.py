@@ -21,8 +21,8 @@ from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
 from tests.raising import raises
+from train.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 from train.checkpoints import load_checkpoint
-from train.network.c3d import C3D, MEANS, C3DCheckpoint, save_c3d
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> N
 
 
 def test_the_front_imports_nothing_but_the_runtime(graph: Path, place: Path) -> None:
-    from tests.test_house import imported
+    from tests.test_conventions import imported
 
     triton(graph, place)
     names = imported(place / "drn" / "1" / "model.py")

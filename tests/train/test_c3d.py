@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch", reason="C3D is a torch network")
 
 from runtime.core.errors import CheckpointError  # noqa: E402
 from tests.raising import raises  # noqa: E402
+from train.c3d import C3D, MEANS, C3DConfig, is_c3d_file, load_c3d, save_c3d  # noqa: E402
 from train.convert import convert  # noqa: E402
-from train.network.c3d import C3D, MEANS, C3DConfig, is_c3d_file, load_c3d, save_c3d  # noqa: E402
 
 TINY = C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8)
 
