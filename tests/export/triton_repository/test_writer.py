@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import logging
@@ -61,6 +62,17 @@ def request() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+def imported(path: Path) -> set[str]:
+    """Return the top-level names that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
 def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Path, device: Any) -> None:
     model = onnx.load(graph)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "prop_fc.weight")
@@ -100,8 +112,6 @@ def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> N
 
 
 def test_the_front_imports_nothing_but_the_runtime(graph: Path, place: Path) -> None:
-    from tests.test_conventions import imported
-
     triton(graph, place)
     names = imported(place / "drn" / "1" / "model.py")
     assert names == {"__future__", "pathlib", "triton_python_backend_utils", "runtime"}
