@@ -29,6 +29,17 @@ from tests.raising import raises, records
 from tests.tritonserver import Server
 
 
+def imported(path: Path) -> set[str]:
+    """Return the top-level names that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
 @pytest.fixture
 def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
@@ -62,17 +73,6 @@ def request() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def imported(path: Path) -> set[str]:
-    """Return the top-level names that a module imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
-
-
 def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Path, device: Any) -> None:
     model = onnx.load(graph)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "prop_fc.weight")
