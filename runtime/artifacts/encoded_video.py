@@ -122,7 +122,9 @@ class EncodedWindows:
         """Read what `save` wrote; see `EncodedVideo.load`."""
         found = _load(path, _read_windows)
         if any(part.key != _key(part) for part in found.parts):
-            raise FeatureError(f"{path} was changed since it was written; encode the video again.")
+            raise FeatureError(
+                f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
+            )
         return found
 
 

@@ -68,9 +68,13 @@ class Decoding:
         if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
             raise ModelFileError(f"The score threshold lies in [0, 1), and {excerpt(self.score_threshold)} was given.")
         if any(self.num_segments % stride for stride in self.strides):
-            raise ModelFileError(f"{self.num_segments} segments cannot be divided by the strides {self.strides}.")
+            raise ModelFileError(
+                f"{self.num_segments} segments cannot be divided by the strides {self.strides}.", code="invalid_setting"
+            )
         if self.protocol not in ("mmaction2", "drn"):
-            raise ModelFileError(f"The protocol is mmaction2 or drn, and {excerpt(self.protocol)} was asked for.")
+            raise ModelFileError(
+                f"The protocol is mmaction2 or drn, and {excerpt(self.protocol)} was asked for.", code="invalid_setting"
+            )
 
     @property
     def num_locations(self) -> int:
@@ -137,7 +141,8 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
     if heads.matching_logits.shape[1:] != (decoding.num_locations,):
         raise ModelFileError(
             f"The model gave {heads.matching_logits.shape[1]} locations where its manifest has "
-            f"{decoding.num_locations}; export it again."
+            f"{decoding.num_locations}; export it again.",
+            code="output_shape_mismatch",
         )
     for name, values in vars(heads).items():
         if not _is_finite(values):

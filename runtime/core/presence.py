@@ -38,7 +38,8 @@ class Presence:
         shares = (self.threshold, self.kept, self.refused)
         if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares) or not self.threshold:
             raise ModelFileError(
-                f"A score below which no moment is found is above 0, and shares lie in [0, 1]; {shares} was given."
+                f"A score below which no moment is found is above 0, and shares lie in [0, 1]; {shares} was given.",
+                code="invalid_setting",
             )
 
     def __str__(self) -> str:
@@ -88,7 +89,8 @@ def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None)
             advice += ", or lower --keep" if len(found) else ""
         raise GroundingError(
             f"In only {100 * kept.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, so "
-            f"that no threshold {wanted}; {advice}."
+            f"that no threshold {wanted}; {advice}.",
+            code="no_threshold",
         )
     best = int(np.argmax(np.where(allowed, kept + refused if keep is None else refused, -1)))
     # Halfway down to the next score, so that rounding in another precision refuses nobody who was kept.

@@ -38,7 +38,8 @@ class Windows:
         ):
             raise ModelFileError(
                 f"Windows of {self.length} s that share {self.overlap} s, for videos above {self.longest} s, cannot be "
-                "cut: a window is longer than 0 s, shares at most half of itself, and is no longer than what is cut."
+                "cut: a window is longer than 0 s, shares at most half of itself, and is no longer than what is cut.",
+                code="invalid_setting",
             )
 
     @classmethod

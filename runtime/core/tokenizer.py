@@ -62,11 +62,13 @@ class Vocabulary:
             raise ModelFileError(f"A word table maps words to whole numbers, and {excerpt(words)} does not.")
         if sorted(words.values()) != list(range(1, len(words) + 1)):
             raise ModelFileError(
-                f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not."
+                f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not.",
+                code="word_numbers_not_consecutive",
             )
         if not isinstance(unknown, str) or unknown not in ("skip", "zero", "error"):
             raise ModelFileError(
-                f"Unknown words are treated by skip, zero or error, and {excerpt(unknown)} was asked for."
+                f"Unknown words are treated by skip, zero or error, and {excerpt(unknown)} was asked for.",
+                code="invalid_setting",
             )
         self.words: dict[str, int] = dict(words)
         self.unknown: Unknown = unknown
@@ -95,10 +97,13 @@ class Vocabulary:
         """
         tokens = tokenize(sentence)
         if not tokens:
-            raise QueryError(f"The query {excerpt(sentence)} holds no word; write what happens in the video.")
+            raise QueryError(
+                f"The query {excerpt(sentence)} holds no word; write what happens in the video.", code="no_words"
+            )
         if not self.words:
             raise QueryError(
-                "This model carries no word table; convert its checkpoint again with --vocabulary word2id.json."
+                "This model carries no word table; convert its checkpoint again with --vocabulary word2id.json.",
+                code="missing_word_table",
             )
         ids, unknown = [], []
         for token in tokens:
@@ -116,7 +121,8 @@ class Vocabulary:
             named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
             if self.unknown == "error":
                 raise QueryError(
-                    f"The model does not know {named} in {excerpt(sentence)}; say it in words of its training set."
+                    f"The model does not know {named} in {excerpt(sentence)}; say it in words of its training set.",
+                    code="unknown_words",
                 )
             if unheard is not None:
                 unheard.update(unknown)

@@ -195,7 +195,8 @@ class Video:
         if not 0 < self.duration <= LONGEST_SECONDS:
             raise FeatureError(
                 f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
-                f"and {self.duration} was given."
+                f"and {self.duration} was given.",
+                code="invalid_frame_count",
             )
         if not 0 <= self.offset <= LONGEST_SECONDS:
             raise FeatureError(
@@ -203,7 +204,8 @@ class Video:
             )
         if not 2 <= self.num_frames <= MOST_FRAMES:
             raise FeatureError(
-                f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given."
+                f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given.",
+                code="invalid_frame_count",
             )
         check_frame_rate(self.name, self.num_frames, self.duration)
 
@@ -314,7 +316,9 @@ def segment_rows(
         first = starts // clock.stride
         last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
         return first, last, np.stack((starts, ends), 1) / num_frames
-    raise FeatureError(f"Segments are pooled as mmaction2 or drn, and {excerpt(pooling)} was asked for.")
+    raise FeatureError(
+        f"Segments are pooled as mmaction2 or drn, and {excerpt(pooling)} was asked for.", code="invalid_setting"
+    )
 
 
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -367,7 +371,10 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
 def _mapped_array(path: Path) -> np.ndarray:
     with open(path, "rb") as stream:
         if stream.read(2) == b"PK":
-            raise FeatureError(f"{path} is an archive of arrays under the name of one; save the array with numpy.save.")
+            raise FeatureError(
+                f"{path} is an archive of arrays under the name of one; save the array with numpy.save.",
+                code="ambiguous_features",
+            )
     return load_array(path, MAPPED_BYTES)
 
 
@@ -375,7 +382,9 @@ def _only_array(path: Path) -> np.ndarray:
     """Return the one array of a `.npz` file."""
     arrays = read_archive(path, max_members=1)
     if len(arrays) != 1:
-        raise FeatureError(f"{path} should hold one array of clip features, and holds none; save it again.")
+        raise FeatureError(
+            f"{path} should hold one array of clip features, and holds none; save it again.", code="ambiguous_features"
+        )
     return next(iter(arrays.values()))
 
 
@@ -421,7 +430,8 @@ def check_features(features: np.ndarray, name: str) -> None:
         # Finite, and yet too large for any layer? The sum of magnitudes decides without a look at each.
         if not abs(total) <= LARGEST_FEATURE:
             raise FeatureError(
-                f"The features of {name} are as large as {np.abs(features).max():.1e}; extract them again."
+                f"The features of {name} are as large as {np.abs(features).max():.1e}; extract them again.",
+                code="features_too_large",
             )
     else:
         bad = np.argwhere(~np.isfinite(features))
@@ -442,7 +452,8 @@ def _check_number(field: str, value: object, name: str) -> None:
     if not is_real or (whole and cast(float, value) % 1 != 0):
         raise FeatureError(
             f"The {field} of {name} must be {'a whole number' if whole else 'a number of seconds'}, and "
-            f"{excerpt(value)} ({type(value).__name__}) was given. Give it as {'an int' if whole else 'a float'}."
+            f"{excerpt(value)} ({type(value).__name__}) was given. Give it as {'an int' if whole else 'a float'}.",
+            code="invalid_argument",
         )
 
 

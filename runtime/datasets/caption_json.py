@@ -69,7 +69,8 @@ class Captions:
                 except (KeyError, TypeError, ValueError, ArithmeticError):
                     raise AnnotationError(
                         f"{place}: {clock} are expected beside timestamps and sentences; correct the entry, and keep "
-                        "data sets of different formats in different directories."
+                        "data sets of different formats in different directories.",
+                        code="missing_field",
                     ) from None
                 videos.add(name, found.duration, place, found.num_frames)
                 self._second[name] = found.second
@@ -96,12 +97,17 @@ class Captions:
             place = f"{self.path(split)}, video {excerpt(name)}"
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
-                raise AnnotationError(f"{place}: as many timestamps as sentences are expected; correct the entry.")
+                raise AnnotationError(
+                    f"{place}: as many timestamps as sentences are expected; correct the entry.", code="malformed_row"
+                )
             for index, (window, sentence) in enumerate(zip(times, sentences), 1):
                 number += 1
                 where = f"{place}, sentence {index}"
                 if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
-                    raise AnnotationError(f"{where}: the timestamps should be [start, end], and are {excerpt(window)}.")
+                    raise AnnotationError(
+                        f"{where}: the timestamps should be [start, end], and are {excerpt(window)}.",
+                        code="malformed_row",
+                    )
                 start, end = (float(value) / self._second[name] for value in window)
                 annotation = Annotation(name, start, end, sentence_of(sentence, where), number)
                 yield Row(annotation, f"{name} sentence {index}", where)
@@ -116,7 +122,8 @@ class Captions:
         if split not in self._splits:
             raise AnnotationError(
                 f"{self.path(split)} does not exist, so there is no split {excerpt(split)} in this data set; there are "
-                f"{', '.join(self._splits) or 'none'}."
+                f"{', '.join(self._splits) or 'none'}.",
+                code="missing_split",
             )
         return self._splits[split]
 

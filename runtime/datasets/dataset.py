@@ -131,7 +131,9 @@ class DataSet:
         annotations, dropped, clipped = [], [], 0
         for row, annotation, problems in self.judged(split):
             if problems and invalid == "error":
-                raise AnnotationError(f"{row.place}: {problems[0]}; {self._layout.correction}.")
+                raise AnnotationError(
+                    f"{row.place}: {problems[0]}; {self._layout.correction}.", code="impossible_moment"
+                )
             if problems and invalid == "drop":
                 dropped.append(f"{row.label} ({problems[0]})")
                 if annotation is None:
@@ -153,7 +155,7 @@ class DataSet:
                 len(annotations),
             )
         if not annotations:
-            raise AnnotationError(f"{path} holds no usable annotation.")
+            raise AnnotationError(f"{path} holds no usable annotation.", code="empty_split")
         return annotations
 
     def judged(self, split: str) -> Iterator[tuple[Row, Annotation | None, list[str]]]:

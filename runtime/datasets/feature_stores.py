@@ -162,12 +162,17 @@ def open_store(root: Path, place: Path | None) -> FeatureStore:
     archives = sorted(path for suffix in HDF5_SUFFIXES for path in root.glob(f"*{suffix}"))
     if len(archives) > 1 or (archives and directory.is_dir()):
         beside = [path.name for path in archives] + ([f"{directory.name}/"] if directory.is_dir() else [])
-        raise FeatureError(f"{root} holds features in {' and '.join(beside)}; keep one of them.")
+        raise FeatureError(
+            f"{root} holds features in {' and '.join(beside)}; keep one of them.", code="ambiguous_features"
+        )
     return FeatureArchive(archives[0]) if archives else FeatureFiles(directory)
 
 
 def _spellings(video: str) -> list[str]:
     """Return how a video's features may be called: by its name, or without the suffix of a video file."""
     if not is_file_name(video):
-        raise FeatureError(f"{excerpt(video)} cannot be the name of a video, as its features are found by it.")
+        raise FeatureError(
+            f"{excerpt(video)} cannot be the name of a video, as its features are found by it.",
+            code="invalid_video_name",
+        )
     return list(dict.fromkeys((video, file_stem(video))))

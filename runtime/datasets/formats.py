@@ -30,7 +30,8 @@ def open_layout(root: Path) -> Layout:
     if len(found) > 1:
         told = " and ".join(f"{paths[0].name} ({kind})" for kind, paths in found.items())
         raise AnnotationError(
-            f"{root} holds a mixture of formats, {told}; keep each data set in a directory of its own."
+            f"{root} holds a mixture of formats, {told}; keep each data set in a directory of its own.",
+            code="mixed_formats",
         )
     if not found:
         raise AnnotationError(
@@ -56,5 +57,6 @@ def _kind(entries: Entries, path: Path) -> str:
         return "ActivityNet Captions"
     raise AnnotationError(
         f"{path} is neither ActivityNet Captions, whose videos have a duration, nor TACoS, whose videos have fps and "
-        "num_frames; see docs/formats.md."
+        "num_frames; see docs/formats.md.",
+        code="unknown_format",
     )

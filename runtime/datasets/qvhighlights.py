@@ -58,7 +58,10 @@ class QVHighlights:
     def path(self, split: str) -> Path:
         common, published = (self.root / name for name in _names(split))
         if common.exists() and published.exists():
-            raise AnnotationError(f"{self.root} holds {split} twice, {common.name} and {published.name}; remove one.")
+            raise AnnotationError(
+                f"{self.root} holds {split} twice, {common.name} and {published.name}; remove one.",
+                code="duplicate_split",
+            )
         return published if published.exists() else common
 
     def files(self, split: str) -> list[Path]:
@@ -80,13 +83,15 @@ class QVHighlights:
         if split not in self._splits:
             raise AnnotationError(
                 f"{self.path(split)} does not exist, so there is no split {excerpt(split)} in this data set; there are "
-                f"{', '.join(self._splits) or 'none'}."
+                f"{', '.join(self._splits) or 'none'}.",
+                code="missing_split",
             )
         for row in self._splits[split]:
             if math.isnan(row.annotation.start):
                 raise AnnotationError(
                     f"{row.place}: relevant_windows is missing, as in a published test split, whose moments are kept "
-                    "secret; such a split can neither be trained on nor scored."
+                    "secret; such a split can neither be trained on nor scored.",
+                    code="unpublished_moments",
                 )
             yield row
 
@@ -132,7 +137,8 @@ def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
         videos.add(name, row["duration"], place)
         if qid in seen:
             raise AnnotationError(
-                f"{place}: the qid {excerpt(qid)} is in an earlier line too; give every query its own."
+                f"{place}: the qid {excerpt(qid)} is in an earlier line too; give every query its own.",
+                code="duplicate_query",
             )
         seen.add(qid)
         # A split whose moments are secret still names its videos; `rows` refuses it.
@@ -150,7 +156,8 @@ def _row(line: str, place: str) -> dict[str, Any]:
             raise AnnotationError(
                 f"{place}: a JSON object with qid, query, vid, duration and relevant_windows is expected, and its "
                 f"{key} is missing or of another kind; correct the line, and keep data sets of different formats in "
-                "different directories."
+                "different directories.",
+                code="malformed_row",
             )
     return row
 
@@ -161,6 +168,7 @@ def _windows(value: Any, place: str) -> tuple[Times, ...]:
     )
     if not good or not value:
         raise AnnotationError(
-            f"{place}: relevant_windows should be [[start, end], ...] in seconds, and is {excerpt(value)}."
+            f"{place}: relevant_windows should be [[start, end], ...] in seconds, and is {excerpt(value)}.",
+            code="malformed_row",
         )
     return tuple((float(start), float(end)) for start, end in value)

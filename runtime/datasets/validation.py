@@ -40,7 +40,10 @@ class Videos:
         """
         check_video_name(name, place)
         if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
-            raise AnnotationError(f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.")
+            raise AnnotationError(
+                f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.",
+                code="invalid_frame_count",
+            )
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
             raise AnnotationError(f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.")
         _check_distinct(self._called, name, place)
@@ -48,7 +51,8 @@ class Videos:
         if told != (duration, num_frames):
             raise AnnotationError(
                 f"{place}: two videos have the name {excerpt(name)}, of {told[0]:g} and of {duration:g} seconds; "
-                "rename one."
+                "rename one.",
+                code="ambiguous_video_name",
             )
         if num_frames is not None:
             self.num_frames[name] = int(num_frames)
@@ -70,7 +74,8 @@ def check_video_name(name: str, place: str) -> None:
     if not is_file_name(name):
         raise AnnotationError(
             f"{place}: {excerpt(name)} cannot be the name of a video, as its features are found by it; use at most "
-            f"{MAX_NAME_BYTES} bytes without slashes and line breaks."
+            f"{MAX_NAME_BYTES} bytes without slashes and line breaks.",
+            code="invalid_video_name",
         )
 
 
@@ -112,6 +117,7 @@ def sentence_of(value: Any, place: str) -> str:
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
         raise AnnotationError(
-            f"{place}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out."
+            f"{place}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out.",
+            code="malformed_row",
         )
     return sentence

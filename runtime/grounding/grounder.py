@@ -382,7 +382,8 @@ class Grounder:
         if isinstance(encoded, EncodedWindows):
             raise FeatureError(
                 f"{video.name} is grounded in {len(encoded.windows)} windows, and only what is grounded whole can be "
-                "prepared; leave prepare=True out."
+                "prepared; leave prepare=True out.",
+                code="inapplicable_option",
             )
         if encoded.prepared is not None:
             return encoded
@@ -488,7 +489,8 @@ class Grounder:
         if video.features.shape[1] != features.dim:
             raise FeatureError(
                 f"The features of {video.name} are {video.features.shape[1]} wide and this model takes {features.kind} "
-                f"features of width {features.dim}; extract them with the same network."
+                f"features of width {features.dim}; extract them with the same network.",
+                code="feature_width_mismatch",
             )
 
     def _checked(self, video: EncodedVideo | EncodedWindows) -> EncodedVideo | EncodedWindows:
@@ -501,13 +503,15 @@ class Grounder:
         if not self.is_pair:
             raise ModelFileError(
                 f"{video.name} is encoded and this model is whole, so it takes features; give the query part "
-                "(.query.onnx) of the model that encoded it."
+                "(.query.onnx) of the model that encoded it.",
+                code="query_part_required",
             )
         if video.model != self._model:
             raise FeatureError(
                 f"{video.name} was encoded by another model (video part "
                 f"{printable_line(video.model[:12]) or 'unknown'}, and {self._model[:12]} is wanted); encode it again "
-                "with this one."
+                "with this one.",
+                code="encoding_of_another_model",
             )
         wanted = (self.manifest.features.dim, self.manifest.decoding.num_segments)
         if video.features.shape != wanted:

@@ -59,7 +59,9 @@ def check_unfolded(description: str, unfolded: int, stored: int) -> None:
     """
     if unfolded > max(MAX_UNFOLDED_BYTES, MAX_UNFOLDED_RATIO * stored):
         raise FeatureError(
-            f"{description} would unfold from {stored} bytes to {unfolded}, as no features do; store them uncompressed."
+            f"{description} would unfold from {stored} bytes to {unfolded}, as no features do; "
+            "store them uncompressed.",
+            code="unfolds_too_large",
         )
 
 

@@ -458,7 +458,8 @@ def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLi
     if path is not None:
         if Path(path).resolve() in {Path(other).resolve() for other in inputs if other is not None}:
             raise OutputError(
-                f"{path} is named for something else already, and would be written over; name another file."
+                f"{path} is named for something else already, and would be written over; name another file.",
+                code="output_exists",
             )
         with contextlib.suppress(_NotKept), replace_when_whole(path):
             raise _NotKept

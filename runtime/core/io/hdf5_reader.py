@@ -132,7 +132,10 @@ class Hdf5Reader:
         # The process has the file open, and another file may have replaced it.
         if self._process is None or not is_running or stamp != self._stamp:
             if importlib.util.find_spec("h5py") is None:
-                raise DeviceError("Features in HDF5 need h5py, which is missing; run `pip install 'drn-deploy[hdf5]'`.")
+                raise DeviceError(
+                    "Features in HDF5 need h5py, which is missing; run `pip install 'drn-deploy[hdf5]'`.",
+                    code="missing_library",
+                )
             check_file(self._path, "The feature file", FeatureError)
             self.close()
             self._process = subprocess.Popen(

@@ -301,7 +301,9 @@ def _load_zip(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
             code="torchscript_archive",
         )
     if sum(record.file_size for record in records.values()) > file_size:
-        raise CheckpointError(f"{path} claims to hold more than its {file_size} bytes; it is refused.")
+        raise CheckpointError(
+            f"{path} claims to hold more than its {file_size} bytes; it is refused.", code="damaged_file"
+        )
 
     def read(name: str) -> np.ndarray:
         return _read_record(file, records[prefix + name], path, file_size)

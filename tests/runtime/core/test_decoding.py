@@ -27,6 +27,7 @@ from runtime.core.decoding import (
     suppress,
 )
 from runtime.core.errors import ModelFileError
+from tests.raising import raises
 from tests.tolerances import DETECTIONS
 
 SMALL = Decoding(num_segments=4, strides=(1, 2))
@@ -452,12 +453,12 @@ def test_a_decoding_survives_its_dictionary() -> None:
 
 
 def test_segments_that_strides_do_not_divide_are_refused() -> None:
-    with pytest.raises(ModelFileError, match="30 segments"):
+    with raises(ModelFileError, "invalid_setting", 30):
         Decoding(num_segments=30)
 
 
 def test_another_protocol_is_refused_by_name() -> None:
-    with pytest.raises(ModelFileError, match="'soft'"):
+    with raises(ModelFileError, "invalid_setting", "'soft'"):
         Decoding(protocol="soft")  # type: ignore[arg-type]
 
 
@@ -530,7 +531,7 @@ def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
     }
     propose(Heads(**arrays), Decoding())
     arrays[name][1].flat[3] = value
-    with pytest.raises(ModelFileError, match=f"{name} that are not finite for 1 of 2 queries"):
+    with raises(ModelFileError, "non_finite_output", name, 1, 2):
         propose(Heads(**arrays), Decoding())
 
 
@@ -564,5 +565,5 @@ def test_a_decoding_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
 
 def test_heads_of_another_number_of_locations_are_refused() -> None:
     heads = Heads(np.zeros((2, 56), np.float32), np.ones((2, 56, 2), np.float32), np.zeros((2, 56), np.float32))
-    with pytest.raises(ModelFileError, match=r"56 locations .* 48"):
+    with raises(ModelFileError, "output_shape_mismatch", 56, 48):
         propose(heads, Decoding(strides=(1, 2)))

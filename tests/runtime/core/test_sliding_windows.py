@@ -22,6 +22,7 @@ from runtime.core.errors import FeatureError, ModelFileError
 from runtime.core.moments import temporal_iou
 from runtime.core.sliding_windows import cut
 from runtime.core.video import ClipClock
+from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS
 
@@ -222,25 +223,25 @@ def test_encoded_windows_come_back_from_a_file_as_they_were(planted_backend: Any
     assert (back.windows, back.duration, back.name) == (tuple(grounder.cut(video)), 120.0, "long")
     assert [part.key for part in back.parts] == [part.key for part in encoded.parts]  # type: ignore[union-attr]
     assert grounder.ground(back, "dog") == grounder.ground(video, "dog")
-    with pytest.raises(FeatureError, match="'drn-encoding/1' is read here"):
+    with raises(FeatureError, "damaged_file", "'drn-encoding/1'"):
         EncodedVideo.load(tmp_path / "long.npz")
     changed = dict(np.load(tmp_path / "long.npz"))
     changed["features"][1, 0, 0] += 1
     np.savez(tmp_path / "long.npz", **changed)
-    with pytest.raises(FeatureError, match="was changed"):
+    with raises(FeatureError, "digest_mismatch", tmp_path / "long.npz"):
         EncodedWindows.load(tmp_path / "long.npz")
 
 
 def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) -> None:
     pair = Grounder(PlantedPair(Finder(planted_backend())))
     encoded = pair.encode(long_video(120))
-    with pytest.raises(FeatureError, match="4 windows, and only what is grounded whole can be prepared"):
+    with raises(FeatureError, "inapplicable_option", "long", 4):
         pair.encode(encoded, prepare=True)
-    with pytest.raises(ModelFileError, match="long is encoded and this model is whole"):
+    with raises(ModelFileError, "query_part_required", "long"):
         Grounder(planted_backend()).ground(encoded, "dog")
-    with pytest.raises(FeatureError, match="encoded by another model"):
+    with raises(FeatureError, "encoding_of_another_model", "long", "1" * 12, "2" * 12):
         Grounder(PlantedPair(Finder(planted_backend()), "2" * 64)).ground(encoded, "dog")
-    with pytest.raises(FeatureError, match="9 wide and this model takes planted features of width 8"):
+    with raises(FeatureError, "feature_width_mismatch", "long", "planted", 9, 8):
         pair.ground(long_video(120, dim=9), "dog")
 
 
@@ -276,7 +277,7 @@ class Nothing(list[Any]):
 
 @pytest.mark.parametrize("sizes", [(50, 43, 22), (40, 43, 10), (50, 0, 0), (50, 43, -1), (1e9, 43, 10), ("50", 43, 10)])
 def test_windows_that_cannot_be_cut_are_refused(sizes: tuple[Any, ...]) -> None:
-    with pytest.raises(ModelFileError, match="cannot be cut"):
+    with raises(ModelFileError, "invalid_setting"):
         Windows(*sizes)
 
 

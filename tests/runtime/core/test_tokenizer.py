@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from runtime.core.errors import ModelFileError, QueryError
 from runtime.core.tokenizer import TAKEN_APART, Vocabulary, _tokenizer, tokenize, word_table
 from runtime.datasets.dataset import DataSet
+from tests.raising import quotes, raises, records
 
 WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 7}
 
@@ -66,13 +67,13 @@ def test_unknown_words_follow_the_policy_and_are_named_in_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING, "drn"):
         assert Vocabulary(WORDS, policy).encode("person zorbs frimly door").tolist() == ids
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "'zorbs', 'frimly'" in caplog.text
+    assert len(caplog.records) == len(records(caplog, logging.WARNING, "'zorbs', 'frimly'")) == 1
 
 
 def test_an_unknown_word_is_named_once_however_often_it_comes(caplog: pytest.LogCaptureFixture) -> None:
     Vocabulary(WORDS).encode("zorbs the zorbs")
-    assert caplog.records[0].getMessage().startswith("The model does not know 'zorbs' in")
+    (record,) = records(caplog, logging.WARNING, "'zorbs'", "'zorbs the zorbs'")
+    assert record.getMessage().count("'zorbs'") == 1
 
 
 def test_known_words_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -81,27 +82,26 @@ def test_known_words_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_unknown_word_is_refused_under_error() -> None:
-    with pytest.raises(QueryError, match="does not know 'zorbs'"):
+    with raises(QueryError, "unknown_words", "'zorbs'"):
         Vocabulary(WORDS, "error").encode("person zorbs")
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero", "error"])
 def test_a_query_of_only_unknown_words_is_refused_under_every_policy(policy: str) -> None:
-    with pytest.raises(QueryError, match="knows none of the words of 'zorbs frimly'"):
+    with raises(QueryError, "unknown_content_words", "'zorbs frimly'"):
         Vocabulary(WORDS, policy).encode("zorbs frimly")
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 @pytest.mark.parametrize("sentence", ["the doar", "the doar then the doors", "The DOAR's", "the doar, then"])
 def test_encode_unknown_content_words_are_refused_with_near_words(policy: Any, sentence: str) -> None:
-    with pytest.raises(QueryError, match="'door'") as raised:
+    with raises(QueryError, "unknown_content_words", "'door'") as raised:
         Vocabulary(WORDS, policy).encode(sentence, check_content=True)
-    assert raised.value.code == "unknown_content_words"
     assert "doar" in str(raised.value).lower()
 
 
 def test_encode_unknown_content_words_unlike_any_name_examples() -> None:
-    with pytest.raises(QueryError, match=r"'person'.*'door'"):
+    with raises(QueryError, "unknown_content_words", "'person'", "'door'"):
         Vocabulary(WORDS).encode("the quixotically", check_content=True)
 
 
@@ -134,7 +134,7 @@ def test_real_sentences_are_accepted_as_before(real_data: Path) -> None:
 
 @pytest.mark.parametrize("sentence", ["", "  ", "...", "\n"])
 def test_a_query_without_a_word_is_refused(sentence: str) -> None:
-    with pytest.raises(QueryError, match="holds no word"):
+    with raises(QueryError, "no_words", repr(sentence)):
         Vocabulary(WORDS).encode(sentence)
 
 
@@ -150,17 +150,17 @@ def test_a_capital_that_only_lower_case_knows_is_no_unknown_word(caplog: pytest.
 
 @pytest.mark.parametrize("words", [{"a": 0}, {"a": 1, "b": 3}, {"a": 1, "b": 1}, {"a": 2}])
 def test_ids_other_than_one_to_n_are_refused(words: dict[str, int]) -> None:
-    with pytest.raises(ModelFileError, match="each once"):
+    with raises(ModelFileError, "word_numbers_not_consecutive", len(words)):
         Vocabulary(words)
 
 
 def test_another_policy_is_refused_by_name() -> None:
-    with pytest.raises(ModelFileError, match="'guess'"):
+    with raises(ModelFileError, "invalid_setting", "'guess'"):
         Vocabulary(WORDS, "guess")  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_word_table_says_how_to_get_one() -> None:
-    with pytest.raises(QueryError, match="--vocabulary"):
+    with raises(QueryError, "missing_word_table", "--vocabulary"):
         Vocabulary({}).encode("person")
 
 
@@ -205,8 +205,7 @@ def test_unknown_words_that_are_counted_are_told_once_and_by_name(caplog: pytest
     assert not caplog.records
     vocabulary.tell(unheard)
     (record,) = caplog.records
-    assert record.getMessage().startswith("The model does not know 'sings', 'word0', ")
-    assert record.getMessage().endswith(" and 5 others; left out.")
+    assert quotes(record.getMessage(), "'sings', 'word0'", 5)
     vocabulary.tell(Counter())
     assert len(caplog.records) == 1
 

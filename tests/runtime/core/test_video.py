@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from runtime.core.errors import FeatureError
 from runtime.core.video import ClipClock, Origin, Video, load_features, max_over_rows, pooled, segment_rows
+from tests.raising import check_error, raises
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
@@ -129,19 +130,19 @@ def test_segments_are_float32_whatever_is_stored(dtype: type) -> None:
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 1 << 40}, {"duration": 1e300}, {"duration": np.inf}])
 def test_lengths_beyond_reason_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(FeatureError, match=r"frames|seconds"):
+    with raises(FeatureError, "invalid_frame_count", *wrong.values()):
         Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, **wrong})
 
 
 def test_features_beyond_reason_are_refused() -> None:
-    with pytest.raises(FeatureError, match=r"as large as 1\.0e\+38"):
+    with raises(FeatureError, "features_too_large", "1.0e+38"):
         Video(np.full((9, 2), 1e38, np.float32), 100, 3.0)
 
 
 def test_an_npz_called_npy_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / "a.npy", "wb") as stream:
         np.savez(stream, features=np.ones((9, 2)))
-    with pytest.raises(FeatureError, match="archive"):
+    with raises(FeatureError, "ambiguous_features", tmp_path / "a.npy"):
         load_features(tmp_path / "a.npy")
 
 
@@ -152,7 +153,7 @@ def test_a_video_is_pooled_once_for_all_its_queries() -> None:
 
 
 def test_another_rule_is_refused_by_name() -> None:
-    with pytest.raises(FeatureError, match="'mean'"):
+    with raises(FeatureError, "invalid_setting", "'mean'"):
         Video(np.arange(18.0).reshape(9, 2), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
 
 
@@ -189,27 +190,31 @@ def test_npy_and_pt_files_hold_the_same_features(golden: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf])
 def test_a_duration_that_is_no_length_is_refused(duration: float) -> None:
-    with pytest.raises(FeatureError, match="duration of kitchen"):
+    with raises(FeatureError, "invalid_frame_count", "kitchen", duration):
         Video(np.ones((9, 2)), 100, duration, "kitchen")
 
 
 @pytest.mark.parametrize("num_frames", [1, 0, -5])
 def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
-    with pytest.raises(FeatureError, match="kitchen needs 2 to"):
+    with raises(FeatureError, "invalid_frame_count", "kitchen", num_frames):
         Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
 
 
 @pytest.mark.parametrize("field", ["duration", "num_frames", "offset"])
 @pytest.mark.parametrize("value", ["21", None, True, [21], 3j, b"21", np.full(3, 21.0), np.array("21"), object()])
 def test_video_field_of_another_type_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(FeatureError, match=field) as refused:
+    with raises(FeatureError, "invalid_argument", field):
         Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 4.0, "offset": 0.0, field: value})
-    assert refused.value.code == "invalid_features"
 
 
 def test_video_num_frames_must_be_whole_and_numpy_numbers_are_accepted() -> None:
-    for value in (100.5, math.nan, math.inf, 10**400):
-        with pytest.raises(FeatureError, match="frames"):
+    for value, code, named in (
+        (100.5, "invalid_argument", ["num_frames", 100.5]),
+        (math.nan, "invalid_argument", ["num_frames", "nan"]),
+        (math.inf, "invalid_argument", ["num_frames", "inf"]),
+        (10**400, "invalid_frame_count", []),
+    ):
+        with raises(FeatureError, code, *named):
             Video(np.ones((9, 2)), value, 4.0)  # type: ignore[arg-type]
     for number in (np.int64(100), np.float32(100), np.array(100), 100.0):
         assert Video(np.ones((9, 2)), number, number / 25).end == 4.0  # type: ignore[arg-type]
@@ -282,9 +287,7 @@ def test_video_clips_near_frames_are_accepted(
 def test_video_frame_rate_out_of_range_is_refused(num_frames: int, duration: float) -> None:
     with pytest.raises(FeatureError) as raised:
         Video(np.ones((9, 2)), num_frames, duration)
-    assert raised.value.code == "frame_rate_out_of_range"
-    assert f"{num_frames}" in str(raised.value)
-    assert f"{duration:g}" in str(raised.value)
+    check_error(raised.value, "frame_rate_out_of_range", num_frames, f"{duration:g}")
 
 
 @pytest.mark.parametrize(("num_frames", "duration"), [(90, 90.0), (240, 1.0), (928, 30.96)])
@@ -293,26 +296,28 @@ def test_video_frame_rate_at_bounds_is_accepted(num_frames: int, duration: float
 
 
 @pytest.mark.parametrize(
-    ("features", "said"),
+    ("features", "code", "values"),
     [
-        (np.ones(4), "floats of shape"),
-        (np.ones((2, 3, 4)), "floats of shape"),
-        (np.ones((2, 3), np.int64), "int64"),
-        (np.ones((2, 3), complex), "complex128"),
-        ([[1.0, 2.0]], "list"),
-        (np.ones((0, 4)), "no clips"),
-        (np.ones((4, 0)), "at least one"),
-        (np.array([[1.0, 2.0], [np.nan, np.inf]]), "2 values that are not finite, the first in clip 1"),
-        (np.array([[1.0], [np.inf]], np.float16), "1 values that are not finite"),
+        (np.ones(4), "wrong_array", ["(4,)"]),
+        (np.ones((2, 3, 4)), "wrong_array", ["(2, 3, 4)"]),
+        (np.ones((2, 3), np.int64), "wrong_array", ["int64"]),
+        (np.ones((2, 3), complex), "wrong_array", ["complex128"]),
+        ([[1.0, 2.0]], "wrong_array", ["list"]),
+        (np.ones((0, 4)), "no_clips", ["(0, 4)"]),
+        (np.ones((4, 0)), "no_clips", ["(4, 0)"]),
+        (np.array([[1.0, 2.0], [np.nan, np.inf]]), "non_finite_features", [2, "clip 1"]),
+        (np.array([[1.0], [np.inf]], np.float16), "non_finite_features", [1, "clip 1"]),
     ],
 )
-def test_features_that_cannot_be_used_are_refused_and_named(features: np.ndarray, said: str) -> None:
-    with pytest.raises(FeatureError, match=f"The features of kitchen .*{said}"):
+def test_features_that_cannot_be_used_are_refused_and_named(
+    features: np.ndarray, code: str, values: list[object]
+) -> None:
+    with raises(FeatureError, code, "kitchen", *values):
         Video(features, 100, 1.0, "kitchen")
 
 
 def test_infinities_of_both_signs_are_found_without_a_warning() -> None:
-    with pytest.raises(FeatureError, match="2 values"), np.errstate(all="raise"):
+    with raises(FeatureError, "non_finite_features", 2), np.errstate(all="raise"):
         Video(np.array([[np.inf], [-np.inf]]), 100, 1.0)
 
 
@@ -338,38 +343,37 @@ def huge_npy() -> bytes:
 
 WHOLE = npy(np.ones((5, 4), np.float32))
 BAD_FILES = {
-    "empty.npy": (b"", "is empty"),
-    "empty.pt": (b"", "is empty"),
-    "cut.npy": (WHOLE[:-8], "cannot be read"),
-    "header.npy": (WHOLE[:20], "cannot be read"),
-    "text.npy": (b"not an array", "cannot be read"),
-    "objects.npy": (npy(np.array([{}, []], object)), "cannot be read"),
-    "huge.npy": (huge_npy(), "cannot be read"),
-    "text.pt": (b"not a tensor", "should be a tensor of clip features"),
-    "plain.pt": (pickle.dumps([1.0]), "should be a tensor of clip features"),
-    "features.txt": (b"1 2 3", "should end in .npy, .npz or .pt"),
+    "empty.npy": (b"", "empty_file"),
+    "empty.pt": (b"", "empty_file"),
+    "cut.npy": (WHOLE[:-8], "damaged_file"),
+    "header.npy": (WHOLE[:20], "damaged_file"),
+    "text.npy": (b"not an array", "damaged_file"),
+    "objects.npy": (npy(np.array([{}, []], object)), "damaged_file"),
+    "huge.npy": (huge_npy(), "damaged_file"),
+    "text.pt": (b"not a tensor", "not_a_torch_file"),
+    "plain.pt": (pickle.dumps([1.0]), "not_a_torch_file"),
+    "features.txt": (b"1 2 3", "wrong_suffix"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_file_that_holds_no_features_is_refused_and_named(name: str, tmp_path: Path) -> None:
-    content, said = BAD_FILES[name]
+    content, code = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(FeatureError, match=said) as caught:
+    with raises(FeatureError, code, tmp_path / name) as caught:
         Video.load(tmp_path / name, 1.0)
-    assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match=r"gone\.npy does not exist"):
+    with raises(FeatureError, "missing_file", tmp_path / "gone.npy"):
         Video.load(tmp_path / "gone.npy", 1.0)
 
 
 def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "many.npz", a=np.ones((2, 2)))
     (tmp_path / "many.npz").rename(tmp_path / "many.npy")
-    with pytest.raises(FeatureError, match="many"):
+    with raises(FeatureError, "ambiguous_features", tmp_path / "many.npy"):
         Video.load(tmp_path / "many.npy", 1.0)
 
 
@@ -378,13 +382,13 @@ def test_a_pickle_that_runs_code_is_refused_and_its_code_does_not_run(tmp_path: 
         def __reduce__(self) -> tuple:
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
-    for name in ("attack.pt", "attack.npy"):
+    for name, code in (("attack.pt", "code_in_file"), ("attack.npy", "damaged_file")):
         for protocol in (2, 4):
             (tmp_path / name).write_bytes(pickle.dumps(Attack(), protocol))
-            with pytest.raises(FeatureError, match=name):
+            with raises(FeatureError, code, tmp_path / name):
                 Video.load(tmp_path / name, 1.0)
     (tmp_path / "attack.npy").write_bytes(npy(np.array([Attack()], object)))
-    with pytest.raises(FeatureError, match="attack"):
+    with raises(FeatureError, "damaged_file", tmp_path / "attack.npy"):
         Video.load(tmp_path / "attack.npy", 1.0)
     assert not (tmp_path / "ran").exists()
 
@@ -392,7 +396,7 @@ def test_a_pickle_that_runs_code_is_refused_and_its_code_does_not_run(tmp_path: 
 def test_a_file_with_several_tensors_is_no_feature_file(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="torch writes the file")
     torch.save({"features": torch.ones(3, 4)}, tmp_path / "many.pt")
-    with pytest.raises(FeatureError, match="one tensor of clip features, and holds a dict"):
+    with raises(FeatureError, "wrong_array", tmp_path / "many.pt", "dict"):
         Video.load(tmp_path / "many.pt", 1.0)
 
 
