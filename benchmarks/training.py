@@ -29,11 +29,20 @@ from train.backend import torch_device
 from train.checkpoints import load_checkpoint
 from train.network.model import DRN, DRNConfig
 from train.simulate import simulate
-from train.training.batch_sources import AfterStem, DeviceSource, HostSource, Source, StemSource, open_source
+from train.training.batch_sources import (
+    CachedStemSource,
+    DeviceSource,
+    HostSource,
+    Source,
+    StemContinuation,
+    open_source,
+)
 from train.training.dataset import TrainingData, pool
 from train.training.distributed import Processes
+from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES, Stage
-from train.training.trainer import Learner, Settings, fresh_model
+from train.training.stage_trainer import StageTrainer
+from train.training.trainer import fresh_model
 
 # Of a loss, relative: sums in another order, over a few steps.
 SAME = 1e-3
@@ -130,22 +139,22 @@ def _stage(
     stage: Stage, model: DRN, training: TrainingData, epoch: list[np.ndarray], device: torch.device
 ) -> dict[str, float]:
     """Return milliseconds per step and what follows from them."""
-    learner = _learner(stage, model, len(epoch[0]), device)
+    trainer = _trainer(stage, model, len(epoch[0]), device)
     once, source = 0.0, None
     if stage.freezes_stem:
         started = time.perf_counter()
-        source = StemSource(training, learner.model, device, None)
+        source = CachedStemSource(training, trainer.model, device, None)
         _finish(device)
         once = (time.perf_counter() - started) / len(training)
-        learner.take(AfterStem(learner.model))
+        trainer.set_network(StemContinuation(trainer.model))
     source = source or open_source(training, device)
     batches = list(source.batches(epoch))
-    multiply_adds = _multiply_adds(learner, batches[0])
-    ours: dict[str, Callable[[int], Any]] = {"ours": lambda i: _take(learner, batches[i], device)}
+    multiply_adds = _multiply_adds(trainer, batches[0])
+    ours: dict[str, Callable[[int], Any]] = {"ours": lambda i: _take(trainer, batches[i], device)}
     if device.type == "cpu":
         eager = EagerTraining(_copy(model), stage)
         samples = [list(_samples(training, chosen)) for chosen in epoch]
-        _check_equal(_learner(stage, model, len(epoch[0]), device), eager, HostSource(training, device), epoch, samples)
+        _check_equal(_trainer(stage, model, len(epoch[0]), device), eager, HostSource(training, device), epoch, samples)
         square = torch.rand(512, 4096), torch.rand(4096, 4096)
         ours |= {"eager": lambda i: eager.step(samples[i]), "gemm": lambda i: square[0] @ square[1]}
     turns = _interleave(ours, len(epoch))
@@ -169,9 +178,9 @@ def _stage(
     return result
 
 
-def _learner(stage: Stage, model: DRN, batch_size: int, device: torch.device) -> Learner:
+def _trainer(stage: Stage, model: DRN, batch_size: int, device: torch.device) -> StageTrainer:
     recipe = RECIPES["mmaction2"]
-    settings = Settings(
+    settings = TrainingSettings(
         recipe="mmaction2",
         stages=(stage,),
         batch_size=batch_size,
@@ -183,9 +192,9 @@ def _learner(stage: Stage, model: DRN, batch_size: int, device: torch.device) ->
         processes=1,
         synchronised=True,
     )
-    learner = Learner(stage, settings, Processes(), _copy(model).to(device))
-    learner.model.train()
-    return learner
+    trainer = StageTrainer(stage, settings, Processes(), _copy(model).to(device))
+    trainer.model.train()
+    return trainer
 
 
 def _copy(model: DRN) -> DRN:
@@ -207,11 +216,11 @@ def _samples(training: TrainingData, chosen: np.ndarray) -> Iterator[Sample]:
 
 
 def _check_equal(
-    learner: Learner, eager: EagerTraining, source: Source, epoch: list[np.ndarray], samples: list[list[Sample]]
+    trainer: StageTrainer, eager: EagerTraining, source: Source, epoch: list[np.ndarray], samples: list[list[Sample]]
 ) -> None:
     """A faster step that learns something else is no gain."""
     for (inputs, truth), published in zip(source.batches(epoch[:2]), samples[:2], strict=True):
-        found = learner.step(inputs, truth)[:3].tolist()
+        found = trainer.step(inputs, truth)[:3].tolist()
         wanted = list(eager.step(published).values())
         if not np.allclose(found, wanted, rtol=SAME, atol=1e-5):
             raise GroundingError(
@@ -220,8 +229,8 @@ def _check_equal(
             )
 
 
-def _take(learner: Learner, batch: Any, device: torch.device) -> None:
-    learner.step(*batch)
+def _take(trainer: StageTrainer, batch: Any, device: torch.device) -> None:
+    trainer.step(*batch)
     _finish(device)
 
 
@@ -230,11 +239,11 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _multiply_adds(learner: Learner, batch: Any) -> float:
+def _multiply_adds(trainer: StageTrainer, batch: Any) -> float:
     """Return the multiply-adds that a step does, as torch counts them in matrix products and convolutions."""
     counter = FlopCounterMode(display=False)
     with counter:
-        learner.step(*batch)
+        trainer.step(*batch)
     return counter.get_total_flops() / 2
 
 
@@ -254,7 +263,7 @@ def _delivery(model: DRN, training: TrainingData, batch_size: int, device: torch
     sources: dict[str, Callable[[], Source]] = {
         MAP: lambda: HostSource(training, device, workers=0 if device.type == "cpu" else 2),
         MEMORY: lambda: DeviceSource(training, device),
-        STEMS: lambda: StemSource(training, _copy(model).to(device), device, None),
+        STEMS: lambda: CachedStemSource(training, _copy(model).to(device), device, None),
     }
     rates = {}
     for name, open_it in sources.items():

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from runtime.core.video import Video
     from train.network.model import DRN
     from train.training.dataset import TrainingData
-    from train.training.trainer import Learner
+    from train.training.stage_trainer import StageTrainer
 
 # Relative, of losses against float32 on a CPU, over a few steps at the rate that a training begins with. There, at full
 # size, float32 with other kernels was seen within 2e-7 and bfloat16 within 2e-3; float16 rounds eight times as finely.
@@ -154,12 +154,12 @@ def _losses(job: Job, training: TrainingData, number: int, precision: str, devic
 
     loaded = load_checkpoint(job.checkpoint)
     model = fresh_model(loaded.config, 0) if number == 1 else loaded.model()
-    learner = _learner(number, precision, model.to(device))
+    trainer = _trainer(number, precision, model.to(device))
     epoch = training.epoch(16, (0, number))[:LOSS_STEPS]
     losses = []
     for batch in HostSource(training, device).batches(epoch):
         for _ in range(MOST_OVERFLOWS):
-            *found, _, taken = learner.step(*batch).tolist()
+            *found, _, taken = trainer.step(*batch).tolist()
             # A step that overflowed was left out, and is taken again at half the scale.
             if taken:
                 break
@@ -167,16 +167,17 @@ def _losses(job: Job, training: TrainingData, number: int, precision: str, devic
     return losses
 
 
-def _learner(number: int, precision: Any, model: DRN) -> Learner:
+def _trainer(number: int, precision: Any, model: DRN) -> StageTrainer:
     from train.training.distributed import Processes
+    from train.training.options import TrainingSettings
     from train.training.recipes import RECIPES
-    from train.training.trainer import Learner, Settings
+    from train.training.stage_trainer import StageTrainer
 
     recipe = RECIPES["mmaction2"]
     stage = recipe.stages[number - 1]
     # As a training does; at the full rate Adam soon makes a difference of every rounding.
     stage = dataclasses.replace(stage, learning_rate=stage.learning_rate_at(0))
-    settings = Settings(
+    settings = TrainingSettings(
         recipe="mmaction2",
         stages=(stage,),
         batch_size=16,
@@ -188,9 +189,9 @@ def _learner(number: int, precision: Any, model: DRN) -> Learner:
         processes=1,
         synchronised=True,
     )
-    learner = Learner(stage, settings, Processes(), model)
+    trainer = StageTrainer(stage, settings, Processes(), model)
     model.train()
-    return learner
+    return trainer
 
 
 def _torch_answers(job: Job, tf32: bool) -> Found:

@@ -271,7 +271,7 @@ def test_defaults_are_the_published_recipe(planted: Path, tmp_path: Path, monkey
         seen.append(run.settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.training.trainer.Run.open", stop)
+    monkeypatch.setattr("train.training.trainer.TrainingRun.open", stop)
     for recipe in ("mmaction2", "drn"):
         with pytest.raises(KeyboardInterrupt):
             train(planted, tmp_path / "run", recipe=recipe, embed_dim=8, hidden_dim=8, fpn_dim=8)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from runtime.core.batch import padded
 from train.network.model import DRN, NetworkHeads, Stem
-from train.training.dataset import TrainingData, beside
+from train.training.dataset import TrainingData, append_mismatched
 
 log = logging.getLogger("drn")
 
@@ -87,7 +87,7 @@ class DeviceSource:
         self.device = device
 
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        asked = np.stack((epoch, epoch), 1) if mismatched is None else list(map(beside, epoch, mismatched))
+        asked = np.stack((epoch, epoch), 1) if mismatched is None else list(map(append_mismatched, epoch, mismatched))
         for (chosen, _), (queries, videos) in _on_both(asked, self.device):
             lengths, rows = self.lengths[chosen], self.rows[videos]
             tokens = self.tokens[queries, : int(lengths.max())]
@@ -95,7 +95,7 @@ class DeviceSource:
             yield (tokens, lengths, self.features[rows].float(), self.spans[rows]), truth
 
 
-class StemSource:
+class CachedStemSource:
     """What a frozen network makes of each pair before its first batch norm, computed once for all epochs of a stage.
 
     Not further: batch norm takes the statistics of its batch in every stage, as published, so that all behind it
@@ -113,8 +113,8 @@ class StemSource:
             yield tuple(part[here] for part in self.stem), self.truth[here]
 
 
-class AfterStem(nn.Module):
-    """The rest of a network, for what a StemSource yields."""
+class StemContinuation(nn.Module):
+    """The rest of a network, for what a CachedStemSource yields."""
 
     def __init__(self, model: DRN) -> None:
         super().__init__()

@@ -223,7 +223,7 @@ class TrainingData:
 
     def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
         """Return the queries at `indices`, in that order, and after them the pairs of `mismatched`; see there."""
-        asked = np.stack((indices, indices)) if mismatched is None else beside(indices, mismatched)
+        asked = np.stack((indices, indices)) if mismatched is None else append_mismatched(indices, mismatched)
         segments = [self.segments(self.annotations[index].video) for index in asked[1]]
         inputs = collate([self.queries[index] for index in asked[0]], segments)
         return TrainingBatch(inputs, self.truth[indices])
@@ -264,7 +264,7 @@ class TrainingData:
         return pairs
 
 
-def beside(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
+def append_mismatched(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
     """Return (2, B + M) indices: of the queries, and of the queries whose videos they ask, B matching pairs first."""
     return np.concatenate((np.stack((indices, indices)), mismatched), axis=1)
 

@@ -27,7 +27,7 @@ class Processes:
     local_rank: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
@@ -45,7 +45,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def started_by_torchrun(device: torch.device) -> Iterator[Processes]:
+def init_distributed(device: torch.device) -> Iterator[Processes]:
     """Join the other processes, if torchrun started more than one; NCCL on GPUs, gloo on CPUs."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

@@ -1,4 +1,4 @@
-"""The three-stage training: epochs, validation, what is kept, and how an interrupted run goes on."""
+"""Train in three stages: epochs, validation, checkpoints, and the resumption of an interrupted run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from tqdm import tqdm
 
-from runtime.artifacts.manifest import Features
-from runtime.core.decoding import NON_FINITE, Decoding
+from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.files import read_json, replace_when_whole, write_json, write_text
 from runtime.core.metrics import recall_name
-from runtime.core.sliding_windows import Windows
-from runtime.core.tokenizer import Vocabulary
-from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.grounder import Grounder
 from train.backend import TorchBackend
@@ -39,131 +34,23 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.history import read_history
-from train.network.losses import LossOptions, divide, loss_sums
 from train.network.model import DRN, DRNConfig
-from train.training.batch_sources import AfterStem, Source, StemSource, open_source, stems_fit
-from train.training.dataset import TrainingData
+from train.training.batch_sources import CachedStemSource, Source, StemContinuation, open_source, stems_fit
 from train.training.distributed import Processes, synchronise_batch_norm
+from train.training.inputs import TrainingInputs
+from train.training.options import TrainingSettings
 from train.training.recipes import Stage
+from train.training.resume import extended_stage, first_difference
+from train.training.stage_trainer import StageTrainer
 
 log = logging.getLogger("drn")
 
 SELECTION = recall_name(1, 0.5)
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A graph is exported for queries up to some length; torch takes any.
 ANY_LENGTH = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """All that decides the weights a run ends with, besides the data. A run resumes only under its own.
-
-    Attributes:
-        recipe: name of the preset.
-        stages: what to train, in order.
-        batch_size: queries per process and step.
-        clip_norm: largest total gradient norm.
-        losses: where losses follow which rule.
-        precision: of the arithmetic: fp32, or automatic mixed precision in bf16 or fp16.
-        seed: of the initial weights, the order of queries and the videos held out.
-        faithful: whether slips of the published code are kept; see `train.__main__`.
-        processes: how many train together.
-        synchronised: whether processes act as one with the whole batch, or each with statistics and divisors of its
-            own, as published.
-        negatives: mismatched pairs for each matching one, in the stages that learn from them.
-    """
-
-    recipe: str
-    stages: tuple[Stage, ...]
-    batch_size: int
-    clip_norm: float
-    losses: LossOptions
-    precision: Literal["fp32", "bf16", "fp16"]
-    seed: int
-    faithful: bool
-    processes: int
-    synchronised: bool
-    negatives: float = 0.0
-
-    @property
-    def mismatched(self) -> int:
-        """Mismatched pairs per process and step."""
-        return round(self.negatives * self.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Materials:
-    """What a run learns from and what its checkpoints carry along; `told` is what else they record of the training."""
-
-    data_set: DataSet
-    training: TrainingData
-    validation: list[Annotation]
-    vocabulary: Vocabulary
-    features: Features
-    decoding: Decoding
-    windows: Windows | None = None
-    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class Learner:
-    """A network that takes the steps of one stage."""
-
-    def __init__(self, stage: Stage, settings: Settings, processes: Processes, model: DRN) -> None:
-        self.stage, self.settings, self.processes, self.model = stage, settings, processes, model
-        self.network: nn.Module = model
-        self.autocast = _AMP.get(settings.precision)
-        # The authors' stage 2 computes every gradient, steps with the IoU head's and never resets the others, so that
-        # those pile up in the norm that clips it.
-        self.piles_up = settings.faithful and settings.recipe == "drn" and stage.number == 2
-        stage.freeze(model)
-        self.learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.clipped = list(model.parameters()) if self.piles_up else self.learnt
-        if self.piles_up:
-            model.requires_grad_(True)
-        self.device = self.learnt[0].device
-        self.optimizer = torch.optim.Adam(self.learnt, lr=stage.learning_rate, fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-
-    def take(self, network: nn.Module) -> None:
-        """Step with `network`, a part of the model or all of it, from here on."""
-        self.network = network
-        if self.processes.count > 1:
-            # Without the other losses, the matching logits get no gradient.
-            self.network = DistributedDataParallel(
-                network,
-                broadcast_buffers=not self.settings.synchronised,
-                find_unused_parameters=self.piles_up,
-            )
-
-    def step(self, inputs: Sequence[Tensor], truth: Tensor) -> Tensor:
-        """Learn from one batch.
-
-        Returns:
-            (5,) on the device, this process's share of each: the three losses, the gradient's norm, and 1; these last
-            two are 0 for a step that was left out because its gradients overflowed in fp16.
-        """
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            heads = self.network(*inputs)
-        sums = loss_sums(heads, truth, self.model.config, self.stage.trains_iou_head, self.settings.losses)
-        if self.settings.synchronised:
-            losses = divide(sums, self.processes.sum(sums.counts))
-            # The wrapper averages gradients over processes, and these losses are parts of a sum.
-            share = self.processes.count
-        else:
-            losses, share = divide(sums), 1
-        minimised = losses.iou if self.piles_up else losses.total()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(minimised * share).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.clipped, self.settings.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        taken = norm.isfinite() | (not self.scaler.is_enabled())
-        norm = torch.where(taken, norm, 0.0)
-        return torch.stack((*(loss.detach() for loss in losses), norm / share, taken / share))
-
-
-class Run:
+class TrainingRun:
     """A training run in its directory: `stageK/best.pt`, `stageK/last.pt`, `history.jsonl`, `run.json`, `drn.pt`.
 
     Every file is whole at any moment. After each epoch `stageK/last.pt` holds what is needed to go on exactly as if
@@ -173,29 +60,29 @@ class Run:
     def __init__(
         self,
         output: Path,
-        settings: Settings,
-        materials: Materials,
+        settings: TrainingSettings,
+        inputs: TrainingInputs,
         device: torch.device,
         processes: Processes,
     ) -> None:
         self.output = output
         self.settings = settings
-        self.materials = materials
+        self.inputs = inputs
         self.device = device
         self.processes = processes
         self._whole: Source | None = None
 
-    def open(self, resume: bool, inputs: dict[str, Any]) -> None:
+    def open(self, resume: bool, identity: dict[str, Any]) -> None:
         """Claim the directory, or check that it holds this very run.
 
         Args:
             resume: whether to go on with what is there.
-            inputs: what else decides the weights: data, held-out videos, checkpoint loaded.
+            identity: what else decides the weights: data, held-out videos, checkpoint loaded.
 
         Raises:
             OutputError: there is a run already, or it was made with other settings.
         """
-        description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": inputs}))
+        description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": identity}))
         path = self.output / "run.json"
         begun = path.is_file()
         # All have looked before the first of them writes.
@@ -206,23 +93,23 @@ class Run:
                     f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output.",
                     code="output_holds_run",
                 )
-            found = read_json(path, "settings of a run", OutputError)
-            if found != description:
-                extended = _extended_stage(found, description)
+            recorded = read_json(path, "settings of a run", OutputError)
+            if recorded != description:
+                extended = extended_stage(recorded, description)
                 if extended is None:
                     raise OutputError(
-                        f"{self.output} was trained with other settings ({_difference(found, description)}); "
+                        f"{self.output} was trained with other settings ({first_difference(recorded, description)}); "
                         "give the same ones to resume. Only the epochs of a stage may become more.",
                         code="settings_mismatch",
                     )
                 self._check_whole()
                 self.processes.wait()
-                if self.processes.leads:
+                if self.processes.is_main:
                     self._extend(extended)
                     write_json(path, description)
             else:
                 self._check_whole()
-        elif self.processes.leads:
+        elif self.processes.is_main:
             if resume:
                 log.warning("%s holds no run yet; starting one.", self.output)
             write_json(path, description)
@@ -273,25 +160,25 @@ class Run:
             if index > 0:
                 self._load_best(self.settings.stages[index - 1], model)
             self._train_stage(stage, model)
-        if self.processes.leads:
+        if self.processes.is_main:
             with replace_when_whole(self.output / "drn.pt") as temporary:
                 shutil.copyfile(self._directory(self.settings.stages[-1]) / "best.pt", temporary)
         self.processes.wait()
         return self.output / "drn.pt"
 
     def _train_stage(self, stage: Stage, model: DRN) -> None:
-        learner = Learner(stage, self.settings, self.processes, model)
-        done, best = self._restore(stage, model, learner)
+        trainer = StageTrainer(stage, self.settings, self.processes, model)
+        done, best = self._restore(stage, model, trainer)
         if done >= stage.epochs:
             return
-        source, network = self._source(learner)
-        learner.take(network)
+        source, network = self._source(trainer)
+        trainer.set_network(network)
         for epoch in range(done, stage.epochs):
             rate = stage.learning_rate_at(epoch)
-            for group in learner.optimizer.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["lr"] = rate
             record = {"stage": stage.number, "epoch": epoch + 1, "learning_rate": rate}
-            record |= self._train_epoch(stage, epoch, source, learner)
+            record |= self._train_epoch(stage, epoch, source, trainer)
             # Without validation, the last step of an epoch may go unnoticed.
             if not torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all():
                 raise self._diverged("The weights are not finite", stage, epoch)
@@ -300,7 +187,7 @@ class Run:
             score = record.get(SELECTION, float(epoch))
             improved = best is None or score > best
             best = score if improved else best
-            if self.processes.leads:
+            if self.processes.is_main:
                 directory = self._directory(stage)
                 if improved:
                     save_checkpoint(directory / "best.pt", self.checkpoint(stage, model, record))
@@ -310,28 +197,33 @@ class Run:
                     "epoch": epoch + 1,
                     "best": best,
                     "model": model.state_dict(),
-                    "optimizer": learner.optimizer.state_dict(),
-                    "scaler": learner.scaler.state_dict(),
+                    "optimizer": trainer.optimizer.state_dict(),
+                    "scaler": trainer.scaler.state_dict(),
                 }
                 # Last, so that a run killed before this line repeats the epoch to the same end.
                 save(directory / "last.pt", state)
                 self._log(record, improved)
             self.processes.wait()
 
-    def _source(self, learner: Learner) -> tuple[Source, nn.Module]:
+    def _source(self, trainer: StageTrainer) -> tuple[Source, nn.Module]:
         """Return where the batches of a stage come from, and the part of the network that takes them."""
-        data, stage, model = self.materials.training, learner.stage, learner.model
+        data, stage, model = self.inputs.training, trainer.stage, trainer.model
         # Every process computes the stems of all pairs, which pays when it would otherwise come by that many.
         pays = stage.epochs >= self.processes.count
-        if stage.freezes_stem and not learner.piles_up and pays and stems_fit(data, model, self.device):
-            return StemSource(data, model, self.device, learner.autocast), AfterStem(model)
+        if (
+            stage.freezes_stem
+            and not trainer.accumulates_stale_gradients
+            and pays
+            and stems_fit(data, model, self.device)
+        ):
+            return CachedStemSource(data, model, self.device, trainer.autocast), StemContinuation(model)
         if self._whole is None:
             self._whole = open_source(data, self.device)
         return self._whole, model
 
-    def _train_epoch(self, stage: Stage, epoch: int, source: Source, learner: Learner) -> dict[str, Any]:
-        settings, processes, data = self.settings, self.processes, self.materials.training
-        learner.model.train()
+    def _train_epoch(self, stage: Stage, epoch: int, source: Source, trainer: StageTrainer) -> dict[str, Any]:
+        settings, processes, data = self.settings, self.processes, self.inputs.training
+        trainer.model.train()
         epoch_seed = (settings.seed, 2, stage.number, epoch)
         order = data.epoch(settings.batch_size, epoch_seed, processes.rank, processes.count)
         mismatched = None
@@ -345,10 +237,10 @@ class Run:
             len(order),
             unit="step",
             leave=False,
-            disable=None if processes.leads else True,
+            disable=None if processes.is_main else True,
         )
-        for step, (inputs, truth) in enumerate(progress):
-            taken = learner.step(inputs, truth)
+        for step, (batch, truth) in enumerate(progress):
+            taken = trainer.step(batch, truth)
             seen += taken
             if step % 20 == 0 and not progress.disable:
                 # A figure fetched at every step would let a GPU wait.
@@ -362,23 +254,23 @@ class Run:
         names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
         seconds = time.perf_counter() - started
         record = {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
-        return record | ({"steps_left_out": len(order) - round(steps)} if learner.scaler.is_enabled() else {})
+        return record | ({"steps_left_out": len(order) - round(steps)} if trainer.scaler.is_enabled() else {})
 
     def _validate(self, stage: Stage, epoch: int, model: DRN) -> dict[str, float]:
-        annotations = self.materials.validation
+        annotations = self.inputs.validation
         if not annotations:
             return {}
         # Every process validates the whole set, so that no figure is sent about; only the leader's is kept.
         checkpoint = self.checkpoint(stage, model, {})
         grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
-        quiet = None if self.processes.leads else True
+        quiet = None if self.processes.is_main else True
         with tqdm(total=len(annotations), desc="validating", unit="query", leave=False, disable=quiet) as bar:
             try:
                 evaluation = evaluate(
                     grounder,
-                    self.materials.data_set,
+                    self.inputs.data_set,
                     annotations,
-                    segments_of=self.materials.training.segments,
+                    segments_of=self.inputs.training.segments,
                     on_progress=bar.update,
                     # Said once, before the first epoch.
                     warn=False,
@@ -401,25 +293,25 @@ class Run:
 
     def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
         """Return the network with all that it needs, and how it came to be."""
-        materials = self.materials
+        inputs = self.inputs
         return Checkpoint(
             config=model.config,
-            features=materials.features,
-            vocabulary=materials.vocabulary,
-            decoding=dataclasses.replace(materials.decoding, use_iou_scores=stage.use_iou_scores),
+            features=inputs.features,
+            vocabulary=inputs.vocabulary,
+            decoding=dataclasses.replace(inputs.decoding, use_iou_scores=stage.use_iou_scores),
             weights=model.state_dict(),
             training={
                 "stage": stage.number,
                 "recipe": self.settings.recipe,
                 "seed": self.settings.seed,
                 **({"negatives": self.settings.negatives} if self.settings.negatives else {}),
-                "simulated_features": materials.data_set.simulated,
-                **materials.told,
-                "data_set": materials.data_set.preset.title,
-                "query_length": list(materials.data_set.preset.query_length),
+                "simulated_features": inputs.data_set.simulated,
+                **inputs.record,
+                "data_set": inputs.data_set.preset.title,
+                "query_length": list(inputs.data_set.preset.query_length),
                 "validation": record,
             },
-            windows=materials.windows,
+            windows=inputs.windows,
         )
 
     def _directory(self, stage: Stage) -> Path:
@@ -428,7 +320,7 @@ class Run:
     def _load_best(self, stage: Stage, model: DRN) -> None:
         model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
 
-    def _restore(self, stage: Stage, model: DRN, learner: Learner) -> tuple[int, float | None]:
+    def _restore(self, stage: Stage, model: DRN, trainer: StageTrainer) -> tuple[int, float | None]:
         """Return how many epochs of `stage` are done and the best score so far; the state is put back."""
         path = self._directory(stage) / "last.pt"
         if not path.is_file():
@@ -441,9 +333,9 @@ class Run:
             )
         check_weights(state["model"], model.config, str(path))
         model.load_state_dict(state["model"])
-        learner.optimizer.load_state_dict(state["optimizer"])
-        learner.scaler.load_state_dict(state["scaler"])
-        if self.processes.leads:
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+        if self.processes.is_main:
             log.info("Stage %d: going on after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
         return state["epoch"], state["best"]
 
@@ -476,41 +368,3 @@ def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] =
         model = DRN(config)
         initialise(model)
     return model
-
-
-def _extended_stage(found: Any, asked: Mapping[str, Any]) -> int | None:
-    """Return the first stage that gets more epochs, if two runs differ in nothing else; None if they do."""
-    try:
-        before = json.loads(json.dumps(found))
-        pairs = list(zip(before["settings"]["stages"], asked["settings"]["stages"], strict=True))
-        longer = [new["number"] for old, new in pairs if new["epochs"] > old["epochs"]]
-        for old, new in pairs:
-            old["epochs"] = max(old["epochs"], new["epochs"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    return longer[0] if longer and before == asked else None
-
-
-def _difference(found: Any, wanted: Any) -> str:
-    """Name the first setting in which two runs differ, other than more epochs, if there is one."""
-    differences = list(_differences(found, wanted))
-    return next((text for text, longer in differences if not longer), differences[0][0])
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield each setting in which two runs differ, and whether it is that a stage has more epochs."""
-    if found == wanted:
-        return
-    lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
-    if lists and all(isinstance(item, dict) for item in (*found, *wanted)):
-        for old, new in zip(found, wanted, strict=True):
-            number = new.get("number")
-            for text, longer in _differences(old, new, name):
-                yield (f"stage {number}: {text}" if number else text), longer
-        return
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in {**found, **wanted}:
-            yield from _differences(found.get(key), wanted.get(key), key)
-        return
-    longer = name == "epochs" and isinstance(found, int) and isinstance(wanted, int) and wanted > found
-    yield f"{name} was {str(found)[:60]}, is now {str(wanted)[:60]}", longer

@@ -19,7 +19,15 @@ from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint
 from train.network.model import DRN, DRNConfig, Stem
 from train.training import batch_sources
-from train.training.batch_sources import AfterStem, DeviceSource, HostSource, StemSource, Step, open_source, stems_fit
+from train.training.batch_sources import (
+    CachedStemSource,
+    DeviceSource,
+    HostSource,
+    StemContinuation,
+    Step,
+    open_source,
+    stems_fit,
+)
 from train.training.dataset import TrainingData, pool
 from train.training.recipes import RECIPES, Stage
 
@@ -70,7 +78,7 @@ def test_all_sources_yield_the_same_batches(training: TrainingData, negatives: b
 
 def test_stems_are_those_of_each_batch(training: TrainingData, model: DRN) -> None:
     epoch = training.epoch(7, (3,))
-    stems = StemSource(training, model, CPU, None)
+    stems = CachedStemSource(training, model, CPU, None)
     for ((tokens, lengths, features, spans), truth), (stem, same) in zip(
         HostSource(training, CPU).batches(epoch), stems.batches(epoch), strict=True
     ):
@@ -78,7 +86,7 @@ def test_stems_are_those_of_each_batch(training: TrainingData, model: DRN) -> No
         with torch.no_grad():
             wanted = model.stem(tokens, lengths, model.prop_fc(features), spans)
             heads = model.eval()(tokens, lengths, features, spans)
-            for one, other in zip(AfterStem(model)(*stem), heads, strict=True):
+            for one, other in zip(StemContinuation(model)(*stem), heads, strict=True):
                 torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6)
         for name, one, other in zip(Stem._fields, stem, wanted, strict=True):
             assert not one.requires_grad
@@ -90,7 +98,7 @@ def test_each_video_is_projected_once_for_its_queries(
 ) -> None:
     projected = []
     model.prop_fc.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
-    StemSource(training, model, CPU, None)
+    CachedStemSource(training, model, CPU, None)
     model.prop_fc._forward_hooks.clear()
     # One video may stand at the end of one chunk and at the beginning of the next.
     chunks = -(-len(training) // batch_sources.STEM_PAIRS)

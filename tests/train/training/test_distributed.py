@@ -25,9 +25,11 @@ from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.network.losses import LossOptions
-from train.training.distributed import Processes, SyncedBatchNorm1d, started_by_torchrun, synchronise_batch_norm
+from train.training.distributed import Processes, SyncedBatchNorm1d, init_distributed, synchronise_batch_norm
+from train.training.inputs import TrainingInputs
+from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES
-from train.training.trainer import Materials, Run, Settings
+from train.training.trainer import TrainingRun
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,9 +107,9 @@ def test_published_way_of_several_processes_and_the_authors_slips_run_too(
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with started_by_torchrun(torch.device("cpu")) as processes:
+    with init_distributed(torch.device("cpu")) as processes:
         assert processes == Processes(0, 1, 0)
-        assert processes.leads
+        assert processes.is_main
         processes.wait()
         assert float(processes.sum(torch.tensor(3.0))) == 3
     assert not dist.is_initialized()
@@ -161,8 +163,8 @@ class Meeting(Processes):
 
 def test_slow_process_does_not_take_the_leaders_run_for_an_older_one(tmp_path: Path) -> None:
     recipe = RECIPES["mmaction2"]
-    settings = Settings("mmaction2", recipe.stages, 4, 5.0, LossOptions(), "fp32", 0, False, 2, True)
-    materials = Materials(None, None, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
+    settings = TrainingSettings("mmaction2", recipe.stages, 4, 5.0, LossOptions(), "fp32", 0, False, 2, True)
+    inputs = TrainingInputs(None, None, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
 
     @dataclasses.dataclass(frozen=True)
     class Second(Processes):
@@ -172,10 +174,10 @@ def test_slow_process_does_not_take_the_leaders_run_for_an_older_one(tmp_path: P
     opened = []
 
     def follow() -> None:
-        Run(tmp_path, settings, materials, torch.device("cpu"), second).open(False, {})
+        TrainingRun(tmp_path, settings, inputs, torch.device("cpu"), second).open(False, {})
         opened.append(True)
 
     object.__setattr__(leader, "others", [follow])
-    Run(tmp_path, settings, materials, torch.device("cpu"), leader).open(False, {})
+    TrainingRun(tmp_path, settings, inputs, torch.device("cpu"), leader).open(False, {})
     assert opened
     assert (tmp_path / "run.json").is_file()

@@ -38,8 +38,11 @@ from train.checkpoints import load_checkpoint, save_checkpoint
 from train.history import read_history
 from train.network.losses import Losses, LossOptions
 from train.simulate import simulate
+from train.training import stage_trainer
 from train.training.dataset import PooledFeatures, TrainingData, split_by_video
 from train.training.distributed import Processes
+from train.training.inputs import TrainingInputs
+from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES, Stage
 
 ROOT = Path(__file__).parents[3]
@@ -95,13 +98,13 @@ class NoDataSet:
     simulated: bool = False
 
 
-def golden_run(output: Path, stage: Stage, data: GoldenData) -> loop.Run:
+def golden_run(output: Path, stage: Stage, data: GoldenData) -> loop.TrainingRun:
     recipe = RECIPES["mmaction2"]
-    settings = loop.Settings(
+    settings = TrainingSettings(
         "mmaction2", (stage,), 4, recipe.clip_norm, LossOptions(), "fp32", 0, False, processes=1, synchronised=True
     )
-    materials = loop.Materials(NoDataSet(), data, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
-    return loop.Run(output, settings, materials, torch.device("cpu"), Processes())
+    inputs = TrainingInputs(NoDataSet(), data, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]
+    return loop.TrainingRun(output, settings, inputs, torch.device("cpu"), Processes())
 
 
 @pytest.mark.parametrize("truth", ["real", "near", "clip"])
@@ -126,8 +129,8 @@ def test_three_steps_match_the_published_ones(
         taken.append(divide(*arguments))
         return taken[-1]
 
-    divide = loop.divide
-    monkeypatch.setattr(loop, "divide", spy)
+    divide = stage_trainer.divide
+    monkeypatch.setattr(stage_trainer, "divide", spy)
     model, rate = reference.model(), RECIPES["mmaction2"].stages[number - 1].learning_rate
     inputs = reference.inputs("a")
     data = GoldenData(inputs, torch.from_numpy(recorded[f"gt_{truth}"]), 3)
@@ -164,7 +167,7 @@ def test_steps_that_overflow_in_fp16_are_left_out_and_counted(
     reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The scaler of fp16 around arithmetic in float32, where such a scale overflows too.
-    monkeypatch.setattr(loop, "_AMP", {})
+    monkeypatch.setattr(stage_trainer, "_AMP", {})
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**127))
     data = GoldenData(reference.inputs("a"), torch.tensor([[0.2, 0.6]] * 4), 12)
     run = golden_run(tmp_path, Stage(3, 1e-6, 1), data)
@@ -220,7 +223,7 @@ def test_each_stage_starts_from_the_best_of_the_one_before_not_the_last(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.9, 0.1, 0.2, 0.2, 0.3])
-    monkeypatch.setattr(loop.Run, "_validate", lambda *_: {SELECTION: next(scores)})
+    monkeypatch.setattr(loop.TrainingRun, "_validate", lambda *_: {SELECTION: next(scores)})
     run = tmp_path / "run"
     run_training(planted, run, **{**tiny_sizes, "epochs": (3, 2, 1)})
     best, last = (
@@ -317,7 +320,8 @@ def test_stage_alone_starts_from_the_checkpoint_it_is_given(
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     """Let the `call`th call of a function of the loop be a Ctrl-C."""
-    real, calls = getattr(loop, target), [0]
+    module = stage_trainer if target == "divide" else loop
+    real, calls = getattr(module, target), [0]
 
     def counting(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -325,7 +329,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(loop, target, counting)
+    monkeypatch.setattr(module, target, counting)
 
 
 @pytest.mark.parametrize(
@@ -364,13 +368,13 @@ def test_run_with_negatives_resumes_to_the_same_bits_and_asks_them_where_they_te
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int, int]] = []
-    step = loop.Learner.step
+    step = stage_trainer.StageTrainer.step
 
     def spy(self: Any, inputs: Any, truth: Any) -> Any:
         asked.append((self.stage.number, len(inputs[0]), len(truth)))
         return step(self, inputs, truth)
 
-    monkeypatch.setattr(loop.Learner, "step", spy)
+    monkeypatch.setattr(stage_trainer.StageTrainer, "step", spy)
     run_training(planted, tmp_path / "whole", **tiny_sizes, negatives=0.5)
     assert set(asked) == {(1, 24, 16), (2, 16, 16), (3, 24, 16)}
     with monkeypatch.context() as patch:
