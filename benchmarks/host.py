@@ -22,7 +22,7 @@ from runtime import Grounder
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import TensorRTPair, open_engine
-from runtime.benchmarking.timing import Call, Latency, take_turns, warm_up
+from runtime.benchmarking.timing import Call, Latency, run_interleaved, warm_up
 from runtime.core import cpu_info
 from runtime.core.cli import command
 from runtime.core.decoding import decode, likely
@@ -76,14 +76,14 @@ def host(
         bench = Bench(reference, model, Path(directory), pairs)
         for name, call in bench.calls().items():
             warm_up([call])
-            take_turns([call], samples if name != many(batch) else max(samples // 10, 1), [seconds[name]])
+            run_interleaved([call], samples if name != many(batch) else max(samples // 10, 1), [seconds[name]])
     divided = {name: np.array(found) / (batch if name == many(batch) else 1) for name, found in seconds.items()}
     report = {
         "date": date.today().isoformat(),
         "machine": cpu_info.cpu_name(),
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "numpy")},
         "likely locations, mean": bench.likely,
-        "ms": {name: dataclasses.asdict(Latency.of(list(found))) for name, found in divided.items()},
+        "ms": {name: dataclasses.asdict(Latency.from_samples(list(found))) for name, found in divided.items()},
     }
     for name, found in divided.items():
         print(f"{name:42}  {1e6 * np.median(found):7.1f} us")

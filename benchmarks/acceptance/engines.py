@@ -177,7 +177,7 @@ def _time_plan(job: Job, network: Any) -> list[float]:
             network.gpu_ms = 0.0
             return network.run(inputs, sizes)
 
-        return take_times(job, {"plan": Call(run, told=lambda: network.gpu_ms / 1e3)})["plan"]
+        return take_times(job, {"plan": Call(run, device_seconds=lambda: network.gpu_ms / 1e3)})["plan"]
 
 
 def make_builder(target: Any) -> Found:

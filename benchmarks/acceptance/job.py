@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, no_promise
-from runtime.benchmarking.timing import Call, Latency, take_turns, warm_up
+from runtime.benchmarking.timing import Call, Latency, run_interleaved, warm_up
 from runtime.core.errors import GroundingError, PromiseBroken
 from runtime.datasets.dataset import Annotation, DataSet
 
@@ -237,14 +237,14 @@ def judge(job: Job, reference: Grounder, other: Grounder, precision: str, names:
 def take_times(job: Job, calls: Mapping[str, Call]) -> dict[str, list[float]]:
     """Return the seconds of each call, taken in turns after warming up."""
 
-    warm_up(list(calls.values()), most_seconds=job.sizes.seconds)
+    warm_up(list(calls.values()), max_seconds=job.sizes.seconds)
     samples: list[list[float]] = [[] for _ in calls]
-    take_turns(
+    run_interleaved(
         list(calls.values()),
         job.sizes.samples,
         samples,
-        most_seconds=job.sizes.seconds * len(calls),
-        fewest=job.sizes.fewest,
+        max_seconds=job.sizes.seconds * len(calls),
+        min_rounds=job.sizes.fewest,
     )
     return dict(zip(calls, samples))
 
@@ -256,7 +256,7 @@ def ms(value: float | None) -> str:
 def latency_row(name: str, boundary: str, queries: int, seconds: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
     """Return a timing for the JSON file and for a table of `LATENCY_HEADER`."""
 
-    latency: Latency = Latency.of(seconds)
+    latency: Latency = Latency.from_samples(seconds)
     rate = 1e3 * queries / latency.mean_ms if latency.mean_ms else 0.0
     cells = [*map(ms, (latency.p50_ms, latency.p90_ms, latency.p99_ms, latency.max_ms)), str(latency.samples)]
     values = {

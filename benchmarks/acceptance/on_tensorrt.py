@@ -43,8 +43,8 @@ from benchmarks.acceptance.job import (
 from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
 from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
 from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
-from runtime.benchmark import walk
 from runtime.benchmarking import system_info
+from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.timing import Call, speed_ratio
 from runtime.core.errors import DeviceError
 from runtime.core.io.files import sha256, write_json
@@ -186,7 +186,7 @@ def _bar(job: Job, pair: Path) -> Found:
     entries, rows, found = _against(job, grounder, pairs, ("graphs",))
     alone = take_times(job, {ours: one})[ours]
     backend.time_gpu(True)
-    gpu = take_times(job, {ours: dataclasses.replace(one, told=lambda: backend.gpu_ms / 1e3)})[ours]
+    gpu = take_times(job, {ours: dataclasses.replace(one, device_seconds=lambda: backend.gpu_ms / 1e3)})[ours]
     backend.time_gpu(False)
     size = len(known)
     # Of many batches the next is asked while one is decoded, as it is where there are many pairs to be answered.
@@ -221,7 +221,7 @@ def _bar_row(job: Job, pair: Path) -> Found:
     ours, one = _one_query(grounder, questions(job, job.sizes.batches[-1]))
     alone = take_times(job, {ours: one})[ours]
     backend.time_gpu(True)
-    gpu = take_times(job, {ours: dataclasses.replace(one, told=lambda: backend.gpu_ms / 1e3)})[ours]
+    gpu = take_times(job, {ours: dataclasses.replace(one, device_seconds=lambda: backend.gpu_ms / 1e3)})[ours]
     lines = [latency_row(ours, boundary, 1, seconds) for boundary, seconds in (("end to end", alone), ("gpu", gpu))]
     entries, rows = [values for values, _ in lines], [row for _, row in lines]
     told = f"One query end to end: p50 {ms(entries[0]['p50_ms'])} ms, on the GPU {ms(entries[1]['p50_ms'])} ms."
@@ -261,7 +261,7 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
             calls = {
                 f"{form}, {tokens} tokens": Call(
                     functools.partial(_asked_again, backend, asked),
-                    told=functools.partial(lambda backend: backend.gpu_ms / 1e3, backend),
+                    device_seconds=functools.partial(lambda backend: backend.gpu_ms / 1e3, backend),
                 )
                 for form, backend in backends.items()
             }
@@ -363,7 +363,7 @@ def _phases(job: Job, pair: Path) -> Found:
     spent: dict[int, dict[str, float]] = {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
         pairs = questions(job, size)
-        splits = [walk(grounder, pairs)[1] for _ in range(MOST_WALKS)][WARM_UP_WALKS:]
+        splits = [time_phases(grounder, pairs)[1] for _ in range(MOST_WALKS)][WARM_UP_WALKS:]
         spent[size] = {phase: 1e3 * float(np.median([split[phase] for split in splits])) for phase in splits[0]}
     header = ("phase", *(f"ms, batch {size}" for size in spent), *(f"%, batch {size}" for size in spent))
     sums = {size: sum(phases.values()) for size, phases in spent.items()}

@@ -301,7 +301,7 @@ def _gpu_call(rival: Rival, asked: Asked, placed: Any) -> Call:
         end.record()
         end.synchronize()
 
-    return Call(run, told=lambda: begin.elapsed_time(end) / 1e3)
+    return Call(run, device_seconds=lambda: begin.elapsed_time(end) / 1e3)
 
 
 def _disagreeing(eager: Grounder, found: Mapping[str, Rival], asked: Asked) -> list[str]:

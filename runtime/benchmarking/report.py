@@ -1,27 +1,30 @@
-"""What a benchmark found: values for a file, a table for a terminal and for a passport, a picture."""
+"""Describe the results of a benchmark: values for a file, tables for a terminal and for a parity report."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from runtime.benchmarking.system_info import Conditions
+import numpy as np
+
+from runtime.benchmarking.system_info import SystemState
 from runtime.benchmarking.timing import Latency, Ratio, WarmUp
-from runtime.core.cli import check_plots
 from runtime.core.errors import ModelFileError, excerpt, printable_line, reading
-from runtime.core.io.files import read_json, replace_when_whole
+from runtime.core.io.files import read_json
+from runtime.core.moments import Moment, temporal_iou
 
 FORMAT = "drn-benchmark/1"
 
-Boundary = Literal["gpu", "host", "end to end"]
-BOUNDARIES: dict[str, str] = {
+TimingScope = Literal["gpu", "host", "end to end"]
+TIMING_SCOPES: dict[str, str] = {
     "gpu": "GPU (its own events, without copies)",
     "host": "host (network with copies)",
     "end to end": "end to end (text in, moments out)",
 }
+# Boundaries that move by less cannot be seen in tenths of a second.
+VISIBLE_S = 0.05
 ONE_QUERY, BATCH_SIZE, PER_VIDEO, LENGTH = "one query", "batch size", "queries per video", "query length"
 
 # In the order of the flow. The first group is done once for a video, the second for every query.
@@ -31,7 +34,7 @@ PHASES = ("tokenise", "segment", "encode", "collate", "network", "decode", "NMS"
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """One thing that is measured.
 
     Attributes:
@@ -44,7 +47,7 @@ class Case:
 
     group: str
     name: str
-    boundary: Boundary
+    boundary: TimingScope
     size: int = 1
     queries: int = 1
 
@@ -62,7 +65,7 @@ class Timing:
         failed: why there are no samples, in a sentence.
     """
 
-    case: Case
+    case: BenchmarkCase
     model: str
     latency: Latency | None
     warm_up: WarmUp | None = None
@@ -102,7 +105,7 @@ class Phases:
     samples: int
     ms: Mapping[str, float]
 
-    def around(self, known: bool) -> float:
+    def overhead_share(self, known: bool) -> float:
         """Return the share of the time that is not the network's; `known` leaves out what is done once for a video."""
         counted = {name: ms for name, ms in self.ms.items() if not (known and name in VIDEO_PHASES)}
         total = sum(counted.values())
@@ -111,8 +114,8 @@ class Phases:
     def to_dict(self) -> dict[str, Any]:
         return {
             **dataclasses.asdict(self),
-            "share_around_network_new_videos": self.around(known=False),
-            "share_around_network_known_videos": self.around(known=True),
+            "share_around_network_new_videos": self.overhead_share(known=False),
+            "share_around_network_known_videos": self.overhead_share(known=True),
         }
 
 
@@ -136,7 +139,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class ModelInfo:
     """A model file that was measured.
 
     Attributes:
@@ -185,21 +188,44 @@ class Agreement:
 
     def sentence(self, first: str) -> str:
         """Return what a reader must know before the ratios."""
-        told = (
+        details = (
             f"IoU of best moments {self.iou_mean:.4f} on average, {self.iou_min:.4f} at least; borders move by up to "
             f"{self.shift_max_s:.2g} s"
         )
         if not self.different:
-            return f"{self.model} answers as {first} ({self.queries} queries: {told})."
+            return f"{self.model} answers as {first} ({self.queries} queries: {details})."
         return (
-            f"{self.model} answers {self.different} of {self.queries} queries differently from {first} ({told}): "
+            f"{self.model} answers {self.different} of {self.queries} queries differently from {first} ({details}): "
             "its ratios compare different answers; judge them with export.verify."
+        )
+
+    @classmethod
+    def from_moments(
+        cls,
+        model: str,
+        actual: Sequence[Sequence[Moment]],
+        expected: Sequence[Sequence[Moment]],
+        visible_s: float = VISIBLE_S,
+    ) -> Agreement:
+        """Compare the best moment of each query with that of the first model."""
+        overlaps, shifts, different = [], [], 0
+        for moments, references in zip(actual, expected):
+            if not moments or not references:
+                different += bool(moments) != bool(references)
+                continue
+            spans = np.array([[best.start, best.end] for best in (moments[0], references[0])], np.float64)
+            overlaps.append(float(temporal_iou(spans[:1], spans[1:])[0, 0]))
+            shifts.append(float(np.abs(spans[0] - spans[1]).max()))
+            different += shifts[-1] > visible_s
+        mean = sum(overlaps) / len(overlaps) if overlaps else 1.0
+        return cls(
+            model, len(expected), mean, min(overlaps, default=1.0), max(shifts, default=0.0), different, visible_s
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything that a run of the benchmark found.
+    """All results of one run of the benchmark.
 
     Attributes:
         date: of the run, in ISO form.
@@ -224,12 +250,12 @@ class Report:
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
     inputs: Mapping[str, Any]
-    models: Sequence[Subject]
+    models: Sequence[ModelInfo]
     agreements: Sequence[Agreement]
     timings: Sequence[Timing]
     phases: Sequence[Phases]
     peak_rss_bytes: int
-    conditions: Sequence[Conditions]
+    conditions: Sequence[SystemState]
     notes: Sequence[str]
     interrupted: bool
 
@@ -244,18 +270,18 @@ class Report:
     def text(self) -> str:
         """Return the report for a terminal."""
         sections = [
-            [f"{where_and_when(self.to_dict())}.", str(self.inputs["told"])],
+            [f"{environment_line(self.to_dict())}.", str(self.inputs["told"])],
             [agreement.sentence(self.models[0].label) for agreement in self.agreements],
             *(_timings(self.timings, group, len(self.models) > 1) for group in _groups(self.timings)),
             _phases(self.phases),
-            *(_subject(model) for model in self.models),
+            *(_model_lines(model) for model in self.models),
             _machine(self),
             [f"Note: {note}" for note in self.notes],
         ]
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def where_and_when(report: Mapping[str, Any]) -> str:
+def environment_line(report: Mapping[str, Any]) -> str:
     """Return hardware, threads, versions and date of a report, as it is or as it was read, in a phrase."""
     hardware, threads = report["hardware"], report["settings"]["threads"]
     on_gpu = any(model["device"] == "cuda" for model in report["models"]) and hardware["gpu"]
@@ -267,7 +293,7 @@ def where_and_when(report: Mapping[str, Any]) -> str:
 
 
 def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Return the header and rows of what a written report says of one model, for its passport.
+    """Return the header and rows of what a written report contains about one model, for its parity report.
 
     Args:
         report: as `read_report` returns it.
@@ -276,9 +302,11 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
     Raises:
         ModelFileError: another model was measured, or nothing of this one.
     """
-    found = next((model for model in report["models"] if model["sha256"] == sha256), None)
-    timings = [t for t in report["timings"] if found and t["model"] == found["label"] and t["latency"]]
-    if found is None or not timings:
+    measured_model = next((model for model in report["models"] if model["sha256"] == sha256), None)
+    timings = [
+        t for t in report["timings"] if measured_model and t["model"] == measured_model["label"] and t["latency"]
+    ]
+    if measured_model is None or not timings:
         measured = (
             ", ".join(printable_line(f"{model['label']} ({model['sha256'][:12]}…)") for model in report["models"])
             or "nothing"
@@ -294,17 +322,17 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
         cells = (_ms(latency[f"{name}_ms"]) for name in ("p50", "p90", "p95", "p99", "max"))
         rows.append((_row_name(case), *cells, str(latency["samples"]), _rate(timing["queries_per_s"])))
     ended = " Ended early." if report["interrupted"] else ""
-    header = (f"Milliseconds: {where_and_when(report)}.{ended}", "p50", "p90", "p95", "p99", "max", "calls")
+    header = (f"Milliseconds: {environment_line(report)}.{ended}", "p50", "p90", "p95", "p99", "max", "calls")
     return (*header, "queries/s"), rows
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a written report; ModelFileError if the file is none."""
     report = read_json(path, "report of runtime.benchmark", ModelFileError)
-    found = report.get("format") if isinstance(report, dict) else None
-    if found != FORMAT:
+    file_format = report.get("format") if isinstance(report, dict) else None
+    if file_format != FORMAT:
         raise ModelFileError(
-            f"{path} is of format {excerpt(found)} and {FORMAT!r} is read here; write it with "
+            f"{path} is of format {excerpt(file_format)} and {FORMAT!r} is read here; write it with "
             "`python -m runtime.benchmark --output`.",
             code="unknown_format",
         )
@@ -317,7 +345,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _any_timing(report: Mapping[str, Any], model: Mapping[str, Any]) -> list[Any]:
     latency = dataclasses.asdict(Latency(1, 1.0, 1.0, None, None, None, 1.0))
-    case = dataclasses.asdict(Case(ONE_QUERY, "", "host"))
+    case = dataclasses.asdict(BenchmarkCase(ONE_QUERY, "", "host"))
     filler = {"model": model["label"], "latency": latency, "case": case, "queries_per_s": None}
     return [filler, *report["timings"]]
 
@@ -356,7 +384,7 @@ def _timings(timings: Sequence[Timing], group: str, several: bool) -> list[str]:
         case = timing.case
         if case.boundary != boundary:
             boundary = case.boundary
-            lines.append(f" {BOUNDARIES[boundary]}")
+            lines.append(f" {TIMING_SCOPES[boundary]}")
         name = case.name if timing.settled else f"{case.name} *"
         start = f"  {name:<{label - 2}} {case.size if sized else '':>5} {timing.model if several else '':<{width}}"
         latency = timing.latency
@@ -367,8 +395,8 @@ def _timings(timings: Sequence[Timing], group: str, several: bool) -> list[str]:
         cells = [*map(_ms, values), str(latency.samples), _ms(latency.p50_ms / case.queries)]
         cells.append(_rate(timing.queries_per_s))
         ratio = timing.speedup
-        told = f"  {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
-        lines.append(f"{start} {' '.join(f'{cell:>9}' for cell in cells)}{told}")
+        comparison = f"  {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
+        lines.append(f"{start} {' '.join(f'{cell:>9}' for cell in cells)}{comparison}")
     return lines
 
 
@@ -385,12 +413,12 @@ def _phases(phases: Sequence[Phases]) -> list[str]:
     ]
     for row in phases:
         cells = " ".join(f"{_ms(row.ms.get(name)):>9}" for name in shown)
-        shares = [f"{100 * row.around(known):.2f} %" for known in (False, True)]
+        shares = [f"{100 * row.overhead_share(known):.2f} %" for known in (False, True)]
         lines.append(f"  {row.model:<{width}} {row.queries:>8} {cells} {shares[0]:>13} {shares[1]:>14}")
     return lines
 
 
-def _subject(model: Subject) -> list[str]:
+def _model_lines(model: ModelInfo) -> list[str]:
     cold = "not measured" if model.cold_start_s is None else f"{model.cold_start_s:.2f} s"
     memory = model.memory
     sizes = {
@@ -401,12 +429,12 @@ def _subject(model: Subject) -> list[str]:
         "pinned": memory.pinned,
         "the GPU's used memory grew by": memory.gpu_growth,
     }
-    told = ", ".join(f"{name} {_mib(size)}" for name, size in sizes.items() if size is not None)
+    memory_text = ", ".join(f"{name} {_mib(size)}" for name, size in sizes.items() if size is not None)
     return [
         f"{model.label} ({model.precision}, {model.kind}, on {model.device}, SHA-256 {model.sha256[:12]}…)",
         f"  cold start   {cold} from a fresh process to the first answer; here opened in {model.open_s:.2f} s, first "
         f"answer after {model.first_answer_s:.2f} s",
-        f"  memory       {told}",
+        f"  memory       {memory_text}",
     ]
 
 
@@ -416,83 +444,15 @@ def _mib(size: int) -> str:
 
 def _machine(report: Report) -> list[str]:
     lines = [f"machine: peak memory of the process {_mib(report.peak_rss_bytes)}"]
-    for moment in report.conditions:
-        told = []
-        if moment.load is not None:
-            told.append(f"load {moment.load:.2f}")
-        if moment.cpu_mhz is not None:
-            told.append(f"CPU {moment.cpu_mhz:.0f} MHz{f' ({moment.governor})' if moment.governor else ''}")
-        if moment.gpu:
-            told.append(f"SM clock {moment.gpu.sm_mhz} of {moment.gpu.max_sm_mhz} MHz")
-            told.append(f"{moment.gpu.temperature_c} °C, {moment.gpu.power_w} W")
-            told.append(f"slowed by {', '.join(moment.gpu.throttled_by) or 'nothing'}")
-        lines.append(f"  {moment.when:<24} {', '.join(told) or 'nothing known'}")
+    for state in report.conditions:
+        parts = []
+        if state.load is not None:
+            parts.append(f"load {state.load:.2f}")
+        if state.cpu_mhz is not None:
+            parts.append(f"CPU {state.cpu_mhz:.0f} MHz{f' ({state.governor})' if state.governor else ''}")
+        if state.gpu:
+            parts.append(f"SM clock {state.gpu.sm_mhz} of {state.gpu.max_sm_mhz} MHz")
+            parts.append(f"{state.gpu.temperature_c} °C, {state.gpu.power_w} W")
+            parts.append(f"slowed by {', '.join(state.gpu.throttled_by) or 'nothing'}")
+        lines.append(f"  {state.when:<24} {', '.join(parts) or 'nothing known'}")
     return lines
-
-
-def draw(report: Report, path: Path) -> None:
-    """Draw percentiles of one query, and how time goes with batch, queries per video and query length, into a PNG.
-
-    Raises:
-        DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written, or its name does not end in .png.
-    """
-    check_plots(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
-    _draw_percentiles(panels[0], report.timings)
-    for axes, group in zip(panels[1:], (BATCH_SIZE, PER_VIDEO, LENGTH)):
-        _draw_sizes(axes, report.timings, group)
-    names = ", ".join(model.label for model in report.models)
-    ended = " (ended early)" if report.interrupted else ""
-    figure.suptitle(f"{names}{ended}\n{where_and_when(report.to_dict())}", fontsize=9, wrap=True, parse_math=False)
-    with replace_when_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-
-
-def _draw_percentiles(axes: Any, timings: Sequence[Timing]) -> None:
-    names = ("p50", "p90", "p95", "p99", "max")
-    for timing in timings:
-        if timing.case.group == ONE_QUERY and timing.latency:
-            values = [getattr(timing.latency, f"{name}_ms") for name in names]
-            shown = [(place, value) for place, value in enumerate(values) if value is not None]
-            label = f"{timing.case.boundary}: {timing.case.name} ({timing.model})"
-            axes.plot(*zip(*shown), marker="o", label=label)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_title("one query", loc="left")
-    axes.set_ylabel("milliseconds")
-    axes.set_ylim(bottom=0)
-    _finish(axes)
-
-
-def _draw_sizes(axes: Any, timings: Sequence[Timing], group: str) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for timing in timings:
-        if timing.case.group == group and timing.latency:
-            rate = timing.queries_per_s
-            value = timing.latency.p50_ms if group == LENGTH else rate
-            if value is not None:
-                label = f"{timing.case.boundary}: {timing.case.name} ({timing.model})"
-                lines.setdefault(label, []).append((timing.case.size, value))
-    for label, values in lines.items():
-        axes.plot(*zip(*values), marker="o", label=label)
-    axes.set_title("time with query length" if group == LENGTH else f"throughput with {group}", loc="left")
-    axes.set_xlabel("words" if group == LENGTH else "queries")
-    axes.set_ylabel("milliseconds, p50" if group == LENGTH else "queries per second")
-    axes.set_ylim(bottom=0)
-    if lines and group != LENGTH:
-        sizes = sorted({size for values in lines.values() for size, _ in values})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-    _finish(axes)
-
-
-def _finish(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        # A name may hold dollar signs, which are no formula here.
-        for text in axes.legend(handles, labels, fontsize=7).get_texts():
-            text.set_parse_math(False)

@@ -1,4 +1,4 @@
-"""The machine that something is measured on: what it is, and how busy, fast and hot it is right now."""
+"""Read what machine this is, and its current load, clocks and temperature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.core.cpu_info import _lines
 # Libraries that a backend imports: listed where they are in use.
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
 # Reasons for a lower clock that are no trouble: idle, and a limit that was asked for.
-HARMLESS = 0x1 | 0x2
+IGNORED_THROTTLE_REASONS = 0x1 | 0x2
 REASONS = {
     0x1: "idle",
     0x2: "application clocks",
@@ -59,8 +59,8 @@ class Gpu:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditions:
-    """How the machine is at one moment.
+class SystemState:
+    """The state of the machine at one moment.
 
     Attributes:
         when: for people: before, after, or what was measured last.
@@ -79,17 +79,17 @@ class Conditions:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, NumPy, this package and the libraries that run a network in this process."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in ("drn-deploy", "numpy"):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    found.update((name, str(sys.modules[name].__version__)) for name in LIBRARIES if name in sys.modules)
-    return found
+            result[name] = "unknown"
+    result.update((name, str(sys.modules[name].__version__)) for name in LIBRARIES if name in sys.modules)
+    return result
 
 
-def conditions(when: str) -> Conditions:
+def conditions(when: str) -> SystemState:
     """Look at the machine now; takes up to a second where there is a GPU."""
     try:
         load: float | None = os.getloadavg()[0]
@@ -97,10 +97,10 @@ def conditions(when: str) -> Conditions:
         load = None
     clocks = [float(line.partition(":")[2]) for line in _lines("/proc/cpuinfo") if line.startswith("cpu MHz")]
     governor = "".join(_lines("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")).strip()
-    return Conditions(when, load, sum(clocks) / len(clocks) if clocks else None, governor or None, gpu())
+    return SystemState(when, load, sum(clocks) / len(clocks) if clocks else None, governor or None, gpu())
 
 
-def others_load(before: float | None, after: float | None, num_cores: int, threads: int) -> str | None:
+def background_load_warning(before: float | None, after: float | None, num_cores: int, threads: int) -> str | None:
     """Return a sentence if others left too little of the machine, else None.
 
     Args:
@@ -118,9 +118,9 @@ def others_load(before: float | None, after: float | None, num_cores: int, threa
     )
 
 
-def throttling(seen: Sequence[Conditions]) -> tuple[str, ...]:
+def throttling(states: Sequence[SystemState]) -> tuple[str, ...]:
     """Return what slowed the GPU's clock at any of these moments."""
-    reasons = [reason for moment in seen if moment.gpu for reason in moment.gpu.throttled_by]
+    reasons = [reason for state in states if state.gpu for reason in state.gpu.throttled_by]
     return tuple(dict.fromkeys(reasons))
 
 
@@ -147,14 +147,14 @@ def parse_gpu(line: str) -> Gpu | None:
     cells = [cell.strip() for cell in line.split(",")]
     if len(cells) != len(GPU_FIELDS) + 1:
         return None
-    sm, most, heat, power, used, total = (_number(cell) for cell in cells[2:8])
-    return Gpu(cells[0], cells[1], sm, most, heat, power, used, total, throttle_reasons(cells[8]))
+    sm, max_sm, heat, power, used, total = (_number(cell) for cell in cells[2:8])
+    return Gpu(cells[0], cells[1], sm, max_sm, heat, power, used, total, throttle_reasons(cells[8]))
 
 
 def throttle_reasons(mask: str) -> tuple[str, ...]:
     """Return in words what a mask such as 0x0000000000000004 says, without what is no trouble."""
     try:
-        bits = int(mask, 16) & ~HARMLESS
+        bits = int(mask, 16) & ~IGNORED_THROTTLE_REASONS
     except ValueError:
         return ()
     unknown = bits & ~sum(REASONS)

@@ -1,4 +1,4 @@
-"""How long calls take: warmed up until it shows no more, in turns where several are compared, no sample left out."""
+"""Time calls: warm up until times are stable, interleave the calls that are compared, and keep every sample."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TOLERANCE = 0.03
 WINDOWS = 3
 # A window is as many calls as fill so many seconds.
 WINDOW_SECONDS = 0.2
-FEWEST_CALLS, MOST_CALLS = 3, 100
+MIN_CALLS, MAX_CALLS = 3, 100
 # What is not warm by then never will be: others use the machine, or its clock wanders.
-MOST_WINDOWS = 20
-MOST_WARM_UP_SECONDS = 5.0
+MAX_WINDOWS = 20
+MAX_WARM_UP_SECONDS = 5.0
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
@@ -32,12 +32,12 @@ class Call:
     Attributes:
         run: what is timed; it is given what `prepare` made of the call's number.
         prepare: what is not timed.
-        told: seconds of the last run as the device counts them, in place of the clock's.
+        device_seconds: reads the seconds of the last run as the device measures them, in place of the clock's.
     """
 
     run: Callable[[Any], Any]
     prepare: Callable[[int], Any] = lambda number: number
-    told: Callable[[], float] | None = None
+    device_seconds: Callable[[], float] | None = None
 
     def seconds(self, number: int, clock: Clock = time.perf_counter) -> float:
         """Return how long the call of this number takes."""
@@ -45,7 +45,7 @@ class Call:
         started = clock()
         self.run(prepared)
         ended = clock()
-        return ended - started if self.told is None else self.told()
+        return ended - started if self.device_seconds is None else self.device_seconds()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Latency:
     max_ms: float
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Latency:
-        """Sum up at least one sample."""
+    def from_samples(cls, seconds: Sequence[float]) -> Latency:
+        """Summarize at least one sample, in seconds."""
         values = np.asarray(seconds, np.float64) * 1e3
         median = percentile(values, 50)
         return cls(
@@ -117,7 +117,7 @@ def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
     return float(np.sort(np.asarray(values, np.float64))[rank - 1])
 
 
-def agree(medians: Sequence[float], tolerance: float = TOLERANCE, windows: int = WINDOWS) -> bool:
+def is_stable(medians: Sequence[float], tolerance: float = TOLERANCE, windows: int = WINDOWS) -> bool:
     """Return whether the last windows lie within `tolerance` of the smallest of them."""
     last = medians[-windows:]
     return len(last) == windows and max(last) <= min(last) * (1 + tolerance)
@@ -126,8 +126,8 @@ def agree(medians: Sequence[float], tolerance: float = TOLERANCE, windows: int =
 def window_size(seconds_per_call: float) -> int:
     """Return how many calls make a window."""
     if seconds_per_call <= 0:
-        return MOST_CALLS
-    return max(FEWEST_CALLS, min(MOST_CALLS, math.ceil(WINDOW_SECONDS / seconds_per_call)))
+        return MAX_CALLS
+    return max(MIN_CALLS, min(MAX_CALLS, math.ceil(WINDOW_SECONDS / seconds_per_call)))
 
 
 def speed_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
@@ -145,7 +145,7 @@ def speed_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high), rounds)
 
 
-def turns(number: int, count: int) -> Iterator[int]:
+def rotation(number: int, count: int) -> Iterator[int]:
     """Yield who is called in a round, in order: each once, and another first in every round.
 
     Who comes first finds the caches as the last of the round before left them.
@@ -157,14 +157,14 @@ def turns(number: int, count: int) -> Iterator[int]:
 def warm_up(
     calls: Sequence[Call],
     clock: Clock = time.perf_counter,
-    most_seconds: float = MOST_WARM_UP_SECONDS,
+    max_seconds: float = MAX_WARM_UP_SECONDS,
 ) -> list[WarmUp]:
     """Call all in turns until the windows of each agree, or until it is too long.
 
     Args:
         calls: what is to be timed in turns afterwards.
         clock: in seconds.
-        most_seconds: that may pass for each of the calls, once each has had as many windows as must agree.
+        max_seconds: that may pass for each of the calls, once each has had as many windows as must agree.
     """
     began = clock()
     size = window_size(sum(call.seconds(0, clock) for call in calls) / len(calls))
@@ -173,28 +173,28 @@ def warm_up(
     while True:
         seconds: list[list[float]] = [[] for _ in calls]
         for _ in range(size):
-            for index in turns(number, len(calls)):
+            for index in rotation(number, len(calls)):
                 seconds[index].append(calls[index].seconds(number, clock))
             number += 1
         for index, values in enumerate(seconds):
             medians[index].append(float(np.median(values)))
-        settled = [agree(values) for values in medians]
+        settled = [is_stable(values) for values in medians]
         windows = len(medians[0])
-        too_long = windows >= WINDOWS and clock() - began > most_seconds * len(calls)
-        if all(settled) or too_long or windows >= MOST_WINDOWS:
+        too_long = windows >= WINDOWS and clock() - began > max_seconds * len(calls)
+        if all(settled) or too_long or windows >= MAX_WINDOWS:
             break
     return [
         WarmUp(number, tuple(1e3 * value for value in medians[index]), settled[index]) for index in range(len(calls))
     ]
 
 
-def take_turns(
+def run_interleaved(
     calls: Sequence[Call],
     rounds: int,
     samples: Sequence[list[float]],
     *,
-    most_seconds: float | None = None,
-    fewest: int = 1,
+    max_seconds: float | None = None,
+    min_rounds: int = 1,
     clock: Clock = time.perf_counter,
     on_round: Callable[[], object] = lambda: None,
 ) -> None:
@@ -205,15 +205,15 @@ def take_turns(
         rounds: how many times each is called.
         samples: a list for each, to which its seconds are added as they are known, so that an interruption loses
             none.
-        most_seconds: after which no round begins once there were `fewest`; None for no limit.
-        fewest: see there.
+        max_seconds: after which no round begins once there were `min_rounds`; None for no limit.
+        min_rounds: rounds that ignore the limit.
         clock: in seconds.
         on_round: called after every round.
     """
     began = clock()
     for number in range(rounds):
-        if most_seconds is not None and number >= fewest and clock() - began > most_seconds:
+        if max_seconds is not None and number >= min_rounds and clock() - began > max_seconds:
             return
-        for index in turns(number, len(calls)):
+        for index in rotation(number, len(calls)):
             samples[index].append(calls[index].seconds(number, clock))
         on_round()

@@ -32,7 +32,7 @@ from export.parity.parity_result import Budget, Disagreement, verdict
 from export.verify import verify
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.benchmarking.report import ONE_QUERY, Case, Memory, Report, Subject, Timing
+from runtime.benchmarking.report import ONE_QUERY, BenchmarkCase, Memory, ModelInfo, Report, Timing
 from runtime.benchmarking.timing import Latency
 from runtime.core.cpu_info import cpu
 from runtime.core.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
@@ -322,9 +322,9 @@ def test_latency_and_census_stand_there_when_measured(judged: tuple[Any, ...]) -
 
 def latency_report(path: Path, model: Path) -> Path:
     """Write what the benchmark would of a model that answers in 4 ms."""
-    latency = Latency.of([0.004] * 500)
-    timing = Timing(Case(ONE_QUERY, "known video", "end to end"), model.name, latency)
-    about = Subject(model.name, sha256(model), {}, "fp32", "whole", "cpu", 0.1, 0.2, 1.0, Memory(1))
+    latency = Latency.from_samples([0.004] * 500)
+    timing = Timing(BenchmarkCase(ONE_QUERY, "known video", "end to end"), model.name, latency)
+    about = ModelInfo(model.name, sha256(model), {}, "fp32", "whole", "cpu", 0.1, 0.2, 1.0, Memory(1))
     hardware = {"cpu": "A CPU", "cores": 2, "gpu": None, "gpu_driver": None}
     settings = {"samples": 500, "batch": 32, "device": "auto", "threads": 1}
     told = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"told": "", "made_up": True})

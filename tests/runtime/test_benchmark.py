@@ -12,30 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from runtime import Grounder, Moment, Vocabulary
-from runtime import benchmark as module
+from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.benchmark import (
-    Model,
-    agreement,
-    benchmark,
-    data_questions,
-    files_of,
-    labels,
-    made_up_questions,
-    sizes,
-    walk,
-)
+from runtime.benchmark import benchmark
+from runtime.benchmarking import runner
 from runtime.benchmarking.report import latency_table, read_report
+from runtime.benchmarking.workload import dataset_workload, synthetic_workload
 from runtime.core.batch import Batch, Heads
-from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
+from runtime.core.errors import DeviceMemoryError, ModelFileError, QueryError, ShapeError
 from runtime.core.io.files import sha256
 from tests.processes import heed_ctrl_c
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
-from tests.runtime.backends.tensorrt_double import write_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short windows, no GPU, and no fresh processes."""
     monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
     monkeypatch.setattr("runtime.benchmarking.system_info.shutil.which", lambda _: None)
-    monkeypatch.setattr(module, "cold_start", lambda *_: 1.25)
+    monkeypatch.setattr(runner, "cold_start", lambda *_: 1.25)
 
 
 @pytest.fixture
@@ -219,19 +208,7 @@ def test_what_cannot_be_asked_the_same_is_refused(opened: Callable[..., list[Pat
     manifest = planted_backend().manifest
     foreign = dataclasses.replace(manifest, vocabulary=Vocabulary({"zebra": 1}))
     with pytest.raises(QueryError, match="no word in common"):
-        made_up_questions([manifest, foreign])
-
-
-def test_agreement_is_of_best_moments() -> None:
-    def moment(start: float, end: float) -> list[Moment]:
-        return [Moment(start, end, 0.9), Moment(0, 100, 0.5)]
-
-    found = agreement("b", [moment(0, 10), moment(5, 10), [], []], [moment(0, 10.04), moment(0, 10), moment(1, 2), []])
-    assert found.queries == 4
-    assert found.different == 2
-    assert found.iou_min == pytest.approx(0.5)
-    assert found.shift_max_s == 5
-    assert found.iou_mean == pytest.approx((0.5 + 10 / 10.04) / 2)
+        synthetic_workload([manifest, foreign])
 
 
 # Boundaries
@@ -287,9 +264,9 @@ def test_what_an_engine_was_not_built_for_is_said_and_the_rest_goes_on(
 
     backend = planted_backend()
     (path,) = opened(short=Short(backend, [], "short"))
-    questions = made_up_questions([dataclasses.replace(backend.manifest, max_query_length=5)])
+    workload = synthetic_workload([dataclasses.replace(backend.manifest, max_query_length=5)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "made_up_questions", lambda *_: questions)
+        patch.setattr(runner, "synthetic_workload", lambda *_: workload)
         report = benchmark(path, samples=2, batch=1)
     failed = [timing for timing in report.timings if timing.latency is None]
     assert [(timing.case.group, timing.case.size) for timing in failed] == [("query length", 6)]
@@ -320,34 +297,6 @@ def test_memory_that_is_full_later_costs_its_case_alone(
     told = " ".join([*report.notes, *(timing.failed for timing in report.timings)])
     assert "phases of 2 queries" in told
     assert "no memory left" in told
-
-
-def test_a_new_video_was_never_seen_and_a_known_one_is_ready(planted_backend: Any) -> None:
-    pair = PlantedPair(planted_backend())
-    grounder = Grounder(pair)
-    model = Model.of("pair", grounder, made_up_questions([pair.manifest]).pairs)
-    ready = pair.encoded
-    grounder.ground_batch(model.again(3, 8))
-    assert pair.encoded == ready
-    for number in range(3):
-        grounder.ground_batch(model.fresh(0, 8))
-        assert pair.encoded == ready + 8 * (number + 1)
-    # The same question in both, and a video that stands in a batch twice is one.
-    assert [query for _, query in model.fresh(3, 8)] == [query for _, query in model.again(3, 8)]
-    assert len({id(video) for video, _ in model.fresh(0, 16)}) == 8
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_walking_through_the_phases_answers_as_the_grounder(planted_backend: Any, split: bool) -> None:
-    backend = planted_backend()
-    grounder = Grounder(PlantedPair(backend) if split else backend)
-    pairs = made_up_questions([backend.manifest]).pairs[:12]
-    ticks = iter(range(100))
-    answers, seconds = walk(grounder, pairs, lambda: float(next(ticks)))
-    assert answers == grounder.ground_batch(pairs)
-    assert len(answers[0]) > 0
-    assert set(seconds.values()) == {1.0}
-    assert ("encode" in seconds) is split
 
 
 # Stopping
@@ -395,19 +344,20 @@ def test_a_real_ctrl_c_ends_with_130_and_a_whole_report(tiny_model: Path, tmp_pa
     # The signal comes from the process itself once it measures, so that nothing depends on the machine's speed.
     code = """
 import os, signal
-from runtime import benchmark as module, timing
+from runtime.benchmark import benchmark
+from runtime.benchmarking import runner, timing
 from runtime.core.cli import command
-module.cold_start = lambda *_: 1.0
+runner.cold_start = lambda *_: 1.0
 timing.WINDOW_SECONDS = 0.0
-plain = module.take_turns
-def take_turns(calls, rounds, samples, **options):
+plain = runner.run_interleaved
+def run_interleaved(calls, rounds, samples, **options):
     count = iter(range(10**9))
     def on_round():
         if next(count) == 30:
             os.kill(os.getpid(), signal.SIGINT)
     plain(calls, rounds, samples, **{**options, "on_round": on_round})
-module.take_turns = take_turns
-command(module.benchmark)
+runner.run_interleaved = run_interleaved
+command(benchmark)
 """
     output = tmp_path / "r.json"
     words = ["--model", tiny_model, "--samples", 100000, "--threads", 1, "--output", output]
@@ -468,77 +418,10 @@ def test_without_matplotlib_a_plot_is_refused_before_the_work(
     assert "pip install 'drn-deploy[plot]'" in said
 
 
-def test_made_up_inputs_are_of_the_models_own_sizes_and_words(planted_backend: Any) -> None:
-    manifest = planted_backend().manifest
-    questions = made_up_questions([manifest], 70)
-    assert len(questions.pairs) == 70
-    assert len({id(video) for video, _ in questions.pairs}) == 64
-    grounder = Grounder(planted_backend())
-    lengths = {len(grounder.encode_query(query)) for _, query in questions.pairs}
-    assert lengths == {3, 4, 5, 6}
-    assert all(video.features.shape[1] == manifest.features.dim for video, _ in questions.pairs)
-    again = made_up_questions([manifest], 70)
-    assert [query for _, query in again.pairs] == [query for _, query in questions.pairs]
-    assert np.array_equal(again.pairs[0][0].features, questions.pairs[0][0].features)
-
-
-def test_questions_of_a_data_set(mini: Path) -> None:
-    lines = [line.split("##") for line in (mini / "Charades_sta_test.txt").read_text().splitlines()]
-    found = data_questions(mini, None, ())
-    assert [(video.name, query) for video, query in found.pairs] == [(head.split()[0], query) for head, query in lines]
-    name = lines[0][0].split()[0]
-    of_one = data_questions(mini, name, ())
-    assert {video.name for video, _ in of_one.pairs} == {name}
-    assert lines[0][1] in {query for _, query in of_one.pairs}
-    asked = data_questions(mini, name, ("person opens", "person sits"))
-    assert [(video.name, query) for video, query in asked.pairs] == [(name, "person opens"), (name, "person sits")]
-    with pytest.raises(GroundingError, match="none"):
-        data_questions(mini, "none", ())
-
-
 def test_a_warning_is_said_once_however_often_a_sentence_is_asked(
     tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sentence = data_questions(mini, None, ()).pairs[0][1]
-    name = data_questions(mini, None, ()).pairs[0][0].name
+    sentence = dataset_workload(mini, None, ()).pairs[0][1]
+    name = dataset_workload(mini, None, ()).pairs[0][0].name
     benchmark(tiny_model, data=mini, video=name, query=(f"{sentence} xyzzy",), samples=5, batch=1, threads=1)
     assert sum("'xyzzy'" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_sizes_double_up_to_the_largest() -> None:
-    assert [sizes(most) for most in (1, 2, 3, 32, 33)] == [
-        [1],
-        [1, 2],
-        [1, 2, 3],
-        [1, 2, 4, 8, 16, 32],
-        [1, 2, 4, 8, 16, 32, 33],
-    ]
-
-
-def test_models_of_one_name_are_told_apart() -> None:
-    paths = [Path(name) for name in ("a/x.onnx", "b/x.onnx", "y.onnx", "y.onnx")]
-    assert labels(paths) == ["a/x.onnx", "b/x.onnx", "y.onnx (1)", "y.onnx (2)"]
-
-
-def test_all_files_of_a_model_count(tmp_path: Path, planted_backend: Any) -> None:
-    manifest = dataclasses.replace(planted_backend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
-    for suffix in ("onnx", "engine"):
-        query, video = tmp_path / f"m.query.{suffix}", tmp_path / f"m.video.{suffix}"
-        video.write_text("video")
-        assert files_of(query, manifest) == [query, video]
-    assert files_of(query, planted_backend().manifest) == [query]
-    # An engine's plans for short queries are named by its sidecar.
-    graph, shorter = tmp_path / "m.query.onnx", tmp_path / "m.query.8.engine"
-    graph.write_text("graph")
-    shorter.write_text("plan")
-    write_plan(query, graph, [], manifest, unrolled={shorter.name: "2" * 64})
-    assert files_of(query, manifest) == [query, video, shorter]
-
-
-def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()
-    assert module.cold_start(tiny_model, "cpu", 1) > 0
-    broken = tmp_path / "broken.onnx"
-    broken.write_text("no model")
-    with pytest.raises(GroundingError, match=r"The cold start of broken.onnx was not measured"):
-        module.cold_start(broken, "cpu", 1)

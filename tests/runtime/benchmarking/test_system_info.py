@@ -9,9 +9,9 @@ import pytest
 
 from runtime.benchmarking import system_info
 from runtime.benchmarking.system_info import (
-    Conditions,
+    SystemState,
+    background_load_warning,
     conditions,
-    others_load,
     parse_gpu,
     throttle_reasons,
     throttling,
@@ -79,7 +79,7 @@ def test_cpu_features_are_those_linux_lists(
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_info.shutil, "which", lambda _: None)
     found = conditions("before")
-    assert isinstance(found, Conditions)
+    assert isinstance(found, SystemState)
     assert (found.when, found.gpu) == ("before", None)
     assert throttling([found]) == ()
 
@@ -98,7 +98,7 @@ def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_is_busy_where_others_leave_too_little(
     before: float | None, after: float | None, cores: int, threads: int, busy: bool
 ) -> None:
-    assert (others_load(before, after, cores, threads) is not None) is busy
+    assert (background_load_warning(before, after, cores, threads) is not None) is busy
 
 
 def test_this_process_has_memory_and_versions() -> None:

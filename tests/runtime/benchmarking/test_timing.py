@@ -15,11 +15,11 @@ from runtime.benchmarking import timing
 from runtime.benchmarking.timing import (
     Call,
     Latency,
-    agree,
+    is_stable,
     percentile,
+    rotation,
+    run_interleaved,
     speed_ratio,
-    take_turns,
-    turns,
     warm_up,
     window_size,
 )
@@ -52,7 +52,7 @@ def clock() -> FakeClock:
 
 
 def test_percentiles_are_samples_counted_by_hand() -> None:
-    found = Latency.of([ms / 1e3 for ms in range(1, 101)])
+    found = Latency.from_samples([ms / 1e3 for ms in range(1, 101)])
     assert found.samples == 100
     values = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
     assert values == pytest.approx((50, 90, 95, 99, 100))
@@ -60,7 +60,7 @@ def test_percentiles_are_samples_counted_by_hand() -> None:
 
 
 def test_outliers_are_kept() -> None:
-    found = Latency.of([0.001] * 999 + [5.0])
+    found = Latency.from_samples([0.001] * 999 + [5.0])
     assert found.max_ms == 5000
     assert found.mean_ms == pytest.approx(5.999)
     assert found.p99_ms == 1
@@ -73,7 +73,7 @@ def test_a_percentile_needs_samples_beyond_it(q: int, fewest: int) -> None:
 
 
 def test_one_sample_is_its_own_median() -> None:
-    found = Latency.of([0.002])
+    found = Latency.from_samples([0.002])
     assert (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms) == (2, None, None, 2)
 
 
@@ -101,7 +101,7 @@ def test_a_percentile_is_a_sample_that_so_many_do_not_exceed(values: list[float]
     ],
 )
 def test_windows_agree_within_three_percent(medians: list[float], wanted: bool) -> None:
-    assert agree(medians) is wanted
+    assert is_stable(medians) is wanted
 
 
 def test_a_window_fills_its_time_within_bounds() -> None:
@@ -119,11 +119,11 @@ def test_warming_up_ends_when_the_slow_start_is_over(clock: FakeClock) -> None:
 
 
 def test_warming_up_is_bounded_and_says_when_it_never_settles(clock: FakeClock) -> None:
-    (found,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, most_seconds=1e9)
+    (found,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, max_seconds=1e9)
     assert not found.settled
-    assert len(found.windows_ms) == timing.MOST_WINDOWS
+    assert len(found.windows_ms) == timing.MAX_WINDOWS
     clock.now = 0.0
-    (found,) = warm_up([clock.call("a", lambda number: 1.0 + number)], clock, most_seconds=5)
+    (found,) = warm_up([clock.call("a", lambda number: 1.0 + number)], clock, max_seconds=5)
     assert not found.settled
     assert len(found.windows_ms) == timing.WINDOWS
 
@@ -141,14 +141,14 @@ def test_all_are_warm_before_any_counts(clock: FakeClock) -> None:
 
 
 def test_each_is_called_once_a_round_and_another_first() -> None:
-    assert [list(turns(number, 3)) for number in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    assert [list(rotation(number, 3)) for number in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
 
 
 def test_models_are_interleaved_call_by_call(clock: FakeClock) -> None:
     samples: list[list[float]] = [[], []]
     rounds: list[int] = []
     calls = [clock.call("a", lambda number: 1 + number), clock.call("b", lambda number: 10 + number)]
-    take_turns(calls, 3, samples, clock=clock, on_round=lambda: rounds.append(len(samples[0])))
+    run_interleaved(calls, 3, samples, clock=clock, on_round=lambda: rounds.append(len(samples[0])))
     assert clock.log == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert samples == [[1, 2, 3], [10, 11, 12]]
     assert rounds == [1, 2, 3]
@@ -160,13 +160,13 @@ def test_preparing_is_not_timed_and_a_device_may_tell_its_own_time(clock: FakeCl
         return number
 
     assert clock.call("a", lambda number: 2.0, prepare=prepare).seconds(0, clock) == 2
-    assert clock.call("a", lambda number: 2.0, told=lambda: 0.5).seconds(0, clock) == 0.5
+    assert clock.call("a", lambda number: 2.0, device_seconds=lambda: 0.5).seconds(0, clock) == 0.5
 
 
 def test_a_limit_of_time_leaves_the_fewest_calls(clock: FakeClock) -> None:
     for most, fewest, wanted in ((3.5, 1, 4), (0.5, 3, 3), (1e9, 1, 50)):
         samples: list[list[float]] = [[]]
-        take_turns([clock.call("a", lambda _: 1.0)], 50, samples, most_seconds=most, fewest=fewest, clock=clock)
+        run_interleaved([clock.call("a", lambda _: 1.0)], 50, samples, max_seconds=most, min_rounds=fewest, clock=clock)
         assert len(samples[0]) == wanted
 
 
@@ -179,7 +179,7 @@ def test_an_interruption_loses_no_sample(clock: FakeClock) -> None:
     samples: list[list[float]] = [[], []]
     calls = [clock.call("a", lambda _: 2.0), clock.call("b", seconds)]
     with pytest.raises(KeyboardInterrupt):
-        take_turns(calls, 10, samples, clock=clock)
+        run_interleaved(calls, 10, samples, clock=clock)
     assert samples == [[2, 2, 2], [1, 1, 1]]
 
 

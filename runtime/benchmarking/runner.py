@@ -1,0 +1,334 @@
+"""Run a benchmark: open the models, compare their answers, time the cases, and collect the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.artifacts.manifest import Manifest
+from runtime.backends.base import MOST_THREADS, Device
+from runtime.benchmarking import system_info
+from runtime.benchmarking.cases import CASE_GROUPS, SWEEP_SECONDS, CaseInputs, TimedCase, phases_call
+from runtime.benchmarking.model_opening import cold_start, model_labels, open_model
+from runtime.benchmarking.report import Agreement, ModelInfo, Phases, Report, Timing
+from runtime.benchmarking.timing import TOLERANCE, Call, Latency, WarmUp, run_interleaved, speed_ratio, warm_up
+from runtime.benchmarking.workload import (
+    BenchmarkedModel,
+    Workload,
+    dataset_workload,
+    pairs_with_known_words,
+    synthetic_workload,
+)
+from runtime.core import cpu_info
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
+from runtime.core.io.files import check_file
+
+log = logging.getLogger("drn")
+
+SAMPLES = 500
+MAX_BATCH = 4096
+# Calls of each sweep case that the limit of time does not cut off.
+MIN_CALLS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """The options of one benchmark; see `runtime.benchmark.benchmark`."""
+
+    models: tuple[Path, ...]
+    data: Path | None
+    video: str | None
+    query: tuple[str, ...]
+    samples: int
+    batch: int
+    device: Device
+    threads: int | None
+
+    def validate(self) -> None:
+        """Check the options before any model is opened.
+
+        Raises:
+            GroundingError: an option is out of range, or contradicts another.
+            ModelFileError: a model file is missing.
+        """
+        if not self.models:
+            raise ModelFileError("No model was named; pass --model FILE, or --compare FILE FILE.")
+        if self.samples < 1:
+            raise GroundingError(f"--samples must be at least 1, and {self.samples} was given.")
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise GroundingError(f"--batch must be 1 to {MAX_BATCH}, and {self.batch} was given.")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {self.threads} was given.")
+        if self.video is not None and self.data is None:
+            raise GroundingError("--video names a video of a data set; pass --data DIR too.")
+        if self.query and self.video is None:
+            raise QueryError("--query asks about one video; pass --data DIR and --video NAME too.")
+        for path in self.models:
+            check_file(path, "The model file", ModelFileError)
+
+    def command(self) -> str:
+        """Return the command that runs the same benchmark."""
+        words: list[Any] = ["python", "-m", "runtime.benchmark", "--model", self.models[0]]
+        words += ["--compare", *self.models[1:]] if self.models[1:] else []
+        words += ["--samples", self.samples, "--batch", self.batch, "--device", self.device]
+        for option, value in (("--data", self.data), ("--video", self.video), ("--threads", self.threads)):
+            words += [option, value] if value is not None else []
+        words += ["--query", *self.query] if self.query else []
+        return shlex.join(map(str, words))
+
+
+class BenchmarkRun:
+    """A run of the benchmark and its results so far: an interruption loses nothing."""
+
+    def __init__(self, options: BenchmarkOptions) -> None:
+        self._options = options
+        self._labels = model_labels(options.models)
+        self._workload = Workload((), "Nothing was asked yet.", synthetic=False)
+        self._models: list[BenchmarkedModel] = []
+        self._infos: list[ModelInfo] = []
+        self._agreements: list[Agreement] = []
+        self._timings: list[Timing] = []
+        self._phases: list[Phases] = []
+        self._notes: list[str] = []
+        self._states = [system_info.conditions("before")]
+
+    def measure(self) -> None:
+        """Open the models and measure everything."""
+        with _without_repeated_messages():
+            self._open_models()
+            self._compare_answers()
+            inputs = CaseInputs(self._models, self._options.batch, self._note)
+            for name, cases in CASE_GROUPS:
+                # Closed, so that an interruption also ends the timing on the GPU.
+                with contextlib.closing(cases(inputs)) as timed_cases:
+                    for timed_case in timed_cases:
+                        self._time(timed_case)
+                self._states.append(system_info.conditions(f"after {name}"))
+            for size in dict.fromkeys((1, self._options.batch)):
+                self._time_phases(size)
+            self._states.append(system_info.conditions("after all phases"))
+
+    def report(self, interrupted: bool) -> Report:
+        """Return the results so far."""
+        options, first = self._options, self._states[0]
+        last = system_info.conditions("after") if interrupted else self._states[-1]
+        cores = cpu_info.cores()
+        hardware = {"cpu": cpu_info.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
+        if first.gpu:
+            hardware.update(gpu=first.gpu.name, gpu_driver=first.gpu.driver)
+        return Report(
+            datetime.date.today().isoformat(),
+            options.command(),
+            hardware,
+            system_info.versions(),
+            {
+                "samples": options.samples,
+                "batch": options.batch,
+                "device": options.device,
+                "threads": options.threads,
+            },
+            self._workload.to_dict(),
+            self._infos,
+            self._agreements,
+            self._timings,
+            self._phases,
+            system_info.peak_rss_bytes(),
+            [*self._states, last] if interrupted else self._states,
+            self._all_notes(first, last, cores, interrupted),
+            interrupted,
+        )
+
+    def _all_notes(
+        self, first: system_info.SystemState, last: system_info.SystemState, cores: int, interrupted: bool
+    ) -> list[str]:
+        samples, threads = self._options.samples, self._options.threads
+        notes = ["The run was interrupted: what is missing was not measured."] if interrupted else []
+        if samples < SAMPLES:
+            notes.append(
+                f"Only {samples} samples were asked for where {SAMPLES} are the rule: tails rest on few calls."
+            )
+        notes.append(
+            f"Cases other than one query end after {SWEEP_SECONDS:g} s each; beside each stands how many calls it "
+            "took, and percentiles that so few cannot carry are left out."
+        )
+        busy = system_info.background_load_warning(first.load, last.load, cores, min(threads or cores, cores))
+        slowed = system_info.throttling([*self._states, last])
+        unsettled = sum(not timing.settled for timing in self._timings)
+        if busy:
+            notes.append(busy)
+        if slowed:
+            notes.append(f"The GPU's clock was held back by {', '.join(slowed)}.")
+        if unsettled:
+            notes.append(
+                f"{unsettled} of {len(self._timings)} timings, marked *, never settled within {100 * TOLERANCE:g} % "
+                "while warming up."
+            )
+        return notes + self._notes
+
+    def _note(self, note: str) -> None:
+        if note not in self._notes:
+            self._notes.append(note)
+
+    def _open_models(self) -> None:
+        options = self._options
+        if options.data is not None:
+            self._workload = dataset_workload(options.data, options.video, options.query)
+        cold = [self._cold_start(path) for path in options.models]
+        grounders = []
+        for path, label, cold_start_s in zip(options.models, self._labels, cold):
+            grounder, info = open_model(
+                path, label, options.device, options.threads, self._workload.pairs, cold_start_s
+            )
+            grounders.append(grounder)
+            self._infos.append(info)
+        manifests = [grounder.manifest for grounder in grounders]
+        _check_comparable(self._labels, manifests)
+        if options.data is None:
+            self._workload = synthetic_workload(manifests, options.batch)
+        if not options.query:
+            pairs = pairs_with_known_words(self._workload.pairs, grounders)
+            self._workload = dataclasses.replace(self._workload, pairs=pairs)
+        self._models = [
+            BenchmarkedModel.from_grounder(label, grounder, self._workload.pairs)
+            for label, grounder in zip(self._labels, grounders)
+        ]
+
+    def _cold_start(self, path: Path) -> float | None:
+        try:
+            return cold_start(path, self._options.device, self._options.threads)
+        except DeviceError as error:
+            self._note(str(error))
+            return None
+
+    def _compare_answers(self) -> None:
+        """Compare the moments of each model with those of the first."""
+        if len(self._models) < 2:
+            return
+        moments = [
+            model.grounder.ground_batch(model.pairs, batch_size=self._options.batch, presence=False)
+            for model in self._models
+        ]
+        for model, actual in zip(self._models[1:], moments[1:]):
+            agreement = Agreement.from_moments(model.label, actual, moments[0])
+            self._agreements.append(agreement)
+            log.info("%s", agreement.sentence(self._models[0].label))
+
+    def _time(self, timed: TimedCase) -> None:
+        """Warm up and time a case with all models that have it, interleaved."""
+        case = timed.case
+        calls = {model: call for model, call in timed.calls.items() if self._works(timed, model)}
+        if not calls:
+            return
+        models = list(calls)
+        samples: list[list[float]] = [[] for _ in models]
+        description = f"{case.boundary}, {case.name} {case.size}"
+        warm: list[WarmUp] = []
+        try:
+            warm = warm_up(list(calls.values()))
+            self._run_interleaved(description, list(calls.values()), samples, timed.max_seconds)
+        except GroundingError as error:
+            self._note(f"{description} ended early: {error}")
+        finally:
+            for index, model in enumerate(models):
+                if samples[index]:
+                    has_baseline = index and models[0] is self._models[0] and samples[0]
+                    ratio = speed_ratio(samples[index], samples[0]) if has_baseline else None
+                    latency = Latency.from_samples(samples[index])
+                    self._timings.append(Timing(case, model.label, latency, warm[index], ratio))
+
+    def _works(self, timed: TimedCase, model: BenchmarkedModel) -> bool:
+        """Call once, and record the error if there is one: an engine may have been built for smaller inputs."""
+        try:
+            timed.calls[model].seconds(0)
+        except GroundingError as error:
+            self._timings.append(Timing(timed.case, model.label, None, failed=str(error)))
+            return False
+        return True
+
+    def _run_interleaved(
+        self, description: str, calls: Sequence[Call], samples: Sequence[list[float]], max_seconds: float | None
+    ) -> None:
+        limit = None if max_seconds is None else max_seconds * len(calls)
+        # A line of text replaces the bar where none can be drawn.
+        if not sys.stderr.isatty():
+            log.info("Timing %s ...", description)
+        rounds = self._options.samples
+        with tqdm(total=rounds, desc=description, unit="round", leave=False, disable=None) as bar:
+            run_interleaved(calls, rounds, samples, max_seconds=limit, min_rounds=MIN_CALLS, on_round=bar.update)
+
+    def _time_phases(self, size: int) -> None:
+        description = f"phases of {size} queries"
+        samples: dict[BenchmarkedModel, list[dict[str, float]]] = {}
+        calls = []
+        for model in self._models:
+            of_model: list[dict[str, float]] = []
+            call = phases_call(model, size, of_model)
+            try:
+                call.seconds(0)
+            except GroundingError as error:
+                self._note(f"{model.label}: {description} were not measured: {error}")
+            else:
+                samples[model] = of_model
+                calls.append(call)
+        if not calls:
+            return
+        try:
+            try:
+                warm_up(calls)
+            finally:
+                for of_model in samples.values():
+                    of_model.clear()
+            self._run_interleaved(description, calls, [[] for _ in calls], SWEEP_SECONDS)
+        except GroundingError as error:
+            self._note(f"{description} ended early: {error}")
+        finally:
+            for model, of_model in samples.items():
+                if of_model:
+                    ms = {name: 1e3 * float(np.median([one[name] for one in of_model])) for name in of_model[0]}
+                    videos = len({id(video) for video, _ in model.unseen_pairs(0, size)})
+                    self._phases.append(Phases(model.label, size, videos, len(of_model), ms))
+
+
+def _check_comparable(labels: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    first = manifests[0].features
+    for label, manifest in zip(labels, manifests):
+        if manifest.features.dim != first.dim:
+            raise ModelFileError(
+                f"{labels[0]} takes features of width {first.dim} and {label} of width {manifest.features.dim}, so "
+                "they cannot be asked the same; compare models of one kind of features."
+            )
+
+
+class _DeduplicateFilter(logging.Filter):
+    """Pass every message once: a query runs hundreds of times, and so would its warning be repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message in self._seen:
+            return False
+        self._seen.add(message)
+        return True
+
+
+@contextlib.contextmanager
+def _without_repeated_messages() -> Iterator[None]:
+    deduplicate = _DeduplicateFilter()
+    log.addFilter(deduplicate)
+    try:
+        yield
+    finally:
+        log.removeFilter(deduplicate)

@@ -1,0 +1,41 @@
+"""Test `runtime.benchmarking.model_opening`: labels, files, and the start of a fresh process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.benchmarking.model_opening import cold_start, model_files, model_labels
+from runtime.core.errors import GroundingError
+from tests.runtime.backends.tensorrt_double import write_plan
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    paths = [Path(name) for name in ("a/x.onnx", "b/x.onnx", "y.onnx", "y.onnx")]
+    assert model_labels(paths) == ["a/x.onnx", "b/x.onnx", "y.onnx (1)", "y.onnx (2)"]
+
+
+def test_all_model_files_a_model_count(tmp_path: Path, planted_backend: Any) -> None:
+    manifest = dataclasses.replace(planted_backend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
+    for suffix in ("onnx", "engine"):
+        query, video = tmp_path / f"m.query.{suffix}", tmp_path / f"m.video.{suffix}"
+        video.write_text("video")
+        assert model_files(query, manifest) == [query, video]
+    assert model_files(query, planted_backend().manifest) == [query]
+    # An engine's plans for short queries are named by its sidecar.
+    graph, shorter = tmp_path / "m.query.onnx", tmp_path / "m.query.8.engine"
+    graph.write_text("graph")
+    shorter.write_text("plan")
+    write_plan(query, graph, [], manifest, unrolled={shorter.name: "2" * 64})
+    assert model_files(query, manifest) == [query, video, shorter]
+
+
+def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, tmp_path: Path) -> None:
+    assert cold_start(tiny_model, "cpu", 1) > 0
+    broken = tmp_path / "broken.onnx"
+    broken.write_text("no model")
+    with pytest.raises(GroundingError, match=r"The cold start of broken.onnx was not measured"):
+        cold_start(broken, "cpu", 1)

@@ -1,0 +1,25 @@
+"""Test `runtime.benchmarking.phases`: the phases together answer as the grounder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runtime import Grounder
+from runtime.benchmarking.phases import time_phases
+from runtime.benchmarking.workload import synthetic_workload
+from tests.runtime.artifacts.test_encoded_video import PlantedPair
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_walking_through_the_phases_answers_as_the_grounder(planted_backend: Any, split: bool) -> None:
+    backend = planted_backend()
+    grounder = Grounder(PlantedPair(backend) if split else backend)
+    pairs = synthetic_workload([backend.manifest]).pairs[:12]
+    ticks = iter(range(100))
+    answers, seconds = time_phases(grounder, pairs, lambda: float(next(ticks)))
+    assert answers == grounder.ground_batch(pairs)
+    assert len(answers[0]) > 0
+    assert set(seconds.values()) == {1.0}
+    assert ("encode" in seconds) is split

@@ -1,0 +1,57 @@
+"""Test `runtime.benchmarking.workload`: synthetic queries, queries of a data set, and cached videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Grounder
+from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, synthetic_workload
+from runtime.core.errors import GroundingError
+from tests.runtime.artifacts.test_encoded_video import PlantedPair
+
+
+def test_made_up_inputs_are_of_the_models_own_sizes_and_words(planted_backend: Any) -> None:
+    manifest = planted_backend().manifest
+    workload = synthetic_workload([manifest], 70)
+    assert len(workload.pairs) == 70
+    assert len({id(video) for video, _ in workload.pairs}) == 64
+    grounder = Grounder(planted_backend())
+    lengths = {len(grounder.encode_query(query)) for _, query in workload.pairs}
+    assert lengths == {3, 4, 5, 6}
+    assert all(video.features.shape[1] == manifest.features.dim for video, _ in workload.pairs)
+    again = synthetic_workload([manifest], 70)
+    assert [query for _, query in again.pairs] == [query for _, query in workload.pairs]
+    assert np.array_equal(again.pairs[0][0].features, workload.pairs[0][0].features)
+
+
+def test_workload_of_a_data_set(mini: Path) -> None:
+    lines = [line.split("##") for line in (mini / "Charades_sta_test.txt").read_text().splitlines()]
+    result = dataset_workload(mini, None, ())
+    assert [(video.name, query) for video, query in result.pairs] == [(head.split()[0], query) for head, query in lines]
+    name = lines[0][0].split()[0]
+    of_one = dataset_workload(mini, name, ())
+    assert {video.name for video, _ in of_one.pairs} == {name}
+    assert lines[0][1] in {query for _, query in of_one.pairs}
+    asked = dataset_workload(mini, name, ("person opens", "person sits"))
+    assert [(video.name, query) for video, query in asked.pairs] == [(name, "person opens"), (name, "person sits")]
+    with pytest.raises(GroundingError, match="none"):
+        dataset_workload(mini, "none", ())
+
+
+def test_a_new_video_was_never_seen_and_a_known_one_is_ready(planted_backend: Any) -> None:
+    pair = PlantedPair(planted_backend())
+    grounder = Grounder(pair)
+    model = BenchmarkedModel.from_grounder("pair", grounder, synthetic_workload([pair.manifest]).pairs)
+    ready = pair.encoded
+    grounder.ground_batch(model.cached_pairs(3, 8))
+    assert pair.encoded == ready
+    for number in range(3):
+        grounder.ground_batch(model.unseen_pairs(0, 8))
+        assert pair.encoded == ready + 8 * (number + 1)
+    # The same question in both, and a video that stands in a batch twice is one.
+    assert [query for _, query in model.unseen_pairs(3, 8)] == [query for _, query in model.cached_pairs(3, 8)]
+    assert len({id(video) for video, _ in model.unseen_pairs(0, 16)}) == 8
