@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, next_command
@@ -18,6 +20,9 @@ from runtime.grounding.grounder import BATCH_SIZE, Grounder
 from runtime.grounding.warm_up import warm_usual
 from runtime.media.extraction import cache_directory
 from runtime.media.extractors import open_extractor
+
+if TYPE_CHECKING:
+    from runtime.service.service import ServiceOptions
 
 log = logging.getLogger("drn")
 
@@ -79,67 +84,143 @@ def serve(
         device: auto, cpu or cuda.
         threads: CPU threads of the model.
     """
+    options = ServeOptions(
+        model,
+        data,
+        media,
+        extractor,
+        host,
+        port,
+        allow_host,
+        api_key or os.environ.get("DRN_API_KEY") or None,
+        batch_size,
+        wait_ms,
+        queue_size,
+        timeout,
+        grace,
+        cache_mib,
+        uploads,
+        upload_mib,
+        uploads_mib,
+        keep_minutes,
+        window,
+        overlap,
+        device,
+        threads,
+    )
+    run(options)
+    next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """The options of one service; see `serve`."""
+
+    model: Path
+    data: Path | None
+    media: Path | None
+    extractor: Path | None
+    host: str
+    port: int
+    allow_host: tuple[str, ...]
+    api_key: str | None
+    batch_size: int
+    wait_ms: float
+    queue_size: int
+    timeout: float
+    grace: int
+    cache_mib: int
+    uploads: Path | None
+    upload_mib: int
+    uploads_mib: int
+    keep_minutes: float
+    window: float | None
+    overlap: float | None
+    device: Device
+    threads: int | None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def validate(self) -> None:
+        """Raise GroundingError if an option is out of range or needs another; reads no file."""
+        if not self.is_local and self.api_key is None:
+            raise GroundingError(
+                f"At {self.host} others than this machine can ask; pass --api-key (or DRN_API_KEY), or keep to "
+                "127.0.0.1."
+            )
+        if not 0 <= self.port <= 65535:
+            raise GroundingError(f"--port must be 0 to 65535, and {self.port} was given.")
+        if not (0 < self.timeout <= 3600 and 0 <= self.grace <= 3600):
+            raise GroundingError(
+                f"--timeout is above 0, --grace 0 or more, and both at most 3600 s; {self.timeout:g} and {self.grace} "
+                "were given."
+            )
+        if not (self.cache_mib >= 0 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
+            raise GroundingError(
+                f"--cache-mib is 0 or more, --upload-mib above 0 and at most --uploads-mib, and --keep-minutes above "
+                f"0; {self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g} were given."
+            )
+
+    def service_options(self) -> ServiceOptions:
+        """Return what the service itself reads; GroundingError if an option is out of range."""
+        from runtime.service.batching import BatchOptions
+        from runtime.service.middleware import LOOPBACK, GateOptions
+        from runtime.service.service import ServiceOptions
+        from runtime.service.uploads import UploadOptions
+
+        names = (*LOOPBACK, self.host, *self.allow_host) if self.is_local or self.allow_host else ()
+        hosts = tuple(dict.fromkeys(name.lower() for name in names))
+        return ServiceOptions(
+            timeout_s=self.timeout,
+            cache_bytes=self.cache_mib * MIB,
+            batching=BatchOptions(self.batch_size, self.wait_ms, self.queue_size),
+            gate=GateOptions(self.api_key, hosts, upload_bytes=self.upload_mib * MIB),
+            uploads=UploadOptions(
+                self.uploads or cache_directory() / "uploads",
+                total_bytes=self.uploads_mib * MIB,
+                keep_s=60 * self.keep_minutes,
+            ),
+        )
+
+
+def run(options: ServeOptions) -> None:
+    """Open the model, check its data, and serve until SIGTERM or Ctrl-C; see `serve`."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceError(f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.")
-    from runtime.service.batching import BatchOptions
-    from runtime.service.middleware import LOOPBACK, GateOptions
-    from runtime.service.server import run
-    from runtime.service.service import Service, ServiceOptions
-    from runtime.service.uploads import UploadOptions
+    from runtime.service import server
+    from runtime.service.service import Service
 
-    api_key = api_key or os.environ.get("DRN_API_KEY") or None
-    here = host in ("localhost", "::1") or host.startswith("127.")
-    if not here and api_key is None:
-        raise GroundingError(
-            f"At {host} others than this machine can ask; pass --api-key (or DRN_API_KEY), or keep to 127.0.0.1."
-        )
-    if not 0 <= port <= 65535:
-        raise GroundingError(f"--port must be 0 to 65535, and {port} was given.")
-    if not (0 < timeout <= 3600 and 0 <= grace <= 3600):
-        raise GroundingError(
-            f"--timeout is above 0, --grace 0 or more, and both at most 3600 s; {timeout:g} and {grace} were given."
-        )
-    if not (cache_mib >= 0 and 0 < upload_mib <= uploads_mib and keep_minutes > 0):
-        raise GroundingError(
-            f"--cache-mib is 0 or more, --upload-mib above 0 and at most --uploads-mib, and --keep-minutes above 0; "
-            f"{cache_mib}, {upload_mib}, {uploads_mib} and {keep_minutes:g} were given."
-        )
-    hosts = tuple(dict.fromkeys(name.lower() for name in (*LOOPBACK, host, *allow_host))) if here or allow_host else ()
-    options = ServiceOptions(
-        timeout_s=timeout,
-        cache_bytes=cache_mib * MIB,
-        batching=BatchOptions(batch_size, wait_ms, queue_size),
-        gate=GateOptions(api_key, hosts, upload_bytes=upload_mib * MIB),
-        uploads=UploadOptions(
-            uploads or cache_directory() / "uploads", total_bytes=uploads_mib * MIB, keep_s=60 * keep_minutes
-        ),
-    )
-    grounder = Grounder.load(model, device, threads)
-    grounder.windows = windows_asked(grounder.windows, window, overlap)
-    data_set = DataSet(data) if data else None
+    options.validate()
+    service_options = options.service_options()
+    device, threads = options.device, options.threads
+    grounder = Grounder.load(options.model, device, threads)
+    grounder.windows = windows_asked(grounder.windows, options.window, options.overlap)
+    data_set = DataSet(options.data) if options.data else None
     if data_set:
         _check_features(grounder, data_set)
-    digest = sha256(model)
-    if extractor is not None:
+    digest = sha256(options.model)
+    if options.extractor is not None:
         # Opened once, to see that it is one whose features the model takes.
-        open_extractor(extractor, device, threads).manifest.check_fits(grounder.manifest.features)
+        open_extractor(options.extractor, device, threads).manifest.check_fits(grounder.manifest.features)
     # Before requests are taken: the service's own thread owns the model from then on.
-    warm_usual(grounder, batch_size)
+    warm_usual(grounder, options.batch_size)
     create = functools.partial(
         Service,
         grounder,
         data_set,
-        model=model.name,
+        model=options.model.name,
         digest=digest,
-        media=media,
-        extractor=extractor,
+        media=options.media,
+        extractor=options.extractor,
         device=device,
         threads=threads,
-        options=options,
+        options=service_options,
     )
-    run(create, host, port, grace)
-    next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
+    server.run(create, options.host, options.port, options.grace)
 
 
 def _check_features(grounder: Grounder, data: DataSet) -> None:

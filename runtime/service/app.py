@@ -52,8 +52,6 @@ def application(service: Service) -> Gate:
 
 def _routes(service: Service) -> FastAPI:
     """Return the routes of a service."""
-    options = service.options
-
     app = FastAPI(
         title="drn-deploy",
         summary="When in this video does this sentence happen?",
@@ -62,6 +60,18 @@ def _routes(service: Service) -> FastAPI:
         redoc_url=None,
         responses=FAILURES,
     )
+    _add_grounding(app, service)
+    _add_videos(app, service)
+    _add_status(app, service)
+    _add_page(app)
+    for kind, refuse in _HANDLERS:
+        app.add_exception_handler(kind, _handler(refuse))
+    return app
+
+
+def _add_grounding(app: FastAPI, service: Service) -> None:
+    """Serve queries about a video."""
+    options = service.options
     question, sent_question = asking(options.most_queries, options.longest_query)
     asked_so = {JSON: question.model_json_schema(), MULTIPART: form_schema(sent_question)}
 
@@ -81,6 +91,10 @@ def _routes(service: Service) -> FastAPI:
 
         answer = service.ground(asked.video, lambda: service.subject(asked.video), asked.query, asked.top_k)
         return await unless_gone(request.receive, answer, options.timeout_s)
+
+
+def _add_videos(app: FastAPI, service: Service) -> None:
+    """Serve the videos of the data set, and those that clients send."""
 
     @app.get("/v1/videos", response_model=VideoList)
     async def videos(
@@ -132,6 +146,10 @@ def _routes(service: Service) -> FastAPI:
             raise Refusal(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
         return _Opened(handle, MEDIA_TYPES[path.suffix.lower()])
 
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    """Serve whether the service takes requests, and its metrics."""
+
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
@@ -144,11 +162,6 @@ def _routes(service: Service) -> FastAPI:
     async def metrics() -> Response:
         """Counters, in Prometheus's text format."""
         return Response(service.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    _add_page(app)
-    for kind, refuse in _HANDLERS:
-        app.add_exception_handler(kind, _handler(refuse))
-    return app
 
 
 class _Opened(FileResponse):
