@@ -60,7 +60,7 @@ def growth(
         plot: PNG file for the curves.
     """
     if not segments or any(count < 4 or count % 4 for count in segments):
-        raise GroundingError(f"--segments are multiples of 4, and {segments} was given.")
+        raise GroundingError(f"--segments are multiples of 4, and {segments} was given.", code="invalid_option")
     check_writable(output, plot)
     check_writable(plot)
     if plot:

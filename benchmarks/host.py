@@ -62,7 +62,9 @@ def host(
     check_writable(output)
     reference = Grounder.load(model, "cpu", 1)
     if not reference.is_pair:
-        raise ModelFileError(f"{model} is whole; give the .query.onnx of `python -m export.to_onnx --split`.")
+        raise ModelFileError(
+            f"{model} is whole; give the .query.onnx of `python -m export.to_onnx --split`.", code="query_part_required"
+        )
     # As the engine is asked here, one video is one encoding.
     reference.windows = None
     data_set = DataSet(data)

@@ -36,7 +36,9 @@ def long_video(
     """
     grounder = Grounder.load(model, device, threads)
     if grounder.windows is None:
-        raise ModelFileError(f"{model} does not tell how long videos are cut; train or convert it again.")
+        raise ModelFileError(
+            f"{model} does not tell how long videos are cut; train or convert it again.", code="missing_field"
+        )
     features = grounder.manifest.features
     rng = np.random.default_rng(SEED)
     words = rng.choice(list(grounder.manifest.vocabulary.words), (queries, WORDS))

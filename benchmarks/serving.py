@@ -77,7 +77,9 @@ def serving(
     from benchmarks.cpu import environment
 
     if not (concurrent and min(concurrent) > 0 and 0 < turn <= seconds):
-        raise GroundingError("--concurrent is one or more clients, and --turn above 0 and at most --seconds.")
+        raise GroundingError(
+            "--concurrent is one or more clients, and --turn above 0 and at most --seconds.", code="invalid_option"
+        )
     check_writable(output)
     grounder = Grounder.load(model, "cpu", threads)
     asked, expected = _questions(grounder, data, split, questions)

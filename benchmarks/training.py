@@ -81,7 +81,9 @@ def benchmark(
             data = simulate(Path(scratch) / "data", videos=48, seed=0)
         training, config = _load(data, checkpoint, queries, Path(scratch))
         if len(training) < batch_size:
-            raise GroundingError(f"{data} holds {len(training)} queries, too few for a step; lower --batch-size.")
+            raise GroundingError(
+                f"{data} holds {len(training)} queries, too few for a step; lower --batch-size.", code="too_few_queries"
+            )
         model = load_checkpoint(checkpoint).model() if checkpoint else fresh_model(config, 0)
         report: dict[str, Any] = {
             "date": date.today().isoformat(),
@@ -225,7 +227,8 @@ def _check_equal(
         if not np.allclose(found, wanted, rtol=SAME, atol=1e-5):
             raise GroundingError(
                 f"Losses of stage {eager.stage.number} differ: {found} here and {wanted} in the eager step; "
-                "one of the two is wrong."
+                "one of the two is wrong.",
+                code="models_differ",
             )
 
 

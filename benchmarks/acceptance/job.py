@@ -193,7 +193,7 @@ def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 54
     errors = [entry for entry in told.splitlines() if entry.startswith("error: ")]
     sentence = f"{(errors or [last])[-1].removeprefix('error: ')} ({path.relative_to(job.output)})"
     if interrupted:
-        raise GroundingError(f"python -m {module} was not done in time: {sentence}")
+        raise GroundingError(f"python -m {module} was not done in time: {sentence}", code="out_of_time")
     raise (PromiseBroken if code == 1 and errors else GroundingError)(
         sentence if code in (1, 2) else f"python -m {module} ended with code {code}: {sentence}"
     )

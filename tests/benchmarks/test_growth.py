@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import growth
 from runtime.core.errors import GroundingError
+from tests.raising import raises
 
 
 def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,5 +33,5 @@ def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_segments_that_the_levels_cannot_divide_are_refused() -> None:
-    with pytest.raises(GroundingError, match="multiples of 4"):
+    with raises(GroundingError, "invalid_option", "--segments", (32, 30)):
         growth.growth(segments=(32, 30))

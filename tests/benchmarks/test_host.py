@@ -11,6 +11,7 @@ from benchmarks import host
 from runtime import Grounder, open_backend
 from runtime.core.errors import ModelFileError
 from runtime.datasets.dataset import DataSet
+from tests.raising import raises
 from tests.runtime.backends.tensorrt_double import counted
 
 
@@ -52,5 +53,5 @@ def test_what_is_timed_answers_as_the_graph_and_leaves_the_gpu_alone(pair: Path,
 
 
 def test_a_whole_model_is_refused(models: Path, planted: Path) -> None:
-    with pytest.raises(ModelFileError, match="--split"):
+    with raises(ModelFileError, "query_part_required", models / "drn.onnx", "--split"):
         host.host(models / "drn.onnx", planted)

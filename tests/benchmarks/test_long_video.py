@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.long_video import long_video
 from runtime.core.errors import ModelFileError
+from tests.raising import raises
 
 
 def test_a_long_video_is_asked_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +19,7 @@ def test_a_long_video_is_asked_in_windows(models: Path, capsys: pytest.CaptureFi
 
 
 def test_a_model_without_windows_is_refused(tiny: Path) -> None:
-    with pytest.raises(ModelFileError, match="does not tell how long videos are cut"):
+    with raises(ModelFileError, "missing_field", tiny):
         long_video(tiny)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import training
 from runtime.core.errors import GroundingError
+from tests.raising import raises
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,10 @@ def test_report_says_all_that_it_promises(planted: Path, models: Path, tmp_path:
 
 def test_steps_that_learn_otherwise_are_not_timed(planted: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.training_baseline.FOCAL_ALPHA", 0.3)
-    with pytest.raises(GroundingError, match="Losses of stage 1 differ"):
+    with raises(GroundingError, "models_differ", 1):
         training.benchmark(data=planted, checkpoint=models / "drn.pt", queries=32, steps=1, batch_size=8)
 
 
 def test_too_few_queries_are_refused(planted: Path, models: Path) -> None:
-    with pytest.raises(GroundingError, match="lower --batch-size"):
+    with raises(GroundingError, "too_few_queries", 4, "--batch-size"):
         training.benchmark(data=planted, checkpoint=models / "drn.pt", queries=4, batch_size=8)
