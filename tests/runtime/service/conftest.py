@@ -21,6 +21,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from tests.raising import quotes
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,15 +38,19 @@ class Reply:
     def json(self) -> Any:
         return json.loads(self.body)
 
-    def refused(self, status: int, *words: str) -> str:
-        """Return the sentence of an error, which must be of this status and hold these words."""
+    def refused(self, status: int, *values: object, code: str | None = None) -> str:
+        """Return the message of an error, which must have this status, and the code if one is given.
+
+        The message must quote all values.
+        """
         assert self.status == status, (self.status, self.body[:500])
         assert self.headers["content-type"] == "application/json"
         assert set(self.json) == {"error"}
         assert set(self.json["error"]) == {"code", "message"}
-        for word in words:
-            assert word in self.json["error"]["message"]
-        return self.json["error"]["message"]
+        assert code in (None, self.json["error"]["code"])
+        message = self.json["error"]["message"]
+        assert quotes(message, *values), (message, values)
+        return message
 
 
 class Running:

@@ -134,7 +134,7 @@ def test_features_that_vanish_are_told_without_their_path(
     shutil.copytree(planted, data)
     serving = start("--model", model, "--data", data, "--uploads", tmp_path / "uploads")
     shutil.rmtree(data / "C3D_unit16_overlap0.5_merged")
-    said = serving.ask(questions[0][0]).refused(404, "features", "missing")
+    said = serving.ask(questions[0][0]).refused(404, code="no_features")
     assert str(tmp_path) not in said
 
 

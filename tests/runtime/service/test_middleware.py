@@ -134,8 +134,8 @@ def test_what_is_written_in_one_turn_is_one_send_and_nothing_is_lost_at_the_end(
 
 
 def test_a_head_that_does_not_end_is_given_up(hurried: int) -> None:
-    reply(said(hurried, b"GET / HTTP/1.1\r\n", b"Host: local", pause=0.1)).refused(408, "request head")
-    reply(said(hurried)).refused(408, "request head")
+    reply(said(hurried, b"GET / HTTP/1.1\r\n", b"Host: local", pause=0.1)).refused(408, code="request_timeout")
+    reply(said(hurried)).refused(408, code="request_timeout")
 
 
 def test_the_second_head_on_a_connection_has_no_longer(hurried: int) -> None:
@@ -144,11 +144,11 @@ def test_the_second_head_on_a_connection_has_no_longer(hurried: int) -> None:
             stream.sendall(asking(json.dumps(QUESTION).encode()))
             assert reply(received(stream)).status == 200
         stream.sendall(b"GET / HT")
-        reply(received(stream)).refused(408, "request head")
+        reply(received(stream)).refused(408, code="request_timeout")
 
 
 def test_half_a_body_is_given_up(hurried: int) -> None:
-    reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "too slowly", "10 bytes")
+    reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "10 bytes", code="request_timeout")
 
 
 def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
@@ -157,7 +157,7 @@ def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
     head = whole.index(b"\r\n\r\n") + 4
     pieces = [whole[:head], *(whole[place : place + 8] for place in range(head, len(whole), 8))]
     assert len(pieces) == 8
-    reply(said(hurried, *pieces, pause=0.1)).refused(408, "too slowly")
+    reply(said(hurried, *pieces, pause=0.1)).refused(408, code="request_timeout")
 
 
 def test_a_slow_but_steady_client_is_served(hurried: int) -> None:
@@ -173,7 +173,7 @@ def test_a_body_above_the_limit_is_refused_and_the_connection_goes_on(hurried: i
     chunked = chunked[: -len(large)] + b"1388\r\n" + large + b"\r\n0\r\n\r\n"
     with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
         stream.sendall(asking(large) if told else chunked)
-        reply(received(stream)).refused(413, "limit of 1000 bytes")
+        reply(received(stream)).refused(413, 1000, code="too_large")
         stream.sendall(asking(json.dumps(QUESTION).encode()))
         assert reply(received(stream)).status == 200
 
@@ -183,7 +183,7 @@ def test_too_many_connections_are_told_to_come_back(hurried: int) -> None:
         for _ in range(8):
             stack.enter_context(socket.create_connection(("127.0.0.1", hurried)))
         late = reply(said(hurried))
-    late.refused(503, "Too many connections")
+    late.refused(503, code="unavailable")
     assert late.headers["retry-after"] == "1"
 
 
@@ -211,11 +211,11 @@ def test_what_is_no_http_is_refused_in_json(service: Running, raw: bytes) -> Non
 def test_a_web_page_elsewhere_cannot_ask(service: Running) -> None:
     port = service.port
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
-        service.request("GET", "/healthz", headers={"Host": host}).refused(403, "was asked for as")
+        service.request("GET", "/healthz", headers={"Host": host}).refused(403, code="wrong_host")
     for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", "[::1]:80"):
         assert service.request("GET", "/healthz", headers={"Host": host}).status == 200
-    service.ask(QUESTION, Origin="http://evil.example").refused(403, "may not ask")
-    service.ask(QUESTION, Origin="null").refused(403, "may not ask")
+    service.ask(QUESTION, Origin="http://evil.example").refused(403, code="wrong_origin")
+    service.ask(QUESTION, Origin="null").refused(403, code="wrong_origin")
     assert service.ask(QUESTION, Origin=f"http://127.0.0.1:{port}").status == 200
 
 
@@ -233,7 +233,7 @@ def locked(
 
 def test_an_origin_that_is_no_address_is_refused(service: Running) -> None:
     for origin in ("http://[", "http://[x]", "null", ""):
-        service.ask(QUESTION, Origin=origin).refused(403, "may not ask")
+        service.ask(QUESTION, Origin=origin).refused(403, code="wrong_origin")
 
 
 def test_without_the_key_nothing_is_answered(locked: Running) -> None:
