@@ -64,7 +64,10 @@ def evaluate(
         threads: CPU threads.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
-        raise GroundingError(f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.")
+        raise GroundingError(
+            f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.",
+            code="invalid_option",
+        )
     data_set = DataSet(data)
     check_report(output, model, predictions, *data_set.files)
     check_report(predictions, model, *data_set.files)
@@ -133,7 +136,9 @@ def _ablated(
         return blind
     names = sorted(set(videos))
     if len(names) < 2:
-        raise GroundingError("Shuffling needs at least two videos, and these queries are all about one.")
+        raise GroundingError(
+            "Shuffling needs at least two videos, and these queries are all about one.", code="too_few_videos"
+        )
     # A cycle through a seeded order: every video gets another's features, never its own.
     order = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
     other = dict(zip(order, order[1:] + order[:1]))

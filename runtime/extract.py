@@ -66,9 +66,9 @@ def extract(
         threads: CPU threads.
     """
     if not videos:
-        raise FootageError("No video was given; name the files to extract.")
+        raise FootageError("No video was given; name the files to extract.", code="missing_option")
     if batch_size < 1:
-        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.")
+        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.", code="invalid_option")
     _check_names(videos, output)
     network = open_extractor(extractor, device, threads)
     maker = extractor_key(network)
@@ -84,7 +84,8 @@ def extract(
         if known is not None and known.video != content:
             raise FootageError(
                 f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
-                "another --output."
+                "another --output.",
+                code="ambiguous_video_name",
             )
         if known is None or not known.serves(content, maker, partial):
             footages[path] = footage = look(path)
@@ -127,7 +128,7 @@ def _notes(directory: Path) -> dict[str, Extracted]:
     value = read_json(path, "notes on extracted videos")
     videos = value.get("videos") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(videos, dict):
-        raise FootageError(f"{path} was changed since it was written; remove it.")
+        raise FootageError(f"{path} was changed since it was written; remove it.", code="digest_mismatch")
     notes = {name: read_note(note, path) for name, note in videos.items()}
     return {name: note for name, note in notes.items() if note is not None}
 
@@ -206,7 +207,9 @@ def _table(path: Path) -> dict[str, Any]:
     """Return a table of the directory, empty where there is none."""
     table = read_json(path, "table of videos") if path.is_file() else {}
     if not isinstance(table, dict):
-        raise FootageError(f"{path} should be a table of videos and is not; choose another --output.")
+        raise FootageError(
+            f"{path} should be a table of videos and is not; choose another --output.", code="unexpected_structure"
+        )
     return table
 
 

@@ -55,7 +55,7 @@ def ground_corpus(
         ("--batch-size", batch_size, 1),
     ):  # fmt: skip
         if value is not None and value < least:
-            raise GroundingError(f"{option} must be at least {least}, and {value} was given.")
+            raise GroundingError(f"{option} must be at least {least}, and {value} was given.", code="invalid_option")
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)

@@ -73,9 +73,9 @@ def infer(
         threads: CPU threads.
     """
     if top_k < 1:
-        raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.")
+        raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.", code="invalid_option")
     if not query:
-        raise QueryError('Nothing was asked; pass --query "a sentence".')
+        raise QueryError('Nothing was asked; pass --query "a sentence".', code="missing_option")
     choice = VideoChoice(features, duration, num_frames, data, video, extractor, partial, footage)
     choice.check()
     inputs = (model, features, extractor, choice.film, *(DataSet(data).files if data and plot else ()))
@@ -142,7 +142,8 @@ def _clips(choice: VideoChoice, directory: Path | None, queries: tuple[str, ...]
         return []
     if choice.film is None:
         raise GroundingError(
-            "--cut needs the video itself; pass --video FILE --extractor FILE, or --footage FILE beside the features."
+            "--cut needs the video itself; pass --video FILE --extractor FILE, or --footage FILE beside the features.",
+            code="missing_option",
         )
     check_encoder()
     return [directory / name for name in clip_names(choice.film.stem, queries)]

@@ -53,7 +53,8 @@ def rank(
     if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(
             "--videos is at least 2, --seed 0 or more, --limit and --batch-size at least 1, and "
-            f"{videos}, {seed}, {limit} and {batch_size} were given."
+            f"{videos}, {seed}, {limit} and {batch_size} were given.",
+            code="invalid_option",
         )
     data_set = DataSet(data)
     check_report(output, model, *data_set.files)

@@ -149,19 +149,22 @@ class ServeOptions:
         if not self.is_local and self.api_key is None:
             raise GroundingError(
                 f"At {self.host} others than this machine can ask; pass --api-key (or DRN_API_KEY), or keep to "
-                "127.0.0.1."
+                "127.0.0.1.",
+                code="missing_option",
             )
         if not 0 <= self.port <= 65535:
-            raise GroundingError(f"--port must be 0 to 65535, and {self.port} was given.")
+            raise GroundingError(f"--port must be 0 to 65535, and {self.port} was given.", code="invalid_option")
         if not (0 < self.timeout <= 3600 and 0 <= self.grace <= 3600):
             raise GroundingError(
                 f"--timeout is above 0, --grace 0 or more, and both at most 3600 s; {self.timeout:g} and {self.grace} "
-                "were given."
+                "were given.",
+                code="invalid_option",
             )
         if not (self.cache_mib >= 0 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
             raise GroundingError(
                 f"--cache-mib is 0 or more, --upload-mib above 0 and at most --uploads-mib, and --keep-minutes above "
-                f"0; {self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g} were given."
+                f"0; {self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g} were given.",
+                code="invalid_option",
             )
 
     def service_options(self) -> ServiceOptions:
@@ -190,7 +193,9 @@ def run(options: ServeOptions) -> None:
     """Open the model, check its data, and serve until SIGTERM or Ctrl-C; see `serve`."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise DeviceError(f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.")
+        raise DeviceError(
+            f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.", code="missing_library"
+        )
     from runtime.service import server
     from runtime.service.service import Service
 

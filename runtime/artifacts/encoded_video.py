@@ -63,12 +63,14 @@ class EncodedVideo:
             raise FeatureError(
                 f"An encoding of {self.name} holds floats of shape (D, T) and spans of shape (T, 2), and "
                 f"{features.dtype} of shape {features.shape} and spans of shape {spans.shape} were given; "
-                "encode the video again."
+                "encode the video again.",
+                code="wrong_array",
             )
         if not 0 < self.duration <= LONGEST_SECONDS:
             raise FeatureError(
                 f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
-                f"and {self.duration} was given."
+                f"and {self.duration} was given.",
+                code="invalid_frame_count",
             )
         if not self.key:
             object.__setattr__(self, "key", _key(self))
@@ -87,7 +89,9 @@ class EncodedVideo:
         """
         found = _load(path, _read)
         if found.key != _key(found):
-            raise FeatureError(f"{path} was changed since it was written; encode the video again.")
+            raise FeatureError(
+                f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
+            )
         return found
 
 

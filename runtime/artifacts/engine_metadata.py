@@ -95,7 +95,8 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not path.exists():
         raise ModelFileError(
             f"{path}, the sidecar without which an engine is not loaded, does not exist; copy it from where "
-            f"{plan.name} was built, or build both again with `python -m export.build_engine`."
+            f"{plan.name} was built, or build both again with `python -m export.build_engine`.",
+            code="missing_file",
         )
     content = read_json(path, "sidecar of an engine", ModelFileError)
     found = content.get("format") if isinstance(content, dict) else None
@@ -104,7 +105,9 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
             f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_AGAIN}", code="unknown_format"
         )
     if content.get("digest") != json_digest(_unsealed(content)):
-        raise ModelFileError(f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}")
+        raise ModelFileError(
+            f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}", code="digest_mismatch"
+        )
     _check_shapes(content, path)
     vouched, actual = content["sha256"].get(plan.name), sha256(plan)
     if vouched != actual:
@@ -128,9 +131,13 @@ def _check_shapes(content: Mapping[str, Any], path: Path) -> None:
     """Raise ModelFileError unless every field is of the kind that its readers take it for."""
     for name, (wanted, fits, needed) in _FIELDS.items():
         if name in content and not fits(content[name]):
-            raise ModelFileError(f"{path} is damaged: {excerpt(name)} should be {wanted}; {_AGAIN}")
+            raise ModelFileError(
+                f"{path} is damaged: {excerpt(name)} should be {wanted}; {_AGAIN}", code="damaged_file"
+            )
         if needed and name not in content:
-            raise ModelFileError(f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_AGAIN}")
+            raise ModelFileError(
+                f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_AGAIN}", code="damaged_file"
+            )
 
 
 def _is_text(value: Any) -> bool:

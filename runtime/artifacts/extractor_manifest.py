@@ -58,18 +58,21 @@ class ExtractorManifest:
             object.__setattr__(self, "resize", tuple(self.resize))
         counts = (self.dim, self.window, self.stride)
         if not all(isinstance(count, int) and count > 0 for count in counts):
-            raise ModelFileError(f"An extractor's dim, window and stride are 1 or more, and {counts} were given.")
+            raise ModelFileError(
+                f"An extractor's dim, window and stride are 1 or more, and {counts} were given.", code="invalid_setting"
+            )
         if not all(map(is_number, (*self.mean, *self.std, self.white))):
             raise ModelFileError("An extractor's mean, std and white are numbers; correct its description.")
         if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
             raise ModelFileError(
                 f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
-                f"and {self.white} were given."
+                f"and {self.white} were given.",
+                code="invalid_setting",
             )
         try:
             _ = self.framing
         except GroundingError as error:
-            raise ModelFileError(str(error)) from error
+            raise ModelFileError(str(error), code=error.code) from error
 
     @property
     def framing(self) -> Framing:
@@ -105,12 +108,14 @@ class ExtractorManifest:
         if self.dim != features.dim:
             raise FeatureError(
                 f"The extractor gives features of {self.dim} channels and the model takes {features.dim} "
-                f"({features.kind}); give the extractor that the model was trained with."
+                f"({features.kind}); give the extractor that the model was trained with.",
+                code="feature_width_mismatch",
             )
         if (self.window, self.stride) != (features.window, features.stride):
             raise FeatureError(
                 f"The extractor's clips see {self.window} frames and start every {self.stride}, and the model was "
-                f"trained with {features.window} and {features.stride}; give the extractor that it was trained with."
+                f"trained with {features.window} and {features.stride}; give the extractor that it was trained with.",
+                code="extractor_mismatch",
             )
 
 
@@ -147,7 +152,8 @@ class Framing:
         if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
             raise FootageError(
                 f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
-                f"{self.resize} and {self.crop} were given."
+                f"{self.resize} and {self.crop} were given.",
+                code="invalid_setting",
             )
 
     def resized(self, height: int, width: int) -> tuple[int, int]:

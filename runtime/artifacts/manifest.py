@@ -99,7 +99,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise ModelFileError(f"A model file is one of {', '.join(PARTS)}, and {excerpt(self.part)} was given.")
+            raise ModelFileError(
+                f"A model file is one of {', '.join(PARTS)}, and {excerpt(self.part)} was given.",
+                code="invalid_setting",
+            )
         if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
             raise ModelFileError(
                 f"A model has a stage from 1 to 3 and takes queries of 1 to {MAX_SIZE} tokens, and "
@@ -139,7 +142,8 @@ class Manifest:
         if found != FORMAT:
             raise ModelFileError(
                 f"{source} has a manifest of format {excerpt(found)} and this version reads {FORMAT!r}; "
-                "export the model again with `python -m export.to_onnx`."
+                "export the model again with `python -m export.to_onnx`.",
+                code="unknown_format",
             )
         with reading(f"The manifest of {source}", "complete", ModelFileError, AGAIN):
             return cls(

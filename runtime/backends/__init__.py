@@ -56,7 +56,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
     if threads is not None:
         check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.")
+        raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.", code="invalid_option")
     check_model_path(path)
     if path.suffix == ".onnx":
         from runtime.backends.onnxruntime_backend import open_graph

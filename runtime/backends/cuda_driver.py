@@ -67,9 +67,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 class CudaError(DeviceError):
     """A call of CUDA's failed."""
 
+    code = "gpu_call_failed"
+
 
 class OutOfDeviceMemory(CudaError):
     """The GPU's memory is full."""
+
+    code = "out_of_memory"
 
 
 class Cuda:
@@ -93,7 +97,9 @@ class Cuda:
         self.driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
         self._check("cuDeviceGetCount", ctypes.byref(count))
         if not count.value:
-            raise DeviceError("The CUDA driver shows no GPU; look at CUDA_VISIBLE_DEVICES and nvidia-smi.")
+            raise DeviceError(
+                "The CUDA driver shows no GPU; look at CUDA_VISIBLE_DEVICES and nvidia-smi.", code="gpu_unavailable"
+            )
         self._check("cuDeviceGet", ctypes.byref(device), 0)
         text = ctypes.create_string_buffer(256)
         self._check("cuDeviceGetName", text, len(text), device.value)
@@ -113,7 +119,8 @@ class Cuda:
         if os.getpid() != self._process:
             raise DeviceError(
                 f"This process ({os.getpid()}) was forked from one that had opened the GPU already ({self._process}), "
-                "and CUDA does not survive that; load the model in the new process, or start it by spawn."
+                "and CUDA does not survive that; load the model in the new process, or start it by spawn.",
+                code="forked_process",
             )
         self._check("cuCtxPushCurrent_v2", self._context)
         try:
@@ -266,7 +273,8 @@ def _load() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise DeviceError(
-            f"There is no CUDA driver here ({error}); install the NVIDIA driver, or run on the CPU with an .onnx file."
+            f"There is no CUDA driver here ({error}); install the NVIDIA driver, or run on the CPU with an .onnx file.",
+            code="gpu_unavailable",
         ) from error
 
 
@@ -276,7 +284,8 @@ def _bind(library: Any) -> dict[str, Any]:
         call = getattr(library, name, None)
         if call is None:
             raise DeviceError(
-                f"The NVIDIA driver is too old: it has no {name}, which came with CUDA 11.4; install a newer driver."
+                f"The NVIDIA driver is too old: it has no {name}, which came with CUDA 11.4; install a newer driver.",
+                code="driver_too_old",
             )
         call.argtypes, call.restype = arguments, _int
         calls[name] = call

@@ -117,7 +117,8 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
         raise DeviceError(
             f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
             f"{', '.join(available)}; "
-            "install 'drn-deploy[gpu]' in place of 'drn-deploy[cpu]', or pass --device cpu."
+            "install 'drn-deploy[gpu]' in place of 'drn-deploy[cpu]', or pass --device cpu.",
+            code="gpu_unavailable",
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -136,14 +137,17 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
             raise checked.mismatch from error
         first_line = one_line(error)
         raise ModelFileError(
-            f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); export it again."
+            f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); "
+            "export it again.",
+            code="not_onnx",
         ) from error
     # A GPU session falls back to the CPU without a word when a CUDA library is missing.
     if PROVIDERS[device] not in session.get_providers():
         raise DeviceError(
             f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
             f"missing ({not_found.rstrip('.') or 'it does not say which'}); run `pip install "
-            "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu."
+            "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu.",
+            code="gpu_unavailable",
         )
     return session, device, checked.result()
 
@@ -215,7 +219,8 @@ class Session:
         )
         if missing:
             raise ModelFileError(
-                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph; export it again."
+                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph; export it again.",
+                code="unexpected_tensors",
             )
 
     def run(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
@@ -260,7 +265,8 @@ class Session:
         if self.binds and os.getpid() != self._process:
             raise DeviceError(
                 "This process was forked from one that had started CUDA, which does not survive that; open the model "
-                "in the process that asks, or start processes by 'spawn'."
+                "in the process that asks, or start processes by 'spawn'.",
+                code="forked_process",
             )
 
     def _bound(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
@@ -309,7 +315,9 @@ class OnnxRuntimePair:
             keep_from_children(self)
         named = self.manifest.video_part
         if len(named) != 1:
-            raise ModelFileError(f"{query.path} names {len(named)} video parts and needs one; export it again.")
+            raise ModelFileError(
+                f"{query.path} names {len(named)} video parts and needs one; export it again.", code="missing_part"
+            )
         (self._video,) = self._opened(named)
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
@@ -327,7 +335,8 @@ class OnnxRuntimePair:
         if len(self.manifest.prepared_parts) != 2:
             raise ModelFileError(
                 f"{self._query.path} was split without what prepares a video for dozens of queries at once; "
-                "export it again with `python -m export.to_onnx --split --prepare`."
+                "export it again with `python -m export.to_onnx --split --prepare`.",
+                code="missing_part",
             )
         (prepared,) = self._prepared[0].run((PREPARED_FEATURES,), {ENCODED_FEATURES: encoded_features[None]})
         return prepared
@@ -407,7 +416,8 @@ def open_graph(
         return OnnxRuntimePair(session, threads) if part == "query" else OnnxRuntimeBackend(session)
     raise ModelFileError(
         f"{path} is one part of a model ({part}), which answers nothing by itself; give the query part "
-        "(its name ends in .query.onnx)."
+        "(its name ends in .query.onnx).",
+        code="model_part",
     )
 
 
@@ -427,7 +437,9 @@ def part_beside(query: Path, name: str, digest: str) -> Path:
 def _existing_part(query: Path, name: str) -> Path:
     path = query.with_name(Path(name).name)
     if not path.is_file():
-        raise ModelFileError(f"{query} needs {path.name} beside it, and there is none; copy it there.")
+        raise ModelFileError(
+            f"{query} needs {path.name} beside it, and there is none; copy it there.", code="missing_file"
+        )
     return path
 
 

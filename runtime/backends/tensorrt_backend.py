@@ -97,7 +97,8 @@ def open_engine(
     if part == "video":
         raise ModelFileError(
             f"{path} is the video part of a model, which answers nothing by itself; give the query part "
-            "(its name ends in .query.engine)."
+            "(its name ends in .query.engine).",
+            code="model_part",
         )
     beside = [(path, sidecar)]
     if part == "query":
@@ -150,12 +151,15 @@ def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     ((name, digest),) = sidecar.manifest.video_part.items()
     plan = path.with_name(Path(name).name).with_suffix(".engine")
     if not plan.is_file():
-        raise ModelFileError(f"{path} needs its video part {plan.name} beside it, and there is none; copy it there.")
+        raise ModelFileError(
+            f"{path} needs its video part {plan.name} beside it, and there is none; copy it there.", code="missing_file"
+        )
     found = read_sidecar(plan)
     if digest not in found.content["sha256"].values():
         raise ModelFileError(
             f"{plan} is not the video part that {path.name} was made with; copy both files of one build, or build both "
-            f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`."
+            f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
+            code="digest_mismatch",
         )
     return plan, found
 
@@ -190,7 +194,8 @@ def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
         if about.content["sha256"][plan.name] != digest or about.manifest.part != sidecar.manifest.part:
             raise ModelFileError(
                 f"{plan} is not the plan that {path.name} was built with; copy the files of one build, or build them "
-                f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`."
+                f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
+                code="digest_mismatch",
             )
         found.append((plan, about))
     return found
@@ -258,7 +263,9 @@ class _Model:
         """
         with self._network.cuda.current(), self._lock:
             if any(network.closed for network in self._networks):
-                raise DeviceError(f"{self._network.path.name} was closed; open it again to ask it.")
+                raise DeviceError(
+                    f"{self._network.path.name} was closed; open it again to ask it.", code="model_closed"
+                )
             yield
 
     def time_gpu(self, on: bool) -> None:
@@ -312,7 +319,8 @@ class _Model:
                 free, total = self._network.cuda.memory()
                 raise DeviceError(
                     f"The GPU's memory is full ({free / 2**20:.0f} of {total / 2**20:.0f} MiB are free), also for "
-                    f"{len(half)} at once; end what else uses it, or ask in smaller batches."
+                    f"{len(half)} at once; end what else uses it, or ask in smaller batches.",
+                    code="out_of_memory",
                 ) from error
         return answers
 

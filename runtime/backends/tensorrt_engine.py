@@ -186,7 +186,8 @@ class Network:
         if wrong:
             raise ModelFileError(
                 f"{self.path} is not a DRN engine: {', '.join(sorted(wrong))} is missing, unknown, or not in "
-                "device memory; build it with `python -m export.build_engine`."
+                "device memory; build it with `python -m export.build_engine`.",
+                code="unexpected_tensors",
             )
         return {name: np.dtype(_DTYPES[kind]) for name, kind in kinds.items()}
 
@@ -609,7 +610,8 @@ def starting(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
         raise DeviceError(
             f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
             f"{driver or 'of an unknown version'} and older: {told.rstrip('.')}; install a newer driver, or a build "
-            "of the library for that CUDA."
+            "of the library for that CUDA.",
+            code="driver_too_old",
         ) from error
 
 

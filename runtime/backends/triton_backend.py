@@ -171,7 +171,10 @@ def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:
     """Return (B, L) word ids at the length that queries are padded to, 0 past each length."""
     length = tokens.shape[1]
     if length > longest:
-        raise ShapeError(f"The query has {length} tokens and the network behind Triton takes 1 to {longest}.")
+        raise ShapeError(
+            f"The query has {length} tokens and the network behind Triton takes 1 to {longest}.",
+            code="query_length_out_of_range",
+        )
     return np.pad(tokens, ((0, 0), (0, padded_length(length, longest) - length)))
 
 

@@ -62,7 +62,8 @@ class Address:
         if found is None:
             raise ModelFileError(
                 f"{os.fspath(text)} should be triton://HOST:PORT/MODEL (gRPC), or begin with triton+http://, "
-                "triton+https:// or triton+grpcs://; check the address."
+                "triton+https:// or triton+grpcs://; check the address.",
+                code="invalid_address",
             )
         protocol = found["protocol"] or "grpc"
         port = int(found["port"] or PORTS[protocol])
@@ -84,7 +85,8 @@ class Connection:
         except ImportError as error:
             raise DeviceError(
                 f"A model behind Triton is asked through tritonclient, which cannot be imported ({error}); "
-                "run `pip install 'drn-deploy[triton]'`."
+                "run `pip install 'drn-deploy[triton]'`.",
+                code="missing_library",
             ) from error
         self._options: dict[str, Any] = {}
         if address.protocol == "grpc":
@@ -110,14 +112,15 @@ class Connection:
             ready = self._client.is_model_ready(name, **self._options)
             known = None if ready else self._client.get_model_repository_index(**self._options)
         if known is not None:
-            raise ServerError(self._not_ready(name, [_fields(entry) for entry in _entries(known)]))
+            raise self._not_ready(name, [_fields(entry) for entry in _entries(known)])
         json = {"as_json": True} if self.address.protocol == "grpc" else {}
         with self._explained(f"describe {name}"):
             config = self._client.get_model_config(name, **json, **self._options)
         parameters = config.get("config", config).get("parameters", {})
         if PARAMETER not in parameters:
             raise ModelFileError(
-                f"{name} at {self.address} is no front that `python -m export.triton` wrote; give the name of one."
+                f"{name} at {self.address} is no front that `python -m export.triton` wrote; give the name of one.",
+                code="wrong_model_kind",
             )
         return About.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
 
@@ -133,15 +136,19 @@ class Connection:
             answer = self._client.infer(model, tensors, outputs=wanted, **self._options)
         return [answer.as_numpy(name) for name in outputs]
 
-    def _not_ready(self, name: str, known: Sequence[Mapping[str, str]]) -> str:
-        """Say why a model does not answer, from what the server has."""
+    def _not_ready(self, name: str, known: Sequence[Mapping[str, str]]) -> ServerError:
+        """Return the error that says why a model does not answer, from what the server has."""
         ours = [entry for entry in known if entry["name"] == name]
         if not ours:
             names = ", ".join(sorted({entry["name"] for entry in known})) or "none"
-            return f"The Triton server at {self.address} has no model {excerpt(name)}; it has {names}."
+            return ServerError(
+                f"The Triton server at {self.address} has no model {excerpt(name)}; it has {names}.",
+                code="missing_model",
+            )
         why = " ".join(ours[-1]["reason"].split()).rstrip(".") or "it does not say why"
-        return (
-            f"{name} at {self.address} is not loaded ({ours[-1]['state'] or 'UNKNOWN'}): {why}; see the server's log."
+        return ServerError(
+            f"{name} at {self.address} is not loaded ({ours[-1]['state'] or 'UNKNOWN'}): {why}; see the server's log.",
+            code="model_not_loaded",
         )
 
     @contextlib.contextmanager
@@ -151,15 +158,15 @@ class Connection:
         except self._utils.InferenceServerException as error:
             status, said = str(error.status()), " ".join(str(error.message()).split()).rstrip(".")
             if status == "StatusCode.DEADLINE_EXCEEDED":
-                raise ServerError(self._too_long(doing)) from error
+                raise ServerError(self._too_long(doing), code="server_timeout") from error
             if status == "StatusCode.UNAVAILABLE":
-                raise ServerError(self._unreachable(said)) from error
+                raise ServerError(self._unreachable(said), code="server_unreachable") from error
             raise ServerError(f"The Triton server at {self.address} did not {doing}: {said}.") from error
         except TimeoutError as error:
-            raise ServerError(self._too_long(doing)) from error
+            raise ServerError(self._too_long(doing), code="server_timeout") from error
         # The second is what an answer is that is not HTTP.
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(self._unreachable(str(error))) from error
+            raise ServerError(self._unreachable(str(error)), code="server_unreachable") from error
 
     def _too_long(self, doing: str) -> str:
         return (
@@ -224,7 +231,8 @@ def connect(
     if device != "auto" or threads is not None:
         raise DeviceError(
             f"The server at {parsed} decides on what its networks run; leave --device and --threads out, and pass them "
-            "to `python -m export.triton`."
+            "to `python -m export.triton`.",
+            code="inapplicable_option",
         )
     connection = Connection(parsed)
     return open_networks(connection.about(), connection.call), ServedModel(connection)

@@ -132,5 +132,8 @@ def cold_start(path: Path, device: Device, threads: int | None) -> float:
             process.kill()
             raise
     if not answered:
-        raise DeviceError(f"The cold start of {path.name} was not measured, since a fresh process could not answer.")
+        raise DeviceError(
+            f"The cold start of {path.name} was not measured, since a fresh process could not answer.",
+            code="measurement_failed",
+        )
     return seconds

@@ -62,17 +62,25 @@ class BenchmarkOptions:
             ModelFileError: a model file is missing.
         """
         if not self.models:
-            raise ModelFileError("No model was named; pass --model FILE, or --compare FILE FILE.")
+            raise ModelFileError(
+                "No model was named; pass --model FILE, or --compare FILE FILE.", code="missing_option"
+            )
         if self.samples < 1:
-            raise GroundingError(f"--samples must be at least 1, and {self.samples} was given.")
+            raise GroundingError(f"--samples must be at least 1, and {self.samples} was given.", code="invalid_option")
         if not 1 <= self.batch <= MAX_BATCH:
-            raise GroundingError(f"--batch must be 1 to {MAX_BATCH}, and {self.batch} was given.")
+            raise GroundingError(
+                f"--batch must be 1 to {MAX_BATCH}, and {self.batch} was given.", code="invalid_option"
+            )
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {self.threads} was given.")
+            raise DeviceError(
+                f"--threads must be 1 to {MOST_THREADS}, and {self.threads} was given.", code="invalid_option"
+            )
         if self.video is not None and self.data is None:
-            raise GroundingError("--video names a video of a data set; pass --data DIR too.")
+            raise GroundingError("--video names a video of a data set; pass --data DIR too.", code="missing_option")
         if self.query and self.video is None:
-            raise QueryError("--query asks about one video; pass --data DIR and --video NAME too.")
+            raise QueryError(
+                "--query asks about one video; pass --data DIR and --video NAME too.", code="missing_option"
+            )
         for path in self.models:
             check_file(path, "The model file", ModelFileError)
 
@@ -305,7 +313,8 @@ def _check_comparable(labels: Sequence[str], manifests: Sequence[Manifest]) -> N
         if manifest.features.dim != first.dim:
             raise ModelFileError(
                 f"{labels[0]} takes features of width {first.dim} and {label} of width {manifest.features.dim}, so "
-                "they cannot be asked the same; compare models of one kind of features."
+                "they cannot be asked the same; compare models of one kind of features.",
+                code="models_differ",
             )
 
 

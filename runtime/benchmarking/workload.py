@@ -64,7 +64,9 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
     words = [word for word in manifests[0].vocabulary.words if word.isalnum() and tokenize(word) == [word]]
     words = [word for word in words if all(word in manifest.vocabulary.words for manifest in manifests)]
     if not words:
-        raise QueryError("The models have no word in common; compare models of one vocabulary, or pass --data.")
+        raise QueryError(
+            "The models have no word in common; compare models of one vocabulary, or pass --data.", code="models_differ"
+        )
     rng = np.random.default_rng(0)
     videos = []
     for index in range(min(max(VIDEOS, batch), MAX_VIDEOS)):
@@ -104,7 +106,7 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
         data_set.video(video)
         annotations = [annotation for annotation in annotations if annotation.video == video]
         if not annotations:
-            raise QueryError(f"{directory} holds no sentence about {video}; pass --query too.")
+            raise QueryError(f"{directory} holds no sentence about {video}; pass --query too.", code="missing_option")
     annotations = annotations[:: max(1, len(annotations) // QUERIES)][:QUERIES]
     videos = {name: data_set.video(name) for name in dict.fromkeys(annotation.video for annotation in annotations)}
     pairs = [(videos[annotation.video], annotation.sentence) for annotation in annotations]

@@ -107,9 +107,12 @@ def check_plots(path: Path) -> None:
     """Raise OutputError where a plot is not named .png, and DeviceError if matplotlib is not installed."""
     if path.suffix.lower() != ".png":
         raise OutputError(
-            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}."
+            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}.",
+            code="wrong_suffix",
         )
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise DeviceError("--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.") from error
+        raise DeviceError(
+            "--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.", code="missing_library"
+        ) from error

@@ -100,7 +100,8 @@ def windows_asked(own: Windows | None, length: float | None, overlap: float | No
     if own is None:
         raise GroundingError(
             "This model does not record the length of its training videos and grounds any video whole; --overlap needs "
-            "--window SECONDS too."
+            "--window SECONDS too.",
+            code="missing_option",
         )
     return dataclasses.replace(own, overlap=overlap)
 

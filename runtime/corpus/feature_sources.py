@@ -83,7 +83,8 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         wrong = "cannot be the features of a corpus" if path.exists() else "does not exist"
         raise FeatureError(
-            f"{path} {wrong}; give a data set, a directory of feature files with {DURATIONS}, or Parquet."
+            f"{path} {wrong}; give a data set, a directory of feature files with {DURATIONS}, or Parquet.",
+            code="unknown_feature_store" if path.exists() else "missing_file",
         )
     parquet = sorted(found for suffix in PARQUET_SUFFIXES for found in path.glob(f"*{suffix}"))
     if parquet:
@@ -137,7 +138,10 @@ class DirectorySource:
         self._store = FeatureFiles(root)
         table = read_json(root / DURATIONS, "lengths of the videos")
         if not isinstance(table, dict) or not table:
-            raise AnnotationError(f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.')
+            raise AnnotationError(
+                f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.',
+                code="unexpected_structure",
+            )
         check_distinct_names(table, str(root / DURATIONS))
         self._table, self._lengths = root / DURATIONS, table
         self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
@@ -178,7 +182,8 @@ class ParquetSource:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise DeviceError(
-                f"Parquet needs pyarrow, which cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`."
+                f"Parquet needs pyarrow, which cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`.",
+                code="missing_library",
             ) from error
         check_metadata(files)
         self._files = list(files)
@@ -194,14 +199,18 @@ class ParquetSource:
                     for row, name in enumerate(self._names(number, group)):
                         if not isinstance(name, str) or not name:
                             raise AnnotationError(
-                                f"{path}: a video is called {excerpt(name)}; every row names its video."
+                                f"{path}: a video is called {excerpt(name)}; every row names its video.",
+                                code="invalid_video_name",
                             )
                         if name in seen:
-                            raise AnnotationError(f"{path}: {excerpt(name)} is in two rows; remove one of them.")
+                            raise AnnotationError(
+                                f"{path}: {excerpt(name)} is in two rows; remove one of them.",
+                                code="ambiguous_video_name",
+                            )
                         seen.add(name)
                         listed.append(Listed(name, (number, group, row)))
         if not listed:
-            raise AnnotationError(f"{self._files[0]} holds no row.")
+            raise AnnotationError(f"{self._files[0]} holds no row.", code="empty_file")
         return listed
 
     def digest(self) -> str:
@@ -268,7 +277,8 @@ class ParquetSource:
             if missing:
                 raise AnnotationError(
                     f"{self._files[number]} lacks the column {excerpt(missing[0])}; video, duration and features are "
-                    "expected, and perhaps num_frames, shape and dtype."
+                    "expected, and perhaps num_frames, shape and dtype.",
+                    code="missing_columns",
                 )
             yield file
 

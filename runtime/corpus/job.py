@@ -100,7 +100,10 @@ def ground(
             for done in _shown(run, pairs, missing):
                 errors += done.errors
         if errors == missing > 0:
-            log.warning("No pair was answered: do model and features belong together? Each row's `error` says why not.")
+            log.warning(
+                "No pair was answered: do model and features belong together? Each row's `error` says why not.",
+                extra={"code": "no_answers"},
+            )
         return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
 
 
@@ -120,7 +123,9 @@ def _shown(run: Iterator[Done], pairs: int, missing: int) -> Iterator[Done]:
     with tqdm(total=pairs, initial=pairs - missing, desc="grounding", unit="pair", leave=False, disable=None) as bar:
         for done in run:
             if done.problem:
-                raise GroundingError(f"{done.problem} What is whole stays; run the same command again to go on.")
+                raise GroundingError(
+                    f"{done.problem} What is whole stays; run the same command again to go on.", code="shard_failed"
+                )
             if done.attempts > 1:
                 log.warning(
                     "Shard %d was begun %d times: the process that made it ended before it was done.",

@@ -49,11 +49,14 @@ def read_questions(path: Path) -> list[Question]:
         if seen.setdefault(question.qid, number) != number:
             raise AnnotationError(
                 f"{path}, line {number}: the qid {excerpt(question.qid)} is that of line {seen[question.qid]} too; "
-                "every query has its own (a row without one is called by its line)."
+                "every query has its own (a row without one is called by its line).",
+                code="duplicate_query",
             )
         questions.append(question)
     if not questions:
-        raise QueryError(f'{path} is empty; a row a line is expected: {{"query": "person opens the door"}}.')
+        raise QueryError(
+            f'{path} is empty; a row a line is expected: {{"query": "person opens the door"}}.', code="empty_file"
+        )
     return questions
 
 
@@ -61,16 +64,22 @@ def _question(text: str, number: int, place: str) -> Question:
     row: Any = parse_json(text, place, advice="correct the line")
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise AnnotationError(
-            f'{place}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.'
+            f'{place}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.',
+            code="malformed_row",
         )
     if "video" in row and "vid" not in row:
         # As the HTTP API calls it: left alone, the sentence would be asked of every video.
-        raise AnnotationError(f"{place}: the video of a sentence is called vid here, not video; rename the key.")
+        raise AnnotationError(
+            f"{place}: the video of a sentence is called vid here, not video; rename the key.", code="malformed_row"
+        )
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
-        raise AnnotationError(f"{place}: vid should be the name of a video, or be left out, and is {excerpt(video)}.")
+        raise AnnotationError(
+            f"{place}: vid should be the name of a video, or be left out, and is {excerpt(video)}.",
+            code="malformed_row",
+        )
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
-        raise AnnotationError(f"{place}: qid should be a number or text, and is {excerpt(qid)}.")
+        raise AnnotationError(f"{place}: qid should be a number or text, and is {excerpt(qid)}.", code="malformed_row")
     return Question(number, qid, row["query"], video)
 
 
@@ -79,7 +88,10 @@ def check_one_kind(questions: list[Question]) -> None:
     kinds = {type(question.qid) for question in questions}
     if len(kinds) > 1:
         raise GroundingError(
-            "A Parquet column holds numbers or text, and these queries have qids of both kinds; write --format jsonl."
+            "A Parquet column holds numbers or text, and these queries have qids of both kinds; write --format jsonl.",
+            code="unsupported_query_ids",
         )
     if kinds == {int} and max(abs(int(question.qid)) for question in questions) > LARGEST_INTEGER:
-        raise GroundingError("A qid is larger than a Parquet column can hold; write --format jsonl.")
+        raise GroundingError(
+            "A qid is larger than a Parquet column can hold; write --format jsonl.", code="unsupported_query_ids"
+        )

@@ -95,7 +95,8 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
     except ImportError as error:
         raise DeviceError(
             f"Ray cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`, or pass --actors 0 to ground "
-            "in this process."
+            "in this process.",
+            code="missing_library",
         ) from error
     # It logs plans and progress bars of its own.
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -185,7 +185,9 @@ def check_ours(output: Path) -> None:
     if not output.exists() or (output / LOCK).exists():
         return
     if not output.is_dir():
-        raise OutputError(f"{output} is not a directory; name a new or empty directory with --output.")
+        raise OutputError(
+            f"{output} is not a directory; name a new or empty directory with --output.", code="output_is_file"
+        )
     if content_names(output) and not (output / MANIFEST).exists():
         raise _not_ours(output)
 
@@ -199,7 +201,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
         return
     found = read_json(path, "what a corpus was made of", OutputError)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise OutputError(f"{path} is not of format {FORMAT!r}; name another directory.")
+        raise OutputError(f"{path} is not of format {FORMAT!r}; name another directory.", code="unknown_format")
     if not any(output.glob("shard-*")):
         return
     # As it is read from a file: tuples are lists there.
@@ -207,12 +209,15 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     if differences:
         raise OutputError(
             f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
-            "Take those again, or name another directory. Ground added videos from features of their own."
+            "Take those again, or name another directory. Ground added videos from features of their own.",
+            code="settings_mismatch",
         )
 
 
 def _not_ours(output: Path) -> OutputError:
-    return OutputError(f"{output} is there and holds no {MANIFEST}; name a new or empty directory.")
+    return OutputError(
+        f"{output} is there and holds no {MANIFEST}; name a new or empty directory.", code="output_not_empty"
+    )
 
 
 def _differences(found: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:

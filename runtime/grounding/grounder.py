@@ -388,7 +388,10 @@ class Grounder:
         if encoded.prepared is not None:
             return encoded
         if not hasattr(self.backend, "prepare"):
-            raise ModelFileError("Only the .query.onnx of a model can prepare a video; leave prepare=True out.")
+            raise ModelFileError(
+                "Only the .query.onnx of a model can prepare a video; leave prepare=True out.",
+                code="query_part_required",
+            )
         return dataclasses.replace(encoded, prepared=self.backend.prepare(encoded.features))
 
     @marked("encode video")
@@ -397,7 +400,8 @@ class Grounder:
         if not self.is_pair:
             raise ModelFileError(
                 "This model is whole and encodes no video by itself; export it with `python -m export.to_onnx --split` "
-                "and give the query part (.query.onnx)."
+                "and give the query part (.query.onnx).",
+                code="query_part_required",
             )
         features = self._pair.encode(segments.features[None].astype(np.float32, copy=False))[0]
         return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model, offset=offset)
@@ -517,7 +521,8 @@ class Grounder:
         if video.features.shape != wanted:
             raise FeatureError(
                 f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {wanted}; "
-                "encode it again with this one."
+                "encode it again with this one.",
+                code="shape_mismatch",
             )
 
 

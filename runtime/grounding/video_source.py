@@ -48,31 +48,40 @@ class VideoChoice:
         """Raise GroundingError unless just one video was named, with all that it needs and nothing more."""
         if self.partial and self.extractor is None and self.footage is None:
             raise GroundingError(
-                "--partial is about a video file; pass --video FILE --extractor FILE, or leave it out."
+                "--partial is about a video file; pass --video FILE --extractor FILE, or leave it out.",
+                code="conflicting_options",
             )
         if self.extractor is not None:
             if self.video is None or self.features is not None or self.data is not None:
                 raise GroundingError(
-                    "--extractor makes features of a video file; pass --video FILE with it, and nothing else."
+                    "--extractor makes features of a video file; pass --video FILE with it, and nothing else.",
+                    code="conflicting_options",
                 )
             if self.footage is not None:
-                raise GroundingError("--video FILE is the footage already; leave --footage out.")
+                raise GroundingError(
+                    "--video FILE is the footage already; leave --footage out.", code="conflicting_options"
+                )
             if self._tells_length:
                 raise GroundingError(
-                    "A video file contains its duration and frames; leave --duration and --num-frames out."
+                    "A video file contains its duration and frames; leave --duration and --num-frames out.",
+                    code="conflicting_options",
                 )
         elif self.features is not None and self.data is None and self.video is None:
             if self.duration is None:
-                raise GroundingError("--features needs --duration, the length of that video in seconds.")
+                raise GroundingError(
+                    "--features needs --duration, the length of that video in seconds.", code="missing_option"
+                )
         elif self.data is not None and self.video is not None and self.features is None:
             if self._tells_length:
                 raise GroundingError(
-                    "--data knows the duration and frames of its videos; leave --duration and --num-frames out."
+                    "--data knows the duration and frames of its videos; leave --duration and --num-frames out.",
+                    code="conflicting_options",
                 )
         else:
             raise GroundingError(
                 "Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME, or --video "
-                "FILE --extractor FILE."
+                "FILE --extractor FILE.",
+                code="missing_option",
             )
 
     @property
@@ -144,7 +153,8 @@ def open_choice(
     if footage and abs(footage.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
         raise FootageError(
             f"{footage.path} lasts {footage.duration:.1f} s and {video.name} {video.duration:.1f} s; give the video "
-            "file that its features were made of."
+            "file that its features were made of.",
+            code="footage_mismatch",
         )
     if footage and not video.offset:
         video = dataclasses.replace(video, offset=footage.offset)

@@ -77,7 +77,8 @@ def check_encoder() -> str:
     if found is None or "aac" not in there:
         raise DeviceError(
             f"Clips are written as {' or '.join(ENCODERS)} with AAC, and this PyAV was built without; install PyAV "
-            "from PyPI: `pip install 'drn-deploy[video]'`."
+            "from PyPI: `pip install 'drn-deploy[video]'`.",
+            code="missing_codec",
         )
     return found
 

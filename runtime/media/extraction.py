@@ -84,7 +84,8 @@ def check_length(footage: Footage, clock: ClipClock) -> None:
         frames = "1 frame" if footage.num_frames == 1 else f"{footage.num_frames} frames"
         raise FootageError(
             f"{footage.path} has {frames} and a clip sees {clock.window}; give a video of at least "
-            f"{max(2, clock.window)} frames."
+            f"{max(2, clock.window)} frames.",
+            code="video_too_short",
         )
 
 
@@ -142,7 +143,8 @@ def extract(
         num_frames = seen if every == 1 else min(footage.num_frames, seen * every)
         if not num_clips:
             raise FootageError(
-                f"{footage.path} decodes to {num_frames} frames and a clip sees {clock.window}; give a longer video."
+                f"{footage.path} decodes to {num_frames} frames and a clip sees {clock.window}; give a longer video.",
+                code="video_too_short",
             )
         stream.seek(0)
         _write_header(stream, num_clips, about.dim)

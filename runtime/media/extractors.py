@@ -82,7 +82,8 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
     if path.suffix not in (".onnx", ".engine"):
         raise ModelFileError(
             f"An extractor is an .onnx or .engine file, and {excerpt(path.name)} is none; a c3d.pt becomes one by "
-            "`python -m export.to_onnx`, as docs/your-own-video.md shows."
+            "`python -m export.to_onnx`, as docs/your-own-video.md shows.",
+            code="wrong_suffix",
         )
     check_file(path, "The extractor", ModelFileError)
     if path.suffix == ".engine":
@@ -126,7 +127,8 @@ def read_description(path: Path) -> dict[str, Any]:
     if not beside.is_file():
         raise ModelFileError(
             f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
-            f"own encoder in {beside.name} as docs/your-own-video.md shows."
+            f"own encoder in {beside.name} as docs/your-own-video.md shows.",
+            code="missing_manifest",
         )
     value = read_json(beside, "description of an extractor", ModelFileError)
     ExtractorManifest.from_dict(value, str(beside))
@@ -165,11 +167,14 @@ def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.nda
             raise DeviceMemoryError(
                 f"The device has no memory left for {len(batch)} clips ({said}); pass a smaller --batch-size."
             ) from error
-        raise ModelFileError(f"The extractor does not take pictures as its manifest says: {said}.") from error
+        raise ModelFileError(
+            f"The extractor does not take pictures as its manifest says: {said}.", code="shape_mismatch"
+        ) from error
     features = np.asarray(found, np.float32)
     if features.shape != (len(batch), manifest.dim):
         raise ModelFileError(
             f"The extractor's manifest says features of {manifest.dim} channels, and it gave {features.shape} for "
-            f"{len(batch)} clips; correct the manifest."
+            f"{len(batch)} clips; correct the manifest.",
+            code="output_shape_mismatch",
         )
     return features

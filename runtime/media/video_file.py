@@ -189,7 +189,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
     path = Path(path)
     check_file(path, "The video", FootageError)
     if path.stat().st_size == 0:
-        raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.")
+        raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.", code="empty_file")
     with _opened(path) as (container, stream):
         unit = float(stream.time_base)
         packets = _packets(container, stream)
@@ -470,7 +470,10 @@ def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np
 
 
 def _damaged(path: Path, damage: str) -> FootageError:
-    return FootageError(f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.")
+    return FootageError(
+        f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.",
+        code="truncated_video",
+    )
 
 
 def load_av() -> Any:
@@ -480,7 +483,8 @@ def load_av() -> Any:
     except ImportError as error:
         raise DeviceError(
             f"Videos are decoded by PyAV, which cannot be imported here ({error}); "
-            "run `pip install 'drn-deploy[video]'`."
+            "run `pip install 'drn-deploy[video]'`.",
+            code="missing_library",
         ) from error
     # FFmpeg's own remarks on odd files go to stderr otherwise, one for every frame.
     av.logging.set_level(None)
@@ -527,7 +531,8 @@ def opened_container(path: Path) -> Iterator[Any]:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise FootageError(
             f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "
-            "mkv, webm, avi or the like, or copy it again."
+            "mkv, webm, avi or the like, or copy it again.",
+            code="damaged_file",
         ) from error
     with container:
         yield container
@@ -543,7 +548,7 @@ def _video_stream(container: Any, path: Path) -> Any:
         return (moving or streams)[0]
     kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
     only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
-    raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.")
+    raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.", code="no_video_stream")
 
 
 def _codec(stream: Any) -> str:

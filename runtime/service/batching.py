@@ -44,7 +44,8 @@ class BatchOptions:
         if not (1 <= self.batch_size <= self.queue_size and 0 <= self.wait_ms <= 1000):
             raise GroundingError(
                 f"--batch-size is 1 or more, --queue-size no less, and --wait-ms 0 to 1000; {self.batch_size}, "
-                f"{self.queue_size} and {self.wait_ms:g} were given."
+                f"{self.queue_size} and {self.wait_ms:g} were given.",
+                code="invalid_option",
             )
 
 

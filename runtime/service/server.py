@@ -99,7 +99,8 @@ def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None
             listener.bind((host, port))
         except OSError as error:
             raise GroundingError(
-                f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host."
+                f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host.",
+                code="address_unavailable",
             ) from error
         config = configuration(service, grace)
         listener.listen(config.backlog)

@@ -60,7 +60,8 @@ class ServiceOptions:
         if not 1 <= self.most_queries <= self.batching.queue_size:
             raise GroundingError(
                 f"--queue-size must hold one whole request of {self.most_queries} sentences, and is "
-                f"{self.batching.queue_size}; choose a larger one."
+                f"{self.batching.queue_size}; choose a larger one.",
+                code="invalid_option",
             )
 
 

@@ -138,7 +138,7 @@ class Front:
             videos.append(self._kept.video(features, frames, float(given[DURATION][row, 0]), name))
         most = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
         if min(most) < 1:
-            raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.")
+            raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.", code="invalid_argument")
         return _Asked(videos, queries, most, (self._windows(request), self._one(request, ALWAYS_ANSWER) == (True,)))
 
     def _windows(self, request: Any) -> Windows | None:

@@ -17,6 +17,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.core.batch import Batch, Heads
 from runtime.core.cli import command
 from runtime.core.decoding import Decoding
+from runtime.core.errors import GroundingError, printable_line
 from runtime.core.io.files import sha256
 from runtime.core.tokenizer import Vocabulary
 
@@ -63,11 +64,18 @@ class PlantedBackend:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """How a command ended.
+
+    Attributes:
+        code: exit code.
+        out, err: what it wrote.
+        error: the error for which it exited, if it did.
+    """
 
     code: int
     out: str
     err: str
+    error: BaseException | None = None
 
 
 @pytest.fixture(scope="session")
@@ -86,23 +94,22 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit) as ended:
             command(function)
         captured = capsys.readouterr()
-        return Outcome(ended.value.code, captured.out, captured.err)
+        return Outcome(ended.value.code, captured.out, captured.err, ended.value.__context__)
 
     return run
 
 
 @pytest.fixture
-def refused(run_command: Callable[..., Outcome]) -> Callable[..., str]:
-    """Run a command that must fail on its input, and return the one sentence it says."""
+def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError]:
+    """Run a command that must fail on its input with one line on stderr, and return the error for `check_error`."""
 
-    def run(function: Callable[..., Any], *arguments: object) -> str:
+    def run(function: Callable[..., Any], *arguments: object) -> GroundingError:
         outcome = run_command(function, *arguments)
         assert outcome.code == 2
         assert outcome.out == ""
-        assert outcome.err.startswith("error: ")
-        assert outcome.err.count("\n") == 1
-        assert "Traceback" not in outcome.err
-        return outcome.err
+        assert isinstance(outcome.error, GroundingError)
+        assert outcome.err == f"error: {printable_line(str(outcome.error))}\n"
+        return outcome.error
 
     return run
 

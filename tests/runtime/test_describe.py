@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from runtime.artifacts.manifest import Manifest
+from runtime.core.errors import GroundingError
 from runtime.describe import describe
+from tests.raising import check_error
 
 
 def test_a_model_is_described_in_words(tiny_model: Path, run_command: Callable[..., Any]) -> None:
@@ -35,7 +37,7 @@ def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, r
 
 
 def test_an_encoder_is_described_by_what_stands_beside_it(
-    tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., str]
+    tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., GroundingError]
 ) -> None:
     graphs = pytest.importorskip("tests.runtime.media.extractor_graphs")
     outcome = run_command(describe, graphs.write_images(tmp_path / "clip.onnx"))
@@ -43,10 +45,10 @@ def test_an_encoder_is_described_by_what_stands_beside_it(
     assert "encoder, an extractor of clip features" in outcome.out
     assert "1 frames a clip, one every 8" in outcome.out
     (tmp_path / "clip.onnx.json").write_text("{")
-    assert "clip.onnx.json" in refused(describe, tmp_path / "clip.onnx")
+    check_error(refused(describe, tmp_path / "clip.onnx"), "invalid_json", tmp_path / "clip.onnx.json")
 
 
-def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, refused: Callable[..., GroundingError]) -> None:
     (tmp_path / "text.onnx").write_text("a text")
-    assert "text.onnx is not an ONNX model" in refused(describe, tmp_path / "text.onnx")
-    assert "gone.onnx does not exist" in refused(describe, tmp_path / "gone.onnx")
+    check_error(refused(describe, tmp_path / "text.onnx"), "not_onnx", tmp_path / "text.onnx")
+    check_error(refused(describe, tmp_path / "gone.onnx"), "missing_file", tmp_path / "gone.onnx")

@@ -14,6 +14,7 @@ from runtime import doctor as module
 from runtime.backends import exact_int8
 from runtime.core.errors import DeviceError
 from runtime.doctor import doctor
+from tests.raising import quotes
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) ->
     installed.update({"onnxruntime": "1", "onnxruntime-gpu": "1"})
     finding = findings()["run .onnx models"]
     assert not finding.works
-    assert "overwrite each other" in finding.seen
+    assert quotes(finding.seen, "onnxruntime", "onnxruntime-gpu")
     assert finding.remedy.startswith("pip uninstall")
 
 
@@ -151,7 +152,8 @@ def test_a_tool_that_hangs_is_given_up(installed: dict[str, str], monkeypatch: p
 
     monkeypatch.setattr(module.shutil, "which", lambda name: name)
     monkeypatch.setattr(module.subprocess, "run", hang)
-    assert "does not answer" in findings()["NVIDIA GPU"].seen
+    assert not findings()["NVIDIA GPU"].works
+    assert quotes(findings()["NVIDIA GPU"].seen, "nvidia-smi", 20)
 
 
 def test_the_command_ends_well_whatever_is_missing(installed: dict[str, str], run_command: Callable[..., Any]) -> None:

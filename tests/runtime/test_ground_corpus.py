@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from runtime.core.errors import GroundingError
 from runtime.ground_corpus import ground_corpus
+from tests.raising import check_error
 
 
 @pytest.fixture
@@ -37,13 +39,14 @@ def test_it_writes_shards_and_says_how_many_pairs_there_were(
     [("--actors", -1), ("--threads", 0), ("--shard-pairs", 0), ("--top-k", 0), ("--batch-size", 0)],
 )
 def test_an_option_that_cannot_be_is_named(
-    refused: Callable[..., str], words: list[object], option: str, value: int
+    refused: Callable[..., GroundingError], words: list[object], option: str, value: int
 ) -> None:
-    assert f"{option} must be at least" in refused(ground_corpus, *words, option, value)
+    check_error(refused(ground_corpus, *words, option, value), "invalid_option", option, value)
 
 
 def test_without_ray_it_says_what_to_install(
-    refused: Callable[..., str], words: list[object], monkeypatch: pytest.MonkeyPatch
+    refused: Callable[..., GroundingError], words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "`pip install 'drn-deploy[corpus]'`, or pass --actors 0" in refused(ground_corpus, *words)
+    error = refused(ground_corpus, *words)
+    check_error(error, "missing_library", "pip install 'drn-deploy[corpus]'", "--actors 0")

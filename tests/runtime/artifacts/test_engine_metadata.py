@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 
 from runtime.artifacts.engine_metadata import FORMAT, path_beside, read_sidecar, sealed
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import ModelFileError
+from runtime.core.errors import GroundingError, ModelFileError
 from runtime.core.io.files import sha256
 from runtime.describe import describe
 from runtime.doctor import Finding
+from tests.raising import check_error, raises
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_a_whole_pair_is_read(plan: Path, tiny_manifest: Manifest) -> None:
 
 def test_a_changed_plan_is_refused(plan: Path) -> None:
     plan.write_bytes(b"plaN")
-    with pytest.raises(ModelFileError, match="is not the plan"):
+    with raises(ModelFileError, "digest_mismatch", plan):
         read_sidecar(plan)
 
 
@@ -54,7 +56,7 @@ def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
     other = plan.with_name("other.engine")
     other.write_bytes(plan.read_bytes())
     path_beside(other).write_text(path_beside(plan).read_text())
-    with pytest.raises(ModelFileError, match="is not the plan"):
+    with raises(ModelFileError, "digest_mismatch", other):
         read_sidecar(other)
 
 
@@ -76,7 +78,7 @@ def test_an_edited_sidecar_is_refused(plan: Path, field: dict[str, Any]) -> None
     else:
         content |= field
     path_beside(plan).write_text(json.dumps(content))
-    with pytest.raises(ModelFileError, match=r"does not hash to its own digest.*python -m export\.build_engine"):
+    with raises(ModelFileError, "digest_mismatch", path_beside(plan), "python -m export.build_engine"):
         read_sidecar(plan)
 
 
@@ -84,7 +86,7 @@ def test_a_sidecar_without_digest_is_refused(plan: Path) -> None:
     content = json.loads(path_beside(plan).read_text())
     del content["digest"]
     path_beside(plan).write_text(json.dumps(content))
-    with pytest.raises(ModelFileError, match="does not hash to its own digest"):
+    with raises(ModelFileError, "digest_mismatch", path_beside(plan)):
         read_sidecar(plan)
 
 
@@ -128,17 +130,21 @@ PROFILE = {"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16]}
         ("census", {"engine": {"layers": 7}}),
     ],
 )
-def test_a_field_of_another_shape_is_one_sentence(plan: Path, field: str, value: Any, refused: Any) -> None:
+def test_a_field_of_another_shape_is_one_sentence(
+    plan: Path, field: str, value: Any, refused: Callable[..., GroundingError]
+) -> None:
     change(plan, **{field: value})
-    assert f"'{field}' should be" in refused(describe, plan)
+    check_error(refused(describe, plan), "damaged_file", path_beside(plan), repr(field))
 
 
 @pytest.mark.parametrize("field", ["manifest", "sha256", "library", "profiles"])
-def test_a_field_that_is_missing_is_one_sentence(plan: Path, field: str, refused: Any) -> None:
+def test_a_field_that_is_missing_is_one_sentence(
+    plan: Path, field: str, refused: Callable[..., GroundingError]
+) -> None:
     content = json.loads(path_beside(plan).read_text())
     del content[field]
     path_beside(plan).write_text(json.dumps(sealed(content)))
-    assert f"'{field}' is missing" in refused(describe, plan)
+    check_error(refused(describe, plan), "damaged_file", path_beside(plan), repr(field))
 
 
 def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
@@ -155,7 +161,7 @@ def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any]
 
 def test_a_plan_without_sidecar_is_refused(plan: Path) -> None:
     path_beside(plan).unlink()
-    with pytest.raises(ModelFileError, match=r"engine\.json.*does not exist.*python -m export\.build_engine"):
+    with raises(ModelFileError, "missing_file", path_beside(plan), plan.name, "python -m export.build_engine"):
         read_sidecar(plan)
 
 

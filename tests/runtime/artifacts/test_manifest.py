@@ -14,6 +14,7 @@ from runtime.core.errors import ModelFileError
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import ClipClock
+from tests.raising import raises
 
 
 def full() -> Manifest:
@@ -62,26 +63,24 @@ def test_features_know_their_clip_clock() -> None:
 @pytest.mark.parametrize("other", ["drn-manifest/2", "drn-manifest/0", None, 1])
 def test_a_manifest_of_another_version_is_refused_with_both_versions(other: Any) -> None:
     value = {**full().to_dict(), "format": other}
-    with pytest.raises(ModelFileError) as caught:
+    with raises(ModelFileError, "unknown_format", "door.onnx", repr(other), repr(FORMAT), "python -m export.to_onnx"):
         Manifest.from_json(json.dumps(value), "door.onnx")
-    for said in ("door.onnx", repr(other), repr(FORMAT), "export"):
-        assert said in str(caught.value)
 
 
 def test_a_file_without_a_manifest_is_named() -> None:
-    with pytest.raises(ModelFileError, match=r"door\.onnx carries no 'drn\.manifest'.*export"):
+    with raises(ModelFileError, "missing_manifest", "door.onnx", "'drn.manifest'", "python -m export.to_onnx"):
         Manifest.from_json(None, "door.onnx")
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json"])
 def test_a_manifest_that_is_no_json_is_named(text: str) -> None:
-    with pytest.raises(ModelFileError, match=r"manifest of door\.onnx"):
+    with raises(ModelFileError, "invalid_json", "door.onnx"):
         Manifest.from_json(text, "door.onnx")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "{}"])
 def test_json_that_is_no_manifest_is_named(text: str) -> None:
-    with pytest.raises(ModelFileError, match=r"door\.onnx"):
+    with raises(ModelFileError, "unknown_format", "door.onnx"):
         Manifest.from_json(text, "door.onnx")
 
 
@@ -89,7 +88,7 @@ def test_json_that_is_no_manifest_is_named(text: str) -> None:
 def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
     value = full().to_dict()
     del value[field]
-    with pytest.raises(ModelFileError, match=f"{field}.* is missing"):
+    with raises(ModelFileError, "damaged_file", repr(field)):
         Manifest.from_dict(value)
 
 
@@ -132,5 +131,5 @@ def test_a_part_says_which_and_names_the_others(tiny_manifest: Manifest) -> None
     back = Manifest.from_json(query.to_json())
     assert back == query
     assert list(back.prepared_parts) == list(parts)
-    with pytest.raises(ModelFileError, match="'half' was given"):
+    with raises(ModelFileError, "invalid_setting", "'half'"):
         Manifest.from_dict({**query.to_dict(), "part": "half"})

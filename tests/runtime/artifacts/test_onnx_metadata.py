@@ -10,6 +10,7 @@ import pytest
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.artifacts.onnx_metadata import read_metadata
 from runtime.core.errors import ModelFileError
+from tests.raising import raises
 
 
 def test_metadata_is_what_was_written(write_graph: Callable[..., Path], tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_what_is_no_onnx_file_is_refused(write_graph: Callable[..., Path], tmp_p
     for name, content in (("cut", whole[:-40]), ("text", b"not a graph at all"), ("odd", b"\xff" * 64)):
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ModelFileError, match="not an ONNX file"):
+        with raises(ModelFileError, "not_onnx", path):
             read_metadata(path)
     with pytest.raises(ModelFileError):
         read_metadata(tmp_path / "absent")

@@ -55,6 +55,7 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.files import sha256
 from runtime.grounding.grounder import Grounder
+from tests.raising import quotes, raises, records
 from tests.runtime.backends.tensorrt_double import (
     NOT_CAPTURABLE,
     VERSIONS,
@@ -333,7 +334,7 @@ def test_a_part_of_another_kind_answers_no_short_queries(bench: Bench, tmp_path:
     plan, (video,) = tmp_path / "drn.query.engine", tmp_path.glob("*.video.engine")
     content = json.loads(path_beside(plan).read_text())
     path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {video.name: sha256(video)}})))
-    with pytest.raises(ModelFileError, match=r"video\.engine is not the plan that drn\.query\.engine was built with"):
+    with raises(ModelFileError, "digest_mismatch", video, plan.name):
         bench.open(plan)
 
 
@@ -350,7 +351,7 @@ def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Ben
     content = json.loads(path_beside(other).read_text())
     content["sha256"][other.name] = sha256(other)
     path_beside(other).write_text(json.dumps(sealed(content)))
-    with pytest.raises(ModelFileError, match=r"is not the plan that drn\.fp32\.engine was built with.*--unroll 6 "):
+    with raises(ModelFileError, "digest_mismatch", shorter, plan.name, "--unroll 6"):
         bench.open(plan)
     shorter.write_bytes(kept[0])
     path_beside(shorter).write_text(kept[1])
@@ -373,8 +374,7 @@ def test_missing_plan_for_short_queries_is_a_warning(
     caplog.clear()
     backend = bench.open(plan)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert shorter.name in warning
-    assert "at most 6 tokens" in warning
+    assert quotes(warning, shorter.name, 6)
     for lengths, tokens in (([2], 3), ([5], 6), ([11], 12)):
         batch = batch_of(lengths)
         assert_same(backend.run(batch), reference(graphs, batch))
@@ -670,7 +670,7 @@ def test_what_is_no_longer_used_is_freed(bench: Bench) -> None:
 
 def test_a_query_beyond_the_engine_names_the_range_and_the_command(bench: Bench) -> None:
     backend = bench.whole()
-    with pytest.raises(ShapeError, match=r"13 tokens and this engine takes 2 to 12.*--query-length 2 8 13"):
+    with raises(ShapeError, "query_length_out_of_range", 13, 2, 12, "--query-length 2 8 13"):
         backend.run(batch_of([13]))
     # What is past the longest query is padding, and is left away.
     assert len(backend.run(batch_of([4], width=30))) == 1
@@ -680,7 +680,7 @@ def test_features_of_another_width_are_refused(bench: Bench) -> None:
     backend = bench.whole()
     batch = batch_of([4])
     for features in (batch.segment_features[:, :, :1], batch.segment_features[:, :8]):
-        with pytest.raises(ShapeError, match="segment_features is of shape"):
+        with raises(ShapeError, "shape_mismatch", "segment_features", features.shape):
             backend.run(dataclasses.replace(batch, segment_features=features))
     assert_same(backend.run(batch), reference(bench.graphs, batch))
 
@@ -690,7 +690,7 @@ def test_an_encoding_of_another_model_is_refused_and_not_kept(bench: Bench) -> N
     batch = batch_of([4])
     odd = EncodedVideo(np.zeros((8, 16), np.float32), batch.segment_spans[0], 1.0)
     for _ in range(2):
-        with pytest.raises(ShapeError, match="encode the video with this model"):
+        with raises(ShapeError, "shape_mismatch", "encoded_features", (8, 16), (16, 16)):
             pair.ask(batch.query_tokens, batch.query_length, [odd], np.zeros(1, np.int32))
     assert_same(pair.run(batch), reference(bench.graphs, batch))
 
@@ -705,10 +705,9 @@ def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
             for lengths in ([5], [2, 3]):
                 batch = batch_of(lengths, seed)
                 assert_same(backend.run(batch), reference(bench.graphs, batch))
-    assert [record.message.count("cannot be captured") for record in caplog.records] == [1]
-    assert "operation not permitted" in caplog.text
+    failure = "operation not permitted when stream is capturing"
+    assert len(caplog.records) == len(records(caplog, logging.WARNING, failure, "--unroll 6 10")) == 1
     assert "cuGraphLaunch" not in bench.driver.calls
-    assert "--unroll 6 10" in caplog.text
     # What is written out already has another reason.
     caplog.clear()
     written = bench.whole(unroll=(6,))
@@ -716,7 +715,7 @@ def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
         for _ in range(3):
             written.run(batch_of([5]))
     (said,) = [record.message for record in caplog.records]
-    assert said.startswith("drn.fp32.6.engine cannot be captured")
+    assert quotes(said, "drn.fp32.6.engine", failure)
     assert "--unroll" not in said
 
 
@@ -802,7 +801,7 @@ def test_a_context_that_cannot_be_created_is_one_error_and_nothing_stays(bench: 
         bench.whole()
     assert bench.driver.held() == {}
     bench.library.failing["create_execution_context"] = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
-    with pytest.raises(DeviceError, match="not enough memory"):
+    with raises(DeviceError, "out_of_memory", "drn.fp32.engine"):
         bench.whole()
     assert bench.driver.held() == {}
 
@@ -877,7 +876,7 @@ def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench, un
     backend = bench.whole(unroll=unroll)
     batch = batch_of([4] * 4)
     bench.library.failing["execute_async_v3"] = "Requested amount of GPU memory: CUDA out of memory"
-    with pytest.raises(DeviceError, match=r"memory is full.*2 at once.*smaller batches"):
+    with raises(DeviceError, "out_of_memory", 2):
         backend.run(batch)
     del bench.library.failing["execute_async_v3"]
     assert_same(backend.run(batch), reference(bench.graphs, batch))
@@ -885,7 +884,7 @@ def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench, un
 
 def test_a_gpu_too_small_for_an_engine_is_an_error_and_nothing_stays(bench: Bench) -> None:
     bench.driver.room = 6000
-    with pytest.raises(DeviceError, match=r"not enough memory for drn.fp32.engine.*--batch"):
+    with raises(DeviceError, "out_of_memory", "drn.fp32.engine", "--batch"):
         bench.whole()
     assert bench.driver.held() == {}
 
@@ -893,7 +892,7 @@ def test_a_gpu_too_small_for_an_engine_is_an_error_and_nothing_stays(bench: Benc
 def test_what_tensorrt_says_is_in_the_error(bench: Bench) -> None:
     backend = bench.whole()
     bench.library.failing["execute_async_v3"] = "shape mismatch in layer 7"
-    with pytest.raises(DeviceError, match=r"tensorrt 10.16.1.11 could not run.*shape mismatch in layer 7"):
+    with raises(DeviceError, "gpu_call_failed", "tensorrt 10.16.1.11", "shape mismatch in layer 7"):
         backend.run(batch_of([4]))
 
 
@@ -945,7 +944,7 @@ def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
         backend.close()
         calls = len(bench.driver.calls)
         for use, given_to in ((backend.run, (batch,)), (backend.memory_report, ()), (backend.time_gpu, (True,))):
-            with pytest.raises(DeviceError, match=r"was closed; open it again"):
+            with raises(DeviceError, "model_closed"):
                 use(*given_to)
         assert set(bench.driver.calls[calls:]) <= {"cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"}
 
@@ -954,7 +953,7 @@ def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest
     backend = bench.whole()
     here = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: here + 1)
-    with pytest.raises(DeviceError, match="was forked"):
+    with raises(DeviceError, "forked_process", here, here + 1):
         backend.run(batch_of([4]))
     calls = len(bench.driver.calls)
     # Who held it when the process was forked will never let go.
@@ -999,14 +998,14 @@ def test_the_device_of_the_caller_is_current_again(bench: Bench) -> None:
         backend.run(batch)
         assert backend.memory_report().device > 0
         bench.library.failing["execute_async_v3"] = "shape mismatch"
-        with pytest.raises(DeviceError, match="shape mismatch"):
+        with raises(DeviceError, "gpu_call_failed", "shape mismatch"):
             backend.run(batch)
         bench.library.failing.clear()
         assert bench.driver.stack() == [theirs]
         backend.close()
         assert bench.driver.stack() == [theirs]
     bench.driver.room = 6000
-    with pytest.raises(DeviceError, match="not enough memory"):
+    with raises(DeviceError, "out_of_memory"):
         bench.whole()
     assert bench.driver.stack() == [theirs]
 
@@ -1082,27 +1081,27 @@ def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
     plan = bench.directory / "drn.fp32.engine"
     plan.write_bytes(plan.read_bytes() + b" ")
     bench.library.calls.clear()
-    with pytest.raises(ModelFileError, match="is not the plan"):
+    with raises(ModelFileError, "digest_mismatch", plan):
         bench.open(plan)
     assert bench.library.calls == []
 
 
 def test_a_plan_that_does_not_fit_is_not_loaded(bench: Bench) -> None:
-    with pytest.raises(DeviceError, match=r"was built by tensorrt 10\.16\.1\.11 for NVIDIA T4"):
+    with raises(DeviceError, "incompatible_engine", "tensorrt 10.16.1.11", "NVIDIA T4"):
         bench.whole(gpu="NVIDIA T4, 1, 1 MiB, 7.5")
     assert bench.library.calls == []
 
 
 def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_words(bench: Bench) -> None:
     bench.library.failing["deserialize_cuda_engine"] = "serialization version 239 does not match 240"
-    with pytest.raises(DeviceError, match=r"does not match 240; build it again: `python -m export.build_engine"):
+    with raises(DeviceError, "gpu_call_failed", 239, 240, "python -m export.build_engine"):
         bench.whole()
     assert bench.driver.held() == {}
 
 
 def test_a_driver_too_old_for_tensorrt_is_an_error_that_names_both(bench: Bench) -> None:
     bench.library.failing["Runtime"] = "CUDA initialization failure with error: 35"
-    with pytest.raises(DeviceError, match=r"tensorrt 10\.16\.1\.11 .* CUDA 13\.0 .*error: 35.*newer driver"):
+    with raises(DeviceError, "driver_too_old", "tensorrt 10.16.1.11", "CUDA 13.0", "error: 35"):
         bench.whole()
     assert bench.driver.held() == {}
 
@@ -1116,7 +1115,7 @@ def test_host_code_is_allowed_only_where_the_sidecar_says_so(bench: Bench) -> No
 def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> None:
     plan = bench.directory / "odd.engine"
     write_plan(plan, graphs.video, [profile((1, 1, 1), "video")], graphs.manifest, bench.version)
-    with pytest.raises(ModelFileError, match="query_tokens"):
+    with raises(ModelFileError, "unexpected_tensors", plan, "query_tokens"):
         bench.open(plan)
     assert bench.driver.held() == {}
 
@@ -1124,21 +1123,21 @@ def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> N
 def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
     bench.pair().close()
     query, video = bench.directory / "drn.query.engine", bench.directory / "drn.video.engine"
-    with pytest.raises(ModelFileError, match=r"give the query part"):
+    with raises(ModelFileError, "model_part", video, ".query.engine"):
         bench.open(video)
     about = json.loads(path_beside(video).read_text())
     about["sha256"] = {video.name: about["sha256"][video.name]}
     path_beside(video).write_text(json.dumps(sealed(about)))
-    with pytest.raises(ModelFileError, match=r"is not the video part that drn\.query\.engine was made with"):
+    with raises(ModelFileError, "digest_mismatch", video, query.name):
         bench.open(query)
     video.unlink()
-    with pytest.raises(ModelFileError, match=r"needs its video part drn\.video\.engine beside it"):
+    with raises(ModelFileError, "missing_file", query, video.name):
         bench.open(query)
 
 
 def test_the_cpu_is_refused(bench: Bench) -> None:
     bench.whole()
-    with pytest.raises(DeviceError, match="runs on a GPU only"):
+    with raises(DeviceError, "gpu_required", "drn.fp32.engine"):
         open_backend(bench.directory / "drn.fp32.engine", "cpu")
 
 
@@ -1161,7 +1160,7 @@ def test_without_a_gpu_tensorrt_is_not_touched(bench: Bench, monkeypatch: pytest
 
     monkeypatch.setattr("runtime.backends.tensorrt_backend.Cuda", absent)
     monkeypatch.setattr("runtime.backends.tensorrt_backend._import", lambda names: pytest.fail(f"imports {names}"))
-    with pytest.raises(DeviceError, match=r"no CUDA driver here\); run .*drn.onnx on the CPU"):
+    with raises(DeviceError, "incompatible_engine", "There is no CUDA driver here", bench.directory / "drn.onnx"):
         open_backend(bench.directory / "drn.fp32.engine")
 
 
@@ -1194,41 +1193,40 @@ RTX = {"target": "tensorrt-rtx", "library": "tensorrt_rtx 1.7.1", "gpu": None, "
 
 
 @pytest.mark.parametrize(
-    ("content", "changed", "told"),
+    ("content", "changed", "values"),
     [
         ({}, {}, None),
-        ({}, {"gpu": "NVIDIA H100 MIG 1g.10gb"}, "this machine has NVIDIA H100 MIG 1g.10gb"),
-        ({}, {"gpu": "NVIDIA H200"}, "for NVIDIA H100 (9.0), and this machine has NVIDIA H200 (9.0)"),
-        ({}, {"capability": "8.0"}, "this machine has NVIDIA H100 (8.0)"),
-        ({}, {"library": "tensorrt 10.16.1"}, "tensorrt 10.16.0 for NVIDIA H100 (9.0), and this machine has tensorrt"),
-        ({}, {"library": "tensorrt_rtx 1.7.1"}, "this machine has tensorrt_rtx 1.7.1; install tensorrt 10.16.0"),
-        ({}, {"library": None, "why_no_library": "No module"}, "cannot be imported here (No module)"),
-        ({}, {"gpu": None, "why_no_gpu": "no driver"}, "no GPU can be used here (no driver)"),
+        ({}, {"gpu": "NVIDIA H100 MIG 1g.10gb"}, ["NVIDIA H100 MIG 1g.10gb"]),
+        ({}, {"gpu": "NVIDIA H200"}, ["NVIDIA H100 (9.0)", "NVIDIA H200 (9.0)"]),
+        ({}, {"capability": "8.0"}, ["NVIDIA H100 (9.0)", "NVIDIA H100 (8.0)"]),
+        ({}, {"library": "tensorrt 10.16.1"}, ["tensorrt 10.16.0", "NVIDIA H100 (9.0)", "tensorrt 10.16.1"]),
+        ({}, {"library": "tensorrt_rtx 1.7.1"}, ["tensorrt_rtx 1.7.1", "tensorrt 10.16.0"]),
+        ({}, {"library": None, "why_no_library": "No module"}, ["No module"]),
+        ({}, {"gpu": None, "why_no_gpu": "no driver"}, ["no driver"]),
         (COMPATIBLE, {"library": "tensorrt 10.16.1"}, None),
         (COMPATIBLE, {"library": "tensorrt 10.20.0"}, None),
         (COMPATIBLE, {"library": "tensorrt_lean 10.16.0"}, None),
-        (COMPATIBLE, {"library": "tensorrt 10.9.0"}, "this machine has tensorrt 10.9.0"),
-        (COMPATIBLE, {"library": "tensorrt 11.4.0"}, "this machine has tensorrt 11.4.0"),
-        (COMPATIBLE, {"gpu": "NVIDIA H200"}, "this machine has NVIDIA H200"),
+        (COMPATIBLE, {"library": "tensorrt 10.9.0"}, ["tensorrt 10.16.0", "tensorrt 10.9.0"]),
+        (COMPATIBLE, {"library": "tensorrt 11.4.0"}, ["tensorrt 10.16.0", "tensorrt 11.4.0"]),
+        (COMPATIBLE, {"gpu": "NVIDIA H200"}, ["NVIDIA H100", "NVIDIA H200"]),
         (HARDWARE, {"gpu": "NVIDIA A100", "capability": "8.0"}, None),
         (HARDWARE, {"gpu": "NVIDIA B200", "capability": "10.0"}, None),
-        (HARDWARE, {"gpu": "NVIDIA T4", "capability": "7.5"}, "for Ampere and later, and this machine has NVIDIA T4"),
+        (HARDWARE, {"gpu": "NVIDIA T4", "capability": "7.5"}, ["Ampere", "NVIDIA T4"]),
         (RTX, {"library": "tensorrt_rtx 1.7.1", "gpu": "RTX 3090", "capability": "8.6"}, None),
-        (RTX, {"library": "tensorrt_rtx 1.7.1"}, "for compute capability 8.6, 8.9, and this machine has NVIDIA H100"),
+        (RTX, {"library": "tensorrt_rtx 1.7.1"}, ["8.6, 8.9", "NVIDIA H100"]),
         ({"gpu": None}, {"gpu": "anything", "capability": "8.0"}, None),
     ],
 )
 def test_both_sides_are_named_where_a_plan_does_not_fit(
-    content: dict[str, Any], changed: dict[str, Any], told: str | None
+    content: dict[str, Any], changed: dict[str, Any], values: list[str] | None
 ) -> None:
     machine = dataclasses.replace(H100, **changed)
     reason = engine_compatibility.misfit(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
-    if told is None:
+    if values is None:
         assert reason is None
     else:
-        assert told in str(reason)
-        assert str(reason).startswith("drn.int8.engine was built by")
-        assert "python -m export.build_engine" in str(reason) or "models/drn.int8.onnx on the CPU" in str(reason)
+        assert quotes(str(reason), "drn.int8.engine", *values)
+        assert quotes(str(reason), "python -m export.build_engine") or quotes(str(reason), "models/drn.int8.onnx")
 
 
 def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
@@ -1301,7 +1299,7 @@ def test_the_profile_with_the_least_padding_is_taken(
 
 
 def test_a_request_beyond_every_profile_names_the_ranges() -> None:
-    with pytest.raises(ShapeError, match=r"batch 1 to 1, query_length 2 to 12 or batch 2 to 8.*batch 9"):
+    with raises(ShapeError, "shape_mismatch", "batch 1 to 1, query_length 2 to 12", "batch 2 to 8", "batch 9"):
         choose(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
 
 
@@ -1352,29 +1350,29 @@ def test_a_failed_call_is_named_with_the_drivers_words() -> None:
     driver = Driver()
     cuda = Cuda(driver)
     assert (cuda.name, cuda.capability, cuda.driver) == ("NVIDIA H100", "9.0", "13.0")
-    with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_CONTEXT, code 201"):
+    with raises(CudaError, "gpu_call_failed", "cuMemFree_v2", "CUDA_ERROR_INVALID_CONTEXT", 201):
         cuda.free(3)
     with cuda.current():
-        with pytest.raises(CudaError, match="cuMemFree_v2 failed: CUDA_ERROR_INVALID_VALUE, code 1"):
+        with raises(CudaError, "gpu_call_failed", "cuMemFree_v2", "CUDA_ERROR_INVALID_VALUE", 1):
             cuda.free(3)
         driver.room = 100
-        with pytest.raises(OutOfDeviceMemory, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        with raises(OutOfDeviceMemory, "out_of_memory", "CUDA_ERROR_OUT_OF_MEMORY"):
             cuda.allocate(200)
 
 
 def test_a_driver_without_gpus_or_too_old_is_an_error() -> None:
-    with pytest.raises(DeviceError, match="shows no GPU"):
+    with raises(DeviceError, "gpu_unavailable", "CUDA_VISIBLE_DEVICES"):
         Cuda(Driver(devices=0))
     driver = Driver()
     names = {name: getattr(driver, name) for name in SIGNATURES if name != "cuGraphInstantiateWithFlags"}
-    with pytest.raises(DeviceError, match="too old: it has no cuGraphInstantiateWithFlags"):
+    with raises(DeviceError, "driver_too_old", "cuGraphInstantiateWithFlags"):
         Cuda(type("Old", (), {name: staticmethod(call) for name, call in names.items()}))
 
 
 def test_a_machine_without_a_driver_says_so() -> None:
     if ctypes.util.find_library("cuda"):
         pytest.skip("this machine has a CUDA driver")
-    with pytest.raises(DeviceError, match="no CUDA driver here"):
+    with raises(DeviceError, "gpu_unavailable", "libcuda.so.1"):
         Cuda()
 
 

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from runtime.benchmarking.model_opening import cold_start, model_files, model_labels
 from runtime.core.errors import GroundingError
+from tests.raising import raises
 from tests.runtime.backends.tensorrt_double import write_plan
 
 
@@ -37,5 +36,5 @@ def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, tmp_path: Path) ->
     assert cold_start(tiny_model, "cpu", 1) > 0
     broken = tmp_path / "broken.onnx"
     broken.write_text("no model")
-    with pytest.raises(GroundingError, match=r"The cold start of broken.onnx was not measured"):
+    with raises(GroundingError, "measurement_failed", "broken.onnx"):
         cold_start(broken, "cpu", 1)

@@ -22,6 +22,7 @@ from runtime.benchmarking.report import (
 from runtime.benchmarking.timing import Latency
 from runtime.core.errors import ModelFileError
 from runtime.core.moments import Moment
+from tests.raising import raises
 from tests.runtime.benchmarking.conftest import FAST, SLOW, model_info
 
 
@@ -72,28 +73,28 @@ def test_a_passport_gets_the_rows_of_its_model_alone(report: Report, tmp_path: P
 
 
 def test_a_passport_of_another_model_is_refused(report: Report) -> None:
-    with pytest.raises(ModelFileError, match=r"slow.onnx .*fast.onnx"):
+    with raises(ModelFileError, "report_of_another_model", "slow.onnx", "fast.onnx"):
         latency_table(report.to_dict(), "0" * 64)
     nothing = dataclasses.replace(report, timings=[])
-    with pytest.raises(ModelFileError, match="not of the model"):
+    with raises(ModelFileError, "report_of_another_model"):
         latency_table(nothing.to_dict(), FAST)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code"),
     [
-        ("[]", "is of format None"),
-        ('{"format": "drn-parity/1"}', "'drn-parity/1'"),
-        ('{"format": "drn-benchmark/1"}', "measure again"),
-        ("{", "JSON"),
-        (None, "does not exist"),
+        ("[]", "unknown_format"),
+        ('{"format": "drn-parity/1"}', "unknown_format"),
+        ('{"format": "drn-benchmark/1"}', "damaged_file"),
+        ("{", "invalid_json"),
+        (None, "missing_file"),
     ],
 )
-def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, code: str) -> None:
     path = tmp_path / "r.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ModelFileError, match=said):
+    with raises(ModelFileError, code, path):
         read_report(path)
 
 
@@ -101,7 +102,7 @@ def test_a_timing_that_is_damaged_is_refused(report: Report, tmp_path: Path) -> 
     content = report.to_dict()
     del content["timings"][0]["latency"]["p50_ms"]
     (tmp_path / "r.json").write_text(json.dumps(content))
-    with pytest.raises(ModelFileError, match="measure again"):
+    with raises(ModelFileError, "damaged_file", tmp_path / "r.json", "'p50_ms'"):
         read_report(tmp_path / "r.json")
 
 

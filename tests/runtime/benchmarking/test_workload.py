@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from runtime import Grounder
 from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, synthetic_workload
 from runtime.core.errors import GroundingError
+from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 
 
@@ -38,7 +38,7 @@ def test_workload_of_a_data_set(mini: Path) -> None:
     assert lines[0][1] in {query for _, query in of_one.pairs}
     asked = dataset_workload(mini, name, ("person opens", "person sits"))
     assert [(video.name, query) for video, query in asked.pairs] == [(name, "person opens"), (name, "person sits")]
-    with pytest.raises(GroundingError, match="none"):
+    with raises(GroundingError, "unlisted_video", "'none'"):
         dataset_workload(mini, "none", ())
 
 

@@ -16,6 +16,7 @@ from runtime.core.video import ClipClock, Video
 from runtime.corpus.feature_sources import DataSetSource, Listed, open_source
 from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights
+from tests.raising import quotes, raises
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -62,9 +63,9 @@ def test_a_directory_of_files_and_their_lengths(tmp_path: Path, suffix: str) -> 
     found = loaded(tmp_path)
     assert isinstance(found["v0"], Video)
     assert (found["v0"].duration, found["v0"].num_frames) == (3.0, 31)
-    assert "durations.json: 'v1' should have seconds" in str(found["v1"])
-    assert "There are no features of 'none'" in str(found["none"])
-    assert "cannot be the name of a video" in str(found["../v2"])
+    assert quotes(str(found["v1"]), "durations.json", "'v1'")
+    assert quotes(str(found["none"]), "'none'")
+    assert quotes(str(found["../v2"]), "'../v2'")
     assert isinstance(found["v4"], Video)
 
 
@@ -130,20 +131,20 @@ def test_what_is_wrong_with_a_row_of_parquet_is_told_of_it_alone(tmp_path: Path)
     cells = pa.array([good, ragged, None, hollow, infinite], pa.list_(pa.list_(pa.float32())))
     found = [*loaded(write_parquet(tmp_path / "features.parquet", cells)).values()]
     assert isinstance(found[0], Video)
-    said = ["all clips should have as many features, and have [1, 2]", "has no features", "not finite", "not finite"]
-    for problem, words in zip(found[1:], said, strict=True):
-        assert words in str(problem)
+    values = ["[1, 2]", "'v2'", "v3", "v4"]
+    for problem, value in zip(found[1:], values, strict=True):
+        assert quotes(str(problem), value)
     numbers = pa.array([f.ravel().tolist() for f in FEATURES.values()])
     shapes = [None, [4], [2, 2], [5, 4], [-6, -4]]
     found = [*loaded(write_parquet(tmp_path / "features.parquet", numbers, shape=shapes)).values()]
     assert [isinstance(video, Video) for video in found] == [False, False, False, True, False]
-    assert "`shape`" in str(found[0])
+    assert quotes(str(found[0]), "`shape`")
     texts = pa.array([["a"], ["b"], ["c"], ["d"], ["e"]])
-    assert "they are list<" in str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"])
+    assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"]), "string")
     integers = pa.array([1, 2, 3, 4, 5])
-    assert "they are int64" in str(loaded(write_parquet(tmp_path / "features.parquet", integers))["v0"])
+    assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", integers))["v0"]), "int64")
     half = write_parquet(tmp_path / "features.parquet", pa.array([b"abc"] * 5), shape=[[1, 1]] * 5)
-    assert "buffer size must be a multiple" in str(loaded(half)["v0"])
+    assert quotes(str(loaded(half)["v0"]), "'v0'")
 
 
 def test_a_damaged_part_of_parquet_is_told_of_its_videos_alone(tmp_path: Path) -> None:
@@ -159,38 +160,40 @@ def test_a_damaged_part_of_parquet_is_told_of_its_videos_alone(tmp_path: Path) -
     found = loaded(path)
     assert [name for name, video in found.items() if isinstance(video, Video)] == ["v0", "v1", "v4"]
     for name in ("v2", "v3"):
-        assert f"{name!r} cannot be read: " in found[name]
+        assert quotes(found[name], repr(name))
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "code", "values"),
     [
-        ({"name": ["a"]}, "lacks the column 'video'"),
-        ({"video": ["a"], "duration": [1.0]}, "lacks the column 'features'"),
-        ({"video": ["a", "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "'a'"),
-        ({"video": [None, "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "every row names its video"),
-        ({"video": pa.array([], pa.string()), "duration": [], "features": []}, "holds no row"),
+        ({"name": ["a"]}, "missing_columns", ["'video'"]),
+        ({"video": ["a"], "duration": [1.0]}, "missing_columns", ["'features'"]),
+        ({"video": ["a", "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "ambiguous_video_name", ["'a'"]),
+        ({"video": [None, "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "invalid_video_name", ["None"]),
+        ({"video": pa.array([], pa.string()), "duration": [], "features": []}, "empty_file", []),
     ],
 )
-def test_parquet_that_is_no_corpus_is_refused(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+def test_parquet_that_is_no_corpus_is_refused(
+    tmp_path: Path, columns: dict[str, Any], code: str, values: list[str]
+) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "features.parquet")
-    with pytest.raises(GroundingError, match=said):
+    with raises(GroundingError, code, *values):
         open_source(tmp_path).listing()
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GroundingError, match="does not exist; give a data set"):
+    with raises(GroundingError, "missing_file", tmp_path / "none"):
         open_source(tmp_path / "none")
     (tmp_path / "features.parquet").write_text("no Parquet")
-    with pytest.raises(GroundingError, match="should be a Parquet file"):
+    with raises(GroundingError, "damaged_file", tmp_path / "features.parquet"):
         open_source(tmp_path).listing()
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(DeviceError, match=r"drn-deploy\[corpus\]"):
+    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[corpus]'"):
         open_source(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "durations.json").write_text("[]")
-    with pytest.raises(GroundingError, match="should map videos to seconds"):
+    with raises(GroundingError, "unexpected_structure", other / "durations.json"):
         open_source(other)
 
 
@@ -200,7 +203,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch
 
     source = open_source(mini)
     monkeypatch.setattr("runtime.datasets.dataset.DataSet.video", lacking)
-    with pytest.raises(DeviceError, match="no h5py"):
+    with raises(DeviceError, "device_unavailable", "no h5py"):
         next(source.load([Listed("AAAA1")], CLOCK))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from runtime.corpus import job
 from runtime.corpus.job import Result
 from runtime.corpus.sharding import MANIFEST
 from runtime.corpus.worker import Worker
+from tests.raising import quotes, raises, records
 from tests.runtime.corpus.conftest import content, write_rows
 
 Here = Callable[..., Result]
@@ -51,7 +53,7 @@ def test_a_job_that_was_interrupted_goes_on_and_the_shards_are_the_same(
     assert content(output) == content(whole.output)
     assert (result.made, result.pairs, whole.made) == (8, 12, 12)
     assert all((output / name).stat().st_mtime_ns == time for name, time in before.items())
-    assert "4 were there before" in str(result)
+    assert quotes(str(result), 4)
 
 
 def test_nothing_is_made_twice(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,16 +64,16 @@ def test_nothing_is_made_twice(here: Here, corpus: Corpus, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "values"),
     [
-        ("queries", r"queries rows was 2 and is 1; queries sha256 was"),
-        ("features", "features digest was"),
-        ("model", "model sha256 was"),
-        ("settings", "settings top_k was 5 and is 4"),
+        ("queries", ["queries rows", 2, 1, "queries sha256"]),
+        ("features", ["features digest"]),
+        ("model", ["model sha256"]),
+        ("settings", ["settings top_k", 5, 4]),
     ],
 )
 def test_other_inputs_are_refused_and_named(
-    here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path, change: str, said: str
+    here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path, change: str, values: list[object]
 ) -> None:
     features, queries = corpus(ROWS)
     model = tmp_path / "tiny.onnx"
@@ -85,7 +87,7 @@ def test_other_inputs_are_refused_and_named(
         table.write_text(json.dumps({**json.loads(table.read_text()), "AAAA1": 31.0}))
     elif change == "model":
         model.write_bytes(tiny_model.read_bytes() + b"\0")
-    with pytest.raises(OutputError, match=said):
+    with raises(OutputError, "settings_mismatch", *values):
         here(features, queries, model=model, **({"top_k": 4} if change == "settings" else {}))
     assert content(result.output) == before
 
@@ -115,7 +117,7 @@ def test_a_job_that_ended_before_another_had_the_lock_is_not_mixed_with_it(
         return lock(output)
 
     monkeypatch.setattr(job, "locked", after_another)
-    with pytest.raises(OutputError, match="queries rows was 1 and is 2"):
+    with raises(OutputError, "settings_mismatch", "queries rows", 1, 2):
         here(features, queries, shard_pairs=3)
     output = tmp_path / "corpus"
     assert json.loads((output / MANIFEST).read_text())["queries"]["file"] == "other.jsonl"
@@ -126,7 +128,7 @@ def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)
-    write, said = job.write_json, []
+    write, codes = job.write_json, []
 
     def meanwhile(path: Path, value: Any) -> None:
         # The first has its lock, and no manifest yet; nor is its directory empty.
@@ -135,24 +137,23 @@ def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
             patch.setattr(job, "write_json", lambda *_: pytest.fail("both write"))
             with pytest.raises(OutputError) as refused:
                 here(features, queries)
-        said.append(str(refused.value))
+        codes.append(refused.value.code)
         (path.parent / f".{MANIFEST}.x").unlink()
         write(path, value)
 
     monkeypatch.setattr(job, "write_json", meanwhile)
     here(features, queries)
-    assert len(said) == 1
-    assert "Another process is writing" in said[0]
+    assert codes == ["output_locked"]
 
 
 def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: Here, mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(GroundingError, match="does not exist"):
+    with raises(GroundingError, "missing_file", tmp_path / "none.jsonl"):
         here(mini, tmp_path / "none.jsonl")
-    with pytest.raises(GroundingError, match="does not exist"):
+    with raises(GroundingError, "missing_file", tmp_path / "none"):
         here(tmp_path / "none", write_rows(tmp_path / "queries.jsonl", ROWS))
-    with pytest.raises(GroundingError, match=r"queries\.jsonl cannot be the features"):
+    with raises(GroundingError, "unknown_feature_store", tmp_path / "queries.jsonl"):
         here(tmp_path / "queries.jsonl", tmp_path / "queries.jsonl")
-    with pytest.raises(GroundingError, match="does not exist; check the path"):
+    with raises(GroundingError, "missing_file", tmp_path / "none.onnx"):
         here(mini, write_rows(tmp_path / "queries.jsonl", ROWS), model=tmp_path / "none.onnx")
     assert not (tmp_path / "corpus").exists()
 
@@ -162,12 +163,12 @@ def test_sentences_for_every_video_and_a_corpus_without_an_answer_are_told(
 ) -> None:
     caplog.set_level("INFO", "drn")
     here(*corpus(ROWS))
-    assert "2 of 2 sentences name no video (vid) and are asked of every one." in caplog.text
-    assert "No pair was answered" not in caplog.text
+    assert records(caplog, logging.INFO, 2, "vid")
+    assert not records(caplog, logging.WARNING, code="no_answers")
     caplog.clear()
     here(*corpus([{"query": "xyzzy", "vid": "AAAA1"}]), tmp_path / "other")
-    assert "name no video" not in caplog.text
-    assert "No pair was answered" in caplog.text
+    assert not records(caplog, logging.INFO, "vid")
+    assert records(caplog, logging.WARNING, code="no_answers")
 
 
 def test_progress_is_told_where_no_bar_can_be_drawn(
@@ -177,7 +178,7 @@ def test_progress_is_told_where_no_bar_can_be_drawn(
     caplog.set_level("INFO", "drn")
     features, queries = corpus(ROWS)
     here(features, queries, shard_pairs=4)
-    lines = [record.message for record in caplog.records if "a second" in record.message]
+    lines = records(caplog, logging.INFO, 12, "left")
     assert len(lines) == 3
-    assert lines[0].startswith("4 of 12 pairs, ")
-    assert lines[-1].endswith("6 errors; 00:00 left.")
+    assert quotes(lines[0].getMessage(), 4, 12)
+    assert quotes(lines[-1].getMessage(), 12, 6, "00:00")

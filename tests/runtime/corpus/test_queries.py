@@ -8,6 +8,7 @@ import pytest
 
 from runtime.core.errors import GroundingError
 from runtime.corpus.queries import Question, check_one_kind, read_questions
+from tests.raising import raises
 
 
 def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
@@ -19,41 +20,41 @@ def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code", "values"),
     [
-        ("", "is empty"),
-        ("{}\n", "line 1: a JSON object with a sentence"),
-        ('{"query": "a"}\n\n{"query": "b"}\n', "line 2: JSON is expected"),
-        ('{"query": "a", "vid": 3}\n', "vid should be"),
-        ('{"query": "a", "video": "V"}\n', "called vid here, not video"),
-        ('{"query": "a", "qid": 1.5}\n', "qid should be"),
-        ('{"query": "a", "qid": true}\n', "qid should be"),
-        ('{"query": "a", "qid": 2}\n{"query": "b"}\n', "the qid 2 is that of line 1 too"),
-        ('{"query": "\\ud800"}\n', "lone surrogate"),
-        ('{"query": "a", "query": "b"}\n', "line 1: .*'query'"),
-        ('{"query": "a"}\n{"query": "a", "vid": "V", "vid": "W"}\n', "line 2: .*'vid'"),
-        ("[" * 100_000, "line 1: the JSON nests"),
+        ("", "empty_file", []),
+        ("{}\n", "malformed_row", [1]),
+        ('{"query": "a"}\n\n{"query": "b"}\n', "invalid_json", [2]),
+        ('{"query": "a", "vid": 3}\n', "malformed_row", [1, "vid", 3]),
+        ('{"query": "a", "video": "V"}\n', "malformed_row", [1, "vid", "video"]),
+        ('{"query": "a", "qid": 1.5}\n', "malformed_row", [1, "qid", 1.5]),
+        ('{"query": "a", "qid": true}\n', "malformed_row", [1, "qid", True]),
+        ('{"query": "a", "qid": 2}\n{"query": "b"}\n', "duplicate_query", ["line 2", "qid 2", "line 1"]),
+        ('{"query": "\\ud800"}\n', "invalid_json", [1]),
+        ('{"query": "a", "query": "b"}\n', "invalid_json", [1, "'query'"]),
+        ('{"query": "a"}\n{"query": "a", "vid": "V", "vid": "W"}\n', "invalid_json", [2, "'vid'"]),
+        ("[" * 100_000, "nested_too_deeply", [1]),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_malformed_row_is_named(tmp_path: Path, text: str, code: str, values: list[object]) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(text)
-    with pytest.raises(GroundingError, match=said):
+    with raises(GroundingError, code, path, *values):
         read_questions(path)
 
 
 def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:
-    with pytest.raises(GroundingError, match="does not exist"):
+    with raises(GroundingError, "missing_file", tmp_path / "none.jsonl"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "caf\xe9"}\n')
-    with pytest.raises(GroundingError, match="line 1: expected UTF-8"):
+    with raises(GroundingError, "not_utf8", tmp_path / "latin.jsonl", 1, "0xe9"):
         read_questions(tmp_path / "latin.jsonl")
 
 
 def test_qids_of_two_kinds_fit_no_column() -> None:
     check_one_kind([Question(1, 1, "a"), Question(2, 2, "b")])
     check_one_kind([Question(1, "a", "a"), Question(2, "b", "b")])
-    with pytest.raises(GroundingError, match="both kinds"):
+    with raises(GroundingError, "unsupported_query_ids", "--format jsonl"):
         check_one_kind([Question(1, "a", "a"), Question(2, 2, "b")])
-    with pytest.raises(GroundingError, match="larger than"):
+    with raises(GroundingError, "unsupported_query_ids", "--format jsonl"):
         check_one_kind([Question(1, 2**63, "a")])

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from runtime.core.io.files import LOCK
 from runtime.corpus.feature_sources import Listed
 from runtime.corpus.queries import Question
 from runtime.corpus.sharding import MANIFEST, check_ours, check_same, plan, shard_name
+from tests.raising import raises
 
 VIDEOS = ("a", "b", "c", "d")
 
@@ -67,26 +67,26 @@ def test_a_directory_of_other_inputs_is_refused_and_they_are_named(tmp_path: Pat
     check_same(tmp_path, told(model={"sha256": "2"}))
     (tmp_path / shard_name(1, 2, "jsonl")).touch()
     check_same(tmp_path, told())
-    with pytest.raises(OutputError, match=r"\(model sha256 was '1' and is '2'; settings top_k was 5 and is 3\)"):
+    with raises(OutputError, "settings_mismatch", tmp_path, "model sha256", "'1'", "'2'", "settings top_k", 5, 3):
         check_same(tmp_path, told(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(OutputError, match=r"holds no corpus\.json"):
+    with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
         check_ours(tmp_path)
-    with pytest.raises(OutputError, match="name a new or empty directory"):
+    with raises(OutputError, "output_is_file", tmp_path / "photo.jpg"):
         check_ours(tmp_path / "photo.jpg")
     # Another's lock is no corpus either.
     (tmp_path / LOCK).touch()
     check_ours(tmp_path)
-    with pytest.raises(OutputError, match=r"holds no corpus\.json"):
+    with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
         check_same(tmp_path, told())
     for text in ("[]", '{"format": "drn-corpus/0"}'):
         (tmp_path / MANIFEST).write_text(text)
-        with pytest.raises(OutputError, match="is not of format"):
+        with raises(OutputError, "unknown_format", tmp_path / MANIFEST, "'drn-corpus/1'"):
             check_same(tmp_path, told())
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(OutputError, match=MANIFEST):
+    with raises(OutputError, "invalid_json", tmp_path / MANIFEST):
         check_same(tmp_path, told())
     check_ours(tmp_path / "new")

@@ -15,6 +15,7 @@ from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer
 from runtime.grounding.plotting import BEST, FRAMES, TRUTH, draw
 from runtime.media.video_file import look
+from tests.raising import raises
 
 pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-deploy[plot]')")
 
@@ -189,12 +190,12 @@ def test_frames_of_any_shape_keep_it_and_fill_the_strip(
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DeviceError, match=r"pip install 'drn-deploy\[plot\]'"):
+    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[plot]'"):
         draw(ANSWERS, tmp_path / "plot.png")
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(OutputError, match=r"plot\.png cannot be written"):
+    with raises(OutputError, "unwritable_output", tmp_path / "file" / "plot.png"):
         draw(ANSWERS[1:2], tmp_path / "file" / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -17,6 +17,7 @@ from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.warm_up import usual_sizes, warm_usual
+from tests.raising import records
 from tests.runtime.backends.tensorrt_double import VERSIONS
 from tests.runtime.backends.test_tensorrt_backend import LONGEST, Bench, Graphs, batch_of, graphs
 
@@ -134,7 +135,7 @@ def test_usual_sizes_are_those_that_a_program_asks(
     assert usual_sizes(grounder, 32) == ([1, 2, 3, 4, 6, 8], list(range(1, 11)))
     assert usual_sizes(grounder, 5) == ([1, 2, 3, 4, 5], list(range(1, 11)))
     assert warm_usual(grounder, 32) == 6 * 4
-    assert sum("24 sizes" in record.message for record in caplog.records) == 2
+    assert len(records(caplog, logging.INFO, 24)) == 2
     contexts = bench.library.contexts
     for size in range(1, 20):
         grounder.backend.run(batch_of([size % 10 + 1] * size))

@@ -15,6 +15,7 @@ from runtime.core.errors import GroundingError
 from runtime.datasets.dataset import DataSet
 from runtime.service.batching import Batcher, BatchOptions
 from runtime.service.http_errors import Refusal
+from tests.raising import raises
 from tests.tolerances import BATCHED_SECONDS
 
 
@@ -143,7 +144,7 @@ def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> No
         waiting = asyncio.create_task(batcher.ask(pairs[:3], 5))
         await asyncio.sleep(0)
         assert batcher.depth == 3
-        with pytest.raises(Refusal, match="3 sentences wait and at most 4 may, so 2 more") as refused:
+        with raises(Refusal, "queue_full", 3, 4, 2) as refused:
             await batcher.ask(pairs[:2], 5)
         held.let.set()
         assert len(await waiting) == 3
@@ -185,7 +186,7 @@ def test_closing_answers_what_was_taken_and_takes_no_more(held: Held, pairs: lis
         held.let.set()
         await closing
         assert [len(answer) for answer in await asyncio.gather(*tasks)] == [1] * 5
-        with pytest.raises(Refusal, match="shutting down"):
+        with raises(Refusal, "draining"):
             await batcher.ask(pairs[:1], 5)
 
     asyncio.run(ask())
@@ -236,5 +237,5 @@ def test_a_job_runs_in_the_thread_that_owns_the_model(held: Held) -> None:
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"wait_ms": -1.0}, {"batch_size": 9, "queue_size": 8}])
 def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(GroundingError, match="--batch-size"):
+    with raises(GroundingError, "invalid_option", "--batch-size", *(f"{value:g}" for value in wrong.values())):
         BatchOptions(**wrong)

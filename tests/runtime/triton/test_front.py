@@ -15,6 +15,7 @@ from runtime.core.errors import ModelFileError
 from runtime.triton import front
 from tests import tolerances
 from tests.damage import damaged, random_bits
+from tests.raising import quotes
 from tests.runtime.triton.conftest import QUERIES, video
 from tests.tritonserver import Refused, Server
 
@@ -157,30 +158,30 @@ def test_kept_videos_take_no_more_memory_than_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "values"),
     [
-        ({"QUERY": np.array([[b"zorb"]], object)}, "knows none of the words"),
-        ({"QUERY": np.array([[b"\xff\xfe"]], object)}, "UTF-8"),
-        ({"QUERY": np.array([[b"word1 " * 13]], object)}, "has 13 tokens and this model takes 1 to 12"),
-        ({"DURATION": np.array([[0.0]])}, "duration of the video must be above 0"),
-        ({"NUM_FRAMES": np.array([[1]], np.int32)}, "needs 2 to"),
-        ({"NUM_FRAMES": np.array([[1312]], np.int32)}, "Correct NUM_FRAMES"),
-        ({"DURATION": np.array([[33800.0]])}, "frames per second"),
-        ({"FEATURES": np.ones((1, 40, 16), np.float32)}, "no moment can be distinguished"),
-        ({"TOP_K": np.array([[0]], np.int32)}, "TOP_K must be at least 1"),
-        ({"FEATURES": np.full((1, 4, 16), np.nan, np.float32)}, "not finite"),
-        ({"WINDOWS": np.array([[10.0, 40.0, 5.0]])}, "cannot be cut"),
+        ({"QUERY": np.array([[b"zorb"]], object)}, ["'zorb'"]),
+        ({"QUERY": np.array([[b"\xff\xfe"]], object)}, ["UTF-8", 0]),
+        ({"QUERY": np.array([[b"word1 " * 13]], object)}, [13, 1, 12]),
+        ({"DURATION": np.array([[0.0]])}, ["duration", 0]),
+        ({"NUM_FRAMES": np.array([[1]], np.int32)}, ["frames", 1]),
+        ({"NUM_FRAMES": np.array([[1312]], np.int32)}, ["NUM_FRAMES", 1312]),
+        ({"DURATION": np.array([[33800.0]])}, [33800]),
+        ({"FEATURES": np.ones((1, 40, 16), np.float32)}, [1, 40]),
+        ({"TOP_K": np.array([[0]], np.int32)}, ["TOP_K", 0]),
+        ({"FEATURES": np.full((1, 4, 16), np.nan, np.float32)}, [64]),
+        ({"WINDOWS": np.array([[10.0, 40.0, 5.0]])}, ["10.0", "40.0", "5.0"]),
     ],
 )
 def test_a_request_that_cannot_be_answered_fails_alone(
-    server: Server, direct: Grounder, wrong: dict[str, np.ndarray], said: str
+    server: Server, direct: Grounder, wrong: dict[str, np.ndarray], values: list[object]
 ) -> None:
     subject = video(40)
     fine, refused = server.execute("drn", [asked(subject), {**asked(subject, ["word1"]), **wrong}])
     assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
     assert isinstance(refused, Refused)
     assert refused.status == "INVALID_ARGUMENT"
-    assert said in str(refused)
+    assert quotes(str(refused), *values)
 
 
 def test_what_fails_in_the_network_fails_alone(
@@ -200,15 +201,14 @@ def test_what_fails_in_the_network_fails_alone(
     subject = video(40)
     fine, refused = server.execute("drn", [asked(subject), asked(subject, ["word20"])])
     assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
-    assert "not finite" in str(refused)
+    assert quotes(str(refused), "matching_logits")
 
 
 def test_a_network_that_does_not_answer_is_named(server: Server) -> None:
     server.broken = "CUDA error:\n out of memory."
-    with pytest.raises(
-        Refused, match=r"^drn_(network|video), version 1, did not answer: CUDA error: out of memory\.$"
-    ) as refused:
+    with pytest.raises(Refused) as refused:
         server.infer("drn", asked(video(40)))
+    assert quotes(str(refused.value), 1, "CUDA error: out of memory")
     assert refused.value.status == "INTERNAL"
 
 
@@ -235,8 +235,9 @@ def test_a_network_that_is_never_loaded_is_not_waited_for_for_ever(
     monkeypatch.setattr(front, "LOAD_SECONDS", 0.1)
     monkeypatch.setattr(server, "is_ready", lambda name, version: False)
     server.broken = "it is not ready"
-    with pytest.raises(Refused, match="version 1, did not answer: it is not ready"):
+    with pytest.raises(Refused) as refused:
         server.infer("drn", asked(video(40)))
+    assert quotes(str(refused.value), 1, "it is not ready")
 
 
 def test_text_may_be_str_as_in_some_servers() -> None:

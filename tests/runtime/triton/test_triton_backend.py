@@ -14,6 +14,7 @@ from runtime import Grounder
 from runtime.backends.triton_backend import About, TritonBackend, open_networks, padded_length
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import TINY, manifest, random_inputs
+from tests.raising import raises
 from tests.runtime.triton.conftest import QUERIES, video
 
 ABOUT = About(manifest(TINY), "drn_network", batch=4)
@@ -25,18 +26,18 @@ def test_what_is_told_is_read_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "code"),
     [
-        "",
-        "[]",
-        "{}",
-        json.dumps({"format": "drn-triton/2"}),
-        json.dumps({"format": "drn-triton/1", "manifest": {}}),
-        json.dumps({**json.loads(ABOUT.to_json()), "surprise": 1}),
+        ("", "invalid_json"),
+        ("[]", "damaged_file"),
+        ("{}", "damaged_file"),
+        (json.dumps({"format": "drn-triton/2"}), "unknown_format"),
+        (json.dumps({"format": "drn-triton/1", "manifest": {}}), "unknown_format"),
+        (json.dumps({**json.loads(ABOUT.to_json()), "surprise": 1}), "digest_mismatch"),
     ],
 )
-def test_what_is_damaged_or_of_another_version_is_refused(text: str) -> None:
-    with pytest.raises(ModelFileError, match=r"about\.json"):
+def test_what_is_damaged_or_of_another_version_is_refused(text: str, code: str) -> None:
+    with raises(ModelFileError, code, "about.json"):
         About.from_json(text, "about.json")
 
 
@@ -86,5 +87,5 @@ def test_a_query_beyond_the_network_is_refused(direct: Grounder) -> None:
     from runtime.core.batch import Batch
 
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [13])))
-    with pytest.raises(ShapeError, match="13 tokens and the network behind Triton takes 1 to 12"):
+    with raises(ShapeError, "query_length_out_of_range", 13, 1, 12):
         open_networks(ABOUT, Network(direct)).run(batch)
