@@ -533,7 +533,7 @@ def _torch() -> list[Reader]:
     from runtime.core.io import torch_reader
     from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
-    from train.convert import fitting_vocabulary, read, read_config
+    from train.convert import load_vocabulary, read, read_config
     from train.history import read_history
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
@@ -633,7 +633,7 @@ def _torch() -> list[Reader]:
         return [directory / "word2id.json"]
 
     def read_words(directory: Path, path: Path) -> object:
-        return fitting_vocabulary(read_json(path, "the word table"), config, path)
+        return load_vocabulary(read_json(path, "the word table"), config, path)
 
     return [
         Reader("features-pt", functools.partial(tensors, legacy=False), _load, _zip_again),

@@ -47,8 +47,8 @@ _UNUSED = ("query_encoder.textualAttention.", "fcos.head.centerness.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a published checkpoint holds, under our names.
+class PublishedCheckpoint:
+    """The content of a published checkpoint, under the names of mmaction2.
 
     Attributes:
         weights: name -> array, as stored.
@@ -95,45 +95,56 @@ def convert(
                 f"--output {path} is the checkpoint itself; choose another name.", code="output_is_input"
             )
     table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
-    found = read(checkpoint)
-    if published_layout(found.weights):
+    published = read(checkpoint)
+    if published_layout(published.weights):
         if table is not None or stage is not None:
             raise CheckpointError(
                 f"{checkpoint} is a C3D, which has neither words nor stages; leave --vocabulary and --stage out.",
                 code="inapplicable_option",
             )
-        return _convert_c3d(found.weights, checkpoint, output or Path("c3d.pt"))
-    output = output or Path("drn.pt")
-    config = read_config(found.weights, checkpoint)
-    check_weights(found.weights, config, str(checkpoint))
-    words = Vocabulary({}) if table is None else fitting_vocabulary(table, config, vocabulary)
-    stage_number = stage or found.stage or 3
+        return _convert_c3d(published.weights, checkpoint, output or Path("c3d.pt"))
+    return _convert_drn(published, checkpoint, output or Path("drn.pt"), table, vocabulary, stage)
+
+
+def _convert_drn(
+    published: PublishedCheckpoint,
+    checkpoint: Path,
+    output: Path,
+    table: Any,
+    vocabulary: Path | None,
+    stage: Literal[1, 2, 3] | None,
+) -> Checkpoint:
+    """Write a DRN checkpoint; see `convert`. `table` is the content of the file `vocabulary`."""
+    config = read_config(published.weights, checkpoint)
+    check_weights(published.weights, config, str(checkpoint))
+    words = Vocabulary({}) if table is None else load_vocabulary(table, config, vocabulary)
+    stage_number = stage or published.stage or 3
     training: dict[str, Any] = {
         "stage": stage_number,
-        "recipe": found.layout,
+        "recipe": published.layout,
         "converted_from": {checkpoint.name: sha256(checkpoint)},
     }
-    if found.epoch is not None:
-        training["epoch"] = found.epoch
+    if published.epoch is not None:
+        training["epoch"] = published.epoch
     converted = Checkpoint(
         config=config,
         features=Features(
-            kind="C3D" if config.feature_dim == 4096 else "unknown", dim=config.feature_dim, pooling=found.layout
+            kind="C3D" if config.feature_dim == 4096 else "unknown", dim=config.feature_dim, pooling=published.layout
         ),
         vocabulary=words,
         decoding=Decoding(
             num_segments=config.num_segments,
             strides=config.strides,
             use_iou_scores=stage_number > 1,
-            protocol=found.layout,
+            protocol=published.layout,
         ),
-        weights=tensors(found.weights, checkpoint),
+        weights=tensors(published.weights, checkpoint),
         training=training,
         # The published networks of other data sets have other words, and do not record how long their videos were.
         windows=CHARADES_STA if config.vocab_size == DRNConfig().vocab_size else None,
     )
     save_checkpoint(output, converted)
-    print(report(converted, found, output))
+    print(report(converted, published, output))
     if table is None:
         log.warning(
             "%s has no words, so sentences cannot be asked of it: convert again with --vocabulary and a table of %d "
@@ -166,7 +177,7 @@ def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Pa
     return converted
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> PublishedCheckpoint:
     """Return what a published checkpoint holds, with all names as in `train.network.model`.
 
     Raises:
@@ -194,12 +205,16 @@ def read(path: Path) -> Found:
     details = content if state is not content else {}
     meta = details.get("meta")
     details = {**details, **(meta if isinstance(meta, dict) else {})}
-    weights, unused, layout = _our_names(arrays, path)
+    weights, unused, layout = _to_mmaction2_names(arrays, path)
     epoch = details.get("epoch")
-    return Found(weights, layout, unused, _told_stage(details.get("cfg")), epoch if isinstance(epoch, int) else None)
+    return PublishedCheckpoint(
+        weights, layout, unused, _recorded_stage(details.get("cfg")), epoch if isinstance(epoch, int) else None
+    )
 
 
-def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...], Layout]:
+def _to_mmaction2_names(
+    arrays: Mapping[str, np.ndarray], path: Path
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], Layout]:
     """Rename the authors' tensors; leave mmaction2's alone."""
     if not any(pattern.match(name) for name in arrays for pattern, _ in _RENAMES):
         return dict(arrays), (), "mmaction2"
@@ -223,7 +238,7 @@ def _our_names(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, 
     return weights, tuple(unused), "drn"
 
 
-def _told_stage(configuration: Any) -> int | None:
+def _recorded_stage(configuration: Any) -> int | None:
     """Return the stage in mmaction2's configuration text: two flags, and neither set means stage 3."""
     if not isinstance(configuration, str) or "is_first_stage" not in configuration:
         return None
@@ -333,7 +348,7 @@ def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Te
     return converted
 
 
-def fitting_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabulary:
+def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabulary:
     """Return the vocabulary of a word table.
 
     Raises:
@@ -361,15 +376,15 @@ def fitting_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Voca
     return Vocabulary(table)
 
 
-def report(checkpoint: Checkpoint, found: Found, output: Path) -> str:
-    """Return what was found, for people."""
+def report(checkpoint: Checkpoint, published: PublishedCheckpoint, output: Path) -> str:
+    """Return a summary of the checkpoint for the terminal."""
     config = checkpoint.config
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in DRN(config).parameters())
     words = f"{config.vocab_size:,} words" + ("" if len(checkpoint.vocabulary) else " (word table not given)")
-    owner = {"mmaction2": "mmaction2's", "drn": "the authors'"}[found.layout]
+    owner = {"mmaction2": "mmaction2's", "drn": "the authors'"}[published.layout]
     used = "used" if checkpoint.decoding.use_iou_scores else "not used"
-    epoch = "" if found.epoch is None else f", epoch {found.epoch}"
+    epoch = "" if published.epoch is None else f", epoch {published.epoch}"
     levels = ", ".join(map(str, BACKBONE_CHANNELS))
     windows = checkpoint.windows
     cuts = f"{windows}; Charades-STA's" if windows else "grounded whole: it is not known what the network learnt from"
@@ -382,9 +397,9 @@ def report(checkpoint: Checkpoint, found: Found, output: Path) -> str:
         f"  long videos  {cuts}",
         f"  decoding     protocol {checkpoint.decoding.protocol}, IoU scores {used}",
     ]
-    if found.unused:
-        parts = sorted({part.rstrip(".") for part in _UNUSED if any(part in name for name in found.unused)})
-        lines.append(f"  left out     {len(found.unused)} tensors that are never used: {', '.join(parts)}")
+    if published.unused:
+        parts = sorted({part.rstrip(".") for part in _UNUSED if any(part in name for name in published.unused)})
+        lines.append(f"  left out     {len(published.unused)} tensors that are never used: {', '.join(parts)}")
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ NO_SENSE, NO_WORD, NO_FEATURES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class FilteredSplit:
     """What is left of one split.
 
     Attributes:
@@ -88,21 +88,15 @@ def prepare(
             f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.",
             code="invalid_option",
         )
-    told = None if clock is None else ClipClock(*clock)
+    clip_timing = None if clock is None else ClipClock(*clock)
     data_set = DataSet(data)
     _check_empty(output)
-    place, store = _features(data_set, output, features)
-    splits = {split: _readable(data_set, split, store) for split in data_set.splits}
-    published = data_set.published_words
-    words = published
-    if words is None and "train" in splits:
-        words = word_table((annotation.sentence for annotation in splits["train"].annotations), min_count)
-    vectors: dict[int, np.ndarray] = {}
-    if glove:
-        words, vectors = _with_vectors(words or {}, splits, glove, embed_dim, grow=published is None)
+    location, store = _features(data_set, output, features)
+    splits = {split: _with_features(data_set, split, store) for split in data_set.splits}
+    words, vectors = _word_table(data_set, splits, min_count, glove, embed_dim)
     vocabulary = Vocabulary(words) if words else None
-    splits = {split: _speakable(kept, vocabulary) for split, kept in splits.items()}
-    empty = [split for split, kept in splits.items() if not kept.annotations]
+    splits = {split: _with_known_words(filtered, vocabulary) for split, filtered in splits.items()}
+    empty = [split for split, filtered in splits.items() if not filtered.annotations]
     if empty or not splits:
         raise AnnotationError(
             f"Nothing is left of the {'/'.join(empty) or 'annotations'} split of {data}: "
@@ -110,19 +104,17 @@ def prepare(
             code="empty_split",
         )
     if store is not None:
-        data_set.check_clips(sorted({a.video for kept in splits.values() for a in kept.annotations}), told, store)
-    texts = {f"{split}.jsonl": _rows(data_set, kept.annotations) for split, kept in splits.items()}
+        data_set.check_clips(
+            sorted({a.video for filtered in splits.values() for a in filtered.annotations}), clip_timing, store
+        )
+    texts = {f"{split}.jsonl": _rows(data_set, filtered.annotations) for split, filtered in splits.items()}
     if words:
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
-    texts[ABOUT] = json.dumps(_about(data_set, splits, place, store, told), indent=2) + "\n"
+    texts[ABOUT] = json.dumps(_about(data_set, splits, location, store, clip_timing), indent=2) + "\n"
     if words and vectors:
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
-    with locked(output), Staging() as staging:
-        _check_empty(output)
-        for name, text in texts.items():
-            staging.path(output / name).write_text(text, encoding="utf-8")
-        staging.settle()
-    _tell(data_set, splits, vocabulary, vectors if glove else None)
+    _write(output, texts)
+    _print_summary(data_set, splits, vocabulary, vectors if glove else None)
     if "train" not in splits:
         log.warning(
             "There is no training split: this can be evaluated on, and not trained on.", extra={"code": "empty_split"}
@@ -135,6 +127,28 @@ def prepare(
     else:
         next_command("runtime.evaluate", "--model", "drn.onnx", "--data", output, "--split", next(iter(splits)))
     return output
+
+
+def _word_table(
+    data_set: DataSet, splits: Mapping[str, FilteredSplit], min_count: int, glove: Path | None, embed_dim: int
+) -> tuple[Mapping[str, int] | None, dict[int, np.ndarray]]:
+    """Return the words and their numbers, None if there are none, and the vectors of --glove by number."""
+    published = data_set.published_words
+    words = published
+    if words is None and "train" in splits:
+        words = word_table((annotation.sentence for annotation in splits["train"].annotations), min_count)
+    if glove is None:
+        return words, {}
+    return _with_vectors(words or {}, splits, glove, embed_dim, grow=published is None)
+
+
+def _write(output: Path, texts: Mapping[str, str]) -> None:
+    """Write all files or none."""
+    with locked(output), Staging() as staging:
+        _check_empty(output)
+        for name, text in texts.items():
+            staging.path(output / name).write_text(text, encoding="utf-8")
+        staging.settle()
 
 
 def _check_empty(output: Path) -> None:
@@ -165,15 +179,15 @@ def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str 
     own = open_store(output, None)
     if own.place.exists():
         return None, own
-    theirs = data_set.store
-    return (str(theirs.place.resolve()), theirs) if theirs.place.exists() else (None, None)
+    published = data_set.store
+    return (str(published.place.resolve()), published) if published.place.exists() else (None, None)
 
 
-def _readable(data_set: DataSet, split: str, store: FeatureStore | None) -> Kept:
+def _with_features(data_set: DataSet, split: str, store: FeatureStore | None) -> FilteredSplit:
     """Return the sentences of a split whose moments make sense and whose videos have features."""
     annotations: list[Annotation] = []
     dropped: dict[str, list[str]] = {}
-    there: dict[str, bool] = {}
+    has_features: dict[str, bool] = {}
     cut_off = 0
     for row, annotation, problems in data_set.judged(split):
         if problems:
@@ -181,13 +195,13 @@ def _readable(data_set: DataSet, split: str, store: FeatureStore | None) -> Kept
         if annotation is None:
             continue
         video = annotation.video
-        if store is not None and not there.setdefault(video, _has(store, video)):
+        if store is not None and not has_features.setdefault(video, _has(store, video)):
             dropped.setdefault(NO_FEATURES, []).append(row.label)
             continue
         duration = data_set.durations[video]
         cut_off += sum(end > duration for _, end in annotation.moments)
         annotations.append(annotation.narrowed(tuple((s, min(e, duration)) for s, e in annotation.moments)))
-    return Kept(annotations, dropped, cut_off)
+    return FilteredSplit(annotations, dropped, cut_off)
 
 
 def _has(store: FeatureStore, video: str) -> bool:
@@ -198,30 +212,30 @@ def _has(store: FeatureStore, video: str) -> bool:
     return True
 
 
-def _speakable(kept: Kept, vocabulary: Vocabulary | None) -> Kept:
+def _with_known_words(filtered: FilteredSplit, vocabulary: Vocabulary | None) -> FilteredSplit:
     """Return what is left without the sentences of which no word is known, or which hold none."""
     known, mute = [], []
-    for annotation in kept.annotations:
+    for annotation in filtered.annotations:
         tokens = tokenize(annotation.sentence)
         if any(vocabulary is None or {token, token.lower()} & vocabulary.words.keys() for token in tokens):
             known.append(annotation)
         else:
             mute.append(f"{annotation.line}: {excerpt(annotation.sentence)}")
-    dropped = {**kept.dropped, NO_WORD: mute} if mute else kept.dropped
-    return dataclasses.replace(kept, annotations=known, dropped=dropped)
+    dropped = {**filtered.dropped, NO_WORD: mute} if mute else filtered.dropped
+    return dataclasses.replace(filtered, annotations=known, dropped=dropped)
 
 
 def _with_vectors(
-    words: Mapping[str, int], splits: Mapping[str, Kept], glove: Path, width: int, *, grow: bool
+    words: Mapping[str, int], splits: Mapping[str, FilteredSplit], glove: Path, width: int, *, grow: bool
 ) -> tuple[Mapping[str, int], dict[int, np.ndarray]]:
     """Return the word table, with the words of other splits that have a vector where it may grow, and the vectors."""
-    everything = word_table(a.sentence for kept in splits.values() for a in kept.annotations)
+    everything = word_table(a.sentence for filtered in splits.values() for a in filtered.annotations)
     new = [word for word in everything if word not in words] if grow else []
-    asked = {**words, **{word: len(words) + index for index, word in enumerate(new, 1)}}
-    found = glove_vectors(glove, asked, width)
-    joining = [word for word in new if asked[word] in found]
+    candidates = {**words, **{word: len(words) + index for index, word in enumerate(new, 1)}}
+    vectors = glove_vectors(glove, candidates, width)
+    joining = [word for word in new if candidates[word] in vectors]
     table = {**words, **{word: len(words) + index for index, word in enumerate(joining, 1)}}
-    return table, {table[word]: found[asked[word]] for word in table if asked[word] in found}
+    return table, {table[word]: vectors[candidates[word]] for word in table if candidates[word] in vectors}
 
 
 def _vector_lines(words: Mapping[str, int], vectors: Mapping[int, np.ndarray]) -> Iterator[str]:
@@ -246,8 +260,8 @@ def _rows(data_set: DataSet, annotations: Sequence[Annotation]) -> str:
 
 def _about(
     data_set: DataSet,
-    splits: Mapping[str, Kept],
-    place: str | None,
+    splits: Mapping[str, FilteredSplit],
+    location: str | None,
     store: FeatureStore | None,
     clock: ClipClock | None,
 ) -> dict[str, Any]:
@@ -258,47 +272,52 @@ def _about(
     if clock is not None:
         features = dataclasses.replace(features, window=clock.window, stride=clock.stride)
     preset = dataclasses.replace(data_set.preset, features=features)
-    videos = {annotation.video for kept in splits.values() for annotation in kept.annotations}
+    videos = {annotation.video for filtered in splits.values() for annotation in filtered.annotations}
     return {
         "format": FORMAT,
         "preset": preset.to_dict(),
-        **({"features": place} if place else {}),
+        **({"features": location} if location else {}),
         "simulated": data_set.simulated,
         "sources": {data_set.annotations_path(s).name: sha256(data_set.annotations_path(s)) for s in splits},
-        "dropped": {s: {reason: len(names) for reason, names in kept.dropped.items()} for s, kept in splits.items()},
-        "cut_off": {split: kept.cut_off for split, kept in splits.items()},
+        "dropped": {
+            s: {reason: len(names) for reason, names in filtered.dropped.items()} for s, filtered in splits.items()
+        },
+        "cut_off": {split: filtered.cut_off for split, filtered in splits.items()},
         "num_frames": {video: count for video, count in data_set.num_frames.items() if video in videos},
     }
 
 
-def _tell(
-    data_set: DataSet, splits: Mapping[str, Kept], vocabulary: Vocabulary | None, vectors: Mapping[int, Any] | None
+def _print_summary(
+    data_set: DataSet,
+    splits: Mapping[str, FilteredSplit],
+    vocabulary: Vocabulary | None,
+    vectors: Mapping[int, Any] | None,
 ) -> None:
     print(f"{data_set.preset.title}, T = {data_set.preset.num_segments}")
-    for split, kept in splits.items():
-        videos = len({annotation.video for annotation in kept.annotations})
-        moments = sum(len(annotation.moments) for annotation in kept.annotations)
-        print(f"{split}: {len(kept.annotations)} sentences, {moments} moments, {videos} videos")
+    for split, filtered in splits.items():
+        videos = len({annotation.video for annotation in filtered.annotations})
+        moments = sum(len(annotation.moments) for annotation in filtered.annotations)
+        print(f"{split}: {len(filtered.annotations)} sentences, {moments} moments, {videos} videos")
         if vocabulary is not None:
-            tokens = Counter(token.lower() for a in kept.annotations for token in tokenize(a.sentence))
+            tokens = Counter(token.lower() for a in filtered.annotations for token in tokenize(a.sentence))
             known = sum(count for word, count in tokens.items() if word in vocabulary.words)
             print(f"  {100 * known / tokens.total():.1f} % of the words are in the vocabulary")
-        if kept.cut_off:
-            print(f"  {kept.cut_off} moments end after their video and are cut off there")
-        if kept.dropped:
-            print(f"  left out: {_reasons(kept.dropped)}")
+        if filtered.cut_off:
+            print(f"  {filtered.cut_off} moments end after their video and are cut off there")
+        if filtered.dropped:
+            print(f"  left out: {_reasons(filtered.dropped)}")
     if vocabulary is not None:
-        told = "" if vectors is None else f", {len(vectors)} of them with a vector"
-        print(f"vocabulary: {len(vocabulary)} words{told}")
+        with_vector = "" if vectors is None else f", {len(vectors)} of them with a vector"
+        print(f"vocabulary: {len(vocabulary)} words{with_vector}")
 
 
 def _reasons(dropped: Mapping[str, Sequence[str]]) -> str:
     """Return how many were left out for which reason, the first few by name."""
-    told = (
+    reasons = (
         f"{len(names)} as {reason} ({'; '.join(names[:NAMED])}{'; …' if len(names) > NAMED else ''})"
         for reason, names in dropped.items()
     )
-    return ", ".join(told)
+    return ", ".join(reasons)
 
 
 if __name__ == "__main__":
