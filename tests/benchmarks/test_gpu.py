@@ -423,4 +423,4 @@ def test_tests_that_need_a_gpu_are_found_without_what_a_gpu_machine_lacks() -> N
         [sys.executable, "-c", program], cwd=ROOT, env=alone, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr
-    assert "test_trt.py" in found.stdout
+    assert "test_tensorrt_backend.py" in found.stdout
