@@ -289,6 +289,7 @@ def test_missing_or_contradicting_options_are_one_sentence(
         ((*of_one, "--top-k", 0), "invalid_option", ["--top-k", 0]),
         (("--data", mini, "--video", "ZZZZZ"), "unlisted_video", ["'ZZZZZ'"]),
         (("--data", gone, "--video", "AAAA1"), "missing_file", [gone]),
+        (("--data", mini, "--video", "AAAA1", "--duration", 1), "conflicting_options", ["--data", "--duration"]),
     ]
     for arguments, code, values in wrong:
         check_error(refused(infer, *model, *query, *arguments), code, *values)

@@ -152,10 +152,17 @@ def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
     read_sidecar(plan)
 
 
-@pytest.mark.parametrize("fields", [{"format": "drn-engine/9"}, {"manifest": {}}, {"sha256": {}}])
-def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"format": "drn-engine/9"}, "unknown_format"),
+        ({"manifest": {}}, "unknown_format"),
+        ({"sha256": {}}, "digest_mismatch"),
+    ],
+)
+def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any], code: str) -> None:
     change(plan, **fields)
-    with pytest.raises(ModelFileError):
+    with raises(ModelFileError, code, plan):
         read_sidecar(plan)
 
 

@@ -590,6 +590,7 @@ def test_flags_that_contradict_a_video_file_are_refused(
     check_error(refused(infer, *line, *of_mini), "conflicting_options", "--extractor", "--video FILE")
     check_error(refused(infer, *line, *hall, "--duration", 3), "conflicting_options", "--duration", "--num-frames")
     check_error(refused(infer, *line[:4], *of_mini, "--partial"), "conflicting_options", "--partial")
+    check_error(refused(infer, *line, *hall, "--footage", hall[1]), "conflicting_options", "--footage")
     check_error(refused(infer, *line, *hall), "missing_file", hall[1])
 
 
