@@ -356,11 +356,13 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ModelFileError(f"{path} is truncated, or holds over {MAX_LAYERS_BYTES >> 20} MiB; {advice}.")
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ModelFileError(f"{path} is not a file of format {FORMAT!r}; {advice}.")
+            raise ModelFileError(f"{path} is not a file of format {FORMAT!r}; {advice}.", code="unknown_format")
         if not isinstance(content.get("profiles"), list) or not all(
             isinstance(view, dict) for view in content["profiles"]
         ):
-            raise ModelFileError(f"{path} is damaged: 'profiles' should be a list of tables; {advice}.")
+            raise ModelFileError(
+                f"{path} is damaged: 'profiles' should be a list of tables; {advice}.", code="damaged_file"
+            )
     return content
 
 

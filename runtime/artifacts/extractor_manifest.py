@@ -62,7 +62,9 @@ class ExtractorManifest:
                 f"An extractor's dim, window and stride are 1 or more, and {counts} were given.", code="invalid_setting"
             )
         if not all(map(is_number, (*self.mean, *self.std, self.white))):
-            raise ModelFileError("An extractor's mean, std and white are numbers; correct its description.")
+            raise ModelFileError(
+                "An extractor's mean, std and white are numbers; correct its description.", code="invalid_setting"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
             raise ModelFileError(
                 f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "

@@ -47,12 +47,14 @@ class Features:
         if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes):
             raise ModelFileError(
                 f"Width, window and stride of features are whole numbers from 1 to {MAX_SIZE}, and {excerpt(sizes)} "
-                "was given; write the file again."
+                "was given; write the file again.",
+                code="invalid_setting",
             )
         if not isinstance(self.kind, str) or self.pooling not in get_args(Pooling):
             raise ModelFileError(
                 f"Features have a name and are pooled as mmaction2 or drn, and {excerpt((self.kind, self.pooling))} "
-                "was given; write the file again."
+                "was given; write the file again.",
+                code="invalid_setting",
             )
 
     @property
@@ -106,7 +108,8 @@ class Manifest:
         if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
             raise ModelFileError(
                 f"A model has a stage from 1 to 3 and takes queries of 1 to {MAX_SIZE} tokens, and "
-                f"{excerpt((self.stage, self.max_query_length))} was given."
+                f"{excerpt((self.stage, self.max_query_length))} was given.",
+                code="invalid_setting",
             )
 
     def to_dict(self) -> dict[str, Any]:

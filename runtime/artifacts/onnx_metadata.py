@@ -195,7 +195,8 @@ def seal(path: str | os.PathLike[str]) -> bytes:
     path = Path(path)
     if not MANIFEST_KEYS & read_metadata(path).keys():
         raise ModelFileError(
-            f"{path} carries no manifest to record a digest in; give a file of `python -m export.to_onnx`."
+            f"{path} carries no manifest to record a digest in; give a file of `python -m export.to_onnx`.",
+            code="missing_manifest",
         )
     return sealed(path.read_bytes(), tuple(external_data(path)))
 
@@ -255,7 +256,9 @@ def _external(path: Path, content: Buffer) -> list[Path]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ModelFileError(f"{path} keeps tensors in {excerpt(name)}, outside its directory; save it again.")
         if not file.is_file():
-            raise ModelFileError(f"{path} needs its external data {excerpt(name)} beside it; copy it there.")
+            raise ModelFileError(
+                f"{path} needs its external data {excerpt(name)} beside it; copy it there.", code="missing_file"
+            )
         files.append(file)
     return files
 

@@ -52,7 +52,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         return connect(path, device, threads)[0]
     path = Path(path)
     if not isinstance(device, str) or device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.")
+        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device")
     if threads is not None:
         check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -73,7 +73,10 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
             except ImportError as error:
                 raise DeviceError(
                     f"{path.name} needs torch, which cannot be imported here ({error}); "
-                    "run `pip install 'drn-deploy[train]'`, or give the exported .onnx file."
+                    "run `pip install 'drn-deploy[train]'`, or give the exported .onnx file.",
+                    code="missing_library",
                 ) from error
             return backend(path, device, threads)
-    raise DeviceError("No installed package opens .pt files; run `pip install 'drn-deploy[train]'`.")
+    raise DeviceError(
+        "No installed package opens .pt files; run `pip install 'drn-deploy[train]'`.", code="missing_library"
+    )

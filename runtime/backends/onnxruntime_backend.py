@@ -65,7 +65,8 @@ def library(gpu: bool) -> tuple[Any, str]:
     except ImportError as error:
         raise DeviceError(
             "ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`, or `'drn-deploy[gpu]'` for a "
-            "CUDA GPU (one of them: both own the same folder)."
+            "CUDA GPU (one of them: both own the same folder).",
+            code="missing_library",
         ) from error
     # Of 1.21 and later; in a build for CPUs it does nothing.
     if not gpu or not hasattr(ort, "preload_dlls"):

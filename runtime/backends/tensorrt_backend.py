@@ -147,7 +147,9 @@ def _check_device(path: Path, device: Device) -> None:
 def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     """The plan of the video part: named by itself or by the graph it was built from, whose hash its sidecar has."""
     if len(sidecar.manifest.video_part) != 1:
-        raise ModelFileError(f"The sidecar of {path} should name one video part; build both parts again.")
+        raise ModelFileError(
+            f"The sidecar of {path} should name one video part; build both parts again.", code="missing_part"
+        )
     ((name, digest),) = sidecar.manifest.video_part.items()
     plan = path.with_name(Path(name).name).with_suffix(".engine")
     if not plan.is_file():

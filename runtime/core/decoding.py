@@ -63,10 +63,14 @@ class Decoding:
         counts = (self.num_segments, self.pre_nms_top_n, *self.strides)
         if not all(isinstance(count, int) and 1 <= count <= MOST_SEGMENTS for count in counts) or not self.strides:
             raise ModelFileError(
-                f"Segments, strides and proposals per level are from 1 to {MOST_SEGMENTS}, and {counts} was given."
+                f"Segments, strides and proposals per level are from 1 to {MOST_SEGMENTS}, and {counts} was given.",
+                code="invalid_setting",
             )
         if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
-            raise ModelFileError(f"The score threshold lies in [0, 1), and {excerpt(self.score_threshold)} was given.")
+            raise ModelFileError(
+                f"The score threshold lies in [0, 1), and {excerpt(self.score_threshold)} was given.",
+                code="invalid_setting",
+            )
         if any(self.num_segments % stride for stride in self.strides):
             raise ModelFileError(
                 f"{self.num_segments} segments cannot be divided by the strides {self.strides}.", code="invalid_setting"

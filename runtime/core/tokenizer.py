@@ -59,7 +59,9 @@ class Vocabulary:
             isinstance(word, str) and isinstance(identity, int) and not isinstance(identity, bool)
             for word, identity in words.items()
         ):
-            raise ModelFileError(f"A word table maps words to whole numbers, and {excerpt(words)} does not.")
+            raise ModelFileError(
+                f"A word table maps words to whole numbers, and {excerpt(words)} does not.", code="invalid_word_table"
+            )
         if sorted(words.values()) != list(range(1, len(words) + 1)):
             raise ModelFileError(
                 f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not.",
@@ -173,7 +175,9 @@ class Vocabulary:
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
         check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
         if missing := {"words", "unknown"} - value.keys():
-            raise ModelFileError(f"A vocabulary lacks {' and '.join(sorted(missing))}; export the model again.")
+            raise ModelFileError(
+                f"A vocabulary lacks {' and '.join(sorted(missing))}; export the model again.", code="missing_field"
+            )
         return cls(value["words"], value["unknown"])
 
 

@@ -341,7 +341,7 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
         return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
     except (TypeError, ValueError) as error:
         raise FeatureError(
-            f"The features of {excerpt(name)} are no (num_clips, D) floats: {one_line(error)}."
+            f"The features of {excerpt(name)} are no (num_clips, D) floats: {one_line(error)}.", code="wrong_array"
         ) from error
 
 

@@ -116,7 +116,9 @@ class Captions:
         if video not in self.durations:
             files = ", ".join(f"{split}.json" for split in self._splits)
             near = near_name(by_fold(self.durations), video)
-            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}")
+            raise AnnotationError(
+                f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}", code="unlisted_video"
+            )
 
     def _entries(self, split: str) -> Entries:
         if split not in self._splits:

@@ -37,14 +37,19 @@ class Preset:
         object.__setattr__(self, "query_length", tuple(self.query_length))
         lengths, thresholds = self.query_length, self.iou_thresholds
         if self.num_segments < 4 or self.num_segments % 4:
-            raise AnnotationError(f"The number of segments is a multiple of 4, and {self.num_segments} is not.")
+            raise AnnotationError(
+                f"The number of segments is a multiple of 4, and {self.num_segments} is not.", code="invalid_setting"
+            )
         # Models are compared at 0.5 and 0.7, whatever the data set.
         if not {0.5, 0.7} <= set(thresholds) or not all(0 < threshold < 1 for threshold in thresholds):
             raise AnnotationError(
-                f"IoU thresholds lie between 0 and 1, 0.5 and 0.7 among them, and are {list(thresholds)}."
+                f"IoU thresholds lie between 0 and 1, 0.5 and 0.7 among them, and are {list(thresholds)}.",
+                code="invalid_setting",
             )
         if len(lengths) != 3 or not 1 <= lengths[0] <= lengths[1] <= lengths[2]:
-            raise AnnotationError(f"Query lengths are MIN OPT MAX, from 1 and rising, and are {list(lengths)}.")
+            raise AnnotationError(
+                f"Query lengths are MIN OPT MAX, from 1 and rising, and are {list(lengths)}.", code="invalid_setting"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -99,7 +99,9 @@ class QVHighlights:
         if video not in self.durations:
             files = ", ".join(self.path(split).name for split in self._splits)
             near = near_name(by_fold(self.durations), video)
-            raise AnnotationError(f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}")
+            raise AnnotationError(
+                f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}", code="unlisted_video"
+            )
 
 
 def _names(split: str) -> tuple[str, str]:
@@ -128,7 +130,9 @@ def _read_about(path: Path) -> dict[str, Any]:
 def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
     lines = read_lines(path, "a JSON object a line")
     if not lines:
-        raise AnnotationError(f'{path} is empty; a row a line is expected: {{"qid", "query", "vid", "duration", ...}}.')
+        raise AnnotationError(
+            f'{path} is empty; a row a line is expected: {{"qid", "query", "vid", "duration", ...}}.', code="empty_file"
+        )
     seen: set[int | str] = set()
     for number, line in enumerate(lines, 1):
         place = f"{path}, line {number}"

@@ -45,7 +45,10 @@ class Videos:
                 code="invalid_frame_count",
             )
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
-            raise AnnotationError(f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.")
+            raise AnnotationError(
+                f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.",
+                code="invalid_frame_count",
+            )
         _check_distinct(self._called, name, place)
         told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
         if told != (duration, num_frames):

@@ -271,7 +271,7 @@ def hash_of(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise FootageError(f"The video {path} cannot be read: {error.strerror}.") from error
+        raise FootageError(f"The video {path} cannot be read: {error.strerror}.", code="unreadable_file") from error
 
 
 def cache_directory() -> Path:

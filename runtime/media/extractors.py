@@ -102,7 +102,8 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
         return ImageExtractor(session, manifest, identity)
     raise ModelFileError(
         f"{path} takes {', '.join(f'{kind} of {axes} axes' for kind, axes in taken) or 'nothing'}; an extractor takes "
-        "clips (uint8, 5 axes) or images (float, 4 axes) alone."
+        "clips (uint8, 5 axes) or images (float, 4 axes) alone.",
+        code="unexpected_tensors",
     )
 
 

@@ -127,7 +127,7 @@ class Front:
         num_frames, top_k = (self._optional(request, name) for name in (NUM_FRAMES, TOP_K))
         queries = [[_text(query) for query in row] for row in given[QUERY]]
         if not queries or not queries[0]:
-            raise QueryError(f"The request holds no sentence; send at least one in {QUERY}.")
+            raise QueryError(f"The request holds no sentence; send at least one in {QUERY}.", code="no_words")
         for query in dict.fromkeys(query for row in queries for query in row):
             self._grounder.encode_query(query)
         name = request.request_id() or "the video"

@@ -835,7 +835,8 @@ class _Arrays:
         item = numbers.dtype.itemsize
         if count * item > max(numbers.nbytes, _MOST_REPEATED_BYTES):
             raise CheckpointError(
-                f"{self.path} blows up {numbers.nbytes} bytes to a tensor of {count * item}; save a copy."
+                f"{self.path} blows up {numbers.nbytes} bytes to a tensor of {count * item}; save a copy.",
+                code="unfolds_too_large",
             )
         # NumPy checks sizes and strides against the buffer once more.
         return np.ndarray(
