@@ -18,7 +18,7 @@ import ray
 from tqdm import tqdm
 
 from benchmarks.cpu import environment, multiply_adds
-from calib.graph.split_model import pair_paths, split_graph, write_pair
+from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.tracer import export_model
 from runtime import Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
@@ -30,7 +30,7 @@ from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import Question, read_questions
 from runtime.corpus.ray_runner import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray
 from runtime.corpus.sharding import Settings, Shard, plan
-from runtime.corpus.worker import Job, Worker
+from runtime.corpus.worker import CorpusJob, Worker
 from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
 from train.network.model import DRNConfig
 from train.training.trainer import fresh_model
@@ -111,7 +111,7 @@ def _model(config: DRNConfig, path: Path) -> Path:
     vocabulary = Vocabulary({f"word{index}": index for index in range(1, WORDS + 1)})
     decoding = Decoding(num_segments=config.num_segments, strides=config.strides)
     model = export_model(fresh_model(config, 0), Manifest(vocabulary, decoding, Features(dim=config.feature_dim)))
-    write_pair(*split_graph(model), path)
+    write_split_model(*split_graph(model), path)
     return pair_paths(path)[1]
 
 
@@ -129,18 +129,20 @@ def _inputs(directory: Path, dim: int, videos: int, sentences: int) -> Path:
     return queries
 
 
-def _job(model: Path, features: Path, queries: Path, output: Path, sentences: int) -> tuple[Job, list[Shard]]:
+def _job(model: Path, features: Path, queries: Path, output: Path, sentences: int) -> tuple[CorpusJob, list[Shard]]:
     """Return a corpus of a shard for each video, as `runtime.corpus.job.ground` plans it."""
     questions: list[Question] = read_questions(queries)[:sentences]
     common, shards = plan(open_source(features).listing(), questions, sentences)
     output.mkdir()
     write_json(output / "corpus.json", {})
     manifest = json_digest({})
-    return Job(model, features, output, tuple(common), len(shards), Settings(shard_pairs=sentences), manifest), shards
+    return CorpusJob(
+        model, features, output, tuple(common), len(shards), Settings(shard_pairs=sentences), manifest
+    ), shards
 
 
 def _parts(
-    few: Job, few_shards: list[Shard], many: Job, many_shards: list[Shard], rounds: int, config: DRNConfig
+    few: CorpusJob, few_shards: list[Shard], many: CorpusJob, many_shards: list[Shard], rounds: int, config: DRNConfig
 ) -> tuple[dict[str, float], float]:
     """Return the milliseconds of processor time that a video costs before it is asked, that a pair costs, and how much
     of that is not the network: reading sentences, collating, decoding, NMS and writing the row; and the bytes of a
@@ -196,7 +198,7 @@ def _without_network(worker: Worker, config: DRNConfig) -> Worker:
     return worker
 
 
-def _rates(job: Job, shards: list[Shard], rounds: int) -> dict[str, float]:
+def _rates(job: CorpusJob, shards: list[Shard], rounds: int) -> dict[str, float]:
     """Return pairs per second against processes, once each has made its first shard: medians over rounds."""
     for name, value in {**QUIET, **ALONE}.items():
         os.environ.setdefault(name, value)
@@ -213,7 +215,7 @@ def _rates(job: Job, shards: list[Shard], rounds: int) -> dict[str, float]:
     return {str(actors): float(np.median(values)) for actors, values in rates.items()}
 
 
-def _rate(job: Job, shards: list[Shard], actors: int) -> float:
+def _rate(job: CorpusJob, shards: list[Shard], actors: int) -> float:
     ended, pairs = [], []
     for done in run_on_ray(job, shards, actors, None):
         assert done.problem is None, done.problem

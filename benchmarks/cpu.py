@@ -25,7 +25,7 @@ from benchmarks.baseline import EagerBaseline
 from calib.graph.split_model import pair_paths
 from export.tracing.tracer import OLDEST_OPSET
 from runtime import EncodedVideo, Grounder, Video, Vocabulary
-from runtime.core.batch import collate, padded
+from runtime.core.batch import collate, pad_queries
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError
 from runtime.core.io.files import write_json
@@ -413,7 +413,7 @@ def _network_alone(grounder: Grounder, pairs: list[tuple[Video, str]], size: int
 def _asked_alone(split: Grounder, pairs: Sequence[tuple[EncodedVideo, str]], size: int) -> Callable[[int], Any]:
     questions = [
         (
-            *padded([split.encode_query(query) for _, query in chosen]),
+            *pad_queries([split.encode_query(query) for _, query in chosen]),
             list({id(video): video for video, _ in chosen}.values()),
             np.zeros(size, np.int32),
         )
@@ -429,7 +429,7 @@ def _around(grounder: Grounder, pairs: Sequence[Any], repeats: int = 50) -> floa
     if grounder.is_pair:
         pair: Any = grounder.backend
         video = pairs[0][0]
-        heads = pair.ask(*padded(queries), [video], np.zeros(len(pairs), np.int32))
+        heads = pair.ask(*pad_queries(queries), [video], np.zeros(len(pairs), np.int32))
     else:
         heads = grounder.backend.run(collate(queries, [grounder.segments(video) for video, _ in pairs]))
 

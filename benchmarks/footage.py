@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from runtime.artifacts.extractor_manifest import Framing
+from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.cli import command
 from runtime.core.errors import FootageError
-from runtime.media.video_file import clips, look, pictures
+from runtime.media.video_file import clips, probe, read_frames
 
 
 def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) -> dict[str, float]:
@@ -35,10 +35,10 @@ def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) 
     print(f"PyAV {av.__version__}, NumPy {np.__version__}, {platform.machine()}, one thread, {rounds} rounds\n")
     print("| video | size | PyAV, frames/s | clips, frames/s | ratio |\n| --- | --- | --- | --- | --- |")
     for path in videos:
-        found = look(path)
+        found = probe(path)
         ways: tuple[Callable[[], Iterator[Any]], ...] = (
             lambda path=path: _bare(path),
-            lambda found=found: clips(pictures(found, Framing(), threads=1), 16, 8),
+            lambda found=found: clips(read_frames(found, ResizeCrop(), threads=1), 16, 8),
         )
         seconds = [[_seconds(way) for way in ways] for _ in range(rounds)]
         ratios[path.stem] = statistics.median(bare / ours for bare, ours in seconds)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.cpu import environment, multiply_adds
-from calib.graph.split_model import pair_paths, split_graph, write_pair
+from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.tracer import export_model
 from runtime import EncodedVideo, Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
@@ -26,7 +26,7 @@ from runtime.backends.onnxruntime_backend import OnnxRuntimePair
 from runtime.core.cli import check_plots, command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import check_writable, replace_when_whole, write_json
+from runtime.core.io.files import atomic_write, check_writable, write_json
 from train.network.model import DRNConfig
 from train.training.trainer import fresh_model
 
@@ -100,7 +100,7 @@ def _opened(config: DRNConfig, path: Path, threads: int) -> OnnxRuntimePair:
     vocabulary = Vocabulary({f"word{index}": index for index in range(1, WORDS + 1)})
     decoding = Decoding(num_segments=config.num_segments, strides=config.strides)
     model = export_model(fresh_model(config, 0), Manifest(vocabulary, decoding, Features(dim=config.feature_dim)))
-    write_pair(*split_graph(model), path)
+    write_split_model(*split_graph(model), path)
     pair = Grounder.load(pair_paths(path)[1], "cpu", threads).backend
     assert isinstance(pair, OnnxRuntimePair)
     return pair
@@ -180,7 +180,7 @@ def _draw(curves: dict[str, dict[str, dict[int, float]]], config: DRNConfig, pat
         axes.legend(fontsize=8)
     told = f"D = {config.feature_dim}, {QUERY_LENGTH} words and T = {config.num_segments} where not told otherwise"
     figure.suptitle(f"Processor time of the network, FP32, one CPU: {told}", fontsize=10)
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from export.engine.profiles import VIDEOS, part_profiles, profiles
+from export.engine.profiles import DEFAULT_CACHED_VIDEOS, part_profiles, profiles
 from runtime import Grounder
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends.cuda_driver import Cuda
@@ -25,7 +25,7 @@ from runtime.backends.tensorrt_backend import TensorRTPair, open_engine
 from runtime.benchmarking.timing import Call, Latency, run_interleaved, warm_up
 from runtime.core import cpu_info
 from runtime.core.cli import command
-from runtime.core.decoding import decode, likely
+from runtime.core.decoding import decode, score_proposals
 from runtime.core.errors import ModelFileError
 from runtime.core.io.files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
@@ -70,7 +70,7 @@ def host(
     data_set = DataSet(data)
     known = data_set.annotations(split, invalid="drop", quiet=True)
     chosen = [known[index % len(known)] for index in range(batch)]
-    names = list(dict.fromkeys(annotation.video for annotation in chosen))[:VIDEOS]
+    names = list(dict.fromkeys(annotation.video for annotation in chosen))[:DEFAULT_CACHED_VIDEOS]
     videos = [cast(EncodedVideo, reference.encode(data_set.video(name))) for name in names]
     pairs = [(videos[index % len(videos)], annotation.sentence) for index, annotation in enumerate(chosen)]
     seconds: dict[str, list[float]] = {ONE: [], ASKED: [], DECODED: [], many(batch): []}
@@ -116,7 +116,7 @@ class Bench:
         for _ in range(RUNS):
             self._heads = [self._backend.ask(*asked) for asked in self._asked]
             self._grounder.ground_batch(pairs, batch_size=len(pairs))
-        kept = [likely(heads, reference.manifest.decoding).scores > -np.inf for heads in self._heads]
+        kept = [score_proposals(heads, reference.manifest.decoding).scores > -np.inf for heads in self._heads]
         self.likely = float(np.mean([found.sum() for found in kept]))
         # From here on a launch and a wait do nothing, and the answers are those that `_place` puts there.
         self.driver.failing = {"cuGraphLaunch": 0, "cuStreamSynchronize": 0}
@@ -130,7 +130,7 @@ class Bench:
             (model.parent / video_part, directory / Path(video_part).with_suffix(".engine"), video_manifest),
             (model, plan, reference.manifest),
         ):
-            built_for = part_profiles(manifest.part, shapes, manifest, VIDEOS, manifest.features.dim)
+            built_for = part_profiles(manifest.part, shapes, manifest, DEFAULT_CACHED_VIDEOS, manifest.features.dim)
             write_plan(path, graph, [dataclasses.asdict(profile) for profile in built_for], manifest, VERSION)
         return cast(TensorRTPair, open_engine(plan, library=self.library, cuda=Cuda(self.driver)))
 

@@ -13,9 +13,9 @@ from runtime.backends.base import Device
 from runtime.core.cli import command
 from runtime.core.decoding import PUBLISHED_COUNT
 from runtime.core.errors import GroundingError
-from runtime.core.metrics import IOU_THRESHOLDS, Report, report, table
+from runtime.core.metrics import IOU_THRESHOLDS, Report, format_table, report
 from runtime.core.moments import Moment
-from runtime.core.video import ClipClock, Video
+from runtime.core.video import ClipTiming, Video
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import Grounder
 
@@ -89,14 +89,14 @@ def joined_videos(
         way: report(dict.fromkeys(IOU_THRESHOLDS, np.stack(rows)), np.concatenate(truth), protocol)
         for way, rows in picks.items()
     }
-    print(table(list(reports.items())))
+    print(format_table(list(reports.items())))
     print(f"{sum(map(len, truth))} queries of {split}, {len(groups)} long videos of {join} each, percent.")
     if data_set.simulated:
         print("Features are simulated: not comparable with published numbers.")
     return reports
 
 
-def join_videos(videos: Sequence[Video], clock: ClipClock) -> Joined:
+def join_videos(videos: Sequence[Video], clock: ClipTiming) -> Joined:
     """Return videos one after the other, each as long as its clips; a second lasts as many frames in all of them."""
     rate = sum(video.num_frames for video in videos) / sum(video.duration for video in videos)
     counts = [min(len(video.features), clock.num_clips(video.num_frames)) for video in videos]

@@ -79,13 +79,13 @@ def _waits() -> Iterator[list[float]]:
 
         return waited
 
-    result, future = onnx_metadata.Check.result, concurrent.futures.Future.result
-    onnx_metadata.Check.result = timed(result)  # type: ignore[method-assign]
+    result, future = onnx_metadata.DigestCheck.result, concurrent.futures.Future.result
+    onnx_metadata.DigestCheck.result = timed(result)  # type: ignore[method-assign]
     concurrent.futures.Future.result = timed(future)  # type: ignore[method-assign]
     try:
         yield waits
     finally:
-        onnx_metadata.Check.result, concurrent.futures.Future.result = result, future  # type: ignore[method-assign]
+        onnx_metadata.DigestCheck.result, concurrent.futures.Future.result = result, future  # type: ignore[method-assign]
 
 
 def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -19,16 +19,16 @@ from tqdm import tqdm
 from benchmarks.cpu import _cpu_name
 from calib.accuracy import table_of
 from calib.calibrate import observe_set
-from calib.calibration_set import coverage_table, draw
-from calib.graph.half_precision import emulated, raise_opset, to_half
-from calib.graph.onnx_graph import GraphPair, manifest_of, read_graph
-from calib.graph.precision_audit import census
+from calib.calibration_set import coverage_table, sample_calibration_set
+from calib.graph.half_precision import convert_to_half, emulate_bf16, raise_opset
+from calib.graph.onnx_graph import InMemorySplitBackend, load_fp32_graph, read_manifest
+from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
-from calib.qdq_quantizer import quantize
+from calib.qdq_quantizer import insert_qdq
 from calib.range_estimation import METHODS
 from export.build.reduced_precision import OPSETS
-from export.parity.compare import answers, compare
-from export.parity.parity_result import Parity, points
+from export.parity.compare import collect_outputs, compare
+from export.parity.parity_result import ParityResult, format_points
 from runtime.core.cli import command
 from runtime.core.io.files import write_json
 from runtime.datasets.dataset import DataSet
@@ -45,7 +45,7 @@ class Entry:
     method: str
     share: float
     size: float
-    parity: Parity
+    parity: ParityResult
 
 
 def tabulate(
@@ -71,12 +71,12 @@ def tabulate(
         precisions: which.
         output: JSON file for the table.
     """
-    source, data_set = read_graph(onnx_file), DataSet(data)
+    source, data_set = load_fp32_graph(onnx_file), DataSet(data)
     annotations = data_set.annotations(split)[:limit]
     reference = _grounder(source, threads)
     with tqdm(total=len(annotations), desc="fp32", unit="query", leave=False, disable=None) as bar:
-        known = answers(reference, data_set, annotations, on_progress=bar.update)
-    drawn = draw(data_set, manifest_of(source), samples)
+        known = collect_outputs(reference, data_set, annotations, on_progress=bar.update)
+    drawn = sample_calibration_set(data_set, read_manifest(source), samples)
     started = time.perf_counter()
     gains, histograms = observe_set(source, drawn, threads=threads)
     calibrated_in = time.perf_counter() - started
@@ -84,9 +84,9 @@ def tabulate(
     fp32_bytes = len(source.SerializeToString())
     entries = []
     for precision, method, graph in _graphs(source, precisions, tables):
-        counted = census(graph)
+        counted = audit_graph(graph)
         with tqdm(total=len(annotations), desc=f"{precision} {method}", unit="query", leave=False, disable=None) as bar:
-            judged = _grounder(emulated(graph), threads)
+            judged = _grounder(emulate_bf16(graph), threads)
             parity = compare(reference, judged, data_set, annotations, known=known, on_progress=bar.update)
         size = len(graph.SerializeToString()) / fp32_bytes
         entries.append(Entry(precision, method, counted.share(precision), size, parity))
@@ -126,22 +126,26 @@ def tabulate(
 def _graphs(source: onnx.ModelProto, precisions: tuple[str, ...], tables: Any) -> Iterator[tuple[str, str, Any]]:
     for precision in precisions:
         if precision in ("fp16", "bf16"):
-            yield precision, "", to_half(raise_opset(source, OPSETS[precision]), precision)  # type: ignore[arg-type]
+            yield precision, "", convert_to_half(raise_opset(source, OPSETS[precision]), precision)  # type: ignore[arg-type]
             continue
         for method, table in tables.items():
-            yield precision, method, to_half(quantize(source, table, None, precision, OPSETS[precision]), "fp16")
+            yield (
+                precision,
+                method,
+                convert_to_half(insert_qdq(source, table, None, precision, OPSETS[precision]), "fp16"),
+            )
 
 
 def _grounder(graph: onnx.ModelProto, threads: int) -> Grounder:
     # Cut in two, so that the queries of one video share its part: the same numbers in less time.
-    return Grounder(GraphPair(*split_graph(graph), threads))
+    return Grounder(InMemorySplitBackend(*split_graph(graph), threads))
 
 
 def _line(entry: Entry) -> str:
     parity = entry.parity
     flips = parity.flips["R@1 IoU=0.7"]
     recall = " | ".join(f"{100 * parity.other.values[name]:.2f}" for name in ROW)
-    change = " | ".join(points(parity.differences[name].mean) for name in ("R@1 IoU=0.7", "mIoU"))
+    change = " | ".join(format_points(parity.differences[name].mean) for name in ("R@1 IoU=0.7", "mIoU"))
     return (
         f"| {entry.precision.upper()} | {entry.method} | {recall} | {change} | {len(flips.gained)}, {len(flips.lost)} "
         f"({flips.p_value:.2f}) | {parity.boundaries.p50:.4f}, {parity.boundaries.p99:.3f} | {parity.overlap.mean:.4f} "

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.cpu import environment
-from calib.graph.conv_padding import padding_apart
+from calib.graph.conv_padding import extract_padding
 from calib.graph.split_model import split_graph
-from export.tracing.exportable_model import Convolution, ExportableDRN
+from export.tracing.exportable_model import ExportableConv, ExportableDRN
 from export.tracing.torch_check import TOLERANCE, relative_difference
 from export.tracing.tracer import export_model
-from runtime.backends.onnxruntime_backend import KEPT_APART
+from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.cli import command
 from runtime.core.errors import PromiseBroken
@@ -79,10 +79,10 @@ def rewritings(
     graphs.update((name, exported(change)) for name, change in TRACED.items() if wanted(name))
     graphs.update((name, rewrite(whole)) for name, rewrite in REWRITTEN.items() if wanted(name))
     # Asked on an encoded video, where a rewriting weighs most; what encodes the video is timed by itself.
-    questions = {name: _session(padding_apart(split_graph(graph)[1]), threads) for name, graph in graphs.items()}
+    questions = {name: _session(extract_padding(split_graph(graph)[1]), threads) for name, graph in graphs.items()}
     if wanted(PADDED):
         questions[PADDED] = _session(split_graph(whole)[1], threads)
-    question = padding_apart(split_graph(whole)[1])
+    question = extract_padding(split_graph(whole)[1])
     questions.update((name, _session(question, threads, change)) for name, change in SETTINGS.items() if wanted(name))
     encoders = {EXPORTED: _session(split_graph(whole)[0], threads)}
     if wanted(PRODUCT):
@@ -111,7 +111,7 @@ def _apart(graph: ExportableDRN, model: DRN) -> None:
     """Both towers by themselves."""
     (joined,) = graph.fcos.head.towers
     weights, biases = joined.weight.chunk(2), joined.bias.chunk(2)
-    halves = [Convolution(w[:, :, 0], b, relu=True) for w, b in zip(weights, biases, strict=True)]
+    halves = [ExportableConv(w[:, :, 0], b, relu=True) for w, b in zip(weights, biases, strict=True)]
 
     class Towers(nn.Module):
         def __init__(self) -> None:
@@ -156,7 +156,7 @@ def _unfolded_norm(graph: ExportableDRN, model: DRN) -> None:
     """Batch norm after its convolution. ONNX Runtime folds it while loading: this tells whether it does."""
 
     class Normed(nn.Module):
-        def __init__(self, conv: Convolution) -> None:
+        def __init__(self, conv: ExportableConv) -> None:
             super().__init__()
             scale = torch.rand(len(conv.weight), dtype=torch.float64) + 0.5
             self.conv = copy.deepcopy(conv)
@@ -209,11 +209,11 @@ def _positions_as_channels(graph: ExportableDRN, model: DRN) -> None:
 def _one_dimension(graph: ExportableDRN, model: DRN) -> None:
     """Convolutions over (B, C, T), as torch's Conv1d: ONNX Runtime has no blocked layout for them."""
     for module in graph.modules():
-        if isinstance(module, Convolution):
+        if isinstance(module, ExportableConv):
             module.__class__ = type("Flat", (_Flat, module.__class__), {})
 
 
-class _Flat(Convolution):
+class _Flat(ExportableConv):
     def _convolved(self, inputs: Tensor) -> Tensor:
         weight = self.weight[:, :, 0]
         return functional.conv1d(
@@ -405,7 +405,7 @@ def _session(model: onnx.ModelProto, threads: int, change: Callable[[Any], None]
     if change:
         change(options)
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
     )
 
 

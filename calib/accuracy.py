@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from calib.calibration_set import CalibrationSet, OnPaper, refuse_test_videos
-from calib.calibration_table import CalibrationTable, key_of
-from calib.graph.channel_equalization import Gains
-from calib.graph.onnx_graph import GraphBackend, cut_video, graph_hash, manifest_of, open_session, weights_hash
-from calib.qdq_quantizer import Kind, Policy, quantize
+from calib.calibration_set import CalibrationSet, ManifestOnlyBackend, forbid_test_videos
+from calib.calibration_table import CalibrationTable, calibration_key
+from calib.graph.channel_equalization import ChannelScales
+from calib.graph.onnx_graph import InMemoryBackend, cut_video, graph_hash, open_session, read_manifest, weights_hash
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.range_estimation import METHODS, Histogram, Method, ranges
-from runtime.core.metrics import hits
+from runtime.core.metrics import is_hit
 from runtime.core.moments import temporal_iou
 from runtime.core.video import Segments
 from runtime.datasets.dataset import Annotation, DataSet
@@ -30,7 +30,7 @@ log = logging.getLogger("drn")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class AccuracyDelta:
     """What one graph loses against the FP32 graph on the same N queries; drops in points (percent), gains negative.
 
     Attributes:
@@ -73,7 +73,7 @@ class Cost:
         }
 
 
-def cost_table(rows: Sequence[tuple[str, Cost]]) -> str:
+def format_deltas(rows: Sequence[tuple[str, AccuracyDelta]]) -> str:
     """Return costs as text, a row each."""
     width = max(len(label) for label, _ in rows)
     lines = [
@@ -89,7 +89,7 @@ def cost_table(rows: Sequence[tuple[str, Cost]]) -> str:
     return "\n".join(lines)
 
 
-class Judge:
+class AccuracyEvaluator:
     """Holds the held-out queries, their videos' segments and the FP32 graph's answers.
 
     Raises:
@@ -103,11 +103,11 @@ class Judge:
         annotations: Sequence[Annotation],
         threads: int | None = None,
     ) -> None:
-        refuse_test_videos(data_set, {annotation.video for annotation in annotations}, "What methods are judged by")
+        forbid_test_videos(data_set, {annotation.video for annotation in annotations}, "What methods are judged by")
         self.data_set = data_set
         self.annotations = list(annotations)
         self.threads = threads
-        self._paper = Grounder(OnPaper(manifest_of(model)))
+        self._paper = Grounder(ManifestOnlyBackend(read_manifest(model)))
         self._segments: dict[str, Segments] = {}
         # Encodings of the FP32 graph, and of the last other one.
         self._first: tuple[tuple[str, ...], dict[str, Segments]] = ((), {})
@@ -115,25 +115,25 @@ class Judge:
         self.durations = np.array([data_set.durations[entry.video] for entry in annotations])
         self.reference = self._answers(model, "FP32")
 
-    def cost(self, model: onnx.ModelProto, label: str) -> Cost:
+    def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
         """Return what `model` loses; `label` precedes the progress bar."""
         return self.compare(self._answers(model, label))
 
-    def compare(self, found: Evaluation) -> Cost:
+    def compare(self, found: Evaluation) -> AccuracyDelta:
         """Return what an evaluation of the same queries loses."""
         wanted = self.reference
         protocol = wanted.report.protocol
         flips = {}
         for threshold in (0.5, 0.7):
-            before = hits(wanted.picks[threshold], wanted.truth, 1, threshold, protocol)
-            after = hits(found.picks[threshold], found.truth, 1, threshold, protocol)
+            before = is_hit(wanted.picks[threshold], wanted.truth, 1, threshold, protocol)
+            after = is_hit(found.picks[threshold], found.truth, 1, threshold, protocol)
             flips[threshold] = (int((before & ~after).sum()), int((after & ~before).sum()))
         ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (found, wanted))
         shifts = np.abs(ours - theirs) * self.durations[:, None]
         same = temporal_iou(ours[:, None], theirs[:, None])[:, 0, 0]
         before, after = (entry.report.values["mIoU"] for entry in (wanted, found))
         count = len(self.annotations)
-        return Cost(
+        return AccuracyDelta(
             100 * (flips[0.5][0] - flips[0.5][1]) / count,
             100 * (flips[0.7][0] - flips[0.7][1]) / count,
             100 * (before - after),
@@ -175,9 +175,9 @@ class Judge:
         # Queries of one video share its encoding, and modules after it the one of FP32: half of all the work.
         parts = cut_video(model)
         if parts is None:
-            grounder, segments_of = Grounder(GraphBackend(model, self.threads)), self._read
+            grounder, segments_of = Grounder(InMemoryBackend(model, self.threads)), self._read
         else:
-            grounder, segments_of = Grounder(GraphBackend(parts[1], self.threads)), self._encoder(parts[0])
+            grounder, segments_of = Grounder(InMemoryBackend(parts[1], self.threads)), self._encoder(parts[0])
         with tqdm(
             total=len(self.annotations), desc=f"answering, {label}", unit="query", leave=False, disable=None
         ) as bar:
@@ -188,21 +188,21 @@ def choose_method(
     model: onnx.ModelProto,
     histograms: Mapping[str, Histogram],
     samples: CalibrationSet,
-    judge: Judge,
-    gains: Gains | None = None,
-    policy: Policy | None = None,
-    kind: Kind = "int8",
+    judge: AccuracyEvaluator,
+    gains: ChannelScales | None = None,
+    policy: QuantizationPolicy | None = None,
+    kind: QuantDtype = "int8",
     methods: Sequence[Method] = METHODS,
-) -> tuple[Method, dict[Method, Cost]]:
+) -> tuple[Method, dict[Method, AccuracyDelta]]:
     """Return the method whose graph answers held-out queries most like the FP32 graph, and what each costs.
 
     Decided by the mean temporal IoU with FP32's moments. Recall on some hundred queries moves by a whole flip (0.4
     points for 250) or not at all, so that choosing by it would be choosing by chance.
     """
-    costs: dict[Method, Cost] = {}
+    costs: dict[Method, AccuracyDelta] = {}
     for method in methods:
         table = table_of(model, histograms, samples, method, gains)
-        costs[method] = judge.cost(quantize(model, table, policy, kind), method)
+        costs[method] = judge.cost(insert_qdq(model, table, policy, kind), method)
     return max(costs, key=lambda method: costs[method].agreement), costs
 
 
@@ -211,13 +211,13 @@ def table_of(
     histograms: Mapping[str, Histogram],
     samples: CalibrationSet,
     method: Method,
-    gains: Gains | None = None,
+    gains: ChannelScales | None = None,
     choice: Mapping[str, Any] | None = None,
 ) -> CalibrationTable:
     """Return the calibration table of one method."""
     return CalibrationTable(
         ranges(histograms, method),
-        key_of(model, samples.digest, method),
+        calibration_key(model, samples.digest, method),
         tuple(samples.videos),
         samples.coverage,
         choice or {},

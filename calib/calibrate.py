@@ -10,18 +10,25 @@ from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
-from calib.accuracy import Judge, choose_method, cost_table, table_of
-from calib.calibration_set import HELD_OUT, SAMPLES, CalibrationSet, check_held_out, coverage_table, draw
+from calib.accuracy import AccuracyEvaluator, choose_method, format_deltas, table_of
+from calib.calibration_set import (
+    HELD_OUT,
+    SAMPLES,
+    CalibrationSet,
+    check_held_out,
+    coverage_table,
+    sample_calibration_set,
+)
 from calib.calibration_table import SUFFIX, CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import balanced_name, measure_gains
-from calib.graph.onnx_graph import manifest_of, read_graph
-from calib.qdq_quantizer import Kind, balanced, observed
-from calib.range_estimation import METHODS, Histogram, Method, observe
+from calib.graph.channel_equalization import balanced_name, measure_channel_scales
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
+from calib.qdq_quantizer import QuantDtype, balanced, tensors_to_calibrate
+from calib.range_estimation import METHODS, Histogram, Method, collect_histograms
 from runtime.core.batch import Batch
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
 
@@ -75,23 +82,23 @@ def calibrate(
         raise OutputError(
             f"--output {output} is the graph itself; choose another, as drn{SUFFIX}.", code="output_is_input"
         )
-    model = read_graph(onnx)
+    model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     log.info("Drawing calibration samples ...")
-    drawn = draw(data_set, manifest_of(model), samples, seed, held_out=held_out)
+    drawn = sample_calibration_set(data_set, read_manifest(model), samples, seed, held_out=held_out)
     # Entered before the work, so that an unwritable output is known at once.
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         table = measure_table(model, drawn, method, batch_size, threads)
         table.save(temporary)
     print(coverage_table(drawn.coverage))
     print(f"{output}: ranges of {len(table.ranges)} tensors by {table.key['method']}, digest {table.digest[:12]}…")
     if data_set.simulated:
         print("Features are simulated: calibrate on real ones before using the model on them.")
-    next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", unproven_name(onnx))
+    suggest_next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", unproven_name(onnx))
     return table
 
 
-def unproven_name(onnx: Path, kind: Kind = "int8") -> Path:
+def unproven_name(onnx: Path, kind: QuantDtype = "int8") -> Path:
     """Return what to call a graph of `calib.quantize`: no twin that `export.build_engine` proved is replaced by it."""
     return Path(onnx).with_suffix(f".{kind}-unproven.onnx")
 
@@ -102,8 +109,8 @@ def measure_table(
     method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    judge: Judge | None = None,
-    kind: Kind = "int8",
+    judge: AccuracyEvaluator | None = None,
+    kind: QuantDtype = "int8",
 ) -> CalibrationTable:
     """Return the table of a drawn calibration set; with `auto`, print what each method costs on the held-out part.
 
@@ -119,9 +126,9 @@ def measure_table(
     if method != "auto":
         return table_of(model, histograms, drawn, method, gains)
     check_held_out(len(drawn.held_out))
-    judge = judge or Judge(model, drawn.data_set, drawn.held_out, threads)
+    judge = judge or AccuracyEvaluator(model, drawn.data_set, drawn.held_out, threads)
     best, costs = choose_method(model, histograms, drawn, judge, gains, kind=kind)
-    print(cost_table([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
+    print(format_deltas([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
     print(f"* chosen: answers most like FP32 on {costs[best].queries} queries of held-out training videos.")
     choice = {"by": "agreement with FP32 on held-out training videos"}
     choice |= {"costs": {name: cost.to_dict() for name, cost in costs.items()}}
@@ -136,17 +143,17 @@ def observe_set(
     Tensors keep the names that they have in `model`.
     """
     first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
-    gains = measure_gains(model, _with_bar(first, model, batch_size, "balancing channels"), threads)
+    gains = measure_channel_scales(model, _with_bar(first, model, batch_size, "balancing channels"), threads)
     after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
-    names = {balanced_name(model, name) if name in gains else name: name for name in observed(model)}
-    histograms = observe(after, list(names), _with_bar(drawn, model, batch_size, "calibrating"), threads)
+    names = {balanced_name(model, name) if name in gains else name: name for name in tensors_to_calibrate(model)}
+    histograms = collect_histograms(after, list(names), _with_bar(drawn, model, batch_size, "calibrating"), threads)
     return gains, {names[name]: histogram for name, histogram in histograms.items()}
 
 
 def _with_bar(drawn: CalibrationSet, model: onnx.ModelProto, batch_size: int, what: str) -> Iterable[Batch]:
     batches = -(-len(drawn.annotations) // batch_size)
     return tqdm(
-        drawn.batches(manifest_of(model), batch_size),
+        drawn.batches(read_manifest(model), batch_size),
         total=batches,
         desc=what,
         unit="batch",

@@ -18,7 +18,7 @@ from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch, collate
 from runtime.core.tokenizer import tokenize
 from runtime.datasets.dataset import Annotation, DataSet
-from runtime.grounding.evaluation import encoded
+from runtime.grounding.evaluation import encode_queries
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 log = logging.getLogger("drn")
@@ -52,7 +52,7 @@ class CalibrationSet:
     coverage: dict[str, Any]
 
     def __post_init__(self) -> None:
-        refuse_test_videos(self.data_set, self.videos)
+        forbid_test_videos(self.data_set, self.videos)
         shared = set(self.videos) & {annotation.video for annotation in self.held_out}
         assert not shared, shared
 
@@ -78,8 +78,8 @@ class CalibrationSet:
         Raises:
             FeatureError: a video has no features, or of another width.
         """
-        grounder = Grounder(OnPaper(manifest))
-        queries = encoded(grounder, self.annotations)
+        grounder = Grounder(ManifestOnlyBackend(manifest))
+        queries = encode_queries(grounder, self.annotations)
         order = sorted(range(len(queries)), key=lambda index: len(queries[index]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -87,7 +87,7 @@ class CalibrationSet:
             yield collate([queries[index] for index in chosen], videos)
 
 
-def draw(
+def sample_calibration_set(
     data_set: DataSet,
     manifest: Manifest,
     samples: int = SAMPLES,
@@ -116,7 +116,7 @@ def draw(
     if samples < LEAST_SAMPLES:
         raise CalibrationError(_too_few(f"{samples} calibration samples were asked for"), code="too_few_samples")
     annotations = data_set.annotations("train", invalid="drop")
-    refuse_test_videos(data_set, {entry.video for entry in annotations})
+    forbid_test_videos(data_set, {entry.video for entry in annotations})
     usable, words = _usable(annotations, manifest)
     rng = np.random.default_rng([seed, 21])
     apart = _apart(usable, seed)
@@ -151,7 +151,7 @@ def draw(
     )
 
 
-def hold_out(
+def sample_held_out(
     data_set: DataSet, manifest: Manifest, count: int = HELD_OUT, seed: int = 0, exclude: Collection[str] = ()
 ) -> list[Annotation]:
     """Return up to `count` training sentences to judge by, spread as in `draw`, none of a video in `exclude`.
@@ -162,7 +162,7 @@ def hold_out(
         CalibrationError: fewer than `LEAST_HELD_OUT` were asked for or are left, or training videos are test videos.
     """
     annotations = data_set.annotations("train", invalid="drop")
-    refuse_test_videos(data_set, {entry.video for entry in annotations}, "The training split")
+    forbid_test_videos(data_set, {entry.video for entry in annotations}, "The training split")
     usable, words = _usable(annotations, manifest)
     apart = _apart(usable, seed) - set(exclude)
     among = np.array([index for index, entry in enumerate(usable) if entry.video in apart], int)
@@ -183,7 +183,7 @@ def check_held_out(count: int) -> None:
         )
 
 
-def refuse_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
+def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
     """Raise CalibrationError if one of `videos` is in the test split, because test results then mean nothing."""
     if "test" not in data_set.splits:
         log.warning("%s has no test split, so nothing can be held against it.", data_set.root)
@@ -213,7 +213,7 @@ def coverage_table(coverage: dict[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnPaper:
+class ManifestOnlyBackend:
     """A backend that is only asked what it takes."""
 
     manifest: Manifest

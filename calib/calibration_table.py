@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import LARGEST_EXPONENT
 from calib.graph.onnx_graph import graph_hash, weights_hash
-from calib.range_estimation import METHODS, Range
+from calib.range_estimation import METHODS, ValueRange
 from runtime.core.errors import excerpt, one_line, printable_line
 from runtime.core.io.files import json_digest, read_json, write_text
 from runtime.datasets.dataset import DataSet
@@ -41,7 +41,7 @@ class CalibrationTable:
             `calib.graph.channel_equalization`.
     """
 
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, ValueRange]
     key: Mapping[str, str]
     videos: tuple[str, ...] = ()
     coverage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,9 +74,9 @@ class CalibrationTable:
 
     def check_videos(self, data_set: DataSet) -> None:
         """Raise CalibrationError if the table was measured on videos of the data set's test split."""
-        from calib.calibration_set import refuse_test_videos
+        from calib.calibration_set import forbid_test_videos
 
-        refuse_test_videos(data_set, self.videos, "The calibration table")
+        forbid_test_videos(data_set, self.videos, "The calibration table")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON that a person can read, a tensor a line."""
@@ -171,10 +171,10 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _range(value: Any) -> Range:
+def _range(value: Any) -> ValueRange:
     if len(_list(value)) != 2:
         raise ValueError(f"a lower and an upper end are expected, and {excerpt(value)} is there")
-    return Range(_number(value[0]), _number(value[1]))
+    return ValueRange(_number(value[0]), _number(value[1]))
 
 
 def _exponent(value: Any) -> int:
@@ -183,7 +183,7 @@ def _exponent(value: Any) -> int:
     return value
 
 
-def key_of(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
+def calibration_key(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
     """Return what ranges measured on `model` over training samples of this digest hold for."""
     return {
         "graph": graph_hash(model),
@@ -198,5 +198,5 @@ def _lists(gains: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     return {name: list(row) for name, row in gains.items()}
 
 
-def _rows(ranges: Mapping[str, Range]) -> dict[str, list[float]]:
+def _rows(ranges: Mapping[str, ValueRange]) -> dict[str, list[float]]:
     return {name: [entry.low, entry.high] for name, entry in ranges.items()}

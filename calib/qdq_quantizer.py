@@ -15,17 +15,17 @@ import numpy as np
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import balance, balanced_name, gain_sites
+from calib.graph.channel_equalization import apply_channel_scales, balanced_name, equalizable_tensors
 from calib.graph.naming import ALIASES
-from calib.graph.onnx_graph import manifest_of, without_weights
-from calib.range_estimation import Range
+from calib.graph.onnx_graph import read_manifest, strip_weights
+from calib.range_estimation import ValueRange
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.core.errors import excerpt
 
 if TYPE_CHECKING:
     import onnx
 
-Kind = Literal["int8", "fp8"]
+QuantDtype = Literal["int8", "fp8"]
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """The largest number of each kind; INT8 is symmetric, so -128 is left out."""
@@ -48,7 +48,7 @@ NEWEST_OPSET = 23
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class QuantizationPolicy:
     """What becomes INT8.
 
     Names are modules of the graph and mean all below them: `fpn` is every convolution of the pyramid. The defaults
@@ -79,11 +79,11 @@ class Policy:
     per_channel: bool = True
     keep: tuple[str, ...] = ()
 
-    def keeping(self, *modules: str) -> Policy:
+    def keeping(self, *modules: str) -> QuantizationPolicy:
         """Return this policy with more modules left alone."""
         return dataclasses.replace(self, keep=(*self.keep, *modules))
 
-    def only(self, *modules: str) -> Policy:
+    def only(self, *modules: str) -> QuantizationPolicy:
         """Return a policy under which nothing but these modules becomes INT8."""
         computed = tuple(module for module in modules if _under(module, self.computed))
         return dataclasses.replace(
@@ -92,7 +92,7 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class QuantizedOp:
     """An operator that becomes INT8.
 
     Attributes:
@@ -110,7 +110,9 @@ class Site:
     tensor: str | None
 
 
-def sites(model: onnx.ModelProto, policy: Policy, kind: Kind = "int8") -> list[Site]:
+def find_quantizable_ops(
+    model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8"
+) -> list[QuantizedOp]:
     """Return the operators that become INT8 under a policy, in the order of the graph.
 
     Raises:
@@ -130,21 +132,27 @@ def sites(model: onnx.ModelProto, policy: Policy, kind: Kind = "int8") -> list[S
     return [site for site in found if not _under(site.module, keep)]
 
 
-def modules(model: onnx.ModelProto, policy: Policy, kind: Kind = "int8") -> list[str]:
+def modules(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8") -> list[str]:
     """Return the modules that become INT8 under a policy, in the order of the graph."""
-    return list(dict.fromkeys(site.module for site in sites(model, policy, kind)))
+    return list(dict.fromkeys(site.module for site in find_quantizable_ops(model, policy, kind)))
 
 
-def observed(model: onnx.ModelProto, policy: Policy | None = None) -> list[str]:
+def tensors_to_calibrate(model: onnx.ModelProto, policy: QuantizationPolicy | None = None) -> list[str]:
     """Return the tensors whose ranges a policy needs, each once."""
-    return list(dict.fromkeys(site.tensor for site in sites(model, policy or Policy()) if site.tensor is not None))
+    return list(
+        dict.fromkeys(
+            site.tensor
+            for site in find_quantizable_ops(model, policy or QuantizationPolicy())
+            if site.tensor is not None
+        )
+    )
 
 
-def quantize(
+def insert_qdq(
     model: onnx.ModelProto,
     table: CalibrationTable,
-    policy: Policy | None = None,
-    kind: Kind = "int8",
+    policy: QuantizationPolicy | None = None,
+    kind: QuantDtype = "int8",
     opset: int | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of an FP32 graph with explicit Q/DQ around what the policy names.
@@ -165,10 +173,10 @@ def quantize(
     import onnx
     from onnx import numpy_helper
 
-    policy = policy or Policy()
-    manifest = manifest_of(model)
+    policy = policy or QuantizationPolicy()
+    manifest = read_manifest(model)
     table.check(model)
-    wanted = {site.tensor for site in sites(model, policy, kind)}
+    wanted = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
     lacking = sorted(name for name in wanted if name is not None and name not in table.ranges)
     if lacking:
         raise CalibrationError(
@@ -176,7 +184,7 @@ def quantize(
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
     model, ranges = balanced(model, table, wanted)
-    chosen = {site.node: site for site in sites(model, policy, kind)}
+    chosen = {site.node: site for site in find_quantizable_ops(model, policy, kind)}
     if not chosen:
         raise CalibrationError("Nothing is left to quantise; keep fewer modules.", code="nothing_to_quantize")
 
@@ -197,7 +205,7 @@ def quantize(
             axis = site.axis if policy.per_channel else None
             values = numpy_helper.to_array(tensor)
             _check_finite(values, f"The weight {tensor.name}")
-            numbers, scale = narrow(values, kind, axis)
+            numbers, scale = quantize_weight(values, kind, axis)
             _check_finite(scale, f"The scale of {tensor.name}")
             writer.constant(tensor.name, numbers)
             writer.constant(f"{tensor.name}_scale", scale)
@@ -237,7 +245,7 @@ def quantize(
             f"FP8 needs opset {FP8_OPSET} at least, and {wanted} was asked for; leave --opset out.",
             code="unsupported_opset",
         )
-    restamp(result, wanted)
+    set_opset(result, wanted)
     about = dataclasses.replace(
         manifest, precision=kind, sources={**manifest.sources, "fp32 graph": source, "calibration": table.digest}
     )
@@ -250,7 +258,7 @@ def quantize(
 
 def balanced(
     model: onnx.ModelProto, table: CalibrationTable, tensors: Collection[str | None] | None = None
-) -> tuple[onnx.ModelProto, dict[str, Range]]:
+) -> tuple[onnx.ModelProto, dict[str, ValueRange]]:
     """Return a graph with the table's gains in it, and the ranges under the names that its tensors then have.
 
     `tensors` are those that will be quantised, all when None: no other is touched.
@@ -261,7 +269,7 @@ def balanced(
     ranges = dict(table.ranges)
     if not gains:
         return model, ranges
-    where = gain_sites(model)
+    where = equalizable_tensors(model)
     strange = sorted(set(gains) - set(where))
     if strange:
         raise CalibrationError(
@@ -281,11 +289,11 @@ def balanced(
             ranges[balanced_name(model, name)] = ranges[name]
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    balance(result, gains)
+    apply_channel_scales(result, gains)
     return result, ranges
 
 
-def narrow(weight: np.ndarray, kind: Kind, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+def quantize_weight(weight: np.ndarray, kind: QuantDtype, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return a weight as 8-bit numbers, and the float32 scales that give it back: one, or one per index of `axis`.
 
     A number times its scale is within half a step of the weight. A channel of zeros has a scale of 1.
@@ -325,7 +333,7 @@ def half_precision_scale(scale: np.ndarray) -> np.ndarray:
     return np.where(rounded.astype(np.float64) < scale, up, rounded).astype(np.float32)
 
 
-def restamp(model: onnx.ModelProto, opset: int) -> None:
+def set_opset(model: onnx.ModelProto, opset: int) -> None:
     """Raise the opset of one of our graphs, up to 23.
 
     Nothing is converted: our operators read the same in all of these, but for `Split`, which must say into how many
@@ -352,14 +360,14 @@ def restamp(model: onnx.ModelProto, opset: int) -> None:
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
 
 
-def multiply_adds(model: onnx.ModelProto, query_length: int = 8) -> dict[str, tuple[int, bool]]:
+def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, tuple[int, bool]]:
     """Return for each operator that multiplies: multiply-adds of one query of so many words, and whether 8-bit.
 
     8-bit means that both factors come out of a DequantizeLinear.
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model))
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model))
     free = {"batch": 1, "query_length": query_length}
     shapes = {
         value.name: [free.get(size.dim_param, size.dim_value) for size in value.type.tensor_type.shape.dim]
@@ -383,20 +391,22 @@ def multiply_adds(model: onnx.ModelProto, query_length: int = 8) -> dict[str, tu
     return counts
 
 
-def narrow_share(model: onnx.ModelProto) -> float:
+def quantized_mac_share(model: onnx.ModelProto) -> float:
     """Return the share of the multiply-adds whose factors are both 8-bit."""
-    counts = multiply_adds(model).values()
+    counts = count_macs(model).values()
     return sum(macs for macs, is_narrow in counts if is_narrow) / sum(macs for macs, _ in counts)
 
 
-def attainable_share(model: onnx.ModelProto, kind: Kind = "int8") -> float:
+def attainable_share(model: onnx.ModelProto, kind: QuantDtype = "int8") -> float:
     """Return the share of the multiply-adds of an FP32 graph that becomes 8-bit when no module is kept out, 0 to 1."""
-    computed = {site.node for site in sites(model, Policy(), kind) if site.tensor is not None}
-    counts = multiply_adds(model)
+    computed = {
+        site.node for site in find_quantizable_ops(model, QuantizationPolicy(), kind) if site.tensor is not None
+    }
+    counts = count_macs(model)
     return sum(counts[name][0] for name in computed) / sum(macs for macs, _ in counts.values())
 
 
-def _sites(model: onnx.ModelProto, policy: Policy, kind: Kind) -> Iterator[Site]:
+def _sites(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype) -> Iterator[QuantizedOp]:
     import onnx
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -417,7 +427,7 @@ def _sites(model: onnx.ModelProto, policy: Policy, kind: Kind) -> Iterator[Site]
         axis = {"Conv": 0, "Gather": 0, "MatMul": len(weight.dims) - 1, "Gemm": 1}[node.op_type]
         if node.op_type == "Gemm" and any(entry.name == "transB" and entry.i for entry in node.attribute):
             axis = 0
-        yield Site(module, node.name, weight.name, axis, tensor)
+        yield QuantizedOp(module, node.name, weight.name, axis, tensor)
 
 
 def _under(module: str, names: Collection[str]) -> bool:
@@ -427,7 +437,7 @@ def _under(module: str, names: Collection[str]) -> bool:
 class _Writer:
     """Adds constants and Q/DQ nodes under free names of the house's kind."""
 
-    def __init__(self, graph: onnx.GraphProto, kind: Kind, taken: Collection[str]) -> None:
+    def __init__(self, graph: onnx.GraphProto, kind: QuantDtype, taken: Collection[str]) -> None:
         self.graph = graph
         self.taken = set(taken)
         if kind == "fp8":

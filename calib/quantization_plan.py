@@ -21,7 +21,7 @@ _AGAIN = "search again with `python -m calib.restore`."
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """What `calib.restore` found.
 
     Attributes:
@@ -43,7 +43,9 @@ class Plan:
         """SHA-256 of all that the plan says."""
         return json_digest(dataclasses.asdict(self))
 
-    def checked(self, model: onnx.ModelProto, table: CalibrationTable, kind: str, source: str = "the graph") -> Plan:
+    def checked(
+        self, model: onnx.ModelProto, table: CalibrationTable, kind: str, source: str = "the graph"
+    ) -> QuantizationPlan:
         """Return this plan; CalibrationError if it was made for another graph, table or kind."""
         dataclasses.replace(table, key={**table.key, **self.key}).check(model, source)
         if self.table != table.digest:
@@ -63,7 +65,7 @@ class Plan:
         write_json(path, {"format": FORMAT, "digest": self.digest, **dataclasses.asdict(self)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> QuantizationPlan:
         """Read a plan; CalibrationError if it is none, or was edited."""
         value = read_json(Path(path), "quantisation plan", CalibrationError)
         if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import read_graph
-from calib.qdq_quantizer import LEAST_SHARE, Kind, Policy, modules, narrow_share
-from calib.qdq_quantizer import quantize as quantize_model
-from calib.quantization_plan import Plan
-from runtime.artifacts.onnx_metadata import sealed
-from runtime.core.cli import command, next_command
+from calib.graph.onnx_graph import load_fp32_graph
+from calib.qdq_quantizer import LEAST_SHARE, QuantDtype, QuantizationPolicy, modules, quantized_mac_share
+from calib.qdq_quantizer import insert_qdq as quantize_model
+from calib.quantization_plan import QuantizationPlan
+from runtime.artifacts.onnx_metadata import with_digest
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 
 log = logging.getLogger("drn")
 
@@ -26,7 +26,7 @@ def quantize(
     *,
     keep: tuple[str, ...] = (),
     plan: Path | None = None,
-    kind: Kind = "int8",
+    kind: QuantDtype = "int8",
     opset: int | None = None,
 ) -> Path:
     """Write explicit QuantizeLinear and DequantizeLinear nodes into a graph.
@@ -51,17 +51,17 @@ def quantize(
         if given is not None and Path(output).resolve() == Path(given).resolve():
             raise OutputError(f"--output {output} is an input; choose another.", code="output_is_input")
     calibration = CalibrationTable.load(table)
-    model = read_graph(onnx)
+    model = load_fp32_graph(onnx)
     calibration.check(model, str(onnx))
     if plan is not None:
-        keep = (*keep, *Plan.load(plan).checked(model, calibration, kind, str(onnx)).keep)
-    policy = Policy(keep=tuple(dict.fromkeys(keep)))
+        keep = (*keep, *QuantizationPlan.load(plan).checked(model, calibration, kind, str(onnx)).keep)
+    policy = QuantizationPolicy(keep=tuple(dict.fromkeys(keep)))
     log.info("Quantising ...")
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         result = quantize_model(model, calibration, policy, kind, opset)
-        temporary.write_bytes(sealed(result.SerializeToString()))
+        temporary.write_bytes(with_digest(result.SerializeToString()))
         size = temporary.stat().st_size
-    share = narrow_share(result)
+    share = quantized_mac_share(result)
     print(f"{kind.upper()}: {', '.join(modules(model, policy, kind))}")
     if policy.keep:
         print(f"kept: {', '.join(policy.keep)}")
@@ -74,7 +74,7 @@ def quantize(
             "Less than %.0f %% of the multiply-adds are narrow: FP16 may well be faster; measure both, or keep less.",
             100 * LEAST_SHARE,
         )
-    next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
+    suggest_next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
     return Path(output)
 
 

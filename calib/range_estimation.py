@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import open_session, tapped
+from calib.graph.onnx_graph import open_session, with_extra_outputs
 from runtime.core.batch import Batch
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LEVELS = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class ValueRange:
     """What quantisation must represent of a tensor; what lies outside is clipped."""
 
     low: float
@@ -87,13 +87,13 @@ class Histogram:
         """(bins,) upper ends of the bins."""
         return self.width * np.arange(1, len(self.counts) + 1)
 
-    def range(self, method: Method) -> Range:
+    def range(self, method: Method) -> ValueRange:
         """Return the range that a method finds, never wider than what was seen."""
         limit = min(LIMITS[method](self), self.magnitude)
-        return Range(max(self.low, -limit), min(self.high, limit))
+        return ValueRange(max(self.low, -limit), min(self.high, limit))
 
 
-def observe(
+def collect_histograms(
     model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Batch], threads: int | None = None
 ) -> dict[str, Histogram]:
     """Run a graph over the batches and return what was seen of each tensor. Memory does not grow with the batches.
@@ -101,7 +101,7 @@ def observe(
     Raises:
         CalibrationError: no batch was given, or a tensor held values that are not finite.
     """
-    session = open_session(tapped(model, tensors), threads, optimised=True)
+    session = open_session(with_extra_outputs(model, tensors), threads, optimised=True)
     histograms = {name: Histogram() for name in tensors}
     seen = 0
     for batch in batches:
@@ -122,18 +122,18 @@ def observe(
     return histograms
 
 
-def measure(
+def estimate_ranges(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     batches: Iterable[Batch],
     method: Method,
     threads: int | None = None,
-) -> dict[str, Range]:
+) -> dict[str, ValueRange]:
     """Return the range of each tensor over the batches; see `observe`, of which `ranges` gives all methods at once."""
-    return ranges(observe(model, tensors, batches, threads), method)
+    return ranges(collect_histograms(model, tensors, batches, threads), method)
 
 
-def ranges(histograms: Mapping[str, Histogram], method: Method) -> dict[str, Range]:
+def ranges(histograms: Mapping[str, Histogram], method: Method) -> dict[str, ValueRange]:
     """Return the range that a method finds for each tensor."""
     return {name: histogram.range(method) for name, histogram in histograms.items()}
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from calib.accuracy import Cost, Judge, cost_table
+from calib.accuracy import AccuracyDelta, AccuracyEvaluator, format_deltas
 from calib.calibrate import measure_table
-from calib.calibration_set import HELD_OUT, draw, hold_out
+from calib.calibration_set import HELD_OUT, sample_calibration_set, sample_held_out
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import manifest_of, read_graph
-from calib.qdq_quantizer import Kind, Policy, modules, multiply_adds, quantize, sites
-from runtime.core.cli import command, next_command
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, count_macs, find_quantizable_ops, insert_qdq, modules
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import excerpt
 from runtime.core.io.files import read_json, write_json
 from runtime.datasets.dataset import DataSet
@@ -30,12 +30,12 @@ FORMAT = "drn-layer-ranking/1"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
+class LayerSensitivity:
     """One module: its share of the multiply-adds, and what the graph loses when it alone is narrow."""
 
     module: str
     share: float
-    cost: Cost
+    cost: AccuracyDelta
 
 
 def rank_layers(
@@ -46,9 +46,9 @@ def rank_layers(
     output: Path | None = None,
     held_out: int = HELD_OUT,
     seed: int = 0,
-    kind: Kind = "int8",
+    kind: QuantDtype = "int8",
     threads: int | None = None,
-) -> list[Ranked]:
+) -> list[LayerSensitivity]:
     """Narrow one module after the other, each alone, and compare answers to training queries held out.
 
     Args:
@@ -64,12 +64,12 @@ def rank_layers(
     Returns:
         The modules, costliest first.
     """
-    model = read_graph(onnx)
+    model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
     judge = judge_for(model, data_set, calibration, held_out, seed, threads)
-    everything = judge.cost(quantize(model, calibration, kind=kind), "all")
-    ranking = rank(model, calibration, judge, kind=kind)
+    everything = judge.cost(insert_qdq(model, calibration, kind=kind), "all")
+    ranking = measure_sensitivity(model, calibration, judge, kind=kind)
     print(ranking_table(ranking, everything))
     print(
         f"Change in points against FP32 on {everything.queries} queries of held-out training videos; costliest first."
@@ -77,38 +77,40 @@ def rank_layers(
     if output:
         write_json(output, ranking_json(ranking, everything, calibration, kind))
     given = ("--onnx", onnx, "--data", data, "--table", table or "TABLE")
-    next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
+    suggest_next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
     return ranking
 
 
-def rank(
+def measure_sensitivity(
     model: onnx.ModelProto,
     table: CalibrationTable,
-    judge: Judge,
-    policy: Policy | None = None,
-    kind: Kind = "int8",
-) -> list[Ranked]:
+    judge: AccuracyEvaluator,
+    policy: QuantizationPolicy | None = None,
+    kind: QuantDtype = "int8",
+) -> list[LayerSensitivity]:
     """Return every module that the policy narrows with its cost alone, the one that changes answers most first."""
-    policy = policy or Policy()
-    macs = multiply_adds(model)
+    policy = policy or QuantizationPolicy()
+    macs = count_macs(model)
     total = sum(count for count, _ in macs.values())
     work: dict[str, int] = {}
-    for site in sites(model, policy, kind):
+    for site in find_quantizable_ops(model, policy, kind):
         work[site.module] = work.get(site.module, 0) + macs.get(site.node, (0, False))[0]
     ranking = []
     for module in tqdm(modules(model, policy, kind), desc="ranking", unit="module", leave=False, disable=None):
-        alone = quantize(model, table, policy.only(module), kind)
-        ranking.append(Ranked(module, work[module] / total, judge.cost(alone, module)))
+        alone = insert_qdq(model, table, policy.only(module), kind)
+        ranking.append(LayerSensitivity(module, work[module] / total, judge.cost(alone, module)))
     return sorted(ranking, key=lambda entry: entry.cost.agreement)
 
 
-def ranking_table(ranking: list[Ranked], everything: Cost) -> str:
+def ranking_table(ranking: list[LayerSensitivity], everything: AccuracyDelta) -> str:
     """Return a ranking as text, with the share of the multiply-adds beside each module."""
     rows = [(f"{entry.module} ({100 * entry.share:.1f} %)", entry.cost) for entry in ranking]
-    return cost_table([*rows, ("all of them", everything)])
+    return format_deltas([*rows, ("all of them", everything)])
 
 
-def ranking_json(ranking: list[Ranked], everything: Cost, table: CalibrationTable, kind: Kind) -> dict[str, Any]:
+def ranking_json(
+    ranking: list[LayerSensitivity], everything: AccuracyDelta, table: CalibrationTable, kind: QuantDtype
+) -> dict[str, Any]:
     """Return a ranking as JSON values."""
     return {
         "format": FORMAT,
@@ -122,7 +124,7 @@ def ranking_json(ranking: list[Ranked], everything: Cost, table: CalibrationTabl
     }
 
 
-def ranked_names(path: Path, table: CalibrationTable, kind: Kind) -> list[str]:
+def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[str]:
     """Return the modules in a ranking file, costliest first; CalibrationError if it is of another table or kind."""
     value = read_json(path, "layer ranking", CalibrationError)
     try:
@@ -144,7 +146,7 @@ def given_table(
 ) -> CalibrationTable:
     """Return the table in a file, checked against graph and test split, or one measured now."""
     if table is None:
-        return measure_table(model, draw(data_set, manifest_of(model), seed=seed), threads=threads)
+        return measure_table(model, sample_calibration_set(data_set, read_manifest(model), seed=seed), threads=threads)
     calibration = CalibrationTable.load(table)
     calibration.check(model, source)
     calibration.check_videos(data_set)
@@ -158,10 +160,10 @@ def judge_for(
     held_out: int,
     seed: int,
     threads: int | None,
-) -> Judge:
+) -> AccuracyEvaluator:
     """Return a judge over training videos that the table was not measured on."""
-    queries = hold_out(data_set, manifest_of(model), held_out, seed, exclude=table.videos)
-    return Judge(model, data_set, queries, threads)
+    queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=table.videos)
+    return AccuracyEvaluator(model, data_set, queries, threads)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.accuracy import Cost, Judge, cost_table
+from calib.accuracy import AccuracyDelta, AccuracyEvaluator, format_deltas
 from calib.calibrate import unproven_name
 from calib.calibration_set import SAMPLES
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import read_graph
-from calib.qdq_quantizer import Kind, Policy, modules, quantize
-from calib.quantization_plan import Plan
-from calib.rank_layers import given_table, judge_for, rank, ranked_names
-from runtime.core.cli import command, next_command
+from calib.graph.onnx_graph import load_fp32_graph
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
+from calib.quantization_plan import QuantizationPlan
+from calib.rank_layers import given_table, judge_for, measure_sensitivity, ranked_names
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import PromiseBroken
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def restore(
     ranking: Path | None = None,
     held_out: int = SAMPLES,
     seed: int = 0,
-    kind: Kind = "int8",
+    kind: QuantDtype = "int8",
     threads: int | None = None,
-) -> Plan:
+) -> QuantizationPlan:
     """Give modules their precision back, costliest first, until recall holds on held-out training videos.
 
     Args:
@@ -65,34 +65,34 @@ def restore(
         raise CalibrationError(
             f"--max-drop is points of recall that may be lost, at least 0, and {max_drop} was given."
         )
-    model = read_graph(onnx)
+    model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
     order = ranked_names(ranking, calibration, kind) if ranking else None
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         judge = judge_for(model, data_set, calibration, held_out, seed, threads)
-        plan, steps = search(model, calibration, judge, max_drop, order, kind=kind)
+        plan, steps = find_layers_to_restore(model, calibration, judge, max_drop, order, kind=kind)
         plan.save(temporary)
-    print(cost_table(steps))
+    print(format_deltas(steps))
     kept = ", ".join(plan.keep) or "nothing"
     print(
         f"Restored: {kept}; {len(judge.annotations)} queries of held-out training videos, budget {max_drop:g} points."
     )
     words = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
-    next_command("calib.quantize", *words, *(() if kind == "int8" else ("--kind", kind)))
+    suggest_next_command("calib.quantize", *words, *(() if kind == "int8" else ("--kind", kind)))
     return plan
 
 
-def search(
+def find_layers_to_restore(
     model: onnx.ModelProto,
     table: CalibrationTable,
-    judge: Judge,
+    judge: AccuracyEvaluator,
     max_drop: float,
     order: Sequence[str] | None = None,
-    policy: Policy | None = None,
-    kind: Kind = "int8",
-    ranker: Judge | None = None,
-) -> tuple[Plan, list[tuple[str, Cost]]]:
+    policy: QuantizationPolicy | None = None,
+    kind: QuantDtype = "int8",
+    ranker: AccuracyEvaluator | None = None,
+) -> tuple[QuantizationPlan, list[tuple[str, AccuracyDelta]]]:
     """Return a plan that keeps few modules, one if one is enough, and what each step of the search cost.
 
     See `fewest` for how they are looked for, and for what is promised of them.
@@ -109,12 +109,12 @@ def search(
     Raises:
         PromiseBroken: the budget holds for no narrow graph.
     """
-    policy = policy or Policy()
+    policy = policy or QuantizationPolicy()
 
     def ranked() -> list[str]:
         names = order
         if names is None:
-            names = [entry.module for entry in rank(model, table, ranker or judge, policy, kind)]
+            names = [entry.module for entry in measure_sensitivity(model, table, ranker or judge, policy, kind)]
         narrow = modules(model, policy, kind)
         return [name for name in names if name in narrow]
 
@@ -125,9 +125,9 @@ def search(
             100 / len(judge.annotations),
             max_drop,
         )
-    keep, steps = fewest(
+    keep, steps = minimal_keep_set(
         ranked,
-        lambda keep, label: judge.cost(quantize(model, table, policy.keeping(*keep), kind), label),
+        lambda keep, label: judge.cost(insert_qdq(model, table, policy.keeping(*keep), kind), label),
         lambda cost: cost.worst_drop <= max_drop,
     )
     if keep is None:
@@ -143,14 +143,14 @@ def search(
         "cost": final.to_dict(),
         "steps": [{"step": label, **cost.to_dict()} for label, cost in steps],
     }
-    return Plan(tuple(keep), kind, table.digest, dict(table.key), measured), steps
+    return QuantizationPlan(tuple(keep), kind, table.digest, dict(table.key), measured), steps
 
 
-def fewest(
+def minimal_keep_set(
     ranked: Callable[[], Sequence[str]],
-    cost_of: Callable[[Sequence[str], str], Cost],
-    holds: Callable[[Cost], bool],
-) -> tuple[list[str] | None, list[tuple[str, Cost]]]:
+    cost_of: Callable[[Sequence[str], str], AccuracyDelta],
+    holds: Callable[[AccuracyDelta], bool],
+) -> tuple[list[str] | None, list[tuple[str, AccuracyDelta]]]:
     """Return few modules to keep in higher precision for a promise to hold, and what each step cost.
 
     Modules are kept, costliest first, until the promise holds; where it does not hold even with all but the last one
@@ -170,7 +170,7 @@ def fewest(
         The modules, or None where the promise does not hold even with all modules but one kept, whichever that one
         is; and (label, cost) of each step. The last step that holds is what the modules returned cost.
     """
-    steps: list[tuple[str, Cost]] = []
+    steps: list[tuple[str, AccuracyDelta]] = []
     failed: set[frozenset[str]] = set()
 
     def good(keep: Sequence[str], label: str) -> bool:

@@ -12,17 +12,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calib.graph.source_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
-from export.build.artifacts import Made, counted_text, cut_parts, whole_part
-from export.build.build_config import Job, check_modules, known_graph, source_graph
-from export.build.extractor_engine import PROMISES, build_extractor, extractor_of
-from export.build.parity_check import Court
-from export.build.reduced_precision import Precision, Wishes, make_twin
-from export.engine.builder import BuildOptions, cuda_devices, runs_here, why_not
-from export.engine.engine_writer import BuildState, build_part, reject
-from export.engine.profiles import DEFAULT_BATCH, VIDEOS, Unrolling, check_ranges, check_unroll, one_profile, unrolling
+from export.build.artifacts import ConvertedModel, cut_parts, format_shares, whole_part
+from export.build.build_config import BuildConfig, ensure_source_graph, known_graph, validate_keep_modules
+from export.build.extractor_engine import FEATURE_TOLERANCES, build_extractor, extractor_file_kind
+from export.build.parity_check import ParityChecker
+from export.build.reduced_precision import ConversionOptions, Precision, convert_precision
+from export.engine.builder import BuildOptions, cuda_devices, runs_here, unavailable_reason
+from export.engine.engine_writer import BuildState, build_part, mark_rejected
+from export.engine.profiles import (
+    DEFAULT_BATCH,
+    DEFAULT_CACHED_VIDEOS,
+    Unrolling,
+    check_ranges,
+    check_unroll,
+    one_profile,
+    unrolling,
+)
 from export.engine.profiles import profiles as optimization_profiles
 from export.parity.model_file import ModelFile
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
 from runtime.core.io.files import Staging, locked
 from runtime.core.repeat_filter import said_once
@@ -33,7 +41,7 @@ from runtime.grounding.evaluation import askable_rows
 if TYPE_CHECKING:
     import onnx
 
-    from export.parity.parity_report import Proof
+    from export.parity.parity_report import ParityReport
 
 log = logging.getLogger("drn")
 
@@ -60,7 +68,7 @@ def build_engine(
     calib_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
     max_drop: float = 0.2,
     split: bool = False,
-    videos: int = VIDEOS,
+    videos: int = DEFAULT_CACHED_VIDEOS,
     unroll: tuple[int, ...] = (),
     parity_split: str = "test",
     limit: int | None = None,
@@ -136,7 +144,7 @@ def build_engine(
     compute_capability = tuple(dict.fromkeys(compute_capability))
     unroll = check_unroll(unroll)
     chosen, why = choose_target(target, compute_capability)
-    job = Job(model, precision, chosen, data, output, split, tuple(length for length in unroll if length))
+    job = BuildConfig(model, precision, chosen, data, output, split, tuple(length for length in unroll if length))
     options = BuildOptions(
         target="tensorrt-rtx" if chosen == "tensorrt-rtx" else "tensorrt",
         precision=precision,
@@ -148,7 +156,7 @@ def build_engine(
         tf32=tf32,
         compute_capabilities=compute_capability,
     )
-    extractor = extractor_of(model)
+    extractor = extractor_file_kind(model)
     if extractor:
         _check_extractor(given)
     job.check(table, plan, limit, keep, max_drop, calib_samples, threads)
@@ -181,10 +189,10 @@ def build_engine(
         print(job.describe(why, shapes, options, calib_samples if table is None else None, unrolling=short))
         return job.output
     log.info("Target %s: %s", chosen, why)
-    source = source_graph(job, vocabulary, query_length[2] if query_length else 0)
+    source = ensure_source_graph(job, vocabulary, query_length[2] if query_length else 0)
     graph, manifest = read_source(source)
     annotations = [annotations[row] for row in askable_rows(manifest.vocabulary, annotations)]
-    check_modules(graph, precision, keep)
+    validate_keep_modules(graph, precision, keep)
     if not shapes or not short:
         shapes = optimization_profiles(batch, query_length, manifest)
         shapes = one_profile(shapes) if profiles == 1 else shapes
@@ -200,18 +208,20 @@ def build_engine(
     with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
-        court = Court(staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads)
-        wishes = Wishes(
+        court = ParityChecker(
+            staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads
+        )
+        wishes = ConversionOptions(
             keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
             staged.beside("plan.json"), for_cpu=chosen == "onnxruntime",
         )  # fmt: skip
         try:
-            twin = make_twin(graph, precision, wishes, data_set, str(source))
+            twin = convert_precision(graph, precision, wishes, data_set, str(source))
             if tf32:
                 twin = dataclasses.replace(twin, facts={**twin.facts, "tf32": True})
-            made = Made.of(staged, source, graph, twin)
+            made = ConvertedModel.of(staged, source, graph, twin)
             size = len(made.content) / source.stat().st_size
-            print(f"{job.twin.name}: {counted_text(made.census)}, {size:.2f} of FP32.")
+            print(f"{job.twin.name}: {format_shares(made.census)}, {size:.2f} of FP32.")
             proof = _proven_twin(staged, court, made)
             made.save(staged.twin)
             parts = [whole_part(staged, made, twin, shapes)]
@@ -243,18 +253,20 @@ def build_engine(
     else:
         log.warning("Parity was not checked: pass --data DIR to prove on its queries that nothing was lost.")
     if engine and not runs_here(options):
-        next_command("runtime.describe", job.output)
+        suggest_next_command("runtime.describe", job.output)
     elif data_set:
         first = annotations[0]
         words = ("--model", job.output, "--data", data, "--video", first.video, "--query", first.sentence)
-        next_command("runtime.infer", *words)
+        suggest_next_command("runtime.infer", *words)
     else:
-        next_command("export.verify", "--reference", source, "--model", job.twin, "--data", "DIR")
+        suggest_next_command("export.verify", "--reference", source, "--model", job.twin, "--data", "DIR")
     print(job.output)
     return job.output
 
 
-def _with_short(job: Job, short: Unrolling, table: Path | None, plan: Path | None, timing_cache: Path | None) -> Job:
+def _with_short(
+    job: BuildConfig, short: Unrolling, table: Path | None, plan: Path | None, timing_cache: Path | None
+) -> BuildConfig:
     """Return the job with engines for short queries; OutputError where one of their files cannot be written."""
     if short.steps == job.unroll:
         return job
@@ -290,13 +302,13 @@ def _about_short(short: Unrolling) -> str:
     return f"Engines with a written-out LSTM for at most {lengths} tokens ({short.reason}).{off}"
 
 
-def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
+def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -> ParityReport | None:
     """Return the proof of a twin that has its precision and answers as FP32; None without queries.
 
     Raises:
         PromiseBroken: it does not; it is then kept as rejected.
     """
-    from calib.graph.precision_audit import LEAST_SHARE, check
+    from calib.graph.precision_audit import LEAST_SHARE, require_precision
 
     rejected = job.rejected("onnx")
     attainable = 1.0
@@ -305,7 +317,7 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
 
         attainable = attainable_share(court.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
-        name = check(made.census, job.precision, attainable)
+        name = require_precision(made.census, job.precision, attainable)
     except PromiseBroken as error:
         made.save(rejected)
         raise PromiseBroken(
@@ -335,7 +347,7 @@ def _proven_twin(job: Job, court: Court, made: Made) -> Proof | None:
     return proof
 
 
-def _proven_engine(court: Court, made: Made, engines: Sequence[Path]) -> Proof:
+def _proven_engine(court: ParityChecker, made: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
     """Return the proof of an engine that answers as FP32 on this machine's GPU.
 
     Args:
@@ -349,7 +361,7 @@ def _proven_engine(court: Court, made: Made, engines: Sequence[Path]) -> Proof:
     proof = court.judge_engine(made)
     print(proof.text())
     if proof.broken:
-        kept = [reject(engine) for engine in engines]
+        kept = [mark_rejected(engine) for engine in engines]
         proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
         court.write_reports(proof, made, None)
         raise PromiseBroken(
@@ -371,17 +383,17 @@ def choose_target(
     if target == "onnxruntime":
         return target, "the twin is the model, and ONNX Runtime optimises it for the machine that loads it."
     if target != "auto":
-        reason = why_not(target)
+        reason = unavailable_reason(target)
         if reason is None and target == "tensorrt-rtx" and not capabilities and not cuda_devices():
             reason = "Without a GPU, --target tensorrt-rtx needs --compute-capability, as 8.6 8.9."
         if reason:
             raise DeviceError(reason, code="target_unavailable")
         return target, "as asked for."
-    reason = why_not("tensorrt")
+    reason = unavailable_reason("tensorrt")
     if reason is None:
         return "tensorrt", "TensorRT and a GPU are here."
     if capabilities:
-        rtx = why_not("tensorrt-rtx")
+        rtx = unavailable_reason("tensorrt-rtx")
         if rtx is None:
             return "tensorrt-rtx", "compute capabilities were named, and TensorRT-RTX builds for them without a GPU."
         reason = rtx
@@ -398,10 +410,10 @@ OF_EXTRACTORS = frozenset(
 def _check_extractor(given: Mapping[str, Any]) -> None:
     """Raise GroundingError where an extractor was given together with what it has no use for."""
     name = given["model"].name
-    if given["precision"] not in PROMISES:
+    if given["precision"] not in FEATURE_TOLERANCES:
         raise GroundingError(
-            f"{name} makes clip features, and is built in {', '.join(PROMISES)}; {given['precision']} needs ranges, "
-            "which are measured on queries.",
+            f"{name} makes clip features, and is built in {', '.join(FEATURE_TOLERANCES)}; {given['precision']} needs "
+            "ranges, which are measured on queries.",
             code="precision_unsupported",
         )
     parameters = inspect.signature(build_engine).parameters

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tyro
 
-from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, seal
-from runtime.core.cli import command, next_command
+from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, write_digest
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import replace_when_whole, write_json
-from runtime.media.extractors import description_path, sealed_description
+from runtime.core.io.files import atomic_write, write_json
+from runtime.media.extractors import description_path, description_with_digest
 
 
 def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
@@ -35,13 +35,13 @@ def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
     written = model
     if not MANIFEST_KEYS & read_metadata(model).keys() and description_path(model).is_file():
         written = description_path(model)
-        write_json(written, sealed_description(model))
+        write_json(written, description_with_digest(model))
     else:
-        content = seal(model)
-        with replace_when_whole(model) as temporary:
+        content = write_digest(model)
+        with atomic_write(model) as temporary:
             temporary.write_bytes(content)
     print(f"{written}: digest recorded.")
-    next_command("runtime.describe", model)
+    suggest_next_command("runtime.describe", model)
     return written
 
 

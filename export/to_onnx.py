@@ -6,7 +6,7 @@ from pathlib import Path
 
 from export.tracing.checkpoint_to_onnx import ExportOptions, export_checkpoint
 from export.tracing.tracer import OLDEST_OPSET
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ShapeError
 
 
@@ -56,7 +56,7 @@ def to_onnx(
                 code="inapplicable_option",
             )
         return export_extractor(options.checkpoint, options.output, opset=opset)
-    next_command("runtime.evaluate", "--model", export_checkpoint(options), "--data", "DIR")
+    suggest_next_command("runtime.evaluate", "--model", export_checkpoint(options), "--data", "DIR")
     return options.output
 
 

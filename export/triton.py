@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from export.engine.profiles import DEFAULT_BATCH
-from export.triton_repository.model_config import Kind, Serving, models, read_model
+from export.triton_repository.model_config import Kind, ServingOptions, build_models, read_model
 from export.triton_repository.writer import write
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 
 log = logging.getLogger("drn")
 
@@ -37,15 +37,17 @@ def triton(
         wait_ms: how long the first of a batch of requests waits for others.
         threads: CPU threads for an .onnx file.
     """
-    serving = Serving(name, device, batch, instances, wait_ms, threads)
-    parts = models(read_model(model, serving), serving)
+    serving = ServingOptions(name, device, batch, instances, wait_ms, threads)
+    parts = build_models(read_model(model, serving), serving)
     version = write(output, parts, model)
     for part in parts:
         files = ", ".join(f"{version}/{file}" for file in part.files)
         print(f"{output / part.name}: config.pbtxt, {files}")
     log.info("Serve it:  tritonserver --model-repository %s  (in a container with drn-deploy: docs/triton.md)", output)
     address = f"triton://localhost:8001/{name}"
-    next_command("runtime.infer", "--model", address, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    suggest_next_command(
+        "runtime.infer", "--model", address, "--data", "DIR", "--video", "NAME", "--query", "a sentence"
+    )
     return output
 
 

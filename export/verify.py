@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from export.parity.compare import check_comparable
-from export.parity.compare_layers import Layers, compare_layers, require_polygraphy
+from export.parity.compare_layers import LayerComparison, compare_layers, require_polygraphy
 from export.parity.html_report import Table
 from export.parity.model_file import ModelFile
-from export.parity.parity_report import census_of, engine_precision, open_model, prove
-from export.parity.parity_result import Budget, Parity
+from export.parity.parity_report import engine_precision, load_for_comparison, read_precision_stats, run_parity_check
+from export.parity.parity_result import AccuracyBudget, ParityResult
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
 from runtime.core.io.files import check_file, sha256
@@ -54,7 +54,7 @@ def verify(
     layers: bool = False,
     latency: Path | None = None,
     exact: bool = False,
-) -> Parity:
+) -> ParityResult:
     """Ask two models every query of a split and judge what changed: heads, seconds, order, each answer gained or lost.
 
     Exit code 0 says that the budget holds, 1 that it does not. Reports are written either way.
@@ -91,14 +91,14 @@ def verify(
     measured = _latency(latency, model, html, output)
     data_set = DataSet(data)
     annotations = data_set.annotations(split)[:limit]
-    sides = [open_model(path, device, threads, exact) for path in (reference, model)]
+    sides = [load_for_comparison(path, device, threads, exact) for path in (reference, model)]
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
-    budget = Budget.of(files[1].manifest.precision, max_drop, boundary_p99)
+    budget = AccuracyBudget.of(files[1].manifest.precision, max_drop, boundary_p99)
     again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact)
-    proof = prove(
+    proof = run_parity_check(
         sides, files, data_set, annotations, budget, split=split, protocol=protocol, batch_size=batch_size, again=again
     )
     if layers:
@@ -106,7 +106,7 @@ def verify(
     if model.suffix == ".engine":
         proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
-    census = census_of(model) if html else None
+    census = read_precision_stats(model) if html else None
     proof.write(output, html, census, commands=_commands(again, model, data, split), latency=measured)
     if html:
         log.info("The passport is in %s.", html)
@@ -114,7 +114,7 @@ def verify(
         where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
         raise PromiseBroken(f"{proof.sentence()}{where}", code="parity_failed")
     print(proof.sentence())
-    next_command(*_next(model, files[1], data, annotations[0]))
+    suggest_next_command(*_next(model, files[1], data, annotations[0]))
     return proof.parity
 
 
@@ -180,7 +180,7 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
 
 def _compare_layers(
     reference: Path, model: Path, grounder: Grounder, data_set: DataSet, annotations: Sequence[Annotation]
-) -> Layers:
+) -> LayerComparison:
     # Spread over the split, whose neighbours ask about one video.
     chosen = annotations[:: max(1, len(annotations) // LAYER_QUERIES)][:LAYER_QUERIES]
     batches = [batch for _, batch in batches_of(grounder, data_set, chosen, LAYER_BATCH)]

@@ -8,7 +8,7 @@ from runtime.backends.base import Device
 from runtime.benchmarking.plots import draw
 from runtime.benchmarking.report import Report
 from runtime.benchmarking.runner import SAMPLES, BenchmarkOptions, BenchmarkRun
-from runtime.core.cli import check_plots, command, next_command
+from runtime.core.cli import check_plots, command, suggest_next_command
 from runtime.core.io.files import check_report, write_json
 from runtime.datasets.dataset import DataSet
 
@@ -66,7 +66,7 @@ def benchmark(
         draw(report, plot)
     if interruption is not None:
         raise interruption
-    next_command("runtime.evaluate", "--model", models[0], "--data", data or "DIR")
+    suggest_next_command("runtime.evaluate", "--model", models[0], "--data", data or "DIR")
     return report
 
 

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import tyro
 
 from runtime.artifacts import extractor_manifest
-from runtime.artifacts.engine_layers import census_of_file, layers_path, read_layers_file
-from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.artifacts.engine_layers import layer_stats_of_file, layers_path, read_layers_file
+from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, check, read_metadata
 from runtime.backends import engine_compatibility, open_backend
 from runtime.backends.exact_int8 import weights_in_file, weights_text
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
 from runtime.core.io.files import read_json
 from runtime.core.io.text_files import parse_json
@@ -90,11 +90,11 @@ def describe(
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     # Where no GPU runs an engine, the twin beside it answers alike.
-    runs = model if not sidecar or gpus()[0].works else engine_compatibility.twin(model, sidecar.content)
+    runs = model if not sidecar or gpus()[0].works else engine_compatibility.source_onnx(model, sidecar.content)
     if runs.suffix == ".onnx" and manifest.precision == "bf16":
-        next_command("runtime.doctor")
+        suggest_next_command("runtime.doctor")
         return content
-    next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    suggest_next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
     return content
 
 
@@ -103,7 +103,7 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
     content: Mapping[str, Any] | None = None
     about: Any = None
     if path.suffix == ".engine" and path.is_file():
-        content = read_content(path)
+        content = read_verified(path)
         about = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
         beside, told = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
@@ -137,10 +137,10 @@ def _describe_extractor(
     runs = path
     if path.suffix == ".engine":
         rows += _engine_rows(path, content)
-        runs = path if gpus()[0].works else engine_compatibility.twin(path, content)
+        runs = path if gpus()[0].works else engine_compatibility.source_onnx(path, content)
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
+    suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     return dict(content)
 
 
@@ -196,7 +196,7 @@ def _layer_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str
         return [("layers", f"{path.name} is of another build of {engine.name}")]
     return [
         (f"layers: {name}", f"that multiply: {counted}" if counted else f"not described in {path.name}")
-        for name, counted in census_of_file(layers)
+        for name, counted in layer_stats_of_file(layers)
     ]
 
 

@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 from runtime.backends.exact_int8 import saturates
-from runtime.backends.onnxruntime_backend import library
+from runtime.backends.onnxruntime_backend import import_onnxruntime
 from runtime.core import cpu_info
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError
 
 
@@ -46,7 +46,7 @@ def doctor() -> list[Finding]:
         print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
         if finding.remedy:
             print(f"{'':<{width + 4}}  -> {finding.remedy}")
-    next_command("train.simulate", "--output", "data/simulated")
+    suggest_next_command("train.simulate", "--output", "data/simulated")
     return findings
 
 
@@ -99,7 +99,7 @@ def _onnxruntime() -> Finding:
         return Finding(
             subject, False, f"ONNX Runtime cannot be imported: {error}", "pip install 'drn-deploy[cpu]'  (or [gpu])"
         )
-    library(gpu=True)
+    import_onnxruntime(gpu=True)
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return Finding(subject, True, f"ONNX Runtime {onnxruntime.__version__} with {providers}")
 

@@ -13,16 +13,16 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import check_report, replace_when_whole, write_json
-from runtime.core.metrics import Report, prior_report, table
+from runtime.core.io.files import atomic_write, check_report, write_json
+from runtime.core.metrics import Report, format_table, prior_report
 from runtime.core.video import Segments
-from runtime.datasets.dataset import DataSet, Invalid, each_moment
-from runtime.grounding.evaluation import answered_whole
+from runtime.datasets.dataset import DataSet, Invalid, one_per_moment
 from runtime.grounding.evaluation import evaluate as evaluate_annotations
 from runtime.grounding.evaluation import predictions as predictions_of
+from runtime.grounding.evaluation import used_fallback
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 log = logging.getLogger("drn")
@@ -90,7 +90,7 @@ def evaluate(
     prior = None
     if "train" in data_set.splits:
         training = data_set.annotations("train", invalid="drop", quiet=True)
-        learnt = data_set.spans(each_moment(training))
+        learnt = data_set.spans(one_per_moment(training))
         prior = prior_report(learnt, evaluation.truth, scored.protocol, data_set.preset.iou_thresholds)
         rows.append(("prior (constant moments)", prior))
     # Files before words: whoever reads these may have closed the pipe.
@@ -103,17 +103,17 @@ def evaluate(
         }
         write_json(output, {**content, "simulated_features": data_set.simulated, "model": name})
     if predictions:
-        with replace_when_whole(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        with atomic_write(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))
-    print(table(rows))
+    print(format_table(rows))
     print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
-    if whole := answered_whole(next(iter(evaluation.picks.values()))).sum():
+    if whole := used_fallback(next(iter(evaluation.picks.values()))).sum():
         print(f"{whole} of them have no likely location and are answered by the whole video.")
     if data_set.simulated:
         print("Features are simulated: not comparable with published numbers.")
     first = annotations[0]
     words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
-    next_command("runtime.infer", *words)
+    suggest_next_command("runtime.infer", *words)
     return scored
 
 

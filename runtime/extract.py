@@ -11,11 +11,11 @@ from typing import Any
 import tyro
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import FootageError, GroundingError, excerpt
 from runtime.core.io.files import check_writable, locked, merges_names, read_json, write_json
 from runtime.core.names import folded
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.datasets.charades_sta import DURATIONS, FRAMES
 from runtime.datasets.dataset import FEATURE_DIRECTORY, NOTES
 from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, is_file_name
@@ -24,13 +24,13 @@ from runtime.media.extraction import (
     FORMAT,
     Extracted,
     check_length,
-    extracted,
+    extract_if_needed,
     extractor_key,
     hash_of,
     read_note,
 )
 from runtime.media.extractors import open_extractor
-from runtime.media.video_file import check_one_file, look
+from runtime.media.video_file import check_one_file, probe
 
 log = logging.getLogger("drn")
 
@@ -77,7 +77,7 @@ def extract(
     _check_extractors(output, notes, names, maker)
     # Every file is looked at before the first is extracted, which may take hours.
     hashes = {path: hash_of(path) for path in videos}
-    clock = ClipClock(network.manifest.window, network.manifest.stride)
+    clock = ClipTiming(network.manifest.window, network.manifest.stride)
     footages = {}
     for path, content in hashes.items():
         known = notes.get(path.stem)
@@ -88,7 +88,7 @@ def extract(
                 code="ambiguous_video_name",
             )
         if known is None or not known.serves(content, maker, partial):
-            footages[path] = footage = look(path)
+            footages[path] = footage = probe(path)
             # A video that was cut off is short because of that.
             footage.check_whole(partial)
             check_length(footage, clock)
@@ -96,7 +96,7 @@ def extract(
             check_one_file(path)
     for path in videos:
         target = output / FEATURE_DIRECTORY / f"{path.stem}.npy"
-        found = extracted(
+        found = extract_if_needed(
             path,
             network,
             target,
@@ -116,7 +116,7 @@ def extract(
     first = videos[0].stem
     # A name that begins with a hyphen would be read as an option.
     video = (f"--video={first}",) if first.startswith("-") else ("--video", first)
-    next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
+    suggest_next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
     return output
 
 

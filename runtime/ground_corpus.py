@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError
 from runtime.corpus.job import Result, ground
 from runtime.corpus.sharding import Form, Settings
@@ -59,7 +59,7 @@ def ground_corpus(
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)
-    next_command("runtime.describe", model)
+    suggest_next_command("runtime.describe", model)
     return result
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from runtime.backends import is_address
 from runtime.backends.base import Device
-from runtime.core.cli import check_plots, command, next_command
+from runtime.core.cli import check_plots, command, suggest_next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
 from runtime.core.io.files import check_report, check_writable
-from runtime.core.sliding_windows import windows_asked
+from runtime.core.sliding_windows import resolve_windows
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.formatting import Answer, Format, render
+from runtime.grounding.formatting import Answer, Format, format_answers
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.plotting import draw
-from runtime.grounding.video_source import VideoChoice, open_choice
+from runtime.grounding.video_source import VideoArguments, open_video_source
 from runtime.media.clip_writer import check_encoder, clip_names
-from runtime.media.clip_writer import cut as write_clips
+from runtime.media.clip_writer import write_clips as write_clips
 
 log = logging.getLogger("drn")
 
@@ -76,7 +76,7 @@ def infer(
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.", code="invalid_option")
     if not query:
         raise QueryError('Nothing was asked; pass --query "a sentence".', code="missing_option")
-    choice = VideoChoice(features, duration, num_frames, data, video, extractor, partial, footage)
+    choice = VideoArguments(features, duration, num_frames, data, video, extractor, partial, footage)
     choice.check()
     inputs = (model, features, extractor, choice.film, *(DataSet(data).files if data and plot else ()))
     check_report(plot, *inputs)
@@ -88,12 +88,12 @@ def infer(
     # Where the model is a server's, device and threads are about what makes the features here.
     here = extractor is not None and is_address(model)
     grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
-    grounder.windows = windows_asked(grounder.windows, window, overlap)
+    grounder.windows = resolve_windows(grounder.windows, window, overlap)
     _warn_of_single_words(query)
     # Before features are made, which may take hours; unknown words are reported when the sentences are asked.
     for sentence in query:
         grounder.encode_query(sentence, Counter())
-    chosen = open_choice(choice, grounder.manifest.features, device, threads)
+    chosen = open_video_source(choice, grounder.manifest.features, device, threads)
     asked = chosen.video
     windows = grounder.cut(asked)
     if len(windows) > 1:
@@ -122,8 +122,8 @@ def infer(
         )
         for _, clip in best:
             log.info("Cut:  %s", clip)
-    print(render(answers, format, shutil.get_terminal_size((100, 24)).columns))
-    next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
+    print(format_answers(answers, format, shutil.get_terminal_size((100, 24)).columns))
+    suggest_next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
 
 
@@ -136,7 +136,7 @@ def _warn_of_single_words(queries: Sequence[str]) -> None:
         )
 
 
-def _clips(choice: VideoChoice, directory: Path | None, queries: tuple[str, ...]) -> list[Path]:
+def _clips(choice: VideoArguments, directory: Path | None, queries: tuple[str, ...]) -> list[Path]:
     """Return the file of each query's best moment; none where nothing is to be cut."""
     if directory is None:
         return []

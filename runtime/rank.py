@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError
 from runtime.core.io.files import check_report, write_json
 from runtime.datasets.dataset import DataSet, Invalid
@@ -91,7 +91,7 @@ def rank(
         figures = {**ranking.values, "chance": ranking.chance, "sentences": len(annotations), "videos": videos}
         about = {"split": split, "seed": seed, "simulated_features": data_set.simulated, "model": model.name}
         write_json(output, {**figures, **about, "ranks": ranking.ranks.tolist()})
-    next_command("runtime.evaluate", "--model", model, "--data", data)
+    suggest_next_command("runtime.evaluate", "--model", model, "--data", data)
     return ranking
 
 

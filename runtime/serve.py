@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError, GroundingError, MissingFeatures
 from runtime.core.io.files import sha256
-from runtime.core.sliding_windows import windows_asked
+from runtime.core.sliding_windows import resolve_windows
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 from runtime.grounding.warm_up import warm_usual
@@ -109,7 +109,7 @@ def serve(
         threads,
     )
     run(options)
-    next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
+    suggest_next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def run(options: ServeOptions) -> None:
     service_options = options.service_options()
     device, threads = options.device, options.threads
     grounder = Grounder.load(options.model, device, threads)
-    grounder.windows = windows_asked(grounder.windows, options.window, options.overlap)
+    grounder.windows = resolve_windows(grounder.windows, options.window, options.overlap)
     data_set = DataSet(options.data) if options.data else None
     if data_set:
         _check_features(grounder, data_set)

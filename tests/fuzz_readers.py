@@ -21,14 +21,14 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.artifacts.engine_layers import FORMAT as LAYERS_FORMAT
-from runtime.artifacts.engine_layers import census_of_file, read_layers_file
+from runtime.artifacts.engine_layers import layer_stats_of_file, read_layers_file
 from runtime.artifacts.engine_metadata import FORMAT as SIDECAR_FORMAT
-from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
+from runtime.artifacts.engine_metadata import metadata_path, read_sidecar, with_digest
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.artifacts.onnx_metadata import read_metadata
 from runtime.backends import triton_protocol
-from runtime.backends.triton_backend import About
+from runtime.backends.triton_backend import FrontConfig
 from runtime.benchmarking.report import read_report
 from runtime.core.batch import Heads
 from runtime.core.decoding import Decoding
@@ -37,7 +37,7 @@ from runtime.core.io.files import read_json, sha256
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Window, Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipClock, load_features
+from runtime.core.video import ClipTiming, load_features
 from runtime.corpus.feature_sources import DirectorySource, ParquetSource
 from runtime.corpus.queries import read_questions
 from runtime.corpus.sharding import FORMAT as CORPUS_FORMAT
@@ -100,7 +100,7 @@ def _plain() -> list[Reader]:
         Reader(
             "triton-about",
             _about,
-            lambda directory, path: About.from_json(path.read_text("utf-8", "replace"), str(path)),
+            lambda directory, path: FrontConfig.from_json(path.read_text("utf-8", "replace"), str(path)),
         ),
         Reader("benchmark-report", _report, lambda directory, path: read_report(path)),
         Reader("extraction-note", _note, lambda directory, path: read_note(read_json(path, "note on features"), path)),
@@ -204,7 +204,7 @@ def _corpus_directory(directory: Path) -> list[Path]:
 def _all(source: Any) -> list[Any]:
     """Read all videos of a corpus; what cannot be had is a sentence."""
     source.digest()
-    found = list(source.load(source.listing(), ClipClock()))
+    found = list(source.load(source.listing(), ClipTiming()))
     assert all("\n" not in video for video in found if isinstance(video, str))
     return found
 
@@ -326,16 +326,16 @@ def _sidecar(directory: Path) -> list[Path]:
         "census": {"twin": {"shares": {"fp16": 0.97}}},
         "sha256": {plan.name: sha256(plan)},
     }
-    path_beside(plan).write_text(json.dumps(sealed(content)))
-    return [path_beside(plan)]
+    metadata_path(plan).write_text(json.dumps(with_digest(content)))
+    return [metadata_path(plan)]
 
 
 def _seal_sidecar(path: Path) -> None:
-    path.write_text(json.dumps(sealed(json.loads(path.read_text()))))
+    path.write_text(json.dumps(with_digest(json.loads(path.read_text()))))
 
 
 def _about(directory: Path) -> list[Path]:
-    (directory / "about.json").write_text(About(manifest(), "drn").to_json())
+    (directory / "about.json").write_text(FrontConfig(manifest(), "drn").to_json())
     return [directory / "about.json"]
 
 
@@ -362,7 +362,7 @@ def _layers(directory: Path) -> list[Path]:
 def _read_layers(directory: Path, path: Path) -> object:
     packed_path = directory / "drn.engine.layers.json.gz"
     packed_path.write_bytes(gzip.compress(path.read_bytes(), 1))
-    return census_of_file(read_layers_file(packed_path))
+    return layer_stats_of_file(read_layers_file(packed_path))
 
 
 # Type and shape of each input, as the configuration of the front declares them; None is any size.
@@ -411,9 +411,9 @@ def _read_triton_request(directory: Path, path: Path) -> object:
             InferenceResponse=lambda output_tensors=(), error=None: error or output_tensors,
             get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: inputs[name]),
         ),
-        _about=About(manifest(), "drn"),
+        _about=FrontConfig(manifest(), "drn"),
         _grounder=Grounder(_Network()),
-        _kept=front._Kept(front.KEPT_BYTES),
+        _kept=front._VideoLru(front.KEPT_BYTES),
         _waits=False,
     )
     (response,) = model.execute([types.SimpleNamespace(request_id=lambda: "")])
@@ -669,8 +669,8 @@ def _torch() -> list[Reader]:
 def _calib() -> list[Reader]:
     from calib.calibration_table import KEYS, CalibrationTable
     from calib.errors import CalibrationError
-    from calib.quantization_plan import Plan
-    from calib.range_estimation import Range
+    from calib.quantization_plan import QuantizationPlan
+    from calib.range_estimation import ValueRange
     from calib.rank_layers import FORMAT as RANKING_FORMAT
     from calib.rank_layers import ranked_names
 
@@ -679,7 +679,7 @@ def _calib() -> list[Reader]:
         return [directory / "t.json"]
 
     key = {**dict.fromkeys(KEYS, "0" * 64), "method": "minmax", "split": "train"}
-    ranked = CalibrationTable({"a": Range(-1.0, 2.0)}, key, ("v",))
+    ranked = CalibrationTable({"a": ValueRange(-1.0, 2.0)}, key, ("v",))
 
     def ranking(directory: Path) -> list[Path]:
         modules = [{"module": name, "share of multiply-adds": 0.5} for name in ("prop_fc", "fcos.head")]
@@ -688,24 +688,24 @@ def _calib() -> list[Reader]:
         return [directory / "ranking.json"]
 
     def plan(directory: Path) -> list[Path]:
-        Plan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2}).save(directory / "p.json")
+        QuantizationPlan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2}).save(directory / "p.json")
         return [directory / "p.json"]
 
     assert issubclass(CalibrationError, GroundingError)
     return [
         Reader("calibration-table", table, lambda directory, path: CalibrationTable.load(path)),
-        Reader("quantization-plan", plan, lambda directory, path: Plan.load(path)),
+        Reader("quantization-plan", plan, lambda directory, path: QuantizationPlan.load(path)),
         Reader("layer-ranking", ranking, lambda directory, path: ranked_names(path, ranked, "int8")),
     ]
 
 
 def _service() -> list[Reader]:
-    from runtime.service.http_errors import Refusal
+    from runtime.service.http_errors import HttpError
     from runtime.service.multipart import read_form
-    from runtime.service.schemas import asking, parsed
+    from runtime.service.schemas import parse_body, request_models
     from runtime.service.uploads import read_features
 
-    question, _ = asking(8, 500)
+    question, _ = request_models(8, 500)
 
     def refusing(read: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
         """Return a reader whose refusals, which the service answers with, are errors as of other readers."""
@@ -713,7 +713,7 @@ def _service() -> list[Reader]:
         def wrapped(directory: Path, path: Path) -> object:
             try:
                 return read(directory, path)
-            except Refusal as refusal:
+            except HttpError as refusal:
                 if not 400 <= refusal.status < 500:
                     raise
                 raise FeatureError(refusal.message) from refusal
@@ -778,7 +778,7 @@ def _service() -> list[Reader]:
             Reader(f"upload-{suffix}", functools.partial(upload, suffix=suffix), refusing(read_upload))
             for suffix in ("npy", "npz", "npz-stored")
         ),
-        Reader("http-question", body, refusing(lambda directory, path: parsed(question, path.read_bytes()))),
+        Reader("http-question", body, refusing(lambda directory, path: parse_body(question, path.read_bytes()))),
         Reader("http-form", form, refusing(read_body)),
     ]
 

@@ -51,10 +51,10 @@ def test_error_codes_reads_every_form(tmp_path: Path) -> None:
     ],
 )
 def test_http_codes_depend_on_the_class_alone(error: type[GroundingError], status: int, code: str) -> None:
-    from runtime.service.http_errors import refusal_of
+    from runtime.service.http_errors import to_http_error
 
     for problem in (error("x"), error("x", code="anything_else")):
-        refusal = refusal_of(problem)
+        refusal = to_http_error(problem)
         assert (refusal.status, refusal.code) == (status, code)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.calibration_table import CalibrationTable, key_of
-from calib.graph.half_precision import to_half
-from calib.qdq_quantizer import observed, quantize
-from calib.range_estimation import measure
+from calib.calibration_table import CalibrationTable, calibration_key
+from calib.graph.half_precision import convert_to_half
+from calib.qdq_quantizer import insert_qdq, tensors_to_calibrate
+from calib.range_estimation import estimate_ranges
 from export.tracing.tracer import export_model
 from runtime.core.batch import Batch
 from tests.export.conftest import TINY, lively, manifest, random_inputs
@@ -49,10 +49,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tools")
     model = export_model(lively(TINY), manifest(TINY))
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [4, 9, 1, 12])))]
-    table = CalibrationTable(measure(model, observed(model), batches, "minmax"), key_of(model, "0" * 64, "minmax"))
+    table = CalibrationTable(
+        estimate_ranges(model, tensors_to_calibrate(model), batches, "minmax"),
+        calibration_key(model, "0" * 64, "minmax"),
+    )
     onnx.save(model, directory / "drn.onnx")
-    onnx.save(to_half(model), directory / "drn.fp16.onnx")
-    onnx.save(to_half(quantize(model, table, opset=19)), directory / "drn.int8.onnx")
+    onnx.save(convert_to_half(model), directory / "drn.fp16.onnx")
+    onnx.save(convert_to_half(insert_qdq(model, table, opset=19)), directory / "drn.int8.onnx")
     return directory
 
 

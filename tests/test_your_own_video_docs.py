@@ -21,7 +21,7 @@ from runtime.core.tokenizer import Vocabulary, tokenize
 from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
-from runtime.media.video_file import look, stills
+from runtime.media.video_file import frames_at, probe
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
@@ -121,12 +121,12 @@ def test_a_new_user_walks_through_a_real_video(
     assert (tmp_path / "moments.png").read_bytes()[:4] == b"\x89PNG"
     clips = sorted((tmp_path / "clips").iterdir())
     assert len(clips) == len(sentences)
-    source = look(film)
+    source = probe(film)
     for answer, clip in zip(answers, clips, strict=True):
-        best, made = answer.moments[0], look(clip)
+        best, made = answer.moments[0], probe(clip)
         assert made.duration == pytest.approx(best.end - best.start, abs=2 / source.frame_rate)
         # The clip begins with what the film shows then.
-        (wanted,), (found,) = stills(source, [best.start], 240), stills(made, [0.0], 240)
+        (wanted,), (found,) = frames_at(source, [best.start], 240), frames_at(made, [0.0], 240)
         assert np.abs(found.astype(int) - wanted).mean() < 4
 
 

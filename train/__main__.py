@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError, OutputError
 from runtime.core.io.files import check_writable, locked
 from runtime.datasets.dataset import DataSet
@@ -131,7 +131,7 @@ def train(
     result = run(options)
     if result.is_main:
         print(result.checkpoint)
-        next_command("export.to_onnx", "--checkpoint", result.checkpoint, "--output", output / "drn.onnx")
+        suggest_next_command("export.to_onnx", "--checkpoint", result.checkpoint, "--output", output / "drn.onnx")
     return result.checkpoint
 
 

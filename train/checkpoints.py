@@ -24,7 +24,7 @@ from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, GroundingError, excerpt, one_line, reading
 from runtime.core.io import torch_reader
-from runtime.core.io.files import check_file, replace_when_whole, sha256
+from runtime.core.io.files import atomic_write, check_file, sha256
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
@@ -260,7 +260,7 @@ def save(path: str | os.PathLike[str], content: Any) -> None:
     if isinstance(content, Mapping) and content.get("format") in FORMATS:
         content = {**content, DIGEST: content_digest(content)}
     # RuntimeError is how torch's zip writer reports a full disk.
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
             if isinstance(content, Mapping) and DIGEST in content:

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from runtime.artifacts.manifest import Features
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, excerpt
 from runtime.core.io import torch_reader
@@ -153,9 +153,9 @@ def _convert_drn(
             config.vocab_size,
         )
     if table is None:
-        next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
+        suggest_next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
     else:
-        next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+        suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 
@@ -173,7 +173,7 @@ def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Pa
         f"  features     {converted.config.dim:,} channels, of {WINDOW} frames every {STRIDE}\n"
         f"  pictures     {CROP[0]} x {CROP[1]}, less a mean of red {red:g}, green {green:g}, blue {blue:g}"
     )
-    next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 

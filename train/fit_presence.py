@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import CheckpointError, GroundingError
 from runtime.core.io.files import check_writable
-from runtime.core.presence import Presence, fit
+from runtime.core.presence import Presence, fit_threshold
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
@@ -84,12 +84,12 @@ def fit_presence(
     sentences = [annotation.sentence for annotation in annotations]
     with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
         scores = best_scores(grounder, data_set, sentences, names, asked, batch_size=batch_size, on_progress=bar.update)
-    presence = fit(scores[:, 0], scores[:, 1:].ravel(), keep)
+    presence = fit_threshold(scores[:, 0], scores[:, 1:].ravel(), keep)
     save_checkpoint(output, dataclasses.replace(loaded, presence=presence))
     print(f"{output}: no moment is found {presence}.")
     if data_set.simulated:
         print("Features are simulated: these shares say nothing of real ones.")
-    next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return presence
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
 from runtime.core.io.files import Staging, content_names, locked, sha256
 from runtime.core.tokenizer import Vocabulary, tokenize, word_table
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.datasets.qvhighlights import ABOUT, FORMAT, WORDS
@@ -88,7 +88,7 @@ def prepare(
             f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.",
             code="invalid_option",
         )
-    clip_timing = None if clock is None else ClipClock(*clock)
+    clip_timing = None if clock is None else ClipTiming(*clock)
     data_set = DataSet(data)
     _check_empty(output)
     location, store = _features(data_set, output, features)
@@ -123,9 +123,9 @@ def prepare(
         log.warning("No features were found; put them into %s, or prepare again with --features.", output / "features")
     if "train" in splits:
         vector_words = ("--glove", output / VECTORS, "--embed-dim", embed_dim) if glove else ()
-        next_command("train", "--data", output, "--output", "runs/first", *vector_words)
+        suggest_next_command("train", "--data", output, "--output", "runs/first", *vector_words)
     else:
-        next_command("runtime.evaluate", "--model", "drn.onnx", "--data", output, "--split", next(iter(splits)))
+        suggest_next_command("runtime.evaluate", "--model", "drn.onnx", "--data", output, "--split", next(iter(splits)))
     return output
 
 
@@ -263,7 +263,7 @@ def _about(
     splits: Mapping[str, FilteredSplit],
     location: str | None,
     store: FeatureStore | None,
-    clock: ClipClock | None,
+    clock: ClipTiming | None,
 ) -> dict[str, Any]:
     features = data_set.preset.features
     if store is not None:

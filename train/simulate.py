@@ -17,15 +17,15 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from runtime.core.cli import command, next_command
+from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, excerpt
 from runtime.core.io.files import (
+    atomic_write,
     check_directory,
     content_names,
     locked,
     read_json,
     remove_strays,
-    replace_when_whole,
     sha256,
     write_json,
     write_text,
@@ -109,7 +109,7 @@ def simulate(
     for split, count in contents["moments"].items():
         print(f"{split}: {count} moments")
     print(summary["statement"])
-    next_command("train", "--data", output, "--output", "runs/simulated")
+    suggest_next_command("train", "--data", output, "--output", "runs/simulated")
     return options.output
 
 
@@ -299,7 +299,7 @@ def _write_features(
     for scenario in tqdm(scenarios, desc="features", unit="video", disable=None, leave=False):
         features = simulator.features(scenario).astype(dtype)
         with (
-            replace_when_whole(_feature_path(folder, scenario.name, file_format)) as path,
+            atomic_write(_feature_path(folder, scenario.name, file_format)) as path,
             path.open("wb") as stream,
         ):
             write(stream, features)

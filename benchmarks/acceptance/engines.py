@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.acceptance.job import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
 from benchmarks.acceptance.prepare import FIXED_METHOD
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
-from runtime.artifacts.engine_layers import EngineCensus, layers_path, read_layers_file
-from runtime.artifacts.engine_metadata import read_content, read_sidecar
+from runtime.artifacts.engine_layers import EngineLayerStats, layers_path, read_layers_file
+from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.benchmarking.timing import Call
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
 
@@ -106,7 +106,7 @@ def _data_words(job: Job, precision: str) -> list[object]:
 def _layers(counted: Mapping[str, Any]) -> str:
     engine = counted.get("engine")
     if engine:
-        counts = EngineCensus(**engine)
+        counts = EngineLayerStats(**engine)
         return f"{counts} ({counted.get('verdict', 'not judged')})"
     shares = counted["twin"]["shares"]
     return ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items()) + " (the twin's)"
@@ -121,7 +121,7 @@ def layers_step(job: Job, target: str, precision: str) -> Found:
     values: dict[str, Any] = {}
     broken = []
     for plan in plans:
-        census = read_content(plan).get("census") or {}
+        census = read_verified(plan).get("census") or {}
         layers = layers_path(plan)
         values[plan.name] = {"verdict": census.get("verdict"), "layers": layers.name if layers.is_file() else None}
         if layers.is_file():
@@ -137,7 +137,7 @@ def layers_step(job: Job, target: str, precision: str) -> Found:
 def time_rejected(job: Job, target: str) -> Found:
     """Time every rejected plan by itself, with random inputs of its largest size."""
     from runtime.backends.cuda_driver import Cuda
-    from runtime.backends.tensorrt_engine import Network
+    from runtime.backends.tensorrt_engine import TensorRTEngine
 
     paths = sorted((job.output / target).glob("*.rejected.engine"))
     if not paths:
@@ -148,7 +148,7 @@ def time_rejected(job: Job, target: str) -> Found:
     entries, rows, broken = [], [], []
     for path in paths:
         try:
-            network = Network(library, cuda, path, read_sidecar(path))
+            network = TensorRTEngine(library, cuda, path, read_sidecar(path))
             try:
                 seconds = _time_plan(job, network)
             finally:

@@ -219,12 +219,12 @@ def device_of(job: Job) -> Any:
 def judge(job: Job, reference: Grounder, other: Grounder, precision: str, names: tuple[str, str]) -> Found:
     """Hold the answers of a model against another's, to every query of the test split, within the parity budget."""
     from export.parity.compare import compare
-    from export.parity.parity_result import Budget
-    from export.parity.parity_result import verdict as broken_of
+    from export.parity.parity_result import AccuracyBudget
+    from export.parity.parity_result import violations as broken_of
 
     asked = annotations_of(job)
     parity = compare(reference, other, DataSet(job.data), asked, batch_size=8 if job.small else 32)
-    broken = broken_of(parity, Budget.of(precision, MAX_DROP))
+    broken = broken_of(parity, AccuracyBudget.of(precision, MAX_DROP))
     worst = max(error.max / max(error.largest, 1e-9) for error in parity.heads.values())
     told = (
         f"{names[1]} against {names[0]}, {parity.queries} queries: 99 % of the borders move by at most "

@@ -52,7 +52,7 @@ from benchmarks.acceptance.packages import (
 )
 from benchmarks.acceptance.steps import BAD, kept, read_leg
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import read_json, replace_when_whole, write_json, write_text
+from runtime.core.io.files import atomic_write, read_json, write_json, write_text
 
 log = logging.getLogger("drn")
 
@@ -422,7 +422,7 @@ def write_archive(path: Path, root: Path, patterns: Sequence[str]) -> None:
     if not files:
         return
     left = MAX_ARCHIVE_BYTES
-    with replace_when_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(files, key=lambda file: -file.stat().st_mtime):
             size = file.stat().st_size
             if size <= left:

@@ -24,7 +24,7 @@ from benchmarks.acceptance.job import (
 )
 from benchmarks.acceptance.steps import Found, Leg, Skip
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.backends.onnxruntime_backend import PROVIDERS, library
+from runtime.backends.onnxruntime_backend import PROVIDERS, import_onnxruntime
 from runtime.grounding.grounder import Grounder
 
 # Operators that hold the arithmetic: shapes are computed on the CPU whatever is asked for, and these must not be.
@@ -34,7 +34,7 @@ HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "FusedConv", "FusedMatMul")
 def run(job: Job, leg: Leg) -> None:
     """ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
     need(("onnxruntime", "onnx"), "the leg")
-    onnxruntime, _ = library(gpu=job.device == "cuda")
+    onnxruntime, _ = import_onnxruntime(gpu=job.device == "cuda")
     available = onnxruntime.get_available_providers()
     if job.device == "cuda" and "CUDAExecutionProvider" not in available:
         raise Skip(

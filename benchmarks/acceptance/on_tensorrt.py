@@ -42,7 +42,7 @@ from benchmarks.acceptance.job import (
 )
 from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
 from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
-from runtime.artifacts.engine_metadata import path_beside, read_sidecar, sealed
+from runtime.artifacts.engine_metadata import metadata_path, read_sidecar, with_digest
 from runtime.benchmarking import system_info
 from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.timing import Call, speed_ratio
@@ -80,9 +80,9 @@ TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorr
 def run(job: Job, leg: Leg) -> None:
     """Engines in every precision, what they are made of, whether they answer as their twins, and the bar."""
     need(("onnx",), "the leg")
-    from export.engine.builder import why_not
+    from export.engine.builder import unavailable_reason
 
-    reasons = {target: why_not(target) for target in TARGETS}
+    reasons = {target: unavailable_reason(target) for target in TARGETS}
     ready = [target for target, reason in reasons.items() if reason is None]
     if job.device == "cuda":
         from export.engine.builder import cuda_devices
@@ -164,14 +164,14 @@ def _engines(job: Job, leg: Leg, target: str, precisions: Sequence[str]) -> None
 
 def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found:
     """Hold an engine against its own twin, as it stands, on the CPU; in a lease FP16 against FP32, which is faster."""
-    from export.parity.parity_report import open_model
+    from export.parity.parity_report import load_for_comparison
 
     path = standing(engine_path(job, target, precision, split))
     twin = path.with_name(f"drn.{precision}.onnx")
     if not twin.is_file() or (job.is_lease and precision not in NARROW):
         twin = job.graph
     engine = Grounder.load(path, "cuda")
-    return judge(job, open_model(twin, "cpu", None), engine, precision, (twin.name, path.name))
+    return judge(job, load_for_comparison(twin, "cpu", None), engine, precision, (twin.name, path.name))
 
 
 def _bar(job: Job, pair: Path) -> Found:
@@ -450,7 +450,7 @@ def _other_version(job: Job, pair: Path) -> Found:
         content = dict(read_sidecar(copied).content)
         content["library"] = f"{content['library'].split()[0]} 99.1.0.1"
         content["sha256"] = {**content["sha256"], copied.name: sha256(copied)}
-        write_json(path_beside(copied), sealed(content))
+        write_json(metadata_path(copied), with_digest(content))
         try:
             Grounder.load(copied, "cuda")
         except DeviceError as error:

@@ -29,10 +29,10 @@ from benchmarks.acceptance.job import (
 from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
 from runtime.benchmarking import system_info
 from runtime.benchmarking.timing import Call
-from runtime.core.batch import Batch, collate, padded
+from runtime.core.batch import Batch, collate, pad_queries
 from runtime.core.decoding import decode
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.grounder import Grounder, in_seconds
+from runtime.grounding.grounder import Grounder, to_moments
 
 if TYPE_CHECKING:
     import torch
@@ -336,8 +336,8 @@ def one_query(job: Job, eager: Grounder, found: Mapping[str, Rival]) -> dict[str
 
         def answer(number: int, rival: Rival = rival, placed: Any = placed) -> Any:
             video, query = pairs[number % len(pairs)]
-            heads = rival.ask(*padded([eager.encode_query(query)]), placed[number % len(pairs)])
-            return in_seconds(decode(heads, eager.manifest.decoding, 5)[0], video.duration)
+            heads = rival.ask(*pad_queries([eager.encode_query(query)]), placed[number % len(pairs)])
+            return to_moments(decode(heads, eager.manifest.decoding, 5)[0], video.duration)
 
         calls[name] = Call(answer)
     return calls

@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.onnx_graph import open_session, tapped
+from calib.graph.onnx_graph import open_session, with_extra_outputs
 from runtime.core.batch import Batch
 
 if TYPE_CHECKING:
     import onnx
 
-Gains = Mapping[str, Sequence[int]]
+ChannelScales = Mapping[str, Sequence[int]]
 """Tensor to the exponent of two of each channel."""
 
-SHARE = 0.75
+MIGRATION_STRENGTH = 0.75
 """How much of the unevenness of a tensor is moved into the weights that read it; the rest stays."""
 LARGEST_EXPONENT = 8
 
 
-def gain_sites(model: onnx.ModelProto) -> dict[str, tuple[str, str | None]]:
+def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | None]]:
     """Return the tensors whose channels can be balanced: to the convolution that alone reads each, and its gate.
 
     The gate is the Gemm whose output multiplies the channels; None for the features, before which nothing can take the
@@ -58,16 +58,16 @@ def gain_sites(model: onnx.ModelProto) -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def measure_gains(
-    model: onnx.ModelProto, batches: Iterable[Batch], threads: int | None = None, share: float = SHARE
+def measure_channel_scales(
+    model: onnx.ModelProto, batches: Iterable[Batch], threads: int | None = None, share: float = MIGRATION_STRENGTH
 ) -> dict[str, list[int]]:
     """Return the exponents for each balanced tensor from how far its channels reach over the batches."""
     from onnx import numpy_helper
 
-    where = gain_sites(model)
+    where = equalizable_tensors(model)
     if not where:
         return {}
-    session = open_session(tapped(model, list(where)), threads, optimised=True)
+    session = open_session(with_extra_outputs(model, list(where)), threads, optimised=True)
     reach: dict[str, Any] = dict.fromkeys(where, 0.0)
     for batch in batches:
         for name, values in zip(where, session.run(list(where), vars(batch))):
@@ -81,7 +81,7 @@ def measure_gains(
     return gains
 
 
-def exponents(reach: np.ndarray, weight: np.ndarray, share: float = SHARE) -> np.ndarray:
+def exponents(reach: np.ndarray, weight: np.ndarray, share: float = MIGRATION_STRENGTH) -> np.ndarray:
     """Return the exponent of two for each of C channels, (C,) integers, from the reach of values and of weights.
 
     Channels that never carry anything, or that nothing reads, are left alone.
@@ -93,7 +93,7 @@ def exponents(reach: np.ndarray, weight: np.ndarray, share: float = SHARE) -> np
     return np.where(alive, np.clip(wanted, -LARGEST_EXPONENT, LARGEST_EXPONENT), 0).astype(int)
 
 
-def balance(model: onnx.ModelProto, gains: Gains) -> None:
+def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
     """Multiply channels by their powers of two and divide the weights that read them, in place.
 
     What the graph computes stays the same to the bit, short of overflow.
@@ -101,7 +101,7 @@ def balance(model: onnx.ModelProto, gains: Gains) -> None:
     import onnx
     from onnx import numpy_helper
 
-    where = gain_sites(model)
+    where = equalizable_tensors(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     by_name = {node.name: node for node in model.graph.node}
 
@@ -137,5 +137,5 @@ def balance(model: onnx.ModelProto, gains: Gains) -> None:
 
 def balanced_name(model: onnx.ModelProto, tensor: str) -> str:
     """Return what a tensor is called once it is balanced: itself, or the product that was put behind it."""
-    conv, gate = gain_sites(model)[tensor]
+    conv, gate = equalizable_tensors(model)[tensor]
     return tensor if gate is not None else f"{conv.rpartition('/')[0]}/Mul"

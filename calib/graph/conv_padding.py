@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEAST_CHANNELS = 64
 
 
-def padding_apart(model: onnx.ModelProto) -> onnx.ModelProto:
+def extract_padding(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph whose convolutions of many channels have their padding in Pad nodes before them.
 
     A Pad is named after the module of its convolution: `fpn.layer_blocks.0/Pad` before `fpn.layer_blocks.0/Conv`.
@@ -47,8 +47,8 @@ def padding_apart(model: onnx.ModelProto) -> onnx.ModelProto:
     return _with_nodes(copy, nodes)
 
 
-def padding_inside(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose convolutions do their padding themselves: `padding_apart` undone."""
+def inline_padding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose convolutions do their padding themselves: `extract_padding` undone."""
     from onnx import numpy_helper
 
     copy = _copied(model)

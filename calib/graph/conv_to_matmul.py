@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 END = np.iinfo(np.int64).max
 
 
-def in_rows(model: onnx.ModelProto) -> onnx.ModelProto:
+def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph whose convolutions between Q/DQ are matrix products of rows, with the same answers.
 
     For `fpn.layer_blocks.0/Conv` of (B, C, 1, T) and N channels: `/Transpose.rows` (B, 1, T, C), `/Pad.rows`, a
@@ -31,8 +31,8 @@ def in_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     once, (B, 1, T, taps x N), and `/Pad.rows`, a `/Slice.rows` for each tap and their `/Sum.rows` come after it.
 
     Args:
-        model: of `calib.qdq_quantizer.quantize`, FP32 around; its convolutions pad themselves
-            (`calib.graph.conv_padding.padding_inside`).
+        model: of `calib.qdq_quantizer.insert_qdq`, FP32 around; its convolutions pad themselves
+            (`calib.graph.conv_padding.inline_padding`).
 
     Raises:
         ModelFileError: a convolution is grouped, dilated or of two dimensions.

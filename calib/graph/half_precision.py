@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from calib.graph.naming import drn_modules
-from calib.graph.onnx_graph import without_weights
+from calib.graph.onnx_graph import strip_weights
 from runtime.core.errors import ModelFileError, ShapeError
 
 Half = Literal["fp16", "bf16"]
@@ -22,7 +22,7 @@ Half = Literal["fp16", "bf16"]
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FLOAT16_MAX = 65504.0
 # A tensor that comes within this factor of the largest FP16 number on a few hundred queries will pass it on others.
-HEADROOM = 4.0
+FP16_SAFETY_FACTOR = 4.0
 # Least opset whose operators of ours all take the type; Q/DQ with half-precision scales came with 19.
 OPSETS = {"fp16": 13, "bf16": 22}
 QDQ_OPSET = 19
@@ -32,7 +32,7 @@ FP32_OPERATORS = ("Exp",)
 _ALWAYS_FLOAT32 = {"Resize": (1, 2)}
 
 
-def to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collection[str] = ()) -> onnx.ModelProto:
+def convert_to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collection[str] = ()) -> onnx.ModelProto:
     """Return a copy of `model` that computes in half precision; its inputs and outputs stay FP32.
 
     Q/DQ pairs are kept, with scales in the half type, so that what is between them and around them is half.
@@ -115,7 +115,7 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
 
     They are `exp`, the scale before it, and the nodes of modules that were kept. Casts and Q/DQ are not computed.
     """
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
     found: set[str] = set()
     has_half = any(tensor.data_type in TYPES.values() for tensor in model.graph.initializer)
@@ -154,7 +154,7 @@ class _Halving:
         self.half = half
         self.keep = keep
         self.initialisers = {tensor.name: tensor for tensor in self.graph.initializer}
-        inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+        inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.types.update({tensor.name: tensor.data_type for tensor in self.graph.initializer})
@@ -241,8 +241,9 @@ def _half_tensor(values: np.ndarray, name: str, kind: int) -> TensorProto:
     return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=rounded.tobytes())
 
 
-def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph that computes in FP32 and rounds every result to BF16, as a BF16 graph of `to_half` stores them.
+def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph that computes in FP32 and rounds every result to BF16, as a BF16 graph of `convert_to_half` stores
+    them.
 
     ONNX Runtime has no BF16 kernels on a CPU. Graphs without BF16 are returned as they are.
     """
@@ -250,7 +251,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     casts = [n for n in model.graph.node if n.op_type == "Cast" and helper.get_node_attr_value(n, "to") == kind]
     if not casts and all(tensor.data_type != kind for tensor in model.graph.initializer):
         return model
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     rounded = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == kind}
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
@@ -277,7 +278,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     return wide
 
 
-def scan(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[str, float]:
+def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[str, float]:
     """Return the largest magnitude in each DRN module's weights and in what its nodes compute, over all batches.
 
     Runs the FP32 graph in ONNX Runtime with every float tensor as an output. A batch has an attribute for each input.
@@ -289,7 +290,7 @@ def scan(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[str, float]:
 
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     owner = {name: node.name for node in model.graph.node for name in node.output}
     floats = {
         value.name: value
@@ -329,12 +330,12 @@ def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:
         found[module] = float(np.maximum(found.get(module, 0.0), largest))
 
 
-def overflowing(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
+def overflow_prone_modules(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
     """Return the modules that come too near the largest number of the type, largest first; NaN is beyond any.
 
     BF16 has FP32's range.
     """
     if kind == "bf16":
         return ()
-    beyond = [module for module, largest in scanned.items() if not largest * HEADROOM <= FLOAT16_MAX]
+    beyond = [module for module, largest in scanned.items() if not largest * FP16_SAFETY_FACTOR <= FLOAT16_MAX]
     return tuple(sorted(beyond, key=lambda module: -np.nan_to_num(scanned[module], nan=np.inf)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.graph.conv_padding import padding_inside
+from calib.graph.conv_padding import inline_padding
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check
 from runtime.backends.base import run_pair
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OUTPUTS = tuple(Heads.__dataclass_fields__)
 
 
-def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Return the graph in an `.onnx` file, whatever it computes.
 
     Raises:
@@ -56,25 +56,25 @@ def load_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     return model
 
 
-def read_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def load_fp32_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.graph.conv_padding`).
 
     Raises:
         ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
         DeviceError: onnx is not installed.
     """
-    model = load_graph(path)
-    manifest = manifest_of(model, str(path))
+    model = load_onnx(path)
+    manifest = read_manifest(model, str(path))
     if manifest.precision != "fp32":
         raise ModelFileError(
             f"{path} is {manifest.precision} already, and ranges and narrow weights are made from the FP32 graph; "
             "give the file that `python -m export.to_onnx` wrote.",
             code="not_fp32",
         )
-    return padding_inside(model)
+    return inline_padding(model)
 
 
-def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
+def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest that travels in a graph; ModelFileError if it has none or is no DRN graph."""
     properties = {entry.key: entry.value for entry in model.metadata_props}
     manifest = Manifest.from_json(properties.get(METADATA_KEY), source)
@@ -144,7 +144,7 @@ def open_session(model: onnx.ModelProto, threads: int | None = None, optimised: 
     return ort.InferenceSession(for_cpu(content) if optimised else content, options, ["CPUExecutionProvider"])
 
 
-def tapped(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     """Return a copy of a graph that also gives out these tensors; CalibrationError if it lacks one."""
     import onnx
 
@@ -163,7 +163,7 @@ def tapped(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     return copy
 
 
-def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+def strip_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with its large constants as inputs: all that shapes and types need, a thousandth of the size."""
     import onnx
 
@@ -233,11 +233,11 @@ def cut_video(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]
     return encoder, part(rest, list(model.graph.output))
 
 
-class GraphBackend:
+class InMemoryBackend:
     """A graph in memory as a `runtime.Backend`, computed operator by operator as it is."""
 
     def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
-        self.manifest = manifest_of(model)
+        self.manifest = read_manifest(model)
         self._session = open_session(model, threads, optimised)
 
     def run(self, batch: Batch) -> Heads:
@@ -245,7 +245,7 @@ class GraphBackend:
         return Heads(*self._session.run(OUTPUTS, vars(batch)))
 
 
-class GraphPair:
+class InMemorySplitBackend:
     """Run the two parts of a split graph in memory as a `runtime.PairBackend`: videos are encoded once."""
 
     def __init__(

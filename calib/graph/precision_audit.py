@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from calib.graph.naming import drn_modules
-from calib.graph.onnx_graph import without_weights
+from calib.graph.onnx_graph import strip_weights
 from runtime.core.errors import PromiseBroken
 
 NAMES = {
@@ -30,7 +30,7 @@ LEAST_SHARE = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
 
 
 @dataclasses.dataclass(frozen=True)
-class Census:
+class PrecisionStats:
     """How much of a graph is computed in which data type, for one query of `query_length` tokens.
 
     Attributes:
@@ -66,7 +66,7 @@ class Census:
         }
 
 
-def census(model: onnx.ModelProto, query_length: int = 8) -> Census:
+def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
     """Count the multiply-adds of a graph of ours, by DRN module and data type, and its weights by data type.
 
     A convolution or matrix product counts as int8 or fp8 when both its data and its weights come through Q/DQ pairs of
@@ -92,12 +92,12 @@ def census(model: onnx.ModelProto, query_length: int = 8) -> Census:
         if tensor.data_type in NAMES:
             size = int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             weights[NAMES[tensor.data_type]] += size
-    return Census(macs, weights)
+    return PrecisionStats(macs, weights)
 
 
 def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
     """Return the graph for one query of `query_length` tokens, without weights: shapes are all that is needed."""
-    sized = without_weights(model)
+    sized = strip_weights(model)
     graph = sized.graph
     # Noted by the exporter for free sizes.
     del graph.value_info[:]
@@ -137,7 +137,7 @@ def _type(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: 
     return NAMES.get(types.get(node.output[0], 0), "unknown")
 
 
-def check(found: Census, precision: str, attainable: float = 1.0) -> str:
+def require_precision(found: PrecisionStats, precision: str, attainable: float = 1.0) -> str:
     """Return the name of the check with the real share, as "int8 in 51.3 % of the multiply-adds".
 
     Args:

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
     """Return an FP32 graph and its manifest; ModelFileError if it is none of ours."""
-    from calib.graph.onnx_graph import manifest_of, read_graph
+    from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 
-    graph = read_graph(path)
-    return graph, manifest_of(graph, str(path))
+    graph = load_fp32_graph(path)
+    return graph, read_manifest(graph, str(path))
 
 
 def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
     """Return the FP32 graph of an extractor of clips and its manifest; ModelFileError if it is none of ours."""
-    from calib.graph.onnx_graph import load_graph
+    from calib.graph.onnx_graph import load_onnx
 
-    graph = load_graph(path)
+    graph = load_onnx(path)
     told = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
     names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
     if told is None or names != ["clips", "features"]:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calib.graph.conv_padding import padding_apart
-from calib.graph.onnx_graph import without_weights
+from calib.graph.conv_padding import extract_padding
+from calib.graph.onnx_graph import strip_weights
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import sealed
+from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 
 if TYPE_CHECKING:
     import onnx
@@ -45,7 +45,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     """Return the video part and the query part of a whole graph of ours; together they compute what it does.
 
     Encoded features are of the type that the graph computes in there: nothing is cast on account of the cut. The
-    parts' manifests say which they are; `write_pair` lets the second name the first.
+    parts' manifests say which they are; `write_split_model` lets the second name the first.
 
     Raises:
         ModelFileError: the graph is a part already, or has no single tensor to be cut at.
@@ -69,7 +69,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
         if depends[name] <= {FEATURES, SPANS}
     }
     cuts = [name for name, seen in border.items() if FEATURES in seen]
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     kinds = {value.name: value.type.tensor_type for value in inferred.value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
@@ -222,7 +222,9 @@ def prepared_graphs(query: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.Model
     return prepare, _part(query, kept, [shape], [*inputs, prepared], list(query.graph.output), "prepared")
 
 
-def write_pair(video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, prepare: bool = False) -> list[Path]:
+def write_split_model(
+    video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, prepare: bool = False
+) -> list[Path]:
     """Write both parts beside the whole graph's `path`, the query part naming the other by file name and SHA-256.
 
     Args:
@@ -240,22 +242,22 @@ def write_pair(video: onnx.ModelProto, query: onnx.ModelProto, path: Path, *, pr
     with contextlib.ExitStack() as whole_or_none:
         digests = []
         for place, part in parts.items():
-            temporary = whole_or_none.enter_context(replace_when_whole(place))
-            content = sealed(_written(part).SerializeToString())
+            temporary = whole_or_none.enter_context(atomic_write(place))
+            content = with_digest(_written(part).SerializeToString())
             temporary.write_bytes(content)
             digests.append((place.name, hashlib.sha256(content).hexdigest()))
-        temporary = whole_or_none.enter_context(replace_when_whole(query_path))
-        asked = named(query, dict(digests[:1]), dict(digests[1:]))
-        temporary.write_bytes(sealed(_written(asked).SerializeToString()))
+        temporary = whole_or_none.enter_context(atomic_write(query_path))
+        asked = with_part_hashes(query, dict(digests[:1]), dict(digests[1:]))
+        temporary.write_bytes(with_digest(_written(asked).SerializeToString()))
     return [*parts, query_path]
 
 
 def _written(part: onnx.ModelProto) -> onnx.ModelProto:
     """Return a part as it is written: in FP32, with its padding where ONNX Runtime is fastest."""
-    return padding_apart(part) if _manifest(part).precision == "fp32" else part
+    return extract_padding(part) if _manifest(part).precision == "fp32" else part
 
 
-def named(
+def with_part_hashes(
     query: onnx.ModelProto, video_part: Mapping[str, str], prepared_parts: Mapping[str, str] | None = None
 ) -> onnx.ModelProto:
     """Return a query part whose manifest names its other parts, file name to SHA-256."""

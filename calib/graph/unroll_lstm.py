@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TOKENS = "query_tokens"
 
 
-def unrolled(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
+def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
     """Return a graph of ours that takes exactly `steps` tokens, shorter queries padded as ever, and has no LSTM.
 
     Any precision: each LSTM is computed in the type of its own weights. The arithmetic is the LSTM's, in another order.

@@ -14,11 +14,11 @@ from calib.graph.source_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options
-from export.engine.engine_part import unrolled_path
-from export.engine.profiles import Profile, Range, Unrolling, check_ranges, profiles
+from export.engine.engine_part import short_query_engine_path
+from export.engine.profiles import MinOptMax, Profile, Unrolling, check_ranges, profiles
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
-from runtime.backends.base import MOST_THREADS
+from runtime.backends.base import MAX_THREADS
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
 from runtime.core.io.files import check_file, check_writable, sha256
 
@@ -33,7 +33,7 @@ SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class BuildConfig:
     """The files of one build."""
 
     model: Path
@@ -76,12 +76,12 @@ class Job:
 
     @property
     def sidecar(self) -> Path:
-        return engine_metadata.path_beside(self.output)
+        return engine_metadata.metadata_path(self.output)
 
     @property
     def unrolled(self) -> list[Path]:
         """Engines for short queries."""
-        return [unrolled_path(self.output, steps) for steps in self.unroll]
+        return [short_query_engine_path(self.output, steps) for steps in self.unroll]
 
     @property
     def kind(self) -> Literal["onnx", "checkpoint", "published"]:
@@ -163,8 +163,8 @@ class Job:
             )
         if limit is not None and limit < 1:
             raise GroundingError(f"--limit must be at least 1, and {limit} was given.", code="invalid_option")
-        if threads is not None and not 1 <= threads <= MOST_THREADS:
-            raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.", code="invalid_option")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise DeviceError(f"--threads must be 1 to {MAX_THREADS}, and {threads} was given.", code="invalid_option")
         if narrow and table is None and samples < LEAST_SAMPLES:
             raise GroundingError(
                 f"--calib-samples {samples} was given and at least {LEAST_SAMPLES} are needed: single videos would set "
@@ -186,7 +186,7 @@ class Job:
         endings += [] if plan else ["plan.json"]
         reports = (self.beside(ending) for ending in endings)
         pair = pair_paths(self.twin) if self.split else ()
-        shorter = [path for plan in self.unrolled for path in (plan, engine_metadata.path_beside(plan))]
+        shorter = [path for plan in self.unrolled for path in (plan, engine_metadata.metadata_path(plan))]
         engines = (self.output, *self.unrolled) if self.target != "onnxruntime" else ()
         layers = [layers_path(engine) for engine in engines]
         written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *layers, *reports)))
@@ -258,7 +258,7 @@ class Job:
         check_options(options)
 
     def early_profiles(
-        self, batch: Range, query_length: Range | None, keep: Sequence[str] = ()
+        self, batch: MinOptMax, query_length: MinOptMax | None, keep: Sequence[str] = ()
     ) -> tuple[list[Profile], Manifest] | None:
         """Return the optimization profiles, and the manifest that they follow from; None where both are known only
         after a published file is converted.
@@ -271,7 +271,7 @@ class Job:
             return None
         if self.kind == "onnx":
             graph, manifest = read_source(self.model)
-            check_modules(graph, self.precision, keep)
+            validate_keep_modules(graph, self.precision, keep)
             return profiles(batch, query_length, manifest), manifest
         from train.checkpoints import load_checkpoint
 
@@ -324,7 +324,7 @@ class Job:
         return "\n".join(lines)
 
 
-def source_graph(job: Job, vocabulary: Path | None, longest: int) -> Path:
+def ensure_source_graph(job: BuildConfig, vocabulary: Path | None, longest: int) -> Path:
     """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint.
 
     It takes queries of `longest` tokens, and of those that its data set has.
@@ -351,8 +351,8 @@ def fits(source: Path, longest: int) -> bool:
     return source.exists() and read_source(source)[1].max_query_length >= longest
 
 
-def known_graph(job: Job, longest: int) -> onnx.ModelProto | None:
-    """Return the FP32 graph that `source_graph` returns, where it is there before any work; None where it is not."""
+def known_graph(job: BuildConfig, longest: int) -> onnx.ModelProto | None:
+    """Return the FP32 graph of `ensure_source_graph` if it exists before any work; else None."""
     if job.kind == "published":
         return None
     if job.kind == "checkpoint":
@@ -363,14 +363,14 @@ def known_graph(job: Job, longest: int) -> onnx.ModelProto | None:
     return read_source(job.source)[0]
 
 
-def check_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
+def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
     """Raise what a build would raise for modules to keep that a graph has not."""
     if not keep:
         return
     if precision in ("int8", "fp8"):
-        from calib.qdq_quantizer import Policy, sites
+        from calib.qdq_quantizer import QuantizationPolicy, find_quantizable_ops
 
-        sites(graph, Policy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
+        find_quantizable_ops(graph, QuantizationPolicy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
         return
     from calib.graph.half_precision import modules
 

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.half_precision import emulated, overflowing, scan
-from calib.graph.precision_audit import Census, census, check
+from calib.graph.half_precision import emulate_bf16, measure_magnitudes, overflow_prone_modules
+from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
 from calib.graph.source_graph import read_extractor
-from export.build.artifacts import counted_text
-from export.build.build_config import Job, check_modules
-from export.build.reduced_precision import Wishes, make_twin
+from export.build.artifacts import format_shares
+from export.build.build_config import BuildConfig, validate_keep_modules
+from export.build.reduced_precision import ConversionOptions, convert_precision
 from export.engine.builder import BuildOptions, runs_here
-from export.engine.engine_part import Part
-from export.engine.engine_writer import build_part, reject
-from export.engine.profiles import Profile, Range
-from export.tracing.synthetic_clips import made_up_clips
+from export.engine.engine_part import EnginePart
+from export.engine.engine_writer import build_part, mark_rejected
+from export.engine.profiles import MinOptMax, Profile
+from export.tracing.synthetic_clips import synthetic_clips
 from export.tracing.torch_check import open_session
-from runtime.artifacts.engine_metadata import read_content
+from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
-from runtime.artifacts.onnx_metadata import read_metadata, sealed
-from runtime.core.cli import next_command
+from runtime.artifacts.onnx_metadata import read_metadata, with_digest
+from runtime.core.cli import suggest_next_command
 from runtime.core.errors import GroundingError, PromiseBroken
 from runtime.core.io.files import Staging, locked, sha256, write_json
 from runtime.media.extractors import Extractor, open_extractor
@@ -43,8 +43,8 @@ FEATURES = "features"
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
-    """How near features are to those of FP32, over every clip of `made_up_clips`.
+class FeatureTolerance:
+    """How near features are to those of FP32, over every clip of `synthetic_clips`.
 
     Attributes:
         cosine: least, of the two vectors of a clip.
@@ -54,7 +54,7 @@ class Promise:
     cosine: float
     difference: float
 
-    def broken_by(self, found: Promise) -> bool:
+    def broken_by(self, found: FeatureTolerance) -> bool:
         # `not` also refuses NaN.
         return not (found.cosine >= self.cosine and found.difference <= self.difference)
 
@@ -63,10 +63,14 @@ class Promise:
 
 
 # Half precision rounds each tensor by 5e-4 (BF16 by 4e-3), and eleven layers stand one after another.
-PROMISES = {"fp32": Promise(0.99999, 1e-4), "fp16": Promise(0.9999, 1e-2), "bf16": Promise(0.999, 5e-2)}
+FEATURE_TOLERANCES = {
+    "fp32": FeatureTolerance(0.99999, 1e-4),
+    "fp16": FeatureTolerance(0.9999, 1e-2),
+    "bf16": FeatureTolerance(0.999, 5e-2),
+}
 
 
-def extractor_of(model: Path) -> str | None:
+def extractor_file_kind(model: Path) -> str | None:
     """Return of which kind a file is, `checkpoint`, `onnx` or `published`, if it is an extractor; else None."""
     if not model.is_file():
         return None
@@ -92,7 +96,12 @@ def extractor_of(model: Path) -> str | None:
 
 
 def build_extractor(
-    job: Job, options: BuildOptions, batch: Range, keep: tuple[str, ...], cache: Path | None, threads: int | None
+    job: BuildConfig,
+    options: BuildOptions,
+    batch: MinOptMax,
+    keep: tuple[str, ...],
+    cache: Path | None,
+    threads: int | None,
 ) -> Path:
     """Build the engine of an extractor, or its twin alone; see `export.build_engine.build_engine`.
 
@@ -102,7 +111,7 @@ def build_extractor(
     """
     source = _source_graph(job)
     graph, manifest = read_extractor(source)
-    check_modules(graph, job.precision, keep)
+    validate_keep_modules(graph, job.precision, keep)
     shape = manifest.window, *manifest.crop, 3
     smallest, best, largest = ((size, *shape) for size in batch)
     profile = Profile("clips", batch, (1, 1, 1), {"clips": (smallest, best, largest)})
@@ -113,7 +122,7 @@ def build_extractor(
             report = _report(job, source, part, found)
             if job.target != "onnxruntime":
                 build_part(part, staged.precision, options, cache)
-                judged = read_content(part.engine)["census"]
+                judged = read_verified(part.engine)["census"]
                 report["engine_precision"] = {key: judged[key] for key in ("verdict", "reason")}
                 if runs_here(options):
                     report["engine"] = dataclasses.asdict(_proven_engine(staged, part, source, threads))
@@ -124,12 +133,12 @@ def build_extractor(
         settled = staging.settle()
     print(f"Written: {', '.join(path.name for path in settled)}.")
     runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.twin
-    next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
+    suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)
     return job.output
 
 
-def _source_graph(job: Job) -> Path:
+def _source_graph(job: BuildConfig) -> Path:
     """Return the FP32 graph, converting and exporting first where MODEL is a checkpoint."""
     if job.kind == "onnx" or job.source.exists():
         return job.source
@@ -144,14 +153,14 @@ def _source_graph(job: Job) -> Path:
 
 
 def _proven_twin(
-    job: Job,
+    job: BuildConfig,
     source: Path,
     graph: onnx.ModelProto,
     manifest: ExtractorManifest,
     profile: Profile,
     keep: tuple[str, ...],
     threads: int | None,
-) -> tuple[Part, Promise]:
+) -> tuple[EnginePart, FeatureTolerance]:
     """Write the graph in the precision asked for, and return what an engine is built of and how near its features are.
 
     Raises:
@@ -161,18 +170,18 @@ def _proven_twin(
 
     if job.precision == "fp16":
         keep = (*keep, *_overflowing(graph, manifest))
-    twin = make_twin(graph, job.precision, Wishes(keep), None, str(source))
-    counted, weights = census(twin.graph), sum(census(graph).weight_bytes.values())
+    twin = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source))
+    counted, weights = audit_graph(twin.graph), sum(audit_graph(graph).weight_bytes.values())
     about = dataclasses.replace(
         manifest, precision=job.precision, sources={**manifest.sources, source.name: sha256(source)}
     )
     del twin.graph.metadata_props[:]
     onnx.helper.set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
-    print(f"{job.twin.name}: {counted_text(counted)}.")
-    job.twin.write_bytes(sealed(twin.graph.SerializeToString()))
+    print(f"{job.twin.name}: {format_shares(counted)}.")
+    job.twin.write_bytes(with_digest(twin.graph.SerializeToString()))
     try:
-        check(counted, job.precision)
-        runs = str(job.twin) if job.precision != "bf16" else emulated(twin.graph).SerializeToString()
+        require_precision(counted, job.precision)
+        runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(twin.graph).SerializeToString()
         found = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
         _keep_promise(job, found, "the twin")
     except PromiseBroken as error:
@@ -181,7 +190,7 @@ def _proven_twin(
         raise PromiseBroken(
             f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
         ) from error
-    part = Part(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
+    part = EnginePart(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
     return part, found
 
 
@@ -190,8 +199,8 @@ def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[s
 
     Features alone would not tell on a CPU, where ONNX Runtime computes FP16 layers in FP32.
     """
-    scanned = scan(graph, (SimpleNamespace(clips=clip) for clip in made_up_clips(manifest)))
-    held = overflowing(scanned)
+    scanned = measure_magnitudes(graph, (SimpleNamespace(clips=clip) for clip in synthetic_clips(manifest)))
+    held = overflow_prone_modules(scanned)
     for module in held:
         log.warning(
             "%s reaches %.3g, too near the largest FP16 number (65504), and stays in FP32.", module, scanned[module]
@@ -199,7 +208,7 @@ def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[s
     return held
 
 
-def _proven_engine(job: Job, part: Part, source: Path, threads: int | None) -> Promise:
+def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
     """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
     extractor = open_extractor(part.engine)
     try:
@@ -209,12 +218,12 @@ def _proven_engine(job: Job, part: Part, source: Path, threads: int | None) -> P
     try:
         _keep_promise(job, found, "the engine")
     except PromiseBroken as error:
-        raise PromiseBroken(f"{error} It is kept as {reject(part.engine).name}.", code=error.code) from error
+        raise PromiseBroken(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
     return found
 
 
-def _keep_promise(job: Job, found: Promise, what: str) -> None:
-    promise = PROMISES[job.precision]
+def _keep_promise(job: BuildConfig, found: FeatureTolerance, what: str) -> None:
+    promise = FEATURE_TOLERANCES[job.precision]
     print(f"features of {what} against FP32: {found}; promised: {promise}.")
     if promise.broken_by(found):
         raise PromiseBroken(
@@ -222,12 +231,12 @@ def _keep_promise(job: Job, found: Promise, what: str) -> None:
         )
 
 
-def _report(job: Job, source: Path, part: Part, found: Promise) -> dict[str, Any]:
-    counted: Census = part.census
+def _report(job: BuildConfig, source: Path, part: EnginePart, found: FeatureTolerance) -> dict[str, Any]:
+    counted: PrecisionStats = part.census
     return {
         "reference": {"name": source.name, "sha256": sha256(source)},
         "model": {"name": part.twin.name, "sha256": part.twin_hash, "precision": job.precision},
-        "promised": dataclasses.asdict(PROMISES[job.precision]),
+        "promised": dataclasses.asdict(FEATURE_TOLERANCES[job.precision]),
         "twin": dataclasses.asdict(found),
         "census": counted.to_dict(),
     }
@@ -244,10 +253,10 @@ class _Graph:
         return found
 
 
-def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> Promise:
+def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> FeatureTolerance:
     """Return how near the features of made-up clips are."""
     cosine, difference = 1.0, 0.0
-    for clip in made_up_clips(manifest):
+    for clip in synthetic_clips(manifest):
         wanted, found = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
         largest = np.abs(wanted).max()
         if largest == 0 and not found.any():
@@ -256,4 +265,4 @@ def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorMan
         # np.minimum and np.maximum let NaN through; the built-in ones do not always.
         cosine = float(np.minimum(cosine, wanted @ found / norms if norms else 0.0))
         difference = float(np.maximum(difference, np.abs(found - wanted).max() / max(largest, 1e-30)))
-    return Promise(cosine, difference)
+    return FeatureTolerance(cosine, difference)

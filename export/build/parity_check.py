@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib.graph.onnx_graph import manifest_of
-from export.build.artifacts import Made
+from calib.graph.onnx_graph import read_manifest
+from export.build.artifacts import ConvertedModel
 from runtime.artifacts import engine_metadata
 from runtime.datasets.dataset import Annotation, DataSet
 
 if TYPE_CHECKING:
     import onnx
 
-    from export.build.build_config import Job
+    from export.build.build_config import BuildConfig
     from export.parity.model_file import ModelFile
-    from export.parity.parity_report import Proof
+    from export.parity.parity_report import ParityReport
     from runtime.grounding.grounder import Grounder
 
 log = logging.getLogger("drn")
 
 
 @dataclasses.dataclass(frozen=True)
-class Court:
+class ParityChecker:
     """What a twin and an engine are held against: the FP32 graph's answers to a split.
 
     Attributes:
@@ -40,7 +40,7 @@ class Court:
         threads: CPU threads.
     """
 
-    job: Job
+    job: BuildConfig
     final: Path
     source: Path
     graph: onnx.ModelProto
@@ -51,15 +51,15 @@ class Court:
     again: str
     threads: int | None
 
-    def judge_twin(self, made: Made) -> Proof:
+    def judge_twin(self, made: ConvertedModel) -> ParityReport:
         """Hold the twin, as it will be on disk, against the FP32 graph; on the CPU."""
         import onnx
 
-        from calib.graph.half_precision import emulated
+        from calib.graph.half_precision import emulate_bf16
 
         # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
         # they are in only where ONNX Runtime is what will answer.
-        graph = emulated(onnx.load_from_string(made.content))
+        graph = emulate_bf16(onnx.load_from_string(made.content))
         optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         # One core for each of the two serves better than all cores for one after the other.
         threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
@@ -67,7 +67,7 @@ class Court:
         judged, reference = self._sharing(graph, optimised, threads), self._sharing(self.graph, True, threads)
         return self._judge(judged, made.file(self.job.twin), reference, at_once)
 
-    def judge_engine(self, made: Made) -> Proof:
+    def judge_engine(self, made: ConvertedModel) -> ParityReport:
         """Hold the engine against the FP32 graph; on the GPU."""
         from export.parity.model_file import ModelFile
         from runtime.grounding.grounder import Grounder
@@ -79,32 +79,34 @@ class Court:
     def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
         """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
         two thirds of the time."""
-        from calib.graph.onnx_graph import GraphPair
+        from calib.graph.onnx_graph import InMemorySplitBackend
         from calib.graph.split_model import split_graph
         from runtime.grounding.grounder import Grounder
 
-        return Grounder(GraphPair(*split_graph(graph), threads, optimised))
+        return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimised))
 
-    def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> Proof:
+    def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> ParityReport:
         from export.parity.model_file import ModelFile
-        from export.parity.parity_report import prove
-        from export.parity.parity_result import Budget
+        from export.parity.parity_report import run_parity_check
+        from export.parity.parity_result import AccuracyBudget
 
         assert self.data_set is not None
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
-        manifest = manifest_of(self.graph, str(self.source))
-        return prove(
+        manifest = read_manifest(self.graph, str(self.source))
+        return run_parity_check(
             (reference, judged),
             (ModelFile.of(self.source, manifest), file),
             self.data_set,
             self.annotations,
-            Budget.of(self.job.precision, self.max_drop),
+            AccuracyBudget.of(self.job.precision, self.max_drop),
             split=self.split,
             again=self.again,
             at_once=at_once,
         )
 
-    def write_reports(self, proof: Proof, made: Made, engine: ModelFile | None, engines: Sequence[Path] = ()) -> None:
+    def write_reports(
+        self, proof: ParityReport, made: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
+    ) -> None:
         """Write the JSON report and the passport of what was judged; of what was rejected, under that name.
 
         Args:

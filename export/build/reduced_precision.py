@@ -11,15 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calib.accuracy import Cost, Judge, cost_table
-from calib.calibration_set import HELD_OUT, draw, hold_out
+from calib.accuracy import AccuracyDelta, AccuracyEvaluator, format_deltas
+from calib.calibration_set import HELD_OUT, sample_calibration_set, sample_held_out
 from calib.calibration_table import CalibrationTable
-from calib.graph.conv_to_matmul import in_rows
-from calib.graph.half_precision import Half, emulated, modules, overflowing, raise_opset, scan, to_half
-from calib.graph.onnx_graph import manifest_of
-from calib.qdq_quantizer import Kind, Policy, quantize
-from calib.quantization_plan import Plan
-from calib.restore import fewest, search
+from calib.graph.conv_to_matmul import convs_to_matmul
+from calib.graph.half_precision import (
+    Half,
+    convert_to_half,
+    emulate_bf16,
+    measure_magnitudes,
+    modules,
+    overflow_prone_modules,
+    raise_opset,
+)
+from calib.graph.onnx_graph import read_manifest
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
+from calib.quantization_plan import QuantizationPlan
+from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import PromiseBroken
 from runtime.datasets.dataset import DataSet
@@ -43,7 +51,7 @@ BOUNDARY_P99 = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class ConversionOptions:
     """How a twin is to be made.
 
     Attributes:
@@ -70,7 +78,7 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Twin:
+class ConvertedGraph:
     """A graph in some precision.
 
     Attributes:
@@ -82,9 +90,13 @@ class Twin:
     facts: dict[str, Any]
 
 
-def make_twin(
-    source: onnx.ModelProto, precision: Precision, wishes: Wishes, data_set: DataSet | None, name: str = "the graph"
-) -> Twin:
+def convert_precision(
+    source: onnx.ModelProto,
+    precision: Precision,
+    wishes: ConversionOptions,
+    data_set: DataSet | None,
+    name: str = "the graph",
+) -> ConvertedGraph:
     """Return an FP32 graph of ours in the precision asked for.
 
     With a data set, a scan of training queries finds what would overflow in FP16, and held-out training queries find
@@ -103,7 +115,7 @@ def make_twin(
     """
     raised = raise_opset(source, OPSETS[precision])
     if precision == "fp32":
-        return Twin(raised, {})
+        return ConvertedGraph(raised, {})
     held: tuple[str, ...] = ()
     if data_set and precision in ("fp16", "bf16") and not data_set.annotations_path("train").is_file():
         log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
@@ -113,12 +125,12 @@ def make_twin(
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision in ("fp16", "bf16"):
         kept = (*wishes.keep, *held)
-        graph = to_half(raised, precision, kept)
+        graph = convert_to_half(raised, precision, kept)
         facts = {"held back in FP32": list(held), "kept by request": list(wishes.keep)}
         if data_set:
             graph, restored = _accurate(raised, graph, precision, kept, data_set, wishes)
             facts["restored to FP32"] = restored
-        return Twin(graph, facts)
+        return ConvertedGraph(graph, facts)
     return _quantised(source, precision, wishes, held, data_set, name)
 
 
@@ -126,11 +138,11 @@ def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple
     """Return the modules that come too near the largest FP16 number on training queries, and say so."""
     if kind == "bf16":
         return ()
-    manifest = manifest_of(graph)
-    drawn = draw(data_set, manifest, SCAN_QUERIES, at_most=True)
+    manifest = read_manifest(graph)
+    drawn = sample_calibration_set(data_set, manifest, SCAN_QUERIES, at_most=True)
     log.info("Scanning ranges on %d training queries ...", len(drawn.annotations))
-    scanned = scan(graph, drawn.batches(manifest))
-    held = overflowing(scanned, kind)
+    scanned = measure_magnitudes(graph, drawn.batches(manifest))
+    held = overflow_prone_modules(scanned, kind)
     for module in held:
         log.warning(
             "%s reaches %.3g, too near the largest FP16 number (65504), and stays in FP32.", module, scanned[module]
@@ -146,18 +158,18 @@ def _accurate(
     kind: Half,
     keep: Sequence[str],
     data_set: DataSet,
-    wishes: Wishes,
+    wishes: ConversionOptions,
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Return a half-precision graph that answers held-out training queries within the budget, and what it restored."""
-    queries = hold_out(data_set, manifest_of(graph), SCAN_QUERIES)
+    queries = sample_held_out(data_set, read_manifest(graph), SCAN_QUERIES)
     log.info("Asking %d held-out training queries in %s ...", len(queries), kind)
-    judge = Judge(graph, data_set, queries, wishes.threads)
+    judge = AccuracyEvaluator(graph, data_set, queries, wishes.threads)
 
-    def cost_of(kept: Sequence[str], label: str) -> Cost:
-        asked = to_half(graph, kind, (*keep, *kept)) if kept else half
-        return judge.cost(emulated(asked), label)
+    def cost_of(kept: Sequence[str], label: str) -> AccuracyDelta:
+        asked = convert_to_half(graph, kind, (*keep, *kept)) if kept else half
+        return judge.cost(emulate_bf16(asked), label)
 
-    def holds(cost: Cost) -> bool:
+    def holds(cost: AccuracyDelta) -> bool:
         # One flip among so few queries is 0.8 points: luck, unless the budget says that two are allowed.
         drop = max(wishes.max_drop, 100 / len(judge.annotations))
         return cost.worst_drop <= drop and (kind == "bf16" or cost.shift_p99 <= BOUNDARY_P99)
@@ -167,7 +179,7 @@ def _accurate(
         alone = {name: cost_of([other for other in names if other != name], name) for name in names}
         return sorted(names, key=lambda name: alone[name].agreement)
 
-    restored, steps = fewest(ranked, cost_of, holds)
+    restored, steps = minimal_keep_set(ranked, cost_of, holds)
     if restored is None:
         least = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
         raise PromiseBroken(
@@ -177,28 +189,30 @@ def _accurate(
         )
     if not restored:
         return half, []
-    print(cost_table(steps))
+    print(format_deltas(steps))
     log.warning("%s stay in FP32: in %s they move answers by more than is allowed.", ", ".join(restored), kind)
-    return to_half(graph, kind, (*keep, *restored)), restored
+    return convert_to_half(graph, kind, (*keep, *restored)), restored
 
 
 def _quantised(
     source: onnx.ModelProto,
-    kind: Kind,
-    wishes: Wishes,
+    kind: QuantDtype,
+    wishes: ConversionOptions,
     held: Sequence[str],
     data_set: DataSet | None,
     name: str,
-) -> Twin:
-    manifest = manifest_of(source)
+) -> ConvertedGraph:
+    manifest = read_manifest(source)
     table, judge = _table(source, manifest, kind, wishes, data_set, name)
     keep = tuple(dict.fromkeys(wishes.keep))
     if wishes.plan:
-        keep = tuple(dict.fromkeys((*keep, *Plan.load(wishes.plan).checked(source, table, kind, name).keep)))
+        keep = tuple(
+            dict.fromkeys((*keep, *QuantizationPlan.load(wishes.plan).checked(source, table, kind, name).keep))
+        )
     elif data_set:
         keep = _within_budget(source, kind, table, keep, data_set, manifest, judge, wishes)
     log.info("Writing %s into the graph ...", kind.upper())
-    policy = Policy(keep=keep)
+    policy = QuantizationPolicy(keep=keep)
     facts = {
         "calibration": table.digest,
         "method": table.key["method"],
@@ -207,19 +221,21 @@ def _quantised(
     }
     if kind == "int8" and wishes.for_cpu:
         # On a CPU, weights that are only stored in 8 bits would be made wide again for every query.
-        return Twin(in_rows(quantize(source, table, dataclasses.replace(policy, stored=()), kind)), facts)
-    narrow = quantize(source, table, policy, kind, OPSETS[kind])
-    return Twin(to_half(narrow, "fp16", held), facts)
+        return ConvertedGraph(
+            convs_to_matmul(insert_qdq(source, table, dataclasses.replace(policy, stored=()), kind)), facts
+        )
+    narrow = insert_qdq(source, table, policy, kind, OPSETS[kind])
+    return ConvertedGraph(convert_to_half(narrow, "fp16", held), facts)
 
 
 def _table(
     source: onnx.ModelProto,
     manifest: Manifest,
-    kind: Kind,
-    wishes: Wishes,
+    kind: QuantDtype,
+    wishes: ConversionOptions,
     data_set: DataSet | None,
     name: str,
-) -> tuple[CalibrationTable, Judge | None]:
+) -> tuple[CalibrationTable, AccuracyEvaluator | None]:
     """Return the table given or a new one, and the judge that chose its method."""
     if wishes.table:
         table = CalibrationTable.load(wishes.table)
@@ -233,9 +249,9 @@ def _table(
     from calib.calibration_set import coverage_table
 
     log.info("Drawing %d calibration samples ...", wishes.samples)
-    drawn = draw(data_set, manifest, wishes.samples)
+    drawn = sample_calibration_set(data_set, manifest, wishes.samples)
     print(coverage_table(drawn.coverage))
-    judge = Judge(source, data_set, drawn.held_out, wishes.threads) if len(drawn.held_out) else None
+    judge = AccuracyEvaluator(source, data_set, drawn.held_out, wishes.threads) if len(drawn.held_out) else None
     table = measure_table(source, drawn, wishes.method, threads=wishes.threads, judge=judge, kind=kind)
     if wishes.table_output:
         table.save(wishes.table_output)
@@ -244,21 +260,21 @@ def _table(
 
 def _within_budget(
     source: onnx.ModelProto,
-    kind: Kind,
+    kind: QuantDtype,
     table: CalibrationTable,
     keep: tuple[str, ...],
     data_set: DataSet,
     manifest: Manifest,
-    judge: Judge | None,
-    wishes: Wishes,
+    judge: AccuracyEvaluator | None,
+    wishes: ConversionOptions,
 ) -> tuple[str, ...]:
     """Return the modules to keep for the recall budget to hold on held-out training videos; a plan is written if
     there are more than were asked for."""
-    policy = Policy(keep=keep)
-    judge = judge or Judge(
-        source, data_set, hold_out(data_set, manifest, HELD_OUT, exclude=table.videos), wishes.threads
+    policy = QuantizationPolicy(keep=keep)
+    judge = judge or AccuracyEvaluator(
+        source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), wishes.threads
     )
-    first = judge.cost(quantize(source, table, policy, kind), "all narrow")
+    first = judge.cost(insert_qdq(source, table, policy, kind), "all narrow")
     if first.worst_drop <= wishes.max_drop:
         log.info(
             "On %d held-out training queries %s changes recall by %+.2f points at worst; nothing is restored.",
@@ -267,7 +283,7 @@ def _within_budget(
             0.0 - first.worst_drop,
         )
         return keep
-    more = hold_out(data_set, manifest, MOST_HELD_OUT, exclude=table.videos)
+    more = sample_held_out(data_set, manifest, MOST_HELD_OUT, exclude=table.videos)
     log.info(
         "On %d held-out training queries %s loses %.2f points and %g are allowed; asking %d ...",
         first.queries,
@@ -276,9 +292,9 @@ def _within_budget(
         wishes.max_drop,
         len(more),
     )
-    larger = Judge(source, data_set, more, wishes.threads) if len(more) > first.queries else judge
-    plan, steps = search(source, table, larger, wishes.max_drop, policy=policy, kind=kind, ranker=judge)
-    print(cost_table(steps))
+    larger = AccuracyEvaluator(source, data_set, more, wishes.threads) if len(more) > first.queries else judge
+    plan, steps = find_layers_to_restore(source, table, larger, wishes.max_drop, policy=policy, kind=kind, ranker=judge)
+    print(format_deltas(steps))
     everything = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
         print(f"Restored to FP16 for the budget of {wishes.max_drop:g} points: {', '.join(plan.keep)}.")

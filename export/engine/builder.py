@@ -20,7 +20,7 @@ from export.engine.inspector import inspect_plan
 from export.engine.profiles import Profile
 from runtime.artifacts.engine_layers import Inspection
 from runtime.backends.cuda_driver import Cuda
-from runtime.backends.tensorrt_engine import logger_for, starting
+from runtime.backends.tensorrt_engine import explain_startup_failure, logger_for
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
 
 log = logging.getLogger("drn")
@@ -63,7 +63,7 @@ class BuildOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BuiltEngine:
     """A built engine and what is known of it.
 
     Attributes:
@@ -173,7 +173,7 @@ def load_library(target: Target) -> ModuleType:
     return library
 
 
-def why_not(target: Target) -> str | None:
+def unavailable_reason(target: Target) -> str | None:
     """Return why this machine cannot build for a target, in one sentence; None if it can."""
     try:
         load_library(target)
@@ -282,7 +282,7 @@ def build(
     timing_cache: bytes | None = None,
     library: Any = None,
     cuda: Cuda | None = None,
-) -> Plan:
+) -> BuiltEngine:
     """Build a plan.
 
     Args:
@@ -301,7 +301,7 @@ def build(
     trt = library or load_library(options.target)
     check_options(options, trt)
     logger = logger_for(trt)
-    with starting(trt, logger, cuda_version()):
+    with explain_startup_failure(trt, logger, cuda_version()):
         builder = trt.Builder(logger)
     typed = is_strongly_typed(trt)
     prepared = None if typed else weakly_typed.prepare(graph)
@@ -340,7 +340,7 @@ def build(
     inspection = None
     if not elsewhere:
         inspection = inspect_plan(trt, logger, plan, options.profiles, host_code=options.version_compatible, cuda=cuda)
-    return Plan(
+    return BuiltEngine(
         plan,
         f"{_MODULES[options.target]} {trt.__version__}",
         typed,
@@ -405,7 +405,7 @@ def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def explained(doing: str) -> Any:
+def wrap_library_errors(doing: str) -> Any:
     """Turn what a library throws into one sentence of ours."""
     try:
         yield

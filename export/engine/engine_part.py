@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib.graph.unroll_lstm import unrolled
-from export.engine.profiles import Profile, exactly
+from calib.graph.unroll_lstm import unroll_lstm
+from export.engine.profiles import Profile, with_fixed_query_length
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx
 
-    from calib.graph.precision_audit import Census
+    from calib.graph.precision_audit import PrecisionStats
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class EnginePart:
     """What one engine is built of: the whole model, or one of the two parts that it was cut in.
 
     Attributes:
@@ -41,12 +41,12 @@ class Part:
     twin_hash: str
     engine: Path
     profiles: Sequence[Profile]
-    census: Census
+    census: PrecisionStats
     fp32_weight_bytes: int
-    unrolled: tuple[Part, ...] = ()
+    unrolled: tuple[EnginePart, ...] = ()
     optional: bool = False
 
-    def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> Part:
+    def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> EnginePart:
         """Return this part with one more for each number of tokens; itself where it reads no tokens.
 
         Args:
@@ -57,16 +57,16 @@ class Part:
             return self
         return dataclasses.replace(self, unrolled=tuple(self._unrolled(count, optional) for count in steps))
 
-    def _unrolled(self, steps: int, optional: bool) -> Part:
+    def _unrolled(self, steps: int, optional: bool) -> EnginePart:
         return dataclasses.replace(
             self,
-            graph=unrolled(self.graph, steps),
-            engine=unrolled_path(self.engine, steps),
-            profiles=[exactly(profile, steps) for profile in self.profiles],
+            graph=unroll_lstm(self.graph, steps),
+            engine=short_query_engine_path(self.engine, steps),
+            profiles=[with_fixed_query_length(profile, steps) for profile in self.profiles],
             optional=optional,
         )
 
 
-def unrolled_path(engine: Path, steps: int) -> Path:
+def short_query_engine_path(engine: Path, steps: int) -> Path:
     """Return where the engine for queries of at most so many tokens stands: drn.fp16.8.engine for drn.fp16.engine."""
     return engine.with_name(f"{engine.stem}.{steps}{engine.suffix}")

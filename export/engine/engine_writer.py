@@ -11,15 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
-from export.engine.builder import BuildFailed, BuildOptions, Plan, build, cuda_devices, cuda_version, explained
-from export.engine.engine_part import Part
+from export.engine.builder import (
+    BuildFailed,
+    BuildOptions,
+    BuiltEngine,
+    build,
+    cuda_devices,
+    cuda_version,
+    wrap_library_errors,
+)
+from export.engine.engine_part import EnginePart
 from export.engine.inspector import PlanNotLoaded
 from export.engine.profiles import one_profile
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError, ModelFileError, PromiseBroken
-from runtime.core.io.files import replace_when_whole, sha256, write_json
+from runtime.core.io.files import atomic_write, sha256, write_json
 
 if TYPE_CHECKING:
     from export.parity.model_file import ModelFile
@@ -50,7 +58,7 @@ class BuiltPart:
     """
 
     file: ModelFile
-    part: Part
+    part: EnginePart
 
     @property
     def engines(self) -> list[Path]:
@@ -63,12 +71,12 @@ class BuiltPart:
         return tuple(_longest_query(other) for other in self.part.unrolled)
 
 
-def _longest_query(part: Part) -> int:
+def _longest_query(part: EnginePart) -> int:
     return max(profile.query_length[2] for profile in part.profiles)
 
 
 def build_part(
-    part: Part, precision: str, options: BuildOptions, cache: Path | None, state: BuildState | None = None
+    part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState | None = None
 ) -> BuiltPart:
     """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
 
@@ -129,7 +137,7 @@ def build_part(
 
 
 def _build_unrolled(
-    part: Part, precision: str, options: BuildOptions, cache: Path | None, state: BuildState
+    part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState
 ) -> list[BuiltPart]:
     """Build the plans for short queries that belong to a part; see `build_part`."""
     built = []
@@ -153,9 +161,9 @@ def _rejected(engine: Path) -> Path:
     return engine.with_name(f"{engine.stem}.rejected.engine")
 
 
-def reject(engine: Path) -> Path:
+def mark_rejected(engine: Path) -> Path:
     """Take an engine's name from it, and return its new one."""
-    content = dict(engine_metadata.read_content(engine))
+    content = dict(engine_metadata.read_verified(engine))
     content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
     if "unrolled" in content:
         content["unrolled"] = {
@@ -165,12 +173,14 @@ def reject(engine: Path) -> Path:
     _write_engine(rejected, engine.read_bytes(), content)
     if layers_path(engine).is_file():
         layers_path(engine).replace(layers_path(rejected))
-    for old in (engine_metadata.path_beside(engine), engine):
+    for old in (engine_metadata.metadata_path(engine), engine):
         old.unlink()
     return rejected
 
 
-def _build(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> tuple[Plan, Part, list[str]]:
+def _build(
+    part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState
+) -> tuple[BuiltEngine, EnginePart, list[str]]:
     """Build a plan; where the library refuses, once more in the form that avoids a known failure of it.
 
     Returns:
@@ -210,8 +220,8 @@ ONE_PROFILE = "it has one optimization profile (--profiles 1), because a plan wi
 
 
 def _with_one_profile(
-    part: Part, options: BuildOptions, cache: Path | None, state: BuildState, failure: PlanNotLoaded
-) -> tuple[Plan, Part]:
+    part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState, failure: PlanNotLoaded
+) -> tuple[BuiltEngine, EnginePart]:
     """Build with one profile in place of two: such a plan of TensorRT 8.6 may not load (NVIDIA/TensorRT#2977).
 
     Raises:
@@ -226,21 +236,21 @@ def _with_one_profile(
     return built, part
 
 
-def _build_once(part: Part, options: BuildOptions, cache: Path | None, state: BuildState) -> Plan:
+def _build_once(part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState) -> BuiltEngine:
     known = state.timing_cache or (cache.read_bytes() if cache and cache.is_file() else None)
     options = dataclasses.replace(options, profiles=part.profiles)
-    with explained("Building the engine"):
+    with wrap_library_errors("Building the engine"):
         built = build(part.graph.SerializeToString(), options, known)
     state.timing_cache = built.timing_cache or state.timing_cache
     if cache and built.timing_cache:
-        with replace_when_whole(cache) as temporary:
+        with atomic_write(cache) as temporary:
             temporary.write_bytes(built.timing_cache)
     return built
 
 
 def _sidecar_content(
-    part: Part,
-    built: Plan,
+    part: EnginePart,
+    built: BuiltEngine,
     options: BuildOptions,
     census: dict[str, Any],
     cache: Path | None,
@@ -276,17 +286,17 @@ def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
     """Write plan and sidecar: both are whole before either takes its place, so that no old pair is lost to half a new
     one."""
     hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
-    with replace_when_whole(engine_metadata.path_beside(path)) as beside, replace_when_whole(path) as temporary:
+    with atomic_write(engine_metadata.metadata_path(path)) as beside, atomic_write(path) as temporary:
         temporary.write_bytes(plan)
-        write_json(beside, engine_metadata.sealed({**content, "sha256": hashes}))
+        write_json(beside, engine_metadata.with_digest({**content, "sha256": hashes}))
 
 
-def _write_layers(engine: Path, built: Plan) -> None:
+def _write_layers(engine: Path, built: BuiltEngine) -> None:
     """Write everything that the inspector wrote about a plan beside it; nothing where it was not inspected."""
     if built.inspection is None:
         return
     digest = hashlib.sha256(built.plan).hexdigest()
-    with replace_when_whole(layers_path(engine)) as temporary:
+    with atomic_write(layers_path(engine)) as temporary:
         temporary.write_bytes(packed(built.inspection, engine.name, digest, built.library))
 
 

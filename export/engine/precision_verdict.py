@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from calib.graph.naming import drn_modules
-from calib.graph.precision_audit import Census
+from calib.graph.precision_audit import PrecisionStats
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
     PROVEN,
     WIDTHS,
-    EngineCensus,
+    EngineLayerStats,
     Inspection,
     Layer,
     count_layers,
@@ -68,7 +68,7 @@ class Promise:
     """
 
     precision: str
-    graph: Census | None = None
+    graph: PrecisionStats | None = None
     fp32_weight_bytes: int = 0
     tf32: bool = False
     strongly_typed: bool = True
@@ -78,7 +78,7 @@ class Promise:
 
 def judge_engine(
     inspection: Inspection | None, promise: Promise, plan_bytes: int, why_not_inspected: str = ""
-) -> tuple[EngineCensus | None, Verdict]:
+) -> tuple[EngineLayerStats | None, Verdict]:
     """Return what was counted in an engine (its first profile), and the verdict over all its profiles.
 
     Args:
@@ -90,7 +90,7 @@ def judge_engine(
     if inspection is None:
         reason = why_not_inspected or "the plan was not opened"
         return None, Verdict(NOT_PROVEN, _joined(f"no layer could be counted: {reason}", promise, plan_bytes, 1))
-    counted: list[EngineCensus] = []
+    counted: list[EngineLayerStats] = []
     verdicts: list[Verdict] = []
     for index, text in enumerate(inspection.views()):
         try:
@@ -147,7 +147,7 @@ def _joined(reason: str, promise: Promise, plan_bytes: int, num_profiles: int) -
     return "; ".join(filter(None, parts))
 
 
-def _judge(layers: Sequence[Layer], census: EngineCensus, promise: Promise) -> Verdict:
+def _judge(layers: Sequence[Layer], census: EngineLayerStats, promise: Promise) -> Verdict:
     """Return the verdict over the layers of one profile."""
     precision, types = promise.precision, _types_by_module(promise)
     in_precision = wider = narrower = others = 0
@@ -220,7 +220,7 @@ def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[i
     return found or list(WIDTHS.values())
 
 
-def census_content(graph: Census, engine: EngineCensus | None, verdict: Verdict) -> dict[str, Any]:
+def census_content(graph: PrecisionStats, engine: EngineLayerStats | None, verdict: Verdict) -> dict[str, Any]:
     """Return the `census` of an engine's metadata."""
     return {
         "twin": graph.to_dict(),

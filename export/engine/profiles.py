@@ -13,11 +13,11 @@ from runtime.datasets.dataset import DataSet
 from runtime.datasets.presets import length_quantiles, length_quantiles_of, query_length_of
 
 # Smallest, best and largest.
-Range = tuple[int, int, int]
+MinOptMax = tuple[int, int, int]
 Shape = tuple[int, ...]
 
-DEFAULT_BATCH: Range = (1, 8, 32)
-VIDEOS = 64
+DEFAULT_BATCH: MinOptMax = (1, 8, 32)
+DEFAULT_CACHED_VIDEOS = 64
 """Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
 MOST_ENCODED = 8
 """Videos that are encoded together."""
@@ -35,18 +35,18 @@ class Profile:
     """
 
     name: str
-    batch: Range
-    query_length: Range
+    batch: MinOptMax
+    query_length: MinOptMax
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
 
-def usual_query_length(manifest: Manifest) -> Range:
+def default_query_lengths(manifest: Manifest) -> MinOptMax:
     """Return the query lengths an engine is made for where none are asked for: its data set's, as far as they go."""
     shortest, usual, longest = (min(length, manifest.max_query_length) for length in query_length_of(manifest.training))
     return shortest, usual, longest
 
 
-def profiles(batch: Range, query_length: Range | None, manifest: Manifest) -> list[Profile]:
+def profiles(batch: MinOptMax, query_length: MinOptMax | None, manifest: Manifest) -> list[Profile]:
     """Return the optimization profiles of a domain: one for a single query, one for 2 to the largest batch.
 
     A kernel chosen for 32 queries is seldom the best for one, so a domain that holds both gets a profile for each.
@@ -54,7 +54,7 @@ def profiles(batch: Range, query_length: Range | None, manifest: Manifest) -> li
     Raises:
         ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
     """
-    query_length = query_length or usual_query_length(manifest)
+    query_length = query_length or default_query_lengths(manifest)
     check_ranges(batch, query_length)
     if query_length[2] > manifest.max_query_length:
         raise ShapeError(
@@ -107,7 +107,7 @@ def part_profiles(
     ]
 
 
-def exactly(profile: Profile, tokens: int) -> Profile:
+def with_fixed_query_length(profile: Profile, tokens: int) -> Profile:
     """Return a profile of a whole model or a query part for queries that are all padded to so many tokens."""
     smallest, best, largest = profile.batch
     return dataclasses.replace(
@@ -234,14 +234,14 @@ def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     return smallest, best, largest
 
 
-def check_ranges(batch: Range, query_length: Range | None) -> None:
+def check_ranges(batch: MinOptMax, query_length: MinOptMax | None) -> None:
     """Raise ShapeError for a range that does not rise or starts below 1."""
     _check("--batch", batch)
     if query_length is not None:
         _check("--query-length", query_length)
 
 
-def _check(flag: str, domain: Range) -> None:
+def _check(flag: str, domain: MinOptMax) -> None:
     smallest, best, largest = domain
     if not 1 <= smallest <= best <= largest:
         raise ShapeError(
@@ -250,7 +250,7 @@ def _check(flag: str, domain: Range) -> None:
         )
 
 
-def _profile(name: str, batch: Range, query_length: Range, manifest: Manifest) -> Profile:
+def _profile(name: str, batch: MinOptMax, query_length: MinOptMax, manifest: Manifest) -> Profile:
     segments, width = manifest.decoding.num_segments, manifest.features.dim
 
     def shapes(tail: Shape, words: bool = False) -> tuple[Shape, Shape, Shape]:

@@ -216,9 +216,9 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
 def _types(model: onnx.ModelProto) -> dict[str, int]:
     import onnx
 
-    from calib.graph.onnx_graph import without_weights
+    from calib.graph.onnx_graph import strip_weights
 
-    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
@@ -283,7 +283,7 @@ def _lower_opset(model: onnx.ModelProto) -> None:
 def _slice_shapes(graph: onnx.GraphProto) -> None:
     """Replace the attributes `start` and `end` of `Shape` by `Slice`: TensorRT 8.6's parser ignores them.
 
-    It returns all sizes instead, and a `Range` of these ends the process (8.6.0 on an H200).
+    It returns all sizes instead, and a `MinOptMax` of these ends the process (8.6.0 on an H200).
     """
     from onnx import helper, numpy_helper
 

@@ -20,24 +20,32 @@ from export.parity.compare_plans import PlanAnswers, plan_checks, plan_uses
 from export.parity.parity_result import (
     CONFIDENCE,
     FLIP_THRESHOLDS,
-    Difference,
+    BoundaryShift,
     Disagreement,
     Flips,
-    HeadError,
-    Order,
-    Overlap,
-    Parity,
-    Shift,
+    MetricDelta,
+    MomentIoU,
+    OutputDeviation,
+    ParityResult,
+    RankAgreement,
 )
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Heads
-from runtime.core.decoding import Protocol, propose
+from runtime.core.decoding import Protocol, score_proposals_with_fallback
 from runtime.core.errors import AnnotationError, ModelFileError
-from runtime.core.metrics import best_overlap, hits, prior_report, recall_name, report
+from runtime.core.metrics import best_iou, is_hit, prior_report, recall_name, report
 from runtime.core.moments import Moment, temporal_iou
-from runtime.datasets.dataset import Annotation, DataSet, each_moment
-from runtime.grounding.evaluation import Chunk, answered_whole, answers_to, cause_of, chunks, encoded, suppressed
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, in_seconds
+from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
+from runtime.grounding.evaluation import (
+    Chunk,
+    cause_of,
+    chunks,
+    encode_queries,
+    nms_per_threshold,
+    run_chunk,
+    used_fallback,
+)
+from runtime.grounding.grounder import BATCH_SIZE, Grounder, to_moments
 
 RANKED = 5
 WORST = 12
@@ -55,7 +63,7 @@ def compare(
     known: Heads | None = None,
     at_once: bool = False,
     on_progress: Callable[[int], Any] = lambda queries: None,
-) -> Parity:
+) -> ParityResult:
     """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
 
     Args:
@@ -81,7 +89,7 @@ def compare(
         )
     check_comparable(reference.manifest, other.manifest)
     # Before the first of the two is asked them all.
-    encoded(other, annotations)
+    encode_queries(other, annotations)
     models = (reference, other) if known is None else (other,)
     before = plan_uses(other)
     # One plan is all that answers, so that its parity is the engine's.
@@ -90,9 +98,9 @@ def compare(
     heads = found if known is None else [known, *found]
     prior_truth = None
     if "train" in data_set.splits:
-        prior_truth = data_set.spans(each_moment(data_set.annotations("train", invalid="drop")))
+        prior_truth = data_set.spans(one_per_moment(data_set.annotations("train", invalid="drop")))
 
-    def judge(others: Heads, rows: np.ndarray) -> Parity:
+    def judge(others: Heads, rows: np.ndarray) -> ParityResult:
         some = [Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], others)]
         chosen = [annotations[row] for row in rows]
         return _judge(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
@@ -165,7 +173,7 @@ def bootstrap(
     return low, high
 
 
-def answers(
+def collect_outputs(
     model: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
@@ -199,7 +207,7 @@ def _answers(
             upcoming = pool.submit(next, waiting, None)
 
             def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
-                return list(answers_to(model, chunk, batch_size))
+                return list(run_chunk(model, chunk, batch_size))
 
             before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
             every = pool.map(ask, models) if at_once else map(ask, models)
@@ -229,7 +237,7 @@ def _judge(
     annotations: Sequence[Annotation],
     protocol: Protocol | None,
     prior_truth: np.ndarray | None,
-) -> Parity:
+) -> ParityResult:
     """Return all that follows from the heads of both models."""
     protocol = protocol or reference.decoding.protocol
     decodings = [dataclasses.replace(manifest.decoding, protocol=protocol) for manifest in (reference, other)]
@@ -238,8 +246,10 @@ def _judge(
     # Decoding refuses what is not finite; a query that a model overflowed on counts as one without an answer.
     silent = ~_finite_rows(heads[1])
     answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
-    proposals = [propose(found, decoding) for found, decoding in zip((heads[0], answerable), decodings)]
-    picks = [dict(suppressed(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings)]
+    proposals = [
+        score_proposals_with_fallback(found, decoding) for found, decoding in zip((heads[0], answerable), decodings)
+    ]
+    picks = [dict(nms_per_threshold(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings)]
     for silenced in (proposals[1].spans, *picks[1].values()):
         silenced[silent] = np.nan
     kept = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
@@ -250,31 +260,31 @@ def _judge(
     overlap = temporal_iou(tops[0][:, :1, :2], tops[1][:, :1, :2])[:, 0, 0]
     flips, columns = {}, {}
     for threshold in FLIP_THRESHOLDS:
-        before, after = (hits(found[threshold], truth, 1, threshold, protocol) for found in picks)
+        before, after = (is_hit(found[threshold], truth, 1, threshold, protocol) for found in picks)
         gained, lost = lines[~before & after], lines[before & ~after]
         name = recall_name(1, threshold)
         flips[name] = Flips(tuple(gained.tolist()), tuple(lost.tolist()), mcnemar(len(gained), len(lost)))
         columns[name] = after.astype(np.float64) - before
-    ious = [best_overlap(found[thresholds[0]].astype(np.float64), truth, 1) for found in picks]
+    ious = [best_iou(found[thresholds[0]].astype(np.float64), truth, 1) for found in picks]
     columns["mIoU"] = ious[1] - ious[0]
     scored = [report(found, truth, protocol) for found in picks]
     first, five = _same_order(*tops)
     low, high = bootstrap(np.stack(list(columns.values()), axis=1))
-    return Parity(
+    return ParityResult(
         queries=len(annotations),
         protocol=protocol,
         simulated=data_set.simulated,
         heads=dict(_head_errors(*heads)),
         locations=_shift(by_location),
         boundaries=_shift(by_query),
-        overlap=Overlap(float(overlap.mean()), float(np.quantile(overlap, 0.01)), float(overlap.min())),
-        order=Order(float(first.mean()), float(five.mean())),
+        overlap=MomentIoU(float(overlap.mean()), float(np.quantile(overlap, 0.01)), float(overlap.min())),
+        order=RankAgreement(float(first.mean()), float(five.mean())),
         flips=flips,
         differences={
-            name: Difference(float(values.mean()), float(low[index]), float(high[index]))
+            name: MetricDelta(float(values.mean()), float(low[index]), float(high[index]))
             for index, (name, values) in enumerate(columns.items())
         },
-        whole=int((answered_whole(tops[0]) & answered_whole(tops[1])).sum()),
+        whole=int((used_fallback(tops[0]) & used_fallback(tops[1])).sum()),
         reference=scored[0],
         other=scored[1],
         prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
@@ -293,7 +303,7 @@ def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, *[1] * (values.ndim - 1))
 
 
-def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, HeadError]]:
+def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, OutputDeviation]]:
     for name, values in vars(reference).items():
         found = getattr(other, name)
         finite = np.isfinite(values)
@@ -301,9 +311,9 @@ def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, HeadErro
         errors = np.abs(found[finite & ~bad].astype(np.float64) - values[finite & ~bad])
         largest = float(np.abs(values[finite]).max(initial=0))
         if not errors.size:
-            yield name, HeadError(0.0, 0.0, largest, int(bad.sum()))
+            yield name, OutputDeviation(0.0, 0.0, largest, int(bad.sum()))
             continue
-        yield name, HeadError(float(errors.max()), float(np.quantile(errors, 0.99)), largest, int(bad.sum()))
+        yield name, OutputDeviation(float(errors.max()), float(np.quantile(errors, 0.99)), largest, int(bad.sum()))
 
 
 def _shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray) -> np.ndarray:
@@ -312,10 +322,10 @@ def _shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray) -> 
     return np.where(np.isfinite(apart), apart, 1.0) * durations[..., None]
 
 
-def _shift(seconds: np.ndarray) -> Shift:
+def _shift(seconds: np.ndarray) -> BoundaryShift:
     if not seconds.size:
-        return Shift(0.0, 0.0, 0.0)
-    return Shift(*(float(np.quantile(seconds, q)) for q in (0.5, 0.99, 1)))
+        return BoundaryShift(0.0, 0.0, 0.0)
+    return BoundaryShift(*(float(np.quantile(seconds, q)) for q in (0.5, 0.99, 1)))
 
 
 def _same_order(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -342,7 +352,7 @@ def _worst(
             continue
         annotation, duration = annotations[index], float(durations[index])
         first = truth[index].reshape(-1, 2)[0].tolist()
-        moments = [next(iter(in_seconds(found[index, :1], duration)), None) for found in tops]
+        moments = [next(iter(to_moments(found[index, :1], duration)), None) for found in tops]
         yield Disagreement(
             line=annotation.line,
             video=annotation.video,

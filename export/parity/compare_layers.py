@@ -29,7 +29,7 @@ by its whole range."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorError:
+class TensorDeviation:
     """How far one tensor is off.
 
     Attributes:
@@ -44,17 +44,17 @@ class TensorError:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModuleError:
+class ModuleDeviation:
     """The worst tensor of one DRN module, `wrong` when it is beyond the tolerance."""
 
     module: str
-    worst: TensorError
+    worst: TensorDeviation
     tensors: int
     wrong: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class LayerComparison:
     """What was found, modules in the order in which the reference computes them.
 
     Attributes:
@@ -66,9 +66,9 @@ class Layers:
         queries: how many were asked.
     """
 
-    modules: tuple[ModuleError, ...]
+    modules: tuple[ModuleDeviation, ...]
     tolerance: float
-    first_wrong: tuple[str, TensorError] | None
+    first_wrong: tuple[str, TensorDeviation] | None
     unmatched: int
     queries: int
 
@@ -126,7 +126,7 @@ def compare_layers(
     *,
     tolerance: float | None = None,
     on_progress: Callable[[int], Any] = lambda batches: None,
-) -> Layers:
+) -> LayerComparison:
     """Run two ONNX files with every tensor as an output, and compare those of one name.
 
     ONNX Runtime's own optimisations are off: they would fuse away what is to be seen, and add errors of their own.
@@ -156,7 +156,7 @@ def compare_layers(
     precision = precision_of(models[1], other)
     gated = {name for name in common if producers[name].startswith(("qInput.", "backbone_net/"))}
     balanced = gated if precision in ("int8", "fp8") else frozenset[str]()
-    worst: dict[str, TensorError] = {}
+    worst: dict[str, TensorDeviation] = {}
     for error in _tensor_errors(models, common, balanced, batches, on_progress):
         before = worst.get(error.tensor)
         if before is None or not error.relative <= before.relative:
@@ -166,7 +166,7 @@ def compare_layers(
     errors = [worst[tensor] for tensor in common]
     module_of = {tensor: " + ".join(drn_modules(producers[tensor])) or "drn" for tensor in common}
     wrong = next((error for error in errors if not error.relative <= tolerance), None)
-    return Layers(
+    return LayerComparison(
         modules=tuple(_by_module(errors, module_of, tolerance)),
         tolerance=tolerance,
         first_wrong=(module_of[wrong.tensor], wrong) if wrong else None,
@@ -175,7 +175,7 @@ def compare_layers(
     )
 
 
-def table(layers: Layers) -> str:
+def table(layers: LayerComparison) -> str:
     """Return the modules as a text table."""
     width = max(len(module.module) for module in layers.modules)
     lines = [f"{'module':<{width}}  {'relative':>9}  {'absolute':>9}  worst tensor"]
@@ -210,7 +210,7 @@ def _tensor_errors(
     balanced: Collection[str],
     batches: Sequence[Batch],
     on_progress: Callable[[int], Any],
-) -> Iterator[TensorError]:
+) -> Iterator[TensorDeviation]:
     """Yield the error of each tensor in each batch, as Polygraphy finds it."""
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
@@ -222,13 +222,13 @@ def _tensor_errors(
             for tensor in tensors:
                 a, b = (np.asarray(side[tensor]).astype(np.float64) for side in (wanted, found))
                 if a.shape != b.shape or not np.isfinite(b).all():
-                    yield TensorError(tensor, math.inf, math.inf)
+                    yield TensorDeviation(tensor, math.inf, math.inf)
                     continue
                 if tensor in balanced:
                     b = _without_gains(b, a)
                 sides = (IterationResult({tensor: wide}) for wide in (a, b))
                 difference = float(compare(*sides)[tensor].max_absdiff)
-                yield TensorError(tensor, difference, _relative(difference, float(np.abs(a).max(initial=0))))
+                yield TensorDeviation(tensor, difference, _relative(difference, float(np.abs(a).max(initial=0))))
             on_progress(1)
 
 
@@ -261,13 +261,15 @@ def _relative(difference: float, largest: float) -> float:
     return difference / largest if largest else math.inf
 
 
-def _by_module(errors: Sequence[TensorError], module_of: Mapping[str, str], tolerance: float) -> Iterator[ModuleError]:
-    grouped: dict[str, list[TensorError]] = {}
+def _by_module(
+    errors: Sequence[TensorDeviation], module_of: Mapping[str, str], tolerance: float
+) -> Iterator[ModuleDeviation]:
+    grouped: dict[str, list[TensorDeviation]] = {}
     for error in errors:
         grouped.setdefault(module_of[error.tensor], []).append(error)
     for name, members in grouped.items():
         worst = max(members, key=lambda error: error.relative)
-        yield ModuleError(name, worst, len(members), not worst.relative <= tolerance)
+        yield ModuleDeviation(name, worst, len(members), not worst.relative <= tolerance)
 
 
 def _number(value: float) -> float | None:

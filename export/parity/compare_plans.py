@@ -15,11 +15,11 @@ from export.parity.parity_result import PlanCheck
 from runtime.artifacts.engine_layers import PROVEN
 from runtime.backends.tensorrt_backend import PlanUse, TensorRTBackend, TensorRTPair
 from runtime.core.batch import Heads
-from runtime.grounding.evaluation import Chunk, answers_to
+from runtime.grounding.evaluation import Chunk, run_chunk
 from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
-    from export.parity.parity_result import Budget, Parity
+    from export.parity.parity_result import AccuracyBudget, ParityResult
 
 
 class PlanAnswers:
@@ -45,7 +45,7 @@ class PlanAnswers:
         lists = (chunk.queries, chunk.segments, chunk.names, chunk.durations)
         some = Chunk(chunk.rows[fits], *([values[index] for index in fits] for values in lists))
         with backend.only(self.plan.name):
-            for rows, found in answers_to(self.model, some, batch_size):
+            for rows, found in run_chunk(self.model, some, batch_size):
                 for name, values in vars(found).items():
                     getattr(self.heads, name)[rows] = values
         self._rows.append(some.rows)
@@ -72,7 +72,7 @@ def plan_checks(
     before: Sequence[PlanUse],
     after: Mapping[str, int],
     alone: Sequence[PlanAnswers],
-    judge: Callable[[Heads, np.ndarray], Parity],
+    judge: Callable[[Heads, np.ndarray], ParityResult],
 ) -> tuple[PlanCheck, ...]:
     """Return how each plan answers.
 
@@ -93,7 +93,7 @@ def plan_checks(
     return tuple(checks)
 
 
-def plan_table(checks: Sequence[PlanCheck], queries: int, budget: Budget) -> str:
+def plan_table(checks: Sequence[PlanCheck], queries: int, budget: AccuracyBudget) -> str:
     """Return the plans of an engine and their verdicts, for a terminal; arguments as of `PlanCheck.broken`."""
     width = max(len(check.name) for check in checks)
     lines = [f"{'plan':<{width}} {'tokens':>7} {'answered':>9} {'checked alone':>14}  verdict"]

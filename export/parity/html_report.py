@@ -9,9 +9,16 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from export.parity.compare_layers import Layers
-from export.parity.model_file import ModelFile, lineage
-from export.parity.parity_result import CONFIDENCE, GATED, Budget, Disagreement, Parity, points
+from export.parity.compare_layers import LayerComparison
+from export.parity.model_file import ModelFile, provenance
+from export.parity.parity_result import (
+    CONFIDENCE,
+    GATED_METRICS,
+    AccuracyBudget,
+    Disagreement,
+    ParityResult,
+    format_points,
+)
 from runtime.core.moments import Moment
 
 VISIBLE_S = 0.05
@@ -21,16 +28,16 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """The names of the columns, and the rows."""
 
 
-def passport(
-    parity: Parity,
+def render_html_report(
+    parity: ParityResult,
     reference: ModelFile,
     other: ModelFile,
     broken: Sequence[str],
     *,
-    budget: Budget,
+    budget: AccuracyBudget,
     split: str = "test",
     census: tuple[str, Table] | None = None,
-    layers: Layers | None = None,
+    layers: LayerComparison | None = None,
     latency: Table | None = None,
     engine: ModelFile | None = None,
     commands: Sequence[str] = (),
@@ -42,7 +49,7 @@ def passport(
     Args:
         parity: what was found between the two.
         reference, other: the files; the passport is the second's.
-        broken: the promises that do not hold, of `export.parity.parity_result.verdict`.
+        broken: the promises that do not hold, of `export.parity.parity_result.violations`.
         budget: what they were held to.
         split: where the queries come from.
         census: how much of the model is computed in which type: a sentence, and the table behind it.
@@ -99,10 +106,10 @@ def _cpu(cpu: Mapping[str, Any]) -> str:
     return f"Judged on {cpu['name']} ({cpu['architecture']}; {listed})."
 
 
-def _kept(parity: Parity, budget: Budget) -> list[str]:
+def _kept(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
     rows = []
-    for name in GATED:
-        change = points(parity.differences[name].mean)
+    for name in GATED_METRICS:
+        change = format_points(parity.differences[name].mean)
         rows.append(f"{name} changes by {change} points; {budget.max_drop:g} may be lost.")
     if budget.boundary_p99 is not None:
         rows.append(
@@ -132,10 +139,10 @@ def _lineage(*files: ModelFile) -> str:
             f"<small>{_text(f'made with {made}' if made else '')}</small>"
         )
     chain = "".join(f"<li>{item}</li>" for item in items.values())
-    return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(lineage(*files[:2])[1]))
+    return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(provenance(*files[:2])[1]))
 
 
-def _recall(parity: Parity, names: tuple[str, str]) -> str:
+def _recall(parity: ParityResult, names: tuple[str, str]) -> str:
     reports = [(names[0], parity.reference), (names[1], parity.other)]
     if parity.prior:
         reports.append(("prior", parity.prior))
@@ -147,18 +154,18 @@ def _recall(parity: Parity, names: tuple[str, str]) -> str:
     )
 
 
-def _flips(parity: Parity) -> str:
+def _flips(parity: ParityResult) -> str:
     rows = []
     for name, interval in parity.differences.items():
         flips = parity.flips.get(name)
         counts = (len(flips.gained), len(flips.lost), f"{flips.p_value:.3g}") if flips else ("", "", "")
-        spread = f"{points(interval.low)} to {points(interval.high)}"
-        rows.append((name, *map(str, counts), points(interval.mean), spread))
+        spread = f"{format_points(interval.low)} to {format_points(interval.high)}"
+        rows.append((name, *map(str, counts), format_points(interval.mean), spread))
     header = ("", "gained", "lost", "McNemar p", "points", f"{100 * CONFIDENCE:g} % interval")
     return _section("Flips, query by query", _table((header, rows)))
 
 
-def _heads(parity: Parity) -> str:
+def _heads(parity: ParityResult) -> str:
     errors = [
         (name, f"{error.max:.2e}", f"{error.p99:.2e}", f"{error.largest:.3g}", str(error.not_finite))
         for name, error in parity.heads.items()
@@ -180,7 +187,7 @@ def _heads(parity: Parity) -> str:
     )
 
 
-def _layers(layers: Layers) -> str:
+def _layers(layers: LayerComparison) -> str:
     rows = [
         (module.module, f"{module.worst.relative:.1e}", "wrong" if module.wrong else "") for module in layers.modules
     ]
@@ -191,7 +198,7 @@ def _layers(layers: Layers) -> str:
     )
 
 
-def _worst(parity: Parity, names: tuple[str, str]) -> str:
+def _worst(parity: ParityResult, names: tuple[str, str]) -> str:
     shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
     if not shown:
         farthest = max((row.shift for row in parity.worst), default=0.0)

@@ -35,7 +35,7 @@ class ModelFile:
         }
 
 
-def lineage(reference: ModelFile, other: ModelFile) -> tuple[bool, str]:
+def provenance(reference: ModelFile, other: ModelFile) -> tuple[bool, str]:
     """Return whether `other` is known to share an origin with the reference, and a sentence that says it.
 
     Names may change; only hashes count.

@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from export.parity.compare import compare
-from export.parity.compare_layers import Layers, load_graph, precision_of
+from export.parity.compare_layers import LayerComparison, load_graph, precision_of
 from export.parity.compare_layers import table as layer_table
 from export.parity.compare_plans import plan_table
-from export.parity.html_report import VISIBLE_S, Table, passport
-from export.parity.model_file import ModelFile, lineage
-from export.parity.parity_result import CONFIDENCE, Budget, Parity, points, verdict
+from export.parity.html_report import VISIBLE_S, Table, render_html_report
+from export.parity.model_file import ModelFile, provenance
+from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult, format_points, violations
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends.base import Device
 from runtime.core.cpu_info import cpu
 from runtime.core.decoding import Protocol
 from runtime.core.io.files import write_json, write_text
-from runtime.core.metrics import table as recall_table
+from runtime.core.metrics import format_table as recall_table
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 if TYPE_CHECKING:
     import onnx
 
-    from calib.graph.precision_audit import Census
+    from calib.graph.precision_audit import PrecisionStats
 
 log = logging.getLogger("drn")
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
+class ParityReport:
     """What the answers of two models to the queries of a split come to.
 
     Attributes:
@@ -53,14 +53,14 @@ class Proof:
         cpu: the CPU of the machine that judged, of `runtime.core.cpu_info.cpu`.
     """
 
-    parity: Parity
+    parity: ParityResult
     reference: ModelFile
     model: ModelFile
-    budget: Budget
+    budget: AccuracyBudget
     broken: Sequence[str]
     split: str
     again: str
-    layers: Layers | None = None
+    layers: LayerComparison | None = None
     engine_precision: Mapping[str, str] | None = None
     precision: str = ""
     cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
@@ -76,7 +76,7 @@ class Proof:
         """Return all but the verdict, for a terminal."""
         parts = [
             summary(self.parity, (self.reference.path.name, self.model.path.name), self.split),
-            lineage(self.reference, self.model)[1],
+            provenance(self.reference, self.model)[1],
         ]
         if self.parity.plans:
             parts.append(f"\n{plan_table(self.parity.plans, self.parity.queries, self.budget)}\n")
@@ -95,7 +95,7 @@ class Proof:
             ],
             "reference": self.reference.to_dict(),
             "model": self.model.to_dict(),
-            "lineage": lineage(self.reference, self.model)[1],
+            "lineage": provenance(self.reference, self.model)[1],
             "split": self.split,
             "budget": dataclasses.asdict(self.budget),
             "broken": list(self.broken),
@@ -119,7 +119,7 @@ class Proof:
 
         Args:
             output, html: the files.
-            census: what the model is computed in; see `census_of`.
+            census: what the model is computed in; see `read_precision_stats`.
             engine: built of the model, where the model is its twin.
             commands: what to type to see the same again.
             latency: of the model, with its conditions.
@@ -127,7 +127,7 @@ class Proof:
         if output:
             write_json(output, self.to_dict())
         if html:
-            page = passport(
+            page = render_html_report(
                 self.parity,
                 self.reference,
                 self.model,
@@ -145,19 +145,19 @@ class Proof:
             write_text(html, page)
 
 
-def prove(
+def run_parity_check(
     sides: Sequence[Grounder],
     files: Sequence[ModelFile],
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    budget: Budget,
+    budget: AccuracyBudget,
     *,
     split: str,
     again: str,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
     at_once: bool = False,
-) -> Proof:
+) -> ParityReport:
     """Ask both models every query, with progress, and hold the second to its budget.
 
     Args:
@@ -186,10 +186,10 @@ def prove(
                 "%s is %s to answer as %s: %s. Choose more queries of the data set.",
                 *(check.name, found, files[0].path.name, reason),
             )
-    return Proof(parity, files[0], files[1], budget, verdict(parity, budget), split, again)
+    return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, again)
 
 
-def summary(parity: Parity, names: Sequence[str], split: str) -> str:
+def summary(parity: ParityResult, names: Sequence[str], split: str) -> str:
     """Return what was found, for a terminal."""
     rows = [(f"{names[0]} (reference)", parity.reference), (names[1], parity.other)]
     if parity.prior:
@@ -222,8 +222,8 @@ def summary(parity: Parity, names: Sequence[str], split: str) -> str:
     for name, interval in parity.differences.items():
         flips = parity.flips.get(name)
         counts = f"{len(flips.gained):>7} {len(flips.lost):>7} {flips.p_value:>10.3g}" if flips else " " * 26
-        spread = f"{points(interval.low)} to {points(interval.high)}"
-        lines.append(f"{name:<12} {counts} {points(interval.mean):>8}  {spread}")
+        spread = f"{format_points(interval.low)} to {format_points(interval.high)}"
+        lines.append(f"{name:<12} {counts} {format_points(interval.mean):>8}  {spread}")
     shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
     if shown:
         lines += [
@@ -238,7 +238,7 @@ def summary(parity: Parity, names: Sequence[str], split: str) -> str:
     return "\n".join(lines)
 
 
-def census_of(model: Path) -> tuple[str, Table] | None:
+def read_precision_stats(model: Path) -> tuple[str, Table] | None:
     """Return what a model is computed in, in a sentence and as a table: an .onnx file by DRN module, an engine by what
     its sidecar counted; None for other files."""
     if model.suffix == ".engine":
@@ -248,12 +248,12 @@ def census_of(model: Path) -> tuple[str, Table] | None:
     if importlib.util.find_spec("onnx") is None:
         log.warning("The passport holds no precision census: onnx is not installed.")
         return None
-    from calib.graph.precision_audit import census
+    from calib.graph.precision_audit import audit_graph
 
-    return census_table(census(load_graph(model)))
+    return census_table(audit_graph(load_graph(model)))
 
 
-def census_table(found: Census) -> tuple[str, Table]:
+def census_table(found: PrecisionStats) -> tuple[str, Table]:
     """Return the census of a graph as a sentence, and the table behind it by DRN module."""
     total = found.total()
     kinds = sorted(total, key=total.__getitem__, reverse=True)
@@ -302,7 +302,7 @@ def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
     return " ".join(filter(None, (verdict, sentence))), (("type", "percent of the multiply-adds"), rows)
 
 
-def open_model(path: Path, device: Device, threads: int | None, exact: bool = False) -> Grounder:
+def load_for_comparison(path: Path, device: Device, threads: int | None, exact: bool = False) -> Grounder:
     """Open a model as it is to be judged: as it runs, and on a CPU BF16 by rounding every result.
 
     ONNX Runtime has no BF16 kernels there. Its fusions of Q/DQ add errors of up to 2.7e-2 that no engine has: with
@@ -320,14 +320,14 @@ def open_model(path: Path, device: Device, threads: int | None, exact: bool = Fa
 
 
 def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
-    from calib.graph.half_precision import emulated
-    from calib.graph.onnx_graph import GraphBackend, GraphPair
+    from calib.graph.half_precision import emulate_bf16
+    from calib.graph.onnx_graph import InMemoryBackend, InMemorySplitBackend
     from calib.graph.source_graph import manifest_in
-    from runtime.backends.onnxruntime_backend import part_beside
+    from runtime.backends.onnxruntime_backend import locate_part
 
     manifest = manifest_in(path)
     if manifest.part != "query":
-        return Grounder(GraphBackend(emulated(graph), threads, optimised))
+        return Grounder(InMemoryBackend(emulate_bf16(graph), threads, optimised))
     ((name, digest),) = manifest.video_part.items()
-    video = load_graph(part_beside(path, name, digest))
-    return Grounder(GraphPair(emulated(video), emulated(graph), threads, optimised))
+    video = load_graph(locate_part(path, name, digest))
+    return Grounder(InMemorySplitBackend(emulate_bf16(video), emulate_bf16(graph), threads, optimised))

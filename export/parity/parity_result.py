@@ -13,17 +13,17 @@ from runtime.core.moments import Moment
 
 FORMAT = "drn-parity/1"
 FLIP_THRESHOLDS = (0.5, 0.7)
-GATED = (recall_name(1, 0.7), "mIoU")
+GATED_METRICS = (recall_name(1, 0.7), "mIoU")
 """What the budget is held against; R@5 IoU=0.5 says next to nothing on Charades-STA."""
 
-ROUNDING = 1e-4
+FLOAT_TOLERANCE_POINTS = 1e-4
 """Points by which mIoU may differ between any two orders of float32 sums."""
 
 CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadError:
+class OutputDeviation:
     """How far one output of the network is off, over all queries and locations.
 
     Attributes:
@@ -39,7 +39,7 @@ class HeadError:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shift:
+class BoundaryShift:
     """How far starts and ends move, in seconds."""
 
     p50: float
@@ -48,7 +48,7 @@ class Shift:
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap:
+class MomentIoU:
     """Temporal IoU between the two models' best moments."""
 
     mean: float
@@ -57,7 +57,7 @@ class Overlap:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class RankAgreement:
     """The share of queries whose best moment is the same in both, and whose best five come in the same order.
 
     A moment is the same when no other of the five overlaps it more: precision may move its borders a little.
@@ -82,7 +82,7 @@ class Flips:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class MetricDelta:
     """Other less reference, a fraction, and its bootstrap interval over queries."""
 
     mean: float
@@ -115,7 +115,7 @@ class Disagreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parity:
+class ParityResult:
     """What was found between two models on N queries.
 
     Attributes:
@@ -137,13 +137,13 @@ class Parity:
     queries: int
     protocol: Protocol
     simulated: bool
-    heads: Mapping[str, HeadError]
-    locations: Shift
-    boundaries: Shift
-    overlap: Overlap
-    order: Order
+    heads: Mapping[str, OutputDeviation]
+    locations: BoundaryShift
+    boundaries: BoundaryShift
+    overlap: MomentIoU
+    order: RankAgreement
     flips: Mapping[str, Flips]
-    differences: Mapping[str, Difference]
+    differences: Mapping[str, MetricDelta]
     whole: int
     reference: Report
     other: Report
@@ -177,7 +177,7 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
+class AccuracyBudget:
     """What may be lost.
 
     Attributes:
@@ -189,7 +189,7 @@ class Budget:
     boundary_p99: float | None = 0.1
 
     @classmethod
-    def of(cls, precision: str, max_drop: float = 0.2, boundary_p99: float | None = None) -> Budget:
+    def of(cls, precision: str, max_drop: float = 0.2, boundary_p99: float | None = None) -> AccuracyBudget:
         """Return the budget for a model of this precision: borders are held to 0.1 s in FP32 and FP16.
 
         Narrower numbers move borders by more, and are judged by recall unless `boundary_p99` says otherwise.
@@ -199,13 +199,13 @@ class Budget:
         return cls(max_drop, boundary_p99)
 
 
-def verdict(parity: Parity, budget: Budget) -> list[str]:
+def violations(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
     """Return the promises that do not hold, of the model and of each of its plans, a clause each; none if all hold."""
     of_plans = (check.broken(parity.queries, budget) for check in parity.plans)
-    return [*broken_promises(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
+    return [*exceeded_limits(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
 
 
-def broken_promises(parity: Parity, budget: Budget, share: float = 1.0) -> list[str]:
+def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float = 1.0) -> list[str]:
     """Return the promises that some answers break, a clause each.
 
     Args:
@@ -217,11 +217,11 @@ def broken_promises(parity: Parity, budget: Budget, share: float = 1.0) -> list[
     for name, error in parity.heads.items():
         if error.not_finite:
             broken.append(f"{name} holds {error.not_finite} values that are not finite and are in the reference")
-    for name in GATED:
+    for name in GATED_METRICS:
         drop = -100 * share * parity.differences[name].mean
         # A budget that is used up to the last query is kept, and float32's rounding is no loss: one query of 3,720 is
         # 0.03 points.
-        if drop > budget.max_drop + ROUNDING:
+        if drop > budget.max_drop + FLOAT_TOLERANCE_POINTS:
             before, after = (100 * side.values[name] for side in (parity.reference, parity.other))
             broken.append(
                 f"{name} falls by {drop:.2f} points ({before:.2f} to {after:.2f}) where {budget.max_drop:g} may be lost"
@@ -232,7 +232,7 @@ def broken_promises(parity: Parity, budget: Budget, share: float = 1.0) -> list[
     return broken
 
 
-def points(fraction: float) -> str:
+def format_points(fraction: float) -> str:
     """Return a difference of two fractions in points, with its sign; nothing is never below zero."""
     return f"{round(100 * fraction, 2) + 0.0:+.2f}"
 
@@ -253,25 +253,25 @@ class PlanCheck:
     max_query_length: int
     answered: int
     checked: int
-    parity: Parity | None = None
+    parity: ParityResult | None = None
 
-    def broken(self, queries: int, budget: Budget) -> list[str]:
+    def broken(self, queries: int, budget: AccuracyBudget) -> list[str]:
         """Return the promises that the plan breaks by itself, a clause each.
 
         Args:
             queries: number of all queries, of which points are percent.
             budget: what may be lost.
         """
-        from export.parity.parity_result import broken_promises
+        from export.parity.parity_result import exceeded_limits
 
         if self.parity is None:
             return []
         return [
             f"{self.name} alone: {clause}"
-            for clause in broken_promises(self.parity, budget, self.parity.queries / queries)
+            for clause in exceeded_limits(self.parity, budget, self.parity.queries / queries)
         ]
 
-    def verdict(self, queries: int, budget: Budget) -> tuple[str, str]:
+    def verdict(self, queries: int, budget: AccuracyBudget) -> tuple[str, str]:
         """Return proven, not proven or contradicted, and the reason, as a clause; arguments as of `broken`."""
         if not self.checked:
             return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"

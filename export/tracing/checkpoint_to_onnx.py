@@ -6,13 +6,13 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from calib.graph.conv_padding import padding_apart
-from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_pair
-from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, report
+from calib.graph.conv_padding import extract_padding
+from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_split_model
+from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
 from export.tracing.tracer import NEWEST_OPSET, OLDEST_OPSET, export_model, producer
-from runtime.artifacts.onnx_metadata import sealed
+from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.errors import DeviceError, OutputError, ShapeError
-from runtime.core.io.files import check_writable, replace_when_whole
+from runtime.core.io.files import atomic_write, check_writable
 
 log = logging.getLogger("drn")
 
@@ -107,10 +107,10 @@ def export_checkpoint(options: ExportOptions) -> Path:
     manifest = loaded.manifest(max_query_length, sources=source_hash(options.checkpoint), producer=producer())
     model = loaded.model()
     # Entered before the work, so that an unwritable output is known at once.
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         log.info("Tracing the network (10 to 30 s) ...")
         graph = export_model(model, manifest, opset=options.opset)
-        temporary.write_bytes(sealed(padding_apart(graph).SerializeToString()))
+        temporary.write_bytes(with_digest(extract_padding(graph).SerializeToString()))
         differences = check_against_torch(temporary, model, max_query_length)
         size = temporary.stat().st_size
         answering = output
@@ -118,8 +118,8 @@ def export_checkpoint(options: ExportOptions) -> Path:
             pair = split_graph(graph)
             of_pair = check_pair_against_torch(*pair, model, max_query_length, prepare=options.prepare)
             differences = {name: max(value, of_pair.get(name, 0.0)) for name, value in differences.items()}
-            *_, answering = write_pair(*pair, output, prepare=options.prepare)
-    print(report(differences))
+            *_, answering = write_split_model(*pair, output, prepare=options.prepare)
+    print(format_differences(differences))
     log.info(
         "%s: %.1f MB, opset %d, checked against torch in ONNX Runtime %s for batches of %s and every query length "
         "from 1 to %d.",

@@ -27,7 +27,7 @@ from train.network.model import DRN, Backbone, FeaturePyramid, Head, NetworkHead
 
 # Below every attention logit that a network gives, far from the end of half precision, and so far down that the softmax
 # of float32 gives exactly 0.
-BEYOND = -1e4
+MASKED_LOGIT = -1e4
 
 
 class ExportableDRN(nn.Module):
@@ -41,8 +41,8 @@ class ExportableDRN(nn.Module):
         config = model.config
         self.query_encoder = ExportableQueryEncoder(model.query_encoder)
         self.prop_fc = VideoProjection(model.prop_fc)
-        self.qInput = nn.ModuleList(Linear(gate.weight, gate.bias) for gate in model.qInput)
-        self.position_transform = PositionPath(model)
+        self.qInput = nn.ModuleList(ExportableLinear(gate.weight, gate.bias) for gate in model.qInput)
+        self.position_transform = SpanProjection(model)
         self.backbone_net = ExportableBackbone(model.backbone_net, config.feature_dim)
         self.fpn = ExportablePyramid(model.fpn)
         self.fcos = nn.Module()
@@ -62,7 +62,7 @@ class ExportableDRN(nn.Module):
         return NetworkHeads(*self.fcos.head(self.fpn(levels)))
 
 
-class Linear(nn.Module):
+class ExportableLinear(nn.Module):
     """x W + b with W (in, out): the layout of ONNX's MatMul, so that no transpose stands in the graph."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -74,7 +74,7 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, inputs, self.weight)
 
 
-class Convolution(nn.Module):
+class ExportableConv(nn.Module):
     """A temporal convolution of (B, C, 1, T) by (O, C / groups, k) weights; plus what is added; ReLU if asked for."""
 
     def __init__(
@@ -124,7 +124,7 @@ class Convolution(nn.Module):
         )
 
 
-class VideoProjection(Convolution):
+class VideoProjection(ExportableConv):
     """`prop_fc` as a convolution of one column, from (B, T, D) to (B, D, 1, T).
 
     The convolutions after it want that layout anyway; on a CPU this is 15 % faster than a matrix product.
@@ -147,11 +147,11 @@ class ExportableQueryEncoder(nn.Module):
         self.biLSTM = nn.ModuleList(
             BidirectionalLayer(encoder.biLSTM, layer) for layer in range(encoder.biLSTM.num_layers)
         )
-        self.W3 = Linear(encoder.W3.weight, encoder.W3.bias)
+        self.W3 = ExportableLinear(encoder.W3.weight, encoder.W3.bias)
         # W1 (W2 s * y) = (W1 * W2 s) y. W1's own bias moves all words alike, which softmax does not see.
         score = encoder.W1.weight.double()[0]
         self.levels = len(encoder.W2)
-        self.W2 = Linear(
+        self.W2 = ExportableLinear(
             torch.cat([score[:, None] * project.weight.double() for project in encoder.W2]),
             torch.cat([score * project.bias.double() for project in encoder.W2]),
         )
@@ -173,7 +173,7 @@ class ExportableQueryEncoder(nn.Module):
         directions = self.W2(shared).unflatten(1, (self.levels, -1))
         logits = directions @ words.permute(1, 2, 0)
         present = (remaining >= 0).T[:, None]
-        attention = torch.where(present, logits, torch.full((), BEYOND, dtype=logits.dtype)).softmax(dim=2)
+        attention = torch.where(present, logits, torch.full((), MASKED_LOGIT, dtype=logits.dtype)).softmax(dim=2)
         return [query.squeeze(1) for query in (attention @ words.transpose(0, 1)).split(1, dim=1)]
 
 
@@ -182,15 +182,15 @@ class BidirectionalLayer(nn.Module):
 
     def __init__(self, lstm: nn.LSTM, layer: int) -> None:
         super().__init__()
-        self.forwards = LSTM(lstm, f"l{layer}")
-        self.backwards = LSTM(lstm, f"l{layer}_reverse")
+        self.forwards = ExportableLSTM(lstm, f"l{layer}")
+        self.backwards = ExportableLSTM(lstm, f"l{layer}_reverse")
 
     def forward(self, inputs: Tensor, mirrored: Tensor, mirror: Tensor) -> Tensor:
         """Return (L, B, 2H) from the words and the same words reversed; garbage, but finite, past each length."""
         return torch.cat((self.forwards(inputs), _gather(self.backwards(mirrored), mirror)), dim=2)
 
 
-class LSTM(nn.Module):
+class ExportableLSTM(nn.Module):
     """One direction of one layer from zero state, weights as ONNX has them: gates in the order i, o, f, c."""
 
     def __init__(self, lstm: nn.LSTM, suffix: str) -> None:
@@ -228,7 +228,7 @@ class LSTM(nn.Module):
         return torch.stack(outputs)
 
 
-class PositionPath(Convolution):
+class SpanProjection(ExportableConv):
     """What the spans, (B, T, 2), add to the first convolution of the backbone: (B, 256, 1, T)."""
 
     def __init__(self, model: DRN) -> None:
@@ -258,9 +258,9 @@ class ExportableBackbone(nn.Module):
             weight, bias = _fold(conv, norm)
             if level == 0:
                 # Its bias is in what the positions add.
-                layers.append(Convolution(weight[:, :feature_dim], None, relu=True))
+                layers.append(ExportableConv(weight[:, :feature_dim], None, relu=True))
             else:
-                layers.append(Convolution(weight, bias, stride=2, relu=True))
+                layers.append(ExportableConv(weight, bias, stride=2, relu=True))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, projected: Tensor, positions: Tensor, gates: list[Tensor]) -> list[Tensor]:
@@ -279,9 +279,11 @@ class ExportablePyramid(nn.Module):
 
     def __init__(self, pyramid: FeaturePyramid) -> None:
         super().__init__()
-        self.inner_blocks = nn.ModuleList(Convolution(*_fold(*block[:2]), relu=True) for block in pyramid.inner_blocks)
+        self.inner_blocks = nn.ModuleList(
+            ExportableConv(*_fold(*block[:2]), relu=True) for block in pyramid.inner_blocks
+        )
         self.layer_blocks = nn.ModuleList(
-            Convolution(*_fold(*block[:2]), beyond=int(block is not pyramid.layer_blocks[-1]), relu=True)
+            ExportableConv(*_fold(*block[:2]), beyond=int(block is not pyramid.layer_blocks[-1]), relu=True)
             for block in pyramid.layer_blocks
         )
 
@@ -303,15 +305,15 @@ class ExportableHead(nn.Module):
     def __init__(self, head: Head, lengths: list[int]) -> None:
         super().__init__()
         width = head.cls_logits.in_channels
-        towers: list[Convolution] = []
+        towers: list[ExportableConv] = []
         for index in range(0, len(head.cls_tower), 3):
             matching, boundary = _fold(*head.cls_tower[index : index + 2]), _fold(*head.bbox_tower[index : index + 2])
             weight, bias = (torch.cat(pair) for pair in zip(matching, boundary, strict=True))
             # The first reads the same input twice; later ones read one half each.
-            towers.append(Convolution(weight, bias, groups=2 if index else 1, relu=True))
+            towers.append(ExportableConv(weight, bias, groups=2 if index else 1, relu=True))
         self.towers = nn.ModuleList(towers)
         apart = head.cls_logits.weight.new_zeros
-        self.predictions = Convolution(
+        self.predictions = ExportableConv(
             torch.cat(
                 (
                     torch.cat((head.cls_logits.weight, apart(1, width, 3)), dim=1),
@@ -320,11 +322,11 @@ class ExportableHead(nn.Module):
             ),
             torch.cat((head.cls_logits.bias, head.bbox_pred.bias)),
         )
-        self.mix_fc = Convolution(*_fold(*head.mix_fc[:2]), relu=True)
+        self.mix_fc = ExportableConv(*_fold(*head.mix_fc[:2]), relu=True)
         self.iou_scores = nn.ModuleList(
             (
-                Convolution(*_fold(*head.iou_scores[:2]), relu=True),
-                Convolution(head.iou_scores[3].weight, head.iou_scores[3].bias),
+                ExportableConv(*_fold(*head.iou_scores[:2]), relu=True),
+                ExportableConv(head.iou_scores[3].weight, head.iou_scores[3].bias),
             )
         )
         self.scales = _constant(

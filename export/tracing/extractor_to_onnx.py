@@ -11,12 +11,12 @@ import torch
 
 from export.tracing.synthetic_clips import smooth_clips
 from export.tracing.torch_check import TOLERANCE, open_session
-from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finished, silence
+from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finalize_model, silence_exporter
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
-from runtime.artifacts.onnx_metadata import sealed
-from runtime.core.cli import next_command
+from runtime.artifacts.onnx_metadata import with_digest
+from runtime.core.cli import suggest_next_command
 from runtime.core.errors import PromiseBroken
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from train.c3d import C3D, CROP, WINDOW, load_c3d
 from train.checkpoints import source_hash
 
@@ -32,14 +32,14 @@ def export_extractor(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSE
     log.info("Reading %s ...", checkpoint)
     loaded = load_c3d(checkpoint)
     model, manifest = loaded.model(), loaded.manifest(source_hash(checkpoint))
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         log.info("Tracing C3D ...")
-        temporary.write_bytes(sealed(export_c3d(model, manifest, opset=opset).SerializeToString()))
+        temporary.write_bytes(with_digest(export_c3d(model, manifest, opset=opset).SerializeToString()))
         difference = check_c3d(temporary, model)
         size = temporary.stat().st_size
     print(f"{OUTPUT}: largest difference {difference:.1e}, {TOLERANCE:.0e} is allowed")
     log.info("%s: %.1f MB, opset %d, checked against torch for %s clips.", output, size / 1e6, opset, BATCH_SIZES)
-    next_command("runtime.extract", "VIDEO", "--extractor", output, "--output", "DIR")
+    suggest_next_command("runtime.extract", "VIDEO", "--extractor", output, "--output", "DIR")
     return output
 
 
@@ -49,7 +49,7 @@ def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = OLDEST_O
     Frames go in as they are decoded, a quarter of the bytes of float32, and the mean is taken off inside.
     """
     batch = torch.export.Dim("batch", min=1)
-    with silence(), torch.no_grad():
+    with silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (torch.zeros(3, WINDOW, *CROP, 3, dtype=torch.uint8),),
@@ -61,7 +61,7 @@ def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = OLDEST_O
             verbose=False,
         )
     assert program is not None
-    return finished(
+    return finalize_model(
         program.model_proto,
         opset,
         {METADATA_KEY: manifest.to_json()},

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def made_up_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
+def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
     """Yield clips one by one, (1, window, height, width, 3) uint8: three as smooth as pictures, noise, white, black."""
     shape = 1, manifest.window, *manifest.crop, 3
     rng = np.random.default_rng(0)

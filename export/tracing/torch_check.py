@@ -33,7 +33,7 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
         PromiseBroken: one is beyond `TOLERANCE`, or the graph does not run.
     """
     session = open_session(str(path))
-    questions = ((batch, list(range(len(batch)))) for batch in check_batches(model.config, max_query_length))
+    questions = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
     return _differences(model, questions, lambda batch, _: session.run(list(OUTPUTS), vars(batch)))
 
 
@@ -67,7 +67,7 @@ def check_pair_against_torch(
 
     def questions() -> Iterator[tuple[Batch, list[int]]]:
         rng = np.random.default_rng(1)
-        for batch in check_batches(model.config, max_query_length):
+        for batch in validation_batches(model.config, max_query_length):
             # Every second batch asks one video alone.
             kinds = rng.integers(1, len(batch) + 1) if batch.query_tokens.shape[1] % 2 else 1
             yield batch, rng.integers(0, kinds, len(batch)).tolist()
@@ -173,14 +173,14 @@ def relative_difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
 
 
-def report(differences: dict[str, float]) -> str:
+def format_differences(differences: dict[str, float]) -> str:
     """Return the table of largest differences per output."""
     lines = [f"{'output':<20} {'largest difference':>18} {'allowed':>8}"]
     lines += [f"{name:<20} {difference:>18.1e} {TOLERANCE:>8.0e}" for name, difference in differences.items()]
     return "\n".join(lines)
 
 
-def check_batches(config: DRNConfig, max_query_length: int) -> Iterator[Batch]:
+def validation_batches(config: DRNConfig, max_query_length: int) -> Iterator[Batch]:
     """Yield batches of random queries and videos: every query length, and the batch sizes of `BATCH_SIZES`."""
     rng = np.random.default_rng(0)
     for longest in range(1, max_query_length + 1):

@@ -45,7 +45,7 @@ def export_model(
     from export.tracing.exportable_model import ExportableDRN
 
     traced = _traced(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
-    return finished(
+    return finalize_model(
         traced,
         opset,
         {METADATA_KEY: manifest.to_json()},
@@ -54,7 +54,7 @@ def export_model(
     )
 
 
-def finished(traced: onnx.ModelProto, opset: int, metadata: dict[str, str], doc_string: str) -> onnx.ModelProto:
+def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str], doc_string: str) -> onnx.ModelProto:
     """Return what the exporter traced, tidied, in the opset asked for, with its metadata, and checked."""
     import onnx
 
@@ -89,7 +89,7 @@ def _version(distribution: str) -> str:
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
+def silence_exporter() -> Iterator[None]:
     """Keep torch's exporter quiet: it warns of packages that we do not use."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -112,7 +112,7 @@ def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
         torch.zeros(3, config.num_segments, config.feature_dim),
         torch.zeros(3, config.num_segments, 2),
     )
-    with silence(), torch.no_grad():
+    with silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             example,

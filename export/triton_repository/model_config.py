@@ -14,14 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 import runtime.triton
-from export.engine.profiles import DEFAULT_BATCH, MOST_ENCODED, VIDEOS, Range
+from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MOST_ENCODED, MinOptMax
 from runtime.artifacts.engine_metadata import Sidecar, read_sidecar
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
 from runtime.backends import engine_compatibility, triton_protocol
-from runtime.backends.onnxruntime_backend import part_beside
-from runtime.backends.tensorrt_backend import video_part
-from runtime.backends.triton_backend import FORMAT, PARAMETER, About, padded_length
+from runtime.backends.onnxruntime_backend import locate_part
+from runtime.backends.tensorrt_backend import locate_video_part
+from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig, padded_length
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, excerpt
 from runtime.core.io.files import check_file, sha256
@@ -37,7 +37,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Serving:
+class ServingOptions:
     """How a model is to be served.
 
     Attributes:
@@ -75,7 +75,7 @@ class Serving:
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class TritonModel:
     """One model of the repository.
 
     Attributes:
@@ -94,7 +94,7 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A model file and what limits how it is asked.
 
     Attributes:
@@ -110,12 +110,12 @@ class Source:
     """
 
     manifest: Manifest
-    batch: Range
-    query_length: Range
+    batch: MinOptMax
+    query_length: MinOptMax
     path: Path
     video: Path | None = None
     encoded: tuple[tuple[int, int], str] = ((0, 0), "TYPE_FP32")
-    videos: int = VIDEOS
+    videos: int = DEFAULT_CACHED_VIDEOS
     encoded_together: int = MOST_ENCODED
     profiles: tuple[int, int] = (1, 1)
 
@@ -124,7 +124,7 @@ class Source:
         return self.path.suffix == ".engine"
 
 
-def read_model(path: Path, serving: Serving) -> Source:
+def read_model(path: Path, serving: ServingOptions) -> SourceModel:
     """Return what is to be served from a model file; of a split model the query part is named.
 
     Raises:
@@ -153,7 +153,7 @@ def read_model(path: Path, serving: Serving) -> Source:
     return source
 
 
-def _read_graph(path: Path, serving: Serving) -> Source:
+def _read_graph(path: Path, serving: ServingOptions) -> SourceModel:
     check(path)
     manifest = Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
     _check_part(path, manifest)
@@ -164,15 +164,15 @@ def _read_graph(path: Path, serving: Serving) -> Source:
         )
     longest = manifest.max_query_length
     # Eight words are usual in every data set that DRN is trained on.
-    source = Source(manifest, (1, min(8, serving.batch), serving.batch), (1, min(8, longest), longest), path)
+    source = SourceModel(manifest, (1, min(8, serving.batch), serving.batch), (1, min(8, longest), longest), path)
     if manifest.part == "whole":
         return source
     ((name, digest),) = manifest.video_part.items()
-    video = part_beside(path, name, digest)
+    video = locate_part(path, name, digest)
     return dataclasses.replace(source, video=video, encoded=_encoded(video))
 
 
-def _read_engine(path: Path) -> Source:
+def _read_engine(path: Path) -> SourceModel:
     sidecar = read_sidecar(path)
     content, manifest = sidecar.content, sidecar.manifest
     _check_part(path, manifest)
@@ -185,17 +185,17 @@ def _read_engine(path: Path) -> Source:
     batch, query_length = (_over_profiles(content, name) for name in ("batch", "query_length"))
     longest = min(query_length[2], manifest.max_query_length)
     manifest = dataclasses.replace(manifest, max_query_length=longest)
-    source = Source(manifest, batch, query_length, path, profiles=(len(content["profiles"]), 1))
+    source = SourceModel(manifest, batch, query_length, path, profiles=(len(content["profiles"]), 1))
     if manifest.part == "whole":
         return source
-    plan, beside = video_part(path, sidecar)
+    plan, beside = locate_video_part(path, sidecar)
     shapes = content["profiles"][-1]["shapes"][ENCODED_FEATURES]
     channels, segments = shapes[2][1:]
     return dataclasses.replace(
         source,
         video=plan,
         # TensorRT 8.6 is given a graph whose inputs and outputs are all float32.
-        encoded=_encoded(engine_compatibility.twin(plan, beside.content))
+        encoded=_encoded(engine_compatibility.source_onnx(plan, beside.content))
         if content.get("strongly_typed", True)
         else ((channels, segments), "TYPE_FP32"),
         videos=shapes[2][0],
@@ -212,7 +212,7 @@ def _check_part(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _over_profiles(content: Mapping[str, Any], name: str) -> Range:
+def _over_profiles(content: Mapping[str, Any], name: str) -> MinOptMax:
     """Return a range over all profiles of an engine; where there is one for a single query, the last knows the best."""
     ranges = [profile[name] for profile in content["profiles"]]
     return min(low for low, _, _ in ranges), ranges[-1][1], max(high for _, _, high in ranges)
@@ -235,7 +235,7 @@ def _encoded(video: Path) -> tuple[tuple[int, int], str]:
     return (channels, segments), names[output.type.tensor_type.elem_type]
 
 
-def models(source: Source, serving: Serving) -> list[Served]:
+def build_models(source: SourceModel, serving: ServingOptions) -> list[TritonModel]:
     """Return the models of a repository, the front last, since it calls the others."""
     whole = source.video is None
     network = f"{serving.name}_network" if whole else f"{serving.name}_query"
@@ -247,13 +247,13 @@ def models(source: Source, serving: Serving) -> list[Served]:
         for name, path in part.files.items()
         if isinstance(path, Path)
     }
-    about = About(
+    about = FrontConfig(
         source.manifest, network, video, source.batch[2], source.videos, source.encoded_together, files
     )  # fmt: skip
     return [*networks, _front(about, serving)]
 
 
-def _front(about: About, serving: Serving) -> Served:
+def _front(about: FrontConfig, serving: ServingOptions) -> TritonModel:
     manifest = about.manifest
 
     def given(name: str, kind: str, *dims: int, optional: bool = False) -> dict[str, Any]:
@@ -288,14 +288,14 @@ def _front(about: About, serving: Serving) -> Served:
         },
     }
     shell = Path(runtime.triton.__file__).with_name("model.py")
-    return Served(config, {"model.py": shell, triton_protocol.ABOUT_FILE: about.to_json() + "\n"})
+    return TritonModel(config, {"model.py": shell, triton_protocol.ABOUT_FILE: about.to_json() + "\n"})
 
 
 # The front of a new version calls networks of that version; the old ones stay until it answers.
 TWO_VERSIONS = {"latest": {"num_versions": 2}}
 
 
-def _whole(source: Source, serving: Serving, name: str) -> Served:
+def _whole(source: SourceModel, serving: ServingOptions, name: str) -> TritonModel:
     segments, width = source.manifest.decoding.num_segments, source.manifest.features.dim
     _, best, most = source.batch
 
@@ -328,10 +328,10 @@ def _whole(source: Source, serving: Serving, name: str) -> Served:
         "dynamic_batching": {"preferred_batch_size": sorted({best, most})},
         "model_warmup": [_warmup(warmup, batch) for batch in sorted({1, best})],
     }
-    return Served(_with_graphs(config, source, graphs), _plan(source.path), warmup)
+    return TritonModel(_with_graphs(config, source, graphs), _plan(source.path), warmup)
 
 
-def _pair(source: Source, serving: Serving, video: str, query: str) -> list[Served]:
+def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) -> list[TritonModel]:
     """Return the two parts. Queries and videos differ in number, so Triton cannot batch the second: the front does."""
     assert source.video is not None
     segments, width = source.manifest.decoding.num_segments, source.manifest.features.dim
@@ -377,8 +377,8 @@ def _pair(source: Source, serving: Serving, video: str, query: str) -> list[Serv
         "model_warmup": [_warmup(warmup, 1, {ENCODED_FEATURES: kind})],
     }
     return [
-        Served(_with_graphs(video_config, source, []), _plan(source.video)),
-        Served(_with_graphs(query_config, source, graphs), _plan(source.path), warmup),
+        TritonModel(_with_graphs(video_config, source, []), _plan(source.video)),
+        TritonModel(_with_graphs(query_config, source, graphs), _plan(source.path), warmup),
     ]
 
 
@@ -387,7 +387,7 @@ def padded_lengths(longest: int) -> list[int]:
     return sorted({padded_length(length, longest) for length in range(1, longest + 1)})
 
 
-def _network(source: Source, serving: Serving, name: str, path: Path, profiles: int) -> dict[str, Any]:
+def _network(source: SourceModel, serving: ServingOptions, name: str, path: Path, profiles: int) -> dict[str, Any]:
     platform, backend, filename = PLATFORMS[path.suffix]
     group: dict[str, Any] = {"kind": KINDS[serving.device], "count": 1}
     parameters = {FORMAT_PARAMETER: FORMAT}
@@ -408,7 +408,7 @@ def _network(source: Source, serving: Serving, name: str, path: Path, profiles: 
     }
 
 
-def _with_graphs(config: dict[str, Any], source: Source, specs: Sequence[Any]) -> dict[str, Any]:
+def _with_graphs(config: dict[str, Any], source: SourceModel, specs: Sequence[Any]) -> dict[str, Any]:
     """Return a configuration with CUDA graphs, where they are for engines; of these shapes alone.
 
     None has a `graph_lower_bound`: it would be run on smaller requests with whatever lies behind them in memory, and
@@ -421,7 +421,7 @@ def _with_graphs(config: dict[str, Any], source: Source, specs: Sequence[Any]) -
     )
 
 
-def _heads(source: Source) -> list[dict[str, Any]]:
+def _heads(source: SourceModel) -> list[dict[str, Any]]:
     locations = source.manifest.decoding.num_locations
     shapes = {"matching_logits": [locations], "boundary_distances": [locations, 2], "iou_logits": [locations]}
     return [{"name": name, "data_type": "TYPE_FP32", "dims": dims} for name, dims in shapes.items()]
@@ -435,7 +435,7 @@ def _plan(path: Path) -> dict[str, Path | str]:
     return {PLATFORMS[path.suffix][2]: path}
 
 
-def _warmup_values(source: Source, shapes: Shapes) -> dict[str, np.ndarray]:
+def _warmup_values(source: SourceModel, shapes: Shapes) -> dict[str, np.ndarray]:
     """Return inputs of these shapes that mean something: zeros would be a query of no words, and random integers words
     that there are not. Features are left out; they may be zeros."""
     segments = source.manifest.decoding.num_segments

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.triton_repository.model_config import FORMAT_PARAMETER, Served, is_features
+from export.triton_repository.model_config import FORMAT_PARAMETER, TritonModel, is_features
 from runtime.backends.exact_int8 import for_any_cpu
-from runtime.backends.triton_backend import FORMAT, PARAMETER, About
+from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.errors import DeviceError, ModelFileError, OutputError, one_line
 from runtime.core.interrupts import deferred
-from runtime.core.io.files import locked, replace_when_whole, sha256, staging_directory
+from runtime.core.io.files import atomic_write, locked, sha256, staging_directory
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -83,7 +83,7 @@ def read_config(path: Path) -> ModelConfig:
         ) from error
 
 
-def next_version(repository: Path, parts: Sequence[Served]) -> int:
+def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
     """Return the version that models are to be written as: 1, or the next of a model that is there.
 
     Raises:
@@ -114,7 +114,8 @@ def next_version(repository: Path, parts: Sequence[Served]) -> int:
                 )
         if PARAMETER in known.parameters:
             before, now = (
-                About.from_json(config.parameters[PARAMETER].string_value, str(directory)) for config in (known, wanted)
+                FrontConfig.from_json(config.parameters[PARAMETER].string_value, str(directory))
+                for config in (known, wanted)
             )
             if before.manifest.max_query_length != now.manifest.max_query_length:
                 raise OutputError(
@@ -131,7 +132,7 @@ def next_version(repository: Path, parts: Sequence[Served]) -> int:
     return 1 + max(versions, default=0)
 
 
-def write(repository: Path, parts: Sequence[Served], origin: Path) -> int:
+def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
     """Write models to a repository, whole or not at all, and return their version.
 
     A model that is there gets a new version, and keeps its configuration but for what the front tells clients.
@@ -173,7 +174,7 @@ def write(repository: Path, parts: Sequence[Served], origin: Path) -> int:
     return version
 
 
-def _lay(directory: Path, part: Served, version: int, header: str) -> None:
+def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
     place = directory / str(version)
     place.mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config_text(message(part.config), header), encoding="utf-8")
@@ -194,11 +195,11 @@ def _lay(directory: Path, part: Served, version: int, header: str) -> None:
         (directory / "warmup" / name).write_bytes(value.tobytes())
 
 
-def _tell(path: Path, part: Served, header: str) -> None:
+def _tell(path: Path, part: TritonModel, header: str) -> None:
     """Change in a front's configuration what it tells clients; all else stays as it is."""
     config = read_config(path)
     config.parameters[PARAMETER].string_value = part.config["parameters"][PARAMETER]["string_value"]
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(config_text(config, header), encoding="utf-8")
 
 

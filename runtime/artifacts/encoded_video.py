@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.core.errors import FeatureError, OutputError, check_argument, check_path, excerpt, reading
 from runtime.core.io.array_files import read_archive
-from runtime.core.io.files import check_file, json_digest, replace_when_whole
+from runtime.core.io.files import atomic_write, check_file, json_digest
 from runtime.core.io.text_files import is_number, parse_json
 from runtime.core.sliding_windows import Window
 from runtime.core.video import LONGEST_SECONDS
@@ -136,7 +136,7 @@ def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndar
     check_path(path, OutputError)
     # The keys stand for the arrays; this digest stands for the rest.
     about = {**about, "digest": json_digest(about)}
-    with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+    with atomic_write(path) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, features=features, spans=spans, about=np.array(json.dumps(about)))
 
 

@@ -256,7 +256,7 @@ def _nodes(name: str, metadata: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineCensus:
+class EngineLayerStats:
     """The layers of an engine by data type.
 
     Attributes:
@@ -288,7 +288,7 @@ class EngineCensus:
         return ", ".join(parts) or "none that multiplies is shown"
 
 
-def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineCensus:
+def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineLayerStats:
     """Return the layers by data type."""
     written: collections.Counter[str] = collections.Counter()
     read: collections.Counter[str] = collections.Counter()
@@ -303,10 +303,10 @@ def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineCensus:
             foreign += 1
         elif layer.multiplies:
             unknown += 1
-    return EngineCensus(dict(written), dict(read), plan_bytes, dict(arithmetic), unknown, foreign)
+    return EngineLayerStats(dict(written), dict(read), plan_bytes, dict(arithmetic), unknown, foreign)
 
 
-def engine_census(inspector: str, plan_bytes: int = 0) -> EngineCensus:
+def engine_layer_stats(inspector: str, plan_bytes: int = 0) -> EngineLayerStats:
     """Count an engine's layers by data type from the inspector's JSON; raises as `read_layers`."""
     return count_layers(read_layers(inspector), plan_bytes)
 
@@ -366,9 +366,9 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def census_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineCensus | None]]:
+def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLayerStats | None]]:
     """Return for each profile in a layers file its name and its layers by type; None where no layer is described."""
-    found: list[tuple[str, EngineCensus | None]] = []
+    found: list[tuple[str, EngineLayerStats | None]] = []
     views = content["profiles"] or [{"name": "no profile"}]
     for index, view in enumerate(views):
         bound = view.get("bound")

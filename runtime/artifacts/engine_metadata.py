@@ -17,7 +17,7 @@ from runtime.core.io.files import json_digest, read_json, sha256
 FORMAT = "drn-engine/1"
 
 
-class AboutModel(Protocol):
+class ModelMetadata(Protocol):
     """The keys of every manifest in a sidecar, of a model or of an extractor."""
 
     @property
@@ -33,11 +33,11 @@ class AboutModel(Protocol):
         """What it was made of: name to SHA-256."""
 
 
-class AboutPlan(Protocol):
+class EngineMetadata(Protocol):
     """A sidecar of any kind of network."""
 
     @property
-    def manifest(self) -> AboutModel:
+    def manifest(self) -> ModelMetadata:
         """Of the network."""
 
     @property
@@ -59,13 +59,13 @@ class Sidecar:
     content: Mapping[str, Any]
 
 
-def path_beside(plan: str | os.PathLike[str]) -> Path:
+def metadata_path(plan: str | os.PathLike[str]) -> Path:
     """Return where the sidecar of a plan is."""
     plan = Path(plan)
     return plan.with_name(f"{plan.name}.json")
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a sidecar with the `digest` that `read_sidecar` asks for: of all the rest of it.
 
     A digest that is there already is replaced.
@@ -75,14 +75,14 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
-    """Return the sidecar of a model's plan, checked; ModelFileError as of `read_content`, or if it is no model's."""
-    content = read_content(plan)
+    """Return the sidecar of a model's plan, checked; ModelFileError as of `read_verified`, or if it is no model's."""
+    content = read_verified(plan)
     if content["manifest"].get("format") == extractor_manifest.FORMAT:
         raise extractor_manifest.no_model(Path(plan))
-    return Sidecar(Manifest.from_dict(content["manifest"], str(path_beside(plan))), content)
+    return Sidecar(Manifest.from_dict(content["manifest"], str(metadata_path(plan))), content)
 
 
-def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_verified(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return what the sidecar of a plan says, after checking that it is whole and records the hash of that very file.
 
     A plan is code: it must not be deserialised unless this returns.
@@ -91,7 +91,7 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
         ModelFileError: there is no sidecar, it is of another version, edited or damaged, or the plan is not the one it
             was written for.
     """
-    plan, path = Path(plan), path_beside(plan)
+    plan, path = Path(plan), metadata_path(plan)
     if not path.exists():
         raise ModelFileError(
             f"{path}, the sidecar without which an engine is not loaded, does not exist; copy it from where "
@@ -102,11 +102,11 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ModelFileError(
-            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_AGAIN}", code="unknown_format"
+            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_REBUILD}", code="unknown_format"
         )
     if content.get("digest") != json_digest(_unsealed(content)):
         raise ModelFileError(
-            f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}", code="digest_mismatch"
+            f"{path} does not hash to its own digest, so it was edited or damaged; {_REBUILD}", code="digest_mismatch"
         )
     _check_shapes(content, path)
     vouched, actual = content["sha256"].get(plan.name), sha256(plan)
@@ -120,7 +120,7 @@ def read_content(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
     return content
 
 
-_AGAIN = "build the engine again with `python -m export.build_engine`."
+_REBUILD = "build the engine again with `python -m export.build_engine`."
 
 
 def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,11 +132,11 @@ def _check_shapes(content: Mapping[str, Any], path: Path) -> None:
     for name, (wanted, fits, needed) in _FIELDS.items():
         if name in content and not fits(content[name]):
             raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} should be {wanted}; {_AGAIN}", code="damaged_file"
+                f"{path} is damaged: {excerpt(name)} should be {wanted}; {_REBUILD}", code="damaged_file"
             )
         if needed and name not in content:
             raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_AGAIN}", code="damaged_file"
+                f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_REBUILD}", code="damaged_file"
             )
 
 
@@ -152,7 +152,7 @@ def _is_table_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
-def _is_beside(name: str) -> bool:
+def _is_sibling(name: str) -> bool:
     return name.endswith(".engine") and not {"/", "\\", "\0"}.intersection(name)
 
 
@@ -168,7 +168,7 @@ def _is_profile(value: Any) -> bool:
     )
 
 
-def _is_census(value: Any) -> bool:
+def _is_layer_stats(value: Any) -> bool:
     """The shares of the twin, the layers of the engine (none where no GPU counted them), and the verdict over them."""
     if not isinstance(value, dict) or not isinstance(value.get("twin", {}), dict):
         return False
@@ -204,8 +204,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
     "options": ("a table", _is_table, False),
     "unrolled": (
         "a table of hashes by names of engines in the same directory",
-        lambda value: _is_table_of(str)(value) and all(map(_is_beside, value)),
+        lambda value: _is_table_of(str)(value) and all(map(_is_sibling, value)),
         False,
     ),
-    "census": ("a table with the shares of the twin and the layers of the engine", _is_census, False),
+    "census": ("a table with the shares of the twin and the layers of the engine", _is_layer_stats, False),
 }

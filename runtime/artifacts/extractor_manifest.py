@@ -77,8 +77,8 @@ class ExtractorManifest:
             raise ModelFileError(str(error), code=error.code) from error
 
     @property
-    def framing(self) -> Framing:
-        return Framing(self.resize, self.crop)
+    def framing(self) -> ResizeCrop:
+        return ResizeCrop(self.resize, self.crop)
 
     @property
     def part(self) -> str:
@@ -138,7 +138,7 @@ def no_model(path: Path) -> ModelFileError:
 
 
 @dataclasses.dataclass(frozen=True)
-class Framing:
+class ResizeCrop:
     """How a frame becomes the network's picture: resized, then cut out of the middle.
 
     Attributes:

@@ -13,7 +13,7 @@ from runtime.core.io.text_files import parse_json
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipClock, Pooling
+from runtime.core.video import ClipTiming, Pooling
 
 FORMAT = "drn-manifest/1"
 AGAIN = "export the model again with `python -m export.to_onnx`"
@@ -58,8 +58,8 @@ class Features:
             )
 
     @property
-    def clock(self) -> ClipClock:
-        return ClipClock(self.window, self.stride)
+    def clock(self) -> ClipTiming:
+        return ClipTiming(self.window, self.stride)
 
 
 @dataclasses.dataclass(frozen=True)

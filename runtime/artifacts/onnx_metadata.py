@@ -131,7 +131,7 @@ def check(path: str | os.PathLike[str]) -> Content:
     return content
 
 
-class Check:
+class DigestCheck:
     """`check` in a thread, beside the work of opening the file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -163,7 +163,7 @@ class Check:
         return self._content
 
 
-def sealed(content: bytes, external: tuple[Path, ...] = ()) -> bytes:
+def with_digest(content: bytes, external: tuple[Path, ...] = ()) -> bytes:
     """Return an ONNX file with its digest in the manifest; one that it has already is replaced.
 
     Args:
@@ -186,7 +186,7 @@ def sealed(content: bytes, external: tuple[Path, ...] = ()) -> bytes:
     return b"".join((memoryview(content)[:begin], written, memoryview(content)[end:]))
 
 
-def seal(path: str | os.PathLike[str]) -> bytes:
+def write_digest(path: str | os.PathLike[str]) -> bytes:
     """Return the content of an ONNX file with the digest of the file and its external data recorded anew.
 
     Raises:
@@ -198,7 +198,7 @@ def seal(path: str | os.PathLike[str]) -> bytes:
             f"{path} carries no manifest to record a digest in; give a file of `python -m export.to_onnx`.",
             code="missing_manifest",
         )
-    return sealed(path.read_bytes(), tuple(external_data(path)))
+    return with_digest(path.read_bytes(), tuple(external_data(path)))
 
 
 @contextlib.contextmanager

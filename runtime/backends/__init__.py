@@ -7,7 +7,7 @@ import numbers
 import os
 from pathlib import Path
 
-from runtime.backends.base import MOST_THREADS, Backend, Device
+from runtime.backends.base import MAX_THREADS, Backend, Device
 from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_path, excerpt
 from runtime.core.io.files import check_file
 
@@ -55,8 +55,8 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device")
     if threads is not None:
         check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise DeviceError(f"--threads must be 1 to {MOST_THREADS}, and {threads} was given.", code="invalid_option")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise DeviceError(f"--threads must be 1 to {MAX_THREADS}, and {threads} was given.", code="invalid_option")
     check_model_path(path)
     if path.suffix == ".onnx":
         from runtime.backends.onnxruntime_backend import open_graph

@@ -17,7 +17,7 @@ from runtime.core.video import Video
 Device = Literal["auto", "cpu", "cuda"]
 
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 class Backend(Protocol):
@@ -34,8 +34,8 @@ class Backend(Protocol):
 class PairBackend(Backend, Protocol):
     """Something that runs a network cut in two: videos are encoded once and asked often.
 
-    Its manifest is that of the query part: `part` is "query", `video_part` names the other. `run` answers as the whole
-    model would (`run_pair`).
+    Its manifest is that of the query part: `part` is "query", `locate_video_part` names the other. `run` answers as the
+    whole model would (`run_pair`).
     """
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:

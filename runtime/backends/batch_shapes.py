@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 # TensorRT requires every tensor to begin at a multiple of this.
 ALIGNMENT = 256
-SHORTEST_QUERY = 4
+MIN_PADDED_LENGTH = 4
 # Which of an input's leading sizes are free, and what they count, in a whole model, in the two parts of a pair, and in
 # an extractor of clip features.
 AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -37,7 +37,7 @@ AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Domain:
+class OptimizationProfile:
     """One optimization profile of an engine.
 
     Attributes:
@@ -60,7 +60,7 @@ class Domain:
                 return None
             wanted = largest if axis in self.fixed else bucket(max(sizes[axis], smallest))
             if axis == "query_length":
-                wanted = max(wanted, SHORTEST_QUERY)
+                wanted = max(wanted, MIN_PADDED_LENGTH)
             found[axis] = min(wanted, largest)
         return found
 
@@ -72,19 +72,21 @@ class Domain:
         return {axis: size[2] for axis, size in self.ranges.items()}
 
 
-def domain(
+def profile_from_shapes(
     index: int,
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, Sequence[Shape]],
     fixed: frozenset[str] = frozenset(),
-) -> Domain:
+) -> OptimizationProfile:
     """Return an engine's profile from the smallest, best and largest shape of each input."""
     ranges: dict[str, Range] = {}
     for name, free in axes.items():
         smallest, best, largest = shapes[name]
         for place, axis in enumerate(free):
             ranges[axis] = (smallest[place], best[place], largest[place])
-    return Domain(index, ranges, {name: tuple(shapes[name][2][len(free) :]) for name, free in axes.items()}, fixed)
+    return OptimizationProfile(
+        index, ranges, {name: tuple(shapes[name][2][len(free) :]) for name, free in axes.items()}, fixed
+    )
 
 
 def bucket(size: int) -> int:
@@ -97,7 +99,9 @@ def bucket(size: int) -> int:
     return between if power >= 4 and between >= size else power
 
 
-def choose(domains: Sequence[Domain], sizes: Mapping[str, int]) -> tuple[Domain, dict[str, int]]:
+def choose(
+    domains: Sequence[OptimizationProfile], sizes: Mapping[str, int]
+) -> tuple[OptimizationProfile, dict[str, int]]:
     """Return the profile for a request and the sizes it is padded to: the least padding, then the smaller profile.
 
     Raises:
@@ -121,19 +125,19 @@ def choose(domains: Sequence[Domain], sizes: Mapping[str, int]) -> tuple[Domain,
     return best
 
 
-def longest_query(domains: Sequence[Domain]) -> Range:
+def longest_query(domains: Sequence[OptimizationProfile]) -> Range:
     """Return the shortest, best and longest query over all profiles."""
     ranges = [profile.ranges["query_length"] for profile in domains]
     return min(r[0] for r in ranges), ranges[-1][1], max(r[2] for r in ranges)
 
 
-def pieces(rows: int, largest: int) -> Iterator[slice]:
+def row_slices(rows: int, largest: int) -> Iterator[slice]:
     """Yield the parts of a batch that go through one after another, each of `largest` rows at most."""
     for start in range(0, rows, largest):
         yield slice(start, min(start + largest, rows))
 
 
-def pieces_by_video(video_index: np.ndarray, largest: int, most_videos: int, videos: int) -> Iterator[np.ndarray]:
+def row_slices_by_video(video_index: np.ndarray, largest: int, most_videos: int, videos: int) -> Iterator[np.ndarray]:
     """Yield the rows, at most `largest` and of at most `most_videos` different videos, that go through together.
 
     Args:
@@ -142,17 +146,17 @@ def pieces_by_video(video_index: np.ndarray, largest: int, most_videos: int, vid
         videos: how many there are, all asked or not.
     """
     if videos <= most_videos:
-        for part in pieces(len(video_index), largest):
+        for part in row_slices(len(video_index), largest):
             yield np.arange(part.start, part.stop)
         return
     distinct, which = np.unique(video_index, return_inverse=True)
     for start in range(0, len(distinct), most_videos):
         (rows,) = np.nonzero((which >= start) & (which < start + most_videos))
-        for part in pieces(len(rows), largest):
+        for part in row_slices(len(rows), largest):
             yield rows[part]
 
 
-def asked(video_index: np.ndarray, videos: int, most_videos: int) -> tuple[np.ndarray, np.ndarray]:
+def referenced_videos(video_index: np.ndarray, videos: int, most_videos: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the videos that a piece needs, (V,), and which of those each of its rows asks, (B,).
 
     Where there is room for all, all are named: looking for those that are asked takes longer than a small network.
@@ -165,7 +169,7 @@ def asked(video_index: np.ndarray, videos: int, most_videos: int) -> tuple[np.nd
 
 
 @dataclasses.dataclass(frozen=True)
-class Region:
+class TensorSlice:
     """Where a tensor lies in a buffer."""
 
     offset: int
@@ -182,11 +186,11 @@ class Region:
         return buffer[self.offset : self.offset + self.size].view(self.dtype).reshape(self.shape)
 
 
-def layout(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, Region], int]:
+def pack_tensors(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, TensorSlice], int]:
     """Return where tensors lie when put side by side, so that one copy moves them all, and the bytes they take."""
     regions, offset = {}, 0
     for name, shape in shapes.items():
-        regions[name] = Region(offset, shape, dtypes[name])
+        regions[name] = TensorSlice(offset, shape, dtypes[name])
         offset = -(-(offset + regions[name].size) // ALIGNMENT) * ALIGNMENT
     return regions, offset
 

@@ -244,7 +244,7 @@ class Cuda:
         return ", ".join(texts) or f"error {code}"
 
 
-def keep_from_children(owner: Any) -> None:
+def disable_in_forked_children(owner: Any) -> None:
     """See to it that no process forked from this one destroys `owner`, nor what it holds on the GPU.
 
     The destructors of TensorRT and ONNX Runtime call CUDA, which in a forked process crashes or hangs.
@@ -252,20 +252,20 @@ def keep_from_children(owner: Any) -> None:
     _OWNERS.add(owner)
 
 
-def keep_for_good(owner: Any) -> None:
+def leak_forever(owner: Any) -> None:
     """See to it that `owner` is never destroyed, not even when the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
-def _keep_all() -> None:
+def _disable_all() -> None:
     for owner in list(_OWNERS):
-        keep_for_good(owner)
+        leak_forever(owner)
 
 
 _OWNERS: weakref.WeakSet[Any] = weakref.WeakSet()
 # Windows, where TensorRT runs too, has no fork.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_all)
+    os.register_at_fork(after_in_child=_disable_all)
 
 
 def _load() -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.artifacts.engine_metadata import AboutPlan, read_content, read_sidecar
+from runtime.artifacts.engine_metadata import EngineMetadata, read_sidecar, read_verified
 from runtime.core.errors import ModelFileError
 
 # What runs a plan, by the target it was built for. The lean runtime holds no builder and runs compatible plans only.
@@ -21,7 +21,7 @@ _SHORT = re.compile(r"\.(?P<tokens>[0-9]{1,9})(?P<rest>(\.rejected)?\.engine)\Z"
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class HostInfo:
     """What is here to run plans.
 
     Attributes:
@@ -42,10 +42,10 @@ class Machine:
 def libraries(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the modules that may run a plan, the first choice first; empty for a target that is not known here."""
     names = LIBRARIES.get(str(content.get("target", "tensorrt")), ())
-    return (*names, LEAN) if names == LIBRARIES["tensorrt"] and host_code(content) else names
+    return (*names, LEAN) if names == LIBRARIES["tensorrt"] and is_version_compatible(content) else names
 
 
-def host_code(content: Mapping[str, Any]) -> bool:
+def is_version_compatible(content: Mapping[str, Any]) -> bool:
     """Return whether a plan brings code for the host with it, as version-compatible ones do.
 
     Such a plan runs as a program, so its hash must be the one in the sidecar.
@@ -53,22 +53,24 @@ def host_code(content: Mapping[str, Any]) -> bool:
     return bool(_options(content).get("version_compatible"))
 
 
-def hardware_compatible(content: Mapping[str, Any]) -> bool:
+def is_hardware_compatible(content: Mapping[str, Any]) -> bool:
     """Return whether a plan was built for Ampere and later, and not for one GPU."""
     return bool(_options(content).get("hardware_compatible"))
 
 
-def misfit(plan: Path, sidecar: AboutPlan, machine: Machine) -> str | None:
+def incompatibility(plan: Path, sidecar: EngineMetadata, machine: HostInfo) -> str | None:
     """Return in one sentence why a plan cannot run on this machine, both sides named; None if it can."""
     content = sidecar.content
     built_by, built_for = str(content.get("library", "an unknown library")), built_for_gpu(content)
     what = f"{plan.name} was built by {built_by} for {built_for}"
     if machine.gpu is None or machine.capability is None:
-        return f"{what}, and no GPU can be used here ({machine.why_no_gpu}); run {twin(plan, content)} on the CPU."
+        return (
+            f"{what}, and no GPU can be used here ({machine.why_no_gpu}); run {source_onnx(plan, content)} on the CPU."
+        )
     way_out = f"build it again here: `{rebuild_command(plan, sidecar)}`."
     if machine.library is None:
         return f"{what}, and that library cannot be imported here ({machine.why_no_library}); install it, or {way_out}"
-    if not _same_library(built_by, machine.library, host_code(content)):
+    if not _same_library(built_by, machine.library, is_version_compatible(content)):
         return f"{what}, and this machine has {machine.library}; install {built_by}, or {way_out}"
     if not _fits(content, machine.gpu, machine.capability):
         return f"{what}, and this machine has {machine.gpu} ({machine.capability}); {way_out}"
@@ -86,7 +88,7 @@ def built_for_gpu(content: Mapping[str, Any]) -> str:
     return f"{name} ({capability})" if name else "an unknown GPU"
 
 
-def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, here: bool = False) -> str:
+def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, *, here: bool = False) -> str:
     """Return the command that builds a plan again, on the machine where it is to run.
 
     Args:
@@ -104,7 +106,7 @@ def rebuild_command(plan: Path, sidecar: AboutPlan, query_length: int = 0, *, he
     parts: list[Any] = ["python", "-m", "export.build_engine", "--model", plan.with_name(source)]
     parts += ["--precision", manifest.precision, "--target", content.get("target", "tensorrt")]
     if manifest.precision in ("int8", "fp8"):
-        table = twin(plan, content).with_suffix(".calibration.json")
+        table = source_onnx(plan, content).with_suffix(".calibration.json")
         parts += ["--table", table] if table.is_file() else ["--data", "DIR"]
     flags = (("--batch", "batch"), ("--query-length", "query_length"))
     for flag, name in flags[:1] if manifest.part == "clips" else flags:
@@ -142,12 +144,12 @@ def _has_two(content: Mapping[str, Any]) -> bool:
     return bool(batch) and batch[0] == 1 < batch[2]
 
 
-def _longer(plan: Path) -> tuple[Path, AboutPlan] | None:
+def _longer(plan: Path) -> tuple[Path, EngineMetadata] | None:
     """Return the plan beside a plan for short queries that was built with it; None if it is not there, or the plan is
     none such."""
     longer = plan.with_name(_SHORT.sub(r"\g<rest>", plan.name))
     with contextlib.suppress(ModelFileError, OSError):
-        if longer != plan and plan.name in read_content(longer).get("unrolled", ()):
+        if longer != plan and plan.name in read_verified(longer).get("unrolled", ()):
             return longer, read_sidecar(longer)
     return None
 
@@ -196,7 +198,7 @@ def _domain(content: Mapping[str, Any], name: str) -> list[int]:
         return []
 
 
-def twin(plan: Path, content: Mapping[str, Any]) -> Path:
+def source_onnx(plan: Path, content: Mapping[str, Any]) -> Path:
     """Return the graph beside a plan that it was built from, as its sidecar names it."""
     hashes = content.get("sha256")
     names = [name for name in hashes if name.endswith(".onnx")] if isinstance(hashes, Mapping) else []

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.artifacts.onnx_metadata import sealed
+from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cpu_info import cpu_features
 from runtime.core.io.protobuf import Buffer, bytes_field, fields, header, mapped, number_field, varint, varints
 
@@ -160,7 +160,7 @@ def for_any_cpu(path: Path) -> bytes | None:
             path,
         )
         return None
-    return sealed(changed)
+    return with_digest(changed)
 
 
 def for_cpu(content: bytes) -> bytes:

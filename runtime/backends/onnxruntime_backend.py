@@ -21,8 +21,8 @@ import numpy as np
 from runtime.artifacts import extractor_manifest
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import MISMATCH, Check, Content, check, read_metadata
-from runtime.backends.cuda_driver import keep_from_children
+from runtime.artifacts.onnx_metadata import MISMATCH, Content, DigestCheck, check, read_metadata
+from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
@@ -40,17 +40,17 @@ VIDEO_OUTPUTS = (ENCODED_FEATURES,)
 QUERY_INPUTS = ("query_tokens", "query_length", VIDEO_INDEX, ENCODED_FEATURES, "segment_spans")
 PREPARED_INPUTS = ("query_tokens", "query_length", PREPARED_FEATURES, "segment_spans")
 # With fewer queries, reading what is prepared (134 MB at full size) takes longer than computing without it.
-LEAST_PREPARED = 12
+MIN_PREPARED_QUERIES = 12
 # Encodings that stay on a GPU, 0.5 MB each at full size.
 KEPT_ON_DEVICE = 256
 # On a CPU a convolution is slower where it pads by itself (`calib.graph.conv_padding`), so that step is not to be
 # merged into it.
-KEPT_APART = ["Pad_Fusion"]
+DISABLED_OPTIMIZERS = ["Pad_Fusion"]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def library(gpu: bool) -> tuple[Any, str]:
+def import_onnxruntime(gpu: bool) -> tuple[Any, str]:
     """Return ONNX Runtime, and what it did not find of CUDA.
 
     Args:
@@ -98,7 +98,7 @@ def _cuda_folders(ort: Path) -> list[Path]:
     ]
 
 
-def start(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device, Content]:
+def create_session(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device, Content]:
     """Open an ONNX file of any kind.
 
     The file is hashed in a thread while ONNX Runtime optimizes the graph, which takes longer.
@@ -110,7 +110,7 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
         ModelFileError: the file is no graph that ONNX Runtime takes, or does not match the digest that it records.
         DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
     """
-    ort, not_found = library(gpu=device != "cpu")
+    ort, not_found = import_onnxruntime(gpu=device != "cpu")
     available = ort.get_available_providers()
     if device == "auto":
         device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
@@ -125,9 +125,9 @@ def start(path: Path, device: Device = "auto", threads: int | None = None) -> tu
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    checked = Check(path)
+    checked = DigestCheck(path)
     try:
-        kept = KEPT_APART if device == "cpu" else None
+        kept = DISABLED_OPTIMIZERS if device == "cpu" else None
         source = source_for_cpu(path) if device == "cpu" else str(path)
         providers = [(PROVIDERS[device], _cuda_options(path))] if device == "cuda" else [PROVIDERS[device]]
         session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=kept)
@@ -186,7 +186,7 @@ class Session:
         threads: int | None = None,
         part_of: tuple[Path, str] | None = None,
     ) -> None:
-        session, device, content = start(path, device, threads)
+        session, device, content = create_session(path, device, threads)
         if part_of is not None and content.sha256 != part_of[1]:
             raise _other_part(path, part_of[0])
         if content.recorded is None:
@@ -211,7 +211,7 @@ class Session:
         self._session = session
         self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
         if self.binds:
-            keep_from_children(self)
+            disable_in_forked_children(self)
 
     def require(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Raise ModelFileError unless the graph has these inputs and outputs."""
@@ -313,7 +313,7 @@ class OnnxRuntimePair:
         self._lock = threading.Lock()
         self._residents: collections.OrderedDict[str, Any] = collections.OrderedDict()
         if query.binds:
-            keep_from_children(self)
+            disable_in_forked_children(self)
         named = self.manifest.video_part
         if len(named) != 1:
             raise ModelFileError(
@@ -353,7 +353,7 @@ class OnnxRuntimePair:
         if not len(query_length):
             return Heads(*self._query.run(OUTPUTS, {"query_length": query_length}))
         (first, *others) = videos
-        if not others and first.prepared is not None and len(query_length) >= LEAST_PREPARED:
+        if not others and first.prepared is not None and len(query_length) >= MIN_PREPARED_QUERIES:
             prepared = (query_tokens, query_length, first.prepared, first.spans[None])
             return Heads(*self._prepared[1].run(OUTPUTS, dict(zip(PREPARED_INPUTS, prepared))))
         features = np.stack([video.features for video in videos]) if others else self._features(first)
@@ -422,7 +422,7 @@ def open_graph(
     )
 
 
-def part_beside(query: Path, name: str, digest: str) -> Path:
+def locate_part(query: Path, name: str, digest: str) -> Path:
     """Return the path of a part that a query part names by file name and SHA-256.
 
     Raises:

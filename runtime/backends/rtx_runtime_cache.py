@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import GroundingError, one_line
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 
 log = logging.getLogger("drn")
 
@@ -43,7 +43,7 @@ class KernelCache:
     """The file beside a plan that holds its compiled kernels."""
 
     def __init__(self, plan: Path, key: Key) -> None:
-        self.path = path_beside(plan)
+        self.path = cache_path(plan)
         self.key = key
         self._stored = ""
 
@@ -88,7 +88,7 @@ class KernelCache:
             return True
         header = json.dumps({"format": FORMAT, **dataclasses.asdict(self.key), "sha256": digest})
         try:
-            with replace_when_whole(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_bytes(header.encode() + b"\n" + content)
         except (GroundingError, OSError) as error:
             log.warning("%s was not written: %s The next process compiles the kernels again.", self.path, error)
@@ -97,6 +97,6 @@ class KernelCache:
         return True
 
 
-def path_beside(plan: Path) -> Path:
+def cache_path(plan: Path) -> Path:
     """Return where the compiled kernels of a plan are: drn.fp16.engine.cache for drn.fp16.engine."""
     return plan.with_name(f"{plan.name}.cache")

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo
-from runtime.artifacts.engine_metadata import AboutPlan, Sidecar, path_beside, read_content, read_sidecar
+from runtime.artifacts.engine_metadata import EngineMetadata, Sidecar, metadata_path, read_sidecar, read_verified
 from runtime.artifacts.extractor_manifest import ExtractorManifest, ExtractorSidecar
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
-from runtime.backends.batch_shapes import asked, pieces, pieces_by_video
+from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.tensorrt_engine import OUTPUTS, SPANS, Network
+from runtime.backends.tensorrt_engine import OUTPUTS, SPANS, TensorRTEngine
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.files import json_digest
@@ -102,17 +102,17 @@ def open_engine(
         )
     beside = [(path, sidecar)]
     if part == "query":
-        beside.append(video_part(path, sidecar))
-    shorter = unrolled_parts(path, sidecar)
+        beside.append(locate_video_part(path, sidecar))
+    shorter = short_query_plans(path, sidecar)
     networks = []
     try:
         for plan, about in beside:
             cuda, library = _ready(plan, about, cuda, library)
-            networks.append(Network(library, cuda, plan, about))
+            networks.append(TensorRTEngine(library, cuda, plan, about))
         for plan, about in shorter:
             cuda, library = _ready(plan, about, cuda, library)
             try:
-                networks.append(Network(library, cuda, plan, about))
+                networks.append(TensorRTEngine(library, cuda, plan, about))
             except DeviceMemoryError as error:
                 log.warning("%s %s", error, _without(plan, path))
     except BaseException:
@@ -128,13 +128,13 @@ def open_extractor_engine(
     path: Path, device: Device = "auto", *, library: Any = None, cuda: Cuda | None = None
 ) -> TensorRTExtractor:
     """Open a plan that makes clip features; raises as `open_engine`, whose arguments these are."""
-    content = read_content(path)
-    sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(path_beside(path))), content)
+    content = read_verified(path)
+    sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(metadata_path(path))), content)
     _check_device(path, device)
     cuda, library = _ready(path, sidecar, cuda, library)
     # Of the plan and of all that the sidecar says.
     identity = json_digest([content["sha256"][path.name], content["digest"]])
-    return TensorRTExtractor(Network(library, cuda, path, sidecar), sidecar.manifest, identity)
+    return TensorRTExtractor(TensorRTEngine(library, cuda, path, sidecar), sidecar.manifest, identity)
 
 
 def _check_device(path: Path, device: Device) -> None:
@@ -144,7 +144,7 @@ def _check_device(path: Path, device: Device) -> None:
         )
 
 
-def video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
+def locate_video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     """The plan of the video part: named by itself or by the graph it was built from, whose hash its sidecar has."""
     if len(sidecar.manifest.video_part) != 1:
         raise ModelFileError(
@@ -177,7 +177,7 @@ def _without(shorter: Path, path: Path) -> str:
     )
 
 
-def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
+def short_query_plans(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
     """Return the plans for short queries that were built with a plan, by the names and hashes that its sidecar has.
 
     A plan that is not there, or has no sidecar, is a warning: a longer plan gives the same answers.
@@ -188,7 +188,7 @@ def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
     found = []
     for name, digest in sidecar.content.get("unrolled", {}).items():
         plan = path.with_name(Path(name).name)
-        missing = next((file for file in (plan, path_beside(plan)) if not file.is_file()), None)
+        missing = next((file for file in (plan, metadata_path(plan)) if not file.is_file()), None)
         if missing:
             log.warning("%s is missing. %s Copy it there.", missing, _without(plan, path))
             continue
@@ -203,7 +203,7 @@ def unrolled_parts(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
     return found
 
 
-def _ready(plan: Path, sidecar: AboutPlan, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
+def _ready(plan: Path, sidecar: EngineMetadata, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
     """Return the driver and the library that run a plan, or say why this machine cannot.
 
     CUDA comes first: without it TensorRT 8.6 returns nulls, and a lean TensorRT 11 dies at the first use.
@@ -216,14 +216,14 @@ def _ready(plan: Path, sidecar: AboutPlan, cuda: Cuda | None, library: Any) -> t
             reasons[0] = str(error).rstrip(".")
     if library is None and cuda is not None:
         library, reasons[1] = _import(engine_compatibility.libraries(sidecar.content))
-    machine = engine_compatibility.Machine(
+    machine = engine_compatibility.HostInfo(
         f"{library.__name__} {library.__version__}" if library is not None else None,
         cuda.name if cuda is not None else None,
         cuda.capability if cuda is not None else None,
         why_no_library=reasons[1],
         why_no_gpu=reasons[0],
     )
-    reason = engine_compatibility.misfit(plan, sidecar, machine)
+    reason = engine_compatibility.incompatibility(plan, sidecar, machine)
     if reason is not None:
         raise DeviceError(reason, code="incompatible_engine")
     assert cuda is not None
@@ -247,7 +247,7 @@ _Answer = tuple[np.ndarray, Mapping[str, np.ndarray]]
 class _Model:
     """What all engines share."""
 
-    def __init__(self, *networks: Network) -> None:
+    def __init__(self, *networks: TensorRTEngine) -> None:
         self._networks = networks
         self._network = networks[0]
         self._lock = self._network.turn
@@ -326,7 +326,7 @@ class _Model:
                 ) from error
         return answers
 
-    def _in_pieces(self, network: Network, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
+    def _in_pieces(self, network: TensorRTEngine, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
         """Return an output of a network of one input, of which no more rows go through together than it takes."""
         most = max(profile.ranges[axis][2] for profile in network.domains)
 
@@ -337,7 +337,7 @@ class _Model:
             self._reset_clock()
             found = [
                 answer[output]
-                for part in pieces(len(array), most)
+                for part in row_slices(len(array), most)
                 for _, answer in self._answer(np.arange(part.start, part.stop), some)
             ]
         if not found:
@@ -348,7 +348,7 @@ class _Model:
 class TensorRTExtractor(_Model):
     """A network of clips as one engine: C3D of `export.build_engine`."""
 
-    def __init__(self, network: Network, manifest: ExtractorManifest, identity: str) -> None:
+    def __init__(self, network: TensorRTEngine, manifest: ExtractorManifest, identity: str) -> None:
         super().__init__(network)
         self.manifest = manifest
         self.identity = identity
@@ -367,7 +367,7 @@ class _Grounding(_Model):
         shorter: what reads short queries only, and faster.
     """
 
-    def __init__(self, manifest: Manifest, *networks: Network, shorter: Sequence[Network] = ()) -> None:
+    def __init__(self, manifest: Manifest, *networks: TensorRTEngine, shorter: Sequence[TensorRTEngine] = ()) -> None:
         super().__init__(*networks, *shorter)
         self.manifest = manifest
         self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
@@ -403,7 +403,7 @@ class _Grounding(_Model):
         self, batches: Sequence[int], lengths: Sequence[int], progress: Callable[[int, int], None] = lambda *_: None
     ) -> int:
         """Make the contexts and CUDA graphs for queries of these sizes; see `Grounder.warm`."""
-        requests: dict[Any, tuple[Network, dict[str, int]]] = {}
+        requests: dict[Any, tuple[TensorRTEngine, dict[str, int]]] = {}
         for network, sizes in self._requests(batches, lengths):
             requests.setdefault((network, network.key(sizes)), (network, sizes))
         for done, (network, sizes) in enumerate(requests.values()):
@@ -423,10 +423,12 @@ class _Grounding(_Model):
         progress(len(requests), len(requests))
         return len(requests)
 
-    def _requests(self, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[Network, dict[str, int]]]:
+    def _requests(
+        self, batches: Sequence[int], lengths: Sequence[int]
+    ) -> Iterator[tuple[TensorRTEngine, dict[str, int]]]:
         """Yield the networks and sizes that queries meet, large batches first.
 
-        A network keeps `MOST_PROGRAMS` contexts, and those of single queries must not be the ones given back.
+        A network keeps `MAX_EXECUTION_STATES` contexts, and those of single queries must not be the ones given back.
         """
         for batch in sorted(set(batches), reverse=True):
             for longest in sorted(set(lengths), reverse=True):
@@ -442,7 +444,7 @@ class _Grounding(_Model):
         """Tokens of the longest query."""
         return self._network.query_length[2]
 
-    def network_for(self, longest: int) -> Network:
+    def network_for(self, longest: int) -> TensorRTEngine:
         """Return what reads queries of so many tokens at most; ShapeError if the engine was built for shorter ones."""
         for network in self._by_length:
             if longest <= network.query_length[2]:
@@ -485,13 +487,13 @@ class TensorRTBackend(_Grounding):
             self._reset_clock()
             answers = [
                 answer
-                for part in pieces(len(batch), most)
+                for part in row_slices(len(batch), most)
                 for answer in self._answer(np.arange(part.start, part.stop), some)
             ]
         return _gathered(len(batch), answers, network.nothing)
 
 
-class Bank:
+class EncodingCache:
     """Which encodings are in which slots of the device's memory; the one not asked for longest makes place."""
 
     def __init__(self, slots: int) -> None:
@@ -522,18 +524,24 @@ class Bank:
 class TensorRTPair(_Grounding):
     """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
 
-    def __init__(self, manifest: Manifest, query: Network, video: Network, shorter: Sequence[Network] = ()) -> None:
+    def __init__(
+        self, manifest: Manifest, query: TensorRTEngine, video: TensorRTEngine, shorter: Sequence[TensorRTEngine] = ()
+    ) -> None:
         super().__init__(manifest, query, video, shorter=shorter)
         self._video = video
         # Each keeps encodings of its own, by how many its profiles take.
-        self._banks = {network: {slots: Bank(slots) for slots, _ in network.resident} for network in (query, *shorter)}
+        self._banks = {
+            network: {slots: EncodingCache(slots) for slots, _ in network.resident} for network in (query, *shorter)
+        }
         self._largest = {
             network: max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
             for network in (query, *shorter)
         }
         self._calls = itertools.count(1)
 
-    def _requests(self, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[Network, dict[str, int]]]:
+    def _requests(
+        self, batches: Sequence[int], lengths: Sequence[int]
+    ) -> Iterator[tuple[TensorRTEngine, dict[str, int]]]:
         # Videos are encoded one by one; the query part always takes all that it keeps.
         yield self._video, {"video": 1}
         for network, sizes in super()._requests(batches, lengths):
@@ -562,7 +570,7 @@ class TensorRTPair(_Grounding):
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
             part = _part(rows)
-            needed, which = asked(video_index[part], len(videos), most_videos)
+            needed, which = referenced_videos(video_index[part], len(videos), most_videos)
             sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
             profile, _ = network.choose(sizes)
             slots = self._placed(network, [videos[index] for index in needed], profile.ranges["video"][2])
@@ -578,7 +586,7 @@ class TensorRTPair(_Grounding):
             self._reset_clock()
             answers = [
                 answer
-                for rows in pieces_by_video(video_index, largest, most_videos, len(videos))
+                for rows in row_slices_by_video(video_index, largest, most_videos, len(videos))
                 for answer in self._answer(rows, some)
             ]
         return _gathered(len(query_length), answers, network.nothing)
@@ -593,7 +601,7 @@ class TensorRTPair(_Grounding):
         ]
         return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
-    def _placed(self, network: Network, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
+    def _placed(self, network: TensorRTEngine, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
         """Return the slots of videos, (V,) int32, after copying those that are not on the device."""
         bank = self._banks[network][most]
         slots, missing = bank.place([video.key for video in videos])
@@ -606,7 +614,7 @@ class TensorRTPair(_Grounding):
         return slots
 
     @staticmethod
-    def _upload(network: Network, video: EncodedVideo, slot: int, most: int) -> None:
+    def _upload(network: TensorRTEngine, video: EncodedVideo, slot: int, most: int) -> None:
         features = to_bfloat16(video.features) if network.half_bits else video.features
         for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
             staged = network.staged[most, name][slot]

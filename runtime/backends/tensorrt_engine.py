@@ -25,10 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifacts.engine_metadata import AboutPlan
+from runtime.artifacts.engine_metadata import EngineMetadata
 from runtime.backends import engine_compatibility
-from runtime.backends.batch_shapes import ALIGNMENT, AXES, Domain, Region, choose, domain, layout, longest_query
-from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory, keep_for_good, keep_from_children
+from runtime.backends.batch_shapes import (
+    ALIGNMENT,
+    AXES,
+    OptimizationProfile,
+    TensorSlice,
+    choose,
+    longest_query,
+    pack_tensors,
+    profile_from_shapes,
+)
+from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory, disable_in_forked_children, leak_forever
 from runtime.backends.rtx_runtime_cache import KernelCache, Key
 from runtime.core.batch import ENCODED_FEATURES, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
@@ -41,13 +50,13 @@ OTHER_OUTPUTS = {"video": (ENCODED_FEATURES,), "clips": ("features",)}
 SPANS = "segment_spans"
 # Contexts, each with its CUDA graph, that are kept; the least used goes first. There is room for all sizes of batches
 # to 32 and of queries to 16 words, which a service meets in any order, so that no context is made twice.
-MOST_PROGRAMS = 64
+MAX_EXECUTION_STATES = 64
 # Runs of a shape after which it is captured.
 RUNS_BEFORE_CAPTURE = 2
 # At the end of the process, what calls in other threads get to end in all. A call takes milliseconds.
 LAST_CALLS_SECONDS = 2.0
 # Sizes whose profile is remembered.
-MOST_CHOICES = 4096
+MAX_CACHED_CHOICES = 4096
 # In the rows that pad a batch: a query of one unknown word, which no mask makes empty.
 _PADDING = {"query_length": 1}
 # bfloat16 is not known to NumPy: its bits are.
@@ -55,7 +64,7 @@ _DTYPES = {"FLOAT": "f4", "HALF": "f2", "BF16": "u2", "INT32": "i4", "INT64": "i
 
 
 @dataclasses.dataclass
-class _Program:
+class _ExecutionState:
     """One (profile, shape): a context set to it, views of the staging memory, and the CUDA graph once captured."""
 
     context: Any
@@ -67,7 +76,7 @@ class _Program:
     graph: int | None = None
 
 
-class Network:
+class TensorRTEngine:
     """One plan on the GPU.
 
     Attributes:
@@ -82,12 +91,12 @@ class Network:
             `timed`.
     """
 
-    def __init__(self, library: Any, cuda: Cuda, path: Path, sidecar: AboutPlan) -> None:
+    def __init__(self, library: Any, cuda: Cuda, path: Path, sidecar: EngineMetadata) -> None:
         self.path, self.sidecar, self.cuda = path, sidecar, cuda
         self.gpu_ms = 0.0
         self._trt = library
         self._logger = logger_for(library)
-        self._programs: collections.OrderedDict[tuple[int, ...], _Program] = collections.OrderedDict()
+        self._programs: collections.OrderedDict[tuple[int, ...], _ExecutionState] = collections.OrderedDict()
         self._device: list[int] = []
         self._pinned: list[np.ndarray] = []
         self._device_bytes = 0
@@ -101,7 +110,7 @@ class Network:
         version = f"{library.__name__} {library.__version__}"
         key = Key(str(sidecar.content["sha256"][path.name]), version, f"{cuda.name} ({cuda.capability})")
         self._kernels = KernelCache(path, key)
-        self._choices: dict[tuple[int, ...], tuple[Domain, dict[str, int]]] = {}
+        self._choices: dict[tuple[int, ...], tuple[OptimizationProfile, dict[str, int]]] = {}
         self._streams: list[int] = []
         self._events: list[int] = []
         # Rows that were answered since the plan was opened.
@@ -110,7 +119,7 @@ class Network:
         self.answers_above = 0
         self.closed = False
         self.turn = threading.Lock()
-        keep_from_children(self)
+        disable_in_forked_children(self)
         _OPEN.add(self)
         try:
             with self.turn, cuda.current():
@@ -133,9 +142,9 @@ class Network:
         self._streams.append(self._stream)
         self._events += [cuda.event(), cuda.event()]
         # The runtime must live as long as its engine.
-        with starting(self._trt, self._logger, cuda.driver):
+        with explain_startup_failure(self._trt, self._logger, cuda.driver):
             self._runtime = self._trt.Runtime(self._logger)
-        if engine_compatibility.host_code(self.sidecar.content):
+        if engine_compatibility.is_version_compatible(self.sidecar.content):
             # Only plans that match the hash in the sidecar are opened.
             self._runtime.engine_host_code_allowed = True
         try:
@@ -191,11 +200,11 @@ class Network:
             )
         return {name: np.dtype(_DTYPES[kind]) for name, kind in kinds.items()}
 
-    def _domain(self, index: int) -> Domain:
+    def _domain(self, index: int) -> OptimizationProfile:
         shapes = {
             name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)] for name in self._axes
         }
-        return domain(index, self._axes, shapes, frozenset(("video",)) if self._resident else frozenset())
+        return profile_from_shapes(index, self._axes, shapes, frozenset(("video",)) if self._resident else frozenset())
 
     def _allocate_staging(self) -> None:
         """Allocate what the largest shape of any profile needs, and the encodings' place on the device and before."""
@@ -207,7 +216,7 @@ class Network:
             for name in self._resident:
                 key = (shapes[name][0], name)
                 if key not in self.resident:
-                    region = Region(0, shapes[name], self._dtypes[name])
+                    region = TensorSlice(0, shapes[name], self._dtypes[name])
                     self.resident[key] = self._allocate(region.size)
                     self.staged[key] = region.view(self._new_pinned(region.size))
             context = self._context(profile, shapes)
@@ -228,16 +237,16 @@ class Network:
 
     def _layout_in(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         staged = {name: shape for name, shape in shapes.items() if name not in self._resident}
-        return layout(staged, self._dtypes)
+        return pack_tensors(staged, self._dtypes)
 
     def _layout_out(self, context: Any) -> Any:
-        return layout({name: tuple(context.get_tensor_shape(name)) for name in self._outputs}, self._dtypes)
+        return pack_tensors({name: tuple(context.get_tensor_shape(name)) for name in self._outputs}, self._dtypes)
 
     def nothing(self) -> dict[str, np.ndarray]:
         """Return the outputs of no rows, which no profile takes."""
         return {name: np.empty((0, *tail), self._dtypes[name]) for name, tail in self._tails.items()}
 
-    def _context(self, profile: Domain, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def _context(self, profile: OptimizationProfile, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """Return a new context set to a profile and to shapes, on the shared scratch memory."""
         context = self._bare_context()
         self._expect(context is not None, "create an execution context")
@@ -366,7 +375,7 @@ class Network:
             # A capture that failed gave the context back.
             self.run(inputs, sizes)
 
-    def _complete(self, program: _Program) -> None:
+    def _complete(self, program: _ExecutionState) -> None:
         """Run a program and wait for it."""
         try:
             self._submit(program)
@@ -377,11 +386,11 @@ class Network:
                 self.cuda.synchronize(self._stream)
             raise
 
-    def choose(self, sizes: Mapping[str, int]) -> tuple[Domain, dict[str, int]]:
+    def choose(self, sizes: Mapping[str, int]) -> tuple[OptimizationProfile, dict[str, int]]:
         """Return the profile for a request and the sizes it is padded to; see `batch_shapes.choose`."""
         key = tuple(sizes.values())
         if key not in self._choices:
-            if len(self._choices) >= MOST_CHOICES:
+            if len(self._choices) >= MAX_CACHED_CHOICES:
                 self._choices.clear()
             self._choices[key] = choose(self.domains, sizes)
         return self._choices[key]
@@ -394,17 +403,17 @@ class Network:
         host = self.staged[slots, name][slot]
         self.cuda.copy_in(self.resident[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self._stream)
 
-    def _program(self, profile: Domain, sizes: Mapping[str, int]) -> _Program:
+    def _program(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> _ExecutionState:
         key = (profile.index, *sizes.values())
         program = self._programs.get(key)
         if program is None:
-            while len(self._programs) >= MOST_PROGRAMS:
+            while len(self._programs) >= MAX_EXECUTION_STATES:
                 self._forget(next(iter(self._programs)))
             program = self._programs[key] = self._new_program(profile, sizes)
         self._programs.move_to_end(key)
         return program
 
-    def _new_program(self, profile: Domain, sizes: Mapping[str, int]) -> _Program:
+    def _new_program(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> _ExecutionState:
         shapes = profile.shapes(self._axes, sizes)
         context = self._context(profile, shapes)
         inputs, bytes_in = self._layout_in(shapes)
@@ -414,7 +423,7 @@ class Network:
         addresses.update((name, self._device_out + region.offset) for name, region in outputs.items())
         for name, address in addresses.items():
             self._expect(context.set_tensor_address(name, address), f"place {name}")
-        return _Program(
+        return _ExecutionState(
             context,
             {name: region.view(self._host_in) for name, region in inputs.items()},
             {name: region.view(self._host_out) for name, region in outputs.items()},
@@ -422,7 +431,7 @@ class Network:
             bytes_out,
         )
 
-    def _submit(self, program: _Program) -> None:
+    def _submit(self, program: _ExecutionState) -> None:
         """Put a run on the stream: copy in, network, copy out, or the graph of them."""
         if program.graph is not None and not self._timed:
             self.cuda.launch(program.graph, self._stream)
@@ -438,24 +447,24 @@ class Network:
             self.cuda.record(self._events[1], self._stream)
         self._copy_out(program)
 
-    def _copy_in(self, program: _Program) -> None:
+    def _copy_in(self, program: _ExecutionState) -> None:
         self.cuda.copy_in(self._device_in, self._host_in.ctypes.data, program.bytes_in, self._stream)
 
-    def _enqueue(self, program: _Program) -> None:
+    def _enqueue(self, program: _ExecutionState) -> None:
         done = program.context.execute_async_v3(self._stream)
         way_out = ""
-        if not done and engine_compatibility.hardware_compatible(self.sidecar.content):
+        if not done and engine_compatibility.is_hardware_compatible(self.sidecar.content):
             # Kernels chosen for Ampere and later may fail on a GPU that they were not tried on (pytorch/TensorRT#4481).
             again = engine_compatibility.rebuild_command(self.path, self.sidecar, here=True)
             way_out = f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{again}`"
         self._expect(done, "run", way_out)
 
-    def _copy_out(self, program: _Program) -> None:
+    def _copy_out(self, program: _ExecutionState) -> None:
         self.cuda.copy_out(self._host_out.ctypes.data, self._device_out, program.bytes_out, self._stream)
 
-    def _capture(self, program: _Program) -> None:
+    def _capture(self, program: _ExecutionState) -> None:
         """Capture a program that has just run; where that cannot be done, go on without, and say so once."""
-        steps: tuple[Callable[[_Program], None], ...] = (self._copy_in, self._enqueue, self._copy_out)
+        steps: tuple[Callable[[_ExecutionState], None], ...] = (self._copy_in, self._enqueue, self._copy_out)
         try:
             try:
                 self.cuda.begin_capture(self._stream)
@@ -550,7 +559,7 @@ class Network:
             self.close()
 
 
-_OPEN: weakref.WeakSet[Network] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[TensorRTEngine] = weakref.WeakSet()
 
 
 @atexit.register
@@ -571,7 +580,7 @@ def close_all() -> None:
             finally:
                 network.turn.release()
         else:
-            keep_for_good(network)
+            leak_forever(network)
 
 
 def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...]) -> None:
@@ -592,7 +601,7 @@ def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...])
 
 
 @contextlib.contextmanager
-def starting(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
+def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
     """Say what it means where TensorRT's own objects cannot be made, which its constructors do not report.
 
     Args:

@@ -13,7 +13,7 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH
 from runtime.backends.base import run_pair
-from runtime.backends.batch_shapes import bucket, pieces, pieces_by_video
+from runtime.backends.batch_shapes import bucket, row_slices, row_slices_by_video
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.core.io.files import json_digest
@@ -23,7 +23,7 @@ FORMAT = "drn-triton/1"
 PARAMETER = "drn.front"
 """Of the front's configuration: where clients find what `About.to_json` wrote."""
 HEADS = ("matching_logits", "boundary_distances", "iou_logits")
-SHORTEST_QUERY = 4
+MIN_PADDED_LENGTH = 4
 
 
 class Call(Protocol):
@@ -34,7 +34,7 @@ class Call(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
+class FrontConfig:
     """What the front and its clients know of the networks. Written beside the front, and into its configuration.
 
     Attributes:
@@ -61,7 +61,7 @@ class About:
         return json.dumps({**content, "digest": json_digest(content)}, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> About:
+    def from_json(cls, text: str, source: str) -> FrontConfig:
         """Read what `to_json` wrote; ModelFileError, naming `source`, if it is something else."""
         again = "write the repository again with `python -m export.triton`"
         value = parse_json(text, source, ModelFileError, advice=again)
@@ -91,13 +91,13 @@ def padded_length(length: int, longest: int) -> int:
 
     Triton joins requests of equal shape only, and captures a CUDA graph for each. The masks make padding exact.
     """
-    return min(max(bucket(length), SHORTEST_QUERY), longest)
+    return min(max(bucket(length), MIN_PADDED_LENGTH), longest)
 
 
 class TritonBackend:
     """A whole network behind Triton."""
 
-    def __init__(self, about: About, call: Call) -> None:
+    def __init__(self, about: FrontConfig, call: Call) -> None:
         self.manifest = about.manifest
         self._about = about
         self._call = call
@@ -108,7 +108,7 @@ class TritonBackend:
         # In a batched model of Triton's every tensor has a size beyond the batch.
         lengths = batch.query_length[:, None]
         parts = []
-        for part in pieces(len(batch), self._about.batch):
+        for part in row_slices(len(batch), self._about.batch):
             inputs = {
                 "query_tokens": tokens[part],
                 "query_length": lengths[part],
@@ -122,7 +122,7 @@ class TritonBackend:
 class TritonPair:
     """The two parts of a network behind Triton."""
 
-    def __init__(self, about: About, call: Call) -> None:
+    def __init__(self, about: FrontConfig, call: Call) -> None:
         self.manifest = about.manifest
         self._about = about
         self._call = call
@@ -131,7 +131,7 @@ class TritonPair:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
         found = [
             self._call(self._about.video_network, {"segment_features": segment_features[part]}, (ENCODED_FEATURES,))[0]
-            for part in pieces(len(segment_features), self._about.encoded_together)
+            for part in row_slices(len(segment_features), self._about.encoded_together)
         ]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -145,7 +145,7 @@ class TritonPair:
         """Return the heads of B queries; see `PairBackend`."""
         tokens = _padded(query_tokens, self.manifest.max_query_length)
         parts = []
-        for rows in pieces_by_video(video_index, self._about.batch, self._about.videos, len(videos)):
+        for rows in row_slices_by_video(video_index, self._about.batch, self._about.videos, len(videos)):
             needed, which = np.unique(video_index[rows], return_inverse=True)
             inputs = {
                 "query_tokens": tokens[rows],
@@ -162,7 +162,7 @@ class TritonPair:
         return run_pair(self, batch)
 
 
-def open_networks(about: About, call: Call) -> TritonBackend | TritonPair:
+def open_networks(about: FrontConfig, call: Call) -> TritonBackend | TritonPair:
     """Return the backend of a whole network, or of a pair."""
     return TritonPair(about, call) if about.video_network else TritonBackend(about, call)
 

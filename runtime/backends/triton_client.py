@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.backends import triton_protocol
 from runtime.backends.base import Device
-from runtime.backends.triton_backend import PARAMETER, About, TritonBackend, TritonPair, open_networks
+from runtime.backends.triton_backend import PARAMETER, FrontConfig, TritonBackend, TritonPair, open_networks
 from runtime.core.errors import DeviceError, ModelFileError, ServerError, excerpt
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
@@ -100,7 +100,7 @@ class Connection:
                 context["ssl_context_factory"] = importlib.import_module("gevent.ssl").create_default_context
             self._client = self._library.InferenceServerClient(str(address), ssl=address.secure, **limits, **context)
 
-    def about(self) -> About:
+    def about(self) -> FrontConfig:
         """Return what the front publishes for clients.
 
         Raises:
@@ -122,7 +122,7 @@ class Connection:
                 f"{name} at {self.address} is no front that `python -m export.triton` wrote; give the name of one.",
                 code="wrong_model_kind",
             )
-        return About.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
+        return FrontConfig.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
 
     def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         """Run a model of the server; ServerError if it cannot be reached or refuses."""

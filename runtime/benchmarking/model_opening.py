@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from runtime.artifacts.engine_metadata import read_content
+from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import Device
 from runtime.benchmarking import system_info
@@ -36,7 +36,7 @@ def model_files(path: Path, manifest: Manifest) -> list[Path]:
     if path.suffix == ".engine":
         # Parts are named as the graphs they were built from.
         parts = [part.with_suffix(".engine") for part in parts]
-        unrolled = read_content(path).get("unrolled", ()) if path.is_file() else ()
+        unrolled = read_verified(path).get("unrolled", ()) if path.is_file() else ()
         parts += [path.with_name(Path(name).name) for name in unrolled]
     return [path, *(part for part in parts if part.is_file())]
 

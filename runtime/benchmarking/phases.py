@@ -9,11 +9,11 @@ from typing import cast
 from runtime.backends.base import PairBackend
 from runtime.benchmarking.timing import Clock
 from runtime.benchmarking.workload import distinct_videos
-from runtime.core.batch import collate, padded
-from runtime.core.decoding import PUBLISHED_COUNT, propose, suppress
+from runtime.core.batch import collate, pad_queries
+from runtime.core.decoding import PUBLISHED_COUNT, apply_nms, score_proposals_with_fallback
 from runtime.core.moments import Moment
 from runtime.core.video import Video
-from runtime.grounding.grounder import Grounder, in_seconds
+from runtime.grounding.grounder import Grounder, to_moments
 
 
 def time_phases(
@@ -43,7 +43,7 @@ def time_phases(
         }
         mark("encode")
         distinct, index = distinct_videos([encoded[id(video)] for video, _ in pairs])
-        ids, lengths = padded(tokens)
+        ids, lengths = pad_queries(tokens)
         mark("collate")
         heads = pair.ask(ids, lengths, distinct, index)
     else:
@@ -51,10 +51,10 @@ def time_phases(
         mark("collate")
         heads = grounder.backend.run(batch)
     mark("network")
-    proposals = propose(heads, decoding)
+    proposals = score_proposals_with_fallback(heads, decoding)
     mark("decode")
-    detections = suppress(proposals, decoding, PUBLISHED_COUNT)
+    detections = apply_nms(proposals, decoding, PUBLISHED_COUNT)
     mark("NMS")
-    moments = [in_seconds(rows, video.duration) for rows, (video, _) in zip(detections[:, :5], pairs)]
+    moments = [to_moments(rows, video.duration) for rows, (video, _) in zip(detections[:, :5], pairs)]
     mark("seconds")
     return moments, seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.benchmarking.report import BATCH_SIZE, LENGTH, ONE_QUERY, PER_VIDEO, Report, Timing, environment_line
 from runtime.core.cli import check_plots
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 
 
 def draw(report: Report, path: Path) -> None:
@@ -29,7 +29,7 @@ def draw(report: Report, path: Path) -> None:
     names = ", ".join(model.label for model in report.models)
     ended = " (ended early)" if report.interrupted else ""
     figure.suptitle(f"{names}{ended}\n{environment_line(report.to_dict())}", fontsize=9, wrap=True, parse_math=False)
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.artifacts.manifest import Manifest
-from runtime.backends.base import MOST_THREADS, Device
+from runtime.backends.base import MAX_THREADS, Device
 from runtime.benchmarking import system_info
 from runtime.benchmarking.cases import CASE_GROUPS, SWEEP_SECONDS, CaseInputs, TimedCase, phases_call
 from runtime.benchmarking.model_opening import cold_start, model_labels, open_model
@@ -71,9 +71,9 @@ class BenchmarkOptions:
             raise GroundingError(
                 f"--batch must be 1 to {MAX_BATCH}, and {self.batch} was given.", code="invalid_option"
             )
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise DeviceError(
-                f"--threads must be 1 to {MOST_THREADS}, and {self.threads} was given.", code="invalid_option"
+                f"--threads must be 1 to {MAX_THREADS}, and {self.threads} was given.", code="invalid_option"
             )
         if self.video is not None and self.data is None:
             raise GroundingError("--video names a video of a data set; pass --data DIR too.", code="missing_option")

@@ -14,7 +14,7 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import PairBackend
-from runtime.core.batch import collate, padded
+from runtime.core.batch import collate, pad_queries
 from runtime.core.errors import QueryError
 from runtime.core.tokenizer import tokenize
 from runtime.core.video import Video
@@ -189,7 +189,7 @@ class BenchmarkedModel:
             batch = collate(queries, [self.grounder.segments(cast(Video, video)) for video in videos])
             return lambda _: backend.run(batch)
         distinct, index = distinct_videos(cast("Sequence[EncodedVideo]", videos))
-        tokens, lengths = padded(queries)
+        tokens, lengths = pad_queries(queries)
         pair = cast(PairBackend, backend)
         return lambda _: pair.ask(tokens, lengths, distinct, index)
 

@@ -59,10 +59,10 @@ def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
     for index, segments in enumerate(videos):
         features[index] = segments.features
         spans[index] = segments.spans
-    return Batch(*padded(queries), features, spans)
+    return Batch(*pad_queries(queries), features, spans)
 
 
-def padded(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 past each length, and (B,) int32 lengths."""
     lengths = np.array([len(tokens) for tokens in queries], np.int32)
     tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
@@ -71,7 +71,7 @@ def padded(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def of_like_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
     """Yield the positions of at most `batch_size` queries at a time, of like length, so that little is padding."""
     order = np.argsort([len(tokens) for tokens in queries], kind="stable")
     for start in range(0, len(order), batch_size):
@@ -82,5 +82,5 @@ def batches(
     queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield batches of at most `batch_size` pairs, each after the positions of its pairs."""
-    for chosen in of_like_length(queries, batch_size):
+    for chosen in batches_by_length(queries, batch_size):
         yield chosen, collate([queries[i] for i in chosen], [videos[i] for i in chosen])

@@ -89,7 +89,7 @@ def _parsed(function: Callable[..., Any]) -> Callable[[], Any]:
         raise
 
 
-def next_command(module: str, *words: object) -> None:
+def suggest_next_command(module: str, *words: object) -> None:
     """Say which command to type next, quoted for a shell, on stderr, so that stdout holds results alone."""
     log.info("\nNext:  python -m %s", shell_words([module, *map(str, words)]))
 

@@ -30,10 +30,10 @@ PUBLISHED_COUNT = 6
 HARD_NMS_MARGIN = 0.05
 # Queries up to which each is decoded by itself, and proposals up to which all their pairs at once pay.
 FEW, FEW_PROPOSALS = 2, 128
-FEW_NUMBERS = 4096
+SMALL_BATCH = 4096
 # Queries decoded at a time: more would leave the cache.
 BLOCK = 256
-MOST_SEGMENTS = 1 << 20
+MAX_SEGMENTS = 1 << 20
 # Code of the error about heads that hold NaN or infinities.
 NON_FINITE = "non_finite_output"
 
@@ -61,9 +61,9 @@ class Decoding:
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
         counts = (self.num_segments, self.pre_nms_top_n, *self.strides)
-        if not all(isinstance(count, int) and 1 <= count <= MOST_SEGMENTS for count in counts) or not self.strides:
+        if not all(isinstance(count, int) and 1 <= count <= MAX_SEGMENTS for count in counts) or not self.strides:
             raise ModelFileError(
-                f"Segments, strides and proposals per level are from 1 to {MOST_SEGMENTS}, and {counts} was given.",
+                f"Segments, strides and proposals per level are from 1 to {MAX_SEGMENTS}, and {counts} was given.",
                 code="invalid_setting",
             )
         if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
@@ -125,10 +125,10 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return found
 
 
-def propose(heads: Heads, decoding: Decoding) -> Proposals:
+def score_proposals_with_fallback(heads: Heads, decoding: Decoding) -> Proposals:
     """Return what `likely` does, but for a query without any likely location: it proposes the whole video with score 1,
     in the place of location 0, as published."""
-    proposals = likely(heads, decoding)
+    proposals = score_proposals(heads, decoding)
     without = proposals.scores.max(axis=1) == -np.inf
     if without.any():
         proposals.spans[without, 0] = (0, 1)
@@ -136,7 +136,7 @@ def propose(heads: Heads, decoding: Decoding) -> Proposals:
     return proposals
 
 
-def likely(heads: Heads, decoding: Decoding) -> Proposals:
+def score_proposals(heads: Heads, decoding: Decoding) -> Proposals:
     """Turn heads at P locations into as many scored spans, of which those too unlikely score -inf.
 
     Raises:
@@ -179,7 +179,7 @@ def likely(heads: Heads, decoding: Decoding) -> Proposals:
 
 def _is_finite(values: np.ndarray) -> bool:
     # A dot product with itself needs one call, but may overflow; of many numbers BLAS would ask other threads.
-    if values.size <= FEW_NUMBERS and float(np.vdot(values, values)) < np.inf:
+    if values.size <= SMALL_BATCH and float(np.vdot(values, values)) < np.inf:
         return True
     return bool(np.isfinite(values).all())
 
@@ -330,7 +330,7 @@ def _pick(
     return picks
 
 
-def suppress(
+def apply_nms(
     proposals: Proposals, decoding: Decoding, count: int = PUBLISHED_COUNT, iou_threshold: float = 0.5
 ) -> np.ndarray:
     """Return the (B, count, 3) picks of the protocol's suppression; see `soft_nms` and `hard_nms`.
@@ -348,9 +348,9 @@ def decode(heads: Heads, decoding: Decoding, count: int = PUBLISHED_COUNT) -> np
     Best first; rows after the last moment are NaN.
     """
     if len(heads) <= BLOCK:
-        return suppress(propose(heads, decoding), decoding, count)
+        return apply_nms(score_proposals_with_fallback(heads, decoding), decoding, count)
     parts = (
         Heads(*(value[start : start + BLOCK] for value in vars(heads).values()))
         for start in range(0, len(heads), BLOCK)
     )
-    return np.concatenate([suppress(propose(part, decoding), decoding, count) for part in parts])
+    return np.concatenate([apply_nms(score_proposals_with_fallback(part, decoding), decoding, count) for part in parts])

@@ -49,7 +49,7 @@ class Report:
         return {**self.values, "queries": self.queries, "protocol": self.protocol}
 
 
-def best_overlap(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
+def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
     """Return the best temporal IoU among the first `rank` picks of every query, (N,).
 
     Args:
@@ -64,16 +64,16 @@ def best_overlap(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
     return temporal_iou(picks[:, :rank, :2], moments).max(axis=(1, 2))
 
 
-def hits(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
+def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
     """Return which queries are answered by their first `rank` picks, (N,) bool.
 
     mmaction2 computes in float32 and asks for an IoU strictly above the threshold; the authors compute in float64 and
     take the threshold itself too.
     """
     if protocol == "mmaction2":
-        overlap = best_overlap(picks.astype(np.float32), truth.astype(np.float32), rank)
+        overlap = best_iou(picks.astype(np.float32), truth.astype(np.float32), rank)
         return overlap > np.float32(iou_threshold)
-    return best_overlap(picks.astype(np.float64), truth.astype(np.float64), rank) >= iou_threshold
+    return best_iou(picks.astype(np.float64), truth.astype(np.float64), rank) >= iou_threshold
 
 
 def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Protocol) -> Report:
@@ -82,15 +82,15 @@ def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Proto
     Args:
         picks: for each IoU threshold the (N, K, 3) picks to judge at it, K at least 5 for R@5. The authors' protocol
             suppresses differently for each threshold, mmaction2's does not.
-        truth: (N, 2) or (N, W, 2), in the unit of the picks; see `best_overlap`.
+        truth: (N, 2) or (N, W, 2), in the unit of the picks; see `best_iou`.
         protocol: whose hit rule.
     """
     values = {
-        recall_name(rank, threshold): float(hits(picks[threshold], truth, rank, threshold, protocol).mean())
+        recall_name(rank, threshold): float(is_hit(picks[threshold], truth, rank, threshold, protocol).mean())
         for threshold in picks
         for rank in RANKS
     }
-    values["mIoU"] = float(best_overlap(next(iter(picks.values())).astype(np.float64), truth, 1).mean())
+    values["mIoU"] = float(best_iou(next(iter(picks.values())).astype(np.float64), truth, 1).mean())
     return Report({name: values[name] for name in metric_names(list(picks))}, len(truth), protocol)
 
 
@@ -102,15 +102,17 @@ def prior_report(
 ) -> Report:
     """Score the best constant moments, blind to video and query, fitted on the training split for each metric."""
     picks = {
-        threshold: np.broadcast_to(constant_moments(training_truth, max(RANKS), threshold), (len(truth), max(RANKS), 2))
+        threshold: np.broadcast_to(
+            best_constant_moments(training_truth, max(RANKS), threshold), (len(truth), max(RANKS), 2)
+        )
         for threshold in iou_thresholds
     }
     scored = report(picks, truth, protocol)
-    mean = np.broadcast_to(constant_moments(training_truth, 1, None), (len(truth), 1, 2))
-    return Report({**scored.values, "mIoU": float(best_overlap(mean, truth, 1).mean())}, len(truth), protocol)
+    mean = np.broadcast_to(best_constant_moments(training_truth, 1, None), (len(truth), 1, 2))
+    return Report({**scored.values, "mIoU": float(best_iou(mean, truth, 1).mean())}, len(truth), protocol)
 
 
-def constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None, step: float = 0.02) -> np.ndarray:
+def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None, step: float = 0.02) -> np.ndarray:
     """Return the `count` spans that answer most of the queries, (count, 2), best first.
 
     Greedy: each next span is the one that answers most of what the ones before left open. With a threshold of None
@@ -136,7 +138,7 @@ def constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None,
     return candidates[chosen]
 
 
-def table(rows: Sequence[tuple[str, Report]]) -> str:
+def format_table(rows: Sequence[tuple[str, Report]]) -> str:
     """Return reports as a text table in percent, a row each."""
     names = list(rows[0][1].values)
     width = max(len(label) for label, _ in rows)

@@ -62,7 +62,7 @@ class Presence:
             ) from error
 
 
-def fit(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None) -> Presence:
+def fit_threshold(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None) -> Presence:
     """Return the threshold that separates matching from mismatched pairs best.
 
     Args:

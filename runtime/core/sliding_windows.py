@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.decoding import Decoding, Proposals, suppress
+from runtime.core.decoding import Decoding, Proposals, apply_nms
 from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
-from runtime.core.video import LONGEST_SECONDS, ClipClock
+from runtime.core.video import LONGEST_SECONDS, ClipTiming
 
 # Of the training videos' and the training moments' durations.
 QUANTILE = 0.95
@@ -87,7 +87,7 @@ class Window:
         return self.start + self.duration
 
 
-def windows_asked(own: Windows | None, length: float | None, overlap: float | None) -> Windows | None:
+def resolve_windows(own: Windows | None, length: float | None, overlap: float | None) -> Windows | None:
     """Return how long videos are cut: the model's own windows, but for a length and an overlap that were asked for, in
     seconds. A length of 0 asks for whole videos; without an overlap the model's is taken, or half of the length."""
     if length == 0:
@@ -106,7 +106,9 @@ def windows_asked(own: Windows | None, length: float | None, overlap: float | No
     return dataclasses.replace(own, overlap=overlap)
 
 
-def cut(num_clips: int, num_frames: int, duration: float, windows: Windows, clock: ClipClock) -> list[Window]:
+def split_into_windows(
+    num_clips: int, num_frames: int, duration: float, windows: Windows, clock: ClipTiming
+) -> list[Window]:
     """Return the windows of a video in time order; between them they hold all its clips.
 
     All are of one length, in clips, and the last one ends where the video ends, so that it shares more with the one
@@ -135,7 +137,7 @@ def cut(num_clips: int, num_frames: int, duration: float, windows: Windows, cloc
     return cuts
 
 
-class Candidates:
+class WindowProposals:
     """What the windows of one video propose for Q queries, until all have been asked.
 
     Only likely proposals are kept, so that a window in which nothing is likely adds nothing. Scores are comparable as
@@ -168,4 +170,4 @@ class Candidates:
         for found in self._found:
             parts = [found[window] for window in sorted(found)]
             spans, scores = (np.concatenate(values) for values in zip(*parts))
-            yield suppress(Proposals(spans[None], scores[None]), decoding, min(count, len(scores)))[0]
+            yield apply_nms(Proposals(spans[None], scores[None]), decoding, min(count, len(scores)))[0]

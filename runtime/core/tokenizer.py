@@ -36,7 +36,7 @@ STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 PLAIN = re.compile(r"[A-Za-z0-9 ]*")
 # Words without an apostrophe that Treebank rules make two of.
-TAKEN_APART = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
+CONTRACTIONS = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
 
 
 class Vocabulary:
@@ -202,7 +202,7 @@ def tokenize(sentence: str) -> list[str]:
     check_argument("sentence", sentence, str, "a text", QueryError)
     text = sentence.replace(".", "")
     # Nothing for the tokenizer's thirty patterns to find: they split at signs, and a few words.
-    if PLAIN.fullmatch(text) and TAKEN_APART.isdisjoint(text.lower().split()):
+    if PLAIN.fullmatch(text) and CONTRACTIONS.isdisjoint(text.lower().split()):
         return text.split()
     return _tokenizer().tokenize(text)
 

@@ -38,7 +38,7 @@ MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 240
 
 # A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
 LONGEST_SECONDS = 1e8
-MOST_FRAMES = 2**31 - 1
+MAX_FRAMES = 2**31 - 1
 # Clip features are of order 1 to 100. Far beyond, float32 sums over a layer are no numbers any more.
 LARGEST_FEATURE = 1e15
 # Features of C3D, I3D, VGG and CLIP stay far below this, so larger ones may be why an output is not finite.
@@ -48,7 +48,7 @@ MAPPED_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipClock:
+class ClipTiming:
     """Which frames a clip feature saw: `window` frames, one clip every `stride` frames (C3D: 16 and 8)."""
 
     window: int = 16
@@ -96,7 +96,7 @@ class Origin:
     advice: str = "Correct num_frames, or use features with this clip timing."
     warned: bool = False
 
-    def check(self, name: str, num_clips: int, num_frames: int, clock: ClipClock) -> None:
+    def check(self, name: str, num_clips: int, num_frames: int, clock: ClipTiming) -> None:
         """Compare the number of clips of a video with its frame count: this is the only place where that is done.
 
         Args:
@@ -119,7 +119,7 @@ class Origin:
             raise FeatureError(f"{message} {self.advice}", code="clip_timing_mismatch")
         self._warn(message)
 
-    def check_clock(self, name: str, counted: ClipClock, clock: ClipClock) -> None:
+    def check_clock(self, name: str, counted: ClipTiming, clock: ClipTiming) -> None:
         """Warn, once, if the frames of a video were counted by another clip timing than segments are pooled by."""
         if counted != clock:
             self._warn(
@@ -180,9 +180,9 @@ class Video:
     duration: float
     name: str = "video"
     origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
-    counted: ClipClock | None = dataclasses.field(default=None, repr=False, compare=False)
+    counted: ClipTiming | None = dataclasses.field(default=None, repr=False, compare=False)
     offset: float = 0.0
-    _segments: dict[tuple[int, str, ClipClock], Segments] = dataclasses.field(
+    _segments: dict[tuple[int, str, ClipTiming], Segments] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -202,9 +202,9 @@ class Video:
             raise FeatureError(
                 f"The offset of {self.name} must be 0 to {LONGEST_SECONDS:g} seconds, and {self.offset} was given."
             )
-        if not 2 <= self.num_frames <= MOST_FRAMES:
+        if not 2 <= self.num_frames <= MAX_FRAMES:
             raise FeatureError(
-                f"{self.name} needs 2 to {MOST_FRAMES} frames to be divided, and {self.num_frames} were given.",
+                f"{self.name} needs 2 to {MAX_FRAMES} frames to be divided, and {self.num_frames} were given.",
                 code="invalid_frame_count",
             )
         check_frame_rate(self.name, self.num_frames, self.duration)
@@ -221,7 +221,7 @@ class Video:
         duration: float,
         num_frames: int | None = None,
         name: str | None = None,
-        clock: ClipClock | None = None,
+        clock: ClipTiming | None = None,
         origin: Origin | None = None,
     ) -> Video:
         """Read a `.npy`, `.npz` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
@@ -238,8 +238,8 @@ class Video:
             FeatureError: the file is missing, is not such an array, or holds values that are not finite.
         """
         check_path(path, FeatureError)
-        clock = ClipClock() if clock is None else clock
-        check_argument("clock", clock, ClipClock, "a ClipClock", FeatureError)
+        clock = ClipTiming() if clock is None else clock
+        check_argument("clock", clock, ClipTiming, "a ClipClock", FeatureError)
         path = Path(path)
         features = load_features(path)
         counted = clock if num_frames is None else None
@@ -247,7 +247,7 @@ class Video:
             num_frames = clock.num_frames(len(features))
         return cls(features, num_frames, duration, name or path.stem, origin or Origin(), counted)
 
-    def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipClock | None = None) -> Segments:
+    def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipTiming | None = None) -> Segments:
         """Divide the video into `num_segments` equal parts and max-pool the clips of each.
 
         Args:
@@ -264,7 +264,7 @@ class Video:
 
         Source: CharadesSTADataset in mmaction2; CharadesSTA and its proposal file in the authors' code.
         """
-        key = (num_segments, pooling, ClipClock() if clock is None else clock)
+        key = (num_segments, pooling, ClipTiming() if clock is None else clock)
         try:
             found = self._segments.get(key)
         except TypeError:
@@ -272,20 +272,20 @@ class Video:
         if found is None:
             check_argument("num_segments", num_segments, numbers.Integral, "a number of segments", FeatureError)
             check_argument("pooling", pooling, str, "a rule of pooling", FeatureError)
-            if not 1 <= num_segments <= MOST_FRAMES:
+            if not 1 <= num_segments <= MAX_FRAMES:
                 raise FeatureError(
-                    f"A video has 1 to {MOST_FRAMES} segments, and {excerpt(num_segments)} were asked for."
+                    f"A video has 1 to {MAX_FRAMES} segments, and {excerpt(num_segments)} were asked for."
                 )
             self.check(key[2])
-            self._segments[key] = pooled(self.features, self.num_frames, *key)
+            self._segments[key] = pool_segments(self.features, self.num_frames, *key)
         return self._segments[key]
 
-    def check(self, clock: ClipClock) -> None:
+    def check(self, clock: ClipTiming) -> None:
         """Raise FeatureError unless clips and frames fit each other and the clips differ from each other.
 
         See `Origin.check` and `check_varies`. Frames that were counted from the clips cannot contradict them.
         """
-        check_argument("clock", clock, ClipClock, "a ClipClock", FeatureError)
+        check_argument("clock", clock, ClipTiming, "a ClipClock", FeatureError)
         if self.counted is None:
             self.origin.check(self.name, len(self.features), self.num_frames, clock)
         else:
@@ -293,14 +293,16 @@ class Video:
         check_varies(self.features, self.name)
 
 
-def pooled(features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipClock) -> Segments:
+def pool_segments(
+    features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
+) -> Segments:
     """Return the segments of (num_clips, D) features that cover `num_frames` frames; see `Video.segments`."""
     first, last, spans = segment_rows(num_frames, num_segments, pooling, clock)
     return Segments(max_over_rows(features, first, last).astype(np.float32, copy=False), spans)
 
 
 def segment_rows(
-    num_frames: int, num_segments: int, pooling: Pooling, clock: ClipClock
+    num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first and last clip of each segment, (T,) integers, last included, and the spans (T, 2) float64."""
     if pooling == "mmaction2":
@@ -328,14 +330,14 @@ def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> 
     """
     end = len(features) - 1
     # NumPy compares halves in software, ten times slower than integers of the same order.
-    ordered = _mirrored(features.view(np.int16)) if features.dtype == np.float16 else features
+    ordered = _sortable_float16_bits(features.view(np.int16)) if features.dtype == np.float16 else features
     rows = np.stack(
         [ordered[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
     )
-    return _mirrored(rows).view(np.float16) if features.dtype == np.float16 else rows
+    return _sortable_float16_bits(rows).view(np.float16) if features.dtype == np.float16 else rows
 
 
-def _mirrored(bits: np.ndarray) -> np.ndarray:
+def _sortable_float16_bits(bits: np.ndarray) -> np.ndarray:
     """Return the bits of finite halves as integers of the same order, and such integers as the bits again: negative
     numbers grow in magnitude, so all but their sign is turned round."""
     return bits ^ ((bits >> 15) & np.int16(0x7FFF))

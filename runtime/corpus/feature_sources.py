@@ -16,7 +16,7 @@ from runtime.core.errors import AnnotationError, DeviceError, FeatureError, Grou
 from runtime.core.io.array_files import MAX_AXES, check_unfolded
 from runtime.core.io.files import content_stamp, json_digest, read_json
 from runtime.core.io.text_files import is_number
-from runtime.core.video import ClipClock, Origin, Video
+from runtime.core.video import ClipTiming, Origin, Video
 from runtime.corpus.parquet_check import check_metadata
 from runtime.corpus.parquet_pages import unfolded_bytes
 from runtime.datasets.dataset import DataSet
@@ -33,7 +33,7 @@ Place = Union[tuple[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Listed:
+class VideoRef:
     """A video of a corpus.
 
     Attributes:
@@ -45,7 +45,7 @@ class Listed:
     place: Place = None
 
 
-class Source(Protocol):
+class FeatureSource(Protocol):
     """The features of many videos. Every process that grounds opens its own.
 
     Attributes:
@@ -54,25 +54,25 @@ class Source(Protocol):
 
     kind: str
 
-    def listing(self) -> list[Listed]:
+    def listing(self) -> list[VideoRef]:
         """Return every video, in the order in which they are best read."""
 
     def digest(self) -> str:
         """Return what changes when other videos, lengths or files are listed; the features themselves are not read."""
 
-    def stamp(self, video: Listed) -> str:
+    def stamp(self, video: VideoRef) -> str:
         """Return what changes when the features of a video do, 16 hexadecimal digits; of samples, so that a million
         videos can be compared. Empty where there are no features."""
 
-    def shared_file(self, video: Listed) -> Path | None:
+    def shared_file(self, video: VideoRef) -> Path | None:
         """Return the file that holds the features of this video and of others, whose stamp is that of all of them;
         None if a video has a file of its own."""
 
-    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+    def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
         """Yield each video when it is asked for, or a sentence that says why it cannot be had."""
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> FeatureSource:
     """Return the features in a data set, a directory of feature files with `durations.json`, or in Parquet.
 
     Raises:
@@ -102,8 +102,8 @@ class DataSetSource:
     def __init__(self, root: Path) -> None:
         self._data_set = DataSet(root)
 
-    def listing(self) -> list[Listed]:
-        return [Listed(name) for name in sorted(self._data_set.durations)]
+    def listing(self) -> list[VideoRef]:
+        return [VideoRef(name) for name in sorted(self._data_set.durations)]
 
     def digest(self) -> str:
         data = self._data_set
@@ -116,16 +116,16 @@ class DataSetSource:
             parts.append({"offsets": offsets})
         return json_digest(parts)
 
-    def stamp(self, video: Listed) -> str:
+    def stamp(self, video: VideoRef) -> str:
         return _stamp(functools.partial(self._data_set.store.stamp, video.name))
 
-    def shared_file(self, video: Listed) -> Path | None:
+    def shared_file(self, video: VideoRef) -> Path | None:
         store = self._data_set.store
         return store.place if isinstance(store, FeatureArchive) else None
 
-    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+    def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
         for video in videos:
-            yield _or_why(functools.partial(self._data_set.video, video.name))
+            yield _load_or_error(functools.partial(self._data_set.video, video.name))
 
 
 class DirectorySource:
@@ -146,23 +146,23 @@ class DirectorySource:
         self._table, self._lengths = root / DURATIONS, table
         self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
 
-    def listing(self) -> list[Listed]:
-        return [Listed(name) for name in sorted(self._lengths)]
+    def listing(self) -> list[VideoRef]:
+        return [VideoRef(name) for name in sorted(self._lengths)]
 
     def digest(self) -> str:
         return json_digest(self._lengths)
 
-    def stamp(self, video: Listed) -> str:
+    def stamp(self, video: VideoRef) -> str:
         return _stamp(functools.partial(self._store.stamp, video.name))
 
-    def shared_file(self, video: Listed) -> Path | None:
+    def shared_file(self, video: VideoRef) -> Path | None:
         return None
 
-    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+    def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
         for video in videos:
-            yield _or_why(functools.partial(self._video, video.name, clock))
+            yield _load_or_error(functools.partial(self._video, video.name, clock))
 
-    def _video(self, name: str, clock: ClipClock) -> Video:
+    def _video(self, name: str, clock: ClipTiming) -> Video:
         duration, num_frames = _length(self._lengths[name], f"{self._table}: {excerpt(name)}")
         return Video.load(self._store.path(name), duration, num_frames, name, clock, self._origin)
 
@@ -190,7 +190,7 @@ class ParquetSource:
         self._parquet = parquet
         self._origin = Origin("Correct the column num_frames, or use features with this clip timing.")
 
-    def listing(self) -> list[Listed]:
+    def listing(self) -> list[VideoRef]:
         listed, seen = [], set()
         for number, path in enumerate(self._files):
             with self._opened(number) as file:
@@ -208,7 +208,7 @@ class ParquetSource:
                                 code="ambiguous_video_name",
                             )
                         seen.add(name)
-                        listed.append(Listed(name, (number, group, row)))
+                        listed.append(VideoRef(name, (number, group, row)))
         if not listed:
             raise AnnotationError(f"{self._files[0]} holds no row.", code="empty_file")
         return listed
@@ -220,19 +220,19 @@ class ParquetSource:
                 listed.append([path.name, path.stat().st_size, file.metadata.num_rows])
         return json_digest([listed, [video.name for video in self.listing()]])
 
-    def stamp(self, video: Listed) -> str:
+    def stamp(self, video: VideoRef) -> str:
         return _stamp(functools.partial(content_stamp, self._files[_part(video.place)[0]]))
 
-    def shared_file(self, video: Listed) -> Path | None:
+    def shared_file(self, video: VideoRef) -> Path | None:
         return self._files[_part(video.place)[0]]
 
-    def load(self, videos: Sequence[Listed], clock: ClipClock) -> Iterator[Video | str]:
+    def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
         for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):
             names = {_row(video.place): video.name for video in chosen}
             try:
                 rows = self._rows(number, group, sorted(names))
                 for row, values in rows:
-                    yield _or_why(functools.partial(_unfolded, values, names.pop(row), clock, self._origin))
+                    yield _load_or_error(functools.partial(_unfolded, values, names.pop(row), clock, self._origin))
             # A page holds many rows, and a damaged one leaves none of them.
             except FeatureError as error:
                 yield from (f"{excerpt(name)} cannot be read: {error}" for _, name in sorted(names.items()))
@@ -315,7 +315,7 @@ def _row(place: Place) -> int:
     return place[2]
 
 
-def _unfolded(values: dict[str, Any], name: str, clock: ClipClock, origin: Origin) -> Video:
+def _unfolded(values: dict[str, Any], name: str, clock: ClipTiming, origin: Origin) -> Video:
     row = f"The row of {excerpt(name)}"
     with reading(row, "a video with its features", FeatureError, "write the row again"):
         length, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
@@ -394,7 +394,7 @@ def _length(value: Any, place: str) -> tuple[float, int | None]:
     return float(duration), None if num_frames is None else int(num_frames)
 
 
-def _or_why(load: functools.partial[Video]) -> Video | str:
+def _load_or_error(load: functools.partial[Video]) -> Video | str:
     """Return a video, or why it cannot be had. What the machine lacks is no fault of the video's."""
     try:
         return load()

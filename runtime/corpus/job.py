@@ -18,8 +18,8 @@ from runtime.core.io.files import check_writable, json_digest, locked, remove_st
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import check_one_kind, read_questions
 from runtime.corpus.ray_runner import run_on_ray
-from runtime.corpus.sharding import MANIFEST, Settings, Shard, check_ours, check_same, describe, plan
-from runtime.corpus.worker import ATTEMPTS, DIGESTS, Done, Job, Worker, is_finished
+from runtime.corpus.sharding import MANIFEST, Settings, Shard, check_same, describe, plan, require_corpus_dir
+from runtime.corpus.worker import ATTEMPTS, DIGESTS, CorpusJob, ShardResult, Worker, is_finished
 
 log = logging.getLogger("drn")
 
@@ -73,7 +73,7 @@ def ground(
             Shards that are whole stay.
     """
     check_model_path(model)
-    check_ours(output)
+    require_corpus_dir(output)
     questions = read_questions(queries)
     if settings.form == "parquet":
         check_one_kind(questions)
@@ -90,7 +90,7 @@ def ground(
         manifest = {**told, "pairs": pairs, "shards": len(shards)}
         write_json(output / MANIFEST, manifest)
         inputs = (model.resolve(), features.resolve(), output.resolve(), tuple(common))
-        job = Job(*inputs, len(shards), settings, json_digest(manifest))
+        job = CorpusJob(*inputs, len(shards), settings, json_digest(manifest))
         left = [shard for shard in shards if not is_finished(job, shard, source)]
         missing = sum(map(len, left))
         if missing < pairs:
@@ -107,7 +107,9 @@ def ground(
         return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
 
 
-def _run(job: Job, shards: Sequence[Shard], actors: int | None, address: str | None) -> Generator[Done, None, None]:
+def _run(
+    job: CorpusJob, shards: Sequence[Shard], actors: int | None, address: str | None
+) -> Generator[ShardResult, None, None]:
     if not shards:
         return
     if actors == 0:
@@ -116,7 +118,7 @@ def _run(job: Job, shards: Sequence[Shard], actors: int | None, address: str | N
         yield from run_on_ray(job, shards, actors, address)
 
 
-def _shown(run: Iterator[Done], pairs: int, missing: int) -> Iterator[Done]:
+def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[ShardResult]:
     """Yield what becomes of each shard while progress is shown; raise what ends the job."""
     made = errors = 0
     began = told = time.monotonic()

@@ -15,7 +15,7 @@ from runtime.core.cpu_info import cores
 from runtime.core.errors import DeviceError, one_line
 from runtime.core.interrupts import preserved
 from runtime.corpus.sharding import Settings, Shard
-from runtime.corpus.worker import Done, Job, Worker
+from runtime.corpus.worker import CorpusJob, ShardResult, Worker
 
 log = logging.getLogger("drn")
 
@@ -32,14 +32,16 @@ ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 class Actor:
     """What Ray Data keeps one of in each process: a worker, and its model with it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CorpusJob) -> None:
         self._worker = Worker(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         return {"done": [pickle.dumps(self._worker(pickle.loads(item))) for item in batch["shard"]]}
 
 
-def run_on_ray(job: Job, shards: Sequence[Shard], actors: int | None, address: str | None) -> Iterator[Done]:
+def run_on_ray(
+    job: CorpusJob, shards: Sequence[Shard], actors: int | None, address: str | None
+) -> Iterator[ShardResult]:
     """Yield what becomes of each shard, in the order in which they end.
 
     Args:

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.artifacts.engine_metadata import path_beside, read_sidecar
+from runtime.artifacts.engine_metadata import metadata_path, read_sidecar
 from runtime.artifacts.onnx_metadata import external_data
 from runtime.backends.base import Device
 from runtime.core.errors import ModelFileError, OutputError, excerpt
 from runtime.core.io.files import LOCK, content_names, read_json, sha256
-from runtime.corpus.feature_sources import Listed, Source
+from runtime.corpus.feature_sources import FeatureSource, VideoRef
 from runtime.corpus.queries import Question
 
 FORMAT = "drn-corpus/1"
@@ -30,7 +30,7 @@ Form = Literal["jsonl", "parquet"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class VideoQueries:
     """A video and some of what it is asked.
 
     Attributes:
@@ -41,7 +41,7 @@ class Asked:
             the other, last excluded. All of them, but for a video that is split over shards.
     """
 
-    video: Listed
+    video: VideoRef
     known: bool
     own: tuple[Question, ...]
     first: int
@@ -63,7 +63,7 @@ class Shard:
     """A part of the corpus that becomes one file; `number` counts from 1."""
 
     number: int
-    asked: tuple[Asked, ...]
+    asked: tuple[VideoQueries, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.asked))
@@ -93,7 +93,7 @@ class Settings:
 
 
 def plan(
-    listing: Sequence[Listed], questions: Iterable[Question], shard_pairs: int
+    listing: Sequence[VideoRef], questions: Iterable[Question], shard_pairs: int
 ) -> tuple[list[Question], list[Shard]]:
     """Return what is asked of every video, and the shards.
 
@@ -108,9 +108,9 @@ def plan(
         else:
             own.setdefault(question.video, []).append(question)
     shards: list[Shard] = []
-    waiting: list[Asked] = []
+    waiting: list[VideoQueries] = []
     room = shard_pairs
-    for asked in _asked(listing, common, own, shard_pairs):
+    for asked in _video_queries(listing, common, own, shard_pairs):
         if len(asked) > room:
             shards.append(Shard(len(shards) + 1, tuple(waiting)))
             waiting, room = [], shard_pairs
@@ -121,18 +121,18 @@ def plan(
     return common, shards
 
 
-def _asked(
-    listing: Sequence[Listed], common: Sequence[Question], own: dict[str, list[Question]], most: int
-) -> Iterator[Asked]:
+def _video_queries(
+    listing: Sequence[VideoRef], common: Sequence[Question], own: dict[str, list[Question]], most: int
+) -> Iterator[VideoQueries]:
     """Yield each video that is asked anything, in parts of at most so many pairs."""
-    unknown = (Listed(name) for name in own.keys() - {video.name for video in listing})
+    unknown = (VideoRef(name) for name in own.keys() - {video.name for video in listing})
     unlisted = sorted(unknown, key=lambda video: own[video.name][0].line)
     for number, video in enumerate((*listing, *unlisted)):
         mine = tuple(own.get(video.name, ()))
         known = number < len(listing)
         count = len(mine) + (len(common) if known else 0)
         for first in range(0, count, most):
-            yield Asked(video, known, mine, first, min(first + most, count))
+            yield VideoQueries(video, known, mine, first, min(first + most, count))
 
 
 def shard_name(number: int, count: int, form: Form) -> str:
@@ -140,7 +140,7 @@ def shard_name(number: int, count: int, form: Form) -> str:
     return f"shard-{number:05d}-of-{count:05d}.{form}"
 
 
-def describe(model: Path, queries: Path, count: int, source: Source, settings: Settings) -> dict[str, Any]:
+def describe(model: Path, queries: Path, count: int, source: FeatureSource, settings: Settings) -> dict[str, Any]:
     """Return what a corpus is made of, as `corpus.json` keeps it: whatever could change a row of it.
 
     Args:
@@ -170,17 +170,17 @@ def _files(model: Path) -> list[Path]:
         with contextlib.suppress(ModelFileError):
             files += external_data(model)
     if model.suffix == ".engine":
-        files.append(path_beside(model))
+        files.append(metadata_path(model))
         sidecar = read_sidecar(model)
         if sidecar.manifest.part == "query":
-            from runtime.backends.tensorrt_backend import video_part
+            from runtime.backends.tensorrt_backend import locate_video_part
 
-            video, _ = video_part(model, sidecar)
-            files += [video, path_beside(video)]
+            video, _ = locate_video_part(model, sidecar)
+            files += [video, metadata_path(video)]
     return files
 
 
-def check_ours(output: Path) -> None:
+def require_corpus_dir(output: Path) -> None:
     """Raise OutputError if something else than a corpus lies there: nothing is put beside it, not even a lock."""
     if not output.exists() or (output / LOCK).exists():
         return
@@ -189,7 +189,7 @@ def check_ours(output: Path) -> None:
             f"{output} is not a directory; name a new or empty directory with --output.", code="output_is_file"
         )
     if content_names(output) and not (output / MANIFEST).exists():
-        raise _not_ours(output)
+        raise _not_a_corpus(output)
 
 
 def check_same(output: Path, told: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     path = output / MANIFEST
     if not path.exists():
         if content_names(output):
-            raise _not_ours(output)
+            raise _not_a_corpus(output)
         return
     found = read_json(path, "what a corpus was made of", OutputError)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -214,7 +214,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
         )
 
 
-def _not_ours(output: Path) -> OutputError:
+def _not_a_corpus(output: Path) -> OutputError:
     return OutputError(
         f"{output} is there and holds no {MANIFEST}; name a new or empty directory.", code="output_not_empty"
     )

@@ -16,30 +16,30 @@ from typing import Any, BinaryIO, Union
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
-from runtime.core.io.files import json_digest, read_json, replace_when_whole, sha256, write_json
+from runtime.core.io.files import atomic_write, json_digest, read_json, sha256, write_json
 from runtime.core.names import by_fold, near_name
-from runtime.core.sliding_windows import windows_asked
-from runtime.core.video import ClipClock, Video
-from runtime.corpus.feature_sources import Listed, Source, open_source
+from runtime.core.sliding_windows import resolve_windows
+from runtime.core.video import ClipTiming, Video
+from runtime.corpus.feature_sources import FeatureSource, VideoRef, open_source
 from runtime.corpus.queries import Question
-from runtime.corpus.sharding import MANIFEST, Asked, Form, Settings, Shard, shard_name
-from runtime.grounding.grounder import Grounder, Subject
+from runtime.corpus.sharding import MANIFEST, Form, Settings, Shard, VideoQueries, shard_name
+from runtime.grounding.grounder import Grounder, VideoInput
 from runtime.grounding.warm_up import warm_usual
 
 log = logging.getLogger("drn")
 
 # A video, or a sentence that says why there is none.
-Found = Union[Subject, str]
+Found = Union[VideoInput, str]
 
 # Where processes note that they have begun a shard.
 ATTEMPTS = ".attempts"
 # Where the digests of shards are.
 DIGESTS = ".digests"
 # A shard that ended the process it was in so often is not begun again.
-MOST_ATTEMPTS = 3
+MAX_ATTEMPTS = 3
 # Videos wait for each other until their questions fill so many batches, or they take so much memory.
 BATCHES_TOGETHER = 8
-MOST_WAITING_BYTES = 1 << 28
+MAX_WAITING_BYTES = 1 << 28
 # On a CPU, from so many questions on it saves time to prepare a video, where the model can: it takes as long as five
 # encodings, and then a fifth less for each question (docs/performance.md).
 PREPARED_FROM = 64
@@ -48,11 +48,11 @@ ROWS_OF_GROUP = 4096
 # Sentences of which a process remembers whether they can be asked.
 KNOWN_SENTENCES = 1 << 16
 # A process says the like of one warning so often: a corpus has a million sentences with an unknown word.
-MOST_WARNINGS = 5
+MAX_WARNINGS = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CorpusJob:
     """What every process receives once.
 
     Attributes:
@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class ShardResult:
     """What became of a shard.
 
     Attributes:
@@ -94,17 +94,17 @@ class Done:
     problem: str | None = None
 
 
-def digest_path(job: Job, shard: Shard) -> Path:
+def digest_path(job: CorpusJob, shard: Shard) -> Path:
     """Return the file that holds the digests of a shard and of the features that it was made of."""
     return job.output / DIGESTS / f"{shard.number:05d}.json"
 
 
-def stamps_of(shard: Shard, stamp: Callable[[Listed], str]) -> dict[str, str]:
+def stamps_of(shard: Shard, stamp: Callable[[VideoRef], str]) -> dict[str, str]:
     """Return the stamp of the features of each video of a shard."""
     return {asked.video.name: stamp(asked.video) for asked in shard.asked if asked.known}
 
 
-def is_finished(job: Job, shard: Shard, source: Source) -> bool:
+def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
     """Return whether a shard is there as it was written; a damaged one is removed, since it can be made again.
 
     Args:
@@ -154,44 +154,44 @@ def is_finished(job: Job, shard: Shard, source: Source) -> bool:
 class Worker:
     """Grounds shards of one job, one after the other. The model is opened for the first of them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CorpusJob) -> None:
         self.job = job
         self._problem = functools.lru_cache(KNOWN_SENTENCES)(self._problem_of)
-        self._fewer = _Fewer()
+        self._fewer = _RateLimitFilter()
 
-    def __call__(self, shard: Shard) -> Done:
+    def __call__(self, shard: Shard) -> ShardResult:
         """Ground a shard, unless its file is there. What is wrong with it as a whole is returned, not raised."""
         path = self.job.path(shard)
         try:
             self._check_manifest()
             if path.is_file():
-                return Done(shard.number, len(shard))
+                return ShardResult(shard.number, len(shard))
             with _attempt(self._note(shard)) as attempts:
-                if attempts > MOST_ATTEMPTS:
+                if attempts > MAX_ATTEMPTS:
                     raise OutputError(
                         f"It was begun {attempts - 1} times, and each time the process ended before it was done "
                         f"(out of memory?), the last of them {_last_line(self._note(shard))}."
                     )
                 with _filtered(self._fewer):
                     errors = self._write(shard, path)
-                return Done(shard.number, len(shard), errors, attempts)
+                return ShardResult(shard.number, len(shard), errors, attempts)
         except GroundingError as error:
-            return Done(shard.number, len(shard), problem=f"{path.name}: {error}")
+            return ShardResult(shard.number, len(shard), problem=f"{path.name}: {error}")
         # The report names the shard and the error; the traceback is logged here.
         except Exception as error:
             log.exception("%s failed.", path.name)
-            return Done(shard.number, len(shard), problem=f"{path.name}: {type(error).__name__}: {error}.")
+            return ShardResult(shard.number, len(shard), problem=f"{path.name}: {type(error).__name__}: {error}.")
 
     @functools.cached_property
     def _grounder(self) -> Grounder:
         settings = self.job.settings
         grounder = Grounder.load(self.job.model, settings.device, settings.threads)
-        grounder.windows = windows_asked(grounder.windows, settings.window, settings.overlap)
+        grounder.windows = resolve_windows(grounder.windows, settings.window, settings.overlap)
         warm_usual(grounder, settings.batch_size)
         return grounder
 
     @functools.cached_property
-    def _source(self) -> Source:
+    def _source(self) -> FeatureSource:
         return open_source(self.job.features)
 
     def _check_manifest(self) -> None:
@@ -217,7 +217,7 @@ class Worker:
         errors = 0
         # Before they are read: what changes meanwhile is noticed when the job is resumed.
         stamps = stamps_of(shard, self._source.stamp)
-        with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+        with atomic_write(path) as temporary, open(temporary, "wb") as stream:
             with WRITERS[self.job.settings.form](stream) as write:
                 for group in self._groups(shard):
                     for row in self._answered(group):
@@ -232,10 +232,10 @@ class Worker:
             write_json(digest_path(self.job, shard), {**record, "digest": json_digest(record)})
         return errors
 
-    def _groups(self, shard: Shard) -> Iterator[list[tuple[Asked, Found]]]:
+    def _groups(self, shard: Shard) -> Iterator[list[tuple[VideoQueries, Found]]]:
         """Yield videos that are asked together. Who they are follows from the shard alone, and so do their batches."""
         found = self._source.load([asked.video for asked in shard.asked if asked.known], self._clock)
-        group: list[tuple[Asked, Found]] = []
+        group: list[tuple[VideoQueries, Found]] = []
         pairs, waiting = 0, 0
         for asked in shard.asked:
             if asked.known:
@@ -245,7 +245,7 @@ class Worker:
                 subject += near_name(self._names, asked.video.name)
             group.append((asked, subject))
             pairs, waiting = pairs + len(asked), waiting + _bytes(subject)
-            if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MOST_WAITING_BYTES:
+            if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MAX_WAITING_BYTES:
                 yield group
                 group, pairs, waiting = [], 0, 0
         if group:
@@ -257,7 +257,7 @@ class Worker:
         return by_fold(video.name for video in self._source.listing())
 
     @property
-    def _clock(self) -> ClipClock:
+    def _clock(self) -> ClipTiming:
         return self._grounder.manifest.features.clock
 
     def _subject(self, found: Video | str, questions: int) -> Found:
@@ -275,7 +275,7 @@ class Worker:
         except FeatureError as error:
             return str(error)
 
-    def _answered(self, group: list[tuple[Asked, Found]]) -> list[dict[str, Any]]:
+    def _answered(self, group: list[tuple[VideoQueries, Found]]) -> list[dict[str, Any]]:
         """Return a row for each question of a group, in order."""
         rows, waiting, pairs = [], [], []
         for asked, subject in group:
@@ -343,7 +343,7 @@ def _last_line(note: Path) -> str:
     return note.read_text(encoding="utf-8").splitlines()[-2]
 
 
-class _Fewer(logging.Filter):
+class _RateLimitFilter(logging.Filter):
     """Lets the like of each message pass a few times."""
 
     def __init__(self) -> None:
@@ -352,7 +352,7 @@ class _Fewer(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         self._said[record.msg] += 1
-        return self._said[record.msg] <= MOST_WARNINGS
+        return self._said[record.msg] <= MAX_WARNINGS
 
 
 @contextlib.contextmanager

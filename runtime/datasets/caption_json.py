@@ -13,7 +13,7 @@ from runtime.core.io.text_files import is_number
 from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import Preset
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import SPLITS, Videos, sentence_of
+from runtime.datasets.validation import SPLITS, VideoTable, sentence_of
 
 # Video to what is said of it.
 Entries = Mapping[str, Mapping[str, Any]]
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Captions:
-    """`{"VIDEO": {"timestamps": [[start, end], ...], "sentences": [...], ...}}` in `SPLIT.json`; see `Layout`.
+    """`{"VIDEO": {"timestamps": [[start, end], ...], "sentences": [...], ...}}` in `SPLIT.json`; see `DatasetFormat`.
 
     Args:
         root: the directory.
@@ -60,7 +60,7 @@ class Captions:
     ) -> None:
         self.root, self.preset, self._splits = root, preset, splits
         self._second: dict[str, float] = {}
-        videos = Videos()
+        videos = VideoTable()
         for split, entries in self._splits.items():
             for name, entry in entries.items():
                 place = f"{self.path(split)}, video {excerpt(name)}"

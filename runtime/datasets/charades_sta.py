@@ -21,7 +21,7 @@ FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
 
 
 class CharadesSTA:
-    """`Charades_sta_SPLIT.txt`, one `VIDEO START END##SENTENCE` a line, and JSON tables; see `Layout`.
+    """`Charades_sta_SPLIT.txt`, one `VIDEO START END##SENTENCE` a line, and JSON tables; see `DatasetFormat`.
 
     Raises:
         AnnotationError: a table is missing or malformed.

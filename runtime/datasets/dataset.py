@@ -19,11 +19,11 @@ from runtime.core.errors import AnnotationError, FeatureError, GroundingError, e
 from runtime.core.io.files import check_directory, check_file, json_digest, read_json, sha256
 from runtime.core.io.text_files import is_number
 from runtime.core.tokenizer import Vocabulary, word_table
-from runtime.core.video import ClipClock, Origin, Video, check_frame_rate
+from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
 from runtime.datasets.charades_sta import FEATURE_DIRECTORY as FEATURE_DIRECTORY
 from runtime.datasets.feature_stores import FeatureStore, open_store
 from runtime.datasets.formats import Annotation as Annotation
-from runtime.datasets.formats import Row, open_layout
+from runtime.datasets.formats import Row, open_format
 from runtime.datasets.presets import Preset
 from runtime.datasets.schema import Times
 from runtime.datasets.validation import SPLITS
@@ -65,7 +65,7 @@ class DataSet:
             "give a directory in a published layout (docs/formats.md lists them), or make one with "
             "`python -m train.simulate --output DIR`",
         )
-        self._layout = open_layout(self.root)
+        self._layout = open_format(self.root)
         self.durations: dict[str, float] = self._layout.durations
         # Frame counts in the annotations; `frames` returns those of every video.
         self.num_frames: dict[str, int] = self._layout.num_frames
@@ -371,7 +371,7 @@ class DataSet:
         return dataclasses.replace(self.preset.features, dim=self.video(first.video).features.shape[1])
 
     def check_clips(
-        self, videos: Sequence[str], clock: ClipClock | None = None, store: FeatureStore | None = None
+        self, videos: Sequence[str], clock: ClipTiming | None = None, store: FeatureStore | None = None
     ) -> None:
         """Compare clips and frames of some of `videos` before a long computation, without reading their features.
 
@@ -392,7 +392,7 @@ class DataSet:
             if not self.preset.spread:
                 self.origin.check(video, clips, frames, clock)
 
-    def check_clock(self, clock: ClipClock) -> None:
+    def check_clock(self, clock: ClipTiming) -> None:
         """Warn if clips of this data set lie on other frames than those that a model learnt from."""
         self.origin.check_clock(str(self.root), self.preset.features.clock, clock)
 
@@ -411,6 +411,6 @@ class DataSet:
         return None
 
 
-def each_moment(annotations: Iterable[Annotation]) -> list[Annotation]:
+def one_per_moment(annotations: Iterable[Annotation]) -> list[Annotation]:
     """Return one annotation for every moment of each sentence, as networks and priors learn from them."""
     return [annotation.narrowed((window,)) for annotation in annotations for window in annotation.moments]

@@ -9,13 +9,13 @@ from runtime.datasets.activitynet import activitynet, is_activitynet
 from runtime.datasets.caption_json import Entries, read_splits
 from runtime.datasets.charades_sta import CharadesSTA
 from runtime.datasets.qvhighlights import QVHighlights
-from runtime.datasets.schema import Annotation, Layout, Row
+from runtime.datasets.schema import Annotation, DatasetFormat, Row
 from runtime.datasets.tacos import is_tacos, tacos
 
-__all__ = ["Annotation", "Layout", "Row", "open_layout"]
+__all__ = ["Annotation", "DatasetFormat", "Row", "open_format"]
 
 
-def open_layout(root: Path) -> Layout:
+def open_format(root: Path) -> DatasetFormat:
     """Return the data set in a directory.
 
     Raises:

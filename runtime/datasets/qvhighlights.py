@@ -15,18 +15,19 @@ from runtime.core.errors import AnnotationError, excerpt, reading
 from runtime.core.io.files import read_json
 from runtime.core.io.text_files import is_number, parse_json, read_lines
 from runtime.core.names import by_fold, near_name
-from runtime.core.video import MOST_FRAMES
+from runtime.core.video import MAX_FRAMES
 from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.schema import Annotation, Row, Times
-from runtime.datasets.validation import SPLITS, Videos, sentence_of
+from runtime.datasets.validation import SPLITS, VideoTable, sentence_of
 
 FORMAT = "drn-dataset/1"
-UNTOLD = (math.nan, math.nan)
+HIDDEN = (math.nan, math.nan)
 ABOUT, WORDS = "dataset.json", "vocabulary.json"
 
 
 class QVHighlights:
-    """`{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}` a line, seconds; see `Layout`.
+    """`{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}` a line, seconds; see
+    `DatasetFormat`.
 
     Splits are `SPLIT.jsonl` or, as published, `highlight_SPLIT_release.jsonl`.
 
@@ -42,7 +43,7 @@ class QVHighlights:
         self.preset: Preset = self._about.get("preset", PRESETS["qvhighlights"])
         self.simulated = bool(self._about.get("simulated"))
         self._splits: dict[str, list[Row]] = {}
-        videos = Videos()
+        videos = VideoTable()
         for split in SPLITS:
             if self.path(split).exists():
                 self._splits[split] = list(_read_rows(self.path(split), videos))
@@ -119,7 +120,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         )
     with reading(path, "a description of a data set", AnnotationError, "prepare the data set again"):
         counts, place = value.get("num_frames", {}), value.get("features")
-        if not all(is_number(count) and 2 <= count <= MOST_FRAMES for count in counts.values()):
+        if not all(is_number(count) and 2 <= count <= MAX_FRAMES for count in counts.values()):
             raise ValueError("num_frames should map videos to frame counts")
         if place is not None and (not isinstance(place, str) or "\0" in place):
             raise ValueError("features should be a path")
@@ -127,7 +128,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     raise AssertionError
 
 
-def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
+def _read_rows(path: Path, videos: VideoTable) -> Iterator[Row]:
     lines = read_lines(path, "a JSON object a line")
     if not lines:
         raise AnnotationError(
@@ -146,7 +147,7 @@ def _read_rows(path: Path, videos: Videos) -> Iterator[Row]:
             )
         seen.add(qid)
         # A split whose moments are secret still names its videos; `rows` refuses it.
-        windows = _windows(row["relevant_windows"], place) if "relevant_windows" in row else (UNTOLD,)
+        windows = _windows(row["relevant_windows"], place) if "relevant_windows" in row else (HIDDEN,)
         sentence = sentence_of(row["query"], place)
         (start, end), several = windows[0], windows if len(windows) > 1 else ()
         yield Row(Annotation(name, start, end, sentence, number, qid, several), str(number), place)

@@ -64,7 +64,7 @@ class Row:
     place: str
 
 
-class Layout(Protocol):
+class DatasetFormat(Protocol):
     """A directory in one of the published formats.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.text_files import is_number
-from runtime.core.video import LONGEST_SECONDS, MOST_FRAMES
+from runtime.core.video import LONGEST_SECONDS, MAX_FRAMES
 
 SPLITS = ("train", "val", "test")
 # Suffixes of video files, which some data sets have in the names of their videos (TACoS: s17-d69.avi).
@@ -18,7 +18,7 @@ MAX_NAME_BYTES = 250
 MAX_FRAME_RATE = 1e6
 
 
-class Videos:
+class VideoTable:
     """The videos of a data set and their lengths, each name once."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Videos:
                 f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.",
                 code="invalid_frame_count",
             )
-        if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MOST_FRAMES):
+        if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MAX_FRAMES):
             raise AnnotationError(
                 f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.",
                 code="invalid_frame_count",

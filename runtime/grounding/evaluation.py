@@ -12,13 +12,20 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.core.batch import Batch, Heads, batches
-from runtime.core.decoding import PUBLISHED_COUNT, Decoding, Proposals, Protocol, propose, suppress
+from runtime.core.decoding import (
+    PUBLISHED_COUNT,
+    Decoding,
+    Proposals,
+    Protocol,
+    apply_nms,
+    score_proposals_with_fallback,
+)
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, excerpt
 from runtime.core.metrics import Report, report
 from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import Segments
 from runtime.datasets.dataset import Annotation, DataSet
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, in_seconds
+from runtime.grounding.grounder import BATCH_SIZE, Grounder, to_moments
 
 log = logging.getLogger("drn")
 
@@ -73,12 +80,12 @@ def evaluate(
     picks = {threshold: np.full((len(annotations), PUBLISHED_COUNT, 3), np.nan, np.float32) for threshold in thresholds}
     askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
     asked = [annotations[row] for row in askable]
-    for rows, heads in heads_of(grounder, data_set, asked, batch_size, segments_of):
+    for rows, heads in run_heads(grounder, data_set, asked, batch_size, segments_of):
         try:
-            proposals = propose(heads, decoding)
+            proposals = score_proposals_with_fallback(heads, decoding)
         except ModelFileError as error:
             raise cause_of(error, grounder, data_set, [asked[row] for row in rows], segments_of) from error
-        for threshold, found in suppressed(proposals, decoding, thresholds):
+        for threshold, found in nms_per_threshold(proposals, decoding, thresholds):
             picks[threshold][askable[rows]] = found
         on_progress(len(rows))
     truth = data_set.truths(annotations)
@@ -95,11 +102,11 @@ def cause_of(
     """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
     segments = {name: read(name) for name in {entry.video for entry in annotations}}
-    queries = encoded(grounder, annotations)
+    queries = encode_queries(grounder, annotations)
     return grounder.cause_of(error, [(segments[entry.video], query) for entry, query in zip(annotations, queries)])
 
 
-def answered_whole(picks: np.ndarray) -> np.ndarray:
+def used_fallback(picks: np.ndarray) -> np.ndarray:
     """Return which of (N, K, 3) answers are the whole video with score 1, for want of a likely location; (N,)."""
     return (picks[:, 0] == (0, 1, 1)).all(axis=1)
 
@@ -110,7 +117,7 @@ def predictions(
     """Yield every query's answer in the QVHighlights form, in the order of the annotations."""
     picks = evaluation.picks[0.5]
     for index, annotation in enumerate(annotations):
-        moments = in_seconds(picks[index, :top_k], data_set.durations[annotation.video])
+        moments = to_moments(picks[index, :top_k], data_set.durations[annotation.video])
         yield {
             "qid": annotation.name,
             "query": annotation.sentence,
@@ -135,7 +142,7 @@ def batches_of(
             yield chunk.rows[indices], batch
 
 
-def heads_of(
+def run_heads(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
@@ -144,7 +151,7 @@ def heads_of(
 ) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
     for chunk in chunks(grounder, data_set, annotations, segments_of):
-        yield from answers_to(grounder, chunk, batch_size)
+        yield from run_chunk(grounder, chunk, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +172,7 @@ class Chunk:
     durations: list[float]
 
 
-def answers_to(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
+def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield the positions and heads of each batch of a chunk. A model that was split encodes each video once."""
     videos: Sequence[Segments | EncodedVideo] = chunk.segments
     if grounder.is_pair:
@@ -185,7 +192,7 @@ def chunks(
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
-    queries = encoded(grounder, annotations)
+    queries = encode_queries(grounder, annotations)
     for rows in _by_video(annotations):
         names = [annotations[i].video for i in rows]
         if segments_of is None:
@@ -197,7 +204,7 @@ def chunks(
         yield Chunk(np.asarray(rows), [queries[i] for i in rows], segments, names, durations)
 
 
-def suppressed(
+def nms_per_threshold(
     proposals: Proposals, decoding: Decoding, iou_thresholds: Sequence[float]
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield for each IoU threshold of the metrics the (B, 6, 3) picks to judge at it."""
@@ -205,11 +212,11 @@ def suppressed(
     for threshold in iou_thresholds:
         # Only the authors' protocol suppresses differently for each metric.
         if found is None or decoding.protocol == "drn":
-            found = suppress(proposals, decoding, PUBLISHED_COUNT, threshold)
+            found = apply_nms(proposals, decoding, PUBLISHED_COUNT, threshold)
         yield threshold, found
 
 
-def encoded(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.ndarray]:
+def encode_queries(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.ndarray]:
     """Return the word ids of every sentence; one warning names all the words that the model does not know.
 
     Raises:

@@ -46,7 +46,7 @@ class Answer:
         }
 
 
-def render(answers: Sequence[Answer], form: Format, width: int = 100) -> str:
+def format_answers(answers: Sequence[Answer], form: Format, width: int = 100) -> str:
     """Return answers in one of the formats; text fits a terminal of `width` columns."""
     if form == "text":
         return "\n\n".join(_text(answer, width) for answer in answers)
@@ -59,7 +59,7 @@ def render(answers: Sequence[Answer], form: Format, width: int = 100) -> str:
     return _srt(answers)
 
 
-def clock(seconds: float, decimals: int = 1) -> str:
+def format_timestamp(seconds: float, decimals: int = 1) -> str:
     """Return a time as people read it: 0:07.5, 12:03.0, 1:02:03.0."""
     ticks = round(seconds * 10**decimals)
     whole, fraction = divmod(ticks, 10**decimals)
@@ -70,12 +70,15 @@ def clock(seconds: float, decimals: int = 1) -> str:
 
 
 def _text(answer: Answer, width: int) -> str:
-    rows = [(clock(m.start), clock(m.end), f"{m.score:.3f}", (m.start, m.end), "█") for m in answer.moments]
-    rows += [(clock(truth[0]), clock(truth[1]), "truth", truth, "▒") for truth in answer.truths]
+    rows = [
+        (format_timestamp(m.start), format_timestamp(m.end), f"{m.score:.3f}", (m.start, m.end), "█")
+        for m in answer.moments
+    ]
+    rows += [(format_timestamp(truth[0]), format_timestamp(truth[1]), "truth", truth, "▒") for truth in answer.truths]
     columns = [max((len(row[index]) for row in rows), default=0) for index in range(3)]
     bar_width = max(20, width - sum(columns) - 10)
     # On one line, whatever is in a name or a query: what it adds must not look like an answer.
-    lines = [f"{printable_line(answer.video)} ({clock(answer.duration)})  “{printable_line(answer.query)}”"]
+    lines = [f"{printable_line(answer.video)} ({format_timestamp(answer.duration)})  “{printable_line(answer.query)}”"]
     if not answer.moments:
         lines.append("  no moment found")
     for start, end, score, span, mark in rows:

@@ -20,8 +20,8 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.backends import is_address, open_backend
 from runtime.backends.base import Backend, Device, PairBackend, QueryServer
-from runtime.core.batch import Batch, Heads, batches, collate, of_like_length, padded
-from runtime.core.decoding import NON_FINITE, decode, likely
+from runtime.core.batch import Batch, Heads, batches, batches_by_length, collate, pad_queries
+from runtime.core.decoding import NON_FINITE, decode, score_proposals
 from runtime.core.errors import (
     DeviceMemoryError,
     FeatureError,
@@ -35,16 +35,16 @@ from runtime.core.errors import (
 )
 from runtime.core.moments import Moment
 from runtime.core.nvtx_ranges import marked
-from runtime.core.sliding_windows import Candidates, Window, Windows, cut
-from runtime.core.video import LARGE_FEATURE, Segments, Video, pooled
+from runtime.core.sliding_windows import Window, WindowProposals, Windows, split_into_windows
+from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
 
 log = logging.getLogger("drn")
 
 BATCH_SIZE = 32
 # Encodings kept for videos that are asked again: 0.5 MB each at full size.
-KEPT_ENCODINGS = 32
+MAX_CACHED_ENCODINGS = 32
 
-Subject = Union[Video, EncodedVideo, EncodedWindows]
+VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
 
 class Grounder:
@@ -68,7 +68,7 @@ class Grounder:
         self.backend = backend
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
-        self._encodings = _Encodings(KEPT_ENCODINGS)
+        self._encodings = _Encodings(MAX_CACHED_ENCODINGS)
         # A server that answers whole queries; None where they are answered here.
         self._server: QueryServer | None = None
 
@@ -89,7 +89,7 @@ class Grounder:
         """Whether the model was split, so that videos can be encoded once."""
         return self.manifest.part == "query"
 
-    def ground(self, video: Subject, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:
+    def ground(self, video: VideoInput, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:
         """Return the moments of `video` that fit `query`, best first, at most `top_k`.
 
         None are returned only by a model that carries a threshold for it (`Presence`), where the best scores below it;
@@ -104,7 +104,7 @@ class Grounder:
 
     def ground_batch(
         self,
-        pairs: Sequence[tuple[Subject, str]],
+        pairs: Sequence[tuple[VideoInput, str]],
         top_k: int = 5,
         batch_size: int = BATCH_SIZE,
         *,
@@ -116,7 +116,7 @@ class Grounder:
         video, is encoded once however many pairs it is in. Raises as `ground`, and GroundingError (code
         `invalid_argument`) if `pairs` are no pairs, `top_k` is below 0, or `batch_size` is below 1.
         """
-        check_asked(pairs, top_k, batch_size)
+        check_request(pairs, top_k, batch_size)
         # A server accepts features, but no encodings.
         if self._server is not None and all(isinstance(video, Video) for video, _ in pairs):
             return self._ground_on_server(cast("Sequence[tuple[Video, str]]", pairs), top_k, presence)
@@ -141,7 +141,7 @@ class Grounder:
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
             found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
             for index, picks in zip(chosen, found.picks(decoding, top_k)):
-                moments = in_seconds(picks, found.unit, videos[key].offset)
+                moments = to_moments(picks, found.unit, videos[key].offset)
                 if threshold is not None and not (moments and moments[0].score >= threshold):
                     continue
                 # As published: where nothing is likely, the whole video with score 1.
@@ -149,7 +149,7 @@ class Grounder:
                 answers[index] = moments or [Moment(offset, offset + videos[key].duration, 1.0)]
         return answers
 
-    def _ground_one(self, video: Subject, query: str, top_k: int, presence: bool) -> list[Moment]:
+    def _ground_one(self, video: VideoInput, query: str, top_k: int, presence: bool) -> list[Moment]:
         """Return the moments of one pair, without what puts many together: a GPU answers faster than that takes."""
         tokens, seen = self.encode_query(query), self._seen(video)
         heads = self._run_one(tokens, seen)
@@ -200,10 +200,10 @@ class Grounder:
         picks = decode(heads, decoding, min(top_k, decoding.num_locations))
         if threshold is not None:
             # The whole video with score 1, which is returned where nothing is likely, is no answer.
-            picks[likely(heads, decoding).scores.max(axis=1) < threshold] = np.nan
+            picks[score_proposals(heads, decoding).scores.max(axis=1) < threshold] = np.nan
         return picks
 
-    def cut(self, video: Subject) -> Sequence[Window]:
+    def cut(self, video: VideoInput) -> Sequence[Window]:
         """Return the windows in which a video is grounded; none if it is grounded whole."""
         _check_subject(video)
         if isinstance(video, EncodedWindows):
@@ -211,13 +211,13 @@ class Grounder:
         if isinstance(video, EncodedVideo) or self.windows is None or video.duration <= self.windows.longest:
             return ()
         clock = self.manifest.features.clock
-        return cut(len(video.features), video.num_frames, video.duration, self.windows, clock)
+        return split_into_windows(len(video.features), video.num_frames, video.duration, self.windows, clock)
 
     def _ask_windows(
-        self, video: Subject, windows: Sequence[Window], queries: Sequence[np.ndarray], batch_size: int
-    ) -> Candidates:
+        self, video: VideoInput, windows: Sequence[Window], queries: Sequence[np.ndarray], batch_size: int
+    ) -> WindowProposals:
         """Ask every window every query. No more windows are held at a time than fit into a batch, at least one."""
-        found = Candidates(len(queries), windows)
+        found = WindowProposals(len(queries), windows)
         seen = self._seen_windows(video, windows)
         together = max(1, batch_size // len(queries))
         for start in range(0, len(windows), together):
@@ -226,7 +226,7 @@ class Grounder:
             subjects = [part[window] for _, window in asked]
             for rows, heads in self.run([queries[query] for query, _ in asked], subjects, batch_size):
                 try:
-                    proposals = likely(heads, self.manifest.decoding)
+                    proposals = score_proposals(heads, self.manifest.decoding)
                 except ModelFileError as error:
                     raise self.cause_of(error, [(video, queries[0])]) from error
                 for row, spans, scores in zip(rows, proposals.spans, proposals.scores):
@@ -234,7 +234,7 @@ class Grounder:
                     found.add(query, start + window, spans, scores)
         return found
 
-    def _seen_windows(self, video: Subject, windows: Sequence[Window]) -> Iterator[Segments | EncodedVideo]:
+    def _seen_windows(self, video: VideoInput, windows: Sequence[Window]) -> Iterator[Segments | EncodedVideo]:
         """Yield the windows of a video as the backend takes them, each made when it is asked for."""
         if not isinstance(video, Video):
             yield from cast(EncodedWindows, self._checked(video)).parts
@@ -243,7 +243,7 @@ class Grounder:
         features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
         for window in windows:
             clips = video.features[window.first : window.last + 1]
-            segments = pooled(clips, window.num_frames, num_segments, features.pooling, features.clock)
+            segments = pool_segments(clips, window.num_frames, num_segments, features.pooling, features.clock)
             yield self.encode_segments(segments, window.duration, video.name) if self.is_pair else segments
 
     def run(
@@ -259,10 +259,12 @@ class Grounder:
 
         On a GPU the next batch is put together and asked while the caller decodes this one.
         """
-        answers = ((chosen, _in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size))
+        answers = (
+            (chosen, _retry_in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size)
+        )
         # One batch alone would pay for a thread and gain nothing; on a CPU the network uses every core itself.
         overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
-        yield from _ahead(answers) if overlaps else answers
+        yield from _prefetch(answers) if overlaps else answers
 
     def _batches(
         self, queries: Sequence[np.ndarray], videos: Sequence[Segments | EncodedVideo], batch_size: int
@@ -273,13 +275,13 @@ class Grounder:
                 yield chosen, functools.partial(self._run_part, batch)
             return
         encoded = cast("Sequence[EncodedVideo]", videos)
-        for positions in _together(encoded):
-            for chosen in of_like_length([queries[i] for i in positions], batch_size):
+        for positions in _group_by_prepared(encoded):
+            for chosen in batches_by_length([queries[i] for i in positions], batch_size):
                 rows = positions[chosen]
                 distinct = {id(encoded[i]): encoded[i] for i in rows}
                 place = {key: index for index, key in enumerate(distinct)}
                 video_index = np.array([place[id(encoded[i])] for i in rows], np.int32)
-                asked = (*padded([queries[i] for i in rows]), list(distinct.values()), video_index)
+                asked = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
                 yield rows, functools.partial(self._ask_part, *asked)
 
     @marked("network")
@@ -353,7 +355,7 @@ class Grounder:
         for _ in self.run([np.zeros(length, np.int32)] * batch, [seen] * batch, batch):
             pass
 
-    def encode(self, video: Subject, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
+    def encode(self, video: VideoInput, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
         """Return what the model's video part makes of a video: `ground` takes it in the video's place, without
         computing it again. A video that is grounded in windows is encoded window by window.
 
@@ -441,7 +443,7 @@ class Grounder:
         """SHA-256 of the video part."""
         return next(iter(self.manifest.video_part.values()), "")
 
-    def _seen(self, video: Subject) -> Segments | EncodedVideo:
+    def _seen(self, video: VideoInput) -> Segments | EncodedVideo:
         """Return a video as the backend takes it."""
         if not isinstance(video, Video):
             return cast(EncodedVideo, self._checked(video))
@@ -449,7 +451,9 @@ class Grounder:
             return self.segments(video)
         return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
 
-    def cause_of(self, error: ModelFileError, pairs: Sequence[tuple[Subject | Segments, np.ndarray]]) -> GroundingError:
+    def cause_of(
+        self, error: ModelFileError, pairs: Sequence[tuple[VideoInput | Segments, np.ndarray]]
+    ) -> GroundingError:
         """Return the error to raise where heads are not finite: features of another scale, if zeros give finite heads.
 
         Args:
@@ -526,7 +530,7 @@ class Grounder:
             )
 
 
-def check_asked(pairs: Sequence[tuple[Subject, str]], top_k: int, batch_size: int) -> None:
+def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_size: int) -> None:
     """Raise GroundingError unless `pairs` are videos and sentences, and the sizes are integers in their ranges."""
     for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
@@ -565,7 +569,7 @@ def _kind(value: object) -> str:
     return f"{text} ({type(value).__name__})" if text else f"a value of type {type(value).__name__}"
 
 
-def _together(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:
+def _group_by_prepared(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:
     """Return positions that may share batches: those of one prepared video, and all others."""
     groups: dict[int, list[int]] = {}
     for index, video in enumerate(videos):
@@ -599,7 +603,7 @@ class _Encodings:
         return encoded
 
 
-def _ahead(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.ndarray, Heads]]:
+def _prefetch(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what an iterator yields, the next being made in a thread of its own meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         coming = worker.submit(next, answers, None)
@@ -611,7 +615,7 @@ def _ahead(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.nda
             yield answer
 
 
-def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
+def _retry_in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
     """Return the answers to a batch of so many rows; where memory does not do, to its halves, one after the other."""
     try:
         return ask(slice(0, rows))
@@ -623,12 +627,12 @@ def _in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
         return Heads(*(np.concatenate(pair) for pair in zip(*(vars(half).values() for half in halves))))
 
 
-def moments_of(picks: np.ndarray, video: Subject) -> list[Moment]:
+def moments_of(picks: np.ndarray, video: VideoInput) -> list[Moment]:
     """Return (K, 3) picks, NaN after the last, as moments of a video, in the time of players."""
-    return in_seconds(picks, video.duration, video.offset)
+    return to_moments(picks, video.duration, video.offset)
 
 
-def in_seconds(picks: np.ndarray, duration: float, offset: float = 0.0) -> list[Moment]:
+def to_moments(picks: np.ndarray, duration: float, offset: float = 0.0) -> list[Moment]:
     """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds.
 
     Args:

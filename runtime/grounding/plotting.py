@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from runtime.core.cli import check_plots
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.core.moments import Moment
-from runtime.grounding.formatting import Answer, clock
-from runtime.media.video_file import Footage, stills
+from runtime.grounding.formatting import Answer, format_timestamp
+from runtime.media.video_file import VideoFile, frames_at
 
 log = logging.getLogger("drn")
 
@@ -29,8 +29,8 @@ DPI = 120
 COLUMNS = 118
 # Seconds between ticks: what clocks count by.
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400, 864000)
-MOST_TICKS = 11
-MOST_LINES = 3
+MAX_TICKS = 11
+MAX_LINES = 3
 # Frames of a strip: of a tall video more, of a wide one fewer, and none wider than this, in heights.
 FRAMES = (3, 24)
 SHAPES = (0.25, 8.0)
@@ -63,7 +63,7 @@ class _Track:
     height: float = BAR
 
 
-def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None, *, partial: bool = True) -> None:
+def draw(answers: Sequence[Answer], path: Path, footage: VideoFile | None = None, *, partial: bool = True) -> None:
     """Draw the answers about one video into a PNG: truth beneath where known, frames of the video where it is at hand.
 
     One query gets a line for each moment; of several each gets one, with the best moment full and the others faded.
@@ -93,7 +93,7 @@ def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None, 
     axes.spines["bottom"].set(color=PALE, visible=not pictures)
     axes.grid(axis="x", color=TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
-    _write(axes, f"{answers[0].video}   {clock(duration)}", 0, LINE * 0.5, weight="bold", size=11)
+    _write(axes, f"{answers[0].video}   {format_timestamp(duration)}", 0, LINE * 0.5, weight="bold", size=11)
     place = LINE * 1.4
     for lines, tracks in blocks:
         for line in lines:
@@ -108,12 +108,12 @@ def draw(answers: Sequence[Answer], path: Path, footage: Footage | None = None, 
         axes.tick_params(axis="x", length=0, labelbottom=False)
         lowest = figure.add_axes((EDGE / WIDTH, 0.35 / total, span / WIDTH, strip / total))
         _draw_strip(lowest, pictures, answers, duration)
-    step = next((step for step in STEPS if duration / step <= MOST_TICKS), STEPS[-1])
+    step = next((step for step in STEPS if duration / step <= MAX_TICKS), STEPS[-1])
     for panel in (axes, lowest):
         panel.set_xticks(np.arange(0, duration * (1 + 1e-9), step) if duration / step < 1000 else (0, duration))
-    lowest.xaxis.set_major_formatter(lambda value, _: clock(value, 0 if step >= 1 else 1))
+    lowest.xaxis.set_major_formatter(lambda value, _: format_timestamp(value, 0 if step >= 1 else 1))
     lowest.tick_params(axis="x", colors=PALE, labelsize=8)
-    with replace_when_whole(path) as temporary, warnings.catch_warnings(record=True) as said:
+    with atomic_write(path) as temporary, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure.savefig(temporary, dpi=DPI, format="png")
     if any("missing from" in str(entry.message) for entry in said):
@@ -126,22 +126,28 @@ def _tracks(answer: Answer, alone: bool) -> list[_Track]:
         tracks = [_Track((), "no moment found", PALE)]
     elif alone:
         tracks = [
-            _Track([_Bar(moment.start, moment.end, _faded(moment, answer))], _told(moment, "  "), INK if rank else BEST)
+            _Track(
+                [_Bar(moment.start, moment.end, _faded(moment, answer))], _caption(moment, "  "), INK if rank else BEST
+            )
             for rank, moment in enumerate(answer.moments)
         ]
     else:
         best, *others = answer.moments
         bars = [_Bar(moment.start, moment.end, _faded(moment, answer), 0.55) for moment in reversed(others)]
-        tracks = [_Track([*bars, _Bar(best.start, best.end, BEST)], _told(best, "  "), BEST)]
+        tracks = [_Track([*bars, _Bar(best.start, best.end, BEST)], _caption(best, "  "), BEST)]
     if answer.truths:
         start, end = answer.truths[0]
-        told = f"{clock(start)} – {clock(end)}" if len(answer.truths) == 1 else f"{len(answer.truths)} moments"
+        told = (
+            f"{format_timestamp(start)} – {format_timestamp(end)}"
+            if len(answer.truths) == 1
+            else f"{len(answer.truths)} moments"
+        )
         tracks.append(_Track([_Bar(*truth, TRUTH) for truth in answer.truths], f"{told}  truth", TRUTH, THIN))
     return tracks
 
 
-def _told(moment: Moment, between: str) -> str:
-    return f"{clock(moment.start)} – {clock(moment.end)}{between}{moment.score:.2f}"
+def _caption(moment: Moment, between: str) -> str:
+    return f"{format_timestamp(moment.start)} – {format_timestamp(moment.end)}{between}{moment.score:.2f}"
 
 
 def _faded(moment: Moment, answer: Answer) -> str:
@@ -163,7 +169,7 @@ def _wrapped(text: str) -> list[str]:
     """Return a sentence in lines that fit; wide letters, as of Chinese, take two places."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     columns = int(COLUMNS / (1 + wide / max(len(text), 1)))
-    return textwrap.wrap(" ".join(text.split()), columns, max_lines=MOST_LINES, placeholder=" …”") or ["“”"]
+    return textwrap.wrap(" ".join(text.split()), columns, max_lines=MAX_LINES, placeholder=" …”") or ["“”"]
 
 
 def _write(axes: Any, text: str, x: float, y: float, **style: Any) -> Any:
@@ -194,9 +200,9 @@ def _draw_track(axes: Any, track: _Track, top: float, duration: float) -> None:
     _write(axes, track.label, duration * (1 + 0.12 / (WIDTH - EDGE - LABELS)), middle, size=8.5, color=track.colour)
 
 
-def _strip(footage: Footage, span: float, duration: float, partial: bool) -> list[np.ndarray]:
+def _strip(footage: VideoFile, span: float, duration: float, partial: bool) -> list[np.ndarray]:
     """Return frames of the video, each of the middle of its part of the time line, all of one shape."""
-    ((height, width, _),) = (frame.shape for frame in stills(footage, [0.0], round(STRIP * DPI), partial=partial))
+    ((height, width, _),) = (frame.shape for frame in frames_at(footage, [0.0], round(STRIP * DPI), partial=partial))
     shape = min(max(width / height, SHAPES[0]), SHAPES[1])
     count = min(max(round(span / (STRIP * shape)), FRAMES[0]), FRAMES[1])
     # The time line is that of players, and before the first picture it is on already.
@@ -204,7 +210,7 @@ def _strip(footage: Footage, span: float, duration: float, partial: bool) -> lis
     times = np.maximum(times - footage.offset, 0.0)
     # As many pixels as the picture has for them, and not more, however long or large the video is.
     pixels = max(1, round(span / count / shape * DPI))
-    return [_cut(frame, shape) for frame in stills(footage, times.tolist(), pixels, partial=partial)]
+    return [_cut(frame, shape) for frame in frames_at(footage, times.tolist(), pixels, partial=partial)]
 
 
 def _cut(frame: np.ndarray, shape: float) -> np.ndarray:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.decoding import likely
+from runtime.core.decoding import score_proposals
 from runtime.core.errors import GroundingError, ModelFileError
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.evaluation import CHUNK, Chunk, answers_to
+from runtime.grounding.evaluation import CHUNK, Chunk, run_chunk
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 RANKS = (1, 10)
@@ -109,9 +109,9 @@ def best_scores(
             [videos[number] for number in numbers],
             [known[number].duration for number in numbers],
         )
-        for place, heads in answers_to(grounder, chunk, batch_size):
+        for place, heads in run_chunk(grounder, chunk, batch_size):
             try:
-                found = likely(heads, grounder.manifest.decoding)
+                found = score_proposals(heads, grounder.manifest.decoding)
             except ModelFileError as error:
                 asked_here = [(pooled[wanted[row]], tokens[row // asked.shape[1]]) for row in place]
                 raise grounder.cause_of(error, asked_here) from error

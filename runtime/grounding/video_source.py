@@ -12,9 +12,9 @@ from runtime.backends.base import Device
 from runtime.core.errors import FootageError, GroundingError
 from runtime.core.video import Origin, Video
 from runtime.datasets.dataset import DataSet
-from runtime.media.extraction import cached_video
+from runtime.media.extraction import load_or_extract
 from runtime.media.extractors import open_extractor
-from runtime.media.video_file import Footage, look
+from runtime.media.video_file import VideoFile, probe
 
 log = logging.getLogger("drn")
 
@@ -25,7 +25,7 @@ SAME_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoChoice:
+class VideoArguments:
     """How a user named a video; what goes together is checked by `check`.
 
     Attributes:
@@ -95,7 +95,7 @@ class VideoChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChosenVideo:
+class VideoSource:
     """The video that is asked about.
 
     Attributes:
@@ -106,7 +106,7 @@ class ChosenVideo:
 
     video: Video
     truths: Mapping[str, Sequence[tuple[float, float]]] = dataclasses.field(default_factory=dict)
-    footage: Footage | None = None
+    footage: VideoFile | None = None
 
     def truths_of(self, sentence: str) -> Sequence[tuple[float, float]]:
         """Return what is known of a sentence, whatever stands around its words, in the time of players."""
@@ -115,9 +115,9 @@ class ChosenVideo:
         return [(start + offset, end + offset) for start, end in known]
 
 
-def open_choice(
-    choice: VideoChoice, features: Features, device: Device = "auto", threads: int | None = None
-) -> ChosenVideo:
+def open_video_source(
+    choice: VideoArguments, features: Features, device: Device = "auto", threads: int | None = None
+) -> VideoSource:
     """Return the video that a user named, with its features, which are extracted where they are not there yet.
 
     Args:
@@ -133,10 +133,10 @@ def open_choice(
         assert film is not None
         network = open_extractor(choice.extractor, device, threads)
         network.manifest.check_fits(features)
-        opened = look(film)
-        video = cached_video(film, network, partial=choice.partial, threads=threads, footage=opened)
-        return ChosenVideo(video, footage=opened)
-    footage = look(film) if film else None
+        opened = probe(film)
+        video = load_or_extract(film, network, partial=choice.partial, threads=threads, footage=opened)
+        return VideoSource(video, footage=opened)
+    footage = probe(film) if film else None
     if footage:
         footage.check_whole(choice.partial)
     truths: Mapping[str, Sequence[tuple[float, float]]] = {}
@@ -158,7 +158,7 @@ def open_choice(
         )
     if footage and not video.offset:
         video = dataclasses.replace(video, offset=footage.offset)
-    return ChosenVideo(video, truths, footage)
+    return VideoSource(video, truths, footage)
 
 
 def _truths(data_set: DataSet, video: str) -> dict[str, list[tuple[float, float]]]:

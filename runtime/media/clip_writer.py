@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from runtime.core.errors import DeviceError, FootageError
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.media.timestamps import SoundShift
-from runtime.media.video_file import ROUNDING, Footage, frames_from, load_av, opened_container, upright
+from runtime.media.video_file import ROUNDING, VideoFile, frames_from, load_av, opened_container, upright
 
 log = logging.getLogger("drn")
 
@@ -42,14 +42,14 @@ JITTER = 0.02
 LEAD = 0.5
 LONGEST_SLUG, LONGEST_SLUG_BYTES = 60, 160
 # File systems take names of up to 255 bytes, and a file that is being written has a longer one.
-LONGEST_NAME = 240
+MAX_NAME_LENGTH = 240
 
 
 def clip_names(video: str, queries: Sequence[str]) -> list[str]:
     """Return the file name of each query's clip: video, number, and the words that a name can contain."""
     digits = len(str(len(queries)))
     endings = [f"-{number:0{digits}}-{_slug(query)}.mp4" for number, query in enumerate(queries, 1)]
-    return [_shortened(video, LONGEST_NAME - len(ending.encode())) + ending for ending in endings]
+    return [_shortened(video, MAX_NAME_LENGTH - len(ending.encode())) + ending for ending in endings]
 
 
 def _shortened(text: str, size: int) -> str:
@@ -83,8 +83,8 @@ def check_encoder() -> str:
     return found
 
 
-def cut(
-    footage: Footage,
+def write_clips(
+    footage: VideoFile,
     spans: Sequence[tuple[float, float]],
     outputs: Sequence[Path],
     threads: int | None = None,
@@ -113,21 +113,21 @@ def cut(
         log.warning("This PyAV has no H.264 encoder; clips are written as %s.", encoder)
     with contextlib.ExitStack() as stack:
         for (start, end), output in zip(spans, outputs):
-            temporary = stack.enter_context(replace_when_whole(output))
+            temporary = stack.enter_context(atomic_write(output))
             _write(footage, start, end, temporary, encoder, threads, partial)
 
 
 def _write(
-    footage: Footage, start: float, end: float, path: Path, encoder: str, threads: int | None, partial: bool
+    footage: VideoFile, start: float, end: float, path: Path, encoder: str, threads: int | None, partial: bool
 ) -> None:
     av = load_av()
-    frames = _upright(footage, _seen(footage, start, end, threads, partial))
+    frames = _upright(footage, _frames_in_span(footage, start, end, threads, partial))
     first = next(frames, None)
     if first is None:
         raise FootageError(
             f"No frame of {footage.path} can be decoded from {start:.1f} s on; copy or download it again."
         )
-    sound = _Sound(footage, start, end)
+    sound = _AudioTrack(footage, start, end)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as clip:
         pictures = _video_stream(clip, encoder, footage, first, threads)
         streams = [_timed(pictures, _chained(first, frames))]
@@ -152,7 +152,7 @@ def _timed(stream: Any, frames: Iterator[Any]) -> Iterator[tuple[float, Any, Any
         yield float(frame.pts * frame.time_base), stream, frame
 
 
-def _video_stream(clip: Any, encoder: str, footage: Footage, first: Any, threads: int | None) -> Any:
+def _video_stream(clip: Any, encoder: str, footage: VideoFile, first: Any, threads: int | None) -> Any:
     """Add a stream of pictures like `first`, with its colours and the shape of its pixels."""
     rate = Fraction(footage.frame_rate).limit_denominator(1001)
     stream = clip.add_stream(encoder, rate=rate, options=ENCODERS[encoder])
@@ -170,8 +170,8 @@ def _video_stream(clip: Any, encoder: str, footage: Footage, first: Any, threads
     return stream
 
 
-def _seen(
-    footage: Footage, start: float, end: float, threads: int | None, partial: bool
+def _frames_in_span(
+    footage: VideoFile, start: float, end: float, threads: int | None, partial: bool
 ) -> Iterator[tuple[float, float, Any]]:
     """Yield seconds from `start` at which each frame comes on and goes off, and the frame."""
     shown = None
@@ -188,7 +188,7 @@ def _seen(
         yield max(shown[0] - start, 0.0), last_off, shown[1]
 
 
-def _upright(footage: Footage, seen: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
+def _upright(footage: VideoFile, seen: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
     """Yield frames as encoders take them: yuv420p of one even size, turned upright, with their times on `CLOCK`."""
     av = load_av()
     size: dict[str, int] = {}
@@ -219,7 +219,7 @@ def _turned(planes: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarra
     return np.ascontiguousarray(np.concatenate([part.reshape(-1, turned[0].shape[1]) for part in turned]))
 
 
-class _Sound:
+class _AudioTrack:
     """The sound of a part of a video, from its first sample to its last without a gap.
 
     Attributes:
@@ -227,7 +227,7 @@ class _Sound:
         layout: mono or stereo.
     """
 
-    def __init__(self, footage: Footage, start: float, end: float) -> None:
+    def __init__(self, footage: VideoFile, start: float, end: float) -> None:
         self._footage, self._start, self._end = footage, start, end
         self.rate, self.layout = 0, ""
         with opened_container(footage.path) as container:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from runtime.core.errors import FootageError, excerpt, printable_line, reading
-from runtime.core.io.files import check_file, json_digest, read_json, replace_when_whole, sha256, write_json
+from runtime.core.io.files import atomic_write, check_file, json_digest, read_json, sha256, write_json
 from runtime.core.io.text_files import is_number
-from runtime.core.video import ClipClock, Video, load_features
+from runtime.core.video import ClipTiming, Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE
 from runtime.media.extractors import Extractor
-from runtime.media.video_file import Footage, clips, look, pictures
+from runtime.media.video_file import VideoFile, clips, probe, read_frames
 
 log = logging.getLogger("drn")
 
@@ -41,7 +41,7 @@ class Extracted:
         video: SHA-256 of the file.
         extractor: `extractor_key`.
         num_clips: features.
-        num_frames, frame_rate: of the video, as `Footage` counts them.
+        num_frames, frame_rate: of the video, as `VideoFile` counts them.
         whole: whether the file was seen to be: what `partial` let pass may lack frames.
         features: SHA-256 of the `.npy` file; empty in notes of before, whose features are extracted again.
         offset: seconds from the start of the file, as players count, to the first picture.
@@ -78,7 +78,7 @@ def extractor_key(extractor: Extractor) -> str:
     return json_digest({"revision": REVISION, "extractor": extractor.identity})
 
 
-def check_length(footage: Footage, clock: ClipClock) -> None:
+def check_length(footage: VideoFile, clock: ClipTiming) -> None:
     """Raise FootageError if a video is shorter than one clip."""
     if footage.num_frames < max(2, clock.window):
         frames = "1 frame" if footage.num_frames == 1 else f"{footage.num_frames} frames"
@@ -90,7 +90,7 @@ def check_length(footage: Footage, clock: ClipClock) -> None:
 
 
 def extract(
-    footage: Footage,
+    footage: VideoFile,
     extractor: Extractor,
     output: str | os.PathLike[str],
     *,
@@ -112,7 +112,7 @@ def extract(
     from tqdm import tqdm
 
     about = extractor.manifest
-    clock = ClipClock(about.window, about.stride)
+    clock = ClipTiming(about.window, about.stride)
     check_length(footage, clock)
     # An image encoder needs no more than the frames it looks at.
     every = clock.stride if clock.window == 1 else 1
@@ -127,14 +127,14 @@ def extract(
 
     def counted() -> Iterator[np.ndarray]:
         nonlocal seen
-        for picture in pictures(footage, about.framing, every=every, partial=partial, threads=threads):
+        for picture in read_frames(footage, about.framing, every=every, partial=partial, threads=threads):
             seen += 1
             progress.update(every)
             yield picture
 
     windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
-    decoded = contextlib.closing(ahead(_batches(windows, batch_size)))
-    with replace_when_whole(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
+    decoded = contextlib.closing(prefetch(_batches(windows, batch_size)))
+    with atomic_write(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
         _write_header(stream, 0, about.dim)
         for batch in batches:
             stream.write(np.ascontiguousarray(extractor.extract(batch), np.float32).data)
@@ -167,7 +167,7 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
-def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Generator[np.ndarray, None, None]:
+def prefetch(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Generator[np.ndarray, None, None]:
     """Yield batches that a thread makes, up to `depth` before they are asked for; errors come where they would have."""
     maker = ThreadPoolExecutor(1)
     try:
@@ -183,7 +183,7 @@ def ahead(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Generato
         maker.shutdown(cancel_futures=True)
 
 
-def extracted(
+def extract_if_needed(
     path: Path,
     extractor: Extractor,
     output: Path,
@@ -194,7 +194,7 @@ def extracted(
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    footage: Footage | None = None,
+    footage: VideoFile | None = None,
 ) -> Extracted:
     """Return what is known of a video if `output` still holds just that, else extract it and return that.
 
@@ -213,7 +213,7 @@ def extracted(
             log.info("%s: features are there already, in %s.", path.name, output)
             return known
         log.warning("%s is damaged: it does not match the digest of its note; extracting again.", output)
-    footage = footage or look(path)
+    footage = footage or probe(path)
     if footage.damage and partial:
         log.warning("%s %s; what can be decoded is used.", path, footage.damage)
     num_clips, num_frames = extract(footage, extractor, output, partial=partial, batch_size=batch_size, threads=threads)
@@ -230,14 +230,14 @@ def extracted(
     )
 
 
-def cached_video(
+def load_or_extract(
     path: Path,
     extractor: Extractor,
     *,
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    footage: Footage | None = None,
+    footage: VideoFile | None = None,
 ) -> Video:
     """Return a video file as its clip features, extracted once and kept in `cache_directory`.
 
@@ -248,7 +248,7 @@ def cached_video(
     output = cache_directory() / f"{video[:24]}-{maker[:24]}.npy"
     note = output.with_suffix(".json")
     known = _cached_note(note)
-    found = extracted(
+    found = extract_if_needed(
         path,
         extractor,
         output,

@@ -90,9 +90,9 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
         from runtime.backends.tensorrt_backend import open_extractor_engine
 
         return open_extractor_engine(path, device)
-    from runtime.backends.onnxruntime_backend import start
+    from runtime.backends.onnxruntime_backend import create_session
 
-    session, _, content = start(path, device, threads)
+    session, _, content = create_session(path, device, threads)
     manifest = _manifest(session, path, content)
     identity = json_digest([manifest.to_dict(), content.sha256, content.external])
     taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
@@ -147,7 +147,7 @@ def check_description(value: Mapping[str, Any], path: Path, content: Content) ->
         )
 
 
-def sealed_description(path: Path) -> dict[str, Any]:
+def description_with_digest(path: Path) -> dict[str, Any]:
     """Return the description beside an image encoder with a digest of it, of the graph and of its external data."""
     value = read_description(path)
     return {**value, DIGEST: _description_digest(value, read_content(path))}

@@ -115,7 +115,7 @@ def split(
 
 @dataclasses.dataclass
 class _Run:
-    """Packets in a row whose time stamps neither restart nor jump; attributes as of `Part`, in ticks.
+    """Packets in a row whose time stamps neither restart nor jump; attributes as of `EnginePart`, in ticks.
 
     Attributes:
         decoded: largest time of decoding.

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifacts.extractor_manifest import Framing
+from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import DeviceError, FootageError, one_line, reading
 from runtime.core.io.files import check_file
-from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MIN_FRAME_RATE, MOST_FRAMES
+from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
 from runtime.media.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
 
 log = logging.getLogger("drn")
@@ -37,8 +37,8 @@ WHOLE_BITS = 11
 WHOLE = 1 << WHOLE_BITS
 # A file that ends earlier than it says by more than this many seconds, and this share of a frame count, is truncated.
 # Containers round durations, and the last frame of some has no length.
-LATEST_SECONDS = 0.5
-FEWEST_FRAMES = 0.98
+MAX_SECONDS = 0.5
+MIN_FRAMES = 0.98
 # Containers keep times in units of up to a millisecond.
 ROUNDING = 1e-3
 # Most videos have a key frame within so many seconds.
@@ -68,7 +68,7 @@ LONG_STILL = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Footage:
+class VideoFile:
     """What a video file holds, by its packets, without decoding them.
 
     Frames lie on a grid: number k is what is seen k / `frame_rate` seconds after the first. In a video of constant
@@ -123,7 +123,7 @@ class Footage:
             raise _damaged(self.path, self.damage)
 
 
-class Picture:
+class FrameResizer:
     """Makes the network's picture of every frame of one size, by bilinear interpolation between pixel centres.
 
     Nothing is smoothed before: the published C3D features come from OpenCV's `resize`, which does not. Only pixels
@@ -132,11 +132,11 @@ class Picture:
     Args:
         height, width: of the frames.
         framing: what becomes of them.
-        quarter_turns, mirrored: how frames are made upright, as `Footage` has it, before all else.
+        quarter_turns, mirrored: how frames are made upright, as `VideoFile` has it, before all else.
     """
 
     def __init__(
-        self, height: int, width: int, framing: Framing, quarter_turns: int = 0, mirrored: bool = False
+        self, height: int, width: int, framing: ResizeCrop, quarter_turns: int = 0, mirrored: bool = False
     ) -> None:
         pixels = upright(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns, mirrored)
         (top, below, across), (left, right, along) = (
@@ -179,7 +179,7 @@ def _taps(length: int, resized: int, cut: int) -> tuple[np.ndarray, np.ndarray, 
     return before, np.minimum(before + 1, length - 1), places - before
 
 
-def look(path: str | os.PathLike[str]) -> Footage:
+def probe(path: str | os.PathLike[str]) -> VideoFile:
     """Return what a video file holds; it is read once, and nothing but its first frame is decoded.
 
     Raises:
@@ -199,7 +199,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
         rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
         if not rate > 0:
             raise FootageError(f"{path} has no frame rate, and one frame alone has none; give a longer video.")
-        damage = _shortfall(container, stream, packets, parts) or packets.damage(parts)
+        damage = _truncation(container, stream, packets, parts) or packets.damage(parts)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         start = int(times[0]) * unit
         offset = _offset(container, start)
@@ -209,7 +209,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
     if first is None:
         raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
     num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
-    if num_frames > MOST_FRAMES or num_frames / rate > LONGEST_SECONDS:
+    if num_frames > MAX_FRAMES or num_frames / rate > LONGEST_SECONDS:
         raise FootageError(
             f"{path} lasts {num_frames / rate:.3g} s by its time stamps, {num_frames} frames; write them anew, for "
             "example with `ffmpeg -i FILE -c copy NEW.mkv`."
@@ -223,7 +223,7 @@ def look(path: str | os.PathLike[str]) -> Footage:
         )
     _report(path, times, parts, unit)
     quarter_turns, mirrored = _orientation(first, path)
-    return Footage(
+    return VideoFile(
         path=path,
         num_frames=num_frames,
         frame_rate=rate,
@@ -308,8 +308,8 @@ def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -
         )  # fmt: skip
 
 
-def pictures(
-    footage: Footage, framing: Framing, *, every: int = 1, partial: bool = False, threads: int | None = None
+def read_frames(
+    footage: VideoFile, framing: ResizeCrop, *, every: int = 1, partial: bool = False, threads: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield the picture of each frame of the grid, or of every `every`-th from the first on: (height, width, 3) uint8.
 
@@ -327,13 +327,13 @@ def pictures(
     """
     footage.check_whole(partial)
     av = load_av()
-    makers: dict[tuple[int, int], Picture] = {}
+    makers: dict[tuple[int, int], FrameResizer] = {}
     reformatter = av.video.reformatter.VideoReformatter()
 
     def picture(frame: Any) -> np.ndarray:
         size = (frame.height, frame.width)
         if size not in makers:
-            makers[size] = Picture(*size, framing, footage.quarter_turns, footage.mirrored)
+            makers[size] = FrameResizer(*size, framing, footage.quarter_turns, footage.mirrored)
         return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
 
     reached, waiting, shown = -1, None, None
@@ -356,11 +356,11 @@ def pictures(
                 shown = picture(frame)
                 yield shown
             reached, waiting = place, frame
-    if not partial and reached + 1 < FEWEST_FRAMES * footage.num_frames:
+    if not partial and reached + 1 < MIN_FRAMES * footage.num_frames:
         raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets hold {footage.num_frames}")
 
 
-def stills(footage: Footage, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
+def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
     """Return what is seen at some times, upright and in its true shape: (height, width, 3) uint8 each.
 
     Decoding starts at the last key frame before, so that a few frames of a long video cost little. Of a damaged file
@@ -385,7 +385,7 @@ def stills(footage: Footage, times: Sequence[float], height: int, *, partial: bo
     return found
 
 
-def _frames_at(footage: Footage, times: Sequence[float], partial: bool) -> Iterator[Any]:
+def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Iterator[Any]:
     """Yield the frame that is on at each of the rising times; no part is decoded twice."""
     with _opened(footage.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
@@ -409,7 +409,7 @@ def _frames_at(footage: Footage, times: Sequence[float], partial: bool) -> Itera
 
 
 def frames_from(
-    footage: Footage, start: float, threads: int | None = None, *, partial: bool = True
+    footage: VideoFile, start: float, threads: int | None = None, *, partial: bool = True
 ) -> Iterator[tuple[float, Any]]:
     """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
 
@@ -445,7 +445,7 @@ def frames_from(
                 return
 
 
-def _small(frame: Any, footage: Footage, height: int) -> np.ndarray:
+def _small(frame: Any, footage: VideoFile, height: int) -> np.ndarray:
     """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
     tall, wide = frame.height, frame.width * footage.pixel_aspect
     share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
@@ -631,24 +631,24 @@ def _rate(times: np.ndarray, unit: float) -> float | None:
     return 1 / (float(chosen.mean()) * unit)
 
 
-def _shortfall(container: Any, stream: Any, packets: _Packets, parts: Sequence[Part]) -> str:
+def _truncation(container: Any, stream: Any, packets: _Packets, parts: Sequence[Part]) -> str:
     """Return how much less is there than the file says, as a clause; empty when all is there."""
     # An edit list may leave stored frames out, and the index after it; the header counts them all the same.
     indexed = len(getattr(stream, "index_entries", ())) or stream.frames
     expected, stored = min(stream.frames, indexed), len(packets.stamps)
-    if stored < FEWEST_FRAMES * expected - 1:
+    if stored < MIN_FRAMES * expected - 1:
         return f"is cut off: it says {expected} frames and holds {stored}"
     # FFmpeg skips what lies around the head of a second FLV file, and of other formats what lies after one.
-    if _begins_again(container, 1 if container.format.name == "flv" else packets.last_byte):
+    if _restarts(container, 1 if container.format.name == "flv" else packets.last_byte):
         return "consists of several files, of which FFmpeg does not read the last"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
     told = (container.duration or 0) / 1e6
-    if len(parts) < 2 and 0 < packets.reached < told - max(LATEST_SECONDS, (1 - FEWEST_FRAMES) * told):
+    if len(parts) < 2 and 0 < packets.reached < told - max(MAX_SECONDS, (1 - MIN_FRAMES) * told):
         return f"is cut off: it says {told:.1f} s and ends after {packets.reached:.1f} s"
     return ""
 
 
-def _begins_again(container: Any, start: int) -> bool:
+def _restarts(container: Any, start: int) -> bool:
     """Whether another file of the same format begins in this one, from byte `start` on."""
     head = HEADS.get(container.format.name)
     if head is None or start >= os.path.getsize(container.name):
@@ -662,7 +662,7 @@ def _begins_again(container: Any, start: int) -> bool:
         return head.search(content, start - first) is not None
 
 
-def _timed(frames: Iterator[Any], footage: Footage) -> Iterator[tuple[float, Any]]:
+def _timed(frames: Iterator[Any], footage: VideoFile) -> Iterator[tuple[float, Any]]:
     """Yield the seconds of each frame after the first, and the frame; one without a time follows the one before."""
     time = -1 / footage.frame_rate
     for frame in frames:

@@ -15,8 +15,8 @@ from starlette.responses import FileResponse
 
 from runtime.core.errors import GroundingError, excerpt
 from runtime.core.io.files import open_inside
-from runtime.service.http_errors import Refusal, refusal_of
-from runtime.service.middleware import Gate, Gone, unless_gone
+from runtime.service.http_errors import HttpError, to_http_error
+from runtime.service.middleware import ClientDisconnected, RequestGuard, cancel_on_disconnect
 from runtime.service.schemas import (
     Failure,
     Grounded,
@@ -24,10 +24,10 @@ from runtime.service.schemas import (
     SentVideo,
     VideoEntry,
     VideoList,
-    asking,
     form_schema,
-    parsed,
-    told,
+    format_validation_errors,
+    parse_body,
+    request_models,
 )
 from runtime.service.service import Service, json_response
 from runtime.service.video_cache import MEDIA_TYPES
@@ -45,9 +45,11 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def application(service: Service) -> Gate:
+def application(service: Service) -> RequestGuard:
     """Return the service as an ASGI application."""
-    return Gate(_routes(service), service.options.gate, service.keys, service.telemetry, lambda: service.draining)
+    return RequestGuard(
+        _routes(service), service.options.gate, service.keys, service.telemetry, lambda: service.draining
+    )
 
 
 def _routes(service: Service) -> FastAPI:
@@ -72,7 +74,7 @@ def _routes(service: Service) -> FastAPI:
 def _add_grounding(app: FastAPI, service: Service) -> None:
     """Serve queries about a video."""
     options = service.options
-    question, sent_question = asking(options.most_queries, options.longest_query)
+    question, sent_question = request_models(options.most_queries, options.longest_query)
     asked_so = {JSON: question.model_json_schema(), MULTIPART: form_schema(sent_question)}
 
     @app.post(
@@ -87,10 +89,10 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
             return await service.ground_upload(request, sent_question)
         if kind != JSON:
             raise _wrong_kind(kind, JSON, MULTIPART)
-        asked = parsed(question, await request.body())
+        asked = parse_body(question, await request.body())
 
         answer = service.ground(asked.video, lambda: service.subject(asked.video), asked.query, asked.top_k)
-        return await unless_gone(request.receive, answer, options.timeout_s)
+        return await cancel_on_disconnect(request.receive, answer, options.timeout_s)
 
 
 def _add_videos(app: FastAPI, service: Service) -> None:
@@ -130,7 +132,7 @@ def _add_videos(app: FastAPI, service: Service) -> None:
     async def forget(video: str) -> Response:
         """Remove an upload before its time."""
         if video in service.library:
-            raise Refusal(403, f"{excerpt(video)} belongs to the data set; only uploads can be removed.")
+            raise HttpError(403, f"{excerpt(video)} belongs to the data set; only uploads can be removed.")
         service.uploads.forget(service.upload(video))
         return Response(status_code=204)
 
@@ -143,7 +145,7 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         except OSError:
             handle = None
         if path is None or handle is None:
-            raise Refusal(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
+            raise HttpError(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
         return _Opened(handle, MEDIA_TYPES[path.suffix.lower()])
 
 
@@ -187,43 +189,43 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _wrong_kind(kind: str, *wanted: str) -> Refusal:
-    return Refusal(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(wanted)}.")
+def _wrong_kind(kind: str, *wanted: str) -> HttpError:
+    return HttpError(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(wanted)}.")
 
 
-def _of_http(error: Exception) -> Refusal:
+def _of_http(error: Exception) -> HttpError:
     assert isinstance(error, HTTPException)
     said = {
         404: "There is nothing at this address; /docs lists what there is.",
         405: "This address does not take this method; /docs lists what it takes.",
     }.get(error.status_code, str(error.detail))
-    return Refusal(error.status_code, said, headers=dict(error.headers or {}))
+    return HttpError(error.status_code, said, headers=dict(error.headers or {}))
 
 
-def _of_validation(error: Exception) -> Refusal:
+def _of_validation(error: Exception) -> HttpError:
     assert isinstance(error, RequestValidationError)
-    return Refusal(422, told(error.errors()))
+    return HttpError(422, format_validation_errors(error.errors()))
 
 
-def _of_grounding(error: Exception) -> Refusal:
-    return error if isinstance(error, Refusal) else refusal_of(error)  # type: ignore[arg-type]
+def _of_grounding(error: Exception) -> HttpError:
+    return error if isinstance(error, HttpError) else to_http_error(error)  # type: ignore[arg-type]
 
 
-def _of_anything(error: Exception) -> Refusal:
-    return Refusal(500, "The service failed on this request; report the time to its operator.")
+def _of_anything(error: Exception) -> HttpError:
+    return HttpError(500, "The service failed on this request; report the time to its operator.")
 
 
-_HANDLERS: tuple[tuple[type[Exception], Callable[[Exception], Refusal]], ...] = (
+_HANDLERS: tuple[tuple[type[Exception], Callable[[Exception], HttpError]], ...] = (
     (HTTPException, _of_http),
     (RequestValidationError, _of_validation),
-    (Refusal, _of_grounding),
+    (HttpError, _of_grounding),
     (GroundingError, _of_grounding),
-    (Gone, lambda error: Refusal(499, "The client has left.", "gone")),
+    (ClientDisconnected, lambda error: HttpError(499, "The client has left.", "gone")),
     (Exception, _of_anything),
 )
 
 
-def _handler(refuse: Callable[[Exception], Refusal]) -> Callable[[Request, Exception], Response]:
+def _handler(refuse: Callable[[Exception], HttpError]) -> Callable[[Request, Exception], Response]:
     def handle(request: Request, error: Exception) -> Response:
         refusal = refuse(error)
         return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
@@ -238,7 +240,7 @@ def _add_page(app: FastAPI) -> None:
     def file(name: str, request: Request) -> Response:
         content = files.get(name)
         if content is None:
-            raise Refusal(404, "There is nothing at this address; /docs lists what there is.")
+            raise HttpError(404, "There is nothing at this address; /docs lists what there is.")
         tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
         headers = {"etag": tag, "cache-control": "no-cache"}
         if request.headers.get("if-none-match") == tag:

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from runtime.core.errors import GroundingError
 from runtime.core.moments import Moment
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, Subject
-from runtime.service.http_errors import Refusal
+from runtime.grounding.grounder import BATCH_SIZE, Grounder, VideoInput
+from runtime.service.http_errors import HttpError
 
 log = logging.getLogger("drn.service")
 
-Pair = tuple[Subject, str]
+Pair = tuple[VideoInput, str]
 Result = TypeVar("Result")
 
 # How much the last batch counts in the mean rate that Retry-After is computed from.
@@ -49,7 +49,7 @@ class BatchOptions:
             )
 
 
-class _Asked:
+class _PendingRequest:
     """One request: its pairs, and its answers as they come."""
 
     def __init__(self, pairs: Sequence[Pair], top_k: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -93,7 +93,7 @@ class Batcher:
         self._options = options
         self._seen = seen
         self._changed = threading.Condition()
-        self._waiting: collections.deque[tuple[_Asked, int]] = collections.deque()
+        self._waiting: collections.deque[tuple[_PendingRequest, int]] = collections.deque()
         self._jobs: collections.deque[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = (
             collections.deque()
         )
@@ -116,7 +116,7 @@ class Batcher:
         Raises:
             Refusal: 429 if the queue is full, with Retry-After in seconds; 503 if the service ends.
         """
-        asked = _Asked(pairs, top_k, asyncio.get_running_loop())
+        asked = _PendingRequest(pairs, top_k, asyncio.get_running_loop())
         with self._changed:
             self._check_open()
             if len(self._waiting) + len(pairs) > self._options.queue_size:
@@ -158,12 +158,12 @@ class Batcher:
 
     def _check_open(self) -> None:
         if self._ends:
-            raise Refusal(503, "The service is shutting down; ask another, or this one later.", "draining")
+            raise HttpError(503, "The service is shutting down; ask another, or this one later.", "draining")
 
-    def _full(self, pairs: int) -> Refusal:
+    def _full(self, pairs: int) -> HttpError:
         rate = self._pairs_per_second
         seconds = max(1, math.ceil(len(self._waiting) / rate)) if rate else 1
-        return Refusal(
+        return HttpError(
             429,
             f"{len(self._waiting)} sentences wait and at most {self._options.queue_size} may, so {pairs} more are not "
             f"taken; ask again in {seconds} s.",
@@ -182,11 +182,11 @@ class Batcher:
                         return
                     chosen = self._gather()
             for job, settle in jobs:
-                _do(job, settle)
+                _run_in_worker(job, settle)
             if not jobs and chosen:
                 self._answer(chosen)
 
-    def _gather(self) -> list[tuple[_Asked, int]]:
+    def _gather(self) -> list[tuple[_PendingRequest, int]]:
         """Return the pairs of the next batch, once enough wait or the first has waited long enough."""
         wanted = min(self._expected, self._options.batch_size)
         until = time.perf_counter() + self._options.wait_ms / 1000
@@ -199,13 +199,13 @@ class Batcher:
         self._expected = len(chosen) + len(self._waiting)
         return chosen
 
-    def _answer(self, chosen: Sequence[tuple[_Asked, int]]) -> None:
+    def _answer(self, chosen: Sequence[tuple[_PendingRequest, int]]) -> None:
         started = time.perf_counter()
         answers = self._ground(chosen)
         took = time.perf_counter() - started
         rate = len(chosen) / max(took, 1e-6)
         self._pairs_per_second += (rate - self._pairs_per_second) * (RATE_SHARE if self._pairs_per_second else 1)
-        done: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
+        done: dict[asyncio.AbstractEventLoop, list[_PendingRequest]] = {}
         for (asked, index), answer in zip(chosen, answers):
             if isinstance(answer, Exception):
                 asked.error = answer
@@ -219,7 +219,7 @@ class Batcher:
         for loop, settled in done.items():
             _call(loop, _settle_all, settled)
 
-    def _ground(self, chosen: Sequence[tuple[_Asked, int]]) -> list[list[Moment] | Exception]:
+    def _ground(self, chosen: Sequence[tuple[_PendingRequest, int]]) -> list[list[Moment] | Exception]:
         """Return the moments of every pair, or what went wrong with it: one that fails does not fail the others."""
         pairs = [asked.pairs[index] for asked, index in chosen]
         top_k = max(asked.top_k for asked, _ in chosen)
@@ -233,12 +233,12 @@ class Batcher:
             return [answer for item in chosen for answer in self._ground([item])]
 
 
-def _settle_all(settled: Sequence[_Asked]) -> None:
+def _settle_all(settled: Sequence[_PendingRequest]) -> None:
     for asked in settled:
         asked.settle()
 
 
-def _do(job: Callable[[], Any], settle: Callable[[Any, Exception | None], None]) -> None:
+def _run_in_worker(job: Callable[[], Any], settle: Callable[[Any, Exception | None], None]) -> None:
     try:
         result = job()
     except Exception as error:

@@ -9,12 +9,12 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 from runtime.service.middleware import HEADER_BYTES
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 1.0
-MOST_CONNECTIONS = 512
+MAX_CONNECTIONS = 512
 
 
 class _Joined:
@@ -58,8 +58,8 @@ class Connection(H11Protocol):
         # What is written of an answer in two pieces: the second would wait until the client has said that it has the
         # first, 40 ms. asyncio sees to it only for sockets that were made with their protocol named.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self.connections) > MOST_CONNECTIONS:
-            self._say(Refusal(503, "Too many connections are open; try again later.", headers={"retry-after": "1"}))
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._say(HttpError(503, "Too many connections are open; try again later.", headers={"retry-after": "1"}))
             return
         self._await_head()
 
@@ -85,7 +85,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self._say(
-            Refusal(
+            HttpError(
                 400,
                 f"This is no HTTP request, or its head is above {HEADER_BYTES >> 10} KiB; send HTTP/1.1 and shorter "
                 "headers.",
@@ -102,9 +102,9 @@ class Connection(H11Protocol):
 
     def _late(self) -> None:
         self._head_timer = None
-        self._say(Refusal(408, f"No whole request head came in {HEADER_SECONDS:g} s; send it at once."))
+        self._say(HttpError(408, f"No whole request head came in {HEADER_SECONDS:g} s; send it at once."))
 
-    def _say(self, refusal: Refusal) -> None:
+    def _say(self, refusal: HttpError) -> None:
         """Answer outside of any request, and close."""
         self._head_came()
         if not (self.transport.is_closing() or self._ends):

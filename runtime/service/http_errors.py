@@ -29,7 +29,7 @@ CODES = {
 }
 
 
-class Refusal(Exception):
+class HttpError(Exception):
     """An answer that says what happened, what was expected and what to do.
 
     Attributes:
@@ -56,20 +56,20 @@ class Refusal(Exception):
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
 
-def refusal_of(error: GroundingError) -> Refusal:
+def to_http_error(error: GroundingError) -> HttpError:
     """Return the refusal for an error that a client can correct; faults of the service are not described to it.
 
     Status and HTTP code depend on the class of the error alone: `error.code` may be more exact, but clients rely on
     the HTTP codes.
     """
     if isinstance(error, DeviceError):
-        return Refusal(503, "The service cannot do this now; try again later, or report it to its operator.")
-    return Refusal(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
+        return HttpError(503, "The service cannot do this now; try again later, or report it to its operator.")
+    return HttpError(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
 
 
-def unknown_video(name: str, near: str = "") -> Refusal:
+def unknown_video(name: str, near: str = "") -> HttpError:
     """Return the refusal for a video that is not here, or no longer; `near` is what `near_name` returns."""
-    return Refusal(
+    return HttpError(
         404,
         f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
         f"kept for a while only.{near}",

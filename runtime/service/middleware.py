@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from runtime.core.errors import GroundingError
-from runtime.service.http_errors import Refusal, refusal_of
+from runtime.service.http_errors import HttpError, to_http_error
 from runtime.service.prometheus import Telemetry
 
 log = logging.getLogger("drn.service")
@@ -66,7 +66,7 @@ class GateOptions:
     upload_bytes: int = 512 << 20
 
 
-class Keys:
+class ApiKeys:
     """Who may ask: all where there is no key, else who shows it, or a ticket that was made with it."""
 
     def __init__(self, key: str | None) -> None:
@@ -99,11 +99,11 @@ class Keys:
         return hmac.new((self._key or "").encode(), f"{path} {until}".encode(), hashlib.sha256).hexdigest()
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has left; there is nobody to answer."""
 
 
-class Gate:
+class RequestGuard:
     """An ASGI application around the routes.
 
     Args:
@@ -115,7 +115,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, options: GateOptions, keys: Keys, telemetry: Telemetry, draining: Callable[[], bool]
+        self, app: App, options: GateOptions, keys: ApiKeys, telemetry: Telemetry, draining: Callable[[], bool]
     ) -> None:
         self._app = app
         self._options = options
@@ -130,14 +130,14 @@ class Gate:
         started = time.perf_counter()
         status = 0
 
-        instead: Refusal | None = None
+        instead: HttpError | None = None
 
         async def out(message: Message) -> None:
             nonlocal status, instead
             if message["type"] == "http.response.start":
                 status = message["status"]
                 instead = _in_plain_text(message)
-                head = start_of(instead) if instead else message
+                head = response_start(instead) if instead else message
                 message = {**head, "headers": [*head.get("headers", ()), *_ENCODED]}
             elif instead is not None:
                 if message.get("more_body"):
@@ -152,17 +152,17 @@ class Gate:
             try:
                 self._check(scope)
                 await self._app(scope, _Body(scope, receive, self._limit(scope)), out)
-            except (Gone, asyncio.TimeoutError):
+            except (ClientDisconnected, asyncio.TimeoutError):
                 status = status or 499
-                raise Gone from None
-            except (Refusal, GroundingError) as error:
-                await self._refuse(error if isinstance(error, Refusal) else refusal_of(error), status, out)
+                raise ClientDisconnected from None
+            except (HttpError, GroundingError) as error:
+                await self._refuse(error if isinstance(error, HttpError) else to_http_error(error), status, out)
             except Exception as error:
                 log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
                 await self._refuse(
-                    Refusal(500, "The service failed on this request; report the time to its operator."), status, out
+                    HttpError(500, "The service failed on this request; report the time to its operator."), status, out
                 )
-        except Gone:
+        except ClientDisconnected:
             # Nothing was said, or not all of it: the connection ends.
             if status == 499:
                 await send({"type": "http.response.start", "status": 499, "headers": [(b"connection", b"close")]})
@@ -171,24 +171,24 @@ class Gate:
             route = getattr(scope.get("route"), "path", "other")
             self._telemetry.answered(route, status, time.perf_counter() - started)
 
-    async def _refuse(self, refusal: Refusal, status: int, out: Send) -> None:
+    async def _refuse(self, refusal: HttpError, status: int, out: Send) -> None:
         if status:
             # An answer was begun already; its connection can only be cut.
-            raise Gone
+            raise ClientDisconnected
         self._telemetry.refused(refusal.code)
-        await out(start_of(refusal))
+        await out(response_start(refusal))
         await out({"type": "http.response.body", "body": refusal.body()})
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         head = len(scope["raw_path"]) + len(scope["query_string"])
         if head + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > HEADER_BYTES:
-            raise Refusal(431, f"The address and headers are above {HEADER_BYTES >> 10} KiB; send shorter ones.")
+            raise HttpError(431, f"The address and headers are above {HEADER_BYTES >> 10} KiB; send shorter ones.")
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._options.hosts and name.lower() not in self._options.hosts:
             # A web page elsewhere may have its own name lead to this machine, to read what it serves.
-            raise Refusal(
+            raise HttpError(
                 403,
                 f"This service is called {' or '.join(self._options.hosts)} and was asked for as {host[:80]!r}; use "
                 "one of these names, or start it with --allow-host.",
@@ -196,7 +196,7 @@ class Gate:
             )
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin is not None and _host_of(origin) != host:
-            raise Refusal(
+            raise HttpError(
                 403,
                 f"A page of {origin[:80]!r} may not ask this service; ask from its own page, or not from a browser.",
                 "wrong_origin",
@@ -204,13 +204,13 @@ class Gate:
         path = scope["path"]
         open_to_all = path in OPEN or path.startswith("/page/")
         if not open_to_all and not self._keys.let_in(scope, headers.get("authorization", "")):
-            raise Refusal(
+            raise HttpError(
                 401,
                 "This service needs a key; send it as `Authorization: Bearer KEY`.",
                 headers={"www-authenticate": "Bearer"},
             )
         if self._draining() and path not in ("/healthz", "/metrics"):
-            raise Refusal(503, "The service is shutting down; ask another, or this one later.", "draining")
+            raise HttpError(503, "The service is shutting down; ask another, or this one later.", "draining")
 
     def _limit(self, scope: MutableMapping[str, Any]) -> int:
         kinds = [value for name, value in scope["headers"] if name == b"content-type"]
@@ -239,24 +239,24 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), max(left, 0.001))
         except asyncio.TimeoutError:
-            raise Refusal(
+            raise HttpError(
                 408,
                 f"The body came too slowly: {self._came} bytes, then nothing for long; send at least "
                 f"{BODY_BYTES_PER_SECOND >> 10} KiB a second.",
             ) from None
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         self._came += len(message.get("body", b""))
         if self._came > self._limit:
             raise self._too_large()
         self._whole = not message.get("more_body", False)
         return message
 
-    def _too_large(self) -> Refusal:
-        return Refusal(413, f"The body is above the limit of {self._limit} bytes; send less.")
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"The body is above the limit of {self._limit} bytes; send less.")
 
 
-async def unless_gone(receive: Receive, work: Awaitable[Any], seconds: float) -> Any:
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[Any], seconds: float) -> Any:
     """Return what `work` does; once the client has left or time is up it is cancelled.
 
     Raises:
@@ -270,8 +270,8 @@ async def unless_gone(receive: Receive, work: Awaitable[Any], seconds: float) ->
         if task.done():
             return task.result()
         if gone.done():
-            raise Gone
-        raise Refusal(
+            raise ClientDisconnected
+        raise HttpError(
             504, f"There was no answer in {seconds:g} s; ask again, or ask less at once.", headers={"retry-after": "1"}
         )
     finally:
@@ -279,20 +279,20 @@ async def unless_gone(receive: Receive, work: Awaitable[Any], seconds: float) ->
         task.cancel()
 
 
-def start_of(refusal: Refusal) -> Message:
+def response_start(refusal: HttpError) -> Message:
     """Return the head of a refusal's answer."""
     headers = {"content-type": "application/json", "content-length": str(len(refusal.body())), **refusal.headers}
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     return {"type": "http.response.start", "status": refusal.status, "headers": encoded}
 
 
-def _in_plain_text(start: Message) -> Refusal | None:
+def _in_plain_text(start: Message) -> HttpError | None:
     """Return what replaces a library's error in plain text: of files, and ranges of them."""
     headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
     if start["status"] < 400 or headers.get(b"content-type") == b"application/json":
         return None
     length = headers.get(b"content-range", b"").rpartition(b"/")[2].decode()
-    return Refusal(
+    return HttpError(
         start["status"],
         f"The Range header asks for what the file does not have{f' in its {length} bytes' if length else ''}; send "
         "`Range: bytes=FIRST-LAST` within its length, or none.",

@@ -11,9 +11,9 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 
-MOST_FIELDS = 128
+MAX_FIELDS = 128
 FIELD_BYTES = 8 << 10
 
 
@@ -59,8 +59,8 @@ class _Reader:
 
     def part_begin(self) -> None:
         self._parts += 1
-        if self._parts > MOST_FIELDS:
-            raise Refusal(413, f"The form has more than {MOST_FIELDS} parts; send less at once.")
+        if self._parts > MAX_FIELDS:
+            raise HttpError(413, f"The form has more than {MAX_FIELDS} parts; send less at once.")
         self._header, self._name, self._text = (b"", b""), "", b""
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
@@ -90,7 +90,7 @@ class _Reader:
             return
         self._text += data[start:end]
         if len(self._text) > FIELD_BYTES:
-            raise Refusal(413, f"The field {self._name[:80]!r} is above {FIELD_BYTES} bytes; send a shorter text.")
+            raise HttpError(413, f"The field {self._name[:80]!r} is above {FIELD_BYTES} bytes; send a shorter text.")
 
     def part_end(self) -> None:
         if self._stream is not None:
@@ -151,8 +151,8 @@ async def read_form(
     return Form(reader.fields, reader.files)
 
 
-def _unreadable(why: str) -> Refusal:
-    return Refusal(
+def _unreadable(why: str) -> HttpError:
+    return HttpError(
         400,
         f"The form cannot be read: {why.rstrip('.')}; send it as multipart/form-data, as `curl -F` does.",
     )

@@ -8,9 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from runtime.core.errors import GroundingError, excerpt
 from runtime.core.io.text_files import parse_json
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 
-MOST_MOMENTS = 100
+MAX_MOMENTS = 100
 
 
 class Moment(BaseModel):
@@ -74,7 +74,7 @@ class SentVideo(BaseModel):
     partial: Annotated[bool, Field(description="use what can be decoded of a damaged video file")] = False
 
 
-def asking(most_queries: int, longest_query: int) -> tuple[type[BaseModel], type[SentVideo]]:
+def request_models(most_queries: int, longest_query: int) -> tuple[type[BaseModel], type[SentVideo]]:
     """Return the models of a question about a known video and of one that brings its video, within these limits."""
     sentence = Annotated[str, Field(min_length=1, max_length=longest_query)]
     one = {"type": "string", "minLength": 1, "maxLength": longest_query}
@@ -84,7 +84,7 @@ def asking(most_queries: int, longest_query: int) -> tuple[type[BaseModel], type
         Field(min_length=1, max_length=most_queries),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ]
-    count = Annotated[int, Field(ge=1, le=MOST_MOMENTS, description="most moments for each sentence")]
+    count = Annotated[int, Field(ge=1, le=MAX_MOMENTS, description="most moments for each sentence")]
 
     class Question(BaseModel):
         """One or more sentences about one video."""
@@ -113,26 +113,26 @@ def form_schema(model: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
-def parsed(model: type[BaseModel], body: bytes) -> Any:
+def parse_body(model: type[BaseModel], body: bytes) -> Any:
     try:
         value = model.model_validate_json(body)
         # pydantic uses the last of several values of one name, without an error.
         parse_json(body.decode(), "The request", advice="send every name once; see /docs for what is expected")
         return value
     except ValidationError as error:
-        raise Refusal(422, told(error.errors(include_url=False, include_input=False))) from error
+        raise HttpError(422, format_validation_errors(error.errors(include_url=False, include_input=False))) from error
     except GroundingError as error:
-        raise Refusal(422, str(error)) from error
+        raise HttpError(422, str(error)) from error
 
 
-def checked(model: type[BaseModel], fields: dict[str, Any]) -> Any:
+def validate_form(model: type[BaseModel], fields: dict[str, Any]) -> Any:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise Refusal(422, told(error.errors(include_url=False, include_input=False))) from error
+        raise HttpError(422, format_validation_errors(error.errors(include_url=False, include_input=False))) from error
 
 
-def told(problems: Any) -> str:
+def format_validation_errors(problems: Any) -> str:
     """Return what is wrong with a request, the first few places of it."""
     places = [
         f"{excerpt('.'.join(map(str, problem['loc'])))[1:-1] or 'the body'}: {excerpt(problem['msg'])[1:-1]}"

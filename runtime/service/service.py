@@ -20,15 +20,15 @@ from runtime.core.names import near_name
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer
-from runtime.grounding.grounder import Grounder, Subject
+from runtime.grounding.grounder import Grounder, VideoInput
 from runtime.service.batching import Batcher, BatchOptions
-from runtime.service.http_errors import Refusal, unknown_video
-from runtime.service.middleware import GateOptions, Keys, unless_gone
+from runtime.service.http_errors import HttpError, unknown_video
+from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnect
 from runtime.service.multipart import read_form
 from runtime.service.prometheus import Telemetry
-from runtime.service.schemas import SentVideo, checked
+from runtime.service.schemas import SentVideo, validate_form
 from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
-from runtime.service.video_cache import Entry, Library, Shelf, check_windows
+from runtime.service.video_cache import Entry, VideoCache, VideoCatalog, check_windows
 
 # Of the header that names unknown words: proxies refuse responses whose headers exceed 4 to 8 KiB in all.
 MAX_HEADER_BYTES = 2048
@@ -87,13 +87,13 @@ class Service:
         self.digest = digest
         self.options = options
         self.telemetry = Telemetry()
-        self.library = Library(data, media)
+        self.library = VideoCatalog(data, media)
         self.batcher = Batcher(grounder, options.batching, self.telemetry.batch)
-        self.shelf = Shelf(grounder, self.batcher, options.cache_bytes, self.telemetry)
+        self.shelf = VideoCache(grounder, self.batcher, options.cache_bytes, self.telemetry)
         self.uploads = Uploads(
             options.uploads, grounder.manifest.features.clock, extractor, device, threads, self.shelf.forget
         )
-        self.keys = Keys(options.gate.api_key)
+        self.keys = ApiKeys(options.gate.api_key)
         self.draining = False
         self.telemetry.model(
             {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
@@ -114,7 +114,7 @@ class Service:
         self.uploads.sweep()
 
     async def ground(
-        self, name: str, ready: Callable[[], Awaitable[Subject]], queries: list[str], top_k: int
+        self, name: str, ready: Callable[[], Awaitable[VideoInput]], queries: list[str], top_k: int
     ) -> Response:
         """Answer as `infer --format json` prints it; a header names the words that the model does not know.
 
@@ -150,10 +150,10 @@ class Service:
                 self.grounder.encode_query(query, unheard)
             except QueryError as error:
                 which = f"Sentence {number}: " if len(queries) > 1 else ""
-                raise Refusal(422, which + str(error), "invalid_query") from error
+                raise HttpError(422, which + str(error), "invalid_query") from error
         return unheard
 
-    async def subject(self, name: str) -> Subject:
+    async def subject(self, name: str) -> VideoInput:
         """Return a video as the model takes it; Refusal if it is not known."""
         if name in self.library:
             return await self.shelf.subject(name, lambda: self.library.load(name), self.library.stamp(name))
@@ -185,9 +185,9 @@ class Service:
 
         def place(field: str) -> Path:
             if field not in ("features", "video"):
-                raise Refusal(422, f"The form has a file {field[:80]!r}; send one called features or video.")
+                raise HttpError(422, f"The form has a file {field[:80]!r}; send one called features or video.")
             if field == "video" and not self.uploads.takes_videos:
-                raise Refusal(
+                raise HttpError(
                     422, "This service takes no video files, as it was started without --extractor; send features."
                 )
             return upload.directory / f"{field}.sent"
@@ -199,23 +199,27 @@ class Service:
             lambda size: self.uploads.spend(upload, size),
         )
         if len(sent.files) != 1:
-            raise Refusal(422, f"The form has {len(sent.files)} files; send one, called features or video.")
+            raise HttpError(422, f"The form has {len(sent.files)} files; send one, called features or video.")
         many = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]
         if many:
-            raise Refusal(422, f"The field {many[0][:80]!r} is there more than once; send it once.")
+            raise HttpError(422, f"The field {many[0][:80]!r} is there more than once; send it once.")
         ((field, file),) = sent.files.items()
-        asked = checked(form, {name: values if name == "query" else values[0] for name, values in sent.fields.items()})
+        asked = validate_form(
+            form, {name: values if name == "query" else values[0] for name, values in sent.fields.items()}
+        )
         upload.name = shown_name(asked.name or Path(file.name).stem)
         if field == "video":
             if asked.duration is not None or asked.num_frames is not None:
-                raise Refusal(422, "A video file contains its duration and frames; leave duration and num_frames out.")
+                raise HttpError(
+                    422, "A video file contains its duration and frames; leave duration and num_frames out."
+                )
             await self.uploads.check_extractor()
             self.uploads.take_video(upload, file.path, asked.partial)
             return asked, None
         if asked.partial:
-            raise Refusal(422, "The field partial applies to video files; leave it out when you send features.")
+            raise HttpError(422, "The field partial applies to video files; leave it out when you send features.")
         if asked.duration is None:
-            raise Refusal(422, "Features need a duration, the length of their video in seconds; send it as a field.")
+            raise HttpError(422, "Features need a duration, the length of their video in seconds; send it as a field.")
         dim = self.grounder.manifest.features.dim
         return asked, await self.uploads.take_features(upload, file.path, dim, asked.duration, asked.num_frames)
 
@@ -224,13 +228,13 @@ class Service:
         with self.uploads.incoming() as upload:
             asked, video = await self.receive(request, upload, form)
 
-            async def ready() -> Subject:
+            async def ready() -> VideoInput:
                 if upload.extraction is not None:
                     await upload.extraction
                 return await self.shelf.prepared(upload.load if video is None else lambda: video)
 
             answer = self.ground(upload.name, ready, asked.query, asked.top_k)
-            return await unless_gone(request.receive, answer, self.options.timeout_s)
+            return await cancel_on_disconnect(request.receive, answer, self.options.timeout_s)
 
     def shown(self, entry: Entry) -> dict[str, Any]:
         """Return a video as a list shows it."""

@@ -25,10 +25,10 @@ from runtime.backends.base import Device
 from runtime.core.errors import FeatureError, OutputError, one_line
 from runtime.core.io.array_files import open_archive, read_header
 from runtime.core.io.files import content_stamp, file_stamp, locked
-from runtime.core.video import ClipClock, Origin, Video, load_features
+from runtime.core.video import ClipTiming, Origin, Video, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import cache_directory
-from runtime.service.http_errors import Refusal, unknown_video
+from runtime.service.http_errors import HttpError, unknown_video
 from runtime.service.video_cache import MEDIA_TYPES, Entry
 
 log = logging.getLogger("drn.service")
@@ -104,7 +104,7 @@ class Upload:
             state = "extracting"
         elif self.features is None:
             state, error = "failed", self.extraction.exception() if self.extraction else None
-            problem = error.message if isinstance(error, Refusal) else "The video could not be extracted."
+            problem = error.message if isinstance(error, HttpError) else "The video could not be extracted."
         end = self.duration + self.offset
         return Entry(self.id, self.name, end, self.num_frames, self.media, state, problem)
 
@@ -133,7 +133,7 @@ class Uploads:
     def __init__(
         self,
         options: UploadOptions,
-        clock: ClipClock,
+        clock: ClipTiming,
         extractor: Path | None = None,
         device: Device = "auto",
         threads: int | None = None,
@@ -197,7 +197,7 @@ class Uploads:
         while self.bytes + size > self._options.total_bytes:
             others = [other for other in self._uploads.values() if other is not upload]
             if not others:
-                raise Refusal(
+                raise HttpError(
                     503, "There is no room for this upload; try later, or send less.", "no_room", {"retry-after": "60"}
                 )
             self.forget(min(others, key=lambda other: other.used))
@@ -261,7 +261,7 @@ class Uploads:
                 self._extractor_stamp = stamp
                 return
         log.error("%s changed since the service started. Restart the service to use it.", self._extractor)
-        raise Refusal(
+        raise HttpError(
             503,
             "The extractor of this service changed since the start, so it accepts no video files. Send features, or "
             "restart the service.",
@@ -275,9 +275,9 @@ class Uploads:
             upload, sent: the upload and its file.
             partial: whether what can be decoded of a damaged file is enough.
         """
-        suffix = container_of(sent)
+        suffix = sniff_container(sent)
         if self._extractions >= self._options.most_extractions:
-            raise Refusal(
+            raise HttpError(
                 429,
                 f"{self._extractions} videos are being extracted, and no more may wait; try again later.",
                 "queue_full",
@@ -314,7 +314,7 @@ class Uploads:
             try:
                 _, said = await asyncio.wait_for(process.communicate(), self._options.extract_s)
             except asyncio.TimeoutError:
-                raise Refusal(
+                raise HttpError(
                     422, f"The video took more than {self._options.extract_s:g} s to extract; send a shorter one."
                 ) from None
             finally:
@@ -377,10 +377,10 @@ def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
         kind = "a pickle, which is never opened here"
     else:
         kind = "no NumPy file"
-    raise Refusal(415, f"The features are {kind}; send one array, as numpy.save or numpy.savez writes it.")
+    raise HttpError(415, f"The features are {kind}; send one array, as numpy.save or numpy.savez writes it.")
 
 
-def container_of(path: Path) -> str:
+def sniff_container(path: Path) -> str:
     """Return the ending of a video file by its first bytes; Refusal if it is none that is taken.
 
     FFmpeg would open more, among it play lists that name other files.
@@ -394,7 +394,7 @@ def container_of(path: Path) -> str:
     if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
         return ".avi"
     known = ", ".join(suffix[1:] for suffix in MEDIA_TYPES if suffix not in (".m4v", ".ogv"))
-    raise Refusal(415, f"The video is of no kind that is taken ({known}); convert it to one of them.")
+    raise HttpError(415, f"The video is of no kind that is taken ({known}); convert it to one of them.")
 
 
 def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
@@ -402,22 +402,26 @@ def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
         header = read_header(stream)
     # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
     except Exception as error:
-        raise Refusal(
+        raise HttpError(
             422, f"The features should be a NumPy array and cannot be read: {one_line(error)[:200]}."
         ) from error
     shape, dtype, size = header.shape, header.dtype, header.num_bytes
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
-        raise Refusal(
+        raise HttpError(
             422,
             f"The features should be floats of shape (num_clips, {dim}), and are {dtype!s:.40} of shape "
             f"{str(shape)[:60]}; extract them with the network that the model was trained with.",
         )
     if size > most_bytes:
-        raise Refusal(413, f"The features unpack to {size} bytes and at most {most_bytes} are taken; send fewer clips.")
+        raise HttpError(
+            413, f"The features unpack to {size} bytes and at most {most_bytes} are taken; send fewer clips."
+        )
     content = stream.read(size + 1)
     if len(content) != size:
         more = "more" if len(content) > size else f"{len(content)}"
-        raise Refusal(422, f"The features should be {size} bytes by their head and hold {more}; write the file again.")
+        raise HttpError(
+            422, f"The features should be {size} bytes by their head and hold {more}; write the file again."
+        )
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if header.fortran else "C")
     return np.ascontiguousarray(array, dtype.newbyteorder("="))
 
@@ -435,23 +439,23 @@ def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
                 raise _odd_archive("its array is packed in another way than deflate, or encrypted")
             with archive.open(member) as array:
                 return _read_array(array, most_bytes, dim)
-    except Refusal:
+    except HttpError:
         raise
     # On damaged archives zipfile and zlib raise what their parsers do, without a common base.
     except Exception as error:
         raise _odd_archive(one_line(error)[:200] or type(error).__name__) from error
 
 
-def _odd_archive(why: str) -> Refusal:
-    return Refusal(422, f"The .npz file cannot be used: {why.rstrip('.')}; write one array with numpy.savez.")
+def _odd_archive(why: str) -> HttpError:
+    return HttpError(422, f"The .npz file cannot be used: {why.rstrip('.')}; write one array with numpy.savez.")
 
 
-def _cannot_extract(code: int | None, said: str, media: Path) -> Refusal:
+def _cannot_extract(code: int | None, said: str, media: Path) -> HttpError:
     """Return the refusal for a video that could not be extracted, without paths of this machine."""
     (*_, line) = ["", *said.strip().splitlines()]
     if code == 2 and line.startswith("error: "):
         told = line.removeprefix("error: ").replace(str(media), "The video")
         if "/" not in told:
-            return Refusal(422, told.replace("pass --partial", "send the field partial=true"))
+            return HttpError(422, told.replace("pass --partial", "send the field partial=true"))
     log.error("Extraction ended with %s: %s", code, said[-2000:])
-    return Refusal(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
+    return HttpError(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")

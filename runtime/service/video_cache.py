@@ -22,10 +22,10 @@ from runtime.core.io.files import check_directory, file_stamp, open_inside
 from runtime.core.names import by_fold
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.grounder import Grounder, Subject
+from runtime.grounding.grounder import Grounder, VideoInput
 from runtime.media.video_file import offset_of
 from runtime.service.batching import Batcher
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 from runtime.service.prometheus import Telemetry
 
 log = logging.getLogger("drn.service")
@@ -44,7 +44,7 @@ READERS = 2
 # Codes of errors about the numbers of a video, whose messages name no file of this machine.
 CONTRADICTIONS = ("clip_timing_mismatch", "frame_rate_out_of_range", "constant_features")
 # Of a long video, times the sentences of one request.
-MOST_WINDOWS = 512
+MAX_WINDOWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Entry:
     problem: str | None = None
 
 
-class Library:
+class VideoCatalog:
     """The videos of a data set.
 
     Args:
@@ -114,7 +114,7 @@ class Library:
             if error.code in CONTRADICTIONS:
                 raise
             # The sentence names files of this machine.
-            raise Refusal(
+            raise HttpError(
                 404,
                 f"The features of {excerpt(name)} are missing or cannot be used; ask about another video.",
                 "no_features",
@@ -141,7 +141,7 @@ class Library:
             return 0.0
 
 
-class Shelf:
+class VideoCache:
     """Videos ready to be asked, the last few of them: whoever comes while one is made ready waits for the same.
 
     Args:
@@ -156,15 +156,15 @@ class Shelf:
         self._batcher = batcher
         self._capacity = capacity
         self._telemetry = telemetry
-        self._ready: collections.OrderedDict[str, tuple[Subject, int, object]] = collections.OrderedDict()
-        self._coming: dict[tuple[str, object], asyncio.Task[Subject]] = {}
+        self._ready: collections.OrderedDict[str, tuple[VideoInput, int, object]] = collections.OrderedDict()
+        self._coming: dict[tuple[str, object], asyncio.Task[VideoInput]] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
         self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._ready)
 
-    async def subject(self, key: str, load: Callable[[], Video], stamp: object = None) -> Subject:
+    async def subject(self, key: str, load: Callable[[], Video], stamp: object = None) -> VideoInput:
         """Return the video of this key as the model takes it.
 
         Args:
@@ -198,7 +198,7 @@ class Shelf:
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
 
-    async def prepared(self, load: Callable[[], Video]) -> Subject:
+    async def prepared(self, load: Callable[[], Video]) -> VideoInput:
         """Return a video as the model takes it, without keeping it. Raises as `subject`."""
 
         def read() -> Video:
@@ -214,14 +214,14 @@ class Shelf:
             return await self._batcher.do(lambda: self._grounder.encode(video))
         return video
 
-    async def _make_ready(self, key: str, load: Callable[[], Video], stamp: object) -> Subject:
+    async def _make_ready(self, key: str, load: Callable[[], Video], stamp: object) -> VideoInput:
         started = time.perf_counter()
         subject = await self.prepared(load)
         self._telemetry.phase("ready", time.perf_counter() - started)
         self._keep(key, subject, stamp)
         return subject
 
-    def _keep(self, key: str, subject: Subject, stamp: object) -> None:
+    def _keep(self, key: str, subject: VideoInput, stamp: object) -> None:
         self.forget(key)
         size = _bytes(subject)
         self._ready[key] = (subject, size, stamp)
@@ -229,14 +229,14 @@ class Shelf:
         while self.bytes > self._capacity and len(self._ready) > 1:
             self.forget(next(iter(self._ready)))
 
-    def _arrived(self, key: tuple[str, object], task: asyncio.Task[Subject]) -> None:
+    def _arrived(self, key: tuple[str, object], task: asyncio.Task[VideoInput]) -> None:
         self._coming.pop(key, None)
         # Read, so that a failure whose askers have all left is no warning of the loop's.
         if not task.cancelled():
             task.exception()
 
 
-def _bytes(subject: Subject) -> int:
+def _bytes(subject: VideoInput) -> int:
     if isinstance(subject, EncodedWindows):
         return sum(map(_bytes, subject.parts))
     if isinstance(subject, EncodedVideo):
@@ -248,10 +248,10 @@ def _bytes(subject: Subject) -> int:
 
 def check_windows(windows: int, queries: int) -> None:
     """Raise Refusal if so many sentences about a video of so many windows would keep the model from others for long."""
-    if windows * queries > MOST_WINDOWS:
-        raise Refusal(
+    if windows * queries > MAX_WINDOWS:
+        raise HttpError(
             422,
-            f"The video is as long as {windows} windows, and windows times sentences may be at most {MOST_WINDOWS}; "
+            f"The video is as long as {windows} windows, and windows times sentences may be at most {MAX_WINDOWS}; "
             "ask less at once, or about a shorter video.",
             "too_long",
         )

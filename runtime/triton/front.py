@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from runtime.artifacts.onnx_metadata import MISMATCH
-from runtime.backends.triton_backend import About, open_networks
+from runtime.backends.triton_backend import FrontConfig, open_networks
 from runtime.backends.triton_protocol import (
     ABOUT_FILE,
     ALWAYS_ANSWER,
@@ -41,7 +41,7 @@ from runtime.core.io.text_files import read_text
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.video import Origin, Video
-from runtime.grounding.grounder import Grounder, Subject
+from runtime.grounding.grounder import Grounder, VideoInput
 
 DEFAULT_TOP_K = 5
 # Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
@@ -51,7 +51,7 @@ LOAD_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _FrontRequest:
     """A request that can be answered: B videos, Q sentences and the most moments about each, and for all of them how
     videos are cut and whether a sentence that fits nothing in its video gets moments too."""
 
@@ -78,16 +78,16 @@ class Front:
         # A new version is brought in while the old one answers; each asks the network that it was written with.
         self._version = int(args["model_version"])
         path = directory / ABOUT_FILE
-        self._about = About.from_json(read_text(path, "a description of the model", ModelFileError), str(path))
+        self._about = FrontConfig.from_json(read_text(path, "a description of the model", ModelFileError), str(path))
         _check_files(self._about, directory)
         self._grounder = Grounder(open_networks(self._about, self._call))
-        self._kept = _Kept(KEPT_BYTES)
+        self._kept = _VideoLru(KEPT_BYTES)
         self._waits = True
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response for each request, in their order. One that cannot be answered fails alone."""
         responses: list[Any] = [None] * len(requests)
-        together: dict[tuple[Windows | None, bool], list[tuple[int, _Asked]]] = {}
+        together: dict[tuple[Windows | None, bool], list[tuple[int, _FrontRequest]]] = {}
         for index, request in enumerate(requests):
             try:
                 asked = self._read(request)
@@ -99,7 +99,7 @@ class Front:
                 responses[index] = response
         return responses
 
-    def _answer(self, group: Sequence[tuple[int, _Asked]]) -> Iterator[tuple[int, Any]]:
+    def _answer(self, group: Sequence[tuple[int, _FrontRequest]]) -> Iterator[tuple[int, Any]]:
         """Yield the positions of requests and their responses; all want it in one way."""
         grounder = copy.copy(self._grounder)
         grounder.windows, always = group[0][1].how
@@ -121,7 +121,7 @@ class Front:
             answers = [[next(found)[:k] for _ in queries] for queries, k in zip(asked.queries, asked.top_k)]
             yield index, self._response(answers)
 
-    def _read(self, request: Any) -> _Asked:
+    def _read(self, request: Any) -> _FrontRequest:
         """Return what a request asks; GroundingError if it cannot be answered."""
         given = {name: self._input(request, name) for name in (QUERY, FEATURES, DURATION)}
         num_frames, top_k = (self._optional(request, name) for name in (NUM_FRAMES, TOP_K))
@@ -139,7 +139,9 @@ class Front:
         most = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
         if min(most) < 1:
             raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.", code="invalid_argument")
-        return _Asked(videos, queries, most, (self._windows(request), self._one(request, ALWAYS_ANSWER) == (True,)))
+        return _FrontRequest(
+            videos, queries, most, (self._windows(request), self._one(request, ALWAYS_ANSWER) == (True,))
+        )
 
     def _windows(self, request: Any) -> Windows | None:
         sizes = self._one(request, WINDOWS)
@@ -215,7 +217,7 @@ class Front:
         return [np.array(pb.get_output_tensor_by_name(response, name).as_numpy()) for name in outputs]
 
 
-def _check_files(about: About, directory: Path) -> None:
+def _check_files(about: FrontConfig, directory: Path) -> None:
     """Raise ModelFileError if a network of this version is not the file that the repository was written with.
 
     Triton itself reads the networks. Where it was given a copy of the front alone, they are not there to be read.
@@ -231,7 +233,7 @@ def _check_files(about: About, directory: Path) -> None:
             )
 
 
-class _Kept:
+class _VideoLru:
     """The videos asked last, so that one that comes again is pooled and encoded once, by what it holds.
 
     Comparing takes a tenth of the time of a hash.
@@ -240,7 +242,7 @@ class _Kept:
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         # Each with what a split model encodes it to, by how it is cut: less than a third of the features' size.
-        self._videos: list[tuple[Video, dict[Windows | None, Subject]]] = []
+        self._videos: list[tuple[Video, dict[Windows | None, VideoInput]]] = []
 
     def video(self, features: np.ndarray, num_frames: int, duration: float, name: str) -> Video:
         """Return the video of these features: a kept one if it is the same, else a new one that is kept from now on.
@@ -261,7 +263,7 @@ class _Kept:
             self._videos.pop(0)
         return video
 
-    def subject(self, video: Video, grounder: Grounder) -> Subject:
+    def subject(self, video: Video, grounder: Grounder) -> VideoInput:
         """Return a video, or if it is cut what a split model encodes it to; what is not cut the grounder keeps encoded.
 
         Raises:

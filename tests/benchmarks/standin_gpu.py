@@ -54,7 +54,9 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
             "runtime.backends.tensorrt_backend.Cuda": gpu,
             "runtime.backends.cuda_driver.Cuda": gpu,
             "export.engine.builder.cuda_devices": lambda: 1,
-            "export.engine.builder.why_not": lambda target: None if target == "tensorrt" else "It is not here.",
+            "export.engine.builder.unavailable_reason": lambda target: (
+                None if target == "tensorrt" else "It is not here."
+            ),
             "export.engine.builder.check_options": lambda options: None,
             "export.engine.builder.load_library": lambda target: library,
             # torch has no GPU to stand for: it does on the CPU what it would do there.
@@ -93,7 +95,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
     """Write plans that stand for the graphs, in place of a command that builds them."""
     import onnx
 
-    from calib.graph.unroll_lstm import unrolled
+    from calib.graph.unroll_lstm import unroll_lstm
 
     assert module == "export.build_engine"
     output, precision = words[words.index("--output") + 1], words[words.index("--precision") + 1]
@@ -127,7 +129,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
         named = {}
         for tokens in numbers_after("--unroll", words) if plan == output else ():
             written = path.with_name(f"{path.stem}.{tokens}.onnx")
-            onnx.save(unrolled(onnx.load(path), tokens), written)
+            onnx.save(unroll_lstm(onnx.load(path), tokens), written)
             shorter = plan.with_name(f"{plan.stem}.{tokens}.engine")
             write_plan(shorter, written, [of_length(profile, tokens)], manifest, VERSION, census=census)
             named[shorter.name] = sha256(shorter)

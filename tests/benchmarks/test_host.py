@@ -18,9 +18,9 @@ from tests.runtime.backends.tensorrt_double import counted
 @pytest.fixture
 def pair(models: Path, tmp_path: Path) -> Path:
     onnx = pytest.importorskip("onnx", reason="the graph is cut")
-    from calib.graph.split_model import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_split_model
 
-    return write_pair(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
+    return write_split_model(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
 
 
 def test_every_figure_is_there_and_the_whole_takes_longer_than_its_parts(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.joined_videos import join_videos, joined_videos
-from runtime.core.video import ClipClock, Video
+from runtime.core.video import ClipTiming, Video
 
 
 def test_videos_stand_where_they_are_said_to() -> None:
-    clock = ClipClock()
+    clock = ClipTiming()
     clips = [np.full((count, 4), count, np.float32) for count in (10, 30)]
     videos = [Video(c, clock.num_frames(len(c)) + 3, 5.0 * len(c), str(len(c))) for c in clips]
     joined = join_videos(videos, clock)

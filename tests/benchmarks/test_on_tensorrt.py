@@ -16,7 +16,7 @@ from benchmarks.acceptance.engines import unrolled_tokens
 from benchmarks.acceptance.job import Job, questions
 from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
 from runtime.artifacts.engine_layers import layers_path
-from runtime.artifacts.engine_metadata import path_beside, read_content, sealed
+from runtime.artifacts.engine_metadata import metadata_path, read_verified, with_digest
 from runtime.backends.tensorrt_backend import TensorRTPair
 from runtime.core.batch import Heads
 from runtime.core.errors import PromiseBroken
@@ -29,14 +29,14 @@ from tests.raising import quotes
 def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """The leg as it went on a GPU that is stood in for, but for what runs in processes of its own."""
     onnx = pytest.importorskip("onnx", reason="the graphs are cut")
-    from calib.graph.split_model import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_split_model
 
     job = Job(tmp_path_factory.mktemp("found"), "cuda", small=True)
     job.checkpoint.parent.mkdir()
     job.checkpoint.symlink_to(models / "drn.pt")
     job.graph.symlink_to(models / "drn.onnx")
     job.data.symlink_to(planted)
-    write_pair(*split_graph(onnx.load(job.graph)), job.graph)
+    write_split_model(*split_graph(onnx.load(job.graph)), job.graph)
     with pytest.MonkeyPatch.context() as monkeypatch, stood_in(job):
         for name in SEPARATE:
             monkeypatch.setattr(on_tensorrt, name, lambda *_: Found("It was."))
@@ -178,14 +178,14 @@ def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: 
     job = dataclasses.replace(ran, output=tmp_path)
     folder = tmp_path / "tensorrt"
     folder.mkdir()
-    # As `export.engine.engine_writer.reject` names them; the built ones are not there.
+    # As `export.engine.engine_writer.mark_rejected` names them; the built ones are not there.
     source = ran.output / "tensorrt" / "drn.fp16.video.engine"
     plan = folder / "drn.fp16.video.rejected.engine"
     plan.write_bytes(source.read_bytes())
-    content = dict(read_content(source))
+    content = dict(read_verified(source))
     content["sha256"] = {plan.name: sha256(plan)}
     content["census"] = {**content["census"], "verdict": "contradicted", "reason": "30 layers compute in fp32"}
-    write_json(path_beside(plan), sealed(content))
+    write_json(metadata_path(plan), with_digest(content))
     layers_path(plan).write_bytes(layers_path(source).read_bytes())
     listed = engines.layers_step(job, "tensorrt", "fp16")
     assert listed.values["plans"] == {plan.name: {"verdict": "contradicted", "layers": layers_path(plan).name}}

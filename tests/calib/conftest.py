@@ -10,7 +10,7 @@ import pytest
 
 from calib.accuracy import table_of
 from calib.calibrate import observe_set
-from calib.calibration_set import CalibrationSet, draw
+from calib.calibration_set import CalibrationSet, sample_calibration_set
 from calib.calibration_table import CalibrationTable
 from calib.range_estimation import Histogram
 from export.tracing.tracer import export_model
@@ -49,7 +49,7 @@ def manifest(data_set: DataSet) -> Manifest:
 
 @pytest.fixture(scope="session")
 def drawn(data_set: DataSet, manifest: Manifest) -> CalibrationSet:
-    return draw(data_set, manifest, samples=64, seed=0, held_out=48)
+    return sample_calibration_set(data_set, manifest, samples=64, seed=0, held_out=48)
 
 
 @pytest.fixture(scope="session")

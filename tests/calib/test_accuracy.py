@@ -13,16 +13,16 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.accuracy import Cost, Judge, choose_method, cost_table
+from calib.accuracy import AccuracyDelta, AccuracyEvaluator, choose_method, format_deltas
 from calib.calibration_set import CalibrationSet
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import OUTPUTS, GraphBackend, cut_video, weights_hash
-from calib.qdq_quantizer import Policy, modules, quantize
-from calib.quantization_plan import Plan
+from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend, cut_video, weights_hash
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq, modules
+from calib.quantization_plan import QuantizationPlan
 from calib.range_estimation import METHODS, Histogram
-from calib.rank_layers import rank
-from calib.restore import fewest, search
+from calib.rank_layers import measure_sensitivity
+from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.core.batch import Batch
 from runtime.core.errors import PromiseBroken
 from runtime.datasets.dataset import DataSet
@@ -31,15 +31,15 @@ from tests.raising import raises
 
 
 @pytest.fixture(scope="module")
-def judge(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> Judge:
-    return Judge(model, data_set, drawn.held_out, threads=1)
+def judge(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> AccuracyEvaluator:
+    return AccuracyEvaluator(model, data_set, drawn.held_out, threads=1)
 
 
 @pytest.mark.parametrize("narrowed", [False, True])
 def test_a_graph_cut_at_the_video_answers_as_a_whole(
     model: onnx.ModelProto, table: CalibrationTable, batch: Batch, narrowed: bool
 ) -> None:
-    whole = quantize(model, table) if narrowed else model
+    whole = insert_qdq(model, table) if narrowed else model
     parts = cut_video(whole)
     assert parts is not None
     encoder, rest = parts
@@ -49,18 +49,18 @@ def test_a_graph_cut_at_the_video_answers_as_a_whole(
 
     (encoded,) = open_session(encoder, 1).run(None, {"segment_features": batch.segment_features})
     features = np.ascontiguousarray(encoded[:, :, 0].transpose(0, 2, 1))
-    ours = GraphBackend(rest, 1).run(dataclasses.replace(batch, segment_features=features))
-    theirs = GraphBackend(whole, 1).run(batch)
+    ours = InMemoryBackend(rest, 1).run(dataclasses.replace(batch, segment_features=features))
+    theirs = InMemoryBackend(whole, 1).run(batch)
     for name in OUTPUTS:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_the_graph_itself_costs_nothing(judge: Judge, model: onnx.ModelProto) -> None:
+def test_the_graph_itself_costs_nothing(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     cost = judge.cost(model, "itself")
-    assert cost == Cost(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
+    assert cost == AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
 
 
-def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: Judge, model: onnx.ModelProto) -> None:
+def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(altered(model))
     tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
@@ -71,7 +71,7 @@ def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: Judge, model: 
     assert judge.cost(other, "other") == first
 
 
-def test_costs_are_what_they_are_by_hand(judge: Judge) -> None:
+def test_costs_are_what_they_are_by_hand(judge: AccuracyEvaluator) -> None:
     wanted = judge.reference
     moved = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
     truth = wanted.truth.copy()
@@ -104,16 +104,16 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 def test_test_sentences_are_refused(model: onnx.ModelProto, data_set: DataSet) -> None:
     leaked = data_set.annotations("test")[:4]
     with raises(CalibrationError, "test_videos_used", leaked[0].video):
-        Judge(model, data_set, leaked)
+        AccuracyEvaluator(model, data_set, leaked)
 
 
 def test_the_method_chosen_is_the_one_that_agrees_most(
-    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet, judge: Judge
+    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet, judge: AccuracyEvaluator
 ) -> None:
     best, costs = choose_method(model, histograms, drawn, judge)
     assert set(costs) == set(METHODS)
     assert all(costs[best].agreement >= cost.agreement for cost in costs.values())
-    assert "agreement" in cost_table(list(costs.items()))
+    assert "agreement" in format_deltas(list(costs.items()))
     # An outlier that is in no held-out video spoils min-max alone.
     spoilt = {}
     for name, histogram in histograms.items():
@@ -125,13 +125,15 @@ def test_the_method_chosen_is_the_one_that_agrees_most(
     assert costs["minmax"].agreement < costs["percentile"].agreement - 0.05
 
 
-def test_modules_are_ranked_by_what_they_change(model: onnx.ModelProto, table: CalibrationTable, judge: Judge) -> None:
+def test_modules_are_ranked_by_what_they_change(
+    model: onnx.ModelProto, table: CalibrationTable, judge: AccuracyEvaluator
+) -> None:
     # Ranges of one module's input are made far too tight: it must come out first.
     tensor = "fpn/Add"
     tight = dataclasses.replace(table.ranges[tensor], low=0.0, high=table.ranges[tensor].high / 30)
-    ranking = rank(model, dataclasses.replace(table, ranges={**table.ranges, tensor: tight}), judge)
+    ranking = measure_sensitivity(model, dataclasses.replace(table, ranges={**table.ranges, tensor: tight}), judge)
     assert ranking[0].module == "fpn.layer_blocks.1"
-    assert {entry.module for entry in ranking} == set(modules(model, Policy()))
+    assert {entry.module for entry in ranking} == set(modules(model, QuantizationPolicy()))
     assert [entry.cost.agreement for entry in ranking] == sorted(entry.cost.agreement for entry in ranking)
     assert sum(entry.share for entry in ranking) < 1
     assert ranking[0].share > 0
@@ -145,16 +147,16 @@ class Scripted:
         self.annotations = list(range(1000))
         self.asked = 0
 
-    def cost(self, model: onnx.ModelProto, label: str) -> Cost:
+    def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
         self.asked += 1
         narrowed = {node.name.rpartition("/")[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
         drop = float(len(narrowed & set(self.harmful)))
-        return Cost(drop, drop, drop, 0, 0, 0, 0, 0, 0, 1 - drop / 10, 1000)
+        return AccuracyDelta(drop, drop, drop, 0, 0, 0, 0, 0, 0, 1 - drop / 10, 1000)
 
 
 def test_nothing_is_restored_when_the_budget_holds(model: onnx.ModelProto, table: CalibrationTable) -> None:
     judge = Scripted()
-    plan, steps = search(model, table, judge, 0.2)  # type: ignore[arg-type]
+    plan, steps = find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
     assert plan.keep == ()
     assert judge.asked == len(steps) == 1
 
@@ -164,15 +166,15 @@ def test_the_fewest_modules_are_restored(
     model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None
 ) -> None:
     judge = Scripted("fpn.layer_blocks.1", "fcos.head.towers.0")
-    plan, steps = search(model, table, judge, 0.2, order)  # type: ignore[arg-type]
+    plan, steps = find_layers_to_restore(model, table, judge, 0.2, order)  # type: ignore[arg-type]
     assert set(plan.keep) == {"fpn.layer_blocks.1", "fcos.head.towers.0"}
     assert plan.measured["cost"]["drop of mIoU, points"] == 0
     assert len(plan.measured["steps"]) == len(steps)
     # Each point that may be lost saves a module.
-    assert len(search(model, table, judge, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
+    assert len(find_layers_to_restore(model, table, judge, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
 
 
-NOTHING_LOST = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1000)
+NOTHING_LOST = AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1000)
 
 
 class Sets:
@@ -182,7 +184,7 @@ class Sets:
         self.enough, self.ranked = enough, ranked
         self.asked: list[frozenset[str]] = []
 
-    def cost(self, keep: Sequence[str], label: str) -> Cost:
+    def cost(self, keep: Sequence[str], label: str) -> AccuracyDelta:
         assert len(set(keep)) == len(keep)
         assert frozenset(keep) not in self.asked
         assert len(keep) < len(self.ranked), "nothing would be narrow"
@@ -190,7 +192,7 @@ class Sets:
         return dataclasses.replace(NOTHING_LOST, drop_70=0 if self.enough(set(keep)) else 1)
 
     def fewest(self) -> list[str] | None:
-        found, steps = fewest(lambda: list(self.ranked), self.cost, lambda cost: cost.worst_drop <= 0)
+        found, steps = minimal_keep_set(lambda: list(self.ranked), self.cost, lambda cost: cost.worst_drop <= 0)
         assert len(steps) == len(self.asked) <= 4 * len(self.ranked)
         if found is not None:
             # The last step that holds tells the cost of what is returned.
@@ -241,10 +243,10 @@ def test_what_must_be_kept_is_what_is_kept(needed: set[str]) -> None:
 
 def test_a_loss_of_miou_alone_is_a_loss(model: onnx.ModelProto, table: CalibrationTable) -> None:
     class OfMiou(Scripted):
-        def cost(self, model: onnx.ModelProto, label: str) -> Cost:
+        def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
             return dataclasses.replace(super().cost(model, label), drop_50=0.0, drop_70=0.0)
 
-    plan, _ = search(model, table, OfMiou("fpn.layer_blocks.1"), 0.2)  # type: ignore[arg-type]
+    plan, _ = find_layers_to_restore(model, table, OfMiou("fpn.layer_blocks.1"), 0.2)  # type: ignore[arg-type]
     assert plan.keep == ("fpn.layer_blocks.1",)
     assert dataclasses.replace(NOTHING_LOST, drop_miou=2.0).worst_drop == 2.0
     assert dataclasses.replace(NOTHING_LOST, drop_70=2.0).worst_drop == 2.0
@@ -253,15 +255,15 @@ def test_a_loss_of_miou_alone_is_a_loss(model: onnx.ModelProto, table: Calibrati
 def test_a_budget_that_no_narrow_graph_holds_is_a_broken_promise(
     model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
-    judge = Scripted(*modules(model, Policy()))
+    judge = Scripted(*modules(model, QuantizationPolicy()))
     with raises(PromiseBroken, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):
-        search(model, table, judge, 0.2)  # type: ignore[arg-type]
+        find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
 
 
 def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: CalibrationTable, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    plan, _ = search(model, table, Scripted("prop_fc"), 0.2)  # type: ignore[arg-type]
+    plan, _ = find_layers_to_restore(model, table, Scripted("prop_fc"), 0.2)  # type: ignore[arg-type]
     plan.save(tmp_path / "plan.json")
-    again = Plan.load(tmp_path / "plan.json")
+    again = QuantizationPlan.load(tmp_path / "plan.json")
     assert again == plan
     assert again.checked(model, table, "int8").keep == ("prop_fc",)
     with raises(CalibrationError, "table_of_another_model", weights_hash(altered(model))[:12]):
@@ -277,7 +279,7 @@ def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: Calibr
         again.checked(model, dataclasses.replace(table, ranges=tighter), "int8")
     (tmp_path / "plan.json").write_text("{}")
     with raises(CalibrationError, "unknown_format", tmp_path / "plan.json"):
-        Plan.load(tmp_path / "plan.json")
+        QuantizationPlan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
@@ -306,22 +308,24 @@ def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: Calibr
 )
 def test_an_edited_plan_is_refused(tmp_path: Path, fields: dict[str, Any], code: str, values: tuple[str, ...]) -> None:
     path = tmp_path / "plan.json"
-    plan = Plan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2, "steps": [{"step": "all narrow"}]})
+    plan = QuantizationPlan(
+        ("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2, "steps": [{"step": "all narrow"}]}
+    )
     plan.save(path)
-    assert Plan.load(path) == plan
+    assert QuantizationPlan.load(path) == plan
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     # A plan that cannot be used is made again.
     advice = () if code == "invalid_json" else ("calib.restore",)
     with raises(CalibrationError, code, path, *values, *advice):
-        Plan.load(path)
+        QuantizationPlan.load(path)
 
 
 @pytest.mark.parametrize("field", ["keep", "kind", "table", "key", "measured", "digest"])
 def test_a_plan_that_lacks_something_is_refused(tmp_path: Path, field: str) -> None:
     path = tmp_path / "plan.json"
-    Plan(("prop_fc",), "int8", "1" * 64, {}, {}).save(path)
+    QuantizationPlan(("prop_fc",), "int8", "1" * 64, {}, {}).save(path)
     value = json.loads(path.read_text())
     del value[field]
     path.write_text(json.dumps(value))
     with raises(CalibrationError, "missing_field", path, f"'{field}'"):
-        Plan.load(path)
+        QuantizationPlan.load(path)

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calib.calibration_set import LEAST_SAMPLES, CalibrationSet, coverage_table, draw, hold_out, refuse_test_videos
+from calib.calibration_set import (
+    LEAST_SAMPLES,
+    CalibrationSet,
+    coverage_table,
+    forbid_test_videos,
+    sample_calibration_set,
+    sample_held_out,
+)
 from calib.errors import CalibrationError
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import FeatureError
@@ -46,11 +53,11 @@ def test_samples_are_training_sentences_and_none_of_a_held_out_video(drawn: Cali
 
 
 def test_a_seed_decides_the_draw(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
-    again = draw(data_set, manifest, samples=64, seed=0, held_out=48)
+    again = sample_calibration_set(data_set, manifest, samples=64, seed=0, held_out=48)
     assert again.annotations == drawn.annotations
     assert again.digest == drawn.digest
     assert again.coverage == drawn.coverage
-    other = draw(data_set, manifest, samples=64, seed=1, held_out=48)
+    other = sample_calibration_set(data_set, manifest, samples=64, seed=1, held_out=48)
     assert other.digest != drawn.digest
     assert videos(other.held_out) != videos(drawn.held_out)
 
@@ -72,14 +79,14 @@ def test_the_digest_covers_features_and_sentences(copy: Path, manifest: Manifest
 def test_a_video_comes_twice_only_after_all_others(
     drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
 ) -> None:
-    few = draw(data_set, manifest, samples=40)
+    few = sample_calibration_set(data_set, manifest, samples=40)
     assert len(videos(few.annotations)) == 40
     counts = Counter(entry.video for entry in drawn.annotations)
     assert max(counts.values()) == 2
 
 
 def test_every_stratum_gets_its_share(data_set: DataSet, manifest: Manifest) -> None:
-    coverage = draw(data_set, manifest, samples=50).coverage
+    coverage = sample_calibration_set(data_set, manifest, samples=50).coverage
     for axis, strata in coverage["axes"].items():
         samples = [entry["samples"] for entry in strata]
         assert sum(samples) == coverage["sentences"] == 50, axis
@@ -88,14 +95,14 @@ def test_every_stratum_gets_its_share(data_set: DataSet, manifest: Manifest) -> 
 
 def test_rare_words_are_looked_for(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
     lines = data_set.annotations_path("train").read_text().splitlines()
-    apart = videos(hold_out(data_set, manifest))
+    apart = videos(sample_held_out(data_set, manifest))
     # One sentence of another vocabulary, in a video that is calibrated on.
     line = next(index for index, text in enumerate(lines) if text.split()[0] not in apart)
     lines[line] = lines[line].split("##")[0] + "##person laughs."
     assert "laughs" not in {word for entry in data_set.annotations("train") for word in tokenize(entry.sentence)}
     vocabulary = Vocabulary({**manifest.vocabulary.words, "laughs": 33})
     knowing = dataclasses.replace(manifest, vocabulary=vocabulary)
-    drawn = draw(rewrite_training(copy, lines), knowing, samples=120)
+    drawn = sample_calibration_set(rewrite_training(copy, lines), knowing, samples=120)
     assert any("laughs" in entry.sentence for entry in drawn.annotations)
 
 
@@ -105,9 +112,9 @@ def test_training_videos_that_are_test_videos_are_refused(copy: Path, manifest: 
     lines = data_set.annotations_path("train").read_text().splitlines()
     spoilt = rewrite_training(copy, [*lines, f"{leaked.video} 0.0 5.0##person opens the door."])
     with raises(CalibrationError, "test_videos_used", 1, leaked.video):
-        draw(spoilt, manifest, samples=40)
+        sample_calibration_set(spoilt, manifest, samples=40)
     with raises(CalibrationError, "test_videos_used", 1, leaked.video):
-        hold_out(spoilt, manifest)
+        sample_held_out(spoilt, manifest)
 
 
 def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet, data_set: DataSet) -> None:
@@ -115,11 +122,11 @@ def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet
     with raises(CalibrationError, "test_videos_used", len(names), names[0]):
         CalibrationSet(data_set, data_set.annotations("test"), [], drawn.coverage)
     with raises(CalibrationError, "test_videos_used", 1, "What is tuned on"):
-        refuse_test_videos(data_set, {data_set.annotations("test")[0].video}, "What is tuned on")
+        forbid_test_videos(data_set, {data_set.annotations("test")[0].video}, "What is tuned on")
     with raises(CalibrationError, "test_videos_used", 3, f"({', '.join(names[:3])})"):
-        refuse_test_videos(data_set, names[:3])
+        forbid_test_videos(data_set, names[:3])
     with raises(CalibrationError, "test_videos_used", 4, f"({', '.join(names[:3])}, …)"):
-        refuse_test_videos(data_set, names[:4])
+        forbid_test_videos(data_set, names[:4])
 
 
 @pytest.mark.parametrize("samples", [0, 1, LEAST_SAMPLES - 1])
@@ -127,27 +134,27 @@ def test_too_few_samples_are_refused_with_the_least_and_the_reason(
     data_set: DataSet, manifest: Manifest, samples: int
 ) -> None:
     with raises(CalibrationError, "too_few_samples", samples, LEAST_SAMPLES):
-        draw(data_set, manifest, samples=samples)
+        sample_calibration_set(data_set, manifest, samples=samples)
 
 
 def test_too_small_a_data_set_is_refused(copy: Path, manifest: Manifest) -> None:
     path = DataSet(copy).annotations_path("train")
     lines = path.read_text().splitlines()
     with raises(CalibrationError, "too_few_samples", path, LEAST_SAMPLES):
-        draw(rewrite_training(copy, lines[:20]), manifest)
+        sample_calibration_set(rewrite_training(copy, lines[:20]), manifest)
 
 
 def test_a_data_set_smaller_than_asked_gives_all_and_says_so(
     data_set: DataSet, manifest: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    drawn = draw(data_set, manifest, samples=10_000)
-    apart = videos(hold_out(data_set, manifest))
+    drawn = sample_calibration_set(data_set, manifest, samples=10_000)
+    apart = videos(sample_held_out(data_set, manifest))
     assert len(drawn.annotations) == sum(entry.video not in apart for entry in data_set.annotations("train"))
     assert records(caplog, logging.WARNING, 10000, len(drawn.annotations))
 
 
 def test_excluded_videos_are_left_alone(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
-    again = draw(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
+    again = sample_calibration_set(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
     assert not videos(again.annotations) & set(drawn.videos[:5])
     assert again.held_out == drawn.held_out
 
@@ -155,14 +162,14 @@ def test_excluded_videos_are_left_alone(drawn: CalibrationSet, data_set: DataSet
 def test_what_is_held_out_by_a_seed_is_never_what_it_calibrates_on(
     drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
 ) -> None:
-    judged = hold_out(data_set, manifest, 48, seed=0)
+    judged = sample_held_out(data_set, manifest, 48, seed=0)
     assert judged == drawn.held_out
     assert not videos(judged) & set(drawn.videos)
     # Another seed would, if the table's videos were not named.
-    assert videos(hold_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)
-    assert not videos(hold_out(data_set, manifest, 48, seed=3, exclude=drawn.videos)) & set(drawn.videos)
+    assert videos(sample_held_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)
+    assert not videos(sample_held_out(data_set, manifest, 48, seed=3, exclude=drawn.videos)) & set(drawn.videos)
     with raises(CalibrationError, "too_few_held_out", 7, 8):
-        hold_out(data_set, manifest, 7)
+        sample_held_out(data_set, manifest, 7)
 
 
 def test_batches_hold_every_sample_once(drawn: CalibrationSet, manifest: Manifest) -> None:
@@ -191,7 +198,7 @@ def test_coverage_reads_as_text(drawn: CalibrationSet) -> None:
 
 def test_real_annotations_are_covered(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
-    drawn = draw(data_set, Manifest(data_set.vocabulary, None, None))  # type: ignore[arg-type]
+    drawn = sample_calibration_set(data_set, Manifest(data_set.vocabulary, None, None))  # type: ignore[arg-type]
     assert drawn.coverage["sentences"] == len(videos(drawn.annotations)) == 512
     assert drawn.coverage["words"]["of_all_tokens"] > 0.95
     # Without looking at words, a like draw finds about 460 of 1,000.

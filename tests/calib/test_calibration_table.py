@@ -16,8 +16,8 @@ import pytest
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.onnx_graph import graph_hash, weights_hash
-from calib.qdq_quantizer import observed, quantize
-from calib.range_estimation import Range
+from calib.qdq_quantizer import insert_qdq, tensors_to_calibrate
+from calib.range_estimation import ValueRange
 from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
 from tests.raising import raises
@@ -33,7 +33,7 @@ def test_a_table_survives_the_file(table: CalibrationTable, tmp_path: Path) -> N
 def test_a_table_is_readable(table: CalibrationTable, tmp_path: Path, model: onnx.ModelProto) -> None:
     table.save(tmp_path / "t.json")
     text = (tmp_path / "t.json").read_text()
-    for tensor in observed(model):
+    for tensor in tensors_to_calibrate(model):
         lines = text[text.index('"ranges"') : text.index('"gains"')].splitlines()
         (line,) = [line for line in lines if line.strip().startswith(f'"{tensor}":')]
         low, high = json.loads(line.split(":", 1)[1].rstrip(","))
@@ -224,17 +224,17 @@ def test_damaged_table_ends_the_command_with_2(table: CalibrationTable, onnx_fil
 def test_range_whose_scale_is_not_finite_is_named(
     table: CalibrationTable, model: onnx.ModelProto, ends: tuple[float, float]
 ) -> None:
-    tensor = observed(model)[0]
-    wide = dataclasses.replace(table, gains={}, ranges={**table.ranges, tensor: Range(*ends)})
+    tensor = tensors_to_calibrate(model)[0]
+    wide = dataclasses.replace(table, gains={}, ranges={**table.ranges, tensor: ValueRange(*ends)})
     with raises(CalibrationError, "invalid_scale", tensor):
-        quantize(model, wide)
+        insert_qdq(model, wide)
 
 
 def test_gains_of_another_number_of_channels_are_refused(table: CalibrationTable, model: onnx.ModelProto) -> None:
     name, row = next(iter(table.gains.items()))
     for other in (row[:-1], row[:1], (), (*row, 0)):
         with raises(CalibrationError, "equalization_mismatch", name, len(other), len(row)):
-            quantize(model, dataclasses.replace(table, gains={**table.gains, name: other}))
+            insert_qdq(model, dataclasses.replace(table, gains={**table.gains, name: other}))
 
 
 def test_a_missing_table_is_one_sentence(tmp_path: Path) -> None:

@@ -15,19 +15,19 @@ from hypothesis.extra import numpy as arrays
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import OUTPUTS, GraphBackend, manifest_of
+from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend, read_manifest
 from calib.qdq_quantizer import (
     LARGEST,
     LEAST_SHARE,
-    Policy,
+    QuantizationPolicy,
+    count_macs,
     half_precision_scale,
+    insert_qdq,
     modules,
-    multiply_adds,
-    narrow,
-    narrow_share,
-    observed,
-    quantize,
-    restamp,
+    quantize_weight,
+    quantized_mac_share,
+    set_opset,
+    tensors_to_calibrate,
 )
 from runtime.core.batch import Batch
 from tests.calib.conftest import altered, weights
@@ -47,7 +47,7 @@ STORED = ["query_encoder.embedding", "query_encoder.W3", "query_encoder.W2", "qI
 
 @pytest.fixture(scope="module")
 def int8(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
-    return quantize(model, table)
+    return insert_qdq(model, table)
 
 
 def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -69,7 +69,7 @@ def measured(quantiser: onnx.NodeProto) -> str:
 
 def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dict[str, float]:
     """Return for each output the root mean square error as a share of the output's spread."""
-    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (found, wanted))
+    ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (found, wanted))
     return {
         name: float(np.sqrt(((getattr(ours, name) - getattr(theirs, name)) ** 2).mean()) / getattr(theirs, name).std())
         for name in OUTPUTS
@@ -82,7 +82,7 @@ def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dic
 )
 @settings(max_examples=60, deadline=None)
 def test_a_dequantised_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None) -> None:
-    numbers, scale = narrow(weight, "int8", axis)
+    numbers, scale = quantize_weight(weight, "int8", axis)
     shape = [1, 1]
     if axis is not None:
         shape[axis] = -1
@@ -159,14 +159,14 @@ def test_the_quantised_tensors_are_the_observed_ones_each_once(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     tensors = [measured(node) for node in nodes(int8, "QuantizeLinear")]
-    assert sorted(tensors) == sorted(observed(model)) == sorted(table.ranges)
+    assert sorted(tensors) == sorted(tensors_to_calibrate(model)) == sorted(table.ranges)
 
 
 def test_a_tensor_with_two_readers_is_quantised_once(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    policy = Policy()
+    policy = QuantizationPolicy()
     wider = dataclasses.replace(policy, computed=(*policy.computed, "fcos.head.predictions"))
-    assert observed(model, wider) == observed(model)
-    found = quantize(model, table, wider)
+    assert tensors_to_calibrate(model, wider) == tensors_to_calibrate(model)
+    found = insert_qdq(model, table, wider)
     (quantiser,) = [node for node in nodes(found, "QuantizeLinear") if node.input[0] == "fcos.head/Mul_2"]
     (back,) = [node for node in nodes(found, "DequantizeLinear") if node.input[0] == quantiser.output[0]]
     readers = {module_of(node) for node in nodes(found, "Conv") if node.input[0] == back.output[0]}
@@ -206,9 +206,9 @@ def test_names_are_module_and_operator_and_unique(int8: onnx.ModelProto) -> None
 def test_modules_to_keep_are_kept(
     model: onnx.ModelProto, table: CalibrationTable, keep: tuple[str, ...], left: set[str]
 ) -> None:
-    policy = Policy(keep=keep)
+    policy = QuantizationPolicy(keep=keep)
     assert set(modules(model, policy)) == {*COMPUTED, *STORED} - left
-    found = quantize(model, table, policy)
+    found = insert_qdq(model, table, policy)
     assert modules_of(found, "Conv") == set(COMPUTED) - left
     kept = weights(found)
     for module in left:
@@ -223,23 +223,23 @@ def test_an_unknown_module_to_keep_is_refused_with_the_known_ones(
     model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     with raises(CalibrationError, "unknown_module", "'fpm'", "fpn.layer_blocks.0"):
-        quantize(model, table, Policy(keep=("fpm",)))
+        insert_qdq(model, table, QuantizationPolicy(keep=("fpm",)))
     with raises(CalibrationError, "nothing_to_quantize"):
-        quantize(model, table, Policy(keep=tuple(modules(model, Policy()))))
+        insert_qdq(model, table, QuantizationPolicy(keep=tuple(modules(model, QuantizationPolicy()))))
 
 
 def test_one_module_alone_can_be_narrowed(model: onnx.ModelProto, table: CalibrationTable) -> None:
     for module in ("fpn.layer_blocks.1", "qInput.0"):
-        found = quantize(model, table, Policy().only(module))
+        found = insert_qdq(model, table, QuantizationPolicy().only(module))
         assert {module_of(node) for node in nodes(found, "DequantizeLinear")} == {module}
         assert bool(nodes(found, "QuantizeLinear")) == (module in COMPUTED)
 
 
 def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    assert narrow_share(int8) >= LEAST_SHARE
-    assert narrow_share(model) == 0
-    counts = multiply_adds(model)
-    assert {name: count for name, (count, _) in multiply_adds(int8).items()} == {
+    assert quantized_mac_share(int8) >= LEAST_SHARE
+    assert quantized_mac_share(model) == 0
+    counts = count_macs(model)
+    assert {name: count for name, (count, _) in count_macs(int8).items()} == {
         name: count for name, (count, _) in counts.items()
     }
     # 16 x 16 channels at 32 segments; both LSTMs, 8 words, 4 gates of 12, from 8 + 12.
@@ -249,9 +249,9 @@ def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelP
 
 
 def test_the_share_counts_only_what_both_factors_are_narrow_of(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    assert narrow_share(quantize(model, table, Policy().only("qInput"))) == 0
-    alone = narrow_share(quantize(model, table, Policy().only("prop_fc")))
-    counts = multiply_adds(model)
+    assert quantized_mac_share(insert_qdq(model, table, QuantizationPolicy().only("qInput"))) == 0
+    alone = quantized_mac_share(insert_qdq(model, table, QuantizationPolicy().only("prop_fc")))
+    counts = count_macs(model)
     assert alone == counts["prop_fc/Conv"][0] / sum(count for count, _ in counts.values())
 
 
@@ -263,7 +263,7 @@ def test_the_answers_stay_close(int8: onnx.ModelProto, model: onnx.ModelProto, b
 def test_narrowing_less_changes_less(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch
 ) -> None:
-    stored = errors(quantize(model, table, Policy().only(*STORED)), model, batch)
+    stored = errors(insert_qdq(model, table, QuantizationPolicy().only(*STORED)), model, batch)
     everything = errors(int8, model, batch)
     assert all(stored[name] < 0.7 * everything[name] for name in OUTPUTS)
 
@@ -271,15 +271,15 @@ def test_narrowing_less_changes_less(
 def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
     ranges = table.ranges.items()
     tight = {name: dataclasses.replace(found, low=found.low / 8, high=found.high / 8) for name, found in ranges}
-    clipped = errors(quantize(model, dataclasses.replace(table, ranges=tight)), model, batch)
-    well = errors(quantize(model, table), model, batch)
+    clipped = errors(insert_qdq(model, dataclasses.replace(table, ranges=tight)), model, batch)
+    well = errors(insert_qdq(model, table), model, batch)
     assert all(clipped[name] > 3 * well[name] for name in OUTPUTS)
 
 
 def test_the_manifest_says_what_the_graph_is_and_came_from(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
-    before, after = manifest_of(model), manifest_of(int8)
+    before, after = read_manifest(model), read_manifest(int8)
     assert after.precision == "int8"
     assert after.sources == {
         **before.sources,
@@ -291,25 +291,25 @@ def test_the_manifest_says_what_the_graph_is_and_came_from(
 
 def test_the_model_given_stays_as_it_is(model: onnx.ModelProto, table: CalibrationTable) -> None:
     before = model.SerializeToString(deterministic=True)
-    quantize(model, table)
+    insert_qdq(model, table)
     assert model.SerializeToString(deterministic=True) == before
 
 
 def test_the_table_of_another_network_is_refused(model: onnx.ModelProto, table: CalibrationTable) -> None:
     with raises(CalibrationError, "table_of_another_model"):
-        quantize(altered(model), table)
+        insert_qdq(altered(model), table)
     few = dict(list(table.ranges.items())[1:])
     with raises(CalibrationError, "missing_range", next(iter(table.ranges))):
-        quantize(model, dataclasses.replace(table, ranges=few))
+        insert_qdq(model, dataclasses.replace(table, ranges=few))
 
 
 @pytest.mark.parametrize("opset", [18, 19, 21, 23])
 def test_a_newer_opset_answers_the_same(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch, opset: int
 ) -> None:
-    newer = quantize(model, table, opset=opset)
+    newer = insert_qdq(model, table, opset=opset)
     assert newer.opset_import[0].version == opset
-    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (newer, int8))
+    ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (newer, int8))
     for name in OUTPUTS:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
@@ -318,18 +318,18 @@ def test_an_opset_is_not_raised_over_what_may_read_differently(model: onnx.Model
     strange = copy.deepcopy(model)
     strange.graph.node[-1].op_type = "ReduceMean"
     with raises(CalibrationError, "unsupported_opset", 19, "ReduceMean"):
-        restamp(strange, 19)
+        set_opset(strange, 19)
     for opset in (16, 24):
         with raises(CalibrationError, "unsupported_opset", opset):
-            restamp(copy.deepcopy(model), opset)
+            set_opset(copy.deepcopy(model), opset)
 
 
 def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
     model: onnx.ModelProto, table: CalibrationTable, batch: Batch, int8: onnx.ModelProto
 ) -> None:
-    found = quantize(model, table, kind="fp8")
+    found = insert_qdq(model, table, kind="fp8")
     assert found.opset_import[0].version == 19
-    assert manifest_of(found).precision == "fp8"
+    assert read_manifest(found).precision == "fp8"
     types = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
     for module in COMPUTED:
         assert types[f"{module}.weight"] == onnx.TensorProto.FLOAT8E4M3FN
@@ -338,7 +338,7 @@ def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
     for node in nodes(found, "QuantizeLinear"):
         magnitude = table.ranges[measured(node)].magnitude
         assert constants[node.input[1]] == half_precision_scale(magnitude / LARGEST["fp8"])
-    assert narrow_share(found) == narrow_share(int8)
+    assert quantized_mac_share(found) == quantized_mac_share(int8)
     assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
     with raises(CalibrationError, "unsupported_opset", "FP8", 19, 18):
-        quantize(model, table, kind="fp8", opset=18)
+        insert_qdq(model, table, kind="fp8", opset=18)

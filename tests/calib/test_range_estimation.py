@@ -13,8 +13,17 @@ from hypothesis.extra import numpy as arrays
 
 from calib.calibration_set import CalibrationSet
 from calib.errors import CalibrationError
-from calib.qdq_quantizer import observed
-from calib.range_estimation import LEVELS, METHODS, PERCENTILE, Histogram, Range, measure, observe, ranges
+from calib.qdq_quantizer import tensors_to_calibrate
+from calib.range_estimation import (
+    LEVELS,
+    METHODS,
+    PERCENTILE,
+    Histogram,
+    ValueRange,
+    collect_histograms,
+    estimate_ranges,
+    ranges,
+)
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch
 from tests.raising import raises
@@ -42,7 +51,7 @@ def test_min_max_contains_every_value_and_no_method_is_wider(chunks: list[np.nda
     seen = histogram(*chunks)
     values = np.concatenate(chunks)
     widest = seen.range("minmax")
-    assert widest == Range(float(values.min()), float(values.max()))
+    assert widest == ValueRange(float(values.min()), float(values.max()))
     for method in METHODS:
         found = seen.range(method)
         assert widest.low <= found.low <= found.high <= widest.high
@@ -107,33 +116,33 @@ def test_values_that_fill_their_range_are_not_clipped() -> None:
 def test_zeros_do_not_decide_the_entropy() -> None:
     values = np.abs(np.random.default_rng(2).standard_normal(50_000))
     with_zeros = histogram(values, np.zeros(1_000_000))
-    assert with_zeros.range("entropy") == Range(0.0, histogram(values).range("entropy").high)
+    assert with_zeros.range("entropy") == ValueRange(0.0, histogram(values).range("entropy").high)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tensor_of_zeros_has_an_empty_range(method: str) -> None:
-    assert histogram(np.zeros(10)).range(method) == Range(0, 0)  # type: ignore[arg-type]
+    assert histogram(np.zeros(10)).range(method) == ValueRange(0, 0)  # type: ignore[arg-type]
 
 
 def test_values_that_are_not_finite_are_named_with_their_tensor(model: onnx.ModelProto, batch: Batch) -> None:
     spoilt = Batch(
         batch.query_tokens, batch.query_length, np.full_like(batch.segment_features, np.nan), batch.segment_spans
     )
-    tensor = observed(model)[0]
+    tensor = tensors_to_calibrate(model)[0]
     with raises(CalibrationError, "non_finite_activations", tensor):
-        measure(model, [tensor], [spoilt], "minmax")
+        estimate_ranges(model, [tensor], [spoilt], "minmax")
     with raises(CalibrationError, "too_few_samples"):
-        measure(model, [tensor], [], "minmax")
+        estimate_ranges(model, [tensor], [], "minmax")
     with raises(CalibrationError, "unknown_tensor", "nowhere"):
-        measure(model, ["nowhere"], [batch], "minmax")
+        estimate_ranges(model, ["nowhere"], [batch], "minmax")
 
 
 def test_batches_of_any_size_give_the_same_ranges(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
 ) -> None:
-    tensors = observed(model)[:4]
-    whole = measure(model, tensors, drawn.batches(manifest, 64), "minmax", threads=1)
-    apart = measure(model, tensors, drawn.batches(manifest, 7), "minmax", threads=1)
+    tensors = tensors_to_calibrate(model)[:4]
+    whole = estimate_ranges(model, tensors, drawn.batches(manifest, 64), "minmax", threads=1)
+    apart = estimate_ranges(model, tensors, drawn.batches(manifest, 7), "minmax", threads=1)
     for tensor in tensors:
         assert apart[tensor].magnitude == pytest.approx(whole[tensor].magnitude, rel=1e-5)
 
@@ -157,7 +166,7 @@ def test_the_histograms_agree_with_onnx_runtimes_calibrators(
 
     path = tmp_path / "drn.onnx"
     onnx.save(model, path)
-    histograms = observe(model, observed(model), drawn.batches(manifest, 16), threads=1)
+    histograms = collect_histograms(model, tensors_to_calibrate(model), drawn.batches(manifest, 16), threads=1)
     for ours, theirs in (("minmax", CalibrationMethod.MinMax), ("percentile", CalibrationMethod.Percentile)):
         options = {"symmetric": ours == "percentile", "num_bins": 4096, "percentile": PERCENTILE}
         calibrator = create_calibrator(path, ["Conv"], str(tmp_path / "tapped.onnx"), theirs, extra_options=options)

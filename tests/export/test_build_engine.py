@@ -25,16 +25,16 @@ import pytest
 import torch
 
 from calib.calibrate import measure_table
-from calib.calibration_set import draw
+from calib.calibration_set import sample_calibration_set
 from calib.errors import CalibrationError
 from calib.graph.fp32_scales import has_half_scales
-from calib.graph.onnx_graph import manifest_of
-from calib.graph.split_model import split_graph, write_pair
+from calib.graph.onnx_graph import read_manifest
+from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import attainable_share
 from export.build_engine import _again, _proven_engine, build_engine, choose_target
 from export.engine import engine_writer
-from export.engine.builder import BuildFailed, BuildOptions, Plan, cuda_devices, why_not
-from export.engine.engine_writer import _write_engine, reject
+from export.engine.builder import BuildFailed, BuildOptions, BuiltEngine, cuda_devices, unavailable_reason
+from export.engine.engine_writer import _write_engine, mark_rejected
 from export.engine.inspector import PlanNotLoaded
 from export.tracing.tracer import export_model
 from runtime import Grounder, Presence
@@ -53,7 +53,7 @@ from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import engine_compatibility
 from runtime.backends.engine_compatibility import rebuild_command
 from runtime.backends.onnxruntime_backend import _cuda_options
-from runtime.backends.tensorrt_backend import unrolled_parts
+from runtime.backends.tensorrt_backend import short_query_plans
 from runtime.core.errors import (
     AnnotationError,
     DeviceError,
@@ -84,14 +84,14 @@ NOTHING_BELOW = Presence(1.0, 0.9, 0.9, 10, 10)
 @pytest.fixture
 def model(models: Path, tmp_path: Path) -> Path:
     copy, graph = tmp_path / "drn.onnx", onnx.load(models / "drn.onnx")
-    carrying = dataclasses.replace(manifest_of(graph), presence=NOTHING_BELOW)
+    carrying = dataclasses.replace(read_manifest(graph), presence=NOTHING_BELOW)
     onnx.helper.set_model_props(graph, {METADATA_KEY: carrying.to_json()})
     onnx.save(graph, copy)
     return copy
 
 
 def _measure(model: Path, planted: Path, path: Path) -> Path:
-    drawn = draw(DataSet(planted), Grounder.load(model).manifest, samples=48, held_out=16)
+    drawn = sample_calibration_set(DataSet(planted), Grounder.load(model).manifest, samples=48, held_out=16)
     measure_table(onnx.load(model), drawn, "minmax", threads=1).save(path)
     return path
 
@@ -181,7 +181,7 @@ def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted:
 def test_narrow_network_is_built_in_int8_with_a_warning(
     models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = manifest_of(onnx.load(models / "drn.onnx"))
+    told = read_manifest(onnx.load(models / "drn.onnx"))
     words = max(told.vocabulary.words.values())
     config = DRNConfig(
         vocab_size=words, feature_dim=32, fpn_dim=16, num_segments=told.decoding.num_segments, hidden_dim=512
@@ -203,7 +203,7 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
     model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
-    monkeypatch.setattr("export.parity.parity_result.Budget.boundary_p99", -1.0)
+    monkeypatch.setattr("export.parity.parity_result.AccuracyBudget.boundary_p99", -1.0)
     with raises(PromiseBroken, "parity_failed", "drn.fp16.rejected.onnx", "drn.onnx"):
         build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
@@ -320,7 +320,7 @@ def test_a_split_build_makes_a_pair_that_answers_as_the_whole(model: Path, plant
 
 
 def test_a_part_in_the_place_of_the_whole_is_told_as_that(model: Path, planted: Path) -> None:
-    write_pair(*split_graph(onnx.load(model)), model)
+    write_split_model(*split_graph(onnx.load(model)), model)
     with raises(ModelFileError, "model_part", model.with_name("drn.query.onnx"), "(query)"):
         build_engine(model.with_name("drn.query.onnx"), precision="fp16", data=planted)
 
@@ -360,7 +360,7 @@ def test_engines_for_short_queries_are_built_beside_and_vouched_for(model: Path,
         assert "unrolled" not in content
         # It is of the same twin.
         assert {*content["sha256"]} - {path.name} == {*main.content["sha256"]} - {output.name}
-    assert unrolled_parts(output, main) == [(path, read_sidecar(path)) for path in shorter.values()]
+    assert short_query_plans(output, main) == [(path, read_sidecar(path)) for path in shorter.values()]
     if split:
         # The video part reads no words.
         assert "unrolled" not in read_sidecar(model.with_name("drn.fp16.video.engine")).content
@@ -369,7 +369,7 @@ def test_engines_for_short_queries_are_built_beside_and_vouched_for(model: Path,
 def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     engine: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "dry_run": True}
     for wrong in ((-1,), (8, 13)):
@@ -383,7 +383,7 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
     told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled")]
     assert [Path(path).name for path in told] == ["drn.fp16.8.engine", "drn.fp16.12.engine"]
     # Of a published checkpoint the longest query is known once it is converted.
-    monkeypatch.setattr("export.build.build_config.Job.early_profiles", lambda *_: None)
+    monkeypatch.setattr("export.build.build_config.BuildConfig.early_profiles", lambda *_: None)
     with raises(ShapeError, "invalid_option", "--unroll", 1, 12, 13):
         build_engine(model, unroll=(13,), **{**engine, "dry_run": False})
 
@@ -391,9 +391,9 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
 def test_a_graph_whose_lstm_cannot_be_written_out_is_refused_before_it_is_narrowed(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.make_twin", lambda *_: pytest.fail("minutes were spent"))
+    monkeypatch.setattr("export.build_engine.convert_precision", lambda *_: pytest.fail("minutes were spent"))
     graph = onnx.load(model)
     next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
     onnx.save(graph, model)
@@ -462,7 +462,7 @@ def test_the_target_is_chosen_with_a_reason() -> None:
         pytest.skip("this machine has a GPU")
     chosen, why = choose_target("auto")
     assert chosen == "onnxruntime"
-    assert quotes(why, str(why_not("tensorrt")).rstrip("."))
+    assert quotes(why, str(unavailable_reason("tensorrt")).rstrip("."))
     with raises(DeviceError, "target_unavailable", "tensorrt"):
         choose_target("tensorrt")
 
@@ -482,7 +482,7 @@ def test_eight_bits_are_judged_as_what_will_answer_computes_them(
         seen.append((optimised, _narrow_operators(graph)))
         raise Enough
 
-    monkeypatch.setattr("export.build.parity_check.Court._sharing", stop)
+    monkeypatch.setattr("export.build.parity_check.ParityChecker._sharing", stop)
     with pytest.raises(Enough):
         build_engine(
             model, precision="int8", target=target, data=planted, table=_measure(model, planted, tmp_path / "t.json"),
@@ -507,7 +507,7 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
         "sha256": {"drn.fp16.onnx": "0" * 64},
     }  # fmt: skip
     _write_engine(engine, b"plan", content)
-    kept = reject(engine)
+    kept = mark_rejected(engine)
     assert {path.name for path in tmp_path.iterdir()} >= {kept.name, f"{kept.name}.json"}
     assert not engine.exists()
     assert not engine.with_name("drn.fp16.engine.json").exists()
@@ -515,7 +515,7 @@ def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, 
     assert read_sidecar(kept).content["sha256"]["drn.fp16.onnx"] == "0" * 64
     # With what stands beside it for short queries, it goes by the new names of those.
     _write_engine(engine, b"plan", {**content, "unrolled": {"drn.fp16.8.engine": "1" * 64}})
-    assert read_sidecar(reject(engine)).content["unrolled"] == {"drn.fp16.8.rejected.engine": "1" * 64}
+    assert read_sidecar(mark_rejected(engine)).content["unrolled"] == {"drn.fp16.8.rejected.engine": "1" * 64}
 
 
 def _inspected(scenario: str, version: str = "11.4") -> Inspection:
@@ -528,17 +528,17 @@ def built_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A TensorRT that builds whatever it gets; the list has the number of tokens of each graph, 0 for any number."""
     built: list[int] = []
 
-    def build(graph: bytes, options: Any, known: Any) -> Plan:
+    def build(graph: bytes, options: Any, known: Any) -> BuiltEngine:
         (tokens,) = (value for value in onnx.load_from_string(graph).graph.input if value.name == "query_tokens")
         built.append(tokens.type.tensor_type.shape.dim[1].dim_value)
-        return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
+        return BuiltEngine(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
 
     monkeypatch.setattr(
         "export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="trt", __version__="11.4")
     )
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build_engine.runs_here", lambda options: False)
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     return built
@@ -577,7 +577,7 @@ def test_tensorrt_engines_get_plans_for_the_usual_query_lengths(
 
 def record_quantiles(model: Path, quantiles: list[int]) -> None:
     graph = onnx.load(model)
-    about = manifest_of(graph)
+    about = read_manifest(graph)
     training = {**about.training, "query_length_quantiles": quantiles}
     onnx.helper.set_model_props(graph, {METADATA_KEY: dataclasses.replace(about, training=training).to_json()})
     onnx.save(graph, model)
@@ -588,7 +588,7 @@ def test_the_query_part_of_a_pair_gets_plans_for_the_usual_query_lengths(
 ) -> None:
     record_quantiles(model, [4, 4])
     monkeypatch.setattr(
-        "export.engine.engine_writer.build", lambda *_: Plan(bytes(100), "tensorrt 11.4", True, shown, None)
+        "export.engine.engine_writer.build", lambda *_: BuiltEngine(bytes(100), "tensorrt 11.4", True, shown, None)
     )
     shown = _inspected("convolutions")
     output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), split=True)
@@ -638,7 +638,7 @@ def test_dry_run_lists_only_plans_that_are_built(
     checkpoint = model.with_name("drn.pt")
     shutil.copy(models / "drn.pt", checkpoint)
     assert dry_run(capsys, checkpoint)[0] != []
-    longer = dataclasses.replace(manifest_of(graph), max_query_length=64)
+    longer = dataclasses.replace(read_manifest(graph), max_query_length=64)
     onnx.helper.set_model_props(graph, {METADATA_KEY: longer.to_json()})
     onnx.save(graph, model)
     assert dry_run(capsys, checkpoint)[0] == []
@@ -680,7 +680,7 @@ def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
 ) -> None:
     good = engine_writer.build
 
-    def build(*arguments: Any) -> Plan:
+    def build(*arguments: Any) -> BuiltEngine:
         if len(built_tokens) == number:
             raise error
         return good(*arguments)
@@ -711,11 +711,11 @@ def test_default_plan_that_does_not_build_is_left_out(
 ) -> None:
     record_quantiles(model, [4, 6])
 
-    def build(graph: bytes, *_: Any) -> Plan:
+    def build(graph: bytes, *_: Any) -> BuiltEngine:
         tokens = [value for value in onnx.load_from_string(graph).graph.input if value.name == "query_tokens"]
         if tokens and tokens[0].type.tensor_type.shape.dim[1].dim_value in failing:
             raise error
-        return Plan(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
+        return BuiltEngine(bytes(100), "tensorrt 11.4", True, _inspected("convolutions"), None)
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     monkeypatch.setattr("export.engine.profiles._data_quantiles", lambda *_: None)
@@ -743,13 +743,13 @@ def test_plans_of_one_build_share_kernel_times_and_profiles(
 ) -> None:
     seen: list[bytes | None] = []
 
-    def build(graph: bytes, options: BuildOptions, known: bytes | None) -> Plan:
+    def build(graph: bytes, options: BuildOptions, known: bytes | None) -> BuiltEngine:
         tensorrt.append(options)
         seen.append(known)
         if len(options.profiles) > 1:
             raise PlanNotLoaded("tensorrt 8.6.1 cannot load the plan that it built: missing offset in id2offset.")
         times = b"%d" % len(seen)
-        return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), times)
+        return BuiltEngine(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), times)
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (4, 6)}
@@ -780,10 +780,10 @@ def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
     )
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr(
         "export.engine.engine_writer.build",
-        lambda *_: Plan(bytes(100), "tensorrt 11.4", True, _inspected(next(scenarios)), None),
+        lambda *_: BuiltEngine(bytes(100), "tensorrt 11.4", True, _inspected(next(scenarios)), None),
     )
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "unroll": (6,)}
     scenarios = iter(("convolutions", "mixed"))
@@ -798,12 +798,12 @@ def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
     assert {name: after[name] for name in before} == before
     # The others of that build are gone.
     rejected = output.with_name(f"{kept}.engine")
-    assert not unrolled_parts(rejected, read_sidecar(rejected))
+    assert not short_query_plans(rejected, read_sidecar(rejected))
     assert read_sidecar(rejected).content["census"]["verdict"] == CONTRADICTED
     layers = read_layers_file(layers_path(rejected))
     assert layers["sha256"] == sha256(rejected)
     assert [view["bound"]["Layers"][0]["Name"] for view in layers["profiles"]]
-    assert [path.name for path, _ in unrolled_parts(output, read_sidecar(output))] == ["drn.fp16.6.engine"]
+    assert [path.name for path, _ in short_query_plans(output, read_sidecar(output))] == ["drn.fp16.6.engine"]
 
 
 def test_engines_that_answer_otherwise_lose_their_names_together(
@@ -838,7 +838,7 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     assert not main.exists()
     assert not shorter.exists()
     # For a closer look they can still be opened together.
-    (found,) = unrolled_parts(written[0].model.path, read_sidecar(written[0].model.path))
+    (found,) = short_query_plans(written[0].model.path, read_sidecar(written[0].model.path))
     assert found[0].read_bytes() == b"short"
     assert layers_path(found[0]).read_bytes() == b"layers"
 
@@ -861,7 +861,9 @@ def test_a_plan_that_was_not_opened_is_not_proven_and_not_rejected(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    large = Plan(bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None, "no GPU is here to open the plan")
+    large = BuiltEngine(
+        bytes(90_000_000), "tensorrt_rtx 1.7.1.116", True, None, None, "no GPU is here to open the plan"
+    )
     monkeypatch.setattr("export.engine.engine_writer.build", lambda *_: large)
     output = build_engine(model, target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12))
     census = read_sidecar(output).content["census"]
@@ -891,7 +893,7 @@ def test_a_build_ends_by_the_verdict_of_the_inspector(
 ) -> None:
     library, _ = stand_in(version, scenario)
     monkeypatch.setattr("export.engine.builder.load_library", lambda target: library)
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.engine.inspector.Cuda", gpu)
     rejected = verdict == CONTRADICTED
     with raises(PromiseBroken, "precision_contradicted", "fp16") if rejected else contextlib.nullcontext():
@@ -931,7 +933,7 @@ def test_layers_of_another_build_are_not_described(
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[BuildOptions]:
     """Make this machine build for TensorRT 11.4, by `build` of the test's own; return the options of every build."""
     monkeypatch.setattr("export.engine.builder.load_library", lambda target: stand_in("11.4.0")[0])
-    monkeypatch.setattr("export.build_engine.why_not", lambda target: None)
+    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     return []
 
@@ -942,12 +944,12 @@ def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def build(graph: bytes, options: BuildOptions, *_: Any) -> Plan:
+    def build(graph: bytes, options: BuildOptions, *_: Any) -> BuiltEngine:
         tensorrt.append(options)
         if len(options.profiles) > 1:
             # Myelin's words of NVIDIA/TensorRT#2977.
             raise PlanNotLoaded("tensorrt 8.6.1 cannot load the plan that it built: missing offset in id2offset.")
-        return Plan(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), None)
+        return BuiltEngine(b"plan", "tensorrt 8.6.1", True, _inspected("convolutions"), None)
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     output = build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,), batch=(1, 4, 8))
@@ -968,7 +970,7 @@ def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
 def test_a_plan_with_one_profile_that_does_not_load_is_an_error(
     model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build(*_: Any) -> Plan:
+    def build(*_: Any) -> BuiltEngine:
         raise PlanNotLoaded("no")
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
@@ -988,12 +990,12 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
 ) -> None:
     given: list[onnx.ModelProto] = []
 
-    def build(graph: bytes, options: BuildOptions, *_: Any) -> Plan:
+    def build(graph: bytes, options: BuildOptions, *_: Any) -> BuiltEngine:
         given.append(onnx.load_from_string(graph))
         if has_half_scales(given[-1]):
             # NVIDIA/TensorRT#4832.
             raise BuildFailed("Could not infer output types for operation: dequantize")
-        return Plan(b"plan", "tensorrt 11.4.0", True, _inspected("int8"), None)
+        return BuiltEngine(b"plan", "tensorrt 11.4.0", True, _inspected("int8"), None)
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     wanted: dict[str, Any] = {
@@ -1014,9 +1016,9 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
 def test_tf32_is_recorded_where_it_is_allowed(
     tf32: bool, model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build(graph: bytes, options: BuildOptions, *_: Any) -> Plan:
+    def build(graph: bytes, options: BuildOptions, *_: Any) -> BuiltEngine:
         tensorrt.append(options)
-        return Plan(b"plan", "tensorrt 11.4.0", True, _inspected("wide"), None)
+        return BuiltEngine(b"plan", "tensorrt 11.4.0", True, _inspected("wide"), None)
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     output = build_engine(model, precision="fp32", target="tensorrt", query_length=(1, 8, 12), unroll=(0,), tf32=tf32)
@@ -1038,7 +1040,7 @@ def test_reports_contain_the_verdict_of_the_engine(
 ) -> None:
     monkeypatch.setattr(
         "export.engine.engine_writer.build",
-        lambda *_: Plan(b"plan", "tensorrt 11.4.0", True, _inspected("mixed"), None),
+        lambda *_: BuiltEngine(b"plan", "tensorrt 11.4.0", True, _inspected("mixed"), None),
     )
     build_engine(model, target="tensorrt", data=planted, query_length=(1, 8, 12), unroll=(0,), limit=4, threads=1)
     found = json.loads(model.with_name("drn.fp16.parity.json").read_text())["engine_precision"]

@@ -13,18 +13,18 @@ import onnxruntime
 import pytest
 
 from calib.calibrate import measure_table
-from calib.calibration_set import draw
+from calib.calibration_set import sample_calibration_set
 from calib.graph import source_graph
-from calib.graph.half_precision import to_half
-from calib.graph.onnx_graph import load_graph, manifest_of, read_graph
-from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_pair
-from calib.qdq_quantizer import Policy, quantize
+from calib.graph.half_precision import convert_to_half
+from calib.graph.onnx_graph import load_fp32_graph, load_onnx, read_manifest
+from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_split_model
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.parity import compare_layers
 from export.seal import seal_model
 from export.to_onnx import to_onnx
-from export.triton_repository.model_config import Serving, read_model
+from export.triton_repository.model_config import ServingOptions, read_model
 from runtime.artifacts.encoded_video import EncodedVideo
-from runtime.artifacts.onnx_metadata import check, external_data, read_metadata, sealed
+from runtime.artifacts.onnx_metadata import check, external_data, read_metadata, with_digest
 from runtime.backends import open_backend
 from runtime.core.batch import Batch
 from runtime.core.errors import ModelFileError
@@ -42,7 +42,7 @@ from tests.runtime.media.extractor_graphs import write_clips, write_images
 @pytest.fixture
 def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     path = tmp_path / "drn.onnx"
-    path.write_bytes(sealed(exported["tiny"].SerializeToString()))
+    path.write_bytes(with_digest(exported["tiny"].SerializeToString()))
     return path
 
 
@@ -80,7 +80,7 @@ def test_manifest(graph: Path) -> None:
 @pytest.mark.parametrize("part", ["video", "query", "prepare", "prepared"])
 def test_parts(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) -> None:
     path = tmp_path / "drn.onnx"
-    write_pair(*split_graph(exported["tiny"]), path, prepare=True)
+    write_split_model(*split_graph(exported["tiny"]), path, prepare=True)
     video, query = pair_paths(path)
     prepare, prepared = prepared_paths(path)
     inputs = random_inputs(TINY, [3] * 12)
@@ -112,18 +112,23 @@ def test_external_data(graph: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
-    source = read_graph(models / "drn.onnx")
-    table = measure_table(source, draw(DataSet(planted), manifest_of(source), 64), "minmax", threads=1)
+    source = load_fp32_graph(models / "drn.onnx")
+    table = measure_table(
+        source, sample_calibration_set(DataSet(planted), read_manifest(source), 64), "minmax", threads=1
+    )
     asked = DataSet(planted).annotations("test")[:4]
     (_, batch) = next(iter(batches_of(Grounder.load(models / "drn.onnx", "cpu", 1), DataSet(planted), asked, 4)))
-    for kind, narrow in (("int8", quantize(source, table, Policy(), "int8")), ("fp16", to_half(source, "fp16"))):
+    for kind, narrow in (
+        ("int8", insert_qdq(source, table, QuantizationPolicy(), "int8")),
+        ("fp16", convert_to_half(source, "fp16")),
+    ):
         path = tmp_path / f"drn.{kind}.onnx"
-        path.write_bytes(sealed(narrow.SerializeToString()))
+        path.write_bytes(with_digest(narrow.SerializeToString()))
         assert count_refused(path, heads(path, batch), ModelFileError, 20) == 20
 
 
 @pytest.mark.parametrize(
-    "read", [load_graph, read_graph, compare_layers.load_graph, source_graph.manifest_in, check, describe]
+    "read", [load_onnx, load_fp32_graph, compare_layers.load_graph, source_graph.manifest_in, check, describe]
 )
 def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
@@ -139,11 +144,11 @@ def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
 def test_triton_repositories_are_not_made_of_damaged_graphs(
     exported: dict[str, onnx.ModelProto], tmp_path: Path, part: int
 ) -> None:
-    files = write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
-    read_model(files[-1], Serving())
+    files = write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    read_model(files[-1], ServingOptions())
     for _ in damaged(files[part], random_bits(files[part].read_bytes(), 10)):
         with raises(ModelFileError, "digest_mismatch", files[part].name):
-            read_model(files[-1], Serving())
+            read_model(files[-1], ServingOptions())
 
 
 def features(path: Path, clips: np.ndarray) -> Callable[[], bytes]:
@@ -152,7 +157,7 @@ def features(path: Path, clips: np.ndarray) -> Callable[[], bytes]:
 
 def test_extractor_of_clips(tmp_path: Path) -> None:
     path = write_clips(tmp_path / "c3d.onnx")
-    path.write_bytes(sealed(path.read_bytes()))
+    path.write_bytes(with_digest(path.read_bytes()))
     clips = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 24, 3), np.uint8)
     assert count_refused(path, features(path, clips), ModelFileError) == 40
 
@@ -187,7 +192,7 @@ def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> Non
         assert content.recorded == content.digest is not None
         assert read_metadata(path)["drn.manifest"].count('"digest"') == 1
         # Sealing again changes nothing, and any ONNX reader reads the file.
-        assert sealed(path.read_bytes()) == path.read_bytes()
+        assert with_digest(path.read_bytes()) == path.read_bytes()
         onnx.checker.check_model(onnx.load(path))
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -9,16 +9,16 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.calibration_table import CalibrationTable, key_of
-from calib.graph.channel_equalization import balanced_name, measure_gains
-from calib.graph.conv_padding import padding_apart
+from calib.calibration_table import CalibrationTable, calibration_key
+from calib.graph.channel_equalization import balanced_name, measure_channel_scales
+from calib.graph.conv_padding import extract_padding
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
-from calib.graph.half_precision import OPSETS, QDQ_OPSET, raise_opset, to_half
-from calib.graph.precision_audit import census
+from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half, raise_opset
+from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
-from calib.graph.unroll_lstm import unrolled
-from calib.qdq_quantizer import NEWEST_OPSET, Policy, balanced, observed, quantize
-from calib.range_estimation import measure
+from calib.graph.unroll_lstm import unroll_lstm
+from calib.qdq_quantizer import NEWEST_OPSET, QuantizationPolicy, balanced, insert_qdq, tensors_to_calibrate
+from calib.range_estimation import estimate_ranges
 from export.tracing.extractor_to_onnx import export_c3d
 from export.tracing.tracer import OLDEST_OPSET
 from runtime.artifacts.extractor_manifest import ExtractorManifest
@@ -40,11 +40,11 @@ Make = Callable[[onnx.ModelProto, CalibrationTable], onnx.ModelProto]
 def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
     """Return ranges of made-up inputs, with or without balanced channels."""
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
-    gains = {name: tuple(row) for name, row in measure_gains(model, batches).items()} if balance else {}
+    gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
     after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
-    names = {balanced_name(model, name) if name in gains else name: name for name in observed(model)}
-    ranges = {names[name]: range_ for name, range_ in measure(after, list(names), batches, "minmax").items()}
-    return CalibrationTable(ranges, key_of(model, "0" * 64, "minmax"), gains=gains)
+    names = {balanced_name(model, name) if name in gains else name: name for name in tensors_to_calibrate(model)}
+    ranges = {names[name]: range_ for name, range_ in estimate_ranges(after, list(names), batches, "minmax").items()}
+    return CalibrationTable(ranges, calibration_key(model, "0" * 64, "minmax"), gains=gains)
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +54,24 @@ def tables(exported: dict[str, onnx.ModelProto]) -> Tables:
 
 FORMS: dict[str, tuple[Make, str, str]] = {
     "fp32": (lambda model, table: model, "8.6", "fp32"),
-    "fp32, as it is written": (lambda model, table: padding_apart(model), "8.6", "fp32"),
-    "fp16": (lambda model, table: to_half(model), "8.6", "fp16"),
-    "fp16, modules kept": (lambda model, table: to_half(model, keep=KEPT), "8.6", "fp16"),
-    "bf16": (lambda model, table: to_half(raise_opset(model, 22), "bf16"), "8.6", "bf16"),
-    "bf16, modules kept": (lambda model, table: to_half(raise_opset(model, 22), "bf16", KEPT), "8.6", "bf16"),
-    "int8": (lambda model, table: to_half(quantize(model, table, opset=19)), "8.6", "int8"),
+    "fp32, as it is written": (lambda model, table: extract_padding(model), "8.6", "fp32"),
+    "fp16": (lambda model, table: convert_to_half(model), "8.6", "fp16"),
+    "fp16, modules kept": (lambda model, table: convert_to_half(model, keep=KEPT), "8.6", "fp16"),
+    "bf16": (lambda model, table: convert_to_half(raise_opset(model, 22), "bf16"), "8.6", "bf16"),
+    "bf16, modules kept": (lambda model, table: convert_to_half(raise_opset(model, 22), "bf16", KEPT), "8.6", "bf16"),
+    "int8": (lambda model, table: convert_to_half(insert_qdq(model, table, opset=19)), "8.6", "int8"),
     "int8, modules kept": (
-        lambda model, table: to_half(quantize(model, table, Policy(keep=("fpn", *KEPT)), opset=19), keep=KEPT),
+        lambda model, table: convert_to_half(
+            insert_qdq(model, table, QuantizationPolicy(keep=("fpn", *KEPT)), opset=19), keep=KEPT
+        ),
         "8.6",
         "int8",
     ),
-    "fp8": (lambda model, table: to_half(quantize(model, table, kind="fp8")), "8.9", "fp8"),
+    "fp8": (lambda model, table: convert_to_half(insert_qdq(model, table, kind="fp8")), "8.9", "fp8"),
     "fp8, modules kept": (
-        lambda model, table: to_half(quantize(model, table, Policy(keep=("fpn", *KEPT)), "fp8"), keep=KEPT),
+        lambda model, table: convert_to_half(
+            insert_qdq(model, table, QuantizationPolicy(keep=("fpn", *KEPT)), "fp8"), keep=KEPT
+        ),
         "8.9",
         "fp8",
     ),
@@ -83,7 +87,7 @@ CASES = [*((form, "tiny") for form in FORMS), *((form, "deep") for form in ("fp3
 def test_every_precision_builds(form: str, network: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     make, capability, precision = FORMS[form]
     model = make(exported[network], tables[network])
-    assert precision in census(model).total()
+    assert precision in audit_graph(model).total()
     assert len(build_with_rtx(model, capability=capability)) > 10_000
 
 
@@ -93,8 +97,8 @@ def test_a_quantised_graph_whose_lstm_is_written_out_is_counted_alike_and_builds
 ) -> None:
     make, capability, precision = FORMS[form]
     _, part = split_graph(make(exported["deep"], tables["deep"]))
-    written = unrolled(part, 8)
-    before, after = census(part), census(written)
+    written = unroll_lstm(part, 8)
+    before, after = audit_graph(part), audit_graph(written)
     # All that is counted elsewhere is counted as before, and what was the LSTM's in its own type.
     lstm = "query_encoder.biLSTM"
     assert {**after.macs, lstm: {}} == {**before.macs, lstm: {}}
@@ -116,7 +120,7 @@ def test_int8_with_wide_scales_builds_and_answers_alike(
     qdq = [node for node in wide.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     scales = {types[node.input[1]] for node in qdq}
     assert scales == {onnx.TensorProto.FLOAT}
-    assert census(wide).total() == census(half).total()
+    assert audit_graph(wide).total() == audit_graph(half).total()
     inputs = [tensor.numpy() for tensor in random_inputs(CONFIGS["tiny"], [5, 3])]
     before, after = (
         _exact(model).run(None, dict(zip((value.name for value in model.graph.input), inputs, strict=True)))
@@ -139,7 +143,7 @@ def _exact(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 def test_states_of_an_lstm_have_the_type_of_its_weights(exported: dict[str, onnx.ModelProto]) -> None:
     for kind, half in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)):
-        model = to_half(raise_opset(exported["deep"], OPSETS[kind]), kind)  # type: ignore[arg-type]
+        model = convert_to_half(raise_opset(exported["deep"], OPSETS[kind]), kind)  # type: ignore[arg-type]
         types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
         producers = {name: node for node in model.graph.node for name in node.output}
         lstms = [node for node in model.graph.node if node.op_type == "LSTM"]
@@ -149,7 +153,7 @@ def test_states_of_an_lstm_have_the_type_of_its_weights(exported: dict[str, onnx
                 assert producers[state].op_type == "Expand"
                 assert types[producers[state].input[0]] == half
     # In FP32 the parser's own states are of the right type.
-    kept = to_half(exported["deep"], keep=("query_encoder.biLSTM",))
+    kept = convert_to_half(exported["deep"], keep=("query_encoder.biLSTM",))
     assert all(not any(node.input[5:7]) for node in kept.graph.node if node.op_type == "LSTM")
 
 
@@ -166,27 +170,27 @@ def test_an_extractor_of_clips_builds(precision: str) -> None:
     model = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     if precision != "fp32":
-        model = to_half(raise_opset(model, OPSETS[precision]), precision)  # type: ignore[arg-type]
-    assert set(census(model).total()) == {precision}
+        model = convert_to_half(raise_opset(model, OPSETS[precision]), precision)  # type: ignore[arg-type]
+    assert set(audit_graph(model).total()) == {precision}
     assert len(build_with_rtx(model)) > 10_000
 
 
 def test_int8_without_balanced_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:
     table = table_for(exported["tiny"], CONFIGS["tiny"], balance=False)
-    plain = quantize(exported["tiny"], table, opset=19)
+    plain = insert_qdq(exported["tiny"], table, opset=19)
     assert "prop_fc.gain" not in {tensor.name for tensor in plain.graph.initializer}
-    assert build_with_rtx(to_half(plain))
+    assert build_with_rtx(convert_to_half(plain))
 
 
 @pytest.mark.parametrize("opset", range(OLDEST_OPSET, NEWEST_OPSET + 1))
 def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
-    narrow = quantize(exported["tiny"], tables["tiny"], opset=opset)
+    narrow = insert_qdq(exported["tiny"], tables["tiny"], opset=opset)
     assert narrow.opset_import[0].version == opset
     # Below 19 Q/DQ know FP32 scales alone, so that there is FP32 around them.
-    assert build_with_rtx(to_half(narrow) if opset >= QDQ_OPSET else narrow)
+    assert build_with_rtx(convert_to_half(narrow) if opset >= QDQ_OPSET else narrow)
 
 
 def test_fp8_is_refused_for_hardware_without_it(exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     # E4M3 came with 8.9. All else was accepted by then.
     with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
-        build_with_rtx(quantize(exported["tiny"], tables["tiny"], kind="fp8"), capability="8.6")
+        build_with_rtx(insert_qdq(exported["tiny"], tables["tiny"], kind="fp8"), capability="8.6")

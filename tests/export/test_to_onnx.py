@@ -18,7 +18,7 @@ import torch
 
 from calib.graph.naming import drn_modules
 from export.to_onnx import to_onnx
-from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_batches, relative_difference
+from export.tracing.torch_check import BATCH_SIZES, check_against_torch, relative_difference, validation_batches
 from export.tracing.tracer import INPUTS, NEWEST_OPSET, OUTPUTS, export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
@@ -211,7 +211,7 @@ def test_the_command_writes_one_file_that_the_runtime_runs(
 
 def test_the_check_tries_every_length_and_batch_size_with_inputs_like_real_ones() -> None:
     config = CONFIGS["tiny"]
-    batches = list(check_batches(config, 9))
+    batches = list(validation_batches(config, 9))
     assert {batch.query_tokens.shape[1] for batch in batches} == set(range(1, 10))
     assert {len(batch) for batch in batches} == set(BATCH_SIZES)
     assert any(np.any(np.diff(batch.query_length) > 0) for batch in batches)

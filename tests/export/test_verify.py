@@ -20,15 +20,15 @@ import onnx
 import pytest
 
 from calib.calibrate import measure_table
-from calib.calibration_set import draw
-from calib.graph.conv_to_matmul import in_rows
-from calib.graph.onnx_graph import manifest_of, read_graph
-from calib.qdq_quantizer import Policy, quantize
+from calib.calibration_set import sample_calibration_set
+from calib.graph.conv_to_matmul import convs_to_matmul
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.parity.compare import compare
 from export.parity.compare_layers import compare_layers
-from export.parity.html_report import passport
-from export.parity.model_file import ModelFile, lineage
-from export.parity.parity_result import Budget, Disagreement, verdict
+from export.parity.html_report import render_html_report
+from export.parity.model_file import ModelFile, provenance
+from export.parity.parity_result import AccuracyBudget, Disagreement, violations
 from export.verify import verify
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
@@ -77,7 +77,7 @@ def judged(models: Path, wrong: Path, planted: Path) -> tuple[Any, ...]:
     sides = [Grounder.load(path, "cpu", 1) for path in (models / "drn.onnx", wrong)]
     parity = compare(*sides, data_set, data_set.annotations("test"))
     files = [ModelFile.of(path, side.manifest) for path, side in zip((models / "drn.onnx", wrong), sides, strict=True)]
-    return parity, *files, verdict(parity, Budget())
+    return parity, *files, violations(parity, AccuracyBudget())
 
 
 # The command
@@ -195,18 +195,18 @@ def test_a_twin_of_any_precision_is_judged_on_a_cpu(
     models: Path, planted: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     from calib.calibrate import measure_table
-    from calib.calibration_set import draw
-    from calib.graph.half_precision import raise_opset, to_half
-    from calib.qdq_quantizer import quantize
+    from calib.calibration_set import sample_calibration_set
+    from calib.graph.half_precision import convert_to_half, raise_opset
+    from calib.qdq_quantizer import insert_qdq
 
     source = models / "drn.onnx"
     graph = onnx.load(source)
     if precision == "int8":
         manifest = Grounder.load(source, "cpu", 1).manifest
-        drawn = draw(DataSet(planted), manifest, samples=32, held_out=32)
-        twin = quantize(graph, measure_table(graph, drawn, "minmax"))
+        drawn = sample_calibration_set(DataSet(planted), manifest, samples=32, held_out=32)
+        twin = insert_qdq(graph, measure_table(graph, drawn, "minmax"))
     else:
-        twin = to_half(raise_opset(graph, 22) if precision == "bf16" else graph, precision)
+        twin = convert_to_half(raise_opset(graph, 22) if precision == "bf16" else graph, precision)
     path = save_twin(twin, source, tmp_path / "twin.onnx", precision)
     caplog.set_level("INFO", "drn")
     found = verify(source, path, planted, limit=4, max_drop=100, threads=1)
@@ -257,7 +257,9 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_asks_for_nothing_outside_itself(judged: tuple[Any, ...]) -> None:
     parity, reference, other, broken = judged
-    text = passport(parity, reference, other, broken, budget=Budget(), commands=("python -m export.verify",))
+    text = render_html_report(
+        parity, reference, other, broken, budget=AccuracyBudget(), commands=("python -m export.verify",)
+    )
     page = Page(text)
     assert page.open == []
     tags = {tag for tag, _ in page.tags}
@@ -277,7 +279,7 @@ def test_time_lines_stand_where_the_moments_are(judged: tuple[Any, ...]) -> None
     )  # fmt: skip
     calm = dataclasses.replace(row, query="person sits", shift=0.01)
     parity = dataclasses.replace(parity, worst=(row, calm))
-    page = Page(passport(parity, reference, other, broken, budget=Budget()))
+    page = Page(render_html_report(parity, reference, other, broken, budget=AccuracyBudget()))
     bars = {values["class"]: values for tag, values in page.tags if tag == "rect"}
     assert (bars["truth"]["x"], bars["truth"]["width"]) == ("25.00%", "25.00%")
     assert (bars["reference"]["x"], bars["reference"]["width"]) == ("20.00%", "25.00%")
@@ -293,7 +295,7 @@ def test_what_a_query_holds_is_text_and_nothing_else(judged: tuple[Any, ...]) ->
     assert worst
     named = dataclasses.replace(other, path=Path(f"{hostile.replace('/', '')}.onnx"))
     parity = dataclasses.replace(parity, worst=worst)
-    text = passport(parity, reference, named, [hostile], budget=Budget(), commands=(hostile,))
+    text = render_html_report(parity, reference, named, [hostile], budget=AccuracyBudget(), commands=(hostile,))
     page = Page(text)
     assert page.open == []
     assert "script" not in {tag for tag, _ in page.tags}
@@ -302,13 +304,13 @@ def test_what_a_query_holds_is_text_and_nothing_else(judged: tuple[Any, ...]) ->
 
 def test_latency_and_census_stand_there_when_measured(judged: tuple[Any, ...]) -> None:
     parity, reference, other, broken = judged
-    without = passport(parity, reference, other, broken, budget=Budget())
-    page = passport(
+    without = render_html_report(parity, reference, other, broken, budget=AccuracyBudget())
+    page = render_html_report(
         parity,
         reference,
         other,
         broken,
-        budget=Budget(),
+        budget=AccuracyBudget(),
         census=("Of its multiply-adds 95.0 % in int8.", (("module", "int8"), [("prop_fc", "536.87")])),
         latency=(("", "p50 ms"), [("batch 1", "0.42")]),
     )
@@ -361,18 +363,18 @@ def test_a_latency_of_another_model_is_refused_before_the_work(
 
 def test_lineage_goes_by_hashes(judged: tuple[Any, ...]) -> None:
     _, reference, other, _ = judged
-    known, said = lineage(reference, other)
+    known, said = provenance(reference, other)
     assert known
     assert quotes(said, "drn.pt")
     strange = dataclasses.replace(other.manifest, sources={"drn.pt": "1" * 64})
-    known, said = lineage(reference, dataclasses.replace(other, manifest=strange))
+    known, said = provenance(reference, dataclasses.replace(other, manifest=strange))
     assert not known
     assert quotes(said, "wrong.onnx", "drn.onnx")
     made = dataclasses.replace(other.manifest, sources={"some.onnx": reference.sha256})
-    known, said = lineage(reference, dataclasses.replace(other, manifest=made))
+    known, said = provenance(reference, dataclasses.replace(other, manifest=made))
     assert known
     assert quotes(said, "wrong.onnx", "drn.onnx")
-    assert lineage(reference, reference)[0]
+    assert provenance(reference, reference)[0]
 
 
 # Layer by layer
@@ -399,12 +401,12 @@ def test_a_model_has_no_layer_that_differs_from_itself(models: Path, asked: list
 def test_an_8_bit_graph_is_compared_without_the_gains_of_its_channels(
     models: Path, planted: Path, asked: list[Any], tmp_path: Path
 ) -> None:
-    source = read_graph(models / "drn.onnx")
-    drawn = draw(DataSet(planted), manifest_of(source), samples=48, held_out=16)
+    source = load_fp32_graph(models / "drn.onnx")
+    drawn = sample_calibration_set(DataSet(planted), read_manifest(source), samples=48, held_out=16)
     table = measure_table(source, drawn, "minmax", threads=1)
     gains = [exponent for row in table.gains.values() for exponent in row]
     assert any(gains)
-    onnx.save(in_rows(quantize(source, table, Policy(stored=()))), tmp_path / "drn.int8.onnx")
+    onnx.save(convs_to_matmul(insert_qdq(source, table, QuantizationPolicy(stored=()))), tmp_path / "drn.int8.onnx")
     found = compare_layers(models / "drn.onnx", tmp_path / "drn.int8.onnx", asked)
     errors = {module.module: module.worst.relative for module in found.modules}
     # Gates take the gains, and nothing else of them is narrowed.

@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 
 from export.parity.compare import compare
-from export.parity.parity_report import open_model
-from export.parity.parity_result import Parity
+from export.parity.parity_report import load_for_comparison
+from export.parity.parity_result import ParityResult
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.io.files import sha256
@@ -52,9 +52,9 @@ def save_twin(model: onnx.ModelProto, source: Path, path: Path, precision: str) 
     return path
 
 
-def parity(reference: Path, other: Path, data: Path, split: str = "test", **options: Any) -> Parity:
+def parity(reference: Path, other: Path, data: Path, split: str = "test", **options: Any) -> ParityResult:
     """Compare two model files on a split, on one CPU thread."""
     data_set = DataSet(data)
     device = options.pop("device", "cpu")
-    sides = [open_model(path, device, 1, exact=True) for path in (reference, other)]
+    sides = [load_for_comparison(path, device, 1, exact=True) for path in (reference, other)]
     return compare(*sides, data_set, data_set.annotations(split), **options)

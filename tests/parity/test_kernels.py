@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from export.engine.profiles import Range
-from export.parity.parity_result import Budget, verdict
+from export.engine.profiles import MinOptMax
+from export.parity.parity_result import AccuracyBudget, violations
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError
 from tests.parity.models import parity
@@ -15,9 +15,9 @@ from tests.parity.models import parity
 
 def need_gpu() -> None:
     """Skip, with the reason, where no engine can be built and run."""
-    from export.engine.builder import why_not
+    from export.engine.builder import unavailable_reason
 
-    reason = why_not("tensorrt")
+    reason = unavailable_reason("tensorrt")
     if reason:
         pytest.skip(reason)
     try:
@@ -31,7 +31,7 @@ def need_gpu() -> None:
 @pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 7)], ids=["one and several", "several alone"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_engine_answers_as_its_twin(
-    models: Path, planted: Path, tmp_path: Path, precision: str, batch: Range
+    models: Path, planted: Path, tmp_path: Path, precision: str, batch: MinOptMax
 ) -> None:
     need_gpu()
     from export.build_engine import build_engine
@@ -48,4 +48,4 @@ def test_the_engine_answers_as_its_twin(
     twin = tmp_path / f"drn.{precision}.onnx"
     found = parity(twin, engine, planted, "train", device="auto")
     assert all(error.not_finite == 0 for error in found.heads.values())
-    assert verdict(found, Budget.of(precision, max_drop=1.1)) == []
+    assert violations(found, AccuracyBudget.of(precision, max_drop=1.1)) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.parity.parity_result import Budget, Parity, verdict
+from export.parity.parity_result import AccuracyBudget, ParityResult, violations
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
 from tests import tolerances
@@ -28,70 +28,70 @@ needs_calib = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def half(models: Path) -> Path:
-    from calib.graph.half_precision import to_half
+    from calib.graph.half_precision import convert_to_half
 
-    twin = to_half(onnx.load(models / "drn.onnx"), "fp16")
+    twin = convert_to_half(onnx.load(models / "drn.onnx"), "fp16")
     return save_twin(twin, models / "drn.onnx", models / "drn.fp16.onnx", "fp16")
 
 
 @pytest.fixture(scope="module")
 def int8(models: Path, planted: Path) -> Path:
     from calib.calibrate import measure_table
-    from calib.calibration_set import draw
-    from calib.qdq_quantizer import quantize
+    from calib.calibration_set import sample_calibration_set
+    from calib.qdq_quantizer import insert_qdq
 
     source = models / "drn.onnx"
     model = onnx.load(source)
-    drawn = draw(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
+    drawn = sample_calibration_set(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
     table = measure_table(model, drawn, "percentile")
-    return save_twin(quantize(model, table), source, models / "drn.int8.onnx", "int8")
+    return save_twin(insert_qdq(model, table), source, models / "drn.int8.onnx", "int8")
 
 
 @pytest.fixture(scope="module")
-def halved(models: Path, half: Path, planted: Path) -> Parity:
+def halved(models: Path, half: Path, planted: Path) -> ParityResult:
     return parity(models / "drn.onnx", half, planted, "train")
 
 
 @pytest.fixture(scope="module")
-def quantised(models: Path, int8: Path, planted: Path) -> Parity:
+def quantised(models: Path, int8: Path, planted: Path) -> ParityResult:
     return parity(models / "drn.onnx", int8, planted, "train")
 
 
 @needs_half
-def test_fp16_stays_within_its_rounding(halved: Parity) -> None:
+def test_fp16_stays_within_its_rounding(halved: ParityResult) -> None:
     for name, error in halved.heads.items():
         assert error.not_finite == 0
         assert error.max <= tolerances.HALF * error.largest, name
 
 
 @needs_half
-def test_fp16_moves_no_boundary_by_a_tenth_of_a_second(halved: Parity) -> None:
+def test_fp16_moves_no_boundary_by_a_tenth_of_a_second(halved: ParityResult) -> None:
     assert halved.locations.max < 0.1
-    assert verdict(halved, Budget.of("fp16", max_drop=1.1)) == []
+    assert violations(halved, AccuracyBudget.of("fp16", max_drop=1.1)) == []
 
 
 @needs_half
-def test_fp16_really_rounds(halved: Parity) -> None:
+def test_fp16_really_rounds(halved: ParityResult) -> None:
     # Else the twin would be FP32 under another name.
     assert all(error.max > 1e-4 for error in halved.heads.values())
 
 
 @needs_calib
-def test_int8_stays_within_its_rounding(quantised: Parity) -> None:
+def test_int8_stays_within_its_rounding(quantised: ParityResult) -> None:
     for name, error in quantised.heads.items():
         assert error.not_finite == 0
         assert error.p99 <= tolerances.INT8 * error.largest, name
 
 
 @needs_calib
-def test_int8_answers_as_fp32_on_the_whole(quantised: Parity) -> None:
+def test_int8_answers_as_fp32_on_the_whole(quantised: ParityResult) -> None:
     assert quantised.overlap.mean > 0.9
     assert abs(quantised.differences["mIoU"].mean) < 0.02
     assert all(len(flips.lost) <= 4 for flips in quantised.flips.values())
 
 
 @needs_calib
-def test_int8_rounds_more_than_fp16(quantised: Parity, halved: Parity) -> None:
+def test_int8_rounds_more_than_fp16(quantised: ParityResult, halved: ParityResult) -> None:
     for name, error in quantised.heads.items():
         assert error.p99 > halved.heads[name].p99, name
 
@@ -99,18 +99,18 @@ def test_int8_rounds_more_than_fp16(quantised: Parity, halved: Parity) -> None:
 @needs_calib
 def test_int8_on_ranges_that_are_too_small_breaks_the_promise(models: Path, planted: Path, tmp_path: Path) -> None:
     from calib.calibrate import measure_table
-    from calib.calibration_set import draw
-    from calib.qdq_quantizer import quantize
+    from calib.calibration_set import sample_calibration_set
+    from calib.qdq_quantizer import insert_qdq
 
     source = models / "drn.onnx"
     model = onnx.load(source)
-    drawn = draw(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
+    drawn = sample_calibration_set(DataSet(planted), Grounder.load(source, "cpu", 1).manifest, samples=48, held_out=32)
     table = measure_table(model, drawn, "minmax")
     small = {
         name: dataclasses.replace(found, low=found.low / 16, high=found.high / 16)
         for name, found in table.ranges.items()
     }
-    twin = quantize(model, dataclasses.replace(table, ranges=small))
+    twin = insert_qdq(model, dataclasses.replace(table, ranges=small))
     wrong = parity(source, save_twin(twin, source, tmp_path / "wrong.onnx", "int8"), planted, "train")
-    assert verdict(wrong, Budget.of("int8"))
+    assert violations(wrong, AccuracyBudget.of("int8"))
     assert wrong.overlap.mean < 0.9

@@ -13,7 +13,7 @@ from export.build_engine import build_engine
 from export.to_onnx import to_onnx
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.evaluation import heads_of
+from runtime.grounding.evaluation import run_heads
 from tests import tolerances
 from tests.export.rtx import build_with_rtx
 from tests.parity.models import parity
@@ -42,7 +42,7 @@ def test_graph_and_parts_answer_as_the_checkpoint(trained: Path, planted: Path) 
         assert found.order.five == 1, name
     grounder = Grounder.load(trained / "drn.onnx")
     data_set = DataSet(planted)
-    _, heads = next(heads_of(grounder, data_set, data_set.annotations("test")))
+    _, heads = next(run_heads(grounder, data_set, data_set.annotations("test")))
     assert heads.matching_logits.shape[1] == grounder.manifest.decoding.num_locations == config.num_segments * 7 // 4
 
 

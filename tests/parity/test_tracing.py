@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.parity.parity_result import Budget, verdict
+from export.parity.parity_result import AccuracyBudget, violations
 from tests import tolerances
 from tests.parity.models import parity
 
@@ -24,7 +24,7 @@ def test_the_graph_answers_as_the_checkpoint(models: Path, planted: Path, split:
     assert found.other.values == pytest.approx(found.reference.values, abs=1e-6)
     assert all(flips.gained == flips.lost == () for flips in found.flips.values())
     assert found.order.five == 1
-    assert verdict(found, Budget(max_drop=0, boundary_p99=tolerances.EXPORTED_SECONDS)) == []
+    assert violations(found, AccuracyBudget(max_drop=0, boundary_p99=tolerances.EXPORTED_SECONDS)) == []
 
 
 def test_this_network_answers_some_queries_and_not_others(models: Path, planted: Path) -> None:

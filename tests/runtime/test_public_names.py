@@ -21,7 +21,7 @@ from runtime import (
     open_backend,
     temporal_iou,
 )
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from tests.raising import check_error
 
 WRONG: dict[str, Any] = {
@@ -78,7 +78,7 @@ def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathF
         "Video": (Video, {"features": clips, "num_frames": 928, "duration": 30.96, "name": "a", "offset": 0.0}),
         "Video.load": (
             Video.load,
-            {"path": path / "video.npy", "duration": 30.96, "num_frames": 928, "clock": ClipClock()},
+            {"path": path / "video.npy", "duration": 30.96, "num_frames": 928, "clock": ClipTiming()},
         ),
         "Video.segments": (video.segments, {"num_segments": 32, "pooling": "mmaction2", "clock": features.clock}),
         "Video.check": (video.check, {"clock": features.clock}),

@@ -16,7 +16,7 @@ import torch
 from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.batch import collate
-from runtime.core.decoding import likely
+from runtime.core.decoding import score_proposals
 from runtime.core.errors import CheckpointError, GroundingError
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
@@ -54,7 +54,7 @@ def test_shares_are_of_the_videos_held_out_from_training(fitted: Path, planted: 
 
     def score(sentence: str, name: str) -> float:
         batch = collate([grounder.encode_query(sentence)], [grounder.segments(data_set.video(name))])
-        return float(likely(grounder.backend.run(batch), loaded.decoding).scores.max())
+        return float(score_proposals(grounder.backend.run(batch), loaded.decoding).scores.max())
 
     scores = np.array([[score(a.sentence, name) for name in names] for a in held_out])
     own = np.array([names.index(annotation.video) for annotation in held_out])
@@ -149,7 +149,7 @@ def test_the_command_says_what_the_threshold_does(
     trained: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     fake: Callable[..., Any] = lambda *scores: module.Presence(0.25, 0.9, 0.75, 40, 80)  # noqa: E731
-    monkeypatch.setattr(module, "fit", fake)
+    monkeypatch.setattr(module, "fit_threshold", fake)
     fit_presence(trained, planted, tmp_path / "drn.pt", mismatched=1, device="cpu")
     said = capsys.readouterr().out
     assert quotes(said, "0.250", "90.0 %", 40, "75.0 %", "simulated")

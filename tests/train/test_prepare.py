@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
-from runtime.core.video import ClipClock
-from runtime.datasets.dataset import DataSet, each_moment
+from runtime.core.video import ClipTiming
+from runtime.datasets.dataset import DataSet, one_per_moment
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from tests.raising import quotes, raises, records
 from train.prepare import prepare
@@ -140,14 +140,14 @@ def test_features_of_another_clock_are_told_of(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     usual, told = prepare(data, tmp_path / "usual"), prepare(data, tmp_path / "told", clock=(16, 8))
     clocks = [DataSet(common).features().clock for common in (usual, told)]
-    assert clocks == [ClipClock(60, 60), ClipClock(16, 8)]
+    assert clocks == [ClipTiming(60, 60), ClipTiming(16, 8)]
     assert [DataSet(common).frames("train0_0.0_150.0") for common in (usual, told)] == [75 * 60, 74 * 8 + 16]
 
 
 def test_every_moment_of_a_query_comes_along(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     common = DataSet(prepare(data, tmp_path / "common"))
-    assert len(each_moment(common.annotations("train"))) == 36
+    assert len(one_per_moment(common.annotations("train"))) == 36
 
 
 def test_a_data_set_without_a_training_split_has_no_vocabulary(
@@ -227,7 +227,7 @@ def test_prepare_clips_that_contradict_frames_need_their_clock(tmp_path: Path, p
     with raises(FeatureError, "clip_timing_mismatch", "--clock"):
         prepare(data, tmp_path / "output")
     assert not (tmp_path / "output").exists()
-    assert DataSet(prepare(data, tmp_path / "output", clock=(16, 32))).features().clock == ClipClock(16, 32)
+    assert DataSet(prepare(data, tmp_path / "output", clock=(16, 32))).features().clock == ClipTiming(16, 32)
 
 
 @pytest.mark.parametrize("factor", [1000, 1 / 1000])

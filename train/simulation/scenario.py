@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import FEATURE_DIRECTORY
 
 STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
-CLIP_TIMING = ClipClock()
+CLIP_TIMING = ClipTiming()
 REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
 
 

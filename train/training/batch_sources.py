@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.core.batch import padded
+from runtime.core.batch import pad_queries
 from train.network.model import DRN, NetworkHeads, Stem
 from train.training.dataset import TrainingData, append_mismatched
 
@@ -71,7 +71,7 @@ class DeviceSource:
     """All features and sentences lie in the device's memory, and a batch is a few look-ups there."""
 
     def __init__(self, data: TrainingData, device: torch.device) -> None:
-        tokens, lengths = padded(data.queries)
+        tokens, lengths = pad_queries(data.queries)
         self.lengths = torch.from_numpy(lengths)
         self.tokens = torch.from_numpy(tokens).to(device)
         self.rows = torch.from_numpy(data.video_rows).to(device)
@@ -146,7 +146,7 @@ def _stems(data: TrainingData, model: DRN, device: torch.device, autocast: torch
     for start in range(0, len(by_video), STEM_PAIRS):
         chosen = by_video[start : start + STEM_PAIRS]
         rows, place = np.unique(data.video_rows[chosen], return_inverse=True)
-        tokens, lengths = (torch.from_numpy(array) for array in padded([data.queries[index] for index in chosen]))
+        tokens, lengths = (torch.from_numpy(array) for array in pad_queries([data.queries[index] for index in chosen]))
         features = torch.from_numpy(data.features(rows)).to(device)
         spans = torch.from_numpy(data.pooled.spans[rows[place]].astype(np.float32)).to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):

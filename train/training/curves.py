@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.core.metrics import recall_name
 from train.history import read_history
 
@@ -48,5 +48,5 @@ def draw_curves(history: Path, output: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    with replace_when_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -19,7 +19,7 @@ from runtime.artifacts.manifest import Features
 from runtime.core.batch import Batch, collate
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.core.io.array_files import load_array
-from runtime.core.io.files import replace_when_whole
+from runtime.core.io.files import atomic_write
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import Segments, check_features, check_varies, max_over_rows, segment_rows
@@ -133,7 +133,7 @@ def _write(
 ) -> None:
     store, dim = data_set.store, features.dim
     dtype = store.load(videos[0]).dtype
-    with replace_when_whole(path) as temporary, open(temporary, "wb") as stream:
+    with atomic_write(path) as temporary, open(temporary, "wb") as stream:
         # Plain writes, since a memory map that outgrows the disk kills the process instead of raising.
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),

@@ -12,7 +12,7 @@ from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.datasets.dataset import Annotation, DataSet, each_moment
+from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
 from runtime.datasets.presets import length_quantiles
 from runtime.grounding.evaluation import askable_rows
 from train.checkpoints import Checkpoint, source_hash
@@ -89,7 +89,7 @@ def split_annotations(options: TrainingOptions, data_set: DataSet) -> Annotation
         training = annotations
         validation = [] if validate_on == "none" else data_set.annotations(validate_on, invalid="drop")
     # A sentence with several moments is one query, and learns from each.
-    return AnnotationSplit(validate_on, each_moment(training), validation, record)
+    return AnnotationSplit(validate_on, one_per_moment(training), validation, record)
 
 
 def network_inputs(options: TrainingOptions, data_set: DataSet, loaded: Checkpoint | None) -> NetworkInputs:

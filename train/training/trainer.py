@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError
-from runtime.core.io.files import read_json, replace_when_whole, write_json, write_text
+from runtime.core.io.files import atomic_write, read_json, write_json, write_text
 from runtime.core.metrics import recall_name
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.grounder import Grounder
@@ -161,7 +161,7 @@ class TrainingRun:
                 self._load_best(self.settings.stages[index - 1], model)
             self._train_stage(stage, model)
         if self.processes.is_main:
-            with replace_when_whole(self.output / "drn.pt") as temporary:
+            with atomic_write(self.output / "drn.pt") as temporary:
                 shutil.copyfile(self._directory(self.settings.stages[-1]) / "best.pt", temporary)
         self.processes.wait()
         return self.output / "drn.pt"

@@ -59,7 +59,7 @@ _swept: dict[Path, tuple[float, float]] = {}
 
 
 @contextlib.contextmanager
-def replace_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` once the block ends without an error.
 
     The directory is created. After any exception, Ctrl-C and SIGTERM included, the temporary file is gone and `path`
@@ -461,7 +461,7 @@ def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLi
                 f"{path} is named for something else already, and would be written over; name another file.",
                 code="output_exists",
             )
-        with contextlib.suppress(_NotKept), replace_when_whole(path):
+        with contextlib.suppress(_NotKept), atomic_write(path):
             raise _NotKept
 
 
@@ -487,7 +487,7 @@ class _NotKept(Exception):
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

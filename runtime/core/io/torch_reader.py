@@ -74,9 +74,9 @@ _DTYPE_ALIASES = {
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # NumPy 1 stops at 32 axes.
-_MOST_AXES = 32
+_MAX_AXES = 32
 # Strides of zero make a tensor of any size out of one number. Up to here that may be an honest `expand`.
-_MOST_REPEATED_BYTES = 1 << 28
+_MAX_REPEATED_BYTES = 1 << 28
 # A checkpoint with its optimizer takes about 30,000 opcodes and 1 MB. The bounds keep reading within seconds.
 _MAX_PICKLE_BYTES = 1 << 28
 _MAX_OPCODES = 1 << 20
@@ -111,7 +111,7 @@ def load(path: str | os.PathLike[str], *, inert: bool = False) -> Any:
 
     Args:
         path: the file.
-        inert: where the file asks for a class or function not known here, put an `Inert` object that knows
+        inert: where the file asks for a class or function not known here, put an `UnknownObject` object that knows
             its name and nothing else, instead of refusing the file. Nothing is imported or called either way.
 
     Raises:
@@ -134,19 +134,19 @@ def _errors(path: str) -> Iterator[None]:
             ) from error
 
 
-class Inert:
+class UnknownObject:
     """Stands for an object of an unknown class: knows its `name`, swallows all else, and calls nothing."""
 
     __slots__ = ()
     name = "?"
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+    def __new__(cls, *args: Any, **kwargs: Any) -> UnknownObject:
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+    def __call__(self, *args: Any, **kwargs: Any) -> UnknownObject:
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -168,7 +168,7 @@ class Inert:
         return f"<unread {self.name}>"
 
 
-class _Note:
+class _Placeholder:
     """What the pickle said, to be looked into once it has said all."""
 
     __slots__ = ()
@@ -177,7 +177,7 @@ class _Note:
         raise pickle.UnpicklingError(f"a state for {type(self).__name__}")
 
 
-class _Known(_Note):
+class _AllowedGlobal(_Placeholder):
     """A name that a file may ask for. Never a class, so that there is nothing to patch or instantiate."""
 
     __slots__ = ("call", "dtype", "name")
@@ -193,7 +193,7 @@ class _Known(_Note):
         return self.call(*args)
 
 
-class _Storage(_Note):
+class _Storage(_Placeholder):
     """A run of `count` numbers, `skip` numbers into the record `key`."""
 
     __slots__ = ("count", "dtype", "key", "skip")
@@ -205,7 +205,7 @@ class _Storage(_Note):
         self.skip = skip
 
 
-class _Tensor(_Note):
+class _Tensor(_Placeholder):
     __slots__ = ("dtype", "offset", "size", "storage", "stride")
 
     def __init__(
@@ -218,7 +218,7 @@ class _Tensor(_Note):
         self.stride = stride
 
 
-class _NumpyDtype(_Note):
+class _NumpyDtype(_Placeholder):
     __slots__ = ("text",)
 
     def __init__(self, text: str) -> None:
@@ -236,7 +236,7 @@ class _NumpyDtype(_Note):
         return np.dtype(self.text)
 
 
-class _NumpyArray(_Note):
+class _NumpyArray(_Placeholder):
     __slots__ = ("state",)
 
     def __init__(self, state: tuple[Any, ...] | None = None) -> None:
@@ -249,7 +249,7 @@ class _NumpyArray(_Note):
         self.state = state
 
 
-class _NumpyScalar(_Note):
+class _NumpyScalar(_Placeholder):
     __slots__ = ("content", "dtype")
 
     def __init__(self, dtype: _NumpyDtype, content: bytes) -> None:
@@ -471,8 +471,8 @@ def _check_key(key: Any) -> Any:
     for item in key if type(key) is tuple and len(key) <= _MAX_KEY_ITEMS else (key,):
         if type(item) is int and item.bit_length() > _MAX_KEY_BITS:
             raise pickle.UnpicklingError("a key that is a large integer")
-        atom = item is None or isinstance(item, (str, bytes, int, float, complex, _Note, Inert))
-        if not atom and not (isinstance(item, type) and issubclass(item, Inert)):
+        atom = item is None or isinstance(item, (str, bytes, int, float, complex, _Placeholder, UnknownObject))
+        if not atom and not (isinstance(item, type) and issubclass(item, UnknownObject)):
             raise pickle.UnpicklingError("a key that is neither text, a number nor a flat tuple of such")
     return key
 
@@ -482,7 +482,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """A pickle reader to which only `_Known` names exist, and `Inert` ones where that was asked for."""
+    """A pickle reader to which only `_AllowedGlobal` names exist, and `UnknownObject` ones where that was asked for."""
 
     dispatch: dict[int, Any] = dict(_PythonUnpickler.dispatch)
 
@@ -531,14 +531,14 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     def _find(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
-            return _Known(full_name, dtype=_STORAGES[name])
+            return _AllowedGlobal(full_name, dtype=_STORAGES[name])
         if module == "torch" and (name in _DTYPES or name in _DTYPE_ALIASES):
-            return _Known(full_name, dtype=_DTYPE_ALIASES.get(name, name))
+            return _AllowedGlobal(full_name, dtype=_DTYPE_ALIASES.get(name, name))
         call = self._calls().get(full_name)
         if call is not None:
-            return _Known(full_name, self._spread_inert(call) if self.inert else call)
+            return _AllowedGlobal(full_name, self._spread_inert(call) if self.inert else call)
         if full_name == "numpy.ndarray":
-            return _Known(full_name)
+            return _AllowedGlobal(full_name)
         return self._unread_class(full_name)
 
     def _calls(self) -> dict[str, Callable[..., Any]]:
@@ -571,17 +571,17 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
                 f"text and plain containers are expected; nothing in it was run.",
                 code="code_in_file",
             )
-        return type("Inert", (Inert,), {"__slots__": (), "name": _shown(full_name)})
+        return type("Inert", (UnknownObject,), {"__slots__": (), "name": _shown(full_name)})
 
     def _unread(self, what: str) -> Any:
         """An inert object for something of a known kind that cannot be read, where that was asked for."""
         if not self.inert:
             raise CheckpointError(f"{self.path} holds {what}, which is not read here.")
-        return type("Inert", (Inert,), {"__slots__": (), "name": what})()
+        return type("Inert", (UnknownObject,), {"__slots__": (), "name": what})()
 
     def _spread_inert(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, with an inert result where an argument is inert."""
-        return lambda *args: self._unread("a part of it") if any(map(_is_inert, args)) else call(*args)
+        return lambda *args: self._unread("a part of it") if any(map(_is_unknown, args)) else call(*args)
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
@@ -591,9 +591,9 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError("a reference of unknown shape")
         storage_type, key, _, count = pid[1:5]
         view = pid[5] if len(pid) == 6 else None
-        if _is_inert(storage_type):
+        if _is_unknown(storage_type):
             return self._unread("tensors of an unknown type")
-        if not (isinstance(storage_type, _Known) and storage_type.name.endswith("Storage")):
+        if not (isinstance(storage_type, _AllowedGlobal) and storage_type.name.endswith("Storage")):
             raise pickle.UnpicklingError("a storage of unknown type")
         if not isinstance(key, str) or not _is_size(count):
             raise pickle.UnpicklingError("a storage without a name or size")
@@ -616,7 +616,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         size, stride = _plain_tuple(size), _plain_tuple(stride)
         if not _is_size(offset) or not all(map(_is_size, size)) or not all(map(_is_size, stride)):
             raise _damaged(self.path, "a tensor has a negative or impossible size, offset or stride")
-        if len(size) != len(stride) or len(size) > _MOST_AXES:
+        if len(size) != len(stride) or len(size) > _MAX_AXES:
             raise _damaged(self.path, f"a tensor has {len(size)} sizes and {len(stride)} strides")
         return _Tensor(storage, storage.dtype if dtype is None else dtype, offset, size, stride)
 
@@ -647,7 +647,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     ) -> Any:
         if metadata:
             return self._unread("a tensor with a pending conjugation or sign")
-        if not (isinstance(dtype, _Known) and dtype.dtype is not None):
+        if not (isinstance(dtype, _AllowedGlobal) and dtype.dtype is not None):
             raise pickle.UnpicklingError("a tensor of unknown type")
         return self._tensor(storage, offset, size, stride, dtype.dtype)
 
@@ -666,8 +666,8 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return _NumpyScalar(dtype, _bytes(content))
 
 
-def _is_inert(thing: Any) -> bool:
-    return isinstance(thing, Inert) or (isinstance(thing, type) and issubclass(thing, Inert))
+def _is_unknown(thing: Any) -> bool:
+    return isinstance(thing, UnknownObject) or (isinstance(thing, type) and issubclass(thing, UnknownObject))
 
 
 def _ordered(items: Any = ()) -> _Ordered:
@@ -721,7 +721,7 @@ def _bytes(content: Any) -> bytes:
 
 
 def _empty_numpy_array(kind: Any, shape: Any, typecode: Any) -> _NumpyArray:
-    if not (isinstance(kind, _Known) and kind.name == "numpy.ndarray"):
+    if not (isinstance(kind, _AllowedGlobal) and kind.name == "numpy.ndarray"):
         raise pickle.UnpicklingError("a subclass of numpy.ndarray")
     return _NumpyArray()
 
@@ -765,7 +765,7 @@ class _Arrays:
 
     def resolve(self, node: Any) -> Any:
         """`node` with arrays in place of notes, each container replaced by a new one, cycles included."""
-        if node is None or isinstance(node, (bool, int, float, complex, str, bytes, bytearray, Inert)):
+        if node is None or isinstance(node, (bool, int, float, complex, str, bytes, bytearray, UnknownObject)):
             return node
         if id(node) in self.done:
             return self.done[id(node)]
@@ -798,9 +798,9 @@ class _Arrays:
             return self._numpy_items((), node.dtype, node.content)[()]
         if isinstance(node, _NumpyDtype):
             return node.dtype()
-        if isinstance(node, _Known):
+        if isinstance(node, _AllowedGlobal):
             return node.name
-        if isinstance(node, type) and issubclass(node, Inert):
+        if isinstance(node, type) and issubclass(node, UnknownObject):
             return node()
         raise _damaged(self.path, f"it holds a {type(node).__name__}")
 
@@ -833,7 +833,7 @@ class _Arrays:
                 f"a tensor of size {_shown(tensor.size)} reaches number {last} of a storage of only {room}",
             )
         item = numbers.dtype.itemsize
-        if count * item > max(numbers.nbytes, _MOST_REPEATED_BYTES):
+        if count * item > max(numbers.nbytes, _MAX_REPEATED_BYTES):
             raise CheckpointError(
                 f"{self.path} blows up {numbers.nbytes} bytes to a tensor of {count * item}; save a copy.",
                 code="unfolds_too_large",
@@ -868,7 +868,7 @@ class _Arrays:
         if note.state is None:
             raise _damaged(self.path, "a NumPy array has no content")
         _, shape, dtype, fortran, content = note.state
-        if isinstance(dtype, Inert):
+        if isinstance(dtype, UnknownObject):
             return dtype
         if not (isinstance(shape, tuple) and all(map(_is_size, shape)) and isinstance(dtype, _NumpyDtype)):
             raise _damaged(self.path, "a NumPy array has no proper shape or type")

@@ -10,12 +10,18 @@ from hypothesis.extra import numpy as arrays
 
 from calib.accuracy import table_of
 from calib.calibration_set import CalibrationSet
-from calib.calibration_table import CalibrationTable, key_of
+from calib.calibration_table import CalibrationTable, calibration_key
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import balance, balanced_name, exponents, gain_sites, measure_gains
-from calib.graph.onnx_graph import OUTPUTS, GraphBackend
-from calib.qdq_quantizer import Policy, quantize
-from calib.range_estimation import Histogram, Range, measure
+from calib.graph.channel_equalization import (
+    apply_channel_scales,
+    balanced_name,
+    equalizable_tensors,
+    exponents,
+    measure_channel_scales,
+)
+from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
+from calib.range_estimation import Histogram, ValueRange, estimate_ranges
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch
 from tests.calib.conftest import weights
@@ -23,7 +29,7 @@ from tests.raising import raises
 
 
 def test_the_gated_products_and_the_features_are_balanced(model: onnx.ModelProto) -> None:
-    assert gain_sites(model) == {
+    assert equalizable_tensors(model) == {
         "prop_fc/Unsqueeze": ("prop_fc/Conv", None),
         **{
             f"backbone_net/Mul{suffix}": (f"backbone_net.layers.{level}/Conv", f"qInput.{level}/Gemm")
@@ -39,9 +45,9 @@ def test_a_balanced_graph_answers_the_same_to_the_bit(model: onnx.ModelProto, ba
     other.CopyFrom(model)
     gains = {
         name: rng.integers(-6, 7, constants[conv.replace("/Conv", ".weight")].shape[1]).tolist()
-        for name, (conv, _) in gain_sites(model).items()
+        for name, (conv, _) in equalizable_tensors(model).items()
     }
-    balance(other, gains)
+    apply_channel_scales(other, gains)
     onnx.checker.check_model(other, full_check=True)
     changed = {name for name, values in weights(other).items() if not np.array_equal(values, constants.get(name))}
     assert {name.rpartition(".")[0] for name in changed} == {
@@ -49,7 +55,7 @@ def test_a_balanced_graph_answers_the_same_to_the_bit(model: onnx.ModelProto, ba
         *(f"backbone_net.layers.{level}" for level in range(3)),
         *(f"qInput.{level}" for level in range(3)),
     }
-    ours, theirs = (GraphBackend(entry, 1).run(batch) for entry in (other, model))
+    ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (other, model))
     for name in OUTPUTS:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
@@ -81,9 +87,9 @@ def test_three_quarters_of_the_unevenness_go_into_the_weights(
     assert exponents(np.array([16.0, 1.0]), np.ones(2)).tolist() == [0, 3]
     assert exponents(np.array([1.0, 1.0]), np.array([16.0, 1.0])).tolist() == [0, -1]
     batches = list(drawn.batches(manifest, 32))[:1]
-    gains = measure_gains(model, batches, 1)
-    assert gains == measure_gains(model, batches, 1, share=0.75)
-    assert gains != measure_gains(model, batches, 1, share=0)
+    gains = measure_channel_scales(model, batches, 1)
+    assert gains == measure_channel_scales(model, batches, 1, share=0.75)
+    assert gains != measure_channel_scales(model, batches, 1, share=0)
 
 
 def test_balancing_lowers_the_error_of_uneven_channels(
@@ -101,27 +107,29 @@ def test_balancing_lowers_the_error_of_uneven_channels(
         return Batch(entry.query_tokens, entry.query_length, entry.segment_features * loudness, entry.segment_spans)
 
     batches = [quieter(entry) for entry in drawn.batches(manifest, 32)]
-    gains = measure_gains(uneven, batches, 1)
+    gains = measure_channel_scales(uneven, batches, 1)
     assert min(gains["prop_fc/Unsqueeze"][0::2]) >= max(gains["prop_fc/Unsqueeze"][1::2]) + 3
     found = {}
     for label, used in (("plain", {}), ("balanced", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
         after = onnx.ModelProto()
         after.CopyFrom(uneven)
-        balance(after, used)
+        apply_channel_scales(after, used)
         name = balanced_name(uneven, "prop_fc/Unsqueeze") if used else "prop_fc/Unsqueeze"
-        (reached,) = measure(after, [name], batches, "minmax", 1).values()
+        (reached,) = estimate_ranges(after, [name], batches, "minmax", 1).values()
         table = CalibrationTable(
-            {"prop_fc/Unsqueeze": reached}, key_of(uneven, "-", "minmax"), gains={k: tuple(v) for k, v in used.items()}
+            {"prop_fc/Unsqueeze": reached},
+            calibration_key(uneven, "-", "minmax"),
+            gains={k: tuple(v) for k, v in used.items()},
         )
-        narrowed = quantize(uneven, table, Policy().only("prop_fc"))
-        ours, theirs = (GraphBackend(entry, 1).run(quieter(batch)) for entry in (narrowed, uneven))
+        narrowed = insert_qdq(uneven, table, QuantizationPolicy().only("prop_fc"))
+        ours, theirs = (InMemoryBackend(entry, 1).run(quieter(batch)) for entry in (narrowed, uneven))
         found[label] = np.abs(ours.matching_logits - theirs.matching_logits).mean()
     assert found["balanced"] < 0.4 * found["plain"]
 
 
 def test_only_what_becomes_narrow_is_balanced(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    assert set(table.gains) == set(gain_sites(model))
-    found = quantize(model, table, Policy().only("fpn"))
+    assert set(table.gains) == set(equalizable_tensors(model))
+    found = insert_qdq(model, table, QuantizationPolicy().only("fpn"))
     before = weights(model)
     for name in ("prop_fc.weight", "backbone_net.layers.0.weight", "qInput.0.weight", "qInput.0.bias"):
         np.testing.assert_array_equal(weights(found)[name], before[name])
@@ -133,5 +141,5 @@ def test_gains_of_another_graph_are_refused(
 ) -> None:
     table = table_of(model, histograms, drawn, "minmax", {"fpn/Add": [1] * 16})
     with raises(CalibrationError, "equalization_mismatch", "fpn/Add"):
-        quantize(model, table)
-    assert isinstance(table.ranges["fpn/Add"], Range)
+        insert_qdq(model, table)
+    assert isinstance(table.ranges["fpn/Add"], ValueRange)

@@ -8,9 +8,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graph.conv_padding import padding_apart, padding_inside
-from calib.graph.onnx_graph import graph_hash, open_session, read_graph, weights_hash
-from runtime.backends.onnxruntime_backend import KEPT_APART
+from calib.graph.conv_padding import extract_padding, inline_padding
+from calib.graph.onnx_graph import graph_hash, load_fp32_graph, open_session, weights_hash
+from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
 from runtime.core.batch import Batch, Heads
 
 OUTPUTS = list(Heads.__dataclass_fields__)
@@ -28,13 +28,13 @@ def padding(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 def test_padding_apart_answers_as_before_to_the_bit(model: onnx.ModelProto, batch: Batch) -> None:
     wanted = open_session(model, threads=1).run(OUTPUTS, vars(batch))
-    found = open_session(padding_apart(model), threads=1).run(OUTPUTS, vars(batch))
+    found = open_session(extract_padding(model), threads=1).run(OUTPUTS, vars(batch))
     for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
 def test_convolutions_of_many_channels_no_longer_pad(model: onnx.ModelProto) -> None:
-    apart = padding_apart(model)
+    apart = extract_padding(model)
     # The tiny network's head has 16 channels; its backbone is of full width.
     assert set(padding(model)) - set(padding(apart)) == {f"backbone_net.layers.{level}/Conv" for level in (1, 2)}
     assert [node.name for node in apart.graph.node if node.op_type == "Pad"] == [
@@ -43,10 +43,10 @@ def test_convolutions_of_many_channels_no_longer_pad(model: onnx.ModelProto) -> 
 
 
 def test_padding_inside_undoes_it_wholly(model: onnx.ModelProto) -> None:
-    again = padding_inside(padding_apart(model))
+    again = inline_padding(extract_padding(model))
     assert graph_hash(again) == graph_hash(model)
     assert weights_hash(again) == weights_hash(model)
-    assert graph_hash(padding_apart(model)) != graph_hash(model)
+    assert graph_hash(extract_padding(model)) != graph_hash(model)
 
 
 def test_ends_that_differ_keep_their_sides() -> None:
@@ -60,16 +60,16 @@ def test_ends_that_differ_keep_their_sides() -> None:
         ir_version=8,
     )
     feed = {"x": np.random.default_rng(1).random((1, 64, 1, 8), np.float32)}
-    apart = padding_apart(model)
+    apart = extract_padding(model)
     (wanted,), (found,) = (open_session(graph, threads=1).run(None, feed) for graph in (model, apart))
     np.testing.assert_array_equal(found, wanted)
     assert padding(apart) == {}
-    assert padding(padding_inside(apart)) == {"a/Conv": [0, 2, 0, 1]}
+    assert padding(inline_padding(apart)) == {"a/Conv": [0, 2, 0, 1]}
 
 
 def test_a_graph_is_read_with_its_padding_inside(model: onnx.ModelProto, tmp_path: Path) -> None:
-    onnx.save(padding_apart(model), tmp_path / "drn.onnx")
-    assert graph_hash(read_graph(tmp_path / "drn.onnx")) == graph_hash(model)
+    onnx.save(extract_padding(model), tmp_path / "drn.onnx")
+    assert graph_hash(load_fp32_graph(tmp_path / "drn.onnx")) == graph_hash(model)
 
 
 @pytest.mark.parametrize("pads", [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 1]])
@@ -87,7 +87,7 @@ def test_what_also_pads_channels_or_is_read_twice_stays_a_step_of_its_own(pads: 
     chosen = nodes if pads[1] == 0 else nodes[:2]
     graph = helper.make_graph(chosen, "g", [shape], values[: len(chosen) - 1], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    assert [node.op_type for node in padding_inside(model).graph.node] == [node.op_type for node in chosen]
+    assert [node.op_type for node in inline_padding(model).graph.node] == [node.op_type for node in chosen]
 
 
 def test_onnx_runtime_leaves_the_padding_apart_where_it_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_onnx_runtime_leaves_the_padding_apart_where_it_is_told(model: onnx.Mode
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(tmp_path / f"{told}.onnx")
         onnxruntime.InferenceSession(
-            padding_apart(model).SerializeToString(),
+            extract_padding(model).SerializeToString(),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=KEPT_APART if told else None,
+            disabled_optimizers=DISABLED_OPTIMIZERS if told else None,
         )
         optimised = onnx.load(options.optimized_model_filepath)
         kept[told] = sum(node.op_type == "Pad" for node in optimised.graph.node)

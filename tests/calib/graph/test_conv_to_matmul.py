@@ -15,11 +15,11 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from calib.calibration_table import CalibrationTable
-from calib.graph.conv_to_matmul import in_rows
-from calib.graph.onnx_graph import GraphBackend, manifest_of, open_session, read_graph
-from calib.graph.precision_audit import census
+from calib.graph.conv_to_matmul import convs_to_matmul
+from calib.graph.onnx_graph import InMemoryBackend, load_fp32_graph, open_session, read_manifest
+from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
-from calib.qdq_quantizer import Policy, attainable_share, narrow_share, quantize
+from calib.qdq_quantizer import QuantizationPolicy, attainable_share, insert_qdq, quantized_mac_share
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends.exact_int8 import unsigned
 from runtime.backends.onnxruntime_backend import open_graph
@@ -34,12 +34,12 @@ OUTPUTS = list(Heads.__dataclass_fields__)
 
 @pytest.fixture(scope="module")
 def narrowed(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
-    return quantize(model, table, Policy(stored=()))
+    return insert_qdq(model, table, QuantizationPolicy(stored=()))
 
 
 @pytest.fixture(scope="module")
 def rows(narrowed: onnx.ModelProto) -> onnx.ModelProto:
-    return in_rows(narrowed)
+    return convs_to_matmul(narrowed)
 
 
 def convolution(
@@ -95,7 +95,7 @@ def test_a_product_of_rows_is_the_convolution(
     channels: int, outputs: int, taps: int, stride: int, pads: tuple[int, int], rank: int
 ) -> None:
     model = convolution(channels, outputs, taps, stride, pads, rank)
-    turned = in_rows(model)
+    turned = convs_to_matmul(model)
     assert not any(node.op_type == "Conv" for node in turned.graph.node)
     features = {"x": np.random.default_rng(0).normal(size=[2, channels, *[1] * (rank - 3), 12]).astype(np.float32)}
     (wanted,), (found,) = (open_session(entry, 1).run(["y"], features) for entry in (model, turned))
@@ -117,7 +117,7 @@ def test_heads_are_those_of_the_convolutions(
 
 
 def test_attainable_share_is_that_of_the_whole_policy(model: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
-    assert attainable_share(model) == pytest.approx(narrow_share(narrowed), abs=1e-9)
+    assert attainable_share(model) == pytest.approx(quantized_mac_share(narrowed), abs=1e-9)
     assert 0 < attainable_share(model) < 1
 
 
@@ -126,7 +126,7 @@ def test_graph_that_another_tool_quantized_is_int8(
 ) -> None:
     path = tmp_path / "drn.onnx"
     quantize_dynamic(onnx_file, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-    assert manifest_of(onnx.load(path)).precision == "int8"
+    assert read_manifest(onnx.load(path)).precision == "int8"
     with caplog.at_level(logging.WARNING, "drn"):
         backend = open_graph(path, "cpu", 1)
     assert backend.manifest.precision == "int8"
@@ -135,7 +135,7 @@ def test_graph_that_another_tool_quantized_is_int8(
     assert describe(path)["precision"] == "int8"
     assert "int8" in capsys.readouterr().out
     with raises(ModelFileError, "not_fp32", path, "int8"):
-        read_graph(path)
+        load_fp32_graph(path)
     assert open_graph(onnx_file, "cpu", 1).manifest.precision == "fp32"
 
 
@@ -148,7 +148,7 @@ def test_int8_file_without_a_recorded_cpu_is_reported(
     assert records(caplog, logging.WARNING, path, "export.verify")
     caplog.clear()
     recorded = onnx.load(path)
-    about = manifest_of(recorded)
+    about = read_manifest(recorded)
     about = dataclasses.replace(about, training={**about.training, "precision": {"cpu": {}}})
     helper.set_model_props(recorded, {METADATA_KEY: about.to_json()})
     onnx.save(recorded, path)
@@ -170,7 +170,7 @@ def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> N
 def test_what_is_judged_in_memory_is_what_runs(rows: onnx.ModelProto, batch: Batch, tmp_path: Path) -> None:
     path = tmp_path / "drn.int8.onnx"
     onnx.save(rows, path)
-    judged, runs = GraphBackend(rows, 1, optimised=True).run(batch), open_graph(path, "cpu", 1).run(batch)
+    judged, runs = InMemoryBackend(rows, 1, optimised=True).run(batch), open_graph(path, "cpu", 1).run(batch)
     for name in OUTPUTS:
         # Padding, which the runtime leaves apart, is the one difference; it multiplies nothing.
         np.testing.assert_allclose(getattr(judged, name), getattr(runs, name), rtol=0, atol=1e-6, err_msg=name)
@@ -192,8 +192,8 @@ def test_onnx_runtime_multiplies_every_product_in_eight_bits(
 
 
 def test_as_much_is_counted_in_eight_bits_as_before(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
-    assert narrow_share(rows) == pytest.approx(narrow_share(narrowed), abs=1e-9)
-    found, wanted = census(rows), census(narrowed)
+    assert quantized_mac_share(rows) == pytest.approx(quantized_mac_share(narrowed), abs=1e-9)
+    found, wanted = audit_graph(rows), audit_graph(narrowed)
     assert found.macs == wanted.macs
     assert found.weight_bytes["int8"] <= wanted.weight_bytes["int8"] * 1.01
 
@@ -201,10 +201,10 @@ def test_as_much_is_counted_in_eight_bits_as_before(rows: onnx.ModelProto, narro
 def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
     video, query = split_graph(rows)
     assert dict.fromkeys(node.op_type for node in video.graph.node).keys() >= {"MatMul", "QuantizeLinear"}
-    whole = GraphBackend(rows, 1).run(batch)
-    from calib.graph.onnx_graph import GraphPair
+    whole = InMemoryBackend(rows, 1).run(batch)
+    from calib.graph.onnx_graph import InMemorySplitBackend
 
-    parts = GraphPair(video, query, 1).run(batch)
+    parts = InMemorySplitBackend(video, query, 1).run(batch)
     for name in OUTPUTS:
         np.testing.assert_allclose(
             getattr(parts, name),
@@ -218,8 +218,8 @@ def test_what_has_no_form_of_rows_is_named() -> None:
     model = convolution(6, 6, 3, 1, (1, 1), 4)
     model.graph.node[-1].attribute.append(helper.make_attribute("dilations", [1, 2]))
     with raises(ModelFileError, "unsupported_convolution", "module/Conv"):
-        in_rows(model)
+        convs_to_matmul(model)
 
 
 def test_a_graph_that_was_not_quantised_stays_as_it_is(model: onnx.ModelProto) -> None:
-    assert [node.name for node in in_rows(model).graph.node] == [node.name for node in model.graph.node]
+    assert [node.name for node in convs_to_matmul(model).graph.node] == [node.name for node in model.graph.node]

@@ -12,15 +12,15 @@ from onnx import TensorProto, numpy_helper
 
 from calib.graph.half_precision import (
     FLOAT16_MAX,
-    HEADROOM,
+    FP16_SAFETY_FACTOR,
     _half_tensor,
-    emulated,
+    convert_to_half,
+    emulate_bf16,
+    measure_magnitudes,
     modules,
     opset_of,
-    overflowing,
+    overflow_prone_modules,
     raise_opset,
-    scan,
-    to_half,
 )
 from calib.graph.naming import drn_modules
 from export.tracing.tracer import INPUTS, OUTPUTS
@@ -49,7 +49,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported[name])
+    half = convert_to_half(exported[name])
     onnx.checker.check_model(half, full_check=True)
     given = batch(name)
     found, wanted = run(half, given), run(exported[name], given)
@@ -61,12 +61,12 @@ def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProt
 
 def test_the_source_graph_stays_as_it_is(exported: dict[str, onnx.ModelProto]) -> None:
     before = exported["tiny"].SerializeToString(deterministic=True)
-    to_half(exported["tiny"])
+    convert_to_half(exported["tiny"])
     assert exported["tiny"].SerializeToString(deterministic=True) == before
 
 
 def test_inputs_and_outputs_are_fp32_and_weights_take_half_the_room(exported: dict[str, onnx.ModelProto]) -> None:
-    model, half = exported["tiny"], to_half(exported["tiny"])
+    model, half = exported["tiny"], convert_to_half(exported["tiny"])
     assert [value.SerializeToString() for value in half.graph.input] == [
         value.SerializeToString() for value in model.graph.input
     ]
@@ -75,7 +75,7 @@ def test_inputs_and_outputs_are_fp32_and_weights_take_half_the_room(exported: di
 
 
 def test_every_product_is_half_except_in_what_is_kept(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"], keep=["prop_fc", "fcos.head.mix_fc"])
+    half = convert_to_half(exported["tiny"], keep=["prop_fc", "fcos.head.mix_fc"])
     kinds = types(half)
     for node in half.graph.node:
         if node.op_type in ("Conv", "Gemm", "LSTM", "MatMul"):
@@ -84,14 +84,14 @@ def test_every_product_is_half_except_in_what_is_kept(exported: dict[str, onnx.M
 
 
 def test_exp_and_the_scale_before_it_stay_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"])
+    half = convert_to_half(exported["tiny"])
     kinds = types(half)
     (exp,) = [node for node in half.graph.node if node.op_type == "Exp"]
     assert kinds[exp.input[0]] == kinds[exp.output[0]] == TensorProto.FLOAT
 
 
 def test_a_tensor_is_cast_once_whoever_reads_it(exported: dict[str, onnx.ModelProto]) -> None:
-    casts = [n for n in to_half(exported["deep"], keep=["fpn"]).graph.node if n.op_type == "Cast"]
+    casts = [n for n in convert_to_half(exported["deep"], keep=["fpn"]).graph.node if n.op_type == "Cast"]
     assert len({(cast.input[0], onnx.helper.get_node_attr_value(cast, "to")) for cast in casts}) == len(casts)
     assert len({cast.name for cast in casts}) == len(casts)
 
@@ -100,10 +100,10 @@ def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.Model
     model = raise_opset(exported["tiny"], 22)
     assert opset_of(model) == 22
     assert run(model, batch("tiny")).keys() == set(OUTPUTS)
-    half = to_half(model, "bf16")
+    half = convert_to_half(model, "bf16")
     onnx.checker.check_model(half, full_check=True)
     given = batch("tiny")
-    found, wanted = run(emulated(half), given), run(model, given)
+    found, wanted = run(emulate_bf16(half), given), run(model, given)
     for output in OUTPUTS:
         # Three bits fewer than FP16.
         np.testing.assert_allclose(found[output], wanted[output], atol=16 * HALF * np.abs(wanted[output]).max())
@@ -111,8 +111,8 @@ def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.Model
 
 
 def test_a_graph_without_bf16_is_not_emulated(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"])
-    assert emulated(half) is half
+    half = convert_to_half(exported["tiny"])
+    assert emulate_bf16(half) is half
 
 
 @given(st.floats(-(2.0**126), 2.0**126, width=32))
@@ -125,9 +125,9 @@ def test_bf16_weights_are_rounded_to_the_nearest(value: float) -> None:
 
 def test_an_unknown_module_and_too_low_an_opset_are_refused(exported: dict[str, onnx.ModelProto]) -> None:
     with raises(ShapeError, "unknown_module", "prop_fcc"):
-        to_half(exported["tiny"], keep=["prop_fcc"])
+        convert_to_half(exported["tiny"], keep=["prop_fcc"])
     with raises(ShapeError, "unsupported_opset", "bf16", 22, 17):
-        to_half(exported["tiny"], "bf16")
+        convert_to_half(exported["tiny"], "bf16")
 
 
 def test_the_scan_finds_the_largest_magnitude_of_each_module(exported: dict[str, onnx.ModelProto]) -> None:
@@ -137,22 +137,22 @@ def test_the_scan_finds_the_largest_magnitude_of_each_module(exported: dict[str,
     values = numpy_helper.to_array(weight).copy()
     values.flat[0] = -7e4
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    scanned = scan(model, [batch("tiny")])
+    scanned = measure_magnitudes(model, [batch("tiny")])
     assert set(scanned) <= modules(model)
     assert scanned["fpn.layer_blocks.1"] >= 7e4
-    assert scanned["prop_fc"] == scan(exported["tiny"], [batch("tiny")])["prop_fc"] < 1e3
-    assert "fpn.layer_blocks.1" in overflowing(scanned)
+    assert scanned["prop_fc"] == measure_magnitudes(exported["tiny"], [batch("tiny")])["prop_fc"] < 1e3
+    assert "fpn.layer_blocks.1" in overflow_prone_modules(scanned)
 
 
 def test_a_module_is_held_back_from_a_quarter_of_the_largest_number_on() -> None:
-    limit = FLOAT16_MAX / HEADROOM
+    limit = FLOAT16_MAX / FP16_SAFETY_FACTOR
     scanned = {"a": limit, "b": limit * 1.01, "c": float("inf"), "d": float("nan")}
-    assert set(overflowing(scanned)) == {"b", "c", "d"}
-    assert overflowing({"b": limit * 1.01, "c": float("inf")}) == ("c", "b")
-    assert overflowing({"c": 1e30}, "bf16") == ()
+    assert set(overflow_prone_modules(scanned)) == {"b", "c", "d"}
+    assert overflow_prone_modules({"b": limit * 1.01, "c": float("inf")}) == ("c", "b")
+    assert overflow_prone_modules({"c": 1e30}, "bf16") == ()
     # 16,376 in numbers, so that the margin itself is held.
-    assert overflowing({"a": 16_300.0, "b": 16_400.0}) == ("b",)
-    assert overflowing({"b": 1e6, "d": float("nan"), "c": 1e9}) == ("d", "c", "b")
+    assert overflow_prone_modules({"a": 16_300.0, "b": 16_400.0}) == ("b",)
+    assert overflow_prone_modules({"b": 1e6, "d": float("nan"), "c": 1e9}) == ("d", "c", "b")
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf")])
@@ -172,19 +172,19 @@ def test_a_model_that_is_not_finite_in_fp32_is_refused_and_the_module_named(
         given.segment_features[1, 3, 2] = spoilt
     module = {"weight": "fpn.layer_blocks.1", "features": "prop_fc"}[where]
     with raises(ModelFileError, "non_finite_output", module):
-        scan(model, [batch("tiny"), given])
+        measure_magnitudes(model, [batch("tiny"), given])
 
 
 def test_a_later_batch_of_smaller_numbers_lowers_nothing(exported: dict[str, onnx.ModelProto]) -> None:
     loud, quiet = batch("tiny"), batch("tiny")
     loud.segment_features[:] *= 50
-    alone = scan(exported["tiny"], [loud])
-    assert alone["prop_fc"] > scan(exported["tiny"], [quiet])["prop_fc"]
-    assert scan(exported["tiny"], [loud, quiet])["prop_fc"] == alone["prop_fc"]
+    alone = measure_magnitudes(exported["tiny"], [loud])
+    assert alone["prop_fc"] > measure_magnitudes(exported["tiny"], [quiet])["prop_fc"]
+    assert measure_magnitudes(exported["tiny"], [loud, quiet])["prop_fc"] == alone["prop_fc"]
 
 
 def test_a_fresh_export_needs_no_module_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
-    assert overflowing(scan(exported["tiny"], [batch("tiny")])) == ()
+    assert overflow_prone_modules(measure_magnitudes(exported["tiny"], [batch("tiny")])) == ()
 
 
 def test_inputs_are_what_the_runtime_gives() -> None:

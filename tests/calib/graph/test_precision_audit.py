@@ -5,15 +5,15 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from calib.graph.half_precision import to_half
-from calib.graph.precision_audit import Census, census, check
+from calib.graph.half_precision import convert_to_half
+from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
 from runtime.core.errors import PromiseBroken
 from tests.export.conftest import TINY
 from tests.raising import raises
 
 
 def test_multiply_adds_by_hand(exported: dict[str, onnx.ModelProto]) -> None:
-    counted = census(exported["tiny"], query_length=8)
+    counted = audit_graph(exported["tiny"], query_length=8)
     segments, width, channels = TINY.num_segments, TINY.fpn_dim, TINY.feature_dim
     assert counted.macs["prop_fc"] == {"fp32": segments * channels * channels}
     assert counted.macs["backbone_net.layers.1"] == {"fp32": segments // 2 * 512 * 256 * 3}
@@ -27,39 +27,42 @@ def test_multiply_adds_by_hand(exported: dict[str, onnx.ModelProto]) -> None:
 
 
 def test_weights_are_counted_by_type(exported: dict[str, onnx.ModelProto]) -> None:
-    whole, half = census(exported["tiny"]).weight_bytes, census(to_half(exported["tiny"])).weight_bytes
+    whole, half = (
+        audit_graph(exported["tiny"]).weight_bytes,
+        audit_graph(convert_to_half(exported["tiny"])).weight_bytes,
+    )
     assert set(whole) == {"fp32"}
     assert half["fp16"] == pytest.approx(whole["fp32"] / 2, rel=0.01)
 
 
 def test_a_graph_is_held_to_its_name(exported: dict[str, onnx.ModelProto]) -> None:
-    half = census(to_half(exported["tiny"]))
-    check(half, "fp16")
-    check(census(exported["tiny"]), "fp32")
+    half = audit_graph(convert_to_half(exported["tiny"]))
+    require_precision(half, "fp16")
+    require_precision(audit_graph(exported["tiny"]), "fp32")
     with raises(PromiseBroken, "precision_not_reached", "fp16", "0.0 %"):
-        check(census(exported["tiny"]), "fp16")
-    mixed = census(to_half(exported["tiny"], keep=["fpn", "backbone_net.layers.2"]))
+        require_precision(audit_graph(exported["tiny"]), "fp16")
+    mixed = audit_graph(convert_to_half(exported["tiny"], keep=["fpn", "backbone_net.layers.2"]))
     assert 0 < mixed.share("fp32") < 1
     with raises(PromiseBroken, "precision_not_reached", f"{100 * mixed.share('fp16'):.1f} %"):
-        check(mixed, "fp16")
+        require_precision(mixed, "fp16")
     with raises(PromiseBroken, "precision_not_reached", "int8", "0.0 %"):
-        check(half, "int8")
+        require_precision(half, "int8")
 
 
 def test_narrow_network_is_held_to_what_it_can_reach() -> None:
-    counted = Census({"a": {"int8": 51}, "b": {"fp32": 49}}, {})
+    counted = PrecisionStats({"a": {"int8": 51}, "b": {"fp32": 49}}, {})
     with raises(PromiseBroken, "precision_not_reached", "51.0 %", "85 %"):
-        check(counted, "int8")
-    assert check(counted, "int8", attainable=0.512) == "int8 in 51.0 % of the multiply-adds"
+        require_precision(counted, "int8")
+    assert require_precision(counted, "int8", attainable=0.512) == "int8 in 51.0 % of the multiply-adds"
     with raises(PromiseBroken, "precision_not_reached", "51.0 %", "60 %"):
-        check(counted, "int8", attainable=0.71)
+        require_precision(counted, "int8", attainable=0.71)
     # A network in which enough can be 8-bit is held to the usual share.
     with raises(PromiseBroken, "precision_not_reached", "84.0 %", "85 %"):
-        check(Census({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)
+        require_precision(PrecisionStats({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)
 
 
 def test_shares_add_up() -> None:
-    counted = Census({"a": {"fp16": 3, "int8": 5}, "b": {"int8": 2}}, {})
+    counted = PrecisionStats({"a": {"fp16": 3, "int8": 5}, "b": {"int8": 2}}, {})
     assert counted.total() == {"fp16": 3, "int8": 7}
     assert counted.share("int8") == 0.7
     assert counted.share("fp32") == 0

@@ -10,15 +10,15 @@ import onnx
 import pytest
 import torch
 
-from calib.graph.half_precision import to_half
-from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_pair
+from calib.graph.half_precision import convert_to_half
+from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_split_model
 from export.to_onnx import to_onnx
 from export.tracing.torch_check import check_pair_against_torch, relative_difference
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.backends.base import run_pair
-from runtime.backends.onnxruntime_backend import LEAST_PREPARED, OnnxRuntimePair
+from runtime.backends.onnxruntime_backend import MIN_PREPARED_QUERIES, OnnxRuntimePair
 from runtime.core.batch import Batch
 from runtime.core.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
 from runtime.core.io.files import sha256
@@ -35,7 +35,7 @@ def written(model: onnx.ModelProto, directory: Path) -> Path:
     """Write a pair, and the whole graph beside it; return the latter's path."""
     path = directory / "drn.onnx"
     onnx.save(model, path)
-    write_pair(*split_graph(model), path)
+    write_split_model(*split_graph(model), path)
     return path
 
 
@@ -107,7 +107,7 @@ def test_the_query_part_names_the_video_part_by_its_hash(exported: dict[str, onn
 
 
 def test_half_precision_twins_are_cut_without_a_cast(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
-    half = to_half(exported["tiny"])
+    half = convert_to_half(exported["tiny"])
     video, query = split_graph(half)
     float16 = onnx.TensorProto.FLOAT16
     assert signature(video.graph.output)["encoded_features"][0] == float16
@@ -125,7 +125,7 @@ def test_half_precision_twins_are_cut_without_a_cast(exported: dict[str, onnx.Mo
 @pytest.mark.rtx
 @pytest.mark.parametrize("half", [False, True])
 def test_both_parts_parse_and_build_in_tensorrt_rtx(exported: dict[str, onnx.ModelProto], half: bool) -> None:
-    for part in split_graph(to_half(exported["tiny"]) if half else exported["tiny"]):
+    for part in split_graph(convert_to_half(exported["tiny"]) if half else exported["tiny"]):
         build_with_rtx(part, video=(1, 2, 8))
 
 
@@ -136,7 +136,7 @@ def test_a_prepared_video_is_answered_as_the_whole(
 ) -> None:
     path = tmp_path / "drn.onnx"
     onnx.save(exported[name], path)
-    files = write_pair(*split_graph(exported[name]), path, prepare=True)
+    files = write_split_model(*split_graph(exported[name]), path, prepare=True)
     assert [file.name for file in files] == [
         "drn.video.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx",
     ]  # fmt: skip
@@ -149,10 +149,10 @@ def test_a_prepared_video_is_answered_as_the_whole(
     assert video.prepared.shape == (256 * CONFIGS[name].num_segments, CONFIGS[name].feature_dim)
     # Which way is taken shows in this: the other does not know the encoding.
     asked = tokens, length, [replace(video, features=encoded * np.nan)], np.zeros(len(tokens), np.int32)
-    assert np.isnan(pair.ask(*asked).matching_logits).any() == (len(lengths) < LEAST_PREPARED)
+    assert np.isnan(pair.ask(*asked).matching_logits).any() == (len(lengths) < MIN_PREPARED_QUERIES)
     # Whatever is too few to be worth it here is still asked that way.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.backends.onnxruntime_backend.LEAST_PREPARED", 1)
+        patch.setattr("runtime.backends.onnxruntime_backend.MIN_PREPARED_QUERIES", 1)
         found = pair.ask(*asked)
     one = [0] * len(tokens)
     wanted = open_backend(path, "cpu", 1).run(Batch(tokens, length, features[one], spans[one]))
@@ -161,7 +161,7 @@ def test_a_prepared_video_is_answered_as_the_whole(
 
 
 def test_only_fp32_query_parts_can_be_prepared_for(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"])
+    half = convert_to_half(exported["tiny"])
     for graph in (exported["tiny"], split_graph(exported["tiny"])[0], split_graph(half)[1]):
         with raises(ModelFileError, "not_a_query_part"):
             prepared_graphs(graph)

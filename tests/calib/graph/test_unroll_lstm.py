@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.graph.half_precision import raise_opset, to_half
+from calib.graph.half_precision import convert_to_half, raise_opset
 from calib.graph.onnx_graph import open_session
 from calib.graph.split_model import split_graph
-from calib.graph.unroll_lstm import unrolled
+from calib.graph.unroll_lstm import unroll_lstm
 from runtime.core.batch import Heads
 from runtime.core.errors import ModelFileError
 from tests import tolerances
@@ -44,7 +44,7 @@ def assert_same(found: Heads, wanted: Heads, relative: float) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5, LONGEST])
 @pytest.mark.parametrize("network", ["tiny", "deep"])
 def test_it_answers_as_the_lstm_does(network: str, steps: int, exported: dict[str, onnx.ModelProto]) -> None:
-    model = unrolled(exported[network], steps)
+    model = unroll_lstm(exported[network], steps)
     onnx.checker.check_model(model, full_check=True)
     assert not [node for node in model.graph.node if node.op_type in ("LSTM", "Loop", "Scan", "If")]
     lengths = [steps, 1, max(1, steps // 2), max(1, steps - 1)]
@@ -55,7 +55,7 @@ def test_it_answers_as_the_lstm_does(network: str, steps: int, exported: dict[st
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=5), st.integers(0, 100))
 def test_padding_changes_no_answer(exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int) -> None:
-    model = unrolled(exported["tiny"], LONGEST)
+    model = unroll_lstm(exported["tiny"], LONGEST)
     found = heads(model, "tiny", lengths, LONGEST, seed)
     # The LSTM sees no more than the longest of them.
     wanted = heads(exported["tiny"], "tiny", lengths, LONGEST, seed, seen=max(lengths))
@@ -63,15 +63,15 @@ def test_padding_changes_no_answer(exported: dict[str, onnx.ModelProto], lengths
 
 
 def test_half_precision_stays_as_near(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"])
+    half = convert_to_half(exported["tiny"])
     wanted = heads(exported["tiny"], "tiny", [7, 3, 12], LONGEST)
-    for model in (half, unrolled(half, LONGEST)):
+    for model in (half, unroll_lstm(half, LONGEST)):
         assert_same(heads(model, "tiny", [7, 3, 12], LONGEST), wanted, tolerances.HALF)
 
 
 def test_the_given_graph_stays_and_weights_of_the_lstm_stand_once(exported: dict[str, onnx.ModelProto]) -> None:
     before = exported["tiny"].SerializeToString()
-    model = unrolled(exported["tiny"], 4)
+    model = unroll_lstm(exported["tiny"], 4)
     assert exported["tiny"].SerializeToString() == before
     named = [tensor.name for tensor in model.graph.initializer]
     assert len(named) == len(set(named))
@@ -85,7 +85,7 @@ def test_only_the_number_of_tokens_is_fixed(exported: dict[str, onnx.ModelProto]
     _, query = split_graph(exported["tiny"])
     shapes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
-        for value in unrolled(query, 6).graph.input
+        for value in unroll_lstm(query, 6).graph.input
     }
     assert shapes["query_tokens"] == ["batch", 6]
     assert shapes["query_length"] == shapes["video_index"] == ["batch"]
@@ -95,9 +95,9 @@ def test_only_the_number_of_tokens_is_fixed(exported: dict[str, onnx.ModelProto]
 def test_a_graph_without_such_lstms_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
     video, _ = split_graph(exported["tiny"])
     with raises(ModelFileError, "unsupported_lstm"):
-        unrolled(video, 8)
+        unroll_lstm(video, 8)
     with raises(ModelFileError, "unsupported_lstm"):
-        unrolled(unrolled(exported["tiny"], 8), 8)
+        unroll_lstm(unroll_lstm(exported["tiny"], 8), 8)
 
 
 @pytest.mark.parametrize("network", ["tiny", "deep"])
@@ -105,6 +105,6 @@ def test_a_graph_without_such_lstms_is_refused(exported: dict[str, onnx.ModelPro
 def test_it_builds(precision: str, network: str, exported: dict[str, onnx.ModelProto]) -> None:
     model = exported[network]
     if precision != "fp32":
-        model = to_half(raise_opset(model, 22 if precision == "bf16" else 17), precision)  # type: ignore[arg-type]
+        model = convert_to_half(raise_opset(model, 22 if precision == "bf16" else 17), precision)  # type: ignore[arg-type]
     for part in (model, split_graph(model)[1]):
-        assert len(build_with_rtx(unrolled(part, 8))) > 10_000
+        assert len(build_with_rtx(unroll_lstm(part, 8))) > 10_000

@@ -12,16 +12,16 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.graph.precision_audit import census
+from calib.graph.precision_audit import audit_graph
 from export.build import extractor_engine
-from export.build.extractor_engine import PROMISES, Promise, compare
+from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
 from export.build_engine import build_engine
 from export.engine import builder, engine_writer
-from export.engine.builder import Plan
+from export.engine.builder import BuiltEngine
 from export.to_onnx import to_onnx
-from export.tracing.synthetic_clips import made_up_clips
-from runtime.artifacts.engine_metadata import read_content, read_sidecar
-from runtime.artifacts.onnx_metadata import sealed
+from export.tracing.synthetic_clips import synthetic_clips
+from runtime.artifacts.engine_metadata import read_sidecar, read_verified
+from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_extractor_engine
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
@@ -68,7 +68,7 @@ def test_half_precision_gives_the_features_of_fp32(model: Path, capsys: pytest.C
     assert half.manifest.sources == {**wide.manifest.sources, "c3d.onnx": sha256(model)}
     # Clips that were not among those of the proof.
     wanted, found = wide.extract(clips(2)), half.extract(clips(2))
-    assert 0 < np.abs(found - wanted).max() <= PROMISES["fp16"].difference * wanted.max()
+    assert 0 < np.abs(found - wanted).max() <= FEATURE_TOLERANCES["fp16"].difference * wanted.max()
     report = json.loads(model.with_name("c3d.fp16.parity.json").read_text())
     assert report["model"]["sha256"] == sha256(output)
     assert report["promised"]["cosine"] <= report["twin"]["cosine"] <= 1 + 1e-6
@@ -110,7 +110,7 @@ def test_a_published_checkpoint_is_converted_first(name: str, tmp_path: Path) ->
 
 def test_layers_can_be_kept_in_fp32(model: Path) -> None:
     graph = onnx.load(build_engine(model, precision="fp16", target="onnxruntime", keep=("conv3a", "fc6")))
-    kinds = {module: set(counts) for module, counts in census(graph).macs.items()}
+    kinds = {module: set(counts) for module, counts in audit_graph(graph).macs.items()}
     assert kinds["conv3a"] == kinds["fc6"] == {"fp32"}
     assert kinds["conv3b"] == {"fp16"}
 
@@ -121,7 +121,7 @@ def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
     output = build_engine(model, precision="fp16", **RTX)
-    content = read_content(output)
+    content = read_verified(output)
     assert content["manifest"]["precision"] == "fp16"
     assert content["profiles"][0]["shapes"]["clips"] == [[size, 16, 112, 112, 3] for size in (1, 2, 4)]
     assert content["sha256"]["c3d.fp16.onnx"] == sha256(model.with_name("c3d.fp16.onnx"))
@@ -172,7 +172,7 @@ def test_an_engine_without_a_gpu_names_its_twin(model: Path, tmp_path: Path) -> 
 
 
 def test_features_that_are_too_far_are_kept_as_rejected_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(extractor_engine.PROMISES, "fp16", Promise(1.0, 1e-9))
+    monkeypatch.setitem(extractor_engine.FEATURE_TOLERANCES, "fp16", FeatureTolerance(1.0, 1e-9))
     with raises(PromiseBroken, "parity_failed", "1.0e-09", "c3d.fp16.rejected.onnx"):
         build_engine(model, precision="fp16", target="onnxruntime")
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.fp16.rejected.onnx", "c3d.onnx", "c3d.pt"]
@@ -186,17 +186,17 @@ def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: p
         if factor:
             values = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    model.write_bytes(sealed(graph.SerializeToString()))
+    model.write_bytes(with_digest(graph.SerializeToString()))
     output = build_engine(model, precision="fp16", target="onnxruntime")
     assert records(caplog, logging.WARNING, "conv4a")
-    kinds = {module: set(counts) for module, counts in census(onnx.load(output)).macs.items()}
+    kinds = {module: set(counts) for module, counts in audit_graph(onnx.load(output)).macs.items()}
     assert kinds["conv4a"] == {"fp32"}
     assert kinds["conv3b"] == kinds["conv5a"] == {"fp16"}
 
 
 def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof on a GPU, with what is built and what runs it stood in for."""
-    built = Plan(b"plan", "tensorrt_rtx 1.7", True, None, None)
+    built = BuiltEngine(b"plan", "tensorrt_rtx 1.7", True, None, None)
     monkeypatch.setattr(engine_writer, "build", lambda *_: built)
     monkeypatch.setattr("export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda _: True)
@@ -266,7 +266,7 @@ def tiny_features(tmp_path: Path) -> Path:
 
 def test_made_up_clips_are_the_same_every_time(model: Path) -> None:
     manifest = open_extractor(model, "cpu", 1).manifest
-    first, second = (np.concatenate(list(made_up_clips(manifest))) for _ in range(2))
+    first, second = (np.concatenate(list(synthetic_clips(manifest))) for _ in range(2))
     assert (first == second).all()
     assert first.shape == (6, 16, 112, 112, 3)
     # As far apart as bytes can be, and smooth: steps between neighbours are fewer than in noise.
@@ -280,6 +280,6 @@ def test_features_that_are_all_zero_in_both_are_equal() -> None:
     dead = SimpleNamespace(extract=lambda clips: np.zeros((1, 4), np.float32))
     alive = SimpleNamespace(extract=lambda clips: np.ones((1, 4), np.float32))
     manifest: Any = SimpleNamespace(window=2, crop=(8, 8))
-    assert compare(dead, dead, manifest) == Promise(1.0, 0.0)  # type: ignore[arg-type]
-    assert PROMISES["fp16"].broken_by(compare(dead, alive, manifest))  # type: ignore[arg-type]
-    assert PROMISES["fp16"].broken_by(compare(alive, dead, manifest))  # type: ignore[arg-type]
+    assert compare(dead, dead, manifest) == FeatureTolerance(1.0, 0.0)  # type: ignore[arg-type]
+    assert FEATURE_TOLERANCES["fp16"].broken_by(compare(dead, alive, manifest))  # type: ignore[arg-type]
+    assert FEATURE_TOLERANCES["fp16"].broken_by(compare(alive, dead, manifest))  # type: ignore[arg-type]

@@ -13,13 +13,13 @@ import pytest
 from onnx import numpy_helper
 
 from calib.calibrate import measure_table
-from calib.calibration_set import draw
+from calib.calibration_set import sample_calibration_set
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import manifest_of
-from calib.graph.precision_audit import census
-from calib.quantization_plan import Plan
-from export.build.reduced_precision import Wishes, make_twin
+from calib.graph.onnx_graph import read_manifest
+from calib.graph.precision_audit import audit_graph
+from calib.quantization_plan import QuantizationPlan
+from export.build.reduced_precision import ConversionOptions, convert_precision
 from runtime.core.errors import PromiseBroken
 from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises
@@ -37,7 +37,7 @@ def data_set(planted: Path) -> DataSet:
 
 @pytest.fixture(scope="module")
 def table(source: onnx.ModelProto, data_set: DataSet) -> CalibrationTable:
-    drawn = draw(data_set, manifest_of(source), samples=48, held_out=32)
+    drawn = sample_calibration_set(data_set, read_manifest(source), samples=48, held_out=32)
     return measure_table(source, drawn, "minmax", threads=1)
 
 
@@ -62,10 +62,10 @@ def test_what_would_overflow_stays_in_fp32_and_is_named(source: onnx.ModelProto,
         prop_fc__bias=2.0**18,
         backbone_net__layers__0__weight=2.0**-18,
     )
-    twin = make_twin(loud, "fp16", Wishes(threads=1), data_set)
+    twin = convert_precision(loud, "fp16", ConversionOptions(threads=1), data_set)
     assert "prop_fc" in twin.facts["held back in FP32"]
-    assert census(twin.graph).macs["prop_fc"].keys() == {"fp32"}
-    untouched = make_twin(source, "fp16", Wishes(threads=1), data_set)
+    assert audit_graph(twin.graph).macs["prop_fc"].keys() == {"fp32"}
+    untouched = convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
     assert untouched.facts["held back in FP32"] == []
     # On some CPUs rounding restores a module of the head; none that could overflow.
     assert "prop_fc" not in untouched.facts["restored to FP32"]
@@ -84,7 +84,7 @@ def test_what_loses_accuracy_in_half_precision_is_restored(source: onnx.ModelPro
             faint, **{f"{name}.weight".replace(".", "__"): 2.0**-21, f"{name}.bias".replace(".", "__"): 2.0**-21}
         )
     faint = scaled(faint, fcos__head__towers__0__weight=2.0**21)
-    twin = make_twin(faint, "fp16", Wishes(threads=1), data_set)
+    twin = convert_precision(faint, "fp16", ConversionOptions(threads=1), data_set)
     assert twin.facts["restored to FP32"]
     assert {name.split(".")[0] for name in twin.facts["restored to FP32"]} <= {"fpn", "fcos"}
 
@@ -100,13 +100,15 @@ def test_the_fewest_modules_go_back_to_fp16_and_the_plan_makes_the_same_graph_ag
     small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.1)
     path = tmp_path / "spoilt.calibration.json"
     dataclasses.replace(table, ranges=small).save(path)
-    wishes = Wishes(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
-    twin = make_twin(source, "int8", wishes, data_set)
+    wishes = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
+    twin = convert_precision(source, "int8", wishes, data_set)
     kept = twin.facts["kept out of 8 bits"]
     assert kept == ["prop_fc"]
     assert quotes(capsys.readouterr().out, "prop_fc")
     assert json.loads((tmp_path / "plan.json").read_text())["keep"] == kept
-    again = make_twin(source, "int8", dataclasses.replace(wishes, plan=tmp_path / "plan.json", plan_output=None), None)
+    again = convert_precision(
+        source, "int8", dataclasses.replace(wishes, plan=tmp_path / "plan.json", plan_output=None), None
+    )
     assert again.graph.SerializeToString() == twin.graph.SerializeToString()
 
 
@@ -116,7 +118,7 @@ def test_a_budget_that_no_precision_holds_is_said_so(
     monkeypatch.setattr("export.build.reduced_precision.BOUNDARY_P99", -1.0)
     monkeypatch.setattr("export.build.reduced_precision.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
     with raises(PromiseBroken, "budget_exceeded", "fp16"):
-        make_twin(source, "fp16", Wishes(threads=1), data_set)
+        convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
 
 
 def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(
@@ -125,11 +127,13 @@ def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(
     video = data_set.annotations("test")[0].video
     dataclasses.replace(table, videos=(video,)).save(tmp_path / "test.json")
     with raises(CalibrationError, "test_videos_used", 1, video):
-        make_twin(source, "int8", Wishes(table=tmp_path / "test.json", threads=1), data_set)
+        convert_precision(source, "int8", ConversionOptions(table=tmp_path / "test.json", threads=1), data_set)
     table.save(tmp_path / "t.json")
-    Plan(("prop_fc",), "int8", "0" * 64, dict(table.key), {}).save(tmp_path / "plan.json")
+    QuantizationPlan(("prop_fc",), "int8", "0" * 64, dict(table.key), {}).save(tmp_path / "plan.json")
     with raises(CalibrationError, "plan_of_another_table", "0" * 12, table.digest[:12]):
-        make_twin(source, "int8", Wishes(table=tmp_path / "t.json", plan=tmp_path / "plan.json", threads=1), None)
+        convert_precision(
+            source, "int8", ConversionOptions(table=tmp_path / "t.json", plan=tmp_path / "plan.json", threads=1), None
+        )
 
 
 def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
@@ -147,8 +151,10 @@ def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
         raise PromiseBroken("enough", code="enough")
 
     monkeypatch.setattr("export.build.reduced_precision.HELD_OUT", 8)
-    monkeypatch.setattr("export.build.reduced_precision.search", search)
+    monkeypatch.setattr("export.build.reduced_precision.find_layers_to_restore", search)
     with raises(PromiseBroken, "enough"):
-        make_twin(source, "int8", Wishes(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set)
+        convert_precision(
+            source, "int8", ConversionOptions(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set
+        )
     assert asked["ranker"] == 8
     assert asked["judge"] > 8

@@ -20,11 +20,11 @@ from export.engine.builder import (
     is_strongly_typed,
     load_library,
     runs_here,
-    why_not,
+    unavailable_reason,
 )
 from export.engine.inspector import PlanNotLoaded
 from export.engine.profiles import profiles
-from runtime.artifacts.engine_layers import engine_census
+from runtime.artifacts.engine_layers import engine_layer_stats
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError, ModelFileError
 from tests.export.conftest import TINY, manifest
@@ -318,9 +318,9 @@ def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: st
     for view in inspection.profiles:
         assert view.text is not None
         # 8.6 shows no types of tensors at all.
-        assert engine_census(view.text).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
+        assert engine_layer_stats(view.text).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
     # 11 shows types, but not formats, without a context.
-    assert bool(engine_census(inspection.unbound).arithmetic) == (version == "11.4.0")
+    assert bool(engine_layer_stats(inspection.unbound).arithmetic) == (version == "11.4.0")
 
 
 @pytest.mark.parametrize("version", INSPECTED)
@@ -410,7 +410,7 @@ def test_a_library_that_is_not_there_is_named_with_the_way_out() -> None:
     except ImportError:
         with raises(DeviceError, "missing_library", "tensorrt"):
             load_library("tensorrt")
-        assert quotes(str(why_not("tensorrt")), "tensorrt")
+        assert quotes(str(unavailable_reason("tensorrt")), "tensorrt")
     else:
         pytest.skip("TensorRT is installed")
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from calib.graph.precision_audit import Census
+from calib.graph.precision_audit import PrecisionStats
 from export.engine.precision_verdict import Promise, Verdict, check_size, judge_engine, require
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
     PROVEN,
-    EngineCensus,
+    EngineLayerStats,
     Inspection,
     ProfileView,
-    engine_census,
+    engine_layer_stats,
     read_layers_file,
 )
 from runtime.core.errors import PromiseBroken
@@ -24,8 +24,8 @@ from tests.export.engine.inspector_doubles import Writer, document, layers
 from tests.raising import quotes, raises
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
-FP16 = Promise("fp16", Census({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
-INT8 = Promise("int8", Census({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
+FP16 = Promise("fp16", PrecisionStats({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
+INT8 = Promise("int8", PrecisionStats({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
 # Scenario, its promise, and whether a context can be created; then for each version what is counted and the verdict.
 # docs/quantization.md shows this table.
 TABLE: dict[str, tuple[str, Promise, bool, tuple[tuple[str, str], ...]]] = {
@@ -105,7 +105,7 @@ def test_control_characters_in_the_json_of_86_are_read() -> None:
     assert "\x1e" in text
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
-    assert engine_census(text).arithmetic == {"fp16": 4}
+    assert engine_layer_stats(text).arithmetic == {"fp16": 4}
     (view,) = Inspection(text, (ProfileView("all queries", {}, text),)).to_dict()["profiles"]
     assert len(view["bound"]["Layers"]) == len(json.loads(text, strict=False)["Layers"])
 
@@ -149,11 +149,11 @@ def test_one_profile_that_contradicts_is_enough() -> None:
 
 
 def test_tensorrt_8_counts_each_profile_by_itself() -> None:
-    assert engine_census(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
+    assert engine_layer_stats(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
 
 
 def test_modules_that_the_graph_keeps_wide_are_not_held_against_the_engine() -> None:
-    kept = Census(
+    kept = PrecisionStats(
         {"backbone_net.layers.0": {"fp32": 1}, "backbone_net.layers.1": {"fp16": 1}, "prop_fc": {"fp16": 9}}, {}
     )
     wide = json.loads(document("10.16", "wide", bound=True))["Layers"]
@@ -219,12 +219,12 @@ def test_size_warns_and_never_contradicts() -> None:
 
 
 def test_both_dialects_of_the_inspector_are_read() -> None:
-    together = engine_census(document("10.16", "int8", bound=True), 7)
-    apart = engine_census(document("11.4", "int8", bound=True), 7)
+    together = engine_layer_stats(document("10.16", "int8", bound=True), 7)
+    apart = engine_layer_stats(document("11.4", "int8", bound=True), 7)
     assert (
         together
         == apart
-        == EngineCensus({"fp16": 7, "fp32": 1}, {"fp32": 2, "int8": 4, "fp16": 2}, 7, {"int8": 4, "fp16": 2})
+        == EngineLayerStats({"fp16": 7, "fp32": 1}, {"fp32": 2, "int8": 4, "fp16": 2}, 7, {"int8": 4, "fp16": 2})
     )
 
 
@@ -242,4 +242,4 @@ def test_names_of_cutlass_kernels_show_the_factors(kernel: str, kind: str) -> No
     layer = {
         "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},
     }  # fmt: skip
-    assert engine_census(json.dumps({"Layers": [layer]})).arithmetic == {kind: 1}
+    assert engine_layer_stats(json.dumps({"Layers": [layer]})).arithmetic == {kind: 1}

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from export.engine.profiles import Unrolling, profiles, unrolling, usual_query_length
+from export.engine.profiles import Unrolling, default_query_lengths, profiles, unrolling
 from runtime.core.errors import ShapeError
 from tests.export.conftest import TINY, manifest
 from tests.raising import raises
@@ -47,10 +47,10 @@ def test_queries_longer_than_the_graph_was_checked_for_are_refused() -> None:
 
 
 def test_query_lengths_are_those_of_the_data_set_as_far_as_the_graph_goes() -> None:
-    assert usual_query_length(dataclasses.replace(ABOUT, max_query_length=64)) == (1, 8, 32)
+    assert default_query_lengths(dataclasses.replace(ABOUT, max_query_length=64)) == (1, 8, 32)
     for longest, wanted in ((96, (1, 16, 96)), (12, (1, 12, 12))):
         about = dataclasses.replace(ABOUT, max_query_length=longest, training={"query_length": [1, 16, 96]})
-        assert usual_query_length(about) == wanted
+        assert default_query_lengths(about) == wanted
         assert profiles((1, 1, 1), None, about)[0].shapes["query_tokens"] == tuple((1, length) for length in wanted)
 
 

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto
 
 from calib.calibration_table import CalibrationTable
-from calib.graph.half_precision import FP32_OPERATORS, fp32_nodes, opset_of, raise_opset, to_half
+from calib.graph.half_precision import FP32_OPERATORS, convert_to_half, fp32_nodes, opset_of, raise_opset
 from calib.graph.naming import drn_modules
 from calib.graph.split_model import split_graph
-from calib.graph.unroll_lstm import unrolled
-from calib.qdq_quantizer import Policy, quantize
+from calib.graph.unroll_lstm import unroll_lstm
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.engine.builder import build
 from export.engine.weakly_typed import node_of, prepare, without_types
 from runtime.core.errors import ModelFileError
@@ -36,7 +36,7 @@ def table(exported: dict[str, onnx.ModelProto]) -> CalibrationTable:
 
 @pytest.fixture(scope="module")
 def int8(exported: dict[str, onnx.ModelProto], table: CalibrationTable) -> onnx.ModelProto:
-    return to_half(quantize(exported["tiny"], table, opset=19))
+    return convert_to_half(insert_qdq(exported["tiny"], table, opset=19))
 
 
 def answers(model: onnx.ModelProto, lengths: list[int]) -> list[np.ndarray]:
@@ -46,7 +46,7 @@ def answers(model: onnx.ModelProto, lengths: list[int]) -> list[np.ndarray]:
 
 
 def test_an_fp16_graph_loses_its_types_and_keeps_its_numbers(exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"], keep=KEPT)
+    half = convert_to_half(exported["tiny"], keep=KEPT)
     plain = without_types(half)
     onnx.checker.check_model(plain, full_check=True)
     assert not FLOATS & {tensor.data_type for tensor in plain.graph.initializer}
@@ -77,7 +77,7 @@ def test_an_int8_graph_keeps_its_qdq_and_stores_no_narrow_weights(int8: onnx.Mod
 
 def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto) -> None:
     video, query = split_graph(int8)
-    for part in (video, query, unrolled(query, 6)):
+    for part in (video, query, unroll_lstm(query, 6)):
         plain = without_types(part)
         onnx.checker.check_model(plain, full_check=True)
         # Encodings that pass from part to part are FP32 as well.
@@ -87,7 +87,7 @@ def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto
 
 def test_no_shape_is_cut_by_attributes_that_86_ignores(exported: dict[str, onnx.ModelProto]) -> None:
     _, query = split_graph(exported["tiny"])
-    for graph in (exported["tiny"], query, unrolled(query, 6)):
+    for graph in (exported["tiny"], query, unroll_lstm(query, 6)):
         assert cuts_shapes(graph.SerializeToString()), "then nothing is shown here"
         library, calls = stand_in("8.6.1")
         build(graph.SerializeToString(), options("fp32"), library=library)
@@ -112,7 +112,7 @@ def test_a_cut_shape_has_the_same_sizes(start: int, end: int | None) -> None:
 
 @pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])
 def test_modules_of_fp32_are_read_from_the_graph(kept: tuple[str, ...], exported: dict[str, onnx.ModelProto]) -> None:
-    half = to_half(exported["tiny"], keep=kept)
+    half = convert_to_half(exported["tiny"], keep=kept)
     named = {node.name: node for node in half.graph.node}
     held = {named[name].op_type: named[name] for name in fp32_nodes(half)}
     assert {module for name in fp32_nodes(half) for module in drn_modules(name)} == {*kept, "fcos.head"}
@@ -139,7 +139,7 @@ def test_fp32_nodes_stay_in_fp32_and_what_takes_no_precision_is_skipped(
     exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
 ) -> None:
     library, calls = stand_in("8.6.1")
-    half = to_half(exported["tiny"], keep=("prop_fc",))
+    half = convert_to_half(exported["tiny"], keep=("prop_fc",))
     fp32 = sorted(fp32_nodes(half))
     kept = next(name for name in fp32 if name.startswith("prop_fc"))
     # The second has a further layer, as a convolution that is padded.
@@ -171,8 +171,8 @@ def test_fp32_nodes_stay_in_fp32_and_what_takes_no_precision_is_skipped(
 def test_exp_and_its_scale_are_the_layers_in_fp32_without_kept_modules(
     part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
 ) -> None:
-    half = to_half(exported["tiny"])
-    graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unrolled(half, 6), "int8": int8}[part]
+    half = convert_to_half(exported["tiny"])
+    graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unroll_lstm(half, 6), "int8": int8}[part]
     library, calls = stand_in("8.6.1")
     layers = [layer(Calls(), node.name) for node in without_types(graph).graph.node]
     written: dict[str, str] = {}
@@ -190,7 +190,7 @@ def test_exp_and_its_scale_are_the_layers_in_fp32_without_kept_modules(
 def test_node_without_layer_is_a_warning(
     exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
 ) -> None:
-    build(to_half(exported["tiny"]).SerializeToString(), options(), library=stand_in("8.6.1")[0])
+    build(convert_to_half(exported["tiny"]).SerializeToString(), options(), library=stand_in("8.6.1")[0])
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "fcos.head/Exp" in warning
     caplog.clear()
@@ -210,7 +210,7 @@ def test_layers_are_found_by_the_longest_name_of_a_node() -> None:
 
 def test_types_of_later_versions_come_from_the_graph(exported: dict[str, onnx.ModelProto]) -> None:
     library, calls = stand_in("11.4.0")
-    graph = to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
+    graph = convert_to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
     build(graph, options(), library=library)
     assert named(calls, "parse") == [(graph,)]
     assert named(calls, "set_flag") == []
@@ -249,7 +249,7 @@ def test_nothing_else_mentions_weak_graphs() -> None:
 
 
 def test_bfloat16_weights_keep_their_numbers(exported: dict[str, onnx.ModelProto]) -> None:
-    brain = to_half(raise_opset(exported["tiny"], 22), "bf16")
+    brain = convert_to_half(raise_opset(exported["tiny"], 22), "bf16")
     plain = {tensor.name: tensor for tensor in without_types(brain).graph.initializer}
     for tensor in brain.graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16 and tensor.name in plain:
@@ -261,6 +261,6 @@ def test_quantised_modules_that_are_kept_are_not_constrained(
     exported: dict[str, onnx.ModelProto], table: CalibrationTable
 ) -> None:
     # Kept out of 8 bits they are FP16, which is the type around them.
-    kept = to_half(quantize(exported["tiny"], table, Policy(keep=("fpn",)), opset=19))
+    kept = convert_to_half(insert_qdq(exported["tiny"], table, QuantizationPolicy(keep=("fpn",)), opset=19))
     modules = {module for name in fp32_nodes(kept) for module in drn_modules(name)}
     assert not modules & {"fpn.layer_blocks.0", "fpn.inner_blocks.0"}

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.parity.compare import RESAMPLES, answers, bootstrap, compare, mcnemar
+from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar
 from export.parity.parity_report import summary
-from export.parity.parity_result import Budget, Difference, verdict
+from export.parity.parity_result import AccuracyBudget, MetricDelta, violations
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch, Heads
@@ -95,9 +95,9 @@ def test_a_model_equals_itself(data_set: DataSet) -> None:
     assert (found.overlap.mean, found.overlap.min) == (1, 1)
     assert (found.order.first, found.order.five) == (1, 1)
     assert all(flips.gained == flips.lost == () and flips.p_value == 1 for flips in found.flips.values())
-    assert set(found.differences.values()) == {Difference(0, 0, 0)}
+    assert set(found.differences.values()) == {MetricDelta(0, 0, 0)}
     assert found.worst == ()
-    assert verdict(found, Budget(0, 0)) == []
+    assert violations(found, AccuracyBudget(0, 0)) == []
 
 
 def test_agreement_on_nothing_is_counted_and_told(data_set: DataSet) -> None:
@@ -227,7 +227,7 @@ def test_what_is_known_of_the_reference_is_not_asked_again(data_set: DataSet) ->
     sides = [Scripted(alone(*TRUTHS)), Scripted(alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)))]
     annotations = data_set.annotations("test")
     whole = compare(*map(Grounder, sides), data_set, annotations)
-    known = answers(Grounder(Scripted(alone(*TRUTHS))), data_set, annotations)
+    known = collect_outputs(Grounder(Scripted(alone(*TRUTHS))), data_set, annotations)
     silent = Scripted(alone(*TRUTHS))
     assert compare(Grounder(silent), Grounder(sides[1]), data_set, annotations, known=known) == whole
     assert silent.batches == []
@@ -279,7 +279,7 @@ def test_values_that_are_not_finite_break_the_promise_and_still_make_a_report(
     assert found.other.values["R@1 IoU=0.5"] == 0.75
     assert found.flips["R@1 IoU=0.5"].lost == (2,)
     assert found.boundaries.max == 10
-    broken = verdict(found, Budget(100, 100))
+    broken = violations(found, AccuracyBudget(100, 100))
     assert len(broken) == 1
     assert head in broken[0]
     json.dumps(found.to_dict(), allow_nan=False)
@@ -350,12 +350,12 @@ def test_the_protocol_of_the_reference_counts_for_both(data_set: DataSet) -> Non
 def test_a_budget_is_kept_up_to_its_last_query(data_set: DataSet) -> None:
     lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
     found = parity(data_set, alone(*TRUTHS), alone(*lost))
-    assert verdict(found, Budget(max_drop=25, boundary_p99=None)) == []
-    strict, mean = verdict(found, Budget(max_drop=24.9, boundary_p99=None))
+    assert violations(found, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
+    strict, mean = violations(found, AccuracyBudget(max_drop=24.9, boundary_p99=None))
     assert strict == "R@1 IoU=0.7 falls by 25.00 points (100.00 to 75.00) where 24.9 may be lost"
     assert mean.startswith("mIoU falls by 25.00 points")
     # What is gained is no breach, however much.
-    assert verdict(parity(data_set, alone(*lost), alone(*TRUTHS)), Budget(0, None)) == []
+    assert violations(parity(data_set, alone(*lost), alone(*TRUTHS)), AccuracyBudget(0, None)) == []
 
 
 def test_boundaries_are_held_to_a_tenth_of_a_second_where_numbers_are_wide(data_set: DataSet) -> None:
@@ -363,10 +363,10 @@ def test_boundaries_are_held_to_a_tenth_of_a_second_where_numbers_are_wide(data_
     found = parity(data_set, alone(*TRUTHS), alone(*moved))
     assert found.boundaries.p99 == pytest.approx(0.186, abs=1e-3)
     for precision, broken in (("fp32", 1), ("fp16", 1), ("bf16", 0), ("int8", 0), ("fp8", 0)):
-        assert len(verdict(found, Budget.of(precision, max_drop=5))) == broken, precision
-    assert len(verdict(found, Budget.of("int8", max_drop=5, boundary_p99=0.1))) == 1
-    assert verdict(found, Budget.of("fp16", max_drop=5, boundary_p99=0.2)) == []
-    assert Budget.of("fp16").max_drop == Budget().max_drop == 0.2
+        assert len(violations(found, AccuracyBudget.of(precision, max_drop=5))) == broken, precision
+    assert len(violations(found, AccuracyBudget.of("int8", max_drop=5, boundary_p99=0.1))) == 1
+    assert violations(found, AccuracyBudget.of("fp16", max_drop=5, boundary_p99=0.2)) == []
+    assert AccuracyBudget.of("fp16").max_drop == AccuracyBudget().max_drop == 0.2
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.graph.onnx_graph import manifest_of
-from calib.graph.unroll_lstm import unrolled
-from export.build.parity_check import Court
+from calib.graph.onnx_graph import read_manifest
+from calib.graph.unroll_lstm import unroll_lstm
+from export.build.parity_check import ParityChecker
 from export.build_engine import _proven_engine
-from export.engine.profiles import exactly, profiles
+from export.engine.profiles import profiles, with_fixed_query_length
 from export.parity.compare import compare
 from export.parity.model_file import ModelFile
-from export.parity.parity_report import Proof, prove
-from export.parity.parity_result import Budget
+from export.parity.parity_report import ParityReport, run_parity_check
+from export.parity.parity_result import AccuracyBudget
 from runtime import Grounder
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda
@@ -60,16 +60,16 @@ class Case:
         """
         engine = self.directory / "drn.fp32.engine"
         graph = onnx.load(self.model)
-        manifest = manifest_of(graph)
+        manifest = read_manifest(graph)
         shapes = profiles((1, 4, 8), (1, 8, LONGEST), manifest)
         content: dict[str, Any] = {}
         for tokens in (*steps, 0):
-            written = unrolled(graph, tokens) if tokens else onnx.ModelProto.FromString(graph.SerializeToString())
+            written = unroll_lstm(graph, tokens) if tokens else onnx.ModelProto.FromString(graph.SerializeToString())
             if tokens in wrong:
                 reverse(written)
             path = self.directory / f"plan.{tokens}.onnx"
             onnx.save(written, path)
-            built = [exactly(profile, tokens) for profile in shapes] if tokens else shapes
+            built = [with_fixed_query_length(profile, tokens) for profile in shapes] if tokens else shapes
             plan = engine.with_name(f"drn.fp32.{tokens}.engine") if tokens else engine
             about = [dataclasses.asdict(profile) for profile in built]
             others = {"unrolled": content} if content and not tokens else {}
@@ -81,10 +81,12 @@ class Case:
         driver = Driver()
         return Grounder(open_engine(engine, library=Library(driver, "10.16.1.11"), cuda=Cuda(driver)))
 
-    def proof(self, engine: Path) -> Proof:
+    def proof(self, engine: Path) -> ParityReport:
         sides = [Grounder.load(self.model, "cpu", 1), self.open(engine)]
         files = [ModelFile.of(path, side.manifest) for path, side in zip((self.model, engine), sides, strict=True)]
-        return prove(sides, files, self.data_set, self.annotations, Budget(), split="test", again="again")
+        return run_parity_check(
+            sides, files, self.data_set, self.annotations, AccuracyBudget(), split="test", again="again"
+        )
 
 
 def reverse(graph: onnx.ModelProto) -> None:
@@ -171,7 +173,7 @@ def test_plan_losses_count_as_share_of_all_queries(case: Case) -> None:
     share = check.checked / len(lengths)
     lost = max(-100 * share * check.parity.differences[name].mean for name in ("R@1 IoU=0.7", "mIoU"))
     assert share < 1
-    loose = Budget(max_drop=max(lost, 0.0) + 1e-6, boundary_p99=None)
+    loose = AccuracyBudget(max_drop=max(lost, 0.0) + 1e-6, boundary_p99=None)
     assert check.verdict(len(lengths), loose)[0] == PROVEN
 
 
@@ -181,10 +183,10 @@ def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: 
     monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
     graph = onnx.load(case.model)
     job: Any = SimpleNamespace(output=engine, precision="fp32", beside=lambda name: case.directory / name)
-    court = Court(job, engine, case.model, graph, case.data_set, case.annotations, "test", 0.2, "again", 1)
+    court = ParityChecker(job, engine, case.model, graph, case.data_set, case.annotations, "test", 0.2, "again", 1)
     short = engine.with_name(f"drn.fp32.{longest}.engine")
-    made: Any = SimpleNamespace(manifest=manifest_of(graph))
-    monkeypatch.setattr(Court, "write_reports", lambda *_: None)
+    made: Any = SimpleNamespace(manifest=read_manifest(graph))
+    monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
     with raises(PromiseBroken, "parity_failed", "--optimization-level"):
         _proven_engine(court, made, [short, engine])
     assert not engine.exists()

@@ -16,7 +16,7 @@ from export.tracing.torch_check import relative_difference
 from runtime.core.errors import CheckpointError, PromiseBroken, ShapeError
 from runtime.core.io.files import sha256
 from runtime.media.extractors import ClipExtractor, open_extractor
-from runtime.media.video_file import clips, look, pictures
+from runtime.media.video_file import clips, probe, read_frames
 from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
@@ -64,8 +64,8 @@ def test_the_file_says_what_it_takes(checkpoint: Path, exported: Path) -> None:
 
 def test_clips_of_a_video_go_through(tmp_path: Path, exported: Path) -> None:
     extractor = open_extractor(exported, "cpu", 1)
-    footage = look(film(tmp_path / "hall.mp4", 33))
-    found = [extractor.extract(clip[None]) for clip in clips(pictures(footage, extractor.manifest.framing), 16, 8)]
+    footage = probe(film(tmp_path / "hall.mp4", 33))
+    found = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
     assert [features.shape for features in found] == [(1, 32)] * 3
 
 

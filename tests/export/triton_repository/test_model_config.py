@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
-from calib.graph.split_model import split_graph, write_pair
+from calib.graph.split_model import split_graph, write_split_model
 from export.engine.profiles import Profile, part_profiles, profiles
-from export.triton_repository.model_config import Served, Serving, models, padded_lengths, read_model
+from export.triton_repository.model_config import ServingOptions, TritonModel, build_models, padded_lengths, read_model
 from export.triton_repository.writer import message
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.manifest import Manifest
-from runtime.artifacts.onnx_metadata import read_metadata, sealed
+from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
 from runtime.core.io.files import sha256
 from tests.export.conftest import TINY, manifest
@@ -30,7 +30,7 @@ from tests.raising import raises
 def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     """The tiny network, its parts beside it."""
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
-    write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
     return tmp_path / "drn.onnx"
 
 
@@ -48,7 +48,7 @@ def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | N
         "sha256": {**hashes, twin.name: sha256(twin)} if twin else hashes,
         **content,
     }
-    engine_metadata.path_beside(path).write_text(json.dumps(engine_metadata.sealed(told)))
+    engine_metadata.metadata_path(path).write_text(json.dumps(engine_metadata.with_digest(told)))
     return path
 
 
@@ -68,10 +68,10 @@ def pair_engine(graph: Path, **content: Any) -> Path:
     return path
 
 
-def told(path: Path, serving: Serving | None = None) -> dict[str, Any]:
+def told(path: Path, serving: ServingOptions | None = None) -> dict[str, Any]:
     """Return Triton's own messages by the names of the models, the front last."""
-    serving = serving or Serving()
-    parts = models(read_model(path, serving), serving)
+    serving = serving or ServingOptions()
+    parts = build_models(read_model(path, serving), serving)
     assert [part.name for part in parts][-1] == serving.name
     return {part.name: message(part.config) for part in parts}
 
@@ -102,7 +102,7 @@ def test_an_onnx_network_is_told_as_the_graph_is(graph: Path) -> None:
 
 
 def test_what_is_asked_for_is_told(graph: Path) -> None:
-    serving = Serving("charades", "cuda", batch=4, instances=3, wait_ms=2.5, threads=6)
+    serving = ServingOptions("charades", "cuda", batch=4, instances=3, wait_ms=2.5, threads=6)
     parts = told(graph, serving)
     assert list(parts) == ["charades_network", "charades"]
     network, front = parts.values()
@@ -115,7 +115,7 @@ def test_what_is_asked_for_is_told(graph: Path) -> None:
 
 
 def test_an_engine_is_told_with_all_its_profiles_and_graphs(tmp_path: Path) -> None:
-    network = told(whole_engine(tmp_path), Serving(device="auto"))["drn_network"]
+    network = told(whole_engine(tmp_path), ServingOptions(device="auto"))["drn_network"]
     assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
     assert network.max_batch_size == 16
     (group,) = network.instance_group
@@ -165,11 +165,11 @@ def test_a_pair_of_engines_is_told_with_its_own_limits(graph: Path) -> None:
 
 
 def test_encodings_are_of_the_type_that_the_engine_was_given(graph: Path) -> None:
-    from calib.graph.half_precision import to_half
+    from calib.graph.half_precision import convert_to_half
 
     video = graph.with_name("drn.video.onnx")
-    half = to_half(onnx.load(graph))
-    write_pair(*split_graph(half), graph)
+    half = convert_to_half(onnx.load(graph))
+    write_split_model(*split_graph(half), graph)
     of = {value: name for name, value in onnx.TensorProto.DataType.items()}
     assert of[onnx.load(video).graph.output[0].type.tensor_type.elem_type] == "FLOAT16"
     config = told(pair_engine(graph))["drn_query"]
@@ -199,7 +199,7 @@ def test_the_front_joins_requests_of_different_shapes(graph: Path) -> None:
 def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) -> None:
     def refuse(path: Path, code: str, *values: object) -> None:
         with raises(ModelFileError, code, path.name, *values):
-            read_model(path, Serving())
+            read_model(path, ServingOptions())
 
     refuse(tmp_path / "drn.pt", "wrong_suffix")
     refuse(tmp_path / "gone.onnx", "missing_file")
@@ -218,7 +218,7 @@ def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) 
 def test_an_engine_asked_to_run_on_a_cpu_is_refused(tmp_path: Path) -> None:
     plan = whole_engine(tmp_path)
     with raises(DeviceError, "gpu_required", plan.name):
-        read_model(plan, Serving(device="cpu"))
+        read_model(plan, ServingOptions(device="cpu"))
 
 
 def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:
@@ -226,12 +226,12 @@ def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:
     path = pair_engine(graph)
     model = onnx.load(video)
     model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
-    video.write_bytes(sealed(model.SerializeToString()))
+    video.write_bytes(with_digest(model.SerializeToString()))
     with raises(ModelFileError, "precision_unsupported", path.name):
-        read_model(path, Serving())
+        read_model(path, ServingOptions())
     video.unlink()
     with raises(ModelFileError, "missing_file", video):
-        read_model(path, Serving())
+        read_model(path, ServingOptions())
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_senseless_options_are_refused(values: dict[str, Any]) -> None:
     ((option, value),) = values.items()
     named = repr(value) if option == "name" else value
     with raises(GroundingError, "invalid_option", f"--{option.replace('_', '-')}", named):
-        Serving(**values)
+        ServingOptions(**values)
 
 
 def test_a_field_that_triton_does_not_know_cannot_get_in() -> None:
     from google.protobuf.json_format import ParseError
 
     with pytest.raises(ParseError):
-        message(Served({"name": "drn", "maximum_batch_size": 3}, {}).config)
+        message(TritonModel({"name": "drn", "maximum_batch_size": 3}, {}).config)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
-from calib.graph.split_model import split_graph, write_pair
+from calib.graph.split_model import split_graph, write_split_model
 from export.triton import triton
 from export.triton_repository import writer as module
 from export.triton_repository.writer import read_config
@@ -43,7 +43,7 @@ def imported(path: Path) -> set[str]:
 @pytest.fixture
 def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
-    write_pair(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
     return tmp_path / "drn.onnx"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.artifacts.engine_metadata import FORMAT, path_beside, read_sidecar, sealed
+from runtime.artifacts.engine_metadata import FORMAT, metadata_path, read_sidecar, with_digest
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import GroundingError, ModelFileError
 from runtime.core.io.files import sha256
@@ -32,14 +32,14 @@ def plan(tmp_path: Path, tiny_manifest: Manifest) -> Path:
         "census": {"twin": {"shares": {"fp16": 0.97, "fp32": 0.03}}},
         "sha256": {path.name: sha256(path), "twin.of.it.onnx": "0" * 64},
     }
-    path_beside(path).write_text(json.dumps(sealed(content)))
+    metadata_path(path).write_text(json.dumps(with_digest(content)))
     return path
 
 
 def change(plan: Path, **fields: Any) -> None:
     """Write other fields into a sidecar, and seal it again."""
-    content = json.loads(path_beside(plan).read_text())
-    path_beside(plan).write_text(json.dumps(sealed({**content, **fields})))
+    content = json.loads(metadata_path(plan).read_text())
+    metadata_path(plan).write_text(json.dumps(with_digest({**content, **fields})))
 
 
 def test_a_whole_pair_is_read(plan: Path, tiny_manifest: Manifest) -> None:
@@ -55,7 +55,7 @@ def test_a_changed_plan_is_refused(plan: Path) -> None:
 def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
     other = plan.with_name("other.engine")
     other.write_bytes(plan.read_bytes())
-    path_beside(other).write_text(path_beside(plan).read_text())
+    metadata_path(other).write_text(metadata_path(plan).read_text())
     with raises(ModelFileError, "digest_mismatch", other):
         read_sidecar(other)
 
@@ -72,32 +72,32 @@ def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
     ],
 )
 def test_an_edited_sidecar_is_refused(plan: Path, field: dict[str, Any]) -> None:
-    content = json.loads(path_beside(plan).read_text())
+    content = json.loads(metadata_path(plan).read_text())
     if "precision" in field:
         content["manifest"] |= field
     else:
         content |= field
-    path_beside(plan).write_text(json.dumps(content))
-    with raises(ModelFileError, "digest_mismatch", path_beside(plan), "python -m export.build_engine"):
+    metadata_path(plan).write_text(json.dumps(content))
+    with raises(ModelFileError, "digest_mismatch", metadata_path(plan), "python -m export.build_engine"):
         read_sidecar(plan)
 
 
 def test_a_sidecar_without_digest_is_refused(plan: Path) -> None:
-    content = json.loads(path_beside(plan).read_text())
+    content = json.loads(metadata_path(plan).read_text())
     del content["digest"]
-    path_beside(plan).write_text(json.dumps(content))
-    with raises(ModelFileError, "digest_mismatch", path_beside(plan)):
+    metadata_path(plan).write_text(json.dumps(content))
+    with raises(ModelFileError, "digest_mismatch", metadata_path(plan)):
         read_sidecar(plan)
 
 
 def test_a_seal_holds_however_the_file_is_laid_out(plan: Path) -> None:
-    content = json.loads(path_beside(plan).read_text())
-    assert sealed(content) == content
+    content = json.loads(metadata_path(plan).read_text())
+    assert with_digest(content) == content
     assert (
-        sealed({**content, "shape": (1, 2), "by_size": {10: "a", 9: "b"}})["digest"]
-        == (sealed({**content, "by_size": {"9": "b", "10": "a"}, "shape": [1, 2]})["digest"])
+        with_digest({**content, "shape": (1, 2), "by_size": {10: "a", 9: "b"}})["digest"]
+        == (with_digest({**content, "by_size": {"9": "b", "10": "a"}, "shape": [1, 2]})["digest"])
     )
-    path_beside(plan).write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    metadata_path(plan).write_text(json.dumps(dict(reversed(content.items())), indent=7))
     read_sidecar(plan)
 
 
@@ -134,17 +134,17 @@ def test_a_field_of_another_shape_is_one_sentence(
     plan: Path, field: str, value: Any, refused: Callable[..., GroundingError]
 ) -> None:
     change(plan, **{field: value})
-    check_error(refused(describe, plan), "damaged_file", path_beside(plan), repr(field))
+    check_error(refused(describe, plan), "damaged_file", metadata_path(plan), repr(field))
 
 
 @pytest.mark.parametrize("field", ["manifest", "sha256", "library", "profiles"])
 def test_a_field_that_is_missing_is_one_sentence(
     plan: Path, field: str, refused: Callable[..., GroundingError]
 ) -> None:
-    content = json.loads(path_beside(plan).read_text())
+    content = json.loads(metadata_path(plan).read_text())
     del content[field]
-    path_beside(plan).write_text(json.dumps(sealed(content)))
-    check_error(refused(describe, plan), "damaged_file", path_beside(plan), repr(field))
+    metadata_path(plan).write_text(json.dumps(with_digest(content)))
+    check_error(refused(describe, plan), "damaged_file", metadata_path(plan), repr(field))
 
 
 def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
@@ -167,8 +167,8 @@ def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any]
 
 
 def test_a_plan_without_sidecar_is_refused(plan: Path) -> None:
-    path_beside(plan).unlink()
-    with raises(ModelFileError, "missing_file", path_beside(plan), plan.name, "python -m export.build_engine"):
+    metadata_path(plan).unlink()
+    with raises(ModelFileError, "missing_file", metadata_path(plan), plan.name, "python -m export.build_engine"):
         read_sidecar(plan)
 
 

@@ -13,7 +13,7 @@ from runtime.core.decoding import Decoding
 from runtime.core.errors import ModelFileError
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from tests.raising import raises
 
 
@@ -57,7 +57,7 @@ def test_json_names_the_format_first_and_every_field() -> None:
 
 
 def test_features_know_their_clip_clock() -> None:
-    assert Features(window=32, stride=4).clock == ClipClock(32, 4)
+    assert Features(window=32, stride=4).clock == ClipTiming(32, 4)
 
 
 @pytest.mark.parametrize("other", ["drn-manifest/2", "drn-manifest/0", None, 1])

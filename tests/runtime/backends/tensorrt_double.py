@@ -655,7 +655,7 @@ def write_plan(
         types: inputs and outputs that are of another type than in the graph.
         content: other fields of the sidecar.
     """
-    from runtime.artifacts.engine_metadata import FORMAT, path_beside, sealed
+    from runtime.artifacts.engine_metadata import FORMAT, metadata_path, with_digest
     from runtime.core.io.files import sha256
 
     shapes = [profile["shapes"] for profile in profiles]
@@ -677,7 +677,7 @@ def write_plan(
         "sha256": {path.name: sha256(path), graph.name: sha256(graph)},
         **content,
     }
-    path_beside(path).write_text(json.dumps(sealed(about)))
+    metadata_path(path).write_text(json.dumps(with_digest(about)))
     return path
 
 

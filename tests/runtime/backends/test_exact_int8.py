@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.backends import exact_int8
 from runtime.backends.exact_int8 import for_cpu, read_contents, saturates, source_for_cpu, unsigned
-from runtime.backends.onnxruntime_backend import start
+from runtime.backends.onnxruntime_backend import create_session
 from runtime.core import cpu_info
 
 # Features of CPUs, by Linux's names.
@@ -130,7 +130,7 @@ def test_what_this_machine_opens_is_exact(rows: int, tmp_path: Path) -> None:
     data, weights = numbers(rows)
     path = tmp_path / "m.onnx"
     onnx.save(product(weights), path)
-    session, *_ = start(path, "cpu", 1)
+    session, *_ = create_session(path, "cpu", 1)
     assert (session.run(["y"], {"x": data.astype(np.float32)})[0] == exact(data, weights)).all()
     assert (computed(for_cpu(path.read_bytes()), data) == exact(data, weights)).all()
 
@@ -221,7 +221,7 @@ def test_graph_that_cannot_be_shifted_is_opened_with_a_warning(
     with caplog.at_level(logging.WARNING, "drn"):
         assert source_for_cpu(path) == str(path)
     assert path.name in caplog.text
-    start(path, "cpu", 1)
+    create_session(path, "cpu", 1)
     monkeypatch.setattr(exact_int8, "saturates", lambda: False)
     caplog.clear()
     assert source_for_cpu(path) == str(path)

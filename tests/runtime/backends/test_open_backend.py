@@ -12,7 +12,7 @@ import pytest
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import open_backend
 from runtime.backends.base import Device
-from runtime.backends.onnxruntime_backend import library
+from runtime.backends.onnxruntime_backend import import_onnxruntime
 from runtime.core.batch import Batch
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from tests.raising import raises
@@ -65,7 +65,7 @@ def test_cuda_libraries_are_found_wherever_nvidia_can_be_imported(
     given: list[str | None] = []
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory=None: given.append(directory), raising=False)
-    library(gpu=True)
+    import_onnxruntime(gpu=True)
     # Last of all as it comes: that says what is missing still.
     assert given == [str(tmp_path / "nvidia/cu13/lib"), str(tmp_path / "nvidia/cudnn/lib"), None]
 

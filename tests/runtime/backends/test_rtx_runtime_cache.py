@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runtime.backends.cuda_driver import Cuda
-from runtime.backends.rtx_runtime_cache import path_beside
+from runtime.backends.rtx_runtime_cache import cache_path
 from runtime.grounding.grounder import Grounder
 from tests.runtime.backends.tensorrt_double import Driver, Library
 from tests.runtime.backends.test_tensorrt_backend import Bench, Graphs, assert_same, batch_of, graphs, reference
@@ -49,9 +49,9 @@ def test_a_second_process_compiles_nothing(bench: Bench, tmp_path: Path, caplog:
     bench.whole().close()
     plan = tmp_path / "drn.fp32.engine"
     assert used(bench, plan) == 2
-    content = path_beside(plan).read_bytes()
+    content = cache_path(plan).read_bytes()
     assert used(bench, plan) == 0
-    assert path_beside(plan).read_bytes() == content
+    assert cache_path(plan).read_bytes() == content
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert {path.name for path in tmp_path.iterdir() if "cache" in path.name} == {"drn.fp32.engine.cache"}
 
@@ -105,13 +105,13 @@ def test_kernels_that_are_damaged_or_of_another_plan_are_replaced(
     bench.whole().close()
     plan = tmp_path / "drn.fp32.engine"
     used(bench, plan)
-    content = path_beside(plan).read_bytes()
-    change(path_beside(plan))
+    content = cache_path(plan).read_bytes()
+    change(cache_path(plan))
     caplog.clear()
     assert used(bench, plan) == 2
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert str(path_beside(plan)) in warning.getMessage()
-    assert path_beside(plan).read_bytes() == content
+    assert str(cache_path(plan)) in warning.getMessage()
+    assert cache_path(plan).read_bytes() == content
     assert used(bench, plan) == 0
 
 
@@ -142,10 +142,10 @@ def test_a_directory_that_cannot_be_written_leaves_a_working_model(
 ) -> None:
     bench.whole().close()
     plan = tmp_path / "drn.fp32.engine"
-    path_beside(plan).unlink(missing_ok=True)
-    path_beside(plan).mkdir()
+    cache_path(plan).unlink(missing_ok=True)
+    cache_path(plan).mkdir()
     assert used(bench, plan) == 2
-    assert any(str(path_beside(plan)) in record.getMessage() for record in caplog.records)
+    assert any(str(cache_path(plan)) in record.getMessage() for record in caplog.records)
     assert not bench.driver.held()
 
 

@@ -24,33 +24,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.artifacts.encoded_video import EncodedVideo
-from runtime.artifacts.engine_metadata import Sidecar, path_beside, read_sidecar, sealed
+from runtime.artifacts.engine_metadata import Sidecar, metadata_path, read_sidecar, with_digest
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility, open_backend
 from runtime.backends import tensorrt_engine as network_module
 from runtime.backends.batch_shapes import (
     ALIGNMENT,
     AXES,
-    SHORTEST_QUERY,
-    Domain,
-    asked,
+    MIN_PADDED_LENGTH,
+    OptimizationProfile,
     bucket,
     choose,
-    domain,
-    layout,
-    pieces,
-    pieces_by_video,
+    pack_tensors,
+    profile_from_shapes,
+    referenced_videos,
+    row_slices,
+    row_slices_by_video,
 )
 from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
 from runtime.backends.tensorrt_backend import (
-    Bank,
+    EncodingCache,
     TensorRTBackend,
     TensorRTPair,
     from_bfloat16,
     open_engine,
     to_bfloat16,
 )
-from runtime.backends.tensorrt_engine import MOST_PROGRAMS, close_all
+from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.files import sha256
@@ -89,7 +89,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
         pytest.importorskip(name, reason=f"{name} makes and computes the graphs")
     import onnx
 
-    from calib.graph.split_model import split_graph, write_pair
+    from calib.graph.split_model import split_graph, write_split_model
     from export.tracing.tracer import export_model
     from runtime.artifacts.manifest import METADATA_KEY
     from tests.export.conftest import TINY, lively, manifest
@@ -98,7 +98,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     about = manifest(TINY)
     model = export_model(lively(TINY), about)
     onnx.save(model, path)
-    video, query = write_pair(*split_graph(model), path)
+    video, query = write_split_model(*split_graph(model), path)
     told = {entry.key: entry.value for entry in onnx.load(query).metadata_props}
     return Graphs(path, video, query, about, Manifest.from_json(told[METADATA_KEY]))
 
@@ -189,12 +189,12 @@ class Bench:
         """Write plans for short queries, and return what the sidecar of the longer one says of them."""
         import onnx
 
-        from calib.graph.unroll_lstm import unrolled
+        from calib.graph.unroll_lstm import unroll_lstm
 
         named = {}
         for tokens in steps:
             written = self.directory / f"{graph.stem}.{tokens}.onnx"
-            onnx.save(unrolled(onnx.load(graph), tokens), written)
+            onnx.save(unroll_lstm(onnx.load(graph), tokens), written)
             path = plan.with_name(f"{plan.stem}.{tokens}.engine")
             write_plan(path, written, [exactly(one, tokens) for one in profiles], manifest, self.version, types)
             named[path.name] = sha256(path)
@@ -332,8 +332,8 @@ def test_each_plan_keeps_the_encodings_that_it_was_asked_about(bench: Bench, gra
 def test_a_part_of_another_kind_answers_no_short_queries(bench: Bench, tmp_path: Path) -> None:
     bench.pair().close()
     plan, (video,) = tmp_path / "drn.query.engine", tmp_path.glob("*.video.engine")
-    content = json.loads(path_beside(plan).read_text())
-    path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {video.name: sha256(video)}})))
+    content = json.loads(metadata_path(plan).read_text())
+    metadata_path(plan).write_text(json.dumps(with_digest({**content, "unrolled": {video.name: sha256(video)}})))
     with raises(ModelFileError, "digest_mismatch", video, plan.name):
         bench.open(plan)
 
@@ -344,17 +344,17 @@ def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Ben
     backend.close()
     plan, shorter = tmp_path / "drn.fp32.engine", tmp_path / "drn.fp32.6.engine"
     bench.open(plan).close()
-    kept = shorter.read_bytes(), path_beside(shorter).read_text()
+    kept = shorter.read_bytes(), metadata_path(shorter).read_text()
     # One that another build made vouches for itself, and yet is not the one.
     other = write_plan(shorter, bench.graphs.whole, PROFILES, bench.graphs.manifest, bench.version, note="another")
     other.write_bytes(other.read_bytes() + b" ")
-    content = json.loads(path_beside(other).read_text())
+    content = json.loads(metadata_path(other).read_text())
     content["sha256"][other.name] = sha256(other)
-    path_beside(other).write_text(json.dumps(sealed(content)))
+    metadata_path(other).write_text(json.dumps(with_digest(content)))
     with raises(ModelFileError, "digest_mismatch", shorter, plan.name, "--unroll 6"):
         bench.open(plan)
     shorter.write_bytes(kept[0])
-    path_beside(shorter).write_text(kept[1])
+    metadata_path(shorter).write_text(kept[1])
     backend = bench.open(plan)
     assert bench.driver.held() == held
     backend.close()
@@ -370,7 +370,7 @@ def test_missing_plan_for_short_queries_is_a_warning(
     plan = backend._network.path
     backend.close()
     shorter = plan.with_name(f"{plan.stem}.6.engine")
-    (shorter if missing == "plan" else path_beside(shorter)).unlink()
+    (shorter if missing == "plan" else metadata_path(shorter)).unlink()
     caplog.clear()
     backend = bench.open(plan)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -423,8 +423,8 @@ def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to
     assert f"--query-length 2 8 20 --unroll 3 6 --split --output {plan}" in wanted
     assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter), 20) == wanted
     # Alone it is all there is; and beside one that does not know it, it is one of its own.
-    content = json.loads(path_beside(plan).read_text())
-    path_beside(plan).write_text(json.dumps(sealed({**content, "unrolled": {}})))
+    content = json.loads(metadata_path(plan).read_text())
+    metadata_path(plan).write_text(json.dumps(with_digest({**content, "unrolled": {}})))
     alone = engine_compatibility.rebuild_command(shorter, read_sidecar(shorter))
     plan.unlink()
     assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter)) == alone
@@ -470,11 +470,11 @@ def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs)
 def test_encodings_in_half_precision_stay_in_it(tmp_path: Path, graphs: Graphs) -> None:
     import onnx
 
-    from calib.graph.half_precision import to_half
-    from calib.graph.split_model import split_graph, write_pair
+    from calib.graph.half_precision import convert_to_half
+    from calib.graph.split_model import split_graph, write_split_model
 
-    half = to_half(onnx.load(graphs.whole), "fp16")
-    video, query = write_pair(*split_graph(half), tmp_path / "drn.onnx")
+    half = convert_to_half(onnx.load(graphs.whole), "fp16")
+    video, query = write_split_model(*split_graph(half), tmp_path / "drn.onnx")
     manifest = dataclasses.replace(graphs.query_manifest, video_part={video.name: sha256(video)})
     pair = Bench(tmp_path, dataclasses.replace(graphs, video=video, query=query, query_manifest=manifest)).pair()
     batch = batch_of([5, 2, 7])
@@ -519,11 +519,11 @@ def test_after_opening_nothing_is_allocated_and_one_wait_ends_a_call(bench: Benc
 
 def test_sizes_of_a_service_are_all_kept() -> None:
     batches, lengths = ({bucket(size) for size in range(1, most + 1)} for most in (32, 16))
-    assert len(batches) * len({max(length, SHORTEST_QUERY) for length in lengths}) <= MOST_PROGRAMS
+    assert len(batches) * len({max(length, MIN_PADDED_LENGTH) for length in lengths}) <= MAX_EXECUTION_STATES
 
 
 def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.tensorrt_engine.MOST_PROGRAMS", 16)
+    monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 16)
     backend = bench.whole([profile((1, 4, 64))])
     before = bench.library.contexts
     for length in (5, 6):
@@ -1125,9 +1125,9 @@ def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
     query, video = bench.directory / "drn.query.engine", bench.directory / "drn.video.engine"
     with raises(ModelFileError, "model_part", video, ".query.engine"):
         bench.open(video)
-    about = json.loads(path_beside(video).read_text())
+    about = json.loads(metadata_path(video).read_text())
     about["sha256"] = {video.name: about["sha256"][video.name]}
-    path_beside(video).write_text(json.dumps(sealed(about)))
+    metadata_path(video).write_text(json.dumps(with_digest(about)))
     with raises(ModelFileError, "digest_mismatch", video, query.name):
         bench.open(query)
     video.unlink()
@@ -1164,7 +1164,7 @@ def test_without_a_gpu_tensorrt_is_not_touched(bench: Bench, monkeypatch: pytest
         open_backend(bench.directory / "drn.fp32.engine")
 
 
-H100 = engine_compatibility.Machine("tensorrt 10.16.0", "NVIDIA H100", "9.0")
+H100 = engine_compatibility.HostInfo("tensorrt 10.16.0", "NVIDIA H100", "9.0")
 
 
 def sidecar_of(**content: Any) -> Sidecar:
@@ -1221,7 +1221,7 @@ def test_both_sides_are_named_where_a_plan_does_not_fit(
     content: dict[str, Any], changed: dict[str, Any], values: list[str] | None
 ) -> None:
     machine = dataclasses.replace(H100, **changed)
-    reason = engine_compatibility.misfit(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
+    reason = engine_compatibility.incompatibility(Path("models/drn.int8.engine"), sidecar_of(**content), machine)
     if values is None:
         assert reason is None
     else:
@@ -1278,11 +1278,11 @@ def test_few_sizes_are_left() -> None:
     assert sorted({bucket(size) for size in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
-def domains(*batches: tuple[int, int, int]) -> list[Domain]:
+def domains(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
     made = []
     for index, batch in enumerate(batches):
         shapes = {name: [tuple(shape) for shape in trio] for name, trio in profile(batch)["shapes"].items()}
-        made.append(domain(index, AXES["whole"], shapes))
+        made.append(profile_from_shapes(index, AXES["whole"], shapes))
     return made
 
 
@@ -1306,14 +1306,14 @@ def test_a_request_beyond_every_profile_names_the_ranges() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4))
 def test_pieces_hold_every_row_once_and_few_videos(which: list[int], largest: int, most: int) -> None:
     index, videos = np.array(which, np.int32), max(which) + 1
-    parts = list(pieces_by_video(index, largest, most, videos))
+    parts = list(row_slices_by_video(index, largest, most, videos))
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(which)))
     for rows in parts:
         assert 1 <= len(rows) <= largest
-        needed, row_asks = asked(index[rows], videos, most)
+        needed, row_asks = referenced_videos(index[rows], videos, most)
         assert len(needed) <= most
         assert np.array_equal(needed[row_asks], index[rows])
-    plain = [row for part in pieces(len(which), largest) for row in range(len(which))[part]]
+    plain = [row for part in row_slices(len(which), largest) for row in range(len(which))[part]]
     assert plain == list(range(len(which)))
 
 
@@ -1321,7 +1321,7 @@ def test_pieces_hold_every_row_once_and_few_videos(which: list[int], largest: in
 def test_tensors_lie_side_by_side_aligned_and_apart(tensors: list[tuple[int, str]]) -> None:
     shapes = {str(number): (size, 3) for number, (size, _) in enumerate(tensors)}
     dtypes = {str(number): np.dtype(kind) for number, (_, kind) in enumerate(tensors)}
-    regions, size = layout(shapes, dtypes)
+    regions, size = pack_tensors(shapes, dtypes)
     buffer = np.zeros(size, np.uint8)
     for region in regions.values():
         assert region.offset % ALIGNMENT == 0
@@ -1333,7 +1333,7 @@ def test_tensors_lie_side_by_side_aligned_and_apart(tensors: list[tuple[int, str
 
 @given(st.integers(1, 5), st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5, unique=True)))
 def test_a_bank_always_knows_what_is_where(slots: int, asked: list[list[str]]) -> None:
-    bank, content = Bank(slots), {}
+    bank, content = EncodingCache(slots), {}
     recent: list[str] = []
     for keys in (some[:slots] for some in asked):
         places, missing = bank.place(keys)
@@ -1403,10 +1403,10 @@ def test_a_real_engine_answers_as_its_graph(tmp_path: Path, graphs: Graphs, spli
 
 def real_plan(plan: Path, graph: Path, shapes: Sequence[dict[str, Any]], manifest: Manifest, cuda: Cuda) -> Path:
     """Build a plan for the GPU that is here, with whichever TensorRT is."""
-    from export.engine.builder import BuildOptions, build, why_not
+    from export.engine.builder import BuildOptions, build, unavailable_reason
     from export.engine.profiles import Profile
 
-    target = "tensorrt-rtx" if why_not("tensorrt") else "tensorrt"
+    target = "tensorrt-rtx" if unavailable_reason("tensorrt") else "tensorrt"
     profiles = [
         Profile(p["name"], p["batch"], p["query_length"], {n: tuple(map(tuple, s)) for n, s in p["shapes"].items()})
         for p in shapes
@@ -1415,9 +1415,9 @@ def real_plan(plan: Path, graph: Path, shapes: Sequence[dict[str, Any]], manifes
     gpu = f"{cuda.name}, 0, 0, {cuda.capability}"
     write_plan(plan, graph, shapes, manifest, library=built.library, target=target, gpu=gpu)
     plan.write_bytes(built.plan)
-    about = json.loads(path_beside(plan).read_text())
+    about = json.loads(metadata_path(plan).read_text())
     about["sha256"][plan.name] = sha256(plan)
-    path_beside(plan).write_text(json.dumps(sealed(about)))
+    metadata_path(plan).write_text(json.dumps(with_digest(about)))
     return plan
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtime.core.cli import next_command
+from runtime.core.cli import suggest_next_command
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
 from tests.processes import heed_ctrl_c
 
@@ -89,7 +89,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "drn"):
-        next_command("runtime.infer", "--query", 'person\'s "door"', "--top-k", 5)
+        suggest_next_command("runtime.infer", "--query", 'person\'s "door"', "--top-k", 5)
     line = next(line for line in caplog.text.splitlines() if "Next:" in line)
     assert shlex.split(line)[1:] == ["python", "-m", "runtime.infer", "--query", 'person\'s "door"', "--top-k", "5"]
 
@@ -118,7 +118,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
     """Start a process whose command has this body."""
     code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.core.cli import command\n"
-    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.files import replace_when_whole\n"
+    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.files import atomic_write\n"
     code += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     if unbuffered:
@@ -131,7 +131,7 @@ def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.
 
 def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     process = start(
-        f"with replace_when_whole({str(tmp_path / 'report.json')!r}) as temporary:\n"
+        f"with atomic_write({str(tmp_path / 'report.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.05)"
@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_termination_while_writing_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start(
-        f"with replace_when_whole({str(tmp_path / 'report.json')!r}) as temporary:\n"
+        f"with atomic_write({str(tmp_path / 'report.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.05)"

@@ -18,13 +18,13 @@ from runtime.core.decoding import (
     Decoding,
     Proposals,
     Protocol,
+    apply_nms,
     decode,
     hard_nms,
     locations,
-    propose,
+    score_proposals_with_fallback,
     sigmoid,
     soft_nms,
-    suppress,
 )
 from runtime.core.errors import ModelFileError
 from tests.raising import raises
@@ -95,7 +95,7 @@ def test_a_location_becomes_a_span_by_hand() -> None:
     raw.matching_logits[0, 1] = logit(0.81)
     raw.boundary_distances[0, 1] = 0.5, 2
     raw.iou_logits[0, 1] = logit(0.64)
-    proposals = propose(raw, SMALL)
+    proposals = score_proposals_with_fallback(raw, SMALL)
     assert proposals.spans[0, 1].tolist() == [0.25, 0.875]
     assert proposals.scores[0, 1] == pytest.approx(0.9 * 0.8, abs=1e-6)
     assert np.isneginf(np.delete(proposals.scores[0], 1)).all()
@@ -106,27 +106,34 @@ def test_the_iou_head_is_ignored_after_stage_one() -> None:
     raw.matching_logits[0, 1] = logit(0.81)
     raw.iou_logits[:] = logit(0.64)
     without = dataclasses.replace(SMALL, use_iou_scores=False)
-    assert propose(raw, without).scores[0, 1] == pytest.approx(0.9, abs=1e-6)
+    assert score_proposals_with_fallback(raw, without).scores[0, 1] == pytest.approx(0.9, abs=1e-6)
 
 
 def test_spans_end_with_the_video() -> None:
     raw = heads(logit=5)
     raw.boundary_distances[:] = 100
-    assert propose(raw, SMALL).spans.tolist() == [[[0, 1]] * 6]
+    assert score_proposals_with_fallback(raw, SMALL).spans.tolist() == [[[0, 1]] * 6]
 
 
 def test_a_location_exactly_at_the_threshold_does_not_count() -> None:
     raw = heads()
     raw.matching_logits[0, 2:4] = 0, 1e-3
     half = dataclasses.replace(SMALL, score_threshold=0.5)
-    assert (propose(raw, half).scores[0] > 0).tolist() == [False, False, False, True, False, False]
+    assert (score_proposals_with_fallback(raw, half).scores[0] > 0).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_threshold_is_on_the_matching_probability_alone() -> None:
     raw = heads()
     raw.matching_logits[0, :2] = logit(0.06), logit(0.04)
     raw.iou_logits[0, :2] = logit(0.01), logit(0.99)
-    scores = propose(raw, SMALL).scores[0]
+    scores = score_proposals_with_fallback(raw, SMALL).scores[0]
     assert scores[0] == pytest.approx(math.sqrt(0.06 * 0.01), rel=1e-5)
     assert np.isneginf(scores[1:]).all()
 
@@ -145,10 +152,24 @@ def test_each_level_keeps_its_best_when_they_are_limited() -> None:
     raw = heads(logit=2)
     raw.iou_logits[0] = 1, 4, 3, 2, 0, 1
     limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
-    assert np.isfinite(propose(raw, limited).scores[0]).tolist() == [False, True, True, False, True, True]
+    assert np.isfinite(score_proposals_with_fallback(raw, limited).scores[0]).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
     one = dataclasses.replace(SMALL, pre_nms_top_n=1)
-    assert np.isfinite(propose(raw, one).scores[0]).tolist() == [False, True, False, False, False, True]
-    assert np.isfinite(propose(raw, SMALL).scores).all()
+    assert np.isfinite(score_proposals_with_fallback(raw, one).scores[0]).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert np.isfinite(score_proposals_with_fallback(raw, SMALL).scores).all()
 
 
 def test_a_limit_counts_only_locations_above_the_threshold() -> None:
@@ -157,7 +178,14 @@ def test_a_limit_counts_only_locations_above_the_threshold() -> None:
     # The unlikely locations have the higher score by far, and must not push the likely ones out.
     raw.iou_logits[0, :4] = -9, -9, 9, 9
     limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
-    assert np.isfinite(propose(raw, limited).scores[0]).tolist() == [True, True, False, False, False, False]
+    assert np.isfinite(score_proposals_with_fallback(raw, limited).scores[0]).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("logit", [-20, 3])
@@ -212,7 +240,7 @@ def test_decays_accumulate() -> None:
 
 def test_the_published_loop_returns_six() -> None:
     spans = [(index / 10, index / 10 + 0.05, 0.9 - index / 100) for index in range(10)]
-    assert len(picked(suppress(one(*spans), Decoding()))) == 6
+    assert len(picked(apply_nms(one(*spans), Decoding()))) == 6
     assert len(picked(soft_nms(one(*spans), 8))) == 8
     assert len(picked(soft_nms(one(*spans), 40))) == 10
 
@@ -252,10 +280,10 @@ def test_the_authors_protocol_suppresses_at_a_little_below_the_metrics_threshold
     # IoU 0.48.
     rows = one((0, 0.5, 0.9), (0, 0.24, 0.8))
     drn = Decoding(protocol="drn")
-    assert len(picked(suppress(rows, drn))) == 1
-    assert len(picked(suppress(rows, drn, iou_threshold=0.5))) == 1
-    assert len(picked(suppress(rows, drn, iou_threshold=0.7))) == 2
-    assert len(picked(suppress(rows, Decoding(), iou_threshold=0.3))) == 2
+    assert len(picked(apply_nms(rows, drn))) == 1
+    assert len(picked(apply_nms(rows, drn, iou_threshold=0.5))) == 1
+    assert len(picked(apply_nms(rows, drn, iou_threshold=0.7))) == 2
+    assert len(picked(apply_nms(rows, Decoding(), iou_threshold=0.3))) == 2
 
 
 # Laws of both suppressions
@@ -393,7 +421,7 @@ def random_heads(seed: int, rows: int, decoding: Decoding) -> Heads:
 def test_decode_of_one_query_with_many_proposals_equals_the_published_loop(seed: int, num_segments: int) -> None:
     decoding = Decoding(num_segments, pre_nms_top_n=num_segments)
     raw = random_heads(seed, 1, decoding)
-    proposals = propose(raw, decoding)
+    proposals = score_proposals_with_fallback(raw, decoding)
     rows = np.concatenate((proposals.spans[0], proposals.scores[0][:, None]), axis=1)
     assert len(rows) > FEW_PROPOSALS
     np.testing.assert_allclose(picked(decode(raw, decoding)), published_picks(rows.tolist()), atol=1e-6)
@@ -478,7 +506,7 @@ def recorded_heads(reference: np.lib.npyio.NpzFile, batch: str) -> Heads:
 @pytest.mark.parametrize(("tag", "use_iou_scores"), [("", True), ("1", False)])
 def test_proposals_are_those_of_the_published_code(golden: Path, batch: str, tag: str, use_iou_scores: bool) -> None:
     reference = np.load(golden / "small_seed0.npz")
-    proposals = propose(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
+    proposals = score_proposals_with_fallback(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
     rows, places = np.nonzero(proposals.scores > -np.inf)
     np.testing.assert_array_equal(rows, reference[f"{batch}_det{tag}_sample"])
     np.testing.assert_array_equal(locations(32, (1, 2, 4))[places] / 32, reference[f"{batch}_det{tag}_location"])
@@ -529,10 +557,10 @@ def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
         "boundary_distances": np.ones((2, 56, 2), np.float32),
         "iou_logits": np.zeros((2, 56), np.float32),
     }
-    propose(Heads(**arrays), Decoding())
+    score_proposals_with_fallback(Heads(**arrays), Decoding())
     arrays[name][1].flat[3] = value
     with raises(ModelFileError, "non_finite_output", name, 1, 2):
-        propose(Heads(**arrays), Decoding())
+        score_proposals_with_fallback(Heads(**arrays), Decoding())
 
 
 @pytest.mark.filterwarnings("error")
@@ -566,4 +594,4 @@ def test_a_decoding_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
 def test_heads_of_another_number_of_locations_are_refused() -> None:
     heads = Heads(np.zeros((2, 56), np.float32), np.ones((2, 56, 2), np.float32), np.zeros((2, 56), np.float32))
     with raises(ModelFileError, "output_shape_mismatch", 56, 48):
-        propose(heads, Decoding(strides=(1, 2)))
+        score_proposals_with_fallback(heads, Decoding(strides=(1, 2)))

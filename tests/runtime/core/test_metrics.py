@@ -15,13 +15,13 @@ from runtime.core.decoding import Proposals, hard_nms, soft_nms
 from runtime.core.metrics import (
     METRICS,
     Report,
-    best_overlap,
-    constant_moments,
-    hits,
+    best_constant_moments,
+    best_iou,
+    format_table,
+    is_hit,
     metric_names,
     prior_report,
     report,
-    table,
 )
 from runtime.datasets.dataset import DataSet
 from tests.tolerances import DETECTIONS
@@ -54,7 +54,7 @@ def proposals(picks: np.ndarray) -> Proposals:
 
 
 def recalls(picks: np.ndarray, truth: np.ndarray, threshold: float, protocol: Any) -> list[float]:
-    return [float(hits(picks, truth, rank, threshold, protocol).mean()) for rank in (1, 5)]
+    return [float(is_hit(picks, truth, rank, threshold, protocol).mean()) for rank in (1, 5)]
 
 
 # Goldens
@@ -129,15 +129,15 @@ def test_an_empty_truth_found_exactly_is_a_miss_where_the_published_code_divides
 
 def test_an_overlap_of_exactly_the_threshold_is_a_hit_for_the_authors_alone() -> None:
     picks, truth = np.array([[[0, 0.5, 0.9]]], np.float32), np.array([[0.0, 1.0]])
-    assert not hits(picks, truth, 1, 0.5, "mmaction2")[0]
-    assert hits(picks, truth, 1, 0.5, "drn")[0]
+    assert not is_hit(picks, truth, 1, 0.5, "mmaction2")[0]
+    assert is_hit(picks, truth, 1, 0.5, "drn")[0]
 
 
 def test_mmaction2_compares_in_float32_and_the_authors_in_float64() -> None:
     # 0.3 is less than float32(0.3): an overlap of float32(0.3) lies above the one and not above the other.
     picks, truth = np.array([[[0, np.float32(0.3), 1]]], np.float32), np.array([[0.0, 1.0]])
-    assert not hits(picks, truth, 1, 0.3, "mmaction2")[0]
-    assert hits(picks, truth, 1, 0.3, "drn")[0]
+    assert not is_hit(picks, truth, 1, 0.3, "mmaction2")[0]
+    assert is_hit(picks, truth, 1, 0.3, "drn")[0]
 
 
 @PROTOCOLS
@@ -145,16 +145,16 @@ def test_only_the_first_picks_count_as_given(protocol: Any) -> None:
     miss, hit = [0.9, 1, 0.1], [0, 0.5, 0.9]
     picks = np.array([[miss, hit, miss, miss, miss, miss], [miss] * 5 + [hit]], np.float32)
     truth = np.array([[0.0, 0.5]] * 2)
-    assert hits(picks, truth, 1, 0.5, protocol).tolist() == [False, False]
-    assert hits(picks, truth, 2, 0.5, protocol).tolist() == [True, False]
-    assert hits(picks, truth, 5, 0.5, protocol).tolist() == [True, False]
-    assert hits(picks, truth, 6, 0.5, protocol).tolist() == [True, True]
+    assert is_hit(picks, truth, 1, 0.5, protocol).tolist() == [False, False]
+    assert is_hit(picks, truth, 2, 0.5, protocol).tolist() == [True, False]
+    assert is_hit(picks, truth, 5, 0.5, protocol).tolist() == [True, False]
+    assert is_hit(picks, truth, 6, 0.5, protocol).tolist() == [True, True]
 
 
 @PROTOCOLS
 def test_no_picks_are_a_miss(protocol: Any) -> None:
-    assert not hits(np.empty((2, 0, 3), np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
-    assert not hits(np.full((2, 6, 3), np.nan, np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
+    assert not is_hit(np.empty((2, 0, 3), np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
+    assert not is_hit(np.full((2, 6, 3), np.nan, np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
 
 
 def test_a_report_by_hand() -> None:
@@ -228,7 +228,7 @@ def test_recall_rises_with_rank_and_falls_with_the_threshold(protocol: Any, quer
 @given(st.lists(st.tuples(SPAN, SPAN), min_size=1, max_size=6))
 def test_the_best_overlap_is_that_of_a_loop(pairs: list) -> None:
     truth, picks = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
-    for got, (a, b), (c, d) in zip(best_overlap(picks[:, None], truth, 1), truth, picks, strict=True):
+    for got, (a, b), (c, d) in zip(best_iou(picks[:, None], truth, 1), truth, picks, strict=True):
         proper = a < b and c < d
         union = (b - a) + (d - c) - max(min(b, d) - max(a, c), 0)
         assert got == pytest.approx(max(min(b, d) - max(a, c), 0) / union if proper else 0)
@@ -239,12 +239,12 @@ def test_the_best_overlap_is_that_of_a_loop(pairs: list) -> None:
 
 def test_constant_moments_by_hand() -> None:
     truth = np.array([[0, 0.5]] * 5 + [[0.5, 1]] * 3 + [[0.2, 0.3]])
-    moments = constant_moments(truth, 3, 0.95)
+    moments = best_constant_moments(truth, 3, 0.95)
     np.testing.assert_allclose(moments, [[0, 0.5], [0.5, 1], [0.2, 0.3]], atol=0.03)
 
 
 def test_one_constant_moment_for_the_mean_lies_in_the_middle() -> None:
-    np.testing.assert_allclose(constant_moments(np.array([[0.2, 0.6]]), 1, None), [[0.2, 0.6]], atol=1e-6)
+    np.testing.assert_allclose(best_constant_moments(np.array([[0.2, 0.6]]), 1, None), [[0.2, 0.6]], atol=1e-6)
 
 
 def test_the_prior_is_fitted_on_the_training_truth_alone() -> None:
@@ -271,7 +271,7 @@ def test_a_table_has_a_row_for_each_report_in_percent() -> None:
         ("model", Report({"R@1 IoU=0.5": 0.4704, "mIoU": 1}, 10, "drn")),
         ("prior", Report({"R@1 IoU=0.5": 0.3056, "mIoU": 0}, 10, "drn")),
     ]
-    head, model, prior = table(rows).splitlines()
+    head, model, prior = format_table(rows).splitlines()
     assert head.split() == ["R@1", "IoU=0.5", "mIoU"]
     assert model.split() == ["model", "47.04", "100.00"]
     assert prior.split() == ["prior", "30.56", "0.00"]

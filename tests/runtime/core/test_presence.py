@@ -16,10 +16,10 @@ from runtime import Grounder, Presence, Windows
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError, ModelFileError
-from runtime.core.presence import fit
+from runtime.core.presence import fit_threshold
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import evaluate
-from runtime.grounding.formatting import Answer, render
+from runtime.grounding.formatting import Answer, format_answers
 from runtime.infer import infer
 from tests.raising import quotes, raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
@@ -31,16 +31,16 @@ SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1,
 
 
 def test_scores_that_can_be_told_apart_are() -> None:
-    found = fit(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
+    found = fit_threshold(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
     assert found == Presence(0.5, 1.0, 1.0, 3, 4, "balanced accuracy")
 
 
 def test_a_threshold_by_hand() -> None:
     matching, mismatched = np.array([0.9, 0.8, 0.3, -np.inf]), np.array([0.7, 0.35, 0.2, 0.1])
     # Of 0.9, 0.8 and 0.3 the second has the best mean: 1/2 and 4/4.
-    found = fit(matching, mismatched)
+    found = fit_threshold(matching, mismatched)
     assert dataclasses.astuple(found)[:3] == (pytest.approx(0.75), 0.5, 1.0)
-    kept = fit(matching, mismatched, keep=0.6)
+    kept = fit_threshold(matching, mismatched, keep=0.6)
     assert dataclasses.astuple(kept)[:3] == (pytest.approx(0.25), 0.75, 0.5)
     assert kept.rule == "at least 60 % kept"
 
@@ -48,11 +48,11 @@ def test_a_threshold_by_hand() -> None:
 def test_keep_is_spoken_of_only_where_it_was_asked_for_and_a_lower_one_would_do() -> None:
     unlikely, some = np.full(3, -np.inf), np.array([0.5, -np.inf])
     with raises(GroundingError, "no_threshold") as without_keep:
-        fit(unlikely, np.array([0.5]))
+        fit_threshold(unlikely, np.array([0.5]))
     with raises(GroundingError, "no_threshold", "90 %", "--keep"):
-        fit(some, np.array([0.5]), keep=0.9)
+        fit_threshold(some, np.array([0.5]), keep=0.9)
     with raises(GroundingError, "no_threshold", "90 %") as hopeless:
-        fit(unlikely, np.array([0.5]), keep=0.9)
+        fit_threshold(unlikely, np.array([0.5]), keep=0.9)
     for raised in (without_keep, hopeless):
         assert not quotes(str(raised.value), "--keep")
 
@@ -66,9 +66,9 @@ def test_shares_are_what_the_threshold_does_and_none_is_better(
     most = (own > -np.inf).mean()
     if most == 0 or (keep or 0) > most:
         with raises(GroundingError, "no_threshold"):
-            fit(own, other, keep)
+            fit_threshold(own, other, keep)
         return
-    found = fit(own, other, keep)
+    found = fit_threshold(own, other, keep)
     assert found.kept == pytest.approx((own >= found.threshold).mean())
     assert found.refused == pytest.approx((other < found.threshold).mean())
     # A threshold that answers nobody at all is none.
@@ -85,7 +85,7 @@ def test_shares_are_what_the_threshold_does_and_none_is_better(
 @pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(keep: float) -> None:
     with raises(GroundingError, "invalid_option", "--keep"):
-        fit(np.array([0.5]), np.array([0.4]), keep)
+        fit_threshold(np.array([0.5]), np.array([0.4]), keep)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan"), "0.5"])
@@ -156,8 +156,8 @@ def test_infer_says_that_nothing_was_found(
 
 def test_tables_and_subtitles_hold_nothing_where_nothing_was_found() -> None:
     answers = [Answer("dog", "yard", 20.0, [])]
-    assert render(answers, "csv") == "video,query,rank,start,end,score"
-    assert render(answers, "srt") == ""
+    assert format_answers(answers, "csv") == "video,query,rank,start,end,score"
+    assert format_answers(answers, "srt") == ""
 
 
 def test_a_model_tells_of_its_threshold_and_its_windows(tiny_manifest: Manifest) -> None:

@@ -20,13 +20,13 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import HARD_NMS_MARGIN, Decoding
 from runtime.core.errors import FeatureError, ModelFileError
 from runtime.core.moments import temporal_iou
-from runtime.core.sliding_windows import cut
-from runtime.core.video import ClipClock
+from runtime.core.sliding_windows import split_into_windows
+from runtime.core.video import ClipTiming
 from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS
 
-CLOCK = ClipClock()
+CLOCK = ClipTiming()
 RATE = 24
 CLIP = CLOCK.stride / RATE
 # As Charades-STA's, but for what is long: so that tests need not be.
@@ -73,15 +73,15 @@ def finder(planted_backend: Any) -> Finder:
     st.floats(1, 60),
     st.floats(0.5, 200),
     st.floats(0, 0.5),
-    st.sampled_from([CLOCK, ClipClock(1, 8), ClipClock(32, 4), ClipClock(8, 8)]),
+    st.sampled_from([CLOCK, ClipTiming(1, 8), ClipTiming(32, 4), ClipTiming(8, 8)]),
 )
 @settings(max_examples=200)
 def test_windows_are_alike_hold_every_clip_and_share_what_they_should(
-    num_clips: int, more: int, rate: float, length: float, share: float, clock: ClipClock
+    num_clips: int, more: int, rate: float, length: float, share: float, clock: ClipTiming
 ) -> None:
     num_frames = max(2, clock.num_frames(num_clips) + min(more, clock.stride - 1))
     windows = Windows(1e6, length, share * length)
-    cuts = cut(num_clips, num_frames, num_frames / rate, windows, clock)
+    cuts = split_into_windows(num_clips, num_frames, num_frames / rate, windows, clock)
     assert {clip for window in cuts for clip in range(window.first, window.last + 1)} == set(range(num_clips))
     assert len({window.last - window.first for window in cuts}) == 1
     assert cuts[-1].end == pytest.approx(num_frames / rate)
@@ -94,10 +94,10 @@ def test_windows_are_alike_hold_every_clip_and_share_what_they_should(
 
 
 def test_a_file_that_lacks_clips_is_cut_as_far_as_it_goes() -> None:
-    cuts = cut(300, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)
+    cuts = split_into_windows(300, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)
     assert cuts[-1].last == 299
     assert cuts[-1].end == pytest.approx(CLOCK.num_frames(300) / RATE)
-    assert cut(900, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)[-1].last == 599
+    assert split_into_windows(900, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)[-1].last == 599
 
 
 @given(st.floats(0, 570), st.floats(3 * SEGMENT, 14))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.errors import FeatureError
-from runtime.core.video import ClipClock, Origin, Video, load_features, max_over_rows, pooled, segment_rows
+from runtime.core.video import ClipTiming, Origin, Video, load_features, max_over_rows, pool_segments, segment_rows
 from tests.raising import check_error, raises
 
 
@@ -60,7 +60,7 @@ def test_pooling_equals_a_naive_loop_over_the_published_rule(
     num_frames: int, num_clips: int, num_segments: int, pooling: str, seed: int
 ) -> None:
     features = np.random.default_rng(seed).normal(size=(num_clips, 3)).astype(np.float32)
-    segments = pooled(features, num_frames, num_segments, pooling, ClipClock())  # type: ignore[arg-type]
+    segments = pool_segments(features, num_frames, num_segments, pooling, ClipTiming())  # type: ignore[arg-type]
     rows, borders = naive_rows(num_frames, num_segments, pooling)
     assert segments.features.tolist() == naive_pooling(features, rows)
     assert segments.spans.dtype == np.float64
@@ -70,7 +70,7 @@ def test_pooling_equals_a_naive_loop_over_the_published_rule(
 @pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
 def test_the_clips_of_every_segment_are_the_published_ones_for_every_length_of_video(pooling: str) -> None:
     for num_frames in range(2, 1000):
-        first, last, _ = segment_rows(num_frames, 16, pooling, ClipClock())  # type: ignore[arg-type]
+        first, last, _ = segment_rows(num_frames, 16, pooling, ClipTiming())  # type: ignore[arg-type]
         rows, _ = naive_rows(num_frames, 16, pooling)
         assert first.tolist() == [clips[0] for clips in rows], num_frames
         assert last.tolist() == [clips[-1] for clips in rows], num_frames
@@ -79,7 +79,7 @@ def test_the_clips_of_every_segment_are_the_published_ones_for_every_length_of_v
 @given(st.integers(2, 5000), st.integers(1, 100))
 def test_segments_of_any_number_cover_the_video_without_gaps(num_frames: int, num_segments: int) -> None:
     for pooling, first, last in (("mmaction2", 0, num_frames - 1), ("drn", 1, num_frames)):
-        start, stop, spans = segment_rows(num_frames, num_segments, pooling, ClipClock())  # type: ignore[arg-type]
+        start, stop, spans = segment_rows(num_frames, num_segments, pooling, ClipTiming())  # type: ignore[arg-type]
         assert len(start) == len(stop) == len(spans) == num_segments
         assert (start <= stop).all()
         assert spans[0, 0] == first / num_frames
@@ -112,14 +112,14 @@ def test_the_two_rules_differ() -> None:
 
 @pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
 def test_one_clip_fills_every_segment(pooling: str) -> None:
-    segments = pooled(np.array([[3.0, -1.0]]), 900, 32, pooling, ClipClock())  # type: ignore[arg-type]
+    segments = pool_segments(np.array([[3.0, -1.0]]), 900, 32, pooling, ClipTiming())  # type: ignore[arg-type]
     assert segments.features.tolist() == [[3.0, -1.0]] * 32
 
 
 def test_another_clip_clock_reaches_other_rows() -> None:
     features = np.arange(40, dtype=np.float32)[:, None]
-    assert pooled(features, 33, 2, "mmaction2", ClipClock(1, 1)).features.tolist() == [[16], [32]]
-    assert pooled(features, 33, 2, "mmaction2", ClipClock()).features.tolist() == [[2], [4]]
+    assert pool_segments(features, 33, 2, "mmaction2", ClipTiming(1, 1)).features.tolist() == [[16], [32]]
+    assert pool_segments(features, 33, 2, "mmaction2", ClipTiming()).features.tolist() == [[2], [4]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -159,12 +159,12 @@ def test_another_rule_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(("num_frames", "num_clips"), [(1, 1), (16, 1), (23, 1), (24, 2), (900, 111)])
 def test_clips_of_a_video_by_hand(num_frames: int, num_clips: int) -> None:
-    assert ClipClock().num_clips(num_frames) == num_clips
+    assert ClipTiming().num_clips(num_frames) == num_clips
 
 
 @given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
 def test_frames_and_clips_are_inverse_to_within_one_stride(num_clips: int, window: int, stride: int) -> None:
-    clock = ClipClock(window, stride)
+    clock = ClipTiming(window, stride)
     frames = clock.num_frames(num_clips)
     assert clock.num_clips(frames) == num_clips
     assert clock.num_clips(frames + stride - 1) == num_clips
@@ -177,7 +177,7 @@ def test_frames_are_counted_from_the_clips_when_not_given(tmp_path: Path) -> Non
     assert (video.num_frames, video.duration, video.name) == (928, 30.96, "door")
     video = Video.load(tmp_path / "door.npy", 30.96, num_frames=930, name="hall")
     assert (video.num_frames, video.name) == (930, "hall")
-    assert Video.load(tmp_path / "door.npy", 30.96, clock=ClipClock(4, 4)).num_frames == 460
+    assert Video.load(tmp_path / "door.npy", 30.96, clock=ClipTiming(4, 4)).num_frames == 460
 
 
 def test_npy_and_pt_files_hold_the_same_features(golden: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ CONSTANT = {
 
 @pytest.mark.parametrize("kind", CONSTANT)
 def test_video_constant_features_are_refused(kind: str) -> None:
-    video = Video(CONSTANT[kind], ClipClock().num_frames(len(CONSTANT[kind])), 1.0 + len(CONSTANT[kind]) / 4)
+    video = Video(CONSTANT[kind], ClipTiming().num_frames(len(CONSTANT[kind])), 1.0 + len(CONSTANT[kind]) / 4)
     with pytest.raises(FeatureError) as raised:
         video.segments(4)
     assert raised.value.code == "constant_features"
@@ -240,7 +240,7 @@ def test_video_constant_features_are_refused(kind: str) -> None:
 def test_video_one_different_clip_is_accepted(row: int) -> None:
     features = np.zeros((3000, 3))
     features[row, 1] = 1e-6
-    assert Video(features, ClipClock().num_frames(3000), 800.0).segments(4).features.max() > 0
+    assert Video(features, ClipTiming().num_frames(3000), 800.0).segments(4).features.max() > 0
 
 
 def test_video_single_clip_is_accepted() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, DeviceError, GroundingError
-from runtime.core.video import ClipClock, Video
-from runtime.corpus.feature_sources import DataSetSource, Listed, open_source
+from runtime.core.video import ClipTiming, Video
+from runtime.corpus.feature_sources import DataSetSource, VideoRef, open_source
 from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights
 from tests.raising import quotes, raises
@@ -21,7 +21,7 @@ from tests.raising import quotes, raises
 pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-CLOCK = ClipClock()
+CLOCK = ClipTiming()
 RNG = np.random.default_rng(0)
 FEATURES = {f"v{index}": RNG.random((index + 2, 4)).astype(np.float32) for index in range(5)}
 LENGTHS = {name: 1.5 * len(features) for name, features in FEATURES.items()}
@@ -204,7 +204,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch
     source = open_source(mini)
     monkeypatch.setattr("runtime.datasets.dataset.DataSet.video", lacking)
     with raises(DeviceError, "device_unavailable", "no h5py"):
-        next(source.load([Listed("AAAA1")], CLOCK))
+        next(source.load([VideoRef("AAAA1")], CLOCK))
 
 
 def test_the_digest_follows_names_and_lengths(mini: Path, tmp_path: Path) -> None:

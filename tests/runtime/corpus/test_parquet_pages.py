@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import FeatureError
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.corpus.feature_sources import ParquetSource
 from runtime.corpus.parquet_pages import unfolded_bytes
 from tests.raising import quotes
@@ -33,7 +33,7 @@ def columns(path: Path) -> list[Any]:
 
 def answers(path: Path) -> list[Any]:
     source = ParquetSource([path])
-    return list(source.load(source.listing(), ClipClock()))
+    return list(source.load(source.listing(), ClipTiming()))
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.core.video import ClipClock, Video
+from runtime.core.video import ClipTiming, Video
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.job import ground
 from runtime.corpus.sharding import Settings
-from runtime.corpus.worker import MOST_ATTEMPTS
+from runtime.corpus.worker import MAX_ATTEMPTS
 from tests.processes import heed_ctrl_c
 from tests.raising import quotes
 from tests.runtime.corpus.conftest import content, write_rows
@@ -178,7 +178,7 @@ def test_a_shard_that_kills_every_worker_ends_the_job_and_is_named(
     output = tmp_path / "corpus"
     # One shard of all pairs: it takes so long that every process is met in the middle of it.
     job = started(inputs.words(output, "--address", "auto", shard_pairs=100_000), cluster)
-    for times in range(1, MOST_ATTEMPTS + 1):
+    for times in range(1, MAX_ATTEMPTS + 1):
         kill_at_work(output, times=times)
     _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 2, errors
@@ -252,6 +252,6 @@ def test_tensors_that_ray_data_wrote_are_read(tmp_path: Path) -> None:
         columns = {"video": ["a", "b"], "duration": [1.0, 2.0], "features": ArrowTensorArray.from_numpy(features)}
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "features.parquet")
         source = open_source(tmp_path)
-        for video, wanted in zip(source.load(source.listing(), ClipClock()), features, strict=True):
+        for video, wanted in zip(source.load(source.listing(), ClipTiming()), features, strict=True):
             assert isinstance(video, Video), video
             np.testing.assert_array_equal(video.features, wanted)

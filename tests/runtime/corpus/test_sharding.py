@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from runtime.core.errors import OutputError
 from runtime.core.io.files import LOCK
-from runtime.corpus.feature_sources import Listed
+from runtime.corpus.feature_sources import VideoRef
 from runtime.corpus.queries import Question
-from runtime.corpus.sharding import MANIFEST, check_ours, check_same, plan, shard_name
+from runtime.corpus.sharding import MANIFEST, check_same, plan, require_corpus_dir, shard_name
 from tests.raising import raises
 
 VIDEOS = ("a", "b", "c", "d")
@@ -28,7 +28,7 @@ def test_every_pair_stands_in_one_shard_and_none_is_too_large(
     listed: list[str], about: list[str | None], size: int
 ) -> None:
     questions = [Question(line, line, f"sentence {line}", video) for line, video in enumerate(about, 1)]
-    common, shards = plan([Listed(name) for name in listed], questions, size)
+    common, shards = plan([VideoRef(name) for name in listed], questions, size)
     found = [
         (asked.video.name, question.line)
         for shard in shards
@@ -48,7 +48,7 @@ def test_every_pair_stands_in_one_shard_and_none_is_too_large(
     # Known videos first, as they are listed.
     order = list(dict.fromkeys(name for name, _ in found))
     assert [name for name in order if name in listed] == order[: len(set(order) & set(listed))]
-    assert plan([Listed(name) for name in listed], questions, size) == (common, shards)
+    assert plan([VideoRef(name) for name in listed], questions, size) == (common, shards)
 
 
 def test_the_name_of_a_shard_tells_how_many_there_are() -> None:
@@ -74,12 +74,12 @@ def test_a_directory_of_other_inputs_is_refused_and_they_are_named(tmp_path: Pat
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
-        check_ours(tmp_path)
+        require_corpus_dir(tmp_path)
     with raises(OutputError, "output_is_file", tmp_path / "photo.jpg"):
-        check_ours(tmp_path / "photo.jpg")
+        require_corpus_dir(tmp_path / "photo.jpg")
     # Another's lock is no corpus either.
     (tmp_path / LOCK).touch()
-    check_ours(tmp_path)
+    require_corpus_dir(tmp_path)
     with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
         check_same(tmp_path, told())
     for text in ("[]", '{"format": "drn-corpus/0"}'):
@@ -89,4 +89,4 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{")
     with raises(OutputError, "invalid_json", tmp_path / MANIFEST):
         check_same(tmp_path, told())
-    check_ours(tmp_path / "new")
+    require_corpus_dir(tmp_path / "new")

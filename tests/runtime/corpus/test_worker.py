@@ -15,7 +15,7 @@ import pytest
 from runtime.core.errors import GroundingError
 from runtime.corpus.job import Result
 from runtime.corpus.sharding import MANIFEST
-from runtime.corpus.worker import MOST_ATTEMPTS, Worker
+from runtime.corpus.worker import MAX_ATTEMPTS, Worker
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.raising import quotes, raises, records
@@ -164,7 +164,7 @@ def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
 ) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG}])
     here(features, queries, tmp_path / "together")
-    monkeypatch.setattr("runtime.corpus.worker.MOST_WAITING_BYTES", 1)
+    monkeypatch.setattr("runtime.corpus.worker.MAX_WAITING_BYTES", 1)
     here(features, queries, tmp_path / "alone")
     together, alone = read_rows(tmp_path / "together"), read_rows(tmp_path / "alone")
     for row, other in zip(together, alone, strict=True):
@@ -175,7 +175,7 @@ def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
 def test_like_warnings_are_said_a_few_times(
     here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.corpus.worker.MOST_WARNINGS", 2)
+    monkeypatch.setattr("runtime.corpus.worker.MAX_WARNINGS", 2)
     features, queries = corpus([{"query": f"{DOOR} xyzzy{n}", "vid": "AAAA1"} for n in range(9)])
     here(features, queries)
     assert len(records(caplog, logging.WARNING, "xyzzy0")) == len(records(caplog, logging.WARNING, "xyzzy1")) == 1
@@ -208,7 +208,7 @@ def test_a_shard_that_ends_its_process_again_and_again_is_given_up(
     def leave_notes(output: Path) -> None:
         # As processes that were killed do; a new job takes them away first.
         (output / ".attempts").mkdir(exist_ok=True)
-        (output / ".attempts" / "00001").write_text("process 7 on node\n" * MOST_ATTEMPTS)
+        (output / ".attempts" / "00001").write_text("process 7 on node\n" * MAX_ATTEMPTS)
 
     monkeypatch.setattr("runtime.corpus.job._clean", leave_notes)
     with raises(GroundingError, "shard_failed", "shard-00001-of-00001.jsonl", 3, "process 7 on node"):

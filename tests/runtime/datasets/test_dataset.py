@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, FeatureError
-from runtime.core.video import ClipClock, check_frame_rate
+from runtime.core.video import ClipTiming, check_frame_rate
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.evaluate import evaluate
 from runtime.rank import rank
@@ -201,9 +201,9 @@ def test_the_width_of_the_features_is_read_off_them(golden: Path) -> None:
 
 def test_clips_of_another_clock_are_warned_of(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_set = DataSet(golden / "mini")
-    data_set.check_clock(ClipClock(16, 8))
+    data_set.check_clock(ClipTiming(16, 8))
     assert not caplog.messages
-    data_set.check_clock(ClipClock(60, 60))
+    data_set.check_clock(ClipTiming(60, 60))
     assert len(records(caplog, logging.WARNING, 16, 8, 60)) == 1
 
 
@@ -211,10 +211,10 @@ def test_clips_of_another_clock_are_warned_of(golden: Path, caplog: pytest.LogCa
 def test_commands_compare_the_clocks_of_model_and_data(
     command: Any, models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[ClipClock] = []
+    asked: list[ClipTiming] = []
     monkeypatch.setattr(DataSet, "check_clock", lambda self, clock: asked.append(clock))
     command(models / "drn.onnx", planted, limit=1, **({"videos": 2} if command is rank else {}))
-    assert asked == [ClipClock(16, 8)]
+    assert asked == [ClipTiming(16, 8)]
 
 
 def test_simulated_features_are_told_apart(directory: Path) -> None:

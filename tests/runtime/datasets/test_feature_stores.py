@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import DeviceError, FeatureError, MissingFeatures, excerpt
-from runtime.core.video import ClipClock, load_features
+from runtime.core.video import ClipTiming, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles, open_store
 from tests.raising import raises, records
@@ -241,7 +241,7 @@ def captions(directory: Path, entry: dict[str, Any], clips: int) -> DataSet:
 
 def test_frames_are_counted_from_clips_where_the_annotations_tell_none(tmp_path: Path) -> None:
     data_set = captions(tmp_path, {"duration": 60.0}, clips=100)
-    assert data_set.video("v.avi").num_frames == data_set.frames("v.avi") == ClipClock().num_frames(100)
+    assert data_set.video("v.avi").num_frames == data_set.frames("v.avi") == ClipTiming().num_frames(100)
 
 
 def test_frames_that_fit_the_clips_are_taken_and_others_give_equal_parts(
@@ -250,7 +250,7 @@ def test_frames_that_fit_the_clips_are_taken_and_others_give_equal_parts(
     (tmp_path / "fits").mkdir()
     (tmp_path / "other").mkdir()
     told = {"fps": 30.0, "num_frames": 1000}
-    assert captions(tmp_path / "fits", told, clips=ClipClock().num_clips(1000) - 1).frames("v.avi") == 1000
+    assert captions(tmp_path / "fits", told, clips=ClipTiming().num_clips(1000) - 1).frames("v.avi") == 1000
     assert not caplog.records
     # One clip of 64 frames every 16, say: half as many as the clock expects.
     data_set = captions(tmp_path / "other", told, clips=60)

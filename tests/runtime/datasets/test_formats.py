@@ -12,7 +12,7 @@ import pytest
 
 from runtime.core.errors import AnnotationError
 from runtime.datasets.charades_sta import DURATIONS, FRAMES, WORDS
-from runtime.datasets.dataset import DataSet, each_moment
+from runtime.datasets.dataset import DataSet, one_per_moment
 from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.qvhighlights import FORMAT
 from tests.raising import raises
@@ -82,7 +82,11 @@ def test_a_query_of_qvhighlights_keeps_its_name_and_all_its_moments(tmp_path: Pa
     several, one = data_set.annotations("val")
     assert (several.qid, several.several, several.start, several.end) == (7, ((0, 10), (40, 60.5)), 0, 10)
     assert (one.qid, one.several, one.moments) == (9, (), ((20, 30),))
-    assert [(a.qid, a.start, a.several) for a in each_moment([several, one])] == [(7, 0, ()), (7, 40, ()), (9, 20, ())]
+    assert [(a.qid, a.start, a.several) for a in one_per_moment([several, one])] == [
+        (7, 0, ()),
+        (7, 40, ()),
+        (9, 20, ()),
+    ]
     truths = data_set.truths([several, one])
     np.testing.assert_allclose(truths[0], [[0, 10 / 150], [40 / 150, 60.5 / 150]])
     np.testing.assert_allclose(truths[1], [[20 / 150, 0.2], [np.nan, np.nan]])
@@ -302,7 +306,7 @@ def test_real_annotations_are_counted_as_published(real_data: Path, caplog: pyte
     assert counts == {"train": 9790, "val": 4436, "test": 4001}
     rows = highlights.annotations("val")
     assert (len(rows), len({row.video for row in rows}), highlights.splits) == (1550, 1519, ["val"])
-    assert len(each_moment(rows)) / len(rows) == pytest.approx(1.8, abs=0.05)
+    assert len(one_per_moment(rows)) / len(rows) == pytest.approx(1.8, abs=0.05)
     assert not [record for record in caplog.records if record.levelno > logging.WARNING]
 
 

@@ -17,7 +17,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import FeatureError, GroundingError, OutputError
 from runtime.core.metrics import METRICS, metric_names
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate, predictions
@@ -351,7 +351,7 @@ def test_ablations_take_the_video_away(
         zeros = np.zeros_like(data_set.video(annotation.video).features)
         # Constant features are refused.
         zeros[0, 0] = 1e-30
-        best = grounder.ground(Video(zeros, 900, 30.0, counted=ClipClock()), annotation.sentence)[0]
+        best = grounder.ground(Video(zeros, 900, 30.0, counted=ClipTiming()), annotation.sentence)[0]
         assert windows["blind"][index] == pytest.approx([best.start / 30, best.end / 30])
         assert windows["shuffled"][index] != windows["none"][index] != windows["blind"][index]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.core.moments import Moment
-from runtime.grounding.formatting import Answer, clock, render
+from runtime.grounding.formatting import Answer, format_answers, format_timestamp
 
 ANSWERS = [
     Answer(
@@ -40,16 +40,16 @@ ANSWERS = [
     ],
 )
 def test_times_are_written_as_people_read_them(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_timestamp(seconds) == text
 
 
 def test_times_without_decimals_round() -> None:
-    assert clock(59.6, 0) == "1:00"
+    assert format_timestamp(59.6, 0) == "1:00"
 
 
 @given(st.floats(0, 1e6))
 def test_a_written_time_is_right_to_half_a_tenth(seconds: float) -> None:
-    parts = [float(part) for part in clock(seconds).split(":")]
+    parts = [float(part) for part in format_timestamp(seconds).split(":")]
     value = sum(part * 60**power for power, part in enumerate(reversed(parts)))
     assert value == pytest.approx(seconds, abs=0.0501)
     assert all(part < 60 for part in parts[1:])
@@ -60,9 +60,9 @@ def bars(text: str) -> list[str]:
 
 
 def test_bars_mark_the_cells_of_the_moment() -> None:
-    (bar,) = bars(render([Answer("q", "v", 20.0, [Moment(5, 10, 1)])], "text", width=20))
+    (bar,) = bars(format_answers([Answer("q", "v", 20.0, [Moment(5, 10, 1)])], "text", width=20))
     assert bar == "·" * 5 + "█" * 5 + "·" * 10
-    found = bars(render(ANSWERS[:1], "text", width=20))
+    found = bars(format_answers(ANSWERS[:1], "text", width=20))
     assert found[0] == "·" * 10 + "█" * 5 + "·" * 5
     assert found[1] == "█" * 5 + "·" * 15
     # Shorter than a cell, but to be seen.
@@ -73,23 +73,23 @@ def test_bars_mark_the_cells_of_the_moment() -> None:
 @given(st.floats(0, 50), st.floats(0, 50), st.integers(20, 200))
 def test_every_bar_is_as_long_as_the_others_and_marks_something(a: float, b: float, width: int) -> None:
     moments = [Moment(min(a, b), max(a, b), 0.5), Moment(0, 50, 0.4)]
-    first, whole = bars(render([Answer("q", "v", 50.0, moments)], "text", width))
+    first, whole = bars(format_answers([Answer("q", "v", 50.0, moments)], "text", width))
     assert len(first) == len(whole) >= 20
     assert re.fullmatch("·*█+·*", first)
     assert set(whole) == {"█"}
 
 
 def test_text_fits_the_terminal_and_names_times_scores_and_truth() -> None:
-    text = render(ANSWERS[1:2], "text", width=100)
+    text = format_answers(ANSWERS[1:2], "text", width=100)
     assert all(len(line) <= 100 for line in text.splitlines())
-    text = render(ANSWERS[:1], "text", width=100)
+    text = format_answers(ANSWERS[:1], "text", width=100)
     assert "3MSZA (0:40.0)" in text
     assert "0:20.0 - 0:30.5  0.750" in text
     assert "0:20.0 - 0:40.0  truth" in text
 
 
 def test_json_is_exactly_the_shape_that_is_promised() -> None:
-    assert json.loads(render(ANSWERS, "json")) == [
+    assert json.loads(format_answers(ANSWERS, "json")) == [
         {
             "query": 'person says "hi", then\nleaves',
             "video": "3MSZA",
@@ -105,19 +105,19 @@ def test_json_is_exactly_the_shape_that_is_promised() -> None:
 
 
 def test_jsonl_has_the_same_answers_a_line_each() -> None:
-    lines = render(ANSWERS, "jsonl").split("\n")
-    assert [json.loads(line) for line in lines] == json.loads(render(ANSWERS, "json"))
+    lines = format_answers(ANSWERS, "jsonl").split("\n")
+    assert [json.loads(line) for line in lines] == json.loads(format_answers(ANSWERS, "json"))
 
 
 def test_csv_has_a_row_for_each_moment_and_survives_quotes_and_line_breaks() -> None:
-    rows = list(csv.reader(io.StringIO(render(ANSWERS, "csv"))))
+    rows = list(csv.reader(io.StringIO(format_answers(ANSWERS, "csv"))))
     assert rows[0] == ["video", "query", "rank", "start", "end", "score"]
     assert rows[1] == ["3MSZA", 'person says "hi", then\nleaves', "1", "20.0", "30.5", "0.75"]
     assert [row[2] for row in rows[1:]] == ["1", "2", "3", "1"]
 
 
 def test_srt_numbers_the_best_moment_of_each_query_in_time_order() -> None:
-    blocks = render(ANSWERS, "srt").split("\n\n")
+    blocks = format_answers(ANSWERS, "srt").split("\n\n")
     assert blocks == [
         "1\n00:00:01,250 --> 01:01:01,500\na dog",
         '2\n00:00:20,000 --> 00:00:30,500\nperson says "hi", then leaves',
@@ -126,7 +126,7 @@ def test_srt_numbers_the_best_moment_of_each_query_in_time_order() -> None:
 
 @given(st.floats(0, 1e5))
 def test_srt_times_have_three_digits_after_a_comma(seconds: float) -> None:
-    line = render([Answer("q", "v", 2e5, [Moment(seconds, seconds, 1)])], "srt").splitlines()[1]
+    line = format_answers([Answer("q", "v", 2e5, [Moment(seconds, seconds, 1)])], "srt").splitlines()[1]
     hours, minutes, whole, thousandths = map(int, re.fullmatch(r"(\d\d+):(\d\d):(\d\d),(\d{3}) --> .*", line).groups())
     assert minutes < 60
     assert whole < 60
@@ -134,9 +134,9 @@ def test_srt_times_have_three_digits_after_a_comma(seconds: float) -> None:
 
 
 def test_no_answers_are_still_a_document() -> None:
-    assert json.loads(render([], "json")) == []
-    assert render([], "csv") == "video,query,rank,start,end,score"
-    assert render(ANSWERS[2:], "srt") == ""
+    assert json.loads(format_answers([], "json")) == []
+    assert format_answers([], "csv") == "video,query,rank,start,end,score"
+    assert format_answers(ANSWERS[2:], "srt") == ""
 
 
 def one_answer(query: str, video: str = "v") -> list[Answer]:
@@ -151,7 +151,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
     texts,
 )
 def test_csv_texts_are_no_formulas_and_read_back(start: str, text: str) -> None:
-    written = io.StringIO(render(one_answer(start + text, start + text), "csv"), newline="")
+    written = io.StringIO(format_answers(one_answer(start + text, start + text), "csv"), newline="")
     row = list(csv.reader(written))[1]
     for cell in row[:2]:
         assert cell.lstrip()[:1] not in tuple("=+-@＝＋－＠")
@@ -160,12 +160,12 @@ def test_csv_texts_are_no_formulas_and_read_back(start: str, text: str) -> None:
 
 
 def test_csv_leaves_ordinary_texts_and_numbers_alone() -> None:
-    row = list(csv.reader(io.StringIO(render(one_answer("person x=1 - @home"), "csv"))))[1]
+    row = list(csv.reader(io.StringIO(format_answers(one_answer("person x=1 - @home"), "csv"))))[1]
     assert row == ["v", "person x=1 - @home", "1", "-0.5", "30.5", "0.75"]
 
 
 def test_text_of_a_query_cannot_add_lines() -> None:
-    text = render(one_answer("a\n  0:00.0 - 0:01.0  1.000\x1b[2J\tb", "v\nw"), "text")
+    text = format_answers(one_answer("a\n  0:00.0 - 0:01.0  1.000\x1b[2J\tb", "v\nw"), "text")
     assert len(text.splitlines()) == 2
     assert "\x1b" not in text
     assert "\t" not in text

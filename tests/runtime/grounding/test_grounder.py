@@ -16,7 +16,7 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
 from runtime.core.sliding_windows import Windows
-from runtime.grounding.grounder import in_seconds
+from runtime.grounding.grounder import to_moments
 from tests.raising import check_error, raises
 
 CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
@@ -233,7 +233,7 @@ def test_the_models_own_pooling_and_segments_are_used(planted_backend: Any) -> N
 
 def test_rows_after_the_last_pick_are_no_moments() -> None:
     picks = np.array([[0.25, 0.5, 0.9], [np.nan] * 3], np.float32)
-    assert in_seconds(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]
+    assert to_moments(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]
 
 
 FIVE = ("dog", "person dog", "cat runs", "door opens", "dog runs person")

@@ -14,7 +14,7 @@ from runtime.core.errors import DeviceError, OutputError
 from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer
 from runtime.grounding.plotting import BEST, FRAMES, TRUTH, draw
-from runtime.media.video_file import look
+from runtime.media.video_file import probe
 from tests.raising import raises
 
 pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-deploy[plot]')")
@@ -149,7 +149,7 @@ def shade(picture: np.ndarray) -> float:
 
 def test_the_strip_shows_the_middle_of_each_part_of_the_time_line(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
-    footage = look(films.film(tmp_path / "hall.mkv", 36, rate=10))
+    footage = probe(films.film(tmp_path / "hall.mkv", 36, rate=10))
     draw([Answer("a", "hall", footage.duration, MOMENTS[:0])], tmp_path / "plot.png", footage)
     _, strip = drawn[0].axes
     count = len(strip.images)
@@ -163,7 +163,7 @@ def test_the_strip_shows_the_middle_of_each_part_of_the_time_line(drawn: list[An
 
 def test_of_one_query_the_strip_is_bright_where_the_best_moment_is(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
-    footage = look(films.film(tmp_path / "hall.mkv", 40, rate=10))
+    footage = probe(films.film(tmp_path / "hall.mkv", 40, rate=10))
     answers = [Answer("a", "hall", 4.0, [Moment(1, 2, 0.5)]), Answer("b", "hall", 4.0, [Moment(0, 4, 0.5)])]
     draw(answers[:1], tmp_path / "plot.png", footage)
     draw(answers, tmp_path / "plot.png", footage)
@@ -177,7 +177,7 @@ def test_frames_of_any_shape_keep_it_and_fill_the_strip(
     drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None
 ) -> None:
     films = pytest.importorskip("tests.films")
-    footage = look(films.film(tmp_path / "odd.mp4", films.scene(20, *size), turned=turned))
+    footage = probe(films.film(tmp_path / "odd.mp4", films.scene(20, *size), turned=turned))
     draw([Answer("a", "odd", footage.duration, [])], tmp_path / "plot.png", footage)
     figure = drawn[0]
     strip = figure.axes[1].get_window_extent()

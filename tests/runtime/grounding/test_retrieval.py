@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from runtime import Grounder
 from runtime.core.batch import collate
-from runtime.core.decoding import likely
+from runtime.core.decoding import score_proposals
 from runtime.core.errors import FeatureError, GroundingError
 from runtime.datasets.dataset import DataSet
 from runtime.grounding import retrieval as ranking_module
@@ -73,7 +73,7 @@ def test_scores_are_those_of_each_pair_alone_and_videos_are_read_once(
         for column, number in enumerate(asked[row]):
             segments = grounder.segments(DataSet(mini).video(names[number]))
             heads = grounder.backend.run(collate([grounder.encode_query(sentence)], [segments]))
-            alone = likely(heads, grounder.manifest.decoding).scores.max()
+            alone = score_proposals(heads, grounder.manifest.decoding).scores.max()
             assert scores[row, column] == pytest.approx(alone, abs=1e-6)
 
 

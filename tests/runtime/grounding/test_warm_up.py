@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtime.backends.cuda_driver import OutOfDeviceMemory
-from runtime.backends.tensorrt_engine import MOST_PROGRAMS, Network
+from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, TensorRTEngine
 from runtime.core.batch import Heads
 from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
@@ -96,8 +96,8 @@ def test_progress_counts_every_shape_once(bench: Bench) -> None:
 def test_contexts_of_single_queries_stay_if_there_are_too_many(
     tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.backends.tensorrt_engine.MOST_PROGRAMS", 3)
-    assert MOST_PROGRAMS > 3
+    monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 3)
+    assert MAX_EXECUTION_STATES > 3
     bench = Bench(tmp_path, graphs)
     backend = bench.whole()
     Grounder(backend).warm((1, 2, 4, 8), (4, 6, 8))
@@ -110,15 +110,15 @@ def test_contexts_of_single_queries_stay_if_there_are_too_many(
 def test_a_device_without_memory_for_all_sizes_is_an_error_and_for_usual_sizes_a_warning(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    grounder, warm = Grounder(bench.whole()), Network.warm
+    grounder, warm = Grounder(bench.whole()), TensorRTEngine.warm
     calls = iter([False, True])
 
-    def full(network: Network, sizes: Any) -> None:
+    def full(network: TensorRTEngine, sizes: Any) -> None:
         if next(calls, True):
             raise OutOfDeviceMemory("full")
         warm(network, sizes)
 
-    monkeypatch.setattr(Network, "warm", full)
+    monkeypatch.setattr(TensorRTEngine, "warm", full)
     with pytest.raises(DeviceMemoryError) as caught:
         grounder.warm((1, 2), (4, 6))
     assert caught.value.code == "out_of_memory"

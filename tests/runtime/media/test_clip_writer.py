@@ -14,11 +14,11 @@ import pytest
 from runtime.core.errors import DeviceError, GroundingError, OutputError
 from runtime.infer import infer
 from runtime.media import clip_writer
-from runtime.media.clip_writer import check_encoder, clip_names, cut
-from runtime.media.video_file import frames_from, look
+from runtime.media.clip_writer import check_encoder, clip_names, write_clips
+from runtime.media.video_file import frames_from, probe
 from tests.films import film, joined, scene, sound_only, truncated
 from tests.raising import check_error, raises, records
-from tests.runtime.media.extractor_graphs import write_clips
+from tests.runtime.media.extractor_graphs import write_clips as write_clip_graph
 
 av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
 
@@ -44,7 +44,7 @@ def number_of(picture: np.ndarray) -> int:
 
 def shown(path: Path) -> list[tuple[float, int]]:
     """Return the seconds and the number of every frame of a clip."""
-    return [(time, number_of(frame.to_ndarray(format="rgb24"))) for time, frame in frames_from(look(path), 0)]
+    return [(time, number_of(frame.to_ndarray(format="rgb24"))) for time, frame in frames_from(probe(path), 0)]
 
 
 def heard(path: Path) -> tuple[np.ndarray, int]:
@@ -69,7 +69,7 @@ def test_a_clip_has_the_frames_of_the_moment_and_no_others(tmp_path: Path, name:
     step = 1 / float(rate)
     for first, last in ((0, 119), (0, 0), (31, 74), (100, 119)):
         # A third of a frame after the first begins, and before the last ends.
-        cut(look(source), [((first + 0.33) * step, (last + 0.67) * step)], [tmp_path / "clip.mp4"])
+        write_clips(probe(source), [((first + 0.33) * step, (last + 0.67) * step)], [tmp_path / "clip.mp4"])
         found = shown(tmp_path / "clip.mp4")
         assert [number for _, number in found] == list(range(first, last + 1))
         assert found[0][0] == 0
@@ -80,8 +80,8 @@ def test_a_clip_has_the_frames_of_the_moment_and_no_others(tmp_path: Path, name:
 
 def test_a_rate_that_varies_keeps_its_times(tmp_path: Path) -> None:
     times = [5000, 5040, 5080, 5500, 6500, 7000, 7040]
-    footage = look(film(tmp_path / "odd.mkv", numbered(7), times=times))
-    cut(footage, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
+    footage = probe(film(tmp_path / "odd.mkv", numbered(7), times=times))
+    write_clips(footage, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
     found = shown(tmp_path / "clip.mp4")
     assert [number for _, number in found] == [2, 3, 4]
     assert [time for time, _ in found] == pytest.approx([0, 0.2, 1.2], abs=1e-3)
@@ -92,14 +92,16 @@ def test_a_clip_lasts_as_long_as_its_moment_also_where_pictures_come_quickly_fir
     tmp_path: Path,
 ) -> None:
     times = [*range(0, 1000, 40), *range(1000, 8001, 1000)]
-    cut(look(film(tmp_path / "slides.mp4", numbered(len(times)), times=times)), [(0.5, 6.5)], [tmp_path / "clip.mp4"])
+    write_clips(
+        probe(film(tmp_path / "slides.mp4", numbered(len(times)), times=times)), [(0.5, 6.5)], [tmp_path / "clip.mp4"]
+    )
     assert shown(tmp_path / "clip.mp4")[-1] == (pytest.approx(5.5, abs=1e-3), times.index(6000))
     assert length(tmp_path / "clip.mp4") == pytest.approx(6, abs=1e-3)
 
 
 def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
-    footage = look(film(tmp_path / "hall.mkv", numbered(50)))
-    cut(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
+    write_clips(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
     assert shown(tmp_path / "a.mp4")[0] == (0, 25)
     # Nothing comes after the end of the film.
     assert shown(tmp_path / "b.mp4") == [(0, 49)]
@@ -108,9 +110,9 @@ def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turned", [90, 180, -90])
 def test_a_turned_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(30)
-    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
-    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
-    made = look(tmp_path / "clip.mp4")
+    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
+    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    made = probe(tmp_path / "clip.mp4")
     assert made.quarter_turns == 0
     wanted = np.rot90(stored[10], turned // 90)
     _, first = next(frames_from(made, 0))
@@ -120,9 +122,9 @@ def test_a_turned_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
 
 
 def test_frames_of_odd_sizes_are_cut_too(tmp_path: Path) -> None:
-    footage = look(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
-    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
-    made = look(tmp_path / "clip.mp4")
+    footage = probe(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
+    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    made = probe(tmp_path / "clip.mp4")
     assert (made.height, made.width) == (46, 64)
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
 
@@ -152,8 +154,8 @@ def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
 
 @pytest.mark.parametrize("name", ["talk.mkv", "talk.mp4"])
 def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) -> None:
-    footage = look(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
-    cut(footage, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
+    footage = probe(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
+    write_clips(footage, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
     assert rate == RATE
     assert len(samples) / rate == pytest.approx(2.3, abs=AAC_PADDING / rate)
@@ -166,9 +168,9 @@ def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) ->
 def test_sound_stays_with_the_pictures_of_joined_files(tmp_path: Path, suffix: str) -> None:
     first = beeping(tmp_path / f"first.{suffix}", 4, [1.0])
     second = beeping(tmp_path / f"second.{suffix}", 3, [2.0])
-    footage = look(joined(tmp_path / f"whole.{suffix}", first, second))
+    footage = probe(joined(tmp_path / f"whole.{suffix}", first, second))
     assert footage.duration == pytest.approx(7, abs=0.05)
-    cut(footage, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
+    write_clips(footage, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
     (loud,) = np.nonzero(np.abs(samples) > 0.2)
     assert loud[0] / rate == pytest.approx(0.5, abs=0.1)
@@ -176,8 +178,8 @@ def test_sound_stays_with_the_pictures_of_joined_files(tmp_path: Path, suffix: s
 
 
 def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:
-    footage = look(film(tmp_path / "talk.mkv", 100, sound=1))
-    cut(footage, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
+    footage = probe(film(tmp_path / "talk.mkv", 100, sound=1))
+    write_clips(footage, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
     samples, rate = heard(tmp_path / "some.mp4")
     assert len(samples) / rate == pytest.approx(0.5, abs=AAC_PADDING / rate)
     assert length(tmp_path / "none.mp4") == pytest.approx(1.0, abs=1e-3)
@@ -185,8 +187,8 @@ def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:
 
 def test_colours_are_those_of_the_source(tmp_path: Path) -> None:
     stored = scene(20)
-    cut(look(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
-    _, first = next(frames_from(look(tmp_path / "clip.mp4"), 0))
+    write_clips(probe(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
+    _, first = next(frames_from(probe(tmp_path / "clip.mp4"), 0))
     found = first.to_ndarray(format="rgb24").astype(int)
     # The middles of the quarters, where no neighbour bleeds in.
     for row in (12, 36):
@@ -196,13 +198,13 @@ def test_colours_are_those_of_the_source(tmp_path: Path) -> None:
 
 def test_what_can_be_decoded_of_a_damaged_film_is_cut(tmp_path: Path) -> None:
     whole = film(tmp_path / "whole.mp4", numbered(100), options={"movflags": "faststart"})
-    footage = look(truncated(whole, tmp_path / "cut.mp4"))
-    cut(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    footage = probe(truncated(whole, tmp_path / "cut.mp4"))
+    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
 
 
 def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    footage = look(film(tmp_path / "hall.mkv", numbered(50)))
+    footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_text("before")
     written = []
@@ -216,11 +218,11 @@ def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.Monke
     write = clip_writer._write
     monkeypatch.setattr(clip_writer, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cut(footage, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
+        write_clips(footage, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
     assert (tmp_path / "clips" / "a.mp4").read_text() == "before"
     with raises(OutputError, "unwritable_output", tmp_path / "hall.mkv" / "a.mp4"):
-        cut(footage, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
+        write_clips(footage, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
 
 
 def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +239,7 @@ def test_without_h264_clips_are_mpeg4_and_the_log_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(av.codec, "codecs_available", {"aac", "mpeg4"})
-    cut(look(film(tmp_path / "hall.mkv", numbered(50))), [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    write_clips(probe(film(tmp_path / "hall.mkv", numbered(50))), [(0.4, 0.8)], [tmp_path / "clip.mp4"])
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
     assert records(caplog, logging.WARNING, "mpeg4")
 
@@ -256,9 +258,9 @@ def test_names_tell_video_number_and_words() -> None:
 
 @pytest.mark.parametrize("video", ["h" * 251, "\U0001d5ee" * 62, "男" * 83])
 def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path, video: str) -> None:
-    footage = look(film(tmp_path / f"{video}.mkv", 20))
+    footage = probe(film(tmp_path / f"{video}.mkv", 20))
     names = clip_names(video, ["person opens the door and leaves the house for good"])
-    cut(footage, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
+    write_clips(footage, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
     assert [path.name for path in (tmp_path / "clips").iterdir()] == names
 
 
@@ -270,7 +272,7 @@ def test_infer_cuts_the_best_moment_of_each_query(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
-    source, tiny = film(tmp_path / "hall.mkv", numbered(200)), write_clips(tmp_path / "tiny.onnx")
+    source, tiny = film(tmp_path / "hall.mkv", numbered(200)), write_clip_graph(tmp_path / "tiny.onnx")
     line = (
         "--model",
         tiny_model,

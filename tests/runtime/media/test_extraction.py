@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.artifacts.extractor_manifest import Framing
+from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import FootageError, GroundingError
 from runtime.core.video import load_features
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
@@ -30,9 +30,9 @@ from runtime.grounding import plotting
 from runtime.infer import infer
 from runtime.media import extraction
 from runtime.media import video_file as footage_module
-from runtime.media.extraction import cached_video
+from runtime.media.extraction import load_or_extract
 from runtime.media.extractors import ClipExtractor, open_extractor
-from runtime.media.video_file import look, pictures
+from runtime.media.video_file import probe, read_frames
 from tests.films import film, sound_only, truncated
 from tests.raising import check_error, raises, records
 from tests.runtime.media.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
@@ -69,7 +69,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def whole_file(path: Path) -> np.ndarray:
     """Return the features of `tiny`, from all frames at once."""
-    frames = np.stack(list(pictures(look(path), CLIPS.framing))).astype(float)
+    frames = np.stack(list(read_frames(probe(path), CLIPS.framing))).astype(float)
     starts = range(0, len(frames) - 15, 8)
     return np.stack([frames[start : start + 16].mean(axis=(0, 1, 2)) for start in starts]) @ mixing()
 
@@ -90,7 +90,7 @@ def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeyp
     more = threading.Event()
 
     def counted(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
-        for picture in pictures(*arguments, **options):
+        for picture in read_frames(*arguments, **options):
             decoded.append(1)
             if len(decoded) > 24:
                 more.set()
@@ -101,9 +101,9 @@ def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeyp
         assert more.wait(30)
         return np.zeros((len(clips), 16), np.float32)
 
-    monkeypatch.setattr(extraction, "pictures", counted)
+    monkeypatch.setattr(extraction, "read_frames", counted)
     network: Any = SimpleNamespace(manifest=CLIPS, extract=busy)
-    assert extraction.extract(look(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
+    assert extraction.extract(probe(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
 
 
 def test_little_is_decoded_ahead_and_errors_come_where_they_were_made() -> None:
@@ -116,7 +116,7 @@ def test_little_is_decoded_ahead_and_errors_come_where_they_were_made() -> None:
             made.append(number)
             yield np.full(1, number)
 
-    stream = extraction.ahead(batches())
+    stream = extraction.prefetch(batches())
     seen = [int(next(stream)[0])]
     assert len(made) <= 4
     with raises(FootageError, "invalid_video", "seven"):
@@ -387,7 +387,7 @@ def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:
     path = film(tmp_path / "hall.mkv", 41)
     output = extract((path,), write_images(tmp_path / "clip.onnx"), tmp_path / "data")
     features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
-    frames = np.stack(list(pictures(look(path), IMAGES.framing)))[::8]
+    frames = np.stack(list(read_frames(probe(path), IMAGES.framing)))[::8]
     pixels = (frames / 255 - np.array(IMAGES.mean)) / np.array(IMAGES.std)
     assert features.shape == (6, 16)
     assert features == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
@@ -469,26 +469,26 @@ def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
     whole = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
     path = truncated(whole, tmp_path / "cut.mp4")
     extractor = open_extractor(tiny, "cpu")
-    video = cached_video(path, extractor, partial=True)
+    video = load_or_extract(path, extractor, partial=True)
     assert 20 < video.num_frames < 80
     assert len(video.features) == (video.num_frames - 16) // 8 + 1
     assert video.duration == pytest.approx(video.num_frames / 25)
-    assert video.features == pytest.approx(cached_video(whole, extractor).features[: len(video.features)])
+    assert video.features == pytest.approx(load_or_extract(whole, extractor).features[: len(video.features)])
     # Kept in the cache, and yet not taken for a whole video's.
     with raises(FootageError, "truncated_video", path, "--partial"):
-        cached_video(path, extractor)
+        load_or_extract(path, extractor)
 
 
 def test_a_video_is_known_by_its_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
     extractor = open_extractor(tiny, "cpu")
     path = film(tmp_path / "hall.mkv", 40)
-    first = cached_video(path, extractor)
+    first = load_or_extract(path, extractor)
     assert sum(runs) == 4
-    again = cached_video(path.rename(tmp_path / "renamed.mkv"), extractor)
+    again = load_or_extract(path.rename(tmp_path / "renamed.mkv"), extractor)
     assert sum(runs) == 4
     assert again.name == "renamed"
     assert (again.features == first.features).all()
-    cached_video(film(tmp_path / "hall.mkv", 41), extractor)
+    load_or_extract(film(tmp_path / "hall.mkv", 41), extractor)
     assert sum(runs) == 8
 
 
@@ -558,7 +558,7 @@ def test_a_moment_of_a_late_film_is_cut_and_drawn_where_players_show_it(
         shown.append(times)
         return [np.zeros((9, 16, 3), np.uint8)] * len(times)
 
-    monkeypatch.setattr(plotting, "stills", noted)
+    monkeypatch.setattr(plotting, "frames_at", noted)
     (answer,) = infer(
         tiny_model, ("dog sits",), video=str(late), extractor=tiny, cut=tmp_path / "clips", plot=tmp_path / "plot.png"
     )
@@ -601,13 +601,13 @@ def test_real_videos_have_the_clips_that_their_frames_make(tmp_path: Path, tiny:
 
 
 def test_the_published_preprocessing_is_the_default() -> None:
-    assert (Framing().resize, Framing().crop) == ((128, 171), (112, 112))
+    assert (ResizeCrop().resize, ResizeCrop().crop) == ((128, 171), (112, 112))
 
 
 def both_ways(video: Path, encoder: Path, output: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the features that `infer --video` and `runtime.extract` have for a video."""
     extract((video,), encoder, output)
-    return cached_video(video, open_extractor(encoder, "cpu")).features, load_features(
+    return load_or_extract(video, open_extractor(encoder, "cpu")).features, load_features(
         output / FEATURE_DIRECTORY / f"{video.stem}.npy"
     )
 
@@ -639,13 +639,13 @@ def test_changed_external_data_of_an_encoder_extracts_again(tmp_path: Path) -> N
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cache: Path, suffix: str) -> None:
     video, extractor = film(tmp_path / "hall.mkv", 40), open_extractor(tiny, "cpu")
-    first = cached_video(video, extractor)
+    first = load_or_extract(video, extractor)
     (entry,) = cache.glob(f"*{suffix}")
     good = entry.read_bytes()
     # One bit in the middle of the numbers, and one in a digit of the note.
     place = len(good) * 3 // 4 if suffix == ".npy" else good.index(b'"num_frames": 4') + len('"num_frames": ')
     entry.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-    again = cached_video(video, extractor)
+    again = load_or_extract(video, extractor)
     assert (again.features == first.features).all()
     assert (again.num_frames, again.duration) == (first.num_frames, first.duration)
     assert entry.read_bytes() == good

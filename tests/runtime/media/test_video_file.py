@@ -15,17 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.artifacts.extractor_manifest import Framing
+from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import DeviceError, FootageError, GroundingError
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.infer import infer
 from runtime.media import video_file as footage_module
-from runtime.media.clip_writer import cut
-from runtime.media.video_file import Picture, check_one_file, clips, look, offset_of, pictures, stills
+from runtime.media.clip_writer import write_clips
+from runtime.media.video_file import FrameResizer, check_one_file, clips, frames_at, offset_of, probe, read_frames
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 from tests.raising import check_error, raises, records
 
-AS_IT_IS = Framing((48, 64), (48, 64))
+AS_IT_IS = ResizeCrop((48, 64), (48, 64))
 """Neither resized nor cropped."""
 
 
@@ -52,7 +52,7 @@ def with_spare_byte(frame: np.ndarray) -> np.ndarray:
 def test_a_picture_is_the_middle_of_the_resized_frame(height: int, width: int) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     wanted = bilinear(frame, 30, 41)[3:27, 8:32]
-    found = Picture(height, width, Framing((30, 41), (24, 24))).of(with_spare_byte(frame))
+    found = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).of(with_spare_byte(frame))
     assert found.shape == (24, 24, 3)
     assert np.abs(found - wanted).max() <= 1
 
@@ -60,37 +60,37 @@ def test_a_picture_is_the_middle_of_the_resized_frame(height: int, width: int) -
 def test_white_stays_white_and_black_black() -> None:
     for value in (0, 255):
         frame = np.full((37, 53, 4), value, np.uint8)
-        assert (Picture(37, 53, Framing()).of(frame) == value).all()
+        assert (FrameResizer(37, 53, ResizeCrop()).of(frame) == value).all()
 
 
 def test_c3d_crops_where_caffe_does() -> None:
     # Of 128 x 171, rows 8 to 119 and columns 29 to 140: halves are rounded down.
     frame = np.zeros((128, 171, 4), np.uint8)
     frame[8:120, 29:141] = 255
-    assert (Picture(128, 171, Framing()).of(frame) == 255).all()
+    assert (FrameResizer(128, 171, ResizeCrop()).of(frame) == 255).all()
     frame[7, :], frame[120, :], frame[:, 28], frame[:, 141] = 255, 255, 255, 255
     frame[8, 29], frame[119, 140] = 1, 2
-    found = Picture(128, 171, Framing()).of(frame)
+    found = FrameResizer(128, 171, ResizeCrop()).of(frame)
     assert (found[0, 0, 0], found[-1, -1, 0]) == (1, 2)
 
 
 def test_a_shorter_side_keeps_the_shape_of_the_frame() -> None:
-    assert Framing(224, (224, 224)).resized(360, 480) == (224, 299)
-    assert Framing(224, (224, 224)).resized(480, 360) == (299, 224)
+    assert ResizeCrop(224, (224, 224)).resized(360, 480) == (224, 299)
+    assert ResizeCrop(224, (224, 224)).resized(480, 360) == (299, 224)
     with raises(FootageError, "invalid_setting", (100, 171), (112, 112)):
-        Framing((100, 171), (112, 112))
+        ResizeCrop((100, 171), (112, 112))
 
 
 @pytest.mark.parametrize("name", ["steady.mkv", "steady.mp4", "steady.avi"])
 def test_a_steady_video_gives_its_own_frames(tmp_path: Path, name: str) -> None:
     frames = scene(40)
-    footage = look(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
+    footage = probe(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
     # Matroska keeps whole milliseconds.
     assert footage.frame_rate == pytest.approx(30000 / 1001, rel=1e-3)
     assert footage.num_frames == 40
     assert footage.duration == pytest.approx(40 * 1001 / 30000, rel=1e-3)
     assert (footage.height, footage.width, footage.quarter_turns, footage.damage) == (48, 64, 0, "")
-    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    found = np.stack(list(read_frames(footage, AS_IT_IS)))
     if name.endswith("mkv"):
         assert (found == frames).all()
     else:
@@ -104,16 +104,16 @@ def test_matroska_does_not_count_its_frames_and_is_counted(tmp_path: Path) -> No
     path = film(tmp_path / "uncounted.mkv", 21)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
-    assert look(path).num_frames == 21
+    assert probe(path).num_frames == 21
 
 
 @pytest.mark.parametrize("turned", [0, 90, 180, -90])
 def test_frames_stand_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
-    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
+    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
     upright = np.rot90(stored, turned // 90, axes=(1, 2))
     size = upright.shape[1:3]
-    found = np.stack(list(pictures(footage, Framing(size, size))))
+    found = np.stack(list(read_frames(footage, ResizeCrop(size, size))))
     assert found.shape == upright.shape
     assert np.abs(found.astype(int) - upright).mean() < 12
 
@@ -146,25 +146,25 @@ def as_shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_every_orientation_is_shown_upright(tmp_path: Path, matrix: tuple[int, ...]) -> None:
     stored = scene(3)
-    footage = look(oriented(tmp_path / "clip.mp4", matrix, stored))
+    footage = probe(oriented(tmp_path / "clip.mp4", matrix, stored))
     wanted = as_shown(stored[1], matrix).astype(int)
     size = wanted.shape[:2]
-    found = list(pictures(footage, Framing(size, size)))[1]
+    found = list(read_frames(footage, ResizeCrop(size, size)))[1]
     assert np.abs(found - wanted).mean() < 12
-    (still,) = stills(footage, [0.05], size[0])
+    (still,) = frames_at(footage, [0.05], size[0])
     assert still.shape == wanted.shape
     assert np.abs(still - wanted).mean() < 12
-    cut(footage, [(0.05, 0.1)], [tmp_path / "cut.mp4"])
-    made = look(tmp_path / "cut.mp4")
+    write_clips(footage, [(0.05, 0.1)], [tmp_path / "cut.mp4"])
+    made = probe(tmp_path / "cut.mp4")
     assert (made.quarter_turns, made.mirrored) == (0, False)
-    assert np.abs(next(pictures(made, Framing(size, size))) - wanted).mean() < 12
+    assert np.abs(next(read_frames(made, ResizeCrop(size, size))) - wanted).mean() < 12
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 0, 0, 0), 0), ((0.6, 0.8, -0.8, 0.6), 3)])
 def test_an_orientation_that_is_no_quarter_turn_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, matrix: tuple[float, ...], turns: int
 ) -> None:
-    footage = look(oriented(tmp_path / "clip.mp4", matrix, 3))
+    footage = probe(oriented(tmp_path / "clip.mp4", matrix, 3))
     assert (footage.quarter_turns, footage.mirrored) == (turns, False)
     assert "clip.mp4" in caplog.text
 
@@ -173,9 +173,9 @@ def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
     # Ten frames in 0.4 s, then ten in 2 s: on the grid those of the first part are thinned, and the others stay on.
     times = [40 * number for number in range(10)] + [400 + 200 * number for number in range(10)]
     frames = scene(20)
-    footage = look(film(tmp_path / "varying.mkv", frames, times=times))
+    footage = probe(film(tmp_path / "varying.mkv", frames, times=times))
     assert footage.frame_rate == pytest.approx(19 / 2.2)
-    found = list(pictures(footage, AS_IT_IS))
+    found = list(read_frames(footage, AS_IT_IS))
     assert len(found) == footage.num_frames == 20
     for place, picture in enumerate(found):
         (shown,) = np.nonzero((frames == picture).all(axis=(1, 2, 3)))[0]
@@ -188,9 +188,9 @@ def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
 def test_a_gap_in_a_steady_video_is_filled_with_the_frame_before(tmp_path: Path) -> None:
     kept = [number for number in range(60) if not 20 <= number < 23]
     frames = scene(60)
-    footage = look(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
+    footage = probe(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
     assert footage.frame_rate == pytest.approx(25)
-    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    found = np.stack(list(read_frames(footage, AS_IT_IS)))
     wanted = frames.copy()
     wanted[20:23] = frames[19]
     assert (found == wanted).all()
@@ -198,33 +198,33 @@ def test_a_gap_in_a_steady_video_is_filled_with_the_frame_before(tmp_path: Path)
 
 def test_a_late_first_frame_is_the_start(tmp_path: Path) -> None:
     frames = scene(20)
-    footage = look(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
+    footage = probe(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
     assert footage.num_frames == 20
     assert footage.start == pytest.approx(5)
-    assert (np.stack(list(pictures(footage, AS_IT_IS))) == frames).all()
+    assert (np.stack(list(read_frames(footage, AS_IT_IS))) == frames).all()
 
 
 @pytest.mark.parametrize("name", ["late.mkv", "late.mp4"])
 def test_pictures_that_begin_after_the_sound_have_an_offset(tmp_path: Path, name: str) -> None:
     times = [4000 + 40 * number for number in range(50)]
     path = film(tmp_path / name, 50, times=times, sound=6)
-    footage = look(path)
+    footage = probe(path)
     assert footage.offset == pytest.approx(4, abs=0.03)
     assert offset_of(path) == pytest.approx(footage.offset, abs=2e-3)
     assert footage.duration == pytest.approx(2, abs=1e-3)
-    assert look(film(tmp_path / f"on-time-{name}", 50, sound=2)).offset == pytest.approx(0, abs=0.03)
-    assert look(film(tmp_path / f"alone-{name}", 50, times=times)).offset == 0
+    assert probe(film(tmp_path / f"on-time-{name}", 50, sound=2)).offset == pytest.approx(0, abs=0.03)
+    assert probe(film(tmp_path / f"alone-{name}", 50, times=times)).offset == 0
 
 
 def test_the_real_file_whose_pictures_begin_late_has_an_offset(faults: Path) -> None:
-    footage = look(faults / "late.mp4")
+    footage = probe(faults / "late.mp4")
     assert (footage.offset, footage.duration) == (pytest.approx(4), pytest.approx(5))
 
 
 def test_the_last_frame_ends_with_the_file(tmp_path: Path) -> None:
     # On average 0.49 s apart, and the last is on for as long as the one before it, 0.04 s.
     times = [0, 2000, *range(2040, 2200, 40)]
-    footage = look(film(tmp_path / "odd.mp4", len(times), times=times))
+    footage = probe(film(tmp_path / "odd.mp4", len(times), times=times))
     last = (times[-1] - times[0]) / 1000
     assert footage.num_frames / footage.frame_rate > last + 0.3
     assert last < footage.duration <= last + 0.05
@@ -232,9 +232,9 @@ def test_the_last_frame_ends_with_the_file(tmp_path: Path) -> None:
 
 def test_every_fourth_picture_is_that_of_all(tmp_path: Path) -> None:
     times = sorted(np.random.default_rng(0).choice(3000, 50, replace=False).tolist())
-    footage = look(film(tmp_path / "odd.mkv", 50, times=times))
-    every = list(pictures(footage, AS_IT_IS))
-    fourth = list(pictures(footage, AS_IT_IS, every=4))
+    footage = probe(film(tmp_path / "odd.mkv", 50, times=times))
+    every = list(read_frames(footage, AS_IT_IS))
+    fourth = list(read_frames(footage, AS_IT_IS, every=4))
     assert (np.stack(every)[::4] == np.stack(fourth)).all()
 
 
@@ -257,10 +257,10 @@ def test_stills_are_what_is_seen_then_and_little_else_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     frames = scene(200)
-    footage = look(film(tmp_path / name, frames))
+    footage = probe(film(tmp_path / name, frames))
     seen = decoded(monkeypatch)
     times = [0.0, 0.02, 2.0, 5.019, 7.96, 9.0]
-    found = stills(footage, times, 48)
+    found = frames_at(footage, times, 48)
     for time, picture in zip(times, found, strict=True):
         wanted = frames[min(int(time * 25 + 1e-6), 199)]
         assert np.abs(picture.astype(int) - wanted).mean() < 12, time
@@ -271,16 +271,16 @@ def test_stills_are_what_is_seen_then_and_little_else_is_decoded(
 def test_stills_of_a_rate_that_varies_and_of_a_late_start_are_those_on_then(tmp_path: Path) -> None:
     times = [5000, 5040, 5900, 6000, 8000]
     frames = scene(5)
-    footage = look(film(tmp_path / "odd.mkv", frames, times=times))
-    found = stills(footage, [0.0, 0.5, 0.95, 2.0, 3.5], 48)
+    footage = probe(film(tmp_path / "odd.mkv", frames, times=times))
+    found = frames_at(footage, [0.0, 0.5, 0.95, 2.0, 3.5], 48)
     assert [next(n for n in range(5) if (frames[n] == picture).all()) for picture in found] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("turned", [90, 180])
 def test_stills_stand_upright_and_are_no_larger_than_asked(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
-    footage = look(film(tmp_path / "turned.mp4", stored, turned=turned))
-    (picture,) = stills(footage, [0.0], 24)
+    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
+    (picture,) = frames_at(footage, [0.0], 24)
     upright = np.rot90(stored[0], turned // 90)
     assert picture.shape == (24, round(24 * upright.shape[1] / upright.shape[0]), 3)
     corners = picture[2, 2], picture[-3, 2]
@@ -290,8 +290,8 @@ def test_stills_stand_upright_and_are_no_larger_than_asked(tmp_path: Path, turne
 
 def test_the_last_frame_of_a_damaged_file_stands_for_what_is_missing(tmp_path: Path) -> None:
     whole = film(tmp_path / "whole.mp4", 100, options={"movflags": "faststart"})
-    footage = look(truncated(whole, tmp_path / "cut.mp4"))
-    first, last, after = stills(footage, [0.0, 3.5, 3.9], 48)
+    footage = probe(truncated(whole, tmp_path / "cut.mp4"))
+    first, last, after = frames_at(footage, [0.0, 3.5, 3.9], 48)
     assert (last == after).all()
     assert (first != last).any()
 
@@ -303,14 +303,14 @@ def test_clips_are_whole_windows_of_consecutive_frames(count: int, window: int, 
     starts = range(0, count - window + 1, stride)
     assert [clip[:, 0, 0, 0].tolist() for clip in found] == [list(range(start, start + window)) for start in starts]
     if count >= window:
-        assert len(found) == ClipClock(window, stride).num_clips(count)
+        assert len(found) == ClipTiming(window, stride).num_clips(count)
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     def peak(count: int) -> int:
-        footage = look(film(tmp_path / f"{count}.mp4", count))
+        footage = probe(film(tmp_path / f"{count}.mp4", count))
         tracemalloc.start()
-        number = sum(1 for _ in clips(pictures(footage, Framing()), 16, 8))
+        number = sum(1 for _ in clips(read_frames(footage, ResizeCrop()), 16, 8))
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert number == (count - 16) // 8 + 1
@@ -338,27 +338,27 @@ def test_what_is_no_video_is_said_in_one_sentence(tmp_path: Path, make: object, 
     path = tmp_path / "clip.mp4"
     make(path)  # type: ignore[operator]
     if code is None:
-        assert look(path).num_frames == 1
+        assert probe(path).num_frames == 1
         return
     with raises(FootageError, code, path):
-        look(path)
+        probe(path)
 
 
 @pytest.mark.parametrize(("name", "options"), [("cut.mp4", {"movflags": "faststart"}), ("cut.mkv", {})])
 def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, options: dict[str, str]) -> None:
     whole = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
-    footage = look(truncated(whole, tmp_path / name))
+    footage = probe(truncated(whole, tmp_path / name))
     assert "cut" in footage.damage
     with raises(FootageError, "truncated_video", tmp_path / name, "--partial"):
-        next(pictures(footage, AS_IT_IS))
-    found = list(pictures(footage, AS_IT_IS, partial=True))
+        next(read_frames(footage, AS_IT_IS))
+    found = list(read_frames(footage, AS_IT_IS, partial=True))
     assert 30 < len(found) < 80
-    every = list(pictures(look(whole), AS_IT_IS))
+    every = list(read_frames(probe(whole), AS_IT_IS))
     assert all((ours == theirs).all() for ours, theirs in zip(found, every, strict=False))
 
 
 def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
-    footage = look(film(tmp_path / "talk.mkv", 20, sound=4))
+    footage = probe(film(tmp_path / "talk.mkv", 20, sound=4))
     assert (footage.num_frames, footage.damage) == (20, "")
 
 
@@ -366,21 +366,21 @@ def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [12, 30])
 def test_frames_the_decoder_reports_as_damaged_are_refused(tmp_path: Path, name: str, number: int) -> None:
     whole = film(tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8))
-    footage = look(holed(whole, tmp_path / name, number))
+    footage = probe(holed(whole, tmp_path / name, number))
     with pytest.raises(FootageError) as raised:
-        list(pictures(footage, AS_IT_IS))
+        list(read_frames(footage, AS_IT_IS))
     check_error(raised.value, "truncated_video", "--partial")
-    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == 48
+    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 48
     with pytest.raises(FootageError):
-        stills(footage, [0.0, number / 25 + 0.02], 48, partial=False)
-    assert len(stills(footage, [0.0, 1.5], 48)) == 2
+        frames_at(footage, [0.0, number / 25 + 0.02], 48, partial=False)
+    assert len(frames_at(footage, [0.0, 1.5], 48)) == 2
 
 
 def test_an_h264_file_with_a_hole_is_refused(faults: Path) -> None:
-    footage = look(faults / "hole_h264.mp4")
+    footage = probe(faults / "hole_h264.mp4")
     with pytest.raises(FootageError):
-        list(pictures(footage, AS_IT_IS))
-    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == 120
+        list(read_frames(footage, AS_IT_IS))
+    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 120
 
 
 def test_a_damaged_film_is_neither_drawn_nor_cut_unless_asked(
@@ -405,9 +405,9 @@ def test_a_recording_that_begins_between_key_frames_is_whole(tmp_path: Path, nam
     whole = film(tmp_path / f"whole{Path(name).suffix}", 100)
     content, block = whole.read_bytes(), 188 if name.endswith("ts") else 2048
     (tmp_path / name).write_bytes(content[len(content) * 2 // 5 // block * block :])
-    footage = look(tmp_path / name)
+    footage = probe(tmp_path / name)
     assert footage.damage == ""
-    assert 40 < len(list(pictures(footage, AS_IT_IS))) < 80
+    assert 40 < len(list(read_frames(footage, AS_IT_IS))) < 80
 
 
 @pytest.mark.parametrize(
@@ -419,19 +419,19 @@ def test_files_joined_byte_by_byte_have_all_their_frames(
     frames = scene(110)
     first = film(tmp_path / f"first.{suffix}", frames[:70])
     second = film(tmp_path / f"second.{suffix}", frames[70:])
-    footage = look(joined(tmp_path / f"whole.{suffix}", *(first, second, first)[:parts]))
+    footage = probe(joined(tmp_path / f"whole.{suffix}", *(first, second, first)[:parts]))
     count = (110, 180)[parts - 2]
     assert (footage.num_frames, footage.damage) == (count, "")
     assert footage.duration == pytest.approx(count / 25, abs=0.01)
     assert len(records(caplog, logging.WARNING, f"whole.{suffix}", parts - 1)) == 1
     wanted = np.concatenate([frames, frames[:70]]).astype(int)[:count]
-    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    found = np.stack(list(read_frames(footage, AS_IT_IS)))
     assert np.abs(found - wanted).mean(axis=(1, 2, 3)).max() < 30
     numbers = (0, 69, 70, 109, count - 1)
-    for number, still in zip(numbers, stills(footage, [(n + 0.2) / 25 for n in numbers], 48), strict=True):
+    for number, still in zip(numbers, frames_at(footage, [(n + 0.2) / 25 for n in numbers], 48), strict=True):
         assert np.abs(still - wanted[number]).mean() < 30
     caplog.clear()
-    assert look(first).num_frames == 70
+    assert probe(first).num_frames == 70
     assert not caplog.text
 
 
@@ -442,53 +442,53 @@ def test_joined_files_of_which_the_last_is_not_read_are_refused(
     tmp_path: Path, suffix: str, parts: int, frames: int
 ) -> None:
     first = film(tmp_path / f"first.{suffix}", 60)
-    assert look(first).damage == ""
-    footage = look(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
+    assert probe(first).damage == ""
+    footage = probe(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
     with pytest.raises(FootageError):
-        next(pictures(footage, AS_IT_IS))
-    assert len(list(pictures(footage, AS_IT_IS, partial=True))) == frames
+        next(read_frames(footage, AS_IT_IS))
+    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == frames
 
 
 @pytest.mark.parametrize("name", ["jump.mkv", "jump.mp4", "jump.ts"])
 def test_a_jump_of_ten_hours_is_not_waited_for(tmp_path: Path, name: str) -> None:
     frames = scene(100)
     times = [40 * number + (36_000_000 if number >= 50 else 0) for number in range(100)]
-    footage = look(film(tmp_path / name, frames, times=times))
+    footage = probe(film(tmp_path / name, frames, times=times))
     assert footage.num_frames == 100
-    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    found = np.stack(list(read_frames(footage, AS_IT_IS)))
     assert np.abs(found.astype(int) - frames).mean() < 12
 
 
 def test_a_picture_that_stays_on_for_half_a_minute_stays(tmp_path: Path) -> None:
     times = [*range(0, 1000, 40), *range(31_000, 32_000, 40)]
     for name in ("still.mkv", "still.mp4"):
-        footage = look(film(tmp_path / name, 50, times=times))
+        footage = probe(film(tmp_path / name, 50, times=times))
         assert footage.duration == pytest.approx(32, abs=0.1)
         assert not footage.is_continued
 
 
 def test_the_joined_file_of_ten_seconds_has_ten(faults: Path) -> None:
-    footage = look(faults / "joined.mpg")
+    footage = probe(faults / "joined.mpg")
     assert footage.duration == pytest.approx(10)
-    assert len(list(pictures(footage, AS_IT_IS))) == 300
+    assert len(list(read_frames(footage, AS_IT_IS))) == 300
 
 
 def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None:
     frames = scene(100)
-    footage = look(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
+    footage = probe(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
     assert (footage.num_frames, footage.damage) == (70, "")
-    found = np.stack(list(pictures(footage, AS_IT_IS)))
+    found = np.stack(list(read_frames(footage, AS_IT_IS)))
     assert np.abs(found.astype(int) - frames[30:]).mean() < 12
-    (still,) = stills(footage, [2.0], 48)
+    (still,) = frames_at(footage, [2.0], 48)
     assert np.abs(still.astype(int) - frames[80]).mean() < 12
 
 
 def test_a_trimmed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2)
-    footage = look(truncated(path, tmp_path / "cut.mp4"))
+    footage = probe(truncated(path, tmp_path / "cut.mp4"))
     with pytest.raises(FootageError):
-        next(pictures(footage, AS_IT_IS))
-    assert 10 < len(list(pictures(footage, AS_IT_IS, partial=True))) < 60
+        next(read_frames(footage, AS_IT_IS))
+    assert 10 < len(list(read_frames(footage, AS_IT_IS, partial=True))) < 60
 
 
 def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
@@ -506,13 +506,13 @@ def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
     content = (tmp_path / "latin.avi").read_bytes()
     assert b"Ca?e" in content
     (tmp_path / "latin.avi").write_bytes(content.replace(b"Ca?e", "Café".encode("latin-1")))
-    assert look(tmp_path / "latin.avi").num_frames == 20
+    assert probe(tmp_path / "latin.avi").num_frames == 20
 
 
 def test_a_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "clip.mp4", 20).rename(tmp_path / "concat:clip.mp4")
-    assert look(Path("concat:clip.mp4")).num_frames == 20
+    assert probe(Path("concat:clip.mp4")).num_frames == 20
 
 
 def referring(directory: Path, name: str) -> Path:
@@ -550,7 +550,7 @@ REFERRING = ["v.ffconcat", "disguised.mp4", "v.m3u8", "network.m3u8", "v.sdp", "
 
 
 @pytest.mark.parametrize("name", REFERRING)
-@pytest.mark.parametrize("read", [look, offset_of, check_one_file])
+@pytest.mark.parametrize("read", [probe, offset_of, check_one_file])
 def test_file_that_refers_to_others_is_refused(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
     with pytest.raises(FootageError) as refusal:
         read(referring(tmp_path, name))
@@ -596,20 +596,20 @@ def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_cover_picture_is_not_the_video(tmp_path: Path, marked: bool) -> None:
-    footage = look(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
+    footage = probe(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
     assert (footage.num_frames, footage.width) == (30, 64)
 
 
 def test_sound_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
     with raises(FootageError, "no_video_stream", tmp_path / "cover.mp4"):
-        look(with_cover(tmp_path / "cover.mp4", pictures_too=False, marked=True))
+        probe(with_cover(tmp_path / "cover.mp4", pictures_too=False, marked=True))
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "clip.mp4", 20)
     monkeypatch.setitem(sys.modules, "av", None)
     with raises(DeviceError, "missing_library", "pip install 'drn-deploy[video]'"):
-        look(path)
+        probe(path)
 
 
 @pytest.mark.parametrize(
@@ -619,25 +619,25 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_real_videos_have_the_frames_and_seconds_that_they_tell(
     real_videos: Path, name: str, num_frames: int, duration: float
 ) -> None:
-    footage = look(real_videos / f"{name}.mp4")
+    footage = probe(real_videos / f"{name}.mp4")
     assert (footage.num_frames, footage.damage) == (num_frames, "")
     assert footage.duration == pytest.approx(duration, abs=1e-3)
-    assert sum(1 for _ in clips(pictures(footage, Framing()), 16, 8)) == (num_frames - 16) // 8 + 1
+    assert sum(1 for _ in clips(read_frames(footage, ResizeCrop()), 16, 8)) == (num_frames - 16) // 8 + 1
 
 
 @pytest.mark.parametrize("rate", [Fraction(1, 2), 500])
 def test_a_rate_that_no_model_is_asked_at_is_refused_before_frames_are_decoded(tmp_path: Path, rate: Any) -> None:
     path = film(tmp_path / "odd.mkv", 40, rate=rate)
     with pytest.raises(FootageError) as caught:
-        look(path)
+        probe(path)
     assert caught.value.code == "frame_rate_out_of_range"
 
 
 def test_a_gap_among_steady_frames_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = [40 * number for number in range(40)]
-    look(film(tmp_path / "whole.mkv", 40, times=whole))
+    probe(film(tmp_path / "whole.mkv", 40, times=whole))
     # Of a recording whose frames come as they like, no step is a gap.
-    look(
+    probe(
         film(
             tmp_path / "unsteady.mkv",
             40,
@@ -645,5 +645,5 @@ def test_a_gap_among_steady_frames_is_reported(tmp_path: Path, caplog: pytest.Lo
         )
     )
     assert not caplog.messages
-    look(film(tmp_path / "gap.mkv", 40, times=[time + 400 * (time > 800) for time in whole]))
+    probe(film(tmp_path / "gap.mkv", 40, times=[time + 400 * (time > 800) for time in whole]))
     assert records(caplog, logging.WARNING, "gap.mkv", "0.44", "0.80")

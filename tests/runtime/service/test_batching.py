@@ -14,7 +14,7 @@ from runtime import Grounder, Moment
 from runtime.core.errors import GroundingError
 from runtime.datasets.dataset import DataSet
 from runtime.service.batching import Batcher, BatchOptions
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 from tests.raising import raises
 from tests.tolerances import BATCHED_SECONDS
 
@@ -134,7 +134,7 @@ def test_a_pair_that_fails_does_not_fail_its_neighbours(offline: Grounder, pairs
 
 
 def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> None:
-    async def ask() -> Refusal:
+    async def ask() -> HttpError:
         batcher = Batcher(held, BatchOptions(batch_size=2, queue_size=4))
         await batcher.ask(pairs[:1], 5)
         held.let.clear()
@@ -144,7 +144,7 @@ def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> No
         waiting = asyncio.create_task(batcher.ask(pairs[:3], 5))
         await asyncio.sleep(0)
         assert batcher.depth == 3
-        with raises(Refusal, "queue_full", 3, 4, 2) as refused:
+        with raises(HttpError, "queue_full", 3, 4, 2) as refused:
             await batcher.ask(pairs[:2], 5)
         held.let.set()
         assert len(await waiting) == 3
@@ -186,7 +186,7 @@ def test_closing_answers_what_was_taken_and_takes_no_more(held: Held, pairs: lis
         held.let.set()
         await closing
         assert [len(answer) for answer in await asyncio.gather(*tasks)] == [1] * 5
-        with raises(Refusal, "draining"):
+        with raises(HttpError, "draining"):
             await batcher.ask(pairs[:1], 5)
 
     asyncio.run(ask())

@@ -64,7 +64,7 @@ def reply(raw: bytes) -> Reply:
 def hurried(offline: Grounder, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a service in this process that has no patience."""
     monkeypatch.setattr(h11_protocol, "HEADER_SECONDS", 0.4)
-    monkeypatch.setattr(h11_protocol, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(h11_protocol, "MAX_CONNECTIONS", 8)
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.4)
     options = ServiceOptions(uploads=UploadOptions(tmp_path / "uploads"), gate=GateOptions(json_bytes=1000))
     service = Service(offline, DataSet(planted), options=options)
@@ -257,7 +257,7 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
         locked.get(f"{path}?ticket={wrong}").refused(401)
     locked.get(f"/v1/videos?ticket={ticket}").refused(401)
     locked.request("DELETE", f"/v1/videos/SIM00001?ticket={ticket}").refused(401)
-    keys = middleware.Keys(KEY)
+    keys = middleware.ApiKeys(KEY)
     scope = {"method": "GET", "path": path, "query_string": f"ticket={ticket}".encode()}
     assert keys.let_in(scope, "")
     monkeypatch.setattr(time, "time", lambda: int(until) + 1)
@@ -265,7 +265,7 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
 
 
 def test_a_ticket_is_for_the_path_as_it_arrives_decoded() -> None:
-    keys = middleware.Keys(KEY)
+    keys = middleware.ApiKeys(KEY)
     path, _, query = keys.ticket(f"/v1/videos/{quote('50% of é', safe='')}/media").partition("?")
     assert keys.let_in({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 

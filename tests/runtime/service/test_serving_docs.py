@@ -61,7 +61,7 @@ def test_every_limit_on_the_page_is_that_of_the_code() -> None:
         f"| {options.most_queries}, {options.longest_query} |",
         f"`--queue-size` {options.batching.queue_size};",
         f"`--timeout` {options.timeout_s:g} s",
-        f"times sentences | {video_cache.MOST_WINDOWS} |",
+        f"times sentences | {video_cache.MAX_WINDOWS} |",
         f"{options.gate.json_bytes >> 10} KiB of JSON; `--upload-mib` {options.gate.upload_bytes >> 20} ",
         f"unpacked | {options.uploads.features_bytes >> 20} MiB |",
         f"`--uploads-mib` {options.uploads.total_bytes >> 20}, {options.uploads.most} at most",
@@ -71,6 +71,6 @@ def test_every_limit_on_the_page_is_that_of_the_code() -> None:
         f"{middleware.HEADER_BYTES >> 10} KiB, within {h11_protocol.HEADER_SECONDS:g} s |",
         f"{middleware.BODY_BYTES_PER_SECOND >> 10} KiB a second on the whole, "
         f"no pause above {middleware.BODY_SECONDS:g} s |",
-        f"connections | {h11_protocol.MOST_CONNECTIONS} |",
+        f"connections | {h11_protocol.MAX_CONNECTIONS} |",
     ):
         assert value in PAGE, value

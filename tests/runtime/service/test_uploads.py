@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from runtime import Grounder, Video
 from runtime.core.errors import OutputError
 from runtime.core.io.files import LOCK
-from runtime.core.video import ClipClock
+from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import DataSet
-from runtime.service.http_errors import Refusal
+from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
-from runtime.service.uploads import UploadOptions, Uploads, container_of, read_features, shown_name
+from runtime.service.uploads import UploadOptions, Uploads, read_features, shown_name, sniff_container
 from tests.raising import raises
 from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
@@ -133,7 +133,7 @@ def test_what_is_no_array_is_refused_and_never_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = {413: "too_large", 415: "unsupported_media_type", 422: "invalid"}[status]
-    with raises(Refusal, code, *values) as refused:
+    with raises(HttpError, code, *values) as refused:
         read(content, tmp_path / "f")
     assert refused.value.status == status
     assert not (tmp_path / "hit").exists()
@@ -144,7 +144,7 @@ def test_what_is_no_array_is_refused_and_never_run(
 )
 @settings(max_examples=150)
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, tail: bytes, start: bytes) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(HttpError):
         read(start + tail, tmp_path_factory.getbasetemp() / "bytes")
 
 
@@ -155,7 +155,7 @@ def test_a_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
     content[place % len(content)] ^= change
     try:
         found = read(bytes(content), tmp_path_factory.getbasetemp() / "changed")
-    except Refusal:
+    except HttpError:
         return
     assert found.shape[1] == 32
 
@@ -173,7 +173,7 @@ def test_a_decompression_bomb_takes_no_memory(content: bytes, tmp_path: Path) ->
     assert len(content) < MIB
     tracemalloc.start()
     try:
-        with pytest.raises(Refusal):
+        with pytest.raises(HttpError):
             read(content, tmp_path / "f")
         assert tracemalloc.get_traced_memory()[1] < 4 * MIB
     finally:
@@ -185,7 +185,7 @@ def test_a_directory_of_very_many_entries_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(stream, "w") as archive:
         for number in range(100):
             archive.writestr(f"{number}", b"")
-    with raises(Refusal, "invalid", 4096):
+    with raises(HttpError, "invalid", 4096):
         read(stream.getvalue(), tmp_path / "f")
 
 
@@ -201,7 +201,7 @@ def test_a_directory_that_is_larger_by_a_zip64_record_is_not_read(tmp_path: Path
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(content), 1)
     # What stands last tells of a small directory; zipfile follows the record before it.
     last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 60, start, 0)
-    with raises(Refusal, "invalid", 4096):
+    with raises(HttpError, "invalid", 4096):
         read(content + record + locator + last, tmp_path / "f")
 
 
@@ -217,7 +217,7 @@ def test_a_directory_that_is_larger_by_a_zip64_record_is_not_read(tmp_path: Path
 )
 def test_videos_are_told_by_their_first_bytes(start: bytes, suffix: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(start)
-    assert container_of(tmp_path / "f") == suffix
+    assert sniff_container(tmp_path / "f") == suffix
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_videos_are_told_by_their_first_bytes(start: bytes, suffix: str, tmp_pat
 )
 def test_play_lists_and_the_like_are_no_videos(start: bytes, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(start)
-    with raises(Refusal, "unsupported_media_type", "mp4"):
-        container_of(tmp_path / "f")
+    with raises(HttpError, "unsupported_media_type", "mp4"):
+        sniff_container(tmp_path / "f")
 
 
 @pytest.mark.parametrize(
@@ -279,13 +279,13 @@ def test_a_form_is_read_whole_however_it_comes_in_pieces(
     ],
 )
 def test_a_malformed_form_is_refused(body: bytes, kind: str, code: str, values: list[object], tmp_path: Path) -> None:
-    with raises(Refusal, code, *values):
+    with raises(HttpError, code, *values):
         parse(body, kind, tmp_path)
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Any:
-    return Uploads(UploadOptions(tmp_path / "uploads", total_bytes=1000, most=3, keep_s=60), ClipClock())
+    return Uploads(UploadOptions(tmp_path / "uploads", total_bytes=1000, most=3, keep_s=60), ClipTiming())
 
 
 def fill(kept: Uploads, size: int, age: float = 0) -> Any:
@@ -313,7 +313,7 @@ def test_the_oldest_uploads_make_room(kept: Uploads) -> None:
 
 def test_what_does_not_fit_alone_is_refused_and_leaves_nothing(kept: Uploads, tmp_path: Path) -> None:
     fill(kept, 100)
-    with raises(Refusal, "no_room"):
+    with raises(HttpError, "no_room"):
         fill(kept, 1001)
     assert (len(kept), kept.bytes) == (0, 0)
     (own,) = (tmp_path / "uploads").iterdir()
@@ -334,7 +334,7 @@ def test_an_upload_that_is_removed_while_it_is_read_is_an_unknown_video(kept: Up
     upload.duration, upload.num_frames = 12.5, 328
     assert upload.load().duration == 12.5
     kept.forget(upload)
-    with raises(Refusal, "unknown_video", repr(upload.id)) as refused:
+    with raises(HttpError, "unknown_video", repr(upload.id)) as refused:
         upload.load()
     assert refused.value.status == 404
     assert str(tmp_path) not in refused.value.message
@@ -342,13 +342,13 @@ def test_an_upload_that_is_removed_while_it_is_read_is_an_unknown_video(kept: Up
 
 def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     options = UploadOptions(tmp_path)
-    running = Uploads(options, ClipClock())
+    running = Uploads(options, ClipTiming())
     fill(running, 10)
     left = tmp_path / "service-0000"
     left.mkdir()
     (left / "in-use").touch()
     (left / "video.mp4").write_bytes(b"x")
-    another = Uploads(options, ClipClock())
+    another = Uploads(options, ClipTiming())
     assert not left.exists()
     assert len(list(tmp_path.glob("service-*/upload-*"))) == 1
     running.close()
@@ -359,7 +359,7 @@ def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises(OutputError, "unwritable_output", tmp_path / "file", "--uploads"):
-        Uploads(UploadOptions(tmp_path / "file"), ClipClock())
+        Uploads(UploadOptions(tmp_path / "file"), ClipTiming())
 
 
 def test_sent_features_are_answered_like_those_of_a_file(service: Running, offline: Grounder, uploads: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.graph.split_model import split_graph, write_pair
+from calib.graph.split_model import split_graph, write_split_model
 from export.tracing.tracer import export_model
 from export.triton import triton
 from runtime import Grounder, Video
@@ -26,7 +26,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = export_model(lively(TINY), about)
     path = tmp_path_factory.mktemp("triton") / "drn.onnx"
     onnx.save(model, path)
-    write_pair(*split_graph(model), path)
+    write_split_model(*split_graph(model), path)
     return path
 
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from runtime import Grounder
-from runtime.backends.triton_backend import About, TritonBackend, open_networks, padded_length
+from runtime.backends.triton_backend import FrontConfig, TritonBackend, open_networks, padded_length
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import TINY, manifest, random_inputs
 from tests.raising import raises
 from tests.runtime.triton.conftest import QUERIES, video
 
-ABOUT = About(manifest(TINY), "drn_network", batch=4)
+ABOUT = FrontConfig(manifest(TINY), "drn_network", batch=4)
 
 
 def test_what_is_told_is_read_as_it_was() -> None:
     for about in (ABOUT, dataclasses.replace(ABOUT, video_network="drn_video", videos=7, encoded_together=3)):
-        assert About.from_json(about.to_json(), "here") == about
+        assert FrontConfig.from_json(about.to_json(), "here") == about
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_what_is_told_is_read_as_it_was() -> None:
 )
 def test_what_is_damaged_or_of_another_version_is_refused(text: str, code: str) -> None:
     with raises(ModelFileError, code, "about.json"):
-        About.from_json(text, "about.json")
+        FrontConfig.from_json(text, "about.json")
 
 
 def test_lengths_are_few_and_never_shorter() -> None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.core.video import ClipClock, max_over_rows, segment_rows
+from runtime.core.video import ClipTiming, max_over_rows, segment_rows
 from tests.tolerances import GRADIENTS, HEADS, LOSSES
 from train.network.losses import (
     Losses,
@@ -160,7 +160,7 @@ def test_full_size_network_has_the_published_losses(full_shapes: Path, recipe: M
     small = np.load(golden / "small_seed0.npz")
     features = []
     for video, num_frames in zip(small["a_in_vid_name"], small["a_in_num_frames"].tolist(), strict=True):
-        first, last, _ = segment_rows(num_frames, 32, "mmaction2", ClipClock())
+        first, last, _ = segment_rows(num_frames, 32, "mmaction2", ClipTiming())
         features.append(max_over_rows(recipe.make_feature(video, recipe.c3d_rows(num_frames), 4096), first, last))
     names = ("query_tokens", "query_length", "proposals")
     tokens, length, spans = (torch.from_numpy(small[f"a_in_{name}"]) for name in names)

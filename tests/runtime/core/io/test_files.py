@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from calib.graph.onnx_graph import load_graph
+from calib.graph.onnx_graph import load_onnx
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends import open_backend
 from runtime.core.errors import AnnotationError, GroundingError, ModelFileError, OutputError
@@ -26,6 +26,7 @@ from runtime.core.interrupts import Interrupted, handled
 from runtime.core.io import files
 from runtime.core.io.files import (
     Staging,
+    atomic_write,
     check_directory,
     check_file,
     check_writable,
@@ -34,7 +35,6 @@ from runtime.core.io.files import (
     merges_names,
     read_json,
     remove_strays,
-    replace_when_whole,
     sha256,
     write_json,
     write_text,
@@ -45,7 +45,7 @@ from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import read_questions
 from runtime.datasets.dataset import DataSet
 from runtime.media.extractors import open_extractor
-from runtime.media.video_file import look
+from runtime.media.video_file import probe
 from tests.raising import quotes, raises
 from train.checkpoints import load_checkpoint
 
@@ -59,7 +59,7 @@ def content(directory: Path) -> dict[str, str]:
 def test_the_file_takes_its_place_only_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
-    with replace_when_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         assert temporary.parent == tmp_path
@@ -73,7 +73,7 @@ def test_after_any_interruption_all_is_as_before(error: type[BaseException], tmp
     path.write_text("old")
 
     def interrupted() -> NoReturn:
-        with replace_when_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error
 
@@ -227,7 +227,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
 
 
 def test_directories_made_for_a_file_that_did_not_come_about_are_gone(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), replace_when_whole(tmp_path / "a" / "b" / "report.json"):
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a" / "b" / "report.json"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     write_text(tmp_path / "a" / "b" / "report.json", "text")
@@ -318,11 +318,11 @@ def test_check_directory_file_is_not_called_missing(tmp_path: Path) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     "--model": open_backend,
     "--features": load_features,
-    "--video": look,
+    "--video": probe,
     "--queries": read_questions,
     "--extractor": open_extractor,
     "--checkpoint": load_checkpoint,
-    "graph": load_graph,
+    "graph": load_onnx,
     "encoding": EncodedVideo.load,
 }
 SUFFIX = {"--model": ".onnx", "--features": ".npy", "--extractor": ".onnx", "--checkpoint": ".pt", "graph": ".onnx"}
@@ -358,7 +358,7 @@ def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
 def start_writer(body: str) -> subprocess.Popen[str]:
     """Start a process that prints a line when it is in the middle of this body, and waits."""
     code = "import sys, time\nfrom pathlib import Path\n"
-    code += "from runtime.core.io.files import Staging, locked, replace_when_whole\n"
+    code += "from runtime.core.io.files import Staging, locked, atomic_write\n"
     wait = "print('ready', flush=True); sys.stdin.read()"
     return subprocess.Popen(
         [sys.executable, "-c", code + body.replace("WAIT", wait)],
@@ -370,7 +370,7 @@ def start_writer(body: str) -> subprocess.Popen[str]:
 
 
 def half(path: Path) -> str:
-    return f"with replace_when_whole({str(path)!r}) as temporary:\n    temporary.write_text('half')\n    WAIT\n"
+    return f"with atomic_write({str(path)!r}) as temporary:\n    temporary.write_text('half')\n    WAIT\n"
 
 
 def staged(path: Path) -> str:
@@ -477,7 +477,7 @@ def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Pat
 
 def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.core.io.files.fcntl.flock", failing(errno.ENOLCK))
-    with replace_when_whole(tmp_path / "report.json") as temporary:
+    with atomic_write(tmp_path / "report.json") as temporary:
         temporary.write_text("half")
         remove_strays(tmp_path)
         assert temporary.exists()
@@ -621,7 +621,7 @@ def test_files_of_one_directory_are_locked_apart(tmp_path: Path) -> None:
 
 
 def test_locks_and_temporary_files_do_not_count_as_content(tmp_path: Path) -> None:
-    with locked(tmp_path), replace_when_whole(tmp_path / "a"):
+    with locked(tmp_path), atomic_write(tmp_path / "a"):
         assert content_names(tmp_path) == []
         assert len(os.listdir(tmp_path)) == 2
     assert content_names(tmp_path / "none") == []
