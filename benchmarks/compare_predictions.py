@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from runtime.core.cli import command
-from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
     print(f"boundary shift of all moments:     p99 {np.percentile(every, 99):.1e} s, largest {every.max():.1e} s")
     print(f"{beyond} queries with a moment that moved by more than {tolerance} s (order changed, or another moment).")
     if differing or beyond:
-        raise PromiseBroken(f"{differing + beyond} of {len(rows[0])} queries are not answered alike.")
+        raise CheckFailed(f"{differing + beyond} of {len(rows[0])} queries are not answered alike.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tyro
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.cli import command
-from runtime.core.errors import FootageError
+from runtime.core.errors import VideoFileError
 from runtime.media.video_file import clips, probe, read_frames
 
 
@@ -30,7 +30,7 @@ def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) 
     import av
 
     if not videos:
-        raise FootageError("No video was given; name the files to time.")
+        raise VideoFileError("No video was given; name the files to time.")
     ratios = {}
     print(f"PyAV {av.__version__}, NumPy {np.__version__}, {platform.machine()}, one thread, {rounds} rounds\n")
     print("| video | size | PyAV, frames/s | clips, frames/s | ratio |\n| --- | --- | --- | --- | --- |")

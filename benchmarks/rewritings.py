@@ -31,7 +31,7 @@ from export.tracing.tracer import export_model
 from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.cli import command
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.core.io.files import write_json
 from train.checkpoints import load_checkpoint
 from train.network.model import DRN, DRNConfig, with_duration
@@ -434,7 +434,7 @@ def _timed(sessions: dict[str, Any], feed: dict[str, np.ndarray], runs: int) -> 
         pairs = zip(session.run(None, feed), wanted, strict=True)
         worst = max(relative_difference(ours, theirs) for ours, theirs in pairs)
         if not worst <= TOLERANCE:
-            raise PromiseBroken(f"{name!r} answers differently by {worst:.1e}; its time means nothing.")
+            raise CheckFailed(f"{name!r} answers differently by {worst:.1e}; its time means nothing.")
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     turns = random.Random(0)
     for _ in range(runs + 2):

@@ -31,7 +31,7 @@ from runtime import Grounder
 from runtime.benchmarking.system_info import conditions
 from runtime.core.cli import command
 from runtime.core.cpu_info import cores
-from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError
 from runtime.core.io.files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
@@ -106,10 +106,10 @@ def serving(
         write_json(output, report)
     wrong = [level for level in report["levels"] if level["errors"] or level["wrong"] or not level["flat"]]
     if wrong or report["exit code"]:
-        raise PromiseBroken(f"Errors, wrong answers or growing memory at {[level['concurrent'] for level in wrong]}.")
+        raise CheckFailed(f"Errors, wrong answers or growing memory at {[level['concurrent'] for level in wrong]}.")
     slow = [level["concurrent"] for level in report["levels"] if level["of ground_batch"] < LEAST_RATIO]
     if slow:
-        raise PromiseBroken(f"Less than {LEAST_RATIO} of ground_batch at {slow} clients.")
+        raise CheckFailed(f"Less than {LEAST_RATIO} of ground_batch at {slow} clients.")
     return report
 
 

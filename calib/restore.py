@@ -17,7 +17,7 @@ from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modu
 from calib.quantization_plan import QuantizationPlan
 from calib.rank_layers import given_table, judge_for, measure_sensitivity, ranked_names
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.core.io.files import atomic_write
 from runtime.datasets.dataset import DataSet
 
@@ -59,7 +59,7 @@ def restore(
 
     Raises:
         CalibrationError: the table or the ranking was made for another graph.
-        PromiseBroken: the budget holds for no narrow graph at all.
+        CheckFailed: the budget holds for no narrow graph at all.
     """
     if not max_drop >= 0:
         raise CalibrationError(
@@ -107,7 +107,7 @@ def find_layers_to_restore(
         ranker: ranks in place of `judge`: agreement with FP32 needs fewer queries than recall.
 
     Raises:
-        PromiseBroken: the budget holds for no narrow graph.
+        CheckFailed: the budget holds for no narrow graph.
     """
     policy = policy or QuantizationPolicy()
 
@@ -132,7 +132,7 @@ def find_layers_to_restore(
     )
     if keep is None:
         least = min(cost.worst_drop for _, cost in steps)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"Even with all but one module restored, {kind.upper()} loses at least {least:.2f} points and "
             f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop.",
             code="budget_exceeded",

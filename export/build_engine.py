@@ -31,7 +31,7 @@ from export.engine.profiles import (
 from export.engine.profiles import profiles as optimization_profiles
 from export.parity.model_file import ModelFile
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.io.files import Staging, locked
 from runtime.core.repeat_filter import said_once
 from runtime.datasets.dataset import DataSet
@@ -138,7 +138,7 @@ def build_engine(
 
     Raises:
         GroundingError: something is missing or does not go together.
-        PromiseBroken: precision or parity is not what was promised.
+        CheckFailed: precision or parity is not what was promised.
     """
     given = dict(locals())
     compute_capability = tuple(dict.fromkeys(compute_capability))
@@ -242,7 +242,7 @@ def build_engine(
                     proof = _proven_engine(court, made, engines)
             if proof:
                 court.write_reports(proof, made, engine, engines)
-        except PromiseBroken:
+        except CheckFailed:
             # Ranges and a plan cost minutes and are good whatever came of them.
             staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
             raise
@@ -306,7 +306,7 @@ def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -
     """Return the proof of a twin that has its precision and answers as FP32; None without queries.
 
     Raises:
-        PromiseBroken: it does not; it is then kept as rejected.
+        CheckFailed: it does not; it is then kept as rejected.
     """
     from calib.graph.precision_audit import LEAST_SHARE, require_precision
 
@@ -318,9 +318,9 @@ def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -
         attainable = attainable_share(court.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
         name = require_precision(made.census, job.precision, attainable)
-    except PromiseBroken as error:
+    except CheckFailed as error:
         made.save(rejected)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
             f"{job.precision}, build fp16.",
             code=error.code,
@@ -339,7 +339,7 @@ def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -
         made.save(rejected)
         proof = dataclasses.replace(proof, model=made.file(rejected))
         court.write_reports(proof, made, None)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{proof.sentence()} Keep the costliest modules in higher precision (--keep; `python -m calib.rank_layers` "
             "finds them), or raise --max-drop.",
             code="parity_failed",
@@ -356,7 +356,7 @@ def _proven_engine(court: ParityChecker, made: ConvertedModel, engines: Sequence
         engines: every plan that was built, what runs last.
 
     Raises:
-        PromiseBroken: it does not; it is then kept as rejected.
+        CheckFailed: it does not; it is then kept as rejected.
     """
     proof = court.judge_engine(made)
     print(proof.text())
@@ -364,7 +364,7 @@ def _proven_engine(court: ParityChecker, made: ConvertedModel, engines: Sequence
         kept = [mark_rejected(engine) for engine in engines]
         proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
         court.write_reports(proof, made, None)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "
             "--optimization-level, or keep modules.",
             code="parity_failed",

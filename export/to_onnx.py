@@ -41,7 +41,7 @@ def to_onnx(
     Raises:
         CheckpointError: `checkpoint` cannot be read or is not one of ours.
         OutputError: `output` cannot be written.
-        PromiseBroken: the graph and torch differ by more than the tolerance.
+        CheckFailed: the graph and torch differ by more than the tolerance.
     """
     options = ExportOptions(Path(checkpoint), Path(output), split, prepare, opset, max_query_length)
     options.check()

@@ -21,7 +21,7 @@ from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
-from runtime.core.errors import GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
 from runtime.core.io.files import check_file, sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows, batches_of
@@ -84,7 +84,7 @@ def verify(
 
     Raises:
         GroundingError: a file cannot be read, or the two models cannot be asked the same questions.
-        PromiseBroken: more is lost than the budget allows.
+        CheckFailed: more is lost than the budget allows.
     """
     reference, model, data = Path(reference), Path(model), Path(data)
     _check(reference, model, batch_size, limit, max_drop, boundary_p99, output, html, layers)
@@ -112,7 +112,7 @@ def verify(
         log.info("The passport is in %s.", html)
     if proof.broken:
         where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
-        raise PromiseBroken(f"{proof.sentence()}{where}", code="parity_failed")
+        raise CheckFailed(f"{proof.sentence()}{where}", code="parity_failed")
     print(proof.sentence())
     suggest_next_command(*_next(model, files[1], data, annotations[0]))
     return proof.parity

@@ -12,7 +12,7 @@ import tyro
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import FootageError, GroundingError, excerpt
+from runtime.core.errors import GroundingError, VideoFileError, excerpt
 from runtime.core.io.files import check_writable, locked, merges_names, read_json, write_json
 from runtime.core.names import folded
 from runtime.core.video import ClipTiming
@@ -66,7 +66,7 @@ def extract(
         threads: CPU threads.
     """
     if not videos:
-        raise FootageError("No video was given; name the files to extract.", code="missing_option")
+        raise VideoFileError("No video was given; name the files to extract.", code="missing_option")
     if batch_size < 1:
         raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.", code="invalid_option")
     _check_names(videos, output)
@@ -82,7 +82,7 @@ def extract(
     for path, content in hashes.items():
         known = notes.get(path.stem)
         if known is not None and known.video != content:
-            raise FootageError(
+            raise VideoFileError(
                 f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
                 "another --output.",
                 code="ambiguous_video_name",
@@ -128,13 +128,13 @@ def _notes(directory: Path) -> dict[str, Extracted]:
     value = read_json(path, "notes on extracted videos")
     videos = value.get("videos") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(videos, dict):
-        raise FootageError(f"{path} was changed since it was written; remove it.", code="digest_mismatch")
+        raise VideoFileError(f"{path} was changed since it was written; remove it.", code="digest_mismatch")
     notes = {name: read_note(note, path) for name, note in videos.items()}
     return {name: note for name, note in notes.items() if note is not None}
 
 
 def _check_names(videos: Sequence[Path], output: Path) -> None:
-    """Raise FootageError if a data set in `output` could not hold the names of the videos.
+    """Raise VideoFileError if a data set in `output` could not hold the names of the videos.
 
     The code is `invalid_video_name`, or `ambiguous_video_name` where the features of two videos would be one file.
     """
@@ -142,14 +142,14 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
     called: dict[str, Path] = {}
     for path in videos:
         if not is_file_name(path.stem) or _CONTROLS.search(path.stem):
-            raise FootageError(
+            raise VideoFileError(
                 f"The file {excerpt(path.name)} cannot give its video a name. Rename it, with at most "
                 f"{MAX_NAME_BYTES} bytes of UTF-8 before the ending, and no control character or line break.",
                 code="invalid_video_name",
             )
         stem = fold(file_stem(path.stem))
         if stem in called:
-            raise FootageError(
+            raise VideoFileError(
                 f"{called[stem]} and {path} would both be called {excerpt(stem)} in {output}; rename one of them.",
                 code="ambiguous_video_name",
             )
@@ -157,7 +157,7 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
     for name in _table(output / DURATIONS):
         same = called.get(fold(file_stem(name)))
         if same is not None and same.stem != name:
-            raise FootageError(
+            raise VideoFileError(
                 f"{output} holds a video called {excerpt(name)}, from which {excerpt(same.stem)} could not be "
                 f"distinguished. Rename {same}, or choose another --output.",
                 code="ambiguous_video_name",
@@ -165,7 +165,7 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
 
 
 def _check_extractors(directory: Path, notes: Mapping[str, Extracted], names: Set[str], maker: str) -> None:
-    """Raise FootageError (code `mixed_extractors`) if features of another extractor would stay in the directory.
+    """Raise VideoFileError (code `mixed_extractors`) if features of another extractor would stay in the directory.
 
     Args:
         directory: of the notes, for the message.
@@ -176,7 +176,7 @@ def _check_extractors(directory: Path, notes: Mapping[str, Extracted], names: Se
     others = sorted(name for name, note in notes.items() if note.extractor != maker and name not in names)
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise FootageError(
+        raise VideoFileError(
             f"{directory} holds features of {excerpt(others[0])}{more} by another extractor, or by an earlier version "
             "of this package. Choose another --output, remove the directory, or give the files of all its videos to "
             "extract them again.",
@@ -207,7 +207,7 @@ def _table(path: Path) -> dict[str, Any]:
     """Return a table of the directory, empty where there is none."""
     table = read_json(path, "table of videos") if path.is_file() else {}
     if not isinstance(table, dict):
-        raise FootageError(
+        raise VideoFileError(
             f"{path} should be a table of videos and is not; choose another --output.", code="unexpected_structure"
         )
     return table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken, QueryError
+from runtime.core.errors import CheckFailed, DeviceError, FeatureError, GroundingError, QueryError
 from tests.error_codes import ROOT, error_codes
 
 TABLE = re.compile(r"^\| `(\w+)` \| .+ \|$", re.MULTILINE)
@@ -59,4 +59,4 @@ def test_http_codes_depend_on_the_class_alone(error: type[GroundingError], statu
 
 
 def test_failed_check_has_a_code() -> None:
-    assert (PromiseBroken("x").code, PromiseBroken("x", code="parity_failed").code) == ("check_failed", "parity_failed")
+    assert (CheckFailed("x").code, CheckFailed("x", code="parity_failed").code) == ("check_failed", "parity_failed")

@@ -14,7 +14,7 @@ from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
 from runtime.artifacts.engine_layers import EngineLayerStats, layers_path, read_layers_file
 from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.benchmarking.timing import Call
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 
 # Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
 UNROLLED = (6, 10)
@@ -80,7 +80,7 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
     words += QUICK if job.is_lease and not defaults else ()
     try:
         run_module(job, leg, "export.build_engine", *words, most=400)
-    except PromiseBroken as error:
+    except CheckFailed as error:
         # The engine is saved as rejected, and later steps judge and time that.
         return Found("", broken=[str(error).rstrip(".")])
     parts = [output, output.with_name(output.name.replace(".query.", ".video."))] if split else [output]

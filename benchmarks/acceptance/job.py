@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, no_promise
 from runtime.benchmarking.timing import Call, Latency, run_interleaved, warm_up
-from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError
 from runtime.datasets.dataset import Annotation, DataSet
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 54
         ok: exit codes that are well; with 130 also what it has found after half of its time.
 
     Raises:
-        PromiseBroken, GroundingError: the command ended so; the sentence is its own.
+        CheckFailed, GroundingError: the command ended so; the sentence is its own.
         OutOfTime: it began too late in the leg to be judged.
     """
     seconds = max(min(most, leg.left - 5), 1)
@@ -194,7 +194,7 @@ def run_module(job: Job, leg: Leg, module: str, *words: object, most: float = 54
     sentence = f"{(errors or [last])[-1].removeprefix('error: ')} ({path.relative_to(job.output)})"
     if interrupted:
         raise GroundingError(f"python -m {module} was not done in time: {sentence}", code="out_of_time")
-    raise (PromiseBroken if code == 1 and errors else GroundingError)(
+    raise (CheckFailed if code == 1 and errors else GroundingError)(
         sentence if code in (1, 2) else f"python -m {module} ended with code {code}: {sentence}"
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.acceptance import bars
-from runtime.core.errors import GroundingError, ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
 from runtime.core.io.files import read_json, write_json, write_text
 
 log = logging.getLogger("drn")
@@ -166,7 +166,7 @@ def _taken(function: Callable[[], Found]) -> dict[str, Any]:
         raise
     except Skip as reason:
         return _entry("skipped", str(reason))
-    except PromiseBroken as error:
+    except CheckFailed as error:
         return _entry("broken", str(error))
     except GroundingError as error:
         return _entry("failed", str(error))

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from calib.graph.naming import drn_modules
 from calib.graph.onnx_graph import strip_weights
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 
 NAMES = {
     TensorProto.FLOAT: "fp32",
@@ -148,14 +148,14 @@ def require_precision(found: PrecisionStats, precision: str, attainable: float =
             large a part of the attainable share as others of the whole.
 
     Raises:
-        PromiseBroken: less is in that precision than must be.
+        CheckFailed: less is in that precision than must be.
     """
     share, least = found.share(precision), LEAST_SHARE[precision]
     if attainable < least:
         least *= attainable
     if share < least:
         others = ", ".join(f"{100 * found.share(kind):.1f} % {kind}" for kind in found.total())
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{precision} was asked for, and {100 * share:.1f} % of the multiply-adds are in it where at least "
             f"{100 * least:.0f} % must be ({others}).",
             code="precision_not_reached",

@@ -30,7 +30,7 @@ from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.cli import suggest_next_command
-from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError
 from runtime.core.io.files import Staging, locked, sha256, write_json
 from runtime.media.extractors import Extractor, open_extractor
 
@@ -107,7 +107,7 @@ def build_extractor(
 
     Raises:
         GroundingError: the precision, or the graph, is none that can be built.
-        PromiseBroken: the precision is not in the graph, or the features are too far from those of FP32.
+        CheckFailed: the precision is not in the graph, or the features are too far from those of FP32.
     """
     source = _source_graph(job)
     graph, manifest = read_extractor(source)
@@ -127,7 +127,7 @@ def build_extractor(
                 if runs_here(options):
                     report["engine"] = dataclasses.asdict(_proven_engine(staged, part, source, threads))
             write_json(staged.beside("parity.json"), report)
-        except PromiseBroken:
+        except CheckFailed:
             staging.settle(lambda name: ".rejected." in name)
             raise
         settled = staging.settle()
@@ -164,7 +164,7 @@ def _proven_twin(
     """Write the graph in the precision asked for, and return what an engine is built of and how near its features are.
 
     Raises:
-        PromiseBroken: it has not that precision, or other features; it is then kept as rejected.
+        CheckFailed: it has not that precision, or other features; it is then kept as rejected.
     """
     import onnx
 
@@ -184,10 +184,10 @@ def _proven_twin(
         runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(twin.graph).SerializeToString()
         found = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
         _keep_promise(job, found, "the twin")
-    except PromiseBroken as error:
+    except CheckFailed as error:
         rejected = job.rejected("onnx")
         job.twin.rename(rejected)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
         ) from error
     part = EnginePart(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
@@ -217,8 +217,8 @@ def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: in
         extractor.close()  # type: ignore[attr-defined]
     try:
         _keep_promise(job, found, "the engine")
-    except PromiseBroken as error:
-        raise PromiseBroken(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
+    except CheckFailed as error:
+        raise CheckFailed(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
     return found
 
 
@@ -226,7 +226,7 @@ def _keep_promise(job: BuildConfig, found: FeatureTolerance, what: str) -> None:
     promise = FEATURE_TOLERANCES[job.precision]
     print(f"features of {what} against FP32: {found}; promised: {promise}.")
     if promise.broken_by(found):
-        raise PromiseBroken(
+        raise CheckFailed(
             f"The features of {what} are too far from FP32's ({found}; promised: {promise}).", code="parity_failed"
         )
 

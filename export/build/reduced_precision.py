@@ -29,7 +29,7 @@ from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.quantization_plan import QuantizationPlan
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def convert_precision(
 
     Raises:
         CalibrationError: table or plan are of another graph, or there are too few samples.
-        PromiseBroken: the budget holds in no way.
+        CheckFailed: the budget holds in no way.
     """
     raised = raise_opset(source, OPSETS[precision])
     if precision == "fp32":
@@ -182,7 +182,7 @@ def _accurate(
     restored, steps = minimal_keep_set(ranked, cost_of, holds)
     if restored is None:
         least = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{kind} moves boundaries by {least.shift_p99:.2f} s and loses {least.worst_drop:.2f} points even with all "
             "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16.",
             code="budget_exceeded",

@@ -26,7 +26,7 @@ from export.engine.profiles import one_profile
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
 from runtime.backends.cuda_driver import Cuda
-from runtime.core.errors import DeviceError, ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, DeviceError, ModelFileError
 from runtime.core.io.files import atomic_write, sha256, write_json
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def build_part(
 
     Raises:
         ModelFileError, DeviceError: the engine, or a plan that is not optional, does not build.
-        PromiseBroken: the layers contradict the precision; the engine is then saved as rejected.
+        CheckFailed: the layers contradict the precision; the engine is then saved as rejected.
     """
     from calib.graph.half_precision import fp32_nodes
     from export.engine.precision_verdict import Promise, census_content, judge_engine, require
@@ -119,13 +119,13 @@ def build_part(
         content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
     try:
         require(verdict, precision)
-    except PromiseBroken as error:
+    except CheckFailed as error:
         rejected = _rejected(part.engine)
         # Of what is rejected, it alone is kept.
         content.pop("unrolled", None)
         _write_engine(rejected, built.plan, content)
         _write_layers(rejected, built)
-        raise PromiseBroken(f"{error} The engine is kept as {rejected.name}.", code=error.code) from error
+        raise CheckFailed(f"{error} The engine is kept as {rejected.name}.", code=error.code) from error
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
     told = "".join(f"; {change}" for change in changes)

@@ -24,7 +24,7 @@ from runtime.artifacts.engine_layers import (
     count_layers,
     read_layers,
 )
-from runtime.core.errors import ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, ModelFileError
 
 # Share of the layers that multiply whose type must be known, and as in the graph, to prove a precision. Small matrix
 # products may be compiled into kernels without a telling name.
@@ -115,9 +115,9 @@ def judge_engine(
 
 
 def require(verdict: Verdict, precision: str) -> None:
-    """Raise PromiseBroken if the evidence contradicts the precision."""
+    """Raise CheckFailed if the evidence contradicts the precision."""
     if verdict.name == CONTRADICTED:
-        raise PromiseBroken(
+        raise CheckFailed(
             f"{precision} was requested, but the engine computes otherwise: {verdict.reason}.",
             code="precision_contradicted",
         )

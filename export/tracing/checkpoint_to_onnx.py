@@ -89,7 +89,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not a drn-deploy file.
         ShapeError, OutputError, DeviceError: see `ExportOptions.check`; or a file cannot be written.
-        PromiseBroken: a graph and torch differ by more than the tolerance.
+        CheckFailed: a graph and torch differ by more than the tolerance.
     """
     options.check()
     import onnxruntime

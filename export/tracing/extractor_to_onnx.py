@@ -15,7 +15,7 @@ from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finalize_model, si
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import suggest_next_command
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.core.io.files import atomic_write
 from train.c3d import C3D, CROP, WINDOW, load_c3d
 from train.checkpoints import source_hash
@@ -73,7 +73,7 @@ def check_c3d(path: Path, model: C3D) -> float:
     """Return the largest difference between an ONNX file and torch, as a share of the largest feature.
 
     Raises:
-        PromiseBroken: it is beyond the tolerance.
+        CheckFailed: it is beyond the tolerance.
     """
     session = open_session(str(path))
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def check_c3d(path: Path, model: C3D) -> float:
         difference = float(np.abs(found - wanted).max() / max(wanted.max(), np.finfo(np.float32).tiny))
         # `not <=` also refuses NaN.
         if not difference <= TOLERANCE:
-            raise PromiseBroken(
+            raise CheckFailed(
                 f"The features of the graph differ from torch by {difference:.1e} of their largest for {size} clips, "
                 f"and {TOLERANCE:.0e} is allowed; nothing was kept.",
                 code="parity_failed",

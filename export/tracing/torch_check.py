@@ -11,7 +11,7 @@ import numpy as np
 from calib.graph.split_model import prepared_graphs
 from export.tracing.tracer import INPUTS, OUTPUTS
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +30,7 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     """Return, for each output, the largest difference between an ONNX file and torch, relative as in `TOLERANCE`.
 
     Raises:
-        PromiseBroken: one is beyond `TOLERANCE`, or the graph does not run.
+        CheckFailed: one is beyond `TOLERANCE`, or the graph does not run.
     """
     session = open_session(str(path))
     questions = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
@@ -114,7 +114,7 @@ def _differences(
                 found = answer(batch, videos)
             # ONNX Runtime's exceptions share no base class below Exception.
             except Exception as error:
-                raise PromiseBroken(
+                raise CheckFailed(
                     f"The graph does not run for {len(batch)} queries of up to {batch.query_tokens.shape[1]} words "
                     f"({str(error).splitlines()[0]}); nothing was kept.",
                     code="graph_does_not_run",
@@ -123,7 +123,7 @@ def _differences(
                 difference = relative_difference(ours, theirs.numpy())
                 # `not <=` also refuses NaN.
                 if not difference <= TOLERANCE:
-                    raise PromiseBroken(
+                    raise CheckFailed(
                         f"{name} of the graph differs from torch by {difference:.1e} of its largest value for "
                         f"{len(batch)} queries of {batch.query_length.tolist()} words, and {TOLERANCE:.0e} is allowed; "
                         "nothing was kept.",
@@ -136,7 +136,7 @@ def _differences(
 
 
 def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> None:
-    """Raise PromiseBroken, naming the first module that gives it, if torch computes a number that is not finite."""
+    """Raise CheckFailed, naming the first module that gives it, if torch computes a number that is not finite."""
     if all(bool(head.isfinite().all()) for head in heads):
         return
     import torch
@@ -159,7 +159,7 @@ def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> No
         for hook in hooks:
             hook.remove()
     first = f"first in {culprits[0]}" if culprits else "after its last module"
-    raise PromiseBroken(
+    raise CheckFailed(
         f"The network computes numbers that are not finite in torch, {first}, for made-up queries; nothing was kept. "
         "Train or convert the checkpoint again.",
         code="non_finite_output",

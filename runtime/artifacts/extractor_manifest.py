@@ -11,9 +11,9 @@ from typing import Any
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import (
     FeatureError,
-    FootageError,
     GroundingError,
     ModelFileError,
+    VideoFileError,
     excerpt,
     reading,
 )
@@ -152,7 +152,7 @@ class ResizeCrop:
     def __post_init__(self) -> None:
         sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
         if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
-            raise FootageError(
+            raise VideoFileError(
                 f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
                 f"{self.resize} and {self.crop} were given.",
                 code="invalid_setting",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.core.errors import DeviceError, GroundingError, OutputError, PromiseBroken, one_line, printable_line
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
@@ -41,7 +41,7 @@ def _run(function: Callable[..., Any], no_colors: Callable[[], None]) -> NoRetur
         sys.stdout.flush()
     except GroundingError as error:
         _fail(f"error: {printable_line(str(error))}", 2)
-    except PromiseBroken as error:
+    except CheckFailed as error:
         _fail(f"error: {printable_line(str(error))}", 1)
     except KeyboardInterrupt as error:
         interrupted = interrupted_by(error)

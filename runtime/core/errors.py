@@ -70,7 +70,7 @@ class MissingFeatures(FeatureError):
     code = "missing_features"
 
 
-class FootageError(GroundingError):
+class VideoFileError(GroundingError):
     """A video file that cannot be decoded, or not as far as was asked."""
 
     code = "invalid_video"
@@ -138,7 +138,7 @@ class OutputError(GroundingError):
     code = "unwritable_output"
 
 
-class PromiseBroken(_CodedError):
+class CheckFailed(_CodedError):
     """The command ran, and what it checked does not hold (parity, precision, recall): exit code 1."""
 
     code = "check_failed"

@@ -239,7 +239,7 @@ class Video:
         """
         check_path(path, FeatureError)
         clock = ClipTiming() if clock is None else clock
-        check_argument("clock", clock, ClipTiming, "a ClipClock", FeatureError)
+        check_argument("clock", clock, ClipTiming, "a ClipTiming", FeatureError)
         path = Path(path)
         features = load_features(path)
         counted = clock if num_frames is None else None
@@ -285,7 +285,7 @@ class Video:
 
         See `Origin.check` and `check_varies`. Frames that were counted from the clips cannot contradict them.
         """
-        check_argument("clock", clock, ClipTiming, "a ClipClock", FeatureError)
+        check_argument("clock", clock, ClipTiming, "a ClipTiming", FeatureError)
         if self.counted is None:
             self.origin.check(self.name, len(self.features), self.num_frames, clock)
         else:

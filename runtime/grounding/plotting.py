@@ -70,7 +70,7 @@ def draw(answers: Sequence[Answer], path: Path, footage: VideoFile | None = None
 
     Raises:
         DeviceError: matplotlib is not installed.
-        FootageError: a frame on the way to one that is shown is damaged, and `partial` is not set.
+        VideoFileError: a frame on the way to one that is shown is damaged, and `partial` is not set.
         OutputError: the file cannot be written, or its name does not end in .png.
     """
     check_plots(path)

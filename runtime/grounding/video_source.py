@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.artifacts.manifest import Features
 from runtime.backends.base import Device
-from runtime.core.errors import FootageError, GroundingError
+from runtime.core.errors import GroundingError, VideoFileError
 from runtime.core.video import Origin, Video
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import load_or_extract
@@ -126,7 +126,7 @@ def open_video_source(
         device, threads: for the extractor.
 
     Raises:
-        FootageError: the film and the features are of different lengths.
+        VideoFileError: the film and the features are of different lengths.
     """
     film = choice.film
     if choice.extractor is not None:
@@ -151,7 +151,7 @@ def open_video_source(
         data_set.check_clock(features.clock)
         video, truths = data_set.video(choice.video), _truths(data_set, choice.video)
     if footage and abs(footage.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
-        raise FootageError(
+        raise VideoFileError(
             f"{footage.path} lasts {footage.duration:.1f} s and {video.name} {video.duration:.1f} s; give the video "
             "file that its features were made of.",
             code="footage_mismatch",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import DeviceError, FootageError
+from runtime.core.errors import DeviceError, VideoFileError
 from runtime.core.io.files import atomic_write
 from runtime.media.timestamps import SoundShift
 from runtime.media.video_file import ROUNDING, VideoFile, frames_from, load_av, opened_container, upright
@@ -105,7 +105,7 @@ def write_clips(
 
     Raises:
         DeviceError: there is no encoder.
-        FootageError: a part holds no frame that can be decoded, or a damaged one and `partial` is not set.
+        VideoFileError: a part holds no frame that can be decoded, or a damaged one and `partial` is not set.
         OutputError: a file cannot be written.
     """
     encoder = check_encoder()
@@ -124,7 +124,7 @@ def _write(
     frames = _upright(footage, _frames_in_span(footage, start, end, threads, partial))
     first = next(frames, None)
     if first is None:
-        raise FootageError(
+        raise VideoFileError(
             f"No frame of {footage.path} can be decoded from {start:.1f} s on; copy or download it again."
         )
     sound = _AudioTrack(footage, start, end)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import FootageError, excerpt, printable_line, reading
+from runtime.core.errors import VideoFileError, excerpt, printable_line, reading
 from runtime.core.io.files import atomic_write, check_file, json_digest, read_json, sha256, write_json
 from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Video, load_features
@@ -79,10 +79,10 @@ def extractor_key(extractor: Extractor) -> str:
 
 
 def check_length(footage: VideoFile, clock: ClipTiming) -> None:
-    """Raise FootageError if a video is shorter than one clip."""
+    """Raise VideoFileError if a video is shorter than one clip."""
     if footage.num_frames < max(2, clock.window):
         frames = "1 frame" if footage.num_frames == 1 else f"{footage.num_frames} frames"
-        raise FootageError(
+        raise VideoFileError(
             f"{footage.path} has {frames} and a clip sees {clock.window}; give a video of at least "
             f"{max(2, clock.window)} frames.",
             code="video_too_short",
@@ -106,7 +106,7 @@ def extract(
         The number of clips, and of frames.
 
     Raises:
-        FootageError: the video is damaged and `partial` is not set, or is too short for one clip.
+        VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
         OutputError: `output` cannot be written.
     """
     from tqdm import tqdm
@@ -142,7 +142,7 @@ def extract(
         # Of every second frame, say, the last may stand for one or for two.
         num_frames = seen if every == 1 else min(footage.num_frames, seen * every)
         if not num_clips:
-            raise FootageError(
+            raise VideoFileError(
                 f"{footage.path} decodes to {num_frames} frames and a clip sees {clock.window}; give a longer video.",
                 code="video_too_short",
             )
@@ -266,12 +266,12 @@ def load_or_extract(
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a video file; FootageError if there is none, or it cannot be read."""
-    check_file(path, "The video", FootageError)
+    """Return the SHA-256 of a video file; VideoFileError if there is none, or it cannot be read."""
+    check_file(path, "The video", VideoFileError)
     try:
         return sha256(path)
     except OSError as error:
-        raise FootageError(f"The video {path} cannot be read: {error.strerror}.", code="unreadable_file") from error
+        raise VideoFileError(f"The video {path} cannot be read: {error.strerror}.", code="unreadable_file") from error
 
 
 def cache_directory() -> Path:
@@ -287,8 +287,8 @@ def _cached_note(path: Path) -> Extracted | None:
     if not path.is_file():
         return None
     try:
-        return read_note(read_json(path, "note on features", FootageError), path)
-    except FootageError as error:
+        return read_note(read_json(path, "note on features", VideoFileError), path)
+    except VideoFileError as error:
         log.warning("%s The features are extracted again.", error)
         return None
 
@@ -297,9 +297,9 @@ def read_note(value: Any, source: Path) -> Extracted | None:
     """Return what a note says that `Extracted.to_dict` made, None where it does not match its own digest.
 
     Raises:
-        FootageError: it is no such note.
+        VideoFileError: it is no such note.
     """
-    with reading(source, "a note on extracted features", FootageError, "remove it"):
+    with reading(source, "a note on extracted features", VideoFileError, "remove it"):
         fields = {name: item for name, item in value.items() if name not in ("format", "digest")}
         note = Extracted(**fields)
         texts, counts = (note.video, note.extractor, note.features), (note.num_clips, note.num_frames)

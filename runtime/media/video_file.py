@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import DeviceError, FootageError, one_line, reading
+from runtime.core.errors import DeviceError, VideoFileError, one_line, reading
 from runtime.core.io.files import check_file
 from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
 from runtime.media.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
@@ -118,7 +118,7 @@ class VideoFile:
         return self.length or self.num_frames / self.frame_rate
 
     def check_whole(self, partial: bool) -> None:
-        """Raise FootageError if the file is damaged, unless what can be decoded of it is enough."""
+        """Raise VideoFileError if the file is damaged, unless what can be decoded of it is enough."""
         if self.damage and not partial:
             raise _damaged(self.path, self.damage)
 
@@ -183,22 +183,22 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     """Return what a video file holds; it is read once, and nothing but its first frame is decoded.
 
     Raises:
-        FootageError: the file is missing or empty, is no video, or has no frame.
+        VideoFileError: the file is missing or empty, is no video, or has no frame.
         DeviceError: PyAV is not installed.
     """
     path = Path(path)
-    check_file(path, "The video", FootageError)
+    check_file(path, "The video", VideoFileError)
     if path.stat().st_size == 0:
-        raise FootageError(f"The video {path} is empty (0 bytes); copy or download it again.", code="empty_file")
+        raise VideoFileError(f"The video {path} is empty (0 bytes); copy or download it again.", code="empty_file")
     with _opened(path) as (container, stream):
         unit = float(stream.time_base)
         packets = _packets(container, stream)
         times, parts = packets.times(container, stream)
         if not len(times):
-            raise FootageError(f"{path} has a video stream without a single frame; copy or download it again.")
+            raise VideoFileError(f"{path} has a video stream without a single frame; copy or download it again.")
         rate = _rate(times, unit) or float(stream.average_rate or stream.guessed_rate or 0)
         if not rate > 0:
-            raise FootageError(f"{path} has no frame rate, and one frame alone has none; give a longer video.")
+            raise VideoFileError(f"{path} has no frame rate, and one frame alone has none; give a longer video.")
         damage = _truncation(container, stream, packets, parts) or packets.damage(parts)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         start = int(times[0]) * unit
@@ -207,15 +207,15 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     with _opened(path) as (container, stream):
         first = next(_decoded(container, stream, path, parts), None)
     if first is None:
-        raise FootageError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
+        raise VideoFileError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
     num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
     if num_frames > MAX_FRAMES or num_frames / rate > LONGEST_SECONDS:
-        raise FootageError(
+        raise VideoFileError(
             f"{path} lasts {num_frames / rate:.3g} s by its time stamps, {num_frames} frames; write them anew, for "
             "example with `ffmpeg -i FILE -c copy NEW.mkv`."
         )
     if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
-        raise FootageError(
+        raise VideoFileError(
             f"{path} has {num_frames} frames in {num_frames / rate:.3g} s, which is {rate:.3g} frames per second; "
             f"{MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. Encode it at a rate in between, for example with "
             "`ffmpeg -i FILE -r 25 NEW.mp4`.",
@@ -242,7 +242,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
 
 
 def check_one_file(path: str | os.PathLike[str]) -> None:
-    """Raise FootageError if a video refers to other files, so that its own content does not decide its pictures."""
+    """Raise VideoFileError if a video refers to other files, so that its own content does not decide its pictures."""
     with opened_container(Path(path)):
         pass
 
@@ -251,7 +251,7 @@ def offset_of(path: str | os.PathLike[str]) -> float:
     """Return the `offset` of a video file from its header alone; 0 where the header has none.
 
     Raises:
-        FootageError: the file is no video.
+        VideoFileError: the file is no video.
         DeviceError: PyAV is not installed.
     """
     with _opened(Path(path)) as (container, stream):
@@ -323,7 +323,7 @@ def read_frames(
         threads: CPU threads for decoding; as many as FFmpeg likes when None.
 
     Raises:
-        FootageError: the file is damaged and `partial` is not set.
+        VideoFileError: the file is damaged and `partial` is not set.
     """
     footage.check_whole(partial)
     av = load_av()
@@ -373,7 +373,7 @@ def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partia
         partial: whether damaged frames are shown as they are decoded.
 
     Raises:
-        FootageError: a frame on the way is damaged and `partial` is not set.
+        VideoFileError: a frame on the way is damaged and `partial` is not set.
     """
     found: list[np.ndarray] = []
     last = None
@@ -420,7 +420,7 @@ def frames_from(
         partial: whether what cannot be decoded is passed over.
 
     Raises:
-        FootageError: the file is damaged from the first frame on, and `partial` is not set.
+        VideoFileError: the file is damaged from the first frame on, and `partial` is not set.
     """
     av = load_av()
     # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
@@ -469,8 +469,8 @@ def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np
             held = held[stride:]
 
 
-def _damaged(path: Path, damage: str) -> FootageError:
-    return FootageError(
+def _damaged(path: Path, damage: str) -> VideoFileError:
+    return VideoFileError(
         f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.",
         code="truncated_video",
     )
@@ -494,7 +494,7 @@ def load_av() -> Any:
 @contextlib.contextmanager
 def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Open a file at its first video stream that is no cover picture."""
-    with reading(path, "a video", FootageError, "copy or download it again"), opened_container(path) as container:
+    with reading(path, "a video", VideoFileError, "copy or download it again"), opened_container(path) as container:
         stream = _video_stream(container, path)
         try:
             # What a decoder checks besides what it needs; frames that fail are marked as corrupt.
@@ -503,7 +503,9 @@ def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]
             if threads is not None:
                 stream.thread_count = threads
         except (AttributeError, RuntimeError) as error:
-            raise FootageError(f"{path} is of a codec that this FFmpeg cannot decode; convert it to H.264.") from error
+            raise VideoFileError(
+                f"{path} is of a codec that this FFmpeg cannot decode; convert it to H.264."
+            ) from error
         yield container, stream
 
 
@@ -512,7 +514,7 @@ def opened_container(path: Path) -> Iterator[Any]:
     """Open a media file for reading, whatever its name and the encoding of its metadata.
 
     Raises:
-        FootageError: FFmpeg cannot open it, or its format refers to other files (code `refers_to_files`).
+        VideoFileError: FFmpeg cannot open it, or its format refers to other files (code `refers_to_files`).
     """
     av = load_av()
     # FFmpeg compares the format with the list before it reads more of the file, so that nothing else is opened.
@@ -522,14 +524,14 @@ def opened_container(path: Path) -> Iterator[Any]:
         container = av.open(os.path.abspath(path), metadata_errors="replace", options={"format_whitelist": allowed})
     except (av.FFmpegError, OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EINVAL:
-            raise FootageError(
+            raise VideoFileError(
                 f"{path} is a playlist or of another format that refers to other files, such as ffconcat, m3u8, sdp or "
                 "numbered pictures. Give the video file itself, or write one, for example with `ffmpeg -i FILE -c copy "
                 "NEW.mkv`.",
                 code="refers_to_files",
             ) from error
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise FootageError(
+        raise VideoFileError(
             f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "
             "mkv, webm, avi or the like, or copy it again.",
             code="damaged_file",
@@ -539,7 +541,7 @@ def opened_container(path: Path) -> Iterator[Any]:
 
 
 def _video_stream(container: Any, path: Path) -> Any:
-    """Return the first stream of moving pictures; FootageError if there is none."""
+    """Return the first stream of moving pictures; VideoFileError if there is none."""
     covers = load_av().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     # Of several streams, one that holds a single picture is a cover that is not marked as one.
@@ -548,7 +550,7 @@ def _video_stream(container: Any, path: Path) -> Any:
         return (moving or streams)[0]
     kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
     only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
-    raise FootageError(f"{path} has no video stream ({only}); give a file with pictures.", code="no_video_stream")
+    raise VideoFileError(f"{path} has no video stream ({only}); give a file with pictures.", code="no_video_stream")
 
 
 def _codec(stream: Any) -> str:
@@ -691,7 +693,7 @@ def _decoded(
             it refers to, and is no damage.
 
     Raises:
-        FootageError: the file is damaged and `partial` is not set.
+        VideoFileError: the file is damaged and `partial` is not set.
     """
     av = load_av()
     packets = container.demux(stream)

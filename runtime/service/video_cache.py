@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
-from runtime.core.errors import AnnotationError, DeviceError, FeatureError, FootageError, GroundingError, excerpt
+from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, VideoFileError, excerpt
 from runtime.core.io.files import check_directory, file_stamp, open_inside
 from runtime.core.names import by_fold
 from runtime.core.video import Video
@@ -136,7 +136,7 @@ class VideoCatalog:
             return 0.0
         try:
             return offset_of(film)
-        except (FootageError, DeviceError) as error:
+        except (VideoFileError, DeviceError) as error:
             log.warning("The times of %r count from its first picture: %s", name, error)
             return 0.0
 

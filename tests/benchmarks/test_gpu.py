@@ -21,7 +21,7 @@ from benchmarks.acceptance import bars
 from benchmarks.acceptance import job as acceptance
 from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
-from runtime.core.errors import GroundingError, ModelFileError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
 from tests.raising import quotes, raises
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_rehearsal_is_never_taken_for_a_gpu(rehearsed: tuple[subprocess.Comple
 def test_a_step_that_fails_is_no_obstacle_and_no_success(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
     assert leg.step("good", lambda: Found("all is well."))
-    for name, error in {"broken": PromiseBroken("it moved."), "bug": ZeroDivisionError("division")}.items():
+    for name, error in {"broken": CheckFailed("it moved."), "bug": ZeroDivisionError("division")}.items():
         before = read_leg(tmp_path / "torch.json")["steps"]
         assert not leg.step(name, raising(error))
         assert read_leg(tmp_path / "torch.json")["steps"][:-1] == before
@@ -323,7 +323,7 @@ def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
     module = tmp_path / "breaks.py"
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
     module.write_text("import sys\nprint('error: it moved.')\nsys.exit(1)\n")
-    with raises(PromiseBroken, "check_failed", "it moved"):
+    with raises(CheckFailed, "check_failed", "it moved"):
         acceptance.run_module(job, leg, "breaks")
     module.write_text(SLOW)
     with raises(GroundingError, "out_of_time", "python -m breaks"):

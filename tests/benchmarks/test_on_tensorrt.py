@@ -19,7 +19,7 @@ from runtime.artifacts.engine_layers import layers_path
 from runtime.artifacts.engine_metadata import metadata_path, read_verified, with_digest
 from runtime.backends.tensorrt_backend import TensorRTPair
 from runtime.core.batch import Heads
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.core.io.files import sha256, write_json
 from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 from tests.raising import quotes
@@ -199,7 +199,7 @@ def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: 
 
 def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sequence[Any]] = []
-    rejecting = PromiseBroken("The engine is not fp16.")
+    rejecting = CheckFailed("The engine is not fp16.")
 
     def run(job: Job, leg: Any, module: str, *words: Any, **options: Any) -> str:
         seen.append(words)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import serving
-from runtime.core.errors import GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, GroundingError
 from tests.raising import raises
 
 pytest.importorskip("fastapi", reason="the service needs drn-deploy[serve]")
@@ -48,7 +48,7 @@ def test_answers_to_other_questions_are_seen(
         return asked, [*expected[1:], expected[0]]
 
     monkeypatch.setattr(serving, "_questions", mixed)
-    with raises(PromiseBroken, "check_failed", [2]):
+    with raises(CheckFailed, "check_failed", [2]):
         load(concurrent=(2,), seconds=0.4)
 
 

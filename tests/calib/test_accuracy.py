@@ -24,7 +24,7 @@ from calib.range_estimation import METHODS, Histogram
 from calib.rank_layers import measure_sensitivity
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.core.batch import Batch
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
 from tests.raising import raises
@@ -256,7 +256,7 @@ def test_a_budget_that_no_narrow_graph_holds_is_a_broken_promise(
     model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     judge = Scripted(*modules(model, QuantizationPolicy()))
-    with raises(PromiseBroken, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):
+    with raises(CheckFailed, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):
         find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
 
 

@@ -56,12 +56,12 @@ from runtime.backends.onnxruntime_backend import _cuda_options
 from runtime.backends.tensorrt_backend import short_query_plans
 from runtime.core.errors import (
     AnnotationError,
+    CheckFailed,
     DeviceError,
     FeatureError,
     GroundingError,
     ModelFileError,
     OutputError,
-    PromiseBroken,
     ShapeError,
 )
 from runtime.core.io.files import sha256
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_would_be_built_and_writes_nothing(model: Path, caps
 
 
 def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted: Path) -> None:
-    with raises(PromiseBroken, "precision_not_reached", "int8", "85 %", "drn.int8.rejected.onnx"):
+    with raises(CheckFailed, "precision_not_reached", "int8", "85 %", "drn.int8.rejected.onnx"):
         build_engine(
             model, precision="int8", data=planted, keep=("prop_fc", "fpn", "backbone_net"), calib_samples=64,
             calib_method="minmax", max_drop=LOOSE, query_length=(1, 8, 12),
@@ -195,7 +195,7 @@ def test_narrow_network_is_built_in_int8_with_a_warning(
     shares = Grounder.load(output, "cpu", 1).manifest.training["precision"]["multiply-adds"]
     assert shares["int8"] == pytest.approx(attainable, abs=0.01)
     assert records(caplog, logging.WARNING, "int8", f"{100 * shares['int8']:.1f} %")
-    with raises(PromiseBroken, "precision_not_reached", "int8", "drn.int8.rejected.onnx"):
+    with raises(CheckFailed, "precision_not_reached", "int8", "drn.int8.rejected.onnx"):
         build_engine(path, precision="int8", table=table, target="onnxruntime", keep=("prop_fc", "backbone_net"))
 
 
@@ -204,7 +204,7 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
     monkeypatch.setattr("export.parity.parity_result.AccuracyBudget.boundary_p99", -1.0)
-    with raises(PromiseBroken, "parity_failed", "drn.fp16.rejected.onnx", "drn.onnx"):
+    with raises(CheckFailed, "parity_failed", "drn.fp16.rejected.onnx", "drn.onnx"):
         build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
     rejected = model.with_name("drn.fp16.rejected.onnx")
@@ -791,7 +791,7 @@ def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
     assert {"drn.fp16.6.engine", "drn.fp16.6.engine.json", "drn.fp16.6.layers.json.gz"} < {*before}
     scenarios = iter(["wide" if index == wide else "convolutions" for index in range(2)])
-    with raises(PromiseBroken, "precision_contradicted", "fp16", f"{kept}.engine"):
+    with raises(CheckFailed, "precision_contradicted", "fp16", f"{kept}.engine"):
         build_engine(model, **asked)
     after = {path.name: path.read_bytes() for path in model.parent.iterdir()}
     assert {*after} - {*before} == {f"{kept}.engine", f"{kept}.engine.json", f"{kept}.layers.json.gz"}
@@ -832,7 +832,7 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     court: Any = SimpleNamespace(
         judge_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
     )
-    with raises(PromiseBroken, "parity_failed", "--optimization-level"):
+    with raises(CheckFailed, "parity_failed", "--optimization-level"):
         _proven_engine(court, SimpleNamespace(manifest=manifest), [shorter, main])  # type: ignore[arg-type]
     assert written[0].model.path == tmp_path / "drn.fp16.rejected.engine"
     assert not main.exists()
@@ -896,7 +896,7 @@ def test_a_build_ends_by_the_verdict_of_the_inspector(
     monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.engine.inspector.Cuda", gpu)
     rejected = verdict == CONTRADICTED
-    with raises(PromiseBroken, "precision_contradicted", "fp16") if rejected else contextlib.nullcontext():
+    with raises(CheckFailed, "precision_contradicted", "fp16") if rejected else contextlib.nullcontext():
         build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(0,))
     engine = model.with_name("drn.fp16.rejected.engine" if rejected else "drn.fp16.engine")
     assert read_sidecar(engine).content["census"]["verdict"] == verdict

@@ -22,7 +22,7 @@ from export.tracing.torch_check import BATCH_SIZES, check_against_torch, relativ
 from export.tracing.tracer import INPUTS, NEWEST_OPSET, OUTPUTS, export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
-from runtime.core.errors import CheckpointError, OutputError, PromiseBroken, ShapeError
+from runtime.core.errors import CheckFailed, CheckpointError, OutputError, ShapeError
 from runtime.core.io.files import sha256
 from runtime.core.tokenizer import Vocabulary
 from tests import tolerances
@@ -234,7 +234,7 @@ def test_a_graph_that_differs_is_not_kept(
     monkeypatch.setattr("export.tracing.checkpoint_to_onnx.export_model", lambda *_, **__: spoilt)
     output = tmp_path / "drn.onnx"
     output.write_text("what was here before")
-    with raises(PromiseBroken, "parity_failed", "iou_logits", "1e-04"):
+    with raises(CheckFailed, "parity_failed", "iou_logits", "1e-04"):
         to_onnx(checkpoint, output, max_query_length=3)
     assert output.read_text() == "what was here before"
     assert list(tmp_path.iterdir()) == [output]
@@ -248,7 +248,7 @@ def test_the_check_sees_a_direction_that_is_not_reversed(
     forwards = next(node for node in spoilt.graph.node if node.name == "query_encoder.biLSTM.0.forwards/LSTM")
     backwards.input[0] = forwards.input[0]
     onnx.save(spoilt, tmp_path / "spoilt.onnx")
-    with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
+    with raises(CheckFailed, "parity_failed", "matching_logits", "1e-04"):
         check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
 
 
@@ -260,7 +260,7 @@ def test_the_check_sees_a_frozen_query_length(
     spoilt.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.int32), "five"))
     steps.input[1] = "five"
     onnx.save(spoilt, tmp_path / "spoilt.onnx")
-    with raises(PromiseBroken, "graph_does_not_run"):
+    with raises(CheckFailed, "graph_does_not_run"):
         check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
 
 
@@ -280,7 +280,7 @@ def test_a_nan_is_a_broken_promise(
     model = copy.deepcopy(networks["tiny"])
     with torch.no_grad():
         model.fcos.head.cls_logits.bias.fill_(float("nan"))
-    with raises(PromiseBroken, "non_finite_output", "fcos.head.cls_logits"):
+    with raises(CheckFailed, "non_finite_output", "fcos.head.cls_logits"):
         check_against_torch(tmp_path / "drn.onnx", model, 2)
 
 

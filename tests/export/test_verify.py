@@ -35,7 +35,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.benchmarking.report import ONE_QUERY, BenchmarkCase, Memory, ModelInfo, Report, Timing
 from runtime.benchmarking.timing import Latency
 from runtime.core.cpu_info import cpu
-from runtime.core.errors import AnnotationError, DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.errors import AnnotationError, CheckFailed, DeviceError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.files import sha256, write_json
 from runtime.core.moments import Moment
 from runtime.datasets.dataset import DataSet
@@ -142,7 +142,7 @@ def test_a_model_that_loses_answers_fails_and_is_documented_all_the_same(
 
 
 def test_a_larger_budget_lets_it_pass(models: Path, wrong: Path, planted: Path) -> None:
-    with raises(PromiseBroken, "parity_failed", "wrong.onnx", "drn.onnx", "mIoU"):
+    with raises(CheckFailed, "parity_failed", "wrong.onnx", "drn.onnx", "mIoU"):
         verify(models / "drn.onnx", wrong, planted, boundary_p99=100, threads=1)
     verify(models / "drn.onnx", wrong, planted, boundary_p99=100, max_drop=100, threads=1)
 

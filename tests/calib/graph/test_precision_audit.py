@@ -7,7 +7,7 @@ import pytest
 
 from calib.graph.half_precision import convert_to_half
 from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from tests.export.conftest import TINY
 from tests.raising import raises
 
@@ -39,25 +39,25 @@ def test_a_graph_is_held_to_its_name(exported: dict[str, onnx.ModelProto]) -> No
     half = audit_graph(convert_to_half(exported["tiny"]))
     require_precision(half, "fp16")
     require_precision(audit_graph(exported["tiny"]), "fp32")
-    with raises(PromiseBroken, "precision_not_reached", "fp16", "0.0 %"):
+    with raises(CheckFailed, "precision_not_reached", "fp16", "0.0 %"):
         require_precision(audit_graph(exported["tiny"]), "fp16")
     mixed = audit_graph(convert_to_half(exported["tiny"], keep=["fpn", "backbone_net.layers.2"]))
     assert 0 < mixed.share("fp32") < 1
-    with raises(PromiseBroken, "precision_not_reached", f"{100 * mixed.share('fp16'):.1f} %"):
+    with raises(CheckFailed, "precision_not_reached", f"{100 * mixed.share('fp16'):.1f} %"):
         require_precision(mixed, "fp16")
-    with raises(PromiseBroken, "precision_not_reached", "int8", "0.0 %"):
+    with raises(CheckFailed, "precision_not_reached", "int8", "0.0 %"):
         require_precision(half, "int8")
 
 
 def test_narrow_network_is_held_to_what_it_can_reach() -> None:
     counted = PrecisionStats({"a": {"int8": 51}, "b": {"fp32": 49}}, {})
-    with raises(PromiseBroken, "precision_not_reached", "51.0 %", "85 %"):
+    with raises(CheckFailed, "precision_not_reached", "51.0 %", "85 %"):
         require_precision(counted, "int8")
     assert require_precision(counted, "int8", attainable=0.512) == "int8 in 51.0 % of the multiply-adds"
-    with raises(PromiseBroken, "precision_not_reached", "51.0 %", "60 %"):
+    with raises(CheckFailed, "precision_not_reached", "51.0 %", "60 %"):
         require_precision(counted, "int8", attainable=0.71)
     # A network in which enough can be 8-bit is held to the usual share.
-    with raises(PromiseBroken, "precision_not_reached", "84.0 %", "85 %"):
+    with raises(CheckFailed, "precision_not_reached", "84.0 %", "85 %"):
         require_precision(PrecisionStats({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)
 
 

@@ -20,7 +20,7 @@ from runtime.backends import open_backend
 from runtime.backends.base import run_pair
 from runtime.backends.onnxruntime_backend import MIN_PREPARED_QUERIES, OnnxRuntimePair
 from runtime.core.batch import Batch
-from runtime.core.errors import ModelFileError, OutputError, PromiseBroken, ShapeError
+from runtime.core.errors import CheckFailed, ModelFileError, OutputError, ShapeError
 from runtime.core.io.files import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
@@ -240,7 +240,7 @@ def test_a_pair_that_differs_from_torch_is_not_kept(
         return video, query
 
     monkeypatch.setattr("export.tracing.checkpoint_to_onnx.split_graph", wrong)
-    with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
+    with raises(CheckFailed, "parity_failed", "matching_logits", "1e-04"):
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
     assert list(tmp_path.iterdir()) == []
 
@@ -263,5 +263,5 @@ def test_the_check_tells_a_wrong_pair(exported: dict[str, onnx.ModelProto], netw
     other.load_state_dict(networks["tiny"].state_dict())
     with torch.no_grad():
         other.prop_fc.bias.add_(1)
-    with raises(PromiseBroken, "parity_failed", "matching_logits", "1e-04"):
+    with raises(CheckFailed, "parity_failed", "matching_logits", "1e-04"):
         check_pair_against_torch(video, query, other, 3)

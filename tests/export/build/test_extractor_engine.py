@@ -24,7 +24,7 @@ from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_extractor_engine
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, PromiseBroken
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.files import sha256
 from runtime.describe import describe
 from runtime.infer import infer
@@ -173,7 +173,7 @@ def test_an_engine_without_a_gpu_names_its_twin(model: Path, tmp_path: Path) -> 
 
 def test_features_that_are_too_far_are_kept_as_rejected_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(extractor_engine.FEATURE_TOLERANCES, "fp16", FeatureTolerance(1.0, 1e-9))
-    with raises(PromiseBroken, "parity_failed", "1.0e-09", "c3d.fp16.rejected.onnx"):
+    with raises(CheckFailed, "parity_failed", "1.0e-09", "c3d.fp16.rejected.onnx"):
         build_engine(model, precision="fp16", target="onnxruntime")
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.fp16.rejected.onnx", "c3d.onnx", "c3d.pt"]
 
@@ -217,7 +217,7 @@ def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, mo
     assert json.loads(model.with_name("c3d.fp16.parity.json").read_text())["engine"]["difference"] < 1e-6
     output.unlink()
     shift = 1.1
-    with raises(PromiseBroken, "parity_failed", "1.0e-01", "c3d.fp16.rejected.engine"):
+    with raises(CheckFailed, "parity_failed", "1.0e-01", "c3d.fp16.rejected.engine"):
         build_engine(model, precision="fp16", **RTX)
     assert closed == [True, True]
     assert not output.exists()

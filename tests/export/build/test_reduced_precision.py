@@ -20,7 +20,7 @@ from calib.graph.onnx_graph import read_manifest
 from calib.graph.precision_audit import audit_graph
 from calib.quantization_plan import QuantizationPlan
 from export.build.reduced_precision import ConversionOptions, convert_precision
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises
 
@@ -117,7 +117,7 @@ def test_a_budget_that_no_precision_holds_is_said_so(
 ) -> None:
     monkeypatch.setattr("export.build.reduced_precision.BOUNDARY_P99", -1.0)
     monkeypatch.setattr("export.build.reduced_precision.modules", lambda graph: {"prop_fc", "fpn.layer_blocks.0"})
-    with raises(PromiseBroken, "budget_exceeded", "fp16"):
+    with raises(CheckFailed, "budget_exceeded", "fp16"):
         convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
 
 
@@ -148,11 +148,11 @@ def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
 
     def search(model: Any, table: Any, judge: Any, max_drop: float, *, ranker: Any, **_: Any) -> Any:
         asked.update(judge=len(judge.annotations), ranker=len(ranker.annotations))
-        raise PromiseBroken("enough", code="enough")
+        raise CheckFailed("enough", code="enough")
 
     monkeypatch.setattr("export.build.reduced_precision.HELD_OUT", 8)
     monkeypatch.setattr("export.build.reduced_precision.find_layers_to_restore", search)
-    with raises(PromiseBroken, "enough"):
+    with raises(CheckFailed, "enough"):
         convert_precision(
             source, "int8", ConversionOptions(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set
         )

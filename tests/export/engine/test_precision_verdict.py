@@ -19,7 +19,7 @@ from runtime.artifacts.engine_layers import (
     engine_layer_stats,
     read_layers_file,
 )
-from runtime.core.errors import PromiseBroken
+from runtime.core.errors import CheckFailed
 from tests.export.engine.inspector_doubles import Writer, document, layers
 from tests.raising import quotes, raises
 
@@ -129,7 +129,7 @@ def test_an_inspector_that_writes_something_else_is_not_proven() -> None:
 
 def test_contradicted_is_exit_code_1() -> None:
     _, verdict = judge_engine(inspection("11.4", "wide"), FP16, 0)
-    with raises(PromiseBroken, "precision_contradicted", "fp16"):
+    with raises(CheckFailed, "precision_contradicted", "fp16"):
         require(verdict, "fp16")
     require(Verdict(PROVEN, ""), "fp16")
     require(Verdict(NOT_PROVEN, ""), "fp16")

@@ -28,7 +28,7 @@ from runtime import Grounder
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_engine
-from runtime.core.errors import PromiseBroken, ShapeError
+from runtime.core.errors import CheckFailed, ShapeError
 from runtime.core.io.files import sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from tests.raising import raises
@@ -187,7 +187,7 @@ def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: 
     short = engine.with_name(f"drn.fp32.{longest}.engine")
     made: Any = SimpleNamespace(manifest=read_manifest(graph))
     monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
-    with raises(PromiseBroken, "parity_failed", "--optimization-level"):
+    with raises(CheckFailed, "parity_failed", "--optimization-level"):
         _proven_engine(court, made, [short, engine])
     assert not engine.exists()
     assert not short.exists()

@@ -13,7 +13,7 @@ import export.tracing.extractor_to_onnx
 from export.to_onnx import to_onnx
 from export.tracing.extractor_to_onnx import export_c3d
 from export.tracing.torch_check import relative_difference
-from runtime.core.errors import CheckpointError, PromiseBroken, ShapeError
+from runtime.core.errors import CheckFailed, CheckpointError, ShapeError
 from runtime.core.io.files import sha256
 from runtime.media.extractors import ClipExtractor, open_extractor
 from runtime.media.video_file import clips, probe, read_frames
@@ -78,7 +78,7 @@ def test_a_graph_that_differs_from_torch_is_not_kept(
         return export_c3d(other.eval(), *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export.tracing.extractor_to_onnx, "export_c3d", wrong)
-    with raises(PromiseBroken, "parity_failed", "1e-04"):
+    with raises(CheckFailed, "parity_failed", "1e-04"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runtime.core.cli import suggest_next_command
-from runtime.core.errors import DeviceError, FeatureError, GroundingError, PromiseBroken
+from runtime.core.errors import CheckFailed, DeviceError, FeatureError, GroundingError
 from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[3]
@@ -54,7 +54,7 @@ def test_a_command_line_that_does_not_fit_exits_with_2(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(GroundingError, 2), (FeatureError, 2), (DeviceError, 2), (PromiseBroken, 1)]
+    ("error", "code"), [(GroundingError, 2), (FeatureError, 2), (DeviceError, 2), (CheckFailed, 1)]
 )
 def test_an_error_is_its_sentence_and_its_exit_code(
     run_command: Callable[..., Any], error: type[Exception], code: int

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import FootageError, GroundingError
+from runtime.core.errors import GroundingError, VideoFileError
 from runtime.core.video import load_features
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from runtime.extract import extract
@@ -112,14 +112,14 @@ def test_little_is_decoded_ahead_and_errors_come_where_they_were_made() -> None:
     def batches() -> Iterator[np.ndarray]:
         for number in range(10):
             if number == 7:
-                raise FootageError("seven")
+                raise VideoFileError("seven")
             made.append(number)
             yield np.full(1, number)
 
     stream = extraction.prefetch(batches())
     seen = [int(next(stream)[0])]
     assert len(made) <= 4
-    with raises(FootageError, "invalid_video", "seven"):
+    with raises(VideoFileError, "invalid_video", "seven"):
         seen.extend(int(batch[0]) for batch in stream)
     assert seen == [0, 1, 2, 3, 4, 5, 6]
 
@@ -188,7 +188,7 @@ def test_extract_refuses_to_mix_extractors(
     videos, output, other = two
     given = (*videos, film(tmp_path / "new.mkv", 40))
     before, count = tree(output), sum(runs)
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract(tuple(given[number] for number in chosen), other, output)
     assert refusal.value.code == "mixed_extractors"
     assert (tree(output), sum(runs)) == (before, count)
@@ -245,7 +245,7 @@ def test_extractor_that_comes_in_between_is_refused(
         return seen(footage, *arguments, **options)
 
     monkeypatch.setattr(extraction, "extract", beside)
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract(videos[:1], other, output)
     assert refusal.value.code == "mixed_extractors"
     assert DataSet(output).durations.keys() == {"yard"}
@@ -272,7 +272,7 @@ def test_extract_refuses_a_name_that_no_data_set_holds(
     bad = tmp_path / BAD_NAMES[case]
     shutil.copy(good, bad)
     output = tmp_path / "data"
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((good, bad), tiny, output)
     assert refusal.value.code == "invalid_video_name"
     assert not output.exists()
@@ -312,13 +312,13 @@ def test_names_that_the_file_system_merges_are_refused(
     first, second = (film(tmp_path / f"{name}.mkv", frames) for name, frames in zip(names, (40, 48), strict=True))
     module = importlib.import_module("runtime.extract")
     monkeypatch.setattr(module, "merges_names", lambda directory: True)
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((first, second), tiny, tmp_path / "data")
     assert refusal.value.code == "ambiguous_video_name"
     assert not (tmp_path / "data").exists()
     extract((first,), tiny, tmp_path / "data")
     before = tree(tmp_path / "data")
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((second,), tiny, tmp_path / "data")
     assert refusal.value.code == "ambiguous_video_name"
     assert tree(tmp_path / "data") == before
@@ -330,10 +330,10 @@ def test_names_that_the_file_system_merges_are_refused(
 def test_a_video_that_is_short_because_it_was_cut_off_is_named_damaged(tmp_path: Path, tiny: Path) -> None:
     whole = film(tmp_path / "whole.mkv", 60).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 6])
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data")
     check_error(refusal.value, "truncated_video", "--partial")
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data", partial=True)
     assert "--partial" not in str(refusal.value)
 
@@ -343,13 +343,13 @@ def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, 
     videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))
     output = tmp_path / "data"
     for chosen in (videos, videos[::-1], (videos[0], videos[0])):
-        with pytest.raises(FootageError) as refusal:
+        with pytest.raises(VideoFileError) as refusal:
             extract(chosen, tiny, output)
         assert refusal.value.code == "ambiguous_video_name"
     assert not output.exists()
     extract((tmp_path / first,), tiny, output)
     before, count = tree(output), sum(runs)
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract(tuple(path for path in videos if path.name != first), tiny, output)
     assert refusal.value.code == "ambiguous_video_name"
     assert (tree(output), sum(runs)) == (before, count)
@@ -378,7 +378,7 @@ def test_extract_refuses_a_playlist_that_an_earlier_version_extracted(
     with monkeypatch.context() as patch:
         patch.setattr(footage_module, "REFERRING_FORMATS", frozenset())
         extract((script,), tiny, tmp_path / "data")
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         extract((script,), tiny, tmp_path / "data")
     assert refusal.value.code == "refers_to_files"
 
@@ -475,7 +475,7 @@ def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
     assert video.duration == pytest.approx(video.num_frames / 25)
     assert video.features == pytest.approx(load_or_extract(whole, extractor).features[: len(video.features)])
     # Kept in the cache, and yet not taken for a whole video's.
-    with raises(FootageError, "truncated_video", path, "--partial"):
+    with raises(VideoFileError, "truncated_video", path, "--partial"):
         load_or_extract(path, extractor)
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import DeviceError, FootageError, GroundingError
+from runtime.core.errors import DeviceError, GroundingError, VideoFileError
 from runtime.core.video import ClipTiming
 from runtime.infer import infer
 from runtime.media import video_file as footage_module
@@ -77,7 +77,7 @@ def test_c3d_crops_where_caffe_does() -> None:
 def test_a_shorter_side_keeps_the_shape_of_the_frame() -> None:
     assert ResizeCrop(224, (224, 224)).resized(360, 480) == (224, 299)
     assert ResizeCrop(224, (224, 224)).resized(480, 360) == (299, 224)
-    with raises(FootageError, "invalid_setting", (100, 171), (112, 112)):
+    with raises(VideoFileError, "invalid_setting", (100, 171), (112, 112)):
         ResizeCrop((100, 171), (112, 112))
 
 
@@ -340,7 +340,7 @@ def test_what_is_no_video_is_said_in_one_sentence(tmp_path: Path, make: object, 
     if code is None:
         assert probe(path).num_frames == 1
         return
-    with raises(FootageError, code, path):
+    with raises(VideoFileError, code, path):
         probe(path)
 
 
@@ -349,7 +349,7 @@ def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, opt
     whole = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
     footage = probe(truncated(whole, tmp_path / name))
     assert "cut" in footage.damage
-    with raises(FootageError, "truncated_video", tmp_path / name, "--partial"):
+    with raises(VideoFileError, "truncated_video", tmp_path / name, "--partial"):
         next(read_frames(footage, AS_IT_IS))
     found = list(read_frames(footage, AS_IT_IS, partial=True))
     assert 30 < len(found) < 80
@@ -367,18 +367,18 @@ def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
 def test_frames_the_decoder_reports_as_damaged_are_refused(tmp_path: Path, name: str, number: int) -> None:
     whole = film(tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8))
     footage = probe(holed(whole, tmp_path / name, number))
-    with pytest.raises(FootageError) as raised:
+    with pytest.raises(VideoFileError) as raised:
         list(read_frames(footage, AS_IT_IS))
     check_error(raised.value, "truncated_video", "--partial")
     assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 48
-    with pytest.raises(FootageError):
+    with pytest.raises(VideoFileError):
         frames_at(footage, [0.0, number / 25 + 0.02], 48, partial=False)
     assert len(frames_at(footage, [0.0, 1.5], 48)) == 2
 
 
 def test_an_h264_file_with_a_hole_is_refused(faults: Path) -> None:
     footage = probe(faults / "hole_h264.mp4")
-    with pytest.raises(FootageError):
+    with pytest.raises(VideoFileError):
         list(read_frames(footage, AS_IT_IS))
     assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 120
 
@@ -444,7 +444,7 @@ def test_joined_files_of_which_the_last_is_not_read_are_refused(
     first = film(tmp_path / f"first.{suffix}", 60)
     assert probe(first).damage == ""
     footage = probe(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
-    with pytest.raises(FootageError):
+    with pytest.raises(VideoFileError):
         next(read_frames(footage, AS_IT_IS))
     assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == frames
 
@@ -486,7 +486,7 @@ def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None
 def test_a_trimmed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2)
     footage = probe(truncated(path, tmp_path / "cut.mp4"))
-    with pytest.raises(FootageError):
+    with pytest.raises(VideoFileError):
         next(read_frames(footage, AS_IT_IS))
     assert 10 < len(list(read_frames(footage, AS_IT_IS, partial=True))) < 60
 
@@ -552,7 +552,7 @@ REFERRING = ["v.ffconcat", "disguised.mp4", "v.m3u8", "network.m3u8", "v.sdp", "
 @pytest.mark.parametrize("name", REFERRING)
 @pytest.mark.parametrize("read", [probe, offset_of, check_one_file])
 def test_file_that_refers_to_others_is_refused(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
-    with pytest.raises(FootageError) as refusal:
+    with pytest.raises(VideoFileError) as refusal:
         read(referring(tmp_path, name))
     assert refusal.value.code == "refers_to_files"
 
@@ -601,7 +601,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path, marked: bool) -> None:
 
 
 def test_sound_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
-    with raises(FootageError, "no_video_stream", tmp_path / "cover.mp4"):
+    with raises(VideoFileError, "no_video_stream", tmp_path / "cover.mp4"):
         probe(with_cover(tmp_path / "cover.mp4", pictures_too=False, marked=True))
 
 
@@ -628,7 +628,7 @@ def test_real_videos_have_the_frames_and_seconds_that_they_tell(
 @pytest.mark.parametrize("rate", [Fraction(1, 2), 500])
 def test_a_rate_that_no_model_is_asked_at_is_refused_before_frames_are_decoded(tmp_path: Path, rate: Any) -> None:
     path = film(tmp_path / "odd.mkv", 40, rate=rate)
-    with pytest.raises(FootageError) as caught:
+    with pytest.raises(VideoFileError) as caught:
         probe(path)
     assert caught.value.code == "frame_rate_out_of_range"
 
