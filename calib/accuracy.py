@@ -121,17 +121,17 @@ class AccuracyEvaluator:
 
     def compare(self, found: Evaluation) -> AccuracyDelta:
         """Return what an evaluation of the same queries loses."""
-        wanted = self.reference
-        protocol = wanted.report.protocol
+        expected = self.reference
+        protocol = expected.report.protocol
         flips = {}
         for threshold in (0.5, 0.7):
-            before = is_hit(wanted.picks[threshold], wanted.truth, 1, threshold, protocol)
+            before = is_hit(expected.picks[threshold], expected.truth, 1, threshold, protocol)
             after = is_hit(found.picks[threshold], found.truth, 1, threshold, protocol)
             flips[threshold] = (int((before & ~after).sum()), int((after & ~before).sum()))
-        ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (found, wanted))
+        ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (found, expected))
         shifts = np.abs(ours - theirs) * self.durations[:, None]
         same = temporal_iou(ours[:, None], theirs[:, None])[:, 0, 0]
-        before, after = (entry.report.values["mIoU"] for entry in (wanted, found))
+        before, after = (entry.report.values["mIoU"] for entry in (expected, found))
         count = len(self.annotations)
         return AccuracyDelta(
             100 * (flips[0.5][0] - flips[0.5][1]) / count,

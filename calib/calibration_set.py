@@ -166,8 +166,8 @@ def sample_held_out(
     usable, words = _usable(annotations, manifest)
     apart = _apart(usable, seed) - set(exclude)
     among = np.array([index for index, entry in enumerate(usable) if entry.video in apart], int)
-    found = min(count, len(among))
-    check_held_out(found)
+    result = min(count, len(among))
+    check_held_out(result)
     chosen = _spread(usable, words, _traits(data_set, usable, words), among, count, np.random.default_rng([seed, 22]))
     return [usable[index] for index in chosen]
 
@@ -224,8 +224,8 @@ class ManifestOnlyBackend:
 
 def _videos(names: Sequence[str]) -> str:
     """Return how many videos there are, with the first of their names."""
-    told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} video{'s' if len(names) > 1 else ''} ({told})"
+    message = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} video{'s' if len(names) > 1 else ''} ({message})"
 
 
 def _too_few(found: str) -> str:
@@ -297,12 +297,12 @@ def _spread(
             fresh[position] += 1
     chance = rng.random(len(among)) * 1e-3
     axes = np.arange(strata.shape[1])
-    wanted = np.array([count / len(np.unique(column)) for column in strata.T])
+    expected = np.array([count / len(np.unique(column)) for column in strata.T])
     left = np.ones(len(among), bool)
     chosen = []
     for _ in range(count):
         # An empty stratum counts as much as a new word, a full one nothing; a second sentence of a video comes last.
-        score = (1 - held[axes, strata] / wanted).sum(axis=1) + np.minimum(fresh, 2) + chance
+        score = (1 - held[axes, strata] / expected).sum(axis=1) + np.minimum(fresh, 2) + chance
         score -= 100 * taken_of_video[video]
         best = int(np.where(left, score, -np.inf).argmax())
         left[best] = False

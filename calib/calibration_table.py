@@ -62,13 +62,13 @@ class CalibrationTable:
 
     def check(self, model: onnx.ModelProto, source: str = "the graph") -> None:
         """Raise CalibrationError unless the ranges were measured on this very model."""
-        for what, found in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
+        for what, result in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
             measured = self.key[what]
-            if measured != found:
+            if measured != result:
                 raise CalibrationError(
                     f"This table was measured on another model: its {what} had the hash "
-                    f"{printable_line(str(measured)[:12])}…, the {what} of {source} {found[:12]}…; calibrate anew with "
-                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
+                    f"{printable_line(str(measured)[:12])}…, the {what} of {source} {result[:12]}…; calibrate anew "
+                    f"with `python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
                     code="table_of_another_model",
                 )
 
@@ -118,10 +118,10 @@ class CalibrationTable:
         """
         path = Path(path)
         value = read_json(path, "calibration table", CalibrationError)
-        found = value.get("format") if isinstance(value, dict) else None
-        if found != FORMAT:
+        result = value.get("format") if isinstance(value, dict) else None
+        if result != FORMAT:
             raise CalibrationError(
-                f"{path} has the format {excerpt(found)} and a calibration table has {FORMAT!r}; make one with "
+                f"{path} has the format {excerpt(result)} and a calibration table has {FORMAT!r}; make one with "
                 "`python -m calib.calibrate`.",
                 code="unknown_format",
             )

@@ -118,7 +118,7 @@ def find_quantizable_ops(
     Raises:
         CalibrationError: a module to keep is none of the policy's.
     """
-    found = list(_sites(model, policy, kind))
+    result = list(_sites(model, policy, kind))
     # What only INT8 stores narrowly may be named for FP8 too.
     nameable = list(dict.fromkeys(site.module for site in _sites(model, policy, "int8")))
     keep = tuple(ALIASES.get(name, name) for name in policy.keep)
@@ -129,7 +129,7 @@ def find_quantizable_ops(
                 f"There is no module {excerpt(given)} to keep; those that become INT8 are {known}.",
                 code="unknown_module",
             )
-    return [site for site in found if not _under(site.module, keep)]
+    return [site for site in result if not _under(site.module, keep)]
 
 
 def modules(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8") -> list[str]:
@@ -176,14 +176,14 @@ def insert_qdq(
     policy = policy or QuantizationPolicy()
     manifest = read_manifest(model)
     table.check(model)
-    wanted = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
-    lacking = sorted(name for name in wanted if name is not None and name not in table.ranges)
+    expected = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
+    lacking = sorted(name for name in expected if name is not None and name not in table.ranges)
     if lacking:
         raise CalibrationError(
             f"The table has no range for {', '.join(lacking)}; calibrate again with this policy.", code="missing_range"
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
-    model, ranges = balanced(model, table, wanted)
+    model, ranges = balanced(model, table, expected)
     chosen = {site.node: site for site in find_quantizable_ops(model, policy, kind)}
     if not chosen:
         raise CalibrationError("Nothing is left to quantise; keep fewer modules.", code="nothing_to_quantize")
@@ -239,13 +239,13 @@ def insert_qdq(
         narrow_inputs = {site.weight, site.tensor}
         copy.input[:] = [replaced[name] if name in narrow_inputs else name for name in node.input]
 
-    wanted = opset or max(result.opset_import[0].version, FP8_OPSET if kind == "fp8" else 0)
-    if kind == "fp8" and wanted < FP8_OPSET:
+    expected = opset or max(result.opset_import[0].version, FP8_OPSET if kind == "fp8" else 0)
+    if kind == "fp8" and expected < FP8_OPSET:
         raise CalibrationError(
-            f"FP8 needs opset {FP8_OPSET} at least, and {wanted} was asked for; leave --opset out.",
+            f"FP8 needs opset {FP8_OPSET} at least, and {expected} was asked for; leave --opset out.",
             code="unsupported_opset",
         )
-    set_opset(result, wanted)
+    set_opset(result, expected)
     about = dataclasses.replace(
         manifest, precision=kind, sources={**manifest.sources, "fp32 graph": source, "calibration": table.digest}
     )

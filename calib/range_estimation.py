@@ -146,8 +146,8 @@ def _percentile(histogram: Histogram) -> float:
     """The smallest bin end that `PERCENTILE` of all values, zeros included, do not pass."""
     total = histogram.zeros + histogram.counts.sum()
     reached = histogram.zeros + np.cumsum(histogram.counts)
-    wanted = total * PERCENTILE / 100
-    return 0.0 if histogram.zeros >= wanted else float(histogram.edges[np.searchsorted(reached, wanted)])
+    expected = total * PERCENTILE / 100
+    return 0.0 if histogram.zeros >= expected else float(histogram.edges[np.searchsorted(reached, expected)])
 
 
 def _entropy(histogram: Histogram) -> float:
@@ -162,13 +162,13 @@ def _entropy(histogram: Histogram) -> float:
     best, best_divergence = used, np.inf
     # 1 % steps of the limit are finer than anything it does to recall.
     for size in np.unique(np.geomspace(min(2 * LEVELS, used), used, 200).astype(int)) if used else ():
-        kept = counts[:size]
-        reference = kept.copy()
-        reference[-1] += total - kept.sum()
+        retained = counts[:size]
+        reference = retained.copy()
+        reference[-1] += total - retained.sum()
         # Each step of INT8 gets the mean of the bins in it that hold anything.
         step = np.arange(size) * LEVELS // size
-        filled = kept > 0
-        mass = np.bincount(step, kept, LEVELS)
+        filled = retained > 0
+        mass = np.bincount(step, retained, LEVELS)
         share = mass / np.maximum(np.bincount(step, filled, LEVELS), 1)
         quantised = np.where(filled, share[step], 0)
         present = reference > 0

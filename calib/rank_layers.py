@@ -67,9 +67,9 @@ def rank_layers(
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
-    judge = judge_for(model, data_set, calibration, held_out, seed, threads)
-    everything = judge.cost(insert_qdq(model, calibration, kind=kind), "all")
-    ranking = measure_sensitivity(model, calibration, judge, kind=kind)
+    evaluator = judge_for(model, data_set, calibration, held_out, seed, threads)
+    everything = evaluator.cost(insert_qdq(model, calibration, kind=kind), "all")
+    ranking = measure_sensitivity(model, calibration, evaluator, kind=kind)
     print(ranking_table(ranking, everything))
     print(
         f"Change in points against FP32 on {everything.queries} queries of held-out training videos; costliest first."
@@ -128,13 +128,13 @@ def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[
     """Return the modules in a ranking file, costliest first; CalibrationError if it is of another table or kind."""
     value = read_json(path, "layer ranking", CalibrationError)
     try:
-        found = value["format"], value["kind"], value["table"]
+        result = value["format"], value["kind"], value["table"]
         names = [str(entry["module"]) for entry in value["modules"]]
     except (KeyError, TypeError) as error:
         raise CalibrationError(f"{path} is no layer ranking; make one with `python -m calib.rank_layers`.") from error
-    if found != (FORMAT, kind, table.digest):
+    if result != (FORMAT, kind, table.digest):
         raise CalibrationError(
-            f"{path} ranks {excerpt(found[1])} by the table {excerpt(str(found[2])[:12])}, and {kind} by "
+            f"{path} ranks {excerpt(result[1])} by the table {excerpt(str(result[2])[:12])}, and {kind} by "
             f"{table.digest[:12]}… is asked; rank again with `python -m calib.rank_layers --table`.",
             code="ranking_of_another_table",
         )

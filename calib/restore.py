@@ -70,13 +70,14 @@ def restore(
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
     order = ranked_names(ranking, calibration, kind) if ranking else None
     with atomic_write(output) as temporary:
-        judge = judge_for(model, data_set, calibration, held_out, seed, threads)
-        plan, steps = find_layers_to_restore(model, calibration, judge, max_drop, order, kind=kind)
+        evaluator = judge_for(model, data_set, calibration, held_out, seed, threads)
+        plan, steps = find_layers_to_restore(model, calibration, evaluator, max_drop, order, kind=kind)
         plan.save(temporary)
     print(format_deltas(steps))
-    kept = ", ".join(plan.keep) or "nothing"
+    retained = ", ".join(plan.keep) or "nothing"
     print(
-        f"Restored: {kept}; {len(judge.annotations)} queries of held-out training videos, budget {max_drop:g} points."
+        f"Restored: {retained}; {len(evaluator.annotations)} queries of held-out training videos, "
+        f"budget {max_drop:g} points."
     )
     words = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
     suggest_next_command("calib.quantize", *words, *(() if kind == "int8" else ("--kind", kind)))

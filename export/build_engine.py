@@ -219,14 +219,14 @@ def build_engine(
             twin = convert_precision(graph, precision, wishes, data_set, str(source))
             if tf32:
                 twin = dataclasses.replace(twin, facts={**twin.facts, "tf32": True})
-            made = ConvertedModel.of(staged, source, graph, twin)
-            size = len(made.content) / source.stat().st_size
-            print(f"{job.twin.name}: {format_shares(made.census)}, {size:.2f} of FP32.")
-            proof = _proven_twin(staged, court, made)
-            made.save(staged.twin)
-            parts = [whole_part(staged, made, twin, shapes)]
+            created = ConvertedModel.of(staged, source, graph, twin)
+            size = len(created.content) / source.stat().st_size
+            print(f"{job.twin.name}: {format_shares(created.census)}, {size:.2f} of FP32.")
+            proof = _proven_twin(staged, court, created)
+            created.save(staged.twin)
+            parts = [whole_part(staged, created, twin, shapes)]
             if split:
-                parts = cut_parts(staged, made, graph, shapes, videos)
+                parts = cut_parts(staged, created, graph, shapes, videos)
             engine, engines = None, []
             if chosen != "onnxruntime":
                 state = BuildState()
@@ -239,9 +239,9 @@ def build_engine(
                     court = dataclasses.replace(court, again=again)
                     proof = dataclasses.replace(proof, again=again) if proof else None
                 if data_set and runs_here(options):
-                    proof = _proven_engine(court, made, engines)
+                    proof = _proven_engine(court, created, engines)
             if proof:
-                court.write_reports(proof, made, engine, engines)
+                court.write_reports(proof, created, engine, engines)
         except CheckFailed:
             # Ranges and a plan cost minutes and are good whatever came of them.
             staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
@@ -361,8 +361,8 @@ def _proven_engine(court: ParityChecker, made: ConvertedModel, engines: Sequence
     proof = court.judge_engine(made)
     print(proof.text())
     if proof.broken:
-        kept = [mark_rejected(engine) for engine in engines]
-        proof = dataclasses.replace(proof, model=ModelFile.of(kept[-1], made.manifest))
+        retained = [mark_rejected(engine) for engine in engines]
+        proof = dataclasses.replace(proof, model=ModelFile.of(retained[-1], made.manifest))
         court.write_reports(proof, made, None)
         raise CheckFailed(
             f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "

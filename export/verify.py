@@ -106,8 +106,8 @@ def verify(
     if model.suffix == ".engine":
         proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
-    census = read_precision_stats(model) if html else None
-    proof.write(output, html, census, commands=_commands(again, model, data, split), latency=measured)
+    stats = read_precision_stats(model) if html else None
+    proof.write(output, html, stats, commands=_commands(again, model, data, split), latency=measured)
     if html:
         log.info("The passport is in %s.", html)
     if proof.broken:
@@ -212,8 +212,8 @@ def _again(
 
 def _commands(again: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
     """Return what a passport's reader may type."""
-    told = ("python", "-m", "runtime.evaluate", "--model", model, "--data", data, "--split", split)
-    return again, shlex.join(map(str, told)), shlex.join(("python", "-m", "runtime.describe", str(model)))
+    evaluate_command = ("python", "-m", "runtime.evaluate", "--model", model, "--data", data, "--split", split)
+    return again, shlex.join(map(str, evaluate_command)), shlex.join(("python", "-m", "runtime.describe", str(model)))
 
 
 def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:

@@ -106,16 +106,16 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
         content = read_verified(path)
         about = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
-        beside, told = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
+        siblings, details = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
         with contextlib.suppress(ModelFileError):
-            told = read_metadata(path)
-            about = parse_json(told.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
-        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & told.keys() and beside.is_file():
-            about = read_json(beside, "description of an extractor", ModelFileError)
+            details = read_metadata(path)
+            about = parse_json(details.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
+        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & details.keys() and siblings.is_file():
+            about = read_json(siblings, "description of an extractor", ModelFileError)
     if not isinstance(about, dict) or about.get("format") != extractor_manifest.FORMAT:
         return None
     if path.suffix == ".onnx":
-        extractors.check_description({} if extractor_manifest.METADATA_KEY in told else about, path, check(path))
+        extractors.check_description({} if extractor_manifest.METADATA_KEY in details else about, path, check(path))
     return ExtractorManifest.from_dict(about, str(path)), content or about
 
 
@@ -167,9 +167,9 @@ def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, st
         ("built with", f"{content.get('library')}, for {built_for}"),
         ("precision", f"{counted} of the multiply-adds of its twin"),
     ]
-    census = content.get("census", {})
-    if "verdict" in census:
-        rows.append(("in the engine", f"{census['verdict']}: {census['reason']}"))
+    stats = content.get("census", {})
+    if "verdict" in stats:
+        rows.append(("in the engine", f"{stats['verdict']}: {stats['reason']}"))
     rows += _layer_rows(engine, content)
     for profile in content.get("profiles", ()):
         sizes = [" ".join(map(str, profile[name])) for name in ("batch", "query_length")]

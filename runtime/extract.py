@@ -88,15 +88,15 @@ def extract(
                 code="ambiguous_video_name",
             )
         if known is None or not known.serves(content, maker, partial):
-            footages[path] = footage = probe(path)
+            footages[path] = video_file = probe(path)
             # A video that was cut off is short because of that.
-            footage.check_whole(partial)
-            check_length(footage, clock)
+            video_file.check_whole(partial)
+            check_length(video_file, clock)
         else:
             check_one_file(path)
     for path in videos:
         target = output / FEATURE_DIRECTORY / f"{path.stem}.npy"
-        found = extract_if_needed(
+        result = extract_if_needed(
             path,
             network,
             target,
@@ -108,10 +108,10 @@ def extract(
             threads=threads,
             footage=footages.get(path),
         )
-        _note(output, path.stem, found, names)
+        _note(output, path.stem, result, names)
         print(
-            f"{path.stem}  {found.num_clips} clips of {network.manifest.dim} channels, {found.num_frames} frames, "
-            f"{found.duration:.2f} s"
+            f"{path.stem}  {result.num_clips} clips of {network.manifest.dim} channels, {result.num_frames} frames, "
+            f"{result.duration:.2f} s"
         )
     first = videos[0].stem
     # A name that begins with a hyphen would be read as an option.

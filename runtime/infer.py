@@ -94,17 +94,17 @@ def infer(
     for sentence in query:
         grounder.encode_query(sentence, Counter())
     chosen = open_video_source(choice, grounder.manifest.features, device, threads)
-    asked = chosen.video
-    windows = grounder.cut(asked)
+    requested = chosen.video
+    windows = grounder.cut(requested)
     if len(windows) > 1:
         log.info(
             "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
-            *(asked.name, asked.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
+            *(requested.name, requested.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
         )
-    found = grounder.ground_batch([(asked, sentence) for sentence in query], top_k, presence=not always_answer)
+    result = grounder.ground_batch([(requested, sentence) for sentence in query], top_k, presence=not always_answer)
     answers = [
-        Answer(sentence, asked.name, asked.end, moments, chosen.truths_of(sentence))
-        for sentence, moments in zip(query, found)
+        Answer(sentence, requested.name, requested.end, moments, chosen.truths_of(sentence))
+        for sentence, moments in zip(query, result)
     ]
     # The answers come last: where a frame for the plot or a clip is damaged, the command fails without output.
     if plot:

@@ -65,15 +65,15 @@ def rank(
     annotations = [annotations[row] for row in askable_rows(grounder.manifest.vocabulary, annotations)]
     number = {name: index for index, name in enumerate(names)}
     own = np.array([number[annotation.video] for annotation in annotations])
-    asked = draw_videos(own, len(names), videos - 1, seed)
+    requested = draw_videos(own, len(names), videos - 1, seed)
     data_set.check_clock(grounder.manifest.features.clock)
-    with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
+    with tqdm(total=requested.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
         scores = best_scores(
             grounder,
             data_set,
             [annotation.sentence for annotation in annotations],
             names,
-            asked,
+            requested,
             batch_size=batch_size,
             on_progress=bar.update,
         )

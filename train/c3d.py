@@ -150,8 +150,8 @@ def save_c3d(path: Path, checkpoint: C3DCheckpoint) -> None:
 def load_c3d(path: Path) -> C3DCheckpoint:
     """Read a `c3d.pt`; CheckpointError if it is none. Nothing in it is run."""
     content = load(path)
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT or content.get("kind") != "C3D":
+    result = content.get("format") if isinstance(content, dict) else None
+    if result != FORMAT or content.get("kind") != "C3D":
         raise CheckpointError(
             f"{path} is no c3d.pt; make one of published weights with `python -m train.convert`.", code="unknown_format"
         )
@@ -242,12 +242,12 @@ def check_c3d_weights(weights: Any, config: C3DConfig, source: str) -> None:
             f"{source} is damaged: its weights are not named tensors; convert it again.", code="damaged_file"
         )
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in C3D(config, (0.0, 0.0, 0.0)).state_dict().items()}
-    for name in {**wanted, **weights}:
-        found = tuple(weights[name].shape) if name in weights else None
-        if found != wanted.get(name):
+        expected = {name: tuple(tensor.shape) for name, tensor in C3D(config, (0.0, 0.0, 0.0)).state_dict().items()}
+    for name in {**expected, **weights}:
+        result = tuple(weights[name].shape) if name in weights else None
+        if result != expected.get(name):
             raise CheckpointError(
-                f"The tensors of {source} are not those of a C3D of its size: {name} is {found or 'missing'} and "
-                f"should be {wanted.get(name) or 'left out'}.",
+                f"The tensors of {source} are not those of a C3D of its size: {name} is {result or 'missing'} and "
+                f"should be {expected.get(name) or 'left out'}.",
                 code="tensor_mismatch",
             )

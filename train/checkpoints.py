@@ -136,19 +136,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint in what `read` returned; CheckpointError as of `load_checkpoint`, damage aside."""
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        if found == EXTRACTOR_FORMAT:
+    result = content.get("format") if isinstance(content, dict) else None
+    if result != FORMAT:
+        if result == EXTRACTOR_FORMAT:
             raise CheckpointError(
                 f"{path} makes clip features and grounds no sentence; export it with "
                 f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here.",
                 code="wrong_model_kind",
             )
-        if found == RESUME_FORMAT:
+        if result == RESUME_FORMAT:
             raise CheckpointError(
                 f"{path} is the state for `train --resume`. Give best.pt of the same directory.", code="training_state"
             )
-        kind = f"format {excerpt(found)}" if found else "an unknown format"
+        kind = f"format {excerpt(result)}" if result else "an unknown format"
         raise CheckpointError(
             f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
             "convert published checkpoints with `python -m train.convert`.",
@@ -173,15 +173,15 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again.",
             code="damaged_file",
         ) from error
-    words, told = len(checkpoint.vocabulary), checkpoint.config
-    if words not in (0, told.vocab_size):
+    words, details = len(checkpoint.vocabulary), checkpoint.config
+    if words not in (0, details.vocab_size):
         raise CheckpointError(
-            f"{path} has {words} words and its network takes {told.vocab_size}; convert it again.",
+            f"{path} has {words} words and its network takes {details.vocab_size}; convert it again.",
             code="vocabulary_mismatch",
         )
-    if (checkpoint.decoding.num_segments, checkpoint.decoding.strides) != (told.num_segments, told.strides):
+    if (checkpoint.decoding.num_segments, checkpoint.decoding.strides) != (details.num_segments, details.strides):
         raise CheckpointError(
-            f"{path} decodes {checkpoint.decoding.num_segments} segments and its network has {told.num_segments}; "
+            f"{path} decodes {checkpoint.decoding.num_segments} segments and its network has {details.num_segments}; "
             "train or convert again.",
             code="segment_count_mismatch",
         )
@@ -196,12 +196,12 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
             f"{source} is damaged: its weights are not named tensors; train or convert again.", code="damaged_file"
         )
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
-    missing = [name for name in wanted if name not in weights]
-    extra = [name for name in weights if name not in wanted]
+        expected = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
+    missing = [name for name in expected if name not in weights]
+    extra = [name for name in weights if name not in expected]
     misshapen = [
         f"{name} is {tuple(weights[name].shape)} and should be {shape}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
     problems = [
@@ -380,8 +380,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Callable[[], str
         CheckpointError: as of `load`. For a damaged file it also replaces the CheckpointError that the body raises.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
-    with ThreadPoolExecutor(1) as beside:
-        hashing = beside.submit(sha256_and_seal, path)
+    with ThreadPoolExecutor(1) as siblings:
+        hashing = siblings.submit(sha256_and_seal, path)
         try:
             content = read(path)
             yield content, lambda: hashing.result()[0]

@@ -79,11 +79,13 @@ def fit_presence(
     number = {name: index for index, name in enumerate(names)}
     log.info("Fitting on %d sentences and %d videos %s.", len(annotations), len(names), source)
     own = np.array([number[annotation.video] for annotation in annotations])
-    asked = draw_videos(own, len(names), mismatched, seed)
+    requested = draw_videos(own, len(names), mismatched, seed)
     grounder = Grounder(open_checkpoint(checkpoint, device, threads))
     sentences = [annotation.sentence for annotation in annotations]
-    with tqdm(total=asked.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
-        scores = best_scores(grounder, data_set, sentences, names, asked, batch_size=batch_size, on_progress=bar.update)
+    with tqdm(total=requested.size, desc="scoring", unit="pair", leave=False, disable=None) as bar:
+        scores = best_scores(
+            grounder, data_set, sentences, names, requested, batch_size=batch_size, on_progress=bar.update
+        )
     presence = fit_threshold(scores[:, 0], scores[:, 1:].ravel(), keep)
     save_checkpoint(output, dataclasses.replace(loaded, presence=presence))
     print(f"{output}: no moment is found {presence}.")

@@ -16,11 +16,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a history; CheckpointError, naming the line, where one is cut off or of another form."""
     records = []
     for number, line in enumerate(read_lines(path, "a training history", CheckpointError), 1):
-        place = f"{path}, line {number}"
-        record = parse_json(line, place, CheckpointError, advice="delete the line")
+        location = f"{path}, line {number}"
+        record = parse_json(line, location, CheckpointError, advice="delete the line")
         if not isinstance(record, dict) or not all(is_number(record.get(name)) for name in FIELDS):
             raise CheckpointError(
-                f"{place}: expected {', '.join(FIELDS)}, got {excerpt(record)}; delete the line.",
+                f"{location}: expected {', '.join(FIELDS)}, got {excerpt(record)}; delete the line.",
                 code="invalid_history",
             )
         records.append(record)

@@ -42,20 +42,20 @@ def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | No
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found: dict[str, tuple[str, str | None]] = {}
+    results: dict[str, tuple[str, str | None]] = {}
     for conv in model.graph.node:
         if conv.op_type != "Conv" or len(readers[conv.input[0]]) != 1 or conv.input[0] not in makers:
             continue
         tensor, maker = conv.input[0], makers[conv.input[0]]
         if conv.name.startswith("prop_fc") and maker.op_type == "Unsqueeze":
-            found[tensor] = (conv.name, None)
+            results[tensor] = (conv.name, None)
         elif maker.op_type == "Mul" and conv.name.startswith("backbone_net.layers"):
             gate = makers.get(maker.input[1])
             while gate is not None and gate.op_type == "Unsqueeze":
                 gate = makers.get(gate.input[0])
             if gate is not None and gate.op_type == "Gemm" and len(gate.input) == 3:
-                found[tensor] = (conv.name, gate.name)
-    return found
+                results[tensor] = (conv.name, gate.name)
+    return results
 
 
 def measure_channel_scales(
@@ -89,8 +89,8 @@ def exponents(reach: np.ndarray, weight: np.ndarray, share: float = MIGRATION_ST
     alive = (reach > 0) & (weight > 0) & np.isfinite(reach)
     quiet = np.log2(np.where(alive, reach, 1)) - np.log2(reach[alive].max() if alive.any() else 1)
     heavy = np.log2(np.where(alive, weight, 1)) - np.log2(weight[alive].max() if alive.any() else 1)
-    wanted = np.rint(-share * quiet + (1 - share) * heavy)
-    return np.where(alive, np.clip(wanted, -LARGEST_EXPONENT, LARGEST_EXPONENT), 0).astype(int)
+    expected = np.rint(-share * quiet + (1 - share) * heavy)
+    return np.where(alive, np.clip(expected, -LARGEST_EXPONENT, LARGEST_EXPONENT), 0).astype(int)
 
 
 def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:

@@ -62,18 +62,18 @@ def inline_padding(model: onnx.ModelProto) -> onnx.ModelProto:
     gone: set[str] = set()
     for node in copy.graph.node:
         pad = pads.get(node.input[0]) if node.op_type == "Conv" else None
-        told = next((entry for entry in node.attribute if entry.name == "pads"), None)
-        if pad is None or told is None or any(told.ints) or readers.count(pad.output[0]) != 1:
+        pads_attribute = next((entry for entry in node.attribute if entry.name == "pads"), None)
+        if pad is None or pads_attribute is None or any(pads_attribute.ints) or readers.count(pad.output[0]) != 1:
             continue
         ends = numpy_helper.to_array(constants[pad.input[1]]).reshape(2, -1)
         if ends[:, :2].any():
             continue
-        told.ints[:] = ends[:, 2:].ravel().tolist()
+        pads_attribute.ints[:] = ends[:, 2:].ravel().tolist()
         node.input[0] = pad.input[0]
         gone |= {pad.output[0], pad.input[1]}
-    kept = [tensor for tensor in copy.graph.initializer if tensor.name not in gone]
+    retained = [tensor for tensor in copy.graph.initializer if tensor.name not in gone]
     del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
+    copy.graph.initializer.extend(retained)
     return _with_nodes(copy, [node for node in copy.graph.node if node.output[0] not in gone])
 
 
@@ -84,10 +84,10 @@ def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _with_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
-    kept = []
+    retained = []
     for node in nodes:
-        kept.append(type(node)())
-        kept[-1].CopyFrom(node)
+        retained.append(type(node)())
+        retained[-1].CopyFrom(node)
     del model.graph.node[:]
-    model.graph.node.extend(kept)
+    model.graph.node.extend(retained)
     return model

@@ -42,19 +42,19 @@ def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         nodes += writer.product(node) if writer.is_narrow(node) else [node]
     read = {value.name for value in model.graph.output}
-    kept: list[onnx.NodeProto] = []
+    retained: list[onnx.NodeProto] = []
     for node in reversed(nodes):
         if read.intersection(node.output):
             read.update(node.input)
-            kept.append(node)
-    made = {name for node in kept for name in node.output}
+            retained.append(node)
+    created = {name for node in retained for name in node.output}
     result = type(model)()
     result.CopyFrom(model)
     graph = result.graph
     del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(reversed(kept))
+    graph.node.extend(reversed(retained))
     graph.initializer.extend(tensor for tensor in writer.constants.values() if tensor.name in read)
-    graph.value_info.extend(value for value in model.graph.value_info if value.name in made)
+    graph.value_info.extend(value for value in model.graph.value_info if value.name in created)
     return result
 
 
@@ -69,27 +69,27 @@ class _Writer:
     def is_narrow(self, node: onnx.NodeProto) -> bool:
         """Return whether a node is a convolution of eight bits by eight bits."""
         made_by = [self._made_by.get(name) for name in node.input[:2]]
-        return node.op_type == "Conv" and all(made and made.op_type == "DequantizeLinear" for made in made_by)
+        return node.op_type == "Conv" and all(created and created.op_type == "DequantizeLinear" for created in made_by)
 
     def product(self, conv: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return what a convolution becomes; the last node writes what it wrote."""
         from onnx import helper, numpy_helper
 
-        told = {entry.name: helper.get_attribute_value(entry) for entry in conv.attribute}
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in conv.attribute}
         seen, weights = (self._made_by[name] for name in conv.input[:2])
         narrow = numpy_helper.to_array(self.constants[weights.input[0]])
         rank, taps = narrow.ndim, narrow.shape[-1]
         if (
-            told.get("group", 1) != 1
-            or any(step != 1 for step in told.get("dilations", ()))
+            attributes.get("group", 1) != 1
+            or any(step != 1 for step in attributes.get("dilations", ()))
             or any(size != 1 for size in narrow.shape[2:-1])
         ):
             raise ModelFileError(
                 f"{conv.name} is grouped, dilated or of two dimensions, which has no form of rows; build fp32 instead.",
                 code="unsupported_convolution",
             )
-        stride = told.get("strides", [1])[-1]
-        pads = told.get("pads", [0, 0])
+        stride = attributes.get("strides", [1])[-1]
+        pads = attributes.get("pads", [0, 0])
         ends = np.zeros((2, rank), np.int64)
         ends[:, -2] = pads[rank - 3], pads[-1]
         module, added = conv.name.rpartition("/")[0], []
@@ -116,33 +116,33 @@ class _Writer:
             return add("MatMul", tensor, add("DequantizeLinear", constant, *scales, axis=1))
 
         places = list(range(rank))
-        found = add("Transpose", self._made_by[seen.input[0]].input[0], perm=[0, *places[2:], 1])
+        result = add("Transpose", self._made_by[seen.input[0]].input[0], perm=[0, *places[2:], 1])
         outputs, channels = narrow.shape[:2]
         # (N, C, taps), whatever is between.
         narrow = narrow.reshape(outputs, channels, taps)
         if taps > 1 and stride == 1 and outputs < channels:
             # Each tap's product of every row, and then the sum of those that meet: less is moved than if rows were.
             scales = [self._repeated(name, taps) for name in weights.input[1:]]
-            found = padded(multiplied(found, narrow.transpose(1, 2, 0).reshape(channels, -1), scales))
+            result = padded(multiplied(result, narrow.transpose(1, 2, 0).reshape(channels, -1), scales))
             blocks = [(tap * outputs, (tap + 1) * outputs) for tap in range(taps)]
-            found = add("Sum", *(shifted(found, tap, block) for tap, block in enumerate(blocks)))
+            result = add("Sum", *(shifted(result, tap, block) for tap, block in enumerate(blocks)))
         else:
             if taps > 1 or stride > 1:
-                found = padded(found)
-                parts = [shifted(found, tap) for tap in range(taps)]
-                found = add("Concat", *parts, axis=rank - 1) if taps > 1 else parts[0]
-            found = multiplied(found, narrow.transpose(2, 1, 0).reshape(-1, outputs), weights.input[1:])
+                result = padded(result)
+                parts = [shifted(result, tap) for tap in range(taps)]
+                result = add("Concat", *parts, axis=rank - 1) if taps > 1 else parts[0]
+            result = multiplied(result, narrow.transpose(2, 1, 0).reshape(-1, outputs), weights.input[1:])
         if len(conv.input) > 2:
-            found = add("Add", found, conv.input[2])
+            result = add("Add", result, conv.input[2])
         name = self._free(f"{module}/Transpose.rows")
         perm = [0, rank - 1, *places[1:-1]]
-        return [*added, helper.make_node("Transpose", [found], list(conv.output), name, perm=perm)]
+        return [*added, helper.make_node("Transpose", [result], list(conv.output), name, perm=perm)]
 
-    def _free(self, wanted: str) -> str:
-        name, number = wanted, 0
+    def _free(self, expected: str) -> str:
+        name, number = expected, 0
         while name in self._taken:
             number += 1
-            name = f"{wanted}_{number}"
+            name = f"{expected}_{number}"
         self._taken.add(name)
         return name
 

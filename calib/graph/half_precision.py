@@ -117,7 +117,7 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
     """
     inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
-    found: set[str] = set()
+    result: set[str] = set()
     has_half = any(tensor.data_type in TYPES.values() for tensor in model.graph.initializer)
     for node in model.graph.node:
         if node.op_type in ("Cast", "QuantizeLinear", "DequantizeLinear"):
@@ -125,8 +125,8 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
         written = {types.get(name) for name in node.output}
         has_half |= bool(written.intersection(TYPES.values()))
         if TensorProto.FLOAT in written:
-            found.add(node.name)
-    return frozenset(found) if has_half else frozenset()
+            result.add(node.name)
+    return frozenset(result) if has_half else frozenset()
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -166,20 +166,20 @@ class _Halving:
     def run(self) -> onnx.ModelProto:
         outputs = {value.name for value in self.graph.output}
         for node in list(self.graph.node):
-            wanted = self.half if self._is_half(node) else TensorProto.FLOAT
+            expected = self.half if self._is_half(node) else TensorProto.FLOAT
             fixed = _ALWAYS_FLOAT32.get(node.op_type, ())
             for index, name in enumerate(node.input):
                 if name in self.form and index not in fixed:
-                    node.input[index] = self._as(name, wanted, node)
+                    node.input[index] = self._as(name, expected, node)
             self.nodes.append(node)
             if node.op_type == "Cast" and node.output[0] in self.form:
                 # Of whole numbers: straight to the type that is computed in.
-                next(entry for entry in node.attribute if entry.name == "to").i = wanted
+                next(entry for entry in node.attribute if entry.name == "to").i = expected
             for index, name in enumerate(node.output):
                 if name not in self.form:
                     continue
-                self.form[name] = wanted
-                if name in outputs and wanted == self.half:
+                self.form[name] = expected
+                if name in outputs and expected == self.half:
                     node.output[index] = f"{name}/half"
                     self.form[node.output[index]] = self.half
                     self.nodes.append(self._cast(node.output[index], name, TensorProto.FLOAT, node))
@@ -189,9 +189,9 @@ class _Halving:
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
-        kept = [tensor for tensor in self.initialisers.values() if tensor.name in used]
+        retained = [tensor for tensor in self.initialisers.values() if tensor.name in used]
         del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
+        self.graph.initializer.extend(retained)
         del self.graph.value_info[:]
         return self.model
 
@@ -204,27 +204,27 @@ class _Halving:
         """Names of what goes straight into an exp: the learnt scale belongs to it."""
         return {name for node in self.model.graph.node if node.op_type == "Exp" for name in node.input}
 
-    def _as(self, name: str, wanted: int, node: onnx.NodeProto) -> str:
+    def _as(self, name: str, expected: int, node: onnx.NodeProto) -> str:
         """Return the name under which `name` is to be had in the type wanted, casting once for all readers."""
-        if self.form[name] == wanted and name not in self.initialisers:
+        if self.form[name] == expected and name not in self.initialisers:
             return name
         if name in self.initialisers:
-            return self._weight(name, wanted)
-        if (name, wanted) not in self.other:
-            self.other[name, wanted] = f"{name}/{'half' if wanted == self.half else 'float'}"
-            self.nodes.append(self._cast(name, self.other[name, wanted], wanted, node))
-        return self.other[name, wanted]
+            return self._weight(name, expected)
+        if (name, expected) not in self.other:
+            self.other[name, expected] = f"{name}/{'half' if expected == self.half else 'float'}"
+            self.nodes.append(self._cast(name, self.other[name, expected], expected, node))
+        return self.other[name, expected]
 
-    def _weight(self, name: str, wanted: int) -> str:
-        if wanted == TensorProto.FLOAT:
+    def _weight(self, name: str, expected: int) -> str:
+        if expected == TensorProto.FLOAT:
             return name
-        if (name, wanted) not in self.other:
+        if (name, expected) not in self.other:
             values = numpy_helper.to_array(self.initialisers[name])
             # A weight keeps its name unless an FP32 reader needs it too; unused forms are dropped at the end.
             half = f"{name}/half"
             self.initialisers[half] = _half_tensor(values, half, self.half)
-            self.other[name, wanted] = half
-        return self.other[name, wanted]
+            self.other[name, expected] = half
+        return self.other[name, expected]
 
     def _cast(self, name: str, output: str, kind: int, node: onnx.NodeProto) -> onnx.NodeProto:
         scope = node.name.rpartition("/")[0]
@@ -303,17 +303,17 @@ def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[s
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(observed.SerializeToString(), options, ["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for tensor in model.graph.initializer:
         readers = [node.name for node in model.graph.node if tensor.name in node.input]
         if tensor.data_type == TensorProto.FLOAT and readers:
-            _raise_to(found, readers[0], numpy_helper.to_array(tensor))
+            _raise_to(results, readers[0], numpy_helper.to_array(tensor))
     for batch in batches:
         computed = dict(zip(names, session.run(names, vars(batch))))
         # In the order of the nodes, so that the first module to go wrong is named, not one that it spoils.
         for name in filter(computed.__contains__, owner):
-            _raise_to(found, owner[name], computed[name])
-    return found
+            _raise_to(results, owner[name], computed[name])
+    return results
 
 
 def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:

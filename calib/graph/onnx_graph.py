@@ -204,20 +204,20 @@ def cut_video(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def part(nodes: list[onnx.NodeProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
-        wanted = {value.name for value in outputs}
-        kept: list[onnx.NodeProto] = []
+        expected = {value.name for value in outputs}
+        retained: list[onnx.NodeProto] = []
         for node in reversed(nodes):
-            if wanted & set(node.output):
-                kept.insert(0, node)
-                wanted |= set(node.input)
+            if expected & set(node.output):
+                retained.insert(0, node)
+                expected |= set(node.input)
         piece = onnx.ModelProto()
         piece.ir_version = model.ir_version
         piece.opset_import.extend(model.opset_import)
         piece.metadata_props.extend(model.metadata_props)
         piece.graph.name = model.graph.name
-        piece.graph.node.extend(kept)
-        piece.graph.initializer.extend(constants[name] for name in sorted(wanted & constants.keys()))
-        piece.graph.input.extend(value for value in model.graph.input if value.name in wanted)
+        piece.graph.node.extend(retained)
+        piece.graph.initializer.extend(constants[name] for name in sorted(expected & constants.keys()))
+        piece.graph.input.extend(value for value in model.graph.input if value.name in expected)
         piece.graph.output.extend(outputs)
         return piece
 

@@ -29,12 +29,12 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
     from calib.graph.onnx_graph import load_onnx
 
     graph = load_onnx(path)
-    told = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
+    manifest_json = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
     names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
-    if told is None or names != ["clips", "features"]:
+    if manifest_json is None or names != ["clips", "features"]:
         raise ModelFileError(f"{path} is no extractor of clips of ours; export C3D with `python -m export.to_onnx`.")
     try:
-        manifest = ExtractorManifest.from_dict(json.loads(told), str(path))
+        manifest = ExtractorManifest.from_dict(json.loads(manifest_json), str(path))
     except ValueError as error:
         raise ModelFileError(f"What {path} says of itself is not JSON ({error}); export it again.") from error
     if manifest.precision != "fp32":

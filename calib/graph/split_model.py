@@ -141,13 +141,13 @@ def prepared_graphs(query: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.Model
             readers.setdefault(name, []).append(node)
     chain = [ENCODED_FEATURES]
     for kind in ("Gather", "Unsqueeze", "Mul", "Conv"):
-        found = readers.get(chain[-1], [])
-        if len(found) != 1 or found[0].op_type != kind:
+        result = readers.get(chain[-1], [])
+        if len(result) != 1 or result[0].op_type != kind:
             raise ModelFileError(
                 "This graph is no FP32 query part, which alone can be prepared for; export it again.",
                 code="not_a_query_part",
             )
-        chain.append(found[0].output[0])
+        chain.append(result[0].output[0])
     makers = {name: node for node in graph.node for name in node.output}
     gated, convolution = makers[chain[3]], makers[chain[4]]
     gate = makers[next(name for name in gated.input if name != chain[2])].input[0]
@@ -199,27 +199,27 @@ def prepared_graphs(query: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.Model
     ]
     prepare = _part(query, nodes, constants, [encoded], [prepared], "prepare")
 
-    asked = [
+    requested = [
         helper.make_node("Transpose", [gate], [f"{scope}/gates"], f"{scope}/Transpose", perm=[1, 0]),
         helper.make_node("MatMul", [PREPARED_FEATURES, f"{scope}/gates"], [f"{scope}/MatMul"], f"{scope}/MatMul"),
         helper.make_node("Transpose", [f"{scope}/MatMul"], [f"{scope}/rows"], f"{scope}/Transpose_2", perm=[1, 0]),
         helper.make_node("Reshape", [f"{scope}/rows", f"{scope}.shape"], [chain[4]], f"{scope}/Reshape"),
     ]
-    kept: list[onnx.NodeProto] = []
+    retained: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.name == convolution.name:
-            kept += asked
+            retained += requested
         elif node.op_type == "Gather" and node.input[1] == VIDEO_INDEX and node.input[0] != ENCODED_FEATURES:
             # One video: its positions stand for every query as they are.
-            kept.append(helper.make_node("Identity", [node.input[0]], [node.output[0]], node.name))
+            retained.append(helper.make_node("Identity", [node.input[0]], [node.output[0]], node.name))
         else:
-            kept.append(node)
+            retained.append(node)
     spans = _renamed(query.graph.input, SPANS, "")
     spans.type.tensor_type.shape.dim[0].dim_value = 1
     given = ("query_tokens", "query_length")
     inputs = [*(value for value in query.graph.input if value.name in given), spans]
     shape = integers("shape", -1, channels, 1, segments.dim_value)
-    return prepare, _part(query, kept, [shape], [*inputs, prepared], list(query.graph.output), "prepared")
+    return prepare, _part(query, retained, [shape], [*inputs, prepared], list(query.graph.output), "prepared")
 
 
 def write_split_model(
@@ -241,14 +241,14 @@ def write_split_model(
     query_path = pair_paths(path)[1]
     with contextlib.ExitStack() as whole_or_none:
         digests = []
-        for place, part in parts.items():
-            temporary = whole_or_none.enter_context(atomic_write(place))
+        for location, part in parts.items():
+            temporary = whole_or_none.enter_context(atomic_write(location))
             content = with_digest(_written(part).SerializeToString())
             temporary.write_bytes(content)
-            digests.append((place.name, hashlib.sha256(content).hexdigest()))
+            digests.append((location.name, hashlib.sha256(content).hexdigest()))
         temporary = whole_or_none.enter_context(atomic_write(query_path))
-        asked = with_part_hashes(query, dict(digests[:1]), dict(digests[1:]))
-        temporary.write_bytes(with_digest(_written(asked).SerializeToString()))
+        requested = with_part_hashes(query, dict(digests[:1]), dict(digests[1:]))
+        temporary.write_bytes(with_digest(_written(requested).SerializeToString()))
     return [*parts, query_path]
 
 
@@ -286,23 +286,23 @@ def _part(
     """Return a model of those of `nodes` that the outputs need."""
     import onnx
 
-    wanted = {value.name for value in outputs}
-    kept: list[onnx.NodeProto] = []
+    expected = {value.name for value in outputs}
+    retained: list[onnx.NodeProto] = []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            kept.insert(0, node)
-            wanted |= set(node.input)
+        if expected & set(node.output):
+            retained.insert(0, node)
+            expected |= set(node.input)
             # The body of a Scan also reads what stands outside it.
-            wanted |= {name for entry in node.attribute for inner in entry.g.node for name in inner.input}
+            expected |= {name for entry in node.attribute for inner in entry.g.node for name in inner.input}
     piece = onnx.ModelProto()
     piece.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name))
     piece.producer_version, piece.doc_string = model.producer_version, model.doc_string
     piece.opset_import.extend(model.opset_import)
     piece.metadata_props.extend(model.metadata_props)
     piece.graph.name = model.graph.name
-    piece.graph.node.extend(kept)
+    piece.graph.node.extend(retained)
     everything: Iterable[onnx.TensorProto] = (*model.graph.initializer, *constants)
-    piece.graph.initializer.extend(tensor for tensor in everything if tensor.name in wanted)
+    piece.graph.initializer.extend(tensor for tensor in everything if tensor.name in expected)
     piece.graph.input.extend(inputs)
     piece.graph.output.extend(outputs)
     onnx.checker.check_model(piece, full_check=True)

@@ -47,17 +47,17 @@ def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
         nodes += layer.nodes()
         graph.initializer.extend(layer.constants)
         gone = {name for node in pair for name in node.input[1:4]}
-        kept = [tensor for tensor in graph.initializer if tensor.name not in gone]
+        retained = [tensor for tensor in graph.initializer if tensor.name not in gone]
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(retained)
     known = [value.name for value in (*graph.input, *graph.initializer)]
     ordered = list(_in_order(nodes, known))
     del graph.node[:]
     graph.node.extend(_without_unread(ordered, {value.name for value in graph.output}))
     read = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    retained = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(retained)
     return copy
 
 
@@ -163,12 +163,12 @@ class _Layer:
 
 def _without_unread(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
     """Return ordered nodes without those whose results nothing reads: the initial states of LSTMs that are gone."""
-    read, kept = set(outputs), []
+    read, retained = set(outputs), []
     for node in reversed(nodes):
         if read.intersection(node.output):
             read.update(node.input)
-            kept.append(node)
-    return kept[::-1]
+            retained.append(node)
+    return retained[::-1]
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto], known: Iterable[str]) -> Iterator[onnx.NodeProto]:

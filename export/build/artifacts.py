@@ -84,24 +84,26 @@ class ConvertedModel:
         return path
 
 
-def whole_part(job: BuildConfig, made: ConvertedModel, twin: ConvertedGraph, shapes: Sequence[Profile]) -> EnginePart:
+def whole_part(
+    job: BuildConfig, created: ConvertedModel, twin: ConvertedGraph, shapes: Sequence[Profile]
+) -> EnginePart:
     """Return what the engine of a whole model is built of."""
-    digest = made.file(job.twin).sha256
+    digest = created.file(job.twin).sha256
     return EnginePart(
-        twin.graph, made.manifest, job.twin, digest, job.output, shapes, made.census, made.fp32_weight_bytes
+        twin.graph, created.manifest, job.twin, digest, job.output, shapes, created.census, created.fp32_weight_bytes
     )
 
 
 def cut_parts(
-    job: BuildConfig, made: ConvertedModel, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
+    job: BuildConfig, created: ConvertedModel, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
 ) -> list[EnginePart]:
     """Write the pair that a proven twin is cut into, and return its parts, the query part last."""
     import onnx
 
     from calib.graph.precision_audit import audit_graph
 
-    proven = inline_padding(onnx.load_from_string(made.content))
-    whole = dataclasses.replace(made.manifest, sources={**made.manifest.sources, job.twin.name: sha256(job.twin)})
+    proven = inline_padding(onnx.load_from_string(created.content))
+    whole = dataclasses.replace(created.manifest, sources={**created.manifest.sources, job.twin.name: sha256(job.twin)})
     onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
     pair = split_graph(proven)
     written = write_split_model(*pair, job.twin)

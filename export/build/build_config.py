@@ -196,10 +196,10 @@ class BuildConfig:
     def _check_sources(self) -> None:
         """Raise OutputError where exporting MODEL would write over a file that is not known to come from it."""
         if self.kind == "published":
-            for made in (self.checkpoint, self.source):
-                if made.exists():
+            for created in (self.checkpoint, self.source):
+                if created.exists():
                     raise OutputError(
-                        f"{made} is there already, and {self.model.name} would be converted to it; give it as "
+                        f"{created} is there already, and {self.model.name} would be converted to it; give it as "
                         "--model, or move it away.",
                         code="output_exists",
                     )
@@ -296,8 +296,8 @@ class BuildConfig:
             f"target     {self.target}: {why}",
         ]
         if self.precision in ("int8", "fp8"):
-            told = f"{samples} training queries of {self.data}" if samples else "by the table given"
-            lines.append(f"ranges     {told}")
+            message = f"{samples} training queries of {self.data}" if samples else "by the table given"
+            lines.append(f"ranges     {message}")
         lines.append(f"twin       {self.twin}")
         if self.split:
             lines.append(f"pair       {', '.join(map(str, pair_paths(self.twin)))}")

@@ -118,8 +118,8 @@ def build_extractor(
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
         try:
-            part, found = _proven_twin(staged, source, graph, manifest, profile, keep, threads)
-            report = _report(job, source, part, found)
+            part, result = _proven_twin(staged, source, graph, manifest, profile, keep, threads)
+            report = _report(job, source, part, result)
             if job.target != "onnxruntime":
                 build_part(part, staged.precision, options, cache)
                 judged = read_verified(part.engine)["census"]
@@ -182,8 +182,8 @@ def _proven_twin(
     try:
         require_precision(counted, job.precision)
         runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(twin.graph).SerializeToString()
-        found = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
-        _keep_promise(job, found, "the twin")
+        result = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
+        _keep_promise(job, result, "the twin")
     except CheckFailed as error:
         rejected = job.rejected("onnx")
         job.twin.rename(rejected)
@@ -191,7 +191,7 @@ def _proven_twin(
             f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
         ) from error
     part = EnginePart(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
-    return part, found
+    return part, result
 
 
 def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[str, ...]:
@@ -212,14 +212,14 @@ def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: in
     """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
     extractor = open_extractor(part.engine)
     try:
-        found = compare(_Graph(str(source), threads), extractor, extractor.manifest)
+        result = compare(_Graph(str(source), threads), extractor, extractor.manifest)
     finally:
         extractor.close()  # type: ignore[attr-defined]
     try:
-        _keep_promise(job, found, "the engine")
+        _keep_promise(job, result, "the engine")
     except CheckFailed as error:
         raise CheckFailed(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
-    return found
+    return result
 
 
 def _keep_promise(job: BuildConfig, found: FeatureTolerance, what: str) -> None:
@@ -249,20 +249,20 @@ class _Graph:
         self._session = open_session(source, threads)
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._session.run([FEATURES], {"clips": clips})[0]
-        return found
+        result: np.ndarray = self._session.run([FEATURES], {"clips": clips})[0]
+        return result
 
 
 def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> FeatureTolerance:
     """Return how near the features of made-up clips are."""
     cosine, difference = 1.0, 0.0
     for clip in synthetic_clips(manifest):
-        wanted, found = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
-        largest = np.abs(wanted).max()
-        if largest == 0 and not found.any():
+        expected, result = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
+        largest = np.abs(expected).max()
+        if largest == 0 and not result.any():
             continue
-        norms = np.linalg.norm(wanted) * np.linalg.norm(found)
+        norms = np.linalg.norm(expected) * np.linalg.norm(result)
         # np.minimum and np.maximum let NaN through; the built-in ones do not always.
-        cosine = float(np.minimum(cosine, wanted @ found / norms if norms else 0.0))
-        difference = float(np.maximum(difference, np.abs(found - wanted).max() / max(largest, 1e-30)))
+        cosine = float(np.minimum(cosine, expected @ result / norms if norms else 0.0))
+        difference = float(np.maximum(difference, np.abs(result - expected).max() / max(largest, 1e-30)))
     return FeatureTolerance(cosine, difference)

@@ -51,7 +51,7 @@ class ParityChecker:
     again: str
     threads: int | None
 
-    def judge_twin(self, made: ConvertedModel) -> ParityReport:
+    def judge_twin(self, created: ConvertedModel) -> ParityReport:
         """Hold the twin, as it will be on disk, against the FP32 graph; on the CPU."""
         import onnx
 
@@ -59,22 +59,22 @@ class ParityChecker:
 
         # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
         # they are in only where ONNX Runtime is what will answer.
-        graph = emulate_bf16(onnx.load_from_string(made.content))
+        graph = emulate_bf16(onnx.load_from_string(created.content))
         optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         # One core for each of the two serves better than all cores for one after the other.
         threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
         at_once = self.threads != 1
         judged, reference = self._sharing(graph, optimised, threads), self._sharing(self.graph, True, threads)
-        return self._judge(judged, made.file(self.job.twin), reference, at_once)
+        return self._judge(judged, created.file(self.job.twin), reference, at_once)
 
-    def judge_engine(self, made: ConvertedModel) -> ParityReport:
+    def judge_engine(self, created: ConvertedModel) -> ParityReport:
         """Hold the engine against the FP32 graph; on the GPU."""
         from export.parity.model_file import ModelFile
         from runtime.grounding.grounder import Grounder
 
         judged = Grounder.load(self.job.output, "cuda")
         reference = self._sharing(self.graph, True, self.threads)
-        return self._judge(judged, ModelFile.of(self.job.output, made.manifest), reference, False)
+        return self._judge(judged, ModelFile.of(self.job.output, created.manifest), reference, False)
 
     def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
         """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
@@ -105,27 +105,27 @@ class ParityChecker:
         )
 
     def write_reports(
-        self, proof: ParityReport, made: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
+        self, proof: ParityReport, created: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
     ) -> None:
         """Write the JSON report and the passport of what was judged; of what was rejected, under that name.
 
         Args:
             proof: what was found.
-            made: the twin.
+            created: the twin.
             engine: what runs; None for the twin alone.
             engines: every engine that was built with it.
         """
         from export.parity.parity_report import census_table, engine_census_table, engine_precision
 
-        census = census_table(made.census)
+        stats = census_table(created.census)
         if engine:
             proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
-            told = engine_census_table(engine_metadata.read_sidecar(engine.path).content["census"])
-            census = (f"{census[0]} {told[0]}" if told else census[0], census[1])
+            details = engine_census_table(engine_metadata.read_sidecar(engine.path).content["census"])
+            stats = (f"{stats[0]} {details[0]}" if details else stats[0], stats[1])
             if proof.model.path == engine.path:
                 engine = None
         rejected = "rejected." if proof.broken else ""
         subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
         commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(subject))))
-        beside = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
-        proof.write(*beside, census, engine, commands)
+        siblings = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
+        proof.write(*siblings, stats, engine, commands)

@@ -124,11 +124,11 @@ def convert_precision(
     if data_set and not (precision == "int8" and wishes.for_cpu):
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision in ("fp16", "bf16"):
-        kept = (*wishes.keep, *held)
-        graph = convert_to_half(raised, precision, kept)
+        retained = (*wishes.keep, *held)
+        graph = convert_to_half(raised, precision, retained)
         facts = {"held back in FP32": list(held), "kept by request": list(wishes.keep)}
         if data_set:
-            graph, restored = _accurate(raised, graph, precision, kept, data_set, wishes)
+            graph, restored = _accurate(raised, graph, precision, retained, data_set, wishes)
             facts["restored to FP32"] = restored
         return ConvertedGraph(graph, facts)
     return _quantised(source, precision, wishes, held, data_set, name)
@@ -163,15 +163,15 @@ def _accurate(
     """Return a half-precision graph that answers held-out training queries within the budget, and what it restored."""
     queries = sample_held_out(data_set, read_manifest(graph), SCAN_QUERIES)
     log.info("Asking %d held-out training queries in %s ...", len(queries), kind)
-    judge = AccuracyEvaluator(graph, data_set, queries, wishes.threads)
+    evaluator = AccuracyEvaluator(graph, data_set, queries, wishes.threads)
 
-    def cost_of(kept: Sequence[str], label: str) -> AccuracyDelta:
-        asked = convert_to_half(graph, kind, (*keep, *kept)) if kept else half
-        return judge.cost(emulate_bf16(asked), label)
+    def cost_of(retained: Sequence[str], label: str) -> AccuracyDelta:
+        requested = convert_to_half(graph, kind, (*keep, *retained)) if retained else half
+        return evaluator.cost(emulate_bf16(requested), label)
 
     def holds(cost: AccuracyDelta) -> bool:
         # One flip among so few queries is 0.8 points: luck, unless the budget says that two are allowed.
-        drop = max(wishes.max_drop, 100 / len(judge.annotations))
+        drop = max(wishes.max_drop, 100 / len(evaluator.annotations))
         return cost.worst_drop <= drop and (kind == "bf16" or cost.shift_p99 <= BOUNDARY_P99)
 
     def ranked() -> list[str]:
@@ -203,14 +203,14 @@ def _quantised(
     name: str,
 ) -> ConvertedGraph:
     manifest = read_manifest(source)
-    table, judge = _table(source, manifest, kind, wishes, data_set, name)
+    table, evaluator = _table(source, manifest, kind, wishes, data_set, name)
     keep = tuple(dict.fromkeys(wishes.keep))
     if wishes.plan:
         keep = tuple(
             dict.fromkeys((*keep, *QuantizationPlan.load(wishes.plan).checked(source, table, kind, name).keep))
         )
     elif data_set:
-        keep = _within_budget(source, kind, table, keep, data_set, manifest, judge, wishes)
+        keep = _within_budget(source, kind, table, keep, data_set, manifest, evaluator, wishes)
     log.info("Writing %s into the graph ...", kind.upper())
     policy = QuantizationPolicy(keep=keep)
     facts = {
@@ -251,11 +251,11 @@ def _table(
     log.info("Drawing %d calibration samples ...", wishes.samples)
     drawn = sample_calibration_set(data_set, manifest, wishes.samples)
     print(coverage_table(drawn.coverage))
-    judge = AccuracyEvaluator(source, data_set, drawn.held_out, wishes.threads) if len(drawn.held_out) else None
-    table = measure_table(source, drawn, wishes.method, threads=wishes.threads, judge=judge, kind=kind)
+    evaluator = AccuracyEvaluator(source, data_set, drawn.held_out, wishes.threads) if len(drawn.held_out) else None
+    table = measure_table(source, drawn, wishes.method, threads=wishes.threads, judge=evaluator, kind=kind)
     if wishes.table_output:
         table.save(wishes.table_output)
-    return table, judge
+    return table, evaluator
 
 
 def _within_budget(

@@ -309,9 +309,9 @@ def build(
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
-        told = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.lines
+        messages = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.lines
         raise ModelFileError(
-            f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(told)[:500]}.",
+            f"{options.target} {trt.__version__} cannot parse the graph: {'; '.join(messages)[:500]}.",
             code="unparsable_graph",
         )
     config = builder.create_builder_config()
@@ -334,7 +334,7 @@ def build(
         raise BuildFailed(
             f"{options.target} {trt.__version__} cannot build the engine: {'; '.join(logger.lines)[:500]}."
         )
-    kept = config.get_timing_cache() if cache is not None else None
+    retained = config.get_timing_cache() if cache is not None else None
     plan = bytes(plan)
     elsewhere = why_not_here(options)
     inspection = None
@@ -345,7 +345,7 @@ def build(
         f"{_MODULES[options.target]} {trt.__version__}",
         typed,
         inspection,
-        bytes(kept.serialize()) if kept else None,
+        bytes(retained.serialize()) if retained else None,
         elsewhere,
     )
 
@@ -353,8 +353,8 @@ def build(
 def _network_flags(trt: Any) -> int:
     """Names only: the integers behind them moved between versions."""
     flags = trt.NetworkDefinitionCreationFlag
-    wanted = "STRONGLY_TYPED" if is_strongly_typed(trt) else "EXPLICIT_BATCH"
-    return 1 << int(getattr(flags, wanted))
+    expected = "STRONGLY_TYPED" if is_strongly_typed(trt) else "EXPLICIT_BATCH"
+    return 1 << int(getattr(flags, expected))
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
@@ -376,16 +376,16 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         _choose_capabilities(trt, config, options.compute_capabilities)
 
 
-def _known_capabilities(trt: Any, wanted: Sequence[str]) -> dict[str, str]:
+def _known_capabilities(trt: Any, expected: Sequence[str]) -> dict[str, str]:
     """Return what TensorRT-RTX calls the compute capabilities it builds for; DeviceError if `wanted` holds others."""
     known = {name[2:-1] + "." + name[-1]: name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
     offered = ", ".join(sorted(known, key=float))
-    if not wanted and not cuda_devices():
+    if not expected and not cuda_devices():
         raise DeviceError(
             f"Without a GPU, TensorRT-RTX must be told which one to build for; pass --compute-capability ({offered}).",
             code="missing_option",
         )
-    unknown = [capability for capability in wanted if capability not in known]
+    unknown = [capability for capability in expected if capability not in known]
     if unknown:
         raise DeviceError(
             f"TensorRT-RTX {trt.__version__} builds for compute capabilities {offered}, and "
@@ -395,12 +395,12 @@ def _known_capabilities(trt: Any, wanted: Sequence[str]) -> dict[str, str]:
     return known
 
 
-def _choose_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
-    known = _known_capabilities(trt, wanted)
-    config.num_compute_capabilities = max(len(wanted), 1)
-    for index, capability in enumerate(wanted):
+def _choose_capabilities(trt: Any, config: Any, expected: Sequence[str]) -> None:
+    known = _known_capabilities(trt, expected)
+    config.num_compute_capabilities = max(len(expected), 1)
+    for index, capability in enumerate(expected):
         config.set_compute_capability(getattr(trt.ComputeCapability, known[capability]), index)
-    if not wanted:
+    if not expected:
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
 
 

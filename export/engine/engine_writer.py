@@ -128,8 +128,8 @@ def build_part(
         raise CheckFailed(f"{error} The engine is kept as {rejected.name}.", code=error.code) from error
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
-    told = "".join(f"; {change}" for change in changes)
-    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{told}.")
+    message = "".join(f"; {change}" for change in changes)
+    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{message}.")
     if verdict.name != PROVEN:
         log.warning("%s: %s is %s: %s.", part.engine.name, precision, verdict.name, verdict.reason)
     part = dataclasses.replace(part, unrolled=tuple(plan.part for plan in shorter))
@@ -286,9 +286,9 @@ def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
     """Write plan and sidecar: both are whole before either takes its place, so that no old pair is lost to half a new
     one."""
     hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
-    with atomic_write(engine_metadata.metadata_path(path)) as beside, atomic_write(path) as temporary:
+    with atomic_write(engine_metadata.metadata_path(path)) as siblings, atomic_write(path) as temporary:
         temporary.write_bytes(plan)
-        write_json(beside, engine_metadata.with_digest({**content, "sha256": hashes}))
+        write_json(siblings, engine_metadata.with_digest({**content, "sha256": hashes}))
 
 
 def _write_layers(engine: Path, built: BuiltEngine) -> None:

@@ -101,6 +101,6 @@ def _bound(
 def _expect(ok: Any, logger: Any, failure: str) -> None:
     if ok:
         return
-    told = "; ".join(logger.lines)[:300]
+    details = "; ".join(logger.lines)[:300]
     logger.lines.clear()
-    raise ModelFileError(f"{failure} ({told})" if told else failure)
+    raise ModelFileError(f"{failure} ({details})" if details else failure)

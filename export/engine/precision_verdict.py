@@ -98,9 +98,9 @@ def judge_engine(
         except ModelFileError as error:
             verdicts.append(Verdict(NOT_PROVEN, str(error).rstrip(".")))
             continue
-        census = count_layers(layers, plan_bytes)
-        counted.append(census)
-        verdicts.append(_judge(layers, census, promise))
+        stats = count_layers(layers, plan_bytes)
+        counted.append(stats)
+        verdicts.append(_judge(layers, stats, promise))
     # The worst profile decides.
     order = (CONTRADICTED, NOT_PROVEN, PROVEN)
     verdict = min(verdicts, key=lambda verdict: order.index(verdict.name))
@@ -109,8 +109,8 @@ def judge_engine(
         reason = f"{verdict.reason}; {unbound}" if unbound else verdict.reason
         verdict = Verdict(NOT_PROVEN, _joined(reason, promise, plan_bytes, len(verdicts)))
     elif verdict.name == PROVEN:
-        told = check_size(plan_bytes, promise, len(verdicts))
-        verdict = Verdict(NOT_PROVEN, f"{verdict.reason}, but {told}") if told else verdict
+        details = check_size(plan_bytes, promise, len(verdicts))
+        verdict = Verdict(NOT_PROVEN, f"{verdict.reason}, but {details}") if details else verdict
     return (counted[0] if counted else None), verdict
 
 
@@ -133,10 +133,10 @@ def check_size(plan_bytes: int, promise: Promise, num_profiles: int) -> str:
     expected = weights + fixed
     if not promise.fp32_weight_bytes or plan_bytes <= expected:
         return ""
-    told = f"the plan has {plan_bytes / 1e6:.0f} MB where {expected / 1e6:.0f} MB are expected"
+    message = f"the plan has {plan_bytes / 1e6:.0f} MB where {expected / 1e6:.0f} MB are expected"
     if plan_bytes <= num_profiles * weights + fixed:
-        return f"{told} (the weights may be stored once for each of {num_profiles} profiles)"
-    return f"{told}, so that weights are stored in a wider type or more than once"
+        return f"{message} (the weights may be stored once for each of {num_profiles} profiles)"
+    return f"{message}, so that weights are stored in a wider type or more than once"
 
 
 def _joined(reason: str, promise: Promise, plan_bytes: int, num_profiles: int) -> str:
@@ -216,8 +216,8 @@ def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[i
     A layer whose name shows no module may be of any type that the graph has.
     """
     modules = {module for node in layer.nodes for module in drn_modules(node)} & types.keys()
-    found = [WIDTHS[kind] for module in modules or ("",) for kind in types[module] if kind in WIDTHS]
-    return found or list(WIDTHS.values())
+    results = [WIDTHS[kind] for module in modules or ("",) for kind in types[module] if kind in WIDTHS]
+    return results or list(WIDTHS.values())
 
 
 def census_content(graph: PrecisionStats, engine: EngineLayerStats | None, verdict: Verdict) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def part_profiles(
         most = min(videos, MOST_ENCODED)
         features = tuple((size, segments, width) for size in (1, min(2, most), most))
         return [Profile("videos", (1, min(2, most), most), (1, 1, 1), {"segment_features": _trio(features)})]
-    kept = {
+    retained = {
         "encoded_features": _trio([(size, encoded_dim, segments) for size in (1, videos, videos)]),
         "segment_spans": _trio([(size, segments, 2) for size in (1, videos, videos)]),
     }
@@ -100,7 +100,7 @@ def part_profiles(
                 "query_tokens": profile.shapes["query_tokens"],
                 "query_length": profile.shapes["query_length"],
                 "video_index": profile.shapes["query_length"],
-                **kept,
+                **retained,
             },
         )
         for profile in whole

@@ -99,7 +99,7 @@ def node_of(layer: str, nodes: Collection[str]) -> str | None:
     The parser names a layer after its node. Further layers of that node get a number, as `fcos.head/Mul_17`
     (`generateUniqueName` in onnx-tensorrt), which may look like another node's name, but the numbers are free ones.
     """
-    ends = [len(layer), *(found.start() for found in re.finditer(r"[^A-Za-z0-9]", layer))]
+    ends = [len(layer), *(result.start() for result in re.finditer(r"[^A-Za-z0-9]", layer))]
     return next((layer[:end] for end in sorted(ends, reverse=True) if layer[:end] in nodes), None)
 
 
@@ -201,10 +201,10 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in nodes:
         node.input[:] = [_renamed(name, names) for name in node.input]
         node.output[:] = [_renamed(name, names) for name in node.output]
-    kept = list(_without_stored_weights(graph, nodes))
+    retained = list(_without_stored_weights(graph, nodes))
     del graph.node[:]
-    graph.node.extend(kept)
-    used = {name for node in kept for name in node.input}
+    graph.node.extend(retained)
+    used = {name for node in retained for name in node.input}
     weights = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(weights)
@@ -275,9 +275,9 @@ def _lower_opset(model: onnx.ModelProto) -> None:
     current.version = OPSET
     for node in model.graph.node:
         if node.op_type == "Split":
-            kept = [entry for entry in node.attribute if entry.name != "num_outputs"]
+            retained = [entry for entry in node.attribute if entry.name != "num_outputs"]
             del node.attribute[:]
-            node.attribute.extend(kept)
+            node.attribute.extend(retained)
 
 
 def _slice_shapes(graph: onnx.GraphProto) -> None:

@@ -94,8 +94,8 @@ def compare(
     before = plan_uses(other)
     # One plan is all that answers, so that its parity is the engine's.
     alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in before if len(before) > 1]
-    found, answered = _answers(models, data_set, annotations, batch_size, at_once, on_progress, alone)
-    heads = found if known is None else [known, *found]
+    result, answered = _answers(models, data_set, annotations, batch_size, at_once, on_progress, alone)
+    heads = result if known is None else [known, *result]
     prior_truth = None
     if "train" in data_set.splits:
         prior_truth = data_set.spans(one_per_moment(data_set.annotations("train", invalid="drop")))
@@ -109,8 +109,8 @@ def compare(
         whole = _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
         return dataclasses.replace(whole, plans=plan_checks(before, answered, alone, judge))
     except ModelFileError as error:
-        asked = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
-        raise cause_of(error, reference, data_set, asked) from error
+        requested = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
+        raise cause_of(error, reference, data_set, requested) from error
 
 
 def check_comparable(reference: Manifest, other: Manifest) -> None:
@@ -128,11 +128,11 @@ def check_comparable(reference: Manifest, other: Manifest) -> None:
         if ours != theirs:
             if kind == "words":
                 changed = sum(ours.get(word) != theirs.get(word) for word in {*ours, *theirs})
-                told = f"{len(ours)} words and {len(theirs)}, {changed} of them different"
+                message = f"{len(ours)} words and {len(theirs)}, {changed} of them different"
             else:
-                told = f"{ours} and {theirs}"
+                message = f"{ours} and {theirs}"
             raise ModelFileError(
-                f"The two models differ in their {kind} ({told}), so they cannot answer the same questions; "
+                f"The two models differ in their {kind} ({message}), so they cannot answer the same questions; "
                 "compare models that come from one checkpoint.",
                 code="models_differ",
             )
@@ -211,8 +211,8 @@ def _answers(
 
             before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
             every = pool.map(ask, models) if at_once else map(ask, models)
-            for heads, found in zip(gathered, every):
-                for rows, part in found:
+            for heads, result in zip(gathered, every):
+                for rows, part in result:
                     for name, values in vars(part).items():
                         getattr(heads, name)[rows] = values
                     on_progress(len(rows))
@@ -247,27 +247,27 @@ def _judge(
     silent = ~_finite_rows(heads[1])
     answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
     proposals = [
-        score_proposals_with_fallback(found, decoding) for found, decoding in zip((heads[0], answerable), decodings)
+        score_proposals_with_fallback(result, decoding) for result, decoding in zip((heads[0], answerable), decodings)
     ]
-    picks = [dict(nms_per_threshold(found, decoding, thresholds)) for found, decoding in zip(proposals, decodings)]
+    picks = [dict(nms_per_threshold(result, decoding, thresholds)) for result, decoding in zip(proposals, decodings)]
     for silenced in (proposals[1].spans, *picks[1].values()):
         silenced[silent] = np.nan
-    kept = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
-    by_location = _shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[kept]
+    retained = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
+    by_location = _shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[retained]
     lines = np.array([annotation.line for annotation in annotations])
-    tops = [found[0.5][:, :RANKED] for found in picks]
+    tops = [result[0.5][:, :RANKED] for result in picks]
     by_query = _shifts(tops[0][:, 0, :2], tops[1][:, 0, :2], durations)
     overlap = temporal_iou(tops[0][:, :1, :2], tops[1][:, :1, :2])[:, 0, 0]
     flips, columns = {}, {}
     for threshold in FLIP_THRESHOLDS:
-        before, after = (is_hit(found[threshold], truth, 1, threshold, protocol) for found in picks)
+        before, after = (is_hit(result[threshold], truth, 1, threshold, protocol) for result in picks)
         gained, lost = lines[~before & after], lines[before & ~after]
         name = recall_name(1, threshold)
         flips[name] = Flips(tuple(gained.tolist()), tuple(lost.tolist()), mcnemar(len(gained), len(lost)))
         columns[name] = after.astype(np.float64) - before
-    ious = [best_iou(found[thresholds[0]].astype(np.float64), truth, 1) for found in picks]
+    ious = [best_iou(result[thresholds[0]].astype(np.float64), truth, 1) for result in picks]
     columns["mIoU"] = ious[1] - ious[0]
-    scored = [report(found, truth, protocol) for found in picks]
+    scored = [report(result, truth, protocol) for result in picks]
     first, five = _same_order(*tops)
     low, high = bootstrap(np.stack(list(columns.values()), axis=1))
     return ParityResult(
@@ -305,10 +305,10 @@ def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, OutputDeviation]]:
     for name, values in vars(reference).items():
-        found = getattr(other, name)
+        result = getattr(other, name)
         finite = np.isfinite(values)
-        bad = finite & ~np.isfinite(found)
-        errors = np.abs(found[finite & ~bad].astype(np.float64) - values[finite & ~bad])
+        bad = finite & ~np.isfinite(result)
+        errors = np.abs(result[finite & ~bad].astype(np.float64) - values[finite & ~bad])
         largest = float(np.abs(values[finite]).max(initial=0))
         if not errors.size:
             yield name, OutputDeviation(0.0, 0.0, largest, int(bad.sum()))
@@ -352,7 +352,7 @@ def _worst(
             continue
         annotation, duration = annotations[index], float(durations[index])
         first = truth[index].reshape(-1, 2)[0].tolist()
-        moments = [next(iter(to_moments(found[index, :1], duration)), None) for found in tops]
+        moments = [next(iter(to_moments(result[index, :1], duration)), None) for result in tops]
         yield Disagreement(
             line=annotation.line,
             video=annotation.video,

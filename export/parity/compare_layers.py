@@ -218,9 +218,9 @@ def _tensor_errors(
     compare = SimpleCompareFunc(check_error_stat="max", fail_fast=False)
     with _quiet(), _runner(models[0], tensors) as ours, _runner(models[1], tensors) as theirs:
         for batch in batches:
-            wanted, found = (dict(runner.infer(dict(vars(batch)))) for runner in (ours, theirs))
+            expected, result = (dict(runner.infer(dict(vars(batch)))) for runner in (ours, theirs))
             for tensor in tensors:
-                a, b = (np.asarray(side[tensor]).astype(np.float64) for side in (wanted, found))
+                a, b = (np.asarray(side[tensor]).astype(np.float64) for side in (expected, result))
                 if a.shape != b.shape or not np.isfinite(b).all():
                     yield TensorDeviation(tensor, math.inf, math.inf)
                     continue
@@ -235,9 +235,9 @@ def _tensor_errors(
 def _without_gains(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Return (B, C, ...) values, each channel over the power of two that brings its reach nearest to the other's."""
     axes = (0, *range(2, values.ndim))
-    reach, wanted = (np.abs(side).max(axis=axes, keepdims=True, initial=0) for side in (values, like))
-    told = (reach > 0) & (wanted > 0)
-    exponents = np.log2(np.where(told, reach, 1) / np.where(told, wanted, 1)).round()
+    reach, expected = (np.abs(side).max(axis=axes, keepdims=True, initial=0) for side in (values, like))
+    nonzero = (reach > 0) & (expected > 0)
+    exponents = np.log2(np.where(nonzero, reach, 1) / np.where(nonzero, expected, 1)).round()
     return values / np.exp2(exponents.clip(-LARGEST_EXPONENT, LARGEST_EXPONENT))
 
 

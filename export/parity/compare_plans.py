@@ -45,8 +45,8 @@ class PlanAnswers:
         lists = (chunk.queries, chunk.segments, chunk.names, chunk.durations)
         some = Chunk(chunk.rows[fits], *([values[index] for index in fits] for values in lists))
         with backend.only(self.plan.name):
-            for rows, found in run_chunk(self.model, some, batch_size):
-                for name, values in vars(found).items():
+            for rows, result in run_chunk(self.model, some, batch_size):
+                for name, values in vars(result).items():
                     getattr(self.heads, name)[rows] = values
         self._rows.append(some.rows)
 
@@ -82,7 +82,7 @@ def plan_checks(
         alone: the answers of each plan by itself; none if there is one plan.
         judge: returns the parity of heads of N queries at some positions.
     """
-    answers = {found.plan.name: found for found in alone}
+    answers = {result.plan.name: result for result in alone}
     checks = []
     for plan in before:
         answered = after[plan.name]
@@ -99,8 +99,9 @@ def plan_table(checks: Sequence[PlanCheck], queries: int, budget: AccuracyBudget
     lines = [f"{'plan':<{width}} {'tokens':>7} {'answered':>9} {'checked alone':>14}  verdict"]
     for check in checks:
         verdict, reason = check.verdict(queries, budget)
-        told = f"{verdict} ({reason})" if verdict != PROVEN else verdict
+        details = f"{verdict} ({reason})" if verdict != PROVEN else verdict
         lines.append(
-            f"{check.name:<{width}} {f'<= {check.max_query_length}':>7} {check.answered:>9} {check.checked:>14}  {told}"
+            f"{check.name:<{width}} {f'<= {check.max_query_length}':>7} {check.answered:>9} {check.checked:>14}  "
+            f"{details}"
         )
     return "\n".join(lines)

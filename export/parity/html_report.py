@@ -77,7 +77,7 @@ def render_html_report(
         if commands
         else "",
     ]
-    kept = "kept" if not broken else "broken"
+    retained = "kept" if not broken else "broken"
     simulated = _paragraph("Features are simulated: recall is not comparable with published numbers.", "simulated")
     return "\n".join(
         [
@@ -91,7 +91,7 @@ def render_html_report(
             ),
             _paragraph(_cpu(cpu)) if cpu else "",
             simulated if parity.simulated else "",
-            f'<div class="verdict {kept}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
+            f'<div class="verdict {retained}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
             _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_kept(parity, budget)]),
             "</div>",
             *sections,
@@ -121,8 +121,8 @@ def _kept(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
 
 def _precision(other: ModelFile, census: tuple[str, Table] | None) -> str:
     if census is None:
-        told = f"{other.manifest.precision}, as the file says of itself; its layers were not counted."
-        return _section("Precision", _paragraph(told))
+        message = f"{other.manifest.precision}, as the file says of itself; its layers were not counted."
+        return _section("Precision", _paragraph(message))
     return _section("Precision", _paragraph(census[0]) + _folded("By module", _table(census[1])))
 
 
@@ -132,11 +132,11 @@ def _lineage(*files: ModelFile) -> str:
         for name, digest in file.manifest.sources.items():
             items.setdefault(digest, f"<b>{_text(name)}</b><code>{_text(digest)}</code>")
         about = f"{file.manifest.precision}, stage {file.manifest.stage}, {file.size / 2**20:.1f} MiB"
-        made = ", ".join(f"{name} {version}" for name, version in file.manifest.producer.items())
+        created = ", ".join(f"{name} {version}" for name, version in file.manifest.producer.items())
         # A file judged here says more of itself than one that is only named as a source.
         items[file.sha256] = (
             f"<b>{_text(file.path.name)}</b> <span>{_text(about)}</span><code>{_text(file.sha256)}</code>"
-            f"<small>{_text(f'made with {made}' if made else '')}</small>"
+            f"<small>{_text(f'made with {created}' if created else '')}</small>"
         )
     chain = "".join(f"<li>{item}</li>" for item in items.values())
     return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(provenance(*files[:2])[1]))
@@ -202,8 +202,8 @@ def _worst(parity: ParityResult, names: tuple[str, str]) -> str:
     shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
     if not shown:
         farthest = max((row.shift for row in parity.worst), default=0.0)
-        told = f"No best moment moves by {VISIBLE_S:g} s or more; the farthest by {farthest:.1e} s."
-        return _section("Worst queries", _paragraph(told))
+        message = f"No best moment moves by {VISIBLE_S:g} s or more; the farthest by {farthest:.1e} s."
+        return _section("Worst queries", _paragraph(message))
     return _section("Worst queries", "".join(_time_line(row, names) for row in shown))
 
 
@@ -217,17 +217,17 @@ def _time_line(row: Disagreement, names: tuple[str, str]) -> str:
     parts = []
     for label, moment, kind, note in lines:
         bar = ""
-        told = "no moment"
+        message = "no moment"
         if moment:
             start, end = (min(100 * seconds / row.duration, 100) for seconds in (moment.start, moment.end))
-            told = f"{moment.start:.1f}–{moment.end:.1f} s"
+            message = f"{moment.start:.1f}–{moment.end:.1f} s"
             bar = f'<rect class="{kind}" x="{start:.2f}%" width="{max(end - start, 0.4):.2f}%" height="14" rx="2"/>'
-        described = _text(f"{label}: {told} of {row.duration:.1f} s")
+        described = _text(f"{label}: {message} of {row.duration:.1f} s")
         parts.append(
             f"<dt>{_text(label)}</dt><dd>"
             f'<svg role="img" aria-label="{described}" width="100%" height="14">'
             f'<rect class="video" width="100%" height="14" rx="2"/>{bar}</svg>'
-            f"<span>{told}</span> <span>{note}</span></dd>"
+            f"<span>{message}</span> <span>{note}</span></dd>"
         )
     heading = f"“{row.query}”"
     about = f"line {row.line}, {row.video}, {row.duration:.1f} s; the two overlap by {row.overlap:.2f}"

@@ -180,11 +180,11 @@ def run_parity_check(
             on_progress=bar.update,
         )
     for check in parity.plans:
-        found, reason = check.verdict(parity.queries, budget)
-        if found == NOT_PROVEN:
+        result, reason = check.verdict(parity.queries, budget)
+        if result == NOT_PROVEN:
             log.warning(
                 "%s is %s to answer as %s: %s. Choose more queries of the data set.",
-                *(check.name, found, files[0].path.name, reason),
+                *(check.name, result, files[0].path.name, reason),
             )
     return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, again)
 
@@ -271,13 +271,13 @@ def census_table(found: PrecisionStats) -> tuple[str, Table]:
 def engine_precision(*engines: Path) -> dict[str, str] | None:
     """Return `verdict` and `reason` of the precision of engines that belong together: the worst of what their metadata
     holds. None where one was built before verdicts were recorded."""
-    found = [(engine.name, read_sidecar(engine).content.get("census", {})) for engine in engines]
-    if not all("verdict" in census for _, census in found):
+    results = [(engine.name, read_sidecar(engine).content.get("census", {})) for engine in engines]
+    if not all("verdict" in stats for _, stats in results):
         return None
-    worst = max((census["verdict"] for _, census in found), key=(PROVEN, NOT_PROVEN, CONTRADICTED).index)
-    reasons = [(name, census["reason"]) for name, census in found if census["verdict"] == worst]
-    told = [f"{name}: {reason}" if len(found) > 1 else reason for name, reason in reasons]
-    return {"verdict": worst, "reason": "; ".join(told)}
+    worst = max((stats["verdict"] for _, stats in results), key=(PROVEN, NOT_PROVEN, CONTRADICTED).index)
+    reasons = [(name, stats["reason"]) for name, stats in results if stats["verdict"] == worst]
+    details = [f"{name}: {reason}" if len(results) > 1 else reason for name, reason in reasons]
+    return {"verdict": worst, "reason": "; ".join(details)}
 
 
 def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
@@ -287,18 +287,18 @@ def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
     verdict = "The precision of the engine is {verdict}: {reason}.".format_map(counted) if "verdict" in counted else ""
     if engine:
         keys = (("multiply in it", "arithmetic"), ("write it", "layers"), ("read it", "quantised_inputs"))
-        found = [(name, engine[key]) for name, key in keys if key in engine]
-        kinds = sorted({kind for _, counts in found for kind in counts})
-        rows = [(name, *(str(counts.get(kind, "")) for kind in kinds)) for name, counts in found]
-        told = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
-        sentence = f"Layers of the engine by what they write, as its inspector shows them: {told}."
+        results = [(name, engine[key]) for name, key in keys if key in engine]
+        kinds = sorted({kind for _, counts in results for kind in counts})
+        rows = [(name, *(str(counts.get(kind, "")) for kind in kinds)) for name, counts in results]
+        message = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
+        sentence = f"Layers of the engine by what they write, as its inspector shows them: {message}."
         return " ".join(filter(None, (verdict, sentence))), (("layers that", *kinds), rows)
     shares = counted.get("twin", {}).get("shares", {})
     if not shares:
         return None
-    told = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
+    message = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
     rows = [(kind, f"{100 * share:.1f}") for kind, share in shares.items()]
-    sentence = f"Of its twin's multiply-adds {told}; its own layers can be counted on the GPU only."
+    sentence = f"Of its twin's multiply-adds {message}; its own layers can be counted on the GPU only."
     return " ".join(filter(None, (verdict, sentence))), (("type", "percent of the multiply-adds"), rows)
 
 

@@ -281,7 +281,7 @@ class PlanCheck:
         return PROVEN, f"compared on {self.checked} queries"
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.parity.to_dict() if self.parity else {}
-        kept = {key: found.get(key) for key in ("heads", "boundaries_s", "differences")}
+        result = self.parity.to_dict() if self.parity else {}
+        retained = {key: result.get(key) for key in ("heads", "boundaries_s", "differences")}
         fields = ("name", "max_query_length", "answered", "checked")
-        return {**{name: getattr(self, name) for name in fields}, **kept}
+        return {**{name: getattr(self, name) for name in fields}, **retained}

@@ -81,10 +81,10 @@ def check_c3d(path: Path, model: C3D) -> float:
     for size in BATCH_SIZES:
         clips = smooth_clips(rng, (size, WINDOW, *CROP, 3))
         with torch.inference_mode():
-            wanted = model(torch.from_numpy(clips)).numpy()
-        (found,) = session.run([OUTPUT], {INPUT: clips})
+            expected = model(torch.from_numpy(clips)).numpy()
+        (result,) = session.run([OUTPUT], {INPUT: clips})
         # Of the largest feature, however small that is: made-up weights give small ones.
-        difference = float(np.abs(found - wanted).max() / max(wanted.max(), np.finfo(np.float32).tiny))
+        difference = float(np.abs(result - expected).max() / max(expected.max(), np.finfo(np.float32).tiny))
         # `not <=` also refuses NaN.
         if not difference <= TOLERANCE:
             raise CheckFailed(

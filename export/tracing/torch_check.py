@@ -103,15 +103,15 @@ def _differences(
         for batch, videos in tqdm(
             list(questions), desc="Checking against torch", unit="batch", leave=False, disable=None
         ):
-            asked = Batch(
+            requested = Batch(
                 batch.query_tokens, batch.query_length, batch.segment_features[videos], batch.segment_spans[videos]
             )
             with torch.inference_mode():
-                inputs = [torch.from_numpy(getattr(asked, name)) for name in INPUTS]
-                wanted = model(*inputs)
-                _check_finite(model, inputs, wanted)
+                inputs = [torch.from_numpy(getattr(requested, name)) for name in INPUTS]
+                expected = model(*inputs)
+                _check_finite(model, inputs, expected)
             try:
-                found = answer(batch, videos)
+                result = answer(batch, videos)
             # ONNX Runtime's exceptions share no base class below Exception.
             except Exception as error:
                 raise CheckFailed(
@@ -119,7 +119,7 @@ def _differences(
                     f"({str(error).splitlines()[0]}); nothing was kept.",
                     code="graph_does_not_run",
                 ) from error
-            for name, ours, theirs in zip(OUTPUTS, found, wanted):
+            for name, ours, theirs in zip(OUTPUTS, result, expected):
                 difference = relative_difference(ours, theirs.numpy())
                 # `not <=` also refuses NaN.
                 if not difference <= TOLERANCE:
@@ -166,11 +166,11 @@ def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> No
     )
 
 
-def relative_difference(found: np.ndarray, wanted: np.ndarray) -> float:
+def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference of two arrays of one shape over the largest of `wanted`, or over 1 if larger."""
-    if found.shape != wanted.shape:
+    if found.shape != expected.shape:
         return float("inf")
-    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 
 def format_differences(differences: dict[str, float]) -> str:

@@ -176,9 +176,9 @@ def _lower(graph: onnx.GraphProto) -> None:
     # no smoothing, scales as given.
     news = {"Split": ("num_outputs",), "Resize": ("antialias", "keep_aspect_ratio_policy")}
     for node in graph.node:
-        kept = [attribute for attribute in node.attribute if attribute.name not in news.get(node.op_type, ())]
+        retained = [attribute for attribute in node.attribute if attribute.name not in news.get(node.op_type, ())]
         del node.attribute[:]
-        node.attribute.extend(kept)
+        node.attribute.extend(retained)
 
 
 def _scopes(nodes: list[onnx.NodeProto]) -> list[str]:

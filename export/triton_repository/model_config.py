@@ -188,19 +188,19 @@ def _read_engine(path: Path) -> SourceModel:
     source = SourceModel(manifest, batch, query_length, path, profiles=(len(content["profiles"]), 1))
     if manifest.part == "whole":
         return source
-    plan, beside = locate_video_part(path, sidecar)
+    plan, siblings = locate_video_part(path, sidecar)
     shapes = content["profiles"][-1]["shapes"][ENCODED_FEATURES]
     channels, segments = shapes[2][1:]
     return dataclasses.replace(
         source,
         video=plan,
         # TensorRT 8.6 is given a graph whose inputs and outputs are all float32.
-        encoded=_encoded(engine_compatibility.source_onnx(plan, beside.content))
+        encoded=_encoded(engine_compatibility.source_onnx(plan, siblings.content))
         if content.get("strongly_typed", True)
         else ((channels, segments), "TYPE_FP32"),
         videos=shapes[2][0],
-        encoded_together=_most_together(beside),
-        profiles=(len(content["profiles"]), len(beside.content["profiles"])),
+        encoded_together=_most_together(siblings),
+        profiles=(len(content["profiles"]), len(siblings.content["profiles"])),
     )
 
 
@@ -348,14 +348,14 @@ def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) 
         }
 
     together = source.encoded_together
-    asked = {"segment_features": (segments, width)}
+    requested = {"segment_features": (segments, width)}
     video_config = {
         **_network(source, serving, video, source.video, source.profiles[1]),
         "max_batch_size": together,
         "input": [{"name": "segment_features", "data_type": "TYPE_FP32", "dims": [segments, width]}],
         "output": [{"name": ENCODED_FEATURES, "data_type": kind, "dims": list(encoded)}],
         "dynamic_batching": {"preferred_batch_size": [together]},
-        "model_warmup": [_warmup(_warmup_values(source, asked), 1)],
+        "model_warmup": [_warmup(_warmup_values(source, requested), 1)],
     }
     graphs = [
         {"batch_size": 0, "input": _dims(shapes(batch, length))}

@@ -96,17 +96,17 @@ def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
         directory = repository / part.name
         if part not in there:
             raise OutputError(
-                f"{repository} holds {', '.join(found.name for found in there)} but no {part.name}, so this would be "
+                f"{repository} holds {', '.join(result.name for result in there)} but no {part.name}, so this would be "
                 "no new version of one model; choose another --name.",
                 code="version_mismatch",
             )
-        known, wanted = read_config(directory / "config.pbtxt"), message(part.config)
+        known, expected = read_config(directory / "config.pbtxt"), message(part.config)
         if known.parameters[FORMAT_PARAMETER].string_value != FORMAT:
             raise OutputError(
                 f"{directory} is there already and is not ours; choose another --name.", code="output_exists"
             )
         for field in SHARED:
-            if getattr(known, field) != getattr(wanted, field):
+            if getattr(known, field) != getattr(expected, field):
                 raise OutputError(
                     f"{directory} is there with another {field}, and versions of one model share it; choose another "
                     "--name, or remove the old model.",
@@ -115,7 +115,7 @@ def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
         if PARAMETER in known.parameters:
             before, now = (
                 FrontConfig.from_json(config.parameters[PARAMETER].string_value, str(directory))
-                for config in (known, wanted)
+                for config in (known, expected)
             )
             if before.manifest.max_query_length != now.manifest.max_query_length:
                 raise OutputError(
@@ -175,8 +175,8 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
 
 
 def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
-    place = directory / str(version)
-    place.mkdir(parents=True)
+    location = directory / str(version)
+    location.mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config_text(message(part.config), header), encoding="utf-8")
     for name, content in part.files.items():
         if isinstance(content, Path):
@@ -184,11 +184,11 @@ def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
             on_cpu = content.suffix == ".onnx" and part.config["instance_group"][0]["kind"] != "KIND_GPU"
             exact = for_any_cpu(content) if on_cpu else None
             if exact is None:
-                shutil.copyfile(content, place / name)
+                shutil.copyfile(content, location / name)
             else:
-                (place / name).write_bytes(exact)
+                (location / name).write_bytes(exact)
         else:
-            (place / name).write_text(content, encoding="utf-8")
+            (location / name).write_text(content, encoding="utf-8")
     files = {name: value for name, value in part.warmup.items() if not is_features(name)}
     for name, value in files.items():
         (directory / "warmup").mkdir(exist_ok=True)
@@ -207,7 +207,7 @@ def _tell(path: Path, part: TritonModel, header: str) -> None:
 def _beside(repository: Path) -> Iterator[Path]:
     """Yield a temporary directory beside the repository, on the same disk unless the repository is a mount."""
     parent = repository.parent
-    made = [path for path in (repository, *repository.parents) if not path.exists()]
+    created = [path for path in (repository, *repository.parents) if not path.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         inside = repository.is_dir() and os.path.ismount(repository)
@@ -216,7 +216,7 @@ def _beside(repository: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(repository, error) from error
     finally:
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
 

@@ -87,12 +87,12 @@ class EncodedVideo:
         Raises:
             FeatureError: the file is missing, damaged, or not an encoding.
         """
-        found = _load(path, _read)
-        if found.key != _key(found):
+        result = _load(path, _read)
+        if result.key != _key(result):
             raise FeatureError(
                 f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
             )
-        return found
+        return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,19 +117,19 @@ class EncodedWindows:
         """Write the encodings to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
         first = self.parts[0]
         about = {"format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": first.model}
-        told = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
+        details = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
         arrays = (np.stack([getattr(part, name) for part in self.parts]) for name in ("features", "spans"))
-        _save(path, {**about, **told, "offset": self.offset}, *arrays)
+        _save(path, {**about, **details, "offset": self.offset}, *arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:
         """Read what `save` wrote; see `EncodedVideo.load`."""
-        found = _load(path, _read_windows)
-        if any(part.key != _key(part) for part in found.parts):
+        result = _load(path, _read_windows)
+        if any(part.key != _key(part) for part in result.parts):
             raise FeatureError(
                 f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
             )
-        return found
+        return result
 
 
 def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
@@ -189,9 +189,9 @@ def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> Encode
     return EncodedWindows(parts, windows, float(about["duration"]), name, float(about.get("offset", 0.0)))
 
 
-def _check_format(about: Any, wanted: str) -> None:
-    if about["format"] != wanted:
-        raise ValueError(f"its format is {excerpt(about['format'])} and {excerpt(wanted)} is read here")
+def _check_format(about: Any, expected: str) -> None:
+    if about["format"] != expected:
+        raise ValueError(f"its format is {excerpt(about['format'])} and {excerpt(expected)} is read here")
 
 
 def _key(video: EncodedVideo) -> str:

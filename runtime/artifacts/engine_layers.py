@@ -137,7 +137,7 @@ def read_layers(text: str, profile: int = 0) -> list[Layer]:
         raise ModelFileError(
             f"Expected the JSON of TensorRT's engine inspector, got something else ({one_line(error)})."
         ) from error
-    numbers = [int(found[1]) if (found := _PROFILE.search(name)) else 0 for name in names]
+    numbers = [int(result[1]) if (result := _PROFILE.search(name)) else 0 for name in names]
     only = profile if any(numbers) else 0
     return [_layer(entry) for entry, number in zip(details, numbers) if number == only]
 
@@ -212,9 +212,9 @@ def _tactic_type(tactic: str) -> str | None:
     The names are those that trtexec --exportLayerInfo and Nsight Systems show for cuDNN, cuBLAS, CUTLASS and xmma.
     """
     for pattern, group in ((_XMMA, 3), (_CUBLAS, 1), (_CUTLASS, 1)):
-        found = pattern.search(tactic)
-        if found and found[group] in _NAMES:
-            return _NAMES[found[group]]
+        result = pattern.search(tactic)
+        if result and result[group] in _NAMES:
+            return _NAMES[result[group]]
     return next((name for pattern, name in _KERNEL_TYPES if re.search(pattern, tactic)), None)
 
 
@@ -238,11 +238,11 @@ def _tensor_types(tensors: Any) -> list[str | None]:
 
     Hidden types are written "N/A due to dynamic shapes" by TensorRT 8.6 and 10.
     """
-    found = []
+    results = []
     for tensor in tensors if isinstance(tensors, list) else ():
         known = tensor if isinstance(tensor, dict) else {}
-        found.append(_type(known.get("DataType") or known.get("Datatype") or known.get("Format/Datatype")))
-    return found
+        results.append(_type(known.get("DataType") or known.get("Datatype") or known.get("Format/Datatype")))
+    return results
 
 
 def _nodes(name: str, metadata: str) -> tuple[str, ...]:
@@ -368,7 +368,7 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLayerStats | None]]:
     """Return for each profile in a layers file its name and its layers by type; None where no layer is described."""
-    found: list[tuple[str, EngineLayerStats | None]] = []
+    results: list[tuple[str, EngineLayerStats | None]] = []
     views = content["profiles"] or [{"name": "no profile"}]
     for index, view in enumerate(views):
         bound = view.get("bound")
@@ -377,5 +377,5 @@ def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLay
             layers = read_layers(text, index)
         except ModelFileError:
             layers = []
-        found.append((str(view.get("name", index))[:80], count_layers(layers) if layers else None))
-    return found
+        results.append((str(view.get("name", index))[:80], count_layers(layers) if layers else None))
+    return results

@@ -99,10 +99,11 @@ def read_verified(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
             code="missing_file",
         )
     content = read_json(path, "sidecar of an engine", ModelFileError)
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    result = content.get("format") if isinstance(content, dict) else None
+    if result != FORMAT:
         raise ModelFileError(
-            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; {_REBUILD}", code="unknown_format"
+            f"{path} is of format {excerpt(result)} and this version reads {FORMAT!r}; {_REBUILD}",
+            code="unknown_format",
         )
     if content.get("digest") != json_digest(_unsealed(content)):
         raise ModelFileError(
@@ -129,14 +130,15 @@ def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_shapes(content: Mapping[str, Any], path: Path) -> None:
     """Raise ModelFileError unless every field is of the kind that its readers take it for."""
-    for name, (wanted, fits, needed) in _FIELDS.items():
+    for name, (expected, fits, needed) in _FIELDS.items():
         if name in content and not fits(content[name]):
             raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} should be {wanted}; {_REBUILD}", code="damaged_file"
+                f"{path} is damaged: {excerpt(name)} should be {expected}; {_REBUILD}", code="damaged_file"
             )
         if needed and name not in content:
             raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} is missing and should be {wanted}; {_REBUILD}", code="damaged_file"
+                f"{path} is damaged: {excerpt(name)} is missing and should be {expected}; {_REBUILD}",
+                code="damaged_file",
             )
 
 

@@ -94,10 +94,10 @@ class ExtractorManifest:
     @classmethod
     def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
         """Read a manifest; `source` names it in the ModelFileError that says what is wrong with it."""
-        found = value.get("format") if isinstance(value, Mapping) else None
-        if found != FORMAT:
+        result = value.get("format") if isinstance(value, Mapping) else None
+        if result != FORMAT:
             raise ModelFileError(
-                f"{source} is of format {excerpt(found)} and extractors of this version are {FORMAT!r}; export it "
+                f"{source} is of format {excerpt(result)} and extractors of this version are {FORMAT!r}; export it "
                 "again.",
                 code="unknown_format",
             )

@@ -141,10 +141,10 @@ class Manifest:
         Raises:
             ModelFileError: it is of another version, or something is missing or of the wrong kind.
         """
-        found = value.get("format") if isinstance(value, Mapping) else None
-        if found != FORMAT:
+        result = value.get("format") if isinstance(value, Mapping) else None
+        if result != FORMAT:
             raise ModelFileError(
-                f"{source} has a manifest of format {excerpt(found)} and this version reads {FORMAT!r}; "
+                f"{source} has a manifest of format {excerpt(result)} and this version reads {FORMAT!r}; "
                 "export the model again with `python -m export.to_onnx`.",
                 code="unknown_format",
             )

@@ -54,15 +54,15 @@ class OptimizationProfile:
 
     def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
         """Return the sizes that a request is padded to; None if it is too large for this profile."""
-        found = {}
+        results = {}
         for axis, (smallest, _, largest) in self.ranges.items():
             if sizes[axis] > largest:
                 return None
-            wanted = largest if axis in self.fixed else bucket(max(sizes[axis], smallest))
+            expected = largest if axis in self.fixed else bucket(max(sizes[axis], smallest))
             if axis == "query_length":
-                wanted = max(wanted, MIN_PADDED_LENGTH)
-            found[axis] = min(wanted, largest)
-        return found
+                expected = max(expected, MIN_PADDED_LENGTH)
+            results[axis] = min(expected, largest)
+        return results
 
     def shapes(self, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Return the shape of every input at these sizes."""
@@ -82,8 +82,8 @@ def profile_from_shapes(
     ranges: dict[str, Range] = {}
     for name, free in axes.items():
         smallest, best, largest = shapes[name]
-        for place, axis in enumerate(free):
-            ranges[axis] = (smallest[place], best[place], largest[place])
+        for location, axis in enumerate(free):
+            ranges[axis] = (smallest[location], best[location], largest[location])
     return OptimizationProfile(
         index, ranges, {name: tuple(shapes[name][2][len(free) :]) for name, free in axes.items()}, fixed
     )

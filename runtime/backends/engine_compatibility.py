@@ -134,8 +134,8 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
 
 def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
     """Return the longest queries of the plans beside a plan for short ones, by their names: drn.fp16.8.engine."""
-    found = (_SHORT.search(name) for name in content.get("unrolled") or ())
-    return sorted(int(name["tokens"]) for name in found if name)
+    results = (_SHORT.search(name) for name in content.get("unrolled") or ())
+    return sorted(int(name["tokens"]) for name in results if name)
 
 
 def _has_two(content: Mapping[str, Any]) -> bool:

@@ -185,8 +185,8 @@ def read_contents(content: Buffer) -> Contents:
         if number == _NODE:
             nodes.append(_node(content, first, last))
             if nodes[-1].op_type == "Constant":
-                found = _constant(content, first, last)
-                tensors.update({name: found for name in nodes[-1].outputs[:1] if found})
+                result = _constant(content, first, last)
+                tensors.update({name: result for name in nodes[-1].outputs[:1] if result})
         elif number == _INITIALIZER:
             name, tensor = _tensor(content, tag, first, last)
             tensors[name] = tensor
@@ -216,15 +216,15 @@ def precision_in(recorded: str, weights: Mapping[str, int]) -> str:
 def precision_of_file(path: Path, recorded: str) -> str:
     """Return the precision of the graph in a file, whose manifest records one; see `precision_in`."""
     weights = weights_in_file(path)
-    found = precision_in(recorded, weights)
-    if found != recorded:
+    result = precision_in(recorded, weights)
+    if result != recorded:
         log.warning(
             "%s records the precision %s, and its weights are %s: another tool changed it after the export.",
             path,
             recorded,
             weights_text(weights),
         )
-    return found
+    return result
 
 
 def weights_in_file(path: Path) -> dict[str, int]:

@@ -75,10 +75,10 @@ def import_onnxruntime(gpu: bool) -> tuple[Any, str]:
     with contextlib.redirect_stdout(io.StringIO()):
         for folder in _cuda_folders(Path(ort.__file__)):
             ort.preload_dlls(directory=str(folder))
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         # What was loaded above is found by its name.
         ort.preload_dlls()
-    return ort, " ".join(told.getvalue().split())
+    return ort, " ".join(output.getvalue().split())
 
 
 def _cuda_folders(ort: Path) -> list[Path]:
@@ -87,13 +87,13 @@ def _cuda_folders(ort: Path) -> list[Path]:
     `preload_dlls()` looks beside its own package only ("nvidia site packages" of onnxruntime/__init__.py); with
     `directory` it looks in that one folder. A wheel may be anywhere that `nvidia` can be imported from.
     """
-    found = importlib.util.find_spec("nvidia")
-    places = list(found.submodule_search_locations or ()) if found else []
+    result = importlib.util.find_spec("nvidia")
+    places = list(result.submodule_search_locations or ()) if result else []
     return [
         folder
-        for place in map(Path, places)
-        if place.resolve().parent != ort.resolve().parent.parent
-        for folder in sorted((*place.glob("*/lib"), *place.glob("*/bin"), *place.glob("*/bin/*")))
+        for location in map(Path, places)
+        if location.resolve().parent != ort.resolve().parent.parent
+        for folder in sorted((*location.glob("*/lib"), *location.glob("*/bin"), *location.glob("*/bin/*")))
         if folder.is_dir()
     ]
 
@@ -127,10 +127,10 @@ def create_session(path: Path, device: Device = "auto", threads: int | None = No
         options.intra_op_num_threads = threads
     checked = DigestCheck(path)
     try:
-        kept = DISABLED_OPTIMIZERS if device == "cpu" else None
+        retained = DISABLED_OPTIMIZERS if device == "cpu" else None
         source = source_for_cpu(path) if device == "cpu" else str(path)
         providers = [(PROVIDERS[device], _cuda_options(path))] if device == "cuda" else [PROVIDERS[device]]
-        session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=kept)
+        session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=retained)
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
         # A file that is damaged is reported as such.
@@ -378,10 +378,10 @@ class OnnxRuntimePair:
     @functools.cached_property
     def _prepared(self) -> tuple[Session, Session]:
         """What prepares, and what asks; opened when first needed, as most callers do not."""
-        prepare, asked = self._opened(self.manifest.prepared_parts)
+        prepare, requested = self._opened(self.manifest.prepared_parts)
         prepare.require((ENCODED_FEATURES,), (PREPARED_FEATURES,))
-        asked.require(PREPARED_INPUTS, OUTPUTS)
-        return prepare, asked
+        requested.require(PREPARED_INPUTS, OUTPUTS)
+        return prepare, requested
 
     def _opened(self, parts: Mapping[str, str]) -> list[Session]:
         """Open files that the query part names.

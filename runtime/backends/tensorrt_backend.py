@@ -100,13 +100,13 @@ def open_engine(
             "(its name ends in .query.engine).",
             code="model_part",
         )
-    beside = [(path, sidecar)]
+    siblings = [(path, sidecar)]
     if part == "query":
-        beside.append(locate_video_part(path, sidecar))
+        siblings.append(locate_video_part(path, sidecar))
     shorter = short_query_plans(path, sidecar)
     networks = []
     try:
-        for plan, about in beside:
+        for plan, about in siblings:
             cuda, library = _ready(plan, about, cuda, library)
             networks.append(TensorRTEngine(library, cuda, plan, about))
         for plan, about in shorter:
@@ -156,14 +156,14 @@ def locate_video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
         raise ModelFileError(
             f"{path} needs its video part {plan.name} beside it, and there is none; copy it there.", code="missing_file"
         )
-    found = read_sidecar(plan)
-    if digest not in found.content["sha256"].values():
+    result = read_sidecar(plan)
+    if digest not in result.content["sha256"].values():
         raise ModelFileError(
             f"{plan} is not the video part that {path.name} was made with; copy both files of one build, or build both "
             f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
             code="digest_mismatch",
         )
-    return plan, found
+    return plan, result
 
 
 def _without(shorter: Path, path: Path) -> str:
@@ -185,7 +185,7 @@ def short_query_plans(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]
     Raises:
         ModelFileError: a plan is not the one that was built with it, or its sidecar is damaged.
     """
-    found = []
+    results = []
     for name, digest in sidecar.content.get("unrolled", {}).items():
         plan = path.with_name(Path(name).name)
         missing = next((file for file in (plan, metadata_path(plan)) if not file.is_file()), None)
@@ -199,8 +199,8 @@ def short_query_plans(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]
                 f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
                 code="digest_mismatch",
             )
-        found.append((plan, about))
-    return found
+        results.append((plan, about))
+    return results
 
 
 def _ready(plan: Path, sidecar: EngineMetadata, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
@@ -335,14 +335,14 @@ class _Model:
 
         with self._turn():
             self._reset_clock()
-            found = [
+            results = [
                 answer[output]
                 for part in row_slices(len(array), most)
                 for _, answer in self._answer(np.arange(part.start, part.stop), some)
             ]
-        if not found:
+        if not results:
             return network.nothing()[output]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return results[0] if len(results) == 1 else np.concatenate(results)
 
 
 class TensorRTExtractor(_Model):
@@ -450,10 +450,10 @@ class _Grounding(_Model):
             if longest <= network.query_length[2]:
                 return network
         shortest, best, most = self._network.query_length
-        again = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, longest)
+        command = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, longest)
         raise ShapeError(
             f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
-            f"or rebuild: `{again}`.",
+            f"or rebuild: `{command}`.",
             code="query_length_out_of_range",
         )
 
@@ -651,9 +651,9 @@ def _gathered(rows: int, answers: Sequence[_Answer], nothing: Callable[[], Mappi
         whole = answers[0][1]
     elif rows:
         whole = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
-        for some, found in answers:
+        for some, result in answers:
             for name in OUTPUTS:
-                whole[name][some] = found[name]
+                whole[name][some] = result[name]
     else:
         whole = nothing()
     return Heads(*[np.asarray(whole[name], np.float32) for name in OUTPUTS])

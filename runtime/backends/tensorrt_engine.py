@@ -455,8 +455,8 @@ class TensorRTEngine:
         way_out = ""
         if not done and engine_compatibility.is_hardware_compatible(self.sidecar.content):
             # Kernels chosen for Ampere and later may fail on a GPU that they were not tried on (pytorch/TensorRT#4481).
-            again = engine_compatibility.rebuild_command(self.path, self.sidecar, here=True)
-            way_out = f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{again}`"
+            command = engine_compatibility.rebuild_command(self.path, self.sidecar, here=True)
+            way_out = f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{command}`"
         self._expect(done, "run", way_out)
 
     def _copy_out(self, program: _ExecutionState) -> None:
@@ -498,10 +498,10 @@ class TensorRTEngine:
         if ok:
             self._logger.lines.clear()
             return
-        told = "; ".join(self._logger.lines)[:500] or "it did not say why"
+        message = "; ".join(self._logger.lines)[:500] or "it did not say why"
         self._logger.lines.clear()
-        sentence = f"{self._trt.__name__} {self._trt.__version__} could not {doing} of {self.path.name}: {told}"
-        kind = OutOfDeviceMemory if is_out_of_memory(told) else CudaError
+        sentence = f"{self._trt.__name__} {self._trt.__version__} could not {doing} of {self.path.name}: {message}"
+        kind = OutOfDeviceMemory if is_out_of_memory(message) else CudaError
         raise kind(f"{sentence.rstrip('.')}{way_out}.")
 
     def forget_programs(self) -> None:
@@ -615,10 +615,10 @@ def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterat
     try:
         yield
     except TypeError as error:
-        told = "; ".join(logger.lines) or logger.warned or str(error)
+        message = "; ".join(logger.lines) or logger.warned or str(error)
         raise DeviceError(
             f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
-            f"{driver or 'of an unknown version'} and older: {told.rstrip('.')}; install a newer driver, or a build "
+            f"{driver or 'of an unknown version'} and older: {message.rstrip('.')}; install a newer driver, or a build "
             "of the library for that CUDA.",
             code="driver_too_old",
         ) from error

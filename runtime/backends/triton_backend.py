@@ -63,18 +63,18 @@ class FrontConfig:
     @classmethod
     def from_json(cls, text: str, source: str) -> FrontConfig:
         """Read what `to_json` wrote; ModelFileError, naming `source`, if it is something else."""
-        again = "write the repository again with `python -m export.triton`"
-        value = parse_json(text, source, ModelFileError, advice=again)
-        with reading(source, "the description of a model behind Triton", ModelFileError, again):
+        command = "write the repository again with `python -m export.triton`"
+        value = parse_json(text, source, ModelFileError, advice=command)
+        with reading(source, "the description of a model behind Triton", ModelFileError, command):
             digest = value.pop("digest", None)
             if digest is not None and digest != json_digest(value):
                 raise ModelFileError(
-                    f"{source} does not match its own digest, so it was edited or damaged; {again}.", code=MISMATCH
+                    f"{source} does not match its own digest, so it was edited or damaged; {command}.", code=MISMATCH
                 )
-            found = value.pop("format")
-            if found != FORMAT:
+            result = value.pop("format")
+            if result != FORMAT:
                 raise ModelFileError(
-                    f"{source} is of format {excerpt(found)} and {FORMAT!r} is read here; {again}.",
+                    f"{source} is of format {excerpt(result)} and {FORMAT!r} is read here; {command}.",
                     code="unknown_format",
                 )
             about = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
@@ -129,11 +129,11 @@ class TritonPair:
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
-        found = [
+        results = [
             self._call(self._about.video_network, {"segment_features": segment_features[part]}, (ENCODED_FEATURES,))[0]
             for part in row_slices(len(segment_features), self._about.encoded_together)
         ]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return results[0] if len(results) == 1 else np.concatenate(results)
 
     def ask(
         self,
@@ -183,7 +183,7 @@ def _joined(rows: int, parts: Sequence[tuple[np.ndarray, list[np.ndarray]]]) -> 
     if len(parts) == 1:
         return Heads(*parts[0][1])
     whole = [np.empty((rows, *values.shape[1:]), np.float32) for values in parts[0][1]]
-    for some, found in parts:
-        for place, values in zip(whole, found):
-            place[some] = values
+    for some, result in parts:
+        for location, values in zip(whole, result):
+            location[some] = values
     return Heads(*whole)

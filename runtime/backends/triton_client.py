@@ -58,16 +58,16 @@ class Address:
         Raises:
             ModelFileError: it is none.
         """
-        found = ADDRESS.fullmatch(os.fspath(text))
-        if found is None:
+        result = ADDRESS.fullmatch(os.fspath(text))
+        if result is None:
             raise ModelFileError(
                 f"{os.fspath(text)} should be triton://HOST:PORT/MODEL (gRPC), or begin with triton+http://, "
                 "triton+https:// or triton+grpcs://; check the address.",
                 code="invalid_address",
             )
-        protocol = found["protocol"] or "grpc"
-        port = int(found["port"] or PORTS[protocol])
-        return cls(protocol, bool(found["secure"]), found["host"], port, found["model"])
+        protocol = result["protocol"] or "grpc"
+        port = int(result["port"] or PORTS[protocol])
+        return cls(protocol, bool(result["secure"]), result["host"], port, result["model"])
 
 
 class Connection:
@@ -131,9 +131,9 @@ class Connection:
             array = np.ascontiguousarray(value)
             tensors.append(self._library.InferInput(name, array.shape, self._utils.np_to_triton_dtype(array.dtype)))
             tensors[-1].set_data_from_numpy(array)
-        wanted = [self._library.InferRequestedOutput(name) for name in outputs]
+        expected = [self._library.InferRequestedOutput(name) for name in outputs]
         with self._explained(f"answer as {model}"):
-            answer = self._client.infer(model, tensors, outputs=wanted, **self._options)
+            answer = self._client.infer(model, tensors, outputs=expected, **self._options)
         return [answer.as_numpy(name) for name in outputs]
 
     def _not_ready(self, name: str, known: Sequence[Mapping[str, str]]) -> ServerError:

@@ -119,10 +119,10 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     below = np.copysign(logits, -1)
     np.exp(below, out=below)
     below += 1
-    found = np.minimum(logits, 0)
-    np.exp(found, out=found)
-    found /= below
-    return found
+    result = np.minimum(logits, 0)
+    np.exp(result, out=result)
+    result /= below
+    return result
 
 
 def score_proposals_with_fallback(heads: Heads, decoding: Decoding) -> Proposals:
@@ -160,11 +160,11 @@ def score_proposals(heads: Heads, decoding: Decoding) -> Proposals:
     probabilities = sigmoid(np.concatenate((heads.matching_logits, heads.iou_logits), dtype=np.float32))
     matching, overlap = probabilities[: len(heads)], probabilities[len(heads) :]
     scores = matching * overlap if decoding.use_iou_scores else matching.copy()
-    kept = matching > np.float32(decoding.score_threshold)
+    retained = matching > np.float32(decoding.score_threshold)
     if decoding.num_segments // decoding.strides[0] > decoding.pre_nms_top_n:
-        kept &= _best_of_each_level(np.where(kept, scores, -np.inf), decoding)
+        retained &= _best_of_each_level(np.where(retained, scores, -np.inf), decoding)
     np.sqrt(scores, out=scores)
-    scores[~kept] = -np.inf
+    scores[~retained] = -np.inf
 
     centre = locations(decoding.num_segments, decoding.strides)
     # In memory all starts of a query are adjacent, and all ends: so they are compared, again and again.
@@ -231,11 +231,11 @@ def _soft_nms_of_one(spans: np.ndarray, scores: np.ndarray, picks: np.ndarray) -
 
     A few small arrays cost calls, not arithmetic: all factors that could be needed are one round of calls.
     """
-    (kept,) = (scores > -np.inf).nonzero()
-    spans, scores = spans.T.take(kept, axis=1).T, scores[kept]
-    count = min(len(picks), len(kept))
+    (retained,) = (scores > -np.inf).nonzero()
+    spans, scores = spans.T.take(retained, axis=1).T, scores[retained]
+    count = min(len(picks), len(retained))
     factors = None
-    if 1 < len(kept) <= FEW_PROPOSALS:
+    if 1 < len(retained) <= FEW_PROPOSALS:
         factors = _decay(spans, temporal_iou(spans, spans))
     chosen: list[int] = []
     chosen_scores: list[np.float32] = []

@@ -78,24 +78,24 @@ def fit_threshold(matching: np.ndarray, mismatched: np.ndarray, keep: float | No
             f"--keep is a share of the matching pairs, above 0 and at most 1, and {keep} was given.",
             code="invalid_option",
         )
-    found = np.unique(matching[matching > -np.inf])
-    kept = 1 - np.searchsorted(np.sort(matching), found) / len(matching)
-    refused = np.searchsorted(np.sort(mismatched), found) / len(mismatched)
-    allowed = np.ones(len(found), bool) if keep is None else kept >= keep
+    result = np.unique(matching[matching > -np.inf])
+    retained = 1 - np.searchsorted(np.sort(matching), result) / len(matching)
+    refused = np.searchsorted(np.sort(mismatched), result) / len(mismatched)
+    allowed = np.ones(len(result), bool) if keep is None else retained >= keep
     if not allowed.any():
-        wanted, advice = "separates them from others", "train longer"
+        expected, advice = "separates them from others", "train longer"
         if keep is not None:
-            wanted = f"keeps {100 * keep:g} %"
-            advice += ", or lower --keep" if len(found) else ""
+            expected = f"keeps {100 * keep:g} %"
+            advice += ", or lower --keep" if len(result) else ""
         raise GroundingError(
-            f"In only {100 * kept.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, so "
-            f"that no threshold {wanted}; {advice}.",
+            f"In only {100 * retained.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, "
+            f"so that no threshold {expected}; {advice}.",
             code="no_threshold",
         )
-    best = int(np.argmax(np.where(allowed, kept + refused if keep is None else refused, -1)))
+    best = int(np.argmax(np.where(allowed, retained + refused if keep is None else refused, -1)))
     # Halfway down to the next score, so that rounding in another precision refuses nobody who was kept.
     below = np.concatenate((matching, mismatched))
-    below = below[(below < found[best]) & (below > -np.inf)]
-    threshold = (float(found[best]) + float(below.max())) / 2 if len(below) else float(found[best]) / 2
+    below = below[(below < result[best]) & (below > -np.inf)]
+    threshold = (float(result[best]) + float(below.max())) / 2 if len(below) else float(result[best]) / 2
     rule = BALANCED if keep is None else f"at least {100 * keep:g} % kept"
-    return Presence(threshold, float(kept[best]), float(refused[best]), len(matching), len(mismatched), rule)
+    return Presence(threshold, float(retained[best]), float(refused[best]), len(matching), len(mismatched), rule)

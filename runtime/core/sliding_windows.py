@@ -160,14 +160,14 @@ class WindowProposals:
     def add(self, query: int, window: int, spans: np.ndarray, scores: np.ndarray) -> None:
         """Take what a window proposes for a query: (P, 2) fractions of the window, and (P,); see `Proposals`."""
         likely = scores > -np.inf
-        place = self._windows[window]
-        start, scale = np.float32(place.start / self.unit), np.float32(place.duration / self.unit)
+        location = self._windows[window]
+        start, scale = np.float32(location.start / self.unit), np.float32(location.duration / self.unit)
         self._found[query][window] = (spans[likely] * scale + start, scores[likely])
 
     def picks(self, decoding: Decoding, count: int) -> Iterator[np.ndarray]:
         """Yield for each query the picks of one NMS over what all windows propose, (K, 3), in multiples of `unit`; see
         `decode`. None are left where no window holds a likely location."""
-        for found in self._found:
-            parts = [found[window] for window in sorted(found)]
+        for result in self._found:
+            parts = [result[window] for window in sorted(result)]
             spans, scores = (np.concatenate(values) for values in zip(*parts))
             yield apply_nms(Proposals(spans[None], scores[None]), decoding, min(count, len(scores)))[0]

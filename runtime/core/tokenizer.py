@@ -189,8 +189,10 @@ def _content(tokens: Iterable[str]) -> list[str]:
 def word_table(sentences: Iterable[str], least: int = 1) -> dict[str, int]:
     """Return word to id for the words that occur in `sentences` at least so often: lower case, commonest first."""
     counts = Counter(token.lower() for sentence in sentences for token in tokenize(sentence))
-    kept = sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
-    return {word: identity for identity, word in enumerate(kept, 1)}
+    retained = sorted(
+        (word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word)
+    )
+    return {word: identity for identity, word in enumerate(retained, 1)}
 
 
 def tokenize(sentence: str) -> list[str]:

@@ -75,8 +75,8 @@ class ClipTiming:
 
     def fits(self, num_frames: int, num_clips: int) -> bool:
         """Whether a video of so many frames has about so many clips."""
-        wanted = self.num_clips(num_frames)
-        return abs(wanted - num_clips) <= max(1, CLOCK_SLACK * wanted)
+        expected = self.num_clips(num_frames)
+        return abs(expected - num_clips) <= max(1, CLOCK_SLACK * expected)
 
     def contradicts(self, num_frames: int, num_clips: int) -> bool:
         """Whether features of so many clips must have another timing, or belong to another video."""
@@ -266,10 +266,10 @@ class Video:
         """
         key = (num_segments, pooling, ClipTiming() if clock is None else clock)
         try:
-            found = self._segments.get(key)
+            result = self._segments.get(key)
         except TypeError:
-            found = None  # An argument that cannot be hashed has the wrong type.
-        if found is None:
+            result = None  # An argument that cannot be hashed has the wrong type.
+        if result is None:
             check_argument("num_segments", num_segments, numbers.Integral, "a number of segments", FeatureError)
             check_argument("pooling", pooling, str, "a rule of pooling", FeatureError)
             if not 1 <= num_segments <= MAX_FRAMES:

@@ -86,7 +86,7 @@ def open_source(path: Path) -> FeatureSource:
             f"{path} {wrong}; give a data set, a directory of feature files with {DURATIONS}, or Parquet.",
             code="unknown_feature_store" if path.exists() else "missing_file",
         )
-    parquet = sorted(found for suffix in PARQUET_SUFFIXES for found in path.glob(f"*{suffix}"))
+    parquet = sorted(result for suffix in PARQUET_SUFFIXES for result in path.glob(f"*{suffix}"))
     if parquet:
         return ParquetSource(parquet)
     if (path / DURATIONS).is_file():
@@ -305,14 +305,14 @@ def _stamp(stamp: Callable[[], tuple[Any, ...]]) -> str:
         return ""
 
 
-def _part(place: Place) -> tuple[int, int]:
-    assert place is not None
-    return place[0], place[1]
+def _part(location: Place) -> tuple[int, int]:
+    assert location is not None
+    return location[0], location[1]
 
 
-def _row(place: Place) -> int:
-    assert place is not None
-    return place[2]
+def _row(location: Place) -> int:
+    assert location is not None
+    return location[2]
 
 
 def _unfolded(values: dict[str, Any], name: str, clock: ClipTiming, origin: Origin) -> Video:
@@ -383,13 +383,13 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
     return inner.to_numpy(zero_copy_only=False), clips
 
 
-def _length(value: Any, place: str) -> tuple[float, int | None]:
+def _length(value: Any, location: str) -> tuple[float, int | None]:
     """Return a duration in seconds and a frame count, None where it is not given; checked by `Video`."""
-    told: Any = value if isinstance(value, dict) else {"duration": value}
-    duration, num_frames = told.get("duration"), told.get("num_frames")
+    details: Any = value if isinstance(value, dict) else {"duration": value}
+    duration, num_frames = details.get("duration"), details.get("num_frames")
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
-            f"{place} should have seconds and perhaps frames, and has {excerpt(duration)} and {excerpt(num_frames)}."
+            f"{location} should have seconds and perhaps frames, and has {excerpt(duration)} and {excerpt(num_frames)}."
         )
     return float(duration), None if num_frames is None else int(num_frames)
 

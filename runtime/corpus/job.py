@@ -81,13 +81,13 @@ def ground(
     if everywhere := sum(question.video is None for question in questions):
         log.info("%d of %d sentences name no video (vid) and are asked of every one.", everywhere, len(questions))
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
-    told = describe(model, queries, len(questions), source, settings)
+    details = describe(model, queries, len(questions), source, settings)
     pairs = sum(map(len, shards))
     with locked(output):
         check_writable(output / MANIFEST, model, queries)
         # Looked at before the lock was had, another job could have put its shards there meanwhile.
-        check_same(output, told)
-        manifest = {**told, "pairs": pairs, "shards": len(shards)}
+        check_same(output, details)
+        manifest = {**details, "pairs": pairs, "shards": len(shards)}
         write_json(output / MANIFEST, manifest)
         inputs = (model.resolve(), features.resolve(), output.resolve(), tuple(common))
         job = CorpusJob(*inputs, len(shards), settings, json_digest(manifest))
@@ -120,8 +120,8 @@ def _run(
 
 def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[ShardResult]:
     """Yield what becomes of each shard while progress is shown; raise what ends the job."""
-    made = errors = 0
-    began = told = time.monotonic()
+    created = errors = 0
+    began = details = time.monotonic()
     with tqdm(total=pairs, initial=pairs - missing, desc="grounding", unit="pair", leave=False, disable=None) as bar:
         for done in run:
             if done.problem:
@@ -135,15 +135,15 @@ def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[Sha
                     done.attempts,
                 )
             yield done
-            made, errors = made + done.pairs, errors + done.errors
+            created, errors = created + done.pairs, errors + done.errors
             bar.set_postfix_str(f"{errors} errors", refresh=False)
             bar.update(done.pairs)
-            if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                rate = made / (told - began)
+            if bar.disable and time.monotonic() - details >= SECONDS_BETWEEN_LINES:
+                details = time.monotonic()
+                rate = created / (details - began)
                 log.info(
                     "%d of %d pairs, %.1f a second, %d errors; %s left.",
-                    *(pairs - missing + made, pairs, rate, errors, bar.format_interval((missing - made) / rate)),
+                    *(pairs - missing + created, pairs, rate, errors, bar.format_interval((missing - created) / rate)),
                 )
 
 

@@ -67,54 +67,54 @@ def _page_header(stream: BinaryIO, begin: int) -> tuple[dict[int, Any], int]:
             size *= 8
 
 
-def _struct(content: bytes, place: int, depth: int) -> tuple[dict[int, Any], int]:
+def _struct(content: bytes, location: int, depth: int) -> tuple[dict[int, Any], int]:
     """Return the integers and structs of a struct by field, and where it ends."""
     if depth > MAX_DEPTH:
         raise ValueError("the header of a page nests too deeply")
     fields: dict[int, Any] = {}
     field = 0
-    while content[place]:
-        delta, kind = content[place] >> 4, content[place] & 15
-        place += 1
+    while content[location]:
+        delta, kind = content[location] >> 4, content[location] & 15
+        location += 1
         if delta:
             field += delta
         else:
-            field, place = _integer(content, place)
-        value, place = _value(content, place, kind, depth)
+            field, location = _integer(content, location)
+        value, location = _value(content, location, kind, depth)
         if value is not None:
             fields[field] = value
-    return fields, place + 1
+    return fields, location + 1
 
 
-def _value(content: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
+def _value(content: bytes, location: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind in (_TRUE, _FALSE):
-        return None, place
+        return None, location
     if kind == _BYTE:
-        return None, place + 1
+        return None, location + 1
     if kind in (_I16, _I32, _I64):
-        return _integer(content, place)
+        return _integer(content, location)
     if kind == _DOUBLE:
-        return None, place + 8
+        return None, location + 8
     if kind == _BINARY:
-        length, place = _varint(content, place)
-        return None, place + length
+        length, location = _varint(content, location)
+        return None, location + length
     if kind == _STRUCT:
-        return _struct(content, place, depth + 1)
+        return _struct(content, location, depth + 1)
     # Page headers have no lists, sets or maps.
     raise ValueError("the header of a page is damaged")
 
 
-def _integer(content: bytes, place: int) -> tuple[int, int]:
-    value, place = _varint(content, place)
-    return (value >> 1) ^ -(value & 1), place
+def _integer(content: bytes, location: int) -> tuple[int, int]:
+    value, location = _varint(content, location)
+    return (value >> 1) ^ -(value & 1), location
 
 
-def _varint(content: bytes, place: int) -> tuple[int, int]:
+def _varint(content: bytes, location: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        byte = content[place]
-        place += 1
+        byte = content[location]
+        location += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, place
+            return value, location
     raise ValueError("the header of a page is damaged")

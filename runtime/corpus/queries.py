@@ -60,26 +60,28 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(text: str, number: int, place: str) -> Question:
-    row: Any = parse_json(text, place, advice="correct the line")
+def _question(text: str, number: int, location: str) -> Question:
+    row: Any = parse_json(text, location, advice="correct the line")
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise AnnotationError(
-            f'{place}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.',
+            f'{location}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.',
             code="malformed_row",
         )
     if "video" in row and "vid" not in row:
         # As the HTTP API calls it: left alone, the sentence would be asked of every video.
         raise AnnotationError(
-            f"{place}: the video of a sentence is called vid here, not video; rename the key.", code="malformed_row"
+            f"{location}: the video of a sentence is called vid here, not video; rename the key.", code="malformed_row"
         )
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
         raise AnnotationError(
-            f"{place}: vid should be the name of a video, or be left out, and is {excerpt(video)}.",
+            f"{location}: vid should be the name of a video, or be left out, and is {excerpt(video)}.",
             code="malformed_row",
         )
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
-        raise AnnotationError(f"{place}: qid should be a number or text, and is {excerpt(qid)}.", code="malformed_row")
+        raise AnnotationError(
+            f"{location}: qid should be a number or text, and is {excerpt(qid)}.", code="malformed_row"
+        )
     return Question(number, qid, row["query"], video)
 
 

@@ -55,15 +55,15 @@ def run_on_ray(
     settings = job.settings
     with _ray(address, actors, settings) as ray:
         room = _room(ray, settings)
-        wanted = actors or max(1, room)
-        if wanted > room:
+        expected = actors or max(1, room)
+        if expected > room:
             log.warning(
                 "The cluster has room for %d processes of %s now, and %d were asked for; the others wait for it.",
                 room,
                 "one GPU" if settings.device == "cuda" else f"{settings.threads} CPU cores",
-                wanted,
+                expected,
             )
-        size = min(wanted, len(shards))
+        size = min(expected, len(shards))
         items = [{"shard": pickle.dumps(shard)} for shard in shards]
         needs: dict[str, Any] = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": settings.threads}
         # A block for each shard: what ends with a process is made again by itself.

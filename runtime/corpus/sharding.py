@@ -110,12 +110,12 @@ def plan(
     shards: list[Shard] = []
     waiting: list[VideoQueries] = []
     room = shard_pairs
-    for asked in _video_queries(listing, common, own, shard_pairs):
-        if len(asked) > room:
+    for requested in _video_queries(listing, common, own, shard_pairs):
+        if len(requested) > room:
             shards.append(Shard(len(shards) + 1, tuple(waiting)))
             waiting, room = [], shard_pairs
-        waiting.append(asked)
-        room -= len(asked)
+        waiting.append(requested)
+        room -= len(requested)
     if waiting:
         shards.append(Shard(len(shards) + 1, tuple(waiting)))
     return common, shards
@@ -199,13 +199,13 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
         if content_names(output):
             raise _not_a_corpus(output)
         return
-    found = read_json(path, "what a corpus was made of", OutputError)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    result = read_json(path, "what a corpus was made of", OutputError)
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise OutputError(f"{path} is not of format {FORMAT!r}; name another directory.", code="unknown_format")
     if not any(output.glob("shard-*")):
         return
     # As it is read from a file: tuples are lists there.
-    differences = list(_differences(found, json.loads(json.dumps(told))))
+    differences = list(_differences(result, json.loads(json.dumps(told))))
     if differences:
         raise OutputError(
             f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
@@ -233,8 +233,8 @@ def _differences(found: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:
 def _versions(model: Path, form: Form) -> dict[str, str]:
     """Return the packages whose arithmetic or writing a row depends on."""
     names = ["drn-deploy", "numpy", *LIBRARIES.get(model.suffix, ()), *(["pyarrow"] if form == "parquet" else [])]
-    found = {}
+    results = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            results[name] = importlib.metadata.version(name)
+    return results

@@ -101,7 +101,7 @@ def digest_path(job: CorpusJob, shard: Shard) -> Path:
 
 def stamps_of(shard: Shard, stamp: Callable[[VideoRef], str]) -> dict[str, str]:
     """Return the stamp of the features of each video of a shard."""
-    return {asked.video.name: stamp(asked.video) for asked in shard.asked if asked.known}
+    return {requested.video.name: stamp(requested.video) for requested in shard.asked if requested.known}
 
 
 def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
@@ -113,26 +113,26 @@ def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
     Raises:
         OutputError: the features of one of its videos have changed since, or it is not known of which it was made.
     """
-    path, beside = job.path(shard), digest_path(job, shard)
+    path, siblings = job.path(shard), digest_path(job, shard)
     if not path.is_file():
         return False
-    if not beside.is_file():
+    if not siblings.is_file():
         raise OutputError(
-            f"{path} has no digests in {beside}, so it is not known which features it was made of. Remove the shard, "
+            f"{path} has no digests in {siblings}, so it is not known which features it was made of. Remove the shard, "
             "or name another --output.",
             code="unknown_features",
         )
     try:
-        record = read_json(beside, "digests of a shard", OutputError)
+        record = read_json(siblings, "digests of a shard", OutputError)
         whole = record["digest"] == json_digest({**record, "digest": ""}) and record["sha256"] == sha256(path)
     except (OutputError, KeyError, TypeError):
         whole = False
     if not whole:
-        log.warning("%s is damaged: it does not match its digest in %s; it is made again.", path, beside)
+        log.warning("%s is damaged: it does not match its digest in %s; it is made again.", path, siblings)
         path.unlink()
         return False
     now = stamps_of(shard, source.stamp)
-    shared = {asked.video.name: source.shared_file(asked.video) for asked in shard.asked if asked.known}
+    shared = {requested.video.name: source.shared_file(requested.video) for requested in shard.asked if requested.known}
     before = record["features"]
     changed = [video for video in before if now.get(video) != before[video]]
     if changed:
@@ -200,13 +200,13 @@ class Worker:
         A job that is killed may leave processes behind for a moment, which would put their shards there.
         """
         try:
-            found = json_digest(json.loads((self.job.output / MANIFEST).read_bytes()))
+            result = json_digest(json.loads((self.job.output / MANIFEST).read_bytes()))
         except (OSError, ValueError) as error:
             raise OutputError(
                 f"{self.job.output} holds no {MANIFEST} here, on {platform.node()}; corpora are written to a file "
                 "system that all machines see under the same path."
             ) from error
-        if found != self.job.manifest:
+        if result != self.job.manifest:
             raise OutputError(f"{self.job.output} belongs to a job of other inputs by now; name another directory.")
 
     def _note(self, shard: Shard) -> Path:
@@ -234,17 +234,17 @@ class Worker:
 
     def _groups(self, shard: Shard) -> Iterator[list[tuple[VideoQueries, Found]]]:
         """Yield videos that are asked together. Who they are follows from the shard alone, and so do their batches."""
-        found = self._source.load([asked.video for asked in shard.asked if asked.known], self._clock)
+        result = self._source.load([requested.video for requested in shard.asked if requested.known], self._clock)
         group: list[tuple[VideoQueries, Found]] = []
         pairs, waiting = 0, 0
-        for asked in shard.asked:
-            if asked.known:
-                subject = self._subject(next(found), len(asked))
+        for requested in shard.asked:
+            if requested.known:
+                subject = self._subject(next(result), len(requested))
             else:
-                subject = f"There is no video {excerpt(asked.video.name)} in {self.job.features}; check the name."
-                subject += near_name(self._names, asked.video.name)
-            group.append((asked, subject))
-            pairs, waiting = pairs + len(asked), waiting + _bytes(subject)
+                subject = f"There is no video {excerpt(requested.video.name)} in {self.job.features}; check the name."
+                subject += near_name(self._names, requested.video.name)
+            group.append((requested, subject))
+            pairs, waiting = pairs + len(requested), waiting + _bytes(subject)
             if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MAX_WAITING_BYTES:
                 yield group
                 group, pairs, waiting = [], 0, 0
@@ -278,13 +278,13 @@ class Worker:
     def _answered(self, group: list[tuple[VideoQueries, Found]]) -> list[dict[str, Any]]:
         """Return a row for each question of a group, in order."""
         rows, waiting, pairs = [], [], []
-        for asked, subject in group:
-            for question in asked.questions(self.job.common):
+        for requested, subject in group:
+            for question in requested.questions(self.job.common):
                 problem = subject if isinstance(subject, str) else self._problem(question.query)
                 row: dict[str, Any] = {
                     "qid": question.qid,
                     "query": question.query,
-                    "vid": asked.video.name,
+                    "vid": requested.video.name,
                     "pred_relevant_windows": [],
                     "error": problem,
                 }
@@ -294,8 +294,8 @@ class Worker:
                     pairs.append((subject, question.query))
         if pairs:
             settings = self.job.settings
-            found = self._grounder.ground_batch(pairs, settings.top_k, settings.batch_size)
-            for row, moments in zip(waiting, found):
+            result = self._grounder.ground_batch(pairs, settings.top_k, settings.batch_size)
+            for row, moments in zip(waiting, result):
                 row["pred_relevant_windows"] = [[moment.start, moment.end, moment.score] for moment in moments]
         return rows
 

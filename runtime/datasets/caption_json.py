@@ -63,17 +63,17 @@ class Captions:
         videos = VideoTable()
         for split, entries in self._splits.items():
             for name, entry in entries.items():
-                place = f"{self.path(split)}, video {excerpt(name)}"
+                location = f"{self.path(split)}, video {excerpt(name)}"
                 try:
-                    found = clock_of(entry)
+                    result = clock_of(entry)
                 except (KeyError, TypeError, ValueError, ArithmeticError):
                     raise AnnotationError(
-                        f"{place}: {clock} are expected beside timestamps and sentences; correct the entry, and keep "
-                        "data sets of different formats in different directories.",
+                        f"{location}: {clock} are expected beside timestamps and sentences; correct the entry, and "
+                        "keep data sets of different formats in different directories.",
                         code="missing_field",
                     ) from None
-                videos.add(name, found.duration, place, found.num_frames)
-                self._second[name] = found.second
+                videos.add(name, result.duration, location, result.num_frames)
+                self._second[name] = result.second
         self.durations, self.num_frames = videos.durations, videos.num_frames
 
     def path(self, split: str) -> Path:
@@ -94,15 +94,16 @@ class Captions:
     def rows(self, split: str) -> Iterator[Row]:
         number = 0
         for name, entry in self._entries(split).items():
-            place = f"{self.path(split)}, video {excerpt(name)}"
+            location = f"{self.path(split)}, video {excerpt(name)}"
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
                 raise AnnotationError(
-                    f"{place}: as many timestamps as sentences are expected; correct the entry.", code="malformed_row"
+                    f"{location}: as many timestamps as sentences are expected; correct the entry.",
+                    code="malformed_row",
                 )
             for index, (window, sentence) in enumerate(zip(times, sentences), 1):
                 number += 1
-                where = f"{place}, sentence {index}"
+                where = f"{location}, sentence {index}"
                 if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
                     raise AnnotationError(
                         f"{where}: the timestamps should be [start, end], and are {excerpt(window)}.",
@@ -112,12 +113,13 @@ class Captions:
                 annotation = Annotation(name, start, end, sentence_of(sentence, where), number)
                 yield Row(annotation, f"{name} sentence {index}", where)
 
-    def check_known(self, video: str, place: str) -> None:
+    def check_known(self, video: str, location: str) -> None:
         if video not in self.durations:
             files = ", ".join(f"{split}.json" for split in self._splits)
             near = near_name(by_fold(self.durations), video)
             raise AnnotationError(
-                f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}", code="unlisted_video"
+                f"{location}: the video {excerpt(video)} is not in {files}; check the name.{near}",
+                code="unlisted_video",
             )
 
     def _entries(self, split: str) -> Entries:

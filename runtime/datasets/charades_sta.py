@@ -66,8 +66,8 @@ class CharadesSTA:
                 f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.", code="empty_file"
             )
         for number, line in enumerate(lines, 1):
-            place = f"{path}, line {number}"
-            yield Row(self._parse(line, place, number), str(number), place)
+            location = f"{path}, line {number}"
+            yield Row(self._parse(line, location, number), str(number), location)
 
     def _lines(self, split: str) -> list[str]:
         path = self.path(split)
@@ -77,11 +77,11 @@ class CharadesSTA:
             )
         return read_lines(path, "lines of VIDEO START END##SENTENCE")
 
-    def check_known(self, video: str, place: str) -> None:
+    def check_known(self, video: str, location: str) -> None:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
             if video not in table:
                 raise AnnotationError(
-                    f"{place}: the video {excerpt(video)} is not in {name}; add it there or check the name."
+                    f"{location}: the video {excerpt(video)} is not in {name}; add it there or check the name."
                     + near_name(by_fold(table), video),
                     code="unlisted_video",
                 )
@@ -100,12 +100,12 @@ class CharadesSTA:
                 )
         return table
 
-    def _parse(self, line: str, place: str, number: int) -> Annotation:
+    def _parse(self, line: str, location: str, number: int) -> Annotation:
         parts = line.strip().split("##")
         fields = parts[0].split()
         if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
             raise AnnotationError(
-                f"{place}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line.",
+                f"{location}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line.",
                 code="malformed_row",
             )
         try:
@@ -114,9 +114,9 @@ class CharadesSTA:
             start = end = math.nan
         if not (math.isfinite(start) and math.isfinite(end)):
             raise AnnotationError(
-                f"{place}: start and end should be seconds, and are {excerpt(fields[1])} and "
+                f"{location}: start and end should be seconds, and are {excerpt(fields[1])} and "
                 f"{excerpt(fields[2])}; correct the line.",
                 code="malformed_row",
             )
-        self.check_known(fields[0], place)
+        self.check_known(fields[0], location)
         return Annotation(fields[0], start, end, parts[1].strip(), number)

@@ -139,9 +139,9 @@ class DataSet:
                 if annotation is None:
                     continue
                 row = dataclasses.replace(row, annotation=annotation)
-            kept = row.annotation
-            clipped += any(end > self.durations[kept.video] for _, end in kept.moments)
-            annotations.append(kept)
+            retained = row.annotation
+            clipped += any(end > self.durations[retained.video] for _, end in retained.moments)
+            annotations.append(retained)
         path = self.annotations_path(split)
         if dropped:
             more = f"; and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
@@ -227,8 +227,8 @@ class DataSet:
     @property
     def files(self) -> list[Path]:
         """The files of all splits, and the tables that they are read with; not the features."""
-        beside = (path for path in self.root.glob("*.json") if path.name in (NOTES, "dataset.json"))
-        return [*dict.fromkeys(path for split in self.splits for path in self._layout.files(split)), *beside]
+        siblings = (path for path in self.root.glob("*.json") if path.name in (NOTES, "dataset.json"))
+        return [*dict.fromkeys(path for split in self.splits for path in self._layout.files(split)), *siblings]
 
     def digest(self, split: str) -> str:
         """Return the SHA-256 of a split's annotation file and of the tables it is read with."""
@@ -265,25 +265,25 @@ class DataSet:
         Raises:
             AnnotationError: frames and duration contradict each other; see `check_frame_rate`.
         """
-        told, clock = self.num_frames.get(video), self.preset.features.clock
-        if told is not None:
-            check_frame_rate(f"The video {excerpt(video)}", told, self.durations[video], AnnotationError)
+        details, clock = self.num_frames.get(video), self.preset.features.clock
+        if details is not None:
+            check_frame_rate(f"The video {excerpt(video)}", details, self.durations[video], AnnotationError)
             if not self.preset.spread:
-                return told
+                return details
         clips = self.store.num_clips(video) if num_clips is None else num_clips
-        if told is None:
+        if details is None:
             check_frame_rate(
                 f"The video {excerpt(video)}", clock.num_frames(clips), self.durations[video], AnnotationError
             )
         else:
-            if clock.fits(told, clips):
-                return told
+            if clock.fits(details, clips):
+                return details
             if not self._told_of_stride:
                 self._told_of_stride = True
                 log.warning(
                     "%s: %d clips of %r do not fit its %d frames, of which the clock makes %d; segments of such videos "
                     "are equal parts of their clips (said once).",
-                    self.root, clips, video, told, clock.num_clips(told),
+                    self.root, clips, video, details, clock.num_clips(details),
                 )  # fmt: skip
         return clock.num_frames(clips)
 
@@ -386,8 +386,8 @@ class DataSet:
         """
         clock, store = clock or self.preset.features.clock, store or self.store
         for video in videos[:: max(1, -(-len(videos) // CHECKED_VIDEOS))]:
-            clips, told = store.num_clips(video), self.num_frames.get(video)
-            frames = clock.num_frames(clips) if told is None else told
+            clips, details = store.num_clips(video), self.num_frames.get(video)
+            frames = clock.num_frames(clips) if details is None else details
             check_frame_rate(f"The video {excerpt(video)}", frames, self.durations[video], AnnotationError)
             if not self.preset.spread:
                 self.origin.check(video, clips, frames, clock)

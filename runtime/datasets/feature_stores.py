@@ -145,25 +145,25 @@ class FeatureArchive:
         return f"{features.dtype} {features.shape} ".encode() + features.tobytes()
 
 
-def open_store(root: Path, place: Path | None) -> FeatureStore:
+def open_store(root: Path, location: Path | None) -> FeatureStore:
     """Return the features of the data set in a directory.
 
     Args:
         root: the directory.
-        place: a directory or an HDF5 file; None for `features/` in the directory or, without it, its one HDF5 file. A
-            `place` that is not there gives way to the one HDF5 file too.
+        location: a directory or an HDF5 file; None for `features/` in the directory or, without it, its one HDF5 file.
+            A `place` that is not there gives way to the one HDF5 file too.
 
     Raises:
         FeatureError: the directory holds several HDF5 files, or one beside `features/`.
     """
-    if place is not None and place.suffix in HDF5_SUFFIXES:
-        return FeatureArchive(place)
-    directory = place or root / "features"
+    if location is not None and location.suffix in HDF5_SUFFIXES:
+        return FeatureArchive(location)
+    directory = location or root / "features"
     archives = sorted(path for suffix in HDF5_SUFFIXES for path in root.glob(f"*{suffix}"))
     if len(archives) > 1 or (archives and directory.is_dir()):
-        beside = [path.name for path in archives] + ([f"{directory.name}/"] if directory.is_dir() else [])
+        siblings = [path.name for path in archives] + ([f"{directory.name}/"] if directory.is_dir() else [])
         raise FeatureError(
-            f"{root} holds features in {' and '.join(beside)}; keep one of them.", code="ambiguous_features"
+            f"{root} holds features in {' and '.join(siblings)}; keep one of them.", code="ambiguous_features"
         )
     return FeatureArchive(archives[0]) if archives else FeatureFiles(directory)
 

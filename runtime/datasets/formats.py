@@ -26,21 +26,21 @@ def open_format(root: Path) -> DatasetFormat:
     for split, entries in captions.items():
         path = root / f"{split}.json"
         claims.setdefault(_kind(entries, path), []).append(path)
-    found = {kind: paths for kind, paths in claims.items() if paths}
-    if len(found) > 1:
-        told = " and ".join(f"{paths[0].name} ({kind})" for kind, paths in found.items())
+    results = {kind: paths for kind, paths in claims.items() if paths}
+    if len(results) > 1:
+        message = " and ".join(f"{paths[0].name} ({kind})" for kind, paths in results.items())
         raise AnnotationError(
-            f"{root} holds a mixture of formats, {told}; keep each data set in a directory of its own.",
+            f"{root} holds a mixture of formats, {message}; keep each data set in a directory of its own.",
             code="mixed_formats",
         )
-    if not found:
+    if not results:
         raise AnnotationError(
             f"{root} holds no data set: Charades_sta_SPLIT.txt (Charades-STA), SPLIT.json (ActivityNet Captions, "
             "TACoS) or SPLIT.jsonl (QVHighlights, or the common form) is looked for, SPLIT being train, val or test; "
             "see docs/formats.md.",
             code="data_set_missing",
         )
-    kind = next(iter(found))
+    kind = next(iter(results))
     if kind == "QVHighlights":
         return QVHighlights(root)
     if kind == "Charades-STA":

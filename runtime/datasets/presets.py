@@ -62,9 +62,9 @@ class Preset:
 
 def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return shortest, usual and longest query of the data set that a model learnt from, by what its file says."""
-    told = training.get("query_length")
-    if isinstance(told, (list, tuple)) and len(told) == 3 and all(isinstance(length, int) for length in told):
-        return (told[0], told[1], told[2])
+    details = training.get("query_length")
+    if isinstance(details, (list, tuple)) and len(details) == 3 and all(isinstance(length, int) for length in details):
+        return (details[0], details[1], details[2])
     return Preset.query_length
 
 

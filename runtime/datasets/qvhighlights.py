@@ -66,16 +66,16 @@ class QVHighlights:
         return published if published.exists() else common
 
     def files(self, split: str) -> list[Path]:
-        beside = (self.root / name for name in (ABOUT, WORDS))
-        return [self.path(split), *(path for path in beside if path.exists())]
+        siblings = (self.root / name for name in (ABOUT, WORDS))
+        return [self.path(split), *(path for path in siblings if path.exists())]
 
     def words(self) -> Mapping[str, int] | None:
         path = self.root / WORDS
         return read_json(path, "word to id") if path.exists() else None
 
     def feature_place(self) -> Path | None:
-        place = self._about.get("features")
-        return self.root / place if place else None
+        location = self._about.get("features")
+        return self.root / location if location else None
 
     def videos(self, split: str) -> set[str]:
         return {row.annotation.video for row in self._splits.get(split, [])}
@@ -96,12 +96,13 @@ class QVHighlights:
                 )
             yield row
 
-    def check_known(self, video: str, place: str) -> None:
+    def check_known(self, video: str, location: str) -> None:
         if video not in self.durations:
             files = ", ".join(self.path(split).name for split in self._splits)
             near = near_name(by_fold(self.durations), video)
             raise AnnotationError(
-                f"{place}: the video {excerpt(video)} is not in {files}; check the name.{near}", code="unlisted_video"
+                f"{location}: the video {excerpt(video)} is not in {files}; check the name.{near}",
+                code="unlisted_video",
             )
 
 
@@ -112,17 +113,17 @@ def _names(split: str) -> tuple[str, str]:
 def _read_about(path: Path) -> dict[str, Any]:
     """Return `dataset.json` with its preset read."""
     value = read_json(path, "what a data set in the common form says of itself")
-    found = value.get("format") if isinstance(value, dict) else None
-    if found != FORMAT:
+    result = value.get("format") if isinstance(value, dict) else None
+    if result != FORMAT:
         raise AnnotationError(
-            f"{path} is of format {excerpt(found)} and this version reads {FORMAT!r}; prepare it again.",
+            f"{path} is of format {excerpt(result)} and this version reads {FORMAT!r}; prepare it again.",
             code="unknown_format",
         )
     with reading(path, "a description of a data set", AnnotationError, "prepare the data set again"):
-        counts, place = value.get("num_frames", {}), value.get("features")
+        counts, location = value.get("num_frames", {}), value.get("features")
         if not all(is_number(count) and 2 <= count <= MAX_FRAMES for count in counts.values()):
             raise ValueError("num_frames should map videos to frame counts")
-        if place is not None and (not isinstance(place, str) or "\0" in place):
+        if location is not None and (not isinstance(location, str) or "\0" in location):
             raise ValueError("features should be a path")
         return {**value, "preset": Preset.from_dict(value["preset"])}
     raise AssertionError
@@ -136,30 +137,30 @@ def _read_rows(path: Path, videos: VideoTable) -> Iterator[Row]:
         )
     seen: set[int | str] = set()
     for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
-        row = _row(line, place)
+        location = f"{path}, line {number}"
+        row = _row(line, location)
         name, qid = row["vid"], row["qid"]
-        videos.add(name, row["duration"], place)
+        videos.add(name, row["duration"], location)
         if qid in seen:
             raise AnnotationError(
-                f"{place}: the qid {excerpt(qid)} is in an earlier line too; give every query its own.",
+                f"{location}: the qid {excerpt(qid)} is in an earlier line too; give every query its own.",
                 code="duplicate_query",
             )
         seen.add(qid)
         # A split whose moments are secret still names its videos; `rows` refuses it.
-        windows = _windows(row["relevant_windows"], place) if "relevant_windows" in row else (HIDDEN,)
-        sentence = sentence_of(row["query"], place)
+        windows = _windows(row["relevant_windows"], location) if "relevant_windows" in row else (HIDDEN,)
+        sentence = sentence_of(row["query"], location)
         (start, end), several = windows[0], windows if len(windows) > 1 else ()
-        yield Row(Annotation(name, start, end, sentence, number, qid, several), str(number), place)
+        yield Row(Annotation(name, start, end, sentence, number, qid, several), str(number), location)
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
-    row = parse_json(line, place, advice="correct the line")
+def _row(line: str, location: str) -> dict[str, Any]:
+    row = parse_json(line, location, advice="correct the line")
     kinds: dict[str, Any] = {"qid": (int, str), "query": str, "vid": str, "duration": (int, float)}
     for key, kind in kinds.items():
         if not isinstance(row, dict) or not isinstance(row.get(key), kind) or isinstance(row[key], bool):
             raise AnnotationError(
-                f"{place}: a JSON object with qid, query, vid, duration and relevant_windows is expected, and its "
+                f"{location}: a JSON object with qid, query, vid, duration and relevant_windows is expected, and its "
                 f"{key} is missing or of another kind; correct the line, and keep data sets of different formats in "
                 "different directories.",
                 code="malformed_row",
@@ -167,13 +168,13 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _windows(value: Any, place: str) -> tuple[Times, ...]:
+def _windows(value: Any, location: str) -> tuple[Times, ...]:
     good = isinstance(value, list) and all(
         isinstance(window, list) and len(window) == 2 and all(map(is_number, window)) for window in value
     )
     if not good or not value:
         raise AnnotationError(
-            f"{place}: relevant_windows should be [[start, end], ...] in seconds, and is {excerpt(value)}.",
+            f"{location}: relevant_windows should be [[start, end], ...] in seconds, and is {excerpt(value)}.",
             code="malformed_row",
         )
     return tuple((float(start), float(end)) for start, end in value)

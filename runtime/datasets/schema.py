@@ -101,5 +101,5 @@ class DatasetFormat(Protocol):
     def feature_place(self) -> Path | None:
         """Return the directory or HDF5 file of the features; None for the usual places."""
 
-    def check_known(self, video: str, place: str) -> None:
+    def check_known(self, video: str, location: str) -> None:
         """Raise AnnotationError, beginning with `place`, if the annotations do not know a video."""

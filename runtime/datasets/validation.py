@@ -26,34 +26,34 @@ class VideoTable:
         self.num_frames: dict[str, int] = {}
         self._called: dict[str, str] = {}
 
-    def add(self, name: str, duration: Any, place: str, num_frames: Any | None = None) -> None:
+    def add(self, name: str, duration: Any, location: str, num_frames: Any | None = None) -> None:
         """Take a video in, again if it is the same.
 
         Args:
             name: as the annotations call it.
             duration: seconds.
-            place: where it is said, for messages.
+            location: where it is said, for messages.
             num_frames: None where nothing is said of it.
 
         Raises:
             AnnotationError: the name or a number is none, or another video has this name.
         """
-        check_video_name(name, place)
+        check_video_name(name, location)
         if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
             raise AnnotationError(
-                f"{place}: the duration should be seconds above 0, and is {excerpt(duration)}.",
+                f"{location}: the duration should be seconds above 0, and is {excerpt(duration)}.",
                 code="invalid_frame_count",
             )
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MAX_FRAMES):
             raise AnnotationError(
-                f"{place}: the frame count should be at least 2, and is {excerpt(num_frames)}.",
+                f"{location}: the frame count should be at least 2, and is {excerpt(num_frames)}.",
                 code="invalid_frame_count",
             )
-        _check_distinct(self._called, name, place)
-        told = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
-        if told != (duration, num_frames):
+        _check_distinct(self._called, name, location)
+        details = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
+        if details != (duration, num_frames):
             raise AnnotationError(
-                f"{place}: two videos have the name {excerpt(name)}, of {told[0]:g} and of {duration:g} seconds; "
+                f"{location}: two videos have the name {excerpt(name)}, of {details[0]:g} and of {duration:g} seconds; "
                 "rename one.",
                 code="ambiguous_video_name",
             )
@@ -72,35 +72,35 @@ def is_file_name(name: str) -> bool:
     )
 
 
-def check_video_name(name: str, place: str) -> None:
+def check_video_name(name: str, location: str) -> None:
     """Raise AnnotationError for a name that no file could have, or only one in another directory."""
     if not is_file_name(name):
         raise AnnotationError(
-            f"{place}: {excerpt(name)} cannot be the name of a video, as its features are found by it; use at most "
+            f"{location}: {excerpt(name)} cannot be the name of a video, as its features are found by it; use at most "
             f"{MAX_NAME_BYTES} bytes without slashes and line breaks.",
             code="invalid_video_name",
         )
 
 
-def check_distinct_names(names: Iterable[str], place: str) -> None:
+def check_distinct_names(names: Iterable[str], location: str) -> None:
     """Raise AnnotationError (code `ambiguous_video_name`) if the features of two videos could be one file.
 
     Args:
         names: of videos, each once.
-        place: where they are said, for messages.
+        location: where they are said, for messages.
     """
     called: dict[str, str] = {}
     for name in names:
-        _check_distinct(called, name, place)
+        _check_distinct(called, name, location)
 
 
-def _check_distinct(called: dict[str, str], name: str, place: str) -> None:
+def _check_distinct(called: dict[str, str], name: str, location: str) -> None:
     """Add a name to the names by stem; AnnotationError if another one has this stem."""
     known = called.setdefault(file_stem(name), name)
     if known != name:
         raise AnnotationError(
-            f"{place}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features could not be "
-            "distinguished. Rename one, or remove its entry.",
+            f"{location}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features could not "
+            "be distinguished. Rename one, or remove its entry.",
             code="ambiguous_video_name",
         )
 
@@ -115,12 +115,12 @@ def file_stem(name: str) -> str:
     return name
 
 
-def sentence_of(value: Any, place: str) -> str:
+def sentence_of(value: Any, location: str) -> str:
     """Return a sentence in one line; AnnotationError if it is none."""
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
         raise AnnotationError(
-            f"{place}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out.",
+            f"{location}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out.",
             code="malformed_row",
         )
     return sentence

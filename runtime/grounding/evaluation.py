@@ -79,14 +79,14 @@ def evaluate(
     # Without an answer to a query: a miss, as recall is measured over all queries.
     picks = {threshold: np.full((len(annotations), PUBLISHED_COUNT, 3), np.nan, np.float32) for threshold in thresholds}
     askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
-    asked = [annotations[row] for row in askable]
-    for rows, heads in run_heads(grounder, data_set, asked, batch_size, segments_of):
+    requested = [annotations[row] for row in askable]
+    for rows, heads in run_heads(grounder, data_set, requested, batch_size, segments_of):
         try:
             proposals = score_proposals_with_fallback(heads, decoding)
         except ModelFileError as error:
-            raise cause_of(error, grounder, data_set, [asked[row] for row in rows], segments_of) from error
-        for threshold, found in nms_per_threshold(proposals, decoding, thresholds):
-            picks[threshold][askable[rows]] = found
+            raise cause_of(error, grounder, data_set, [requested[row] for row in rows], segments_of) from error
+        for threshold, result in nms_per_threshold(proposals, decoding, thresholds):
+            picks[threshold][askable[rows]] = result
         on_progress(len(rows))
     truth = data_set.truths(annotations)
     return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
@@ -208,12 +208,12 @@ def nms_per_threshold(
     proposals: Proposals, decoding: Decoding, iou_thresholds: Sequence[float]
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield for each IoU threshold of the metrics the (B, 6, 3) picks to judge at it."""
-    found = None
+    result = None
     for threshold in iou_thresholds:
         # Only the authors' protocol suppresses differently for each metric.
-        if found is None or decoding.protocol == "drn":
-            found = apply_nms(proposals, decoding, PUBLISHED_COUNT, threshold)
-        yield threshold, found
+        if result is None or decoding.protocol == "drn":
+            result = apply_nms(proposals, decoding, PUBLISHED_COUNT, threshold)
+        yield threshold, result
 
 
 def encode_queries(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.ndarray]:
@@ -228,8 +228,8 @@ def encode_queries(grounder: Grounder, annotations: Sequence[Annotation]) -> lis
         try:
             queries.append(grounder.encode_query(annotation.sentence, unheard, check_content=False))
         except QueryError as error:
-            place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
-            raise QueryError(f"{place}: {error}", code=error.code) from error
+            location = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
+            raise QueryError(f"{location}: {error}", code=error.code) from error
     grounder.manifest.vocabulary.tell(unheard)
     return queries
 

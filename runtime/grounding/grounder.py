@@ -129,19 +129,21 @@ class Grounder:
         decoding, threshold = self.manifest.decoding, self._threshold(presence)
         answers: list[list[Moment]] = [[] for _ in pairs]
         whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
-        asked = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
-        for indices, heads in self.run(*asked, batch_size):
+        requested = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
+        for indices, heads in self.run(*requested, batch_size):
             try:
                 picks = self._picks(heads, top_k, threshold)
             except ModelFileError as error:
-                raise self.cause_of(error, [(pairs[whole[i]][0], asked[0][i]) for i in indices]) from error
+                raise self.cause_of(error, [(pairs[whole[i]][0], requested[0][i]) for i in indices]) from error
             for index, rows in zip(indices, picks):
                 answers[whole[index]] = moments_of(rows, pairs[whole[index]][0])
         for key in videos.keys() - seen.keys():
             chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
-            found = self._ask_windows(videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size)
-            for index, picks in zip(chosen, found.picks(decoding, top_k)):
-                moments = to_moments(picks, found.unit, videos[key].offset)
+            result = self._ask_windows(
+                videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size
+            )
+            for index, picks in zip(chosen, result.picks(decoding, top_k)):
+                moments = to_moments(picks, result.unit, videos[key].offset)
                 if threshold is not None and not (moments and moments[0].score >= threshold):
                     continue
                 # As published: where nothing is likely, the whole video with score 1.
@@ -217,22 +219,22 @@ class Grounder:
         self, video: VideoInput, windows: Sequence[Window], queries: Sequence[np.ndarray], batch_size: int
     ) -> WindowProposals:
         """Ask every window every query. No more windows are held at a time than fit into a batch, at least one."""
-        found = WindowProposals(len(queries), windows)
+        result = WindowProposals(len(queries), windows)
         seen = self._seen_windows(video, windows)
         together = max(1, batch_size // len(queries))
         for start in range(0, len(windows), together):
             part = list(itertools.islice(seen, together))
-            asked = [(query, window) for window in range(len(part)) for query in range(len(queries))]
-            subjects = [part[window] for _, window in asked]
-            for rows, heads in self.run([queries[query] for query, _ in asked], subjects, batch_size):
+            requested = [(query, window) for window in range(len(part)) for query in range(len(queries))]
+            subjects = [part[window] for _, window in requested]
+            for rows, heads in self.run([queries[query] for query, _ in requested], subjects, batch_size):
                 try:
                     proposals = score_proposals(heads, self.manifest.decoding)
                 except ModelFileError as error:
                     raise self.cause_of(error, [(video, queries[0])]) from error
                 for row, spans, scores in zip(rows, proposals.spans, proposals.scores):
-                    query, window = asked[row]
-                    found.add(query, start + window, spans, scores)
-        return found
+                    query, window = requested[row]
+                    result.add(query, start + window, spans, scores)
+        return result
 
     def _seen_windows(self, video: VideoInput, windows: Sequence[Window]) -> Iterator[Segments | EncodedVideo]:
         """Yield the windows of a video as the backend takes them, each made when it is asked for."""
@@ -279,10 +281,10 @@ class Grounder:
             for chosen in batches_by_length([queries[i] for i in positions], batch_size):
                 rows = positions[chosen]
                 distinct = {id(encoded[i]): encoded[i] for i in rows}
-                place = {key: index for index, key in enumerate(distinct)}
-                video_index = np.array([place[id(encoded[i])] for i in rows], np.int32)
-                asked = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
-                yield rows, functools.partial(self._ask_part, *asked)
+                locations = {key: index for index, key in enumerate(distinct)}
+                video_index = np.array([locations[id(encoded[i])] for i in rows], np.int32)
+                requested = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
+                yield rows, functools.partial(self._ask_part, *requested)
 
     @marked("network")
     def _run_part(self, batch: Batch, part: slice) -> Heads:
@@ -462,17 +464,17 @@ class Grounder:
         """
         if error.code != NON_FINITE:
             return error
-        found = {
+        results = {
             id(subject): self.segments(subject) if isinstance(subject, Video) else subject
             for subject, _ in pairs
             if isinstance(subject, (Video, Segments))
         }
-        if not found:
+        if not results:
             return error
-        largest = max(float(np.abs(segments.features).max()) for segments in found.values())
+        largest = max(float(np.abs(segments.features).max()) for segments in results.values())
         if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
             return error
-        zeros = [Segments(np.zeros_like(part.features), part.spans) for part in found.values()][:1]
+        zeros = [Segments(np.zeros_like(part.features), part.spans) for part in results.values()][:1]
         seen = [self.encode_segments(part, 1.0, "zeros") if self.is_pair else part for part in zeros]
         for _, query in pairs:
             for _, heads in self.run([query], seen):
@@ -521,10 +523,10 @@ class Grounder:
                 "with this one.",
                 code="encoding_of_another_model",
             )
-        wanted = (self.manifest.features.dim, self.manifest.decoding.num_segments)
-        if video.features.shape != wanted:
+        expected = (self.manifest.features.dim, self.manifest.decoding.num_segments)
+        if video.features.shape != expected:
             raise FeatureError(
-                f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {wanted}; "
+                f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {expected}; "
                 "encode it again with this one.",
                 code="shape_mismatch",
             )

@@ -94,15 +94,15 @@ def draw(answers: Sequence[Answer], path: Path, footage: VideoFile | None = None
     axes.grid(axis="x", color=TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
     _write(axes, f"{answers[0].video}   {format_timestamp(duration)}", 0, LINE * 0.5, weight="bold", size=11)
-    place = LINE * 1.4
+    location = LINE * 1.4
     for lines, tracks in blocks:
         for line in lines:
-            _write(axes, line, 0, place + LINE / 2)
-            place += LINE
+            _write(axes, line, 0, location + LINE / 2)
+            location += LINE
         for track in tracks:
-            _draw_track(axes, track, place, duration)
-            place += track.height + GAP / 2
-        place += GAP * 2
+            _draw_track(axes, track, location, duration)
+            location += track.height + GAP / 2
+        location += GAP * 2
     lowest = axes
     if pictures:
         axes.tick_params(axis="x", length=0, labelbottom=False)
@@ -137,12 +137,12 @@ def _tracks(answer: Answer, alone: bool) -> list[_Track]:
         tracks = [_Track([*bars, _Bar(best.start, best.end, BEST)], _caption(best, "  "), BEST)]
     if answer.truths:
         start, end = answer.truths[0]
-        told = (
+        message = (
             f"{format_timestamp(start)} – {format_timestamp(end)}"
             if len(answer.truths) == 1
             else f"{len(answer.truths)} moments"
         )
-        tracks.append(_Track([_Bar(*truth, TRUTH) for truth in answer.truths], f"{told}  truth", TRUTH, THIN))
+        tracks.append(_Track([_Bar(*truth, TRUTH) for truth in answer.truths], f"{message}  truth", TRUTH, THIN))
     return tracks
 
 
@@ -156,7 +156,7 @@ def _faded(moment: Moment, answer: Answer) -> str:
         return BEST
     top = answer.moments[0].score
     share = min(max(moment.score / top, 0.0), 1.0) if top > 0 else 1.0
-    channels = (int(OTHERS[place : place + 2], 16) for place in (1, 3, 5))
+    channels = (int(OTHERS[location : location + 2], 16) for location in (1, 3, 5))
     mixed = (round(value + (1 - share) * 0.65 * (255 - value)) for value in channels)
     return "#" + "".join(f"{value:02x}" for value in mixed)
 
@@ -216,9 +216,9 @@ def _strip(footage: VideoFile, span: float, duration: float, partial: bool) -> l
 def _cut(frame: np.ndarray, shape: float) -> np.ndarray:
     """Return the middle of a frame that is `shape` times as wide as high."""
     height, width = frame.shape[:2]
-    kept = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
-    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-    return frame[top : top + kept[1], left : left + kept[0]]
+    retained = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+    left, top = (width - retained[0]) // 2, (height - retained[1]) // 2
+    return frame[top : top + retained[1], left : left + retained[0]]
 
 
 def _draw_strip(axes: Any, pictures: Sequence[np.ndarray], answers: Sequence[Answer], duration: float) -> None:

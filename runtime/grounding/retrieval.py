@@ -96,12 +96,12 @@ def best_scores(
     """
     read = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
     tokens = [read[sentence] for sentence in sentences]
-    wanted = asked.ravel()
+    expected = asked.ravel()
     scores = np.full(asked.size, -np.inf, np.float32)
-    for rows in _of_whole_videos(wanted):
-        known = {number: data_set.video(videos[number]) for number in set(wanted[rows].tolist())}
+    for rows in _of_whole_videos(expected):
+        known = {number: data_set.video(videos[number]) for number in set(expected[rows].tolist())}
         pooled = {number: grounder.segments(video) for number, video in known.items()}
-        numbers = wanted[rows].tolist()
+        numbers = expected[rows].tolist()
         chunk = Chunk(
             rows,
             [tokens[row // asked.shape[1]] for row in rows],
@@ -109,21 +109,21 @@ def best_scores(
             [videos[number] for number in numbers],
             [known[number].duration for number in numbers],
         )
-        for place, heads in run_chunk(grounder, chunk, batch_size):
+        for location, heads in run_chunk(grounder, chunk, batch_size):
             try:
-                found = score_proposals(heads, grounder.manifest.decoding)
+                result = score_proposals(heads, grounder.manifest.decoding)
             except ModelFileError as error:
-                asked_here = [(pooled[wanted[row]], tokens[row // asked.shape[1]]) for row in place]
+                asked_here = [(pooled[expected[row]], tokens[row // asked.shape[1]]) for row in location]
                 raise grounder.cause_of(error, asked_here) from error
-            scores[place] = found.scores.max(axis=1)
-            on_progress(len(place))
+            scores[location] = result.scores.max(axis=1)
+            on_progress(len(location))
     return scores.reshape(asked.shape)
 
 
-def _of_whole_videos(wanted: np.ndarray) -> Iterator[np.ndarray]:
+def _of_whole_videos(expected: np.ndarray) -> Iterator[np.ndarray]:
     """Yield positions of a bounded number of pairs, unless one video is asked more often; each video in one part."""
-    order = np.argsort(wanted, kind="stable")
-    ends = [*(np.flatnonzero(np.diff(wanted[order])) + 1).tolist(), len(order)]
+    order = np.argsort(expected, kind="stable")
+    ends = [*(np.flatnonzero(np.diff(expected[order])) + 1).tolist(), len(order)]
     start = 0
     for end, after in zip(ends, [*ends[1:], len(order) + CHUNK]):
         if after - start > CHUNK:

@@ -136,9 +136,9 @@ def open_video_source(
         opened = probe(film)
         video = load_or_extract(film, network, partial=choice.partial, threads=threads, footage=opened)
         return VideoSource(video, footage=opened)
-    footage = probe(film) if film else None
-    if footage:
-        footage.check_whole(choice.partial)
+    video_file = probe(film) if film else None
+    if video_file:
+        video_file.check_whole(choice.partial)
     truths: Mapping[str, Sequence[tuple[float, float]]] = {}
     if choice.features is not None:
         assert choice.duration is not None
@@ -150,15 +150,15 @@ def open_video_source(
         data_set = DataSet(choice.data)
         data_set.check_clock(features.clock)
         video, truths = data_set.video(choice.video), _truths(data_set, choice.video)
-    if footage and abs(footage.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
+    if video_file and abs(video_file.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
         raise VideoFileError(
-            f"{footage.path} lasts {footage.duration:.1f} s and {video.name} {video.duration:.1f} s; give the video "
-            "file that its features were made of.",
+            f"{video_file.path} lasts {video_file.duration:.1f} s and {video.name} {video.duration:.1f} s; give the "
+            "video file that its features were made of.",
             code="footage_mismatch",
         )
-    if footage and not video.offset:
-        video = dataclasses.replace(video, offset=footage.offset)
-    return VideoSource(video, truths, footage)
+    if video_file and not video.offset:
+        video = dataclasses.replace(video, offset=video_file.offset)
+    return VideoSource(video, truths, video_file)
 
 
 def _truths(data_set: DataSet, video: str) -> dict[str, list[tuple[float, float]]]:

@@ -73,14 +73,14 @@ def check_encoder() -> str:
         DeviceError: PyAV is missing, or has none of `ENCODERS`, or no AAC.
     """
     there = load_av().codec.codecs_available
-    found = next((name for name in ENCODERS if name in there), None)
-    if found is None or "aac" not in there:
+    result = next((name for name in ENCODERS if name in there), None)
+    if result is None or "aac" not in there:
         raise DeviceError(
             f"Clips are written as {' or '.join(ENCODERS)} with AAC, and this PyAV was built without; install PyAV "
             "from PyPI: `pip install 'drn-deploy[video]'`.",
             code="missing_codec",
         )
-    return found
+    return result
 
 
 def write_clips(
@@ -266,10 +266,10 @@ class _AudioTrack:
                 piece = min(begin, total, done + self.rate) - done
                 yield np.zeros((self.channels, piece), np.float32)
                 done += piece
-            kept = samples[:, max(done - begin, 0) : max(total - begin, 0)]
-            if kept.shape[1]:
-                yield kept
-                done += kept.shape[1]
+            retained = samples[:, max(done - begin, 0) : max(total - begin, 0)]
+            if retained.shape[1]:
+                yield retained
+                done += retained.shape[1]
             if done >= total:
                 return
 

@@ -248,7 +248,7 @@ def load_or_extract(
     output = cache_directory() / f"{video[:24]}-{maker[:24]}.npy"
     note = output.with_suffix(".json")
     known = _cached_note(note)
-    found = extract_if_needed(
+    result = extract_if_needed(
         path,
         extractor,
         output,
@@ -260,9 +260,9 @@ def load_or_extract(
         threads=threads,
         footage=footage,
     )
-    if found != known:
-        write_json(note, {"format": FORMAT, **found.to_dict()})
-    return Video(load_features(output), found.num_frames, found.duration, path.stem, offset=found.offset)
+    if result != known:
+        write_json(note, {"format": FORMAT, **result.to_dict()})
+    return Video(load_features(output), result.num_frames, result.duration, path.stem, offset=result.offset)
 
 
 def hash_of(path: Path) -> str:
@@ -276,9 +276,9 @@ def hash_of(path: Path) -> str:
 
 def cache_directory() -> Path:
     """Return where features of videos are kept: DRN_CACHE, else drn-deploy in the user's cache directory."""
-    told = os.environ.get("DRN_CACHE")
-    if told:
-        return Path(told)
+    details = os.environ.get("DRN_CACHE")
+    if details:
+        return Path(details)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drn-deploy"
 
 

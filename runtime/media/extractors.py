@@ -124,15 +124,15 @@ def description_path(path: Path) -> Path:
 
 def read_description(path: Path) -> dict[str, Any]:
     """Return the description beside an image encoder; ModelFileError where there is none."""
-    beside = description_path(path)
-    if not beside.is_file():
+    siblings = description_path(path)
+    if not siblings.is_file():
         raise ModelFileError(
             f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
-            f"own encoder in {beside.name} as docs/your-own-video.md shows.",
+            f"own encoder in {siblings.name} as docs/your-own-video.md shows.",
             code="missing_manifest",
         )
-    value = read_json(beside, "description of an extractor", ModelFileError)
-    ExtractorManifest.from_dict(value, str(beside))
+    value = read_json(siblings, "description of an extractor", ModelFileError)
+    ExtractorManifest.from_dict(value, str(siblings))
     return value
 
 
@@ -160,7 +160,7 @@ def _description_digest(value: Mapping[str, Any], content: Content) -> str:
 
 def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.ndarray:
     try:
-        found = session.run(None, {session.get_inputs()[0].name: batch})[0]
+        result = session.run(None, {session.get_inputs()[0].name: batch})[0]
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
         said = str(error).strip().splitlines()[0]
@@ -171,7 +171,7 @@ def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.nda
         raise ModelFileError(
             f"The extractor does not take pictures as its manifest says: {said}.", code="shape_mismatch"
         ) from error
-    features = np.asarray(found, np.float32)
+    features = np.asarray(result, np.float32)
     if features.shape != (len(batch), manifest.dim):
         raise ModelFileError(
             f"The extractor's manifest says features of {manifest.dim} channels, and it gave {features.shape} for "

@@ -215,9 +215,9 @@ class SoundShift:
         restarts = self._end is not None and time < self._end - BACK_SECONDS
         if restarts or not self._fits(self._index, time):
             following = range(self._index + 1, len(self._parts))
-            found = next((index for index in following if self._fits(index, time)), None)
-            if found is not None:
-                self._index, self._end = found, None
+            result = next((index for index in following if self._fits(index, time)), None)
+            if result is not None:
+                self._index, self._end = result, None
         self._end = time if self._end is None else max(self._end, time)
         return self._parts[self._index][2] if self._parts else 0.0
 

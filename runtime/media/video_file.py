@@ -143,12 +143,12 @@ class FrameResizer:
             _taps(length, resized, cut)
             for length, resized, cut in zip(pixels.shape, framing.resized(*pixels.shape), framing.crop)
         )
-        self._places, found = [], []
+        self._places, result = [], []
         for rows, vertical in ((top, 1 - across), (below, across)):
             for columns, horizontal in ((left, 1 - along), (right, along)):
                 self._places.append(np.ascontiguousarray(pixels[np.ix_(rows, columns)]))
-                found.append(np.rint(np.outer(vertical, horizontal) * WHOLE).astype(np.uint32))
-        self._shares = np.stack(found)[..., None].repeat(4, -1)
+                result.append(np.rint(np.outer(vertical, horizontal) * WHOLE).astype(np.uint32))
+        self._shares = np.stack(result)[..., None].repeat(4, -1)
         self._total, self._parts = np.empty((2, *framing.crop, 4), np.uint32)
 
     def of(self, frame: np.ndarray) -> np.ndarray:
@@ -271,9 +271,9 @@ def _offset(container: Any, start: float) -> float:
 
 def _length(container: Any, start: float, last: float, step: float) -> float:
     """Return the seconds from `start` to the end of a file if that is within the last frame, else 0."""
-    told = (container.duration or 0) / 1e6
+    details = (container.duration or 0) / 1e6
     # Some containers count their duration from zero, and some from their start.
-    for end in (told, told + (container.start_time or 0) / 1e6):
+    for end in (details, details + (container.start_time or 0) / 1e6):
         if last + ROUNDING < end < last + step - ROUNDING:
             return end - start
     return 0.0
@@ -340,22 +340,22 @@ def read_frames(
     with _opened(footage.path, threads) as (container, stream):
         decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial)
         for time, frame in _timed(decoded, footage):
-            place = int(time * footage.frame_rate + 0.5)
-            if place <= reached:
+            location = int(time * footage.frame_rate + 0.5)
+            if location <= reached:
                 # Its place is taken, but it is on from now.
                 waiting, shown = frame, None
                 continue
             # Until now the frame before was on; a first frame that comes late stands for those before it too.
             before = frame if waiting is None else waiting
-            for filled in range(reached + 1, place):
+            for filled in range(reached + 1, location):
                 if filled % every == 0:
                     shown = picture(before) if shown is None else shown
                     yield shown
             shown = None
-            if place % every == 0:
+            if location % every == 0:
                 shown = picture(frame)
                 yield shown
-            reached, waiting = place, frame
+            reached, waiting = location, frame
     if not partial and reached + 1 < MIN_FRAMES * footage.num_frames:
         raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets hold {footage.num_frames}")
 
@@ -375,14 +375,14 @@ def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partia
     Raises:
         VideoFileError: a frame on the way is damaged and `partial` is not set.
     """
-    found: list[np.ndarray] = []
+    results: list[np.ndarray] = []
     last = None
     for frame in _frames_at(footage, times, partial):
         # A frame that stays on for several of the times is one picture.
-        picture = found[-1] if found and frame is last else _small(frame, footage, height)
-        found.append(picture)
+        picture = results[-1] if results and frame is last else _small(frame, footage, height)
+        results.append(picture)
         last = frame
-    return found
+    return results
 
 
 def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Iterator[Any]:
@@ -394,16 +394,16 @@ def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Ite
         starts = keys * float(stream.time_base) - footage.start
     after = np.searchsorted(starts, np.array(times) + ROUNDING, side="right") - 1
     for key in np.unique(after):
-        wanted = [time for time, its_key in zip(times, after) if its_key == key]
-        shown, place = None, 0
+        expected = [time for time, its_key in zip(times, after) if its_key == key]
+        shown, location = None, 0
         for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0, partial=partial):
-            while shown is not None and place < len(wanted) and time > wanted[place] + ROUNDING:
+            while shown is not None and location < len(expected) and time > expected[location] + ROUNDING:
                 yield shown
-                place += 1
-            if place == len(wanted):
+                location += 1
+            if location == len(expected):
                 break
             shown = frame
-        for _ in wanted[place:]:
+        for _ in expected[location:]:
             assert shown is not None, "look found a first frame"
             yield shown
 
@@ -598,27 +598,27 @@ class _Packets:
 def _packets(container: Any, stream: Any) -> _Packets:
     """Return what the packets of a file hold."""
     av = load_av()
-    found = _Packets()
+    result = _Packets()
     try:
         for packet in container.demux():
             if not packet.size:
                 continue
-            found.last_byte = max(found.last_byte, (packet.pos or 0) + packet.size)
+            result.last_byte = max(result.last_byte, (packet.pos or 0) + packet.size)
             time = packet.pts if packet.pts is not None else packet.dts
             seconds = None if time is None else time * float(packet.time_base)
             if seconds is not None:
-                found.reached = max(found.reached, seconds + (packet.duration or 0) * float(packet.time_base))
+                result.reached = max(result.reached, seconds + (packet.duration or 0) * float(packet.time_base))
             if packet.stream.index == stream.index:
                 if packet.is_corrupt:
-                    found.corrupt.add(len(found.stamps))
-                found.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
+                    result.corrupt.add(len(result.stamps))
+                result.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
             elif packet.is_corrupt:
-                found.corrupt.add(-1)
+                result.corrupt.add(-1)
             if seconds is not None and packet.stream.index != stream.index:
-                found.others.append(seconds)
+                result.others.append(seconds)
     except (av.FFmpegError, OSError) as error:
-        found.broken = f"cannot be read to its end ({error.strerror or error})"
-    return found
+        result.broken = f"cannot be read to its end ({error.strerror or error})"
+    return result
 
 
 def _rate(times: np.ndarray, unit: float) -> float | None:
@@ -644,9 +644,9 @@ def _truncation(container: Any, stream: Any, packets: _Packets, parts: Sequence[
     if _restarts(container, 1 if container.format.name == "flv" else packets.last_byte):
         return "consists of several files, of which FFmpeg does not read the last"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
-    told = (container.duration or 0) / 1e6
-    if len(parts) < 2 and 0 < packets.reached < told - max(MAX_SECONDS, (1 - MIN_FRAMES) * told):
-        return f"is cut off: it says {told:.1f} s and ends after {packets.reached:.1f} s"
+    details = (container.duration or 0) / 1e6
+    if len(parts) < 2 and 0 < packets.reached < details - max(MAX_SECONDS, (1 - MIN_FRAMES) * details):
+        return f"is cut off: it says {details:.1f} s and ends after {packets.reached:.1f} s"
     return ""
 
 

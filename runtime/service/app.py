@@ -89,9 +89,11 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
             return await service.ground_upload(request, sent_question)
         if kind != JSON:
             raise _wrong_kind(kind, JSON, MULTIPART)
-        asked = parse_body(question, await request.body())
+        requested = parse_body(question, await request.body())
 
-        answer = service.ground(asked.video, lambda: service.subject(asked.video), asked.query, asked.top_k)
+        answer = service.ground(
+            requested.video, lambda: service.subject(requested.video), requested.query, requested.top_k
+        )
         return await cancel_on_disconnect(request.receive, answer, options.timeout_s)
 
 
@@ -105,8 +107,8 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Response:
         """List the videos of the data set, by name."""
-        total, found = service.library.page(contains, offset, limit)
-        return json_response({"total": total, "videos": [service.shown(entry) for entry in found]})
+        total, result = service.library.page(contains, offset, limit)
+        return json_response({"total": total, "videos": [service.shown(entry) for entry in result]})
 
     @app.get("/v1/videos/{video}", response_model=VideoEntry)
     async def video_entry(video: str) -> Response:
@@ -189,8 +191,8 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _wrong_kind(kind: str, *wanted: str) -> HttpError:
-    return HttpError(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(wanted)}.")
+def _wrong_kind(kind: str, *expected: str) -> HttpError:
+    return HttpError(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(expected)}.")
 
 
 def _of_http(error: Exception) -> HttpError:

@@ -116,19 +116,19 @@ class Batcher:
         Raises:
             Refusal: 429 if the queue is full, with Retry-After in seconds; 503 if the service ends.
         """
-        asked = _PendingRequest(pairs, top_k, asyncio.get_running_loop())
+        requested = _PendingRequest(pairs, top_k, asyncio.get_running_loop())
         with self._changed:
             self._check_open()
             if len(self._waiting) + len(pairs) > self._options.queue_size:
                 raise self._full(len(pairs))
-            self._waiting.extend((asked, index) for index in range(len(pairs)))
+            self._waiting.extend((requested, index) for index in range(len(pairs)))
             self._changed.notify()
         try:
-            return await asked.future
+            return await requested.future
         except asyncio.CancelledError:
             with self._changed:
-                asked.dropped = True
-                self._waiting = collections.deque(item for item in self._waiting if item[0] is not asked)
+                requested.dropped = True
+                self._waiting = collections.deque(item for item in self._waiting if item[0] is not requested)
             raise
 
     async def do(self, job: Callable[[], Result]) -> Result:
@@ -188,9 +188,9 @@ class Batcher:
 
     def _gather(self) -> list[tuple[_PendingRequest, int]]:
         """Return the pairs of the next batch, once enough wait or the first has waited long enough."""
-        wanted = min(self._expected, self._options.batch_size)
+        expected = min(self._expected, self._options.batch_size)
         until = time.perf_counter() + self._options.wait_ms / 1000
-        while len(self._waiting) < wanted and not (self._ends or self._jobs):
+        while len(self._waiting) < expected and not (self._ends or self._jobs):
             left = until - time.perf_counter()
             if left <= 0 or not self._changed.wait(left):
                 break
@@ -206,23 +206,23 @@ class Batcher:
         rate = len(chosen) / max(took, 1e-6)
         self._pairs_per_second += (rate - self._pairs_per_second) * (RATE_SHARE if self._pairs_per_second else 1)
         done: dict[asyncio.AbstractEventLoop, list[_PendingRequest]] = {}
-        for (asked, index), answer in zip(chosen, answers):
+        for (requested, index), answer in zip(chosen, answers):
             if isinstance(answer, Exception):
-                asked.error = answer
+                requested.error = answer
             else:
                 # The picks of more are those of fewer, and others after them.
-                asked.answers[index] = answer[: asked.top_k]
-            asked.missing -= 1
-            if not asked.missing:
-                done.setdefault(asked.future.get_loop(), []).append(asked)
-        self._seen(len(chosen), [started - asked.since for asked, _ in chosen], took)
+                requested.answers[index] = answer[: requested.top_k]
+            requested.missing -= 1
+            if not requested.missing:
+                done.setdefault(requested.future.get_loop(), []).append(requested)
+        self._seen(len(chosen), [started - requested.since for requested, _ in chosen], took)
         for loop, settled in done.items():
             _call(loop, _settle_all, settled)
 
     def _ground(self, chosen: Sequence[tuple[_PendingRequest, int]]) -> list[list[Moment] | Exception]:
         """Return the moments of every pair, or what went wrong with it: one that fails does not fail the others."""
-        pairs = [asked.pairs[index] for asked, index in chosen]
-        top_k = max(asked.top_k for asked, _ in chosen)
+        pairs = [requested.pairs[index] for requested, index in chosen]
+        top_k = max(requested.top_k for requested, _ in chosen)
         try:
             return list(self._grounder.ground_batch(pairs, top_k, self._options.batch_size))
         except Exception as error:
@@ -234,8 +234,8 @@ class Batcher:
 
 
 def _settle_all(settled: Sequence[_PendingRequest]) -> None:
-    for asked in settled:
-        asked.settle()
+    for requested in settled:
+        requested.settle()
 
 
 def _run_in_worker(job: Callable[[], Any], settle: Callable[[Any, Exception | None], None]) -> None:

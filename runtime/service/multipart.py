@@ -41,11 +41,11 @@ class Form:
 class _Reader:
     """Takes what the parser finds."""
 
-    def __init__(self, place: Callable[[str], Path], spend: Callable[[int], None]) -> None:
+    def __init__(self, location: Callable[[str], Path], spend: Callable[[int], None]) -> None:
         self.fields: dict[str, list[str]] = {}
         self.files: dict[str, File] = {}
         self.whole = False
-        self._place = place
+        self._place = location
         self._spend = spend
         self._parts = 0
         self._header: tuple[bytes, bytes] = (b"", b"")
@@ -120,14 +120,14 @@ class _Reader:
 
 
 async def read_form(
-    content_type: str, chunks: AsyncIterator[bytes], place: Callable[[str], Path], spend: Callable[[int], None]
+    content_type: str, chunks: AsyncIterator[bytes], location: Callable[[str], Path], spend: Callable[[int], None]
 ) -> Form:
     """Read a form to its end.
 
     Args:
         content_type: of the request, with the boundary.
         chunks: the body.
-        place: returns where to put the file of a field; Refusal if there should be none of this name.
+        location: returns where to put the file of a field; Refusal if there should be none of this name.
         spend: called with the size of every part of a file before it is written; Refusal if there is no room.
 
     Raises:
@@ -137,7 +137,7 @@ async def read_form(
     boundary = options.get(b"boundary")
     if not boundary:
         raise _unreadable("its Content-Type names no boundary")
-    reader = _Reader(place, spend)
+    reader = _Reader(location, spend)
     with contextlib.closing(reader):
         try:
             parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]

@@ -43,8 +43,8 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # `nohup` ignores SIGHUP, so that a service outlives its terminal.
-        kept = (signal.SIGINT, signal.SIGTERM)
-        numbers = [n for n in SIGNALS if n in kept or signal.getsignal(n) is not signal.SIG_IGN]
+        retained = (signal.SIGINT, signal.SIGTERM)
+        numbers = [n for n in SIGNALS if n in retained or signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield

@@ -130,10 +130,10 @@ class Service:
         unheard = self._unheard(queries)
         subject = await ready()
         check_windows(len(self.grounder.cut(subject)), len(queries))
-        found = await self.batcher.ask([(subject, query) for query in queries], top_k)
+        result = await self.batcher.ask([(subject, query) for query in queries], top_k)
         answers = [
             Answer(query, name, subject.duration + subject.offset, moments).to_dict()
-            for query, moments in zip(queries, found)
+            for query, moments in zip(queries, result)
         ]
         response = json_response(answers)
         if unheard:
@@ -204,36 +204,38 @@ class Service:
         if many:
             raise HttpError(422, f"The field {many[0][:80]!r} is there more than once; send it once.")
         ((field, file),) = sent.files.items()
-        asked = validate_form(
+        requested = validate_form(
             form, {name: values if name == "query" else values[0] for name, values in sent.fields.items()}
         )
-        upload.name = shown_name(asked.name or Path(file.name).stem)
+        upload.name = shown_name(requested.name or Path(file.name).stem)
         if field == "video":
-            if asked.duration is not None or asked.num_frames is not None:
+            if requested.duration is not None or requested.num_frames is not None:
                 raise HttpError(
                     422, "A video file contains its duration and frames; leave duration and num_frames out."
                 )
             await self.uploads.check_extractor()
-            self.uploads.take_video(upload, file.path, asked.partial)
-            return asked, None
-        if asked.partial:
+            self.uploads.take_video(upload, file.path, requested.partial)
+            return requested, None
+        if requested.partial:
             raise HttpError(422, "The field partial applies to video files; leave it out when you send features.")
-        if asked.duration is None:
+        if requested.duration is None:
             raise HttpError(422, "Features need a duration, the length of their video in seconds; send it as a field.")
         dim = self.grounder.manifest.features.dim
-        return asked, await self.uploads.take_features(upload, file.path, dim, asked.duration, asked.num_frames)
+        return requested, await self.uploads.take_features(
+            upload, file.path, dim, requested.duration, requested.num_frames
+        )
 
     async def ground_upload(self, request: Request, form: type[SentVideo]) -> Response:
         """Answer a form of a video and sentences, and forget the video."""
         with self.uploads.incoming() as upload:
-            asked, video = await self.receive(request, upload, form)
+            requested, video = await self.receive(request, upload, form)
 
             async def ready() -> VideoInput:
                 if upload.extraction is not None:
                     await upload.extraction
                 return await self.shelf.prepared(upload.load if video is None else lambda: video)
 
-            answer = self.ground(upload.name, ready, asked.query, asked.top_k)
+            answer = self.ground(upload.name, ready, requested.query, requested.top_k)
             return await cancel_on_disconnect(request.receive, answer, self.options.timeout_s)
 
     def shown(self, entry: Entry) -> dict[str, Any]:

@@ -296,8 +296,8 @@ class Uploads:
     async def _extract(self, upload: Upload, partial: bool) -> None:
         """Extract the features of an upload in another process."""
         assert upload.media is not None
-        made = upload.directory / "extracted"
-        words = ["--extractor", str(self._extractor), "--output", str(made), "--device", self._device]
+        created = upload.directory / "extracted"
+        words = ["--extractor", str(self._extractor), "--output", str(created), "--device", self._device]
         if self._threads is not None:
             words += ["--threads", str(self._threads)]
         if partial:
@@ -328,18 +328,18 @@ class Uploads:
             if upload.media.name in line:
                 # What is odd about the video, such as time stamps that restart.
                 log.warning("Upload %s: %s", upload.id, line.replace(str(upload.media), "the video")[:500])
-        tables = DataSet(made)
+        tables = DataSet(created)
         upload.duration, upload.num_frames = tables.durations["video"], tables.frames("video")
         upload.offset = tables.offset("video")
         upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(created, ignore_errors=True)
         self.spend(upload, upload.features.stat().st_size)
 
     def _clear_leftovers(self) -> None:
         """Remove directories of services that were killed: nobody holds their locks."""
-        for place in self._options.directory.glob("service-*"):
-            with contextlib.suppress(OutputError), locked(place):
-                shutil.rmtree(place, ignore_errors=True)
+        for location in self._options.directory.glob("service-*"):
+            with contextlib.suppress(OutputError), locked(location):
+                shutil.rmtree(location, ignore_errors=True)
 
 
 def _origin() -> Origin:
@@ -454,8 +454,8 @@ def _cannot_extract(code: int | None, said: str, media: Path) -> HttpError:
     """Return the refusal for a video that could not be extracted, without paths of this machine."""
     (*_, line) = ["", *said.strip().splitlines()]
     if code == 2 and line.startswith("error: "):
-        told = line.removeprefix("error: ").replace(str(media), "The video")
-        if "/" not in told:
-            return HttpError(422, told.replace("pass --partial", "send the field partial=true"))
+        details = line.removeprefix("error: ").replace(str(media), "The video")
+        if "/" not in details:
+            return HttpError(422, details.replace("pass --partial", "send the field partial=true"))
     log.error("Extraction ended with %s: %s", code, said[-2000:])
     return HttpError(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")

@@ -100,9 +100,9 @@ class VideoCatalog:
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
         """Return how many names contain a text, in whatever case, and so many of them from `offset` on."""
-        wanted = contains.lower()
-        found = [name for name in self.names if wanted in name.lower()] if wanted else self.names
-        return len(found), [self.entry(name) for name in found[offset : offset + limit]]
+        expected = contains.lower()
+        result = [name for name in self.names if expected in name.lower()] if expected else self.names
+        return len(result), [self.entry(name) for name in result[offset : offset + limit]]
 
     def load(self, name: str) -> Video:
         """Read a video. Refusal if it cannot be used: that is not for the client to put right."""
@@ -191,9 +191,9 @@ class VideoCache:
 
     def forget(self, key: str) -> None:
         """Drop a video."""
-        found = self._ready.pop(key, None)
-        if found is not None:
-            self.bytes -= found[1]
+        result = self._ready.pop(key, None)
+        if result is not None:
+            self.bytes -= result[1]
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)

@@ -90,8 +90,8 @@ class Front:
         together: dict[tuple[Windows | None, bool], list[tuple[int, _FrontRequest]]] = {}
         for index, request in enumerate(requests):
             try:
-                asked = self._read(request)
-                together.setdefault(asked.how, []).append((index, asked))
+                requested = self._read(request)
+                together.setdefault(requested.how, []).append((index, requested))
             except GroundingError as error:
                 responses[index] = self._refusal(error)
         for group in together.values():
@@ -103,12 +103,14 @@ class Front:
         """Yield the positions of requests and their responses; all want it in one way."""
         grounder = copy.copy(self._grounder)
         grounder.windows, always = group[0][1].how
-        most = max(max(asked.top_k) for _, asked in group)
+        most = max(max(requested.top_k) for _, requested in group)
         try:
             pairs = [
-                (self._kept.subject(video, grounder), query) for _, asked in group for video, query in asked.pairs()
+                (self._kept.subject(video, grounder), query)
+                for _, requested in group
+                for video, query in requested.pairs()
             ]
-            found = iter(grounder.ground_batch(pairs, most, self._about.batch, presence=not always))
+            result = iter(grounder.ground_batch(pairs, most, self._about.batch, presence=not always))
         except GroundingError as error:
             if len(group) == 1:
                 yield group[0][0], self._refusal(error)
@@ -116,9 +118,9 @@ class Front:
             for one in group:
                 yield from self._answer([one])
             return
-        for index, asked in group:
+        for index, requested in group:
             # The best k are the first k of the best K.
-            answers = [[next(found)[:k] for _ in queries] for queries, k in zip(asked.queries, asked.top_k)]
+            answers = [[next(result)[:k] for _ in queries] for queries, k in zip(requested.queries, requested.top_k)]
             yield index, self._response(answers)
 
     def _read(self, request: Any) -> _FrontRequest:
@@ -170,10 +172,10 @@ class Front:
         counts = np.array([[len(moments) for moments in row] for row in answers], np.int32)
         # At least one row, so that no answer has a size of 0.
         moments = np.zeros((*counts.shape, max(1, counts.max()), 3), np.float64)
-        for place, row in zip(moments, answers):
-            for rows, found in zip(place, row):
-                if found:
-                    rows[: len(found)] = [(moment.start, moment.end, moment.score) for moment in found]
+        for location, row in zip(moments, answers):
+            for rows, result in zip(location, row):
+                if result:
+                    rows[: len(result)] = [(moment.start, moment.end, moment.score) for moment in result]
         tensor = self._pb.Tensor
         return self._pb.InferenceResponse(output_tensors=[tensor(MOMENTS, moments), tensor(COUNT, counts)])
 
@@ -259,7 +261,9 @@ class _VideoLru:
         origin = Origin(f"Correct {NUM_FRAMES}, or send {FEATURES} with this clip timing.")
         video = Video(np.array(features), num_frames, duration, name, origin)
         self._videos.append((video, {}))
-        while len(self._videos) > 1 and sum(kept.features.nbytes for kept, _ in self._videos) > self._most_bytes:
+        while (
+            len(self._videos) > 1 and sum(retained.features.nbytes for retained, _ in self._videos) > self._most_bytes
+        ):
             self._videos.pop(0)
         return video
 
@@ -271,7 +275,7 @@ class _VideoLru:
         """
         if not grounder.is_pair or not grounder.cut(video):
             return video
-        encoded = next((encoded for kept, encoded in self._videos if kept is video), {})
+        encoded = next((encoded for retained, encoded in self._videos if retained is video), {})
         if grounder.windows not in encoded:
             encoded[grounder.windows] = grounder.encode(video)
         return encoded[grounder.windows]

@@ -79,14 +79,14 @@ def check_vector(vector: np.ndarray, subject: str, texts: Sequence[str] = ()) ->
     )
 
 
-def _vector(fields: Sequence[str], place: str) -> np.ndarray:
+def _vector(fields: Sequence[str], location: str) -> np.ndarray:
     """Return the numbers of a line, whose first field is the word, as float32; CheckpointError if they can be none."""
     with np.errstate(over="ignore"):
         try:
             vector = np.array(fields[1:], np.float32)
         except ValueError:
             vector = np.array([_number(text) for text in fields[1:]], np.float32)
-    subject = f"{place}: the vector of {excerpt(fields[0])}"
+    subject = f"{location}: the vector of {excerpt(fields[0])}"
     check_vector(vector, subject, fields[1:])
     if not vector.any():
         raise CheckpointError(

@@ -73,9 +73,9 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
         for identity, vector in rows.items():
             table[identity] = torch.from_numpy(np.asarray(vector, np.float32))
         table[0] = 0
-    found = sum(1 for identity in rows if identity > 0)
-    log.info("%s: vectors for %d of %d words.", path.name, found, len(words))
-    return found
+    result = sum(1 for identity in rows if identity > 0)
+    log.info("%s: vectors for %d of %d words.", path.name, result, len(words))
+    return result
 
 
 def _is_torch_file(path: Path) -> bool:

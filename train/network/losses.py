@@ -110,10 +110,10 @@ def loss_sums(
     options = options or LossOptions()
     positive, distances = targets(truth, config)
     positives = positive.sum()
-    asked, known = len(heads.matching_logits), len(truth)
-    labels = functional.pad(positive, (0, 0, 0, asked - known)) if asked > known else positive
+    requested, known = len(heads.matching_logits), len(truth)
+    labels = functional.pad(positive, (0, 0, 0, requested - known)) if requested > known else positive
     matching = focal_loss(heads.matching_logits.float(), labels).sum()
-    if asked > known:
+    if requested > known:
         heads = NetworkHeads(*(head[:known] for head in heads))
     boundary = (distance_loss(heads.boundary_distances.float(), distances, positive)).sum()
     if with_iou:
@@ -126,7 +126,7 @@ def loss_sums(
     else:
         iou = near = torch.zeros((), device=truth.device)
     # As published, every pair that is asked counts once, a mismatched one too.
-    counts = torch.stack((positives + asked, positives, near)).float()
+    counts = torch.stack((positives + requested, positives, near)).float()
     return LossSums(matching, boundary, iou, counts)
 
 
@@ -146,12 +146,12 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return -alpha * torch.sigmoid(-signed) ** FOCAL_GAMMA * log_p
 
 
-def distance_loss(predicted: Tensor, wanted: Tensor, positive: Tensor) -> Tensor:
+def distance_loss(predicted: Tensor, expected: Tensor, positive: Tensor) -> Tensor:
     """Return -ln IoU of positive locations, from (B, P, 2) distances to the boundaries; 0 elsewhere, (B, P)."""
     # Elsewhere the wanted distances may be negative, and the gradient of a NaN would get through the mask.
-    wanted = torch.where(positive[..., None], wanted, 1.0)
-    overlap = torch.minimum(predicted, wanted).sum(-1)
-    union = predicted.sum(-1) + wanted.sum(-1) - overlap
+    expected = torch.where(positive[..., None], expected, 1.0)
+    overlap = torch.minimum(predicted, expected).sum(-1)
+    union = predicted.sum(-1) + expected.sum(-1) - overlap
     return torch.where(positive, torch.log((union + 1e-8) / (overlap + 1e-8)), 0.0)
 
 

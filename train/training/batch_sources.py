@@ -87,8 +87,10 @@ class DeviceSource:
         self.device = device
 
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        asked = np.stack((epoch, epoch), 1) if mismatched is None else list(map(append_mismatched, epoch, mismatched))
-        for (chosen, _), (queries, videos) in _on_both(asked, self.device):
+        requested = (
+            np.stack((epoch, epoch), 1) if mismatched is None else list(map(append_mismatched, epoch, mismatched))
+        )
+        for (chosen, _), (queries, videos) in _on_both(requested, self.device):
             lengths, rows = self.lengths[chosen], self.rows[videos]
             tokens = self.tokens[queries, : int(lengths.max())]
             truth = self.truth[queries[: len(epoch[0])]]
@@ -145,12 +147,12 @@ def _stems(data: TrainingData, model: DRN, device: torch.device, autocast: torch
     by_video = np.argsort(data.video_rows, kind="stable")
     for start in range(0, len(by_video), STEM_PAIRS):
         chosen = by_video[start : start + STEM_PAIRS]
-        rows, place = np.unique(data.video_rows[chosen], return_inverse=True)
+        rows, location = np.unique(data.video_rows[chosen], return_inverse=True)
         tokens, lengths = (torch.from_numpy(array) for array in pad_queries([data.queries[index] for index in chosen]))
         features = torch.from_numpy(data.features(rows)).to(device)
-        spans = torch.from_numpy(data.pooled.spans[rows[place]].astype(np.float32)).to(device)
+        spans = torch.from_numpy(data.pooled.spans[rows[location]].astype(np.float32)).to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            projected = model.prop_fc(features)[torch.from_numpy(place).to(device)]
+            projected = model.prop_fc(features)[torch.from_numpy(location).to(device)]
             stem = model.stem(tokens.to(device), lengths, projected, spans)
         if tables is None:
             tables = Stem(*(part.new_empty(len(data), *part.shape[1:]) for part in stem))

@@ -155,15 +155,15 @@ def _write(
         for video, (first, last, _), frames in progress:
             clips = store.load(video)
             check_features(clips, video)
-            place = f"The features of {video} in {store.path(video)} are"
+            location = f"The features of {video} in {store.path(video)} are"
             if clips.shape[1] != dim:
                 raise FeatureError(
-                    f"{place} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again.",
+                    f"{location} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again.",
                     code="feature_width_mismatch",
                 )
             if clips.dtype != dtype:
                 raise FeatureError(
-                    f"{place} {clips.dtype} where the first video's are {dtype}; store all features alike.",
+                    f"{location} {clips.dtype} where the first video's are {dtype}; store all features alike.",
                     code="feature_type_mismatch",
                 )
             data_set.origin.check(video, len(clips), frames, features.clock)
@@ -223,9 +223,9 @@ class TrainingData:
 
     def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
         """Return the queries at `indices`, in that order, and after them the pairs of `mismatched`; see there."""
-        asked = np.stack((indices, indices)) if mismatched is None else append_mismatched(indices, mismatched)
-        segments = [self.segments(self.annotations[index].video) for index in asked[1]]
-        inputs = collate([self.queries[index] for index in asked[0]], segments)
+        requested = np.stack((indices, indices)) if mismatched is None else append_mismatched(indices, mismatched)
+        segments = [self.segments(self.annotations[index].video) for index in requested[1]]
+        inputs = collate([self.queries[index] for index in requested[0]], segments)
         return TrainingBatch(inputs, self.truth[indices])
 
     def epoch(self, batch_size: int, seed: Sequence[int], rank: int = 0, processes: int = 1) -> list[np.ndarray]:
@@ -259,8 +259,8 @@ class TrainingData:
             queries = batch[np.arange(count) * len(batch) // count]
             first, end = (np.searchsorted(rows, self.video_rows[queries], side) for side in ("left", "right"))
             # Among all but the video's own queries, which are adjacent.
-            place = (draw * (len(rows) - (end - first))).astype(np.int64)
-            pairs.append(np.stack((queries, by_video[np.where(place < first, place, place + end - first)])))
+            location = (draw * (len(rows) - (end - first))).astype(np.int64)
+            pairs.append(np.stack((queries, by_video[np.where(location < first, location, location + end - first)])))
         return pairs
 
 
@@ -277,8 +277,8 @@ def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np
         try:
             queries.append(vocabulary.encode(annotation.sentence, unheard))
         except QueryError as error:
-            place = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
-            raise AnnotationError(f"{place}, cannot be used: {error}", code=error.code) from error
+            location = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
+            raise AnnotationError(f"{location}, cannot be used: {error}", code=error.code) from error
     vocabulary.tell(unheard)
     return queries
 
@@ -290,8 +290,8 @@ def split_by_video(
     videos = sorted({annotation.video for annotation in annotations})
     count = max(1, round(fraction * len(videos)))
     held_out = {videos[index] for index in np.random.default_rng([seed, 1]).permutation(len(videos))[:count]}
-    kept = [annotation for annotation in annotations if annotation.video not in held_out]
-    return kept, [annotation for annotation in annotations if annotation.video in held_out]
+    retained = [annotation for annotation in annotations if annotation.video not in held_out]
+    return retained, [annotation for annotation in annotations if annotation.video in held_out]
 
 
 def windows_of(data_set: DataSet, annotations: Sequence[Annotation]) -> Windows:

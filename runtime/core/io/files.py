@@ -69,7 +69,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: `path` cannot be written (no permission, disk full, a file where a directory should be).
     """
     path = _resolved(path)
-    made = _missing(path.parent)
+    created = _missing(path.parent)
     temporary: _Temporary | None = None
     try:
         with deferred():
@@ -83,7 +83,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         with deferred():
             if temporary is not None:
                 temporary.remove()
-            _remove_empty(made)
+            _remove_empty(created)
 
 
 def _temporary_in(directory: Path, name: str | None = None) -> _Temporary:
@@ -144,18 +144,18 @@ class Staging:
                 raise _unwritable(final, error) from error
         return self._staged[parent].path / final.name
 
-    def settle(self, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    def settle(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
         """Move what was written to its place, file by file in the order of names; return where it is now.
 
         Args:
-            wanted: whether a file of this name is to be kept; others are dropped.
+            expected: whether a file of this name is to be kept; others are dropped.
         """
         settled = []
         # A signal between two of the moves would leave one file new and the other old.
         with deferred():
             for parent, temporary in self._staged.items():
                 for file in sorted(temporary.path.iterdir()):
-                    if file.name == LOCK or not wanted(file.name):
+                    if file.name == LOCK or not expected(file.name):
                         continue
                     try:
                         os.replace(file, parent / file.name)
@@ -196,7 +196,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
     """
     directory = Path(directory)
     lock = directory / (LOCK if file is None else f"{TEMPORARY}lock{_tail(file)}")
-    made = _missing(directory)
+    created = _missing(directory)
     handle: int | None = None
     try:
         while handle is None:
@@ -221,7 +221,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
                 with contextlib.suppress(OSError):
                     lock.unlink()
                 _close(handle)
-            _remove_empty(made)
+            _remove_empty(created)
 
 
 def content_names(directory: Path) -> list[str]:

@@ -523,10 +523,10 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self.names: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        found = self.names.get((module, name))
-        if found is None:
-            found = self.names[module, name] = self._find(module, name)
-        return found
+        result = self.names.get((module, name))
+        if result is None:
+            result = self.names[module, name] = self._find(module, name)
+        return result
 
     def _find(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
