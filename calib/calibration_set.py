@@ -154,9 +154,10 @@ def sample_calibration_set(
 def sample_held_out(
     data_set: DataSet, manifest: Manifest, count: int = HELD_OUT, seed: int = 0, exclude: Collection[str] = ()
 ) -> list[Annotation]:
-    """Return up to `count` training sentences to judge by, spread as in `draw`, none of a video in `exclude`.
+    """Return up to `count` training sentences to judge by, spread as in `sample_calibration_set`, none of a video in
+    `exclude`.
 
-    With the seed of `draw`, they are from the videos that it held out.
+    With the seed of `sample_calibration_set`, they are from the videos that it held out.
 
     Raises:
         CalibrationError: fewer than `LEAST_HELD_OUT` were asked for or are left, or training videos are test videos.
@@ -280,7 +281,7 @@ def _spread(
     count: int,
     rng: np.random.Generator,
 ) -> list[int]:
-    """Return `count` positions out of `among` (all, if it has fewer), chosen as `draw` says, in file order."""
+    """Return `count` positions out of `among` (all, if it has fewer), chosen as in `sample_calibration_set`."""
     if len(among) <= count:
         return among.tolist()
     strata = np.stack([_strata(values)[1] for values in traits.values()], axis=1)[among]

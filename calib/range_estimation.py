@@ -129,7 +129,7 @@ def estimate_ranges(
     method: Method,
     threads: int | None = None,
 ) -> dict[str, ValueRange]:
-    """Return the range of each tensor over the batches; see `observe`, of which `ranges` gives all methods at once."""
+    """Return the range of each tensor over the batches; `ranges` of `collect_histograms` gives all methods at once."""
     return ranges(collect_histograms(model, tensors, batches, threads), method)
 
 

@@ -96,7 +96,7 @@ def find_layers_to_restore(
 ) -> tuple[QuantizationPlan, list[tuple[str, AccuracyDelta]]]:
     """Return a plan that keeps few modules, one if one is enough, and what each step of the search cost.
 
-    See `fewest` for how they are looked for, and for what is promised of them.
+    See `minimal_keep_set` for how they are looked for, and for what is promised of them.
 
     Args:
         model, table: the FP32 graph and its ranges.

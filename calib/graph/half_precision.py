@@ -1,7 +1,8 @@
 """FP16 and BF16 written into the graph: casts, half-precision weights, FP32 inputs and outputs.
 
 TensorRT 11 takes precision from the graph alone, and a graph that says it can be run by ONNX Runtime on a CPU too.
-Modules that would overflow, or that lose accuracy, stay in FP32: `scan` measures on real data, `overflowing` decides.
+Modules that would overflow, or that lose accuracy, stay in FP32: `measure_magnitudes` measures on real data,
+    `overflow_prone_modules` decides.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
 
 
 def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Return the two LSTMs of each layer by what their names have in common; raises as `unrolled`."""
+    """Return the two LSTMs of each layer by what their names have in common; raises as `unroll_lstm`."""
     layers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type == "LSTM":

@@ -73,7 +73,7 @@ def compare(
         annotations: the N queries.
         protocol: whose NMS and hit rule, for both; the reference's own when None.
         batch_size: queries that go through the networks together.
-        known: what `answers` gave for the reference, for callers that compare several models with it.
+        known: what `collect_outputs` gave for the reference, for callers that compare several models with it.
         at_once: ask both at the same time, in a thread each; for models on the CPU.
         on_progress: called with the number of queries that one of the two has answered since the last call.
 

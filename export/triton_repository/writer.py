@@ -141,7 +141,7 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
 
     Args:
         repository: a directory, or where one is to be made.
-        parts: of `models`.
+        parts: of `build_models`.
         origin: the file that they serve.
 
     Raises:

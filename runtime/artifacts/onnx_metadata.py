@@ -53,7 +53,7 @@ _INNER = {
     (_FUNCTION, 7): _NODE,
 }
 _EXTERNAL_DATA = 13
-# `json.dumps` writes it so, at the end of the manifest, where `sealed` puts it.
+# `json.dumps` writes it so, at the end of the manifest, where `with_digest` puts it.
 _SEAL = re.compile(rb'"digest": "(.{64})"\}\Z', re.DOTALL)
 
 

@@ -171,7 +171,7 @@ class Session:
     """An ONNX file of this toolkit in ONNX Runtime.
 
     Args:
-        path, device, threads: see `start`.
+        path, device, threads: see `create_session`.
         part_of: the query part that names the file, and the SHA-256 that it names.
 
     Raises:

@@ -126,8 +126,8 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def score_proposals_with_fallback(heads: Heads, decoding: Decoding) -> Proposals:
-    """Return what `likely` does, but for a query without any likely location: it proposes the whole video with score 1,
-    in the place of location 0, as published."""
+    """Return what `score_proposals` does, but for a query without any likely location: it proposes the whole video with
+    score 1, in the place of location 0, as published."""
     proposals = score_proposals(heads, decoding)
     without = proposals.scores.max(axis=1) == -np.inf
     if without.any():

@@ -121,7 +121,7 @@ def open_video_source(
     """Return the video that a user named, with its features, which are extracted where they are not there yet.
 
     Args:
-        choice: what `VideoChoice.check` let pass.
+        choice: what `VideoArguments.check` let pass.
         features: what the model takes.
         device, threads: for the extractor.
 

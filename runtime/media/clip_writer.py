@@ -97,7 +97,7 @@ def write_clips(
     one.
 
     Args:
-        footage: what `look` returned.
+        footage: what `probe` returned.
         spans: starts and ends in seconds after the first frame.
         outputs: the file of each.
         threads: CPU threads; as many as FFmpeg likes when None.

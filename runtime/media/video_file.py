@@ -316,7 +316,7 @@ def read_frames(
     Frames are decoded one by one; a frame that stays on is yielded again, the same array.
 
     Args:
-        footage: what `look` returned.
+        footage: what `probe` returned.
         framing: resizing and crop.
         every: grid places from picture to picture.
         partial: whether a damaged file is used as far as it can be decoded.
@@ -367,7 +367,7 @@ def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partia
     the last frame that can be decoded stands for what comes after it.
 
     Args:
-        footage: what `look` returned.
+        footage: what `probe` returned.
         times: in seconds from the first frame, rising.
         height: of the pictures, in pixels; none is made larger than it is stored.
         partial: whether damaged frames are shown as they are decoded.
@@ -414,7 +414,7 @@ def frames_from(
     """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
 
     Args:
-        footage: what `look` returned.
+        footage: what `probe` returned.
         start: seconds; the first frame is that of a key frame at or before it.
         threads: CPU threads for decoding; as many as FFmpeg likes when None.
         partial: whether what cannot be decoded is passed over.

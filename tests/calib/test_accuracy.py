@@ -178,7 +178,7 @@ NOTHING_LOST = AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1000)
 
 
 class Sets:
-    """What `fewest` asks: sets of modules are enough or not, as a test says, and each is asked once."""
+    """What `minimal_keep_set` asks: sets of modules are enough or not, as a test says, and each is asked once."""
 
     def __init__(self, enough: Callable[[set[str]], bool], ranked: str = "ABCDE") -> None:
         self.enough, self.ranked = enough, ranked
