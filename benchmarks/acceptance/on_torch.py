@@ -31,8 +31,9 @@ from runtime.benchmarking import system_info
 from runtime.benchmarking.timing import Call
 from runtime.core.batch import Batch, collate, pad_queries
 from runtime.core.decoding import decode
+from runtime.core.moments import to_moments
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.grounder import Grounder, to_moments
+from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
     import torch

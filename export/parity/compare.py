@@ -34,7 +34,7 @@ from runtime.core.batch import Heads
 from runtime.core.decoding import Protocol, score_proposals_with_fallback
 from runtime.core.errors import AnnotationError, ModelFileError
 from runtime.core.metrics import best_iou, is_hit, prior_report, recall_name, report
-from runtime.core.moments import Moment, temporal_iou
+from runtime.core.moments import Moment, temporal_iou, to_moments
 from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
 from runtime.grounding.evaluation import (
     Chunk,
@@ -45,7 +45,7 @@ from runtime.grounding.evaluation import (
     run_chunk,
     used_fallback,
 )
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, to_moments
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 RANKED = 5
 WORST = 12

@@ -11,9 +11,9 @@ from runtime.benchmarking.timing import Clock
 from runtime.benchmarking.workload import distinct_videos
 from runtime.core.batch import collate, pad_queries
 from runtime.core.decoding import PUBLISHED_COUNT, apply_nms, score_proposals_with_fallback
-from runtime.core.moments import Moment
+from runtime.core.moments import Moment, to_moments
 from runtime.core.video import Video
-from runtime.grounding.grounder import Grounder, to_moments
+from runtime.grounding.grounder import Grounder
 
 
 def time_phases(

@@ -6,7 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from runtime.core.errors import GroundingError, excerpt
+from runtime.core.errors import (
+    GroundingError,
+    excerpt,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +60,19 @@ def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     hull[~(hull > 0)] = 1
     overlap /= hull
     return overlap
+
+
+def to_moments(picks: np.ndarray, duration: float, offset: float = 0.0) -> list[Moment]:
+    """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds.
+
+    Args:
+        picks: starts and ends as fractions of the video, and scores.
+        duration: in seconds.
+        offset: seconds to add to all times; see `Video`.
+    """
+    seconds, offset = float(duration), float(offset)
+    return [
+        Moment(offset + start * seconds, offset + end * seconds, score)
+        for start, end, score in picks.tolist()
+        if score == score
+    ]

@@ -23,7 +23,8 @@ from runtime.core.video import ClipTiming, Video
 from runtime.corpus.feature_sources import FeatureSource, VideoRef, open_source
 from runtime.corpus.queries import Question
 from runtime.corpus.sharding import MANIFEST, Form, Settings, Shard, VideoQueries, shard_name
-from runtime.grounding.grounder import Grounder, VideoInput
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.requests import VideoInput
 from runtime.grounding.warm_up import warm_usual
 
 log = logging.getLogger("drn")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import logging
 import numbers
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Union, cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -23,7 +20,6 @@ from runtime.backends.base import Backend, Device, PairBackend, QueryServer
 from runtime.core.batch import Batch, Heads, batches, batches_by_length, collate, pad_queries
 from runtime.core.decoding import NON_FINITE, decode, score_proposals
 from runtime.core.errors import (
-    DeviceMemoryError,
     FeatureError,
     GroundingError,
     ModelFileError,
@@ -33,18 +29,18 @@ from runtime.core.errors import (
     excerpt,
     printable_line,
 )
-from runtime.core.moments import Moment
+from runtime.core.moments import Moment, to_moments
 from runtime.core.nvtx_ranges import marked
 from runtime.core.sliding_windows import Window, WindowProposals, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
+from runtime.grounding.requests import VideoInput, _kind, check_query, check_request, check_video
+from runtime.grounding.scheduling import EncodingCache, group_by_prepared, prefetch, retry_in_halves
 
 log = logging.getLogger("drn")
 
 BATCH_SIZE = 32
 # Encodings kept for videos that are asked again: 0.5 MB each at full size.
 MAX_CACHED_ENCODINGS = 32
-
-VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
 
 class Grounder:
@@ -68,7 +64,7 @@ class Grounder:
         self.backend = backend
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
-        self._encodings = _Encodings(MAX_CACHED_ENCODINGS)
+        self._encodings = EncodingCache(MAX_CACHED_ENCODINGS)
         # A server that answers whole queries; None where they are answered here.
         self._server: QueryServer | None = None
 
@@ -207,7 +203,7 @@ class Grounder:
 
     def cut(self, video: VideoInput) -> Sequence[Window]:
         """Return the windows in which a video is grounded; none if it is grounded whole."""
-        _check_subject(video)
+        check_video(video)
         if isinstance(video, EncodedWindows):
             return video.windows
         if isinstance(video, EncodedVideo) or self.windows is None or video.duration <= self.windows.longest:
@@ -262,11 +258,11 @@ class Grounder:
         On a GPU the next batch is put together and asked while the caller decodes this one.
         """
         answers = (
-            (chosen, _retry_in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size)
+            (chosen, retry_in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size)
         )
         # One batch alone would pay for a thread and gain nothing; on a CPU the network uses every core itself.
         overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
-        yield from _prefetch(answers) if overlaps else answers
+        yield from prefetch(answers) if overlaps else answers
 
     def _batches(
         self, queries: Sequence[np.ndarray], videos: Sequence[Segments | EncodedVideo], batch_size: int
@@ -277,7 +273,7 @@ class Grounder:
                 yield chosen, functools.partial(self._run_part, batch)
             return
         encoded = cast("Sequence[EncodedVideo]", videos)
-        for positions in _group_by_prepared(encoded):
+        for positions in group_by_prepared(encoded):
             for chosen in batches_by_length([queries[i] for i in positions], batch_size):
                 rows = positions[chosen]
                 distinct = {id(encoded[i]): encoded[i] for i in rows}
@@ -370,7 +366,7 @@ class Grounder:
             FeatureError: the features are not of the width that the model takes, or windows are to be prepared.
             ModelFileError: the model is whole, or was split without what prepares.
         """
-        _check_subject(video)
+        check_video(video)
         if isinstance(video, Video):
             windows = self.cut(video)
             encoded: EncodedVideo | EncodedWindows
@@ -419,7 +415,7 @@ class Grounder:
         `unheard` counts words that the model does not know, in place of a warning, and `check_content` is turned off
         for sentences of data sets; see `Vocabulary.encode`.
         """
-        _check_query(query)
+        check_query(query)
         tokens = self.manifest.vocabulary.encode(query, unheard, check_content)
         longest = self.manifest.max_query_length
         if len(tokens) > longest:
@@ -532,119 +528,6 @@ class Grounder:
             )
 
 
-def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_size: int) -> None:
-    """Raise GroundingError unless `pairs` are videos and sentences, and the sizes are integers in their ranges."""
-    for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-            raise GroundingError(
-                f"Expected an integer of at least {least} for {name}, got {excerpt(value)}. Correct the argument.",
-                code="invalid_argument",
-            )
-    if not isinstance(pairs, (list, tuple, Sequence)) or not all(
-        isinstance(pair, (tuple, list, Sequence)) and len(pair) == 2 for pair in pairs
-    ):
-        raise GroundingError(
-            f"Expected a list of (video, query) pairs, got {_kind(pairs)}. Give one pair for each query.",
-            code="invalid_argument",
-        )
-    for video, query in pairs:
-        _check_subject(video)
-        _check_query(query)
-
-
-def _check_subject(video: object) -> None:
-    if not isinstance(video, (Video, EncodedVideo, EncodedWindows)):
-        raise FeatureError(
-            f"Expected a Video or its encoding, got {_kind(video)}. Read a feature file with Video.load.",
-            code="invalid_argument",
-        )
-
-
-def _check_query(query: object) -> None:
-    if not isinstance(query, str):
-        raise QueryError(f"Expected a sentence as text, got {_kind(query)}. Give one str for each query.")
-
-
-def _kind(value: object) -> str:
-    """Return the type of an argument and, where it is short, its value."""
-    text = excerpt(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
-    return f"{text} ({type(value).__name__})" if text else f"a value of type {type(value).__name__}"
-
-
-def _group_by_prepared(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:
-    """Return positions that may share batches: those of one prepared video, and all others."""
-    groups: dict[int, list[int]] = {}
-    for index, video in enumerate(videos):
-        groups.setdefault(0 if video.prepared is None else id(video), []).append(index)
-    return [np.array(positions) for positions in groups.values()]
-
-
-class _Encodings:
-    """The last few videos' encodings, forgotten with the videos. Safe to use from several threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._known: collections.OrderedDict[int, tuple[weakref.ref[Video], EncodedVideo]] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, video: Video) -> EncodedVideo | None:
-        with self._lock:
-            reference, encoded = self._known.get(id(video), (None, None))
-            # An address is used again once its video is gone.
-            if reference is None or reference() is not video:
-                return None
-            self._known.move_to_end(id(video))
-            return encoded
-
-    def keep(self, video: Video, encoded: EncodedVideo) -> EncodedVideo:
-        with self._lock:
-            self._known[id(video)] = (weakref.ref(video), encoded)
-            self._known.move_to_end(id(video))
-            while len(self._known) > self._size:
-                self._known.popitem(last=False)
-        return encoded
-
-
-def _prefetch(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield what an iterator yields, the next being made in a thread of its own meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, answers, None)
-        while True:
-            answer = coming.result()
-            if answer is None:
-                return
-            coming = worker.submit(next, answers, None)
-            yield answer
-
-
-def _retry_in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
-    """Return the answers to a batch of so many rows; where memory does not do, to its halves, one after the other."""
-    try:
-        return ask(slice(0, rows))
-    except DeviceMemoryError:
-        if rows < 2:
-            raise
-        log.warning("The device has no memory left for %d queries at once; asking them in halves.", rows)
-        halves = [ask(part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
-        return Heads(*(np.concatenate(pair) for pair in zip(*(vars(half).values() for half in halves))))
-
-
 def moments_of(picks: np.ndarray, video: VideoInput) -> list[Moment]:
     """Return (K, 3) picks, NaN after the last, as moments of a video, in the time of players."""
     return to_moments(picks, video.duration, video.offset)
-
-
-def to_moments(picks: np.ndarray, duration: float, offset: float = 0.0) -> list[Moment]:
-    """Return (K, 3) picks, NaN after the last, as moments of a video of `duration` seconds.
-
-    Args:
-        picks: starts and ends as fractions of the video, and scores.
-        duration: in seconds.
-        offset: seconds to add to all times; see `Video`.
-    """
-    seconds, offset = float(duration), float(offset)
-    return [
-        Moment(offset + start * seconds, offset + end * seconds, score)
-        for start, end, score in picks.tolist()
-        if score == score
-    ]

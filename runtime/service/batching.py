@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from runtime.core.errors import GroundingError
 from runtime.core.moments import Moment
-from runtime.grounding.grounder import BATCH_SIZE, Grounder, VideoInput
+from runtime.grounding.grounder import BATCH_SIZE, Grounder
+from runtime.grounding.requests import VideoInput
 from runtime.service.http_errors import HttpError
 
 log = logging.getLogger("drn.service")

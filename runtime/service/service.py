@@ -20,7 +20,8 @@ from runtime.core.names import near_name
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer
-from runtime.grounding.grounder import Grounder, VideoInput
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.requests import VideoInput
 from runtime.service.batching import Batcher, BatchOptions
 from runtime.service.http_errors import HttpError, unknown_video
 from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnect

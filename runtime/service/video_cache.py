@@ -22,7 +22,8 @@ from runtime.core.io.files import check_directory, file_stamp, open_inside
 from runtime.core.names import by_fold
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.grounder import Grounder, VideoInput
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.requests import VideoInput
 from runtime.media.video_file import offset_of
 from runtime.service.batching import Batcher
 from runtime.service.http_errors import HttpError

@@ -41,7 +41,8 @@ from runtime.core.io.text_files import read_text
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.video import Origin, Video
-from runtime.grounding.grounder import Grounder, VideoInput
+from runtime.grounding.grounder import Grounder
+from runtime.grounding.requests import VideoInput
 
 DEFAULT_TOP_K = 5
 # Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.

@@ -15,8 +15,8 @@ from runtime.backends.base import Backend
 from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
+from runtime.core.moments import to_moments
 from runtime.core.sliding_windows import Windows
-from runtime.grounding.grounder import to_moments
 from tests.raising import check_error, raises
 
 CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
