@@ -16,7 +16,7 @@ import runtime.backends.onnxruntime_backend as onnx_runtime
 from runtime.artifacts import onnx_metadata
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, ModelFileError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 
 
 class _Unchecked:

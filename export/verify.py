@@ -22,7 +22,8 @@ from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
-from runtime.core.io.files import check_file, sha256
+from runtime.core.io.digests import sha256
+from runtime.core.io.input_files import check_file
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows, batches_of
 from runtime.grounding.grounder import BATCH_SIZE, Grounder

@@ -20,7 +20,7 @@ from runtime.backends import engine_compatibility, open_backend
 from runtime.backends.exact_int8 import weights_in_file, weights_text
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import parse_json
 from runtime.doctor import gpus
 from runtime.media import extractors

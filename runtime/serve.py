@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError, GroundingError, MissingFeatures
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.sliding_windows import resolve_windows
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder

@@ -33,7 +33,8 @@ from runtime.benchmarking.report import read_report
 from runtime.core.batch import Heads
 from runtime.core.decoding import Decoding
 from runtime.core.errors import FeatureError, GroundingError, ModelFileError
-from runtime.core.io.files import read_json, sha256
+from runtime.core.io.digests import sha256
+from runtime.core.io.input_files import read_json
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Window, Windows
 from runtime.core.tokenizer import Vocabulary

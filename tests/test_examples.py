@@ -13,7 +13,7 @@ import pytest
 from export.to_onnx import to_onnx
 from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
 from train.checkpoints import Checkpoint, save_checkpoint
 from train.network.model import DRNConfig

@@ -19,7 +19,8 @@ from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, excerpt
 from runtime.core.io import torch_reader
-from runtime.core.io.files import read_json, sha256
+from runtime.core.io.digests import sha256
+from runtime.core.io.input_files import read_json
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d

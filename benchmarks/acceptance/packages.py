@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks.acceptance.lease import ORT_GPU, TENSORRT, Chunks
 from runtime.core.errors import GroundingError, one_line, reading
-from runtime.core.io.files import read_json, sha256
+from runtime.core.io.digests import sha256
+from runtime.core.io.input_files import read_json
 
 LIBRARIES = (TENSORRT, ORT_GPU)
 MANIFEST, UNPACK = "manifest.json", "unpack_carry.py"

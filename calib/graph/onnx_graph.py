@@ -19,7 +19,7 @@ from runtime.backends.base import run_pair
 from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, for_cpu, precision_in
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, ModelFileError
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 
 if TYPE_CHECKING:
     import onnx

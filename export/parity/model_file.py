@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifacts.manifest import Manifest
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ from runtime.backends.tensorrt_backend import locate_video_part
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig, padded_length
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, excerpt
-from runtime.core.io.files import check_file, sha256
+from runtime.core.io.digests import sha256
+from runtime.core.io.input_files import check_file
 
 Kind = Literal["auto", "cpu", "cuda"]
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}

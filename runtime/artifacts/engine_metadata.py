@@ -12,7 +12,8 @@ from runtime.artifacts import extractor_manifest
 from runtime.artifacts.engine_layers import VERDICTS
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import ModelFileError, excerpt, printable_line
-from runtime.core.io.files import json_digest, read_json, sha256
+from runtime.core.io.digests import json_digest, sha256
+from runtime.core.io.input_files import read_json
 
 FORMAT = "drn-engine/1"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.backends.base import MAX_THREADS, Backend, Device
 from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_path, excerpt
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 
 # Packages that `runtime` must not import offer their backend here, named after the suffix they read.
 ENTRY_POINT_GROUP = "drn.backends"

@@ -26,7 +26,7 @@ from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device

@@ -29,7 +29,7 @@ from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
 from runtime.backends.tensorrt_engine import OUTPUTS, SPANS, TensorRTEngine
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
-from runtime.core.io.files import json_digest
+from runtime.core.io.digests import json_digest
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device

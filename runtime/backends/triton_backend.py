@@ -16,7 +16,7 @@ from runtime.backends.base import run_pair
 from runtime.backends.batch_shapes import bucket, row_slices, row_slices_by_video
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
-from runtime.core.io.files import json_digest
+from runtime.core.io.digests import json_digest
 from runtime.core.io.text_files import parse_json
 
 FORMAT = "drn-triton/1"

@@ -16,7 +16,7 @@ from runtime.benchmarking import system_info
 from runtime.benchmarking.report import Memory, ModelInfo
 from runtime.benchmarking.workload import device_of, ground_first, synthetic_workload
 from runtime.core.errors import DeviceError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 

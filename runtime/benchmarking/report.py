@@ -12,7 +12,7 @@ import numpy as np
 from runtime.benchmarking.system_info import SystemState
 from runtime.benchmarking.timing import Latency, Ratio, WarmUp
 from runtime.core.errors import ModelFileError, excerpt, printable_line, reading
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.moments import Moment, temporal_iou
 
 FORMAT = "drn-benchmark/1"

@@ -31,7 +31,7 @@ from runtime.benchmarking.workload import (
 )
 from runtime.core import cpu_info
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 
 log = logging.getLogger("drn")
 

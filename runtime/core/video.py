@@ -22,7 +22,7 @@ from runtime.core.errors import (
     reading,
 )
 from runtime.core.io.array_files import load_array, read_archive
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 
 Pooling = Literal["mmaction2", "drn"]
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
 from runtime.core.io.array_files import MAX_AXES, check_unfolded
-from runtime.core.io.files import content_stamp, json_digest, read_json
+from runtime.core.io.digests import content_stamp, json_digest
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Origin, Video
 from runtime.corpus.parquet_check import check_metadata

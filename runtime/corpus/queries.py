@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from runtime.core.errors import AnnotationError, GroundingError, QueryError, excerpt
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 from runtime.core.io.text_files import parse_json, read_lines
 
 Qid = Union[int, str]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import Preset

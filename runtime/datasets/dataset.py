@@ -16,7 +16,8 @@ import numpy as np
 
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, excerpt
-from runtime.core.io.files import check_directory, check_file, json_digest, read_json, sha256
+from runtime.core.io.digests import json_digest, sha256
+from runtime.core.io.input_files import check_directory, check_file, read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.tokenizer import Vocabulary, word_table
 from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate

@@ -12,8 +12,9 @@ import numpy as np
 
 from runtime.core.errors import FeatureError, MissingFeatures, excerpt
 from runtime.core.io.array_files import read_header
-from runtime.core.io.files import check_directory, check_file, content_stamp, file_stamp
+from runtime.core.io.digests import content_stamp, file_stamp
 from runtime.core.io.hdf5_reader import Hdf5Reader
+from runtime.core.io.input_files import check_directory, check_file
 from runtime.core.names import by_fold, near_name
 from runtime.core.video import load_features
 from runtime.datasets.validation import file_stem, is_file_name

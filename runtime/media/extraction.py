@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from runtime.core.errors import VideoFileError, excerpt, printable_line, reading
-from runtime.core.io.files import atomic_write, check_file, json_digest, read_json, sha256, write_json
+from runtime.core.io.digests import json_digest, sha256
+from runtime.core.io.files import atomic_write, write_json
+from runtime.core.io.input_files import check_file, read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE

@@ -18,7 +18,8 @@ from runtime.core.errors import (
     excerpt,
     is_out_of_memory,
 )
-from runtime.core.io.files import check_file, json_digest, read_json
+from runtime.core.io.digests import json_digest
+from runtime.core.io.input_files import check_file, read_json
 from runtime.core.io.text_files import parse_json
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import DeviceError, VideoFileError, one_line, reading
-from runtime.core.io.files import check_file
+from runtime.core.io.input_files import check_file
 from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
 from runtime.media.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
 

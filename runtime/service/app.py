@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from runtime.core.errors import GroundingError, excerpt
-from runtime.core.io.files import open_inside
+from runtime.core.io.input_files import open_inside
 from runtime.service.http_errors import HttpError, to_http_error
 from runtime.service.middleware import ClientDisconnected, RequestGuard, cancel_on_disconnect
 from runtime.service.schemas import (

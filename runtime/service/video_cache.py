@@ -18,7 +18,8 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, VideoFileError, excerpt
-from runtime.core.io.files import check_directory, file_stamp, open_inside
+from runtime.core.io.digests import file_stamp
+from runtime.core.io.input_files import check_directory, open_inside
 from runtime.core.names import by_fold
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet

@@ -36,7 +36,7 @@ from runtime.backends.triton_protocol import (
     WINDOWS,
 )
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, ServerError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.io.text_files import read_text
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows

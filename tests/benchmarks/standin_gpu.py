@@ -25,7 +25,7 @@ from runtime.artifacts.engine_layers import Inspection, layers_path, packed
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends.batch_shapes import AXES
 from runtime.backends.cuda_driver import Cuda
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 # The newest that can be brought to a machine that reaches PyPI only, and the strictest.

@@ -22,7 +22,7 @@ from calib.restore import restore
 from runtime import open_backend
 from runtime.core.batch import Batch
 from runtime.core.errors import AnnotationError, FeatureError, ModelFileError, OutputError
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises, records
 

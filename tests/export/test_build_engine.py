@@ -64,7 +64,7 @@ from runtime.core.errors import (
     OutputError,
     ShapeError,
 )
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
 from tests.export.conftest import lively

@@ -23,7 +23,7 @@ from export.tracing.tracer import INPUTS, NEWEST_OPSET, OUTPUTS, export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.core.errors import CheckFailed, CheckpointError, OutputError, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 from tests import tolerances
 from tests.export.conftest import CONFIGS, MAX_QUERY_LENGTH, Inputs, manifest, random_inputs

@@ -13,7 +13,7 @@ from export.parity.parity_report import load_for_comparison
 from export.parity.parity_result import ParityResult
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from train.__main__ import train
 from train.checkpoints import load_checkpoint

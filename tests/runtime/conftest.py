@@ -18,7 +18,7 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.cli import command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError, printable_line
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 
 # No deadline: a test must not fail because its machine is busy.

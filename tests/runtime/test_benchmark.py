@@ -23,7 +23,7 @@ from runtime.benchmarking.report import latency_table, read_report
 from runtime.benchmarking.workload import dataset_workload, synthetic_workload
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from tests.processes import heed_ctrl_c
 from tests.raising import check_error, quotes, raises, records
 from tests.runtime.artifacts.test_encoded_video import PlantedPair

@@ -16,7 +16,7 @@ from runtime.backends import open_backend
 from runtime.core.batch import Batch, Heads, collate
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, DeviceError, DeviceMemoryError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import DataSet
 from tests.raising import raises

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.core.errors import AnnotationError
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import read_lines, read_text
 from train.simulation.scenario import REFERENCE_VIDEOS, Scenario, SimulationPlan, seeded_order
 

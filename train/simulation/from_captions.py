@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from runtime.core.errors import AnnotationError
-from runtime.core.io.files import read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import read_text
 from runtime.core.tokenizer import STOP_WORDS, tokenize
 from runtime.datasets.dataset import Annotation, DataSet

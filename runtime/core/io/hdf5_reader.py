@@ -22,7 +22,8 @@ import numpy as np
 
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, excerpt, one_line, reading
 from runtime.core.io.array_files import check_unfolded
-from runtime.core.io.files import check_file, file_stamp
+from runtime.core.io.digests import file_stamp
+from runtime.core.io.input_files import check_file
 from runtime.core.names import by_fold, near_name
 
 # In the group of a video, where ActivityNet's features are published (v_X/c3d_features).

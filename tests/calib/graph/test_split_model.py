@@ -21,7 +21,7 @@ from runtime.backends.base import run_pair
 from runtime.backends.onnxruntime_backend import MIN_PREPARED_QUERIES, OnnxRuntimePair
 from runtime.core.batch import Batch
 from runtime.core.errors import CheckFailed, ModelFileError, OutputError, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
 from tests.raising import raises

@@ -25,7 +25,7 @@ from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_extractor_engine
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError, OutputError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.describe import describe
 from runtime.infer import infer
 from runtime.media.extractors import open_extractor

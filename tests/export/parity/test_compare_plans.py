@@ -29,7 +29,7 @@ from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_engine
 from runtime.core.errors import CheckFailed, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from tests.raising import raises
 from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan

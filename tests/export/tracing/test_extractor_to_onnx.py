@@ -14,7 +14,7 @@ from export.to_onnx import to_onnx
 from export.tracing.extractor_to_onnx import export_c3d
 from export.tracing.torch_check import relative_difference
 from runtime.core.errors import CheckFailed, CheckpointError, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.media.extractors import ClipExtractor, open_extractor
 from runtime.media.video_file import clips, probe, read_frames
 from tests import tolerances

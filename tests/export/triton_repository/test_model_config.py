@@ -21,7 +21,7 @@ from runtime.artifacts import engine_metadata
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from tests.export.conftest import TINY, manifest
 from tests.raising import raises
 

@@ -12,7 +12,7 @@ import pytest
 from runtime.artifacts.engine_metadata import FORMAT, metadata_path, read_sidecar, with_digest
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import GroundingError, ModelFileError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.describe import describe
 from runtime.doctor import Finding
 from tests.raising import check_error, raises

@@ -656,7 +656,7 @@ def write_plan(
         content: other fields of the sidecar.
     """
     from runtime.artifacts.engine_metadata import FORMAT, metadata_path, with_digest
-    from runtime.core.io.files import sha256
+    from runtime.core.io.digests import sha256
 
     shapes = [profile["shapes"] for profile in profiles]
     options = content.get("options", {})

@@ -53,7 +53,7 @@ from runtime.backends.tensorrt_backend import (
 from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.grounding.grounder import Grounder
 from tests.raising import quotes, raises, records
 from tests.runtime.backends.tensorrt_double import (

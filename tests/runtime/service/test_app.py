@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pytest
 
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.core.sliding_windows import Windows
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder

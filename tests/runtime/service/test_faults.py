@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.core.io.files import sha256
+from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.runtime.service.conftest import Running

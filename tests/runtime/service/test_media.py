@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.core.io.files import open_inside
+from runtime.core.io.input_files import open_inside
 from tests.runtime.service.conftest import Running
 
 SECRET = b"a file that nobody may see"

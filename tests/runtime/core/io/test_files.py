@@ -24,21 +24,18 @@ from runtime.backends import open_backend
 from runtime.core.errors import AnnotationError, GroundingError, ModelFileError, OutputError
 from runtime.core.interrupts import Interrupted, handled
 from runtime.core.io import files
+from runtime.core.io.digests import sha256
 from runtime.core.io.files import (
     Staging,
     atomic_write,
-    check_directory,
-    check_file,
     check_writable,
     content_names,
     locked,
-    merges_names,
-    read_json,
     remove_strays,
-    sha256,
     write_json,
     write_text,
 )
+from runtime.core.io.input_files import check_directory, check_file, merges_names, read_json
 from runtime.core.names import folded
 from runtime.core.video import load_features
 from runtime.corpus.feature_sources import open_source
