@@ -25,8 +25,8 @@ from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Heads
 from runtime.core.cli import command
 from runtime.core.decoding import Decoding
+from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.core.io.digests import json_digest
-from runtime.core.io.files import check_writable, write_json
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import Question, read_questions
 from runtime.corpus.ray_runner import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray

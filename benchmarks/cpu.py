@@ -28,7 +28,7 @@ from runtime import EncodedVideo, Grounder, Video, Vocabulary
 from runtime.core.batch import collate, pad_queries
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import write_json
+from runtime.core.io.atomic_files import write_json
 from runtime.core.tokenizer import tokenize
 from train.checkpoints import load_checkpoint
 from train.network.losses import divide, loss_sums

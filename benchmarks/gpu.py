@@ -28,7 +28,7 @@ from export.engine.builder import cuda_devices
 from runtime.benchmarking import system_info
 from runtime.core import cpu_info
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import check_writable, write_text
+from runtime.core.io.atomic_files import check_writable, write_text
 
 log = logging.getLogger("drn")
 

@@ -20,7 +20,7 @@ from benchmarks.acceptance.lease_run import Lease
 from benchmarks.acceptance.packages import check_whole, current_python
 from export.engine.builder import cuda_devices
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import check_writable
+from runtime.core.io.atomic_files import check_writable
 
 log = logging.getLogger("drn")
 

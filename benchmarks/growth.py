@@ -26,7 +26,7 @@ from runtime.backends.onnxruntime_backend import OnnxRuntimePair
 from runtime.core.cli import check_plots, command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import atomic_write, check_writable, write_json
+from runtime.core.io.atomic_files import atomic_write, check_writable, write_json
 from train.network.model import DRNConfig
 from train.training.trainer import fresh_model
 

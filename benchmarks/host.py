@@ -27,7 +27,7 @@ from runtime.core import cpu_info
 from runtime.core.cli import command
 from runtime.core.decoding import decode, score_proposals
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import check_writable, write_json
+from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
 from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 

@@ -30,7 +30,7 @@ from export.build.reduced_precision import OPSETS
 from export.parity.compare import collect_outputs, compare
 from export.parity.parity_result import ParityResult, format_points
 from runtime.core.cli import command
-from runtime.core.io.files import write_json
+from runtime.core.io.atomic_files import write_json
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 

@@ -32,7 +32,7 @@ from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.cli import command
 from runtime.core.errors import CheckFailed
-from runtime.core.io.files import write_json
+from runtime.core.io.atomic_files import write_json
 from train.checkpoints import load_checkpoint
 from train.network.model import DRN, DRNConfig, with_duration
 

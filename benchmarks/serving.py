@@ -32,7 +32,7 @@ from runtime.benchmarking.system_info import conditions
 from runtime.core.cli import command
 from runtime.core.cpu_info import cores
 from runtime.core.errors import CheckFailed, GroundingError
-from runtime.core.io.files import check_writable, write_json
+from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
 

@@ -23,7 +23,7 @@ from benchmarks.training_baseline import EagerTraining, Sample
 from runtime.core.cli import command
 from runtime.core.cpu_info import cpu_name
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import write_json
+from runtime.core.io.atomic_files import write_json
 from runtime.datasets.dataset import DataSet
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint

@@ -28,7 +28,7 @@ from calib.range_estimation import METHODS, Histogram, Method, collect_histogram
 from runtime.core.batch import Batch
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
 

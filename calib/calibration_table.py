@@ -16,8 +16,8 @@ from calib.graph.channel_equalization import LARGEST_EXPONENT
 from calib.graph.onnx_graph import graph_hash, weights_hash
 from calib.range_estimation import METHODS, ValueRange
 from runtime.core.errors import excerpt, one_line, printable_line
+from runtime.core.io.atomic_files import write_text
 from runtime.core.io.digests import json_digest
-from runtime.core.io.files import write_text
 from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from runtime.core.errors import excerpt, printable_line
+from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import json_digest
-from runtime.core.io.files import write_json
 from runtime.core.io.input_files import read_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from calib.quantization_plan import QuantizationPlan
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 
 log = logging.getLogger("drn")
 

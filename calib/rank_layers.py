@@ -18,7 +18,7 @@ from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, count_macs, find_quantizable_ops, insert_qdq, modules
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import excerpt
-from runtime.core.io.files import write_json
+from runtime.core.io.atomic_files import write_json
 from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
 

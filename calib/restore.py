@@ -18,7 +18,7 @@ from calib.quantization_plan import QuantizationPlan
 from calib.rank_layers import given_table, judge_for, measure_sensitivity, ranked_names
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import CheckFailed
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from export.engine.profiles import profiles as optimization_profiles
 from export.parity.model_file import ModelFile
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
-from runtime.core.io.files import Staging, locked
+from runtime.core.io.atomic_files import Staging, locked
 from runtime.core.repeat_filter import said_once
 from runtime.datasets.dataset import DataSet
 from runtime.datasets.presets import query_length_of

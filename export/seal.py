@@ -9,7 +9,7 @@ import tyro
 from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, write_digest
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import atomic_write, write_json
+from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.media.extractors import description_path, description_with_digest
 
 

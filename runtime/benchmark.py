@@ -9,7 +9,7 @@ from runtime.benchmarking.plots import draw
 from runtime.benchmarking.report import Report
 from runtime.benchmarking.runner import SAMPLES, BenchmarkOptions, BenchmarkRun
 from runtime.core.cli import check_plots, command, suggest_next_command
-from runtime.core.io.files import check_report, write_json
+from runtime.core.io.atomic_files import check_report, write_json
 from runtime.datasets.dataset import DataSet
 
 

@@ -16,7 +16,7 @@ from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import atomic_write, check_report, write_json
+from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.metrics import Report, format_table, prior_report
 from runtime.core.video import Segments
 from runtime.datasets.dataset import DataSet, Invalid, one_per_moment

@@ -13,7 +13,7 @@ import tyro
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError, VideoFileError, excerpt
-from runtime.core.io.files import check_writable, locked, write_json
+from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
 from runtime.core.names import folded
 from runtime.core.video import ClipTiming

@@ -12,7 +12,7 @@ from runtime.backends import is_address
 from runtime.backends.base import Device
 from runtime.core.cli import check_plots, command, suggest_next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
-from runtime.core.io.files import check_report, check_writable
+from runtime.core.io.atomic_files import check_report, check_writable
 from runtime.core.sliding_windows import resolve_windows
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer, Format, format_answers

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import check_report, write_json
+from runtime.core.io.atomic_files import check_report, write_json
 from runtime.datasets.dataset import DataSet, Invalid
 from runtime.grounding.evaluation import askable_rows
 from runtime.grounding.grounder import BATCH_SIZE, Grounder

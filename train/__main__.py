@@ -13,7 +13,7 @@ import torch
 
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError, OutputError
-from runtime.core.io.files import check_writable, locked
+from runtime.core.io.atomic_files import check_writable, locked
 from runtime.datasets.dataset import DataSet
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint

@@ -24,8 +24,8 @@ from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, GroundingError, excerpt, one_line, reading
 from runtime.core.io import torch_reader
+from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import atomic_write
 from runtime.core.io.input_files import check_file
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows

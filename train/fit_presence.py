@@ -12,7 +12,7 @@ from tqdm import tqdm
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import CheckpointError, GroundingError
-from runtime.core.io.files import check_writable
+from runtime.core.io.atomic_files import check_writable
 from runtime.core.presence import Presence, fit_threshold
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows

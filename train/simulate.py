@@ -19,8 +19,8 @@ import numpy as np
 
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, excerpt
+from runtime.core.io.atomic_files import atomic_write, content_names, locked, remove_strays, write_json, write_text
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import atomic_write, content_names, locked, remove_strays, write_json, write_text
 from runtime.core.io.input_files import check_directory, read_json
 from train.simulation.charades_actions import charades_plan
 from train.simulation.feature_simulator import (

@@ -52,7 +52,7 @@ from benchmarks.acceptance.packages import (
 )
 from benchmarks.acceptance.steps import BAD, kept, read_leg
 from runtime.core.errors import GroundingError
-from runtime.core.io.files import atomic_write, write_json, write_text
+from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json
 
 log = logging.getLogger("drn")

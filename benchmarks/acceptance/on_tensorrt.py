@@ -47,8 +47,8 @@ from runtime.benchmarking import system_info
 from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.timing import Call, speed_ratio
 from runtime.core.errors import DeviceError
+from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import write_json
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from benchmarks.acceptance import bars
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
-from runtime.core.io.files import write_json, write_text
+from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.io.input_files import read_json
 
 log = logging.getLogger("drn")

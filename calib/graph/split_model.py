@@ -23,7 +23,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import ModelFileError
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 
 if TYPE_CHECKING:
     import onnx

@@ -17,8 +17,8 @@ from export.engine.profiles import Profile, part_profiles
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cpu_info import cpu
+from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import atomic_write
 
 if TYPE_CHECKING:
     import onnx

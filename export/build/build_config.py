@@ -20,8 +20,8 @@ from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
 from runtime.backends.base import MAX_THREADS
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
+from runtime.core.io.atomic_files import check_writable
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import check_writable
 from runtime.core.io.input_files import check_file
 
 if TYPE_CHECKING:

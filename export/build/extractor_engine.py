@@ -31,8 +31,8 @@ from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, GroundingError
+from runtime.core.io.atomic_files import Staging, locked, write_json
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import Staging, locked, write_json
 from runtime.media.extractors import Extractor, open_extractor
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import CheckFailed, DeviceError, ModelFileError
+from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from export.parity.model_file import ModelFile

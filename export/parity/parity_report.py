@@ -23,7 +23,7 @@ from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends.base import Device
 from runtime.core.cpu_info import cpu
 from runtime.core.decoding import Protocol
-from runtime.core.io.files import write_json, write_text
+from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.metrics import format_table as recall_table
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder

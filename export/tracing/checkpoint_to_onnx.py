@@ -12,7 +12,7 @@ from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_p
 from export.tracing.tracer import NEWEST_OPSET, OLDEST_OPSET, export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.errors import DeviceError, OutputError, ShapeError
-from runtime.core.io.files import atomic_write, check_writable
+from runtime.core.io.atomic_files import atomic_write, check_writable
 
 log = logging.getLogger("drn")
 

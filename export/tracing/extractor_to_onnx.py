@@ -16,7 +16,7 @@ from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from train.c3d import C3D, CROP, WINDOW, load_c3d
 from train.checkpoints import source_hash
 

@@ -22,8 +22,8 @@ from runtime.backends.exact_int8 import for_any_cpu
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.errors import DeviceError, ModelFileError, OutputError, one_line
 from runtime.core.interrupts import deferred
+from runtime.core.io.atomic_files import atomic_write, locked, staging_directory
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import atomic_write, locked, staging_directory
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig

@@ -15,8 +15,8 @@ import numpy as np
 
 from runtime.core.errors import FeatureError, OutputError, check_argument, check_path, excerpt, reading
 from runtime.core.io.array_files import read_archive
+from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import json_digest
-from runtime.core.io.files import atomic_write
 from runtime.core.io.input_files import check_file
 from runtime.core.io.text_files import is_number, parse_json
 from runtime.core.sliding_windows import Window

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import GroundingError, one_line
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 
 log = logging.getLogger("drn")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.benchmarking.report import BATCH_SIZE, LENGTH, ONE_QUERY, PER_VIDEO, Report, Timing, environment_line
 from runtime.core.cli import check_plots
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 
 
 def draw(report: Report, path: Path) -> None:

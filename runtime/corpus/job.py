@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from runtime.backends import check_model_path
 from runtime.core.errors import GroundingError
+from runtime.core.io.atomic_files import check_writable, locked, remove_strays, write_json
 from runtime.core.io.digests import json_digest
-from runtime.core.io.files import check_writable, locked, remove_strays, write_json
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import check_one_kind, read_questions
 from runtime.corpus.ray_runner import run_on_ray

@@ -14,8 +14,8 @@ from runtime.artifacts.engine_metadata import metadata_path, read_sidecar
 from runtime.artifacts.onnx_metadata import external_data
 from runtime.backends.base import Device
 from runtime.core.errors import ModelFileError, OutputError, excerpt
+from runtime.core.io.atomic_files import LOCK, content_names
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import LOCK, content_names
 from runtime.core.io.input_files import read_json
 from runtime.corpus.feature_sources import FeatureSource, VideoRef
 from runtime.corpus.queries import Question

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Union
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
+from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
-from runtime.core.io.files import atomic_write, write_json
 from runtime.core.io.input_files import read_json
 from runtime.core.names import by_fold, near_name
 from runtime.core.sliding_windows import resolve_windows

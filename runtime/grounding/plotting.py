@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.cli import check_plots
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer, format_timestamp
 from runtime.media.video_file import VideoFile, frames_at

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.errors import DeviceError, VideoFileError
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from runtime.media.timestamps import SoundShift
 from runtime.media.video_file import ROUNDING, VideoFile, frames_from, load_av, opened_container, upright
 

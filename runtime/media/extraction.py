@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from runtime.core.errors import VideoFileError, excerpt, printable_line, reading
+from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
-from runtime.core.io.files import atomic_write, write_json
 from runtime.core.io.input_files import check_file, read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Video, load_features

@@ -24,8 +24,8 @@ import numpy as np
 from runtime.backends.base import Device
 from runtime.core.errors import FeatureError, OutputError, one_line
 from runtime.core.io.array_files import open_archive, read_header
+from runtime.core.io.atomic_files import locked
 from runtime.core.io.digests import content_stamp, file_stamp
-from runtime.core.io.files import locked
 from runtime.core.video import ClipTiming, Origin, Video, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import cache_directory

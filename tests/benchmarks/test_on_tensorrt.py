@@ -20,8 +20,8 @@ from runtime.artifacts.engine_metadata import metadata_path, read_verified, with
 from runtime.backends.tensorrt_backend import TensorRTPair
 from runtime.core.batch import Heads
 from runtime.core.errors import CheckFailed
+from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import write_json
 from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 from tests.raising import quotes
 

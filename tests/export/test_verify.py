@@ -36,8 +36,8 @@ from runtime.benchmarking.report import ONE_QUERY, BenchmarkCase, Memory, ModelI
 from runtime.benchmarking.timing import Latency
 from runtime.core.cpu_info import cpu
 from runtime.core.errors import AnnotationError, CheckFailed, DeviceError, GroundingError, ModelFileError, OutputError
+from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
-from runtime.core.io.files import write_json
 from runtime.core.moments import Moment
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import batches_of

@@ -19,7 +19,7 @@ from runtime.artifacts.manifest import Features
 from runtime.core.batch import Batch, collate
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.core.io.array_files import load_array
-from runtime.core.io.files import atomic_write
+from runtime.core.io.atomic_files import atomic_write
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import Segments, check_features, check_varies, max_over_rows, segment_rows

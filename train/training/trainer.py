@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError
-from runtime.core.io.files import atomic_write, write_json, write_text
+from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json
 from runtime.core.metrics import recall_name
 from runtime.grounding.evaluation import evaluate

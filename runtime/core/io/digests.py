@@ -10,8 +10,6 @@ from typing import Any
 
 # Blocks of a large file that `content_stamp` reads.
 SAMPLES = 8
-
-
 SAMPLE_BYTES = 4096
 
 

@@ -118,7 +118,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
     """Start a process whose command has this body."""
     code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.core.cli import command\n"
-    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.files import atomic_write\n"
+    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.atomic_files import atomic_write\n"
     code += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     if unbuffered:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime.core.errors import GroundingError, OutputError
-from runtime.core.io.files import locked
+from runtime.core.io.atomic_files import locked
 from runtime.corpus import job
 from runtime.corpus.job import Result
 from runtime.corpus.sharding import MANIFEST

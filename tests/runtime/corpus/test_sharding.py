@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.core.errors import OutputError
-from runtime.core.io.files import LOCK
+from runtime.core.io.atomic_files import LOCK
 from runtime.corpus.feature_sources import VideoRef
 from runtime.corpus.queries import Question
 from runtime.corpus.sharding import MANIFEST, check_same, plan, require_corpus_dir, shard_name

@@ -1,4 +1,4 @@
-"""`runtime.core.io.files`: whole or not there."""
+"""`runtime.core.io.atomic_files`: whole or not there."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends import open_backend
 from runtime.core.errors import AnnotationError, GroundingError, ModelFileError, OutputError
 from runtime.core.interrupts import Interrupted, handled
-from runtime.core.io import files
-from runtime.core.io.digests import sha256
-from runtime.core.io.files import (
+from runtime.core.io import atomic_files
+from runtime.core.io.atomic_files import (
     Staging,
     atomic_write,
     check_writable,
@@ -35,6 +34,7 @@ from runtime.core.io.files import (
     write_json,
     write_text,
 )
+from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_directory, check_file, merges_names, read_json
 from runtime.core.names import folded
 from runtime.core.video import load_features
@@ -112,7 +112,9 @@ def test_a_full_disk_is_said_so_and_leaves_nothing(place: str, tmp_path: Path, m
 
 def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path: Path) -> None:
     # The limit on file sizes stands for the disk's end; both stop a write half-way.
-    code = f"from runtime.core.io.files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
+    code = (
+        f"from runtime.core.io.atomic_files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -355,7 +357,7 @@ def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
 def start_writer(body: str) -> subprocess.Popen[str]:
     """Start a process that prints a line when it is in the middle of this body, and waits."""
     code = "import sys, time\nfrom pathlib import Path\n"
-    code += "from runtime.core.io.files import Staging, locked, atomic_write\n"
+    code += "from runtime.core.io.atomic_files import Staging, locked, atomic_write\n"
     wait = "print('ready', flush=True); sys.stdin.read()"
     return subprocess.Popen(
         [sys.executable, "-c", code + body.replace("WAIT", wait)],
@@ -473,7 +475,7 @@ def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Pat
 
 
 def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.core.io.files.fcntl.flock", failing(errno.ENOLCK))
+    monkeypatch.setattr("runtime.core.io.atomic_files.fcntl.flock", failing(errno.ENOLCK))
     with atomic_write(tmp_path / "report.json") as temporary:
         temporary.write_text("half")
         remove_strays(tmp_path)
@@ -627,7 +629,7 @@ def test_locks_and_temporary_files_do_not_count_as_content(tmp_path: Path) -> No
 def test_directory_that_another_process_removes_meanwhile_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, removals = files._sweep, [1, 1]
+    sweep, removals = atomic_files._sweep, [1, 1]
 
     def removed(directory: Path) -> None:
         sweep(directory)
@@ -635,8 +637,8 @@ def test_directory_that_another_process_removes_meanwhile_is_created_again(
             removals.pop()
             directory.rmdir()
 
-    monkeypatch.setattr(files, "_sweep", removed)
-    files.write_text(tmp_path / "run" / "a.txt", "whole")
+    monkeypatch.setattr(atomic_files, "_sweep", removed)
+    atomic_files.write_text(tmp_path / "run" / "a.txt", "whole")
     assert (tmp_path / "run" / "a.txt").read_text() == "whole"
     assert not removals
 
