@@ -15,7 +15,8 @@ import tyro
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.cli import command
 from runtime.core.errors import VideoFileError
-from runtime.media.video_file import clips, probe, read_frames
+from runtime.media.frames import clips
+from runtime.media.video_file import probe, read_frames
 
 
 def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) -> dict[str, float]:

@@ -20,6 +20,7 @@ from runtime.core.video import ClipTiming
 from runtime.datasets.charades_sta import DURATIONS, FRAMES
 from runtime.datasets.dataset import FEATURE_DIRECTORY, NOTES
 from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, is_file_name
+from runtime.media.container import check_one_file
 from runtime.media.extraction import (
     BATCH_SIZE,
     FORMAT,
@@ -31,7 +32,7 @@ from runtime.media.extraction import (
     read_note,
 )
 from runtime.media.extractors import open_extractor
-from runtime.media.video_file import check_one_file, probe
+from runtime.media.video_file import probe
 
 log = logging.getLogger("drn")
 

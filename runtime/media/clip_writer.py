@@ -17,8 +17,10 @@ import numpy as np
 
 from runtime.core.errors import DeviceError, VideoFileError
 from runtime.core.io.atomic_files import atomic_write
+from runtime.media.container import load_av, opened_container
+from runtime.media.frames import upright
 from runtime.media.timestamps import SoundShift
-from runtime.media.video_file import ROUNDING, VideoFile, frames_from, load_av, opened_container, upright
+from runtime.media.video_file import ROUNDING, VideoFile, frames_from
 
 log = logging.getLogger("drn")
 

@@ -23,7 +23,8 @@ from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE
 from runtime.media.extractors import Extractor
-from runtime.media.video_file import VideoFile, clips, probe, read_frames
+from runtime.media.frames import clips
+from runtime.media.video_file import VideoFile, probe, read_frames
 
 log = logging.getLogger("drn")
 

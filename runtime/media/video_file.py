@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import logging
-import math
 import mmap
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import DeviceError, VideoFileError, one_line, reading
+from runtime.core.errors import VideoFileError
 from runtime.core.io.input_files import check_file
 from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
-from runtime.media.timestamps import Part, Stamp, shifts, shown_times, split, usual_step
+from runtime.media.container import HEADS, load_av, open_container
+from runtime.media.frames import FrameResizer, orientation, upright
+from runtime.media.packets import Packets, read_packets
+from runtime.media.timestamps import Part, shifts
 
 log = logging.getLogger("drn")
 
@@ -31,10 +30,6 @@ STEP_TOLERANCE = 0.1
 STEADY = 0.9
 # In a video of steady frames, a step as long as this many others is a gap.
 MISSING_STEPS = 4.5
-# Shares of pixels are whole numbers that add up to this, as finely divided as OpenCV's; rounded, to one or two more or
-# less, which is a quarter of a grey level.
-WHOLE_BITS = 11
-WHOLE = 1 << WHOLE_BITS
 # A file that ends earlier than it says by more than this many seconds, and this share of a frame count, is truncated.
 # Containers round durations, and the last frame of some has no length.
 MAX_SECONDS = 0.5
@@ -43,26 +38,6 @@ MIN_FRAMES = 0.98
 ROUNDING = 1e-3
 # Most videos have a key frame within so many seconds.
 KEY_SECONDS = 12.0
-# Codecs of cover pictures, which some writers store as a video stream without marking it.
-PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
-# Degrees that a display matrix may be off a quarter turn, as ffmpeg allows.
-TURN_TOLERANCE = 1.0
-# Of libavformat's AVFMT_TS_DISCONT: containers of broadcasts, in which time stamps may restart.
-TS_DISCONT = 0x0200
-# How files of a format begin, to find one that was joined to another and that FFmpeg does not read.
-HEADS = {
-    "flv": re.compile(rb"FLV\x01[\x00-\x07]\x00\x00\x00\x09\x00\x00\x00\x00"),
-    "matroska,webm": re.compile(rb"\x1a\x45\xdf\xa3.{1,8}\x42\x86\x81\x01", re.DOTALL),
-    "mov,mp4,m4a,3gp,3g2,mj2": re.compile(rb"\x00\x00\x00[\x10-\xff]ftyp[0-9A-Za-z ]{4}"),
-    "avi": re.compile(rb"RIFF.{4}AVI LIST", re.DOTALL),
-}
-# Formats of FFmpeg that open further files or network addresses: the demuxers that call `io_open` or open a format of
-# their own (libavformat 62, and `mlv`, which looks for parts of its name). Content and digests of such a file do not
-# decide what is decoded.
-REFERRING_FORMATS = frozenset(
-    ("avisynth", "concat", "dash", "dvdvideo", "hls", "image2", "imf", "lavfi", "mlv",
-     "rtp", "rtsp", "sap", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest")
-)  # fmt: skip
 # A picture that stays on for more seconds is reported: it may be a fault of the time stamps.
 LONG_STILL = 600.0
 
@@ -123,62 +98,6 @@ class VideoFile:
             raise _damaged(self.path, self.damage)
 
 
-class FrameResizer:
-    """Makes the network's picture of every frame of one size, by bilinear interpolation between pixel centres.
-
-    Nothing is smoothed before: the published C3D features come from OpenCV's `resize`, which does not. Only pixels
-    that the crop keeps are computed.
-
-    Args:
-        height, width: of the frames.
-        framing: what becomes of them.
-        quarter_turns, mirrored: how frames are made upright, as `VideoFile` has it, before all else.
-    """
-
-    def __init__(
-        self, height: int, width: int, framing: ResizeCrop, quarter_turns: int = 0, mirrored: bool = False
-    ) -> None:
-        pixels = upright(np.arange(height * width, dtype=np.intp).reshape(height, width), quarter_turns, mirrored)
-        (top, below, across), (left, right, along) = (
-            _taps(length, resized, cut)
-            for length, resized, cut in zip(pixels.shape, framing.resized(*pixels.shape), framing.crop)
-        )
-        self._places, result = [], []
-        for rows, vertical in ((top, 1 - across), (below, across)):
-            for columns, horizontal in ((left, 1 - along), (right, along)):
-                self._places.append(np.ascontiguousarray(pixels[np.ix_(rows, columns)]))
-                result.append(np.rint(np.outer(vertical, horizontal) * WHOLE).astype(np.uint32))
-        self._shares = np.stack(result)[..., None].repeat(4, -1)
-        self._total, self._parts = np.empty((2, *framing.crop, 4), np.uint32)
-
-    def of(self, frame: np.ndarray) -> np.ndarray:
-        """Return the picture, `crop` by 3 uint8, of a (height, width, 4) uint8 frame, RGB and one byte to spare."""
-        # Whole pixels are gathered as one number each, and integers of one size multiply fastest: a third of the time
-        # that floats take.
-        pixels = frame.reshape(-1).view(np.uint32)
-        self._total.fill(WHOLE // 2)
-        for places, shares in zip(self._places, self._shares):
-            self._parts[:] = pixels.take(places).view(np.uint8).reshape(self._parts.shape)
-            np.multiply(self._parts, shares, out=self._parts)
-            np.add(self._total, self._parts, out=self._total)
-        np.right_shift(self._total, WHOLE_BITS, out=self._total)
-        return self._total[..., :3].astype(np.uint8)
-
-
-def upright(pixels: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
-    """Return a picture, (height, width, ...), mirrored left to right if so, then turned counterclockwise."""
-    return np.rot90(pixels[:, ::-1] if mirrored else pixels, quarter_turns)
-
-
-def _taps(length: int, resized: int, cut: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pixels before and after each kept place along one side, and the share of the second."""
-    first = (resized - cut) // 2
-    places = (np.arange(first, first + cut) + 0.5) * (length / resized) - 0.5
-    places = places.clip(0, length - 1)
-    before = np.floor(places).astype(np.intp)
-    return before, np.minimum(before + 1, length - 1), places - before
-
-
 def probe(path: str | os.PathLike[str]) -> VideoFile:
     """Return what a video file holds; it is read once, and nothing but its first frame is decoded.
 
@@ -190,9 +109,9 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     check_file(path, "The video", VideoFileError)
     if path.stat().st_size == 0:
         raise VideoFileError(f"The video {path} is empty (0 bytes); copy or download it again.", code="empty_file")
-    with _opened(path) as (container, stream):
+    with open_container(path) as (container, stream):
         unit = float(stream.time_base)
-        packets = _packets(container, stream)
+        packets = read_packets(container, stream)
         times, parts = packets.times(container, stream)
         if not len(times):
             raise VideoFileError(f"{path} has a video stream without a single frame; copy or download it again.")
@@ -204,7 +123,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
         start = int(times[0]) * unit
         offset = _offset(container, start)
         length = 0.0 if damage or len(parts) > 1 else _length(container, start, int(times[-1]) * unit, 1 / rate)
-    with _opened(path) as (container, stream):
+    with open_container(path) as (container, stream):
         first = next(_decoded(container, stream, path, parts), None)
     if first is None:
         raise VideoFileError(f"{path} has a video stream of which no frame can be decoded; copy or download it again.")
@@ -222,7 +141,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
             code="frame_rate_out_of_range",
         )
     _report(path, times, parts, unit)
-    quarter_turns, mirrored = _orientation(first, path)
+    quarter_turns, mirrored = orientation(first, path)
     return VideoFile(
         path=path,
         num_frames=num_frames,
@@ -241,12 +160,6 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     )
 
 
-def check_one_file(path: str | os.PathLike[str]) -> None:
-    """Raise VideoFileError if a video refers to other files, so that its own content does not decide its pictures."""
-    with opened_container(Path(path)):
-        pass
-
-
 def offset_of(path: str | os.PathLike[str]) -> float:
     """Return the `offset` of a video file from its header alone; 0 where the header has none.
 
@@ -254,7 +167,7 @@ def offset_of(path: str | os.PathLike[str]) -> float:
         VideoFileError: the file is no video.
         DeviceError: PyAV is not installed.
     """
-    with _opened(Path(path)) as (container, stream):
+    with open_container(Path(path)) as (container, stream):
         if stream.start_time is None:
             return 0.0
         return _offset(container, stream.start_time * float(stream.time_base))
@@ -337,7 +250,7 @@ def read_frames(
         return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
 
     reached, waiting, shown = -1, None, None
-    with _opened(footage.path, threads) as (container, stream):
+    with open_container(footage.path, threads) as (container, stream):
         decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial)
         for time, frame in _timed(decoded, footage):
             location = int(time * footage.frame_rate + 0.5)
@@ -387,7 +300,7 @@ def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partia
 
 def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Iterator[Any]:
     """Yield the frame that is on at each of the rising times; no part is decoded twice."""
-    with _opened(footage.path) as (container, stream):
+    with open_container(footage.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
         packets = container.demux(stream) if not (footage.damage or footage.is_continued) else ()
         keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
@@ -426,7 +339,7 @@ def frames_from(
     # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
     # from further back, and at last from the start of the file. Where time stamps restart, a time is in several places.
     for target in (start, start - KEY_SECONDS, 0.0) if not footage.is_continued else (0.0,):
-        with _opened(footage.path, threads) as (container, stream):
+        with open_container(footage.path, threads) as (container, stream):
             if target > 0:
                 try:
                     container.seek(int((footage.start + target) / float(stream.time_base) + 1e-6), stream=stream)
@@ -445,180 +358,11 @@ def frames_from(
                 return
 
 
-def _small(frame: Any, footage: VideoFile, height: int) -> np.ndarray:
-    """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
-    tall, wide = frame.height, frame.width * footage.pixel_aspect
-    share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
-    size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
-    picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(upright(picture, footage.quarter_turns, footage.mirrored))
-
-
-def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:
-    """Yield every whole window of consecutive pictures, one every `stride`, as (window, height, width, 3) uint8."""
-    held: list[np.ndarray] = []
-    skipped = 0
-    for frame in frames:
-        if skipped:
-            skipped -= 1
-            continue
-        held.append(frame)
-        if len(held) == window:
-            yield np.stack(held)
-            skipped = max(0, stride - window)
-            held = held[stride:]
-
-
 def _damaged(path: Path, damage: str) -> VideoFileError:
     return VideoFileError(
         f"{path} {damage}; copy or download it again, or pass --partial to use what can be decoded.",
         code="truncated_video",
     )
-
-
-def load_av() -> Any:
-    """Import PyAV, with FFmpeg's own remarks silenced; DeviceError if it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise DeviceError(
-            f"Videos are decoded by PyAV, which cannot be imported here ({error}); "
-            "run `pip install 'drn-deploy[video]'`.",
-            code="missing_library",
-        ) from error
-    # FFmpeg's own remarks on odd files go to stderr otherwise, one for every frame.
-    av.logging.set_level(None)
-    return av
-
-
-@contextlib.contextmanager
-def _opened(path: Path, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """Open a file at its first video stream that is no cover picture."""
-    with reading(path, "a video", VideoFileError, "copy or download it again"), opened_container(path) as container:
-        stream = _video_stream(container, path)
-        try:
-            # What a decoder checks besides what it needs; frames that fail are marked as corrupt.
-            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+careful"}
-            stream.thread_type = "AUTO"
-            if threads is not None:
-                stream.thread_count = threads
-        except (AttributeError, RuntimeError) as error:
-            raise VideoFileError(
-                f"{path} is of a codec that this FFmpeg cannot decode; convert it to H.264."
-            ) from error
-        yield container, stream
-
-
-@contextlib.contextmanager
-def opened_container(path: Path) -> Iterator[Any]:
-    """Open a media file for reading, whatever its name and the encoding of its metadata.
-
-    Raises:
-        VideoFileError: FFmpeg cannot open it, or its format refers to other files (code `refers_to_files`).
-    """
-    av = load_av()
-    # FFmpeg compares the format with the list before it reads more of the file, so that nothing else is opened.
-    allowed = ",".join(sorted(set(av.formats_available) - REFERRING_FORMATS))
-    try:
-        # An absolute path: FFmpeg takes what stands before a colon in `a:b.mp4` for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace", options={"format_whitelist": allowed})
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.EINVAL:
-            raise VideoFileError(
-                f"{path} is a playlist or of another format that refers to other files, such as ffconcat, m3u8, sdp or "
-                "numbered pictures. Give the video file itself, or write one, for example with `ffmpeg -i FILE -c copy "
-                "NEW.mkv`.",
-                code="refers_to_files",
-            ) from error
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise VideoFileError(
-            f"{path} is not a video that FFmpeg can open, or was cut off before its index ({reason}); give an mp4, "
-            "mkv, webm, avi or the like, or copy it again.",
-            code="damaged_file",
-        ) from error
-    with container:
-        yield container
-
-
-def _video_stream(container: Any, path: Path) -> Any:
-    """Return the first stream of moving pictures; VideoFileError if there is none."""
-    covers = load_av().stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
-    # Of several streams, one that holds a single picture is a cover that is not marked as one.
-    moving = [stream for stream in streams if not (stream.frames == 1 and _codec(stream) in PICTURE_CODECS)]
-    if moving or streams:
-        return (moving or streams)[0]
-    kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
-    only = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
-    raise VideoFileError(f"{path} has no video stream ({only}); give a file with pictures.", code="no_video_stream")
-
-
-def _codec(stream: Any) -> str:
-    return stream.codec_context.name if stream.codec_context is not None else ""
-
-
-@dataclasses.dataclass
-class _Packets:
-    """What the packets of a file hold, read without decoding them.
-
-    Attributes:
-        stamps: of the packets of the pictures, in the order of the file.
-        corrupt: numbers of those that are cut short.
-        others: seconds of the packets of all other streams.
-        reached: the second that any stream reaches, as the file counts.
-        last_byte: where the last packet ends in the file.
-        broken: why the file cannot be read to its end; empty where it can.
-    """
-
-    stamps: list[Stamp] = dataclasses.field(default_factory=list)
-    corrupt: set[int] = dataclasses.field(default_factory=set)
-    others: list[float] = dataclasses.field(default_factory=list)
-    reached: float = 0.0
-    last_byte: int = 1
-    broken: str = ""
-
-    def times(self, container: Any, stream: Any) -> tuple[np.ndarray, tuple[Part, ...]]:
-        """Return the rising times of the frames that are shown, in ticks, and the parts that they were made of."""
-        unit = float(stream.time_base)
-        ticks = 1 / (float(stream.guessed_rate or stream.average_rate or 25) * unit)
-        broadcast = bool(int(container.format.flags) & TS_DISCONT)
-        step = usual_step(self.stamps, ticks)
-        parts = split(self.stamps, unit, step, ticks, broadcast=broadcast, others=self.others)
-        return shown_times(self.stamps, parts, ticks), parts
-
-    def damage(self, parts: Sequence[Part]) -> str:
-        """Return what is wrong with the packets, as a clause; empty where nothing is."""
-        if self.broken:
-            return self.broken
-        # Where another recording begins, MPEG-TS counts the packet before it as cut short.
-        at_ends = {part.first - back for part in parts[1:] for back in (1, 2)}
-        return "holds a frame that is cut short" if self.corrupt - at_ends else ""
-
-
-def _packets(container: Any, stream: Any) -> _Packets:
-    """Return what the packets of a file hold."""
-    av = load_av()
-    result = _Packets()
-    try:
-        for packet in container.demux():
-            if not packet.size:
-                continue
-            result.last_byte = max(result.last_byte, (packet.pos or 0) + packet.size)
-            time = packet.pts if packet.pts is not None else packet.dts
-            seconds = None if time is None else time * float(packet.time_base)
-            if seconds is not None:
-                result.reached = max(result.reached, seconds + (packet.duration or 0) * float(packet.time_base))
-            if packet.stream.index == stream.index:
-                if packet.is_corrupt:
-                    result.corrupt.add(len(result.stamps))
-                result.stamps.append(Stamp(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
-            elif packet.is_corrupt:
-                result.corrupt.add(-1)
-            if seconds is not None and packet.stream.index != stream.index:
-                result.others.append(seconds)
-    except (av.FFmpegError, OSError) as error:
-        result.broken = f"cannot be read to its end ({error.strerror or error})"
-    return result
 
 
 def _rate(times: np.ndarray, unit: float) -> float | None:
@@ -633,7 +377,7 @@ def _rate(times: np.ndarray, unit: float) -> float | None:
     return 1 / (float(chosen.mean()) * unit)
 
 
-def _truncation(container: Any, stream: Any, packets: _Packets, parts: Sequence[Part]) -> str:
+def _truncation(container: Any, stream: Any, packets: Packets, parts: Sequence[Part]) -> str:
     """Return how much less is there than the file says, as a clause; empty when all is there."""
     # An edit list may leave stored frames out, and the index after it; the header counts them all the same.
     indexed = len(getattr(stream, "index_entries", ())) or stream.frames
@@ -684,7 +428,7 @@ def _decoded(
     """Yield the frames of a stream, their time stamps corrected.
 
     Args:
-        container, stream: from `_opened`.
+        container, stream: from `open_container`.
         path: the file, for messages.
         parts: parts of the file whose time stamps are corrected; the container is at its start where there are several.
         partial: whether damage is passed over: packets that cannot be decoded are left out, and frames that the decoder
@@ -730,22 +474,10 @@ def _decoded(
             yield frame
 
 
-def _orientation(frame: Any, path: Path) -> tuple[int, bool]:
-    """Return the counterclockwise quarter turns that make a frame upright, and whether it is mirrored before.
-
-    Source: the matrix (a, b, u, c, d, v, x, y, w) of ISO/IEC 14496-12, 8.3.2: a stored pixel at (p, q), counted to the
-    right and down, is shown at (a p + c q + x, b p + d q + y).
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 0, False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32).astype(float)[:5]
-    if a * d == b * c:
-        log.warning("%s has a display matrix of which nothing can be seen; its frames are taken as stored.", path)
-        return 0, False
-    mirrored = a * d < b * c
-    degrees = math.degrees(math.atan2(-b, a)) + (180 if mirrored else 0)
-    turns = round(degrees / 90)
-    if abs(degrees - 90 * turns) > TURN_TOLERANCE:
-        log.warning("%s says it is turned by %d degrees; it is turned by %d.", path, degrees, 90 * turns)
-    return turns % 4, mirrored
+def _small(frame: Any, footage: VideoFile, height: int) -> np.ndarray:
+    """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
+    tall, wide = frame.height, frame.width * footage.pixel_aspect
+    share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
+    size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
+    picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
+    return np.ascontiguousarray(upright(picture, footage.quarter_turns, footage.mirrored))

@@ -16,7 +16,8 @@ from export.tracing.torch_check import relative_difference
 from runtime.core.errors import CheckFailed, CheckpointError, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.media.extractors import ClipExtractor, open_extractor
-from runtime.media.video_file import clips, probe, read_frames
+from runtime.media.frames import clips
+from runtime.media.video_file import probe, read_frames
 from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film

@@ -29,7 +29,6 @@ from runtime.extract import extract
 from runtime.grounding import plotting
 from runtime.infer import infer
 from runtime.media import extraction
-from runtime.media import video_file as footage_module
 from runtime.media.extraction import load_or_extract
 from runtime.media.extractors import ClipExtractor, open_extractor
 from runtime.media.video_file import probe, read_frames
@@ -376,7 +375,7 @@ def test_extract_refuses_a_playlist_that_an_earlier_version_extracted(
     script = film(tmp_path / "part.mp4", 40).with_name("v.ffconcat")
     script.write_text("ffconcat version 1.0\nfile part.mp4\n")
     with monkeypatch.context() as patch:
-        patch.setattr(footage_module, "REFERRING_FORMATS", frozenset())
+        patch.setattr("runtime.media.container.REFERRING_FORMATS", frozenset())
         extract((script,), tiny, tmp_path / "data")
     with pytest.raises(VideoFileError) as refusal:
         extract((script,), tiny, tmp_path / "data")

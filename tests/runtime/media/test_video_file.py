@@ -19,9 +19,12 @@ from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import DeviceError, GroundingError, VideoFileError
 from runtime.core.video import ClipTiming
 from runtime.infer import infer
+from runtime.media import container
 from runtime.media import video_file as footage_module
 from runtime.media.clip_writer import write_clips
-from runtime.media.video_file import FrameResizer, check_one_file, clips, frames_at, offset_of, probe, read_frames
+from runtime.media.container import check_one_file
+from runtime.media.frames import FrameResizer, clips
+from runtime.media.video_file import frames_at, offset_of, probe, read_frames
 from tests.films import film, holed, joined, oriented, scene, sound_only, trimmed, truncated
 from tests.raising import check_error, raises, records
 
@@ -561,7 +564,7 @@ def test_referring_formats_are_those_of_ffmpeg() -> None:
     import av
 
     # The names change with no version; a typing error would let one pass.
-    assert {"concat", "hls", "image2", "mlv", "sdp", "vobsub"} <= footage_module.REFERRING_FORMATS & set(
+    assert {"concat", "hls", "image2", "mlv", "sdp", "vobsub"} <= container.REFERRING_FORMATS & set(
         av.formats_available
     )
 
