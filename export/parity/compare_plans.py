@@ -13,7 +13,8 @@ import numpy as np
 
 from export.parity.parity_result import PlanCheck
 from runtime.artifacts.engine_layers import PROVEN
-from runtime.backends.tensorrt_backend import PlanUse, TensorRTBackend, TensorRTPair
+from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair
+from runtime.backends.tensorrt_model import PlanUse
 from runtime.core.batch import Heads
 from runtime.grounding.evaluation import Chunk, run_chunk
 from runtime.grounding.grounder import Grounder

@@ -7,9 +7,7 @@ it out.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import importlib
 import itertools
 import logging
@@ -26,7 +24,9 @@ from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.tensorrt_engine import OUTPUTS, SPANS, TensorRTEngine
+from runtime.backends.encoding_cache import EncodingCache, _gathered, from_bfloat16, to_bfloat16
+from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
+from runtime.backends.tensorrt_model import PlanUse, _Model, _part
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.digests import json_digest
@@ -35,39 +35,6 @@ if TYPE_CHECKING:
     from runtime.backends.base import Device
 
 log = logging.getLogger("drn")
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryReport:
-    """What a model holds, in bytes.
-
-    Attributes:
-        plan: size of the plan, most of which are the weights.
-        device: buffers on the GPU: scratch of the network, inputs, outputs, encodings.
-        pinned: page-locked memory of the host.
-        free, total: of the GPU as a whole, as it is now.
-    """
-
-    plan: int
-    device: int
-    pinned: int
-    free: int
-    total: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanUse:
-    """What one of the plans of a model has answered.
-
-    Attributes:
-        name: file name of the plan.
-        max_query_length: tokens of the longest query that it takes.
-        queries: number of queries that it has answered since it was opened.
-    """
-
-    name: str
-    max_query_length: int
-    queries: int
 
 
 def open_engine(
@@ -240,111 +207,6 @@ def _import(names: Sequence[str]) -> tuple[Any, str]:
     return None, "; ".join(reasons)
 
 
-# Some rows of a call, rising, and their outputs.
-_Answer = tuple[np.ndarray, Mapping[str, np.ndarray]]
-
-
-class _Model:
-    """What all engines share."""
-
-    def __init__(self, *networks: TensorRTEngine) -> None:
-        self._networks = networks
-        self._network = networks[0]
-        self._lock = self._network.turn
-        for network in networks:
-            network.turn = self._lock
-        self.device = "cuda"
-        self.gpu_name = self._network.cuda.name
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One call at a time, on the GPU that the model is on.
-
-        Raises:
-            DeviceError: the model was closed, or this process was forked after it was opened.
-        """
-        with self._network.cuda.current(), self._lock:
-            if any(network.closed for network in self._networks):
-                raise DeviceError(
-                    f"{self._network.path.name} was closed; open it again to ask it.", code="model_closed"
-                )
-            yield
-
-    def time_gpu(self, on: bool) -> None:
-        """Start or stop measuring what `gpu_ms` returns."""
-        with self._turn():
-            for network in self._networks:
-                network.timed = on
-
-    @property
-    def gpu_ms(self) -> float:
-        """Milliseconds that the GPU spent on the network in the last call, without copies, if `time_gpu` is on."""
-        return sum(network.gpu_ms for network in self._networks)
-
-    def memory_report(self) -> MemoryReport:
-        """Return what the model holds."""
-        with self._turn():
-            plan, device, pinned = (sum(sizes) for sizes in zip(*(network.bytes_held for network in self._networks)))
-            free, total = self._network.cuda.memory()
-            return MemoryReport(plan, device, pinned, free, total)
-
-    def close(self) -> None:
-        """Free the GPU's memory; the model cannot run any more."""
-        # In a forked process there is nothing to free, and who held the lock is not there.
-        if not self._network.cuda.usable:
-            return
-        with self._lock:
-            for network in self._networks:
-                network.close()
-
-    def _reset_clock(self) -> None:
-        for network in self._networks:
-            network.gpu_ms = 0.0
-
-    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[_Answer]:
-        """Return rows and their outputs; where memory does not do, what is kept is given back and halves are tried.
-
-        Raises:
-            DeviceError: a half is still too much.
-        """
-        try:
-            return [(rows, run(rows))]
-        except OutOfDeviceMemory as error:
-            log.info("The GPU's memory is full (%s); trying again in two halves.", error)
-        for network in self._networks:
-            network.forget_programs()
-        answers = []
-        for half in np.array_split(rows, 2) if len(rows) > 1 else [rows]:
-            try:
-                answers.append((half, run(half)))
-            except OutOfDeviceMemory as error:
-                free, total = self._network.cuda.memory()
-                raise DeviceError(
-                    f"The GPU's memory is full ({free / 2**20:.0f} of {total / 2**20:.0f} MiB are free), also for "
-                    f"{len(half)} at once; end what else uses it, or ask in smaller batches.",
-                    code="out_of_memory",
-                ) from error
-        return answers
-
-    def _in_pieces(self, network: TensorRTEngine, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
-        """Return an output of a network of one input, of which no more rows go through together than it takes."""
-        most = max(profile.ranges[axis][2] for profile in network.domains)
-
-        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            return network.run({name: array[_part(rows)]}, {axis: len(rows)})
-
-        with self._turn():
-            self._reset_clock()
-            results = [
-                answer[output]
-                for part in row_slices(len(array), most)
-                for _, answer in self._answer(np.arange(part.start, part.stop), some)
-            ]
-        if not results:
-            return network.nothing()[output]
-        return results[0] if len(results) == 1 else np.concatenate(results)
-
-
 class TensorRTExtractor(_Model):
     """A network of clips as one engine: C3D of `export.build_engine`."""
 
@@ -493,34 +355,6 @@ class TensorRTBackend(_Grounding):
         return _gathered(len(batch), answers, network.nothing)
 
 
-class EncodingCache:
-    """Which encodings are in which slots of the device's memory; the one not asked for longest makes place."""
-
-    def __init__(self, slots: int) -> None:
-        self._free = list(range(slots))[::-1]
-        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
-
-    def place(self, keys: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-        """Return (V,) int32 slots for keys, no more than there are slots, and the positions of those to be filled."""
-        for key in keys:
-            if key in self._slots:
-                self._slots.move_to_end(key)
-        missing = []
-        for position, key in enumerate(keys):
-            if key not in self._slots:
-                missing.append(position)
-                # Those asked for now were moved to the end, so the first is another.
-                self._slots[key] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
-        for key in keys:
-            self._slots.move_to_end(key)
-        return np.array([self._slots[key] for key in keys], np.int32), missing
-
-    def clear(self) -> None:
-        """Forget what is where."""
-        self._free += self._slots.values()
-        self._slots.clear()
-
-
 class TensorRTPair(_Grounding):
     """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
 
@@ -625,35 +459,3 @@ class TensorRTPair(_Grounding):
                 )
             staged[...] = array
             network.upload(name, most, slot)
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of floats rounded to bfloat16, ties to even, as uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return bfloat16 numbers, given as uint16, as float32; nothing is lost."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _part(rows: np.ndarray) -> Any:
-    """Rows as a slice where they follow each other, so that nothing is copied before it is staged."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
-
-
-def _gathered(rows: int, answers: Sequence[_Answer], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
-    """Return the heads of all rows from those of some at a time, each in their order; `nothing` returns those of no
-    row."""
-    if len(answers) == 1:
-        whole = answers[0][1]
-    elif rows:
-        whole = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
-        for some, result in answers:
-            for name in OUTPUTS:
-                whole[name][some] = result[name]
-    else:
-        whole = nothing()
-    return Heads(*[np.asarray(whole[name], np.float32) for name in OUTPUTS])

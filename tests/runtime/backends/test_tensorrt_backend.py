@@ -42,14 +42,8 @@ from runtime.backends.batch_shapes import (
     row_slices_by_video,
 )
 from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
-from runtime.backends.tensorrt_backend import (
-    EncodingCache,
-    TensorRTBackend,
-    TensorRTPair,
-    from_bfloat16,
-    open_engine,
-    to_bfloat16,
-)
+from runtime.backends.encoding_cache import EncodingCache, from_bfloat16, to_bfloat16
+from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair, open_engine
 from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runtime.core.errors import CheckpointError
-from runtime.core.io import torch_reader
+from runtime.core.io import torch_reader, torch_unpickler
 from tests.raising import raises
 
 torch = pytest.importorskip("torch", reason="torch writes the files that are read here")
@@ -311,7 +311,7 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
     }[opcode]
     path = zip_file(tmp_path / "f.pt", program)
     if inert:
-        assert isinstance(torch_reader.load(path, inert=True), torch_reader.UnknownObject)
+        assert isinstance(torch_reader.load(path, inert=True), torch_unpickler.UnknownObject)
     else:
         with raises(CheckpointError, "code_in_file", path):
             torch_reader.load(path)
@@ -382,7 +382,7 @@ def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monke
     assert repr(found["hub"]["loss"]) == "<unread made_up.logging.HistoryBuffer>"
     assert repr(found["queue"]) == "<unread collections.deque>"
     for value in (*found["hub"].values(), found["queue"], found["table"], found["when"], found["objects"]):
-        assert isinstance(value, torch_reader.UnknownObject)
+        assert isinstance(value, torch_unpickler.UnknownObject)
     assert HistoryBuffer.calls == made
     assert module.__name__ not in sys.modules
     with raises(CheckpointError, "code_in_file", path, "made_up.logging.HistoryBuffer"):
