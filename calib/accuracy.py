@@ -119,19 +119,19 @@ class AccuracyEvaluator:
         """Return what `model` loses; `label` precedes the progress bar."""
         return self.compare(self._answers(model, label))
 
-    def compare(self, found: Evaluation) -> AccuracyDelta:
+    def compare(self, result: Evaluation) -> AccuracyDelta:
         """Return what an evaluation of the same queries loses."""
         expected = self.reference
         protocol = expected.report.protocol
         flips = {}
         for threshold in (0.5, 0.7):
             before = is_hit(expected.picks[threshold], expected.truth, 1, threshold, protocol)
-            after = is_hit(found.picks[threshold], found.truth, 1, threshold, protocol)
+            after = is_hit(result.picks[threshold], result.truth, 1, threshold, protocol)
             flips[threshold] = (int((before & ~after).sum()), int((after & ~before).sum()))
-        ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (found, expected))
+        ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (result, expected))
         shifts = np.abs(ours - theirs) * self.durations[:, None]
         same = temporal_iou(ours[:, None], theirs[:, None])[:, 0, 0]
-        before, after = (entry.report.values["mIoU"] for entry in (expected, found))
+        before, after = (entry.report.values["mIoU"] for entry in (expected, result))
         count = len(self.annotations)
         return AccuracyDelta(
             100 * (flips[0.5][0] - flips[0.5][1]) / count,
@@ -188,7 +188,7 @@ def choose_method(
     model: onnx.ModelProto,
     histograms: Mapping[str, Histogram],
     samples: CalibrationSet,
-    judge: AccuracyEvaluator,
+    evaluator: AccuracyEvaluator,
     gains: ChannelScales | None = None,
     policy: QuantizationPolicy | None = None,
     kind: QuantDtype = "int8",
@@ -202,7 +202,7 @@ def choose_method(
     costs: dict[Method, AccuracyDelta] = {}
     for method in methods:
         table = table_of(model, histograms, samples, method, gains)
-        costs[method] = judge.cost(insert_qdq(model, table, policy, kind), method)
+        costs[method] = evaluator.cost(insert_qdq(model, table, policy, kind), method)
     return max(costs, key=lambda method: costs[method].agreement), costs
 
 

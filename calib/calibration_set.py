@@ -229,10 +229,10 @@ def _videos(names: Sequence[str]) -> str:
     return f"{len(names)} video{'s' if len(names) > 1 else ''} ({message})"
 
 
-def _too_few(found: str) -> str:
+def _too_few(result: str) -> str:
     return (
-        f"{found} and at least {LEAST_SAMPLES} are needed: with fewer, strata of query length, video length and moment "
-        f"position stay empty and single videos set the ranges; take {SAMPLES}, or a larger data set."
+        f"{result} and at least {LEAST_SAMPLES} are needed: with fewer, strata of query length, video length and "
+        f"moment position stay empty and single videos set the ranges; take {SAMPLES}, or a larger data set."
     )
 
 

@@ -68,7 +68,7 @@ def rank_layers(
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
-    evaluator = judge_for(model, data_set, calibration, held_out, seed, threads)
+    evaluator = evaluator_for(model, data_set, calibration, held_out, seed, threads)
     everything = evaluator.cost(insert_qdq(model, calibration, kind=kind), "all")
     ranking = measure_sensitivity(model, calibration, evaluator, kind=kind)
     print(ranking_table(ranking, everything))
@@ -85,7 +85,7 @@ def rank_layers(
 def measure_sensitivity(
     model: onnx.ModelProto,
     table: CalibrationTable,
-    judge: AccuracyEvaluator,
+    evaluator: AccuracyEvaluator,
     policy: QuantizationPolicy | None = None,
     kind: QuantDtype = "int8",
 ) -> list[LayerSensitivity]:
@@ -99,7 +99,7 @@ def measure_sensitivity(
     ranking = []
     for module in tqdm(modules(model, policy, kind), desc="ranking", unit="module", leave=False, disable=None):
         alone = insert_qdq(model, table, policy.only(module), kind)
-        ranking.append(LayerSensitivity(module, work[module] / total, judge.cost(alone, module)))
+        ranking.append(LayerSensitivity(module, work[module] / total, evaluator.cost(alone, module)))
     return sorted(ranking, key=lambda entry: entry.cost.agreement)
 
 
@@ -154,7 +154,7 @@ def given_table(
     return calibration
 
 
-def judge_for(
+def evaluator_for(
     model: onnx.ModelProto,
     data_set: DataSet,
     table: CalibrationTable,

@@ -15,7 +15,7 @@ from calib.errors import CalibrationError
 from calib.graph.onnx_graph import load_fp32_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
-from calib.rank_layers import given_table, judge_for, measure_sensitivity, ranked_names
+from calib.rank_layers import evaluator_for, given_table, measure_sensitivity, ranked_names
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import CheckFailed
 from runtime.core.io.atomic_files import atomic_write
@@ -70,7 +70,7 @@ def restore(
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
     order = ranked_names(ranking, calibration, kind) if ranking else None
     with atomic_write(output) as temporary:
-        evaluator = judge_for(model, data_set, calibration, held_out, seed, threads)
+        evaluator = evaluator_for(model, data_set, calibration, held_out, seed, threads)
         plan, steps = find_layers_to_restore(model, calibration, evaluator, max_drop, order, kind=kind)
         plan.save(temporary)
     print(format_deltas(steps))
@@ -87,7 +87,7 @@ def restore(
 def find_layers_to_restore(
     model: onnx.ModelProto,
     table: CalibrationTable,
-    judge: AccuracyEvaluator,
+    evaluator: AccuracyEvaluator,
     max_drop: float,
     order: Sequence[str] | None = None,
     policy: QuantizationPolicy | None = None,
@@ -100,7 +100,7 @@ def find_layers_to_restore(
 
     Args:
         model, table: the FP32 graph and its ranges.
-        judge: over held-out training queries.
+        evaluator: over held-out training queries.
         max_drop: points of R@1 IoU=0.7 and of mIoU.
         order: modules, costliest first; ranked when None and needed.
         policy: what is narrowed to begin with.
@@ -115,20 +115,20 @@ def find_layers_to_restore(
     def ranked() -> list[str]:
         names = order
         if names is None:
-            names = [entry.module for entry in measure_sensitivity(model, table, ranker or judge, policy, kind)]
+            names = [entry.module for entry in measure_sensitivity(model, table, ranker or evaluator, policy, kind)]
         narrow = modules(model, policy, kind)
         return [name for name in names if name in narrow]
 
-    if 100 / len(judge.annotations) > max_drop:
+    if 100 / len(evaluator.annotations) > max_drop:
         log.info(
             "One flip among %d queries is %.2f points, above the budget of %g: no query may be lost on balance.",
-            len(judge.annotations),
-            100 / len(judge.annotations),
+            len(evaluator.annotations),
+            100 / len(evaluator.annotations),
             max_drop,
         )
     keep, steps = minimal_keep_set(
         ranked,
-        lambda keep, label: judge.cost(insert_qdq(model, table, policy.keeping(*keep), kind), label),
+        lambda keep, label: evaluator.cost(insert_qdq(model, table, policy.keeping(*keep), kind), label),
         lambda cost: cost.worst_drop <= max_drop,
     )
     if keep is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calib.graph.source_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
-from export.build.artifacts import ConvertedModel, cut_parts, format_shares, whole_part
+from export.build.artifacts import ConvertedModel, cut_parts, format_shares, single_engine_part
 from export.build.build_config import BuildConfig, ensure_source_graph, known_graph, validate_keep_modules
 from export.build.extractor_engine import FEATURE_TOLERANCES, build_extractor, extractor_file_kind
 from export.build.parity_check import ParityChecker
@@ -204,27 +204,27 @@ def build_engine(
     # Lengths that the data set determined are named, so that other data does not change the engine.
     named = job.unroll or ((0,) if chosen == "tensorrt" else ())
     given = {**given, "target": chosen, "output": job.output}
-    again = _again({**given, "unroll": named})
+    command_line = _reproduction_command({**given, "unroll": named})
     with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
         # All is written apart and takes its place at the end, so that nothing there now is lost to half of a build.
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
-        court = ParityChecker(
-            staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, again, threads
+        checker = ParityChecker(
+            staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, command_line, threads
         )
         wishes = ConversionOptions(
             keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
             staged.beside("plan.json"), for_cpu=chosen == "onnxruntime",
         )  # fmt: skip
         try:
-            twin = convert_precision(graph, precision, wishes, data_set, str(source))
+            converted_graph = convert_precision(graph, precision, wishes, data_set, str(source))
             if tf32:
-                twin = dataclasses.replace(twin, facts={**twin.facts, "tf32": True})
-            created = ConvertedModel.of(staged, source, graph, twin)
+                converted_graph = dataclasses.replace(converted_graph, facts={**converted_graph.facts, "tf32": True})
+            created = ConvertedModel.of(staged, source, graph, converted_graph)
             size = len(created.content) / source.stat().st_size
             print(f"{job.twin.name}: {format_shares(created.census)}, {size:.2f} of FP32.")
-            proof = _proven_twin(staged, court, created)
+            proof = _checked_graph(staged, checker, created)
             created.save(staged.twin)
-            parts = [whole_part(staged, created, twin, shapes)]
+            parts = [single_engine_part(staged, created, converted_graph, shapes)]
             if split:
                 parts = cut_parts(staged, created, graph, shapes, videos)
             engine, engines = None, []
@@ -235,13 +235,13 @@ def build_engine(
                 engine, engines = built[-1].file, [path for part in built for path in part.engines]
                 if built[-1].unrolled_steps != job.unroll:
                     # What was left out does not build the next time either.
-                    again = _again({**given, "unroll": built[-1].unrolled_steps or (0,)})
-                    court = dataclasses.replace(court, again=again)
-                    proof = dataclasses.replace(proof, again=again) if proof else None
+                    command_line = _reproduction_command({**given, "unroll": built[-1].unrolled_steps or (0,)})
+                    checker = dataclasses.replace(checker, again=command_line)
+                    proof = dataclasses.replace(proof, again=command_line) if proof else None
                 if data_set and runs_here(options):
-                    proof = _proven_engine(court, created, engines)
+                    proof = _proven_engine(checker, created, engines)
             if proof:
-                court.write_reports(proof, created, engine, engines)
+                checker.write_reports(proof, created, engine, engines)
         except CheckFailed:
             # Ranges and a plan cost minutes and are good whatever came of them.
             staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
@@ -302,7 +302,7 @@ def _about_short(short: Unrolling) -> str:
     return f"Engines with a written-out LSTM for at most {lengths} tokens ({short.reason}).{off}"
 
 
-def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -> ParityReport | None:
+def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedModel) -> ParityReport | None:
     """Return the proof of a twin that has its precision and answers as FP32; None without queries.
 
     Raises:
@@ -315,30 +315,30 @@ def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -
     if job.precision in ("int8", "fp8"):
         from calib.qdq_quantizer import attainable_share
 
-        attainable = attainable_share(court.graph, "fp8" if job.precision == "fp8" else "int8")
+        attainable = attainable_share(checker.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
-        name = require_precision(made.census, job.precision, attainable)
+        name = require_precision(converted.census, job.precision, attainable)
     except CheckFailed as error:
-        made.save(rejected)
+        converted.save(rejected)
         raise CheckFailed(
             f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
             f"{job.precision}, build fp16.",
             code=error.code,
         ) from error
-    if made.census.share(job.precision) < LEAST_SHARE[job.precision]:
+    if converted.census.share(job.precision) < LEAST_SHARE[job.precision]:
         log.warning(
             "%s: the network is so narrow that at most %.1f %% can be; FP16 or FP32 may be as fast, so measure them.",
             name,
             100 * attainable,
         )
-    if not court.data_set:
+    if not checker.data_set:
         return None
-    proof = dataclasses.replace(court.judge_twin(made), precision=name)
+    proof = dataclasses.replace(checker.judge_twin(converted), precision=name)
     print(proof.text())
     if proof.broken:
-        made.save(rejected)
-        proof = dataclasses.replace(proof, model=made.file(rejected))
-        court.write_reports(proof, made, None)
+        converted.save(rejected)
+        proof = dataclasses.replace(proof, model=converted.file(rejected))
+        checker.write_reports(proof, converted, None)
         raise CheckFailed(
             f"{proof.sentence()} Keep the costliest modules in higher precision (--keep; `python -m calib.rank_layers` "
             "finds them), or raise --max-drop.",
@@ -347,23 +347,23 @@ def _proven_twin(job: BuildConfig, court: ParityChecker, made: ConvertedModel) -
     return proof
 
 
-def _proven_engine(court: ParityChecker, made: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
+def _proven_engine(checker: ParityChecker, converted: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
     """Return the proof of an engine that answers as FP32 on this machine's GPU.
 
     Args:
-        court: holds the engine against the FP32 graph.
-        made: the twin.
+        checker: holds the engine against the FP32 graph.
+        converted: the twin.
         engines: every plan that was built, what runs last.
 
     Raises:
         CheckFailed: it does not; it is then kept as rejected.
     """
-    proof = court.judge_engine(made)
+    proof = checker.judge_engine(converted)
     print(proof.text())
     if proof.broken:
         retained = [mark_rejected(engine) for engine in engines]
-        proof = dataclasses.replace(proof, model=ModelFile.of(retained[-1], made.manifest))
-        court.write_reports(proof, made, None)
+        proof = dataclasses.replace(proof, model=ModelFile.of(retained[-1], converted.manifest))
+        checker.write_reports(proof, converted, None)
         raise CheckFailed(
             f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "
             "--optimization-level, or keep modules.",
@@ -428,7 +428,7 @@ def _check_extractor(given: Mapping[str, Any]) -> None:
         )
 
 
-def _again(given: Mapping[str, Any]) -> str:
+def _reproduction_command(given: Mapping[str, Any]) -> str:
     """Return the command that builds the same again: all that was given and is not the default."""
     words: list[Any] = ["python", "-m", "export.build_engine"]
     for name, parameter in inspect.signature(build_engine).parameters.items():

@@ -98,9 +98,19 @@ def verify(
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
     budget = AccuracyBudget.of(files[1].manifest.precision, max_drop, boundary_p99)
-    again = _again(reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact)
+    command_line = _reproduction_command(
+        reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact
+    )
     proof = run_parity_check(
-        sides, files, data_set, annotations, budget, split=split, protocol=protocol, batch_size=batch_size, again=again
+        sides,
+        files,
+        data_set,
+        annotations,
+        budget,
+        split=split,
+        protocol=protocol,
+        batch_size=batch_size,
+        again=command_line,
     )
     if layers:
         proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
@@ -108,7 +118,7 @@ def verify(
         proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
     stats = read_precision_stats(model) if html else None
-    proof.write(output, html, stats, commands=_commands(again, model, data, split), latency=measured)
+    proof.write(output, html, stats, commands=_commands(command_line, model, data, split), latency=measured)
     if html:
         log.info("The passport is in %s.", html)
     if proof.broken:
@@ -189,7 +199,7 @@ def _compare_layers(
         return compare_layers(reference, model, batches, on_progress=bar.update)
 
 
-def _again(
+def _reproduction_command(
     reference: Path,
     model: Path,
     data: Path,
@@ -211,10 +221,14 @@ def _again(
     return shlex.join(map(str, parts + (["--exact"] if exact else [])))
 
 
-def _commands(again: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
+def _commands(command_line: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
     """Return what a passport's reader may type."""
     evaluate_command = ("python", "-m", "runtime.evaluate", "--model", model, "--data", data, "--split", split)
-    return again, shlex.join(map(str, evaluate_command)), shlex.join(("python", "-m", "runtime.describe", str(model)))
+    return (
+        command_line,
+        shlex.join(map(str, evaluate_command)),
+        shlex.join(("python", "-m", "runtime.describe", str(model))),
+    )
 
 
 def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:

@@ -317,7 +317,7 @@ def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[s
     return results
 
 
-def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:
+def _raise_to(measured: dict[str, float], node: str, values: np.ndarray) -> None:
     # NaN comes through both maxima.
     largest = float(np.abs(values).max(initial=0))
     if not np.isfinite(largest):
@@ -328,7 +328,7 @@ def _raise_to(found: dict[str, float], node: str, values: np.ndarray) -> None:
             code="non_finite_output",
         )
     for module in drn_modules(node):
-        found[module] = float(np.maximum(found.get(module, 0.0), largest))
+        measured[module] = float(np.maximum(measured.get(module, 0.0), largest))
 
 
 def overflow_prone_modules(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:

@@ -137,11 +137,11 @@ def _type(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: 
     return NAMES.get(types.get(node.output[0], 0), "unknown")
 
 
-def require_precision(found: PrecisionStats, precision: str, attainable: float = 1.0) -> str:
+def require_precision(stats: PrecisionStats, precision: str, attainable: float = 1.0) -> str:
     """Return the name of the check with the real share, as "int8 in 51.3 % of the multiply-adds".
 
     Args:
-        found: what was counted in a graph.
+        stats: what was counted in a graph.
         precision: that it is to be called by.
         attainable: the share of this network's multiply-adds that can be in `precision` at most, 0 to 1. In a narrow
             network the LSTM, the attention and the gates, which stay wide, are most of the work. It is then held to as
@@ -150,11 +150,11 @@ def require_precision(found: PrecisionStats, precision: str, attainable: float =
     Raises:
         CheckFailed: less is in that precision than must be.
     """
-    share, least = found.share(precision), LEAST_SHARE[precision]
+    share, least = stats.share(precision), LEAST_SHARE[precision]
     if attainable < least:
         least *= attainable
     if share < least:
-        others = ", ".join(f"{100 * found.share(kind):.1f} % {kind}" for kind in found.total())
+        others = ", ".join(f"{100 * stats.share(kind):.1f} % {kind}" for kind in stats.total())
         raise CheckFailed(
             f"{precision} was asked for, and {100 * share:.1f} % of the multiply-adds are in it where at least "
             f"{100 * least:.0f} % must be ({others}).",

@@ -51,26 +51,26 @@ class ConvertedModel:
     fp32_weight_bytes: int
 
     @classmethod
-    def of(cls, job: BuildConfig, source: Path, graph: onnx.ModelProto, twin: ConvertedGraph) -> ConvertedModel:
+    def of(cls, job: BuildConfig, source: Path, graph: onnx.ModelProto, converted: ConvertedGraph) -> ConvertedModel:
         """Count what the twin of an FP32 graph is computed in, and seal it."""
         from onnx.helper import set_model_props
 
         from calib.graph.onnx_graph import read_manifest
         from calib.graph.precision_audit import audit_graph
 
-        counted = audit_graph(twin.graph)
+        counted = audit_graph(converted.graph)
         manifest = read_manifest(graph, str(source))
         shares = {kind: round(counted.share(kind), 6) for kind in counted.total()}
         about = dataclasses.replace(
             manifest,
             precision=job.precision,
             sources={**manifest.sources, source.name: sha256(source)},
-            training={**manifest.training, "precision": {**twin.facts, "multiply-adds": shares, "cpu": cpu()}},
+            training={**manifest.training, "precision": {**converted.facts, "multiply-adds": shares, "cpu": cpu()}},
         )
-        del twin.graph.metadata_props[:]
-        set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
+        del converted.graph.metadata_props[:]
+        set_model_props(converted.graph, {METADATA_KEY: about.to_json()})
         weights = sum(audit_graph(graph).weight_bytes.values())
-        written = extract_padding(twin.graph) if job.precision == "fp32" else twin.graph
+        written = extract_padding(converted.graph) if job.precision == "fp32" else converted.graph
         return cls(with_digest(written.SerializeToString()), about, counted, weights)
 
     def file(self, path: Path) -> ModelFile:
@@ -85,13 +85,20 @@ class ConvertedModel:
         return path
 
 
-def whole_part(
-    job: BuildConfig, created: ConvertedModel, twin: ConvertedGraph, shapes: Sequence[Profile]
+def single_engine_part(
+    job: BuildConfig, created: ConvertedModel, converted: ConvertedGraph, shapes: Sequence[Profile]
 ) -> EnginePart:
     """Return what the engine of a whole model is built of."""
     digest = created.file(job.twin).sha256
     return EnginePart(
-        twin.graph, created.manifest, job.twin, digest, job.output, shapes, created.census, created.fp32_weight_bytes
+        converted.graph,
+        created.manifest,
+        job.twin,
+        digest,
+        job.output,
+        shapes,
+        created.census,
+        created.fp32_weight_bytes,
     )
 
 

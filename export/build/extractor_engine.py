@@ -55,9 +55,9 @@ class FeatureTolerance:
     cosine: float
     difference: float
 
-    def broken_by(self, found: FeatureTolerance) -> bool:
+    def broken_by(self, measured: FeatureTolerance) -> bool:
         # `not` also refuses NaN.
-        return not (found.cosine >= self.cosine and found.difference <= self.difference)
+        return not (measured.cosine >= self.cosine and measured.difference <= self.difference)
 
     def __str__(self) -> str:
         return f"cosine {self.cosine:.6f}, difference {self.difference:.1e} of the largest"
@@ -119,7 +119,7 @@ def build_extractor(
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
         try:
-            part, result = _proven_twin(staged, source, graph, manifest, profile, keep, threads)
+            part, result = _checked_graph(staged, source, graph, manifest, profile, keep, threads)
             report = _report(job, source, part, result)
             if job.target != "onnxruntime":
                 build_part(part, staged.precision, options, cache)
@@ -153,7 +153,7 @@ def _source_graph(job: BuildConfig) -> Path:
     return export_extractor(job.checkpoint, job.source)
 
 
-def _proven_twin(
+def _checked_graph(
     job: BuildConfig,
     source: Path,
     graph: onnx.ModelProto,
@@ -171,18 +171,18 @@ def _proven_twin(
 
     if job.precision == "fp16":
         keep = (*keep, *_overflowing(graph, manifest))
-    twin = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source))
-    counted, weights = audit_graph(twin.graph), sum(audit_graph(graph).weight_bytes.values())
+    graph_path = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source))
+    counted, weights = audit_graph(graph_path.graph), sum(audit_graph(graph).weight_bytes.values())
     about = dataclasses.replace(
         manifest, precision=job.precision, sources={**manifest.sources, source.name: sha256(source)}
     )
-    del twin.graph.metadata_props[:]
-    onnx.helper.set_model_props(twin.graph, {METADATA_KEY: about.to_json()})
+    del graph_path.graph.metadata_props[:]
+    onnx.helper.set_model_props(graph_path.graph, {METADATA_KEY: about.to_json()})
     print(f"{job.twin.name}: {format_shares(counted)}.")
-    job.twin.write_bytes(with_digest(twin.graph.SerializeToString()))
+    job.twin.write_bytes(with_digest(graph_path.graph.SerializeToString()))
     try:
         require_precision(counted, job.precision)
-        runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(twin.graph).SerializeToString()
+        runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(graph_path.graph).SerializeToString()
         result = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
         _keep_promise(job, result, "the twin")
     except CheckFailed as error:
@@ -191,7 +191,7 @@ def _proven_twin(
         raise CheckFailed(
             f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
         ) from error
-    part = EnginePart(twin.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
+    part = EnginePart(graph_path.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
     return part, result
 
 
@@ -223,22 +223,22 @@ def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: in
     return result
 
 
-def _keep_promise(job: BuildConfig, found: FeatureTolerance, what: str) -> None:
+def _keep_promise(job: BuildConfig, measured: FeatureTolerance, what: str) -> None:
     promise = FEATURE_TOLERANCES[job.precision]
-    print(f"features of {what} against FP32: {found}; promised: {promise}.")
-    if promise.broken_by(found):
+    print(f"features of {what} against FP32: {measured}; promised: {promise}.")
+    if promise.broken_by(measured):
         raise CheckFailed(
-            f"The features of {what} are too far from FP32's ({found}; promised: {promise}).", code="parity_failed"
+            f"The features of {what} are too far from FP32's ({measured}; promised: {promise}).", code="parity_failed"
         )
 
 
-def _report(job: BuildConfig, source: Path, part: EnginePart, found: FeatureTolerance) -> dict[str, Any]:
+def _report(job: BuildConfig, source: Path, part: EnginePart, measured: FeatureTolerance) -> dict[str, Any]:
     counted: PrecisionStats = part.census
     return {
         "reference": {"name": source.name, "sha256": sha256(source)},
         "model": {"name": part.twin.name, "sha256": part.twin_hash, "precision": job.precision},
         "promised": dataclasses.asdict(FEATURE_TOLERANCES[job.precision]),
-        "twin": dataclasses.asdict(found),
+        "twin": dataclasses.asdict(measured),
         "census": counted.to_dict(),
     }
 

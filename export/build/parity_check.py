@@ -115,12 +115,12 @@ class ParityChecker:
             engine: what runs; None for the twin alone.
             engines: every engine that was built with it.
         """
-        from export.parity.parity_report import census_table, engine_census_table, engine_precision
+        from export.parity.parity_report import engine_precision, engine_precision_table, precision_table
 
-        stats = census_table(created.census)
+        stats = precision_table(created.census)
         if engine:
             proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
-            details = engine_census_table(engine_metadata.read_sidecar(engine.path).content["census"])
+            details = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
             stats = (f"{stats[0]} {details[0]}" if details else stats[0], stats[1])
             if proof.model.path == engine.path:
                 engine = None

@@ -93,7 +93,7 @@ class ConvertedGraph:
 def convert_precision(
     source: onnx.ModelProto,
     precision: Precision,
-    wishes: ConversionOptions,
+    options: ConversionOptions,
     data_set: DataSet | None,
     name: str = "the graph",
 ) -> ConvertedGraph:
@@ -105,7 +105,7 @@ def convert_precision(
     Args:
         source: the FP32 graph.
         precision: asked for.
-        wishes: how.
+        options: how.
         data_set: its training split is looked at, never test.
         name: of the graph, for messages.
 
@@ -121,17 +121,17 @@ def convert_precision(
         log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
         data_set = None
     # Around INT8 for a CPU there is FP32.
-    if data_set and not (precision == "int8" and wishes.for_cpu):
+    if data_set and not (precision == "int8" and options.for_cpu):
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision in ("fp16", "bf16"):
-        retained = (*wishes.keep, *held)
+        retained = (*options.keep, *held)
         graph = convert_to_half(raised, precision, retained)
-        facts = {"held back in FP32": list(held), "kept by request": list(wishes.keep)}
+        facts = {"held back in FP32": list(held), "kept by request": list(options.keep)}
         if data_set:
-            graph, restored = _accurate(raised, graph, precision, retained, data_set, wishes)
+            graph, restored = _accurate(raised, graph, precision, retained, data_set, options)
             facts["restored to FP32"] = restored
         return ConvertedGraph(graph, facts)
-    return _quantised(source, precision, wishes, held, data_set, name)
+    return _quantised(source, precision, options, held, data_set, name)
 
 
 def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple[str, ...]:
@@ -158,12 +158,12 @@ def _accurate(
     kind: Half,
     keep: Sequence[str],
     data_set: DataSet,
-    wishes: ConversionOptions,
+    options: ConversionOptions,
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Return a half-precision graph that answers held-out training queries within the budget, and what it restored."""
     queries = sample_held_out(data_set, read_manifest(graph), SCAN_QUERIES)
     log.info("Asking %d held-out training queries in %s ...", len(queries), kind)
-    evaluator = AccuracyEvaluator(graph, data_set, queries, wishes.threads)
+    evaluator = AccuracyEvaluator(graph, data_set, queries, options.threads)
 
     def cost_of(retained: Sequence[str], label: str) -> AccuracyDelta:
         requested = convert_to_half(graph, kind, (*keep, *retained)) if retained else half
@@ -171,7 +171,7 @@ def _accurate(
 
     def holds(cost: AccuracyDelta) -> bool:
         # One flip among so few queries is 0.8 points: luck, unless the budget says that two are allowed.
-        drop = max(wishes.max_drop, 100 / len(evaluator.annotations))
+        drop = max(options.max_drop, 100 / len(evaluator.annotations))
         return cost.worst_drop <= drop and (kind == "bf16" or cost.shift_p99 <= BOUNDARY_P99)
 
     def ranked() -> list[str]:
@@ -197,20 +197,20 @@ def _accurate(
 def _quantised(
     source: onnx.ModelProto,
     kind: QuantDtype,
-    wishes: ConversionOptions,
+    options: ConversionOptions,
     held: Sequence[str],
     data_set: DataSet | None,
     name: str,
 ) -> ConvertedGraph:
     manifest = read_manifest(source)
-    table, evaluator = _table(source, manifest, kind, wishes, data_set, name)
-    keep = tuple(dict.fromkeys(wishes.keep))
-    if wishes.plan:
+    table, evaluator = _table(source, manifest, kind, options, data_set, name)
+    keep = tuple(dict.fromkeys(options.keep))
+    if options.plan:
         keep = tuple(
-            dict.fromkeys((*keep, *QuantizationPlan.load(wishes.plan).checked(source, table, kind, name).keep))
+            dict.fromkeys((*keep, *QuantizationPlan.load(options.plan).checked(source, table, kind, name).keep))
         )
     elif data_set:
-        keep = _within_budget(source, kind, table, keep, data_set, manifest, evaluator, wishes)
+        keep = _within_budget(source, kind, table, keep, data_set, manifest, evaluator, options)
     log.info("Writing %s into the graph ...", kind.upper())
     policy = QuantizationPolicy(keep=keep)
     facts = {
@@ -219,7 +219,7 @@ def _quantised(
         "kept out of 8 bits": list(keep),
         "held back in FP32": list(held),
     }
-    if kind == "int8" and wishes.for_cpu:
+    if kind == "int8" and options.for_cpu:
         # On a CPU, weights that are only stored in 8 bits would be made wide again for every query.
         return ConvertedGraph(
             convs_to_matmul(insert_qdq(source, table, dataclasses.replace(policy, stored=()), kind)), facts
@@ -232,13 +232,13 @@ def _table(
     source: onnx.ModelProto,
     manifest: Manifest,
     kind: QuantDtype,
-    wishes: ConversionOptions,
+    options: ConversionOptions,
     data_set: DataSet | None,
     name: str,
 ) -> tuple[CalibrationTable, AccuracyEvaluator | None]:
     """Return the table given or a new one, and the judge that chose its method."""
-    if wishes.table:
-        table = CalibrationTable.load(wishes.table)
+    if options.table:
+        table = CalibrationTable.load(options.table)
         table.check(source, name)
         if data_set:
             table.check_videos(data_set)
@@ -248,13 +248,13 @@ def _table(
     from calib.calibrate import measure_table
     from calib.calibration_set import coverage_table
 
-    log.info("Drawing %d calibration samples ...", wishes.samples)
-    drawn = sample_calibration_set(data_set, manifest, wishes.samples)
+    log.info("Drawing %d calibration samples ...", options.samples)
+    drawn = sample_calibration_set(data_set, manifest, options.samples)
     print(coverage_table(drawn.coverage))
-    evaluator = AccuracyEvaluator(source, data_set, drawn.held_out, wishes.threads) if len(drawn.held_out) else None
-    table = measure_table(source, drawn, wishes.method, threads=wishes.threads, judge=evaluator, kind=kind)
-    if wishes.table_output:
-        table.save(wishes.table_output)
+    evaluator = AccuracyEvaluator(source, data_set, drawn.held_out, options.threads) if len(drawn.held_out) else None
+    table = measure_table(source, drawn, options.method, threads=options.threads, judge=evaluator, kind=kind)
+    if options.table_output:
+        table.save(options.table_output)
     return table, evaluator
 
 
@@ -265,17 +265,17 @@ def _within_budget(
     keep: tuple[str, ...],
     data_set: DataSet,
     manifest: Manifest,
-    judge: AccuracyEvaluator | None,
-    wishes: ConversionOptions,
+    evaluator: AccuracyEvaluator | None,
+    options: ConversionOptions,
 ) -> tuple[str, ...]:
     """Return the modules to keep for the recall budget to hold on held-out training videos; a plan is written if
     there are more than were asked for."""
     policy = QuantizationPolicy(keep=keep)
-    judge = judge or AccuracyEvaluator(
-        source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), wishes.threads
+    evaluator = evaluator or AccuracyEvaluator(
+        source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), options.threads
     )
-    first = judge.cost(insert_qdq(source, table, policy, kind), "all narrow")
-    if first.worst_drop <= wishes.max_drop:
+    first = evaluator.cost(insert_qdq(source, table, policy, kind), "all narrow")
+    if first.worst_drop <= options.max_drop:
         log.info(
             "On %d held-out training queries %s changes recall by %+.2f points at worst; nothing is restored.",
             first.queries,
@@ -289,16 +289,18 @@ def _within_budget(
         first.queries,
         kind.upper(),
         first.worst_drop,
-        wishes.max_drop,
+        options.max_drop,
         len(more),
     )
-    larger = AccuracyEvaluator(source, data_set, more, wishes.threads) if len(more) > first.queries else judge
-    plan, steps = find_layers_to_restore(source, table, larger, wishes.max_drop, policy=policy, kind=kind, ranker=judge)
+    larger = AccuracyEvaluator(source, data_set, more, options.threads) if len(more) > first.queries else evaluator
+    plan, steps = find_layers_to_restore(
+        source, table, larger, options.max_drop, policy=policy, kind=kind, ranker=evaluator
+    )
     print(format_deltas(steps))
     everything = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
-        print(f"Restored to FP16 for the budget of {wishes.max_drop:g} points: {', '.join(plan.keep)}.")
-        if wishes.plan_output:
-            dataclasses.replace(plan, keep=everything).save(wishes.plan_output)
-            print(f"{wishes.plan_output.name}: the plan; with --plan and --table it makes the same graph again.")
+        print(f"Restored to FP16 for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
+        if options.plan_output:
+            dataclasses.replace(plan, keep=everything).save(options.plan_output)
+            print(f"{options.plan_output.name}: the plan; with --plan and --table it makes the same graph again.")
     return everything

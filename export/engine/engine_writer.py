@@ -95,7 +95,7 @@ def build_part(
         CheckFailed: the layers contradict the precision; the engine is then saved as rejected.
     """
     from calib.graph.half_precision import fp32_nodes
-    from export.engine.precision_verdict import Promise, census_content, judge_engine, require
+    from export.engine.precision_verdict import Promise, engine_verdict, layer_stats_content, require
     from export.parity.model_file import ModelFile
 
     state = state or BuildState()
@@ -114,8 +114,8 @@ def build_part(
         version_compatible=options.version_compatible,
         fp32_nodes=fp32_nodes(part.graph),
     )
-    counted, verdict = judge_engine(built.inspection, promise, len(built.plan), built.why_not_inspected)
-    content = _sidecar_content(part, built, options, census_content(part.census, counted, verdict), cache, changes)
+    counted, verdict = engine_verdict(built.inspection, promise, len(built.plan), built.why_not_inspected)
+    content = _sidecar_content(part, built, options, layer_stats_content(part.census, counted, verdict), cache, changes)
     if shorter:
         content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
     try:

@@ -76,7 +76,7 @@ class Promise:
     fp32_nodes: frozenset[str] = frozenset()
 
 
-def judge_engine(
+def engine_verdict(
     inspection: Inspection | None, promise: Promise, plan_bytes: int, why_not_inspected: str = ""
 ) -> tuple[EngineLayerStats | None, Verdict]:
     """Return what was counted in an engine (its first profile), and the verdict over all its profiles.
@@ -100,7 +100,7 @@ def judge_engine(
             continue
         stats = count_layers(layers, plan_bytes)
         counted.append(stats)
-        verdicts.append(_judge(layers, stats, promise))
+        verdicts.append(_verdict(layers, stats, promise))
     # The worst profile decides.
     order = (CONTRADICTED, NOT_PROVEN, PROVEN)
     verdict = min(verdicts, key=lambda verdict: order.index(verdict.name))
@@ -147,7 +147,7 @@ def _joined(reason: str, promise: Promise, plan_bytes: int, num_profiles: int) -
     return "; ".join(filter(None, parts))
 
 
-def _judge(layers: Sequence[Layer], census: EngineLayerStats, promise: Promise) -> Verdict:
+def _verdict(layers: Sequence[Layer], stats: EngineLayerStats, promise: Promise) -> Verdict:
     """Return the verdict over the layers of one profile."""
     precision, types = promise.precision, _types_by_module(promise)
     in_precision = wider = narrower = others = 0
@@ -166,27 +166,25 @@ def _judge(layers: Sequence[Layer], census: EngineLayerStats, promise: Promise) 
             in_precision += 1
         else:
             others += 1
-    hidden = census.unknown + census.foreign
+    hidden = stats.unknown + stats.foreign
     known = in_precision + wider + narrower + others
     if wider > in_precision:
         kinds = " and ".join(examples)
-        return Verdict(CONTRADICTED, f"{wider} layers compute in {kinds}, wider than in the graph ({census})")
+        return Verdict(CONTRADICTED, f"{wider} layers compute in {kinds}, wider than in the graph ({stats})")
     in_graph = promise.graph is None or precision in promise.graph.total()
     if known and not hidden and not in_precision and in_graph:
-        return Verdict(CONTRADICTED, f"no layer computes in {precision} ({census})")
+        return Verdict(CONTRADICTED, f"no layer computes in {precision} ({stats})")
     if not layers:
         return Verdict(NOT_PROVEN, "the engine lists the names of its layers only")
     if not known and not hidden:
         return Verdict(NOT_PROVEN, "no layer that multiplies is shown")
     narrowed = _narrowed(layers, promise)
     if narrowed:
-        return Verdict(
-            NOT_PROVEN, f"{', '.join(narrowed)} in a narrower type than FP32, which the graph has ({census})"
-        )
-    enough = known - wider >= MIN_KNOWN_SHARE * (known + census.unknown)
-    if census.foreign or narrower or not enough or (in_graph and not in_precision):
-        return Verdict(NOT_PROVEN, f"layers that multiply: {census}")
-    return Verdict(PROVEN, f"layers that multiply: {census}")
+        return Verdict(NOT_PROVEN, f"{', '.join(narrowed)} in a narrower type than FP32, which the graph has ({stats})")
+    enough = known - wider >= MIN_KNOWN_SHARE * (known + stats.unknown)
+    if stats.foreign or narrower or not enough or (in_graph and not in_precision):
+        return Verdict(NOT_PROVEN, f"layers that multiply: {stats}")
+    return Verdict(PROVEN, f"layers that multiply: {stats}")
 
 
 def _narrowed(layers: Sequence[Layer], promise: Promise) -> list[str]:
@@ -220,7 +218,7 @@ def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[i
     return results or list(WIDTHS.values())
 
 
-def census_content(graph: PrecisionStats, engine: EngineLayerStats | None, verdict: Verdict) -> dict[str, Any]:
+def layer_stats_content(graph: PrecisionStats, engine: EngineLayerStats | None, verdict: Verdict) -> dict[str, Any]:
     """Return the `census` of an engine's metadata."""
     return {
         "twin": graph.to_dict(),

@@ -103,10 +103,10 @@ def compare(
     def judge(others: Heads, rows: np.ndarray) -> ParityResult:
         some = [Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], others)]
         chosen = [annotations[row] for row in rows]
-        return _judge(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
+        return _measure(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
 
     try:
-        whole = _judge(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+        whole = _measure(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
         return dataclasses.replace(whole, plans=plan_checks(before, answered, alone, judge))
     except ModelFileError as error:
         requested = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
@@ -229,7 +229,7 @@ def _empty_heads(model: Grounder, queries: int) -> Heads:
     return Heads(**{name: np.empty((queries, *shape), np.float32) for name, shape in shapes.items()})
 
 
-def _judge(
+def _measure(
     reference: Manifest,
     other: Manifest,
     heads: Sequence[Heads],

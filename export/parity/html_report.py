@@ -92,7 +92,7 @@ def render_html_report(
             _paragraph(_cpu(cpu)) if cpu else "",
             simulated if parity.simulated else "",
             f'<div class="verdict {retained}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
-            _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_kept(parity, budget)]),
+            _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_limits(parity, budget)]),
             "</div>",
             *sections,
             "</main>\n</body>\n</html>\n",
@@ -106,7 +106,7 @@ def _cpu(cpu: Mapping[str, Any]) -> str:
     return f"Judged on {cpu['name']} ({cpu['architecture']}; {listed})."
 
 
-def _kept(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
+def _limits(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
     rows = []
     for name in GATED_METRICS:
         change = format_points(parity.differences[name].mean)
@@ -119,11 +119,11 @@ def _kept(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
     return rows
 
 
-def _precision(other: ModelFile, census: tuple[str, Table] | None) -> str:
-    if census is None:
+def _precision(other: ModelFile, stats: tuple[str, Table] | None) -> str:
+    if stats is None:
         message = f"{other.manifest.precision}, as the file says of itself; its layers were not counted."
         return _section("Precision", _paragraph(message))
-    return _section("Precision", _paragraph(census[0]) + _folded("By module", _table(census[1])))
+    return _section("Precision", _paragraph(stats[0]) + _folded("By module", _table(stats[1])))
 
 
 def _lineage(*files: ModelFile) -> str:

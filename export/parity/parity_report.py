@@ -242,7 +242,7 @@ def read_precision_stats(model: Path) -> tuple[str, Table] | None:
     """Return what a model is computed in, in a sentence and as a table: an .onnx file by DRN module, an engine by what
     its sidecar counted; None for other files."""
     if model.suffix == ".engine":
-        return engine_census_table(read_sidecar(model).content.get("census", {}))
+        return engine_precision_table(read_sidecar(model).content.get("census", {}))
     if model.suffix != ".onnx":
         return None
     if importlib.util.find_spec("onnx") is None:
@@ -250,16 +250,16 @@ def read_precision_stats(model: Path) -> tuple[str, Table] | None:
         return None
     from calib.graph.precision_audit import audit_graph
 
-    return census_table(audit_graph(load_graph(model)))
+    return precision_table(audit_graph(load_graph(model)))
 
 
-def census_table(found: PrecisionStats) -> tuple[str, Table]:
+def precision_table(stats: PrecisionStats) -> tuple[str, Table]:
     """Return the census of a graph as a sentence, and the table behind it by DRN module."""
-    total = found.total()
+    total = stats.total()
     kinds = sorted(total, key=total.__getitem__, reverse=True)
-    shares = ", ".join(f"{100 * found.share(kind):.1f} % in {kind}" for kind in kinds)
-    weights = ", ".join(f"{size / 2**20:.1f} MiB in {kind}" for kind, size in found.weight_bytes.items())
-    counts = {**found.macs, "all": total}
+    shares = ", ".join(f"{100 * stats.share(kind):.1f} % in {kind}" for kind in kinds)
+    weights = ", ".join(f"{size / 2**20:.1f} MiB in {kind}" for kind, size in stats.weight_bytes.items())
+    counts = {**stats.macs, "all": total}
     rows = [
         [module, *(f"{by_kind[kind] / 1e6:.2f}" if by_kind.get(kind) else "" for kind in kinds)]
         for module, by_kind in counts.items()
@@ -280,7 +280,7 @@ def engine_precision(*engines: Path) -> dict[str, str] | None:
     return {"verdict": worst, "reason": "; ".join(details)}
 
 
-def engine_census_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
+def engine_precision_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:
     """Return what a sidecar's `census` says: the verdict, and the layers of the engine by type; those of its twin where
     no GPU counted them."""
     engine = counted.get("engine")

@@ -166,11 +166,11 @@ def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> No
     )
 
 
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference of two arrays of one shape over the largest of `wanted`, or over 1 if larger."""
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+    return float(np.abs(actual - expected).max() / max(1.0, np.abs(expected).max()))
 
 
 def format_differences(differences: dict[str, float]) -> str:

@@ -241,7 +241,7 @@ def build_models(source: SourceModel, serving: ServingOptions) -> list[TritonMod
     whole = source.video is None
     network = f"{serving.name}_network" if whole else f"{serving.name}_query"
     video = "" if whole else f"{serving.name}_video"
-    networks = [_whole(source, serving, network)] if whole else _pair(source, serving, video, network)
+    networks = [_single_model(source, serving, network)] if whole else _pair(source, serving, video, network)
     files = {
         f"{part.name}/{name}": sha256(path)
         for part in networks
@@ -296,7 +296,7 @@ def _front(about: FrontConfig, serving: ServingOptions) -> TritonModel:
 TWO_VERSIONS = {"latest": {"num_versions": 2}}
 
 
-def _whole(source: SourceModel, serving: ServingOptions, name: str) -> TritonModel:
+def _single_model(source: SourceModel, serving: ServingOptions, name: str) -> TritonModel:
     segments, width = source.manifest.decoding.num_segments, source.manifest.features.dim
     _, best, most = source.batch
 

@@ -158,7 +158,7 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
             f"# Written by `python -m export.triton` for {origin.name} (SHA-256 {sha256(origin)[:12]}...).\n"
             "# Fields: model_config.proto of triton-inference-server/common.\n"
         )
-        with _beside(repository) as staged:
+        with _staging_directory(repository) as staged:
             for part in parts:
                 _lay(staged / part.name, part, version, header)
             moves = [(staged / part.name, repository / part.name) for part in parts]
@@ -171,7 +171,7 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
                     os.replace(ours, there)
                     done.append(there)
                 if version > 1:
-                    _tell(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
+                    _update_front_parameters(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
     return version
 
 
@@ -196,7 +196,7 @@ def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
         (directory / "warmup" / name).write_bytes(value.tobytes())
 
 
-def _tell(path: Path, part: TritonModel, header: str) -> None:
+def _update_front_parameters(path: Path, part: TritonModel, header: str) -> None:
     """Change in a front's configuration what it tells clients; all else stays as it is."""
     config = read_config(path)
     config.parameters[PARAMETER].string_value = part.config["parameters"][PARAMETER]["string_value"]
@@ -205,7 +205,7 @@ def _tell(path: Path, part: TritonModel, header: str) -> None:
 
 
 @contextlib.contextmanager
-def _beside(repository: Path) -> Iterator[Path]:
+def _staging_directory(repository: Path) -> Iterator[Path]:
     """Yield a temporary directory beside the repository, on the same disk unless the repository is a mount."""
     parent = repository.parent
     created = [path for path in (repository, *repository.parents) if not path.exists()]

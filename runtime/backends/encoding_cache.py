@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.backends.tensorrt_engine import OUTPUTS
-from runtime.backends.tensorrt_model import _Answer
+from runtime.backends.tensorrt_model import RowOutputs
 from runtime.core.batch import Heads
 
 if TYPE_CHECKING:
@@ -55,16 +55,16 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _gathered(rows: int, answers: Sequence[_Answer], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
+def gather_rows(rows: int, answers: Sequence[RowOutputs], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
     """Return the heads of all rows from those of some at a time, each in their order; `nothing` returns those of no
     row."""
     if len(answers) == 1:
-        whole = answers[0][1]
+        gathered = answers[0][1]
     elif rows:
-        whole = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
+        gathered = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
         for some, result in answers:
             for name in OUTPUTS:
-                whole[name][some] = result[name]
+                gathered[name][some] = result[name]
     else:
-        whole = nothing()
-    return Heads(*[np.asarray(whole[name], np.float32) for name in OUTPUTS])
+        gathered = nothing()
+    return Heads(*[np.asarray(gathered[name], np.float32) for name in OUTPUTS])

@@ -24,9 +24,9 @@ from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingCache, _gathered, from_bfloat16, to_bfloat16
+from runtime.backends.encoding_cache import EncodingCache, from_bfloat16, gather_rows, to_bfloat16
 from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
-from runtime.backends.tensorrt_model import PlanUse, _Model, _part
+from runtime.backends.tensorrt_model import PlanUse, TensorRTModel, as_slice
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.digests import json_digest
@@ -207,7 +207,7 @@ def _import(names: Sequence[str]) -> tuple[Any, str]:
     return None, "; ".join(reasons)
 
 
-class TensorRTExtractor(_Model):
+class TensorRTExtractor(TensorRTModel):
     """A network of clips as one engine: C3D of `export.build_engine`."""
 
     def __init__(self, network: TensorRTEngine, manifest: ExtractorManifest, identity: str) -> None:
@@ -220,7 +220,7 @@ class TensorRTExtractor(_Model):
         return self._in_pieces(self._network, "batch", "clips", clips, "features")
 
 
-class _Grounding(_Model):
+class _Grounding(TensorRTModel):
     """What a whole model and a pair share.
 
     Args:
@@ -335,7 +335,7 @@ class TensorRTBackend(_Grounding):
         tokens = batch.query_tokens[:, :longest]
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            part = _part(rows)
+            part = as_slice(rows)
             arrays = {
                 "query_tokens": tokens[part],
                 "query_length": batch.query_length[part],
@@ -352,7 +352,7 @@ class TensorRTBackend(_Grounding):
                 for part in row_slices(len(batch), most)
                 for answer in self._answer(np.arange(part.start, part.stop), some)
             ]
-        return _gathered(len(batch), answers, network.nothing)
+        return gather_rows(len(batch), answers, network.nothing)
 
 
 class TensorRTPair(_Grounding):
@@ -403,7 +403,7 @@ class TensorRTPair(_Grounding):
         tokens = query_tokens[:, :longest]
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            part = _part(rows)
+            part = as_slice(rows)
             needed, which = referenced_videos(video_index[part], len(videos), most_videos)
             sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
             profile, _ = network.choose(sizes)
@@ -423,7 +423,7 @@ class TensorRTPair(_Grounding):
                 for rows in row_slices_by_video(video_index, largest, most_videos, len(videos))
                 for answer in self._answer(rows, some)
             ]
-        return _gathered(len(query_length), answers, network.nothing)
+        return gather_rows(len(query_length), answers, network.nothing)
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, as the whole model would; raises as `TensorRTBackend.run`."""

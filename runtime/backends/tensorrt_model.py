@@ -55,10 +55,10 @@ class PlanUse:
 
 
 # Some rows of a call, rising, and their outputs.
-_Answer = tuple[np.ndarray, Mapping[str, np.ndarray]]
+RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
 
-class _Model:
+class TensorRTModel:
     """What all engines share."""
 
     def __init__(self, *networks: TensorRTEngine) -> None:
@@ -115,7 +115,7 @@ class _Model:
         for network in self._networks:
             network.gpu_ms = 0.0
 
-    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[_Answer]:
+    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[RowOutputs]:
         """Return rows and their outputs; where memory does not do, what is kept is given back and halves are tried.
 
         Raises:
@@ -145,7 +145,7 @@ class _Model:
         most = max(profile.ranges[axis][2] for profile in network.domains)
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            return network.run({name: array[_part(rows)]}, {axis: len(rows)})
+            return network.run({name: array[as_slice(rows)]}, {axis: len(rows)})
 
         with self._turn():
             self._reset_clock()
@@ -159,7 +159,7 @@ class _Model:
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
-def _part(rows: np.ndarray) -> Any:
+def as_slice(rows: np.ndarray) -> Any:
     """Rows as a slice where they follow each other, so that nothing is copied before it is staged."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows

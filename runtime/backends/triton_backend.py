@@ -182,8 +182,8 @@ def _joined(rows: int, parts: Sequence[tuple[np.ndarray, list[np.ndarray]]]) -> 
     """Return the heads of all rows from those of some at a time."""
     if len(parts) == 1:
         return Heads(*parts[0][1])
-    whole = [np.empty((rows, *values.shape[1:]), np.float32) for values in parts[0][1]]
+    joined = [np.empty((rows, *values.shape[1:]), np.float32) for values in parts[0][1]]
     for some, result in parts:
-        for location, values in zip(whole, result):
+        for location, values in zip(joined, result):
             location[some] = values
-    return Heads(*whole)
+    return Heads(*joined)

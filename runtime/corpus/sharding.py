@@ -194,7 +194,7 @@ def require_corpus_dir(output: Path) -> None:
         raise _not_a_corpus(output)
 
 
-def check_same(output: Path, told: dict[str, Any]) -> None:
+def check_same(output: Path, recorded: dict[str, Any]) -> None:
     """Raise OutputError if a directory holds shards of other inputs, or something else; for who holds its lock."""
     path = output / MANIFEST
     if not path.exists():
@@ -207,7 +207,7 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     if not any(output.glob("shard-*")):
         return
     # As it is read from a file: tuples are lists there.
-    differences = list(_differences(result, json.loads(json.dumps(told))))
+    differences = list(_differences(result, json.loads(json.dumps(recorded))))
     if differences:
         raise OutputError(
             f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
@@ -222,9 +222,9 @@ def _not_a_corpus(output: Path) -> OutputError:
     )
 
 
-def _differences(found: dict[str, Any], told: dict[str, Any]) -> Iterator[str]:
-    for part in told:
-        before, now = found.get(part), told[part]
+def _differences(current: dict[str, Any], recorded: dict[str, Any]) -> Iterator[str]:
+    for part in recorded:
+        before, now = current.get(part), recorded[part]
         if not isinstance(before, dict) or not isinstance(now, dict):
             before, now = {part: before}, {part: now}
         for name in sorted(before.keys() | now.keys()):

@@ -63,7 +63,7 @@ class _Track:
     height: float = BAR
 
 
-def draw(answers: Sequence[Answer], path: Path, footage: VideoFile | None = None, *, partial: bool = True) -> None:
+def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = None, *, partial: bool = True) -> None:
     """Draw the answers about one video into a PNG: truth beneath where known, frames of the video where it is at hand.
 
     One query gets a line for each moment; of several each gets one, with the best moment full and the others faded.
@@ -80,7 +80,7 @@ def draw(answers: Sequence[Answer], path: Path, footage: VideoFile | None = None
     blocks = [(_wrapped(f"“{answer.query}”"), _tracks(answer, len(answers) == 1)) for answer in answers]
     height = LINE * 1.4 + sum(_height(lines, tracks) for lines, tracks in blocks)
     span = WIDTH - EDGE - LABELS
-    pictures = _strip(footage, span, duration, partial) if footage else []
+    pictures = _strip(video_file, span, duration, partial) if video_file else []
     strip = span / len(pictures) * pictures[0].shape[0] / pictures[0].shape[1] if pictures else 0.0
     total = 0.15 + height + strip + 0.35
     figure = Figure(figsize=(WIDTH, total), facecolor="white")
@@ -200,17 +200,17 @@ def _draw_track(axes: Any, track: _Track, top: float, duration: float) -> None:
     _write(axes, track.label, duration * (1 + 0.12 / (WIDTH - EDGE - LABELS)), middle, size=8.5, color=track.colour)
 
 
-def _strip(footage: VideoFile, span: float, duration: float, partial: bool) -> list[np.ndarray]:
+def _strip(video_file: VideoFile, span: float, duration: float, partial: bool) -> list[np.ndarray]:
     """Return frames of the video, each of the middle of its part of the time line, all of one shape."""
-    ((height, width, _),) = (frame.shape for frame in frames_at(footage, [0.0], round(STRIP * DPI), partial=partial))
+    ((height, width, _),) = (frame.shape for frame in frames_at(video_file, [0.0], round(STRIP * DPI), partial=partial))
     shape = min(max(width / height, SHAPES[0]), SHAPES[1])
     count = min(max(round(span / (STRIP * shape)), FRAMES[0]), FRAMES[1])
     # The time line is that of players, and before the first picture it is on already.
-    times = (np.arange(count) + 0.5) * min(duration, footage.offset + footage.duration) / count
-    times = np.maximum(times - footage.offset, 0.0)
+    times = (np.arange(count) + 0.5) * min(duration, video_file.offset + video_file.duration) / count
+    times = np.maximum(times - video_file.offset, 0.0)
     # As many pixels as the picture has for them, and not more, however long or large the video is.
     pixels = max(1, round(span / count / shape * DPI))
-    return [_cut(frame, shape) for frame in frames_at(footage, times.tolist(), pixels, partial=partial)]
+    return [_cut(frame, shape) for frame in frames_at(video_file, times.tolist(), pixels, partial=partial)]
 
 
 def _cut(frame: np.ndarray, shape: float) -> np.ndarray:

@@ -98,7 +98,7 @@ def best_scores(
     tokens = [read[sentence] for sentence in sentences]
     expected = asked.ravel()
     scores = np.full(asked.size, -np.inf, np.float32)
-    for rows in _of_whole_videos(expected):
+    for rows in _scores_of_videos(expected):
         known = {number: data_set.video(videos[number]) for number in set(expected[rows].tolist())}
         pooled = {number: grounder.segments(video) for number, video in known.items()}
         numbers = expected[rows].tolist()
@@ -120,7 +120,7 @@ def best_scores(
     return scores.reshape(asked.shape)
 
 
-def _of_whole_videos(expected: np.ndarray) -> Iterator[np.ndarray]:
+def _scores_of_videos(expected: np.ndarray) -> Iterator[np.ndarray]:
     """Yield positions of a bounded number of pairs, unless one video is asked more often; each video in one part."""
     order = np.argsort(expected, kind="stable")
     ends = [*(np.flatnonzero(np.diff(expected[order])) + 1).tolist(), len(order)]

@@ -86,7 +86,7 @@ def check_encoder() -> str:
 
 
 def write_clips(
-    footage: VideoFile,
+    video_file: VideoFile,
     spans: Sequence[tuple[float, float]],
     outputs: Sequence[Path],
     threads: int | None = None,
@@ -99,7 +99,7 @@ def write_clips(
     one.
 
     Args:
-        footage: what `probe` returned.
+        video_file: what `probe` returned.
         spans: starts and ends in seconds after the first frame.
         outputs: the file of each.
         threads: CPU threads; as many as FFmpeg likes when None.
@@ -116,22 +116,22 @@ def write_clips(
     with contextlib.ExitStack() as stack:
         for (start, end), output in zip(spans, outputs):
             temporary = stack.enter_context(atomic_write(output))
-            _write(footage, start, end, temporary, encoder, threads, partial)
+            _write(video_file, start, end, temporary, encoder, threads, partial)
 
 
 def _write(
-    footage: VideoFile, start: float, end: float, path: Path, encoder: str, threads: int | None, partial: bool
+    video_file: VideoFile, start: float, end: float, path: Path, encoder: str, threads: int | None, partial: bool
 ) -> None:
     av = load_av()
-    frames = _upright(footage, _frames_in_span(footage, start, end, threads, partial))
+    frames = _upright(video_file, _frames_in_span(video_file, start, end, threads, partial))
     first = next(frames, None)
     if first is None:
         raise VideoFileError(
-            f"No frame of {footage.path} can be decoded from {start:.1f} s on; copy or download it again."
+            f"No frame of {video_file.path} can be decoded from {start:.1f} s on; copy or download it again."
         )
-    sound = _AudioTrack(footage, start, end)
+    sound = _AudioTrack(video_file, start, end)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as clip:
-        pictures = _video_stream(clip, encoder, footage, first, threads)
+        pictures = _video_stream(clip, encoder, video_file, first, threads)
         streams = [_timed(pictures, _chained(first, frames))]
         if sound.rate:
             voices = clip.add_stream("aac", rate=sound.rate)
@@ -154,9 +154,9 @@ def _timed(stream: Any, frames: Iterator[Any]) -> Iterator[tuple[float, Any, Any
         yield float(frame.pts * frame.time_base), stream, frame
 
 
-def _video_stream(clip: Any, encoder: str, footage: VideoFile, first: Any, threads: int | None) -> Any:
+def _video_stream(clip: Any, encoder: str, video_file: VideoFile, first: Any, threads: int | None) -> Any:
     """Add a stream of pictures like `first`, with its colours and the shape of its pixels."""
-    rate = Fraction(footage.frame_rate).limit_denominator(1001)
+    rate = Fraction(video_file.frame_rate).limit_denominator(1001)
     stream = clip.add_stream(encoder, rate=rate, options=ENCODERS[encoder])
     stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
     context = stream.codec_context
@@ -167,18 +167,18 @@ def _video_stream(clip: Any, encoder: str, footage: VideoFile, first: Any, threa
         context.thread_count = threads
     for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
         setattr(context, name, getattr(first, name))
-    aspect = Fraction(footage.pixel_aspect).limit_denominator(255)
-    context.sample_aspect_ratio = 1 / aspect if footage.quarter_turns % 2 else aspect
+    aspect = Fraction(video_file.pixel_aspect).limit_denominator(255)
+    context.sample_aspect_ratio = 1 / aspect if video_file.quarter_turns % 2 else aspect
     return stream
 
 
 def _frames_in_span(
-    footage: VideoFile, start: float, end: float, threads: int | None, partial: bool
+    video_file: VideoFile, start: float, end: float, threads: int | None, partial: bool
 ) -> Iterator[tuple[float, float, Any]]:
     """Yield seconds from `start` at which each frame comes on and goes off, and the frame."""
     shown = None
-    last_off = max(end - start, 1 / footage.frame_rate)
-    for time, frame in frames_from(footage, start, threads, partial=partial):
+    last_off = max(end - start, 1 / video_file.frame_rate)
+    for time, frame in frames_from(video_file, start, threads, partial=partial):
         # Of those that come on before the start the last is on at it.
         if shown is not None and time > start + ROUNDING:
             over = time >= end - ROUNDING
@@ -190,7 +190,7 @@ def _frames_in_span(
         yield max(shown[0] - start, 0.0), last_off, shown[1]
 
 
-def _upright(footage: VideoFile, seen: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
+def _upright(video_file: VideoFile, seen: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
     """Yield frames as encoders take them: yuv420p of one even size, turned upright, with their times on `CLOCK`."""
     av = load_av()
     size: dict[str, int] = {}
@@ -199,8 +199,8 @@ def _upright(footage: VideoFile, seen: Iterator[tuple[float, float, Any]]) -> It
         # Colours are in pairs of pixels.
         size = size or {"width": max(2, frame.width & ~1), "height": max(2, frame.height & ~1)}
         plain = frame.reformat(**size, format="yuv420p", interpolation="BICUBIC")
-        if footage.quarter_turns or footage.mirrored:
-            planes = _turned(plain.to_ndarray(), footage.quarter_turns, footage.mirrored)
+        if video_file.quarter_turns or video_file.mirrored:
+            planes = _turned(plain.to_ndarray(), video_file.quarter_turns, video_file.mirrored)
             turned = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
                 setattr(turned, name, getattr(plain, name))
@@ -229,13 +229,13 @@ class _AudioTrack:
         layout: mono or stereo.
     """
 
-    def __init__(self, footage: VideoFile, start: float, end: float) -> None:
-        self._footage, self._start, self._end = footage, start, end
+    def __init__(self, video_file: VideoFile, start: float, end: float) -> None:
+        self._footage, self._start, self._end = video_file, start, end
         self.rate, self.layout = 0, ""
-        with opened_container(footage.path) as container:
+        with opened_container(video_file.path) as container:
             for stream in container.streams.audio[:1]:
                 if stream.codec_context is None or not stream.codec_context.sample_rate:
-                    log.warning("The sound of %s cannot be decoded here, and is left out.", footage.path)
+                    log.warning("The sound of %s cannot be decoded here, and is left out.", video_file.path)
                     continue
                 rate = stream.codec_context.sample_rate
                 self.rate = rate if rate in AAC_RATES else AAC_RATES[0]

@@ -81,12 +81,12 @@ def extractor_key(extractor: Extractor) -> str:
     return json_digest({"revision": REVISION, "extractor": extractor.identity})
 
 
-def check_length(footage: VideoFile, clock: ClipTiming) -> None:
+def check_length(video_file: VideoFile, clock: ClipTiming) -> None:
     """Raise VideoFileError if a video is shorter than one clip."""
-    if footage.num_frames < max(2, clock.window):
-        frames = "1 frame" if footage.num_frames == 1 else f"{footage.num_frames} frames"
+    if video_file.num_frames < max(2, clock.window):
+        frames = "1 frame" if video_file.num_frames == 1 else f"{video_file.num_frames} frames"
         raise VideoFileError(
-            f"{footage.path} has {frames} and a clip sees {clock.window}; give a video of at least "
+            f"{video_file.path} has {frames} and a clip sees {clock.window}; give a video of at least "
             f"{max(2, clock.window)} frames.",
             code="video_too_short",
         )

@@ -222,14 +222,14 @@ def _report(path: Path, times: np.ndarray, parts: Sequence[Part], unit: float) -
 
 
 def read_frames(
-    footage: VideoFile, framing: ResizeCrop, *, every: int = 1, partial: bool = False, threads: int | None = None
+    video_file: VideoFile, framing: ResizeCrop, *, every: int = 1, partial: bool = False, threads: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield the picture of each frame of the grid, or of every `every`-th from the first on: (height, width, 3) uint8.
 
     Frames are decoded one by one; a frame that stays on is yielded again, the same array.
 
     Args:
-        footage: what `probe` returned.
+        video_file: what `probe` returned.
         framing: resizing and crop.
         every: grid places from picture to picture.
         partial: whether a damaged file is used as far as it can be decoded.
@@ -238,7 +238,7 @@ def read_frames(
     Raises:
         VideoFileError: the file is damaged and `partial` is not set.
     """
-    footage.check_whole(partial)
+    video_file.check_whole(partial)
     av = load_av()
     makers: dict[tuple[int, int], FrameResizer] = {}
     reformatter = av.video.reformatter.VideoReformatter()
@@ -246,14 +246,14 @@ def read_frames(
     def picture(frame: Any) -> np.ndarray:
         size = (frame.height, frame.width)
         if size not in makers:
-            makers[size] = FrameResizer(*size, framing, footage.quarter_turns, footage.mirrored)
+            makers[size] = FrameResizer(*size, framing, video_file.quarter_turns, video_file.mirrored)
         return makers[size].of(reformatter.reformat(frame, format="rgba").to_ndarray())
 
     reached, waiting, shown = -1, None, None
-    with open_container(footage.path, threads) as (container, stream):
-        decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial)
-        for time, frame in _timed(decoded, footage):
-            location = int(time * footage.frame_rate + 0.5)
+    with open_container(video_file.path, threads) as (container, stream):
+        decoded = _decoded(container, stream, video_file.path, video_file.parts, partial=partial)
+        for time, frame in _timed(decoded, video_file):
+            location = int(time * video_file.frame_rate + 0.5)
             if location <= reached:
                 # Its place is taken, but it is on from now.
                 waiting, shown = frame, None
@@ -269,18 +269,20 @@ def read_frames(
                 shown = picture(frame)
                 yield shown
             reached, waiting = location, frame
-    if not partial and reached + 1 < MIN_FRAMES * footage.num_frames:
-        raise _damaged(footage.path, f"decodes to {reached + 1} frames where its packets hold {footage.num_frames}")
+    if not partial and reached + 1 < MIN_FRAMES * video_file.num_frames:
+        raise _damaged(
+            video_file.path, f"decodes to {reached + 1} frames where its packets hold {video_file.num_frames}"
+        )
 
 
-def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
+def frames_at(video_file: VideoFile, times: Sequence[float], height: int, *, partial: bool = True) -> list[np.ndarray]:
     """Return what is seen at some times, upright and in its true shape: (height, width, 3) uint8 each.
 
     Decoding starts at the last key frame before, so that a few frames of a long video cost little. Of a damaged file
     the last frame that can be decoded stands for what comes after it.
 
     Args:
-        footage: what `probe` returned.
+        video_file: what `probe` returned.
         times: in seconds from the first frame, rising.
         height: of the pictures, in pixels; none is made larger than it is stored.
         partial: whether damaged frames are shown as they are decoded.
@@ -290,26 +292,26 @@ def frames_at(footage: VideoFile, times: Sequence[float], height: int, *, partia
     """
     results: list[np.ndarray] = []
     last = None
-    for frame in _frames_at(footage, times, partial):
+    for frame in _frames_at(video_file, times, partial):
         # A frame that stays on for several of the times is one picture.
-        picture = results[-1] if results and frame is last else _small(frame, footage, height)
+        picture = results[-1] if results and frame is last else _small(frame, video_file, height)
         results.append(picture)
         last = frame
     return results
 
 
-def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Iterator[Any]:
+def _frames_at(video_file: VideoFile, times: Sequence[float], partial: bool) -> Iterator[Any]:
     """Yield the frame that is on at each of the rising times; no part is decoded twice."""
-    with open_container(footage.path) as (container, stream):
+    with open_container(video_file.path) as (container, stream):
         # Of a damaged file nothing is sure but its start.
-        packets = container.demux(stream) if not (footage.damage or footage.is_continued) else ()
+        packets = container.demux(stream) if not (video_file.damage or video_file.is_continued) else ()
         keys = np.array(sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None), np.int64)
-        starts = keys * float(stream.time_base) - footage.start
+        starts = keys * float(stream.time_base) - video_file.start
     after = np.searchsorted(starts, np.array(times) + ROUNDING, side="right") - 1
     for key in np.unique(after):
         expected = [time for time, its_key in zip(times, after) if its_key == key]
         shown, location = None, 0
-        for time, frame in frames_from(footage, float(starts[key]) if key > 0 else 0.0, partial=partial):
+        for time, frame in frames_from(video_file, float(starts[key]) if key > 0 else 0.0, partial=partial):
             while shown is not None and location < len(expected) and time > expected[location] + ROUNDING:
                 yield shown
                 location += 1
@@ -322,12 +324,12 @@ def _frames_at(footage: VideoFile, times: Sequence[float], partial: bool) -> Ite
 
 
 def frames_from(
-    footage: VideoFile, start: float, threads: int | None = None, *, partial: bool = True
+    video_file: VideoFile, start: float, threads: int | None = None, *, partial: bool = True
 ) -> Iterator[tuple[float, Any]]:
     """Yield the frames of a video as PyAV decodes them, each with its seconds after the first.
 
     Args:
-        footage: what `probe` returned.
+        video_file: what `probe` returned.
         start: seconds; the first frame is that of a key frame at or before it.
         threads: CPU threads for decoding; as many as FFmpeg likes when None.
         partial: whether what cannot be decoded is passed over.
@@ -338,17 +340,17 @@ def frames_from(
     av = load_av()
     # Some containers are sought by bytes and land where they like, after the key frame for example; then it is tried
     # from further back, and at last from the start of the file. Where time stamps restart, a time is in several places.
-    for target in (start, start - KEY_SECONDS, 0.0) if not footage.is_continued else (0.0,):
-        with open_container(footage.path, threads) as (container, stream):
+    for target in (start, start - KEY_SECONDS, 0.0) if not video_file.is_continued else (0.0,):
+        with open_container(video_file.path, threads) as (container, stream):
             if target > 0:
                 try:
-                    container.seek(int((footage.start + target) / float(stream.time_base) + 1e-6), stream=stream)
+                    container.seek(int((video_file.start + target) / float(stream.time_base) + 1e-6), stream=stream)
                 except av.FFmpegError:
                     continue
             reached = target <= 0
             sought = target > 0
-            decoded = _decoded(container, stream, footage.path, footage.parts, partial=partial, sought=sought)
-            for time, frame in _timed(decoded, footage):
+            decoded = _decoded(container, stream, video_file.path, video_file.parts, partial=partial, sought=sought)
+            for time, frame in _timed(decoded, video_file):
                 if not reached and (frame.time is None or time > start + ROUNDING):
                     break
                 reached = reached or frame.key_frame
@@ -408,11 +410,11 @@ def _restarts(container: Any, start: int) -> bool:
         return head.search(content, start - first) is not None
 
 
-def _timed(frames: Iterator[Any], footage: VideoFile) -> Iterator[tuple[float, Any]]:
+def _timed(frames: Iterator[Any], video_file: VideoFile) -> Iterator[tuple[float, Any]]:
     """Yield the seconds of each frame after the first, and the frame; one without a time follows the one before."""
-    time = -1 / footage.frame_rate
+    time = -1 / video_file.frame_rate
     for frame in frames:
-        time = time + 1 / footage.frame_rate if frame.time is None else frame.time - footage.start
+        time = time + 1 / video_file.frame_rate if frame.time is None else frame.time - video_file.start
         yield time, frame
 
 
@@ -474,10 +476,10 @@ def _decoded(
             yield frame
 
 
-def _small(frame: Any, footage: VideoFile, height: int) -> np.ndarray:
+def _small(frame: Any, video_file: VideoFile, height: int) -> np.ndarray:
     """Return a decoded frame as a picture of `height`, turned upright, its pixels made square."""
-    tall, wide = frame.height, frame.width * footage.pixel_aspect
-    share = min(1.0, height / (wide if footage.quarter_turns % 2 else tall))
+    tall, wide = frame.height, frame.width * video_file.pixel_aspect
+    share = min(1.0, height / (wide if video_file.quarter_turns % 2 else tall))
     size = {"width": max(1, round(wide * share)), "height": max(1, round(tall * share))}
     picture = frame.reformat(**size, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(upright(picture, footage.quarter_turns, footage.mirrored))
+    return np.ascontiguousarray(upright(picture, video_file.quarter_turns, video_file.mirrored))

@@ -31,7 +31,7 @@ from calib.graph.fp32_scales import has_half_scales
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import attainable_share
-from export.build_engine import _again, _proven_engine, build_engine, choose_target
+from export.build_engine import _proven_engine, _reproduction_command, build_engine, choose_target
 from export.engine import engine_writer
 from export.engine.builder import BuildFailed, BuildOptions, BuiltEngine, cuda_devices, unavailable_reason
 from export.engine.engine_writer import _write_engine, mark_rejected
@@ -217,9 +217,9 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
 
 def test_the_command_in_a_passport_names_the_plans_for_short_queries() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(build_engine).parameters.items()}
-    command = _again({**given, "model": Path("drn.onnx"), "unroll": (6, 10), "split": True})
+    command = _reproduction_command({**given, "model": Path("drn.onnx"), "unroll": (6, 10), "split": True})
     assert "--split --unroll 6 10" in command
-    assert "--unroll" not in _again({**given, "model": Path("drn.onnx")})
+    assert "--unroll" not in _reproduction_command({**given, "model": Path("drn.onnx")})
 
 
 def test_the_command_in_a_passport_builds_the_same_again(model: Path, planted: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def pool(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
     places = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
-    if _is_whole(path, (len(videos), num_segments, features.dim)):
+    if _is_complete(path, (len(videos), num_segments, features.dim)):
         # The file may have been written by another run, which gave the warning, or by a version that did not check.
         data_set.check_clips(videos, features.clock)
     else:
@@ -96,7 +96,7 @@ def pool(
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
     """Return whether a cache file is there and holds what its name says; a damaged one is written anew."""
     if not path.is_file():
         return False

@@ -100,7 +100,7 @@ def read_array(stream: IO[bytes], available: int) -> np.ndarray:
         ValueError: it is not a plain array, or is cut off.
     """
     header = read_header(stream)
-    _check_whole(header, available - stream.tell())
+    _check_complete(header, available - stream.tell())
     content = np.empty(header.num_bytes, np.uint8)
     count = 0
     while count < header.num_bytes:
@@ -123,7 +123,7 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
         if available <= mapped_bytes:
             return read_array(stream, available)
         header = read_header(stream)
-        _check_whole(header, available - stream.tell())
+        _check_complete(header, available - stream.tell())
         if not header.num_bytes or not header.shape:
             stream.seek(0)
             return read_array(stream, available)
@@ -196,6 +196,6 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
         }
 
 
-def _check_whole(header: ArrayHeader, available: int) -> None:
+def _check_complete(header: ArrayHeader, available: int) -> None:
     if header.num_bytes > available:
         raise ValueError(f"its header declares {header.num_bytes} bytes and {available} are there")

@@ -424,8 +424,8 @@ def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLi
                 f"{path} is named for something else already, and would be written over; name another file.",
                 code="output_exists",
             )
-        with contextlib.suppress(_NotKept), atomic_write(path):
-            raise _NotKept
+        with contextlib.suppress(_Discarded), atomic_write(path):
+            raise _Discarded
 
 
 # Files that commands read and that a report never is.
@@ -444,7 +444,7 @@ def check_report(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike
     check_writable(path, *inputs)
 
 
-class _NotKept(Exception):
+class _Discarded(Exception):
     """Ends a trial write, so that nothing is left of it."""
 
 

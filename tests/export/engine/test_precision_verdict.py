@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calib.graph.precision_audit import PrecisionStats
-from export.engine.precision_verdict import Promise, Verdict, check_size, judge_engine, require
+from export.engine.precision_verdict import Promise, Verdict, check_size, engine_verdict, require
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
@@ -57,7 +57,7 @@ def inspection(version: str, scenario: str, context: bool = True, hides: bool = 
 @pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
 def test_census_and_verdict_of_each_version(row: str, column: int) -> None:
     scenario, promise, context, cells = TABLE[row]
-    counted, verdict = judge_engine(inspection(VERSIONS[column], scenario, context), promise, 0)
+    counted, verdict = engine_verdict(inspection(VERSIONS[column], scenario, context), promise, 0)
     assert (str(counted), verdict.name) == cells[column]
 
 
@@ -71,7 +71,7 @@ def test_the_documented_table_is_what_is_computed() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_hidden_types_leave_weights_and_kernel_names(version: str) -> None:
     hidden = inspection(version, "convolutions", hides=True)
-    counted, verdict = judge_engine(hidden, FP16, 0)
+    counted, verdict = engine_verdict(hidden, FP16, 0)
     assert verdict.name == PROVEN
     assert counted is not None
     assert counted.arithmetic == {"fp16": 4}
@@ -92,7 +92,7 @@ def test_what_tensorrt_86_wrote_about_engines_on_an_h200(part: str, expected: st
     """Engines of the full-size network, built on 2026-11-29 (benchmarks/results/gpu-2026-11-29-nvidia-h200.md)."""
     content = read_layers_file(RECORDED / f"inspector-8.6.0-fp16-{part}.layers.json.gz")
     views = [ProfileView(view["name"], view["shapes"], json.dumps(view["bound"])) for view in content["profiles"]]
-    counted, reached = judge_engine(Inspection(json.dumps(content["unbound"]), tuple(views)), FP16, 0)
+    counted, reached = engine_verdict(Inspection(json.dumps(content["unbound"]), tuple(views)), FP16, 0)
     assert (str(counted), reached.name) == (expected, verdict)
     # The rules that the double of 8.6 follows: hidden types in spite of a context, and 0x1E between nodes.
     tensors = [tensor for layer in content["profiles"][0]["bound"]["Layers"] for tensor in layer["Inputs"]]
@@ -112,23 +112,23 @@ def test_control_characters_in_the_json_of_86_are_read() -> None:
 
 def test_types_that_nothing_shows_are_not_proven_and_never_rejected() -> None:
     for precision in ("fp32", "fp16", "bf16", "int8", "fp8"):
-        _, verdict = judge_engine(inspection("10.16", "generated", hides=True), Promise(precision), 0)
+        _, verdict = engine_verdict(inspection("10.16", "generated", hides=True), Promise(precision), 0)
         assert verdict.name == NOT_PROVEN
         require(verdict, precision)
-        _, verdict = judge_engine(None, Promise(precision), 0, "no GPU")
+        _, verdict = engine_verdict(None, Promise(precision), 0, "no GPU")
         assert verdict.name == NOT_PROVEN
         assert quotes(verdict.reason, "no GPU")  # the reason given above
 
 
 def test_an_inspector_that_writes_something_else_is_not_proven() -> None:
     for text in ("", "{}", "[]", '{"Layers": 3}', "[" * 100_000):
-        counted, verdict = judge_engine(Inspection(text), FP16, 0)
+        counted, verdict = engine_verdict(Inspection(text), FP16, 0)
         assert counted is None
         assert verdict.name == NOT_PROVEN
 
 
 def test_contradicted_is_exit_code_1() -> None:
-    _, verdict = judge_engine(inspection("11.4", "wide"), FP16, 0)
+    _, verdict = engine_verdict(inspection("11.4", "wide"), FP16, 0)
     with raises(CheckFailed, "precision_contradicted", "fp16"):
         require(verdict, "fp16")
     require(Verdict(PROVEN, ""), "fp16")
@@ -137,15 +137,15 @@ def test_contradicted_is_exit_code_1() -> None:
 
 def test_a_copy_of_the_right_type_proves_nothing() -> None:
     only_copies = {"Layers": json.loads(document("10.16", "wide", bound=True))["Layers"][-1:]}
-    _, verdict = judge_engine(Inspection(json.dumps(only_copies)), FP16, 0)
+    _, verdict = engine_verdict(Inspection(json.dumps(only_copies)), FP16, 0)
     assert verdict.name == NOT_PROVEN
 
 
 def test_one_profile_that_contradicts_is_enough() -> None:
     good = ProfileView("one query", {}, document("11.4", "convolutions", bound=True))
     bad = ProfileView("several queries", {}, document("11.4", "wide", bound=True))
-    assert judge_engine(Inspection("", (good, bad)), FP16, 0)[1].name == CONTRADICTED
-    assert judge_engine(Inspection("", (good, good)), FP16, 0)[1].name == PROVEN
+    assert engine_verdict(Inspection("", (good, bad)), FP16, 0)[1].name == CONTRADICTED
+    assert engine_verdict(Inspection("", (good, good)), FP16, 0)[1].name == PROVEN
 
 
 def test_tensorrt_8_counts_each_profile_by_itself() -> None:
@@ -164,7 +164,7 @@ def test_modules_that_the_graph_keeps_wide_are_not_held_against_the_engine() -> 
     ]
 
     def verdict(layers: list[object]) -> str:
-        return judge_engine(Inspection(json.dumps({"Layers": layers})), Promise("fp16", kept), 0)[1].name
+        return engine_verdict(Inspection(json.dumps({"Layers": layers})), Promise("fp16", kept), 0)[1].name
 
     # Every third of `wide` is layers.0, which the graph keeps in FP32.
     assert verdict([*narrow, *wide[0:30:3]]) == PROVEN
@@ -176,7 +176,7 @@ def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
     promise = Promise("fp16", FP16.graph, fp32_nodes=frozenset({"fcos.head/Mul_4", "fcos.head/Exp"}))
     found = [*layers(Writer("11.4", bound=True), "convolutions")]
     found.append(Writer("11.4", bound=True).layer("PWN(fcos.head/Mul_4, fcos.head/Exp)", "PointWise", "fp16", kind))
-    _, verdict = judge_engine(Inspection(json.dumps({"Layers": found})), promise, 0)
+    _, verdict = engine_verdict(Inspection(json.dumps({"Layers": found})), promise, 0)
     assert verdict.name == expected
     assert ("fcos.head/Exp" in verdict.reason) == (expected == NOT_PROVEN)
     # 8.6 hides the types of such layers, and what is fused with others is none of them.
@@ -184,33 +184,33 @@ def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
         Writer("8.6", bound=True).layer("PWN(fcos.head/Exp)", "PointWise", "fp16", kind),
         Writer("11.4", bound=True).layer("PWN(fcos.head/Exp, fcos.head/Add)", "PointWise", "fp16", kind),
     ):
-        _, verdict = judge_engine(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), promise, 0)
+        _, verdict = engine_verdict(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), promise, 0)
         assert verdict.name == PROVEN
 
 
 def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:
-    _, verdict = judge_engine(inspection("11.4", "convolutions"), INT8, 0)
+    _, verdict = engine_verdict(inspection("11.4", "convolutions"), INT8, 0)
     assert verdict.name == CONTRADICTED
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(True, PROVEN), (False, CONTRADICTED)])
 def test_tf32_is_fp32_only_where_it_is_allowed(allowed: bool, expected: str) -> None:
     text = document("10.16", "wide", bound=True).replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
-    assert judge_engine(Inspection(text), Promise("fp32", tf32=allowed), 0)[1].name == expected
+    assert engine_verdict(Inspection(text), Promise("fp32", tf32=allowed), 0)[1].name == expected
     # To FP16 it is wider all the same.
-    assert judge_engine(Inspection(text), Promise("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
+    assert engine_verdict(Inspection(text), Promise("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
 
 
 def test_size_warns_and_never_contradicts() -> None:
     weights = 200_000_000
     promise = Promise("fp16", FP16.graph, weights)
     found = inspection("11.4", "convolutions")
-    assert judge_engine(found, promise, 105_000_000)[1].name == PROVEN
+    assert engine_verdict(found, promise, 105_000_000)[1].name == PROVEN
     # Kernels weigh something too, and more than a small network.
     assert not check_size(21_500_000, Promise("fp16", None, 10_000), 1)
     # One copy of the weights for each profile.
     assert quotes(check_size(208_000_000, promise, 2), 2)
-    _, verdict = judge_engine(found, promise, 208_000_000)
+    _, verdict = engine_verdict(found, promise, 208_000_000)
     assert verdict.name == NOT_PROVEN
     assert not quotes(check_size(208_000_000, promise, 1), 2)
     # 11.4's lean runtime has 105 MB.
