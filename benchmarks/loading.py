@@ -20,7 +20,7 @@ from runtime.core.io.digests import sha256
 
 
 class _Unchecked:
-    """Take the place of `onnxfile.Check`: read nothing."""
+    """Take the place of `onnx_metadata.DigestCheck`: read nothing."""
 
     mismatch = None
 
@@ -98,12 +98,12 @@ def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:
 
 @contextlib.contextmanager
 def _replaced() -> Iterator[None]:
-    checks = onnx_runtime.Check
-    onnx_runtime.Check = _Unchecked  # type: ignore[misc, assignment]
+    checks = onnx_runtime.DigestCheck
+    onnx_runtime.DigestCheck = _Unchecked  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        onnx_runtime.Check = checks  # type: ignore[misc]
+        onnx_runtime.DigestCheck = checks  # type: ignore[misc]
 
 
 def _checkpoint(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -53,14 +53,14 @@ def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: 
 
 
 def test_the_film_is_a_film(tmp_path: Path) -> None:
-    footage = pytest.importorskip("runtime.media.video_file")
+    video_file = pytest.importorskip("runtime.media.video_file")
     pytest.importorskip("av", reason="PyAV writes the film")
     film = load("film")
     film.SECONDS = 2
     film.main(str(tmp_path / "clip.mp4"))
-    found = footage.look(tmp_path / "clip.mp4")
+    found = video_file.probe(tmp_path / "clip.mp4")
     assert (found.num_frames, found.duration, found.damage) == (50, 2, "")
-    dawn, noon, night = footage.stills(found, [0.0, 1.0, 1.96], film.HEIGHT)
+    dawn, noon, night = video_file.frames_at(found, [0.0, 1.0, 1.96], film.HEIGHT)
     assert dawn.mean() < noon.mean() > night.mean()
 
 
