@@ -195,7 +195,7 @@ def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
         ("config.profiling_verbosity =", "config.verbosity =", "IBuilderConfig.verbosity: does not exist"),
         ("HardwareCompatibilityLevel.AMPERE_PLUS", "HardwareCompatibilityLevel.AMPERE", "AMPERE: does not exist"),
         (".desc()", ".description()", "ParserError.description: does not exist"),
-        ("kept.serialize()", "kept.serialise()", "ITimingCache.serialise: does not exist"),
+        ("retained.serialize()", "retained.serialise()", "ITimingCache.serialise: does not exist"),
         ('"EXPLICIT_BATCH"', '"EXPLICIT"', "NetworkDefinitionCreationFlag.EXPLICIT: does not exist"),
         ("trt.OnnxParser(network, logger)", "trt.OnnxParser(network)", "OnnxParser.__init__: needs logger"),
         ("trt.OnnxParser(network, logger)", "trt.OnnxParser(builder, logger)", "network is a INetworkDefinition, and"),
