@@ -211,12 +211,12 @@ def build_engine(
         checker = ParityChecker(
             staged, job.output, source, graph, data_set, annotations, parity_split, max_drop, command_line, threads
         )
-        wishes = ConversionOptions(
+        conversion = ConversionOptions(
             keep, table, plan, calib_samples, calib_method, max_drop, threads, staged.beside("calibration.json"),
             staged.beside("plan.json"), for_cpu=chosen == "onnxruntime",
         )  # fmt: skip
         try:
-            converted_graph = convert_precision(graph, precision, wishes, data_set, str(source))
+            converted_graph = convert_precision(graph, precision, conversion, data_set, str(source))
             if tf32:
                 converted_graph = dataclasses.replace(converted_graph, facts={**converted_graph.facts, "tf32": True})
             created = ConvertedModel.of(staged, source, graph, converted_graph)

@@ -106,16 +106,16 @@ def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None
         content = read_verified(path)
         about = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
-        siblings, details = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
+        siblings, metadata = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
         with contextlib.suppress(ModelFileError):
-            details = read_metadata(path)
-            about = parse_json(details.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
-        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & details.keys() and siblings.is_file():
+            metadata = read_metadata(path)
+            about = parse_json(metadata.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
+        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & metadata.keys() and siblings.is_file():
             about = read_json(siblings, "description of an extractor", ModelFileError)
     if not isinstance(about, dict) or about.get("format") != extractor_manifest.FORMAT:
         return None
     if path.suffix == ".onnx":
-        extractors.check_description({} if extractor_manifest.METADATA_KEY in details else about, path, check(path))
+        extractors.check_description({} if extractor_manifest.METADATA_KEY in metadata else about, path, check(path))
     return ExtractorManifest.from_dict(about, str(path)), content or about
 
 

@@ -203,13 +203,13 @@ def read(path: Path) -> PublishedCheckpoint:
         )
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
-    details = content if state is not content else {}
-    meta = details.get("meta")
-    details = {**details, **(meta if isinstance(meta, dict) else {})}
+    metadata = content if state is not content else {}
+    meta = metadata.get("meta")
+    metadata = {**metadata, **(meta if isinstance(meta, dict) else {})}
     weights, unused, layout = _to_mmaction2_names(arrays, path)
-    epoch = details.get("epoch")
+    epoch = metadata.get("epoch")
     return PublishedCheckpoint(
-        weights, layout, unused, _recorded_stage(details.get("cfg")), epoch if isinstance(epoch, int) else None
+        weights, layout, unused, _recorded_stage(metadata.get("cfg")), epoch if isinstance(epoch, int) else None
     )
 
 

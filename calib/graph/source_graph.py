@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
-    """Return an FP32 graph and its manifest; ModelFileError if it is none of ours."""
+    """Return an FP32 graph and its manifest; ModelFileError if it has no drn-deploy manifest."""
     from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 
     graph = load_fp32_graph(path)
@@ -25,14 +25,16 @@ def read_source(path: Path) -> tuple[onnx.ModelProto, Manifest]:
 
 
 def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
-    """Return the FP32 graph of an extractor of clips and its manifest; ModelFileError if it is none of ours."""
+    """Return the FP32 graph of a feature extractor and its manifest; ModelFileError if it has no manifest."""
     from calib.graph.onnx_graph import load_onnx
 
     graph = load_onnx(path)
     manifest_json = next((entry.value for entry in graph.metadata_props if entry.key == EXTRACTOR_KEY), None)
     names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
     if manifest_json is None or names != ["clips", "features"]:
-        raise ModelFileError(f"{path} is no extractor of clips of ours; export C3D with `python -m export.to_onnx`.")
+        raise ModelFileError(
+            f"{path} is not a drn-deploy feature extractor; export C3D with `python -m export.to_onnx`."
+        )
     try:
         manifest = ExtractorManifest.from_dict(json.loads(manifest_json), str(path))
     except ValueError as error:

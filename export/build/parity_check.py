@@ -120,8 +120,8 @@ class ParityChecker:
         stats = precision_table(created.census)
         if engine:
             proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
-            details = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
-            stats = (f"{stats[0]} {details[0]}" if details else stats[0], stats[1])
+            engine_table = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
+            stats = (f"{stats[0]} {engine_table[0]}" if engine_table else stats[0], stats[1])
             if proof.model.path == engine.path:
                 engine = None
         rejected = "rejected." if proof.broken else ""

@@ -109,8 +109,8 @@ def engine_verdict(
         reason = f"{verdict.reason}; {unbound}" if unbound else verdict.reason
         verdict = Verdict(NOT_PROVEN, _joined(reason, promise, plan_bytes, len(verdicts)))
     elif verdict.name == PROVEN:
-        details = check_size(plan_bytes, promise, len(verdicts))
-        verdict = Verdict(NOT_PROVEN, f"{verdict.reason}, but {details}") if details else verdict
+        size_warning = check_size(plan_bytes, promise, len(verdicts))
+        verdict = Verdict(NOT_PROVEN, f"{verdict.reason}, but {size_warning}") if size_warning else verdict
     return (counted[0] if counted else None), verdict
 
 

@@ -100,9 +100,9 @@ def plan_table(checks: Sequence[PlanCheck], queries: int, budget: AccuracyBudget
     lines = [f"{'plan':<{width}} {'tokens':>7} {'answered':>9} {'checked alone':>14}  verdict"]
     for check in checks:
         verdict, reason = check.verdict(queries, budget)
-        details = f"{verdict} ({reason})" if verdict != PROVEN else verdict
+        verdict_text = f"{verdict} ({reason})" if verdict != PROVEN else verdict
         lines.append(
             f"{check.name:<{width}} {f'<= {check.max_query_length}':>7} {check.answered:>9} {check.checked:>14}  "
-            f"{details}"
+            f"{verdict_text}"
         )
     return "\n".join(lines)

@@ -276,8 +276,8 @@ def engine_precision(*engines: Path) -> dict[str, str] | None:
         return None
     worst = max((stats["verdict"] for _, stats in results), key=(PROVEN, NOT_PROVEN, CONTRADICTED).index)
     reasons = [(name, stats["reason"]) for name, stats in results if stats["verdict"] == worst]
-    details = [f"{name}: {reason}" if len(results) > 1 else reason for name, reason in reasons]
-    return {"verdict": worst, "reason": "; ".join(details)}
+    reasons_by_engine = [f"{name}: {reason}" if len(results) > 1 else reason for name, reason in reasons]
+    return {"verdict": worst, "reason": "; ".join(reasons_by_engine)}
 
 
 def engine_precision_table(counted: Mapping[str, Any]) -> tuple[str, Table] | None:

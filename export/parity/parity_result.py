@@ -178,7 +178,7 @@ class ParityResult:
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyBudget:
-    """What may be lost.
+    """Limit how much accuracy a converted model may lose.
 
     Attributes:
         max_drop: points (percent of all queries) of R@1 IoU=0.7 and of mIoU.

@@ -119,9 +119,9 @@ class EncodedWindows:
         """Write the encodings to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
         first = self.parts[0]
         about = {"format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": first.model}
-        details = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
+        header = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
         arrays = (np.stack([getattr(part, name) for part in self.parts]) for name in ("features", "spans"))
-        _save(path, {**about, **details, "offset": self.offset}, *arrays)
+        _save(path, {**about, **header, "offset": self.offset}, *arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:

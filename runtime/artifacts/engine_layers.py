@@ -131,15 +131,15 @@ def read_layers(text: str, profile: int = 0) -> list[Layer]:
     """
     try:
         entries = _loads(text)["Layers"]
-        details = [entry for entry in entries if isinstance(entry, dict)]
-        names = [str(entry.get("Name", "")) for entry in details]
+        layers = [entry for entry in entries if isinstance(entry, dict)]
+        names = [str(entry.get("Name", "")) for entry in layers]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(
             f"Expected the JSON of TensorRT's engine inspector, got something else ({one_line(error)})."
         ) from error
     numbers = [int(result[1]) if (result := _PROFILE.search(name)) else 0 for name in names]
     only = profile if any(numbers) else 0
-    return [_layer(entry) for entry, number in zip(details, numbers) if number == only]
+    return [_layer(entry) for entry, number in zip(layers, numbers) if number == only]
 
 
 _PROFILE = re.compile(r"\[profile (\d+)\]\s*\Z")

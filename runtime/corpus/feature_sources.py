@@ -386,8 +386,8 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
 
 def _length(value: Any, location: str) -> tuple[float, int | None]:
     """Return a duration in seconds and a frame count, None where it is not given; checked by `Video`."""
-    details: Any = value if isinstance(value, dict) else {"duration": value}
-    duration, num_frames = details.get("duration"), details.get("num_frames")
+    row: Any = value if isinstance(value, dict) else {"duration": value}
+    duration, num_frames = row.get("duration"), row.get("num_frames")
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
             f"{location} should have seconds and perhaps frames, and has {excerpt(duration)} and {excerpt(num_frames)}."

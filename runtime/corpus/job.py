@@ -121,8 +121,8 @@ def _run(
 
 def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[ShardResult]:
     """Yield what becomes of each shard while progress is shown; raise what ends the job."""
-    created = errors = 0
-    began = details = time.monotonic()
+    num_grounded = errors = 0
+    began = last_report = time.monotonic()
     with tqdm(total=pairs, initial=pairs - missing, desc="grounding", unit="pair", leave=False, disable=None) as bar:
         for done in run:
             if done.problem:
@@ -136,15 +136,21 @@ def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[Sha
                     done.attempts,
                 )
             yield done
-            created, errors = created + done.pairs, errors + done.errors
+            num_grounded, errors = num_grounded + done.pairs, errors + done.errors
             bar.set_postfix_str(f"{errors} errors", refresh=False)
             bar.update(done.pairs)
-            if bar.disable and time.monotonic() - details >= SECONDS_BETWEEN_LINES:
-                details = time.monotonic()
-                rate = created / (details - began)
+            if bar.disable and time.monotonic() - last_report >= SECONDS_BETWEEN_LINES:
+                last_report = time.monotonic()
+                rate = num_grounded / (last_report - began)
                 log.info(
                     "%d of %d pairs, %.1f a second, %d errors; %s left.",
-                    *(pairs - missing + created, pairs, rate, errors, bar.format_interval((missing - created) / rate)),
+                    *(
+                        pairs - missing + num_grounded,
+                        pairs,
+                        rate,
+                        errors,
+                        bar.format_interval((missing - num_grounded) / rate),
+                    ),
                 )
 
 

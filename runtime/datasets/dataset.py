@@ -266,25 +266,25 @@ class DataSet:
         Raises:
             AnnotationError: frames and duration contradict each other; see `check_frame_rate`.
         """
-        details, clock = self.num_frames.get(video), self.preset.features.clock
-        if details is not None:
-            check_frame_rate(f"The video {excerpt(video)}", details, self.durations[video], AnnotationError)
+        num_frames, clock = self.num_frames.get(video), self.preset.features.clock
+        if num_frames is not None:
+            check_frame_rate(f"The video {excerpt(video)}", num_frames, self.durations[video], AnnotationError)
             if not self.preset.spread:
-                return details
+                return num_frames
         clips = self.store.num_clips(video) if num_clips is None else num_clips
-        if details is None:
+        if num_frames is None:
             check_frame_rate(
                 f"The video {excerpt(video)}", clock.num_frames(clips), self.durations[video], AnnotationError
             )
         else:
-            if clock.fits(details, clips):
-                return details
+            if clock.fits(num_frames, clips):
+                return num_frames
             if not self._told_of_stride:
                 self._told_of_stride = True
                 log.warning(
                     "%s: %d clips of %r do not fit its %d frames, of which the clock makes %d; segments of such videos "
                     "are equal parts of their clips (said once).",
-                    self.root, clips, video, details, clock.num_clips(details),
+                    self.root, clips, video, num_frames, clock.num_clips(num_frames),
                 )  # fmt: skip
         return clock.num_frames(clips)
 
@@ -387,8 +387,8 @@ class DataSet:
         """
         clock, store = clock or self.preset.features.clock, store or self.store
         for video in videos[:: max(1, -(-len(videos) // CHECKED_VIDEOS))]:
-            clips, details = store.num_clips(video), self.num_frames.get(video)
-            frames = clock.num_frames(clips) if details is None else details
+            clips, num_frames = store.num_clips(video), self.num_frames.get(video)
+            frames = clock.num_frames(clips) if num_frames is None else num_frames
             check_frame_rate(f"The video {excerpt(video)}", frames, self.durations[video], AnnotationError)
             if not self.preset.spread:
                 self.origin.check(video, clips, frames, clock)

@@ -62,9 +62,13 @@ class Preset:
 
 def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return shortest, usual and longest query of the data set that a model learnt from, by what its file says."""
-    details = training.get("query_length")
-    if isinstance(details, (list, tuple)) and len(details) == 3 and all(isinstance(length, int) for length in details):
-        return (details[0], details[1], details[2])
+    query_length = training.get("query_length")
+    if (
+        isinstance(query_length, (list, tuple))
+        and len(query_length) == 3
+        and all(isinstance(length, int) for length in query_length)
+    ):
+        return (query_length[0], query_length[1], query_length[2])
     return Preset.query_length
 
 

@@ -50,11 +50,11 @@ class VideoTable:
                 code="invalid_frame_count",
             )
         _check_distinct(self._called, name, location)
-        details = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
-        if details != (duration, num_frames):
+        recorded = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
+        if recorded != (duration, num_frames):
             raise AnnotationError(
-                f"{location}: two videos have the name {excerpt(name)}, of {details[0]:g} and of {duration:g} seconds; "
-                "rename one.",
+                f"{location}: two videos have the name {excerpt(name)}, of {recorded[0]:g} and of {duration:g} "
+                "seconds; rename one.",
                 code="ambiguous_video_name",
             )
         if num_frames is not None:

@@ -279,9 +279,9 @@ def hash_of(path: Path) -> str:
 
 def cache_directory() -> Path:
     """Return where features of videos are kept: DRN_CACHE, else drn-deploy in the user's cache directory."""
-    details = os.environ.get("DRN_CACHE")
-    if details:
-        return Path(details)
+    configured = os.environ.get("DRN_CACHE")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drn-deploy"
 
 

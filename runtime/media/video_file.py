@@ -184,9 +184,9 @@ def _offset(container: Any, start: float) -> float:
 
 def _length(container: Any, start: float, last: float, step: float) -> float:
     """Return the seconds from `start` to the end of a file if that is within the last frame, else 0."""
-    details = (container.duration or 0) / 1e6
+    container_seconds = (container.duration or 0) / 1e6
     # Some containers count their duration from zero, and some from their start.
-    for end in (details, details + (container.start_time or 0) / 1e6):
+    for end in (container_seconds, container_seconds + (container.start_time or 0) / 1e6):
         if last + ROUNDING < end < last + step - ROUNDING:
             return end - start
     return 0.0
@@ -390,9 +390,11 @@ def _truncation(container: Any, stream: Any, packets: Packets, parts: Sequence[P
     if _restarts(container, 1 if container.format.name == "flv" else packets.last_byte):
         return "consists of several files, of which FFmpeg does not read the last"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
-    details = (container.duration or 0) / 1e6
-    if len(parts) < 2 and 0 < packets.reached < details - max(MAX_SECONDS, (1 - MIN_FRAMES) * details):
-        return f"is cut off: it says {details:.1f} s and ends after {packets.reached:.1f} s"
+    container_seconds = (container.duration or 0) / 1e6
+    if len(parts) < 2 and 0 < packets.reached < container_seconds - max(
+        MAX_SECONDS, (1 - MIN_FRAMES) * container_seconds
+    ):
+        return f"is cut off: it says {container_seconds:.1f} s and ends after {packets.reached:.1f} s"
     return ""
 
 

@@ -455,8 +455,8 @@ def _cannot_extract(code: int | None, said: str, media: Path) -> HttpError:
     """Return the refusal for a video that could not be extracted, without paths of this machine."""
     (*_, line) = ["", *said.strip().splitlines()]
     if code == 2 and line.startswith("error: "):
-        details = line.removeprefix("error: ").replace(str(media), "The video")
-        if "/" not in details:
-            return HttpError(422, details.replace("pass --partial", "send the field partial=true"))
+        reason = line.removeprefix("error: ").replace(str(media), "The video")
+        if "/" not in reason:
+            return HttpError(422, reason.replace("pass --partial", "send the field partial=true"))
     log.error("Extraction ended with %s: %s", code, said[-2000:])
     return HttpError(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
