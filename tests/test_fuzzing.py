@@ -34,7 +34,7 @@ def report() -> str:
 
 
 @pytest.mark.parametrize("name", [reader.name for reader in READERS])
-def test_reader_of_damaged_files_ends_with_a_value_or_one_sentence(name: str, report: str) -> None:
+def test_reader_of_damaged_file_returns_or_raises_one_error(name: str, report: str) -> None:
     lines = report.splitlines()
     assert any(line.startswith(f"{name} ") and " cases, " in line for line in lines), report[-2000:]
     assert not [line for line in lines if line.startswith(f"  --reader {name} ")]

@@ -316,9 +316,7 @@ def test_what_was_not_measured_meets_no_bar(value: float | None, tmp_path: Path)
     assert {row[-1] for row in bars.rows([read_leg(leg.path)])} == {"MISSED"}
 
 
-def test_a_command_that_breaks_its_promise_is_told_in_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_check_of_a_command_is_reported_verbatim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leg, job = Leg(tmp_path / "torch.json", "torch", SETTINGS), Job(tmp_path, "cpu", small=True)
     module = tmp_path / "breaks.py"
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
@@ -408,7 +406,7 @@ def test_the_report_holds_every_table(tmp_path: Path) -> None:
     assert "| a \\| b | 0.1 |" in text
 
 
-def test_tests_that_need_a_gpu_are_found_without_what_a_gpu_machine_lacks() -> None:
+def test_gpu_tests_are_collected_without_optional_packages() -> None:
     absent = (
         "av", "fastapi", "starlette", "uvicorn", "multipart", "prometheus_client", "ray", "pyarrow", "tritonclient",
         "polygraphy", "schemathesis", "playwright", "tensorrt", "tensorrt_rtx", "h5py",

@@ -23,9 +23,7 @@ def pair(models: Path, tmp_path: Path) -> Path:
     return write_split_model(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
 
 
-def test_every_figure_is_there_and_the_whole_takes_longer_than_its_parts(
-    pair: Path, planted: Path, tmp_path: Path
-) -> None:
+def test_report_has_all_figures_and_total_exceeds_parts(pair: Path, planted: Path, tmp_path: Path) -> None:
     report = host.host(pair, planted, batch=6, samples=20, output=tmp_path / "host.json")
     assert json.loads((tmp_path / "host.json").read_text()) == report
     found = {name: latency["p50_ms"] for name, latency in report["ms"].items()}
@@ -35,7 +33,7 @@ def test_every_figure_is_there_and_the_whole_takes_longer_than_its_parts(
     assert report["ms"][host.many(6)]["samples"] == 2
 
 
-def test_what_is_timed_answers_as_the_graph_and_leaves_the_gpu_alone(pair: Path, planted: Path, tmp_path: Path) -> None:
+def test_timed_call_equals_graph_without_touching_the_gpu(pair: Path, planted: Path, tmp_path: Path) -> None:
     reference = Grounder(open_backend(pair, "cpu", 1))
     data_set = DataSet(planted)
     known = data_set.annotations("test")[:6]

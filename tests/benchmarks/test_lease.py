@@ -287,7 +287,7 @@ def test_the_lease_holds_everything_up_to_int8(transfer_s: float) -> None:
     assert max(line.end_s for line in lines) <= LIMITS.lease_s
 
 
-def test_onnxruntime_for_the_gpu_is_brought_last_and_under_plan_b() -> None:
+def test_onnxruntime_gpu_is_carried_last_and_under_plan_b() -> None:
     library = {ORT_GPU: Chunks(missing=NAMES[:4])}
     waiting = Situation(200.0, 0.0, {WHEELS.name: "done", CUDA.name: "done"}, running=frozenset({PREPARE.name}),
                         chunks=library, more=True, plan_b="no TensorRT")  # fmt: skip

@@ -86,7 +86,7 @@ def test_every_bar_is_in_the_report(ran: Job) -> None:
         assert f"{title}\n" in text
 
 
-def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for(ran: Job) -> None:
+def test_both_lstm_forms_are_timed_at_engine_query_lengths(ran: Job) -> None:
     step = told(ran, "the LSTM as a loop and written out")
     steps = unrolled_tokens(ran)
     assert steps
@@ -102,7 +102,7 @@ def test_both_forms_of_the_lstm_are_timed_at_the_lengths_that_plans_are_made_for
     assert step["values"]["captured"] == {"loop": "no", "written out": "yes"}
 
 
-def test_forms_of_the_lstm_answer_alike_and_ask_of_each_video_once(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lstm_forms_agree_and_query_each_video_once(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, numbers = TensorRTPair.ask, []
     known = questions(ran, 24)
     two = [known[0], next(pair for pair in known if pair[0] is not known[0][0])]
@@ -125,7 +125,7 @@ def test_forms_of_the_lstm_answer_alike_and_ask_of_each_video_once(ran: Job, mon
     assert set(numbers) == {(1, 1), (2, 2)}
 
 
-def test_rivals_of_one_bar_are_the_fastest_that_run_the_whole_network() -> None:
+def test_baseline_of_a_target_is_the_fastest_full_network() -> None:
     ratios = {
         "eager PyTorch, FP32, features from the host": 25.0,
         "CUDA graphs, FP32": 4.0,

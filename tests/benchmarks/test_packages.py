@@ -218,7 +218,7 @@ def test_wheels_are_unpacked_where_they_are_absent(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_calls_bring_every_file_once_and_the_smallest_chunk_first(tmp_path: Path) -> None:
+def test_upload_plan_sends_each_file_once_smallest_chunk_first(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages", chunks=4)
     sizes = (5000, 200, 9000, 7000)
     for number, size in enumerate(sizes):

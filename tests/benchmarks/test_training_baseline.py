@@ -95,7 +95,7 @@ def test_a_step_moves_what_the_stage_learns(
     assert all(stage.trains(name) for name in moved)
 
 
-def test_a_batch_without_a_good_proposal_does_not_end_a_benchmark(model: DRN, inputs: list[torch.Tensor]) -> None:
+def test_benchmark_continues_after_batch_without_good_proposal(model: DRN, inputs: list[torch.Tensor]) -> None:
     losses: Any = EagerTraining(model, RECIPES["mmaction2"].stages[1]).step(
         samples_of(inputs, torch.tensor([[0.98, 0.985]] * len(LENGTHS)))
     )

@@ -200,7 +200,7 @@ class Sets:
         return found
 
 
-def test_one_module_that_is_enough_is_found_where_two_costlier_ones_are_too() -> None:
+def test_minimal_keep_set_prefers_one_sufficient_module() -> None:
     sets = Sets(lambda keep: "D" in keep or {"A", "B"} <= keep)
     assert sets.fewest() == ["D"]
     # Nothing, A, AB; B (A is known); C and D.
@@ -217,7 +217,7 @@ def test_the_last_two_may_be_what_is_kept() -> None:
     assert Sets(lambda keep: {"D", "E"} <= keep).fewest() == ["D", "E"]
 
 
-def test_what_the_first_look_finds_is_judged_no_further_than_needed() -> None:
+def test_first_sufficient_set_needs_no_further_evaluation() -> None:
     sets = Sets(lambda keep: "A" in keep)
     assert sets.fewest() == ["A"]
     assert len(sets.asked) == 2

@@ -42,7 +42,7 @@ def rewrite_training(root: Path, lines: list[str]) -> DataSet:
     return DataSet(root)
 
 
-def test_samples_are_training_sentences_and_none_of_a_held_out_video(drawn: CalibrationSet, data_set: DataSet) -> None:
+def test_samples_exclude_sentences_of_held_out_videos(drawn: CalibrationSet, data_set: DataSet) -> None:
     train = set(data_set.annotations("train"))
     assert set(drawn.annotations) <= train
     assert set(drawn.held_out) <= train
@@ -130,7 +130,7 @@ def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet
 
 
 @pytest.mark.parametrize("samples", [0, 1, LEAST_SAMPLES - 1])
-def test_too_few_samples_are_refused_with_the_least_and_the_reason(
+def test_too_few_samples_are_rejected_with_minimum_and_reason(
     data_set: DataSet, manifest: Manifest, samples: int
 ) -> None:
     with raises(CalibrationError, "too_few_samples", samples, LEAST_SAMPLES):
@@ -159,7 +159,7 @@ def test_excluded_videos_are_left_alone(drawn: CalibrationSet, data_set: DataSet
     assert again.held_out == drawn.held_out
 
 
-def test_what_is_held_out_by_a_seed_is_never_what_it_calibrates_on(
+def test_held_out_and_calibration_sets_of_a_seed_are_disjoint(
     drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
 ) -> None:
     judged = sample_held_out(data_set, manifest, 48, seed=0)

@@ -43,9 +43,7 @@ def test_a_table_is_readable(table: CalibrationTable, tmp_path: Path, model: onn
     assert (key["method"], key["split"]) == ("mse", "train")
 
 
-def test_the_table_of_another_network_is_refused_and_both_are_named(
-    table: CalibrationTable, model: onnx.ModelProto
-) -> None:
+def test_table_of_another_network_is_rejected_naming_both(table: CalibrationTable, model: onnx.ModelProto) -> None:
     table.check(model)
     other = altered(model)
     hashes = (weights_hash(model)[:12], weights_hash(other)[:12])

@@ -110,7 +110,7 @@ def test_every_output_channel_uses_its_whole_scale(int8: onnx.ModelProto) -> Non
         assert constants[f"{module}.weight_scale"].shape == (len(numbers),)
 
 
-def test_both_factors_of_the_computed_modules_are_narrow_and_no_bias_is(int8: onnx.ModelProto) -> None:
+def test_computed_modules_quantize_both_factors_but_no_bias(int8: onnx.ModelProto) -> None:
     made_by, constants = makers(int8), weights(int8)
     for module in COMPUTED:
         (conv,) = [node for node in nodes(int8, "Conv") if module_of(node) == module]
@@ -129,9 +129,7 @@ def modules_of(model: onnx.ModelProto, op_type: str) -> set[str]:
     return {module_of(node) for node in nodes(model, op_type) if narrowed & set(node.input)}
 
 
-def test_gates_and_attention_store_narrow_weights_and_read_what_they_read(
-    int8: onnx.ModelProto, model: onnx.ModelProto
-) -> None:
+def test_weight_only_modules_keep_their_inputs(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
     made_by, before = makers(int8), {node.name: node for node in model.graph.node}
     assert modules_of(int8, "Gemm") == set(STORED) - {"query_encoder.embedding"}
     for gemm in nodes(int8, "Gemm"):
@@ -219,9 +217,7 @@ def test_modules_to_keep_are_kept(
         assert module.startswith("qInput") or not factor.any()
 
 
-def test_an_unknown_module_to_keep_is_refused_with_the_known_ones(
-    model: onnx.ModelProto, table: CalibrationTable
-) -> None:
+def test_unknown_kept_module_is_rejected_with_known_names(model: onnx.ModelProto, table: CalibrationTable) -> None:
     with raises(CalibrationError, "unknown_module", "'fpm'", "fpn.layer_blocks.0"):
         insert_qdq(model, table, QuantizationPolicy(keep=("fpm",)))
     with raises(CalibrationError, "nothing_to_quantize"):

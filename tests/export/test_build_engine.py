@@ -148,7 +148,7 @@ def test_what_onnx_runtime_could_not_open_is_not_built_for_it(model: Path) -> No
 
 
 @pytest.mark.rtx
-def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(model: Path) -> None:
+def test_engine_is_built_ahead_of_time_with_its_metadata(model: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     output = build_engine(
         model, precision="fp16", target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12)
@@ -199,7 +199,7 @@ def test_narrow_network_is_built_in_int8_with_a_warning(
         build_engine(path, precision="int8", table=table, target="onnxruntime", keep=("prop_fc", "backbone_net"))
 
 
-def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
+def test_model_over_budget_is_saved_as_rejected_only(
     model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
@@ -215,7 +215,7 @@ def test_what_loses_too_much_is_kept_as_rejected_and_nothing_takes_its_name(
     assert not model.with_name("drn.fp16.passport.html").exists()
 
 
-def test_the_command_in_a_passport_names_the_plans_for_short_queries() -> None:
+def test_html_report_command_names_short_query_engines() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(build_engine).parameters.items()}
     command = _reproduction_command({**given, "model": Path("drn.onnx"), "unroll": (6, 10), "split": True})
     assert "--split --unroll 6 10" in command
@@ -253,9 +253,7 @@ def test_an_engine_that_cannot_be_built_leaves_the_earlier_twin(model: Path, mon
     assert model.with_name("drn.fp16.onnx").read_text() == "an earlier one"
 
 
-def test_a_graph_that_is_not_of_this_checkpoint_is_not_written_over(
-    models: Path, planted: Path, tmp_path: Path
-) -> None:
+def test_graph_of_another_checkpoint_is_not_overwritten(models: Path, planted: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "drn.pt"
     shutil.copy(models / "drn.pt", checkpoint)
     (tmp_path / "drn.onnx").write_text("precious")
@@ -266,9 +264,7 @@ def test_a_graph_that_is_not_of_this_checkpoint_is_not_written_over(
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("place", ["plan", "sidecar"])
-def test_a_disk_that_fills_up_in_the_middle_loses_no_earlier_engine(
-    place: str, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_preserves_the_previous_engine(place: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     wanted = {"precision": "fp32", "target": "tensorrt-rtx", "compute_capability": ("8.6",), "query_length": (1, 8, 12)}
     output = build_engine(model, **wanted)  # type: ignore[arg-type]
@@ -344,7 +340,7 @@ def test_a_split_build_makes_two_engines_each_vouched_for(model: Path, planted: 
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("split", [False, True])
-def test_engines_for_short_queries_are_built_beside_and_vouched_for(model: Path, split: bool) -> None:
+def test_short_query_engines_are_built_and_recorded(model: Path, split: bool) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     output = build_engine(
         model, precision="fp16", target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12),
@@ -366,7 +362,7 @@ def test_engines_for_short_queries_are_built_beside_and_vouched_for(model: Path,
         assert "unrolled" not in read_sidecar(model.with_name("drn.fp16.video.engine")).content
 
 
-def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
+def test_impossible_token_counts_are_rejected_before_the_build(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
@@ -388,9 +384,7 @@ def test_numbers_of_tokens_that_cannot_be_are_refused_before_any_work(
         build_engine(model, unroll=(13,), **{**engine, "dry_run": False})
 
 
-def test_a_graph_whose_lstm_cannot_be_written_out_is_refused_before_it_is_narrowed(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lstm_that_cannot_be_unrolled_is_rejected_first(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     monkeypatch.setattr("export.build_engine.convert_precision", lambda *_: pytest.fail("minutes were spent"))
@@ -409,7 +403,7 @@ def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
 
 
 @pytest.mark.rtx
-def test_what_a_gpu_or_library_cannot_do_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+def test_unsupported_precision_is_rejected_before_the_build(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     rtx: dict[str, Any] = {"target": "tensorrt-rtx", "query_length": (1, 8, 12), "dry_run": True}
     for precision, capability in (("fp8", "8.9"), ("bf16", "7.5")):
@@ -583,7 +577,7 @@ def record_quantiles(model: Path, quantiles: list[int]) -> None:
     onnx.save(graph, model)
 
 
-def test_the_query_part_of_a_pair_gets_plans_for_the_usual_query_lengths(
+def test_query_part_gets_engines_for_usual_query_lengths(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_quantiles(model, [4, 4])
@@ -646,7 +640,7 @@ def test_dry_run_lists_only_plans_that_are_built(
     assert dry_run(capsys, checkpoint)[0] != []
 
 
-def test_dry_run_of_published_checkpoint_names_lengths_and_source(
+def test_dry_run_names_query_lengths_and_their_source(
     planted: Path, tmp_path: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = tmp_path / "published.pth"
@@ -675,7 +669,7 @@ def test_a_default_that_cannot_be_written_out_leaves_the_loop(
 
 @pytest.mark.parametrize("error", [BuildFailed("No."), ModelFileError("No."), KeyboardInterrupt()])
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_build_that_ends_early_leaves_no_plan_for_short_queries(
+def test_interrupted_build_leaves_no_short_query_engine(
     model: Path, built_tokens: list[int], monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int
 ) -> None:
     good = engine_writer.build
@@ -771,7 +765,7 @@ def test_plans_of_one_build_share_kernel_times_and_profiles(
 
 
 @pytest.mark.parametrize(("wide", "kept"), [(0, "drn.fp16.6.rejected"), (1, "drn.fp16.rejected")])
-def test_of_several_engines_one_that_breaks_its_promise_leaves_all_as_they_were(
+def test_one_failed_engine_leaves_all_engines_unchanged(
     model: Path, wide: int, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenarios: Iterator[str] = iter(())
@@ -857,7 +851,7 @@ def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tm
 
 
 @pytest.mark.rtx
-def test_a_plan_that_was_not_opened_is_not_proven_and_not_rejected(
+def test_engine_that_was_not_opened_is_not_proven(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -938,7 +932,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[BuildOptions]:
     return []
 
 
-def test_a_plan_with_two_profiles_that_does_not_load_is_built_with_one(
+def test_two_profile_engine_that_fails_to_load_gets_one_profile(
     model: Path,
     tensorrt: list[BuildOptions],
     monkeypatch: pytest.MonkeyPatch,

@@ -299,7 +299,7 @@ for call in (
 
 
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
-def test_the_stood_in_libraries_do_not_make_the_bindings_take_everything(version: str) -> None:
+def test_fake_libraries_do_not_loosen_the_real_bindings(version: str) -> None:
     low_memory()
     assert run_with(folder_of(version), _REFUSED) == ""
 

@@ -197,7 +197,7 @@ def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> Non
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def test_a_file_that_is_damaged_where_onnx_runtime_cannot_parse_it_is_called_damaged(graph: Path) -> None:
+def test_file_onnxruntime_cannot_parse_is_reported_damaged(graph: Path) -> None:
     whole = graph.read_bytes()
     graph.write_bytes(flip(whole, 8 * whole.index(b"Conv")))
     with raises(ModelFileError, "digest_mismatch", graph):

@@ -92,7 +92,7 @@ def test_every_precision_builds(form: str, network: str, exported: dict[str, onn
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "int8" in form or "fp8" in form])
-def test_a_quantised_graph_whose_lstm_is_written_out_is_counted_alike_and_builds(
+def test_unrolled_int8_graph_keeps_mac_count_and_builds(
     form: str, exported: dict[str, onnx.ModelProto], tables: Tables
 ) -> None:
     make, capability, precision = FORMS[form]

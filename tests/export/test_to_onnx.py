@@ -209,7 +209,7 @@ def test_the_command_writes_one_file_that_the_runtime_runs(
     onnx.checker.check_model(path, full_check=True)
 
 
-def test_the_check_tries_every_length_and_batch_size_with_inputs_like_real_ones() -> None:
+def test_check_covers_lengths_and_batch_sizes_realistically() -> None:
     config = CONFIGS["tiny"]
     batches = list(validation_batches(config, 9))
     assert {batch.query_tokens.shape[1] for batch in batches} == set(range(1, 10))
@@ -264,7 +264,7 @@ def test_the_check_sees_a_frozen_query_length(
         check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
 
 
-def test_the_check_takes_a_network_in_training_mode_and_leaves_it_so(
+def test_check_preserves_training_mode(
     networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path
 ) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
@@ -297,15 +297,13 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> Non
         to_onnx(tmp_path, tmp_path / "drn.onnx")
 
 
-def test_a_graph_given_as_checkpoint_is_not_taken_for_something_dangerous(
-    exported: dict[str, onnx.ModelProto], tmp_path: Path
-) -> None:
+def test_onnx_file_as_checkpoint_is_named_as_a_graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
     with raises(CheckpointError, "not_a_torch_file", tmp_path / "drn.onnx"):
         to_onnx(tmp_path / "drn.onnx", tmp_path / "again.onnx")
 
 
-def test_a_network_without_words_is_exported_and_said_to_answer_no_sentence(
+def test_network_without_vocabulary_exports_with_a_warning(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_checkpoint(tmp_path / "drn.pt", dataclasses.replace(load_checkpoint(checkpoint), vocabulary=Vocabulary({})))
@@ -313,7 +311,7 @@ def test_a_network_without_words_is_exported_and_said_to_answer_no_sentence(
     assert records(caplog, logging.WARNING, "--vocabulary")
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+def test_unwritable_output_is_rejected_before_tracing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

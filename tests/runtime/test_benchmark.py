@@ -255,9 +255,7 @@ def test_the_gpu_is_timed_by_its_own_events(opened: Callable[..., list[Path]], p
     assert not any("no times of the GPU" in note for note in report.notes)
 
 
-def test_what_an_engine_was_not_built_for_is_said_and_the_rest_goes_on(
-    opened: Callable[..., list[Path]], planted_backend: Any
-) -> None:
+def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
     class Short(Slower):
         def run(self, batch: Batch) -> Heads:
             if batch.query_length.max() > 5:
@@ -424,9 +422,7 @@ def test_without_matplotlib_a_plot_is_refused_before_the_work(
     check_error(error, "missing_library", "pip install 'drn-deploy[plot]'")
 
 
-def test_a_warning_is_said_once_however_often_a_sentence_is_asked(
-    tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_repeated_query_warns_once(tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture) -> None:
     sentence = dataset_workload(mini, None, ()).pairs[0][1]
     name = dataset_workload(mini, None, ()).pairs[0][0].name
     benchmark(tiny_model, data=mini, video=name, query=(f"{sentence} xyzzy",), samples=5, batch=1, threads=1)

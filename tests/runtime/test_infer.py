@@ -69,7 +69,7 @@ def test_a_feature_file_and_its_duration_are_enough(of_clip: tuple[Any, ...], ru
     assert "█" in outcome.out
 
 
-def test_the_truth_of_a_data_set_is_shown_and_clipped_to_the_video(
+def test_ground_truth_is_shown_clipped_to_the_video(
     tiny_model: Path, golden: Path, run_command: Callable[..., Any]
 ) -> None:
     arguments = ("--model", tiny_model, "--data", golden / "mini", "--video", "AAAA1")
@@ -78,7 +78,7 @@ def test_the_truth_of_a_data_set_is_shown_and_clipped_to_the_video(
     assert "truth" not in run_command(infer, *arguments, "--query", "dog sits").out
 
 
-def test_every_moment_of_a_sentence_is_shown_however_it_is_spaced(
+def test_all_moments_are_shown_for_any_query_spacing(
     tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], golden: Path
 ) -> None:
     data = shutil.copytree(golden / "mini", tmp_path / "data")
@@ -112,7 +112,7 @@ def test_the_film_beside_features_must_be_as_long_as_they_say(
     check_error(refused(infer, *line[:-2], long, "--footage", long), "not_a_report", long)
 
 
-def test_a_plot_without_matplotlib_is_refused_before_the_model_is_opened(
+def test_plot_without_matplotlib_fails_before_opening_model(
     of_clip: tuple[Any, ...], tmp_path: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -122,7 +122,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_model_is_opened(
 
 
 @pytest.mark.parametrize("name", ["plot.jpg", "plot"])
-def test_a_plot_under_a_name_that_is_no_pngs_is_refused_before_the_model_is_opened(
+def test_plot_name_must_be_png_before_opening_model(
     of_clip: tuple[Any, ...],
     tmp_path: Path,
     refused: Callable[..., GroundingError],
@@ -195,7 +195,7 @@ def bad_features(directory: Path) -> dict[str, tuple[Path, str, list[object]]]:
     return files
 
 
-def test_every_bad_feature_file_is_one_sentence_and_writes_nothing(
+def test_bad_feature_file_is_one_error_without_output(
     tiny_model: Path, tmp_path: Path, refused: Callable[..., GroundingError]
 ) -> None:
     files = bad_features(tmp_path)
@@ -321,7 +321,7 @@ def test_a_file_that_is_no_model_of_ours_is_one_sentence(
         check_error(error, code, path.name)
 
 
-def test_a_graph_of_another_width_than_its_manifest_is_one_sentence(
+def test_graph_width_unlike_manifest_is_one_error(
     write_graph: Callable[..., Path],
     tiny_manifest: Manifest,
     clip: Path,
@@ -402,7 +402,7 @@ def test_from_a_shell_an_unknown_option_is_exit_code_2(of_clip: tuple[Any, ...])
     assert "Traceback" not in result.stderr
 
 
-def test_a_long_video_is_grounded_in_the_windows_asked_for_which_are_told(
+def test_long_video_uses_and_reports_requested_windows(
     tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "drn")

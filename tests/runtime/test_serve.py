@@ -59,7 +59,7 @@ def test_missing_files_are_named(refused: Callable[..., GroundingError], tiny_mo
     check_error(refused(serve, *model, "--media", none), "missing_file", none, "--media")
 
 
-def test_features_of_another_width_are_refused_at_the_start_and_missing_ones_told(
+def test_serve_rejects_wrong_width_and_reports_missing_files(
     refused: Callable[..., GroundingError],
     tiny_model: Path,
     mini: Path,

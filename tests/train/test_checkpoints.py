@@ -78,7 +78,7 @@ def test_manifest_says_what_the_checkpoint_holds(checkpoint: Checkpoint) -> None
     assert manifest.sources == {"a": "b"}
 
 
-def test_network_of_a_checkpoint_answers_as_the_one_that_was_saved(
+def test_loaded_network_equals_the_saved_one(
     checkpoint: Checkpoint, saved: Path, tiny: DRNConfig, made_up_inputs: Any
 ) -> None:
     inputs = made_up_inputs(tiny, [3, 2])
@@ -241,7 +241,7 @@ def test_many_wrong_tensors_are_counted_not_listed(tiny: DRNConfig) -> None:
         check_weights({}, tiny, "it")
 
 
-def test_what_resume_needs_is_not_taken_for_a_published_checkpoint(short_run: Path) -> None:
+def test_resume_state_is_not_read_as_published_checkpoint(short_run: Path) -> None:
     path = short_run / "stage1" / "last.pt"
     with raises(CheckpointError, "training_state", path, "--resume", "best.pt"):
         load_checkpoint(path)

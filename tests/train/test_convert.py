@@ -136,9 +136,7 @@ FILES: dict[str, Callable[[State, Path], Path]] = {
 }
 
 
-def test_only_a_network_of_the_published_words_has_the_windows_of_charades(
-    tmp_path: Path, state: State, word_table: Path
-) -> None:
+def test_charades_windows_require_published_vocabulary(tmp_path: Path, state: State, word_table: Path) -> None:
     convert(published(state, tmp_path / "drn.pth"), tmp_path / "drn.pt", word_table)
     assert load_checkpoint(tmp_path / "drn.pt").windows == CHARADES_STA
     state["query_encoder.embedding.weight"] = state["query_encoder.embedding.weight"][:-1]
@@ -292,7 +290,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(tmp_path: Path, sta
     ],
 )
 @pytest.mark.parametrize("damage", ["missing", "longer", "scalar"])
-def test_the_odd_tensor_is_named_even_where_sizes_are_read_from_it(
+def test_mismatched_tensor_is_named_even_when_it_sets_sizes(
     tmp_path: Path, state: State, name: str, damage: str
 ) -> None:
     tensor = state.pop(name)
@@ -353,7 +351,7 @@ def test_a_missing_file_and_a_text_file_are_named(tmp_path: Path) -> None:
     refuse(tmp_path / "f.pth", "not_a_torch_file", tmp_path / "f.pth", b"weights")
 
 
-def test_a_drn_pt_needs_no_conversion_and_the_source_is_never_overwritten(tmp_path: Path, state: State) -> None:
+def test_drn_pt_is_not_converted_nor_overwritten(tmp_path: Path, state: State) -> None:
     source = published(state, tmp_path / "f.pth")
     convert(source, tmp_path / "drn.pt")
     refuse(tmp_path / "drn.pt", "already_converted", tmp_path / "drn.pt")

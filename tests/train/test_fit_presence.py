@@ -90,7 +90,7 @@ def test_at_least_the_share_asked_for_is_kept(trained: Path, planted: Path, tmp_
     assert found.rule == "at least 95 % kept"
 
 
-def test_a_checkpoint_that_tells_of_no_held_out_videos_needs_them_named(
+def test_checkpoint_without_held_out_videos_requires_option(
     trained: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = load_checkpoint(trained)
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_tells_of_no_held_out_videos_needs_them_named(
     assert records(caplog, logging.WARNING, code="unknown_held_out")
 
 
-def test_a_val_split_is_what_is_fitted_on_unless_training_videos_are_asked_for(
+def test_threshold_is_fitted_on_val_split_by_default(
     trained: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))

@@ -200,7 +200,7 @@ class Trap:
         return (os.mkdir, ("sprung",))
 
 
-def test_feature_file_with_code_in_it_is_refused_and_nothing_runs(
+def test_feature_file_with_code_is_rejected_without_running(
     outcome: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

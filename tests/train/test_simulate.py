@@ -229,7 +229,7 @@ def test_a_second_run_writes_no_feature_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"feature_dim": 9}, {"difficulty": "hard"}, {"videos": 4}])
-def test_a_simulation_of_other_parameters_is_refused_and_left_alone(tmp_path: Path, change: dict[str, int]) -> None:
+def test_simulation_of_other_parameters_is_rejected_unchanged(tmp_path: Path, change: dict[str, int]) -> None:
     directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
     before = contents(directory)
     with raises(OutputError, "settings_mismatch", directory, *change):

@@ -64,7 +64,7 @@ REACH = arrays.arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1e3)
 
 
 @given(REACH, st.floats(0, 1))
-def test_no_channel_becomes_louder_than_the_loudest_for_weights_alike(reach: np.ndarray, share: float) -> None:
+def test_equal_weights_keep_every_channel_below_the_maximum(reach: np.ndarray, share: float) -> None:
     found = exponents(reach, np.ones(len(reach)), share)
     assert found[np.argmax(reach)] == 0
     assert np.all(found >= 0)
@@ -73,7 +73,7 @@ def test_no_channel_becomes_louder_than_the_loudest_for_weights_alike(reach: np.
     assert np.all(found[reach == 0] == 0)
 
 
-def test_a_light_weight_takes_more_of_the_factor_than_a_heavy_one() -> None:
+def test_small_weight_absorbs_more_of_the_scale_than_large_one() -> None:
     reach = np.array([8.0, 1.0, 1.0])
     assert exponents(reach, np.array([1.0, 1.0, 1.0]), 1.0).tolist() == [0, 3, 3]
     first, light, heavy = exponents(reach, np.array([1.0, 1 / 16, 1.0]), 0.5).tolist()

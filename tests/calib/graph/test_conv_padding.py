@@ -73,7 +73,7 @@ def test_a_graph_is_read_with_its_padding_inside(model: onnx.ModelProto, tmp_pat
 
 
 @pytest.mark.parametrize("pads", [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 1]])
-def test_what_also_pads_channels_or_is_read_twice_stays_a_step_of_its_own(pads: list[int]) -> None:
+def test_pad_of_channels_or_with_two_readers_is_not_inlined(pads: list[int]) -> None:
     weight = numpy_helper.from_array(np.ones((64, 64 + sum(pads[1::4]), 1, 3), np.float32), "w")
     nodes = [
         helper.make_node("Pad", ["x", "p"], ["padded"], "a/Pad"),

@@ -65,7 +65,7 @@ def test_the_source_graph_stays_as_it_is(exported: dict[str, onnx.ModelProto]) -
     assert exported["tiny"].SerializeToString(deterministic=True) == before
 
 
-def test_inputs_and_outputs_are_fp32_and_weights_take_half_the_room(exported: dict[str, onnx.ModelProto]) -> None:
+def test_graph_borders_stay_fp32_and_weights_halve_in_size(exported: dict[str, onnx.ModelProto]) -> None:
     model, half = exported["tiny"], convert_to_half(exported["tiny"])
     assert [value.SerializeToString() for value in half.graph.input] == [
         value.SerializeToString() for value in model.graph.input
@@ -144,7 +144,7 @@ def test_the_scan_finds_the_largest_magnitude_of_each_module(exported: dict[str,
     assert "fpn.layer_blocks.1" in overflow_prone_modules(scanned)
 
 
-def test_a_module_is_held_back_from_a_quarter_of_the_largest_number_on() -> None:
+def test_module_above_a_quarter_of_fp16_max_stays_fp32() -> None:
     limit = FLOAT16_MAX / FP16_SAFETY_FACTOR
     scanned = {"a": limit, "b": limit * 1.01, "c": float("inf"), "d": float("nan")}
     assert set(overflow_prone_modules(scanned)) == {"b", "c", "d"}
@@ -157,7 +157,7 @@ def test_a_module_is_held_back_from_a_quarter_of_the_largest_number_on() -> None
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "features"])
-def test_a_model_that_is_not_finite_in_fp32_is_refused_and_the_module_named(
+def test_model_not_finite_in_fp32_is_rejected_naming_the_module(
     exported: dict[str, onnx.ModelProto], spoilt: float, where: str
 ) -> None:
     model = onnx.ModelProto()

@@ -245,7 +245,7 @@ def test_a_pair_that_differs_from_torch_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_that_cannot_be_written_are_refused_before_the_work(
+def test_unwritable_part_is_rejected_before_splitting(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = "export.tracing.checkpoint_to_onnx.export_model"

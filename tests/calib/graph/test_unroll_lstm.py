@@ -69,7 +69,7 @@ def test_half_precision_stays_as_near(exported: dict[str, onnx.ModelProto]) -> N
         assert_same(heads(model, "tiny", [7, 3, 12], LONGEST), wanted, tolerances.HALF)
 
 
-def test_the_given_graph_stays_and_weights_of_the_lstm_stand_once(exported: dict[str, onnx.ModelProto]) -> None:
+def test_unroll_keeps_the_input_graph_and_stores_weights_once(exported: dict[str, onnx.ModelProto]) -> None:
     before = exported["tiny"].SerializeToString()
     model = unroll_lstm(exported["tiny"], 4)
     assert exported["tiny"].SerializeToString() == before

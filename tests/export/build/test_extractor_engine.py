@@ -116,9 +116,7 @@ def test_layers_can_be_kept_in_fp32(model: Path) -> None:
 
 
 @pytest.mark.rtx
-def test_an_engine_is_built_ahead_of_time_with_a_sidecar_that_vouches_for_it(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_engine_is_built_ahead_of_time_with_its_metadata(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
     output = build_engine(model, precision="fp16", **RTX)
     content = read_verified(output)

@@ -89,7 +89,7 @@ def test_what_loses_accuracy_in_half_precision_is_restored(source: onnx.ModelPro
     assert {name.split(".")[0] for name in twin.facts["restored to FP32"]} <= {"fpn", "fcos"}
 
 
-def test_the_fewest_modules_go_back_to_fp16_and_the_plan_makes_the_same_graph_again(
+def test_fewest_modules_are_restored_and_the_plan_repeats_it(
     source: onnx.ModelProto,
     data_set: DataSet,
     table: CalibrationTable,
@@ -123,7 +123,7 @@ def test_a_budget_that_no_precision_holds_is_said_so(
         convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
 
 
-def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(
+def test_table_of_test_videos_and_foreign_plan_are_rejected(
     source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path
 ) -> None:
     video = data_set.annotations("test")[0].video
@@ -138,7 +138,7 @@ def test_a_table_of_test_videos_and_a_plan_of_another_table_are_refused(
         )
 
 
-def test_what_a_first_look_finds_too_costly_is_decided_by_more_queries(
+def test_borderline_accuracy_is_decided_by_more_queries(
     source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {

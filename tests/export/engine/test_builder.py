@@ -308,7 +308,7 @@ INSPECTED = ("8.6.1", "10.16.1", "11.4.0")
 
 
 @pytest.mark.parametrize("version", INSPECTED)
-def test_an_engine_is_inspected_with_a_context_bound_to_each_profile(version: str) -> None:
+def test_engine_is_inspected_with_a_context_per_profile(version: str) -> None:
     library, calls = stand_in(version, "generated")
     inspection = build(EMPTY, options(), library=library, cuda=gpu()).inspection
     assert inspection is not None

@@ -110,7 +110,7 @@ def test_control_characters_in_the_json_of_86_are_read() -> None:
     assert len(view["bound"]["Layers"]) == len(json.loads(text, strict=False)["Layers"])
 
 
-def test_types_that_nothing_shows_are_not_proven_and_never_rejected() -> None:
+def test_types_without_evidence_are_not_proven_not_rejected() -> None:
     for precision in ("fp32", "fp16", "bf16", "int8", "fp8"):
         _, verdict = engine_verdict(inspection("10.16", "generated", hides=True), Promise(precision), 0)
         assert verdict.name == NOT_PROVEN
@@ -152,7 +152,7 @@ def test_tensorrt_8_counts_each_profile_by_itself() -> None:
     assert engine_layer_stats(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
 
 
-def test_modules_that_the_graph_keeps_wide_are_not_held_against_the_engine() -> None:
+def test_modules_wide_in_the_graph_do_not_contradict_the_engine() -> None:
     kept = PrecisionStats(
         {"backbone_net.layers.0": {"fp32": 1}, "backbone_net.layers.1": {"fp16": 1}, "prop_fc": {"fp16": 9}}, {}
     )

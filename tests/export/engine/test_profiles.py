@@ -41,12 +41,12 @@ def test_a_range_that_does_not_rise_is_refused(wrong: tuple[int, int, int]) -> N
         profiles((1, 1, 1), wrong, ABOUT)
 
 
-def test_queries_longer_than_the_graph_was_checked_for_are_refused() -> None:
+def test_query_length_beyond_checked_range_is_rejected() -> None:
     with raises(ShapeError, "query_length_out_of_range", 12, "--max-query-length 13"):
         profiles((1, 1, 1), (1, 8, 13), ABOUT)
 
 
-def test_query_lengths_are_those_of_the_data_set_as_far_as_the_graph_goes() -> None:
+def test_query_lengths_follow_data_set_within_graph_limits() -> None:
     assert default_query_lengths(dataclasses.replace(ABOUT, max_query_length=64)) == (1, 8, 32)
     for longest, wanted in ((96, (1, 16, 96)), (12, (1, 12, 12))):
         about = dataclasses.replace(ABOUT, max_query_length=longest, training={"query_length": [1, 16, 96]})
@@ -58,7 +58,7 @@ def lengths(longest: int, target: str = "tensorrt", requested: tuple[int, ...] =
     return unrolling(requested, target, longest, dataclasses.replace(ABOUT, training=training), None, "test")
 
 
-def test_tensorrt_writes_out_the_lstm_for_the_usual_lengths_below_the_longest() -> None:
+def test_tensorrt_unrolls_lstm_for_usual_query_lengths() -> None:
     assert lengths(32).steps == (9, 10)
     assert lengths(10).steps == (9,)
     assert lengths(9).steps == ()

@@ -58,7 +58,7 @@ def test_an_fp16_graph_loses_its_types_and_keeps_its_numbers(exported: dict[str,
         np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
 
 
-def test_an_int8_graph_keeps_its_qdq_and_stores_no_narrow_weights(int8: onnx.ModelProto) -> None:
+def test_int8_graph_keeps_qdq_without_quantized_weights(int8: onnx.ModelProto) -> None:
     plain = without_types(int8)
     onnx.checker.check_model(plain, full_check=True)
     assert opset_of(plain) == 17
@@ -135,7 +135,7 @@ def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "
     )  # fmt: skip
 
 
-def test_fp32_nodes_stay_in_fp32_and_what_takes_no_precision_is_skipped(
+def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
     exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
 ) -> None:
     library, calls = stand_in("8.6.1")
@@ -168,7 +168,7 @@ def test_fp32_nodes_stay_in_fp32_and_what_takes_no_precision_is_skipped(
 
 
 @pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
-def test_exp_and_its_scale_are_the_layers_in_fp32_without_kept_modules(
+def test_exp_and_scale_are_fp32_without_kept_modules(
     part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
 ) -> None:
     half = convert_to_half(exported["tiny"])

@@ -207,9 +207,7 @@ def test_both_models_see_the_same_batches_once(data_set: DataSet) -> None:
         assert all(np.array_equal(value, vars(theirs)[name]) for name, value in vars(ours).items())
 
 
-def test_asking_both_at_once_changes_nothing_and_reads_each_video_once(
-    data_set: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_models_agree_and_read_each_video_once(data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = DataSet.video
     monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
@@ -247,7 +245,7 @@ def test_the_prior_is_fitted_on_the_training_split(data_set: DataSet) -> None:
     assert parity(data_set, alone(*TRUTHS), alone(*TRUTHS)).prior is None
 
 
-def test_the_worst_queries_come_worst_first_with_both_moments_and_the_truth(data_set: DataSet) -> None:
+def test_worst_queries_are_sorted_with_moments_and_truth(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.85, 0.95), (0.45, 1.0)]
     found = parity(data_set, alone(*TRUTHS), alone(*moved))
     assert [row.line for row in found.worst] == [3, 2, 4]
@@ -262,9 +260,7 @@ def test_the_worst_queries_come_worst_first_with_both_moments_and_the_truth(data
 
 @pytest.mark.parametrize("head", ["matching_logits", "boundary_distances", "iou_logits"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_break_the_promise_and_still_make_a_report(
-    data_set: DataSet, head: str, value: float
-) -> None:
+def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: str, value: float) -> None:
     class Overflowed(Scripted):
         def run(self, batch: Batch) -> Heads:
             heads = super().run(batch)
@@ -358,7 +354,7 @@ def test_a_budget_is_kept_up_to_its_last_query(data_set: DataSet) -> None:
     assert violations(parity(data_set, alone(*lost), alone(*TRUTHS)), AccuracyBudget(0, None)) == []
 
 
-def test_boundaries_are_held_to_a_tenth_of_a_second_where_numbers_are_wide(data_set: DataSet) -> None:
+def test_fp32_boundaries_must_agree_within_a_tenth_of_a_second(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.495, 1.0)]
     found = parity(data_set, alone(*TRUTHS), alone(*moved))
     assert found.boundaries.p99 == pytest.approx(0.186, abs=1e-3)

@@ -76,7 +76,7 @@ def test_what_stands_past_a_query_is_never_looked_at(graphs: dict[str, Exportabl
         assert torch.equal(ours, theirs)
 
 
-def test_words_past_the_end_get_no_weight_even_against_low_scores() -> None:
+def test_padding_tokens_get_no_attention_weight() -> None:
     """A one-word query whose word scores far below zero is still that word alone."""
     model = lively(CONFIGS["tiny"])
     with torch.no_grad():

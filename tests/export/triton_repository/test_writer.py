@@ -128,7 +128,7 @@ def test_everyone_may_read_what_is_written(graph: Path, place: Path) -> None:
         assert path.stat().st_mode & 0o444 == 0o444, path
 
 
-def test_a_configuration_says_for_people_what_it_is_of_and_programs_come_last(graph: Path, place: Path) -> None:
+def test_config_starts_with_comment_and_ends_with_programs(graph: Path, place: Path) -> None:
     triton(graph, place)
     lines = (place / "drn" / "config.pbtxt").read_text().splitlines()
     assert lines[0].startswith("# Written by `python -m export.triton` for drn.onnx (SHA-256 ")
@@ -147,7 +147,7 @@ def test_the_command_says_what_it_wrote_and_what_to_type(
     assert str(place) in caplog.text
 
 
-def test_a_new_version_asks_its_own_network_while_the_old_one_stays(graph: Path, place: Path) -> None:
+def test_new_version_uses_its_own_network_beside_the_old(graph: Path, place: Path) -> None:
     triton(graph, place)
     before = files(place)
     first = Server(place).infer("drn", request())

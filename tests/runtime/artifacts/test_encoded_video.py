@@ -74,9 +74,7 @@ def test_an_encoded_video_is_answered_as_the_video(grounder: Grounder, planted_b
     assert [grounder.ground(*asked) for asked in encoded] == wanted
 
 
-def test_moments_of_a_video_with_an_offset_are_in_the_time_of_players(
-    grounder: Grounder, planted_backend: Any, tmp_path: Path
-) -> None:
+def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_backend: Any, tmp_path: Path) -> None:
     plain = video(10.0, cat=(0, 3))
     late = dataclasses.replace(plain, offset=4.0)
     wanted = [
@@ -124,7 +122,7 @@ def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.Monk
     assert read == ["dog", "cat"]
 
 
-def test_only_so_many_encodings_are_kept_and_none_of_a_video_that_is_gone(
+def test_encoding_cache_is_bounded_and_drops_removed_videos(
     grounder: Grounder, pair: PlantedPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grounder._encodings._size = 2
@@ -306,7 +304,7 @@ def test_a_query_part_that_names_no_video_part_is_refused(copied: Path) -> None:
         open_backend(copied, "cpu")
 
 
-def test_evaluation_of_a_pair_is_that_of_the_whole_and_encodes_each_video_once(
+def test_split_evaluation_equals_full_and_encodes_once(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_set = DataSet(mini)

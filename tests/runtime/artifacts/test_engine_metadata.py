@@ -185,7 +185,7 @@ def test_describe_tells_of_an_engine(plan: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("works", "runs"), [(False, "twin.of.it.onnx"), (True, "drn.fp16.engine")])
-def test_where_no_gpu_is_the_twin_that_the_sidecar_names_comes_next(
+def test_without_gpu_the_onnx_graph_in_metadata_is_suggested(
     plan: Path, works: bool, runs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("runtime.describe.gpus", lambda: [Finding("NVIDIA GPU", works, "")])

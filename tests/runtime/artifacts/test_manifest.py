@@ -61,7 +61,7 @@ def test_features_know_their_clip_clock() -> None:
 
 
 @pytest.mark.parametrize("other", ["drn-manifest/2", "drn-manifest/0", None, 1])
-def test_a_manifest_of_another_version_is_refused_with_both_versions(other: Any) -> None:
+def test_manifest_of_another_version_is_rejected_naming_both(other: Any) -> None:
     value = {**full().to_dict(), "format": other}
     with raises(ModelFileError, "unknown_format", "door.onnx", repr(other), repr(FORMAT), "python -m export.to_onnx"):
         Manifest.from_json(json.dumps(value), "door.onnx")

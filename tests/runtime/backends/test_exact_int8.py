@@ -109,7 +109,7 @@ def test_form_for_each_kind_of_cpu_is_exact(cpu: str) -> None:
     assert (signed == exact(data, weights)).all() == is_signed
 
 
-def test_x86_of_unknown_features_gets_the_form_that_is_always_exact() -> None:
+def test_unknown_x86_cpu_gets_the_exact_int8_form() -> None:
     assert saturates("AMD64", None)
     assert not saturates("arm64", None)
 
@@ -267,7 +267,7 @@ def test_contents_are_counted_without_the_numbers() -> None:
         read_contents(b"not a graph")
 
 
-def test_weights_in_constant_nodes_are_counted_and_opened_with_a_warning(
+def test_int8_constant_weights_open_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact_int8, "saturates", lambda: True)

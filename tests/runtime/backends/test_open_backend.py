@@ -33,7 +33,7 @@ def test_a_gpu_asked_for_and_absent_is_an_error(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
-def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
+def test_nvidia_wheel_cuda_is_loaded_before_gpu_detection(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: Device
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -55,9 +55,7 @@ def test_cuda_of_nvidias_wheels_is_loaded_before_a_gpu_is_looked_for(
     assert capsys.readouterr().out == ""
 
 
-def test_cuda_libraries_are_found_wherever_nvidia_can_be_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_libraries_are_loaded_from_any_nvidia_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     # As NVIDIA's wheels: CUDA 13 in one folder, cuDNN in another, and neither beside ONNX Runtime.
     for folder in ("nvidia/cu13/lib", "nvidia/cudnn/lib", "nvidia/cudnn/include"):

@@ -99,7 +99,7 @@ def header_of(**changed: str) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_kernels_that_are_damaged_or_of_another_plan_are_replaced(
+def test_damaged_or_foreign_kernel_cache_is_replaced(
     bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[Path], None]
 ) -> None:
     bench.whole().close()
@@ -137,7 +137,7 @@ def test_kernels_of_another_gpu_are_not_loaded(bench: Bench, tmp_path: Path) -> 
     assert used(other, plan) == 2
 
 
-def test_a_directory_that_cannot_be_written_leaves_a_working_model(
+def test_unwritable_cache_directory_leaves_a_working_model(
     bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.whole().close()

@@ -292,9 +292,7 @@ def test_a_grounder_takes_a_pair_of_engines_and_encoded_videos(bench: Bench, gra
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_short_queries_go_through_the_plan_that_was_built_for_them(
-    tmp_path: Path, graphs: Graphs, version: str
-) -> None:
+def test_short_queries_use_the_short_query_engine(tmp_path: Path, graphs: Graphs, version: str) -> None:
     bench = Bench(tmp_path, graphs, version)
     for backend in (bench.whole(unroll=(6, 3)), bench.pair(unroll=(6, 3))):
         # What each call meets: the smallest number of tokens that fits its longest query, or the loop.
@@ -332,7 +330,7 @@ def test_a_part_of_another_kind_answers_no_short_queries(bench: Bench, tmp_path:
         bench.open(plan)
 
 
-def test_a_plan_for_short_queries_must_be_there_and_of_the_same_build(bench: Bench, tmp_path: Path) -> None:
+def test_short_query_engine_must_exist_and_match_the_build(bench: Bench, tmp_path: Path) -> None:
     backend = bench.whole(unroll=(6,))
     held = bench.driver.held()
     backend.close()
@@ -410,7 +408,7 @@ def test_plan_for_short_queries_beyond_the_memory_is_a_warning(
     assert not bench.driver.held()
 
 
-def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to(bench: Bench, tmp_path: Path) -> None:
+def test_rebuild_command_includes_short_query_engines(bench: Bench, tmp_path: Path) -> None:
     bench.pair(unroll=(6, 3)).close()
     plan, shorter = (tmp_path / f"drn.query{tokens}.engine" for tokens in ("", ".6"))
     wanted = engine_compatibility.rebuild_command(plan, read_sidecar(plan), 20)
@@ -425,7 +423,7 @@ def test_a_plan_for_short_queries_is_built_again_with_the_one_that_it_belongs_to
     assert alone.endswith(f"--query-length 6 6 6 --unroll 0 --split --output {shorter}")
 
 
-def test_the_numbers_of_tokens_are_in_the_names_also_of_what_was_rejected() -> None:
+def test_rejected_short_query_engines_keep_length_in_name() -> None:
     names = (
         "drn.fp16.12.engine",
         "drn.6.engine",
@@ -497,7 +495,7 @@ def test_bfloat16_is_the_nearest(value: float) -> None:
     assert np.array_equal(to_bfloat16(from_bfloat16(bits)), bits)
 
 
-def test_after_opening_nothing_is_allocated_and_one_wait_ends_a_call(bench: Bench) -> None:
+def test_run_allocates_nothing_and_synchronizes_once(bench: Bench) -> None:
     backend = bench.whole()
     batch = batch_of([5, 7, 3])
     plain = ["cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"]
@@ -662,7 +660,7 @@ def test_what_is_no_longer_used_is_freed(bench: Bench) -> None:
     assert bench.driver.held() == {}
 
 
-def test_a_query_beyond_the_engine_names_the_range_and_the_command(bench: Bench) -> None:
+def test_query_beyond_the_engine_names_range_and_command(bench: Bench) -> None:
     backend = bench.whole()
     with raises(ShapeError, "query_length_out_of_range", 13, 2, 12, "--query-length 2 8 13"):
         backend.run(batch_of([13]))
@@ -689,9 +687,7 @@ def test_an_encoding_of_another_model_is_refused_and_not_kept(bench: Bench) -> N
     assert_same(pair.run(batch), reference(bench.graphs, batch))
 
 
-def test_without_capture_the_answers_are_the_same_and_it_is_said_once(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_capture_keeps_results_and_warns_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     backend = bench.whole()
     bench.library.failing["capture"] = "operation not permitted when stream is capturing"
     with caplog.at_level(logging.WARNING, "drn"):
@@ -766,7 +762,7 @@ def test_a_version_compatible_plan_is_loaded(bench: Bench) -> None:
     assert_same(bench.whole(options=options).run(batch), reference(bench.graphs, batch))
 
 
-def test_a_hardware_compatible_plan_that_fails_here_names_the_way_out(bench: Bench) -> None:
+def test_failed_hardware_compatible_engine_names_the_remedy(bench: Bench) -> None:
     backend = bench.whole(options={"version_compatible": False, "hardware_compatible": True})
     # pytorch/TensorRT#4481.
     bench.library.failing["execute_async_v3"] = "Error Code 1: Cask (Cask convolution execution)"
@@ -789,7 +785,7 @@ def test_a_plan_for_another_gpu_is_one_error(tmp_path: Path, graphs: Graphs) -> 
     assert_same(bench.whole(compute_capabilities=["8.6", "9.0"]).run(batch), reference(graphs, batch))
 
 
-def test_a_context_that_cannot_be_created_is_one_error_and_nothing_stays(bench: Bench) -> None:
+def test_failed_context_creation_frees_all_memory(bench: Bench) -> None:
     bench.library.failing["create_execution_context"] = "Error Code 2: Internal Error (Assertion status == kSUCCESS)"
     with pytest.raises(DeviceError):
         bench.whole()
@@ -876,7 +872,7 @@ def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench, un
     assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
-def test_a_gpu_too_small_for_an_engine_is_an_error_and_nothing_stays(bench: Bench) -> None:
+def test_engine_too_large_for_gpu_frees_all_memory(bench: Bench) -> None:
     bench.driver.room = 6000
     with raises(DeviceError, "out_of_memory", "drn.fp32.engine", "--batch"):
         bench.whole()
@@ -1093,7 +1089,7 @@ def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_words(bench: Bench) -
     assert bench.driver.held() == {}
 
 
-def test_a_driver_too_old_for_tensorrt_is_an_error_that_names_both(bench: Bench) -> None:
+def test_old_driver_error_names_driver_and_required_version(bench: Bench) -> None:
     bench.library.failing["Runtime"] = "CUDA initialization failure with error: 35"
     with raises(DeviceError, "driver_too_old", "tensorrt 10.16.1.11", "CUDA 13.0", "error: 35"):
         bench.whole()
@@ -1242,7 +1238,7 @@ def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
 
 
 @pytest.mark.parametrize("part", ["video", "query"])
-def test_the_command_that_rebuilds_a_part_builds_the_pair_from_the_fp32_graph(part: Any) -> None:
+def test_rebuild_command_of_a_part_builds_the_split_model(part: Any) -> None:
     whole = sidecar_of()
     sources = {"drn.pt": "0" * 64, "drn.onnx": "1" * 64, "drn.int8.onnx": "2" * 64}
     manifest = dataclasses.replace(whole.manifest, part=part, sources=sources)

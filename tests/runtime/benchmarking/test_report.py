@@ -26,7 +26,7 @@ from tests.raising import raises
 from tests.runtime.benchmarking.conftest import FAST, SLOW, model_info
 
 
-def test_the_share_around_the_network_counts_once_for_a_video_or_not() -> None:
+def test_overhead_share_counts_video_encoding_once() -> None:
     phases = Phases("a", 1, 1, 5, {"tokenise": 1.0, "segment": 4.0, "encode": 6.0, "network": 9.0})
     assert phases.overhead_share(known=False) == pytest.approx(5 / 20)
     assert phases.overhead_share(known=True) == pytest.approx(1 / 10)

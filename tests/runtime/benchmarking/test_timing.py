@@ -154,7 +154,7 @@ def test_models_are_interleaved_call_by_call(clock: FakeClock) -> None:
     assert rounds == [1, 2, 3]
 
 
-def test_preparing_is_not_timed_and_a_device_may_tell_its_own_time(clock: FakeClock) -> None:
+def test_setup_is_not_timed_and_device_time_is_used(clock: FakeClock) -> None:
     def prepare(number: int) -> int:
         clock.now += 100
         return number

@@ -98,9 +98,7 @@ def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -
     ("command", "package", "extra"),
     [("train", "torch", "train"), ("train.convert", "torch", "train"), ("export.build_engine", "onnx", "engine")],
 )
-def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
-    tmp_path: Path, command: str, package: str, extra: str
-) -> None:
+def test_missing_package_error_names_the_extra(tmp_path: Path, command: str, package: str, extra: str) -> None:
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})\n")
     outcome = subprocess.run(
         [sys.executable, "-m", command, "--help"],
@@ -179,7 +177,7 @@ def test_an_error_is_said_even_when_stdout_is_full() -> None:
         ("<&- >&- 2>&-", "print(sys.stdin.read(), file=sys.stderr)", 0),
     ],
 )
-def test_closed_streams_keep_the_exit_code_and_print_no_traceback(redirection: str, body: str, code: int) -> None:
+def test_closed_streams_keep_exit_code_without_traceback(redirection: str, body: str, code: int) -> None:
     program = (
         "import logging, sys\nfrom runtime.core.cli import command\nfrom runtime.core.errors import GroundingError\n"
     )

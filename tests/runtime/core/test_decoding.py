@@ -138,7 +138,7 @@ def test_the_threshold_is_on_the_matching_probability_alone() -> None:
     assert np.isneginf(scores[1:]).all()
 
 
-def test_a_query_without_likely_locations_gets_the_whole_video_alone() -> None:
+def test_query_without_proposals_falls_back_to_full_video() -> None:
     raw = heads(rows=2)
     raw.matching_logits[1, 3] = 3
     picks = decode(raw, SMALL)
@@ -253,7 +253,7 @@ def test_a_score_of_zero_is_a_proposal_and_an_absent_one_is_not() -> None:
 # Hard NMS by hand
 
 
-def test_hard_nms_drops_what_overlaps_by_more_than_the_threshold_by_hand() -> None:
+def test_hard_nms_by_hand_drops_overlap_above_threshold() -> None:
     # IoU with (0, 0.5): 0.8 and 0.4.
     rows = ((0, 0.5, 0.9), (0, 0.4, 0.8), (0, 0.2, 0.7))
     assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.45))] == pytest.approx([0.9, 0.7])
@@ -270,13 +270,13 @@ def test_empty_proposals_are_not_dropped_and_do_not_repeat() -> None:
     assert len(picked(hard_nms(one((0.4, 0.4, 0.9), (0.4, 0.4, 0.8)), 6, 0.45))) == 2
 
 
-def test_of_equal_scores_soft_nms_takes_the_first_and_hard_nms_the_last() -> None:
+def test_equal_scores_soft_nms_first_hard_nms_last() -> None:
     rows = one((0, 0.1, 0.5), (0.5, 0.6, 0.5))
     assert picked(soft_nms(rows))[0][0] == 0
     assert picked(hard_nms(rows, 6, 0.45))[0][0] == 0.5
 
 
-def test_the_authors_protocol_suppresses_at_a_little_below_the_metrics_threshold() -> None:
+def test_authors_nms_threshold_is_below_metric_threshold() -> None:
     # IoU 0.48.
     rows = one((0, 0.5, 0.9), (0, 0.24, 0.8))
     drn = Decoding(protocol="drn")
@@ -418,7 +418,7 @@ def random_heads(seed: int, rows: int, decoding: Decoding) -> Heads:
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([96, 128, 256]))
-def test_decode_of_one_query_with_many_proposals_equals_the_published_loop(seed: int, num_segments: int) -> None:
+def test_decode_one_query_many_proposals_equals_published(seed: int, num_segments: int) -> None:
     decoding = Decoding(num_segments, pre_nms_top_n=num_segments)
     raw = random_heads(seed, 1, decoding)
     proposals = score_proposals_with_fallback(raw, decoding)
@@ -517,9 +517,7 @@ def test_proposals_are_those_of_the_published_code(golden: Path, batch: str, tag
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
 @pytest.mark.parametrize(("tag", "use_iou_scores"), [("", True), ("1", False)])
-def test_moments_are_those_of_the_published_code_for_every_query_of_a_batch(
-    golden: Path, batch: str, tag: str, use_iou_scores: bool
-) -> None:
+def test_decode_batch_equals_published_code(golden: Path, batch: str, tag: str, use_iou_scores: bool) -> None:
     reference = np.load(golden / "small_seed0.npz")
     picks = decode(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
     for row, sample in enumerate(reference[f"{batch}_sort_index"]):

@@ -62,7 +62,7 @@ def test_messages_are_bounded() -> None:
 
 
 @given(st.text(alphabet=st.characters(codec=None)))
-def test_printable_text_has_no_control_characters_and_can_be_encoded(text: str) -> None:
+def test_printable_text_is_encodable_without_control_characters(text: str) -> None:
     escaped = printable(text)
     escaped.encode()
     assert not [c for c in escaped if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 or c in "\u202e\u2028"]

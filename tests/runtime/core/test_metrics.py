@@ -101,7 +101,7 @@ def test_the_recorded_soft_nms_of_200_queries_is_ours(lists: np.lib.npyio.NpzFil
 ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
 
 
-def test_odd_predictions_are_judged_as_published_but_for_two_named_cases(
+def test_odd_predictions_score_as_published_except_two_cases(
     lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     differing = []
@@ -114,7 +114,7 @@ def test_odd_predictions_are_judged_as_published_but_for_two_named_cases(
     assert len(recorded["odd"]) >= 15
 
 
-def test_an_empty_truth_found_exactly_is_a_miss_where_the_published_code_divides_by_zero(
+def test_empty_ground_truth_is_a_miss_not_a_division_by_zero(
     lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     name = "zero-length both, same place"
@@ -127,13 +127,13 @@ def test_an_empty_truth_found_exactly_is_a_miss_where_the_published_code_divides
 # By hand
 
 
-def test_an_overlap_of_exactly_the_threshold_is_a_hit_for_the_authors_alone() -> None:
+def test_iou_equal_to_threshold_is_a_hit_for_authors_only() -> None:
     picks, truth = np.array([[[0, 0.5, 0.9]]], np.float32), np.array([[0.0, 1.0]])
     assert not is_hit(picks, truth, 1, 0.5, "mmaction2")[0]
     assert is_hit(picks, truth, 1, 0.5, "drn")[0]
 
 
-def test_mmaction2_compares_in_float32_and_the_authors_in_float64() -> None:
+def test_mmaction2_compares_float32_and_authors_float64() -> None:
     # 0.3 is less than float32(0.3): an overlap of float32(0.3) lies above the one and not above the other.
     picks, truth = np.array([[[0, np.float32(0.3), 1]]], np.float32), np.array([[0.0, 1.0]])
     assert not is_hit(picks, truth, 1, 0.3, "mmaction2")[0]

@@ -63,7 +63,7 @@ def test_temporal_iou_is_symmetric(a: tuple[float, float], b: tuple[float, float
 
 
 @given(ANY_SPANS, ANY_SPANS)
-def test_temporal_iou_lies_between_zero_and_one_whatever_is_given(a: list, b: list) -> None:
+def test_temporal_iou_is_between_zero_and_one(a: list, b: list) -> None:
     left, right = (np.array(spans, np.float32).reshape(-1, 2) for spans in (a, b))
     with np.errstate(all="raise", under="ignore"):
         ratios = temporal_iou(left, right)

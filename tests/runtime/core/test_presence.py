@@ -45,7 +45,7 @@ def test_a_threshold_by_hand() -> None:
     assert kept.rule == "at least 60 % kept"
 
 
-def test_keep_is_spoken_of_only_where_it_was_asked_for_and_a_lower_one_would_do() -> None:
+def test_keep_hint_appears_only_when_a_lower_value_suffices() -> None:
     unlikely, some = np.full(3, -np.inf), np.array([0.5, -np.inf])
     with raises(GroundingError, "no_threshold") as without_keep:
         fit_threshold(unlikely, np.array([0.5]))
@@ -112,14 +112,14 @@ def test_below_the_threshold_no_moment_is_found_unless_asked_for(planted_backend
     assert grounder.ground_batch(PAIRS, presence=False) == without
 
 
-def test_the_whole_video_that_stands_for_nothing_likely_is_no_answer(planted_backend: Any) -> None:
+def test_full_video_fallback_is_no_match(planted_backend: Any) -> None:
     strict = Grounder(carrying(planted_backend(Decoding(score_threshold=0.9)), 0.01))
     nothing = (video(60.0), "person runs dog opens door cat")
     assert strict.ground(*nothing) == []
     assert strict.ground(*nothing, presence=False)[0].score == 1
 
 
-def test_long_videos_are_refused_where_no_window_reaches_the_threshold(planted_backend: Any) -> None:
+def test_long_video_without_window_above_threshold_has_no_match(planted_backend: Any) -> None:
     whole = carrying(Finder(planted_backend(), WINDOWS), 0.5)
     pair = PlantedPair(whole)
     subject = long_video(300, dog=(200, 210))
@@ -154,7 +154,7 @@ def test_infer_says_that_nothing_was_found(
     assert "no moment found" not in run_command(infer, *asked, "--always-answer").out
 
 
-def test_tables_and_subtitles_hold_nothing_where_nothing_was_found() -> None:
+def test_tables_and_subtitles_are_empty_without_a_match() -> None:
     answers = [Answer("dog", "yard", 20.0, [])]
     assert format_answers(answers, "csv") == "video,query,rank,start,end,score"
     assert format_answers(answers, "srt") == ""

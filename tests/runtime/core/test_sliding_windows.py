@@ -76,7 +76,7 @@ def finder(planted_backend: Any) -> Finder:
     st.sampled_from([CLOCK, ClipTiming(1, 8), ClipTiming(32, 4), ClipTiming(8, 8)]),
 )
 @settings(max_examples=200)
-def test_windows_are_alike_hold_every_clip_and_share_what_they_should(
+def test_windows_have_equal_length_cover_and_overlap(
     num_clips: int, more: int, rate: float, length: float, share: float, clock: ClipTiming
 ) -> None:
     num_frames = max(2, clock.num_frames(num_clips) + min(more, clock.stride - 1))
@@ -163,7 +163,7 @@ class Noisy:
         )
 
 
-def test_no_two_answers_overlap_more_than_the_rule_allows_across_borders_too(planted_backend: Any) -> None:
+def test_merged_windows_respect_the_nms_threshold(planted_backend: Any) -> None:
     grounder = Grounder(Noisy(planted_backend(Decoding(protocol="drn"))))
     found = grounder.ground(long_video(300), "dog", top_k=200)
     spans = np.array([(moment.start, moment.end) for moment in found])
@@ -198,7 +198,7 @@ def test_short_videos_are_answered_as_ever_beside_long_ones(planted_backend: Any
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_a_pair_encodes_each_window_once_and_answers_as_the_whole_model(planted_backend: Any, batch_size: int) -> None:
+def test_split_model_encodes_each_window_once(planted_backend: Any, batch_size: int) -> None:
     whole = Finder(planted_backend())
     pair = PlantedPair(whole)
     grounder = Grounder(pair)
@@ -245,7 +245,7 @@ def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) 
         pair.ground(long_video(120, dim=9), "dog")
 
 
-def test_two_hours_stay_on_the_disk_and_are_asked_in_little_memory(
+def test_two_hour_video_is_grounded_in_bounded_memory(
     planted_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     video = long_video(7200, 256, dog=(5000, 5010), cat=(100, 112))

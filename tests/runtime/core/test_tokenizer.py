@@ -42,7 +42,7 @@ def test_tokens_by_hand(sentence: str, tokens: list[str]) -> None:
 
 @settings(max_examples=40)
 @given(st.text(max_size=40))
-def test_a_token_is_never_empty_and_holds_neither_space_nor_full_stop(sentence: str) -> None:
+def test_token_is_nonempty_without_space_or_full_stop(sentence: str) -> None:
     for token in tokenize(sentence):
         assert token
         assert "." not in token
@@ -62,7 +62,7 @@ def test_ids_are_int32() -> None:
 
 
 @pytest.mark.parametrize(("policy", "ids"), [("skip", [1, 4]), ("zero", [1, 0, 0, 4])])
-def test_unknown_words_follow_the_policy_and_are_named_in_a_warning(
+def test_unknown_words_follow_the_policy_with_a_warning(
     policy: str, ids: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "drn"):
@@ -87,14 +87,14 @@ def test_an_unknown_word_is_refused_under_error() -> None:
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero", "error"])
-def test_a_query_of_only_unknown_words_is_refused_under_every_policy(policy: str) -> None:
+def test_query_of_only_unknown_words_is_rejected(policy: str) -> None:
     with raises(QueryError, "unknown_content_words", "'zorbs frimly'"):
         Vocabulary(WORDS, policy).encode("zorbs frimly")
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 @pytest.mark.parametrize("sentence", ["the doar", "the doar then the doors", "The DOAR's", "the doar, then"])
-def test_encode_unknown_content_words_are_refused_with_near_words(policy: Any, sentence: str) -> None:
+def test_encode_unknown_content_words_suggests_near_words(policy: Any, sentence: str) -> None:
     with raises(QueryError, "unknown_content_words", "'door'") as raised:
         Vocabulary(WORDS, policy).encode(sentence, check_content=True)
     assert "doar" in str(raised.value).lower()
@@ -172,7 +172,7 @@ def test_a_vocabulary_survives_its_dictionary(policy: str) -> None:
     assert len(vocabulary) == 7
 
 
-def test_every_real_sentence_has_known_words_and_67_differ_from_splitting_at_spaces(real_data: Path) -> None:
+def test_real_sentences_tokenize_and_67_differ_from_split(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
     assert len(data_set.vocabulary) == 1301
     lengths, differing = {}, {}
@@ -188,7 +188,7 @@ def test_every_real_sentence_has_known_words_and_67_differ_from_splitting_at_spa
     assert differing == {"train": 54, "test": 13}
 
 
-def test_a_word_table_is_lower_case_and_begins_with_the_commonest() -> None:
+def test_word_table_is_lower_case_sorted_by_frequency() -> None:
     sentences = ["The cat sits.", "the dog, the cat", "A dog"]
     assert list(word_table(sentences).items()) == [
         ("the", 1), ("cat", 2), ("dog", 3), (",", 4), ("a", 5), ("sits", 6),
@@ -198,7 +198,7 @@ def test_a_word_table_is_lower_case_and_begins_with_the_commonest() -> None:
     Vocabulary(word_table(sentences), "error").encode("The cat, a dog")
 
 
-def test_unknown_words_that_are_counted_are_told_once_and_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_counted_unknown_words_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     vocabulary, unheard = Vocabulary(WORDS), Counter[str]()
     for number in range(14):
         assert vocabulary.encode(f"person sings word{number}", unheard).tolist() == [1]

@@ -68,7 +68,7 @@ def test_pooling_equals_a_naive_loop_over_the_published_rule(
 
 
 @pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
-def test_the_clips_of_every_segment_are_the_published_ones_for_every_length_of_video(pooling: str) -> None:
+def test_segment_clips_equal_published_for_every_length(pooling: str) -> None:
     for num_frames in range(2, 1000):
         first, last, _ = segment_rows(num_frames, 16, pooling, ClipTiming())  # type: ignore[arg-type]
         rows, _ = naive_rows(num_frames, 16, pooling)
@@ -88,14 +88,14 @@ def test_segments_of_any_number_cover_the_video_without_gaps(num_frames: int, nu
         assert (spans[:, 0] <= spans[:, 1]).all()
 
 
-def test_neighbouring_segments_share_a_clip_in_mmaction2s_rule_by_hand() -> None:
+def test_mmaction2_neighboring_segments_share_a_clip() -> None:
     # 33 frames in 2 segments: frames 0-16 and 16-32, so clips 0-2 and 2-4.
     video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
     assert video.segments(2).features.tolist() == [[2], [4]]
     assert video.segments(2).spans.tolist() == [[0, 16 / 33], [16 / 33, 32 / 33]]
 
 
-def test_a_segment_of_one_window_keeps_one_clip_in_the_authors_rule_by_hand() -> None:
+def test_authors_rule_keeps_one_clip_per_segment() -> None:
     # 33 frames in 2 segments: frames 1-17 and 17-33, both one window long: clips 0 and 2.
     video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
     assert video.segments(2, "drn").features.tolist() == [[0], [2]]
@@ -207,7 +207,7 @@ def test_video_field_of_another_type_is_refused(field: str, value: Any) -> None:
         Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 4.0, "offset": 0.0, field: value})
 
 
-def test_video_num_frames_must_be_whole_and_numpy_numbers_are_accepted() -> None:
+def test_video_num_frames_accepts_integers_only() -> None:
     for value, code, named in (
         (100.5, "invalid_argument", ["num_frames", 100.5]),
         (math.nan, "invalid_argument", ["num_frames", "nan"]),
@@ -377,7 +377,7 @@ def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path: Path) -> Non
         Video.load(tmp_path / "many.npy", 1.0)
 
 
-def test_a_pickle_that_runs_code_is_refused_and_its_code_does_not_run(tmp_path: Path) -> None:
+def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None:
     class Attack:
         def __reduce__(self) -> tuple:
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
@@ -408,7 +408,7 @@ def test_features_load_without_torch(golden: Path, tmp_path: Path, monkeypatch: 
 
 @settings(max_examples=100)
 @given(position=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255), cut=st.booleans())
-def test_a_damaged_array_is_an_array_or_a_feature_error_and_nothing_else(
+def test_damaged_array_is_read_or_raises_feature_error(
     position: int, value: int, cut: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     damaged = WHOLE[:position] if cut else WHOLE[:position] + bytes([value]) + WHOLE[position + 1 :]
@@ -422,7 +422,7 @@ def test_a_damaged_array_is_an_array_or_a_feature_error_and_nothing_else(
     assert features.size == 20
 
 
-def test_pooled_rows_spans_and_frames_are_those_of_the_published_loader(golden: Path) -> None:
+def test_pooled_segments_and_spans_equal_published_loader(golden: Path) -> None:
     from runtime.datasets.dataset import DataSet
 
     reference = np.load(golden / "dataset_mini.npz")

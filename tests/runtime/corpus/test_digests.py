@@ -61,7 +61,7 @@ def test_a_damaged_digest_makes_its_shard_again(here: Here, corpus: Corpus) -> N
         assert digests.read_bytes() == before
 
 
-def test_features_that_changed_are_refused_until_the_shard_is_removed(here: Here, corpus: Corpus) -> None:
+def test_changed_features_are_rejected_until_shard_is_removed(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries, shard_pairs=2).output
     whole = content(output)

@@ -112,7 +112,7 @@ def test_parquet_holds_tensors_of_one_shape(tmp_path: Path) -> None:
         np.testing.assert_array_equal(video.features, wanted)
 
 
-def test_rows_of_several_files_and_groups_are_read_in_order_whatever_part_is_asked_for(tmp_path: Path) -> None:
+def test_rows_across_files_and_groups_keep_their_order(tmp_path: Path) -> None:
     cells = pa.array([f.tolist() for f in FEATURES.values()])
     write_parquet(tmp_path / "b.parquet", cells, 2)
     table = pa.table({"video": ["w"], "duration": [2.0], "features": [[[1.0, 2.0]]], "num_frames": [40]})
@@ -224,9 +224,7 @@ def test_the_digest_follows_offsets_and_clip_timing(mini: Path) -> None:
     assert open_source(mini).digest() == before
 
 
-def test_the_digest_follows_the_clip_timing_that_frames_are_counted_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_depends_on_clip_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_qvhighlights(tmp_path)
     digests = set()
     for stride in (8, 16):

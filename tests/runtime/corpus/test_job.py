@@ -26,7 +26,7 @@ Corpus = Callable[..., tuple[Path, Path]]
 ROWS = [{"query": "a person opens the door."}, {"query": "xyzzy"}]
 
 
-def test_a_job_that_was_interrupted_goes_on_and_the_shards_are_the_same(
+def test_resumed_job_produces_identical_shards(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)
@@ -103,7 +103,7 @@ def test_two_jobs_do_not_write_one_corpus(here: Here, corpus: Corpus, tmp_path: 
     here(features, queries)
 
 
-def test_a_job_that_ended_before_another_had_the_lock_is_not_mixed_with_it(
+def test_job_finished_before_lock_is_not_overwritten(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)
@@ -146,7 +146,7 @@ def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
     assert codes == ["output_locked"]
 
 
-def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: Here, mini: Path, tmp_path: Path) -> None:
+def test_missing_inputs_are_rejected_before_writing(here: Here, mini: Path, tmp_path: Path) -> None:
     with raises(GroundingError, "missing_file", tmp_path / "none.jsonl"):
         here(mini, tmp_path / "none.jsonl")
     with raises(GroundingError, "missing_file", tmp_path / "none"):
@@ -158,7 +158,7 @@ def test_inputs_that_are_missing_are_refused_before_anything_is_written(here: He
     assert not (tmp_path / "corpus").exists()
 
 
-def test_sentences_for_every_video_and_a_corpus_without_an_answer_are_told(
+def test_corpus_reports_common_queries_and_no_answers(
     here: Here, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")

@@ -158,7 +158,7 @@ def kill_at_work(output: Path, times: int = 1) -> None:
         os.kill(worker, signal.SIGCONT)
 
 
-def test_a_cluster_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(
+def test_ray_output_equals_one_process_after_worker_kill(
     inputs: Inputs, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "corpus"
@@ -172,9 +172,7 @@ def test_a_cluster_makes_the_bytes_of_one_process_also_where_a_worker_is_killed(
     assert quotes(said, 3607, len(inputs.wanted), 607)
 
 
-def test_a_shard_that_kills_every_worker_ends_the_job_and_is_named(
-    inputs: Inputs, cluster: dict[str, str], tmp_path: Path
-) -> None:
+def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "corpus"
     # One shard of all pairs: it takes so long that every process is met in the middle of it.
     job = started(inputs.words(output, "--address", "auto", shard_pairs=100_000), cluster)

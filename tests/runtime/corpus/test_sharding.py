@@ -59,7 +59,7 @@ def told(**changes: object) -> dict[str, object]:
     return {"format": "drn-corpus/1", "model": {"sha256": "1"}, "settings": {"top_k": 5, "threads": 1}, **changes}
 
 
-def test_a_directory_of_other_inputs_is_refused_and_they_are_named(tmp_path: Path) -> None:
+def test_directory_of_other_inputs_is_rejected_naming_them(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     check_same(tmp_path, told())
     (tmp_path / MANIFEST).write_text(json.dumps(told()))

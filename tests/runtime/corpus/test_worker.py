@@ -99,7 +99,7 @@ def test_corpus_video_whose_numbers_contradict_is_a_row(
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
-def test_each_video_is_read_and_encoded_once_for_all_its_sentences(
+def test_each_video_is_read_and_encoded_once(
     here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, split: bool
 ) -> None:
     read: Counter[str] = Counter()
@@ -159,7 +159,7 @@ def test_parquet_holds_what_jsonl_holds(here: Here, damaged: Path, tmp_path: Pat
     assert parquet.read_table(next((tmp_path / "named").glob("shard-*")))["qid"].to_pylist() == ["a"] * 6
 
 
-def test_the_rows_do_not_depend_on_how_much_is_read_at_a_time_being_reached(
+def test_rows_do_not_depend_on_read_batch_size(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG}])
@@ -183,7 +183,7 @@ def test_like_warnings_are_said_a_few_times(
 
 
 @pytest.mark.parametrize("kind", [GroundingError("the disk is gone"), RuntimeError("a fault")])
-def test_what_is_wrong_with_a_whole_shard_ends_the_job_and_names_it(
+def test_invalid_shard_ends_the_job_and_is_named(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Exception
 ) -> None:
     features, queries = corpus([{"query": DOOR}])
@@ -200,7 +200,7 @@ def test_what_is_wrong_with_a_whole_shard_ends_the_job_and_names_it(
     assert list(content(tmp_path / "corpus")) == ["shard-00001-of-00003.jsonl"]
 
 
-def test_a_shard_that_ends_its_process_again_and_again_is_given_up(
+def test_shard_that_repeatedly_crashes_is_abandoned(
     here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus([{"query": DOOR}])
@@ -225,7 +225,7 @@ def test_a_directory_that_this_machine_does_not_see_is_named(
     assert not (tmp_path / "corpus").exists()
 
 
-def test_a_process_that_outlived_its_job_puts_no_shard_into_another(
+def test_orphaned_worker_writes_no_shard_of_another_job(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus([{"query": DOOR}])

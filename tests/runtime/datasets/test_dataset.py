@@ -87,7 +87,7 @@ def test_a_malformed_line_is_named_by_its_number(directory: Path, line: str, inv
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_video_is_named_with_the_table_it_is_missing_from(directory: Path) -> None:
+def test_unknown_video_error_names_the_table(directory: Path) -> None:
     with raises(AnnotationError, "unlisted_video", "'CCCCC'", "Charades_duration.json"):
         write(directory, "CCCCC 1 2##door.").annotations("test")
     (directory / "Charades_frames_info.json").write_text('{"AAAAA": 900}')
@@ -104,9 +104,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("line", INVALID)
-def test_an_impossible_moment_is_refused_dropped_with_a_warning_or_kept(
-    directory: Path, line: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_moment_follows_the_policy(directory: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
     data_set = write(directory, "AAAAA 1 2##door.", line)
     with raises(AnnotationError, "impossible_moment", directory / "Charades_sta_test.txt", 2, *INVALID[line]):
         data_set.annotations("test")
@@ -142,13 +140,13 @@ def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
         DataSet(tmp_path / "gone")
 
 
-def test_a_directory_without_any_data_set_says_what_is_looked_for(tmp_path: Path) -> None:
+def test_directory_without_data_set_lists_expected_files(tmp_path: Path) -> None:
     (tmp_path / "annotations.json").write_text("{}")
     with raises(AnnotationError, "data_set_missing", tmp_path, "Charades_sta_SPLIT.txt", "SPLIT.jsonl", "formats.md"):
         DataSet(tmp_path)
 
 
-def test_an_incomplete_data_set_names_the_first_table_that_is_missing(directory: Path) -> None:
+def test_incomplete_data_set_names_first_missing_table(directory: Path) -> None:
     (directory / "Charades_duration.json").unlink()
     with raises(AnnotationError, "missing_file", directory / "Charades_duration.json"):
         DataSet(directory)
@@ -223,7 +221,7 @@ def test_simulated_features_are_told_apart(directory: Path) -> None:
     assert DataSet(directory).simulated
 
 
-def test_tokens_lengths_and_truth_are_those_of_the_published_loader(golden: Path) -> None:
+def test_tokens_and_ground_truth_equal_published_loader(golden: Path) -> None:
     reference = np.load(golden / "dataset_mini.npz")
     data_set = DataSet(golden / "mini")
     annotations = data_set.annotations("test", "keep")

@@ -165,7 +165,7 @@ def test_content_is_that_of_the_video_alone(published: Path) -> None:
     assert store.content("v_a") != store.content("s1-d1")
 
 
-def test_files_are_found_with_and_without_the_suffix_of_the_video(tmp_path: Path) -> None:
+def test_feature_files_match_with_or_without_video_suffix(tmp_path: Path) -> None:
     np.save(tmp_path / "s1-d1.npy", CLIPS)
     np.savez(tmp_path / "v_a.npz", features=CLIPS + 1)
     store = FeatureFiles(tmp_path)
@@ -188,7 +188,7 @@ def test_features_in_two_places_are_refused(tmp_path: Path, published: Path) -> 
         open_store(tmp_path, None)
 
 
-def test_an_archive_with_one_array_is_features_and_any_other_is_refused(tmp_path: Path) -> None:
+def test_archive_must_hold_exactly_one_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", CLIPS)
     np.testing.assert_array_equal(load_features(tmp_path / "one.npz"), CLIPS)
     np.savez(tmp_path / "two.npz", a=CLIPS, b=CLIPS)
@@ -239,14 +239,12 @@ def captions(directory: Path, entry: dict[str, Any], clips: int) -> DataSet:
     return DataSet(directory)
 
 
-def test_frames_are_counted_from_clips_where_the_annotations_tell_none(tmp_path: Path) -> None:
+def test_frame_count_is_derived_from_clips_when_missing(tmp_path: Path) -> None:
     data_set = captions(tmp_path, {"duration": 60.0}, clips=100)
     assert data_set.video("v.avi").num_frames == data_set.frames("v.avi") == ClipTiming().num_frames(100)
 
 
-def test_frames_that_fit_the_clips_are_taken_and_others_give_equal_parts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_matching_frame_counts_are_used_others_split_equally(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "fits").mkdir()
     (tmp_path / "other").mkdir()
     told = {"fps": 30.0, "num_frames": 1000}

@@ -56,7 +56,7 @@ def test_activitynet_is_read_in_seconds_and_counts_its_sentences(tmp_path: Path)
     assert (data_set.splits, data_set.preset.title) == (["train", "val"], "ActivityNet Captions")
 
 
-def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+def test_unknown_split_error_lists_existing_splits(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     for data_set in (
         DataSet(write_json(tmp_path, train=ACTIVITYNET)),
@@ -77,7 +77,7 @@ def test_timestamps_of_tacos_are_frame_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val.jsonl", "highlight_val_release.jsonl"])
-def test_a_query_of_qvhighlights_keeps_its_name_and_all_its_moments(tmp_path: Path, name: str) -> None:
+def test_qvhighlights_query_keeps_id_and_all_moments(tmp_path: Path, name: str) -> None:
     data_set = DataSet(write_rows(tmp_path, name))
     several, one = data_set.annotations("val")
     assert (several.qid, several.several, several.start, several.end) == (7, ((0, 10), (40, 60.5)), 0, 10)
@@ -102,7 +102,7 @@ def test_of_several_moments_only_the_impossible_are_dropped(tmp_path: Path) -> N
         data_set.annotations("train")
 
 
-def test_the_common_form_brings_its_preset_words_and_frame_counts(tmp_path: Path) -> None:
+def test_common_format_loads_preset_words_and_frame_counts(tmp_path: Path) -> None:
     write_rows(tmp_path, "train.jsonl")
     preset = Preset("Mine", num_segments=16, query_length=(1, 2, 3))
     about = {"format": FORMAT, "preset": preset.to_dict(), "num_frames": {"x_0_150": 4500}, "simulated": True}
@@ -113,7 +113,7 @@ def test_the_common_form_brings_its_preset_words_and_frame_counts(tmp_path: Path
     assert (dict(data_set.words), data_set.frames("x_0_150"), data_set.simulated) == ({"cat": 1, "dog": 2}, 4500, True)
 
 
-def test_words_of_the_training_split_are_the_vocabulary_where_none_is_published(tmp_path: Path) -> None:
+def test_vocabulary_defaults_to_words_of_training_split(tmp_path: Path) -> None:
     data_set = DataSet(write_json(tmp_path, train=ACTIVITYNET, val={"v_c": {**ACTIVITYNET["v_b"], "duration": 9}}))
     assert list(data_set.words) == ["a", "dog", "he", "man", "runs", "sits", "stands", "up"]
     assert data_set.vocabulary.encode("A man runs.").tolist() == [1, 4, 5]
@@ -136,14 +136,14 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_mixture_of_formats_is_refused_by_the_names_of_its_files(tmp_path: Path, mixture: str) -> None:
+def test_mixed_formats_are_rejected_naming_the_files(tmp_path: Path, mixture: str) -> None:
     write, names = MIXTURES[mixture]
     write(tmp_path)
     with raises(AnnotationError, "mixed_formats", tmp_path, *names):
         DataSet(tmp_path)
 
 
-def test_a_mixture_inside_one_file_is_refused_by_the_name_of_the_video(tmp_path: Path) -> None:
+def test_mixed_rows_in_one_file_are_rejected_naming_the_video(tmp_path: Path) -> None:
     write_json(tmp_path, train={**TACOS, **ACTIVITYNET})
     with raises(AnnotationError, "missing_field", tmp_path / "train.json", "'v_a'", "fps", "num_frames"):
         DataSet(tmp_path)
@@ -269,7 +269,7 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path, line: str, code: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_split_whose_moments_are_secret_knows_its_videos_and_is_not_scored(tmp_path: Path) -> None:
+def test_split_with_hidden_moments_is_not_scored(tmp_path: Path) -> None:
     write_rows(tmp_path, "train.jsonl")
     secret = {key: value for key, value in ROWS[0].items() if key != "relevant_windows"}
     write_rows(tmp_path, "highlight_test_release.jsonl", [{**secret, "vid": "y_0_150"}])

@@ -54,17 +54,17 @@ def test_a_preset_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("told", [None, [1, 2], [1, 2, "3"], "1 2 3"])
-def test_a_model_that_says_nothing_usable_of_its_queries_takes_the_usual(told: Any) -> None:
+def test_unusable_query_lengths_fall_back_to_defaults(told: Any) -> None:
     assert query_length_of({"query_length": told}) == query_length_of({}) == (1, 8, 32)
 
 
-def test_length_quantiles_are_lengths_that_enough_queries_do_not_exceed() -> None:
+def test_length_quantile_covers_its_share_of_queries() -> None:
     assert length_quantiles([4] * 90 + [7] * 9 + [30]) == (4, 7)
     assert length_quantiles([4] * 89 + [7] * 9 + [30] * 2) == (7, 30)
     assert length_quantiles([3]) == (3, 3)
 
 
-def test_quantiles_of_a_model_are_recorded_or_those_of_its_data_set() -> None:
+def test_length_quantiles_come_from_model_or_data_set() -> None:
     recorded = length_quantiles_of({"data_set": "TACoS", "query_length_quantiles": [5, 8]})
     assert recorded is not None
     assert recorded[0] == (5, 8)

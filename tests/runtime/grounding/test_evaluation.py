@@ -76,7 +76,7 @@ def test_the_report_by_hand(grounder: Grounder, data_set: DataSet, protocol: Any
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_picks_stand_in_the_order_of_the_annotations_whatever_the_batch(
+def test_detections_keep_annotation_order_for_any_batch_size(
     grounder: Grounder, data_set: DataSet, batch_size: int
 ) -> None:
     seen: list[int] = []
@@ -162,7 +162,7 @@ def overlap(a: list[float], b: list[float]) -> float:
     return inside / (a[1] - a[0] + b[1] - b[0] - inside)
 
 
-def test_predictions_keep_the_rules_of_the_public_qvhighlights_evaluator(tmp_path: Path, planted_backend: Any) -> None:
+def test_predictions_follow_public_qvhighlights_format(tmp_path: Path, planted_backend: Any) -> None:
     # Its rules: every qid of the ground truth and no other; one window or more, of start, end and score, of which the
     # first is the answer; a hit is an overlap, with the window that fits best, of at least the threshold.
     # Source: standalone_eval/eval.py of moment_detr (Lei et al., 2021).
@@ -219,7 +219,7 @@ def test_at_most_top_k_windows_are_predicted(grounder: Grounder, data_set: DataS
         assert len(row["pred_relevant_windows"]) == 1
 
 
-def test_a_sentence_the_model_cannot_take_stops_before_any_video_is_read(
+def test_invalid_query_fails_before_reading_videos(
     grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from runtime.core.errors import QueryError
@@ -243,7 +243,7 @@ def scored(tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[.
     )
 
 
-def test_the_command_prints_the_model_beside_the_prior_and_writes_both(scored: Any, tmp_path: Path) -> None:
+def test_evaluate_reports_model_and_prior(scored: Any, tmp_path: Path) -> None:
     assert scored.code == 0
     head, model, prior, line = scored.out.splitlines()
     assert head.split()[:4] == ["R@1", "IoU=0.5", "R@1", "IoU=0.7"]
@@ -261,7 +261,7 @@ def test_the_command_prints_the_model_beside_the_prior_and_writes_both(scored: A
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_command_says_how_many_queries_have_no_answer_of_their_own(
+def test_evaluate_counts_fallback_answers(
     write_graph: Callable[..., Path],
     tiny_manifest: Manifest,
     mini: Path,
@@ -388,7 +388,7 @@ def test_an_unwritable_report_is_refused(
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_the_files_of_an_evaluation_are_there_before_a_word_is_said(
+def test_evaluation_files_are_written_before_printing(
     models: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def closed(*_: Any) -> None:

@@ -109,7 +109,7 @@ def test_jsonl_has_the_same_answers_a_line_each() -> None:
     assert [json.loads(line) for line in lines] == json.loads(format_answers(ANSWERS, "json"))
 
 
-def test_csv_has_a_row_for_each_moment_and_survives_quotes_and_line_breaks() -> None:
+def test_csv_has_a_row_per_moment_and_escapes_text() -> None:
     rows = list(csv.reader(io.StringIO(format_answers(ANSWERS, "csv"))))
     assert rows[0] == ["video", "query", "rank", "start", "end", "score"]
     assert rows[1] == ["3MSZA", 'person says "hi", then\nleaves', "1", "20.0", "30.5", "0.75"]

@@ -102,7 +102,7 @@ PAIRS = [
 ]
 
 
-def test_ragged_queries_and_mixed_videos_keep_their_order_by_hand(grounder: Grounder) -> None:
+def test_mixed_query_lengths_and_videos_keep_their_order(grounder: Grounder) -> None:
     answers = grounder.ground_batch(PAIRS)
     spans = [(moments[0].start, moments[0].end) for moments in answers]
     assert spans == [(15, 30), (6.25, 10), (15, 30), (0, 12.5), (0, 1.25), (62, 64)]
@@ -254,9 +254,7 @@ class Small:
 
 
 @pytest.mark.parametrize(("room", "asked"), [(8, [5]), (3, [5, 2, 3])])
-def test_a_batch_that_does_not_fit_is_asked_in_halves_and_answered_alike(
-    room: int, asked: list[int], grounder: Grounder
-) -> None:
+def test_batch_out_of_memory_is_retried_in_halves(room: int, asked: list[int], grounder: Grounder) -> None:
     pairs = [(QUARTER, query) for query in FIVE]
     small = Small(grounder.backend, room)
     assert Grounder(small).ground_batch(pairs) == grounder.ground_batch(pairs)
@@ -274,7 +272,7 @@ def test_what_does_not_fit_in_halves_either_is_said_so(grounder: Grounder) -> No
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_on_a_gpu_the_next_batch_is_asked_while_this_one_is_decoded(planted_backend: Any, device: str) -> None:
+def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -> None:
     asked: list[threading.Event] = [threading.Event() for _ in range(3)]
 
     class Watched(planted_backend):
@@ -309,7 +307,7 @@ def test_one_batch_alone_is_asked_without_a_thread(planted_backend: Any, batch_s
     assert (threads != {threading.current_thread()}) == apart
 
 
-def test_what_fails_in_a_later_batch_on_a_gpu_is_raised_and_no_thread_is_left(planted_backend: Any) -> None:
+def test_gpu_error_in_later_batch_is_raised_without_threads(planted_backend: Any) -> None:
     class Failing(planted_backend):
         device = "cuda"
         calls = 0

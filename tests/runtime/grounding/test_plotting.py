@@ -79,9 +79,7 @@ def test_several_true_moments_share_a_line(drawn: list[Any], tmp_path: Path) -> 
     assert "2 moments  truth" in said(axes)
 
 
-def test_several_queries_have_one_line_each_on_one_axis_the_best_moment_in_full(
-    drawn: list[Any], tmp_path: Path
-) -> None:
+def test_plot_of_several_queries_has_one_row_each(drawn: list[Any], tmp_path: Path) -> None:
     draw(ANSWERS, tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     # Three lines, and one of truth; the best is drawn last, over what it overlaps.
@@ -100,7 +98,7 @@ def to_hex(bar: Any) -> str:
     return to_hex(bar.get_facecolor())
 
 
-def test_the_shortest_moment_at_an_edge_can_be_seen_and_stays_inside(drawn: list[Any], tmp_path: Path) -> None:
+def test_plot_of_shortest_edge_moment_is_visible_and_inside(drawn: list[Any], tmp_path: Path) -> None:
     draw([Answer("edges", "v", 7200.0, [Moment(0, 0, 0.9), Moment(7200, 7200, 0)])], tmp_path / "plot.png")
     first, last = bars(drawn[0].axes[0])
     assert first[0] == 0
@@ -147,7 +145,7 @@ def shade(picture: np.ndarray) -> float:
     return float(picture[height // 8 : height * 3 // 8, width * 5 // 8 : width * 7 // 8].mean())
 
 
-def test_the_strip_shows_the_middle_of_each_part_of_the_time_line(drawn: list[Any], tmp_path: Path) -> None:
+def test_frame_strip_shows_the_middle_frame_of_each_part(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
     footage = probe(films.film(tmp_path / "hall.mkv", 36, rate=10))
     draw([Answer("a", "hall", footage.duration, MOMENTS[:0])], tmp_path / "plot.png", footage)
@@ -161,7 +159,7 @@ def test_the_strip_shows_the_middle_of_each_part_of_the_time_line(drawn: list[An
         assert shade(np.asarray(image.get_array())) == pytest.approx(shown * 7, abs=4)
 
 
-def test_of_one_query_the_strip_is_bright_where_the_best_moment_is(drawn: list[Any], tmp_path: Path) -> None:
+def test_frame_strip_highlights_the_best_moment(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
     footage = probe(films.film(tmp_path / "hall.mkv", 40, rate=10))
     answers = [Answer("a", "hall", 4.0, [Moment(1, 2, 0.5)]), Answer("b", "hall", 4.0, [Moment(0, 4, 0.5)])]

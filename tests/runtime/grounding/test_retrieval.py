@@ -54,7 +54,7 @@ def test_more_videos_than_there_are_are_refused() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_scores_are_those_of_each_pair_alone_and_videos_are_read_once(
+def test_retrieval_scores_equal_single_pairs_reading_once(
     tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(ranking_module, "CHUNK", chunk)

@@ -107,7 +107,7 @@ def test_contexts_of_single_queries_stay_if_there_are_too_many(
     assert bench.library.contexts == contexts
 
 
-def test_a_device_without_memory_for_all_sizes_is_an_error_and_for_usual_sizes_a_warning(
+def test_warm_up_out_of_memory_is_error_or_warning_by_size(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     grounder, warm = Grounder(bench.whole()), TensorRTEngine.warm

@@ -88,7 +88,7 @@ def test_a_rate_that_varies_keeps_its_times(tmp_path: Path) -> None:
     assert length(tmp_path / "clip.mp4") == pytest.approx(1.5, abs=1e-3)
 
 
-def test_a_clip_lasts_as_long_as_its_moment_also_where_pictures_come_quickly_first_and_slowly_then(
+def test_clip_of_variable_rate_lasts_as_long_as_its_moment(
     tmp_path: Path,
 ) -> None:
     times = [*range(0, 1000, 40), *range(1000, 8001, 1000)]

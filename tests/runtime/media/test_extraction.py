@@ -105,7 +105,7 @@ def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeyp
     assert extraction.extract(probe(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
 
 
-def test_little_is_decoded_ahead_and_errors_come_where_they_were_made() -> None:
+def test_prefetch_is_bounded_and_raises_errors_in_order() -> None:
     made: list[int] = []
 
     def batches() -> Iterator[np.ndarray]:
@@ -326,7 +326,7 @@ def test_names_that_the_file_system_merges_are_refused(
     assert len(list((tmp_path / "data").rglob("*.npy"))) == 2
 
 
-def test_a_video_that_is_short_because_it_was_cut_off_is_named_damaged(tmp_path: Path, tiny: Path) -> None:
+def test_truncated_video_is_reported_damaged(tmp_path: Path, tiny: Path) -> None:
     whole = film(tmp_path / "whole.mkv", 60).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 6])
     with pytest.raises(VideoFileError) as refusal:
@@ -369,7 +369,7 @@ def test_extract_and_infer_refuse_a_playlist(
     assert not (tmp_path / "data").exists()
 
 
-def test_extract_refuses_a_playlist_that_an_earlier_version_extracted(
+def test_extract_rejects_previously_extracted_playlist(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = film(tmp_path / "part.mp4", 40).with_name("v.ffconcat")
@@ -453,7 +453,7 @@ def test_infer_refuses_a_bad_video_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("query", ["...", "xyzzy plugh"])
-def test_a_sentence_that_cannot_be_asked_is_refused_before_the_video_is_decoded(
+def test_invalid_query_is_rejected_before_decoding(
     tmp_path: Path, tiny: Path, tiny_model: Path, cache: Path, refused: Callable[..., GroundingError], query: str
 ) -> None:
     line = ("--model", tiny_model, "--video", film(tmp_path / "good.mkv", 20), "--extractor", tiny)
@@ -462,9 +462,7 @@ def test_a_sentence_that_cannot_be_asked_is_refused_before_the_video_is_decoded(
     assert not cache.exists()
 
 
-def test_part_of_a_truncated_video_is_taken_when_asked_and_not_for_the_whole(
-    tmp_path: Path, tiny: Path, cache: Path
-) -> None:
+def test_partial_extraction_is_not_reused_as_complete(tmp_path: Path, tiny: Path, cache: Path) -> None:
     whole = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
     path = truncated(whole, tmp_path / "cut.mp4")
     extractor = open_extractor(tiny, "cpu")
@@ -545,7 +543,7 @@ def test_times_are_those_of_players_where_pictures_begin_late(
     assert times(*told) == pytest.approx([second - 4 for second in first], abs=0.11 if form == "text" else 5e-3)
 
 
-def test_a_moment_of_a_late_film_is_cut_and_drawn_where_players_show_it(
+def test_late_start_moment_is_cut_and_drawn_in_player_time(
     tmp_path: Path, tiny: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = late_film(tmp_path / "hall.mkv")
@@ -570,7 +568,7 @@ def test_a_moment_of_a_late_film_is_cut_and_drawn_where_players_show_it(
     assert strip[-1] == pytest.approx(12 * (len(strip) - 0.5) / len(strip) - 4, abs=0.05)
 
 
-def test_an_extractor_that_does_not_fit_is_refused_before_decoding(
+def test_mismatched_extractor_is_rejected_before_decoding(
     tmp_path: Path, tiny_model: Path, refused: Callable[..., GroundingError]
 ) -> None:
     wide = write_clips(tmp_path / "wide.onnx", dataclasses.replace(CLIPS, dim=24))

@@ -95,7 +95,7 @@ def test_files_that_are_no_extractors_are_refused(tmp_path: Path, tiny_model: Pa
         open_extractor(tiny_model, "cpu")
 
 
-def test_a_manifest_that_tells_another_width_or_size_is_found_out(tmp_path: Path, clips: np.ndarray) -> None:
+def test_manifest_with_wrong_width_or_size_is_rejected(tmp_path: Path, clips: np.ndarray) -> None:
     path = write_images(tmp_path / "clip.onnx")
     description = {"format": FORMAT, **dataclasses.asdict(IMAGES), "dim": 17}
     path.with_name("clip.onnx.json").write_text(json.dumps(description))

@@ -134,7 +134,7 @@ def test_frames_that_an_edit_list_hides_are_left_out() -> None:
     assert len(parts) == 1
 
 
-def test_packets_without_a_time_are_counted_where_they_are_frames() -> None:
+def test_frame_packets_without_timestamp_are_counted() -> None:
     assert laid_out([Stamp(None, None)] * 5)[0].tolist() == rising(0, [STEP] * 5)
     # Every fourth packet has a time stamp: a frame each.
     stamps = [Stamp(time if time % 160 == 0 else None, None) for time in rising(0, [STEP] * 40)]

@@ -271,7 +271,7 @@ def test_stills_are_what_is_seen_then_and_little_else_is_decoded(
     assert len(seen) < 100
 
 
-def test_stills_of_a_rate_that_varies_and_of_a_late_start_are_those_on_then(tmp_path: Path) -> None:
+def test_frames_at_handles_variable_rate_and_late_start(tmp_path: Path) -> None:
     times = [5000, 5040, 5900, 6000, 8000]
     frames = scene(5)
     footage = probe(film(tmp_path / "odd.mkv", frames, times=times))
@@ -291,7 +291,7 @@ def test_stills_stand_upright_and_are_no_larger_than_asked(tmp_path: Path, turne
     assert np.abs(np.array(corners, int) - np.array(wanted, int)).max() < 60
 
 
-def test_the_last_frame_of_a_damaged_file_stands_for_what_is_missing(tmp_path: Path) -> None:
+def test_last_frame_fills_missing_frames_of_damaged_file(tmp_path: Path) -> None:
     whole = film(tmp_path / "whole.mp4", 100, options={"movflags": "faststart"})
     footage = probe(truncated(whole, tmp_path / "cut.mp4"))
     first, last, after = frames_at(footage, [0.0, 3.5, 3.9], 48)
@@ -629,7 +629,7 @@ def test_real_videos_have_the_frames_and_seconds_that_they_tell(
 
 
 @pytest.mark.parametrize("rate", [Fraction(1, 2), 500])
-def test_a_rate_that_no_model_is_asked_at_is_refused_before_frames_are_decoded(tmp_path: Path, rate: Any) -> None:
+def test_unsupported_frame_rate_is_rejected_before_decoding(tmp_path: Path, rate: Any) -> None:
     path = film(tmp_path / "odd.mkv", 40, rate=rate)
     with pytest.raises(VideoFileError) as caught:
         probe(path)

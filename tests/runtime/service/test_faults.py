@@ -36,7 +36,7 @@ def questions(planted: Path, offline: Grounder) -> list[tuple[dict[str, str], An
     return found
 
 
-def test_a_service_killed_under_load_starts_again_and_answers_right(
+def test_service_killed_under_load_restarts_correctly(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
 ) -> None:
     words = ("--model", model, "--data", planted, "--uploads", tmp_path)

@@ -102,7 +102,7 @@ def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypat
     assert sent_at_once
 
 
-def test_what_is_written_in_one_turn_is_one_send_and_nothing_is_lost_at_the_end() -> None:
+def test_writes_of_one_loop_turn_are_sent_together() -> None:
     class Noting:
         def __init__(self) -> None:
             self.seen: list[Any] = []
@@ -167,7 +167,7 @@ def test_a_slow_but_steady_client_is_served(hurried: int) -> None:
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_body_above_the_limit_is_refused_and_the_connection_goes_on(hurried: int, told: bool) -> None:
+def test_body_over_limit_is_rejected_keeping_the_connection(hurried: int, told: bool) -> None:
     large = b" " * 5000
     chunked = asking(large).replace(b"Content-Length: 5000", b"Transfer-Encoding: chunked")
     chunked = chunked[: -len(large)] + b"1388\r\n" + large + b"\r\n0\r\n\r\n"

@@ -218,7 +218,7 @@ def test_space_plays_and_pauses_where_it_means_nothing_else(seen: Seen) -> None:
     assert page.evaluate("document.querySelector('#player').paused")
 
 
-def test_what_is_asked_before_the_video_of_the_address_has_come_is_answered(seen: Seen) -> None:
+def test_page_answers_query_sent_before_video_loaded(seen: Seen) -> None:
     held: list[Any] = []
     seen.page.route(f"**/v1/videos/{SHOWN}", lambda route: held.append(route))
     page = seen.open(f"#video={SHOWN}")
@@ -235,7 +235,7 @@ def test_what_is_asked_before_the_video_of_the_address_has_come_is_answered(seen
 
 
 @pytest.mark.parametrize("seen", ["desk", "phone"], indirect=True)
-def test_nothing_is_wider_than_the_screen_or_too_small_for_a_finger(seen: Seen) -> None:
+def test_page_fits_the_screen_with_touchable_controls(seen: Seen) -> None:
     page = seen.open(f"#video={SHOWN}")
     for sentence in ("person opens the door", "a person is closing the door " * 3, "person opens a window"):
         seen.ask(sentence.strip())

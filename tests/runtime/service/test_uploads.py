@@ -189,7 +189,7 @@ def test_a_directory_of_very_many_entries_is_not_read(tmp_path: Path) -> None:
         read(stream.getvalue(), tmp_path / "f")
 
 
-def test_a_directory_that_is_larger_by_a_zip64_record_is_not_read(tmp_path: Path) -> None:
+def test_zip64_directory_over_limit_is_not_read(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("features.npy", npy(FEATURES))
@@ -327,7 +327,7 @@ def test_what_nobody_asks_goes_after_a_while(kept: Uploads) -> None:
     assert not old.directory.exists()
 
 
-def test_an_upload_that_is_removed_while_it_is_read_is_an_unknown_video(kept: Uploads, tmp_path: Path) -> None:
+def test_upload_removed_while_reading_is_unknown_video(kept: Uploads, tmp_path: Path) -> None:
     upload = fill(kept, 10)
     upload.features = upload.directory / "features.npy"
     np.save(upload.features, FEATURES)
@@ -532,7 +532,7 @@ def test_a_damaged_video_is_taken_where_part_of_it_is_enough(service: Running, t
     )
 
 
-def test_a_film_that_begins_late_shifts_the_moments_of_its_features(
+def test_late_start_video_shifts_feature_moments(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
 ) -> None:
     from tests.films import film

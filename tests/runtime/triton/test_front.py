@@ -70,7 +70,7 @@ def test_a_request_is_answered_as_the_model_file_answers(server: Server, direct:
     assert_alike(moments(server.infer("drn", asked(subject))), wanted)
 
 
-def test_requests_that_come_together_are_one_batch_and_keep_apart(server: Server, direct: Grounder) -> None:
+def test_concurrent_requests_are_batched_and_separated(server: Server, direct: Grounder) -> None:
     subjects = [video(40, 1), video(23, 2), video(40, 3)]
     requests = [asked(one, QUERIES[: index + 1]) for index, one in enumerate(subjects)]
     answers = server.execute("drn", requests)
@@ -92,7 +92,7 @@ def test_rows_of_a_request_are_videos(server: Server, direct: Grounder) -> None:
     assert not answer["MOMENTS"][0, :, 1:].any()
 
 
-def test_frames_are_counted_from_the_clips_where_they_are_not_told(server: Server, direct: Grounder) -> None:
+def test_missing_frame_count_is_derived_from_clips(server: Server, direct: Grounder) -> None:
     subject = video(40)
     request = asked(subject)
     del request["NUM_FRAMES"]
@@ -212,7 +212,7 @@ def test_a_network_that_does_not_answer_is_named(server: Server) -> None:
     assert refused.value.status == "INTERNAL"
 
 
-def test_the_first_request_waits_for_networks_that_are_loaded_later(
+def test_first_request_waits_for_late_networks(
     server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
@@ -229,9 +229,7 @@ def test_the_first_request_waits_for_networks_that_are_loaded_later(
     assert len(looked) > 3
 
 
-def test_a_network_that_is_never_loaded_is_not_waited_for_for_ever(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_for_missing_network_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "LOAD_SECONDS", 0.1)
     monkeypatch.setattr(server, "is_ready", lambda name, version: False)
     server.broken = "it is not ready"

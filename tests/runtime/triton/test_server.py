@@ -164,7 +164,7 @@ def test_both_protocols_answer_as_the_file(repository: Path, backends: Path, dir
         np.testing.assert_allclose(found, flat(wanted[:1]), atol=tolerances.BATCHED_SECONDS)
 
 
-def test_requests_of_different_shapes_are_joined_and_one_that_is_wrong_fails_alone(
+def test_mixed_shapes_are_joined_and_one_bad_request_fails_alone(
     graph: Path, backends: Path, tmp_path: Path, direct: Grounder
 ) -> None:
     # Long enough for all to come before the first is answered.

@@ -77,7 +77,7 @@ def test_queries_of_one_video_are_one_request(here: str, wire: Wire) -> None:
     assert inputs["QUERY"].tolist() == [[query.encode() for query in QUERIES]]
 
 
-def test_moments_of_a_video_with_an_offset_are_in_the_time_of_players(here: str, direct: Grounder) -> None:
+def test_offset_video_moments_are_in_player_time(here: str, direct: Grounder) -> None:
     subject = video(30)
     late = dataclasses.replace(subject, offset=4.0)
     wanted = direct.ground_batch([(subject, query) for query in QUERIES])
@@ -251,9 +251,7 @@ def test_evaluate_judges_what_is_served(
     assert {name for name, _ in wire.asked} == {"drn_network"}
 
 
-def test_a_model_that_can_say_that_nothing_fits_says_so_when_served(
-    graph: Path, tmp_path: Path, direct: Grounder
-) -> None:
+def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grounder) -> None:
     import dataclasses
 
     import onnx

@@ -175,7 +175,7 @@ def test_full_size_network_has_the_published_losses(full_shapes: Path, recipe: M
 # Worked by hand.
 
 
-def test_location_is_positive_strictly_inside_its_moment_and_within_its_level() -> None:
+def test_positive_locations_lie_inside_moment_and_level_range() -> None:
     # From 8 to 14 segments: six long, so at most 6 away on level 0 and at least 5.6 on level 1.
     positive, distances = targets(torch.tensor([[0.25, 14 / 32]]), PUBLISHED)
     assert locations(PUBLISHED)[positive[0]].tolist() == [8.5, 9.5, 10.5, 11.5, 12.5, 13.5]

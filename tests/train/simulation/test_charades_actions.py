@@ -13,7 +13,7 @@ def test_confusable_classes_are_neighbors_in_the_numbering() -> None:
     assert _confusable_classes(classes, "c100") == []
 
 
-def test_every_charades_sta_moment_that_ends_after_its_start_is_an_action_interval(real_data: Path) -> None:
+def test_every_valid_charades_sta_moment_is_an_action_interval(real_data: Path) -> None:
     plan = charades_plan(real_data / "charades_sta", None, 0)
     assert len(plan.scenarios) == 6672
     assert plan.contents["moments"] == {"train": 12408, "test": 3720}

@@ -79,7 +79,7 @@ def test_noise_is_remembered_for_about_a_second() -> None:
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
-def test_a_linear_probe_tells_what_is_opened_better_when_it_is_easier(difficulty: str) -> None:
+def test_linear_probe_accuracy_follows_difficulty(difficulty: str) -> None:
     """Nearest class mean on unseen videos: which of two actions is under way."""
     expected = {"easy": (0.93, 1.0), "medium": (0.72, 0.97), "hard": (0.6, 0.93)}[difficulty]
     plan = synthetic_plan(2, 0)

@@ -120,9 +120,7 @@ def test_a_query_with_several_moments_trains_once_for_each(tmp_path: Path) -> No
     assert (checkpoint.config.num_segments, checkpoint.features.window) == (64, 60)
 
 
-def test_pooled_features_from_hdf5_are_those_from_files_and_are_made_anew_with_the_file(
-    simulated: tuple[str, DataSet], tmp_path: Path
-) -> None:
+def test_pooled_hdf5_features_equal_files_and_refresh(simulated: tuple[str, DataSet], tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
     _, files = simulated
     root = tmp_path / "archive"
@@ -149,7 +147,7 @@ def test_pooled_features_from_hdf5_are_those_from_files_and_are_made_anew_with_t
     np.testing.assert_array_equal(doubled.features, 2 * wanted.features)
 
 
-def test_hdf5_without_the_video_stops_training_before_anything_is_written(
+def test_missing_hdf5_video_fails_before_writing(
     tmp_path: Path,
 ) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")

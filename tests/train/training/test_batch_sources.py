@@ -117,7 +117,7 @@ def test_stems_that_do_not_fit_are_left_and_that_is_said(
     assert records(caplog, logging.INFO, "Stage 2", len(training))
 
 
-def test_only_stage_2_has_a_frozen_stem_and_nothing_of_it_learns_there(model: DRN) -> None:
+def test_stage_2_alone_freezes_the_stem(model: DRN) -> None:
     assert [stage.freezes_stem for stage in RECIPES["mmaction2"].stages] == [False, True, False]
     Stage(2, 1e-5, 1).freeze(model)
     stem = ("query_encoder.", "qInput.", "prop_fc.", "position_transform.", "backbone_net.layers.0.0.")

@@ -61,7 +61,7 @@ def test_cache_holds_what_pooling_each_video_gives(
         np.testing.assert_array_equal(found.spans, wanted.spans)
 
 
-def test_published_layout_is_read_as_the_published_loader_reads_it(golden: Path, tmp_path: Path) -> None:
+def test_published_layout_equals_published_loader(golden: Path, tmp_path: Path) -> None:
     data_set, wanted = DataSet(golden / "mini"), np.load(golden / "dataset_mini.npz")
     annotations = data_set.annotations("train", invalid="keep")
     pooled = fill(data_set, sorted({annotation.video for annotation in annotations}), tmp_path)
@@ -93,9 +93,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed(data_set: DataSet, videos: list[s
         assert cached.read_bytes() == content
 
 
-def test_cache_is_made_anew_when_content_changes_and_size_and_time_do_not(
-    data_set: DataSet, videos: list[str], tmp_path: Path
-) -> None:
+def test_cache_is_rebuilt_on_content_change_of_same_size(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
     path = data_set.feature_path(videos[3])
     stat, features = path.stat(), np.load(path)
@@ -130,9 +128,7 @@ def test_cache_is_made_anew_when_a_feature_file_changes(data_set: DataSet, video
     assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
 
 
-def test_cache_is_made_anew_for_other_videos_segments_and_frame_counts(
-    data_set: DataSet, videos: list[str], tmp_path: Path
-) -> None:
+def test_cache_is_rebuilt_for_other_inputs(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     fill(data_set, videos, tmp_path / "cache")
     fill(data_set, videos[1:], tmp_path / "cache")
     fill(data_set, videos, tmp_path / "cache", num_segments=16)
@@ -184,9 +180,7 @@ def test_missing_features_are_named(data_set: DataSet, videos: list[str], tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
-def test_unwritable_cache_is_an_output_error_that_names_the_option(
-    data_set: DataSet, videos: list[str], tmp_path: Path
-) -> None:
+def test_unwritable_cache_error_names_the_option(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a directory should be")
     with raises(OutputError, "unwritable_output", "--cache", tmp_path / "cache"):
         fill(data_set, videos, tmp_path / "cache")
@@ -255,7 +249,7 @@ class Placed(Counted):
 
 @given(st.lists(st.integers(0, 5), min_size=12, max_size=60), st.integers(1, 30), st.integers(1, 3), st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
-def test_mismatched_pairs_ask_other_videos_whatever_the_number_of_processes(
+def test_mismatched_pairs_do_not_depend_on_process_count(
     video_rows: list[int], count: int, processes: int, seed: int
 ) -> None:
     data = Placed([*video_rows, 6])

@@ -91,7 +91,7 @@ def _is_noise(name: str) -> bool:
     return name.endswith(("W1.bias", *before_batch_norm))
 
 
-def test_published_way_of_several_processes_and_the_authors_slips_run_too(
+def test_published_distributed_and_authors_recipes_run(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     sizes = {**tiny_sizes, "epochs": (1,), "batch_size": 4}
@@ -161,7 +161,7 @@ class Meeting(Processes):
             others.pop()()
 
 
-def test_slow_process_does_not_take_the_leaders_run_for_an_older_one(tmp_path: Path) -> None:
+def test_slow_process_accepts_the_rank_zero_run(tmp_path: Path) -> None:
     recipe = RECIPES["mmaction2"]
     settings = TrainingSettings("mmaction2", recipe.stages, 4, 5.0, LossOptions(), "fp32", 0, False, 2, True)
     inputs = TrainingInputs(None, None, [], Vocabulary({"a": 1}), Features(), Decoding())  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_warm_up_of_one_epoch_is_none() -> None:
     assert dataclasses.replace(Stage(1, 1e-3, 3), warmup_epochs=2).learning_rate_at(0) == pytest.approx(1e-4)
 
 
-def test_stage_2_leaves_all_but_the_iou_head_bit_for_bit_and_moves_statistics(short_run: Path) -> None:
+def test_stage_2_changes_only_iou_head_and_statistics(short_run: Path) -> None:
     before = load_checkpoint(short_run / "stage1" / "best.pt").weights
     after = load_checkpoint(short_run / "stage2" / "best.pt").weights
     parameters = {name for name, _ in DRN(load_checkpoint(short_run / "drn.pt").config).named_parameters()}
@@ -76,7 +76,7 @@ def test_stage_2_leaves_all_but_the_iou_head_bit_for_bit_and_moves_statistics(sh
     assert changed >= buffers
 
 
-def test_stage_1_leaves_the_iou_head_and_stage_3_moves_everything(short_run: Path) -> None:
+def test_stage_1_skips_iou_head_and_stage_3_trains_all(short_run: Path) -> None:
     weights = [load_checkpoint(short_run / f"stage{number}" / "best.pt").weights for number in (1, 2, 3)]
     names = {name for name, _ in DRN(load_checkpoint(short_run / "drn.pt").config).named_parameters()}
     fresh = fresh_model(load_checkpoint(short_run / "drn.pt").config, seed=0).state_dict()

@@ -219,7 +219,7 @@ def test_same_seed_same_run_and_another_seed_another(
     assert history(tmp_path / "other")[0]["loss_matching"] != history(short_run)[0]["loss_matching"]
 
 
-def test_each_stage_starts_from_the_best_of_the_one_before_not_the_last(
+def test_stage_starts_from_best_of_previous_stage(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.9, 0.1, 0.2, 0.2, 0.3])
@@ -241,7 +241,7 @@ def test_each_stage_starts_from_the_best_of_the_one_before_not_the_last(
 
 
 @pytest.mark.parametrize("validate_on", ["test", "held-out"])
-def test_history_says_what_the_runtime_says_of_the_same_checkpoint(
+def test_history_equals_runtime_evaluation(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, validate_on: Any
 ) -> None:
     raw = load_checkpoint(short_run / "drn.pt")
@@ -364,7 +364,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
     assert_same_run(short_run, run)
 
 
-def test_run_with_negatives_resumes_to_the_same_bits_and_asks_them_where_they_teach(
+def test_run_with_negatives_resumes_bit_exactly(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int, int]] = []
@@ -468,9 +468,7 @@ def test_resuming_under_another_setting_is_refused_naming_it(
     assert files(short_run) == before
 
 
-def test_fewer_epochs_are_named_also_where_another_stage_has_more(
-    short_run: Path, planted: Path, tiny_sizes: dict[str, Any]
-) -> None:
+def test_fewer_epochs_in_one_stage_are_reported(short_run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
     with raises(OutputError, "settings_mismatch", short_run, "stage 1", "epochs", 2, 1):
         run_training(planted, short_run, resume=True, **{**tiny_sizes, "epochs": (1, 2, 1)})
 
@@ -495,7 +493,7 @@ def test_train_diverging_names_learning_rate(
         run_training(planted, tmp_path / "run", validate_on=validate_on, **sizes)
 
 
-def test_train_validation_sentence_of_unknown_words_is_a_miss_and_named(
+def test_validation_query_of_unknown_words_counts_as_miss(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
@@ -528,7 +526,7 @@ def test_damaged_state_of_a_run_is_named(
 # Learning.
 
 
-def test_tiny_network_learns_a_made_up_data_set_through_all_three_stages(tmp_path: Path) -> None:
+def test_tiny_network_learns_synthetic_data_in_three_stages(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     # With half as many videos the margins depend on the rounding of a machine's kernels. With 640, over three seeds and
     # with ATEN_CPU_CAPABILITY=default, mIoU is at least 0.14 and recall 0.33 above the best floor.

@@ -84,7 +84,7 @@ def test_directories_are_made(tmp_path: Path) -> None:
     assert content(tmp_path / "a" / "b") == {"report.txt": "text"}
 
 
-def test_a_written_file_can_be_read_by_others_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+def test_written_file_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "report.txt", "text")
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_json_is_named_with_its_purpose(tmp_path: Path, text: 
         read_json(tmp_path / "table.json", "video to seconds")
 
 
-def test_a_missing_or_unreadable_json_file_is_named_in_the_class_asked_for(tmp_path: Path) -> None:
+def test_unreadable_json_raises_the_requested_class(tmp_path: Path) -> None:
     with raises(ModelFileError, "missing_file", tmp_path / "gone.json"):
         read_json(tmp_path / "gone.json", "ranges", ModelFileError)
     with raises(ModelFileError, "unreadable_file", tmp_path, "ranges", os.strerror(errno.EISDIR)):
@@ -187,7 +187,7 @@ def test_a_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
     assert sha256(tmp_path / "plan") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_trial_write_changes_nothing_and_names_what_cannot_be_written(tmp_path: Path) -> None:
+def test_check_writable_changes_nothing_and_names_the_path(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     check_writable(path)
     assert content(tmp_path) == {}
@@ -225,7 +225,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
         check_writable(tmp_path / "same.onnx", tmp_path / "model.onnx")
 
 
-def test_directories_made_for_a_file_that_did_not_come_about_are_gone(tmp_path: Path) -> None:
+def test_failed_write_removes_created_directories(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a" / "b" / "report.json"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +233,7 @@ def test_directories_made_for_a_file_that_did_not_come_about_are_gone(tmp_path: 
     assert (tmp_path / "a" / "b" / "report.json").is_file()
 
 
-def test_staged_files_take_their_places_together_and_leave_nothing_else(tmp_path: Path) -> None:
+def test_staged_files_are_committed_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     with Staging() as staging:
         for name in ("a.txt", "b.txt", "draft.txt"):
@@ -460,7 +460,7 @@ def test_files_of_other_names_are_never_removed(name: str, tmp_path: Path) -> No
     assert content(tmp_path) == {"report.json": "text", name: "mine"}
 
 
-def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+def test_foreign_temporary_files_are_removed_after_a_day(tmp_path: Path) -> None:
     file, directory = tmp_path / ".drn-01234567-abcdefgh-report.json", tmp_path / ".drn-01234567-hgfedcba"
     file.write_text("half")
     directory.mkdir()
@@ -535,7 +535,7 @@ def test_settled_files_belong_together_despite_a_signal(tmp_path: Path, monkeypa
     assert content(tmp_path) == {"a": "new", "b": "new", "c": "new"}
 
 
-def test_directories_made_for_staged_files_that_were_not_settled_are_gone(tmp_path: Path) -> None:
+def test_uncommitted_staging_removes_created_directories(tmp_path: Path) -> None:
     with Staging() as staging:
         staging.path(tmp_path / "a" / "b" / "report.json").write_text("text")
     assert not list(tmp_path.iterdir())
@@ -626,9 +626,7 @@ def test_locks_and_temporary_files_do_not_count_as_content(tmp_path: Path) -> No
     assert content_names(tmp_path / "none") == []
 
 
-def test_directory_that_another_process_removes_meanwhile_is_created_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrently_removed_directory_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, removals = atomic_files._sweep, [1, 1]
 
     def removed(directory: Path) -> None:
