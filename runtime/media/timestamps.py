@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -102,11 +103,13 @@ def split(
         # A demuxer that estimates it puts it after the time of showing where time stamps restart.
         dts = stamp.dts if stamp.dts is not None and stamp.dts <= time else None
         run = runs[-1] if runs else None
+        following = stamps[number + 1 : number + 1 + BACK_FRAMES]
         if (
             run is None
             or (stamp.is_key and time < run.end - SLACK / unit)
-            or run.ahead(time, dts) < -back
-            or (run.ahead(time, dts) > jump and not _is_gap(run.end, time, sounds))
+            or run.restarts(dts, back)
+            or (time < run.start - jump and _jumps(time, run.start, following, jump, sounds))
+            or (time > run.end + jump and _jumps(run.end, time, following, jump, sounds))
         ):
             runs.append(_Run(number, time, time))
         runs[-1].add(time, dts)
@@ -128,11 +131,9 @@ class _Run:
     decoded: int | None = None
     times: list[int] = dataclasses.field(default_factory=list)
 
-    def ahead(self, time: int, dts: int | None) -> int:
-        """Return the ticks from the packets so far to another, in the order of decoding where that is known."""
-        if dts is not None and self.decoded is not None:
-            return dts - self.decoded
-        return max(0, time - self.end)
+    def restarts(self, dts: int | None, back: float) -> bool:
+        """Return whether a packet is decoded more than `back` ticks before the packets so far."""
+        return dts is not None and self.decoded is not None and dts < self.decoded - back
 
     def add(self, time: int, dts: int | None) -> None:
         self.start, self.end = min(self.start, time), max(self.end, time)
@@ -156,9 +157,24 @@ def _joined(runs: Sequence[_Run], step: float, frame_ticks: float) -> Iterator[P
             shift += round(run.start + length) - following.start
 
 
-def _is_gap(end: int, time: int, sounds: np.ndarray) -> bool:
-    low, high = (end + share * (time - end) for share in MIDDLE)
-    return bool(np.searchsorted(sounds, high) > np.searchsorted(sounds, low))
+def _jumps(start: int, end: int, following: Sequence[Stamp], jump: float, sounds: np.ndarray) -> bool:
+    """Return whether the clock jumps between two times, in ticks.
+
+    Frames are decoded in another order than they are shown in, so that those in between may follow.
+
+    Args:
+        start, end: the times.
+        following: the packets after those of the two times, as many as decoders reorder.
+        jump: ticks between two frames that are a jump, unless the pictures alone have a gap.
+        sounds: rising times of the packets of other streams.
+    """
+    # Frames after the next key frame are shown after all of these.
+    reordered = [stamp.time for stamp in itertools.takewhile(lambda stamp: not stamp.is_key, following)]
+    times = sorted({start, end, *(time for time in reordered if time is not None and start < time < end)})
+    last, first = max(zip(times, times[1:]), key=lambda pair: pair[1] - pair[0])
+    low, high = (last + share * (first - last) for share in MIDDLE)
+    is_gap = np.searchsorted(sounds, high) > np.searchsorted(sounds, low)
+    return first - last > jump and not is_gap
 
 
 def shown_times(stamps: Sequence[Stamp], parts: Sequence[Part], frame_ticks: float) -> np.ndarray:

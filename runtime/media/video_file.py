@@ -391,10 +391,10 @@ def _truncation(container: Any, stream: Any, packets: Packets, parts: Sequence[P
         return "consists of several files, of which FFmpeg does not read the last"
     # Some containers count from the first frame and some from zero, so that only an end before both is too early.
     container_seconds = (container.duration or 0) / 1e6
-    if len(parts) < 2 and 0 < packets.reached < container_seconds - max(
-        MAX_SECONDS, (1 - MIN_FRAMES) * container_seconds
-    ):
-        return f"is cut off: it says {container_seconds:.1f} s and ends after {packets.reached:.1f} s"
+    # The clock of MPEG-TS starts again after 26.5 h, and FFmpeg counts what comes before that from below zero.
+    reached = packets.reached - min(0.0, (container.start_time or 0) / 1e6)
+    if len(parts) < 2 and 0 < reached < container_seconds - max(MAX_SECONDS, (1 - MIN_FRAMES) * container_seconds):
+        return f"is cut off: it says {container_seconds:.1f} s and ends after {reached:.1f} s"
     return ""
 
 

@@ -106,6 +106,25 @@ def test_a_jump_of_ten_hours_is_none_in_any_container() -> None:
         assert found[-1] == 99 * STEP
 
 
+@pytest.mark.parametrize("reordered", [1, 3])
+def test_frames_decoded_before_a_jump_and_shown_after_it_are_no_gap(reordered: int) -> None:
+    times = [*rising(0, [STEP] * 50), *rising(36_000_000, [STEP] * 51)]
+    for broadcast in (True, False):
+        found, _ = laid_out(coded(times, reordered), broadcast=broadcast)
+        assert found[-1] - found[0] == pytest.approx(100 * STEP, abs=2 * STEP * reordered)
+        assert len(found) == 101
+
+
+@pytest.mark.parametrize("number", [0, 10, 41, 99])
+@pytest.mark.parametrize("wrong", [-47_000_000, 47_000_000])
+def test_one_wrong_time_of_showing_does_not_lengthen_the_video(number: int, wrong: int) -> None:
+    stamps = coded(rising(50_000_000, [STEP] * 100), 3)
+    stamps[number] = stamps[number]._replace(pts=50_000_000 + wrong)
+    found, _ = laid_out(stamps, broadcast=True)
+    assert len(found) == 100
+    assert found[-1] - found[0] < 110 * STEP
+
+
 @pytest.mark.parametrize(("seconds", "broadcast", "stays"), [(8, True, True), (30, True, False), (3600, False, True)])
 def test_a_picture_that_stays_on_is_told_from_a_jump(seconds: int, broadcast: bool, stays: bool) -> None:
     times = [*rising(0, [STEP] * 50), *rising(2000 + 1000 * seconds, [STEP] * 50)]

@@ -462,6 +462,12 @@ def test_a_jump_of_ten_hours_is_not_waited_for(tmp_path: Path, name: str) -> Non
     assert np.abs(found.astype(int) - frames).mean() < 12
 
 
+def test_mpeg_ts_whose_clock_starts_again_is_whole(tmp_path: Path) -> None:
+    # 33 bits at 90 kHz end after 95,443.7 s.
+    found = probe(film(tmp_path / "a.ts", 150, options={"output_ts_offset": "95440"}))
+    assert (found.num_frames, found.damage, found.offset) == (150, "", 0)
+
+
 def test_a_picture_that_stays_on_for_half_a_minute_stays(tmp_path: Path) -> None:
     times = [*range(0, 1000, 40), *range(31_000, 32_000, 40)]
     for name in ("still.mkv", "still.mp4"):
