@@ -414,7 +414,7 @@ def _read_triton_request(directory: Path, path: Path) -> object:
         ),
         _about=FrontConfig(manifest(), "drn"),
         _grounder=Grounder(_Network()),
-        _kept=front._VideoLru(front.KEPT_BYTES),
+        _videos=front._VideoCache(front.MAX_CACHED_BYTES),
         _waits=False,
     )
     (response,) = model.execute([types.SimpleNamespace(request_id=lambda: "")])

@@ -15,7 +15,7 @@ from calib.graph.split_model import pair_paths
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options
 from export.engine.engine_part import short_query_engine_path
-from export.engine.profiles import MinOptMax, Profile, Unrolling, check_ranges, profiles
+from export.engine.profiles import Profile, SizeRange, Unrolling, check_ranges, profiles
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
 from runtime.backends.base import MAX_THREADS
@@ -260,7 +260,7 @@ class BuildConfig:
         check_options(options)
 
     def early_profiles(
-        self, batch: MinOptMax, query_length: MinOptMax | None, keep: Sequence[str] = ()
+        self, batch: SizeRange, query_length: SizeRange | None, keep: Sequence[str] = ()
     ) -> tuple[list[Profile], Manifest] | None:
         """Return the optimization profiles, and the manifest that they follow from; None where both are known only
         after a published file is converted.

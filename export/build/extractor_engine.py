@@ -23,12 +23,13 @@ from export.build.reduced_precision import ConversionOptions, convert_precision
 from export.engine.builder import BuildOptions, runs_here
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import build_part, mark_rejected
-from export.engine.profiles import MinOptMax, Profile
+from export.engine.profiles import Profile, SizeRange
 from export.tracing.synthetic_clips import synthetic_clips
 from export.tracing.torch_check import open_session
 from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
+from runtime.backends.batch_shapes import MinOptMax
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, GroundingError
 from runtime.core.io.atomic_files import Staging, locked, write_json
@@ -99,7 +100,7 @@ def extractor_file_kind(model: Path) -> str | None:
 def build_extractor(
     job: BuildConfig,
     options: BuildOptions,
-    batch: MinOptMax,
+    batch: SizeRange,
     keep: tuple[str, ...],
     cache: Path | None,
     threads: int | None,
@@ -115,7 +116,7 @@ def build_extractor(
     validate_keep_modules(graph, job.precision, keep)
     shape = manifest.window, *manifest.crop, 3
     smallest, best, largest = ((size, *shape) for size in batch)
-    profile = Profile("clips", batch, (1, 1, 1), {"clips": (smallest, best, largest)})
+    profile = Profile("clips", MinOptMax(*batch), MinOptMax(1, 1, 1), {"clips": (smallest, best, largest)})
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, given_output=staging.path(job.output))
         try:

@@ -73,7 +73,7 @@ class BuiltPart:
 
 
 def _longest_query(part: EnginePart) -> int:
-    return max(profile.query_length[2] for profile in part.profiles)
+    return max(profile.query_length.max for profile in part.profiles)
 
 
 def build_part(

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from runtime.artifacts.manifest import Manifest
+from runtime.backends.batch_shapes import MinOptMax
 from runtime.core.errors import QueryError, ShapeError
 from runtime.datasets.dataset import DataSet
 from runtime.datasets.presets import length_quantiles, length_quantiles_of, query_length_of
 
-# Smallest, best and largest.
-MinOptMax = tuple[int, int, int]
 Shape = tuple[int, ...]
+# As commands take MIN OPT MAX.
+SizeRange = tuple[int, int, int]
 
-DEFAULT_BATCH: MinOptMax = (1, 8, 32)
+DEFAULT_BATCH = MinOptMax(1, 8, 32)
 DEFAULT_CACHED_VIDEOS = 64
 """Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
 MOST_ENCODED = 8
@@ -42,11 +43,10 @@ class Profile:
 
 def default_query_lengths(manifest: Manifest) -> MinOptMax:
     """Return the query lengths an engine is made for where none are asked for: its data set's, as far as they go."""
-    shortest, usual, longest = (min(length, manifest.max_query_length) for length in query_length_of(manifest.training))
-    return shortest, usual, longest
+    return MinOptMax(*(min(length, manifest.max_query_length) for length in query_length_of(manifest.training)))
 
 
-def profiles(batch: MinOptMax, query_length: MinOptMax | None, manifest: Manifest) -> list[Profile]:
+def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifest) -> list[Profile]:
     """Return the optimization profiles of a domain: one for a single query, one for 2 to the largest batch.
 
     A kernel chosen for 32 queries is seldom the best for one, so a domain that holds both gets a profile for each.
@@ -54,20 +54,20 @@ def profiles(batch: MinOptMax, query_length: MinOptMax | None, manifest: Manifes
     Raises:
         ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
     """
-    query_length = query_length or default_query_lengths(manifest)
+    query_length = MinOptMax(*(query_length or default_query_lengths(manifest)))
     check_ranges(batch, query_length)
-    if query_length[2] > manifest.max_query_length:
+    if query_length.max > manifest.max_query_length:
         raise ShapeError(
-            f"--query-length asks for up to {query_length[2]} tokens and this model was exported for at most "
-            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length[2]}.",
+            f"--query-length asks for up to {query_length.max} tokens and this model was exported for at most "
+            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length.max}.",
             code="query_length_out_of_range",
         )
     smallest, best, largest = batch
     if smallest > 1 or largest == 1:
-        return [_profile("batch", batch, query_length, manifest)]
-    several = (2, max(best, 2), largest)
+        return [_profile("batch", MinOptMax(*batch), query_length, manifest)]
+    several = MinOptMax(2, max(best, 2), largest)
     return [
-        _profile("one query", (1, 1, 1), query_length, manifest),
+        _profile("one query", MinOptMax(1, 1, 1), query_length, manifest),
         _profile("several queries", several, query_length, manifest),
     ]
 
@@ -88,7 +88,8 @@ def part_profiles(
     if part == "video":
         most = min(videos, MOST_ENCODED)
         features = tuple((size, segments, width) for size in (1, min(2, most), most))
-        return [Profile("videos", (1, min(2, most), most), (1, 1, 1), {"segment_features": _trio(features)})]
+        batch = MinOptMax(1, min(2, most), most)
+        return [Profile("videos", batch, MinOptMax(1, 1, 1), {"segment_features": _trio(features)})]
     retained = {
         "encoded_features": _trio([(size, encoded_dim, segments) for size in (1, videos, videos)]),
         "segment_spans": _trio([(size, segments, 2) for size in (1, videos, videos)]),
@@ -112,7 +113,7 @@ def with_fixed_query_length(profile: Profile, tokens: int) -> Profile:
     smallest, best, largest = profile.batch
     return dataclasses.replace(
         profile,
-        query_length=(tokens, tokens, tokens),
+        query_length=MinOptMax(tokens, tokens, tokens),
         shapes={**profile.shapes, "query_tokens": ((smallest, tokens), (best, tokens), (largest, tokens))},
     )
 
@@ -123,8 +124,8 @@ def one_profile(several: Sequence[Profile]) -> list[Profile]:
         return list(several)
     first, last = several[0], several[-1]
     shapes = {name: (first.shapes[name][0], best, largest) for name, (_, best, largest) in last.shapes.items()}
-    batch = (first.batch[0], *last.batch[1:])
-    length = (first.query_length[0], *last.query_length[1:])
+    batch = last.batch._replace(min=first.batch.min)
+    length = last.query_length._replace(min=first.query_length.min)
     return [Profile("all queries", batch, length, shapes)]
 
 
@@ -234,15 +235,15 @@ def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     return smallest, best, largest
 
 
-def check_ranges(batch: MinOptMax, query_length: MinOptMax | None) -> None:
+def check_ranges(batch: SizeRange, query_length: SizeRange | None) -> None:
     """Raise ShapeError for a range that does not rise or starts below 1."""
     _check("--batch", batch)
     if query_length is not None:
         _check("--query-length", query_length)
 
 
-def _check(flag: str, domain: MinOptMax) -> None:
-    smallest, best, largest = domain
+def _check(flag: str, sizes: SizeRange) -> None:
+    smallest, best, largest = sizes
     if not 1 <= smallest <= best <= largest:
         raise ShapeError(
             f"{flag} takes MIN OPT MAX with 1 <= MIN <= OPT <= MAX, and {smallest} {best} {largest} was given.",

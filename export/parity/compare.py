@@ -7,6 +7,7 @@ two models that differ in ten answers differ by those ten.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -35,6 +36,7 @@ from runtime.core.decoding import Protocol, score_proposals_with_fallback
 from runtime.core.errors import AnnotationError, ModelFileError
 from runtime.core.metrics import best_iou, is_hit, prior_report, recall_name, report
 from runtime.core.moments import Moment, temporal_iou, to_moments
+from runtime.core.prefetch import prefetch
 from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
 from runtime.grounding.evaluation import (
     Chunk,
@@ -199,12 +201,10 @@ def _answers(
     """
     gathered = [_empty_heads(model, len(annotations)) for model in models]
     answered: Counter[str] = Counter()
-    waiting = chunks(models[0], data_set, annotations)
-    with ThreadPoolExecutor(len(models) + 1) as pool:
-        # The next videos are read while these are asked about.
-        upcoming = pool.submit(next, waiting, None)
-        while (chunk := upcoming.result()) is not None:
-            upcoming = pool.submit(next, waiting, None)
+    # The videos of the next chunk are read while the models run on this one.
+    waiting = contextlib.closing(prefetch(chunks(models[0], data_set, annotations)))
+    with ThreadPoolExecutor(len(models)) as pool, waiting as ready:
+        for chunk in ready:
 
             def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
                 return list(run_chunk(model, chunk, batch_size))

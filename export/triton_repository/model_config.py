@@ -14,14 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 import runtime.triton
-from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MOST_ENCODED, MinOptMax
+from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MOST_ENCODED
 from runtime.artifacts.engine_metadata import Sidecar, read_sidecar
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
 from runtime.backends import engine_compatibility, triton_protocol
+from runtime.backends.batch_shapes import MinOptMax, padded_length
 from runtime.backends.onnxruntime_backend import locate_part
 from runtime.backends.tensorrt_backend import locate_video_part
-from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig, padded_length
+from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, excerpt
 from runtime.core.io.digests import sha256
@@ -52,7 +53,7 @@ class ServingOptions:
 
     name: str = "drn"
     device: Kind = "auto"
-    batch: int = DEFAULT_BATCH[2]
+    batch: int = DEFAULT_BATCH.max
     instances: int = 2
     wait_ms: float = 1.0
     threads: int | None = None
@@ -165,7 +166,9 @@ def _read_graph(path: Path, serving: ServingOptions) -> SourceModel:
         )
     longest = manifest.max_query_length
     # Eight words are usual in every data set that DRN is trained on.
-    source = SourceModel(manifest, (1, min(8, serving.batch), serving.batch), (1, min(8, longest), longest), path)
+    source = SourceModel(
+        manifest, MinOptMax(1, min(8, serving.batch), serving.batch), MinOptMax(1, min(8, longest), longest), path
+    )
     if manifest.part == "whole":
         return source
     ((name, digest),) = manifest.video_part.items()
@@ -183,8 +186,10 @@ def _read_engine(path: Path) -> SourceModel:
             "`python -m export.build_engine --target tensorrt`, or serve its graph.",
             code="target_unsupported",
         )
-    batch, query_length = (_over_profiles(content, name) for name in ("batch", "query_length"))
-    longest = min(query_length[2], manifest.max_query_length)
+    batch, query_length = (
+        MinOptMax.covering(profile[name] for profile in content["profiles"]) for name in ("batch", "query_length")
+    )
+    longest = min(query_length.max, manifest.max_query_length)
     manifest = dataclasses.replace(manifest, max_query_length=longest)
     source = SourceModel(manifest, batch, query_length, path, profiles=(len(content["profiles"]), 1))
     if manifest.part == "whole":
@@ -211,12 +216,6 @@ def _check_part(path: Path, manifest: Manifest) -> None:
             f"{path} is one part of a model ({manifest.part}); give the query part (its name holds .query.).",
             code="model_part",
         )
-
-
-def _over_profiles(content: Mapping[str, Any], name: str) -> MinOptMax:
-    """Return a range over all profiles of an engine; where there is one for a single query, the last knows the best."""
-    ranges = [profile[name] for profile in content["profiles"]]
-    return min(low for low, _, _ in ranges), ranges[-1][1], max(high for _, _, high in ranges)
 
 
 def _most_together(video: Sidecar) -> int:
@@ -249,7 +248,7 @@ def build_models(source: SourceModel, serving: ServingOptions) -> list[TritonMod
         if isinstance(path, Path)
     }
     about = FrontConfig(
-        source.manifest, network, video, source.batch[2], source.videos, source.encoded_together, files
+        source.manifest, network, video, source.batch.max, source.videos, source.encoded_together, files
     )  # fmt: skip
     return [*networks, _front(about, serving)]
 
@@ -312,9 +311,9 @@ def _single_model(source: SourceModel, serving: ServingOptions, name: str) -> Tr
         # The network itself sees lengths of shape (B,).
         {"batch_size": batch, "input": _dims({**shapes(length), "query_length": ()})}
         for batch in sorted({1, best, most})
-        for length in padded_lengths(source.query_length[2])
+        for length in padded_lengths(source.query_length.max)
     ]
-    warmup = _warmup_values(source, shapes(padded_length(source.query_length[1], source.query_length[2])))
+    warmup = _warmup_values(source, shapes(padded_length(source.query_length.opt, source.query_length.max)))
     config = {
         **_network(source, serving, name, source.path, source.profiles[0]),
         "max_batch_size": most,
@@ -361,9 +360,9 @@ def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) 
     graphs = [
         {"batch_size": 0, "input": _dims(shapes(batch, length))}
         for batch in sorted({1, best, most})
-        for length in padded_lengths(source.query_length[2])
+        for length in padded_lengths(source.query_length.max)
     ]
-    warmup = _warmup_values(source, shapes(1, padded_length(source.query_length[1], source.query_length[2])))
+    warmup = _warmup_values(source, shapes(1, padded_length(source.query_length.opt, source.query_length.max)))
     query_config = {
         **_network(source, serving, query, source.path, source.profiles[0]),
         "max_batch_size": 0,

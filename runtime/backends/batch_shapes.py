@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.core.errors import ShapeError
 
-Range = tuple[int, int, int]
 Shape = tuple[int, ...]
 
 # TensorRT requires every tensor to begin at a multiple of this.
@@ -36,19 +36,34 @@ AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
+class MinOptMax(NamedTuple):
+    """The sizes of one axis between which an engine works, and the size that it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    @classmethod
+    def covering(cls, ranges: Iterable[Sequence[int]]) -> MinOptMax:
+        """Return the range over several profiles. The last profile has the optimum: an earlier one may be for one
+        query alone."""
+        minima, optima, maxima = zip(*ranges)
+        return cls(min(minima), optima[-1], max(maxima))
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizationProfile:
     """One optimization profile of an engine.
 
     Attributes:
         index: its number in the engine.
-        ranges: smallest, best and largest of `batch`, `query_length` and `video`, those that the engine has.
+        ranges: of `batch`, `query_length` and `video`, those that the engine has.
         tails: for each input the sizes that are fixed.
         fixed: axes that are always as large as they can be (the videos kept on the device).
     """
 
     index: int
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, MinOptMax]
     tails: Mapping[str, Shape]
     fixed: frozenset[str] = frozenset()
 
@@ -58,10 +73,11 @@ class OptimizationProfile:
         for axis, (smallest, _, largest) in self.ranges.items():
             if sizes[axis] > largest:
                 return None
-            expected = largest if axis in self.fixed else bucket(max(sizes[axis], smallest))
-            if axis == "query_length":
-                expected = max(expected, MIN_PADDED_LENGTH)
-            results[axis] = min(expected, largest)
+            size = max(sizes[axis], smallest)
+            if axis in self.fixed:
+                results[axis] = largest
+            else:
+                results[axis] = padded_length(size, largest) if axis == "query_length" else min(bucket(size), largest)
         return results
 
     def shapes(self, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -69,7 +85,7 @@ class OptimizationProfile:
         return {name: (*(sizes[axis] for axis in free), *self.tails[name]) for name, free in axes.items()}
 
     def largest(self) -> dict[str, int]:
-        return {axis: size[2] for axis, size in self.ranges.items()}
+        return {axis: size.max for axis, size in self.ranges.items()}
 
 
 def profile_from_shapes(
@@ -79,11 +95,11 @@ def profile_from_shapes(
     fixed: frozenset[str] = frozenset(),
 ) -> OptimizationProfile:
     """Return an engine's profile from the smallest, best and largest shape of each input."""
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, MinOptMax] = {}
     for name, free in axes.items():
         smallest, best, largest = shapes[name]
         for location, axis in enumerate(free):
-            ranges[axis] = (smallest[location], best[location], largest[location])
+            ranges[axis] = MinOptMax(smallest[location], best[location], largest[location])
     return OptimizationProfile(
         index, ranges, {name: tuple(shapes[name][2][len(free) :]) for name, free in axes.items()}, fixed
     )
@@ -97,6 +113,11 @@ def bucket(size: int) -> int:
     power = 1 << (size - 1).bit_length()
     between = 3 * power // 4
     return between if power >= 4 and between >= size else power
+
+
+def padded_length(length: int, longest: int) -> int:
+    """Return the tokens that queries of a length are padded to: 4, 6, 8, 12, 16, 24, ..., at most the longest."""
+    return min(max(bucket(length), MIN_PADDED_LENGTH), longest)
 
 
 def choose(
@@ -123,12 +144,6 @@ def choose(
             + f", and {', '.join(f'{axis} {size}' for axis, size in sizes.items())} was asked for."
         )
     return best
-
-
-def longest_query(domains: Sequence[OptimizationProfile]) -> Range:
-    """Return the shortest, best and longest query over all profiles."""
-    ranges = [profile.ranges["query_length"] for profile in domains]
-    return min(r[0] for r in ranges), ranges[-1][1], max(r[2] for r in ranges)
 
 
 def row_slices(rows: int, largest: int) -> Iterator[slice]:

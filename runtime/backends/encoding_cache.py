@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.backends.tensorrt_engine import OUTPUTS
 from runtime.backends.tensorrt_model import RowOutputs
-from runtime.core.batch import Heads
-
-if TYPE_CHECKING:
-    pass
+from runtime.core.batch import HEAD_NAMES, Heads
+from runtime.core.lru_cache import LruCache
 
 
-class EncodingCache:
-    """Which encodings are in which slots of the device's memory; the one not asked for longest makes place."""
+class EncodingSlots:
+    """Assign slots of the device's memory to encodings by their key; the least recently used one gives up its slot.
+
+    Args:
+        slots: number of encodings that fit.
+    """
 
     def __init__(self, slots: int) -> None:
-        self._free = list(range(slots))[::-1]
-        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
-
-    def place(self, keys: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-        """Return (V,) int32 slots for keys, no more than there are slots, and the positions of those to be filled."""
-        for key in keys:
-            if key in self._slots:
-                self._slots.move_to_end(key)
-        missing = []
-        for position, key in enumerate(keys):
-            if key not in self._slots:
-                missing.append(position)
-                # Those asked for now were moved to the end, so the first is another.
-                self._slots[key] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
-        for key in keys:
-            self._slots.move_to_end(key)
-        return np.array([self._slots[key] for key in keys], np.int32), missing
+        self._count = slots
+        self.clear()
 
     def clear(self) -> None:
-        """Forget what is where."""
-        self._free += self._slots.values()
-        self._slots.clear()
+        """Free all slots."""
+        self._free = list(range(self._count))[::-1]
+        self._slots: LruCache[str, int] = LruCache(self._count)
+
+    def acquire(self, keys: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+        """Return the slots of encodings, and which of them have to be filled.
+
+        Args:
+            keys: V keys, at most as many different ones as there are slots.
+
+        Returns:
+            (V,) int32 slots, and the positions in `keys` whose slot holds another encoding.
+        """
+        slots = [self._slots.get(key) for key in keys]
+        missing = []
+        if None in slots:
+            for position, key in enumerate(keys):
+                # Two objects of equal content have one key.
+                if key not in self._slots:
+                    missing.append(position)
+                    # The other keys of this call were just used, so the oldest is none of them.
+                    slot = self._free.pop() if self._free else self._slots.pop_oldest()
+                    self._slots.put(key, slot)
+            slots = [self._slots.get(key) for key in keys]
+        return np.array(slots, np.int32), missing
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -63,8 +69,8 @@ def gather_rows(rows: int, answers: Sequence[RowOutputs], nothing: Callable[[], 
     elif rows:
         gathered = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
         for some, result in answers:
-            for name in OUTPUTS:
+            for name in HEAD_NAMES:
                 gathered[name][some] = result[name]
     else:
         gathered = nothing()
-    return Heads(*[np.asarray(gathered[name], np.float32) for name in OUTPUTS])
+    return Heads(*[np.asarray(gathered[name], np.float32) for name in HEAD_NAMES])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifacts.engine_metadata import EngineMetadata, read_sidecar, read_verified
+from runtime.backends.batch_shapes import MinOptMax
 from runtime.core.errors import ModelFileError
 
 # What runs a plan, by the target it was built for. The lean runtime holds no builder and runs compatible plans only.
@@ -110,10 +111,10 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
         parts += ["--table", table] if table.is_file() else ["--data", "DIR"]
     flags = (("--batch", "batch"), ("--query-length", "query_length"))
     for flag, name in flags[:1] if manifest.part == "clips" else flags:
-        domain = _domain(content, name)
-        if domain and name == "query_length":
-            domain[2] = max(domain[2], query_length)
-        parts += [flag, *domain] if domain else []
+        sizes = _range(content, name)
+        if sizes and name == "query_length":
+            sizes = sizes._replace(max=max(sizes.max, query_length))
+        parts += [flag, *sizes] if sizes else []
     steps = unrolled_steps(content)
     # Without the flag, data would choose lengths for TensorRT.
     asks = manifest.part in ("whole", "query") and content.get("target", "tensorrt") == "tensorrt"
@@ -140,8 +141,8 @@ def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
 
 def _has_two(content: Mapping[str, Any]) -> bool:
     """Return whether a build of the same batches has two profiles by default: one query, and several."""
-    batch = _domain(content, "batch")
-    return bool(batch) and batch[0] == 1 < batch[2]
+    batch = _range(content, "batch")
+    return batch is not None and batch.min == 1 < batch.max
 
 
 def _longer(plan: Path) -> tuple[Path, EngineMetadata] | None:
@@ -189,13 +190,12 @@ def _options(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return options if isinstance(options, Mapping) else {}
 
 
-def _domain(content: Mapping[str, Any], name: str) -> list[int]:
-    """The range over all profiles; where there is one for a single query, the other knows the best size."""
+def _range(content: Mapping[str, Any], name: str) -> MinOptMax | None:
+    """Return the range of an axis over all profiles; None if the metadata file has no such ranges."""
     try:
-        ranges = [[int(size) for size in profile[name]] for profile in content["profiles"]]
-        return [min(r[0] for r in ranges), ranges[-1][1], max(r[2] for r in ranges)]
-    except (KeyError, TypeError, ValueError, IndexError):
-        return []
+        return MinOptMax.covering([MinOptMax(*map(int, profile[name])) for profile in content["profiles"]])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def source_onnx(plan: Path, content: Mapping[str, Any]) -> Path:

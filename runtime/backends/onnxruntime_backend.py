@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -11,7 +10,6 @@ import io
 import json
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,25 +22,32 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, Content, DigestCheck, check, read_metadata
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
-from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.core.batch import (
+    ENCODED_FEATURES,
+    HEAD_NAMES,
+    INPUT_NAMES,
+    PREPARED_FEATURES,
+    VIDEO_INDEX,
+    Batch,
+    Heads,
+)
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
 from runtime.core.io.digests import sha256
+from runtime.core.lru_cache import LruCache
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device
 
 log = logging.getLogger("drn")
 
-INPUTS = ("query_tokens", "query_length", "segment_features", "segment_spans")
-OUTPUTS = ("matching_logits", "boundary_distances", "iou_logits")
 VIDEO_INPUTS = ("segment_features",)
 VIDEO_OUTPUTS = (ENCODED_FEATURES,)
 QUERY_INPUTS = ("query_tokens", "query_length", VIDEO_INDEX, ENCODED_FEATURES, "segment_spans")
 PREPARED_INPUTS = ("query_tokens", "query_length", PREPARED_FEATURES, "segment_spans")
 # With fewer queries, reading what is prepared (134 MB at full size) takes longer than computing without it.
 MIN_PREPARED_QUERIES = 12
-# Encodings that stay on a GPU, 0.5 MB each at full size.
-KEPT_ON_DEVICE = 256
+# 0.5 MB each at full size.
+MAX_ENCODINGS_ON_DEVICE = 256
 # On a CPU a convolution is slower where it pads by itself (`calib.graph.conv_padding`), so that step is not to be
 # merged into it.
 DISABLED_OPTIMIZERS = ["Pad_Fusion"]
@@ -287,14 +292,14 @@ class OnnxRuntimeBackend:
     """A whole `.onnx` file exported by this toolkit; errors as of `Session`."""
 
     def __init__(self, session: Session) -> None:
-        session.require(INPUTS, OUTPUTS)
+        session.require(INPUT_NAMES, HEAD_NAMES)
         self.device = session.device
         self.manifest = session.manifest
         self._session = session
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch; ShapeError if its arrays do not fit the graph."""
-        return Heads(*self._session.run(OUTPUTS, vars(batch)))
+        return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
 class OnnxRuntimePair:
@@ -305,13 +310,12 @@ class OnnxRuntimePair:
     """
 
     def __init__(self, query: Session, threads: int | None = None) -> None:
-        query.require(QUERY_INPUTS, OUTPUTS)
+        query.require(QUERY_INPUTS, HEAD_NAMES)
         self.device = query.device
         self.manifest = query.manifest
         self._query = query
         self._threads = threads
-        self._lock = threading.Lock()
-        self._residents: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._on_device: LruCache[str, Any] = LruCache(MAX_ENCODINGS_ON_DEVICE)
         if query.binds:
             disable_in_forked_children(self)
         named = self.manifest.video_part
@@ -351,36 +355,32 @@ class OnnxRuntimePair:
     ) -> Heads:
         """Return the heads of B queries; see `PairBackend`."""
         if not len(query_length):
-            return Heads(*self._query.run(OUTPUTS, {"query_length": query_length}))
+            return Heads(*self._query.run(HEAD_NAMES, {"query_length": query_length}))
         (first, *others) = videos
         if not others and first.prepared is not None and len(query_length) >= MIN_PREPARED_QUERIES:
             prepared = (query_tokens, query_length, first.prepared, first.spans[None])
-            return Heads(*self._prepared[1].run(OUTPUTS, dict(zip(PREPARED_INPUTS, prepared))))
+            return Heads(*self._prepared[1].run(HEAD_NAMES, dict(zip(PREPARED_INPUTS, prepared))))
         features = np.stack([video.features for video in videos]) if others else self._features(first)
         spans = np.stack([video.spans for video in videos]) if others else first.spans[None]
         arrays: tuple[Any, ...] = (query_tokens, query_length, video_index, features, spans)
-        return Heads(*self._query.run(OUTPUTS, dict(zip(QUERY_INPUTS, arrays))))
+        return Heads(*self._query.run(HEAD_NAMES, dict(zip(QUERY_INPUTS, arrays))))
 
     def _features(self, video: EncodedVideo) -> Any:
-        """Return (1, D, T) of one video; on a GPU the last few stay there."""
+        """Return the features of one video, (1, D, T): an array, or on a GPU a tensor that stays there."""
         if not self._query.binds:
             return video.features[None]
-        with self._lock:
-            known = self._residents.pop(video.key, None)
-        if known is None:
-            known = self._query.resident(video.features[None])
-        with self._lock:
-            self._residents[video.key] = known
-            while len(self._residents) > KEPT_ON_DEVICE:
-                self._residents.popitem(last=False)
-        return known
+        tensor = self._on_device.get(video.key)
+        if tensor is None:
+            tensor = self._query.resident(video.features[None])
+            self._on_device.put(video.key, tensor)
+        return tensor
 
     @functools.cached_property
     def _prepared(self) -> tuple[Session, Session]:
         """What prepares, and what asks; opened when first needed, as most callers do not."""
         prepare, requested = self._opened(self.manifest.prepared_parts)
         prepare.require((ENCODED_FEATURES,), (PREPARED_FEATURES,))
-        requested.require(PREPARED_INPUTS, OUTPUTS)
+        requested.require(PREPARED_INPUTS, HEAD_NAMES)
         return prepare, requested
 
     def _opened(self, parts: Mapping[str, str]) -> list[Session]:

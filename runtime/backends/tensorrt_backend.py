@@ -24,7 +24,7 @@ from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingCache, from_bfloat16, gather_rows, to_bfloat16
+from runtime.backends.encoding_cache import EncodingSlots, from_bfloat16, gather_rows, to_bfloat16
 from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
 from runtime.backends.tensorrt_model import PlanUse, TensorRTModel, as_slice
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
@@ -232,19 +232,19 @@ class _Grounding(TensorRTModel):
     def __init__(self, manifest: Manifest, *networks: TensorRTEngine, shorter: Sequence[TensorRTEngine] = ()) -> None:
         super().__init__(*networks, *shorter)
         self.manifest = manifest
-        self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length[2])
+        self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length.max)
         # Those that answer; `only` limits them.
         self._by_length = self._plans
-        networks[0].answers_above = max((network.query_length[2] for network in shorter), default=0)
+        networks[0].answers_above = max((network.query_length.max for network in shorter), default=0)
 
     def plan_uses(self) -> list[PlanUse]:
         """Return what each plan that answers queries was used for, the plan for the shortest queries first."""
-        return [PlanUse(network.path.name, network.query_length[2], network.rows_answered) for network in self._plans]
+        return [PlanUse(network.path.name, network.query_length.max, network.rows_answered) for network in self._plans]
 
     @property
     def first_lengths(self) -> list[int]:
         """Tokens of the shortest query that each plan answers, ascending: with these lengths no plan is left out."""
-        return [1, *(network.query_length[2] + 1 for network in self._plans[:-1])]
+        return [1, *(network.query_length.max + 1 for network in self._plans[:-1])]
 
     @contextlib.contextmanager
     def only(self, plan: str) -> Iterator[None]:
@@ -299,17 +299,17 @@ class _Grounding(TensorRTModel):
     @property
     def largest_batch(self) -> int:
         """Queries that go through together at most."""
-        return max(profile.ranges["batch"][2] for profile in self._network.domains)
+        return max(profile.ranges["batch"].max for profile in self._network.domains)
 
     @property
     def longest_query(self) -> int:
         """Tokens of the longest query."""
-        return self._network.query_length[2]
+        return self._network.query_length.max
 
     def network_for(self, longest: int) -> TensorRTEngine:
         """Return what reads queries of so many tokens at most; ShapeError if the engine was built for shorter ones."""
         for network in self._by_length:
-            if longest <= network.query_length[2]:
+            if longest <= network.query_length.max:
                 return network
         shortest, best, most = self._network.query_length
         command = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, longest)
@@ -344,7 +344,7 @@ class TensorRTBackend(_Grounding):
             }
             return network.run(arrays, {"batch": len(rows), "query_length": longest})
 
-        most = max(profile.ranges["batch"][2] for profile in network.domains)
+        most = max(profile.ranges["batch"].max for profile in network.domains)
         with self._turn():
             self._reset_clock()
             answers = [
@@ -363,12 +363,12 @@ class TensorRTPair(_Grounding):
     ) -> None:
         super().__init__(manifest, query, video, shorter=shorter)
         self._video = video
-        # Each keeps encodings of its own, by how many its profiles take.
-        self._banks = {
-            network: {slots: EncodingCache(slots) for slots, _ in network.resident} for network in (query, *shorter)
+        # Each engine stores encodings of its own, by how many its profiles take.
+        self._slots = {
+            network: {slots: EncodingSlots(slots) for slots, _ in network.resident} for network in (query, *shorter)
         }
         self._largest = {
-            network: max(network.domains, key=lambda profile: profile.ranges["batch"][2]).ranges
+            network: max(network.domains, key=lambda profile: profile.ranges["batch"].max).ranges
             for network in (query, *shorter)
         }
         self._calls = itertools.count(1)
@@ -407,7 +407,7 @@ class TensorRTPair(_Grounding):
             needed, which = referenced_videos(video_index[part], len(videos), most_videos)
             sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
             profile, _ = network.choose(sizes)
-            slots = self._placed(network, [videos[index] for index in needed], profile.ranges["video"][2])
+            slots = self._acquire_slots(network, [videos[index] for index in needed], profile.ranges["video"].max)
             arrays = {
                 "query_tokens": tokens[part],
                 "query_length": query_length[part],
@@ -415,7 +415,7 @@ class TensorRTPair(_Grounding):
             }
             return network.run(arrays, sizes)
 
-        largest, most_videos = self._largest[network]["batch"][2], self._largest[network]["video"][2]
+        largest, most_videos = self._largest[network]["batch"].max, self._largest[network]["video"].max
         with self._turn():
             self._reset_clock()
             answers = [
@@ -435,15 +435,15 @@ class TensorRTPair(_Grounding):
         ]
         return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
-    def _placed(self, network: TensorRTEngine, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
+    def _acquire_slots(self, network: TensorRTEngine, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
         """Return the slots of videos, (V,) int32, after copying those that are not on the device."""
-        bank = self._banks[network][most]
-        slots, missing = bank.place([video.key for video in videos])
+        cache = self._slots[network][most]
+        slots, missing = cache.acquire([video.key for video in videos])
         try:
             for position in missing:
                 self._upload(network, videos[position], int(slots[position]), most)
         except BaseException:
-            bank.clear()
+            cache.clear()
             raise
         return slots
 

@@ -30,21 +30,20 @@ from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import (
     ALIGNMENT,
     AXES,
+    MinOptMax,
     OptimizationProfile,
     TensorSlice,
     choose,
-    longest_query,
     pack_tensors,
     profile_from_shapes,
 )
 from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory, disable_in_forked_children, leak_forever
 from runtime.backends.rtx_runtime_cache import KernelCache, Key
-from runtime.core.batch import ENCODED_FEATURES, Heads
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 
 log = logging.getLogger("drn")
 
-OUTPUTS = tuple(Heads.__dataclass_fields__)
 # What the other kinds of network give.
 OTHER_OUTPUTS = {"video": (ENCODED_FEATURES,), "clips": ("features",)}
 SPANS = "segment_spans"
@@ -164,11 +163,13 @@ class TensorRTEngine:
         part = self.sidecar.manifest.part
         self._axes = AXES[part]
         self._resident = (ENCODED_FEATURES, SPANS) if part == "query" else ()
-        self._outputs = OTHER_OUTPUTS.get(part, OUTPUTS)
+        self._outputs = OTHER_OUTPUTS.get(part, HEAD_NAMES)
         self._dtypes = self._read_tensors(self._outputs)
         self.half_bits = self._half_bits()
         self.domains = [self._domain(index) for index in range(self._engine.num_optimization_profiles)]
-        self.query_length = longest_query(self.domains) if part not in OTHER_OUTPUTS else (0, 0, 0)
+        # Neither a video part nor an extractor takes queries.
+        ranges = [profile.ranges.get("query_length", MinOptMax(0, 0, 0)) for profile in self.domains]
+        self.query_length = MinOptMax.covering(ranges)
         self._scratch_bytes = int(
             self._engine.device_memory_size_v2
             if hasattr(self._engine, "device_memory_size_v2")
@@ -481,7 +482,7 @@ class TensorRTEngine:
             # A context whose capture failed may fail from then on.
             self.forget_programs()
             # A plan for queries of one length has no loop.
-            looping = self.query_length[0] < self.query_length[2]
+            looping = self.query_length.min < self.query_length.max
             hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
             if looping and self.answers_above:
                 hint = f" It answers only queries of more than {self.answers_above} tokens."

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from runtime.backends.batch_shapes import row_slices
 from runtime.backends.cuda_driver import OutOfDeviceMemory
 from runtime.backends.tensorrt_engine import TensorRTEngine
 from runtime.core.errors import DeviceError
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("drn")
 
@@ -142,7 +139,7 @@ class TensorRTModel:
 
     def _in_pieces(self, network: TensorRTEngine, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
         """Return an output of a network of one input, of which no more rows go through together than it takes."""
-        most = max(profile.ranges[axis][2] for profile in network.domains)
+        most = max(profile.ranges[axis].max for profile in network.domains)
 
         def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
             return network.run({name: array[as_slice(rows)]}, {axis: len(rows)})

@@ -13,8 +13,8 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH
 from runtime.backends.base import run_pair
-from runtime.backends.batch_shapes import bucket, row_slices, row_slices_by_video
-from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.backends.batch_shapes import padded_length, row_slices, row_slices_by_video
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.core.io.digests import json_digest
 from runtime.core.io.text_files import parse_json
@@ -22,8 +22,6 @@ from runtime.core.io.text_files import parse_json
 FORMAT = "drn-triton/1"
 PARAMETER = "drn.front"
 """Of the front's configuration: where clients find what `About.to_json` wrote."""
-HEADS = ("matching_logits", "boundary_distances", "iou_logits")
-MIN_PADDED_LENGTH = 4
 
 
 class Call(Protocol):
@@ -86,14 +84,6 @@ class FrontConfig:
             return about
 
 
-def padded_length(length: int, longest: int) -> int:
-    """Return the tokens that queries of a length are padded to: 4, 6, 8, 12, 16, 24, ..., at most the longest.
-
-    Triton joins requests of equal shape only, and captures a CUDA graph for each. The masks make padding exact.
-    """
-    return min(max(bucket(length), MIN_PADDED_LENGTH), longest)
-
-
 class TritonBackend:
     """A whole network behind Triton."""
 
@@ -115,7 +105,7 @@ class TritonBackend:
                 "segment_features": batch.segment_features[part],
                 "segment_spans": batch.segment_spans[part],
             }
-            parts.append((np.arange(part.start, part.stop), self._call(self._about.network, inputs, HEADS)))
+            parts.append((np.arange(part.start, part.stop), self._call(self._about.network, inputs, HEAD_NAMES)))
         return _joined(len(batch), parts)
 
 
@@ -154,7 +144,7 @@ class TritonPair:
                 ENCODED_FEATURES: np.stack([videos[index].features for index in needed]),
                 "segment_spans": np.stack([videos[index].spans for index in needed]),
             }
-            parts.append((rows, self._call(self._about.network, inputs, HEADS)))
+            parts.append((rows, self._call(self._about.network, inputs, HEAD_NAMES)))
         return _joined(len(query_length), parts)
 
     def run(self, batch: Batch) -> Heads:
@@ -168,7 +158,10 @@ def open_networks(about: FrontConfig, call: Call) -> TritonBackend | TritonPair:
 
 
 def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:
-    """Return (B, L) word ids at the length that queries are padded to, 0 past each length."""
+    """Return (B, L) word ids at the length that queries are padded to, 0 past each length.
+
+    Triton joins requests of equal shape only, and captures a CUDA graph for each.
+    """
     length = tokens.shape[1]
     if length > longest:
         raise ShapeError(

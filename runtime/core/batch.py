@@ -52,6 +52,12 @@ class Heads:
         return len(self.matching_logits)
 
 
+HEAD_NAMES: tuple[str, ...] = tuple(Heads.__dataclass_fields__)
+"""Output names of every exported graph, in the order of the fields of `Heads`."""
+INPUT_NAMES: tuple[str, ...] = tuple(Batch.__dataclass_fields__)
+"""Input names of a graph that was not split, in the order of the fields of `Batch`."""
+
+
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
     """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)

@@ -31,10 +31,11 @@ from runtime.core.errors import (
 )
 from runtime.core.moments import Moment, to_moments
 from runtime.core.nvtx_ranges import marked
+from runtime.core.prefetch import prefetch
 from runtime.core.sliding_windows import Window, WindowProposals, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
 from runtime.grounding.requests import VideoInput, _kind, check_query, check_request, check_video
-from runtime.grounding.scheduling import EncodingCache, group_by_prepared, prefetch, retry_in_halves
+from runtime.grounding.scheduling import EncodingCache, group_by_prepared, retry_in_halves
 
 log = logging.getLogger("drn")
 
@@ -447,7 +448,7 @@ class Grounder:
             return cast(EncodedVideo, self._checked(video))
         if not self.is_pair:
             return self.segments(video)
-        return self._encodings.get(video) or self._encodings.keep(video, cast(EncodedVideo, self.encode(video)))
+        return self._encodings.get(video) or self._encodings.put(video, cast(EncodedVideo, self.encode(video)))
 
     def cause_of(
         self, error: ModelFileError, pairs: Sequence[tuple[VideoInput | Segments, np.ndarray]]

@@ -1,21 +1,17 @@
-"""Order and overlap the batches of a Grounder, and cache the encodings of its last videos."""
+"""Group the batches of a Grounder, halve those too large for a device, and cache the encodings of its last videos."""
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.core.batch import Heads
-from runtime.core.errors import (
-    DeviceMemoryError,
-)
+from runtime.core.errors import DeviceMemoryError
+from runtime.core.lru_cache import LruCache
 from runtime.core.video import Video
 
 log = logging.getLogger("drn")
@@ -30,41 +26,23 @@ def group_by_prepared(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:
 
 
 class EncodingCache:
-    """The last few videos' encodings, forgotten with the videos. Safe to use from several threads."""
+    """Store the encodings of the last videos; safe to use from several threads.
+
+    Args:
+        size: maximum number of encodings.
+    """
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._known: collections.OrderedDict[int, tuple[weakref.ref[Video], EncodedVideo]] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._encodings: LruCache[int, tuple[weakref.ref[Video], EncodedVideo]] = LruCache(size)
 
     def get(self, video: Video) -> EncodedVideo | None:
-        with self._lock:
-            reference, encoded = self._known.get(id(video), (None, None))
-            # An address is used again once its video is gone.
-            if reference is None or reference() is not video:
-                return None
-            self._known.move_to_end(id(video))
-            return encoded
+        reference, encoded = self._encodings.get(id(video)) or (None, None)
+        # Another object may have the address of a video that was deleted.
+        return encoded if reference is not None and reference() is video else None
 
-    def keep(self, video: Video, encoded: EncodedVideo) -> EncodedVideo:
-        with self._lock:
-            self._known[id(video)] = (weakref.ref(video), encoded)
-            self._known.move_to_end(id(video))
-            while len(self._known) > self._size:
-                self._known.popitem(last=False)
+    def put(self, video: Video, encoded: EncodedVideo) -> EncodedVideo:
+        self._encodings.put(id(video), (weakref.ref(video), encoded))
         return encoded
-
-
-def prefetch(answers: Iterator[tuple[np.ndarray, Heads]]) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield what an iterator yields, the next being made in a thread of its own meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, answers, None)
-        while True:
-            answer = coming.result()
-            if answer is None:
-                return
-            coming = worker.submit(next, answers, None)
-            yield answer
 
 
 def retry_in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import check_file, read_json
 from runtime.core.io.text_files import is_number
+from runtime.core.prefetch import prefetch
 from runtime.core.video import ClipTiming, Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE
 from runtime.media.extractors import Extractor
@@ -136,7 +135,7 @@ def extract(
             yield picture
 
     windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
-    decoded = contextlib.closing(prefetch(_batches(windows, batch_size)))
+    decoded = contextlib.closing(prefetch(_batches(windows, batch_size), BATCHES_AHEAD))
     with atomic_write(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
         _write_header(stream, 0, about.dim)
         for batch in batches:
@@ -168,22 +167,6 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         if not batch:
             return
         yield np.stack(batch)
-
-
-def prefetch(batches: Iterator[np.ndarray], depth: int = BATCHES_AHEAD) -> Generator[np.ndarray, None, None]:
-    """Yield batches that a thread makes, up to `depth` before they are asked for; errors come where they would have."""
-    maker = ThreadPoolExecutor(1)
-    try:
-        waiting = collections.deque(maker.submit(next, batches, None) for _ in range(depth))
-        while True:
-            batch = waiting.popleft().result()
-            if batch is None:
-                return
-            waiting.append(maker.submit(next, batches, None))
-            yield batch
-    finally:
-        # After an interruption nobody takes the batches that were not begun.
-        maker.shutdown(cancel_futures=True)
 
 
 def extract_if_needed(

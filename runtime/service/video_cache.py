@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -20,6 +19,7 @@ from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, VideoFileError, excerpt
 from runtime.core.io.digests import file_stamp
 from runtime.core.io.input_files import check_directory, open_inside
+from runtime.core.lru_cache import LruCache
 from runtime.core.names import by_fold
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
@@ -156,15 +156,18 @@ class VideoCache:
     def __init__(self, grounder: Grounder, batcher: Batcher, capacity: int, telemetry: Telemetry) -> None:
         self._grounder = grounder
         self._batcher = batcher
-        self._capacity = capacity
         self._telemetry = telemetry
-        self._ready: collections.OrderedDict[str, tuple[VideoInput, int, object]] = collections.OrderedDict()
+        self._ready: LruCache[str, tuple[VideoInput, object]] = LruCache(capacity)
         self._coming: dict[tuple[str, object], asyncio.Task[VideoInput]] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
-        self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._ready)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the videos that are ready."""
+        return self._ready.weight
 
     async def subject(self, key: str, load: Callable[[], Video], stamp: object = None) -> VideoInput:
         """Return the video of this key as the model takes it.
@@ -177,8 +180,7 @@ class VideoCache:
         Raises what `load` does, and Refusal if the features do not fit the model.
         """
         ready = self._ready.get(key)
-        if ready is not None and ready[2] == stamp:
-            self._ready.move_to_end(key)
+        if ready is not None and ready[1] == stamp:
             self._telemetry.looked("hit")
             return ready[0]
         self.forget(key)
@@ -192,10 +194,8 @@ class VideoCache:
         return await asyncio.shield(task)
 
     def forget(self, key: str) -> None:
-        """Drop a video."""
-        result = self._ready.pop(key, None)
-        if result is not None:
-            self.bytes -= result[1]
+        """Remove a video."""
+        self._ready.pop(key)
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
@@ -220,16 +220,8 @@ class VideoCache:
         started = time.perf_counter()
         subject = await self.prepared(load)
         self._telemetry.phase("ready", time.perf_counter() - started)
-        self._keep(key, subject, stamp)
+        self._ready.put(key, (subject, stamp), _bytes(subject))
         return subject
-
-    def _keep(self, key: str, subject: VideoInput, stamp: object) -> None:
-        self.forget(key)
-        size = _bytes(subject)
-        self._ready[key] = (subject, size, stamp)
-        self.bytes += size
-        while self.bytes > self._capacity and len(self._ready) > 1:
-            self.forget(next(iter(self._ready)))
 
     def _arrived(self, key: tuple[str, object], task: asyncio.Task[VideoInput]) -> None:
         self._coming.pop(key, None)

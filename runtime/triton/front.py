@@ -38,6 +38,7 @@ from runtime.backends.triton_protocol import (
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, ServerError
 from runtime.core.io.digests import sha256
 from runtime.core.io.text_files import read_text
+from runtime.core.lru_cache import LruCache
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.video import Origin, Video
@@ -45,8 +46,8 @@ from runtime.grounding.grounder import Grounder
 from runtime.grounding.requests import VideoInput
 
 DEFAULT_TOP_K = 5
-# Videos that are kept so that they are pooled, and encoded, once: 1.9 MB for half a minute of C3D.
-KEPT_BYTES = 256 << 20
+# Features of cached videos: 1.9 MB for half a minute of C3D.
+MAX_CACHED_BYTES = 256 << 20
 # How long the first request waits for networks that are still being loaded.
 LOAD_SECONDS = 60.0
 
@@ -82,7 +83,7 @@ class Front:
         self._about = FrontConfig.from_json(read_text(path, "a description of the model", ModelFileError), str(path))
         _check_files(self._about, directory)
         self._grounder = Grounder(open_networks(self._about, self._call))
-        self._kept = _VideoLru(KEPT_BYTES)
+        self._videos = _VideoCache(MAX_CACHED_BYTES)
         self._waits = True
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -107,7 +108,7 @@ class Front:
         most = max(max(requested.top_k) for _, requested in group)
         try:
             pairs = [
-                (self._kept.subject(video, grounder), query)
+                (self._videos.subject(video, grounder), query)
                 for _, requested in group
                 for video, query in requested.pairs()
             ]
@@ -138,7 +139,7 @@ class Front:
         for row, features in enumerate(given[FEATURES]):
             counted = self._grounder.manifest.features.clock.num_frames(len(features))
             frames = counted if num_frames is None else int(num_frames[row, 0])
-            videos.append(self._kept.video(features, frames, float(given[DURATION][row, 0]), name))
+            videos.append(self._videos.video(features, frames, float(given[DURATION][row, 0]), name))
         most = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
         if min(most) < 1:
             raise QueryError(f"{TOP_K} must be at least 1, and {min(most)} was given.", code="invalid_argument")
@@ -236,47 +237,47 @@ def _check_files(about: FrontConfig, directory: Path) -> None:
             )
 
 
-class _VideoLru:
-    """The videos asked last, so that one that comes again is pooled and encoded once, by what it holds.
+class _VideoCache:
+    """Store the last videos by their content, so that each is pooled and encoded once.
 
     Comparing takes a tenth of the time of a hash.
+
+    Args:
+        max_bytes: of their features; their encodings take less than a third more.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        # Each with what a split model encodes it to, by how it is cut: less than a third of the features' size.
-        self._videos: list[tuple[Video, dict[Windows | None, VideoInput]]] = []
+    def __init__(self, max_bytes: int) -> None:
+        # By id, with what a split model encodes each to, by the windows.
+        self._videos: LruCache[int, tuple[Video, dict[Windows | None, VideoInput]]] = LruCache(max_bytes)
 
     def video(self, features: np.ndarray, num_frames: int, duration: float, name: str) -> Video:
-        """Return the video of these features: a kept one if it is the same, else a new one that is kept from now on.
+        """Return the stored video of these features, (num_clips, D), or else a new one that is stored.
 
         Raises:
             FeatureError: as `Video`.
         """
-        for index, (known, _) in enumerate(self._videos):
+        for key, (known, _) in self._videos.items():
             same = (known.num_frames, known.duration, known.features.shape) == (num_frames, duration, features.shape)
             if same and np.array_equal(known.features[0], features[0]) and np.array_equal(known.features, features):
-                self._videos.append(self._videos.pop(index))
+                self._videos.get(key)
                 return known
         # A request's memory is the server's, and ends with it.
         origin = Origin(f"Correct {NUM_FRAMES}, or send {FEATURES} with this clip timing.")
         video = Video(np.array(features), num_frames, duration, name, origin)
-        self._videos.append((video, {}))
-        while (
-            len(self._videos) > 1 and sum(retained.features.nbytes for retained, _ in self._videos) > self._most_bytes
-        ):
-            self._videos.pop(0)
+        self._videos.put(id(video), (video, {}), video.features.nbytes)
         return video
 
     def subject(self, video: Video, grounder: Grounder) -> VideoInput:
-        """Return a video, or if it is cut what a split model encodes it to; what is not cut the grounder keeps encoded.
+        """Return a video, or its encoded windows if a split model grounds it in windows.
+
+        A `Grounder` itself stores the encodings of videos that are not cut.
 
         Raises:
             ServerError: as the call of the network.
         """
         if not grounder.is_pair or not grounder.cut(video):
             return video
-        encoded = next((encoded for retained, encoded in self._videos if retained is video), {})
+        _, encoded = self._videos.get(id(video)) or (video, {})
         if grounder.windows not in encoded:
             encoded[grounder.windows] = grounder.encode(video)
         return encoded[grounder.windows]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.engine.profiles import MinOptMax
+from export.engine.profiles import SizeRange
 from export.parity.parity_result import AccuracyBudget, violations
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError
@@ -31,7 +31,7 @@ def need_gpu() -> None:
 @pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 7)], ids=["one and several", "several alone"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_engine_answers_as_its_twin(
-    models: Path, planted: Path, tmp_path: Path, precision: str, batch: MinOptMax
+    models: Path, planted: Path, tmp_path: Path, precision: str, batch: SizeRange
 ) -> None:
     need_gpu()
     from export.build_engine import build_engine

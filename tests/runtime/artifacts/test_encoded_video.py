@@ -23,6 +23,7 @@ from runtime.core.sliding_windows import Windows
 from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate
+from runtime.grounding.scheduling import EncodingCache
 from runtime.infer import infer
 from tests.raising import raises
 from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, video
@@ -122,10 +123,8 @@ def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.Monk
     assert read == ["dog", "cat"]
 
 
-def test_encoding_cache_is_bounded_and_drops_removed_videos(
-    grounder: Grounder, pair: PlantedPair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grounder._encodings._size = 2
+def test_encoding_cache_is_bounded_and_drops_removed_videos(grounder: Grounder, pair: PlantedPair) -> None:
+    grounder._encodings = EncodingCache(2)
     subjects = [video(10.0 + index, cat=(0, 3)) for index in range(3)]
     for subject in subjects:
         grounder.ground(subject, "cat")
@@ -133,11 +132,13 @@ def test_encoding_cache_is_bounded_and_drops_removed_videos(
     assert pair.encoded == 3
     grounder.ground(subjects[0], "cat")
     assert pair.encoded == 4
-    assert len(grounder._encodings._known) == 2
-    # Another video at an address that is known: the reference tells.
+    # Another video at a cached address: the reference differs.
     stranger = video(99.0, dog=(0, 3))
-    known = grounder._encodings._known
-    known[id(stranger)] = known.pop(id(subjects[0]))
+    cached = grounder._encodings._encodings
+    assert len(cached) == 2
+    entry = cached.pop(id(subjects[0]))
+    assert entry is not None
+    cached.put(id(stranger), entry)
     assert grounder.ground(stranger, "dog")[0].end == pytest.approx(99 / 8)
 
 
@@ -334,7 +335,7 @@ def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does, on a CPU: tensors are bound, and of encodings the last few are kept."""
-    monkeypatch.setattr("runtime.backends.onnxruntime_backend.KEPT_ON_DEVICE", 2)
+    monkeypatch.setattr("runtime.backends.onnxruntime_backend.MAX_ENCODINGS_ON_DEVICE", 2)
     data_set = DataSet(mini)
     subjects = [data_set.video(name) for name in ("AAAA1", "BBBB2", "CCCC3")]
     pairs = [(subject, query) for subject in subjects for query in ("person opens the door", "person sits")]

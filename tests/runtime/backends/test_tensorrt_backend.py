@@ -42,7 +42,7 @@ from runtime.backends.batch_shapes import (
     row_slices_by_video,
 )
 from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingCache, from_bfloat16, to_bfloat16
+from runtime.backends.encoding_cache import EncodingSlots, from_bfloat16, to_bfloat16
 from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair, open_engine
 from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
 from runtime.core.batch import Batch, Heads
@@ -1322,11 +1322,11 @@ def test_tensors_lie_side_by_side_aligned_and_apart(tensors: list[tuple[int, str
 
 
 @given(st.integers(1, 5), st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5, unique=True)))
-def test_a_bank_always_knows_what_is_where(slots: int, asked: list[list[str]]) -> None:
-    bank, content = EncodingCache(slots), {}
+def test_encoding_slots_hold_the_last_used_keys(slots: int, asked: list[list[str]]) -> None:
+    cache, content = EncodingSlots(slots), {}
     recent: list[str] = []
     for keys in (some[:slots] for some in asked):
-        places, missing = bank.place(keys)
+        places, missing = cache.acquire(keys)
         assert len(set(places.tolist())) == len(keys)
         for position in missing:
             content[int(places[position])] = keys[position]

@@ -105,24 +105,6 @@ def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeyp
     assert extraction.extract(probe(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
 
 
-def test_prefetch_is_bounded_and_raises_errors_in_order() -> None:
-    made: list[int] = []
-
-    def batches() -> Iterator[np.ndarray]:
-        for number in range(10):
-            if number == 7:
-                raise VideoFileError("seven")
-            made.append(number)
-            yield np.full(1, number)
-
-    stream = extraction.prefetch(batches())
-    seen = [int(next(stream)[0])]
-    assert len(made) <= 4
-    with raises(VideoFileError, "invalid_video", "seven"):
-        seen.extend(int(batch[0]) for batch in stream)
-    assert seen == [0, 1, 2, 3, 4, 5, 6]
-
-
 def test_a_filled_directory_is_a_data_set(tmp_path: Path, tiny: Path) -> None:
     videos = (film(tmp_path / "hall.mkv", 40, rate=20), film(tmp_path / "yard.mp4", 50))
     data = DataSet(extract(videos, tiny, tmp_path / "data"))

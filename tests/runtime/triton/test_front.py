@@ -139,14 +139,14 @@ def test_features_that_differ_in_one_value_are_another_video(server: Server) -> 
     first, other = video(40), video(40)
     other.features[-1, -1] += 1
     server.infer("drn", asked(first))
-    kept = front._VideoLru(1 << 20)
+    kept = front._VideoCache(1 << 20)
     assert kept.video(first.features, 300, 9.0, "a") is kept.video(first.features.copy(), 300, 9.0, "b")
     assert kept.video(first.features, 300, 9.0, "a") is not kept.video(other.features, 300, 9.0, "a")
     assert kept.video(first.features, 300, 9.0, "a") is not kept.video(first.features, 301, 9.0, "a")
 
 
 def test_kept_videos_take_no_more_memory_than_allowed() -> None:
-    kept = front._VideoLru(3 * video(40).features.nbytes)
+    kept = front._VideoCache(3 * video(40).features.nbytes)
     first = kept.video(video(40).features, 300, 9.0, "first")
     for seed in (1, 2):
         kept.video(video(40, seed).features, 300, 9.0, "other")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from runtime import Grounder
-from runtime.backends.triton_backend import FrontConfig, TritonBackend, open_networks, padded_length
+from runtime.backends.batch_shapes import padded_length
+from runtime.backends.triton_backend import FrontConfig, TritonBackend, open_networks
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import TINY, manifest, random_inputs
 from tests.raising import raises
