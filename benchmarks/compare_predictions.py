@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compare_predictions A.jsonl B.jsonl`: do two models give the same moments?"""
+"""Compare the moments in two prediction files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.corpus`: what a pair of a corpus costs, on one process and on two, and what a large one would.
+"""Measure the time per pair of a corpus with one process and with two, and estimate a large corpus.
 
 A fresh network of full size and made-up features: they decide the answers, not the time. One process and two take
 turns, on a Ray that is started once for all.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu`: grounding on CPU cores, side by side with what people run today, as ratios of one run.
+"""Compare grounding on CPU cores with PyTorch's, as ratios of one run.
 
 Models take turns, query by query, so that a busy machine slows all alike.
 """
@@ -21,7 +21,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.baseline import EagerBaseline
+from benchmarks.pytorch_baseline import EagerBaseline
 from calib.graph.split_model import pair_paths
 from export.tracing.tracer import OLDEST_OPSET
 from runtime import EncodedVideo, Grounder, Video, Vocabulary

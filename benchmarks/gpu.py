@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance.job import ROOT, Job
-from benchmarks.acceptance.steps import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
+from benchmarks.acceptance.run_config import ROOT, Job
+from benchmarks.acceptance.step_log import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
 from export.engine.builder import cuda_devices
 from runtime.benchmarking import system_info
 from runtime.core import cpu_info
@@ -34,11 +34,11 @@ log = logging.getLogger("drn")
 
 # Leg -> the module that has it, as `run(job, leg)`. All but the first stand by themselves.
 MODULES = {
-    "prepare": "prepare",
-    "cuda": "on_cuda",
-    "torch": "on_torch",
-    "ort-cuda": "on_ort",
-    "tensorrt": "on_tensorrt",
+    "prepare": "leg_prepare",
+    "cuda": "leg_cuda",
+    "torch": "leg_torch",
+    "ort-cuda": "leg_onnxruntime",
+    "tensorrt": "leg_tensorrt",
 }
 LEGS = tuple(MODULES)[1:]
 # Without these no leg but `cuda` starts; nltk wants regex, which is compiled for one version of Python.
@@ -48,7 +48,7 @@ UNPREPARED = ("cuda",)
 UNPREPARED_STEPS = {"tensorrt": ("builder",)}
 NEEDED_UNPREPARED = ("numpy",)
 # Legs that need a GPU, and whose libraries have a double in the tests.
-STAND_IN_LEGS, STAND_IN_MODULE = ("cuda", "tensorrt"), "tests.benchmarks.standin_gpu"
+STAND_IN_LEGS, STAND_IN_MODULE = ("cuda", "tensorrt"), "benchmarks.acceptance.fake_gpu"
 # A leg must end within ten minutes, with what it has to write.
 LEG_SECONDS, GRACE_SECONDS = 570.0, 20.0
 

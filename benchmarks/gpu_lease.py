@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.acceptance.job import Job
 from benchmarks.acceptance.lease import CLOSING_S, START_S, TENSORRT, Limits, schedule
 from benchmarks.acceptance.lease_run import Lease
 from benchmarks.acceptance.packages import check_whole, current_python
+from benchmarks.acceptance.run_config import Job
 from export.engine.builder import cuda_devices
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_writable

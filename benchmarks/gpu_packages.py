@@ -16,9 +16,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from benchmarks.acceptance.job import ROOT
 from benchmarks.acceptance.lease import TENSORRT
 from benchmarks.acceptance.packages import calls, normalized, total_bytes
+from benchmarks.acceptance.run_config import ROOT
 from runtime.core.errors import GroundingError
 
 log = logging.getLogger("drn")

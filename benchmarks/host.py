@@ -1,6 +1,6 @@
-"""`python -m benchmarks.host`: what a query on a GPU costs the host, where the GPU itself takes no time.
+"""Measure the host time of one query on a GPU, with a driver and library that take no time.
 
-The TensorRT runtime works on a stand-in for the driver and the library (`tests/runtime/backends/tensorrt_double.py`),
+The TensorRT runtime works on a stand-in for the driver and the library (`benchmarks/fake_tensorrt.py`),
 which answers every shape in ONNX Runtime and then stands still. What is left is ours: tokens, staging, launch, copies,
 decoding, suppression. A real driver adds a launch and a wait. Who has a GPU measures there (`runtime.benchmark`).
 """
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from benchmarks.fake_tensorrt import Driver, Library, write_plan
 from export.engine.profiles import DEFAULT_CACHED_VIDEOS, part_profiles, profiles
 from runtime import Grounder
 from runtime.artifacts.encoded_video import EncodedVideo
@@ -29,7 +30,6 @@ from runtime.core.decoding import decode, score_proposals
 from runtime.core.errors import ModelFileError
 from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
-from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 VERSION = "10.16.1.11"
 # A CUDA graph is made at the second run of a shape.

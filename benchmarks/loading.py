@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loading`: measure what comparing a model file with its digest adds to the time to open it."""
+"""Measure the time that the digest check adds to opening a model file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quantization`: what each precision and calibration method costs, on every query of a split.
+"""Measure the accuracy of each precision and calibration method on every query of a split.
 
 The table of docs/quantization.md. All graphs are computed operator by operator as they stand, as an engine would.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving`: the service under load from other processes, beside `ground_batch` called in one.
+"""Measure the service under load from other processes, compared with `ground_batch` in one process.
 
 Service and `ground_batch` take turns of a few seconds, each while the other has nothing to do, so that a busy machine
 slows both; the ratio is the median of neighbouring turns. Every reply is compared with the offline answer to its own

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training`: training steps side by side with mmaction2-style eager ones, as ratios of one run.
+"""Compare training steps with eager steps in mmaction2's style, as ratios of one run.
 
 Both learn from the same batches, which lie ready in memory, and take turns, so that a busy machine slows both alike.
 What delivers the batches is timed apart.

@@ -98,7 +98,7 @@ def test_the_multiply_adds_are_those_of_the_published_network() -> None:
 
 
 def test_rewritings_are_timed_once_they_answer_alike(model: Path, tmp_path: Path) -> None:
-    from benchmarks.rewritings import rewritings
+    from benchmarks.studies.graph_optimization_ablation import rewritings
 
     output = tmp_path / "rewritings.json"
     rewritings(

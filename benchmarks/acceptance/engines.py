@@ -1,4 +1,4 @@
-"""Build the engines of the acceptance, find them again, also rejected ones, and time a plan by itself."""
+"""Build the engines of the acceptance, find them again, rejected ones too, and time one engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.acceptance.job import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
-from benchmarks.acceptance.prepare import FIXED_METHOD
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.leg_prepare import FIXED_METHOD
+from benchmarks.acceptance.run_config import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
+from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 from runtime.artifacts.engine_layers import EngineLayerStats, layers_path, read_layers_file
 from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.benchmarking.timing import Call

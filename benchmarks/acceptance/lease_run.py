@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu
-from benchmarks.acceptance.job import ROOT, Job
 from benchmarks.acceptance.lease import (
     ORT_GPU,
     PREPARE,
@@ -50,7 +49,8 @@ from benchmarks.acceptance.packages import (
     unpack,
     wheels,
 )
-from benchmarks.acceptance.steps import BAD, kept, read_leg
+from benchmarks.acceptance.run_config import ROOT, Job
+from benchmarks.acceptance.step_log import BAD, kept, read_leg
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.acceptance import bars
-from benchmarks.acceptance import job as acceptance
-from benchmarks.acceptance.job import Job
-from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
+from benchmarks.acceptance import run_config as acceptance
+from benchmarks.acceptance import targets
+from benchmarks.acceptance.run_config import Job
+from benchmarks.acceptance.step_log import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
 from tests.raising import quotes, raises
 
@@ -294,26 +294,28 @@ def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_bars_in_times_are_for_their_class_of_gpu() -> None:
-    slow = {bars.P50: 0.5, bars.P99: 0.9, bars.GPU_PART: 0.3, bars.RATE: 10_000.0}
-    ratios = {bars.EAGER: 25.0, bars.GRAPHS: 1.5}
-    on_another = bars.held("Tesla T4", slow | ratios)
-    assert bars.missed(on_another) == [f"{bars.GRAPHS}: 1.50 times as fast where at least 2 times as fast is the bar"]
+    slow = {targets.P50: 0.5, targets.P99: 0.9, targets.GPU_PART: 0.3, targets.RATE: 10_000.0}
+    ratios = {targets.EAGER: 25.0, targets.GRAPHS: 1.5}
+    on_another = targets.held("Tesla T4", slow | ratios)
+    assert targets.missed(on_another) == [
+        f"{targets.GRAPHS}: 1.50 times as fast where at least 2 times as fast is the bar"
+    ]
     assert {entry["verdict"] for entry in on_another if entry["bar"] in slow} == {"not judged"}
-    assert len(bars.missed(bars.held("NVIDIA H200", slow | ratios))) == 5
+    assert len(targets.missed(targets.held("NVIDIA H200", slow | ratios))) == 5
     # What is just reached is met.
-    limits = {name: bar.limit for name, bar in bars.BARS.items()}
-    assert {entry["verdict"] for entry in bars.held("NVIDIA H200", limits)} == {"met"}
+    limits = {name: bar.limit for name, bar in targets.BARS.items()}
+    assert {entry["verdict"] for entry in targets.held("NVIDIA H200", limits)} == {"met"}
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_what_was_not_measured_meets_no_bar(value: float | None, tmp_path: Path) -> None:
-    entries = bars.held("NVIDIA H200", dict.fromkeys(bars.BARS, value))
+    entries = targets.held("NVIDIA H200", dict.fromkeys(targets.BARS, value))
     assert {entry["verdict"] for entry in entries} == {"MISSED"}
-    assert len(bars.missed(entries)) == len(bars.BARS)
+    assert len(targets.missed(entries)) == len(targets.BARS)
     # Also once it is read from the file again.
     leg = Leg(tmp_path / "tensorrt.json", "tensorrt", SETTINGS)
     leg.step("the bar", lambda: Found("It was.", {"bars": entries}))
-    assert {row[-1] for row in bars.rows([read_leg(leg.path)])} == {"MISSED"}
+    assert {row[-1] for row in targets.rows([read_leg(leg.path)])} == {"MISSED"}
 
 
 def test_failed_check_of_a_command_is_reported_verbatim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +343,7 @@ def test_what_began_too_late_is_tried_again_and_not_called_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, job = tmp_path / "torch.json", Job(tmp_path, "cuda", small=True)
-    faults = tmp_path / "benchmarks" / "acceptance" / "faults.py"
+    faults = tmp_path / "benchmarks" / "acceptance" / "fault_injection.py"
     faults.parent.mkdir(parents=True)
     for file in (tmp_path / "slow.py", faults):
         file.write_text(SLOW)
@@ -373,7 +375,7 @@ def test_a_leg_in_the_background_ends_its_commands_in_time(tmp_path: Path, monke
 
     told: list[str] = []
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.acceptance.on_ort.run", run)
+    monkeypatch.setattr("benchmarks.acceptance.leg_onnxruntime.run", run)
     try:
         gpu.run_inside(Job(tmp_path, "cpu", small=True), "ort-cuda", 60.0)
     finally:

@@ -18,8 +18,8 @@ from benchmarks import gpu_lease
 from benchmarks.acceptance import lease, lease_run
 from benchmarks.acceptance.lease import TENSORRT, Task
 from benchmarks.acceptance.lease_run import Lease, write_archive
-from tests.benchmarks.brought import write_chunks, write_packages
-from tests.benchmarks.test_packages import FAULTS
+from tests.benchmarks.acceptance.test_packages import FAULTS
+from tests.benchmarks.fake_packages import write_chunks, write_packages
 
 ROOT = Path(__file__).parents[2]
 REHEARSE = ("--device", "cpu", "--small")

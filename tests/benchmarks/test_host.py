@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import host
+from benchmarks.fake_tensorrt import counted
 from runtime import Grounder, open_backend
 from runtime.core.errors import ModelFileError
 from runtime.datasets.dataset import DataSet
 from tests.raising import raises
-from tests.runtime.backends.tensorrt_double import counted
 
 
 @pytest.fixture

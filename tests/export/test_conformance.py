@@ -248,7 +248,7 @@ import tensorrt_bindings as trt
 from export.engine.builder import BuildOptions, build
 from export.engine.profiles import Profile
 from runtime.backends.cuda_driver import Cuda
-from tests.runtime.backends.tensorrt_double import Driver
+from benchmarks.fake_tensorrt import Driver
 
 shapes = {"query_tokens": ((1, 1), (1, 8), (1, 12)), "query_length": ((1,), (1,), (1,))}
 profile = Profile("one query", (1, 1, 1), (1, 8, 12), shapes)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.fake_tensorrt import VERSIONS, Driver, Library, write_plan
 from calib.graph.precision_audit import audit_graph
 from export.build import extractor_engine
 from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
@@ -31,7 +32,6 @@ from runtime.infer import infer
 from runtime.media.extractors import open_extractor
 from tests.export.narrow_c3d import TINY, lively
 from tests.raising import quotes, raises, records
-from tests.runtime.backends.tensorrt_double import VERSIONS, Driver, Library, write_plan
 from tests.train.test_c3d import LAYOUTS
 from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
 

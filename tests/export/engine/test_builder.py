@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
+from benchmarks.fake_tensorrt import Driver
 from export.engine.builder import (
     BuildOptions,
     build,
@@ -30,7 +31,6 @@ from runtime.core.errors import DeviceError, ModelFileError
 from tests.export.conftest import TINY, manifest
 from tests.export.engine import inspector_doubles
 from tests.raising import quotes, raises
-from tests.runtime.backends.tensorrt_double import Driver
 
 EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], [])).SerializeToString()
 SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.fake_tensorrt import Driver, Library, write_plan
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.unroll_lstm import unroll_lstm
 from export.build.parity_check import ParityChecker
@@ -32,7 +33,6 @@ from runtime.core.errors import CheckFailed, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import Annotation, DataSet
 from tests.raising import raises
-from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 LONGEST = 12
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fake_tensorrt import Driver, Library
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.rtx_runtime_cache import cache_path
 from runtime.grounding.grounder import Grounder
-from tests.runtime.backends.tensorrt_double import Driver, Library
 from tests.runtime.backends.test_tensorrt_backend import Bench, Graphs, assert_same, batch_of, graphs, reference
 
 __all__ = ["graphs"]
@@ -160,7 +160,7 @@ def test_plans_of_tensorrt_hold_their_kernels(tmp_path: Path, graphs: Graphs, ve
 
 def test_the_double_has_the_names_of_the_library() -> None:
     library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from tests.runtime.backends.tensorrt_double import RuntimeCache, RuntimeConfig
+    from benchmarks.fake_tensorrt import RuntimeCache, RuntimeConfig
 
     for double, real in ((RuntimeCache, library.IRuntimeCache), (RuntimeConfig, library.IRuntimeConfig)):
         names = {name for name in dir(double) if not name.startswith("_")} - {"compile"}

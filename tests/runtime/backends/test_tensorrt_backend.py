@@ -23,6 +23,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.fake_tensorrt import (
+    NOT_CAPTURABLE,
+    VERSIONS,
+    Driver,
+    Engine,
+    Library,
+    counted,
+    write_plan,
+)
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.engine_metadata import Sidecar, metadata_path, read_sidecar, with_digest
 from runtime.artifacts.manifest import Manifest
@@ -50,15 +59,6 @@ from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, 
 from runtime.core.io.digests import sha256
 from runtime.grounding.grounder import Grounder
 from tests.raising import quotes, raises, records
-from tests.runtime.backends.tensorrt_double import (
-    NOT_CAPTURABLE,
-    VERSIONS,
-    Driver,
-    Engine,
-    Library,
-    counted,
-    write_plan,
-)
 from tests.tolerances import HALF
 
 LONGEST = 12

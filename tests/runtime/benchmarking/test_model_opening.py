@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fake_tensorrt import write_plan
 from runtime.benchmarking.model_opening import cold_start, model_files, model_labels
 from runtime.core.errors import GroundingError
 from tests.raising import raises
-from tests.runtime.backends.tensorrt_double import write_plan
 
 
 def test_models_of_one_name_are_told_apart() -> None:

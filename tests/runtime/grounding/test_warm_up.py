@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.fake_tensorrt import VERSIONS
 from runtime.backends.cuda_driver import OutOfDeviceMemory
 from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, TensorRTEngine
 from runtime.core.batch import Heads
@@ -18,7 +19,6 @@ from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.warm_up import usual_sizes, warm_usual
 from tests.raising import records
-from tests.runtime.backends.tensorrt_double import VERSIONS
 from tests.runtime.backends.test_tensorrt_backend import LONGEST, Bench, Graphs, batch_of, graphs
 
 __all__ = ["graphs"]

@@ -1,4 +1,4 @@
-"""Leg `torch`: training and answers on CUDA against the CPU, and how fast torch is at its best."""
+"""Run the leg `torch`: training and inference on CUDA against the CPU, and the fastest torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.acceptance import bars
-from benchmarks.acceptance.job import (
+from benchmarks.acceptance import targets
+from benchmarks.acceptance.run_config import (
     LATENCY_HEADER,
     Job,
     annotations_of,
@@ -26,7 +26,7 @@ from benchmarks.acceptance.job import (
     run_module,
     take_times,
 )
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 from runtime.benchmarking import system_info
 from runtime.benchmarking.timing import Call
 from runtime.core.batch import Batch, collate, pad_queries
@@ -38,7 +38,7 @@ from runtime.grounding.grounder import Grounder
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.acceptance.rivals import Rival
+    from benchmarks.acceptance.torch_baselines import Rival
     from runtime.core.video import Video
     from train.network.model import DRN
     from train.training.dataset import TrainingData
@@ -223,7 +223,7 @@ def rivals(job: Job, kinds: Sequence[str]) -> dict[str, Rival]:
     """Return ways to run the network in torch; the whole network unless the name says otherwise."""
     import torch
 
-    from benchmarks.acceptance.rivals import Rival
+    from benchmarks.acceptance.torch_baselines import Rival
     from train.checkpoints import load_checkpoint
 
     model = load_checkpoint(job.checkpoint).model().to(job.device)
@@ -401,5 +401,5 @@ def _training_speed(job: Job, leg: Leg) -> Found:
     )
     if job.rehearsal:
         return no_promise(told, found)
-    entries = bars.held(found["machine"], {bars.DELIVERY: ratio})
-    return Found(told, {**found, "bars": entries}, bars.missed(entries))
+    entries = targets.held(found["machine"], {targets.DELIVERY: ratio})
+    return Found(told, {**found, "bars": entries}, targets.missed(entries))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.acceptance.job import Job
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.run_config import Job
+from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory
 from runtime.core.errors import DeviceError
 

@@ -1,4 +1,4 @@
-"""Leg `tensorrt`: engines in every precision, what they are made of, whether they answer as their twins, the bar."""
+"""Run the leg `tensorrt`: build engines in every precision, verify precision and accuracy, measure speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.acceptance import bars
+from benchmarks.acceptance import targets
 from benchmarks.acceptance.engines import (
     NARROW,
     build,
@@ -24,7 +24,8 @@ from benchmarks.acceptance.engines import (
     standing,
     time_rejected,
 )
-from benchmarks.acceptance.job import (
+from benchmarks.acceptance.leg_torch import of_one_length, one_query, rivals
+from benchmarks.acceptance.run_config import (
     LATENCY_HEADER,
     Job,
     benchmark_step,
@@ -40,8 +41,7 @@ from benchmarks.acceptance.job import (
     skipped,
     take_times,
 )
-from benchmarks.acceptance.on_torch import of_one_length, one_query, rivals
-from benchmarks.acceptance.steps import Found, Leg, Skip, Table, no_promise
+from benchmarks.acceptance.step_log import Found, Leg, Skip, Table, no_promise
 from runtime.artifacts.engine_metadata import metadata_path, read_sidecar, with_digest
 from runtime.benchmarking import system_info
 from runtime.benchmarking.phases import time_phases
@@ -52,7 +52,7 @@ from runtime.core.io.digests import sha256
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 
-# See `benchmarks.acceptance.faults`.
+# See `benchmarks.acceptance.fault_injection`.
 ENGINE_FAULTS = {
     "threads": "threads",
     "fork": "fork",
@@ -206,7 +206,12 @@ def _bar(job: Job, pair: Path) -> Found:
         entries.append(values)
         rows.append(row)
     latency, part, rate = entries[-4], entries[-3]["p50_ms"], entries[-1]["queries_per_s"]
-    absolute = {bars.P50: latency["p50_ms"], bars.P99: latency["p99_ms"], bars.GPU_PART: part, bars.RATE: rate}
+    absolute = {
+        targets.P50: latency["p50_ms"],
+        targets.P99: latency["p99_ms"],
+        targets.GPU_PART: part,
+        targets.RATE: rate,
+    }
     told = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
         f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
@@ -298,10 +303,10 @@ def _bar_compiled(job: Job, pair: Path) -> Found:
     need(("torch",), "torch.compile")
     grounder = Grounder.load(pair, "cuda")
     entries, rows, found = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
-    told = f"One query end to end is answered {found[bars.COMPILED]:.1f} times as fast as by torch.compile."
+    told = f"One query end to end is answered {found[targets.COMPILED]:.1f} times as fast as by torch.compile."
     backend: Any = grounder.backend
     tables = {"the bar: torch.compile": (LATENCY_HEADER, rows)}
-    return _judged(job, backend.gpu_name, told, {bars.COMPILED: found[bars.COMPILED]}, entries, tables)
+    return _judged(job, backend.gpu_name, told, {targets.COMPILED: found[targets.COMPILED]}, entries, tables)
 
 
 def _one_query(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> tuple[str, Call]:
@@ -333,7 +338,7 @@ def _against(
             ratios[name] = ratio.median
         entries.append(values)
         rows.append(row)
-    return entries, rows, dict(bars.fastest(ratios))
+    return entries, rows, dict(targets.fastest(ratios))
 
 
 def _judged(
@@ -346,14 +351,14 @@ def _judged(
 ) -> Found:
     """Return timings with their bars; a rehearsal's are not judged."""
     # The name as CUDA tells it, which is there where nvidia-smi is not.
-    entries = bars.held(gpu, found)
+    entries = targets.held(gpu, found)
     values = {"timings": timings, "bars": entries, "conditions": dataclasses.asdict(system_info.conditions("after"))}
-    notes = [f"{sentence}." for sentence in bars.missed(entries)] if job.rehearsal else []
-    if bars.EAGER not in found and bars.COMPILED not in found:
+    notes = [f"{sentence}." for sentence in targets.missed(entries)] if job.rehearsal else []
+    if targets.EAGER not in found and targets.COMPILED not in found:
         notes.append("torch cannot be imported, so that nothing stands beside it.")
     if any(entry["verdict"] == "not judged" for entry in entries):
-        notes.append(f"Bars in absolute times are for {', '.join(bars.CLASS)}, and this is {gpu}.")
-    missed = [] if job.rehearsal else bars.missed(entries)
+        notes.append(f"Bars in absolute times are for {', '.join(targets.CLASS)}, and this is {gpu}.")
+    missed = [] if job.rehearsal else targets.missed(entries)
     return Found(" ".join([told, *notes]), values, missed, not job.rehearsal, tables)
 
 
@@ -486,5 +491,5 @@ def _compare_speeds(job: Job, leg: Leg, name: str, engines: Sequence[Path]) -> F
     if name != "fp16":
         return found
     # Which are timed, whatever they say; one that this GPU cannot run is told by its step.
-    entries = bars.held("", {bars.NARROW: float(len(narrow))})
+    entries = targets.held("", {targets.NARROW: float(len(narrow))})
     return dataclasses.replace(found, values={**found.values, "bars": entries})

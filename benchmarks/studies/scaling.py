@@ -1,5 +1,4 @@
-"""`python -m benchmarks.growth`: how the time of a full-size network grows with T, query length, batch, and queries of
-one video.
+"""Measure how the time of a full-size network grows with segments, query length, batch and queries per video.
 
 Everything takes turns in one run, in random order, and processor time is counted, so that a busy machine disturbs
 little. Weights are fresh: they decide the answers, not the time.

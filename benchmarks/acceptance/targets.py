@@ -1,4 +1,4 @@
-"""What a GPU must reach: every bar, so that a report shows each of them, and what was not measured is seen to be so."""
+"""Define the performance targets of a GPU and compare measurements with them."""
 
 from __future__ import annotations
 

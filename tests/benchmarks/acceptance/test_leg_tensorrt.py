@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.acceptance import bars, engines, on_tensorrt
+from benchmarks.acceptance import engines, leg_tensorrt, targets
 from benchmarks.acceptance.engines import unrolled_tokens
-from benchmarks.acceptance.job import Job, questions
-from benchmarks.acceptance.steps import Found, Leg, gather, read_leg
+from benchmarks.acceptance.fake_gpu import SEPARATE, stood_in
+from benchmarks.acceptance.run_config import Job, questions
+from benchmarks.acceptance.step_log import Found, Leg, gather, read_leg
 from runtime.artifacts.engine_layers import layers_path
 from runtime.artifacts.engine_metadata import metadata_path, read_verified, with_digest
 from runtime.backends.tensorrt_backend import TensorRTPair
@@ -22,7 +23,6 @@ from runtime.core.batch import Heads
 from runtime.core.errors import CheckFailed
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
-from tests.benchmarks.standin_gpu import SEPARATE, stood_in
 from tests.raising import quotes
 
 
@@ -40,9 +40,9 @@ def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -
     write_split_model(*split_graph(onnx.load(job.graph)), job.graph)
     with pytest.MonkeyPatch.context() as monkeypatch, stood_in(job):
         for name in SEPARATE:
-            monkeypatch.setattr(on_tensorrt, name, lambda *_: Found("It was."))
+            monkeypatch.setattr(leg_tensorrt, name, lambda *_: Found("It was."))
         leg = Leg(job.results("tensorrt"), "tensorrt", {"settings": job.settings(), "command": ""})
-        on_tensorrt.run(job, leg)
+        leg_tensorrt.run(job, leg)
         leg.end("finished")
         yield job
 
@@ -61,7 +61,7 @@ def test_every_step_of_the_leg_runs(ran: Job) -> None:
     # What a machine is rented for comes before what merely stands beside.
     names = list(steps)
     assert names.index("the bar") < names.index("where the time goes: layers") < names.index("tensorrt, fp32, pair")
-    assert {f"tensorrt, {p}, pair, answers" for p in on_tensorrt.PRECISIONS} <= steps.keys()
+    assert {f"tensorrt, {p}, pair, answers" for p in leg_tensorrt.PRECISIONS} <= steps.keys()
     assert ("drn.int8.query.6.engine" in steps["tensorrt, int8, pair"]["told"]) == (6 in unrolled_tokens(ran))
     assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
 
@@ -70,11 +70,11 @@ def test_every_bar_is_in_the_report(ran: Job) -> None:
     _, report = gather(ran.output, ("tensorrt",), {}, "stand-in")
     text = report.read_text()
     rows = [line.strip("| ").split(" | ") for line in text.partition("## The bar")[2].splitlines() if " | " in line]
-    found = {row[0]: row[-1] for row in rows[: len(bars.BARS) + 2] if row[0] != bars.HEADER[0]}
+    found = {row[0]: row[-1] for row in rows[: len(targets.BARS) + 2] if row[0] != targets.HEADER[0]}
     # Called an H100, which takes 3 ms for the network and is made of a CPU of any speed.
-    assert found.pop(bars.GPU_PART) == "MISSED"
-    assert found.pop(bars.DELIVERY) == found.pop(bars.NARROW) == "not measured"
-    assert set(found) == {"---", *bars.BARS} - {bars.GPU_PART, bars.DELIVERY, bars.NARROW}
+    assert found.pop(targets.GPU_PART) == "MISSED"
+    assert found.pop(targets.DELIVERY) == found.pop(targets.NARROW) == "not measured"
+    assert set(found) == {"---", *targets.BARS} - {targets.GPU_PART, targets.DELIVERY, targets.NARROW}
     assert set(found.values()) <= {"---", "met", "MISSED"}
     for title in (
         "### the bar",
@@ -117,9 +117,9 @@ def test_lstm_forms_agree_and_query_each_video_once(ran: Job, monkeypatch: pytes
 
     monkeypatch.setattr(TensorRTPair, "ask", spoilt)
     monkeypatch.setattr(
-        on_tensorrt, "questions", lambda job, count: list(itertools.islice(itertools.cycle(two), count))
+        leg_tensorrt, "questions", lambda job, count: list(itertools.islice(itertools.cycle(two), count))
     )
-    found = on_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
+    found = leg_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
     assert len(found.broken) == 2 * len(unrolled_tokens(ran))
     assert quotes(found.broken[0], "nan")
     assert set(numbers) == {(1, 1), (2, 2)}
@@ -134,7 +134,7 @@ def test_baseline_of_a_target_is_the_fastest_full_network() -> None:
         "torch.compile, FP16": 5.0,
         "torch.compile, FP32": 6.0,
     }
-    assert bars.fastest(ratios) == {bars.EAGER: 25.0, bars.GRAPHS: 3.0, bars.COMPILED: 5.0}
+    assert targets.fastest(ratios) == {targets.EAGER: 25.0, targets.GRAPHS: 3.0, targets.COMPILED: 5.0}
 
 
 def test_torch_of_another_leg_is_held_against_of_two_runs() -> None:
@@ -149,30 +149,30 @@ def test_torch_of_another_leg_is_held_against_of_two_runs() -> None:
         {"timings": [timing("CUDA graphs, FP16", 0.3), timing("CUDA graphs, FP16, encoded videos", 0.1)]},
         {"timings": [timing("torch.compile, FP16", 0.1, "gpu"), timing("torch.compile, FP16", 9.0, queries=32)]},
     )
-    engine = leg({"bars": [{"bar": bars.P50, "found": 0.2, "verdict": "met"}]})
-    found = {row[0]: row[2:] for row in bars.rows([torch, engine])}
-    assert found[bars.EAGER] == ["20.00 times as fast", "met, of two runs"]
-    assert found[bars.GRAPHS] == ["1.50 times as fast", "MISSED, of two runs"]
-    assert found[bars.COMPILED] == ["", "not measured"]
+    engine = leg({"bars": [{"bar": targets.P50, "found": 0.2, "verdict": "met"}]})
+    found = {row[0]: row[2:] for row in targets.rows([torch, engine])}
+    assert found[targets.EAGER] == ["20.00 times as fast", "met, of two runs"]
+    assert found[targets.GRAPHS] == ["1.50 times as fast", "MISSED, of two runs"]
+    assert found[targets.COMPILED] == ["", "not measured"]
     # Where both took turns, that counts.
-    beside = leg({"bars": [{"bar": bars.EAGER, "found": 25.0, "verdict": "met"}]})
-    assert {row[0]: row[3] for row in bars.rows([torch, engine, beside])}[bars.EAGER] == "met"
-    assert bars.of_two_runs([torch]) == bars.of_two_runs([engine]) == {}
+    beside = leg({"bars": [{"bar": targets.EAGER, "found": 25.0, "verdict": "met"}]})
+    assert {row[0]: row[3] for row in targets.rows([torch, engine, beside])}[targets.EAGER] == "met"
+    assert targets.of_two_runs([torch]) == targets.of_two_runs([engine]) == {}
 
 
 def test_what_is_held_against_the_bar_was_timed(ran: Job) -> None:
     values = told(ran, "the bar")["values"]
     timings = {entry["case"]: entry for entry in values["timings"] if "times as fast" in entry}
     assert {"CUDA graphs, FP32", "CUDA graphs, FP32, encoded videos"} < timings.keys()
-    (bar,) = [entry for entry in values["bars"] if entry["bar"] == bars.GRAPHS]
+    (bar,) = [entry for entry in values["bars"] if entry["bar"] == targets.GRAPHS]
     assert bar["found"] == timings["CUDA graphs, FP32"]["times as fast"]["median"]
     # Text in and moments out takes longer than what of it the GPU has.
     found = {entry["bar"]: entry["found"] for entry in values["bars"]}
-    assert found[bars.GPU_PART] == pytest.approx(3.0)
+    assert found[targets.GPU_PART] == pytest.approx(3.0)
     rates = {entry["queries"]: entry["queries_per_s"] for entry in values["timings"] if entry["boundary"] != "gpu"}
-    most = on_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
+    most = leg_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
     assert rates.keys() == {1, ran.sizes.batches[-1], most}
-    assert found[bars.RATE] == rates[most]
+    assert found[targets.RATE] == rates[most]
 
 
 def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyP
 
 
 def test_the_files_of_gpu_tests_are_all_that_have_any() -> None:
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     marks = tuple(f"@pytest.mark.{mark}\n" for mark in ("gpu", "trt"))
     marked = {path for path in tests.rglob("test_*.py") if any(mark in path.read_text("utf-8") for mark in marks)}
-    assert marked == set(on_tensorrt.GPU_TESTS)
+    assert marked == set(leg_tensorrt.GPU_TESTS)

@@ -1,4 +1,4 @@
-"""Leg `ort-cuda`: ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
+"""Run the leg `ort-cuda`: ONNX Runtime on CUDA against the CPU, and its speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.acceptance.job import (
+from benchmarks.acceptance.run_config import (
     MAX_DROP,
     Job,
     benchmark_step,
@@ -22,7 +22,7 @@ from benchmarks.acceptance.job import (
     run_module,
     there,
 )
-from benchmarks.acceptance.steps import Found, Leg, Skip
+from benchmarks.acceptance.step_log import Found, Leg, Skip
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends.onnxruntime_backend import PROVIDERS, import_onnxruntime
 from runtime.grounding.grounder import Grounder

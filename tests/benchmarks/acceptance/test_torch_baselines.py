@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.acceptance.rivals import Asked, side_by_side, unpacked
+from benchmarks.acceptance.torch_baselines import Asked, side_by_side, unpacked
 from tests import tolerances
 from tests.export.conftest import lively
 from train.network.model import DRNConfig

@@ -1,6 +1,6 @@
 """Run the legs `cuda` and `tensorrt` of the GPU acceptance on the doubles of CUDA's driver and of TensorRT.
 
-    python -m tests.benchmarks.standin_gpu tensorrt --output DIR --device cpu --small --stand-in --inside
+    python -m benchmarks.acceptance.fake_gpu tensorrt --output DIR --device cpu --small --stand-in --inside
 
 `benchmarks.gpu --stand-in` starts this in place of itself. It needs no package that a leg does not need.
 """
@@ -19,14 +19,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from benchmarks.acceptance.job import Job
-from benchmarks.acceptance.steps import Found, Leg
+from benchmarks.acceptance.run_config import Job
+from benchmarks.acceptance.step_log import Found, Leg
+from benchmarks.fake_tensorrt import Driver, Library, write_plan
 from runtime.artifacts.engine_layers import Inspection, layers_path, packed
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends.batch_shapes import AXES
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.io.digests import sha256
-from tests.runtime.backends.tensorrt_double import Driver, Library, write_plan
 
 # The newest that can be brought to a machine that reaches PyPI only, and the strictest.
 VERSION = "8.6.1"
@@ -42,7 +42,7 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
     """
     driver = Driver()
     gpu = functools.partial(Cuda, driver)
-    changes: dict[str, Any] = {"benchmarks.acceptance.on_cuda.open_gpu": gpu}
+    changes: dict[str, Any] = {"benchmarks.acceptance.leg_cuda.open_gpu": gpu}
     modules: dict[str, Any] = {}
     if leg == "tensorrt":
         library = Library(driver, VERSION)
@@ -60,8 +60,8 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
             "export.engine.builder.check_options": lambda options: None,
             "export.engine.builder.load_library": lambda target: library,
             # torch has no GPU to stand for: it does on the CPU what it would do there.
-            "benchmarks.acceptance.on_tensorrt.device_of": lambda job: "cpu",
-            "benchmarks.acceptance.on_tensorrt.rivals": _rivals,
+            "benchmarks.acceptance.leg_tensorrt.device_of": lambda job: "cpu",
+            "benchmarks.acceptance.leg_tensorrt.rivals": _rivals,
             "benchmarks.acceptance.engines.run_module": functools.partial(build, job),
         }
     with contextlib.ExitStack() as stack:
@@ -79,7 +79,7 @@ def separate(name: str) -> Callable[..., Found]:
 def _rivals(job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
     import torch
 
-    from benchmarks.acceptance.rivals import Rival
+    from benchmarks.acceptance.torch_baselines import Rival
     from train.checkpoints import load_checkpoint
 
     model = load_checkpoint(job.checkpoint).model()
@@ -162,7 +162,7 @@ def main() -> int:
         (leg,) = given.legs
         stack.enter_context(stood_in(job, leg))
         for name in SEPARATE if leg == "tensorrt" else ():
-            stack.enter_context(mock.patch(f"benchmarks.acceptance.on_tensorrt.{name}", separate(name)))
+            stack.enter_context(mock.patch(f"benchmarks.acceptance.leg_tensorrt.{name}", separate(name)))
         gpu.run_inside(job, leg, given.limit, given.step)
     return 0
 

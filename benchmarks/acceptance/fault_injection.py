@@ -1,6 +1,6 @@
-"""What goes wrong on a GPU, brought about on purpose: each in a process of its own, which may die of it.
+"""Cause one fault on a GPU, in a process of its own, which may crash.
 
-    python -m benchmarks.acceptance.faults FAULT MODEL DATA
+    python -m benchmarks.acceptance.fault_injection FAULT MODEL DATA
 
 The last line that it prints is JSON: whether the outcome is the expected one, and what was seen. `benchmarks.gpu` runs
 these; whether the device is a GPU is up to the model's library, so that what needs none is rehearsed on a CPU.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.long_video`: what a long video costs in time and memory."""
+"""Measure the time and memory that a long video takes."""
 
 from __future__ import annotations
 

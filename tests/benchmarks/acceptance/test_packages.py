@@ -30,7 +30,7 @@ from benchmarks.acceptance.packages import (
     wheels,
 )
 from runtime.core.errors import GroundingError
-from tests.benchmarks.brought import write_chunks, write_packages, write_wheel
+from tests.benchmarks.fake_packages import write_chunks, write_packages, write_wheel
 
 PYTHON = current_python()
 

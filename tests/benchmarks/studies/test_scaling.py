@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth
+from benchmarks.studies import scaling
 from runtime.core.errors import GroundingError
 from tests.raising import raises
 
 
 def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "QUERIES", (1, 4))
-    monkeypatch.setattr(growth, "QUERY_LENGTHS", (2, 5))
-    report = growth.growth(
+    monkeypatch.setattr(scaling, "QUERIES", (1, 4))
+    monkeypatch.setattr(scaling, "QUERY_LENGTHS", (2, 5))
+    report = scaling.growth(
         segments=(8, 16), feature_dim=16, fpn_dim=8, samples=2,
         output=tmp_path / "growth.json", plot=tmp_path / "growth.png",
     )  # fmt: skip
     curves = report["ms"]
-    assert set(curves[growth.BY_SEGMENTS]) == {growth.ENCODE, growth.ONE, growth.MANY}
-    assert all(set(found) == {8, 16} for found in curves[growth.BY_SEGMENTS].values())
-    assert all(set(found) == {2, 5} for found in curves[growth.BY_LENGTH].values())
-    for queries, each in curves[growth.BY_QUERIES][growth.EACH].items():
-        assert curves[growth.BY_QUERIES][growth.ENCODED_FOR][queries] > each > 0
+    assert set(curves[scaling.BY_SEGMENTS]) == {scaling.ENCODE, scaling.ONE, scaling.MANY}
+    assert all(set(found) == {8, 16} for found in curves[scaling.BY_SEGMENTS].values())
+    assert all(set(found) == {2, 5} for found in curves[scaling.BY_LENGTH].values())
+    for queries, each in curves[scaling.BY_QUERIES][scaling.EACH].items():
+        assert curves[scaling.BY_QUERIES][scaling.ENCODED_FOR][queries] > each > 0
     # Twice the segments are twice the multiply-adds of the video.
     work = report["1e6 multiply-adds"]
     assert work[16]["video"] == 2 * work[8]["video"]
@@ -34,4 +34,4 @@ def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_segments_that_the_levels_cannot_divide_are_refused() -> None:
     with raises(GroundingError, "invalid_option", "--segments", (32, 30)):
-        growth.growth(segments=(32, 30))
+        scaling.growth(segments=(32, 30))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.acceptance import on_cuda
+from benchmarks.acceptance import leg_cuda
 from benchmarks.acceptance.lease import (
     BUILDER,
     CLOSING_S,
@@ -306,5 +306,5 @@ def test_onnxruntime_gpu_is_carried_last_and_under_plan_b() -> None:
 def test_every_expected_time_is_within_its_limit() -> None:
     for task in {*TASKS["A"], *TASKS["B"]}:
         assert 0 < task.expected_s <= task.max_s
-    assert CUDA.max_s > on_cuda.CHILD_SECONDS
+    assert CUDA.max_s > leg_cuda.CHILD_SECONDS
     assert UNPACK_S < VERIFY_S

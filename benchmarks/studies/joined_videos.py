@@ -1,4 +1,4 @@
-"""`python -m benchmarks.joined_videos`: recall in long videos made of a data set's, grounded whole and in windows."""
+"""Measure recall in long videos joined from a data set's, grounded in one piece and in windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmarks.joined_videos`: what is joined is found where it was put."""
+"""`benchmarks.studies.joined_videos`: what is joined is found where it was put."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.joined_videos import join_videos, joined_videos
+from benchmarks.studies.joined_videos import join_videos, joined_videos
 from runtime.core.video import ClipTiming, Video
 
 

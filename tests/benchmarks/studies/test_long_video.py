@@ -1,4 +1,4 @@
-"""`benchmarks.long_video` grounds what it makes, in windows."""
+"""`benchmarks.studies.long_video` grounds what it makes, in windows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.long_video import long_video
+from benchmarks.studies.long_video import long_video
 from runtime.core.errors import ModelFileError
 from tests.raising import raises
 

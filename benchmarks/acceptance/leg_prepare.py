@@ -1,4 +1,4 @@
-"""Leg `prepare`: what the other legs are asked about."""
+"""Run the leg `prepare`: create the models and data that the other legs use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.util
 import time
 from typing import Literal
 
-from benchmarks.acceptance.job import Job, annotations_of
-from benchmarks.acceptance.steps import Found, Leg, Skip, no_promise
+from benchmarks.acceptance.run_config import Job, annotations_of
+from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 
 # `auto` would compare the methods on held-out videos, which takes minutes.
 FIXED_METHOD: Literal["percentile"] = "percentile"

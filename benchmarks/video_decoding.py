@@ -1,4 +1,4 @@
-"""`python -m benchmarks.footage VIDEO...`: frames a second from a file to the network's clips, beside PyAV alone."""
+"""Measure frames per second from a video file to the network's clips, compared with PyAV alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network in torch as a GPU runs it best: in CUDA graphs or compiled, in float32 or half precision.
+"""Run the network in torch at its fastest on a GPU: CUDA graphs or compiled, FP32 or half precision.
 
 What `benchmarks.gpu` holds our engines against. The weights are the same; batch norm is folded, and the BiLSTM runs
 without packing, whose lengths on the host no CUDA graph could vary.

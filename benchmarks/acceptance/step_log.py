@@ -1,4 +1,4 @@
-"""What an acceptance run found, step by step: each is on disk before the next begins, and nothing is lost to a crash.
+"""Record the steps of an acceptance run on disk, each before the next begins.
 
 A leg is a list of steps in a file of its own, LEG.json. A step keeps a promise, breaks it, fails, is skipped with a
 reason, or only measures. Reports are made of these files alone.
@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.acceptance import bars
+from benchmarks.acceptance import targets
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
 from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.io.input_files import read_json
@@ -276,7 +276,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
         lines += [f"**{machine['note']}**", ""]
     lines += ["| leg | verdict |", "| --- | --- |"]
     lines += [f"| {leg['leg']} | {_cell(verdict(leg))} |" for leg in whole["legs"]]
-    lines += ["", "## The bar", "", *_table(bars.HEADER, bars.rows(whole["legs"]))]
+    lines += ["", "## The bar", "", *_table(targets.HEADER, targets.rows(whole["legs"]))]
     for leg in whole["legs"]:
         if not leg["steps"]:
             continue

@@ -1,4 +1,4 @@
-"""One run of the GPU acceptance: where things lie, how large they are, and what every leg does alike."""
+"""Define one run of the GPU acceptance: paths, sizes, and what the legs share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks.acceptance.steps import Found, Leg, OutOfTime, Skip, no_promise
+from benchmarks.acceptance.step_log import Found, Leg, OutOfTime, Skip, no_promise
 from runtime.benchmarking.timing import Call, Latency, run_interleaved, warm_up
 from runtime.core.errors import CheckFailed, GroundingError
 from runtime.datasets.dataset import Annotation, DataSet
@@ -270,10 +270,18 @@ def latency_row(name: str, boundary: str, queries: int, seconds: Sequence[float]
 
 
 def fault(job: Job, leg: Leg, name: str, model: Path, needs_gpu: bool = True) -> Found:
-    """Bring about a fault in a process of its own; see `benchmarks.acceptance.faults`."""
+    """Bring about a fault in a process of its own; see `benchmarks.acceptance.fault_injection`."""
     if needs_gpu and job.device != "cuda":
         raise Skip("This fault needs a GPU.")
-    line = [sys.executable, "-m", "benchmarks.acceptance.faults", name, str(model), str(job.data), device_of(job)]
+    line = [
+        sys.executable,
+        "-m",
+        "benchmarks.acceptance.fault_injection",
+        name,
+        str(model),
+        str(job.data),
+        device_of(job),
+    ]
     seconds = max(min(FAULT_SECONDS, leg.left), 1)
     try:
         result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
