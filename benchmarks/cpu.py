@@ -64,8 +64,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time text in to moments out, and what of it is not the network; then training steps.
 
-    With NAME.query.onnx beside NAME.onnx (`export.to_onnx --split`), encoded videos and bulk are timed too; with
-    NAME.prepared.onnx (`--prepare`) also prepared videos.
+    With NAME.query.onnx beside NAME.onnx (`export.to_onnx --split`), encoded videos and bulk are timed too.
 
     Args:
         checkpoint: drn.pt of a network of any size.
@@ -132,11 +131,6 @@ def benchmark(
         runs["one video, encoded for them"] = lambda i: _encode_and_ask(split, shown[0], group, batch)
         runs["one encoded video"] = lambda i: split.ground_batch(about, batch_size=batch)
         runs["one encoded video, of which the network"] = _asked_alone(split, about, batch)
-        if split.manifest.prepared_parts:
-            ready = split.encode(shown[0], prepare=True)
-            prepared = [(ready, sentence) for _, sentence in group]
-            _check_alike(split, about, prepared)
-            runs["one prepared video"] = lambda i: split.ground_batch(prepared, batch_size=batch)
     if narrow_split:
         about_narrow = [(ready_narrow[shown[0].name], sentence) for _, sentence in group]
         runs["INT8, one encoded video"] = lambda i: narrow_split.ground_batch(about_narrow, batch_size=batch)
@@ -167,7 +161,7 @@ def benchmark(
             "one query on an encoded video": single[EAGER] / single["encoded video"],
             **{
                 f"{batch} queries, {name}": batched[EAGER] / batched[name]
-                for name in ("one video, encoded for them", "one encoded video", "one prepared video")
+                for name in ("one video, encoded for them", "one encoded video")
                 if name in batched
             },
         }
@@ -263,9 +257,9 @@ def _product(right: np.ndarray, threads: int) -> ort.InferenceSession:
 def multiply_adds(config: DRNConfig, query_length: float) -> dict[str, float]:
     """Return the multiply-adds for one query that no rewriting saves, by what they depend on.
 
-    `video`: prop_fc. `first`: the first convolution over gated features, and `first, prepared` what remains of it
-    (`calib.graph.split_model.prepared_graphs`). `rest`: everything else, for a query of `query_length` words. What
-    positions cost is left out: it is folded to next to nothing, and so is what stands in the gaps between levels.
+    `video`: prop_fc. `first`: the first convolution over gated features. `rest`: everything else, for a query of
+    `query_length` words. What positions cost is left out: it is folded to next to nothing, and so is what stands in the
+    gaps between levels.
     """
     width, segments, pyramid, hidden = config.feature_dim, config.num_segments, config.fpn_dim, config.hidden_dim
     lengths = [segments // stride for stride in config.strides]
@@ -283,7 +277,6 @@ def multiply_adds(config: DRNConfig, query_length: float) -> dict[str, float]:
     return {
         "video": width**2 * segments,
         "first": 3 * 256 * width * segments,
-        "first, prepared": 256 * width * segments,
         "rest": backbone + lateral + 3 * pyramid**2 * locations + towers + head + words + sentence,
     }
 
@@ -299,7 +292,6 @@ def _limits(
         "encoded video": asked,
         "one video, encoded for them": work["video"] / batch + asked,
         "one encoded video": asked,
-        "one prepared video": work["first, prepared"] + work["rest"],
     }
     limits: dict[str, Any] = {"mean words of a query": length}
     for label, seconds in zip(("batch 1", f"batch {batch}"), measured, strict=True):
@@ -377,13 +369,6 @@ def _check_equal(eager: EagerBaseline, grounder: Grounder, pairs: list[tuple[Vid
         found = [dataclasses.astuple(moment) for moment in grounder.ground(video, query)]
         if len(wanted) != len(found) or not np.allclose(wanted, found, atol=1e-3):
             raise GroundingError(f"The two models answer {query!r} differently; give the .pt and its own .onnx.")
-
-
-def _check_alike(grounder: Grounder, pairs: Sequence[Any], others: Sequence[Any]) -> None:
-    for wanted, found in zip(grounder.ground_batch(pairs), grounder.ground_batch(others), strict=True):
-        rows = [[dataclasses.astuple(moment) for moment in moments] for moments in (wanted, found)]
-        if len(rows[0]) != len(rows[1]) or not np.allclose(*rows, atol=1e-3):
-            raise GroundingError("A prepared video is answered differently; export again with --split --prepare.")
 
 
 def _interleave(runs: dict[str, Callable[[int], Any]], samples: int) -> dict[str, float]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from export.tracing.checkpoint_to_onnx import ExportOptions, export_checkpoint
 from export.tracing.tracer import OLDEST_OPSET
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ShapeError
+
+log = logging.getLogger("drn")
 
 
 def to_onnx(
@@ -29,8 +32,7 @@ def to_onnx(
         output: the ONNX file to write.
         split: also write the model in two files, NAME.video.onnx and NAME.query.onnx, so that a video is encoded once
             and asked often; the second is the one to give as --model.
-        prepare: with --split, also write what makes dozens of queries on one video at once faster still on a CPU,
-            NAME.prepare.onnx and NAME.prepared.onnx.
+        prepare: has no effect. Version 0.1 wrote two more files, for a gain too small to keep.
         opset: of the graph, 17 to 23; TensorRT 8.6 reads 17 at most.
         max_query_length: most words of a query; every length up to it is checked. When not given, 64 or the longest
             query of the data set that the network learnt from.
@@ -43,8 +45,10 @@ def to_onnx(
         OutputError: `output` cannot be written.
         CheckFailed: the graph and torch differ by more than the tolerance.
     """
-    options = ExportOptions(Path(checkpoint), Path(output), split, prepare, opset, max_query_length)
+    options = ExportOptions(Path(checkpoint), Path(output), split, opset, max_query_length)
     options.check()
+    if prepare:
+        log.warning("--prepare no longer has an effect. Leave it out.")
     from train.c3d import is_c3d_file
 
     if is_c3d_file(options.checkpoint):

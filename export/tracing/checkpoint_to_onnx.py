@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from calib.graph.conv_padding import extract_padding
-from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_split_model
+from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
 from export.tracing.tracer import NEWEST_OPSET, OLDEST_OPSET, export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
@@ -25,7 +25,6 @@ class ExportOptions:
         checkpoint: a `drn.pt`.
         output: the .onnx file to write.
         split: whether the model is written in two parts too.
-        prepare: whether the parts that prepare a video are written too.
         opset: of the graph.
         max_query_length: tokens of the longest query; None for 64 or the longest query of the training data.
     """
@@ -33,16 +32,13 @@ class ExportOptions:
     checkpoint: Path
     output: Path
     split: bool = False
-    prepare: bool = False
     opset: int = OLDEST_OPSET
     max_query_length: int | None = None
 
     @property
     def parts(self) -> tuple[Path, ...]:
         """Files that are written beside the output."""
-        if not self.split:
-            return ()
-        return (*pair_paths(self.output), *(prepared_paths(self.output) if self.prepare else ()))
+        return pair_paths(self.output) if self.split else ()
 
     def check(self) -> None:
         """Check what can be known before any file is read.
@@ -97,8 +93,6 @@ def export_checkpoint(options: ExportOptions) -> Path:
     from train.checkpoints import load_checkpoint, source_hash
 
     output = options.output
-    if options.prepare and not options.split:
-        raise ShapeError("--prepare writes parts of a split model. Add --split.", code="missing_option")
     for part in options.parts:
         check_writable(part, options.checkpoint)
     log.info("Reading %s ...", options.checkpoint)
@@ -116,9 +110,9 @@ def export_checkpoint(options: ExportOptions) -> Path:
         answering = output
         if options.split:
             pair = split_graph(graph)
-            of_pair = check_pair_against_torch(*pair, model, max_query_length, prepare=options.prepare)
+            of_pair = check_pair_against_torch(*pair, model, max_query_length)
             differences = {name: max(value, of_pair.get(name, 0.0)) for name, value in differences.items()}
-            *_, answering = write_split_model(*pair, output, prepare=options.prepare)
+            *_, answering = write_split_model(*pair, output)
     print(format_differences(differences))
     log.info(
         "%s: %.1f MB, opset %d, checked against torch in ONNX Runtime %s for batches of %s and every query length "

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.split_model import prepared_graphs
 from export.tracing.tracer import INPUTS, OUTPUTS
-from runtime.core.batch import ENCODED_FEATURES, PREPARED_FEATURES, VIDEO_INDEX, Batch
+from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch
 from runtime.core.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -38,15 +37,13 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
 
 
 def check_pair_against_torch(
-    video: onnx.ModelProto, query: onnx.ModelProto, model: DRN, max_query_length: int, *, prepare: bool = False
+    video: onnx.ModelProto, query: onnx.ModelProto, model: DRN, max_query_length: int
 ) -> dict[str, float]:
     """Return the largest differences between a split graph and torch, as `check_against_torch`.
 
-    The queries of a batch ask fewer videos than there are queries, some several times, in any order. With `prepare`,
-    those about one video alone go the way of `calib.graph.split_model.prepared_graphs`.
+    The queries of a batch ask fewer videos than there are queries, some several times, in any order.
     """
-    parts = (video, query, *(prepared_graphs(query) if prepare else ()))
-    encoder, asker, *prepared = (open_session(part.SerializeToString()) for part in parts)
+    encoder, asker = (open_session(part.SerializeToString()) for part in (video, query))
 
     def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
         distinct, index = np.unique(videos, return_inverse=True)
@@ -58,11 +55,6 @@ def check_pair_against_torch(
             ENCODED_FEATURES: encoded,
             "segment_spans": batch.segment_spans[distinct],
         }
-        if prepared and len(distinct) == 1:
-            (features,) = prepared[0].run([PREPARED_FEATURES], {ENCODED_FEATURES: encoded})
-            for name in (VIDEO_INDEX, ENCODED_FEATURES):
-                del feed[name]
-            return prepared[1].run(list(OUTPUTS), {**feed, PREPARED_FEATURES: features})
         return asker.run(list(OUTPUTS), feed)
 
     def questions() -> Iterator[tuple[Batch, list[int]]]:

@@ -40,8 +40,7 @@ class EncodedVideo:
         model: SHA-256 of the video part that made it; no other model's query part can read it.
         key: 64 hexadecimal digits that stand for features, spans and model; made of them where it is not given.
         offset: as that of the `Video`.
-        prepared: (256 T, D) float32, 134 MB at full size: what makes dozens of queries at once faster on a CPU
-            (`Grounder.encode(video, prepare=True)`). Not saved: it is made faster than it would be read.
+        prepared: has no effect; version 0.1 stored what made dozens of queries on one video faster.
     """
 
     features: np.ndarray

@@ -78,8 +78,7 @@ class Manifest:
         training: how the weights came to be, for people.
         part: `whole`, or which of the two files that a model was split into.
         video_part: of a query part: the file of its video part, in the same directory, to SHA-256.
-        prepared_parts: of a query part: the files that prepare an encoding for very many queries and that ask it, in
-            this order, to SHA-256; empty where there are none.
+        prepared_parts: of a query part of version 0.1: two more files, to SHA-256, which nothing reads any longer.
         windows: how videos longer than the training videos are cut; None for files of before, which take them whole.
         presence: the score below which no moment is found; None for a model that always answers.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -22,15 +21,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, Content, DigestCheck, check, read_metadata
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
-from runtime.core.batch import (
-    ENCODED_FEATURES,
-    HEAD_NAMES,
-    INPUT_NAMES,
-    PREPARED_FEATURES,
-    VIDEO_INDEX,
-    Batch,
-    Heads,
-)
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
 from runtime.core.io.digests import sha256
 from runtime.core.lru_cache import LruCache
@@ -43,9 +34,6 @@ log = logging.getLogger("drn")
 VIDEO_INPUTS = ("segment_features",)
 VIDEO_OUTPUTS = (ENCODED_FEATURES,)
 QUERY_INPUTS = ("query_tokens", "query_length", VIDEO_INDEX, ENCODED_FEATURES, "segment_spans")
-PREPARED_INPUTS = ("query_tokens", "query_length", PREPARED_FEATURES, "segment_spans")
-# With fewer queries, reading what is prepared (134 MB at full size) takes longer than computing without it.
-MIN_PREPARED_QUERIES = 12
 # 0.5 MB each at full size.
 MAX_ENCODINGS_ON_DEVICE = 256
 # On a CPU a convolution is slower where it pads by itself (`calib.graph.conv_padding`), so that step is not to be
@@ -323,28 +311,14 @@ class OnnxRuntimePair:
             raise ModelFileError(
                 f"{query.path} names {len(named)} video parts and needs one; export it again.", code="missing_part"
             )
-        (self._video,) = self._opened(named)
+        ((name, digest),) = named.items()
+        self._video = self._part(_existing_part(query.path, name), digest)
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
         (encoded,) = self._video.run(VIDEO_OUTPUTS, {"segment_features": segment_features})
         return encoded
-
-    def prepare(self, encoded_features: np.ndarray) -> np.ndarray:
-        """Return what `EncodedVideo.prepared` holds from (D, T) encoded features.
-
-        Raises:
-            ModelFileError: the model was split without what prepares.
-        """
-        if len(self.manifest.prepared_parts) != 2:
-            raise ModelFileError(
-                f"{self._query.path} was split without what prepares a video for dozens of queries at once; "
-                "export it again with `python -m export.to_onnx --split --prepare`.",
-                code="missing_part",
-            )
-        (prepared,) = self._prepared[0].run((PREPARED_FEATURES,), {ENCODED_FEATURES: encoded_features[None]})
-        return prepared
 
     def ask(
         self,
@@ -357,9 +331,6 @@ class OnnxRuntimePair:
         if not len(query_length):
             return Heads(*self._query.run(HEAD_NAMES, {"query_length": query_length}))
         (first, *others) = videos
-        if not others and first.prepared is not None and len(query_length) >= MIN_PREPARED_QUERIES:
-            prepared = (query_tokens, query_length, first.prepared, first.spans[None])
-            return Heads(*self._prepared[1].run(HEAD_NAMES, dict(zip(PREPARED_INPUTS, prepared))))
         features = np.stack([video.features for video in videos]) if others else self._features(first)
         spans = np.stack([video.spans for video in videos]) if others else first.spans[None]
         arrays: tuple[Any, ...] = (query_tokens, query_length, video_index, features, spans)
@@ -374,23 +345,6 @@ class OnnxRuntimePair:
             tensor = self._query.resident(video.features[None])
             self._on_device.put(video.key, tensor)
         return tensor
-
-    @functools.cached_property
-    def _prepared(self) -> tuple[Session, Session]:
-        """What prepares, and what asks; opened when first needed, as most callers do not."""
-        prepare, requested = self._opened(self.manifest.prepared_parts)
-        prepare.require((ENCODED_FEATURES,), (PREPARED_FEATURES,))
-        requested.require(PREPARED_INPUTS, HEAD_NAMES)
-        return prepare, requested
-
-    def _opened(self, parts: Mapping[str, str]) -> list[Session]:
-        """Open files that the query part names.
-
-        Raises:
-            ModelFileError: one is not beside the query part, or is another one.
-        """
-        query = self._query.path
-        return [self._part(_existing_part(query, name), digest) for name, digest in parts.items()]
 
     def _part(self, path: Path, digest: str) -> Session:
         try:

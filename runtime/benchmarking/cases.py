@@ -15,7 +15,6 @@ from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.report import BATCH_SIZE, LENGTH, ONE_QUERY, PER_VIDEO, BenchmarkCase, TimingScope
 from runtime.benchmarking.timing import Call
 from runtime.benchmarking.workload import BenchmarkedModel, Pair
-from runtime.core.errors import GroundingError
 from runtime.core.video import Video
 
 # A sweep's cases end after so many seconds for each model, but not before the minimum number of calls.
@@ -88,16 +87,11 @@ def batch_size_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
 
 
 def per_video_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
-    """Yield batches of every size about one video, known and prepared."""
+    """Yield batches of every size about one video that is known."""
     known: dict[BenchmarkedModel, Video | EncodedVideo] = {model: model.cached[0][0] for model in inputs.models}
     for size in doubling_sizes(inputs.max_batch):
         case = BenchmarkCase(PER_VIDEO, "known video", "end to end", size, size)
         yield TimedCase(case, {model: _ground_video(model, known[model], size) for model in known}, SWEEP_SECONDS)
-    prepared = _prepared_videos(inputs)
-    for size in doubling_sizes(inputs.max_batch):
-        case = BenchmarkCase(PER_VIDEO, "prepared video", "end to end", size, size)
-        calls = {model: _ground_video(model, video, size) for model, video in prepared.items()}
-        yield TimedCase(case, calls, SWEEP_SECONDS)
 
 
 def query_length_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
@@ -150,19 +144,6 @@ def _gpu_timed(models: Models) -> Iterator[None]:
     finally:
         for backend in backends:
             backend.time_gpu(False)
-
-
-def _prepared_videos(inputs: CaseInputs) -> dict[BenchmarkedModel, EncodedVideo]:
-    """Return the first video, prepared by each model that can prepare it."""
-    prepared = {}
-    for model in inputs.models:
-        if model.grounder.manifest.prepared_parts and hasattr(model.grounder.backend, "prepare"):
-            try:
-                encoded = model.grounder.encode(model.cached[0][0], prepare=True)
-                prepared[model] = cast(EncodedVideo, encoded)
-            except GroundingError as error:
-                inputs.note(f"{model.label}: no prepared video was asked: {error}")
-    return prepared
 
 
 def _ground_one(model: BenchmarkedModel, select: Callable[[int, int], Sequence[Pair]]) -> Call:

@@ -32,7 +32,7 @@ def model_labels(paths: Sequence[Path]) -> list[str]:
 
 def model_files(path: Path, manifest: Manifest) -> list[Path]:
     """Return the files that a model consists of, the one named first."""
-    parts = [path.with_name(Path(name).name) for name in (*manifest.video_part, *manifest.prepared_parts)]
+    parts = [path.with_name(Path(name).name) for name in manifest.video_part]
     if path.suffix == ".engine":
         # Parts are named as the graphs they were built from.
         parts = [part.with_suffix(".engine") for part in parts]

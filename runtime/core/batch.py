@@ -11,7 +11,6 @@ from runtime.core.video import Segments
 
 # The tensors between the two parts of a model; see `calib.graph.split_model`.
 ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
-PREPARED_FEATURES = "prepared_features"
 
 
 @dataclasses.dataclass(frozen=True)

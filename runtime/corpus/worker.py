@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Union
 
-from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
+from runtime.artifacts.encoded_video import EncodedWindows
 from runtime.core.errors import FeatureError, GroundingError, OutputError, QueryError, excerpt
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
@@ -43,9 +43,6 @@ MAX_ATTEMPTS = 3
 # Videos wait for each other until their questions fill so many batches, or they take so much memory.
 BATCHES_TOGETHER = 8
 MAX_WAITING_BYTES = 1 << 28
-# On a CPU, from so many questions on it saves time to prepare a video, where the model can: it takes as long as five
-# encodings, and then a fifth less for each question (docs/performance.md).
-PREPARED_FROM = 64
 # Rows of a row group in Parquet.
 ROWS_OF_GROUP = 4096
 # Sentences of which a process remembers whether they can be asked.
@@ -242,7 +239,7 @@ class Worker:
         pairs, waiting = 0, 0
         for requested in shard.asked:
             if requested.known:
-                subject = self._subject(next(result), len(requested))
+                subject = self._subject(next(result))
             else:
                 subject = f"There is no video {excerpt(requested.video.name)} in {self.job.features}; check the name."
                 subject += near_name(self._names, requested.video.name)
@@ -263,8 +260,8 @@ class Worker:
     def _clock(self) -> ClipTiming:
         return self._grounder.manifest.features.clock
 
-    def _subject(self, found: Video | str, questions: int) -> Found:
-        """Return a video as it is best asked so many questions."""
+    def _subject(self, found: Video | str) -> Found:
+        """Return a video as it is best asked: encoded, if the model is split."""
         grounder = self._grounder
         if isinstance(found, str):
             return found
@@ -272,9 +269,7 @@ class Worker:
             if not grounder.is_pair:
                 grounder.check_fits(found)
                 return found
-            ready = questions >= PREPARED_FROM and self.job.settings.device == "cpu"
-            prepare = ready and bool(grounder.manifest.prepared_parts) and not grounder.cut(found)
-            return grounder.encode(found, prepare=prepare)
+            return grounder.encode(found)
         except FeatureError as error:
             return str(error)
 
@@ -316,11 +311,7 @@ def _bytes(subject: Found) -> int:
     if isinstance(subject, str):
         return 0
     parts = subject.parts if isinstance(subject, EncodedWindows) else (subject,)
-    return sum(part.features.nbytes + _prepared_bytes(part) for part in parts)
-
-
-def _prepared_bytes(part: Video | EncodedVideo) -> int:
-    return part.prepared.nbytes if isinstance(part, EncodedVideo) and part.prepared is not None else 0
+    return sum(part.features.nbytes for part in parts)
 
 
 @contextlib.contextmanager

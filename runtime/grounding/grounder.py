@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import logging
@@ -35,7 +34,7 @@ from runtime.core.prefetch import prefetch
 from runtime.core.sliding_windows import Window, WindowProposals, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
 from runtime.grounding.requests import VideoInput, _kind, check_query, check_request, check_video
-from runtime.grounding.scheduling import EncodingCache, group_by_prepared, retry_in_halves
+from runtime.grounding.scheduling import EncodingCache, retry_in_halves
 
 log = logging.getLogger("drn")
 
@@ -274,14 +273,12 @@ class Grounder:
                 yield chosen, functools.partial(self._run_part, batch)
             return
         encoded = cast("Sequence[EncodedVideo]", videos)
-        for positions in group_by_prepared(encoded):
-            for chosen in batches_by_length([queries[i] for i in positions], batch_size):
-                rows = positions[chosen]
-                distinct = {id(encoded[i]): encoded[i] for i in rows}
-                locations = {key: index for index, key in enumerate(distinct)}
-                video_index = np.array([locations[id(encoded[i])] for i in rows], np.int32)
-                requested = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
-                yield rows, functools.partial(self._ask_part, *requested)
+        for rows in batches_by_length(queries, batch_size):
+            distinct = {id(encoded[i]): encoded[i] for i in rows}
+            locations = {key: index for index, key in enumerate(distinct)}
+            video_index = np.array([locations[id(encoded[i])] for i in rows], np.int32)
+            requested = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
+            yield rows, functools.partial(self._ask_part, *requested)
 
     @marked("network")
     def _run_part(self, batch: Batch, part: slice) -> Heads:
@@ -359,41 +356,23 @@ class Grounder:
         computing it again. A video that is grounded in windows is encoded window by window.
 
         Args:
-            video: a video, or an encoding that is to be prepared.
-            prepare: compute all that does not depend on a query. On a CPU this makes dozens of queries on one video in
-                one `ground_batch` faster, takes as long as five encodings, and 134 MB of memory at full size.
+            video: a video; an encoding of this model is returned as it is.
+            prepare: has no effect. Version 0.1 computed more before the first query, for a gain too small to keep.
 
         Raises:
-            FeatureError: the features are not of the width that the model takes, or windows are to be prepared.
-            ModelFileError: the model is whole, or was split without what prepares.
+            FeatureError: the features are not of the width that the model takes.
+            ModelFileError: the model is whole.
         """
         check_video(video)
-        if isinstance(video, Video):
-            windows = self.cut(video)
-            encoded: EncodedVideo | EncodedWindows
-            if windows:
-                parts = cast("Iterator[EncodedVideo]", self._seen_windows(video, windows))
-                encoded = EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name, video.offset)
-            else:
-                encoded = self.encode_segments(self.segments(video), video.duration, video.name, video.offset)
-        else:
-            encoded = self._checked(video)
-        if not prepare:
-            return encoded
-        if isinstance(encoded, EncodedWindows):
-            raise FeatureError(
-                f"{video.name} is grounded in {len(encoded.windows)} windows, and only what is grounded whole can be "
-                "prepared; leave prepare=True out.",
-                code="inapplicable_option",
-            )
-        if encoded.prepared is not None:
-            return encoded
-        if not hasattr(self.backend, "prepare"):
-            raise ModelFileError(
-                "Only the .query.onnx of a model can prepare a video; leave prepare=True out.",
-                code="query_part_required",
-            )
-        return dataclasses.replace(encoded, prepared=self.backend.prepare(encoded.features))
+        if prepare:
+            log.warning("prepare=True no longer has an effect. Leave it out.")
+        if not isinstance(video, Video):
+            return self._checked(video)
+        windows = self.cut(video)
+        if not windows:
+            return self.encode_segments(self.segments(video), video.duration, video.name, video.offset)
+        parts = cast("Iterator[EncodedVideo]", self._seen_windows(video, windows))
+        return EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name, video.offset)
 
     @marked("encode video")
     def encode_segments(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> EncodedVideo:

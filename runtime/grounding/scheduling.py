@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,14 +15,6 @@ from runtime.core.lru_cache import LruCache
 from runtime.core.video import Video
 
 log = logging.getLogger("drn")
-
-
-def group_by_prepared(videos: Sequence[EncodedVideo]) -> list[np.ndarray]:
-    """Return positions that may share batches: those of one prepared video, and all others."""
-    groups: dict[int, list[int]] = {}
-    for index, video in enumerate(videos):
-        groups.setdefault(0 if video.prepared is None else id(video), []).append(index)
-    return [np.array(positions) for positions in groups.values()]
 
 
 class EncodingCache:

@@ -17,7 +17,7 @@ from calib.calibration_set import sample_calibration_set
 from calib.graph import source_graph
 from calib.graph.half_precision import convert_to_half
 from calib.graph.onnx_graph import load_fp32_graph, load_onnx, read_manifest
-from calib.graph.split_model import pair_paths, prepared_paths, split_graph, write_split_model
+from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.parity import compare_layers
 from export.seal import seal_model
@@ -77,22 +77,21 @@ def test_manifest(graph: Path) -> None:
     assert refused >= 98
 
 
-@pytest.mark.parametrize("part", ["video", "query", "prepare", "prepared"])
+@pytest.mark.parametrize("part", ["video", "query"])
 def test_parts(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) -> None:
     path = tmp_path / "drn.onnx"
-    write_split_model(*split_graph(exported["tiny"]), path, prepare=True)
+    write_split_model(*split_graph(exported["tiny"]), path)
     video, query = pair_paths(path)
-    prepare, prepared = prepared_paths(path)
     inputs = random_inputs(TINY, [3] * 12)
 
     def answer() -> bytes:
         pair: Any = open_backend(query, "cpu", 1)
         encoded = pair.encode(inputs[2].numpy()[:1])[0]
-        about = EncodedVideo(encoded, inputs[3].numpy()[0], 1.0, prepared=pair.prepare(encoded))
+        about = EncodedVideo(encoded, inputs[3].numpy()[0], 1.0)
         found = pair.ask(inputs[0].numpy(), inputs[1].numpy(), [about], np.zeros(12, np.int32))
         return b"".join(array.tobytes() for array in vars(found).values())
 
-    files = {"video": video, "query": query, "prepare": prepare, "prepared": prepared}
+    files = {"video": video, "query": query}
     assert count_refused(files[part], answer, ModelFileError) == 40
 
 
@@ -185,8 +184,8 @@ def test_files_of_before_have_no_digest_and_load(
 
 
 def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> None:
-    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True)
-    files = (output, *pair_paths(output), *prepared_paths(output))
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
+    files = (output, *pair_paths(output))
     for path in files:
         content = check(path)
         assert content.recorded == content.digest is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,15 @@ import pytest
 import torch
 
 from calib.graph.half_precision import convert_to_half
-from calib.graph.split_model import pair_paths, prepared_graphs, split_graph, write_split_model
+from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.to_onnx import to_onnx
 from export.tracing.torch_check import check_pair_against_torch, relative_difference
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.backends.base import run_pair
-from runtime.backends.onnxruntime_backend import MIN_PREPARED_QUERIES, OnnxRuntimePair
 from runtime.core.batch import Batch
-from runtime.core.errors import CheckFailed, ModelFileError, OutputError, ShapeError
+from runtime.core.errors import CheckFailed, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
@@ -129,44 +127,6 @@ def test_both_parts_parse_and_build_in_tensorrt_rtx(exported: dict[str, onnx.Mod
         build_with_rtx(part, video=(1, 2, 8))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("lengths", [[4], [5, 1, 9], [3] * 14])
-def test_a_prepared_video_is_answered_as_the_whole(
-    exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, lengths: list[int]
-) -> None:
-    path = tmp_path / "drn.onnx"
-    onnx.save(exported[name], path)
-    files = write_split_model(*split_graph(exported[name]), path, prepare=True)
-    assert [file.name for file in files] == [
-        "drn.video.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx",
-    ]  # fmt: skip
-    tokens, length, features, spans = (values.numpy() for values in random_inputs(CONFIGS[name], lengths))
-    pair = open_backend(files[-1], "cpu", 1)
-    assert isinstance(pair, OnnxRuntimePair)
-    (encoded,) = pair.encode(features[:1])
-    video = EncodedVideo(encoded, spans[0], 1.0, prepared=pair.prepare(encoded))
-    assert video.prepared is not None
-    assert video.prepared.shape == (256 * CONFIGS[name].num_segments, CONFIGS[name].feature_dim)
-    # Which way is taken shows in this: the other does not know the encoding.
-    asked = tokens, length, [replace(video, features=encoded * np.nan)], np.zeros(len(tokens), np.int32)
-    assert np.isnan(pair.ask(*asked).matching_logits).any() == (len(lengths) < MIN_PREPARED_QUERIES)
-    # Whatever is too few to be worth it here is still asked that way.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.backends.onnxruntime_backend.MIN_PREPARED_QUERIES", 1)
-        found = pair.ask(*asked)
-    one = [0] * len(tokens)
-    wanted = open_backend(path, "cpu", 1).run(Batch(tokens, length, features[one], spans[one]))
-    for field, theirs in vars(wanted).items():
-        assert relative_difference(getattr(found, field), theirs) <= SAME, field
-
-
-def test_only_fp32_query_parts_can_be_prepared_for(exported: dict[str, onnx.ModelProto]) -> None:
-    half = convert_to_half(exported["tiny"])
-    for graph in (exported["tiny"], split_graph(exported["tiny"])[0], split_graph(half)[1]):
-        with raises(ModelFileError, "not_a_query_part"):
-            prepared_graphs(graph)
-
-
 def test_a_part_is_not_split_again(exported: dict[str, onnx.ModelProto]) -> None:
     for part in split_graph(exported["tiny"]):
         with raises(ModelFileError, "model_part"):
@@ -215,14 +175,12 @@ def _twice(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def test_the_command_writes_all_three(checkpoint: Path, tmp_path: Path) -> None:
-    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True, max_query_length=3)
-    names = ["drn.onnx", "drn.prepare.onnx", "drn.prepared.onnx", "drn.query.onnx", "drn.video.onnx"]
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
+    names = ["drn.onnx", "drn.query.onnx", "drn.video.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    with raises(ShapeError, "missing_option", "--prepare", "--split"):
-        to_onnx(checkpoint, tmp_path / "drn.onnx", prepare=True)
     assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
     # With the padding of convolutions apart, as ONNX Runtime is fastest.
-    for path in (output, pair_paths(output)[1], tmp_path / "drn.prepared.onnx"):
+    for path in (output, pair_paths(output)[1]):
         assert "backbone_net.layers.1/Pad" in [node.name for node in onnx.load(path).graph.node]
 
 
@@ -257,8 +215,7 @@ def test_unwritable_part_is_rejected_before_splitting(
 
 def test_the_check_tells_a_wrong_pair(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
     video, query = split_graph(exported["tiny"])
-    for prepare in (False, True):
-        assert max(check_pair_against_torch(video, query, networks["tiny"], 3, prepare=prepare).values()) <= SAME
+    assert max(check_pair_against_torch(video, query, networks["tiny"], 3).values()) <= SAME
     other = DRN(TINY).eval()
     other.load_state_dict(networks["tiny"].state_dict())
     with torch.no_grad():

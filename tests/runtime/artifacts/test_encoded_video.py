@@ -242,23 +242,10 @@ def test_a_whole_model_encodes_nothing_and_says_how_to_split_it(planted_backend:
         whole.ground(grounder.encode(QUARTER), "dog")
 
 
-def test_a_prepared_video_has_batches_of_its_own(grounder: Grounder, pair: PlantedPair) -> None:
-    pair.prepare = lambda features: np.tile(features.T, (4, 1))  # type: ignore[attr-defined]
-    subject = video(10.0, cat=(0, 3))
-    prepared = grounder.encode(QUARTER, prepare=True)
-    assert prepared.prepared is not None
-    assert grounder.encode(grounder.encode(QUARTER), prepare=True).key == prepared.key
-    pairs = [(prepared, "dog"), (subject, "cat"), (prepared, "person dog"), (subject, "dog"), (prepared, "cat")]
-    found = grounder.ground_batch(pairs)
-    assert sorted(pair.asked) == [(2, 1), (3, 1)]
-    assert found == [grounder.ground(QUARTER if asked is prepared else asked, query) for asked, query in pairs]
-
-
-def test_what_cannot_be_prepared_says_so(grounder: Grounder, pair_files: Path, mini: Path) -> None:
-    with raises(ModelFileError, "query_part_required", "prepare=True"):
-        grounder.encode(QUARTER, prepare=True)
-    with raises(ModelFileError, "missing_part", pair_files, "--split --prepare"):
-        Grounder.load(pair_files, "cpu").encode(DataSet(mini).video("AAAA1"), prepare=True)
+def test_encode_with_prepare_returns_the_plain_encoding(grounder: Grounder, caplog: pytest.LogCaptureFixture) -> None:
+    encoded = grounder.encode(QUARTER, prepare=True)
+    assert (encoded.key, encoded.prepared) == (grounder.encode(QUARTER).key, None)  # type: ignore[union-attr]
+    assert len(caplog.records) == 1
 
 
 # Real files from here on: the tiny graph, and the same cut by hand.

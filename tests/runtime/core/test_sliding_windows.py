@@ -235,8 +235,6 @@ def test_encoded_windows_come_back_from_a_file_as_they_were(planted_backend: Any
 def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) -> None:
     pair = Grounder(PlantedPair(Finder(planted_backend())))
     encoded = pair.encode(long_video(120))
-    with raises(FeatureError, "inapplicable_option", "long", 4):
-        pair.encode(encoded, prepare=True)
     with raises(ModelFileError, "query_part_required", "long"):
         Grounder(planted_backend()).ground(encoded, "dog")
     with raises(FeatureError, "encoding_of_another_model", "long", "1" * 12, "2" * 12):
