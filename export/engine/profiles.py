@@ -17,7 +17,8 @@ Shape = tuple[int, ...]
 # As commands take MIN OPT MAX.
 SizeRange = tuple[int, int, int]
 
-DEFAULT_BATCH = MinOptMax(1, 8, 32)
+# A plain tuple, as the help of the commands shows it.
+DEFAULT_BATCH = (1, 8, 32)
 DEFAULT_CACHED_VIDEOS = 64
 """Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
 MOST_ENCODED = 8

@@ -53,7 +53,7 @@ class ServingOptions:
 
     name: str = "drn"
     device: Kind = "auto"
-    batch: int = DEFAULT_BATCH.max
+    batch: int = DEFAULT_BATCH[2]
     instances: int = 2
     wait_ms: float = 1.0
     threads: int | None = None
