@@ -50,17 +50,6 @@ class EncodingSlots:
         return np.array(slots, np.int32), missing
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of floats rounded to bfloat16, ties to even, as uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return bfloat16 numbers, given as uint16, as float32; nothing is lost."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def gather_rows(rows: int, answers: Sequence[RowOutputs], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
     """Return the heads of all rows from those of some at a time, each in their order; `nothing` returns those of no
     row."""

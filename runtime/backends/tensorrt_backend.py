@@ -24,10 +24,11 @@ from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingSlots, from_bfloat16, gather_rows, to_bfloat16
+from runtime.backends.encoding_cache import EncodingSlots, gather_rows
 from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
 from runtime.backends.tensorrt_model import PlanUse, TensorRTModel, as_slice
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.digests import json_digest
 

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from runtime.core.bfloat16 import from_bfloat16
 from runtime.core.errors import CheckpointError, reading
 from runtime.core.io.array_files import open_archive
 from runtime.core.io.torch_unpickler import (
@@ -421,7 +422,7 @@ class _Arrays:
             if self.byte_order != _NATIVE_ORDER and stored.itemsize > 1:
                 numbers = numbers.byteswap()
             if dtype == "bfloat16":
-                numbers = (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+                numbers = from_bfloat16(numbers)
             elif dtype == "bool":
                 numbers = numbers != 0
             self.numbers[key, dtype] = numbers

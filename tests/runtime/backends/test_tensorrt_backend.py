@@ -51,10 +51,11 @@ from runtime.backends.batch_shapes import (
     row_slices_by_video,
 )
 from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingSlots, from_bfloat16, to_bfloat16
+from runtime.backends.encoding_cache import EncodingSlots
 from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair, open_engine
 from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
 from runtime.core.batch import Batch, Heads
+from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.grounding.grounder import Grounder
