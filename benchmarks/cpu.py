@@ -22,8 +22,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.pytorch_baseline import EagerBaseline
+from calib.graph.opset import MIN_OPSET
 from calib.graph.split_model import pair_paths
-from export.tracing.tracer import OLDEST_OPSET
 from runtime import EncodedVideo, Grounder, Video, Vocabulary
 from runtime.core.batch import collate, pad_queries
 from runtime.core.cli import command
@@ -248,7 +248,7 @@ def _product(right: np.ndarray, threads: int) -> ort.InferenceSession:
     )
     node = helper.make_node("MatMul", ["left", "right"], ["product"])
     graph = helper.make_graph([node], "product", [left], [product], [numpy_helper.from_array(right, "right")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", MIN_OPSET)], ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

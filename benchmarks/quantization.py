@@ -20,8 +20,10 @@ from benchmarks.cpu import _cpu_name
 from calib.accuracy import table_of
 from calib.calibrate import observe_set
 from calib.calibration_set import coverage_table, sample_calibration_set
-from calib.graph.half_precision import convert_to_half, emulate_bf16, raise_opset
-from calib.graph.onnx_graph import InMemorySplitBackend, load_fp32_graph, read_manifest
+from calib.graph.half_precision import convert_to_half, emulate_bf16
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
+from calib.graph.onnx_session import InMemorySplitBackend
+from calib.graph.opset import raise_opset
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import insert_qdq

@@ -13,9 +13,12 @@ from tqdm import tqdm
 from calib.calibration_set import CalibrationSet, ManifestOnlyBackend, forbid_test_videos
 from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.channel_equalization import ChannelScales
-from calib.graph.onnx_graph import InMemoryBackend, cut_video, graph_hash, open_session, read_manifest, weights_hash
+from calib.graph.onnx_graph import graph_hash, read_manifest, weights_hash
+from calib.graph.onnx_session import InMemorySplitBackend
+from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.range_estimation import METHODS, Histogram, Method, ranges
+from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.core.metrics import is_hit
 from runtime.core.moments import temporal_iou
 from runtime.core.video import Segments
@@ -110,7 +113,7 @@ class AccuracyEvaluator:
         self._paper = Grounder(ManifestOnlyBackend(read_manifest(model)))
         self._segments: dict[str, Segments] = {}
         # Encodings of the FP32 graph, and of the last other one.
-        self._first: tuple[tuple[str, ...], dict[str, Segments]] = ((), {})
+        self._first: tuple[tuple[str, ...], dict[str, EncodedVideo]] = ((), {})
         self._encoding = self._first
         self.durations = np.array([data_set.durations[entry.video] for entry in annotations])
         self.reference = self._answers(model, "FP32")
@@ -151,37 +154,38 @@ class AccuracyEvaluator:
             self._segments[video] = self._paper.segments(self.data_set.video(video))
         return self._segments[video]
 
-    def _encoder(self, encoder: onnx.ModelProto) -> Callable[[str], Segments]:
-        """Return how to get a video's encoding in the place of its features, each computed once."""
-        key = (graph_hash(encoder), weights_hash(encoder))
+    def _encodings(self, video: onnx.ModelProto, grounder: Grounder) -> Callable[[str], EncodedVideo]:
+        """Return a function that gives the encoding of a video, each computed once.
+
+        Modules after the video part have the one of FP32, so that half of the work is shared.
+        """
+        key = (graph_hash(video), weights_hash(video))
         if key != self._encoding[0] and key != self._first[0]:
             self._encoding = (key, {})
             if not self._first[0]:
                 self._first = self._encoding
         known = self._first[1] if key == self._first[0] else self._encoding[1]
-        session = open_session(encoder, self.threads)
 
-        def segments_of(video: str) -> Segments:
-            if video not in known:
-                read = self._read(video)
-                features = read.features[None].astype(np.float32)
-                (encoded,) = session.run(None, {"segment_features": features})
-                known[video] = Segments(np.ascontiguousarray(encoded[0, :, 0].T), read.spans)
-            return known[video]
+        def encoding_of(name: str) -> EncodedVideo:
+            if name not in known:
+                known[name] = grounder.encode_segments(self._read(name), self.data_set.durations[name], name)
+            return known[name]
 
-        return segments_of
+        return encoding_of
 
     def _answers(self, model: onnx.ModelProto, label: str) -> Evaluation:
-        # Queries of one video share its encoding, and modules after it the one of FP32: half of all the work.
-        parts = cut_video(model)
-        if parts is None:
-            grounder, segments_of = Grounder(InMemoryBackend(model, self.threads)), self._read
-        else:
-            grounder, segments_of = Grounder(InMemoryBackend(parts[1], self.threads)), self._encoder(parts[0])
+        video, query = split_graph(model)
+        grounder = Grounder(InMemorySplitBackend(video, query, self.threads))
         with tqdm(
             total=len(self.annotations), desc=f"answering, {label}", unit="query", leave=False, disable=None
         ) as bar:
-            return evaluate(grounder, self.data_set, self.annotations, segments_of=segments_of, on_progress=bar.update)
+            return evaluate(
+                grounder,
+                self.data_set,
+                self.annotations,
+                segments_of=self._encodings(video, grounder),
+                on_progress=bar.update,
+            )
 
 
 def choose_method(

@@ -1,14 +1,14 @@
-"""Where a graph becomes INT8 or FP8: QuantizeLinear and DequantizeLinear written out, so that no engine has to guess.
+"""Quantize a graph to INT8 or FP8 with explicit QuantizeLinear and DequantizeLinear nodes.
 
-Nodes and tensors keep the house's names: what is added for `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`,
-and its 8-bit numbers stay `fpn.layer_blocks.0.weight`.
+The 8-bit numbers of `fpn.layer_blocks.0` keep the name of its weight, `fpn.layer_blocks.0.weight`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,9 +17,10 @@ from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import apply_channel_scales, balanced_name, equalizable_tensors
 from calib.graph.naming import ALIASES
-from calib.graph.onnx_graph import read_manifest, strip_weights
+from calib.graph.onnx_graph import read_manifest, with_manifest
+from calib.graph.opset import opset_of, with_opset
+from calib.graph.precision_audit import count_macs
 from calib.range_estimation import ValueRange
-from runtime.artifacts.manifest import METADATA_KEY
 from runtime.core.errors import excerpt
 
 if TYPE_CHECKING:
@@ -30,21 +31,8 @@ QuantDtype = Literal["int8", "fp8"]
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """The largest number of each kind; INT8 is symmetric, so -128 is left out."""
 
-LEAST_SHARE = 0.85
-"""Of the multiply-adds in 8 bits, below which a graph is hardly worth its name."""
-
 FP8_OPSET = 19
 """Q/DQ reads E4M3, and FP16 scales, from here on."""
-
-# Operators of our graphs that read the same from opset 17 to 23, but for `Split`, which since 18 says its part count.
-# fmt: off
-SAME_IN_ALL_OPSETS = frozenset((
-    "Add", "Cast", "Concat", "Conv", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "GreaterOrEqual", "LSTM",
-    "MatMul", "Max", "Mul", "Range", "Relu", "Reshape", "Resize", "Shape", "Slice", "Softmax", "Split", "Squeeze",
-    "Sub", "Transpose", "Unsqueeze", "Where",
-))
-# fmt: on
-NEWEST_OPSET = 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +143,11 @@ def insert_qdq(
     kind: QuantDtype = "int8",
     opset: int | None = None,
 ) -> onnx.ModelProto:
-    """Return a copy of an FP32 graph with explicit Q/DQ around what the policy names.
+    """Return a copy of an FP32 graph with explicit Q/DQ around the operators of a policy.
 
-    Symmetric throughout: one scale for an input, by the table; one per output channel for a weight, by its largest
-    value. Biases stay as they are, since TensorRT refuses quantised ones. A tensor is quantised once, whoever reads it.
+    Quantization is symmetric: an input has one scale, from the table; a weight has one for each output channel, from
+    its largest value. Biases stay as they are, because TensorRT refuses quantized ones. A tensor that several operators
+    read is quantized once.
 
     Args:
         model: as `python -m export.to_onnx` writes it.
@@ -171,87 +160,30 @@ def insert_qdq(
         CalibrationError: the table was measured on something else or lacks a tensor, or a module to keep is unknown.
     """
     import onnx
-    from onnx import numpy_helper
 
     policy = policy or QuantizationPolicy()
+    opset = opset or max(opset_of(model), FP8_OPSET if kind == "fp8" else 0)
+    if kind == "fp8" and opset < FP8_OPSET:
+        raise CalibrationError(
+            f"FP8 needs opset {FP8_OPSET} at least, and {opset} was asked for; leave --opset out.",
+            code="unsupported_opset",
+        )
     manifest = read_manifest(model)
     table.check(model)
-    expected = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
-    lacking = sorted(name for name in expected if name is not None and name not in table.ranges)
+    tensors = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
+    lacking = sorted(name for name in tensors if name is not None and name not in table.ranges)
     if lacking:
         raise CalibrationError(
             f"The table has no range for {', '.join(lacking)}; calibrate again with this policy.", code="missing_range"
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
-    model, ranges = balanced(model, table, expected)
+    model, ranges = balanced(model, table, tensors)
     chosen = {site.node: site for site in find_quantizable_ops(model, policy, kind)}
     if not chosen:
-        raise CalibrationError("Nothing is left to quantise; keep fewer modules.", code="nothing_to_quantize")
-
-    old = model.graph
-    weights = {site.weight: site for site in chosen.values()}
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    # The exporter notes the types of weights too, which change.
-    graph.value_info.extend(value for value in old.value_info if value.name not in weights)
-    shapes = {value.name: value for value in (*old.input, *old.value_info)}
-    writer = _Writer(graph, kind, {node.name for node in old.node})
-
-    for tensor in old.initializer:
-        if tensor.name in weights:
-            site = weights[tensor.name]
-            axis = site.axis if policy.per_channel else None
-            values = numpy_helper.to_array(tensor)
-            _check_finite(values, f"The weight {tensor.name}")
-            numbers, scale = quantize_weight(values, kind, axis)
-            _check_finite(scale, f"The scale of {tensor.name}")
-            writer.constant(tensor.name, numbers)
-            writer.constant(f"{tensor.name}_scale", scale)
-            writer.constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, numbers.dtype))
-        else:
-            graph.initializer.add().CopyFrom(tensor)
-
-    replaced: dict[str, str] = {}
-    for node in old.node:
-        site = chosen.get(node.name)
-        if site is None:
-            graph.node.add().CopyFrom(node)
-            continue
-        if site.tensor is not None and site.tensor not in replaced:
-            scale = half_precision_scale(
-                np.maximum(ranges[site.tensor].magnitude, LARGEST[kind] * 2**-24) / LARGEST[kind]
-            )
-            _check_finite(scale, f"The scale for the range of {site.tensor}")
-            name = f"{site.module}.input"
-            writer.constant(f"{name}_scale", np.array(scale, np.float32))
-            writer.constant(f"{name}_zero_point", np.zeros((), writer.dtype))
-            narrowed = writer.node(site.module, "QuantizeLinear", site.tensor, name, None, shapes.get(site.tensor))
-            replaced[site.tensor] = writer.node(
-                site.module, "DequantizeLinear", narrowed, name, None, shapes.get(site.tensor)
-            )
-        if site.weight not in replaced:
-            axis = site.axis if policy.per_channel else None
-            replaced[site.weight] = writer.node(site.module, "DequantizeLinear", site.weight, site.weight, axis, None)
-        copy = graph.node.add()
-        copy.CopyFrom(node)
-        narrow_inputs = {site.weight, site.tensor}
-        copy.input[:] = [replaced[name] if name in narrow_inputs else name for name in node.input]
-
-    expected = opset or max(result.opset_import[0].version, FP8_OPSET if kind == "fp8" else 0)
-    if kind == "fp8" and expected < FP8_OPSET:
-        raise CalibrationError(
-            f"FP8 needs opset {FP8_OPSET} at least, and {expected} was asked for; leave --opset out.",
-            code="unsupported_opset",
-        )
-    set_opset(result, expected)
-    about = dataclasses.replace(
-        manifest, precision=kind, sources={**manifest.sources, "fp32 graph": source, "calibration": table.digest}
-    )
-    for entry in result.metadata_props:
-        if entry.key == METADATA_KEY:
-            entry.value = about.to_json()
+        raise CalibrationError("Nothing is left to quantize; keep fewer modules.", code="nothing_to_quantize")
+    quantized = with_opset(_Writer(model, chosen, ranges, policy.per_channel, kind).run(), opset)
+    sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}
+    result = with_manifest(quantized, dataclasses.replace(manifest, precision=kind, sources=sources))
     onnx.checker.check_model(result, full_check=True)
     return result
 
@@ -304,13 +236,19 @@ def quantize_weight(weight: np.ndarray, kind: QuantDtype, axis: int | None) -> t
     # Rounded first, since that is what the number will be multiplied with.
     scale = half_precision_scale(np.where(largest > 0, largest / LARGEST[kind], 1))
     scaled = weight / scale.astype(np.float64)
-    if kind == "fp8":
-        import ml_dtypes
-
-        numbers = np.clip(scaled, -LARGEST[kind], LARGEST[kind]).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
-    else:
-        numbers = np.clip(np.rint(scaled), -LARGEST[kind], LARGEST[kind]).astype(np.int8)
+    clipped = np.clip(scaled if kind == "fp8" else np.rint(scaled), -LARGEST[kind], LARGEST[kind])
+    # Through float32: from float64 to E4M3 numbers would be rounded differently.
+    numbers = clipped.astype(np.float32).astype(number_type(kind))
     return numbers, scale.reshape(()) if axis is None else scale.reshape(-1)
+
+
+def number_type(kind: QuantDtype) -> Any:
+    """Return the NumPy type of 8-bit numbers."""
+    if kind == "int8":
+        return np.int8
+    import ml_dtypes
+
+    return ml_dtypes.float8_e4m3fn
 
 
 def _check_finite(values: np.ndarray, what: str) -> None:
@@ -333,77 +271,13 @@ def half_precision_scale(scale: np.ndarray) -> np.ndarray:
     return np.where(rounded.astype(np.float64) < scale, up, rounded).astype(np.float32)
 
 
-def set_opset(model: onnx.ModelProto, opset: int) -> None:
-    """Raise the opset of one of our graphs, up to 23.
-
-    Nothing is converted: our operators read the same in all of these, but for `Split`, which must say into how many
-    equal parts since 18. An operator that is not known to read the same is an error.
-    """
-    import onnx
-
-    current = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset == current.version:
-        return
-    known = SAME_IN_ALL_OPSETS | {"QuantizeLinear", "DequantizeLinear"}
-    strange = sorted({node.op_type for node in model.graph.node} - known)
-    if strange or not current.version < opset <= NEWEST_OPSET:
-        raise CalibrationError(
-            f"A graph of opset {current.version} cannot be written as opset {opset}"
-            + (f" (operators {', '.join(strange)})" if strange else f" (at most {NEWEST_OPSET}, never downwards)")
-            + "; export it with `python -m export.to_onnx --opset`.",
-            code="unsupported_opset",
-        )
-    for node in model.graph.node:
-        if node.op_type == "Split" and len(node.input) < 2 and current.version < 18 <= opset:
-            node.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))
-    current.version = opset
-    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
-
-
-def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, tuple[int, bool]]:
-    """Return for each operator that multiplies: multiply-adds of one query of so many words, and whether 8-bit.
-
-    8-bit means that both factors come out of a DequantizeLinear.
-    """
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model))
-    free = {"batch": 1, "query_length": query_length}
-    shapes = {
-        value.name: [free.get(size.dim_param, size.dim_value) for size in value.type.tensor_type.shape.dim]
-        for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
-    }
-    shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    narrow_tensors = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    counts = {}
-    for node in model.graph.node:
-        if node.op_type == "LSTM":
-            gates, width = shapes[node.input[1]][1:]
-            macs = query_length * gates * (width + shapes[node.input[2]][2])
-        elif node.op_type == "Conv":
-            macs = int(np.prod(shapes[node.output[0]]) * np.prod(shapes[node.input[1]][1:]))
-        elif node.op_type in ("Gemm", "MatMul"):
-            transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
-            macs = int(np.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else -1])
-        else:
-            continue
-        counts[node.name] = (macs, set(node.input[:2]) <= narrow_tensors)
-    return counts
-
-
-def quantized_mac_share(model: onnx.ModelProto) -> float:
-    """Return the share of the multiply-adds whose factors are both 8-bit."""
-    counts = count_macs(model).values()
-    return sum(macs for macs, is_narrow in counts if is_narrow) / sum(macs for macs, _ in counts)
-
-
 def attainable_share(model: onnx.ModelProto, kind: QuantDtype = "int8") -> float:
     """Return the share of the multiply-adds of an FP32 graph that becomes 8-bit when no module is kept out, 0 to 1."""
     computed = {
         site.node for site in find_quantizable_ops(model, QuantizationPolicy(), kind) if site.tensor is not None
     }
-    counts = count_macs(model)
-    return sum(counts[name][0] for name in computed) / sum(macs for macs, _ in counts.values())
+    macs = count_macs(model)
+    return sum(macs[name].count for name in computed) / sum(operator.count for operator in macs.values())
 
 
 def _sites(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype) -> Iterator[QuantizedOp]:
@@ -435,47 +309,124 @@ def _under(module: str, names: Collection[str]) -> bool:
 
 
 class _Writer:
-    """Adds constants and Q/DQ nodes under free names of the house's kind."""
+    """Writes a graph with Q/DQ. A node that is added for `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`.
 
-    def __init__(self, graph: onnx.GraphProto, kind: QuantDtype, taken: Collection[str]) -> None:
-        self.graph = graph
-        self.taken = set(taken)
-        if kind == "fp8":
-            import ml_dtypes
+    Args:
+        model: an FP32 graph, which stays as it is.
+        chosen: the operators that become 8-bit, by the name of their node.
+        ranges: of the tensors that they read.
+        per_channel: whether weights have a scale for each output channel.
+        kind: int8 or fp8.
+    """
 
-            self.dtype: Any = ml_dtypes.float8_e4m3fn
-        else:
-            self.dtype = np.int8
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        chosen: Mapping[str, QuantizedOp],
+        ranges: Mapping[str, ValueRange],
+        per_channel: bool,
+        kind: QuantDtype,
+    ) -> None:
+        self._source, self._chosen, self._ranges = model.graph, chosen, ranges
+        self._per_channel, self._kind = per_channel, kind
+        self._taken = {node.name for node in model.graph.node}
+        self._model = type(model)()
+        self._model.CopyFrom(model)
+        self._graph = self._model.graph
+        # What a tensor is called once it is dequantized.
+        self._dequantized: dict[str, str] = {}
 
-    def constant(self, name: str, values: np.ndarray) -> None:
+    def run(self) -> onnx.ModelProto:
+        """Return the graph with Q/DQ."""
+        weights = {site.weight: site for site in self._chosen.values()}
+        del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
+        # The types of weights, which change, are described too.
+        self._graph.value_info.extend(value for value in self._source.value_info if value.name not in weights)
+        for tensor in self._source.initializer:
+            if tensor.name in weights:
+                self._weight(tensor, weights[tensor.name])
+            else:
+                self._graph.initializer.add().CopyFrom(tensor)
+        for node in self._source.node:
+            site = self._chosen.get(node.name)
+            if site is not None:
+                self._dequantize(site)
+            copy = self._graph.node.add()
+            copy.CopyFrom(node)
+            if site is not None:
+                names = (site.weight, site.tensor)
+                copy.input[:] = [self._dequantized[name] if name in names else name for name in node.input]
+        return self._model
+
+    def _axis(self, site: QuantizedOp) -> int | None:
+        return site.axis if self._per_channel else None
+
+    def _weight(self, tensor: onnx.TensorProto, site: QuantizedOp) -> None:
+        """Write a weight as 8-bit numbers under its own name, with scale and zero point."""
         from onnx import numpy_helper
 
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name))
+        values = numpy_helper.to_array(tensor)
+        _check_finite(values, f"The weight {tensor.name}")
+        numbers, scale = quantize_weight(values, self._kind, self._axis(site))
+        _check_finite(scale, f"The scale of {tensor.name}")
+        self._constant(tensor.name, numbers)
+        self._constant(f"{tensor.name}_scale", scale)
+        self._constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, numbers.dtype))
 
-    def node(
-        self,
-        module: str,
-        op_type: str,
-        tensor: str,
-        constants: str,
-        axis: int | None,
-        like: onnx.ValueInfoProto | None,
+    def _dequantize(self, site: QuantizedOp) -> None:
+        """Add the Q/DQ of an operator's input and weight, each once for all readers."""
+        if site.tensor is not None and site.tensor not in self._dequantized:
+            magnitude = max(self._ranges[site.tensor].magnitude, LARGEST[self._kind] * 2**-24)
+            scale = half_precision_scale(np.asarray(magnitude / LARGEST[self._kind]))
+            _check_finite(scale, f"The scale for the range of {site.tensor}")
+            name = f"{site.module}.input"
+            self._constant(f"{name}_scale", np.array(scale, np.float32))
+            self._constant(f"{name}_zero_point", np.zeros((), number_type(self._kind)))
+            quantized = self._node(site.module, "QuantizeLinear", site.tensor, name, like=site.tensor)
+            dequantized = self._node(site.module, "DequantizeLinear", quantized, name, like=site.tensor)
+            self._dequantized[site.tensor] = dequantized
+        if site.weight not in self._dequantized:
+            self._dequantized[site.weight] = self._node(
+                site.module, "DequantizeLinear", site.weight, site.weight, axis=self._axis(site)
+            )
+
+    def _constant(self, name: str, values: np.ndarray) -> None:
+        from onnx import numpy_helper
+
+        contiguous = np.ascontiguousarray(values).reshape(values.shape)
+        self._graph.initializer.append(numpy_helper.from_array(contiguous, name))
+
+    def _node(
+        self, module: str, op_type: str, tensor: str, constants: str, axis: int | None = None, like: str | None = None
     ) -> str:
-        """Add a node that reads `constants`_scale and _zero_point; return its name, which is its output's too."""
+        """Add a node that reads `constants`_scale and _zero_point.
+
+        Args:
+            module, op_type: after which it is named.
+            tensor: its input.
+            constants: after which its scale and zero point are named.
+            axis: of the scales; None for one scale.
+            like: a tensor of the same shape, where one is known.
+
+        Returns:
+            The name of the node, which is also that of its output.
+        """
         import onnx
 
         name, number = f"{module}/{op_type}", 1
-        while name in self.taken:
+        while name in self._taken:
             number += 1
             name = f"{module}/{op_type}_{number}"
-        self.taken.add(name)
+        self._taken.add(name)
         inputs = [tensor, f"{constants}_scale", f"{constants}_zero_point"]
         options = {} if axis is None else {"axis": axis}
-        self.graph.node.append(onnx.helper.make_node(op_type, inputs, [name], name=name, **options))
-        if like is not None:
-            value = self.graph.value_info.add()
-            value.CopyFrom(like)
-            value.name = name
+        self._graph.node.append(onnx.helper.make_node(op_type, inputs, [name], name=name, **options))
+        described = (value for value in (*self._source.input, *self._source.value_info) if value.name == like)
+        for value in itertools.islice(described, 1):
+            copy = self._graph.value_info.add()
+            copy.CopyFrom(value)
+            copy.name = name
             if op_type == "QuantizeLinear":
-                value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
+                element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(number_type(self._kind)))
+                copy.type.tensor_type.elem_type = element
         return name

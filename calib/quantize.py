@@ -8,7 +8,8 @@ from pathlib import Path
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.onnx_graph import load_fp32_graph
-from calib.qdq_quantizer import LEAST_SHARE, QuantDtype, QuantizationPolicy, modules, quantized_mac_share
+from calib.graph.precision_audit import MIN_SHARES, audit_graph
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, modules
 from calib.qdq_quantizer import insert_qdq as quantize_model
 from calib.quantization_plan import QuantizationPlan
 from runtime.artifacts.onnx_metadata import with_digest
@@ -61,7 +62,7 @@ def quantize(
         result = quantize_model(model, calibration, policy, kind, opset)
         temporary.write_bytes(with_digest(result.SerializeToString()))
         size = temporary.stat().st_size
-    share = quantized_mac_share(result)
+    share = audit_graph(result).share(kind)
     print(f"{kind.upper()}: {', '.join(modules(model, policy, kind))}")
     if policy.keep:
         print(f"kept: {', '.join(policy.keep)}")
@@ -69,10 +70,11 @@ def quantize(
         f"{100 * share:.1f} % of the multiply-adds in {kind.upper()}; {size / 1e6:.1f} MB, "
         f"{size / Path(onnx).stat().st_size:.3f} of FP32; opset {result.opset_import[0].version}."
     )
-    if share < LEAST_SHARE:
+    if share < MIN_SHARES[kind]:
         log.warning(
-            "Less than %.0f %% of the multiply-adds are narrow: FP16 may well be faster; measure both, or keep less.",
-            100 * LEAST_SHARE,
+            "Less than %.0f %% of the multiply-adds are in %s, so that FP16 may be faster. Measure both, or keep fewer "
+            "modules.",
+            *(100 * MIN_SHARES[kind], kind.upper()),
         )
     suggest_next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
     return Path(output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import open_session, with_extra_outputs
+from calib.graph.onnx_session import observe
 from runtime.core.batch import Batch
 
 if TYPE_CHECKING:
@@ -101,21 +101,20 @@ def collect_histograms(
     Raises:
         CalibrationError: no batch was given, or a tensor held values that are not finite.
     """
-    session = open_session(with_extra_outputs(model, tensors), threads, optimised=True)
     histograms = {name: Histogram() for name in tensors}
-    seen = 0
-    for batch in batches:
-        for name, values in zip(tensors, session.run(list(tensors), vars(batch))):
+    num_batches = 0
+    for values in observe(model, tensors, batches, threads):
+        num_batches += 1
+        for name, computed in values.items():
             try:
-                histograms[name].add(values)
+                histograms[name].add(computed)
             except ValueError as error:
                 raise CalibrationError(
                     f"The tensor {name} holds {error} on the calibration set, so it has no range; check the "
                     "checkpoint with `python -m runtime.evaluate`.",
                     code="non_finite_activations",
                 ) from error
-        seen += len(batch)
-    if not seen:
+    if not num_batches:
         raise CalibrationError(
             "Ranges were asked for without a single calibration sample; give some.", code="too_few_samples"
         )

@@ -15,7 +15,8 @@ from calib.calibration_set import HELD_OUT, sample_calibration_set, sample_held_
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
-from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, count_macs, find_quantizable_ops, insert_qdq, modules
+from calib.graph.precision_audit import count_macs
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, find_quantizable_ops, insert_qdq, modules
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import excerpt
 from runtime.core.io.atomic_files import write_json
@@ -92,10 +93,10 @@ def measure_sensitivity(
     """Return every module that the policy narrows with its cost alone, the one that changes answers most first."""
     policy = policy or QuantizationPolicy()
     macs = count_macs(model)
-    total = sum(count for count, _ in macs.values())
+    total = sum(operator.count for operator in macs.values())
     work: dict[str, int] = {}
     for site in find_quantizable_ops(model, policy, kind):
-        work[site.module] = work.get(site.module, 0) + macs.get(site.node, (0, False))[0]
+        work[site.module] = work.get(site.module, 0) + (macs[site.node].count if site.node in macs else 0)
     ranking = []
     for module in tqdm(modules(model, policy, kind), desc="ranking", unit="module", leave=False, disable=None):
         alone = insert_qdq(model, table, policy.only(module), kind)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calib.graph.source_graph import read_source
+from calib.graph.onnx_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
 from export.build.artifacts import ConvertedModel, cut_parts, format_shares, single_engine_part
 from export.build.build_config import BuildConfig, ensure_source_graph, known_graph, validate_keep_modules
@@ -308,7 +308,7 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
     Raises:
         CheckFailed: it does not; it is then kept as rejected.
     """
-    from calib.graph.precision_audit import LEAST_SHARE, require_precision
+    from calib.graph.precision_audit import MIN_SHARES, require_precision
 
     rejected = job.rejected("onnx")
     attainable = 1.0
@@ -325,7 +325,7 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
             f"{job.precision}, build fp16.",
             code=error.code,
         ) from error
-    if converted.census.share(job.precision) < LEAST_SHARE[job.precision]:
+    if converted.census.share(job.precision) < MIN_SHARES[job.precision]:
         log.warning(
             "%s: the network is so narrow that at most %.1f %% can be; FP16 or FP32 may be as fast, so measure them.",
             name,

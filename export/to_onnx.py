@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from calib.graph.opset import MIN_OPSET
 from export.tracing.checkpoint_to_onnx import ExportOptions, export_checkpoint
-from export.tracing.tracer import OLDEST_OPSET
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ShapeError
 
@@ -19,7 +19,7 @@ def to_onnx(
     *,
     split: bool = False,
     prepare: bool = False,
-    opset: int = OLDEST_OPSET,
+    opset: int = MIN_OPSET,
     max_query_length: int | None = None,
 ) -> Path:
     """Export a checkpoint to one self-sufficient ONNX file, once ONNX Runtime is seen to answer as torch does.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.onnx_graph import open_session, with_extra_outputs
+from calib.graph.onnx_session import observe
 from runtime.core.batch import Batch
 
 if TYPE_CHECKING:
@@ -67,11 +67,10 @@ def measure_channel_scales(
     where = equalizable_tensors(model)
     if not where:
         return {}
-    session = open_session(with_extra_outputs(model, list(where)), threads, optimised=True)
     reach: dict[str, Any] = dict.fromkeys(where, 0.0)
-    for batch in batches:
-        for name, values in zip(where, session.run(list(where), vars(batch))):
-            reach[name] = np.maximum(reach[name], np.abs(values).max(axis=(0, 2, 3)))
+    for values in observe(model, list(where), batches, threads):
+        for name, computed in values.items():
+            reach[name] = np.maximum(reach[name], np.abs(computed).max(axis=(0, 2, 3)))
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     gains = {}

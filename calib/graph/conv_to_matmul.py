@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calib.graph.onnx_graph import needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -41,20 +42,15 @@ def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes += writer.product(node) if writer.is_narrow(node) else [node]
-    read = {value.name for value in model.graph.output}
-    retained: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read.update(node.input)
-            retained.append(node)
-    created = {name for node in retained for name in node.output}
+    needed = needed_nodes(nodes, {value.name for value in model.graph.output})
+    created = {name for node in needed for name in node.output}
     result = type(model)()
     result.CopyFrom(model)
     graph = result.graph
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(reversed(retained))
-    graph.initializer.extend(tensor for tensor in writer.constants.values() if tensor.name in read)
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(writer.constants.values())
     graph.value_info.extend(value for value in model.graph.value_info if value.name in created)
+    replace_nodes(graph, needed)
     return result
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calib.graph.onnx_graph import replace_nodes
+
 if TYPE_CHECKING:
     import onnx
 
@@ -74,12 +76,8 @@ def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes += [node, cast(node.output[0], written, half)]
         else:
             nodes.append(node)
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    retained = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(retained)
+    del graph.value_info[:]
+    replace_nodes(graph, nodes)
     return result
 
 

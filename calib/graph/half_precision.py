@@ -1,8 +1,8 @@
-"""FP16 and BF16 written into the graph: casts, half-precision weights, FP32 inputs and outputs.
+"""Write FP16 or BF16 into a graph: casts, half-precision weights, FP32 inputs and outputs.
 
-TensorRT 11 takes precision from the graph alone, and a graph that says it can be run by ONNX Runtime on a CPU too.
-Modules that would overflow, or that lose accuracy, stay in FP32: `measure_magnitudes` measures on real data,
-    `overflow_prone_modules` decides.
+TensorRT 11 takes the precision from the graph alone, and ONNX Runtime can run such a graph on a CPU. Modules that would
+overflow, or that lose accuracy, stay in FP32: `measure_magnitudes` measures on real data, `overflow_prone_modules`
+decides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from calib.graph.naming import drn_modules
-from calib.graph.onnx_graph import strip_weights
+from calib.graph.onnx_graph import infer_shapes, replace_nodes, tensor_types
+from calib.graph.onnx_session import observe
+from calib.graph.opset import opset_of
+from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import ModelFileError, ShapeError
 
 Half = Literal["fp16", "bf16"]
@@ -116,8 +119,7 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
 
     They are `exp`, the scale before it, and the nodes of modules that were kept. Casts and Q/DQ are not computed.
     """
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    types = tensor_types(model)
     result: set[str] = set()
     has_half = any(tensor.data_type in TYPES.values() for tensor in model.graph.initializer)
     for node in model.graph.node:
@@ -130,21 +132,6 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(result) if has_half else frozenset()
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """Return the version of the standard operators that a graph uses."""
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-
-
-def raise_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return `model` at least at `opset`. Metadata and names stay."""
-    if opset_of(model) >= opset:
-        return model
-    raised = onnx.version_converter.convert_version(model, opset)
-    if not raised.metadata_props:
-        raised.metadata_props.extend(model.metadata_props)
-    return raised
-
-
 class _Halving:
     """One pass over the nodes in order; every tensor's type is known when a node is reached."""
 
@@ -155,10 +142,7 @@ class _Halving:
         self.half = half
         self.keep = keep
         self.initialisers = {tensor.name: tensor for tensor in self.graph.initializer}
-        inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
-        values = (*inferred.value_info, *inferred.input, *inferred.output)
-        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
-        self.types.update({tensor.name: tensor.data_type for tensor in self.graph.initializer})
+        self.types = tensor_types(model)
         # What each float tensor is in the new graph, and what its other form is called.
         self.form: dict[str, int] = {name: kind for name, kind in self.types.items() if kind == TensorProto.FLOAT}
         self.other: dict[tuple[str, int], str] = {}
@@ -187,13 +171,10 @@ class _Halving:
                     # Whoever reads the output inside the graph gets the half form.
                     self.other[name, self.half] = node.output[index]
                     self.form[name] = TensorProto.FLOAT
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input}
-        retained = [tensor for tensor in self.initialisers.values() if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(retained)
-        del self.graph.value_info[:]
+        weights = list(self.initialisers.values())
+        del self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.initializer.extend(weights)
+        replace_nodes(self.graph, self.nodes)
         return self.model
 
     def _is_half(self, node: onnx.NodeProto) -> bool:
@@ -236,10 +217,14 @@ class _Halving:
 def _half_tensor(values: np.ndarray, name: str, kind: int) -> TensorProto:
     if kind == TensorProto.FLOAT16:
         return numpy_helper.from_array(values.astype(np.float16), name)
-    # Round to nearest, ties to even: the upper half of a float32.
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=rounded.tobytes())
+    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=to_bfloat16(values).tobytes())
+
+
+def float32_values(tensor: TensorProto) -> np.ndarray:
+    """Return the numbers of an FP32, FP16 or BF16 tensor as float32; nothing is lost."""
+    if tensor.data_type != TensorProto.BFLOAT16:
+        return np.asarray(numpy_helper.to_array(tensor), np.float32)
+    return from_bfloat16(np.frombuffer(tensor.raw_data, np.uint16)).reshape(tensor.dims)
 
 
 def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -252,15 +237,13 @@ def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     casts = [n for n in model.graph.node if n.op_type == "Cast" and helper.get_node_attr_value(n, "to") == kind]
     if not casts and all(tensor.data_type != kind for tensor in model.graph.initializer):
         return model
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
-    rounded = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == kind}
+    rounded = {value.name for value in infer_shapes(model).value_info if value.type.tensor_type.elem_type == kind}
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
     graph = wide.graph
     for tensor in graph.initializer:
         if tensor.data_type == kind:
-            bits = np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16
-            tensor.CopyFrom(numpy_helper.from_array(bits.view(np.float32).reshape(tensor.dims), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(float32_values(tensor), tensor.name))
     nodes = []
     for node in graph.node:
         nodes.append(node)
@@ -287,33 +270,18 @@ def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[s
     Raises:
         ModelFileError: a weight, or what a module computes in FP32, is NaN or infinite.
     """
-    import onnxruntime
-
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
+    types = tensor_types(model)
     owner = {name: node.name for node in model.graph.node for name in node.output}
-    floats = {
-        value.name: value
-        for value in inferred.value_info
-        if value.name in owner and value.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
-    outputs = {value.name for value in model.graph.output}
-    observed.graph.output.extend(value for name, value in floats.items() if name not in outputs)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(observed.SerializeToString(), options, ["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
+    # In the order of the nodes, so that the first module to go wrong is named, not one that it spoils.
+    floats = [name for name in owner if types.get(name) == TensorProto.FLOAT]
     results: dict[str, float] = {}
     for tensor in model.graph.initializer:
         readers = [node.name for node in model.graph.node if tensor.name in node.input]
         if tensor.data_type == TensorProto.FLOAT and readers:
             _raise_to(results, readers[0], numpy_helper.to_array(tensor))
-    for batch in batches:
-        computed = dict(zip(names, session.run(names, vars(batch))))
-        # In the order of the nodes, so that the first module to go wrong is named, not one that it spoils.
-        for name in filter(computed.__contains__, owner):
-            _raise_to(results, owner[name], computed[name])
+    for values in observe(model, floats, batches):
+        for name, computed in values.items():
+            _raise_to(results, owner[name], computed)
     return results
 
 

@@ -1,32 +1,29 @@
-"""Read ONNX graphs of this toolkit, hash them, run them as they are, and count their work."""
+"""Read ONNX graphs of this toolkit and their manifests, hash them, and change their lists of nodes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calib.errors import CalibrationError
 from calib.graph.conv_padding import inline_padding
+from runtime.artifacts.extractor_manifest import METADATA_KEY as EXTRACTOR_KEY
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import check
-from runtime.backends.base import run_pair
-from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, for_cpu, precision_in
-from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.artifacts.onnx_metadata import check, read_metadata
+from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, precision_in
+from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
 from runtime.core.errors import DeviceError, ModelFileError
 from runtime.core.io.input_files import check_file
 
 if TYPE_CHECKING:
     import onnx
-
-    from runtime.artifacts.encoded_video import EncodedVideo
-
-OUTPUTS = tuple(Heads.__dataclass_fields__)
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -60,35 +57,90 @@ def load_fp32_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.graph.conv_padding`).
 
     Raises:
-        ModelFileError: it is not there, not ONNX, not of this toolkit, or narrowed already.
+        ModelFileError: the file is missing, not ONNX, not of this toolkit, or not FP32.
         DeviceError: onnx is not installed.
     """
+    return read_source(path)[0]
+
+
+def read_source(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Manifest]:
+    """Return the graph of `load_fp32_graph` and its manifest; errors as of that."""
     model = load_onnx(path)
     manifest = read_manifest(model, str(path))
     if manifest.precision != "fp32":
+        raise _not_fp32(path, manifest.precision)
+    return inline_padding(model), manifest
+
+
+def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
+    """Return the FP32 graph of a feature extractor and its manifest; ModelFileError if it has no manifest."""
+    graph = load_onnx(path)
+    manifest_json = _properties(graph).get(EXTRACTOR_KEY)
+    names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
+    if manifest_json is None or names != ["clips", "features"]:
         raise ModelFileError(
-            f"{path} is {manifest.precision} already, and ranges and narrow weights are made from the FP32 graph; "
-            "give the file that `python -m export.to_onnx` wrote.",
-            code="not_fp32",
+            f"{path} is not a drn-deploy feature extractor; export C3D with `python -m export.to_onnx`."
         )
-    return inline_padding(model)
+    try:
+        manifest = ExtractorManifest.from_dict(json.loads(manifest_json), str(path))
+    except ValueError as error:
+        raise ModelFileError(f"The manifest in {path} is not JSON ({error}). Export it again.") from error
+    if manifest.precision != "fp32":
+        raise _not_fp32(path, manifest.precision)
+    return graph, manifest
+
+
+def _not_fp32(path: str | os.PathLike[str], precision: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is {precision}, but only FP32 graphs are calibrated and converted. Give the file that "
+        "`python -m export.to_onnx` wrote.",
+        code="not_fp32",
+    )
+
+
+def manifest_in(path: Path) -> Manifest:
+    """Return the manifest of a graph of any precision; ModelFileError if the file is damaged or has none."""
+    check(path)
+    return Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
+
+
+def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
+    """Return the manifest of a whole graph or a part of one, with the precision of its weights.
+
+    Raises:
+        ModelFileError: the graph has no manifest.
+    """
+    manifest = Manifest.from_json(_properties(model).get(METADATA_KEY), source)
+    return dataclasses.replace(manifest, precision=precision_in(manifest.precision, _weight_types(model)))
 
 
 def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
-    """Return the manifest that travels in a graph; ModelFileError if it has none or is no DRN graph."""
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    manifest = Manifest.from_json(properties.get(METADATA_KEY), source)
-    manifest = dataclasses.replace(manifest, precision=precision_in(manifest.precision, _weight_types(model)))
+    """Return the manifest of a whole DRN graph; ModelFileError if it has none, or the graph is something else."""
+    manifest = manifest_of(model, source)
     if manifest.part != "whole":
         raise ModelFileError(
             f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from.",
             code="model_part",
         )
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
-    missing = (set(Batch.__dataclass_fields__) | set(OUTPUTS)) - names
+    missing = {*INPUT_NAMES, *HEAD_NAMES} - names
     if missing:
         raise ModelFileError(f"{source} lacks {', '.join(sorted(missing))}, so it is no DRN graph; export it again.")
     return manifest
+
+
+def with_manifest(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+    """Return a copy of a graph that has a manifest in the place of its own."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    for entry in copy.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = manifest.to_json()
+    return copy
+
+
+def _properties(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _weight_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -124,45 +176,6 @@ def weights_hash(model: onnx.ModelProto) -> str:
     return total.hexdigest()
 
 
-def open_session(model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> Any:
-    """Return an ONNX Runtime session on the CPU.
-
-    `optimised` lets ONNX Runtime rewrite the graph, as the runtime does (`runtime.backends.exact_int8`). Without it
-    INT8 is computed operator by operator, as engines do: ONNX Runtime's fusions differ from that by up to 2.7e-2.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise DeviceError("ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`.") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    content = model.SerializeToString()
-    return ort.InferenceSession(for_cpu(content) if optimised else content, options, ["CPUExecutionProvider"])
-
-
-def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """Return a copy of a graph that also gives out these tensors; CalibrationError if it lacks one."""
-    import onnx
-
-    known = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
-    missing = sorted(set(tensors) - known)
-    if missing:
-        raise CalibrationError(
-            f"The graph has no tensor {', '.join(missing)}; export it with this version.", code="unknown_tensor"
-        )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    present = {value.name for value in copy.graph.output}
-    for name in tensors:
-        if name not in present:
-            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return copy
-
-
 def strip_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with its large constants as inputs: all that shapes and types need, a thousandth of the size."""
     import onnx
@@ -183,99 +196,41 @@ def strip_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
-def cut_video(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto] | None:
-    """Return a graph in two: what depends on the video alone (`prop_fc`, most of the arithmetic), and the rest.
-
-    The first takes `segment_features` and returns (B, C, 1, T); the second takes all that the whole takes, but in
-    place of the features what the first returned, as (B, T, C). Together they compute what the whole does. None if
-    the graph has no `prop_fc` of the expected kind.
-    """
+def infer_shapes(model: onnx.ModelProto) -> onnx.GraphProto:
+    """Return a graph without its large constants, in which every tensor has a type and, where it is known, a shape."""
     import onnx
 
-    makers = {node.output[0]: node for node in model.graph.node}
-    project = next(
-        (node for node in model.graph.node if node.op_type == "Conv" and node.name.startswith("prop_fc")), None
-    )
-    if project is None:
-        return None
-    arranged = project.input[0]
-    while arranged in makers and makers[arranged].op_type in ("QuantizeLinear", "DequantizeLinear", "Mul"):
-        arranged = makers[arranged].input[0]
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def part(nodes: list[onnx.NodeProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
-        expected = {value.name for value in outputs}
-        retained: list[onnx.NodeProto] = []
-        for node in reversed(nodes):
-            if expected & set(node.output):
-                retained.insert(0, node)
-                expected |= set(node.input)
-        piece = onnx.ModelProto()
-        piece.ir_version = model.ir_version
-        piece.opset_import.extend(model.opset_import)
-        piece.metadata_props.extend(model.metadata_props)
-        piece.graph.name = model.graph.name
-        piece.graph.node.extend(retained)
-        piece.graph.initializer.extend(constants[name] for name in sorted(expected & constants.keys()))
-        piece.graph.input.extend(value for value in model.graph.input if value.name in expected)
-        piece.graph.output.extend(outputs)
-        return piece
-
-    encoder = part(list(model.graph.node), [onnx.helper.make_empty_tensor_value_info(project.output[0])])
-    rest = []
-    for node in model.graph.node:
-        if node.name == project.name:
-            continue
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [arranged if name == project.output[0] else name for name in node.input]
-        rest.append(copy)
-    return encoder, part(rest, list(model.graph.output))
+    return onnx.shape_inference.infer_shapes(strip_weights(model)).graph
 
 
-class InMemoryBackend:
-    """A graph in memory as a `runtime.Backend`, computed operator by operator as it is."""
-
-    def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
-        self.manifest = read_manifest(model)
-        self._session = open_session(model, threads, optimised)
-
-    def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch."""
-        return Heads(*self._session.run(OUTPUTS, vars(batch)))
+def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the data type of every tensor of a graph by name, as `onnx.TensorProto` numbers them."""
+    inferred = infer_shapes(model)
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types: dict[str, int] = {value.name: value.type.tensor_type.elem_type for value in values}
+    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    return types
 
 
-class InMemorySplitBackend:
-    """Run the two parts of a split graph in memory as a `runtime.PairBackend`: videos are encoded once."""
+def needed_nodes(nodes: Sequence[onnx.NodeProto], outputs: Collection[str]) -> list[onnx.NodeProto]:
+    """Return the nodes from which outputs are computed, in their order."""
+    needed, read = [], set(outputs)
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read |= read_by(node)
+            needed.append(node)
+    return needed[::-1]
 
-    def __init__(
-        self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimised: bool = False
-    ) -> None:
-        properties = {entry.key: entry.value for entry in query.metadata_props}
-        self.manifest = Manifest.from_json(properties.get(METADATA_KEY), "the query part")
-        self._video, self._query = (open_session(part, threads, optimised) for part in (video, query))
 
-    def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos."""
-        return self._video.run(None, {"segment_features": segment_features})[0]
+def read_by(node: onnx.NodeProto) -> set[str]:
+    """Return the tensors that a node reads. The body of a loop also reads tensors of the graph around it."""
+    return {*node.input, *(name for entry in node.attribute for inner in entry.g.node for name in inner.input)}
 
-    def ask(
-        self,
-        query_tokens: np.ndarray,
-        query_length: np.ndarray,
-        videos: Sequence[EncodedVideo],
-        video_index: np.ndarray,
-    ) -> Heads:
-        """Return the heads of B queries."""
-        given = {
-            "query_tokens": query_tokens,
-            "query_length": query_length,
-            VIDEO_INDEX: video_index,
-            ENCODED_FEATURES: np.stack([video.features for video in videos]),
-            "segment_spans": np.stack([video.spans for video in videos]),
-        }
-        return Heads(*self._query.run(OUTPUTS, given))
 
-    def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch."""
-        return run_pair(self, batch)
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Replace the nodes of a graph, in place, and drop the constants that none of them reads."""
+    read = {name for node in nodes for name in read_by(node)}
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)

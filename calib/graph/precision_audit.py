@@ -1,6 +1,6 @@
-"""Count in which data types a graph computes: multiply-adds of every DRN module, and weight bytes.
+"""Count the multiply-adds and weight bytes of a graph by data type.
 
-Engines are judged in `export.engine.precision_verdict`.
+`export.engine.precision_verdict` does this for engines.
 """
 
 from __future__ import annotations
@@ -8,25 +8,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto
 
 from calib.graph.naming import drn_modules
 from calib.graph.onnx_graph import strip_weights
+from runtime.backends.exact_int8 import TYPES
 from runtime.core.errors import CheckFailed
 
-NAMES = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-}
-# Least share of the multiply-adds that must be in the precision that a file calls its own.
-LEAST_SHARE = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
+if TYPE_CHECKING:
+    import onnx
+
+# Minimum share of the multiply-adds in the precision that a file has in its name.
+MIN_SHARES = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,32 +61,46 @@ class PrecisionStats:
         }
 
 
-def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
-    """Count the multiply-adds of a graph of ours, by DRN module and data type, and its weights by data type.
+@dataclasses.dataclass(frozen=True)
+class OperatorMacs:
+    """The multiply-adds of one operator for one query, and the data type in which it multiplies."""
 
-    A convolution or matrix product counts as int8 or fp8 when both its data and its weights come through Q/DQ pairs of
-    that type, which is what TensorRT fuses into one kernel; otherwise as the type of its data.
+    count: int
+    dtype: str
+
+
+def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, OperatorMacs]:
+    """Return the multiply-adds of every operator that multiplies, by the name of its node, in the order of the graph.
+
+    A convolution or matrix product multiplies in int8 or fp8 if both its data and its weights come through Q/DQ pairs
+    of that type, which TensorRT fuses into one kernel; otherwise in the type of its output.
     """
-    graph = model.graph
+    import onnx
+
     inferred = onnx.shape_inference.infer_shapes(_sized(model, query_length)).graph
     values = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
-    # What shape inference cannot follow is the length of the query, after arithmetic on shapes.
+    # Shape inference cannot follow the query length through arithmetic on shapes.
     shapes = {name: [size.dim_value or query_length for size in kind.shape.dim] for name, kind in values.items()}
     types = {name: kind.elem_type for name, kind in values.items()}
-    for tensor in graph.initializer:
+    for tensor in model.graph.initializer:
         shapes[tensor.name], types[tensor.name] = list(tensor.dims), tensor.data_type
-    producers = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    counts = ((node, _macs(node, shapes)) for node in model.graph.node)
+    return {node.name: OperatorMacs(count, _dtype(node, producers, types)) for node, count in counts if count}
+
+
+def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
+    """Count the multiply-adds of a graph by DRN module and data type (see `count_macs`), and its weights by type."""
+    import onnx
+
     macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for node in graph.node:
-        count = _macs(node, shapes)
-        if count:
-            module = (drn_modules(node.name) or ("other",))[0]
-            macs[module][_type(node, producers, types)] += count
+    for name, operator in count_macs(model, query_length).items():
+        macs[(drn_modules(name) or ("other",))[0]][operator.dtype] += operator.count
     weights: collections.Counter[str] = collections.Counter()
-    for tensor in graph.initializer:
-        if tensor.data_type in NAMES:
+    for tensor in model.graph.initializer:
+        if tensor.data_type in TYPES:
             size = int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            weights[NAMES[tensor.data_type]] += size
+            weights[TYPES[tensor.data_type]] += size
     return PrecisionStats(macs, weights)
 
 
@@ -116,48 +125,48 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
         weight, output = shapes[node.input[1]], shapes[node.output[0]]
         return int(np.prod(output)) * int(np.prod(weight[1:]))
     if node.op_type in ("MatMul", "Gemm"):
-        return int(np.prod(shapes[node.output[0]])) * shapes[node.input[0]][-1]
+        transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
+        return int(np.prod(shapes[node.output[0]])) * shapes[node.input[0]][0 if transposed else -1]
     if node.op_type == "LSTM":
         inputs, weight, recurrent = (shapes[name] for name in node.input[:3])
         return inputs[0] * inputs[1] * weight[1] * (weight[2] + recurrent[2])
     return 0
 
 
-def _type(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
-    quantised = []
+def _dtype(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
+    quantized = []
     for name in node.input[:2]:
         source = producers.get(name)
-        # A transpose or reshape of a quantised weight is still one.
+        # A quantized weight stays one when it is transposed or reshaped.
         while source is not None and source.op_type in ("Transpose", "Reshape"):
             source = producers.get(source.input[0])
         kind = types.get(source.input[0]) if source is not None and source.op_type == "DequantizeLinear" else None
-        quantised.append(kind)
-    if quantised[0] == quantised[1] is not None:
-        return NAMES[quantised[0]]
-    return NAMES.get(types.get(node.output[0], 0), "unknown")
+        quantized.append(kind)
+    if quantized[0] == quantized[1] is not None:
+        return TYPES[quantized[0]]
+    return TYPES.get(types.get(node.output[0], 0), "unknown")
 
 
 def require_precision(stats: PrecisionStats, precision: str, attainable: float = 1.0) -> str:
-    """Return the name of the check with the real share, as "int8 in 51.3 % of the multiply-adds".
+    """Return the precision with its share, as "int8 in 51.3 % of the multiply-adds".
 
     Args:
-        stats: what was counted in a graph.
-        precision: that it is to be called by.
-        attainable: the share of this network's multiply-adds that can be in `precision` at most, 0 to 1. In a narrow
-            network the LSTM, the attention and the gates, which stay wide, are most of the work. It is then held to as
-            large a part of the attainable share as others of the whole.
+        stats: counts of a graph.
+        precision: that the graph must have.
+        attainable: maximum share of this network's multiply-adds in `precision`, 0 to 1. Where it is below the minimum,
+            because the LSTM, the attention and the gates are most of a narrow network, the same part of it is required.
 
     Raises:
-        CheckFailed: less is in that precision than must be.
+        CheckFailed: the share is below the minimum.
     """
-    share, least = stats.share(precision), LEAST_SHARE[precision]
-    if attainable < least:
-        least *= attainable
-    if share < least:
+    share, minimum = stats.share(precision), MIN_SHARES[precision]
+    if attainable < minimum:
+        minimum *= attainable
+    if share < minimum:
         others = ", ".join(f"{100 * stats.share(kind):.1f} % {kind}" for kind in stats.total())
         raise CheckFailed(
-            f"{precision} was asked for, and {100 * share:.1f} % of the multiply-adds are in it where at least "
-            f"{100 * least:.0f} % must be ({others}).",
+            f"{100 * share:.1f} % of the multiply-adds are in {precision}, expected at least {100 * minimum:.0f} % "
+            f"({others}).",
             code="precision_not_reached",
         )
     return f"{precision} in {100 * share:.1f} % of the multiply-adds"

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.graph.conv_padding import extract_padding
-from calib.graph.onnx_graph import strip_weights
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from calib.graph.onnx_graph import infer_shapes, manifest_of, needed_nodes, read_by, with_manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import ModelFileError
@@ -45,7 +44,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     import onnx
     from onnx import helper
 
-    manifest = _manifest(model)
+    manifest = manifest_of(model)
     if manifest.part != "whole":
         raise ModelFileError(
             f"This graph is the {manifest.part} part of a pair already; split the whole one.", code="model_part"
@@ -61,8 +60,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
         if depends[name] <= {FEATURES, SPANS}
     }
     cuts = [name for name, seen in border.items() if FEATURES in seen]
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
-    kinds = {value.name: value.type.tensor_type for value in inferred.value_info}
+    kinds = {value.name: value.type.tensor_type for value in infer_shapes(model).value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
             f"The graph should have one tensor at which what depends on the video alone ends, and has {len(cuts)}; "
@@ -120,19 +118,15 @@ def write_split_model(video: onnx.ModelProto, query: onnx.ModelProto, path: Path
     with atomic_write(video_path) as video_file, atomic_write(query_path) as query_file:
         content = with_digest(_written(video).SerializeToString())
         video_file.write_bytes(content)
-        named = with_video_hash(query, {video_path.name: hashlib.sha256(content).hexdigest()})
+        digests = {video_path.name: hashlib.sha256(content).hexdigest()}
+        named = with_manifest(query, dataclasses.replace(manifest_of(query), video_part=digests))
         query_file.write_bytes(with_digest(_written(named).SerializeToString()))
     return [video_path, query_path]
 
 
 def _written(part: onnx.ModelProto) -> onnx.ModelProto:
     """Return a part as it is written: in FP32, with its padding where ONNX Runtime is fastest."""
-    return extract_padding(part) if _manifest(part).precision == "fp32" else part
-
-
-def with_video_hash(query: onnx.ModelProto, video_part: Mapping[str, str]) -> onnx.ModelProto:
-    """Return a query part whose manifest names its video part, file name to SHA-256."""
-    return _with_manifest(query, dataclasses.replace(_manifest(query), video_part=video_part))
+    return extract_padding(part) if manifest_of(part).precision == "fp32" else part
 
 
 def _dependence(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
@@ -156,27 +150,21 @@ def _part(
     """Return a model of those of `nodes` that the outputs need."""
     import onnx
 
-    expected = {value.name for value in outputs}
-    retained: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if expected & set(node.output):
-            retained.insert(0, node)
-            expected |= set(node.input)
-            # The body of a loop also reads tensors of the graph around it.
-            expected |= {name for entry in node.attribute for inner in entry.g.node for name in inner.input}
+    needed = needed_nodes(nodes, {value.name for value in outputs})
+    read = {name for node in needed for name in read_by(node)}
     piece = onnx.ModelProto()
     piece.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name))
     piece.producer_version, piece.doc_string = model.producer_version, model.doc_string
     piece.opset_import.extend(model.opset_import)
     piece.metadata_props.extend(model.metadata_props)
     piece.graph.name = model.graph.name
-    piece.graph.node.extend(retained)
+    piece.graph.node.extend(needed)
     everything: Iterable[onnx.TensorProto] = (*model.graph.initializer, *constants)
-    piece.graph.initializer.extend(tensor for tensor in everything if tensor.name in expected)
+    piece.graph.initializer.extend(tensor for tensor in everything if tensor.name in read)
     piece.graph.input.extend(inputs)
     piece.graph.output.extend(outputs)
     onnx.checker.check_model(piece, full_check=True)
-    return _with_manifest(piece, dataclasses.replace(_manifest(model), part=part))
+    return with_manifest(piece, dataclasses.replace(manifest_of(model), part=part))
 
 
 def _renamed(values: Iterable[onnx.ValueInfoProto], name: str, rows: str) -> onnx.ValueInfoProto:
@@ -187,16 +175,3 @@ def _renamed(values: Iterable[onnx.ValueInfoProto], name: str, rows: str) -> onn
     value.CopyFrom(next(value for value in values if value.name == name))
     value.type.tensor_type.shape.dim[0].dim_param = rows
     return value
-
-
-def _manifest(model: onnx.ModelProto) -> Manifest:
-    return Manifest.from_json({entry.key: entry.value for entry in model.metadata_props}.get(METADATA_KEY), "the graph")
-
-
-def _with_manifest(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
-    copied = type(model)()
-    copied.CopyFrom(model)
-    for entry in copied.metadata_props:
-        if entry.key == METADATA_KEY:
-            entry.value = manifest.to_json()
-    return copied

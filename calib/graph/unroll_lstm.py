@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calib.graph.onnx_graph import needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -46,18 +47,9 @@ def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
         layer = _Layer(scope, pair, {tensor.name: tensor for tensor in graph.initializer}, steps)
         nodes += layer.nodes()
         graph.initializer.extend(layer.constants)
-        gone = {name for node in pair for name in node.input[1:4]}
-        retained = [tensor for tensor in graph.initializer if tensor.name not in gone]
-        del graph.initializer[:]
-        graph.initializer.extend(retained)
     known = [value.name for value in (*graph.input, *graph.initializer)]
-    ordered = list(_in_order(nodes, known))
-    del graph.node[:]
-    graph.node.extend(_without_unread(ordered, {value.name for value in graph.output}))
-    read = {name for node in graph.node for name in node.input}
-    retained = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(retained)
+    # The initial states of the LSTMs are not needed any longer.
+    replace_nodes(graph, needed_nodes(list(_in_order(nodes, known)), {value.name for value in graph.output}))
     return copy
 
 
@@ -159,16 +151,6 @@ class _Layer:
         yield helper.make_node(
             "Split", [f"{scope}/states", self._sizes("directions", [1, 1])], outputs, f"{scope}/directions", axis=1
         )
-
-
-def _without_unread(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """Return ordered nodes without those whose results nothing reads: the initial states of LSTMs that are gone."""
-    read, retained = set(outputs), []
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read.update(node.input)
-            retained.append(node)
-    return retained[::-1]
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto], known: Iterable[str]) -> Iterator[onnx.NodeProto]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.graph.conv_padding import extract_padding, inline_padding
-from calib.graph.source_graph import manifest_in
+from calib.graph.onnx_graph import manifest_in
 from calib.graph.split_model import split_graph, write_split_model
 from export.build.reduced_precision import ConvertedGraph
 from export.engine.engine_part import EnginePart

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.calibration_set import LEAST_SAMPLES
-from calib.graph.source_graph import read_extractor, read_source
+from calib.graph.onnx_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.graph.half_precision import emulate_bf16, measure_magnitudes, overflow_prone_modules
+from calib.graph.onnx_graph import read_extractor
+from calib.graph.onnx_session import open_session
 from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
-from calib.graph.source_graph import read_extractor
 from export.build.artifacts import format_shares
 from export.build.build_config import BuildConfig, validate_keep_modules
 from export.build.reduced_precision import ConversionOptions, convert_precision
@@ -25,7 +26,6 @@ from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import build_part, mark_rejected
 from export.engine.profiles import Profile, SizeRange
 from export.tracing.synthetic_clips import synthetic_clips
-from export.tracing.torch_check import open_session
 from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
@@ -183,8 +183,8 @@ def _checked_graph(
     job.twin.write_bytes(with_digest(graph_path.graph.SerializeToString()))
     try:
         require_precision(counted, job.precision)
-        runs = str(job.twin) if job.precision != "bf16" else emulate_bf16(graph_path.graph).SerializeToString()
-        result = compare(_Graph(str(source), threads), _Graph(runs, threads), manifest)
+        runs = job.twin if job.precision != "bf16" else emulate_bf16(graph_path.graph)
+        result = compare(_Graph(source, threads), _Graph(runs, threads), manifest)
         _keep_promise(job, result, "the twin")
     except CheckFailed as error:
         rejected = job.rejected("onnx")
@@ -214,7 +214,7 @@ def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: in
     """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
     extractor = open_extractor(part.engine)
     try:
-        result = compare(_Graph(str(source), threads), extractor, extractor.manifest)
+        result = compare(_Graph(source, threads), extractor, extractor.manifest)
     finally:
         extractor.close()  # type: ignore[attr-defined]
     try:
@@ -247,8 +247,8 @@ def _report(job: BuildConfig, source: Path, part: EnginePart, measured: FeatureT
 class _Graph:
     """A graph in ONNX Runtime, on the CPU: what is compared must not depend on where it is compared."""
 
-    def __init__(self, source: str | bytes, threads: int | None) -> None:
-        self._session = open_session(source, threads)
+    def __init__(self, source: onnx.ModelProto | Path, threads: int | None) -> None:
+        self._session = open_session(source, threads, optimised=True)
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
         result: np.ndarray = self._session.run([FEATURES], {"clips": clips})[0]

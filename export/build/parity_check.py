@@ -79,7 +79,7 @@ class ParityChecker:
     def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
         """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
         two thirds of the time."""
-        from calib.graph.onnx_graph import InMemorySplitBackend
+        from calib.graph.onnx_session import InMemorySplitBackend
         from calib.graph.split_model import split_graph
         from runtime.grounding.grounder import Grounder
 

@@ -22,9 +22,9 @@ from calib.graph.half_precision import (
     measure_magnitudes,
     modules,
     overflow_prone_modules,
-    raise_opset,
 )
 from calib.graph.onnx_graph import read_manifest
+from calib.graph.opset import raise_opset
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.quantization_plan import QuantizationPlan
 from calib.restore import find_layers_to_restore, minimal_keep_set

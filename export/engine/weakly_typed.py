@@ -166,8 +166,12 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    from calib.graph.half_precision import float32_values
+    from calib.graph.onnx_graph import replace_nodes, tensor_types
+    from calib.graph.opset import opset_of, with_opset
+
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    types = _types(model)
+    types = tensor_types(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -177,7 +181,7 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for tensor in graph.initializer:
         if tensor.data_type in floats[1:]:
-            tensor.CopyFrom(numpy_helper.from_array(_widened(tensor), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(float32_values(tensor), tensor.name))
     outputs = {value.name for value in graph.output}
     fixed = outputs | {value.name for value in graph.input}
     names: dict[str, str] = {}
@@ -185,7 +189,7 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in floats[1:]:
-                attribute.t.CopyFrom(numpy_helper.from_array(_widened(attribute.t), attribute.t.name))
+                attribute.t.CopyFrom(numpy_helper.from_array(float32_values(attribute.t), attribute.t.name))
         if node.op_type != "Cast" or helper.get_node_attr_value(node, "to") not in floats:
             nodes.append(node)
         elif types.get(node.input[0]) not in floats:
@@ -201,38 +205,10 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in nodes:
         node.input[:] = [_renamed(name, names) for name in node.input]
         node.output[:] = [_renamed(name, names) for name in node.output]
-    retained = list(_without_stored_weights(graph, nodes))
-    del graph.node[:]
-    graph.node.extend(retained)
-    used = {name for node in retained for name in node.input}
-    weights = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(weights)
-    _lower_opset(result)
-    _slice_shapes(graph)
-    return result
-
-
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    import onnx
-
-    from calib.graph.onnx_graph import strip_weights
-
-    inferred = onnx.shape_inference.infer_shapes(strip_weights(model)).graph
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
-    return types
-
-
-def _widened(tensor: onnx.TensorProto) -> np.ndarray:
-    """Return a half-precision tensor as float32; nothing is lost."""
-    from onnx import TensorProto, numpy_helper
-
-    if tensor.data_type != TensorProto.BFLOAT16:
-        return np.asarray(numpy_helper.to_array(tensor), np.float32)
-    bits = np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(tensor.dims)
+    replace_nodes(graph, list(_without_stored_weights(graph, nodes)))
+    lowered = with_opset(result, min(OPSET, opset_of(result)))
+    _slice_shapes(lowered.graph)
+    return lowered
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
@@ -266,24 +242,10 @@ def _without_stored_weights(graph: onnx.GraphProto, nodes: Collection[onnx.NodeP
         yield node
 
 
-def _lower_opset(model: onnx.ModelProto) -> None:
-    """Write a graph of ours as opset 17: its operators read the same there (`calib.qdq_quantizer.SAME_IN_ALL_OPSETS`),
-    but for `Split`, which states its number of parts since 18."""
-    current = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if current.version <= OPSET:
-        return
-    current.version = OPSET
-    for node in model.graph.node:
-        if node.op_type == "Split":
-            retained = [entry for entry in node.attribute if entry.name != "num_outputs"]
-            del node.attribute[:]
-            node.attribute.extend(retained)
-
-
 def _slice_shapes(graph: onnx.GraphProto) -> None:
     """Replace the attributes `start` and `end` of `Shape` by `Slice`: TensorRT 8.6's parser ignores them.
 
-    It returns all sizes instead, and a `MinOptMax` of these ends the process (8.6.0 on an H200).
+    It returns all sizes instead, and a `Range` of these ends the process (8.6.0 on an H200).
     """
     from onnx import helper, numpy_helper
 

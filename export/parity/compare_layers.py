@@ -16,9 +16,7 @@ import numpy as np
 
 from calib.graph.channel_equalization import LARGEST_EXPONENT
 from calib.graph.naming import drn_modules
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import check
-from runtime.backends.exact_int8 import precision_of_file
+from calib.graph.onnx_graph import load_onnx, manifest_of
 from runtime.core.batch import Batch
 from runtime.core.errors import DeviceError, ModelFileError
 
@@ -144,7 +142,7 @@ def compare_layers(
         DeviceError: Polygraphy is not installed.
     """
     require_polygraphy()
-    models = [load_graph(path) for path in (reference, other)]
+    models = [load_onnx(path) for path in (reference, other)]
     producers = {tensor: node.name for node in models[0].graph.node for tensor in node.output}
     theirs = {tensor for node in models[1].graph.node for tensor in node.output}
     common = [tensor for tensor in producers if tensor in theirs]
@@ -153,7 +151,7 @@ def compare_layers(
             f"{reference.name} and {other.name} have no tensor in common, so their layers cannot be compared; "
             "compare a model with one made from it."
         )
-    precision = precision_of(models[1], other)
+    precision = manifest_of(models[1], str(other)).precision
     gated = {name for name in common if producers[name].startswith(("qInput.", "backbone_net/"))}
     balanced = gated if precision in ("int8", "fp8") else frozenset[str]()
     worst: dict[str, TensorDeviation] = {}
@@ -184,24 +182,6 @@ def table(layers: LayerComparison) -> str:
         worst = module.worst
         lines.append(f"{module.module:<{width}}  {worst.relative:>9.1e}  {worst.max:>9.1e}  {worst.tensor}{mark}")
     return "\n".join(lines)
-
-
-def load_graph(path: Path) -> Any:
-    """Return the ONNX graph in a file; ModelFileError where there is none, or it is damaged."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    check(path)
-    try:
-        return onnx.load(path)
-    except (DecodeError, OSError) as error:
-        raise ModelFileError(f"{path} is not an ONNX file that can be read ({error}); export it again.") from error
-
-
-def precision_of(model: Any, path: Path) -> str:
-    """Return the precision of a graph in a file; ModelFileError where it carries no manifest."""
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    return precision_of_file(path, Manifest.from_json(about.get(METADATA_KEY), source=str(path)).precision)
 
 
 def _tensor_errors(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from calib.graph.onnx_graph import load_onnx, manifest_of
 from export.parity.compare import compare
-from export.parity.compare_layers import LayerComparison, load_graph, precision_of
+from export.parity.compare_layers import LayerComparison
 from export.parity.compare_layers import table as layer_table
 from export.parity.compare_plans import plan_table
 from export.parity.html_report import VISIBLE_S, Table, render_html_report
@@ -250,7 +251,7 @@ def read_precision_stats(model: Path) -> tuple[str, Table] | None:
         return None
     from calib.graph.precision_audit import audit_graph
 
-    return precision_table(audit_graph(load_graph(model)))
+    return precision_table(audit_graph(load_onnx(model)))
 
 
 def precision_table(stats: PrecisionStats) -> tuple[str, Table]:
@@ -309,8 +310,8 @@ def load_for_comparison(path: Path, device: Device, threads: int | None, exact: 
     `exact`, 8-bit graphs are computed on the CPU without them.
     """
     if path.suffix == ".onnx" and path.is_file() and device != "cuda" and importlib.util.find_spec("onnx"):
-        graph = load_graph(path)
-        precision = precision_of(graph, path)
+        graph = load_onnx(path)
+        precision = manifest_of(graph, str(path)).precision
         if precision == "bf16" or (exact and precision in ("int8", "fp8")):
             how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
             code = "rounded_to_bf16" if precision == "bf16" else "without_fusions"
@@ -321,13 +322,13 @@ def load_for_comparison(path: Path, device: Device, threads: int | None, exact: 
 
 def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
     from calib.graph.half_precision import emulate_bf16
-    from calib.graph.onnx_graph import InMemoryBackend, InMemorySplitBackend
-    from calib.graph.source_graph import manifest_in
+    from calib.graph.onnx_graph import manifest_in
+    from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend
     from runtime.backends.onnxruntime_backend import locate_part
 
     manifest = manifest_in(path)
     if manifest.part != "query":
         return Grounder(InMemoryBackend(emulate_bf16(graph), threads, optimised))
     ((name, digest),) = manifest.video_part.items()
-    video = load_graph(locate_part(path, name, digest))
+    video = load_onnx(locate_part(path, name, digest))
     return Grounder(InMemorySplitBackend(emulate_bf16(video), emulate_bf16(graph), threads, optimised))

@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 
 from calib.graph.conv_padding import extract_padding
+from calib.graph.opset import MAX_OPSET, MIN_OPSET
 from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
-from export.tracing.tracer import NEWEST_OPSET, OLDEST_OPSET, export_model, producer
+from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.errors import DeviceError, OutputError, ShapeError
 from runtime.core.io.atomic_files import atomic_write, check_writable
@@ -32,7 +33,7 @@ class ExportOptions:
     checkpoint: Path
     output: Path
     split: bool = False
-    opset: int = OLDEST_OPSET
+    opset: int = MIN_OPSET
     max_query_length: int | None = None
 
     @property
@@ -48,9 +49,9 @@ class ExportOptions:
             OutputError: the output cannot be the name of a model, or is the checkpoint.
             DeviceError: a library is missing.
         """
-        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise ShapeError(
-                f"Expected an opset of {OLDEST_OPSET} to {NEWEST_OPSET}, got {self.opset}. Leave --opset out.",
+                f"Expected an opset of {MIN_OPSET} to {MAX_OPSET}, got {self.opset}. Leave --opset out.",
                 code="unsupported_opset",
             )
         if self.max_query_length is not None and self.max_query_length < 1:

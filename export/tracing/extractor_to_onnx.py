@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import torch
 
+from calib.graph.onnx_session import open_session
+from calib.graph.opset import MIN_OPSET
 from export.tracing.synthetic_clips import smooth_clips
-from export.tracing.torch_check import TOLERANCE, open_session
-from export.tracing.tracer import OLDEST_OPSET, TRACED_OPSET, finalize_model, silence_exporter
+from export.tracing.torch_check import TOLERANCE
+from export.tracing.tracer import TRACED_OPSET, finalize_model, silence_exporter
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import suggest_next_command
@@ -27,7 +29,7 @@ BATCH_SIZES = (1, 3)
 """Clips in the batches that are checked; a full-size C3D takes a second or two for each on a CPU."""
 
 
-def export_extractor(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSET) -> Path:
+def export_extractor(checkpoint: Path, output: Path, *, opset: int = MIN_OPSET) -> Path:
     """Export a `c3d.pt` to ONNX, once ONNX Runtime is seen to answer as torch does; see `export.to_onnx.to_onnx`."""
     log.info("Reading %s ...", checkpoint)
     loaded = load_c3d(checkpoint)
@@ -43,7 +45,7 @@ def export_extractor(checkpoint: Path, output: Path, *, opset: int = OLDEST_OPSE
     return output
 
 
-def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = OLDEST_OPSET) -> onnx.ModelProto:
+def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = MIN_OPSET) -> onnx.ModelProto:
     """Return the graph of a C3D: `clips` (N, 16, 112, 112, 3) uint8 in RGB to `features` (N, D), any N.
 
     Frames go in as they are decoded, a quarter of the bytes of float32, and the mean is taken off inside.
@@ -75,7 +77,7 @@ def check_c3d(path: Path, model: C3D) -> float:
     Raises:
         CheckFailed: it is beyond the tolerance.
     """
-    session = open_session(str(path))
+    session = open_session(path, optimised=True)
     rng = np.random.default_rng(0)
     largest = 0.0
     for size in BATCH_SIZES:

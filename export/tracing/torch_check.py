@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.tracing.tracer import INPUTS, OUTPUTS
-from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch
+from calib.graph.onnx_session import open_session
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch
 from runtime.core.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     Raises:
         CheckFailed: one is beyond `TOLERANCE`, or the graph does not run.
     """
-    session = open_session(str(path))
+    session = open_session(path, optimised=True)
     questions = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
-    return _differences(model, questions, lambda batch, _: session.run(list(OUTPUTS), vars(batch)))
+    return _differences(model, questions, lambda batch, _: session.run(list(HEAD_NAMES), vars(batch)))
 
 
 def check_pair_against_torch(
@@ -43,7 +43,7 @@ def check_pair_against_torch(
 
     The queries of a batch ask fewer videos than there are queries, some several times, in any order.
     """
-    encoder, asker = (open_session(part.SerializeToString()) for part in (video, query))
+    encoder, asker = (open_session(part, optimised=True) for part in (video, query))
 
     def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
         distinct, index = np.unique(videos, return_inverse=True)
@@ -55,7 +55,7 @@ def check_pair_against_torch(
             ENCODED_FEATURES: encoded,
             "segment_spans": batch.segment_spans[distinct],
         }
-        return asker.run(list(OUTPUTS), feed)
+        return asker.run(list(HEAD_NAMES), feed)
 
     def questions() -> Iterator[tuple[Batch, list[int]]]:
         rng = np.random.default_rng(1)
@@ -65,15 +65,6 @@ def check_pair_against_torch(
             yield batch, rng.integers(0, kinds, len(batch)).tolist()
 
     return _differences(model, questions(), ask)
-
-
-def open_session(source: str | bytes, threads: int | None = None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _differences(
@@ -88,7 +79,7 @@ def _differences(
     import torch
     from tqdm import tqdm
 
-    differences = dict.fromkeys(OUTPUTS, 0.0)
+    differences = dict.fromkeys(HEAD_NAMES, 0.0)
     training = model.training
     model.eval()
     try:
@@ -99,7 +90,7 @@ def _differences(
                 batch.query_tokens, batch.query_length, batch.segment_features[videos], batch.segment_spans[videos]
             )
             with torch.inference_mode():
-                inputs = [torch.from_numpy(getattr(requested, name)) for name in INPUTS]
+                inputs = [torch.from_numpy(getattr(requested, name)) for name in INPUT_NAMES]
                 expected = model(*inputs)
                 _check_finite(model, inputs, expected)
             try:
@@ -111,7 +102,7 @@ def _differences(
                     f"({str(error).splitlines()[0]}); nothing was kept.",
                     code="graph_does_not_run",
                 ) from error
-            for name, ours, theirs in zip(OUTPUTS, result, expected):
+            for name, ours, theirs in zip(HEAD_NAMES, result, expected):
                 difference = relative_difference(ours, theirs.numpy())
                 # `not <=` also refuses NaN.
                 if not difference <= TOLERANCE:

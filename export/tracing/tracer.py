@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -12,8 +11,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from calib.graph.opset import MIN_OPSET, with_opset
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.core.batch import Batch, Heads
+from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
 
 if TYPE_CHECKING:
     import onnx
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from train.network.model import DRN, DRNConfig
 
 
-INPUTS = tuple(field.name for field in dataclasses.fields(Batch))
-OUTPUTS = tuple(field.name for field in dataclasses.fields(Heads))
-OLDEST_OPSET, TRACED_OPSET, NEWEST_OPSET = 17, 18, 23
+TRACED_OPSET = 18
 
 
 def export_model(
-    model: DRN, manifest: Manifest, *, opset: int = OLDEST_OPSET, graph: nn.Module | None = None
+    model: DRN, manifest: Manifest, *, opset: int = MIN_OPSET, graph: nn.Module | None = None
 ) -> onnx.ModelProto:
     """Return the inference graph of `model` with `manifest` inside.
 
@@ -59,17 +57,17 @@ def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str]
     import onnx
 
     _tidy(traced.graph)
-    if opset < TRACED_OPSET:
-        _lower(traced.graph)
+    before = onnx.helper.make_opsetid("", max(opset, TRACED_OPSET))
     exported = onnx.helper.make_model(
         traced.graph,
-        opset_imports=[onnx.helper.make_opsetid("", opset)],
-        ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]),
+        opset_imports=[before],
+        ir_version=onnx.helper.find_min_ir_version_for([before]),
         producer_name="drn-deploy",
         producer_version=producer()["drn-deploy"],
         doc_string=doc_string,
     )
     onnx.helper.set_model_props(exported, metadata)
+    exported = with_opset(exported, opset)
     onnx.checker.check_model(exported, full_check=True)
     return exported
 
@@ -119,8 +117,8 @@ def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=({0: batch, 1: length}, {0: batch}, {0: batch}, {0: batch}),
-            input_names=INPUTS,
-            output_names=OUTPUTS,
+            input_names=INPUT_NAMES,
+            output_names=HEAD_NAMES,
             verbose=False,
         )
     assert program is not None
@@ -168,17 +166,6 @@ def _tidy(graph: onnx.GraphProto) -> None:
     graph.value_info.extend(shapes)
     del graph.metadata_props[:]
     graph.doc_string = ""
-
-
-def _lower(graph: onnx.GraphProto) -> None:
-    """Turn opset 18, the exporter's least, into 17: our operators read the same in both, as the checker confirms."""
-    # Attributes that came with 18 and here only say what 17 does anyway: equal parts, as many as there are outputs;
-    # no smoothing, scales as given.
-    news = {"Split": ("num_outputs",), "Resize": ("antialias", "keep_aspect_ratio_policy")}
-    for node in graph.node:
-        retained = [attribute for attribute in node.attribute if attribute.name not in news.get(node.op_type, ())]
-        del node.attribute[:]
-        node.attribute.extend(retained)
 
 
 def _scopes(nodes: list[onnx.NodeProto]) -> list[str]:

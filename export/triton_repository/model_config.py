@@ -14,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 import runtime.triton
+from calib.graph.onnx_graph import manifest_in
 from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MOST_ENCODED
 from runtime.artifacts.engine_metadata import Sidecar, read_sidecar
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import check, read_metadata
+from runtime.artifacts.manifest import Manifest
+from runtime.artifacts.onnx_metadata import check
 from runtime.backends import engine_compatibility, triton_protocol
 from runtime.backends.batch_shapes import MinOptMax, padded_length
 from runtime.backends.onnxruntime_backend import locate_part
@@ -156,8 +157,7 @@ def read_model(path: Path, serving: ServingOptions) -> SourceModel:
 
 
 def _read_graph(path: Path, serving: ServingOptions) -> SourceModel:
-    check(path)
-    manifest = Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
+    manifest = manifest_in(path)
     _check_part(path, manifest)
     if manifest.precision == "bf16":
         raise ModelFileError(

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def evaluate(
     *,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
-    segments_of: Callable[[str], Segments] | None = None,
+    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
     on_progress: Callable[[int], Any] = lambda queries: None,
     warn: bool = True,
 ) -> Evaluation:
@@ -70,7 +70,7 @@ def evaluate(
         annotations: the N queries.
         protocol: whose NMS and hit rule; the model's own when None.
         batch_size: queries that go through the network together. Changes nothing but speed.
-        segments_of: pooled segments by video name, for callers that hold them already.
+        segments_of: pooled segments, or the model's encoding of them, by video name, for callers that have them.
         on_progress: called with the number of queries answered since the last call.
         warn: whether sentences of which no word is known are named. They get no answer and count as misses.
     """
@@ -98,7 +98,7 @@ def cause_of(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments] | None = None,
+    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
 ) -> GroundingError:
     """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
@@ -139,7 +139,7 @@ def batches_of(
     Every sentence is read before any video; each video is read once, and few at a time.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of):
-        for indices, batch in batches(chunk.queries, chunk.segments, batch_size):
+        for indices, batch in batches(chunk.queries, cast("Sequence[Segments]", chunk.segments), batch_size):
             yield chunk.rows[indices], batch
 
 
@@ -148,7 +148,7 @@ def run_heads(
     data_set: DataSet,
     annotations: Sequence[Annotation],
     batch_size: int = BATCH_SIZE,
-    segments_of: Callable[[str], Segments] | None = None,
+    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
     for chunk in chunks(grounder, data_set, annotations, segments_of):
@@ -162,13 +162,13 @@ class Chunk:
     Attributes:
         rows: (C,) their positions in the annotations.
         queries: C times (L,) word ids.
-        segments: C times the segments of the video.
+        segments: C times the segments of the video, or the model's encoding of them.
         names, durations: C times the video's name and its length in seconds.
     """
 
     rows: np.ndarray
     queries: list[np.ndarray]
-    segments: list[Segments]
+    segments: Sequence[Segments | EncodedVideo]
     names: list[str]
     durations: list[float]
 
@@ -177,10 +177,11 @@ def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) ->
     """Yield the positions and heads of each batch of a chunk. A model that was split encodes each video once."""
     videos: Sequence[Segments | EncodedVideo] = chunk.segments
     if grounder.is_pair:
-        distinct = dict(zip(chunk.names, zip(chunk.segments, chunk.durations)))
-        encoded = {
-            name: grounder.encode_segments(segments, duration, name) for name, (segments, duration) in distinct.items()
-        }
+        encoded = dict(zip(chunk.names, chunk.segments))
+        for name, duration in dict(zip(chunk.names, chunk.durations)).items():
+            segments = encoded[name]
+            if isinstance(segments, Segments):
+                encoded[name] = grounder.encode_segments(segments, duration, name)
         videos = [encoded[name] for name in chunk.names]
     for indices, heads in grounder.run(chunk.queries, videos, batch_size):
         yield chunk.rows[indices], heads
@@ -190,7 +191,7 @@ def chunks(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments] | None = None,
+    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
     queries = encode_queries(grounder, annotations)
@@ -198,7 +199,7 @@ def chunks(
         names = [annotations[i].video for i in rows]
         if segments_of is None:
             known = {name: grounder.segments(data_set.video(name)) for name in set(names)}
-            segments = [known[name] for name in names]
+            segments: list[Segments | EncodedVideo] = [known[name] for name in names]
         else:
             segments = [segments_of(name) for name in names]
         durations = [data_set.durations[name] for name in names]

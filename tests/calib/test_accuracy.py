@@ -17,13 +17,15 @@ from calib.accuracy import AccuracyDelta, AccuracyEvaluator, choose_method, form
 from calib.calibration_set import CalibrationSet
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend, cut_video, weights_hash
+from calib.graph.onnx_graph import weights_hash
+from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend
+from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
 from calib.range_estimation import METHODS, Histogram
 from calib.rank_layers import measure_sensitivity
 from calib.restore import find_layers_to_restore, minimal_keep_set
-from runtime.core.batch import Batch
+from runtime.core.batch import HEAD_NAMES, Batch
 from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
@@ -36,23 +38,14 @@ def judge(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> A
 
 
 @pytest.mark.parametrize("narrowed", [False, True])
-def test_a_graph_cut_at_the_video_answers_as_a_whole(
+def test_split_graph_answers_as_the_whole_one(
     model: onnx.ModelProto, table: CalibrationTable, batch: Batch, narrowed: bool
 ) -> None:
     whole = insert_qdq(model, table) if narrowed else model
-    parts = cut_video(whole)
-    assert parts is not None
-    encoder, rest = parts
-    assert [value.name for value in encoder.graph.input] == ["segment_features"]
-    assert not any("prop_fc.weight" in tensor.name for tensor in rest.graph.initializer)
-    from calib.graph.onnx_graph import open_session
-
-    (encoded,) = open_session(encoder, 1).run(None, {"segment_features": batch.segment_features})
-    features = np.ascontiguousarray(encoded[:, :, 0].transpose(0, 2, 1))
-    ours = InMemoryBackend(rest, 1).run(dataclasses.replace(batch, segment_features=features))
-    theirs = InMemoryBackend(whole, 1).run(batch)
-    for name in OUTPUTS:
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    actual = InMemorySplitBackend(*split_graph(whole), 1).run(batch)
+    expected = InMemoryBackend(whole, 1).run(batch)
+    for name in HEAD_NAMES:
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
 def test_the_graph_itself_costs_nothing(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:

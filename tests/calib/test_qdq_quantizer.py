@@ -15,21 +15,20 @@ from hypothesis.extra import numpy as arrays
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend, read_manifest
+from calib.graph.onnx_graph import read_manifest
+from calib.graph.onnx_session import InMemoryBackend
+from calib.graph.opset import with_opset
+from calib.graph.precision_audit import MIN_SHARES, audit_graph, count_macs
 from calib.qdq_quantizer import (
     LARGEST,
-    LEAST_SHARE,
     QuantizationPolicy,
-    count_macs,
     half_precision_scale,
     insert_qdq,
     modules,
     quantize_weight,
-    quantized_mac_share,
-    set_opset,
     tensors_to_calibrate,
 )
-from runtime.core.batch import Batch
+from runtime.core.batch import HEAD_NAMES, Batch
 from tests.calib.conftest import altered, weights
 from tests.raising import raises
 
@@ -72,7 +71,7 @@ def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dic
     ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (found, wanted))
     return {
         name: float(np.sqrt(((getattr(ours, name) - getattr(theirs, name)) ** 2).mean()) / getattr(theirs, name).std())
-        for name in OUTPUTS
+        for name in HEAD_NAMES
     }
 
 
@@ -232,23 +231,21 @@ def test_one_module_alone_can_be_narrowed(model: onnx.ModelProto, table: Calibra
 
 
 def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    assert quantized_mac_share(int8) >= LEAST_SHARE
-    assert quantized_mac_share(model) == 0
-    counts = count_macs(model)
-    assert {name: count for name, (count, _) in count_macs(int8).items()} == {
-        name: count for name, (count, _) in counts.items()
-    }
+    assert audit_graph(int8).share("int8") >= MIN_SHARES["int8"]
+    assert audit_graph(model).share("int8") == 0
+    counts = {name: operator.count for name, operator in count_macs(model).items()}
+    assert {name: operator.count for name, operator in count_macs(int8).items()} == counts
     # 16 x 16 channels at 32 segments; both LSTMs, 8 words, 4 gates of 12, from 8 + 12.
-    assert counts["prop_fc/Conv"][0] == 32 * 16 * 16
-    assert counts["query_encoder.biLSTM.0.forwards/LSTM"][0] == 8 * 48 * 20
-    assert counts["qInput.0/Gemm"][0] == 24 * 16
+    assert counts["prop_fc/Conv"] == 32 * 16 * 16
+    assert counts["query_encoder.biLSTM.0.forwards/LSTM"] == 8 * 48 * 20
+    assert counts["qInput.0/Gemm"] == 24 * 16
 
 
 def test_the_share_counts_only_what_both_factors_are_narrow_of(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    assert quantized_mac_share(insert_qdq(model, table, QuantizationPolicy().only("qInput"))) == 0
-    alone = quantized_mac_share(insert_qdq(model, table, QuantizationPolicy().only("prop_fc")))
-    counts = count_macs(model)
-    assert alone == counts["prop_fc/Conv"][0] / sum(count for count, _ in counts.values())
+    assert audit_graph(insert_qdq(model, table, QuantizationPolicy().only("qInput"))).share("int8") == 0
+    alone = audit_graph(insert_qdq(model, table, QuantizationPolicy().only("prop_fc"))).share("int8")
+    counts = {name: operator.count for name, operator in count_macs(model).items()}
+    assert alone == counts["prop_fc/Conv"] / sum(counts.values())
 
 
 def test_the_answers_stay_close(int8: onnx.ModelProto, model: onnx.ModelProto, batch: Batch) -> None:
@@ -261,7 +258,7 @@ def test_narrowing_less_changes_less(
 ) -> None:
     stored = errors(insert_qdq(model, table, QuantizationPolicy().only(*STORED)), model, batch)
     everything = errors(int8, model, batch)
-    assert all(stored[name] < 0.7 * everything[name] for name in OUTPUTS)
+    assert all(stored[name] < 0.7 * everything[name] for name in HEAD_NAMES)
 
 
 def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
@@ -269,7 +266,7 @@ def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batc
     tight = {name: dataclasses.replace(found, low=found.low / 8, high=found.high / 8) for name, found in ranges}
     clipped = errors(insert_qdq(model, dataclasses.replace(table, ranges=tight)), model, batch)
     well = errors(insert_qdq(model, table), model, batch)
-    assert all(clipped[name] > 3 * well[name] for name in OUTPUTS)
+    assert all(clipped[name] > 3 * well[name] for name in HEAD_NAMES)
 
 
 def test_the_manifest_says_what_the_graph_is_and_came_from(
@@ -306,7 +303,7 @@ def test_a_newer_opset_answers_the_same(
     newer = insert_qdq(model, table, opset=opset)
     assert newer.opset_import[0].version == opset
     ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (newer, int8))
-    for name in OUTPUTS:
+    for name in HEAD_NAMES:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
@@ -314,10 +311,10 @@ def test_an_opset_is_not_raised_over_what_may_read_differently(model: onnx.Model
     strange = copy.deepcopy(model)
     strange.graph.node[-1].op_type = "ReduceMean"
     with raises(CalibrationError, "unsupported_opset", 19, "ReduceMean"):
-        set_opset(strange, 19)
+        with_opset(strange, 19)
     for opset in (16, 24):
         with raises(CalibrationError, "unsupported_opset", opset):
-            set_opset(copy.deepcopy(model), opset)
+            with_opset(copy.deepcopy(model), opset)
 
 
 def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
@@ -334,7 +331,7 @@ def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
     for node in nodes(found, "QuantizeLinear"):
         magnitude = table.ranges[measured(node)].magnitude
         assert constants[node.input[1]] == half_precision_scale(magnitude / LARGEST["fp8"])
-    assert quantized_mac_share(found) == quantized_mac_share(int8)
+    assert audit_graph(found).share("fp8") == audit_graph(int8).share("int8")
     assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
     with raises(CalibrationError, "unsupported_opset", "FP8", 19, 18):
         insert_qdq(model, table, kind="fp8", opset=18)

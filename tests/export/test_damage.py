@@ -14,12 +14,10 @@ import pytest
 
 from calib.calibrate import measure_table
 from calib.calibration_set import sample_calibration_set
-from calib.graph import source_graph
 from calib.graph.half_precision import convert_to_half
-from calib.graph.onnx_graph import load_fp32_graph, load_onnx, read_manifest
+from calib.graph.onnx_graph import load_fp32_graph, load_onnx, manifest_in, read_manifest
 from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
-from export.parity import compare_layers
 from export.seal import seal_model
 from export.to_onnx import to_onnx
 from export.triton_repository.model_config import ServingOptions, read_model
@@ -126,9 +124,7 @@ def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
         assert count_refused(path, heads(path, batch), ModelFileError, 20) == 20
 
 
-@pytest.mark.parametrize(
-    "read", [load_onnx, load_fp32_graph, compare_layers.load_graph, source_graph.manifest_in, check, describe]
-)
+@pytest.mark.parametrize("read", [load_onnx, load_fp32_graph, manifest_in, check, describe])
 def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
     refused = 0

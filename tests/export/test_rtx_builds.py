@@ -13,14 +13,14 @@ from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.channel_equalization import balanced_name, measure_channel_scales
 from calib.graph.conv_padding import extract_padding
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
-from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half, raise_opset
+from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half
+from calib.graph.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
-from calib.qdq_quantizer import NEWEST_OPSET, QuantizationPolicy, balanced, insert_qdq, tensors_to_calibrate
+from calib.qdq_quantizer import QuantizationPolicy, balanced, insert_qdq, tensors_to_calibrate
 from calib.range_estimation import estimate_ranges
 from export.tracing.extractor_to_onnx import export_c3d
-from export.tracing.tracer import OLDEST_OPSET
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core.batch import Batch
 from tests.export.conftest import CONFIGS, random_inputs
@@ -182,7 +182,7 @@ def test_int8_without_balanced_channels_builds(exported: dict[str, onnx.ModelPro
     assert build_with_rtx(convert_to_half(plain))
 
 
-@pytest.mark.parametrize("opset", range(OLDEST_OPSET, NEWEST_OPSET + 1))
+@pytest.mark.parametrize("opset", range(MIN_OPSET, MAX_OPSET + 1))
 def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     narrow = insert_qdq(exported["tiny"], tables["tiny"], opset=opset)
     assert narrow.opset_import[0].version == opset

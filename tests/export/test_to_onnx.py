@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from calib.graph.naming import drn_modules
+from calib.graph.opset import MAX_OPSET
 from export.to_onnx import to_onnx
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, relative_difference, validation_batches
-from export.tracing.tracer import INPUTS, NEWEST_OPSET, OUTPUTS, export_model
+from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
+from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
 from runtime.core.errors import CheckFailed, CheckpointError, OutputError, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
@@ -43,13 +45,15 @@ def sessions(exported: dict[str, onnx.ModelProto]) -> dict[str, onnxruntime.Infe
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[np.ndarray]:
-    return session.run(list(OUTPUTS), {name: values.numpy() for name, values in zip(INPUTS, inputs, strict=True)})
+    return session.run(
+        list(HEAD_NAMES), {name: values.numpy() for name, values in zip(INPUT_NAMES, inputs, strict=True)}
+    )
 
 
 def assert_parity(session: onnxruntime.InferenceSession, model: DRN, inputs: Inputs) -> None:
     with torch.inference_mode():
         wanted = model(*inputs)
-    for name, ours, theirs in zip(OUTPUTS, run(session, inputs), wanted, strict=True):
+    for name, ours, theirs in zip(HEAD_NAMES, run(session, inputs), wanted, strict=True):
         assert relative_difference(ours, theirs.numpy()) <= tolerances.EXPORTED, name
 
 
@@ -107,7 +111,7 @@ def test_the_graph_is_tidy(exported: dict[str, onnx.ModelProto], name: str) -> N
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
     assert model.producer_name == "drn-deploy"
     assert model.doc_string
-    used = {name for node in model.graph.node for name in node.input} | set(OUTPUTS)
+    used = {name for node in model.graph.node for name in node.input} | set(HEAD_NAMES)
     assert [node.name for node in model.graph.node if not used & set(node.output)] == []
     assert [tensor.name for tensor in model.graph.initializer if tensor.name not in used] == []
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
@@ -150,7 +154,7 @@ def test_a_nodes_name_tells_its_modules(exported: dict[str, onnx.ModelProto], ne
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_tensor_is_called_after_its_node(exported: dict[str, onnx.ModelProto], name: str) -> None:
     for node in exported[name].graph.node:
-        assert set(node.output) <= set(OUTPUTS) or {output.split(":")[0] for output in node.output} == {node.name}
+        assert set(node.output) <= set(HEAD_NAMES) or {output.split(":")[0] for output in node.output} == {node.name}
 
 
 def test_the_file_says_nothing_of_the_machine(exported: dict[str, onnx.ModelProto]) -> None:
@@ -195,7 +199,7 @@ def test_the_command_writes_one_file_that_the_runtime_runs(
 ) -> None:
     path, result = drn_onnx
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", *OUTPUTS]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", *HEAD_NAMES]
     assert "Warning" not in result.stderr
     assert "torchvision" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Next:  python -m ")
@@ -269,7 +273,7 @@ def test_check_preserves_training_mode(
 ) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
     model = copy.deepcopy(networks["tiny"]).train()
-    assert set(check_against_torch(tmp_path / "drn.onnx", model, 2)) == set(OUTPUTS)
+    assert set(check_against_torch(tmp_path / "drn.onnx", model, 2)) == set(HEAD_NAMES)
     assert model.training
 
 
@@ -356,8 +360,8 @@ def test_a_network_in_training_mode_exports_the_same(
 @pytest.mark.rtx
 def test_a_newer_opset_can_be_asked_for(networks: dict[str, DRN], tmp_path: Path) -> None:
     model = networks["tiny"]
-    newer = export_model(model, manifest(model.config), opset=NEWEST_OPSET)
-    assert newer.opset_import[0].version == NEWEST_OPSET
+    newer = export_model(model, manifest(model.config), opset=MAX_OPSET)
+    assert newer.opset_import[0].version == MAX_OPSET
     onnx.save(newer, tmp_path / "drn.onnx")
     assert max(check_against_torch(tmp_path / "drn.onnx", model, 4).values()) <= tolerances.EXPORTED
     build_with_rtx(newer)

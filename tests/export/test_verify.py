@@ -195,7 +195,8 @@ def test_a_twin_of_any_precision_is_judged_on_a_cpu(
 ) -> None:
     from calib.calibrate import measure_table
     from calib.calibration_set import sample_calibration_set
-    from calib.graph.half_precision import convert_to_half, raise_opset
+    from calib.graph.half_precision import convert_to_half
+    from calib.graph.opset import raise_opset
     from calib.qdq_quantizer import insert_qdq
 
     source = models / "drn.onnx"

@@ -19,11 +19,11 @@ from calib.graph.channel_equalization import (
     exponents,
     measure_channel_scales,
 )
-from calib.graph.onnx_graph import OUTPUTS, InMemoryBackend
+from calib.graph.onnx_session import InMemoryBackend
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from calib.range_estimation import Histogram, ValueRange, estimate_ranges
 from runtime.artifacts.manifest import Manifest
-from runtime.core.batch import Batch
+from runtime.core.batch import HEAD_NAMES, Batch
 from tests.calib.conftest import weights
 from tests.raising import raises
 
@@ -56,7 +56,7 @@ def test_a_balanced_graph_answers_the_same_to_the_bit(model: onnx.ModelProto, ba
         *(f"qInput.{level}" for level in range(3)),
     }
     ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (other, model))
-    for name in OUTPUTS:
+    for name in HEAD_NAMES:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 

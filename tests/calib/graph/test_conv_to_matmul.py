@@ -16,10 +16,11 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from calib.calibration_table import CalibrationTable
 from calib.graph.conv_to_matmul import convs_to_matmul
-from calib.graph.onnx_graph import InMemoryBackend, load_fp32_graph, open_session, read_manifest
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
+from calib.graph.onnx_session import InMemoryBackend, open_session
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
-from calib.qdq_quantizer import QuantizationPolicy, attainable_share, insert_qdq, quantized_mac_share
+from calib.qdq_quantizer import QuantizationPolicy, attainable_share, insert_qdq
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends.exact_int8 import unsigned
 from runtime.backends.onnxruntime_backend import open_graph
@@ -117,7 +118,7 @@ def test_heads_are_those_of_the_convolutions(
 
 
 def test_attainable_share_is_that_of_the_whole_policy(model: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
-    assert attainable_share(model) == pytest.approx(quantized_mac_share(narrowed), abs=1e-9)
+    assert attainable_share(model) == pytest.approx(audit_graph(narrowed).share("int8"), abs=1e-9)
     assert 0 < attainable_share(model) < 1
 
 
@@ -192,7 +193,7 @@ def test_onnx_runtime_multiplies_every_product_in_eight_bits(
 
 
 def test_as_much_is_counted_in_eight_bits_as_before(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
-    assert quantized_mac_share(rows) == pytest.approx(quantized_mac_share(narrowed), abs=1e-9)
+    assert audit_graph(rows).share("int8") == pytest.approx(audit_graph(narrowed).share("int8"), abs=1e-9)
     found, wanted = audit_graph(rows), audit_graph(narrowed)
     assert found.macs == wanted.macs
     assert found.weight_bytes["int8"] <= wanted.weight_bytes["int8"] * 1.01
@@ -202,7 +203,7 @@ def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
     video, query = split_graph(rows)
     assert dict.fromkeys(node.op_type for node in video.graph.node).keys() >= {"MatMul", "QuantizeLinear"}
     whole = InMemoryBackend(rows, 1).run(batch)
-    from calib.graph.onnx_graph import InMemorySplitBackend
+    from calib.graph.onnx_session import InMemorySplitBackend
 
     parts = InMemorySplitBackend(video, query, 1).run(batch)
     for name in OUTPUTS:

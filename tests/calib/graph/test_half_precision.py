@@ -18,13 +18,11 @@ from calib.graph.half_precision import (
     emulate_bf16,
     measure_magnitudes,
     modules,
-    opset_of,
     overflow_prone_modules,
-    raise_opset,
 )
 from calib.graph.naming import drn_modules
-from export.tracing.tracer import INPUTS, OUTPUTS
-from runtime.core.batch import Batch
+from calib.graph.opset import opset_of, raise_opset
+from runtime.core.batch import HEAD_NAMES, INPUT_NAMES, Batch
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.raising import raises
@@ -39,7 +37,7 @@ def batch(name: str) -> Batch:
 
 def run(model: onnx.ModelProto, given: Batch) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), vars(given)), strict=True))
+    return dict(zip(HEAD_NAMES, session.run(list(HEAD_NAMES), vars(given)), strict=True))
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
@@ -53,7 +51,7 @@ def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProt
     onnx.checker.check_model(half, full_check=True)
     given = batch(name)
     found, wanted = run(half, given), run(exported[name], given)
-    for output in OUTPUTS:
+    for output in HEAD_NAMES:
         assert found[output].dtype == np.float32
         np.testing.assert_allclose(found[output], wanted[output], atol=HALF * np.abs(wanted[output]).max())
         assert not np.array_equal(found[output], wanted[output])
@@ -70,7 +68,7 @@ def test_graph_borders_stay_fp32_and_weights_halve_in_size(exported: dict[str, o
     assert [value.SerializeToString() for value in half.graph.input] == [
         value.SerializeToString() for value in model.graph.input
     ]
-    assert {types(half)[name] for name in OUTPUTS} == {TensorProto.FLOAT}
+    assert {types(half)[name] for name in HEAD_NAMES} == {TensorProto.FLOAT}
     assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 64]
 
 
@@ -99,12 +97,12 @@ def test_a_tensor_is_cast_once_whoever_reads_it(exported: dict[str, onnx.ModelPr
 def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.ModelProto]) -> None:
     model = raise_opset(exported["tiny"], 22)
     assert opset_of(model) == 22
-    assert run(model, batch("tiny")).keys() == set(OUTPUTS)
+    assert run(model, batch("tiny")).keys() == set(HEAD_NAMES)
     half = convert_to_half(model, "bf16")
     onnx.checker.check_model(half, full_check=True)
     given = batch("tiny")
     found, wanted = run(emulate_bf16(half), given), run(model, given)
-    for output in OUTPUTS:
+    for output in HEAD_NAMES:
         # Three bits fewer than FP16.
         np.testing.assert_allclose(found[output], wanted[output], atol=16 * HALF * np.abs(wanted[output]).max())
         assert not np.array_equal(found[output], wanted[output])
@@ -188,4 +186,4 @@ def test_a_fresh_export_needs_no_module_in_fp32(exported: dict[str, onnx.ModelPr
 
 
 def test_inputs_are_what_the_runtime_gives() -> None:
-    assert tuple(INPUTS) == tuple(Batch.__dataclass_fields__)
+    assert tuple(INPUT_NAMES) == tuple(Batch.__dataclass_fields__)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.graph.half_precision import convert_to_half, raise_opset
-from calib.graph.onnx_graph import open_session
+from calib.graph.half_precision import convert_to_half
+from calib.graph.onnx_session import open_session
+from calib.graph.opset import raise_opset
 from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
 from runtime.core.batch import Heads

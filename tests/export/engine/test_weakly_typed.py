@@ -12,8 +12,9 @@ import pytest
 from onnx import TensorProto
 
 from calib.calibration_table import CalibrationTable
-from calib.graph.half_precision import FP32_OPERATORS, convert_to_half, fp32_nodes, opset_of, raise_opset
+from calib.graph.half_precision import FP32_OPERATORS, convert_to_half, fp32_nodes
 from calib.graph.naming import drn_modules
+from calib.graph.opset import opset_of, raise_opset
 from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq

@@ -1,0 +1,129 @@
+"""Run ONNX graphs in ONNX Runtime on the CPU, from memory or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calib.errors import CalibrationError
+from calib.graph.onnx_graph import manifest_of, read_manifest
+from runtime.backends.base import run_pair
+from runtime.backends.exact_int8 import for_cpu, source_for_cpu
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
+from runtime.core.errors import DeviceError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from runtime.artifacts.encoded_video import EncodedVideo
+
+
+def open_session(model: onnx.ModelProto | Path, threads: int | None = None, optimised: bool = False) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    Args:
+        model: a graph, or the file of one.
+        threads: CPU threads; ONNX Runtime's choice when None.
+        optimised: whether ONNX Runtime may rewrite the graph, as the runtime lets it (`runtime.backends.exact_int8`).
+            Without it INT8 is computed operator by operator, as engines do: ONNX Runtime's fusions differ from that by
+            up to 2.7e-2.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DeviceError("ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`.") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source: str | bytes
+    if isinstance(model, Path):
+        source = source_for_cpu(model) if optimised else str(model)
+    else:
+        content = model.SerializeToString()
+        source = for_cpu(content) if optimised else content
+    return ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+
+
+def observe(
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Any], threads: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the values of tensors for each batch; a batch has an attribute for each input of the graph.
+
+    Raises:
+        CalibrationError: the graph lacks a tensor.
+    """
+    session = open_session(with_extra_outputs(model, tensors), threads, optimised=True)
+    for batch in batches:
+        yield dict(zip(tensors, session.run(list(tensors), vars(batch))))
+
+
+def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy of a graph that also gives out these tensors; CalibrationError if it lacks one."""
+    import onnx
+
+    known = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
+    missing = sorted(set(tensors) - known)
+    if missing:
+        raise CalibrationError(
+            f"The graph has no tensor {', '.join(missing)}; export it with this version.", code="unknown_tensor"
+        )
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {value.name for value in copy.graph.output}
+    for name in tensors:
+        if name not in present:
+            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return copy
+
+
+class InMemoryBackend:
+    """A graph in memory as a `runtime.Backend`, computed operator by operator as it is."""
+
+    def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
+        self.manifest = read_manifest(model)
+        self._session = open_session(model, threads, optimised)
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch."""
+        return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
+
+
+class InMemorySplitBackend:
+    """Run the two parts of a split graph in memory as a `runtime.PairBackend`: videos are encoded once."""
+
+    def __init__(
+        self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimised: bool = False
+    ) -> None:
+        self.manifest = manifest_of(query, "the query part")
+        self._video, self._query = (open_session(part, threads, optimised) for part in (video, query))
+
+    def encode(self, segment_features: np.ndarray) -> np.ndarray:
+        """Return the encodings of V videos."""
+        return self._video.run(None, {"segment_features": segment_features})[0]
+
+    def ask(
+        self,
+        query_tokens: np.ndarray,
+        query_length: np.ndarray,
+        videos: Sequence[EncodedVideo],
+        video_index: np.ndarray,
+    ) -> Heads:
+        """Return the heads of B queries."""
+        given = {
+            "query_tokens": query_tokens,
+            "query_length": query_length,
+            VIDEO_INDEX: video_index,
+            ENCODED_FEATURES: np.stack([video.features for video in videos]),
+            "segment_spans": np.stack([video.spans for video in videos]),
+        }
+        return Heads(*self._query.run(HEAD_NAMES, given))
+
+    def run(self, batch: Batch) -> Heads:
+        """Return the heads of a batch."""
+        return run_pair(self, batch)

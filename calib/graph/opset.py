@@ -1,0 +1,73 @@
+"""Read the opset of a graph, and write the graph in another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calib.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import onnx
+
+MIN_OPSET, MAX_OPSET = 17, 23
+
+# Operators of exported graphs that mean the same from opset 17 to 23, except for the attributes in `_NEW_ATTRIBUTES`.
+# fmt: off
+SAME_IN_ALL_OPSETS = frozenset((
+    "Add", "Cast", "Concat", "Conv", "DequantizeLinear", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gemm",
+    "GreaterOrEqual", "Identity", "LSTM", "MatMul", "Max", "MaxPool", "Mul", "Pad", "QuantizeLinear", "Range", "Relu",
+    "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Sum", "Tanh", "Transpose",
+    "Unsqueeze", "Where",
+))
+# fmt: on
+# Attributes since opset 18 that state what older opsets do anyway: equal parts, no smoothing, scales as given.
+_NEW_ATTRIBUTES = {"Split": ("num_outputs",), "Resize": ("antialias", "keep_aspect_ratio_policy")}
+_NEW_ATTRIBUTES_SINCE = 18
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of the standard operators that a graph uses."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def raise_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Return a graph in `opset` at least; errors as of `with_opset`."""
+    return with_opset(model, max(opset, opset_of(model)))
+
+
+def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Return a graph in another opset; the graph itself if it has that one.
+
+    No operator is converted, because those of exported graphs mean the same in all opsets from 17 to 23. `Split` states
+    its number of parts since 18.
+
+    Raises:
+        CalibrationError: the opset is not from 17 to 23, or an operator may mean something else in it.
+    """
+    import onnx
+
+    before = opset_of(model)
+    if opset == before:
+        return model
+    unknown = sorted({node.op_type for node in model.graph.node} - SAME_IN_ALL_OPSETS)
+    if unknown or not MIN_OPSET <= opset <= MAX_OPSET:
+        reason = f"operators {', '.join(unknown)}" if unknown else f"expected {MIN_OPSET} to {MAX_OPSET}"
+        raise CalibrationError(
+            f"A graph of opset {before} cannot be written as opset {opset} ({reason}). Export it with "
+            "`python -m export.to_onnx --opset`.",
+            code="unsupported_opset",
+        )
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for node in result.graph.node:
+        new = _NEW_ATTRIBUTES.get(node.op_type, ())
+        if opset < _NEW_ATTRIBUTES_SINCE:
+            retained = [attribute for attribute in node.attribute if attribute.name not in new]
+            del node.attribute[:]
+            node.attribute.extend(retained)
+        elif before < _NEW_ATTRIBUTES_SINCE and node.op_type == "Split" and len(node.input) < 2:
+            node.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))
+    next(entry for entry in result.opset_import if entry.domain in ("", "ai.onnx")).version = opset
+    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    result.ir_version = max(result.ir_version, needed) if opset > before else min(result.ir_version, needed)
+    return result
