@@ -53,25 +53,26 @@ def calibrate(
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
 ) -> CalibrationTable:
-    """Measure ranges on a spread of the training split, and choose how on training videos held out from it.
+    """Measure activation ranges on training queries, and choose the method on held-out training videos.
 
     Args:
-        onnx: the FP32 graph, as `python -m export.to_onnx` writes it.
-        data: directory of a data set (docs/formats.md). Only its training split is looked at.
-        output: the table to write, best called `*.calibration.json`.
-        method: how a range is found; auto takes the one whose INT8 graph answers held-out queries most like FP32.
-        samples: sentences to calibrate on, at least 32.
-        held_out: sentences of other training videos to choose the method by.
-        seed: of the draw.
-        batch_size: sentences that go through the network together; changes nothing but speed and memory.
-        threads: CPU threads.
+        onnx: FP32 graph from `python -m export.to_onnx`.
+        data: directory of a data set (docs/formats.md). Only its training split is read.
+        output: calibration table to write, named `*.calibration.json`.
+        method: how to choose a range; auto takes the method whose INT8 graph agrees best with FP32 on held-out
+            queries.
+        samples: number of queries to calibrate on, at least 32.
+        held_out: number of queries of other training videos to choose the method with.
+        seed: random seed of both selections.
+        batch_size: number of queries per batch; affects only speed and memory.
+        threads: number of CPU threads.
 
     Returns:
-        The table.
+        The calibration table.
 
     Raises:
         ModelFileError: `onnx` is not an FP32 graph of this toolkit.
-        CalibrationError: there are too few samples, or they are of test videos.
+        CalibrationError: there are too few samples, or they belong to test videos.
     """
     if batch_size < 1 or held_out < 1:
         raise CalibrationError(

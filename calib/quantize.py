@@ -30,23 +30,23 @@ def quantize(
     kind: QuantDtype = "int8",
     opset: int | None = None,
 ) -> Path:
-    """Write explicit QuantizeLinear and DequantizeLinear nodes into a graph.
+    """Insert QuantizeLinear and DequantizeLinear nodes into an FP32 graph.
 
     Args:
-        onnx: the FP32 graph that the table was measured on.
-        table: of `python -m calib.calibrate`.
-        output: the ONNX file to write.
-        keep: modules to leave alone, as prop_fc, fpn, fcos.head.mix_fc.
-        plan: of `python -m calib.restore`: modules to leave alone, found by measurement on this graph.
+        onnx: FP32 graph that the table was measured on.
+        table: calibration table from `python -m calib.calibrate`.
+        output: ONNX file to write.
+        keep: modules to leave in FP32, such as prop_fc, fpn, fcos.head.mix_fc.
+        plan: quantization plan from `python -m calib.restore`, measured on this graph.
         kind: int8, or fp8 (E4M3).
-        opset: of the file; the graph's own when not given. FP16 around INT8 needs 19, fp8 takes 19 by itself.
+        opset: opset of the file. Default: the opset of the graph; fp8 uses 19. FP16 around INT8 requires 19.
 
     Returns:
         `output`.
 
     Raises:
         ModelFileError: `onnx` is not an FP32 graph of this toolkit.
-        CalibrationError: the table or plan was measured on another graph, or a module is unknown.
+        CalibrationError: the table or plan belongs to another graph, or a module is unknown.
     """
     for given in (onnx, table, plan):
         if given is not None and Path(output).resolve() == Path(given).resolve():

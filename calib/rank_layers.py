@@ -51,20 +51,20 @@ def rank_layers(
     kind: QuantDtype = "int8",
     threads: int | None = None,
 ) -> list[LayerSensitivity]:
-    """Narrow one module after the other, each alone, and compare answers to training queries held out.
+    """Quantize one module at a time, and rank the modules by their loss of accuracy on held-out training queries.
 
     Args:
-        onnx: the FP32 graph.
-        data: directory of a data set (docs/formats.md). Only its training split is looked at.
-        table: of `python -m calib.calibrate`; measured here when not given.
-        output: JSON file for the ranking, which `python -m calib.restore --ranking` reads.
-        held_out: queries to compare.
-        seed: of the draw.
+        onnx: FP32 graph.
+        data: directory of a data set (docs/formats.md). Only its training split is read.
+        table: calibration table from `python -m calib.calibrate`. Default: calibrate first.
+        output: JSON file to write the ranking to, for `python -m calib.restore --ranking`.
+        held_out: number of queries to measure the loss on.
+        seed: random seed of their selection.
         kind: int8 or fp8.
-        threads: CPU threads.
+        threads: number of CPU threads.
 
     Returns:
-        The modules, costliest first.
+        The modules, most sensitive first.
     """
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)

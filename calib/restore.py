@@ -40,26 +40,26 @@ def restore(
     kind: QuantDtype = "int8",
     threads: int | None = None,
 ) -> QuantizationPlan:
-    """Give modules their precision back, costliest first, until recall holds on held-out training videos.
+    """Restore the precision of the most sensitive modules until recall holds on held-out training videos.
 
     Args:
-        onnx: the FP32 graph.
-        data: directory of a data set (docs/formats.md). Only its training split is looked at.
-        table: of `python -m calib.calibrate`, measured on this graph.
-        output: the plan to write, for `python -m calib.quantize --plan`.
-        max_drop: points of R@1 IoU=0.7 and of mIoU that may be lost.
-        ranking: of `python -m calib.rank_layers --table`; ranked here when not given and needed.
-        held_out: queries to judge by. One flip is 100 / held_out points.
-        seed: of the draw.
+        onnx: FP32 graph.
+        data: directory of a data set (docs/formats.md). Only its training split is read.
+        table: calibration table from `python -m calib.calibrate`, measured on this graph.
+        output: quantization plan to write, for `python -m calib.quantize --plan`.
+        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
+        ranking: ranking from `python -m calib.rank_layers`. Default: measured here if needed.
+        held_out: number of queries to measure the loss on. One query is 100 / held_out points.
+        seed: random seed of their selection.
         kind: int8 or fp8.
-        threads: CPU threads.
+        threads: number of CPU threads.
 
     Returns:
-        The plan.
+        The quantization plan.
 
     Raises:
-        CalibrationError: the table or the ranking was made for another graph.
-        CheckFailed: the budget holds for no narrow graph at all.
+        CalibrationError: the table or the ranking belongs to another graph.
+        CheckFailed: no quantized graph meets the budget.
     """
     if not max_drop >= 0:
         raise CalibrationError(

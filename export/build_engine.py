@@ -83,62 +83,69 @@ def build_engine(
     threads: int | None = None,
     dry_run: bool = False,
 ) -> Path:
-    """Build an engine in one command: convert, trace, calibrate, write the graph in that precision, build, prove.
+    """Build an engine: convert, export, calibrate, change precision, build, and check accuracy.
 
-    The graph in the precision asked for (the twin, MODEL.PRECISION.onnx) runs in ONNX Runtime on any machine; an
-    engine is built of it. A promise that does not hold is exit code 1: the precision counted in the graph and in the
-    engine, and with --data the parity with the FP32 graph. What breaks it is kept as MODEL.PRECISION.rejected, for a
-    closer look, and nothing stands under the name that it did not earn.
+    The graph in the requested precision is written as MODEL.PRECISION.onnx, which ONNX Runtime runs on any machine;
+    the engine is built from it. The command exits with 1 if a check fails: the precision of the graph and of the
+    engine, and with --data the accuracy compared with the FP32 graph. The rejected model is saved as
+    MODEL.PRECISION.rejected, and the final name is not written.
 
-    With --data a report and the model's passport are written beside it: MODEL.PRECISION.parity.json and
-    MODEL.PRECISION.passport.html; int8 and fp8 also leave their ranges and, where modules had to be restored, the plan.
+    With --data the command also writes MODEL.PRECISION.parity.json and the HTML report
+    MODEL.PRECISION.passport.html. int8 and fp8 also write their calibration table and, if modules were restored,
+    the quantization plan.
+
+    Example:
+        python -m export.build_engine --model drn.pt --precision int8 --target tensorrt --data charades
 
     Args:
-        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or an extractor of clip features
-            (c3d.pt, c3d.onnx, or a published C3D), whose features are held against FP32's.
-        precision: fp32, fp16, bf16, int8 (with FP16 around it; for onnxruntime FP32) or fp8 (FP16).
-        target: what the engine is for; auto takes TensorRT where this machine has it and a GPU, else ONNX Runtime.
-        data: directory of a data set (docs/formats.md): for calibration, the range scan and parity.
-        output: the engine, or for onnxruntime the twin; beside MODEL when not given.
+        model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or a clip feature extractor
+            (c3d.pt, c3d.onnx or a published C3D), whose features are compared with FP32.
+        precision: fp32, fp16, bf16, int8 (other layers in FP16; FP32 for onnxruntime) or fp8 (other layers in
+            FP16).
+        target: runtime of the engine; auto selects TensorRT on a machine with TensorRT and a GPU, else ONNX
+            Runtime.
+        data: directory of a data set (docs/formats.md) for calibration, the range scan and the accuracy check.
+        output: engine to write, or for onnxruntime the graph. Default: next to MODEL.
         vocabulary: word table of a published checkpoint.
-        batch: MIN OPT MAX queries, or clips of an extractor.
-        query_length: MIN OPT MAX tokens; those of the data set that the model learnt from (1 8 32 on Charades-STA) when
-            not given.
-        table: calibration table measured on this graph, in place of calibrating.
-        plan: of `python -m calib.restore`: modules that stay out of INT8.
-        keep: DRN modules that stay in higher precision: FP16 for int8 and fp8, FP32 for fp16 and bf16.
-        calib_samples: training queries to calibrate on.
-        calib_method: how ranges are chosen; auto measures which costs least on held-out training videos.
-        max_drop: points of R@1 IoU=0.7, and of mIoU, that may be lost against FP32. For int8 and fp8 the fewest
-            modules go back to FP16 until it holds on held-out training videos; then the parity split is the judge.
-        split: also cut the model in two, for videos that are asked more than once: MODEL.PRECISION.video, which encodes
-            a video, and MODEL.PRECISION.query, which answers and is what runs.
-        videos: encoded videos that a split engine keeps on the GPU.
-        unroll: numbers of tokens, as 6 10: an engine more for each, whose LSTM is written out step by step for queries
-            of at most so many tokens. TensorRT's own LSTM is a loop, which answers longer queries and cannot be
-            captured in a CUDA graph. Default for tensorrt: the 90 % and 99 % quantiles of the query lengths, of the
-            training split of --data or else of the data set that the model was trained on. 0 builds none, the default
-            for tensorrt-rtx.
-        parity_split: whose queries prove parity.
-        limit: only the first so many of them.
-        profiles: optimization profiles of an engine: one for a single query and one for several, or 1 for both.
-            Engines of TensorRT 8.6 with two may not load; then 1 is built without being requested.
-        optimization_level: TensorRT's, 0 to 5.
-        workspace: most scratch memory of the builder, in GiB.
-        timing_cache: file of measured kernel times, read if there and written back.
-        version_compatible: a TensorRT plan that later versions of the same major load.
-        hardware_compatible: a TensorRT plan for Ampere and later.
-        tf32: allow TF32 (10 bits of mantissa) where the graph is FP32, in engines and in ONNX Runtime on a GPU.
-        compute_capability: for tensorrt-rtx, as 8.6 8.9; this machine's GPU when not given.
-        threads: CPU threads for calibration and parity.
-        dry_run: say what would be built, and stop.
+        batch: MIN OPT MAX of the number of queries, or of clips for an extractor.
+        query_length: MIN OPT MAX of the number of tokens. Default: those of the training data set (Charades-STA: 1
+            8 32).
+        table: calibration table of this graph, to skip the calibration.
+        plan: quantization plan from `python -m calib.restore`, with the modules to leave out of INT8.
+        keep: DRN modules to keep in higher precision: FP16 for int8 and fp8, FP32 for fp16 and bf16.
+        calib_samples: number of training queries to calibrate on.
+        calib_method: how to choose activation ranges; auto takes the method with the smallest loss on held-out
+            training videos.
+        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU compared with FP32, in points. For int8 and fp8 the
+            smallest set of modules is restored to FP16 until the loss on held-out training videos is within it; the
+            final check uses the parity split.
+        split: also split the model for videos with several queries: MODEL.PRECISION.video encodes a video, and
+            MODEL.PRECISION.query answers queries and is the file to run.
+        videos: number of encoded videos that a split engine keeps in GPU memory.
+        unroll: query lengths, such as 6 10: build one more engine for each, with an unrolled LSTM, for queries of
+            at most that many tokens. TensorRT's LSTM is a loop; it handles longer queries, but cannot be captured
+            in a CUDA graph. Default for tensorrt: the 90 % and 99 % quantiles of the query lengths in the training
+            split of --data, or of the model's training data set. 0, the default for tensorrt-rtx, builds none.
+        parity_split: split to check the accuracy on.
+        limit: use only the first N queries of it.
+        profiles: number of optimization profiles: 2, for one query and for several, or 1 for both. Engines of
+            TensorRT 8.6 with two profiles may fail to load; then an engine with one is built automatically.
+        optimization_level: TensorRT's builder optimization level, 0 to 5.
+        workspace: maximum scratch memory of the builder, in GiB.
+        timing_cache: file of measured kernel times to read, if it exists, and update.
+        version_compatible: build a TensorRT plan that later minor versions can load.
+        hardware_compatible: build a TensorRT plan for Ampere and later GPUs.
+        tf32: allow TF32 (10-bit mantissa) for FP32 operations, in engines and in ONNX Runtime on a GPU.
+        compute_capability: for tensorrt-rtx, GPU architectures such as 8.6 8.9. Default: the GPU of this machine.
+        threads: number of CPU threads for calibration and the accuracy check.
+        dry_run: print what would be built, and stop.
 
     Returns:
-        The path of the engine (of the twin for onnxruntime).
+        The path of the engine, or of the graph for onnxruntime.
 
     Raises:
-        GroundingError: something is missing or does not go together.
-        CheckFailed: precision or parity is not what was promised.
+        GroundingError: an input is missing, or options contradict each other.
+        CheckFailed: the precision or the accuracy check failed.
     """
     given = dict(locals())
     compute_capability = tuple(dict.fromkeys(compute_capability))

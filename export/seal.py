@@ -14,21 +14,21 @@ from runtime.media.extractors import description_path, description_with_digest
 
 
 def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
-    """Record the digest of an ONNX file anew, so that it can be opened after another tool changed it.
+    """Record a new digest in an ONNX file that another tool changed, so that it can be opened.
 
-    The digest covers the weights, the graph, the manifest and files of external data. It reveals damage from then on,
-    and says nothing of what was changed before: check the file with `python -m export.verify`.
+    The digest covers the weights, the graph, the manifest and external data. It detects damage from now on, but not
+    earlier changes: check the file with `python -m export.verify`.
 
     Args:
-        model: .onnx file of `export.to_onnx` or `export.build_engine`; or an image encoder with its description beside
-            it, which then holds the digest. The parts of a split model name each other by SHA-256: split the whole
-            model again instead.
+        model: .onnx file from `export.to_onnx` or `export.build_engine`; or an image encoder with its description
+            file, which then contains the digest. The parts of a split model refer to each other by SHA-256: split
+            the full model again instead.
 
     Returns:
-        The file that holds the digest.
+        The file that contains the digest.
 
     Raises:
-        ModelFileError: there is no such file, or it carries no manifest.
+        ModelFileError: the file does not exist, or has no manifest.
     """
     if model.suffix != ".onnx" or not model.is_file():
         raise ModelFileError(f"{model} is not an .onnx file; name the model that was changed.")

@@ -22,26 +22,30 @@ def to_onnx(
     opset: int = MIN_OPSET,
     max_query_length: int | None = None,
 ) -> Path:
-    """Export a checkpoint to one self-sufficient ONNX file, once ONNX Runtime is seen to answer as torch does.
+    """Export a checkpoint to one ONNX file, and check it against torch in ONNX Runtime.
 
-    Batch size and query length are free. The largest differences are printed; beyond the tolerance nothing is kept.
+    Batch size and query length are dynamic. The largest differences are printed; no file is written if they exceed
+    the tolerance.
+
+    Example:
+        python -m export.to_onnx drn.pt --output drn.onnx --split
 
     Args:
-        checkpoint: a `drn.pt`, of `python -m train` or `python -m train.convert`; or a `c3d.pt` of the latter, which
-            becomes an extractor of clip features: of the other flags only --opset concerns it.
-        output: the ONNX file to write.
-        split: also write the model in two files, NAME.video.onnx and NAME.query.onnx, so that a video is encoded once
-            and asked often; the second is the one to give as --model.
+        checkpoint: drn.pt from `python -m train` or `python -m train.convert`; or c3d.pt from the latter, which
+            becomes a clip feature extractor and only uses --opset of the other options.
+        output: ONNX file to write.
+        split: also write the model in two parts, NAME.video.onnx and NAME.query.onnx, so that each video is encoded
+            once. Pass the query part as --model.
         prepare: has no effect. Version 0.1 wrote two more files, for a gain too small to keep.
-        opset: of the graph, 17 to 23; TensorRT 8.6 reads 17 at most.
-        max_query_length: most words of a query; every length up to it is checked. When not given, 64 or the longest
-            query of the data set that the network learnt from.
+        opset: opset of the graph, 17 to 23. TensorRT 8.6 reads at most 17.
+        max_query_length: maximum number of tokens of a query; every length up to it is checked. Default: 64, or the
+            longest query of the training data set.
 
     Returns:
         `output`.
 
     Raises:
-        CheckpointError: `checkpoint` cannot be read or is not one of ours.
+        CheckpointError: `checkpoint` cannot be read or is not a drn.pt or c3d.pt.
         OutputError: `output` cannot be written.
         CheckFailed: the graph and torch differ by more than the tolerance.
     """

@@ -24,18 +24,20 @@ def triton(
     wait_ms: float = 1.0,
     threads: int | None = None,
 ) -> Path:
-    """Write a model repository for Triton: the network, and a front that takes sentences and clip features and returns
-    moments. A model that is there already gets a new version.
+    """Write a model repository for Triton Inference Server.
+
+    The repository contains the network and a front model that takes sentences and clip features and returns
+    moments. A model that already exists gets a new version.
 
     Args:
-        model: .onnx or .engine file; of a split model the query part, and videos are encoded once.
-        output: directory of the repository; other models in it stay as they are.
-        name: what clients call the front; the networks are named after it.
-        device: where the network of an .onnx file runs; auto takes a GPU if Triton sees one.
-        batch: most queries that go through an .onnx file together; an engine has its own.
-        instances: processes of the front.
-        wait_ms: how long the first of a batch of requests waits for others.
-        threads: CPU threads for an .onnx file.
+        model: .onnx or .engine file. For a split model give the query part, so that each video is encoded once.
+        output: directory of the repository; other models in it are preserved.
+        name: name of the front model; the names of the networks start with it.
+        device: device of an .onnx network; auto uses a GPU if Triton has one.
+        batch: maximum batch size of an .onnx network. The batch size of an engine is fixed by its profiles.
+        instances: number of processes of the front model.
+        wait_ms: maximum time that the first request of a batch waits for further requests, in ms.
+        threads: number of CPU threads of an .onnx network.
     """
     serving = ServingOptions(name, device, batch, instances, wait_ms, threads)
     parts = build_models(read_model(model, serving), serving)

@@ -56,36 +56,39 @@ def verify(
     latency: Path | None = None,
     exact: bool = False,
 ) -> ParityResult:
-    """Ask two models every query of a split and judge what changed: heads, seconds, order, each answer gained or lost.
+    """Compare two models on every query of a split: heads, boundaries, ranking and recall.
 
-    Exit code 0 says that the budget holds, 1 that it does not. Reports are written either way.
+    Exits with 0 if the loss is within the budget, else with 1. The reports are written in both cases.
+
+    Example:
+        python -m export.verify --reference drn.onnx --model drn.int8.onnx --data charades
 
     Args:
-        reference: .pt, .onnx or .engine whose answers are to be kept.
-        model: .pt, .onnx or .engine to judge.
+        reference: .pt, .onnx or .engine file to compare with.
+        model: .pt, .onnx or .engine file to check.
         data: directory of a data set (docs/formats.md).
         split: train, val or test.
-        limit: ask only the first so many queries.
-        max_drop: points of R@1 IoU=0.7, and of mIoU, that may be lost.
-        boundary_p99: seconds that 99 % of the boundaries of best moments must stay within; 0.1 for an FP32 or FP16
-            model when not given, and not judged for a narrower one.
-        protocol: mmaction2 or drn, for both; the reference's own when not given.
-        batch_size: queries that go through the networks together; changes nothing but speed.
+        limit: use only the first N queries.
+        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
+        boundary_p99: maximum shift of the boundaries of the best moments, in seconds, for 99 % of the queries.
+            Default: 0.1 for FP32 and FP16 models; no limit for lower precisions.
+        protocol: mmaction2 or drn, for both models. Default: set by the reference.
+        batch_size: number of queries per batch; affects only the speed.
         device: auto, cpu or cuda.
-        threads: CPU threads for each network.
-        output: JSON file for everything that was found.
-        html: the model's passport: one HTML page, complete in itself.
-        layers: also compare every tensor that two .onnx files share, and name the DRN module that goes wrong first.
-        latency: report that `runtime.benchmark --output` wrote of this very model, for the passport.
-        exact: compute 8-bit .onnx files operator by operator, as an engine would, and not with ONNX Runtime's own
-            fusions, which is how they run otherwise.
+        threads: number of CPU threads per network.
+        output: JSON file to write all results to.
+        html: HTML report to write, as one self-contained page.
+        layers: also compare every tensor that two .onnx files share, and name the first DRN module that differs.
+        latency: report from `runtime.benchmark --output` for this model, to include in the HTML report.
+        exact: compute INT8 .onnx files operator by operator, as an engine does, instead of with the fused kernels
+            of ONNX Runtime.
 
     Returns:
-        What was found.
+        The parity report.
 
     Raises:
-        GroundingError: a file cannot be read, or the two models cannot be asked the same questions.
-        CheckFailed: more is lost than the budget allows.
+        GroundingError: a file cannot be read, or the models do not accept the same inputs.
+        CheckFailed: the loss exceeds the budget.
     """
     reference, model, data = Path(reference), Path(model), Path(data)
     _check(reference, model, batch_size, limit, max_drop, boundary_p99, output, html, layers)

@@ -9,9 +9,10 @@ for moment in grounder.ground(video, "person turns the light on"):
 
 from __future__ import annotations
 
+import os
 import sys
 
-if sys.argv[:1] == ["-m"]:
+if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "drn":
     # Started as a command and still importing, which takes seconds with torch: neither Ctrl-C nor a package that is not
     # installed should print a traceback. Once imported, `runtime.core.cli` answers both. As the first process of a
     # container, it would not even end at SIGTERM without a handler.

@@ -27,26 +27,29 @@ def benchmark(
     output: Path | None = None,
     plot: Path | None = None,
 ) -> Report:
-    """Time a model: on the GPU, on the host, end to end; over batch sizes, queries per video, query lengths, phases.
+    """Measure latency and throughput of a model by batch size, queries per video, query length and phase.
 
-    Several models take turns, call by call, and are compared in ratios of one run. Ctrl-C ends it early and keeps what
-    was measured.
+    Several models take turns, call by call, and are compared by ratios from one run. Ctrl-C ends the run early and
+    keeps the completed measurements.
+
+    Example:
+        python -m runtime.benchmark --model drn.query.onnx --compare drn.int8.query.onnx --data charades
 
     Args:
-        model: .onnx, .engine or .pt file; of a model that was split, the query part.
-        compare: more models, which take turns with it; ratios are against the first of all.
-        data: directory of a data set (docs/formats.md), whose videos and sentences are asked; made up when not given.
-        video: a video of it, in place of many.
-        query: sentences to ask about that video, in place of its own.
-        samples: calls of every case of one query; the other cases take as many, or what fits into five seconds.
-        batch: largest batch, and most queries per video.
+        model: .onnx, .engine or .pt file. For a split model give the query part.
+        compare: further models to measure in turn with the first; ratios are relative to the first.
+        data: directory of a data set (docs/formats.md) to take videos and queries from. Default: synthetic data.
+        video: use this video of --data only.
+        query: use these queries, with --video.
+        samples: calls per case with one query; other cases take as many calls, or what fits into five seconds.
+        batch: largest batch size, and largest number of queries per video.
         device: auto, cpu or cuda.
-        threads: CPU threads for each network.
-        output: JSON file for everything that was found.
-        plot: PNG file for percentiles and curves.
+        threads: number of CPU threads per network.
+        output: JSON file to write all results to.
+        plot: PNG file to draw percentiles and curves in.
 
     Raises:
-        GroundingError: an input is wrong; said before anything is measured, where it can be known then.
+        GroundingError: an input is wrong. Inputs are checked before anything is measured.
     """
     models = tuple(path for path in (model, *compare) if path is not None)
     options = BenchmarkOptions(models, data, video, query, samples, batch, device, threads)

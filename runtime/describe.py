@@ -29,12 +29,12 @@ from runtime.media import extractors
 def describe(
     model: Annotated[Path, tyro.conf.Positional], *, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
 ) -> dict[str, Any]:
-    """Say what a model file is: its network, features, decoding, words and origin.
+    """Print what a model file contains: network, features, decoding, vocabulary and origin.
 
     Args:
-        model: .onnx, .pt or .engine file of a model, or .onnx or .engine of an extractor; an engine is described by its
-            sidecar, once the engine is seen to match it.
-        json_output: print the whole manifest as JSON, word table included.
+        model: .onnx, .pt or .engine file of a model, or .onnx or .engine file of an extractor. An engine is
+            described by its metadata file, after a check that both belong together.
+        json_output: print the whole manifest as JSON, vocabulary included.
     """
     extractor = _extractor(model)
     if extractor:

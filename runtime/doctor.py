@@ -27,7 +27,7 @@ class Finding:
 
 
 def doctor() -> list[Finding]:
-    """Look at this machine and say what of the toolkit runs on it, and what to type where something does not."""
+    """Report which parts of the toolkit work on this machine, and how to install the others."""
     findings = [
         _python(),
         _cpu(),

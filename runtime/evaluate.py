@@ -45,23 +45,28 @@ def evaluate(
     device: Device = "auto",
     threads: int | None = None,
 ) -> Report:
-    """Answer every query of a split and report recall, beside the best constant moments fitted on the training split.
+    """Ground every query of a split and report recall, compared with the best constant moments of the training split.
+
+    Example:
+        python -m runtime.evaluate --model drn.onnx --data charades --split test
 
     Args:
-        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL: then the networks behind Triton are judged.
-        data: directory of a data set; docs/formats.md lists the formats.
+        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL to evaluate the networks that Triton serves.
+        data: directory of a data set. docs/formats.md lists the formats.
         split: train, val or test.
-        protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, at least the threshold); the
-            model's own when not given.
-        output: JSON file for the report.
-        predictions: JSONL file for every query's moments, in the QVHighlights form.
-        ablation: what the answers owe to the video: blind replaces features by zeros, shuffled by another video's.
-        invalid: what to do with a moment that ends before it starts or starts after its video (the published training
-            split has four): stop, drop it with a warning, or keep it, which no answer can hit.
-        limit: answer only the first so many queries.
-        batch_size: queries that go through the network together; changes nothing but speed.
+        protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
+            Default: set by the model.
+        output: JSON file to write the report to.
+        predictions: JSONL file to write the moments of every query to, in the QVHighlights format.
+        ablation: measure how much the results depend on the video: blind replaces the features by zeros, shuffled
+            by those of another video.
+        invalid: what to do with a moment that ends before it starts or starts after its video (the published
+            training split has four): stop, drop it with a warning, or keep it as a query that no prediction can
+            hit.
+        limit: use only the first N queries.
+        batch_size: number of queries per batch; affects only the speed.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(

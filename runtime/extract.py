@@ -51,21 +51,25 @@ def extract(
     device: Device = "auto",
     threads: int | None = None,
 ) -> Path:
-    """Extract the clip features of videos into a directory in the published Charades-STA layout.
+    """Extract clip features of videos into a directory in the published Charades-STA layout.
 
-    A video is named after its file, without the ending. One whose features are there already and whole, of the same
-    content and the same extractor, is passed over: the same command goes on after an interruption. A directory holds
-    features of one extractor: another one extracts all of its videos again, in one command, or fills another directory.
+    The name of a video is its file name without the extension. Videos whose features are already in the directory,
+    from the same file content and the same extractor, are skipped; repeat the same command to resume. A directory
+    contains the features of one extractor: with another extractor, extract all its videos in one command, or use
+    another directory.
+
+    Example:
+        python -m runtime.extract clips/*.mp4 --extractor c3d.onnx --output features
 
     Args:
-        videos: video files: mp4, mkv, webm, avi and whatever else FFmpeg reads.
-        extractor: .onnx file of `export.to_onnx`, .engine of `export.build_engine`, or an image encoder with its
-            description beside it.
-        output: directory to fill; others of its videos stay.
-        partial: use what can be decoded of a damaged video.
-        batch_size: clips at a time.
+        videos: video files: mp4, mkv, webm, avi and all other formats that FFmpeg reads.
+        extractor: .onnx file from `export.to_onnx`, .engine file from `export.build_engine`, or an image encoder
+            with its description file.
+        output: directory for the features; features of other videos in it are preserved.
+        partial: accept damaged videos, and use the frames that can be decoded.
+        batch_size: number of clips per batch.
         device: auto, cpu or cuda, for the extractor.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     if not videos:
         raise VideoFileError("No video was given; name the files to extract.", code="missing_option")

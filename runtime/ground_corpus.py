@@ -29,26 +29,31 @@ def ground_corpus(
     window: float | None = None,
     overlap: float | None = None,
 ) -> Result:
-    """Ground every sentence of a file in its video, or in all videos, and write the moments in shards. The same command
-    goes on after any interruption: a shard whose file is there is not made again.
+    """Ground queries in every video of a corpus, and write the moments in shards.
+
+    Repeat the same command to resume an interrupted run: finished shards are skipped.
 
     Args:
-        model: .onnx, .engine or .pt file; of a split model the query part, so that videos are encoded once.
-        features: directory of a data set; directory of .npy, .npz or .pt files and durations.json; or Parquet.
-        queries: JSONL file, a sentence a line: {"query", "vid", "qid"}. Without vid it is asked of every video.
+        model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
+            once.
+        features: directory of a data set, directory of .npy, .npz or .pt files with durations.json, or Parquet
+            files.
+        queries: JSONL file with one query per line: {"query", "vid", "qid"}. A query without vid is grounded in
+            every video.
         output: directory for the shards and corpus.json.
-        format: of the shards.
-        actors: processes that ground, each with a model of its own: as many as there are GPUs or cores when not given.
-            0 grounds in this process, without Ray.
-        address: of a running Ray cluster, or auto. Ray starts here, for this job, when not given.
-        device: cpu or cuda; with cuda each process takes one GPU.
-        threads: CPU threads of each process.
-        shard_pairs: most pairs of a shard. What an interruption loses is the shards that were being made.
-        top_k: most moments of a pair.
-        batch_size: pairs that go through the network together.
-        window: seconds; a longer video is grounded in windows of this length. 0 grounds any video whole. The model's
-            own when not given.
-        overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
+        format: file format of the shards.
+        actors: number of worker processes, each with its own model. Default: the number of GPUs or cores. 0 uses
+            this process, without Ray.
+        address: address of a running Ray cluster, or auto. Default: start Ray on this machine for this run.
+        device: cpu or cuda; with cuda each process uses one GPU.
+        threads: number of CPU threads per process.
+        shard_pairs: maximum number of query-video pairs per shard. An interruption loses only the unfinished
+            shards.
+        top_k: maximum number of moments per pair.
+        batch_size: number of pairs per batch.
+        window: window length in seconds. A longer video is grounded in overlapping windows, and their results are
+            merged; 0 turns windows off. Default: set by the model.
+        overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
     """
     for option, value, least in (
         ("--actors", actors, 0), ("--threads", threads, 1), ("--shard-pairs", shard_pairs, 1), ("--top-k", top_k, 1),

@@ -47,30 +47,34 @@ def infer(
     device: Device = "auto",
     threads: int | None = None,
 ) -> list[Answer]:
-    """Ground sentences in one video: a feature file with its duration, a video of a data set, or a video file.
+    """Ground queries in one video: clip features, a video of a data set, or a video file.
+
+    Example:
+        python -m runtime.infer --model drn.onnx --features 3MSZA.npy --duration 30.96 --query "person opens the door"
 
     Args:
-        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL of a model that Triton serves; docs/triton.md.
+        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL for a model served by Triton
+            (docs/triton.md).
         query: one or more sentences.
-        features: .npy, .npz or .pt file of clip features, (num_clips, D).
-        duration: of that video, in seconds.
-        num_frames: of that video; taken from the number of clips when not given.
-        data: directory of a data set; docs/formats.md lists the formats.
-        video: name of a video in it; with --extractor a video file.
-        extractor: .onnx or .engine file that makes the clip features of a video file. They are kept in the user's cache
-            directory (or DRN_CACHE), so that asking again costs nothing.
-        partial: use what can be decoded of a damaged video file.
-        footage: the video file that --features or --data were made of, for the frames of --plot and for --cut.
-        window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
-            video whole. The model's own when not given: it cuts videos longer than those it learnt from.
-        overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
-        always_answer: also where nothing in the video fits, if the model carries a threshold below which it says so.
-        top_k: most moments for each query.
-        format: how moments are printed; srt holds the best of each query.
-        plot: PNG file for the moments on the video's time line, over frames of the video where its file is given.
-        cut: directory for the best moment of each query as an mp4 file.
+        features: .npy, .npz or .pt file of clip features, shape (num_clips, D).
+        duration: duration of the video of --features, in seconds.
+        num_frames: number of frames of that video. Default: estimated from the number of clips.
+        data: directory of a data set. docs/formats.md lists the formats.
+        video: name of a video in --data; with --extractor, a video file.
+        extractor: .onnx or .engine file that extracts the clip features of a video file. The features are cached in
+            the user's cache directory (or DRN_CACHE).
+        partial: accept a damaged video file, and use the frames that can be decoded.
+        footage: video file that the features of --features or --data belong to, for --plot and --cut.
+        window: window length in seconds. A longer video is grounded in overlapping windows, and their results are
+            merged; 0 turns windows off. Default: set by the model.
+        overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
+        always_answer: print the best moments even if their score is below the model's no-match threshold.
+        top_k: maximum number of moments per query.
+        format: output format; srt contains the best moment of each query.
+        plot: PNG file to draw the moments in, on the time axis of the video.
+        cut: directory to write the best moment of each query to, as an mp4 file.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     if top_k < 1:
         raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.", code="invalid_option")

@@ -32,23 +32,24 @@ def rank(
     device: Device = "auto",
     threads: int | None = None,
 ) -> Ranking:
-    """Ask every sentence of a split of its own video and of others, rank them by their best moments' scores, and report
-    the rank of its own video, and that of chance.
+    """Rank videos for each query by their best moment, and compare its own video's rank with chance.
 
-    A video drawn may show what the sentence says too, so that no model reaches 100 %.
+    Each query is grounded in its own video and in other videos of the split, drawn at random. Another video may
+    also show what the query describes, so no model reaches 100 %.
 
     Args:
-        model: .onnx, .engine or .pt file; one that was split encodes each video once.
+        model: .onnx, .engine or .pt file; a split model encodes each video once.
         data: directory of the data set.
-        videos: that each sentence asks, its own among them.
+        videos: number of videos per query, its own included.
         split: train, val or test.
-        seed: of the draw of the others.
-        output: JSON file for the figures and every sentence's rank.
-        invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop or keep it.
-        limit: ask only the first so many sentences.
-        batch_size: pairs that go through the network together; changes nothing but speed.
+        seed: random seed of the selection of videos.
+        output: JSON file to write the metrics and the rank of each query to.
+        invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop or keep
+            it.
+        limit: use only the first N queries.
+        batch_size: number of query-video pairs per batch; affects only the speed.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(

@@ -57,32 +57,36 @@ def serve(
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
-    """Serve a model over HTTP until SIGTERM or Ctrl-C; then finish what was taken.
+    """Serve a model over HTTP until SIGTERM or Ctrl-C, then finish the accepted requests.
+
+    Example:
+        python -m runtime.serve --model drn.query.onnx --data charades --port 8000
 
     Args:
-        model: .onnx, .engine or .pt file; of a split model the query part, so that videos are encoded once.
-        data: directory of a data set, whose videos can be asked by name.
-        media: directory of the same videos as files, named after them, for the page's player.
-        extractor: .onnx or .engine file that makes features of a video file, so that videos can be sent.
-        host: address to listen at; any other than this machine's own needs --api-key.
-        port: 0 takes a free one.
-        allow_host: names that clients call the service by, where it is not this machine's own.
-        api_key: what clients must show, also as DRN_API_KEY in the environment, which other users cannot read.
-        batch_size: most sentences asked at once.
-        wait_ms: how long the first of a batch waits for others, where others are expected.
-        queue_size: most sentences that wait; what would be more is answered 429.
-        timeout: seconds until a request is given up.
-        grace: seconds to finish in after SIGTERM.
-        cache_mib: memory for videos that are ready to be asked.
-        uploads: directory for what clients send, in the user's cache directory (or DRN_CACHE) when not given.
-        upload_mib: largest body of an upload.
-        uploads_mib: disk for all uploads; the oldest go first.
-        keep_minutes: how long an upload stays after it was last asked.
-        window: seconds; a longer video is grounded in windows of this length, whose answers are merged. 0 grounds any
-            video whole; the model's own when not given.
-        overlap: seconds that neighbouring windows share; the model's own, or half a window, when not given.
+        model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
+            once.
+        data: directory of a data set, whose videos clients can name.
+        media: directory of the video files of --data, named after the videos, for the player of the web page.
+        extractor: .onnx or .engine file that extracts the features of uploaded video files.
+        host: address to bind. Any address except this machine's loopback requires --api-key.
+        port: port to bind; 0 takes a free port.
+        allow_host: host names that clients use to reach the service, apart from this machine's own.
+        api_key: key that clients must send. The environment variable DRN_API_KEY hides it from other users.
+        batch_size: maximum number of queries in one batch.
+        wait_ms: maximum time in ms that the first query of a batch waits for further queries.
+        queue_size: maximum number of queued queries; further requests get HTTP 429.
+        timeout: maximum time of a request, in seconds.
+        grace: maximum time to finish accepted requests after SIGTERM, in seconds.
+        cache_mib: memory for videos that are ready to be queried, in MiB.
+        uploads: directory for uploaded files. Default: the user's cache directory (or DRN_CACHE).
+        upload_mib: maximum size of one upload, in MiB.
+        uploads_mib: disk space for all uploads, in MiB; the oldest are deleted first.
+        keep_minutes: time after the last query until an upload is deleted, in minutes.
+        window: window length in seconds. A longer video is grounded in overlapping windows, and their results are
+            merged; 0 turns windows off. Default: set by the model.
+        overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
         device: auto, cpu or cuda.
-        threads: CPU threads of the model.
+        threads: number of CPU threads of the model.
     """
     options = ServeOptions(
         model,

@@ -62,42 +62,47 @@ def train(
     faithful: bool = False,
     blind: bool = False,
 ) -> Path:
-    """Train DRN on a data set, in three stages, and write OUTPUT/drn.pt.
+    """Train DRN on a data set in three stages, and write OUTPUT/drn.pt.
 
-    Stage 1 learns to match and to find boundaries, stage 2 to judge proposals, stage 3 both at a small rate; each
-    starts from the best checkpoint of the one before. Validation asks the model as `runtime.evaluate` does. For
-    several GPUs or processes: torchrun --nproc-per-node N -m train ...
+    Stage 1 trains matching and boundaries, stage 2 the IoU head, stage 3 everything at a low learning rate. Each
+    stage starts from the best checkpoint of the previous one. Validation runs the same code as `runtime.evaluate`.
+    For several GPUs or processes: torchrun --nproc-per-node N -m train ...
+
+    Example:
+        python -m train --data charades --output runs/charades
 
     Args:
-        data: directory of a data set; docs/formats.md lists the formats.
+        data: directory of a data set. docs/formats.md lists the formats.
         output: directory of the run: stage1/best.pt ..., history.jsonl, curves.png, drn.pt.
-        stage: which stage to train; 2 and 3 alone start from --load.
+        stage: stage to train, or all; 2 and 3 alone need --load.
         load: checkpoint to start from.
-        recipe: whose published settings: mmaction2, or the authors' (drn).
-        epochs: of every stage, or one number for each; the recipe's when not given.
-        batch_size: queries per process and step; the recipe's when not given.
-        lr: learning rate of every stage, or one for each; the recipe's when not given.
-        seed: of initial weights, order and held-out videos.
+        recipe: published settings to use: mmaction2's, or the authors' (drn).
+        epochs: epochs of every stage, or one number per stage. Default: set by the recipe.
+        batch_size: queries per process and step. Default: set by the recipe.
+        lr: learning rate of every stage, or one per stage. Default: set by the recipe.
+        seed: random seed of the initial weights, the order of the queries and the held-out videos.
         device: auto, cpu or cuda.
-        precision: fp32, or automatic mixed precision.
-        resume: continue a run that was interrupted, or that gets more --epochs; the weights are those of a run that
-            was started with the same arguments.
-        validate_on: held-out training videos, the val or test split (published runs choose on test), or none (the last
-            epoch is kept). The val split when not given, and held-out videos where there is none.
-        held_out: fraction of the training videos to validate on.
-        glove: word vectors to start from: GloVe text, or the authors' glove_weights.
-        cache: where pooled features are kept; inside DATA when not given.
-        num_segments: T, a multiple of 4; the data set's when not given (32, TACoS 128). Level ranges grow with it.
-        embed_dim: width of word vectors (300).
-        hidden_dim: LSTM width per direction (512).
-        fpn_dim: width of the pyramid and the head (512).
-        iou_target: locations that train the IoU head: those with IoU above 0.9 as published, or all.
-        negatives: for each pair of a sentence and its video, so many of a sentence and a video that is not its own, in
-            which no location is to match; the published recipes ask none. They teach the network to distinguish videos.
-        faithful: keep what looks like slips of the published code: training lines whose moment ends before it starts,
-            statistics and divisors per process, and with --recipe drn the clamp of the first location only and the
-            gradients that pile up in stage 2.
-        blind: replace all features by zeros, to measure what can be learnt without looking.
+        precision: fp32, or automatic mixed precision in fp16 or bf16.
+        resume: continue an interrupted run, or extend one with more --epochs. The result equals that of an
+            uninterrupted run with the same arguments.
+        validate_on: queries to select the best epoch with: held-out training videos, the val split, the test split
+            (as the published runs do), or none, which takes the last epoch. Default: val, or held-out videos if
+            there is no val.
+        held_out: fraction of the training videos to hold out for validation.
+        glove: initial word vectors: GloVe text file, or the authors' glove_weights.
+        cache: directory of the cached pooled features. Default: inside DATA.
+        num_segments: number of segments T, a multiple of 4; the level ranges scale with it. Default: set by the
+            data set (32; TACoS 128).
+        embed_dim: dimension of the word vectors (300).
+        hidden_dim: LSTM hidden size per direction (512).
+        fpn_dim: channels of the feature pyramid and the heads (512).
+        iou_target: locations that train the IoU head: those with IoU above 0.9 (published), or all.
+        negatives: number of negative pairs per positive pair: a query with a video that is not its own, in which no
+            location matches. The published recipes use none. They train the network to distinguish videos.
+        faithful: reproduce probable mistakes of the published code: training rows whose moment ends before it
+            starts, statistics and divisors per process, and with --recipe drn the clamp of the first location only
+            and the gradients that accumulate in stage 2.
+        blind: replace all features by zeros, to measure the recall without visual input.
 
     Returns:
         The path of drn.pt.

@@ -72,23 +72,26 @@ def convert(
     vocabulary: Path | None = None,
     stage: Literal[1, 2, 3] | None = None,
 ) -> Checkpoint | C3DCheckpoint:
-    """Turn a published DRN checkpoint into `drn.pt`, or a published C3D, which makes clip features, into `c3d.pt`.
+    """Convert a published DRN checkpoint to drn.pt, or a published C3D extractor to c3d.pt.
 
-    Takes mmaction2's published file, its training checkpoints (epoch_N.pth) and the authors' .pth.tar; which one it
-    is, and every size of the network, is read off the tensors. So it is with C3D: mmaction2's files and the plain
-    c3d.pickle. No code in the file is run.
+    Accepts mmaction2's published file, its training checkpoints (epoch_N.pth), the authors' .pth.tar, and for C3D
+    mmaction2's files and c3d.pickle. The kind of file and all sizes of the network are read from its tensors. Code
+    in the file is not run.
+
+    Example:
+        python -m train.convert drn_published.pth --vocabulary Charades_word2id.json
 
     Args:
-        checkpoint: the file to convert.
-        output: the checkpoint to write. Default: drn.pt or c3d.pt.
-        vocabulary: the word table of the network, as in Charades_word2id.json. Without it the network cannot be
-            asked in words: published checkpoints do not carry their words.
-        stage: the training stage the checkpoint comes from. After stage 1 the IoU head is untrained and is left out
-            of the scores. Default: what the checkpoint says, else 3.
+        checkpoint: file to convert.
+        output: checkpoint to write. Default: drn.pt or c3d.pt.
+        vocabulary: word table of the network, such as Charades_word2id.json. Published checkpoints do not contain
+            it, and without it the converted network accepts no sentences.
+        stage: training stage of the checkpoint. After stage 1 the IoU head is untrained and is not used in scores.
+            Default: recorded in the checkpoint, else 3.
 
     Raises:
-        CheckpointError: the file cannot be read, is not a DRN, or a tensor is missing, extra or misshapen; or the
-            word table does not fit the network.
+        CheckpointError: the file cannot be read, is not a DRN, or a tensor is missing, unexpected or has the wrong
+            shape; or the word table does not fit the network.
     """
     for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
         if path.resolve() == checkpoint.resolve():

@@ -38,26 +38,27 @@ def fit_presence(
     device: Device = "auto",
     threads: int | None = None,
 ) -> Presence:
-    """Fit the score below which a model says "no moment found", and write the checkpoint with it.
+    """Fit the no-match threshold of a model, and write the checkpoint with it.
 
-    Every sentence of videos that the network did not learn from asks its own video, which shows what it says, and
-    others, which are taken not to. These videos are the val split or, where the data set has none, the training videos
-    that were held out. What is exported of the checkpoint carries the threshold; evaluation never applies it.
+    Each query of videos that the network was not trained on is paired with its own video, which is assumed to
+    match, and with other videos, which are assumed not to match. The videos are the val split, or the held-out
+    training videos if the data set has no val split. Models exported from the checkpoint contain the threshold;
+    evaluation never applies it.
 
     Args:
         checkpoint: drn.pt.
-        data: directory of the data set that it was trained on.
-        output: the checkpoint to write; may be the same file.
-        keep: share of the matching pairs to answer at least (0.95); without it, matching and mismatched pairs count
-            alike (balanced accuracy).
-        mismatched: other videos that each sentence asks.
-        held_out: fraction of the training videos to fit on, also where there is a val split. When not given and without
-            one, as the checkpoint records, if it was trained with a part held out. A network that learnt from these
-            videos is surer of them than of others.
-        seed: of the videos held out, and of the others asked; the training's when not given.
-        batch_size: pairs that go through the network together; changes nothing but speed.
+        data: directory of the data set that the network was trained on.
+        output: checkpoint to write; may be the same file.
+        keep: minimum share of the matching pairs to answer, such as 0.95. Default: maximize balanced accuracy, with
+            equal weight for matching and mismatched pairs.
+        mismatched: number of other videos per query.
+        held_out: fraction of the training videos to fit on, even if there is a val split. Default without a val
+            split: the videos that the checkpoint records as held out. Scores are higher on videos that the network
+            was trained on.
+        seed: random seed of the held-out videos and of the mismatched pairs. Default: the seed of the training.
+        batch_size: number of pairs per batch; affects only the speed.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
         raise GroundingError(

@@ -60,29 +60,30 @@ def prepare(
     min_count: int = 1,
     clock: tuple[int, int] | None = None,
 ) -> Path:
-    """Convert a data set to the common form: JSONL rows a split, its vocabulary, and what is usual for it.
+    """Convert a data set to the common format: JSONL splits, a vocabulary, and default options.
 
-    Charades-STA, ActivityNet Captions, TACoS, QVHighlights and the common form itself are known by their files. What
-    is left out is counted by reason, and named. Features are not copied.
+    The input format is recognized by its files: Charades-STA, ActivityNet Captions, TACoS, QVHighlights or the
+    common format itself. Excluded rows are counted by reason and named. Features are not copied.
 
     Args:
-        data: directory of a data set; docs/formats.md lists the formats.
-        output: directory to make: train.jsonl ..., vocabulary.json, dataset.json. It may hold features already.
-        features: directory of .pt, .npy or .npz files, or HDF5 file; where DATA or OUTPUT has them when not given.
-        glove: GloVe text. Words of other splits that have a vector join those of the training split, and the vectors
-            of all words are written to OUTPUT/word_vectors.txt, for `train --glove`.
-        embed_dim: width of the vectors.
-        min_count: words that occur less often in the training split are left out. A published word table is kept.
-        clock: frames of a clip, and from clip to clip, of the features (16 8 of C3D's); those usual for the data set
-            when not given.
+        data: directory of a data set. docs/formats.md lists the formats.
+        output: directory to create: train.jsonl ..., vocabulary.json, dataset.json. It may already contain
+            features.
+        features: directory of .pt, .npy or .npz files, or HDF5 file. Default: the features in DATA or OUTPUT.
+        glove: GloVe text file. Words of other splits with a vector join the vocabulary, and the vectors of all
+            words are written to OUTPUT/word_vectors.txt for `train --glove`.
+        embed_dim: dimension of the word vectors.
+        min_count: exclude words with fewer occurrences in the training split. A published word table is not
+            filtered.
+        clock: clip length and stride of the features, in frames (C3D: 16 8). Default: set by the data set.
 
     Returns:
         `output`.
 
     Raises:
-        AnnotationError: the annotations are malformed, or nothing of them is left.
-        FeatureError: there are no features at the place given, or a video's are there and cannot be used.
-        OutputError: `output` holds something else, or cannot be written.
+        AnnotationError: the annotations are malformed, or no row of them is usable.
+        FeatureError: there are no features, or the features of a video cannot be used.
+        OutputError: `output` contains other files, or cannot be written.
     """
     if min_count < 1 or embed_dim < 1:
         raise GroundingError(

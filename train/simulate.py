@@ -55,35 +55,36 @@ def simulate(
     dtype: Literal["float16", "float32"] = "float16",
     file_format: Literal["npy", "pt"] = "npy",
 ) -> Path:
-    """Write a data set in its published layout, made-up ones in that of Charades-STA, with simulated clip features.
+    """Write a data set with simulated clip features in its published layout.
 
-    Without --annotations the videos, sentences and moments are made up too; with it the annotation files are
-    copied. On Charades-STA the features follow the human action labels in Charades_v1_train.csv and
-    Charades_v1_test.csv; ActivityNet Captions and TACoS have none, and the features follow the content words of the
-    sentences themselves, so that recall on them says that the machinery works, and no more.
-    The same arguments give the same files, and a video's features do not depend on which others are written. An
-    interrupted run is continued by the same command. Recall on simulated features is not comparable with
-    published numbers.
+    Without --annotations, videos, sentences and moments are synthetic, in the layout of Charades-STA; with it, the
+    annotation files are copied. On Charades-STA the features follow the human action labels in
+    Charades_v1_train.csv and Charades_v1_test.csv. ActivityNet Captions and TACoS have no such labels; there the
+    features follow the content words of the sentences, so that recall only shows that the pipeline works. Recall on
+    simulated features is not comparable with published numbers.
+
+    The same arguments produce the same files, and the features of a video do not depend on the other videos. Repeat
+    the same command to resume an interrupted run.
 
     Args:
-        output: the directory to make; new, empty, or left by the same command.
-        annotations: a directory with the Charades-STA text files, JSON tables and both Charades_v1 csv files; or with
-            the train.json, val.json and test.json of ActivityNet Captions or TACoS.
-        feature_dim: D, channels per clip (published: 4096 for Charades-STA and TACoS, 500 for ActivityNet).
-        videos: without --annotations how many to make up (default 300, one in five for testing); with it, at most
-            so many of each split (a seeded choice).
-        difficulty: how well the actions are hidden.
-        seed: of everything that is random.
-        dtype: of the stored features.
-        file_format: npy is read faster and without torch; pt is what the published features are.
+        output: directory to create; it must be new, empty, or written by the same command.
+        annotations: directory with the Charades-STA text files, JSON tables and both Charades_v1 csv files; or with
+            train.json, val.json and test.json of ActivityNet Captions or TACoS.
+        feature_dim: feature channels D per clip (published: 4096 for Charades-STA and TACoS, 500 for ActivityNet).
+        videos: without --annotations, number of videos (default 300, one in five for testing); with it, maximum
+            number of videos per split, chosen by the seed.
+        difficulty: how hard the actions are to recognize in the features.
+        seed: random seed.
+        dtype: data type of the stored features.
+        file_format: npy loads faster and without torch; pt is the published format.
 
     Returns:
         The directory written.
 
     Raises:
         AnnotationError: annotation files are missing, malformed or contradict each other.
-        FeatureError: the size asked for makes no sense.
-        OutputError: the directory holds something else, or cannot be written.
+        FeatureError: the requested size is not possible.
+        OutputError: the directory contains other files, or cannot be written.
     """
     options = SimulationOptions(
         Path(output),

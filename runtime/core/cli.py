@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.core.command_help import documented
+from runtime.core.command_list import typed_name
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
@@ -64,17 +66,12 @@ def _parsed(function: Callable[..., Any]) -> Callable[[], Any]:
     """Return the call that the command line asks for; exits after --help and on arguments that do not fit."""
     import tyro
 
-    # tyro names the module "__main__.py"; what the user typed is `python -m room.command`.
+    # tyro names the module "__main__.py"; what the user typed is `python -m package.command` or `drn command`.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
-
-    @functools.wraps(function)
-    def later(*values: Any, **named: Any) -> Callable[[], Any]:
-        return functools.partial(function, *values, **named)
-
-    parse = functools.partial(
-        tyro.cli, later, prog=program, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    )
+    program = typed_name(spec.name.removesuffix(".__main__")) if spec else None
+    documented_call, description = documented(function)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    parse = functools.partial(tyro.cli, documented_call, prog=program, description=description, config=config)
     words = sys.argv[1:]
     shown = [argument(word) for word in words]
     if shown == words:
@@ -91,7 +88,7 @@ def _parsed(function: Callable[..., Any]) -> Callable[[], Any]:
 
 def suggest_next_command(module: str, *words: object) -> None:
     """Say which command to type next, quoted for a shell, on stderr, so that stdout holds results alone."""
-    log.info("\nNext:  python -m %s", shell_words([module, *map(str, words)]))
+    log.info("\nNext:  %s", shell_words([*typed_name(module).split(), *map(str, words)]))
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

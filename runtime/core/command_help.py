@@ -1,0 +1,97 @@
+"""Lay out the help of a command: its docstring, options in named groups, short metavars."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+_SECTION = re.compile(r"^(Args|Returns|Raises|Example):$", re.MULTILINE)
+_ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
+# Options of these names get a heading of their own in the help; the others are listed first.
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "windows": ("window", "overlap"),
+    "quantization": ("table", "plan", "keep", "calib_samples", "calib_method"),
+    "accuracy": ("max_drop", "boundary_p99", "protocol", "parity_split", "limit", "invalid"),
+    "engine": (
+        "batch", "query_length", "unroll", "videos", "profiles", "optimization_level", "workspace", "timing_cache",
+        "version_compatible", "hardware_compatible", "tf32", "compute_capability",
+    ),
+    "access": ("host", "port", "allow_host", "api_key"),
+    "queue": ("wait_ms", "queue_size", "timeout", "grace"),
+    "storage": ("cache_mib", "uploads", "upload_mib", "uploads_mib", "keep_minutes"),
+    "network": ("num_segments", "embed_dim", "hidden_dim", "fpn_dim", "iou_target"),
+    "execution": ("batch_size", "device", "threads", "actors", "address", "shard_pairs"),
+}  # fmt: skip
+# A group of one option is no help.
+_MIN_GROUP = 2
+
+
+def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[], Any]], str]:
+    """Return a function for tyro to parse a command line with, and the description of the command.
+
+    Args:
+        function: the command; its docstring has a summary, paragraphs, and the sections Example, Args, Returns and
+            Raises, of which Args documents every parameter.
+
+    Returns:
+        What returns a call of `function` without arguments, with the same options as `function`; and the text to print
+        above the options.
+    """
+    description, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    groups = {name: group for group, names in _grouped(list(parameters)).items() for name in names}
+    fields: dict[str, list[Any]] = {group: [] for group in _GROUPS if group in groups.values()}
+    top: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        hint = _annotated(hints[name], parameter.default, help_texts.get(name, ""))
+        if name not in groups:
+            top.append(parameter.replace(annotation=hint))
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        field = (name, hint) if required else (name, hint, dataclasses.field(default=parameter.default))
+        fields[groups[name]].append(field)
+    for group in fields:
+        # Dataclass fields without a default stand first.
+        group_type = dataclasses.make_dataclass(group.capitalize(), sorted(fields[group], key=len))
+        group_type.__doc__ = ""
+        top.append(inspect.Parameter(group, inspect.Parameter.KEYWORD_ONLY, annotation=group_type))
+
+    def later(*values: Any, **named: Any) -> Callable[[], Any]:
+        for group in fields:
+            named.update(vars(named.pop(group)))
+        return functools.partial(function, *values, **named)
+
+    later.__signature__ = inspect.Signature(top)  # type: ignore[attr-defined]
+    later.__annotations__ = {parameter.name: parameter.annotation for parameter in top}
+    return later, description
+
+
+def _parsed_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Return the description, a line per paragraph, and the text of each parameter in one line."""
+    before, *sections = _SECTION.split(text)
+    contents = dict(zip(sections[::2], sections[1::2]))
+    paragraphs = [" ".join(part.split()) for part in before.strip().split("\n\n")]
+    if "Example" in contents:
+        paragraphs.append(f"example:\n  {contents['Example'].strip()}")
+    _, *arguments = _ARGUMENT.split(contents.get("Args", ""))
+    help_texts = {name: " ".join(value.split()) for name, value in zip(arguments[::2], arguments[1::2])}
+    return "\n\n".join(paragraphs), help_texts
+
+
+def _grouped(names: list[str]) -> dict[str, list[str]]:
+    groups = {group: [name for name in members if name in names] for group, members in _GROUPS.items()}
+    return {group: members for group, members in groups.items() if len(members) >= _MIN_GROUP}
+
+
+def _annotated(hint: Any, default: Any, text: str) -> Any:
+    """Return the hint with the help text; "(default: None)" and "(default: )" are left out."""
+    import tyro
+
+    hidden = "" if default is None or default == () else None
+    return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=hidden)]

@@ -1,0 +1,67 @@
+"""`runtime.core.command_help`: help from docstrings, options in groups."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import tyro
+
+from runtime.core import command_list
+from runtime.core.command_help import _parsed_docstring, documented
+from tests import contract_recorder
+
+
+def command(
+    model: Path, *, window: float | None = None, overlap: float | None = None, threads: int = 1
+) -> list[object]:
+    """Do one thing.
+
+    More about
+    it.
+
+    Example:
+        python -m thing --model a
+
+    Args:
+        model: file
+            to read.
+        window: in seconds.
+        overlap: in seconds.
+        threads: number of threads.
+    """
+    return [model, window, overlap, threads]
+
+
+def test_grouped_options_call_the_command_with_its_parameters() -> None:
+    later, _ = documented(command)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    call = tyro.cli(later, args=["--model", "a", "--overlap", "2.5"], config=config)
+    assert call() == [Path("a"), None, 2.5, 1]
+
+
+def test_description_has_paragraphs_and_example() -> None:
+    _, description = documented(command)
+    assert description == "Do one thing.\n\nMore about it.\n\nexample:\n  python -m thing --model a"
+
+
+def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) -> None:
+    later, description = documented(command)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    with pytest.raises(SystemExit):
+        tyro.cli(later, args=["--help"], description=description, config=config)
+    text = capsys.readouterr().out
+    assert "file to read." in text
+    assert "windows options" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("module", command_list.MODULES.values())
+def test_every_command_documents_every_parameter(module: str) -> None:
+    package, _, name = module.partition(".")
+    function = contract_recorder._function(package, name or "__main__") if name != "seal" else None
+    function = function or importlib.import_module(module).seal_model
+    _, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
+    assert set(help_texts) == set(inspect.signature(function).parameters)
