@@ -28,7 +28,7 @@ from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnec
 from runtime.service.multipart import read_form
 from runtime.service.prometheus import Telemetry
 from runtime.service.schemas import SentVideo, validate_form
-from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name
+from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name, storing
 from runtime.service.video_cache import Entry, VideoCache, VideoCatalog, check_windows
 
 # Of the header that names unknown words: proxies refuse responses whose headers exceed 4 to 8 KiB in all.
@@ -193,12 +193,13 @@ class Service:
                 )
             return upload.directory / f"{field}.sent"
 
-        sent = await read_form(
-            request.headers["content-type"],
-            request.stream(),
-            place,
-            lambda size: self.uploads.spend(upload, size),
-        )
+        with storing():
+            sent = await read_form(
+                request.headers["content-type"],
+                request.stream(),
+                place,
+                lambda size: self.uploads.spend(upload, size),
+            )
         if len(sent.files) != 1:
             raise HttpError(422, f"The form has {len(sent.files)} files; send one, called features or video.")
         many = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]

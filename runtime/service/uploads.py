@@ -120,6 +120,28 @@ class Upload:
         return Video(array, self.num_frames, self.duration, self.name, _origin(), offset=self.offset)
 
 
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """Refuse an upload that cannot be stored, because the disk is full for example.
+
+    Raises:
+        HttpError: for every error of the file system in the block; its code is `no_room`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            # A time-out, not the file system.
+            raise
+        log.error("An upload cannot be stored: %s", one_line(error))
+        raise HttpError(
+            503,
+            f"The service cannot store the upload ({error.strerror}). Try later.",
+            "no_room",
+            {"retry-after": "60"},
+        ) from error
+
+
 class Uploads:
     """The uploads of one service. Its directory is removed at the end, and after a crash by the next service.
 
@@ -186,7 +208,9 @@ class Uploads:
         self.sweep()
         token = f"upload-{secrets.token_hex(16)}"
         upload = Upload(token, "video", self._own / token, used=time.monotonic())
-        upload.directory.mkdir(mode=0o700)
+        with storing():
+            # Programs that clear temporary directories may have removed the service's own.
+            upload.directory.mkdir(mode=0o700, parents=True)
         try:
             yield upload
         finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import io
 import os
 import pickle
+import shutil
 import struct
 import time
 import tracemalloc
@@ -28,7 +30,7 @@ from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
-from runtime.service.uploads import UploadOptions, Uploads, read_features, shown_name, sniff_container
+from runtime.service.uploads import UploadOptions, Uploads, read_features, shown_name, sniff_container, storing
 from tests.raising import raises
 from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
@@ -354,6 +356,27 @@ def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     running.close()
     another.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_incoming_directory_removed_is_created_again(kept: Uploads) -> None:
+    shutil.rmtree(kept._own)
+    with kept.incoming() as upload:
+        assert upload.directory.is_dir()
+
+
+def test_incoming_unwritable_directory_is_refused(kept: Uploads) -> None:
+    shutil.rmtree(kept._own)
+    kept._own.write_bytes(b"")
+    with raises(HttpError, "no_room") as caught, kept.incoming():
+        pass
+    assert caught.value.status == 503
+
+
+def test_storing_full_disk_is_refused_and_timeout_passes() -> None:
+    with raises(HttpError, "no_room"), storing():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(TimeoutError), storing():
+        raise TimeoutError
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
