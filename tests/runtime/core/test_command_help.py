@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -58,10 +60,25 @@ def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) 
     assert "None" not in text
 
 
+def function_of(module: str) -> Any:
+    package, _, name = module.partition(".")
+    return getattr(importlib.import_module(module), "seal_model", None) or contract_recorder._function(
+        package, name or "__main__"
+    )
+
+
 @pytest.mark.parametrize("module", command_list.MODULES.values())
 def test_every_command_documents_every_parameter(module: str) -> None:
-    package, _, name = module.partition(".")
-    function = contract_recorder._function(package, name or "__main__") if name != "seal" else None
-    function = function or importlib.import_module(module).seal_model
+    function = function_of(module)
     _, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
     assert set(help_texts) == set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("module", command_list.MODULES.values())
+def test_every_example_parses(module: str) -> None:
+    later, description = documented(function_of(module))
+    _, _, example = description.partition("example:\n")
+    if example:
+        *_, name, words = example.split(maxsplit=3)[1:]
+        assert name == module
+        tyro.cli(later, args=shlex.split(words), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))

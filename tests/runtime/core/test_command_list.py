@@ -34,7 +34,7 @@ def test_every_command_is_listed_with_one_sentence() -> None:
         assert len(line) < 125
 
 
-@pytest.mark.parametrize("package", ["runtime", "export", "calib"])
+@pytest.mark.parametrize("package", ["runtime", "export"])
 def test_package_lists_its_own_commands(package: str) -> None:
     result = subprocess.run([sys.executable, "-m", package], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
