@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.core.decoding import NON_FINITE
-from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError
+from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError, reading
 from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json
 from runtime.core.metrics import recall_name
@@ -110,6 +110,12 @@ class TrainingRun:
                     write_json(path, description)
             else:
                 self._check_whole()
+        elif checkpoints := sorted(self.output.glob("stage*/*.pt")):
+            raise OutputError(
+                f"{self.output} holds {checkpoints[0].relative_to(self.output)} and no run.json, which records with "
+                "which settings it was trained. Restore run.json, or choose another --output.",
+                code="output_holds_run",
+            )
         elif self.processes.is_main:
             if resume:
                 log.warning("%s holds no run yet; starting one.", self.output)
@@ -332,10 +338,12 @@ class TrainingRun:
                 f"{path} is not the state of a training run of this version; start again with another --output.",
                 code="unknown_format",
             )
-        check_weights(state["model"], model.config, str(path))
-        model.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
+        advice = "copy the checkpoints of this run again, or choose another --output"
+        with reading(path, f"the state of stage {stage.number}", CheckpointError, advice):
+            check_weights(state["model"], model.config, str(path))
+            model.load_state_dict(state["model"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.scaler.load_state_dict(state["scaler"])
         if self.processes.is_main:
             log.info("Stage %d: going on after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
         return state["epoch"], state["best"]

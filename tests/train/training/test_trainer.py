@@ -523,6 +523,26 @@ def test_damaged_state_of_a_run_is_named(
         run_training(planted, tmp_path / "run", resume=True, **tiny_sizes)
 
 
+def test_resume_without_recorded_settings_is_refused(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(short_run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    for resume in (True, False):
+        with raises(OutputError, "output_holds_run", tmp_path / "run", "stage1/best.pt"):
+            run_training(planted, tmp_path / "run", resume=resume, **tiny_sizes)
+
+
+def test_resume_state_of_another_stage_is_refused(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(short_run, tmp_path / "run")
+    last = tmp_path / "run" / "stage2" / "last.pt"
+    shutil.copyfile(tmp_path / "run" / "stage1" / "last.pt", last)
+    with raises(CheckpointError, "damaged_file", last):
+        run_training(planted, tmp_path / "run", resume=True, **tiny_sizes)
+
+
 # Learning.
 
 
