@@ -13,10 +13,16 @@ from tqdm import tqdm
 
 from export.parity.compare import check_comparable
 from export.parity.compare_layers import LayerComparison, compare_layers, require_polygraphy
-from export.parity.html_report import Table
 from export.parity.model_file import ModelFile
-from export.parity.parity_report import engine_precision, load_for_comparison, read_precision_stats, run_parity_check
 from export.parity.parity_result import AccuracyBudget, ParityResult
+from export.parity.parity_tables import Table
+from export.parity.run_parity import (
+    engine_precision,
+    load_for_comparison,
+    read_precision_stats,
+    run_parity_check,
+    write_reports,
+)
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, suggest_next_command
@@ -121,7 +127,7 @@ def verify(
         proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
     stats = read_precision_stats(model) if html else None
-    proof.write(output, html, stats, commands=_commands(command_line, model, data, split), latency=measured)
+    write_reports(proof, output, html, stats, commands=_commands(command_line, model, data, split), latency=measured)
     if html:
         log.info("The passport is in %s.", html)
     if proof.broken:
@@ -189,7 +195,7 @@ def _latency(report: Path | None, model: Path, html: Path | None, output: Path |
             f"{report} is read, and would be written over; choose another --output or --html.", code="output_is_input"
         )
     check_file(model, "The model file", ModelFileError)
-    return latency_table(read_report(report), sha256(model))
+    return Table("Latency", *latency_table(read_report(report), sha256(model)))
 
 
 def _compare_layers(

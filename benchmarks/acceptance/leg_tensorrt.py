@@ -165,7 +165,7 @@ def _engines(job: Job, leg: Leg, target: str, precisions: Sequence[str]) -> None
 
 def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found:
     """Hold an engine against its own twin, as it stands, on the CPU; in a lease FP16 against FP32, which is faster."""
-    from export.parity.parity_report import load_for_comparison
+    from export.parity.run_parity import load_for_comparison
 
     path = standing(engine_path(job, target, precision, split))
     twin = path.with_name(f"drn.{precision}.onnx")

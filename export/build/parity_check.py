@@ -87,8 +87,8 @@ class ParityChecker:
 
     def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> ParityReport:
         from export.parity.model_file import ModelFile
-        from export.parity.parity_report import run_parity_check
         from export.parity.parity_result import AccuracyBudget
+        from export.parity.run_parity import run_parity_check
 
         assert self.data_set is not None
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
@@ -115,17 +115,19 @@ class ParityChecker:
             engine: what runs; None for the twin alone.
             engines: every engine that was built with it.
         """
-        from export.parity.parity_report import engine_precision, engine_precision_table, precision_table
+        from export.parity.parity_tables import engine_precision_table, precision_table
+        from export.parity.run_parity import engine_precision, write_reports
 
         stats = precision_table(created.census)
         if engine:
             proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
             engine_table = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
-            stats = (f"{stats[0]} {engine_table[0]}" if engine_table else stats[0], stats[1])
+            if engine_table:
+                stats = dataclasses.replace(stats, notes=(*stats.notes, *engine_table.notes))
             if proof.model.path == engine.path:
                 engine = None
         rejected = "rejected." if proof.broken else ""
         subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
         commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(subject))))
         siblings = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
-        proof.write(*siblings, stats, engine, commands)
+        write_reports(proof, *siblings, stats, engine, commands)

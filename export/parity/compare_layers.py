@@ -173,17 +173,6 @@ def compare_layers(
     )
 
 
-def table(layers: LayerComparison) -> str:
-    """Return the modules as a text table."""
-    width = max(len(module.module) for module in layers.modules)
-    lines = [f"{'module':<{width}}  {'relative':>9}  {'absolute':>9}  worst tensor"]
-    for module in layers.modules:
-        mark = "  <- wrong" if module.wrong else ""
-        worst = module.worst
-        lines.append(f"{module.module:<{width}}  {worst.relative:>9.1e}  {worst.max:>9.1e}  {worst.tensor}{mark}")
-    return "\n".join(lines)
-
-
 def _tensor_errors(
     models: Sequence[Any],
     tensors: Sequence[str],

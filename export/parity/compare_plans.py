@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.parity.parity_result import PlanCheck
-from runtime.artifacts.engine_layers import PROVEN
 from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair
 from runtime.backends.tensorrt_model import PlanUse
 from runtime.core.batch import Heads
@@ -20,7 +19,7 @@ from runtime.grounding.evaluation import Chunk, run_chunk
 from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
-    from export.parity.parity_result import AccuracyBudget, ParityResult
+    from export.parity.parity_result import ParityResult
 
 
 class PlanAnswers:
@@ -92,17 +91,3 @@ def plan_checks(
         checked = answered if rows is None else len(rows)
         checks.append(PlanCheck(plan.name, plan.max_query_length, answered, checked, parity))
     return tuple(checks)
-
-
-def plan_table(checks: Sequence[PlanCheck], queries: int, budget: AccuracyBudget) -> str:
-    """Return the plans of an engine and their verdicts, for a terminal; arguments as of `PlanCheck.broken`."""
-    width = max(len(check.name) for check in checks)
-    lines = [f"{'plan':<{width}} {'tokens':>7} {'answered':>9} {'checked alone':>14}  verdict"]
-    for check in checks:
-        verdict, reason = check.verdict(queries, budget)
-        verdict_text = f"{verdict} ({reason})" if verdict != PROVEN else verdict
-        lines.append(
-            f"{check.name:<{width}} {f'<= {check.max_query_length}':>7} {check.answered:>9} {check.checked:>14}  "
-            f"{verdict_text}"
-        )
-    return "\n".join(lines)

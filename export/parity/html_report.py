@@ -1,84 +1,47 @@
-"""A model's passport: one HTML page, complete in itself, of what a model is, where it comes from and what it lost.
+"""Render a parity report as one HTML page that needs no other file.
 
-The page asks for nothing outside itself, follows the reader's light or dark setting, and fits a phone.
+The page follows the reader's light or dark setting, and fits a phone.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from export.parity.compare_layers import LayerComparison
 from export.parity.model_file import ModelFile, provenance
-from export.parity.parity_result import (
-    CONFIDENCE,
-    GATED_METRICS,
-    AccuracyBudget,
-    Disagreement,
-    ParityResult,
-    format_points,
-)
+from export.parity.parity_report import ParityReport
+from export.parity.parity_result import GATED_METRICS, AccuracyBudget, Disagreement, ParityResult, format_points
+from export.parity.parity_tables import VISIBLE_S, WORST_QUERIES, Table
 from runtime.core.moments import Moment
-
-VISIBLE_S = 0.05
-"""Seconds by which a border must move before a reader of tenths of a second can see it."""
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""The names of the columns, and the rows."""
 
 
 def render_html_report(
-    parity: ParityResult,
-    reference: ModelFile,
-    other: ModelFile,
-    broken: Sequence[str],
-    *,
-    budget: AccuracyBudget,
-    split: str = "test",
-    census: tuple[str, Table] | None = None,
-    layers: LayerComparison | None = None,
+    report: ParityReport,
+    precision: Table | None = None,
     latency: Table | None = None,
     engine: ModelFile | None = None,
     commands: Sequence[str] = (),
-    cpu: Mapping[str, Any] | None = None,
-    precision: str = "",
 ) -> str:
     """Return the page.
 
     Args:
-        parity: what was found between the two.
-        reference, other: the files; the passport is the second's.
-        broken: the promises that do not hold, of `export.parity.parity_result.violations`.
-        budget: what they were held to.
-        split: where the queries come from.
-        census: how much of the model is computed in which type: a sentence, and the table behind it.
-        layers: where the two part.
-        latency: what was measured, with its conditions.
-        engine: built of the second file, which is its twin; the passport is then the engine's.
-        commands: what to type to see the same again.
-        cpu: the CPU that judged, of `runtime.core.cpu_info.cpu`.
-        precision: name of the check of the model's precision, with the real share.
+        report: the parity check; the page is about its model.
+        precision: of the model, by module or by layer.
+        latency: of the model.
+        engine: that was built of the model; the page is then about the engine.
+        commands: that reproduce the report.
     """
-    title = f"Passport of {(engine or other).path.name}"
-    names = (reference.path.name, other.path.name)
-    if names[0] == names[1]:
-        names = ("reference", "model")
-    sections = [
-        _lineage(*(file for file in (reference, other, engine) if file)),
-        _precision(other, census),
-        _recall(parity, names),
-        _flips(parity),
-        _heads(parity),
-        _section("Latency", _table(latency)) if latency else "",
-        _layers(layers) if layers else "",
-        _worst(parity, names),
-        _section("To see the same again", "".join(f"<pre><code>{_text(line)}</code></pre>" for line in commands))
-        if commands
-        else "",
-    ]
-    retained = "kept" if not broken else "broken"
+    parity, model, names = report.parity, report.model, report.names
+    title = f"Passport of {(engine or model).path.name}"
+    if precision is None:
+        note = f"{model.manifest.precision}, as the manifest records; the layers were not counted."
+        precision = Table("Precision", (), [], (note,))
+    tables = [precision, *report.tables(), *([latency] if latency else [])]
+    kept = not report.broken
     simulated = _paragraph("Features are simulated: recall is not comparable with published numbers.", "simulated")
+    limits = [*([f"{report.precision}."] if report.precision else []), *_limits(parity, report.budget)]
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -86,18 +49,38 @@ def render_html_report(
             f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             f"<h1>{_text(title)}</h1>",
             _paragraph(
-                (f"Its twin {other.path.name} was held" if engine else "Held")
-                + f" against {names[0]} on {parity.queries} queries of {split}, protocol {parity.protocol}."
+                (f"Its graph {model.path.name} was compared" if engine else "Compared")
+                + f" with {names[0]} on {parity.queries} queries of {report.split}, protocol {parity.protocol}."
             ),
-            _paragraph(_cpu(cpu)) if cpu else "",
+            _paragraph(_cpu(report.cpu)) if report.cpu else "",
             simulated if parity.simulated else "",
-            f'<div class="verdict {retained}"><strong>{"Promises kept" if not broken else "Promises broken"}</strong>',
-            _list(broken) if broken else _list([*([f"{precision}."] if precision else []), *_limits(parity, budget)]),
+            f'<div class="verdict {"kept" if kept else "broken"}">',
+            f"<strong>{'Promises kept' if kept else 'Promises broken'}</strong>",
+            _list(limits if kept else report.broken),
             "</div>",
-            *sections,
+            _lineage(*(file for file in (report.reference, model, engine) if file)),
+            *(
+                _section(heading, "".join(_content(table, parity, names) for table in group))
+                for heading, group in itertools.groupby(tables, lambda table: table.title)
+            ),
+            _section("To see the same again", "".join(f"<pre><code>{_text(line)}</code></pre>" for line in commands))
+            if commands
+            else "",
             "</main>\n</body>\n</html>\n",
         ]
     )
+
+
+def _content(table: Table, parity: ParityResult, names: Sequence[str]) -> str:
+    """Return a table with its notes; of the worst queries a time line each."""
+    notes = "".join(_paragraph(note) for note in table.notes)
+    if not table.rows:
+        return notes
+    if table.title == WORST_QUERIES:
+        return "".join(_time_line(row, names) for row in parity.worst if row.shift >= VISIBLE_S)
+    if table.folded:
+        return notes + f"<details><summary>All rows</summary>{_table(table)}</details>"
+    return _table(table) + notes
 
 
 def _cpu(cpu: Mapping[str, Any]) -> str:
@@ -119,13 +102,6 @@ def _limits(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
     return rows
 
 
-def _precision(other: ModelFile, stats: tuple[str, Table] | None) -> str:
-    if stats is None:
-        message = f"{other.manifest.precision}, as the file says of itself; its layers were not counted."
-        return _section("Precision", _paragraph(message))
-    return _section("Precision", _paragraph(stats[0]) + _folded("By module", _table(stats[1])))
-
-
 def _lineage(*files: ModelFile) -> str:
     items: dict[str, str] = {}
     for file in files:
@@ -142,72 +118,7 @@ def _lineage(*files: ModelFile) -> str:
     return _section("Lineage", f'<ol class="chain">{chain}</ol>' + _paragraph(provenance(*files[:2])[1]))
 
 
-def _recall(parity: ParityResult, names: tuple[str, str]) -> str:
-    reports = [(names[0], parity.reference), (names[1], parity.other)]
-    if parity.prior:
-        reports.append(("prior", parity.prior))
-    metrics = list(parity.reference.values)
-    rows = [(name, *(f"{100 * scored.values[name]:.2f}" for _, scored in reports)) for name in metrics]
-    note = "Percent. The prior answers every query with the same moments, fitted on the training split."
-    return _section(
-        "Recall", _table((("", *(label for label, _ in reports)), rows)) + (_paragraph(note) if parity.prior else "")
-    )
-
-
-def _flips(parity: ParityResult) -> str:
-    rows = []
-    for name, interval in parity.differences.items():
-        flips = parity.flips.get(name)
-        counts = (len(flips.gained), len(flips.lost), f"{flips.p_value:.3g}") if flips else ("", "", "")
-        spread = f"{format_points(interval.low)} to {format_points(interval.high)}"
-        rows.append((name, *map(str, counts), format_points(interval.mean), spread))
-    header = ("", "gained", "lost", "McNemar p", "points", f"{100 * CONFIDENCE:g} % interval")
-    return _section("Flips, query by query", _table((header, rows)))
-
-
-def _heads(parity: ParityResult) -> str:
-    errors = [
-        (name, f"{error.max:.2e}", f"{error.p99:.2e}", f"{error.largest:.3g}", str(error.not_finite))
-        for name, error in parity.heads.items()
-    ]
-    shifts = [
-        (label, *(f"{seconds:.2g}" for seconds in (shift.p50, shift.p99, shift.max)))
-        for label, shift in (("best moment", parity.boundaries), ("same location", parity.locations))
-    ]
-    overlap, order = parity.overlap, parity.order
-    return _section(
-        "Heads and moments",
-        _table((("output", "largest error", "99 % within", "largest value", "not finite"), errors))
-        + _table((("boundaries, seconds", "half within", "99 % within", "largest"), shifts))
-        + _paragraph(
-            f"Temporal IoU between the best moments: mean {overlap.mean:.4f}, 1 % below {overlap.p1:.4f}, least "
-            f"{overlap.min:.4f}. The same moment comes first for {100 * order.first:.2f} % of the queries, the same "
-            f"five in the same order for {100 * order.five:.2f} %."
-        ),
-    )
-
-
-def _layers(layers: LayerComparison) -> str:
-    rows = [
-        (module.module, f"{module.worst.relative:.1e}", "wrong" if module.wrong else "") for module in layers.modules
-    ]
-    return _section(
-        "Where they part",
-        _paragraph(f"{layers.sentence()} Every tensor of {layers.queries} queries.")
-        + _folded("By module", _table((("module", "largest relative error", ""), rows))),
-    )
-
-
-def _worst(parity: ParityResult, names: tuple[str, str]) -> str:
-    shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
-    if not shown:
-        farthest = max((row.shift for row in parity.worst), default=0.0)
-        message = f"No best moment moves by {VISIBLE_S:g} s or more; the farthest by {farthest:.1e} s."
-        return _section("Worst queries", _paragraph(message))
-    return _section("Worst queries", "".join(_time_line(row, names) for row in shown))
-
-
-def _time_line(row: Disagreement, names: tuple[str, str]) -> str:
+def _time_line(row: Disagreement, names: Sequence[str]) -> str:
     truth = Moment(*row.truth, 1.0)
     lines = (
         ("truth", truth, "truth", ""),
@@ -252,10 +163,9 @@ def _folded(title: str, content: str) -> str:
 
 
 def _table(table: Table) -> str:
-    header, rows = table
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.header)
     body = []
-    for first, *others in rows:
+    for first, *others in table.rows:
         cells = "".join(f"<td>{_text(cell)}</td>" for cell in others)
         body.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'

@@ -262,8 +262,6 @@ class PlanCheck:
             queries: number of all queries, of which points are percent.
             budget: what may be lost.
         """
-        from export.parity.parity_result import exceeded_limits
-
         if self.parity is None:
             return []
         return [

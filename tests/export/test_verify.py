@@ -28,9 +28,12 @@ from export.parity.compare import compare
 from export.parity.compare_layers import compare_layers
 from export.parity.html_report import render_html_report
 from export.parity.model_file import ModelFile, provenance
-from export.parity.parity_result import AccuracyBudget, Disagreement, violations
+from export.parity.parity_report import ParityReport
+from export.parity.parity_result import AccuracyBudget, Disagreement, PlanCheck, violations
+from export.parity.parity_tables import Table
 from export.verify import verify
 from runtime import Grounder
+from runtime.artifacts.engine_layers import NOT_PROVEN, PROVEN
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.benchmarking.report import ONE_QUERY, BenchmarkCase, Memory, ModelInfo, Report, Timing
 from runtime.benchmarking.timing import Latency
@@ -72,13 +75,14 @@ def wrong(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def judged(models: Path, wrong: Path, planted: Path) -> tuple[Any, ...]:
-    """The parity, files and broken promises of that model, for a page."""
+def judged(models: Path, wrong: Path, planted: Path) -> ParityReport:
+    """The report about that model, for a page."""
     data_set = DataSet(planted)
     sides = [Grounder.load(path, "cpu", 1) for path in (models / "drn.onnx", wrong)]
     parity = compare(*sides, data_set, data_set.annotations("test"))
     files = [ModelFile.of(path, side.manifest) for path, side in zip((models / "drn.onnx", wrong), sides, strict=True)]
-    return parity, *files, violations(parity, AccuracyBudget())
+    budget = AccuracyBudget()
+    return ParityReport(parity, *files, budget, violations(parity, budget), "test", "python -m export.verify")
 
 
 # The command
@@ -255,11 +259,8 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_asks_for_nothing_outside_itself(judged: tuple[Any, ...]) -> None:
-    parity, reference, other, broken = judged
-    text = render_html_report(
-        parity, reference, other, broken, budget=AccuracyBudget(), commands=("python -m export.verify",)
-    )
+def test_the_page_asks_for_nothing_outside_itself(judged: ParityReport) -> None:
+    text = render_html_report(judged, commands=("python -m export.verify",))
     page = Page(text)
     assert page.open == []
     tags = {tag for tag, _ in page.tags}
@@ -271,15 +272,14 @@ def test_the_page_asks_for_nothing_outside_itself(judged: tuple[Any, ...]) -> No
     assert "prefers-color-scheme: dark" in text
 
 
-def test_time_lines_stand_where_the_moments_are(judged: tuple[Any, ...]) -> None:
-    parity, reference, other, broken = judged
+def test_time_lines_stand_where_the_moments_are(judged: ParityReport) -> None:
     row = Disagreement(
         7, "VID", "person opens", 20.0, (5.0, 10.0), Moment(4, 9, 0.9), None, overlap=0.0, reference_iou=2 / 3,
         other_iou=0.0, shift=20.0,
     )  # fmt: skip
     calm = dataclasses.replace(row, query="person sits", shift=0.01)
-    parity = dataclasses.replace(parity, worst=(row, calm))
-    page = Page(render_html_report(parity, reference, other, broken, budget=AccuracyBudget()))
+    parity = dataclasses.replace(judged.parity, worst=(row, calm))
+    page = Page(render_html_report(dataclasses.replace(judged, parity=parity)))
     bars = {values["class"]: values for tag, values in page.tags if tag == "rect"}
     assert (bars["truth"]["x"], bars["truth"]["width"]) == ("25.00%", "25.00%")
     assert (bars["reference"]["x"], bars["reference"]["width"]) == ("20.00%", "25.00%")
@@ -288,36 +288,39 @@ def test_time_lines_stand_where_the_moments_are(judged: tuple[Any, ...]) -> None
     assert labels == ["truth: 5.0–10.0 s of 20.0 s", "drn.onnx: 4.0–9.0 s of 20.0 s", "wrong.onnx: no moment of 20.0 s"]
 
 
-def test_what_a_query_holds_is_text_and_nothing_else(judged: tuple[Any, ...]) -> None:
-    parity, reference, other, _ = judged
+def test_what_a_query_holds_is_text_and_nothing_else(judged: ParityReport) -> None:
     hostile = "<script>alert('\"&')</script>"
-    worst = tuple(dataclasses.replace(row, query=hostile, video=hostile) for row in parity.worst)
+    worst = tuple(dataclasses.replace(row, query=hostile, video=hostile) for row in judged.parity.worst)
     assert worst
-    named = dataclasses.replace(other, path=Path(f"{hostile.replace('/', '')}.onnx"))
-    parity = dataclasses.replace(parity, worst=worst)
-    text = render_html_report(parity, reference, named, [hostile], budget=AccuracyBudget(), commands=(hostile,))
+    named = dataclasses.replace(judged.model, path=Path(f"{hostile.replace('/', '')}.onnx"))
+    parity = dataclasses.replace(judged.parity, worst=worst)
+    report = dataclasses.replace(judged, parity=parity, model=named, broken=[hostile])
+    text = render_html_report(report, commands=(hostile,))
     page = Page(text)
     assert page.open == []
     assert "script" not in {tag for tag, _ in page.tags}
     assert "&lt;script&gt;" in text
 
 
-def test_latency_and_census_stand_there_when_measured(judged: tuple[Any, ...]) -> None:
-    parity, reference, other, broken = judged
-    without = render_html_report(parity, reference, other, broken, budget=AccuracyBudget())
-    page = render_html_report(
-        parity,
-        reference,
-        other,
-        broken,
-        budget=AccuracyBudget(),
-        census=("Of its multiply-adds 95.0 % in int8.", (("module", "int8"), [("prop_fc", "536.87")])),
-        latency=(("", "p50 ms"), [("batch 1", "0.42")]),
-    )
+def test_latency_and_census_stand_there_when_measured(judged: ParityReport) -> None:
+    without = render_html_report(judged)
+    note = "Of its multiply-adds 95.0 % in int8."
+    precision = Table("Precision", ("module", "int8"), [("prop_fc", "536.87")], [note], folded=True)
+    page = render_html_report(judged, precision, Table("Latency", ("", "p50 ms"), [("batch 1", "0.42")]))
     assert quotes(page, "95.0 % in int8", "536.87", "0.42")
     # Latency has a section of its own, and the arithmetic of the layers a table.
     assert page.count("<h2") == without.count("<h2") + 1
     assert page.count("<table") == without.count("<table") + 2
+
+
+def test_plan_verdicts_are_in_the_terminal_and_on_the_page(judged: ParityReport) -> None:
+    checks = (PlanCheck("drn.8.engine", 8, 3, 0), PlanCheck("drn.engine", 12, 1, 4))
+    report = dataclasses.replace(judged, parity=dataclasses.replace(judged.parity, plans=checks))
+    (table,) = [table for table in report.tables() if table.rows and table.rows[0][0] == "drn.8.engine"]
+    assert [row[4] for row in table.rows] == [NOT_PROVEN, PROVEN]
+    for row in table.rows:
+        assert all(cell in report.text() for cell in row)
+        assert all(f">{html.escape(cell)}<" in render_html_report(report) for cell in row)
 
 
 def latency_report(path: Path, model: Path) -> Path:
@@ -361,8 +364,8 @@ def test_a_latency_of_another_model_is_refused_before_the_work(
     assert not page.exists()
 
 
-def test_lineage_goes_by_hashes(judged: tuple[Any, ...]) -> None:
-    _, reference, other, _ = judged
+def test_lineage_goes_by_hashes(judged: ParityReport) -> None:
+    reference, other = judged.reference, judged.model
     known, said = provenance(reference, other)
     assert known
     assert quotes(said, "drn.pt")

@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 
 from export.parity.compare import compare
-from export.parity.parity_report import load_for_comparison
 from export.parity.parity_result import ParityResult
+from export.parity.run_parity import load_for_comparison
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.io.digests import sha256

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar
-from export.parity.parity_report import summary
 from export.parity.parity_result import AccuracyBudget, MetricDelta, violations
+from export.parity.parity_tables import parity_tables
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch, Heads
@@ -105,7 +105,12 @@ def test_agreement_on_nothing_is_counted_and_told(data_set: DataSet) -> None:
     assert found.whole == found.to_dict()["answered_whole"] == 1
     # One line more says so.
     lines, without = (
-        summary(dataclasses.replace(found, whole=whole), ("a", "b"), "test").splitlines() for whole in (1, 0)
+        [
+            line
+            for table in parity_tables(dataclasses.replace(found, whole=whole), ("a", "b"), "test", AccuracyBudget())
+            for line in table.text().splitlines()
+        ]
+        for whole in (1, 0)
     )
     (line,) = [line for line in lines if line not in without]
     assert quotes(line, 1)

@@ -23,8 +23,9 @@ from export.build_engine import _proven_engine
 from export.engine.profiles import profiles, with_fixed_query_length
 from export.parity.compare import compare
 from export.parity.model_file import ModelFile
-from export.parity.parity_report import ParityReport, run_parity_check
+from export.parity.parity_report import ParityReport
 from export.parity.parity_result import AccuracyBudget
+from export.parity.run_parity import run_parity_check
 from runtime import Grounder
 from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.backends.cuda_driver import Cuda
