@@ -531,7 +531,6 @@ def _parquet() -> list[Reader]:
 def _torch() -> list[Reader]:
     import torch
 
-    from runtime.core.io import torch_reader
     from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import load_vocabulary, read, read_config
@@ -653,9 +652,7 @@ def _torch() -> list[Reader]:
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_c3d(path).model()),
         ),
         Reader("glove-matrix", matrix, read_matrix, _zip_again),
-        Reader(
-            "torch-load", state, lambda directory, path: (load(path), torch_reader.load(path, inert=True)), _zip_again
-        ),
+        Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
         Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),
         Reader(
             "captions-plan",

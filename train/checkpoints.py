@@ -22,7 +22,7 @@ from torch import Tensor
 from runtime.artifacts.extractor_manifest import FORMAT as EXTRACTOR_FORMAT
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
-from runtime.core.errors import CheckpointError, GroundingError, excerpt, one_line, reading
+from runtime.core.errors import CheckpointError, excerpt, one_line, reading
 from runtime.core.io import torch_reader
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import sha256
@@ -361,18 +361,32 @@ def sha256_and_seal(path: str | os.PathLike[str]) -> tuple[str, bool | None]:
     return digest.hexdigest(), intact
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """Read tensors and plain containers with torch, running no code.
+class UnreadObject:
+    """Stands for an object of a class or function that torch does not know; holds nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
+    """Read tensors and plain containers with torch, running no code; compare them with the digest or the CRCs.
+
+    Args:
+        path: the file.
+        unknown_objects: replace objects of unknown classes by an `UnreadObject`, instead of refusing the file.
 
     Raises:
         CheckpointError: the file is missing, holds anything else, or is damaged.
     """
-    with opened(path) as (content, _):
+    with opened(path, unknown_objects=unknown_objects) as (content, _):
         return content
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Callable[[], str]]]:
+def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Iterator[tuple[Any, Callable[[], str]]]:
     """Read a torch file, and compare it with its digest while the body of the `with` statement runs.
 
     Yields:
@@ -385,7 +399,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Callable[[], str
     with ThreadPoolExecutor(1) as siblings:
         hashing = siblings.submit(sha256_and_seal, path)
         try:
-            content = read(path)
+            content = read(path, unknown_objects=unknown_objects)
             yield content, lambda: hashing.result()[0]
         except CheckpointError as error:
             if hashing.result()[1] is False:
@@ -421,33 +435,22 @@ def _damaged(path: str | os.PathLike[str]) -> CheckpointError:
     )
 
 
-def read(path: str | os.PathLike[str]) -> Any:
-    """Return the content of a torch file before it is compared with its digest; CheckpointError as of `load`."""
+def read(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
+    """Return the content of a torch file before it is compared with its digest; arguments and errors as of `load`."""
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
-    try:
-        with path.open("rb") as stream:
-            # A zip archive, or a pickle: nothing else is torch.save's, and torch calls all else unsafe.
-            if not stream.read(4).startswith((b"PK", b"\x80")):
-                raise CheckpointError(
-                    f"{path} should be a torch checkpoint and cannot be read: torch.save did not write it. Give a "
-                    "drn.pt; graphs and engines are made of one and do not turn back into it.",
-                    code="not_a_torch_file",
-                )
-        torch_reader.check(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, and nothing in it was run; if it is a published "
-            "DRN checkpoint, convert it with `python -m train.convert`.",
-            code="code_in_file",
-        ) from error
-    except GroundingError:
-        raise
-    # Torch raises whatever its parsers do, without a common base.
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path} should be a torch checkpoint and cannot be read: {excerpt(reason)}; copy it again.",
-            code="unreadable_file",
-        ) from error
+    names = torch_reader.check(path)
+    replaced: list[Any] = [(UnreadObject, name) for name in names] if unknown_objects else []
+    with reading(path, "a torch checkpoint", CheckpointError, "copy it again"):
+        try:
+            # What torch knows it takes as it is; the names of modules that it blocks it refuses in any case.
+            with torch.serialization.safe_globals(replaced):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch.serialization.get_unsafe_globals_in_checkpoint reads neither legacy files nor protocol 4.
+            unknown = sorted(name for name in names if not name.startswith("torch._utils."))
+            raise CheckpointError(
+                f"{path} contains more than tensors and plain values ({', '.join(unknown[:3])}). Nothing was run. "
+                "If it is a published DRN checkpoint, convert it with `python -m train.convert`.",
+                code="code_in_file",
+            ) from error

@@ -1,4 +1,4 @@
-"""Published DRN checkpoints become `drn.pt`. The files are read without torch, and nothing in them is run."""
+"""Convert published DRN and C3D checkpoints to `drn.pt` and `c3d.pt`, without running code in them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from runtime.artifacts.manifest import Features
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, excerpt
-from runtime.core.io import torch_reader
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import read_json
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
-from train.checkpoints import FORMAT, Checkpoint, check_weights, save_checkpoint
+from train.checkpoints import FORMAT, Checkpoint, check_weights, load, save_checkpoint
 from train.network.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
 log = logging.getLogger("drn")
@@ -187,7 +186,7 @@ def read(path: Path) -> PublishedCheckpoint:
     Raises:
         CheckpointError: the file cannot be read or holds no state dict.
     """
-    content = torch_reader.load(path, inert=True)
+    content = load(path, unknown_objects=True)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise CheckpointError(
             f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.", code="already_converted"
@@ -198,7 +197,12 @@ def read(path: Path) -> PublishedCheckpoint:
             f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved.",
             code="not_a_state_dict",
         )
-    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    # NumPy has no bfloat16.
+    arrays = {
+        name: (value.float() if value.dtype == torch.bfloat16 else value.detach()).numpy()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
     others = [f"{excerpt(name)}" for name in state if name not in arrays]
     if others:
         raise CheckpointError(

@@ -241,6 +241,9 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
         reason = problem.strerror or one_line(problem)
         message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
         raise error(message, code="unreadable_file") from problem
+    except RecursionError as problem:
+        message = f"{path} should be {description} and nests too deeply to be read; {advice}."
+        raise error(message, code="nested_too_deeply") from problem
     except MemoryError as problem:
         message = f"{path} should be {description} and asks for more memory than there is; {advice}."
         raise error(message, code="file_too_large") from problem

@@ -122,7 +122,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"", "not_a_torch_file"),
+        (b"", "empty_file"),
         (b"no checkpoint", "not_a_torch_file"),
         (b"PK\x03\x04 cut short", "damaged_file"),
         (b"\x80\x02", "damaged_file"),

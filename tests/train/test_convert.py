@@ -361,21 +361,20 @@ def test_drn_pt_is_not_converted_nor_overwritten(tmp_path: Path, state: State) -
     assert source.read_bytes() == before
 
 
-@pytest.mark.parametrize("place", ["beside the weights", "among the weights"])
-def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, place: str) -> None:
+@pytest.mark.parametrize("position", ["next to the weights", "among the weights"])
+def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, position: str) -> None:
     sentinel = tmp_path / "was-run"
 
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {sentinel}",)
 
-    if place == "beside the weights":
-        torch.save({"state_dict": state, "message_hub": Attack()}, tmp_path / "f.pth")
-        convert(tmp_path / "f.pth", tmp_path / "drn.pt")
-    else:
+    if position == "among the weights":
         state["prop_fc.weight"] = Attack()
         torch.save({"state_dict": state}, tmp_path / "f.pth")
-        refuse(tmp_path / "f.pth", "not_a_state_dict", "'prop_fc.weight'")
+    else:
+        torch.save({"state_dict": state, "message_hub": Attack()}, tmp_path / "f.pth")
+    refuse(tmp_path / "f.pth", "code_in_file", tmp_path / "f.pth", f"{os.system.__module__}.system")
     assert not sentinel.exists()
 
 

@@ -1,457 +1,250 @@
-"""Files written by `torch.save`, read into NumPy arrays without torch and without running anything in them.
+"""Read files written by `torch.save` into NumPy arrays, without torch and without running code.
 
-A torch file is a pickle that points into records of raw numbers. A pickle is a program: whoever wrote it may
-have it call any function. Here it may name only what tensors, arrays and plain containers are made of, and
-even those names stand for small functions of this module. Reading goes in three steps: the opcodes are looked
-over, the pickle builds notes (which record, which offset, which strides), and only then are the records read
-and the notes, checked against what the records really hold, turned into arrays.
+A torch file is a pickle, which is a program, and records of numbers. Here the pickle becomes a tree that only describes
+its calls: no name is imported, nothing is called, nothing is hashed. Then the tree is bounded and converted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
+import itertools
 import math
 import mmap
 import os
 import pickle
 import pickletools
-import re
 import struct
-import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from typing import IO, Any, Callable
 
 import numpy as np
 
 from runtime.core.bfloat16 import from_bfloat16
-from runtime.core.errors import CheckpointError, reading
-from runtime.core.io.array_files import open_archive
-from runtime.core.io.torch_unpickler import (
-    _DTYPES,
-    UnknownObject,
-    _AllowedGlobal,
-    _bytes,
-    _damaged,
-    _is_size,
-    _item_size,
-    _NumpyArray,
-    _NumpyDtype,
-    _NumpyScalar,
-    _Ordered,
-    _shown,
-    _Storage,
-    _Tensor,
-    _Unpickler,
-)
+from runtime.core.errors import CheckpointError, excerpt, reading
+from runtime.core.io.array_files import MAX_UNFOLDED_BYTES, open_archive
 
-# From torch/serialization.py.
-_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
-# Strides of zero make a tensor of any size out of one number. Up to here that may be an honest `expand`.
-_MAX_REPEATED_BYTES = 1 << 28
-# A checkpoint with its optimizer takes about 30,000 opcodes and 1 MB. The bounds keep reading within seconds.
-_MAX_PICKLE_BYTES = 1 << 28
-_MAX_OPCODES = 1 << 20
-# Containers that share parts are trees with the parts repeated to whoever compares, prints or copies them.
-_MAX_REPEATED_NODES = 1 << 20
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # of torch/serialization.py
+# Pickle instructions that call functions or hash keys in the base class, and that torch.save does not write.
+REFUSED = ("EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ_EX", "DICT", "EMPTY_SET", "FROZENSET", "ADDITEMS")
+# A checkpoint with its optimizer takes about 30,000 instructions. The limits keep reading within seconds.
+MAX_OPCODES = MAX_NODES = 1 << 20
+# Larger integers can be chosen to have equal hashes, and are no sizes or settings.
+MAX_INTEGER_BITS = 64
+# Storage class of torch -> NumPy type as stored. bfloat16 is widened to float32 after reading.
+_NAMES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte")
+_DTYPES = ("<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "i1", "u1")
+STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in zip(_NAMES, _DTYPES)}
+ORDERED_DICT = "collections.OrderedDict"
+TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+PARAMETER = "torch._utils._rebuild_parameter"
+STORAGE = object()  # stands for the function that makes a storage, and cannot occur in a pickle
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
 
 
-def check(path: str | os.PathLike[str]) -> None:
-    """Refuse a file whose pickle is damaged, or takes time or memory without bound. Its numbers are not read.
+def check(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Refuse a file whose pickle is damaged, or takes time or memory without bound; its numbers are not read.
 
-    For files that torch itself then reads: `torch.load(weights_only=True)` hashes whatever a pickle nests, which a
-    file of 500 bytes can prolong for years. Classes that the file asks for are left to torch to refuse.
+    `torch.load(weights_only=True)` hashes all that a pickle nests, which a file of 500 bytes can prolong for years.
+
+    Returns:
+        The full names of the classes and functions in the file, which may be any. CheckpointError is as of `load`.
+    """
+    _read(content := _Content(path, strict=False))
+    return frozenset(content.names)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a file of `torch.save`, with NumPy arrays in place of tensors and parameters.
+
+    Dicts, lists, tuples, numbers and text are as they were written. Arrays are writable and in memory; tensors of one
+    storage share it. bfloat16 becomes float32, which is exact.
 
     Raises:
-        CheckpointError: as of `load`.
+        CheckpointError: the file is missing, damaged or not of `torch.save`, or holds more than tensors and containers.
     """
-    path = os.fspath(path)
-    with _errors(path), open(path, "rb") as file:
-        _load(file, path, inert=True, resolved=False)
+    return _read(_Content(path, strict=True))
 
 
-def load(path: str | os.PathLike[str], *, inert: bool = False) -> Any:
-    """What was given to `torch.save`, with NumPy arrays in place of tensors.
+class _Object(list):  # type: ignore[type-arg]
+    """A call that a pickle describes, and the items and states that its result is given afterwards."""
 
-    Reads the zip files of torch 1.6 and later and the legacy files before it. Dicts, lists, tuples, sets,
-    numbers and text come back as they were; parameters as arrays; `torch.Size` as a tuple; dtypes and devices
-    as text (`"torch.float32"`, `"cuda:0"`). Tensors that shared their numbers share them still. Arrays are
-    writable, in memory, and in the byte order of this machine; bfloat16 becomes float32, exactly.
-
-    Args:
-        path: the file.
-        inert: where the file asks for a class or function not known here, put an `UnknownObject` object that knows
-            its name and nothing else, instead of refusing the file. Nothing is imported or called either way.
-
-    Raises:
-        CheckpointError: there is no such file, it is not one that `torch.save` wrote, it is damaged, it asks
-            for anything but tensors and plain containers, or a tensor reaches outside its storage.
-    """
-    path = os.fspath(path)
-    with _errors(path), open(path, "rb") as file:
-        return _load(file, path, inert)
+    def __init__(self, callee: Any, args: Any = ()) -> None:
+        super().__init__()
+        self.callee, self.args, self.states = callee, tuple(args), list[Any]()
 
 
-@contextlib.contextmanager
-def _errors(path: str) -> Iterator[None]:
-    with reading(path, "a file that torch.save wrote", CheckpointError, "copy or download it again"):
-        try:
-            yield
-        except RecursionError as error:
-            raise CheckpointError(
-                f"{path} nests its containers too deeply to be read; save it again.", code="nested_too_deeply"
-            ) from error
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Build the tree that a pickle describes. The base class, in Python, hashes nothing but memo indices."""
+
+    def load_call(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = _Object(self.stack[-1], args)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        self.stack[-1].states.append(state)
+
+    def load_empty_dict(self) -> None:
+        self.append(_Object("dict"))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1].append((key, value))
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].extend(zip(items[::2], items[1::2]))
+
+    dispatch = dict(_PythonUnpickler.dispatch)
+    dispatch.update({pickle.REDUCE[0]: load_call, pickle.NEWOBJ[0]: load_call, pickle.BUILD[0]: load_build})
+    dispatch.update({pickle.EMPTY_DICT[0]: load_empty_dict, pickle.SETITEM[0]: load_setitem})
+    dispatch[pickle.SETITEMS[0]] = load_setitems
 
 
-def _load(file: IO[bytes], path: str, inert: bool, resolved: bool = True) -> Any:
-    start = file.read(265)
+class _Content:
+    """Pickles and storages of one file; `strict` refuses names that `load` does not read, and reads tensors."""
+
+    def __init__(self, path: str | os.PathLike[str], strict: bool) -> None:
+        self.path, self.strict, self.num_nodes = path, strict, 0
+        self.names: set[str] = set()
+        # By the key of a storage: its class, its numbers, and the function that reads its bytes.
+        self.kinds: dict[str, str] = {}
+        self.numbers: dict[str, np.ndarray] = {}
+        self.read: Callable[[str], np.ndarray]
+
+    def refuse(self, reason: str, code: str = "code_in_file") -> CheckpointError:
+        return CheckpointError(f"{self.path} was refused: {reason}. Save plain tensors with torch.save.", code=code)
+
+    def unpickle(self, stream: Any) -> Any:
+        """Return the tree of one pickle, and leave the stream at its end."""
+        begin = stream.tell()
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count > MAX_OPCODES:
+                raise self.refuse(f"its pickle has more than {MAX_OPCODES} instructions", code="pickle_too_large")
+            if opcode.name in REFUSED or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
+                raise self.refuse(f"torch.save writes no {opcode.name} {excerpt(argument)}; nothing was run")
+        stream.seek(begin)
+        unpickler: Any = _Unpickler(stream, encoding="latin1")
+        unpickler.find_class, unpickler.persistent_load = self._find_name, self._find_storage
+        return unpickler.load()
+
+    def _find_name(self, module: str, name: str) -> str:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        self.names.add(full_name := f"{module}.{name}")
+        if self.strict and full_name not in (*STORAGES, *TENSORS, ORDERED_DICT, PARAMETER):
+            raise self.refuse(f"it names {excerpt(full_name)}, no tensor or container; it was not run")
+        return full_name
+
+    def _find_storage(self, pid: Any) -> _Object:
+        if not (isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[1], str) and isinstance(pid[2], str)):
+            raise ValueError("it refers to something that is no storage")
+        self.kinds[pid[2]] = pid[1]
+        return _Object(STORAGE, pid)
+
+    def convert(self, node: Any) -> Any:
+        """Return a part of the tree with arrays in place of tensors; without `strict`, only bound its size."""
+        # Parts that are shared count each time, because they are hashed, compared and printed each time.
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise ValueError(f"it has more than {MAX_NODES} values, or repeats its parts without bound")
+        if isinstance(node, int) and node.bit_length() > MAX_INTEGER_BITS:
+            raise ValueError(f"it holds an integer of {node.bit_length()} bits, and more than {MAX_INTEGER_BITS}")
+        if isinstance(node, _Object):
+            return self._object(node) if self.strict else self.convert([node.callee, *node.args, *node.states, *node])
+        return type(node)(map(self.convert, node)) if isinstance(node, (list, tuple)) else node
+
+    def _object(self, node: _Object) -> Any:
+        if node.callee in ("dict", ORDERED_DICT):
+            # Python 2 gives the items as an argument.
+            return {self.convert(key): self.convert(value) for key, value in itertools.chain(*node.args, node)}
+        if node.callee == PARAMETER:
+            return self.convert(node.args[0])
+        if node.callee in TENSORS:
+            return self._tensor(*node.args)
+        raise ValueError(f"it uses {excerpt(node.callee)} as a function")
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *options: Any) -> np.ndarray:
+        # The third option is a pending conjugation or negation.
+        if any(options[2:]) or not isinstance(storage, _Object) or storage.callee is not STORAGE:
+            raise ValueError("it holds a tensor without a plain storage")
+        if len(size) != len(stride) or not all(type(count) is int and count >= 0 for count in (offset, *size, *stride)):
+            raise ValueError("a tensor has an impossible size, offset or stride")
+        numbers = self._storage(*storage.args)
+        count, last = math.prod(size), offset + sum((length - 1) * step for length, step in zip(size, stride))
+        if not count:
+            return np.empty(size, numbers.dtype)
+        if last >= numbers.size:
+            raise ValueError(f"a tensor reaches number {last} of a storage of {numbers.size}")
+        if count * numbers.itemsize > max(numbers.nbytes, MAX_UNFOLDED_BYTES):
+            raise self.refuse(f"{numbers.nbytes} bytes expand to {count * numbers.itemsize}", code="unfolds_too_large")
+        strides = [step * numbers.itemsize for step in stride]
+        return np.ndarray(size, numbers.dtype, numbers, offset * numbers.itemsize, strides)
+
+    def _storage(self, tag: Any, kind: str, key: str, device: Any, count: Any, view: Any = None) -> np.ndarray:
+        if key not in self.numbers:
+            stored = self.read(key).view(STORAGES[kind])
+            self.numbers[key] = from_bfloat16(stored) if kind == "torch.BFloat16Storage" else stored
+        if (tag, kind, view, type(count), count) != ("storage", self.kinds[key], None, int, self.numbers[key].size):
+            raise ValueError(f"the storage {excerpt(key)} is not {excerpt(count)} numbers of {excerpt(kind)}")
+        return self.numbers[key]
+
+
+def _read(content: _Content) -> Any:
+    errors = reading(content.path, "a file that torch.save wrote", CheckpointError, "copy or download it again")
+    with errors, open(content.path, "rb") as file:
+        start = file.read(262)
+        file.seek(0)
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            return content.convert((_legacy_tree if start.startswith(b"\x80") else _zip_tree)(file, content))
     if not start:
-        raise CheckpointError(f"{path} is empty; copy or download it again.", code="empty_file")
-    file.seek(0)
-    if start.startswith(b"PK\x03\x04"):
-        return _load_zip(file, path, inert, resolved)
-    if start[:1] == b"\x80":
-        return _load_legacy(file, path, inert, resolved)
-    if start[257:262] == b"ustar":
-        raise CheckpointError(
-            f"{path} is a tar archive; unpack it first, or save it again with torch 1.6 or later.", code="tar_archive"
-        )
-    raise CheckpointError(
-        f"{path} is not a file that torch.save writes: it starts with {start[:8]!r}.", code="not_a_torch_file"
-    )
+        raise content.refuse("it is empty", code="empty_file")
+    if start[257:] == b"ustar":
+        raise content.refuse("it is a tar archive of before torch 1.6", code="tar_archive")
+    raise content.refuse(f"torch.save writes no file that starts with {start[:8]!r}", code="not_a_torch_file")
 
 
-def _load_zip(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
-    file_size = os.fstat(file.fileno()).st_size
-    try:
-        archive = open_archive(file)
-    except Exception as error:  # zipfile raises many kinds on damaged archives
-        raise _damaged(path, f"{_shown(error)}") from error
-    records = {record.filename: record for record in archive.infolist()}
-    prefixes = [name[: -len("data.pkl")] for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(prefixes) != 1:
-        raise CheckpointError(
-            f"{path} is a zip archive without data.pkl, so not one that torch.save wrote.", code="not_a_torch_file"
-        )
-    prefix = prefixes[0]
-    if any(name == f"{prefix}constants.pkl" or name.startswith(f"{prefix}code/") for name in records):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, which is a program; save its tensors by torch.save.",
-            code="torchscript_archive",
-        )
-    if sum(record.file_size for record in records.values()) > file_size:
-        raise CheckpointError(
-            f"{path} claims to hold more than its {file_size} bytes; it is refused.", code="damaged_file"
-        )
+def _zip_tree(file: IO[bytes], content: _Content) -> Any:
+    records = {record.filename: record for record in open_archive(file).infolist()}
+    prefix = next((name[:-8] for name in records if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    if prefix is None:
+        raise content.refuse("it is a zip archive without data.pkl", code="not_a_torch_file")
+    if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in records):
+        raise content.refuse("it is a TorchScript archive, which is a program", code="torchscript_archive")
+    if sum(record.file_size for record in records.values()) > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its records have more than the {os.fstat(file.fileno()).st_size} bytes of the file")
+    for name, record in records.items():
+        if record.compress_type or record.flag_bits & 1:
+            raise content.refuse(f"its record {excerpt(name)} is compressed or encrypted", code="compressed_record")
 
+    # Without a reference to `content`, so that arrays are freed at once.
     def read(name: str) -> np.ndarray:
-        return _read_record(file, records[prefix + name], path, file_size)
+        record = records[name]
+        file.seek(record.header_offset)
+        lengths = struct.unpack("<26xHH", file.read(30))
+        file.seek(record.header_offset + 30 + sum(lengths))
+        numbers = np.fromfile(file, np.uint8, record.file_size)
+        # torch.serialization.set_crc32_options(False) leaves zeros.
+        if numbers.size != record.file_size or (record.CRC and zlib.crc32(numbers.data) != record.CRC):
+            raise ValueError(f"the record {record.filename} differs from its size or checksum")
+        return numbers
 
-    byte_order = "<"
-    if prefix + "byteorder" in records:
-        said = read("byteorder").tobytes()
-        if said not in (b"little", b"big"):
-            raise _damaged(path, f"its byte order is {said[:16]!r}, neither little nor big")
-        byte_order = "<" if said == b"little" else ">"
-
-    def read_storage(key: str) -> np.ndarray:
-        if f"{prefix}data/{key}" not in records:
-            raise _damaged(path, f"the record data/{_shown(key)} of a tensor is missing")
-        return read(f"data/{key}")
-
-    if records[f"{prefix}data.pkl"].file_size > _MAX_PICKLE_BYTES:
-        raise _too_large(path)
-    tree = _unpickle(read("data.pkl").tobytes(), path, inert)
-    return None if not resolved else _Arrays(path, read_storage, byte_order).resolve(tree)
+    if f"{prefix}byteorder" in records and read(f"{prefix}byteorder").tobytes() != b"little":
+        raise ValueError("its byte order is not little-endian")
+    content.read = lambda key: read(f"{prefix}data/{key}")
+    return content.unpickle(io.BytesIO(read(f"{prefix}data.pkl").data))
 
 
-def _read_record(file: IO[bytes], record: zipfile.ZipInfo, path: str, file_size: int) -> np.ndarray:
-    """The bytes of one record, in one copy. Torch stores its records uncompressed."""
-    name = _shown(record.filename)
-    if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise CheckpointError(
-            f"{path} holds {name} compressed or encrypted, as torch.save never does; save it again.",
-            code="compressed_record",
-        )
-    damaged = _damaged(path, f"the record {name} is not whole")
-    if not 0 <= record.header_offset <= file_size - 30:
-        raise damaged
-    file.seek(record.header_offset)
-    header = file.read(30)
-    if len(header) != 30 or header[:4] != b"PK\x03\x04":
-        raise damaged
-    begin = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    if record.file_size != record.compress_size or record.file_size > file_size - begin:
-        raise damaged
-    content = _read_bytes(file, begin, record.file_size)
-    # torch.serialization.set_crc32_options(False) leaves zeros.
-    if content.size != record.file_size or (record.CRC != 0 and zlib.crc32(content.data) != record.CRC):
-        raise damaged
-    return content
-
-
-def _read_bytes(file: IO[bytes], begin: int, count: int) -> np.ndarray:
-    file.seek(begin)
-    content = np.empty(count, np.uint8)
-    taken = file.readinto(content.data) if count else 0  # type: ignore[attr-defined]
-    return content[:taken]
-
-
-def _load_legacy(file: IO[bytes], path: str, inert: bool, resolved: bool) -> Any:
-    file_size = os.fstat(file.fileno()).st_size
-    # Mapped only to find where each of the pickles ends: a mapping never reads past the end of the file.
-    with contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped:
-        magic_number = _next_pickle(mapped, path, inert)
-        if type(magic_number) is not int or magic_number != _MAGIC_NUMBER:
-            raise CheckpointError(
-                f"{path} is a pickle that torch.save did not write; save it with torch.save.", code="not_a_torch_file"
-            )
-        protocol = _next_pickle(mapped, path, inert)
-        if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
-            raise _damaged(path, f"its protocol is not {_LEGACY_PROTOCOL}")
-        _next_pickle(mapped, path, inert)  # of the machine that wrote it; the numbers are little-endian anyway
-        stored: dict[str, _Storage] = {}
-        tree = _next_pickle(mapped, path, inert, stored)
-        keys = _next_pickle(mapped, path, inert)
-        begin = mapped.tell()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise _damaged(path, "its list of storages is not a list of names")
-    places: dict[str, tuple[int, int]] = {}
-    for key in keys:
-        if key not in stored:
-            raise _damaged(path, f"its storage {_shown(key)} belongs to no tensor")
-        header = _read_bytes(file, begin, 8) if begin <= file_size - 8 else np.empty(0, np.uint8)
-        count = struct.unpack("<q", header.tobytes())[0] if header.size == 8 else -1
-        begin += 8
-        num_bytes = count * _item_size(stored[key].dtype)
-        if not 0 <= num_bytes <= file_size - begin:
-            raise _damaged(path, f"the file ends before the numbers of storage {_shown(key)} do")
-        places[key] = (begin, num_bytes)
-        begin += num_bytes
-
-    def read_storage(key: str) -> np.ndarray:
-        if key not in places:
-            raise _damaged(path, f"the storage {_shown(key)} of a tensor is missing")
-        return _read_bytes(file, *places[key])
-
-    return _Arrays(path, read_storage, "<").resolve(tree) if resolved else None
-
-
-def _next_pickle(mapped: mmap.mmap, path: str, inert: bool, stored: dict[str, _Storage] | None = None) -> Any:
-    begin = mapped.tell()
-    _check_opcodes(mapped, path)
-    return _unpickle(mapped[begin : mapped.tell()], path, inert, stored, checked=True)
-
-
-def _check_opcodes(stream: Any, path: str) -> None:
-    """Read one pickle's opcodes without obeying them, up to its end.
-
-    Finds truncation, and two things that `pickle` would do before anyone is asked: take objects out of the
-    process's extension registry, and make room for as many memo entries as the file likes.
-    """
-    count = 0
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            count += 1
-            if count > _MAX_OPCODES:
-                raise _too_large(path)
-            if opcode.name in ("EXT1", "EXT2", "EXT4"):
-                raise CheckpointError(f"{path} was refused: it uses pickle extension codes; torch.save does not.")
-            memoized = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-            if memoized and not (isinstance(argument, int) and 0 <= argument <= count):
-                raise CheckpointError(f"{path} was refused: its pickle numbers its objects up to {argument}.")
-    except CheckpointError:
-        raise
-    except Exception as error:  # pickletools raises many kinds on bytes that are no pickle
-        raise _damaged(path, "its pickle breaks off or has no meaning") from error
-
-
-def _unpickle(
-    content: bytes,
-    path: str,
-    inert: bool,
-    stored: dict[str, _Storage] | None = None,
-    *,
-    checked: bool = False,
-) -> Any:
-    """What a pickle describes, as plain containers around notes."""
-    if not checked:
-        _check_opcodes(io.BytesIO(content), path)
-    unpickler = _Unpickler(content, path, inert, {} if stored is None else stored)
-    try:
-        tree = unpickler.load()
-        _check_sharing(tree, path)
-        return tree
-    except (CheckpointError, RecursionError, MemoryError):
-        raise
-    except Exception as error:  # the pickle module documents no particular exception for hostile bytes
-        raise _damaged(path, f"its pickle fails on {_shown(error)}") from error
-
-
-def _check_sharing(tree: Any, path: str) -> None:
-    """Raise CheckpointError if a tree whose parts are shared grows without bound when it is printed or compared."""
-    sizes: dict[int, int] = {}
-
-    def size(node: Any) -> int:
-        if not isinstance(node, (list, tuple, set, frozenset, dict)):
-            return 1
-        if id(node) not in sizes:
-            sizes[id(node)] = 1  # of a cycle
-            children = [*node.values(), *node] if isinstance(node, dict) else node
-            sizes[id(node)] = 1 + sum(map(size, children))
-        return sizes[id(node)]
-
-    if size(tree) > max(_MAX_REPEATED_NODES, 16 * len(sizes)):
-        raise CheckpointError(f"{path} was refused: its containers repeat their parts without bound.")
-
-
-def _too_large(path: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} was refused: its pickle is larger than that of any checkpoint; save tensors instead of lists.",
-        code="pickle_too_large",
-    )
-
-
-class _Arrays:
-    """Turns notes into arrays, reading each record once."""
-
-    def __init__(self, path: str, read_storage: Callable[[str], np.ndarray], byte_order: str) -> None:
-        self.path = path
-        self.read_storage = read_storage
-        self.byte_order = byte_order
-        self.records: dict[str, np.ndarray] = {}
-        self.numbers: dict[tuple[str, str], np.ndarray] = {}
-        # Notes and containers by identity; the tree being resolved keeps them alive.
-        self.done: dict[int, Any] = {}
-
-    def resolve(self, node: Any) -> Any:
-        """`node` with arrays in place of notes, each container replaced by a new one, cycles included."""
-        if node is None or isinstance(node, (bool, int, float, complex, str, bytes, bytearray, UnknownObject)):
-            return node
-        if id(node) in self.done:
-            return self.done[id(node)]
-        if isinstance(node, list):
-            filled: list[Any] = []
-            self.done[id(node)] = filled
-            filled.extend(self.resolve(item) for item in node)
-            return filled
-        if isinstance(node, dict):
-            table: dict[Any, Any] = OrderedDict() if isinstance(node, _Ordered) else {}
-            self.done[id(node)] = table
-            for key, value in node.items():
-                table[self._key(key)] = self.resolve(value)
-            return table
-        self.done[id(node)] = result = self._leaf(node)
-        return result
-
-    def _leaf(self, node: Any) -> Any:
-        if isinstance(node, tuple):
-            return tuple(self.resolve(item) for item in node)
-        if isinstance(node, (set, frozenset)):
-            return type(node)(self._key(item) for item in node)
-        if isinstance(node, _Tensor):
-            return self._tensor(node)
-        if isinstance(node, _Storage):
-            return self._tensor(_Tensor(node, node.dtype, 0, (node.count,), (1,)))
-        if isinstance(node, _NumpyArray):
-            return self._numpy_array(node)
-        if isinstance(node, _NumpyScalar):
-            return self._numpy_items((), node.dtype, node.content)[()]
-        if isinstance(node, _NumpyDtype):
-            return node.dtype()
-        if isinstance(node, _AllowedGlobal):
-            return node.name
-        if isinstance(node, type) and issubclass(node, UnknownObject):
-            return node()
-        raise _damaged(self.path, f"it holds a {type(node).__name__}")
-
-    def _key(self, node: Any) -> Any:
-        key = self.resolve(node)
-        try:
-            hash(key)
-        except TypeError as error:
-            raise CheckpointError(f"{self.path} uses an array as a key, which is not read here.") from error
-        return key
-
-    def _tensor(self, tensor: _Tensor) -> np.ndarray:
-        numbers = self._numbers(tensor.storage.key, tensor.dtype)
-        stored_size = np.dtype(_DTYPES[tensor.dtype]).itemsize
-        # Views of legacy storages count in their storage's own type; so do the sizes checked here.
-        skip = tensor.storage.skip * _item_size(tensor.storage.dtype) // stored_size
-        room = tensor.storage.count * _item_size(tensor.storage.dtype) // stored_size
-        if skip + room > numbers.size:
-            raise _damaged(self.path, f"a storage of {skip + room} numbers holds only {numbers.size}")
-        count = math.prod(tensor.size)
-        if count == 0:
-            try:
-                return np.empty(tensor.size, numbers.dtype)
-            except ValueError as error:
-                raise _damaged(self.path, "an empty tensor has impossible sizes") from error
-        last = tensor.offset + sum((tensor.size[axis] - 1) * step for axis, step in enumerate(tensor.stride))
-        if last >= room:
-            raise _damaged(
-                self.path,
-                f"a tensor of size {_shown(tensor.size)} reaches number {last} of a storage of only {room}",
-            )
-        item = numbers.dtype.itemsize
-        if count * item > max(numbers.nbytes, _MAX_REPEATED_BYTES):
-            raise CheckpointError(
-                f"{self.path} blows up {numbers.nbytes} bytes to a tensor of {count * item}; save a copy.",
-                code="unfolds_too_large",
-            )
-        # NumPy checks sizes and strides against the buffer once more.
-        return np.ndarray(
-            tensor.size,
-            numbers.dtype,
-            buffer=numbers,
-            offset=(skip + tensor.offset) * item,
-            strides=[step * item if tensor.size[axis] > 1 else item for axis, step in enumerate(tensor.stride)],
-        )
-
-    def _numbers(self, key: str, dtype: str) -> np.ndarray:
-        """All numbers of a record as one type, shared by every tensor that asks for them so."""
-        if (key, dtype) not in self.numbers:
-            if key not in self.records:
-                self.records[key] = self.read_storage(key)
-            content = self.records[key]
-            stored = np.dtype(_DTYPES[dtype])
-            numbers = content[: content.size - content.size % stored.itemsize].view(stored)
-            if self.byte_order != _NATIVE_ORDER and stored.itemsize > 1:
-                numbers = numbers.byteswap()
-            if dtype == "bfloat16":
-                numbers = from_bfloat16(numbers)
-            elif dtype == "bool":
-                numbers = numbers != 0
-            self.numbers[key, dtype] = numbers
-        return self.numbers[key, dtype]
-
-    def _numpy_array(self, note: _NumpyArray) -> Any:
-        if note.state is None:
-            raise _damaged(self.path, "a NumPy array has no content")
-        _, shape, dtype, fortran, content = note.state
-        if isinstance(dtype, UnknownObject):
-            return dtype
-        if not (isinstance(shape, tuple) and all(map(_is_size, shape)) and isinstance(dtype, _NumpyDtype)):
-            raise _damaged(self.path, "a NumPy array has no proper shape or type")
-        if fortran:
-            return self._numpy_items(shape[::-1], dtype, content).T
-        return self._numpy_items(shape, dtype, content)
-
-    def _numpy_items(self, shape: tuple[int, ...], note: _NumpyDtype, content: Any) -> np.ndarray:
-        try:
-            dtype = note.dtype()
-            content = bytearray(_bytes(content))
-            if len(content) != math.prod(shape) * dtype.itemsize:
-                raise ValueError("length")
-            items = np.ndarray(shape, dtype, buffer=content if content else None)
-        except (TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise _damaged(self.path, "a NumPy array does not have the bytes it needs") from error
-        if items.dtype.kind == "b":
-            items = items.view(np.uint8) != 0
-        return items.astype(items.dtype.newbyteorder("="), copy=False)
-
-
-_NATIVE_ORDER = "<" if np.little_endian else ">"
+def _legacy_tree(file: IO[bytes], content: _Content) -> Any:
+    """Return the tree of a file of before torch 1.6: five pickles, and then the storages in the order of the last."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if content.unpickle(mapped) != MAGIC_NUMBER:
+            raise content.refuse("it is a pickle that torch.save did not write", code="not_a_torch_file")
+        _protocol, _machine, tree, keys = (content.unpickle(mapped) for _ in range(4))
+        file.seek(mapped.tell())
+    storages = {}
+    for key in content.convert(keys) if content.strict else ():
+        count = int.from_bytes(file.read(8), "little")
+        storages[key] = np.fromfile(file, np.uint8, count * STORAGES[content.kinds[key]].itemsize)
+    content.read = storages.__getitem__
+    return tree

@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runtime.core.errors import CheckpointError
-from runtime.core.io import torch_reader, torch_unpickler
+from runtime.core.io import torch_reader
 from tests.raising import raises
 
 torch = pytest.importorskip("torch", reason="torch writes the files that are read here")
+
+from train import checkpoints  # noqa: E402
 
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -70,6 +72,7 @@ def zip_file(path: Path, value: Any, records: dict[str, bytes] | None = None, **
     content = value if isinstance(value, bytes) else pickled(value)
     with zipfile.ZipFile(path, "w", **options) as archive:
         archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", b"3\n")
         for name, record in (records or {}).items():
             archive.writestr(f"archive/{name}", record)
     return path
@@ -102,25 +105,17 @@ def sentinel(tmp_path: Path) -> Path:
 def test_containers_come_back_with_arrays_in_place_of_tensors(tmp_path: Path, zipped: bool) -> None:
     value = {
         "weights": collections.OrderedDict(a=torch.arange(6.0).reshape(2, 3), b=torch.nn.Parameter(torch.ones(2))),
-        "list": [1, 2.5, None, True, "text", b"by\xfftes", (torch.tensor(7), {"x", "y"}), 1 + 2j, 1 << 80],
-        3: torch.Size([4, 5]),
-        "dtype": torch.float16,
-        "device": torch.device("cuda:1"),
+        "list": [1, 2.5, None, True, "text", (torch.tensor(7), "x"), 1 << 62],
+        3: {(1, "a"): -1},
     }
     value["weights"]._metadata = {"": {"version": 1}}
     found = torch_reader.load(save(value, tmp_path / "f.pt", zipped))
     assert list(found) == list(value)
-    assert isinstance(found["weights"], collections.OrderedDict)
     np.testing.assert_array_equal(found["weights"]["a"], [[0, 1, 2], [3, 4, 5]])
     np.testing.assert_array_equal(found["weights"]["b"], [1, 1])
-    assert found["list"][:6] == value["list"][:6]
-    assert found["list"][7:] == value["list"][7:]
-    assert found["list"][6][0].shape == ()
-    assert found["list"][6][0] == 7
-    assert found["list"][6][1] == {"x", "y"}
-    assert found[3] == (4, 5)
-    assert found["dtype"] == "torch.float16"
-    assert found["device"] == "cuda:1"
+    assert found["list"] == value["list"]
+    assert found["list"][5][0].shape == ()
+    assert found[3] == value[3]
 
 
 @FORMS
@@ -141,21 +136,13 @@ def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped
 @FORMS
 @pytest.mark.parametrize(
     "dtype",
-    ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"],
+    ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8"],
 )
 def test_number_types_are_kept(tmp_path: Path, zipped: bool, dtype: str) -> None:
     wanted = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
     found = torch_reader.load(save(wanted, tmp_path / "f.pt", zipped))
     assert found.dtype == wanted.numpy().dtype
     np.testing.assert_array_equal(found, wanted.numpy())
-
-
-@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
-def test_number_types_that_torch_stores_untyped_are_kept(tmp_path: Path, dtype: str) -> None:
-    wanted = torch.arange(5).to(getattr(torch, dtype))[1:]
-    found = torch_reader.load(save(wanted, tmp_path / "f.pt"))
-    assert found.dtype == np.dtype(dtype)
-    assert found.tolist() == [1, 2, 3, 4]
 
 
 @FORMS
@@ -172,7 +159,7 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path, zipped: bool) -> None:
 @given(data=st.data())
 def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
-    dtype = data.draw(st.sampled_from([np.float32, np.float16, np.int64, np.uint8, np.bool_]))
+    dtype = data.draw(st.sampled_from([np.float32, np.float16, np.int64, np.uint8]))
     base = torch.from_numpy(data.draw(hnp.arrays(dtype, shape)))
     view = base.permute(data.draw(st.permutations(range(base.ndim))))
     for axis in range(view.ndim):
@@ -203,39 +190,10 @@ def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, [[1, 2]] * 3)
 
 
-@FORMS
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.arange(6.0).reshape(2, 3),
-        np.asfortranarray(np.arange(6).reshape(2, 3)),
-        np.array([True, False]),
-        np.arange(3, dtype=">i4"),
-        np.zeros((0, 2)),
-        np.array(2.5),
-        np.float32(1.5),
-        np.array(["a", "bcd"]),
-    ],
-    ids=lambda array: f"{array.dtype}-{array.shape}",
-)
-def test_numpy_arrays_and_numbers_come_back(tmp_path: Path, zipped: bool, array: np.ndarray) -> None:
-    found = torch_reader.load(save({"a": array}, tmp_path / "f.pt", zipped))["a"]
-    assert type(found) is type(array)
-    assert found.dtype == array.dtype.newbyteorder("=")
-    np.testing.assert_array_equal(found, array)
-
-
-def test_a_list_that_holds_itself_comes_back(tmp_path: Path) -> None:
-    ring: list[Any] = [torch.ones(1)]
-    ring.append({"ring": ring})
-    found = torch_reader.load(save(ring, tmp_path / "f.pt"))
-    assert found[1]["ring"] is found
-
-
-def test_big_endian_records_are_turned_round(tmp_path: Path) -> None:
+def test_big_endian_records_are_refused(tmp_path: Path) -> None:
     records = {"byteorder": b"big", "data/0": np.arange(6, dtype=">f4").tobytes()}
-    found = torch_reader.load(zip_file(tmp_path / "f.pt", tensor(), records))
-    np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
+    with raises(CheckpointError, "damaged_file", tmp_path / "f.pt"):
+        torch_reader.load(zip_file(tmp_path / "f.pt", tensor(), records))
 
 
 def test_the_archive_may_have_any_name(tmp_path: Path) -> None:
@@ -259,7 +217,7 @@ def test_the_published_glove_table_is_read_like_torch_reads_it(real_data: Path) 
     np.testing.assert_array_equal(torch_reader.load(path), torch.load(path, weights_only=True).numpy())
 
 
-# Files that mean harm. Every one is tried with and without `inert`: only the first may refuse, neither may run.
+# Hostile files. `load` refuses every one. `check` may pass them on to torch. Neither runs them.
 
 
 def attacks(sentinel: Path) -> dict[str, tuple[Any, str]]:
@@ -289,16 +247,16 @@ def test_no_call_is_made_and_it_is_named(tmp_path: Path, sentinel: Path, name: s
     with raises(CheckpointError, "code_in_file", path, asked):
         torch_reader.load(path)
     assert not sentinel.exists()
-    try:
-        torch_reader.load(path, inert=True)
-    except CheckpointError:
-        assert name == "in a persistent id"
+    if name == "in a persistent id":
+        with raises(CheckpointError, "damaged_file", path):
+            torch_reader.check(path)
+    else:
+        assert any(known.endswith(asked) for known in torch_reader.check(path))
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("inert", [False, True])
 @pytest.mark.parametrize("opcode", ["reduce", "inst", "obj", "newobj", "dotted", "stack_global"])
-def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: str, inert: bool) -> None:
+def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: str) -> None:
     command = f"touch {sentinel}".encode()
     text = b"X" + len(command).to_bytes(4, "little") + command
     program = {
@@ -310,11 +268,10 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
         "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93(" + text + b"tR.",
     }[opcode]
     path = zip_file(tmp_path / "f.pt", program)
-    if inert:
-        assert isinstance(torch_reader.load(path, inert=True), torch_unpickler.UnknownObject)
-    else:
-        with raises(CheckpointError, "code_in_file", path):
-            torch_reader.load(path)
+    with raises(CheckpointError, "code_in_file", path):
+        torch_reader.load(path)
+    with raises(CheckpointError, "code_in_file", path):
+        checkpoints.read(path, unknown_objects=True)
     assert not sentinel.exists()
 
 
@@ -339,13 +296,12 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
         b"garbage",
     ],
 )
-@pytest.mark.parametrize("inert", [False, True])
-def test_a_pickle_that_abuses_its_opcodes_is_refused(tmp_path: Path, program: bytes, inert: bool) -> None:
+def test_a_pickle_that_abuses_its_opcodes_is_refused(tmp_path: Path, program: bytes) -> None:
     with pytest.raises(CheckpointError):
-        torch_reader.load(zip_file(tmp_path / "f.pt", program), inert=inert)
+        torch_reader.load(zip_file(tmp_path / "f.pt", program))
 
 
-def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_objects_are_replaced_and_all_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("made_up.logging")
 
     class HistoryBuffer:
@@ -368,25 +324,24 @@ def test_unknown_objects_become_inert_and_all_else_is_read(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, module.__name__, module)
     content = {
         "hub": {"loss": HistoryBuffer(), "mean": HistoryBuffer.mean, "class": HistoryBuffer},
-        "queue": collections.deque([1, torch.ones(2)], maxlen=3),
-        "table": collections.defaultdict(list, a=[1]),
         "when": datetime.datetime(2026, 1, 1),
         "objects": np.array([None, "x"], dtype=object),
+        "number": np.float64(2.5),
         "weights": {"a": torch.arange(3)},
     }
     path = save(content, tmp_path / "f.pth")
     monkeypatch.delitem(sys.modules, module.__name__)
     made = HistoryBuffer.calls
-    found = torch_reader.load(path, inert=True)
+    found = checkpoints.read(path, unknown_objects=True)
     assert found["weights"]["a"].tolist() == [0, 1, 2]
-    assert repr(found["hub"]["loss"]) == "<unread made_up.logging.HistoryBuffer>"
-    assert repr(found["queue"]) == "<unread collections.deque>"
-    for value in (*found["hub"].values(), found["queue"], found["table"], found["when"], found["objects"]):
-        assert isinstance(value, torch_unpickler.UnknownObject)
+    for value in (found["hub"]["loss"], found["hub"]["mean"], found["when"], found["objects"], found["number"]):
+        assert isinstance(value, checkpoints.UnreadObject)
+    assert found["hub"]["class"] is checkpoints.UnreadObject
     assert HistoryBuffer.calls == made
     assert module.__name__ not in sys.modules
-    with raises(CheckpointError, "code_in_file", path, "made_up.logging.HistoryBuffer"):
-        torch_reader.load(path)
+    for read in (torch_reader.load, checkpoints.read):
+        with raises(CheckpointError, "code_in_file", path):
+            read(path)
 
 
 def test_a_whole_module_is_refused_by_name(tmp_path: Path) -> None:
@@ -400,19 +355,19 @@ def test_reading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = zip_file(tmp_path / "f.pt", b"\x80\x02cimported_by_a_pickle\nf\n.")
-    torch_reader.load(path, inert=True)
+    checkpoints.read(path, unknown_objects=True)
     assert "imported_by_a_pickle" not in sys.modules
 
 
-def load_or_be_refused(path: Path, inert: bool) -> None:
-    try:
-        torch_reader.load(path, inert=inert)
-    except CheckpointError as error:
-        sentence = str(error)
-    else:
+def load_or_be_refused(path: Path) -> None:
+    for read in (torch_reader.load, checkpoints.load, functools.partial(checkpoints.load, unknown_objects=True)):
         sentence = str(path)
-    assert str(path) in sentence
-    assert "\n" not in sentence
+        try:
+            read(path)
+        except CheckpointError as error:
+            sentence = str(error)
+        assert str(path) in sentence
+        assert "\n" not in sentence
 
 
 # Tensors that lie about themselves.
@@ -454,25 +409,6 @@ def test_a_tensor_that_reaches_outside_its_numbers_is_refused(tmp_path: Path, li
     assert torch_reader.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
     with pytest.raises(CheckpointError):
         torch_reader.load(zip_file(tmp_path / "f.pt", lie, SIX))
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "content"),
-    [
-        ((1 << 40,), "f8", b""),
-        ((2,), "f8", b"\0" * 15),
-        ((-1,), "f8", b"\0" * 8),
-        ((1,), "O", b"\0" * 8),
-        ((1,), "V8", b"\0" * 8),
-        ((1,), "M8[s]", b"\0" * 8),
-    ],
-)
-def test_a_numpy_array_that_lies_is_refused(tmp_path: Path, shape: Any, dtype: str, content: bytes) -> None:
-    reconstruct = np.zeros(1).__reduce__()[0]
-    state = (1, shape, Call(np.dtype, dtype, False, True), False, content)
-    path = zip_file(tmp_path / "f.pt", Call(reconstruct, np.ndarray, (0,), b"b", state=state))
-    with pytest.raises(CheckpointError):
-        torch_reader.load(path)
 
 
 def test_record_larger_than_the_file_is_rejected(tmp_path: Path) -> None:
@@ -525,34 +461,40 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
             torch_reader.load(cut)
 
 
+@functools.cache
+def _saved(zipped: bool) -> bytes:
+    """Return a torch file, the same each time. Names of storages in legacy files are addresses."""
+    stream = io.BytesIO()
+    value = {"a": torch.arange(4.0), "n": [1, -2.5], "s": {1: None}, "z": torch.tensor(1).half()}
+    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
 @FORMS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_mutated_file_is_read_or_rejected(zipped: bool, data: st.DataObject) -> None:
-    stream = io.BytesIO()
-    value = {"a": torch.arange(4.0), "n": np.arange(3), "s": {1}, "z": torch.tensor(1).bool()}
-    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
-    content = bytearray(stream.getvalue())
+    content = bytearray(_saved(zipped))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "f.pt")
         path.write_bytes(content)
-        for inert in (False, True):
-            load_or_be_refused(path, inert)
+        load_or_be_refused(path)
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_mutated_pickle_is_read_or_rejected(data: st.DataObject) -> None:
-    parts = [tensor(), np.arange(3), np.float32(1), {1}, collections.OrderedDict(a=1), datetime.date(2026, 1, 1)]
+    parts: list[Any] = [tensor(), [1, -2.5], {1: "a"}, collections.OrderedDict(a=1)]
+    if data.draw(st.booleans()):
+        parts += [np.arange(3), np.float32(1), {1}, datetime.date(2026, 1, 1)]
     content = bytearray(pickled(parts))
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as directory:
         path = zip_file(Path(directory, "f.pt"), bytes(content), SIX)
-        for inert in (False, True):
-            load_or_be_refused(path, inert)
+        load_or_be_refused(path)
 
 
 def test_containers_nested_without_end_are_refused(tmp_path: Path) -> None:
@@ -628,7 +570,7 @@ HOSTILE = {
 def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path = _zipped(tmp_path / "bomb.pt", HOSTILE[name])
     started = time.monotonic()
-    for read in (torch_reader.load, torch_reader.check, lambda path: torch_reader.load(path, inert=True)):
+    for read in (torch_reader.load, torch_reader.check):
         with pytest.raises(CheckpointError):
             read(path)
     assert time.monotonic() - started < 5
@@ -636,7 +578,7 @@ def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, na
 
 def test_flat_keys_and_shared_parts_are_read(tmp_path: Path) -> None:
     part = [1, 2]
-    value = {1: part, "a": part, (1, "b"): part, None: {3, (4, 5)}, 2.5: frozenset({6})}
+    value = {1: part, "a": part, (1, "b"): part, None: (4, 5), 2.5: [part, part]}
     torch.save(value, tmp_path / "a.pt")
     assert torch_reader.load(tmp_path / "a.pt") == value
     torch_reader.check(tmp_path / "a.pt")
