@@ -34,7 +34,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
         elif issubclass(kind, ModuleNotFoundError) and error.name in _extras:
             print(
                 f"error: This command needs {error.name}, which is not installed; "
-                f"run `pip install 'drn-deploy[{_extras[error.name]}]'`.",
+                f"run `pip install '.[{_extras[error.name]}]'` in the drn-deploy directory.",
                 file=sys.stderr,
             )
             sys.exit(2)

@@ -89,16 +89,14 @@ def _onnxruntime() -> Finding:
     subject = "run .onnx models"
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     if len(both) == 2:
-        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'drn-deploy[cpu]'  (or [gpu])"
+        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install '.[cpu]'  (or [gpu])"
         return Finding(
             subject, False, "onnxruntime and onnxruntime-gpu are both installed and overwrite each other", remedy
         )
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding(
-            subject, False, f"ONNX Runtime cannot be imported: {error}", "pip install 'drn-deploy[cpu]'  (or [gpu])"
-        )
+        return Finding(subject, False, f"ONNX Runtime cannot be imported: {error}", "pip install '.[cpu]'  (or [gpu])")
     import_onnxruntime(gpu=True)
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return Finding(subject, True, f"ONNX Runtime {onnxruntime.__version__} with {providers}")
@@ -108,7 +106,7 @@ def _torch() -> Finding:
     subject = "train, run .pt models"
     version = _version("torch")
     if version is None:
-        return Finding(subject, False, "torch is not installed", "pip install 'drn-deploy[train]'")
+        return Finding(subject, False, "torch is not installed", "pip install '.[train]'")
     # In a process of its own: importing torch takes seconds and must not be a habit of `runtime`.
     code = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -123,9 +121,7 @@ def _exporter() -> Finding:
     missing = [name for name in ("torch", "onnx", "onnxscript", "onnxruntime") if _version(name) is None]
     missing = [name for name in missing if name != "onnxruntime" or _version("onnxruntime-gpu") is None]
     if missing:
-        return Finding(
-            "export to ONNX", False, f"not installed: {', '.join(missing)}", "pip install 'drn-deploy[export]'"
-        )
+        return Finding("export to ONNX", False, f"not installed: {', '.join(missing)}", "pip install '.[export]'")
     return Finding("export to ONNX", True, f"onnx {_version('onnx')}, onnxscript {_version('onnxscript')}")
 
 
@@ -159,7 +155,7 @@ def _engines(subject: str, installed: str) -> Finding:
 def _tensorrt_rtx() -> Finding:
     version = _version("tensorrt-rtx-cu13") or _version("tensorrt-rtx")
     if version is None:
-        return Finding("TensorRT-RTX", False, "not installed", "pip install 'drn-deploy[rtx]'")
+        return Finding("TensorRT-RTX", False, "not installed", "pip install '.[rtx]'")
     seen = f"{version}: parses and builds graphs ahead of time, without a GPU; runs engines on an RTX GPU"
     return Finding("TensorRT-RTX", True, seen)
 
@@ -167,7 +163,7 @@ def _tensorrt_rtx() -> Finding:
 def _plots() -> Finding:
     version = _version("matplotlib")
     if version is None:
-        return Finding("plots", False, "matplotlib is not installed", "pip install 'drn-deploy[plot]'")
+        return Finding("plots", False, "matplotlib is not installed", "pip install '.[plot]'")
     return Finding("plots", True, f"matplotlib {version}")
 
 
@@ -175,11 +171,11 @@ def _videos() -> Finding:
     subject = "read video files"
     version = _version("av")
     if version is None:
-        return Finding(subject, False, "PyAV is not installed", "pip install 'drn-deploy[video]'")
+        return Finding(subject, False, "PyAV is not installed", "pip install '.[video]'")
     try:
         import av
     except ImportError as error:
-        return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install 'drn-deploy[video]'")
+        return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install '.[video]'")
     codecs = [name for name in ("h264", "hevc", "vp9", "av1") if name in av.codecs_available]
     return Finding(subject, True, f"PyAV {version} decodes {', '.join(codecs)} and {len(av.codecs_available)} more")
 
@@ -187,7 +183,7 @@ def _videos() -> Finding:
 def _archives() -> Finding:
     version = _version("h5py")
     if version is None:
-        return Finding("read HDF5 features", False, "h5py is not installed", "pip install 'drn-deploy[hdf5]'")
+        return Finding("read HDF5 features", False, "h5py is not installed", "pip install '.[hdf5]'")
     return Finding("read HDF5 features", True, f"h5py {version}")
 
 

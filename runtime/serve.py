@@ -198,7 +198,8 @@ def run(options: ServeOptions) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceError(
-            f"{', '.join(missing)} cannot be imported; run `pip install 'drn-deploy[serve]'`.", code="missing_library"
+            f"{', '.join(missing)} cannot be imported; run `pip install '.[serve]'` in the drn-deploy directory.",
+            code="missing_library",
         )
     from runtime.service import server
     from runtime.service.service import Service

@@ -16,11 +16,11 @@ GOLDEN = Path(__file__).parent / "golden"
 NEEDED = {
     Path(__file__).parent / "runtime" / "service": (
         ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
-        "the service needs drn-deploy[serve]",
+        "the service needs the extra [serve]",
     ),
     Path(__file__).parent / "runtime" / "triton": (
         ("tritonclient", "grpc", "geventhttpclient"),
-        "tritonclient has Triton's definitions (pip install 'drn-deploy[triton]')",
+        "tritonclient has Triton's definitions (pip install '.[triton]')",
     ),
 }
 

@@ -39,7 +39,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(stored: Path) -> Iterator[str]:
     """The address of a running service."""
-    pytest.importorskip("fastapi", reason="the service needs drn-deploy[serve]")
+    pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
     words = ["--model", stored / "drn.query.onnx", "--data", stored / "data", "--port", 0, "--uploads", stored / "up"]
     process = subprocess.Popen(
         [sys.executable, "-m", "runtime.serve", *map(str, words)],

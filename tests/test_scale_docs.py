@@ -20,7 +20,7 @@ from tests.test_readme import test_every_command_of_the_readme_parses as check_p
 from tests.tolerances import DETECTIONS
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
+pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")

@@ -38,7 +38,8 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DeviceError(
-            f"Changing a graph needs onnx, which cannot be imported ({error}); run `pip install 'drn-deploy[engine]'`.",
+            f"Changing a graph needs onnx, which cannot be imported ({error}); "
+            "run `pip install '.[engine]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
     path = Path(path)

@@ -34,7 +34,9 @@ def open_session(model: onnx.ModelProto | Path, threads: int | None = None, opti
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise DeviceError("ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`.") from error
+        raise DeviceError(
+            "ONNX Runtime is not installed; run `pip install '.[cpu]'` in the drn-deploy directory."
+        ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
     level = ort.GraphOptimizationLevel

@@ -30,7 +30,7 @@ Target = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _WAYS_OUT = {
     "tensorrt": "install TensorRT (10 and 11 come from NVIDIA's own index; 8.6 from PyPI for Python 3.10 and older)",
-    "tensorrt-rtx": "run `pip install 'drn-deploy[rtx]'`",
+    "tensorrt-rtx": "run `pip install '.[rtx]'` in the drn-deploy directory",
 }
 SUPPORTED_MAJORS = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
 

@@ -112,7 +112,7 @@ def require_polygraphy() -> None:
     except ImportError as error:
         raise DeviceError(
             f"Comparing layers needs onnx and polygraphy, and one cannot be imported ({error}); "
-            "run `pip install 'drn-deploy[engine]'`.",
+            "run `pip install '.[engine]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
 

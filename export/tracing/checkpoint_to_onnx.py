@@ -71,7 +71,7 @@ class ExportOptions:
         except ImportError as error:
             raise DeviceError(
                 f"Exporting needs torch, onnx, onnxscript and onnxruntime, and one cannot be imported ({error}). "
-                "Run `pip install 'drn-deploy[export]'`.",
+                "Run `pip install '.[cpu,export]'` in the drn-deploy directory (gpu in place of cpu for CUDA).",
                 code="missing_library",
             ) from error
         if self.output.resolve() == self.checkpoint.resolve():

@@ -49,7 +49,8 @@ def _definitions() -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise DeviceError(
-            f"Triton's definitions cannot be imported ({error}); run `pip install 'drn-deploy[triton]'`.",
+            f"Triton's definitions cannot be imported ({error}); "
+            "run `pip install '.[triton]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
     return model_config_pb2

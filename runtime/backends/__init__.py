@@ -73,10 +73,11 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
             except ImportError as error:
                 raise DeviceError(
                     f"{path.name} needs torch, which cannot be imported here ({error}); "
-                    "run `pip install 'drn-deploy[train]'`, or give the exported .onnx file.",
+                    "run `pip install '.[train]'` in the drn-deploy directory, or give the exported .onnx file.",
                     code="missing_library",
                 ) from error
             return backend(path, device, threads)
     raise DeviceError(
-        "No installed package opens .pt files; run `pip install 'drn-deploy[train]'`.", code="missing_library"
+        "No installed package opens .pt files; run `pip install '.[train]'` in the drn-deploy directory.",
+        code="missing_library",
     )

@@ -57,7 +57,8 @@ def import_onnxruntime(gpu: bool) -> tuple[Any, str]:
         import onnxruntime as ort
     except ImportError as error:
         raise DeviceError(
-            "ONNX Runtime is not installed; run `pip install 'drn-deploy[cpu]'`, or `'drn-deploy[gpu]'` for a "
+            "ONNX Runtime is not installed; "
+            "run `pip install '.[cpu]'` in the drn-deploy directory, or `'.[gpu]'` for a "
             "CUDA GPU (one of them: both own the same folder).",
             code="missing_library",
         ) from error
@@ -111,7 +112,7 @@ def create_session(path: Path, device: Device = "auto", threads: int | None = No
         raise DeviceError(
             f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
             f"{', '.join(available)}; "
-            "install 'drn-deploy[gpu]' in place of 'drn-deploy[cpu]', or pass --device cpu.",
+            "install '.[gpu]' in place of '.[cpu]', or pass --device cpu.",
             code="gpu_unavailable",
         )
     options = ort.SessionOptions()

@@ -85,7 +85,7 @@ class Connection:
         except ImportError as error:
             raise DeviceError(
                 f"A model behind Triton is asked through tritonclient, which cannot be imported ({error}); "
-                "run `pip install 'drn-deploy[triton]'`.",
+                "run `pip install '.[triton]'` in the drn-deploy directory.",
                 code="missing_library",
             ) from error
         self._options: dict[str, Any] = {}

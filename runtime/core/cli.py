@@ -111,5 +111,5 @@ def check_plots(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise DeviceError(
-            "--plot needs matplotlib; run `pip install 'drn-deploy[plot]'`.", code="missing_library"
+            "--plot needs matplotlib; run `pip install '.[plot]'` in the drn-deploy directory.", code="missing_library"
         ) from error

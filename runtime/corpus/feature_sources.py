@@ -183,7 +183,8 @@ class ParquetSource:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise DeviceError(
-                f"Parquet needs pyarrow, which cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`.",
+                f"Parquet needs pyarrow, which cannot be imported ({error}); "
+                "run `pip install '.[corpus]'` in the drn-deploy directory.",
                 code="missing_library",
             ) from error
         check_metadata(files)

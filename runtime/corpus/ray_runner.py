@@ -96,7 +96,8 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
         import ray.data
     except ImportError as error:
         raise DeviceError(
-            f"Ray cannot be imported ({error}); run `pip install 'drn-deploy[corpus]'`, or pass --actors 0 to ground "
+            f"Ray cannot be imported ({error}); "
+            "run `pip install '.[corpus]'` in the drn-deploy directory, or pass --actors 0 to ground "
             "in this process.",
             code="missing_library",
         ) from error

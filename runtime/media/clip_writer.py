@@ -79,7 +79,7 @@ def check_encoder() -> str:
     if result is None or "aac" not in there:
         raise DeviceError(
             f"Clips are written as {' or '.join(ENCODERS)} with AAC, and this PyAV was built without; install PyAV "
-            "from PyPI: `pip install 'drn-deploy[video]'`.",
+            "from PyPI: `pip install '.[video]'` in the drn-deploy directory.",
             code="missing_codec",
         )
     return result

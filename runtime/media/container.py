@@ -43,7 +43,7 @@ def load_av() -> Any:
     except ImportError as error:
         raise DeviceError(
             f"Videos are decoded by PyAV, which cannot be imported here ({error}); "
-            "run `pip install 'drn-deploy[video]'`.",
+            "run `pip install '.[video]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
     # FFmpeg's own remarks on odd files go to stderr otherwise, one for every frame.

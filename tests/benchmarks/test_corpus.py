@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
+pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 from benchmarks.corpus import c3d_multiply_adds, clips_an_hour, corpus  # noqa: E402
 from train.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402

@@ -13,7 +13,7 @@ from benchmarks import serving
 from runtime.core.errors import CheckFailed, GroundingError
 from tests.raising import raises
 
-pytest.importorskip("fastapi", reason="the service needs drn-deploy[serve]")
+pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 
 
 @pytest.fixture

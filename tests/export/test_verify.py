@@ -385,7 +385,7 @@ def test_lineage_goes_by_hashes(judged: ParityReport) -> None:
 
 @pytest.fixture
 def asked(models: Path, planted: Path) -> list[Any]:
-    pytest.importorskip("polygraphy", reason="layers are compared by Polygraphy (pip install 'drn-deploy[engine]')")
+    pytest.importorskip("polygraphy", reason="layers are compared by Polygraphy (pip install '.[engine]')")
     data_set = DataSet(planted)
     grounder = Grounder.load(models / "drn.onnx", "cpu", 1)
     return [batch for _, batch in batches_of(grounder, data_set, data_set.annotations("test")[:4], 2)]
@@ -487,5 +487,5 @@ def test_without_polygraphy_layers_are_refused_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
-    with raises(DeviceError, "missing_library", "polygraphy", "'drn-deploy[engine]'"):
+    with raises(DeviceError, "missing_library", "polygraphy", "'.[engine]'"):
         verify(models / "drn.onnx", models / "drn.onnx", planted, layers=True)

@@ -419,7 +419,7 @@ def test_without_matplotlib_a_plot_is_refused_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     error = refused(benchmark, "--model", tiny_model, "--plot", tmp_path / "a.png")
-    check_error(error, "missing_library", "pip install 'drn-deploy[plot]'")
+    check_error(error, "missing_library", "pip install '.[plot]'")
 
 
 def test_repeated_query_warns_once(tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture) -> None:

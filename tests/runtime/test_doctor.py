@@ -38,14 +38,14 @@ def test_what_is_missing_is_named_with_the_line_to_type(
 ) -> None:
     found = findings()
     remedies = {
-        "run .onnx models": "pip install 'drn-deploy[cpu]'",
-        "train, run .pt models": "pip install 'drn-deploy[train]'",
-        "export to ONNX": "pip install 'drn-deploy[export]'",
+        "run .onnx models": "pip install '.[cpu]'",
+        "train, run .pt models": "pip install '.[train]'",
+        "export to ONNX": "pip install '.[export]'",
         "TensorRT": "pip install tensorrt",
-        "TensorRT-RTX": "pip install 'drn-deploy[rtx]'",
-        "plots": "pip install 'drn-deploy[plot]'",
-        "read video files": "pip install 'drn-deploy[video]'",
-        "read HDF5 features": "pip install 'drn-deploy[hdf5]'",
+        "TensorRT-RTX": "pip install '.[rtx]'",
+        "plots": "pip install '.[plot]'",
+        "read video files": "pip install '.[video]'",
+        "read HDF5 features": "pip install '.[hdf5]'",
     }
     for subject, remedy in remedies.items():
         assert not found[subject].works

@@ -49,4 +49,4 @@ def test_without_ray_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     error = refused(ground_corpus, *words)
-    check_error(error, "missing_library", "pip install 'drn-deploy[corpus]'", "--actors 0")
+    check_error(error, "missing_library", "pip install '.[corpus]'", "--actors 0")

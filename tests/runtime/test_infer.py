@@ -118,7 +118,7 @@ def test_plot_without_matplotlib_fails_before_opening_model(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     error = refused(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png")
-    check_error(error, "missing_library", "pip install 'drn-deploy[plot]'")
+    check_error(error, "missing_library", "pip install '.[plot]'")
 
 
 @pytest.mark.parametrize("name", ["plot.jpg", "plot"])

@@ -16,7 +16,7 @@ from runtime.core.errors import GroundingError
 from runtime.serve import serve
 from tests.raising import check_error, records
 
-pytest.importorskip("fastapi", reason="the service needs drn-deploy[serve]")
+pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 
 
 def test_without_its_packages_it_says_what_to_install(
@@ -25,7 +25,7 @@ def test_without_its_packages_it_says_what_to_install(
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else known(name))
     error = refused(serve, "--model", tiny_model)
-    check_error(error, "missing_library", "uvicorn", "pip install 'drn-deploy[serve]'")
+    check_error(error, "missing_library", "uvicorn", "pip install '.[serve]'")
 
 
 def test_beyond_this_machine_it_wants_a_key(refused: Callable[..., GroundingError], tiny_model: Path) -> None:

@@ -134,7 +134,7 @@ class Hdf5Reader:
         if self._process is None or not is_running or stamp != self._stamp:
             if importlib.util.find_spec("h5py") is None:
                 raise DeviceError(
-                    "Features in HDF5 need h5py, which is missing; run `pip install 'drn-deploy[hdf5]'`.",
+                    "Features in HDF5 need h5py, which is missing; run `pip install '.[hdf5]'`.",
                     code="missing_library",
                 )
             check_file(self._path, "The feature file", FeatureError)

@@ -265,6 +265,6 @@ def test_triton_not_installed_is_said(graph: Path, place: Path, monkeypatch: pyt
     from runtime.core.errors import DeviceError
 
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
-    with raises(DeviceError, "missing_library", "tritonclient.grpc", "'drn-deploy[triton]'"):
+    with raises(DeviceError, "missing_library", "tritonclient.grpc", "'.[triton]'"):
         triton(graph, place)
     assert not place.exists()

@@ -18,7 +18,7 @@ from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights
 from tests.raising import quotes, raises
 
-pa = pytest.importorskip("pyarrow", reason="Parquet needs drn-deploy[corpus]")
+pa = pytest.importorskip("pyarrow", reason="Parquet needs the extra [corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 CLOCK = ClipTiming()
@@ -188,7 +188,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with raises(GroundingError, "damaged_file", tmp_path / "features.parquet"):
         open_source(tmp_path).listing()
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[corpus]'"):
+    with raises(DeviceError, "missing_library", "pip install '.[corpus]'"):
         open_source(tmp_path)
     other = tmp_path / "other"
     other.mkdir()

@@ -29,7 +29,7 @@ from tests.processes import heed_ctrl_c
 from tests.raising import quotes
 from tests.runtime.corpus.conftest import content, write_rows
 
-pytest.importorskip("ray.data", reason="Ray needs drn-deploy[corpus]")
+pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 ROOT = Path(__file__).parents[3]
 # No test waits longer for what should happen within seconds.

@@ -144,7 +144,7 @@ def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_mo
 
 
 def test_parquet_holds_what_jsonl_holds(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs drn-deploy[corpus]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra [corpus]")
     monkeypatch.setattr("runtime.corpus.worker.ROWS_OF_GROUP", 4)
     queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": UNKNOWN}])
     lines = here(damaged, queries, tmp_path / "lines", shard_pairs=6)

@@ -126,7 +126,7 @@ def test_a_file_that_is_no_hdf5_or_is_cut_short_is_named(tmp_path: Path, publish
 
 def test_without_h5py_the_install_command_is_told(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[hdf5]'"):
+    with raises(DeviceError, "missing_library", "pip install '.[hdf5]'"):
         FeatureArchive(published).load("v_a")
 
 

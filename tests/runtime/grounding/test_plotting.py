@@ -17,7 +17,7 @@ from runtime.grounding.plotting import BEST, FRAMES, TRUTH, draw
 from runtime.media.video_file import probe
 from tests.raising import raises
 
-pytest.importorskip("matplotlib", reason="draws the pictures (pip install 'drn-deploy[plot]')")
+pytest.importorskip("matplotlib", reason="draws the pictures (pip install '.[plot]')")
 
 MOMENTS = [Moment(20.0, 30.5, 0.75), Moment(0.0, 10.0, 0.5), Moment(39.5, 40.0, 0.0625)]
 ANSWERS = [
@@ -188,7 +188,7 @@ def test_frames_of_any_shape_keep_it_and_fill_the_strip(
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[plot]'"):
+    with raises(DeviceError, "missing_library", "pip install '.[plot]'"):
         draw(ANSWERS, tmp_path / "plot.png")
 
 

@@ -228,7 +228,7 @@ def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_encoder() in clip_writer.ENCODERS
     monkeypatch.setattr(av.codec, "codecs_available", {"aac", "vp9"})
-    with raises(DeviceError, "missing_codec", *clip_writer.ENCODERS, "pip install 'drn-deploy[video]'"):
+    with raises(DeviceError, "missing_codec", *clip_writer.ENCODERS, "pip install '.[video]'"):
         check_encoder()
     monkeypatch.setattr(av.codec, "codecs_available", {"libx264"})
     with raises(DeviceError, "missing_codec"):

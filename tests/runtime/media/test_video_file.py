@@ -617,7 +617,7 @@ def test_sound_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "clip.mp4", 20)
     monkeypatch.setitem(sys.modules, "av", None)
-    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[video]'"):
+    with raises(DeviceError, "missing_library", "pip install '.[video]'"):
         probe(path)
 
 

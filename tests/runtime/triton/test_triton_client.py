@@ -208,7 +208,7 @@ def test_tritonclient_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     import sys
 
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
-    with raises(DeviceError, "missing_library", "pip install 'drn-deploy[triton]'"):
+    with raises(DeviceError, "missing_library", "pip install '.[triton]'"):
         Grounder.load("triton://localhost/drn")
 
 
