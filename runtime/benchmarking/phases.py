@@ -8,12 +8,12 @@ from typing import cast
 
 from runtime.backends.base import PairBackend
 from runtime.benchmarking.timing import Clock
-from runtime.benchmarking.workload import distinct_videos
 from runtime.core.batch import collate, pad_queries
 from runtime.core.decoding import PUBLISHED_COUNT, apply_nms, score_proposals_with_fallback
 from runtime.core.moments import Moment, to_moments
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
+from runtime.grounding.scheduling import distinct
 
 
 def time_phases(
@@ -42,10 +42,10 @@ def time_phases(
             for key, pooled in segments.items()
         }
         mark("encode")
-        distinct, index = distinct_videos([encoded[id(video)] for video, _ in pairs])
+        videos_once, index = distinct([encoded[id(video)] for video, _ in pairs])
         ids, lengths = pad_queries(tokens)
         mark("collate")
-        heads = pair.ask(ids, lengths, distinct, index)
+        heads = pair.ask(ids, lengths, videos_once, index)
     else:
         batch = collate(tokens, [segments[id(video)] for video, _ in pairs])
         mark("collate")

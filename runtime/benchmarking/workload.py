@@ -20,6 +20,7 @@ from runtime.core.tokenizer import tokenize
 from runtime.core.video import Video
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import Grounder
+from runtime.grounding.scheduling import distinct
 
 log = logging.getLogger("drn")
 
@@ -188,10 +189,10 @@ class BenchmarkedModel:
         if not self.grounder.is_pair:
             batch = collate(queries, [self.grounder.segments(cast(Video, video)) for video in videos])
             return lambda _: backend.run(batch)
-        distinct, index = distinct_videos(cast("Sequence[EncodedVideo]", videos))
+        videos_once, index = distinct(cast("Sequence[EncodedVideo]", videos))
         tokens, lengths = pad_queries(queries)
         pair = cast(PairBackend, backend)
-        return lambda _: pair.ask(tokens, lengths, distinct, index)
+        return lambda _: pair.ask(tokens, lengths, videos_once, index)
 
     @property
     def reports_gpu_time(self) -> bool:
@@ -215,10 +216,3 @@ def device_of(grounder: Grounder) -> str:
     # torch's modules have no device, but their parameters do.
     device = next(parameters()).device if parameters else getattr(backend, "device", "unknown")
     return str(device).partition(":")[0]
-
-
-def distinct_videos(videos: Sequence[EncodedVideo]) -> tuple[list[EncodedVideo], np.ndarray]:
-    """Return each video once, and for each of all its index among them, (B,) int32."""
-    distinct = {id(video): video for video in videos}
-    index = {key: number for number, key in enumerate(distinct)}
-    return list(distinct.values()), np.array([index[id(video)] for video in videos], np.int32)

@@ -59,12 +59,17 @@ INPUT_NAMES: tuple[str, ...] = tuple(Batch.__dataclass_fields__)
 
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
     """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
+    return Batch(*pad_queries(queries), *stack_segments(videos))
+
+
+def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
+    """Return features (B, T, D) and spans (B, T, 2), both float32, of the segments of B videos."""
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)
     spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
     for index, segments in enumerate(videos):
         features[index] = segments.features
         spans[index] = segments.spans
-    return Batch(*pad_queries(queries), features, spans)
+    return features, spans
 
 
 def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -349,8 +349,15 @@ def decode(heads: Heads, decoding: Decoding, count: int = PUBLISHED_COUNT) -> np
     """
     if len(heads) <= BLOCK:
         return apply_nms(score_proposals_with_fallback(heads, decoding), decoding, count)
-    parts = (
-        Heads(*(value[start : start + BLOCK] for value in vars(heads).values()))
-        for start in range(0, len(heads), BLOCK)
-    )
-    return np.concatenate([apply_nms(score_proposals_with_fallback(part, decoding), decoding, count) for part in parts])
+    parts = [apply_nms(score_proposals_with_fallback(part, decoding), decoding, count) for _, part in blocks(heads)]
+    return np.concatenate(parts)
+
+
+def blocks(heads: Heads) -> Iterator[tuple[slice, Heads]]:
+    """Yield the rows of a batch, with their heads, as many as are decoded at a time; at least one block."""
+    if len(heads) <= BLOCK:
+        yield slice(0, len(heads)), heads
+        return
+    for start in range(0, len(heads), BLOCK):
+        rows = slice(start, start + BLOCK)
+        yield rows, Heads(*(value[rows] for value in vars(heads).values()))

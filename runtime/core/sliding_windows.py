@@ -1,14 +1,14 @@
-"""A video longer than any the model learnt from is cut into overlapping windows, and their answers become one."""
+"""Split a long video into overlapping windows, and merge what is proposed in them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.core.decoding import Decoding, Proposals, apply_nms
+from runtime.core.decoding import Proposals
 from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
 from runtime.core.video import LONGEST_SECONDS, ClipTiming
 
@@ -138,36 +138,55 @@ def split_into_windows(
 
 
 class WindowProposals:
-    """What the windows of one video propose for Q queries, until all have been asked.
+    """Collect the proposals of windows, and merge those of each query about a video once all its windows are there.
 
-    Only likely proposals are kept, so that a window in which nothing is likely adds nothing. Scores are comparable as
-    they are: probabilities of one network, each for a part of like length.
+    Spans are counted in durations of the first window of the video until NMS is done: NMS treats long proposals
+    otherwise than short ones, as fractions of what the network saw. Scores are comparable as they are: probabilities
+    of one network, each for a part of like length.
 
     Args:
-        queries: Q.
-        windows: of the video.
-
-    Attributes:
-        unit: seconds of a window. Spans are counted in it until NMS is done, which treats long proposals otherwise than
-            short ones, as shares of what the network saw.
+        windows: of the video of each of N pairs of a video and a query; empty for a video that is not cut.
     """
 
-    def __init__(self, queries: int, windows: Sequence[Window]) -> None:
+    def __init__(self, windows: Sequence[Sequence[Window]]) -> None:
         self._windows = windows
-        self.unit = windows[0].duration
-        self._found: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(queries)]
+        self._parts: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
 
-    def add(self, query: int, window: int, spans: np.ndarray, scores: np.ndarray) -> None:
-        """Take what a window proposes for a query: (P, 2) fractions of the window, and (P,); see `Proposals`."""
-        likely = scores > -np.inf
-        location = self._windows[window]
-        start, scale = np.float32(location.start / self.unit), np.float32(location.duration / self.unit)
-        self._found[query][window] = (spans[likely] * scale + start, scores[likely])
+    def add(
+        self, pairs: Sequence[int], window_index: Sequence[int], proposals: Proposals
+    ) -> tuple[Sequence[int], Proposals]:
+        """Add the proposals of B windows, in fractions of the window.
 
-    def picks(self, decoding: Decoding, count: int) -> Iterator[np.ndarray]:
-        """Yield for each query the picks of one NMS over what all windows propose, (K, 3), in multiples of `unit`; see
-        `decode`. None are left where no window holds a likely location."""
-        for result in self._found:
-            parts = [result[window] for window in sorted(result)]
-            spans, scores = (np.concatenate(values) for values in zip(*parts))
-            yield apply_nms(Proposals(spans[None], scores[None]), decoding, min(count, len(scores)))[0]
+        Args:
+            pairs: indices of the pairs, B of them.
+            window_index: of the window in its video, B of them.
+            proposals: of B rows.
+
+        Returns:
+            The pairs all of whose windows have been added now, and their proposals, in durations of the first window.
+        """
+        windows = self._windows
+        if all(len(windows[pair]) <= 1 for pair in pairs):
+            return pairs, proposals
+        complete = []
+        for pair, index, spans, scores in zip(pairs, window_index, proposals.spans, proposals.scores):
+            window, unit = windows[pair][index], windows[pair][0].duration
+            # A window in which nothing is likely adds nothing.
+            likely = scores > -np.inf
+            start, scale = np.float32(window.start / unit), np.float32(window.duration / unit)
+            parts = self._parts.setdefault(pair, {})
+            parts[index] = spans[likely] * scale + start, scores[likely]
+            if len(parts) == len(windows[pair]):
+                complete.append(pair)
+        return complete, _concatenate([self._parts.pop(pair) for pair in complete])
+
+
+def _concatenate(parts: Sequence[Mapping[int, tuple[np.ndarray, np.ndarray]]]) -> Proposals:
+    """Return the proposals of each pair, those of its windows in time order, padded to one number by scores of -inf."""
+    rows = [[np.concatenate(arrays) for arrays in zip(*(row[index] for index in sorted(row)))] for row in parts]
+    most = max((len(scores) for _, scores in rows), default=0)
+    merged = Proposals(np.zeros((len(rows), most, 2), np.float32), np.full((len(rows), most), -np.inf, np.float32))
+    for index, (spans, scores) in enumerate(rows):
+        merged.spans[index, : len(spans)] = spans
+        merged.scores[index, : len(scores)] = scores
+    return merged

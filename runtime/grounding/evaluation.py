@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.backends.network import Encoding
 from runtime.core.batch import Batch, Heads, batches
 from runtime.core.decoding import (
     PUBLISHED_COUNT,
@@ -58,7 +58,7 @@ def evaluate(
     *,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
-    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
+    segments_of: Callable[[str], Encoding] | None = None,
     on_progress: Callable[[int], Any] = lambda queries: None,
     warn: bool = True,
 ) -> Evaluation:
@@ -98,7 +98,7 @@ def cause_of(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
+    segments_of: Callable[[str], Encoding] | None = None,
 ) -> GroundingError:
     """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
@@ -148,7 +148,7 @@ def run_heads(
     data_set: DataSet,
     annotations: Sequence[Annotation],
     batch_size: int = BATCH_SIZE,
-    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
+    segments_of: Callable[[str], Encoding] | None = None,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
     for chunk in chunks(grounder, data_set, annotations, segments_of):
@@ -168,22 +168,20 @@ class Chunk:
 
     rows: np.ndarray
     queries: list[np.ndarray]
-    segments: Sequence[Segments | EncodedVideo]
+    segments: Sequence[Encoding]
     names: list[str]
     durations: list[float]
 
 
 def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield the positions and heads of each batch of a chunk. A model that was split encodes each video once."""
-    videos: Sequence[Segments | EncodedVideo] = chunk.segments
-    if grounder.is_pair:
-        encoded = dict(zip(chunk.names, chunk.segments))
-        for name, duration in dict(zip(chunk.names, chunk.durations)).items():
-            segments = encoded[name]
-            if isinstance(segments, Segments):
-                encoded[name] = grounder.encode_segments(segments, duration, name)
-        videos = [encoded[name] for name in chunk.names]
-    for indices, heads in grounder.run(chunk.queries, videos, batch_size):
+    encoded: dict[str, Encoding] = {}
+    for name, segments, duration in zip(chunk.names, chunk.segments, chunk.durations):
+        if name not in encoded and isinstance(segments, Segments):
+            encoded[name] = grounder.network.encode(segments, duration, name)
+        elif name not in encoded:
+            encoded[name] = segments
+    for indices, heads in grounder.run(chunk.queries, [encoded[name] for name in chunk.names], batch_size):
         yield chunk.rows[indices], heads
 
 
@@ -191,7 +189,7 @@ def chunks(
     grounder: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    segments_of: Callable[[str], Segments | EncodedVideo] | None = None,
+    segments_of: Callable[[str], Encoding] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
     queries = encode_queries(grounder, annotations)
@@ -199,7 +197,7 @@ def chunks(
         names = [annotations[i].video for i in rows]
         if segments_of is None:
             known = {name: grounder.segments(data_set.video(name)) for name in set(names)}
-            segments: list[Segments | EncodedVideo] = [known[name] for name in names]
+            segments: list[Encoding] = [known[name] for name in names]
         else:
             segments = [segments_of(name) for name in names]
         durations = [data_set.durations[name] for name in names]

@@ -1,4 +1,4 @@
-"""Ask videos when something happens."""
+"""Ground queries in videos: from features and sentences to moments in seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.backends import is_address, open_backend
-from runtime.backends.base import Backend, Device, PairBackend, QueryServer
-from runtime.core.batch import Batch, Heads, batches, batches_by_length, collate, pad_queries
-from runtime.core.decoding import NON_FINITE, decode, score_proposals
+from runtime.backends.base import Backend, Device, QueryServer
+from runtime.backends.network import Encoding, network_of
+from runtime.core.batch import Heads, batches_by_length, pad_queries
+from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import (
     FeatureError,
     GroundingError,
@@ -26,34 +27,36 @@ from runtime.core.errors import (
     ShapeError,
     check_argument,
     excerpt,
-    printable_line,
 )
-from runtime.core.moments import Moment, to_moments
+from runtime.core.moments import Moment
 from runtime.core.nvtx_ranges import marked
 from runtime.core.prefetch import prefetch
-from runtime.core.sliding_windows import Window, WindowProposals, Windows, split_into_windows
+from runtime.core.sliding_windows import Window, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
+from runtime.grounding.moment_decoder import MomentDecoder
 from runtime.grounding.requests import VideoInput, _kind, check_query, check_request, check_video
-from runtime.grounding.scheduling import EncodingCache, retry_in_halves
+from runtime.grounding.scheduling import EncodingCache, WindowGroup, distinct, retry_in_halves
 
 log = logging.getLogger("drn")
 
 BATCH_SIZE = 32
-# Encodings kept for videos that are asked again: 0.5 MB each at full size.
+# Encodings of videos that may be queried again: 0.5 MB each at full size.
 MAX_CACHED_ENCODINGS = 32
 
 
 class Grounder:
-    """A model with what it needs: sentences and videos in, moments in seconds out.
+    """Ground queries in videos with one model.
 
-    A model that was split encodes a video once: `encode` it, or pass the same `Video` again.
-
-    A video longer than any of the training videos is grounded in overlapping windows whose answers are merged, if the
-    model has windows.
+    Every video is a list of windows. A video longer than any of the training videos is split into overlapping ones if
+    the model has windows; any other is one window. A model that was split encodes each window once: call `encode`, or
+    pass the same `Video` again.
 
     Attributes:
-        windows: how long videos are cut: the model's own. May be set to others, or to None: every video is then
-            grounded whole, as the published code does.
+        backend: runs the network.
+        network: encodes windows with the backend and runs queries on them.
+        manifest: of the model.
+        windows: how long videos are split; those of the model at first. With None every video is one window, as in the
+            published code.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -64,8 +67,9 @@ class Grounder:
         self.backend = backend
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
+        self.network = network_of(backend)
         self._encodings = EncodingCache(MAX_CACHED_ENCODINGS)
-        # A server that answers whole queries; None where they are answered here.
+        # Set if a server grounds the queries.
         self._server: QueryServer | None = None
 
     @classmethod
@@ -88,13 +92,13 @@ class Grounder:
     def ground(self, video: VideoInput, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:
         """Return the moments of `video` that fit `query`, best first, at most `top_k`.
 
-        None are returned only by a model that carries a threshold for it (`Presence`), where the best scores below it;
-        with `presence` False it answers always.
+        A model with a threshold (`Presence`) returns no moments if the best one scores below it, unless `presence` is
+        False.
 
         Raises:
             QueryError: the query is empty, too long, or made of unknown words only.
             FeatureError: the features are not of the width that the model takes, or another model encoded them.
-            ModelFileError: the video is encoded and the model is whole.
+            ModelFileError: the video is encoded and the model was not split.
         """
         return self.ground_batch([(video, query)], top_k, presence=presence)[0]
 
@@ -117,45 +121,67 @@ class Grounder:
         if self._server is not None and all(isinstance(video, Video) for video, _ in pairs):
             return self._ground_on_server(cast("Sequence[tuple[Video, str]]", pairs), top_k, presence)
         if len(pairs) == 1 and not self.cut(pairs[0][0]):
-            return [self._ground_one(*pairs[0], top_k, presence)]
+            return self._ground_one(*pairs[0], top_k, presence)
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
         videos = {id(video): video for video, _ in pairs}
         cuts = {key: self.cut(video) for key, video in videos.items()}
-        seen = {key: self._seen(video) for key, video in videos.items() if not cuts[key]}
-        decoding, threshold = self.manifest.decoding, self._threshold(presence)
-        answers: list[list[Moment]] = [[] for _ in pairs]
-        whole = [index for index, (video, _) in enumerate(pairs) if id(video) in seen]
-        requested = [tokens[pairs[index][1]] for index in whole], [seen[id(pairs[index][0])] for index in whole]
-        for indices, heads in self.run(*requested, batch_size):
-            try:
-                picks = self._picks(heads, top_k, threshold)
-            except ModelFileError as error:
-                raise self.cause_of(error, [(pairs[whole[i]][0], requested[0][i]) for i in indices]) from error
-            for index, rows in zip(indices, picks):
-                answers[whole[index]] = moments_of(rows, pairs[whole[index]][0])
-        for key in videos.keys() - seen.keys():
-            chosen = [index for index, (video, _) in enumerate(pairs) if id(video) == key]
-            result = self._ask_windows(
-                videos[key], cuts[key], [tokens[pairs[index][1]] for index in chosen], batch_size
-            )
-            for index, picks in zip(chosen, result.picks(decoding, top_k)):
-                moments = to_moments(picks, result.unit, videos[key].offset)
-                if threshold is not None and not (moments and moments[0].score >= threshold):
-                    continue
-                # As published: where nothing is likely, the whole video with score 1.
-                offset = videos[key].offset
-                answers[index] = moments or [Moment(offset, offset + videos[key].duration, 1.0)]
-        return answers
+        windows = [cuts[id(video)] for video, _ in pairs]
+        decoder = MomentDecoder([video for video, _ in pairs], windows, self.manifest, top_k, presence=presence)
+        for group in self._groups(pairs, windows, batch_size):
+            queries = [tokens[pairs[pair][1]] for pair in group.pairs]
+            for rows, heads in self.run(queries, group.encodings, batch_size):
+                indices = [group.pairs[row] for row in rows]
+                try:
+                    decoder.add(indices, [group.windows[row] for row in rows], heads)
+                except ModelFileError as error:
+                    raise self.cause_of(error, [(pairs[i][0], tokens[pairs[i][1]]) for i in indices]) from error
+        return decoder.moments
 
-    def _ground_one(self, video: VideoInput, query: str, top_k: int, presence: bool) -> list[Moment]:
-        """Return the moments of one pair, without what puts many together: a GPU answers faster than that takes."""
-        tokens, seen = self.encode_query(query), self._seen(video)
-        heads = self._run_one(tokens, seen)
+    def _ground_one(self, video: VideoInput, query: str, top_k: int, presence: bool) -> list[list[Moment]]:
+        """Return what `ground_batch` does for one query about a video of one window.
+
+        Forming groups and batches would take 45 of 211 us (benchmarks.host, AMD EPYC, 2 cores shared with other work,
+        Python 3.11.7, 2026-11-30).
+        """
+        tokens, encoding = self.encode_query(query), self._encoding(video)
+        lengths, index = np.array([len(tokens)], np.int32), np.zeros(1, np.int32)
+        heads = self._run_rows(tokens[None], lengths, [encoding], index, slice(1))
+        decoder = MomentDecoder([video], [()], self.manifest, top_k, presence=presence)
         try:
-            picks = self._picks(heads, top_k, self._threshold(presence))
+            decoder.add([0], [0], heads)
         except ModelFileError as error:
             raise self.cause_of(error, [(video, tokens)]) from error
-        return moments_of(picks[0], video)
+        return decoder.moments
+
+    def _groups(
+        self, pairs: Sequence[tuple[VideoInput, str]], windows: Sequence[Sequence[Window]], batch_size: int
+    ) -> Iterator[WindowGroup]:
+        """Yield the windows of all pairs, as many as are in memory together.
+
+        Videos of one window, whose encodings are cached, form one group. Of a longer video as many windows as fill a
+        batch are encoded at a time, at least one.
+
+        Args:
+            pairs: N videos and queries.
+            windows: of the video of each pair; empty if it is one window.
+            batch_size: queries that go through the network together.
+        """
+        single = [pair for pair, cut in enumerate(windows) if not cut]
+        videos = {id(pairs[pair][0]): pairs[pair][0] for pair in single}
+        encoded = {key: self._encoding(video) for key, video in videos.items()}
+        yield WindowGroup(single, [0] * len(single), [encoded[id(pairs[pair][0])] for pair in single])
+        pairs_of_video: dict[int, list[int]] = {}
+        for pair, cut in enumerate(windows):
+            if cut:
+                pairs_of_video.setdefault(id(pairs[pair][0]), []).append(pair)
+        for several in pairs_of_video.values():
+            encodings = enumerate(self._encode_windows(pairs[several[0]][0], windows[several[0]]))
+            while part := list(itertools.islice(encodings, max(1, batch_size // len(several)))):
+                yield WindowGroup(
+                    several * len(part),
+                    [index for index, _ in part for _ in several],
+                    [encoding for _, encoding in part for _ in several],
+                )
 
     def _ground_on_server(self, pairs: Sequence[tuple[Video, str]], top_k: int, presence: bool) -> list[list[Moment]]:
         """Return the moments of each pair, with one request for each video.
@@ -180,29 +206,8 @@ class Grounder:
                 answers[index] = moments
         return answers
 
-    @marked("network")
-    def _run_one(self, tokens: np.ndarray, seen: Segments | EncodedVideo) -> Heads:
-        if self.is_pair:
-            length = np.array([len(tokens)], np.int32)
-            return self._pair.ask(tokens[None], length, [cast(EncodedVideo, seen)], np.zeros(1, np.int32))
-        return self.backend.run(collate([tokens], [cast(Segments, seen)]))
-
-    def _threshold(self, presence: bool) -> float | None:
-        """Return the score below which a video has no moment; None if it is answered always."""
-        return self.manifest.presence.threshold if presence and self.manifest.presence else None
-
-    @marked("decode")
-    def _picks(self, heads: Heads, top_k: int, threshold: float | None) -> np.ndarray:
-        """Return the best `top_k` of each query, (B, K, 3), NaN after the last; nothing where all are too unlikely."""
-        decoding = self.manifest.decoding
-        picks = decode(heads, decoding, min(top_k, decoding.num_locations))
-        if threshold is not None:
-            # The whole video with score 1, which is returned where nothing is likely, is no answer.
-            picks[score_proposals(heads, decoding).scores.max(axis=1) < threshold] = np.nan
-        return picks
-
     def cut(self, video: VideoInput) -> Sequence[Window]:
-        """Return the windows in which a video is grounded; none if it is grounded whole."""
+        """Return the windows into which a video is split, in time order; none if the entire video is one window."""
         check_video(video)
         if isinstance(video, EncodedWindows):
             return video.windows
@@ -211,86 +216,70 @@ class Grounder:
         clock = self.manifest.features.clock
         return split_into_windows(len(video.features), video.num_frames, video.duration, self.windows, clock)
 
-    def _ask_windows(
-        self, video: VideoInput, windows: Sequence[Window], queries: Sequence[np.ndarray], batch_size: int
-    ) -> WindowProposals:
-        """Ask every window every query. No more windows are held at a time than fit into a batch, at least one."""
-        result = WindowProposals(len(queries), windows)
-        seen = self._seen_windows(video, windows)
-        together = max(1, batch_size // len(queries))
-        for start in range(0, len(windows), together):
-            part = list(itertools.islice(seen, together))
-            requested = [(query, window) for window in range(len(part)) for query in range(len(queries))]
-            subjects = [part[window] for _, window in requested]
-            for rows, heads in self.run([queries[query] for query, _ in requested], subjects, batch_size):
-                try:
-                    proposals = score_proposals(heads, self.manifest.decoding)
-                except ModelFileError as error:
-                    raise self.cause_of(error, [(video, queries[0])]) from error
-                for row, spans, scores in zip(rows, proposals.spans, proposals.scores):
-                    query, window = requested[row]
-                    result.add(query, start + window, spans, scores)
-        return result
+    def _encode_windows(self, video: VideoInput, windows: Sequence[Window]) -> Iterator[Encoding]:
+        """Yield the encodings of the windows of a video, each computed when it is taken."""
+        if isinstance(video, Video):
+            self.check_fits(video)
+            features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
+            for window in windows:
+                clips = video.features[window.first : window.last + 1]
+                segments = pool_segments(clips, window.num_frames, num_segments, features.pooling, features.clock)
+                yield self.network.encode(segments, window.duration, video.name)
+        else:
+            self._check_encodings(video)
+            yield from cast(EncodedWindows, video).parts
 
-    def _seen_windows(self, video: VideoInput, windows: Sequence[Window]) -> Iterator[Segments | EncodedVideo]:
-        """Yield the windows of a video as the backend takes them, each made when it is asked for."""
+    def _encoding(self, video: VideoInput) -> Encoding:
+        """Return the encoding of a video that is one window."""
         if not isinstance(video, Video):
-            yield from cast(EncodedWindows, self._checked(video)).parts
-            return
-        self.check_fits(video)
-        features, num_segments = self.manifest.features, self.manifest.decoding.num_segments
-        for window in windows:
-            clips = video.features[window.first : window.last + 1]
-            segments = pool_segments(clips, window.num_frames, num_segments, features.pooling, features.clock)
-            yield self.encode_segments(segments, window.duration, video.name) if self.is_pair else segments
+            self._check_encodings(video)
+            return cast(EncodedVideo, video)
+        encoding = self._encodings.get(video)
+        if encoding is None:
+            encoding = self.network.encode(self.segments(video), video.duration, video.name, video.offset)
+            self._encodings.put(video, encoding)
+        return encoding
 
     def run(
         self,
         queries: Sequence[np.ndarray],
-        videos: Sequence[Segments | EncodedVideo],
+        videos: Sequence[Encoding],
         batch_size: int = BATCH_SIZE,
     ) -> Iterator[tuple[np.ndarray, Heads]]:
-        """Yield for each batch the positions of its pairs and their heads.
+        """Run the network on queries, in batches of like query length.
 
-        `videos` are segments, or for a model that was split encodings; each is in a batch once. A batch that does
-        not fit the memory of its device is asked once more in halves.
+        A batch that does not fit the memory of its device is run once more in halves. On a GPU the next batch is put
+        together and run while the caller decodes this one.
 
-        On a GPU the next batch is put together and asked while the caller decodes this one.
+        Args:
+            queries: N times (L,) word ids.
+            videos: what each query is about: an encoding, or segments for a model that was not split. One that comes
+                several times is in a batch once.
+            batch_size: maximum number of queries in a batch.
+
+        Yields:
+            The positions of the queries of a batch, (B,), and their heads.
         """
-        answers = (
-            (chosen, retry_in_halves(ask, len(chosen))) for chosen, ask in self._batches(queries, videos, batch_size)
-        )
+        batches = self._batches(queries, videos, batch_size)
+        answers = ((rows, retry_in_halves(run_rows, len(rows))) for rows, run_rows in batches)
         # One batch alone would pay for a thread and gain nothing; on a CPU the network uses every core itself.
         overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
         yield from prefetch(answers) if overlaps else answers
 
     def _batches(
-        self, queries: Sequence[np.ndarray], videos: Sequence[Segments | EncodedVideo], batch_size: int
+        self, queries: Sequence[np.ndarray], videos: Sequence[Encoding], batch_size: int
     ) -> Iterator[tuple[np.ndarray, Callable[[slice], Heads]]]:
-        """Yield for each batch the positions of its pairs, and what answers a part of them."""
-        if not self.is_pair:
-            for chosen, batch in batches(queries, cast("Sequence[Segments]", videos), batch_size):
-                yield chosen, functools.partial(self._run_part, batch)
-            return
-        encoded = cast("Sequence[EncodedVideo]", videos)
+        """Yield for each batch the positions of its queries, and a function that runs a part of them."""
         for rows in batches_by_length(queries, batch_size):
-            distinct = {id(encoded[i]): encoded[i] for i in rows}
-            locations = {key: index for index, key in enumerate(distinct)}
-            video_index = np.array([locations[id(encoded[i])] for i in rows], np.int32)
-            requested = (*pad_queries([queries[i] for i in rows]), list(distinct.values()), video_index)
-            yield rows, functools.partial(self._ask_part, *requested)
+            tokens, lengths = pad_queries([queries[i] for i in rows])
+            encodings, index = distinct([videos[i] for i in rows])
+            yield rows, functools.partial(self._run_rows, tokens, lengths, encodings, index)
 
     @marked("network")
-    def _run_part(self, batch: Batch, part: slice) -> Heads:
-        if part == slice(0, len(batch)):
-            return self.backend.run(batch)
-        return self.backend.run(Batch(*(value[part] for value in vars(batch).values())))
-
-    @marked("network")
-    def _ask_part(
-        self, tokens: np.ndarray, lengths: np.ndarray, videos: list[EncodedVideo], index: np.ndarray, part: slice
+    def _run_rows(
+        self, tokens: np.ndarray, lengths: np.ndarray, encodings: Sequence[Encoding], index: np.ndarray, rows: slice
     ) -> Heads:
-        return self._pair.ask(tokens[part], lengths[part], videos, index[part])
+        return self.network.run(tokens[rows], lengths[rows], encodings, index[rows])
 
     def warm(
         self,
@@ -307,7 +296,7 @@ class Grounder:
         of the smallest batches stay. Of a split model the encoding of one video is run too.
 
         Args:
-            batches: numbers of queries that are asked together, each at least 1.
+            batches: numbers of queries in a batch, each at least 1.
             lengths: query lengths in tokens, each at least 1.
             progress: called with the number of shapes that are done and their total, before and after each.
 
@@ -347,13 +336,12 @@ class Grounder:
         """Run the network on a batch of queries of one length, all about one video of zeros."""
         segments, width = self.manifest.decoding.num_segments, self.manifest.features.dim
         zeros = Segments(np.zeros((segments, width), np.float32), np.zeros((segments, 2), np.float32))
-        seen = self.encode_segments(zeros, 1.0, "zeros") if self.is_pair else zeros
-        for _ in self.run([np.zeros(length, np.int32)] * batch, [seen] * batch, batch):
+        encoding = self.network.encode(zeros, 1.0, "zeros")
+        for _ in self.run([np.zeros(length, np.int32)] * batch, [encoding] * batch, batch):
             pass
 
     def encode(self, video: VideoInput, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
-        """Return what the model's video part makes of a video: `ground` takes it in the video's place, without
-        computing it again. A video that is grounded in windows is encoded window by window.
+        """Encode a video window by window; `ground` takes the encoding instead of the video.
 
         Args:
             video: a video; an encoding of this model is returned as it is.
@@ -361,30 +349,33 @@ class Grounder:
 
         Raises:
             FeatureError: the features are not of the width that the model takes.
-            ModelFileError: the model is whole.
+            ModelFileError: the model was not split.
         """
         check_video(video)
         if prepare:
             log.warning("prepare=True no longer has an effect. Leave it out.")
         if not isinstance(video, Video):
-            return self._checked(video)
+            self._check_encodings(video)
+            return video
         windows = self.cut(video)
         if not windows:
             return self.encode_segments(self.segments(video), video.duration, video.name, video.offset)
-        parts = cast("Iterator[EncodedVideo]", self._seen_windows(video, windows))
+        self._require_split()
+        parts = cast("Iterator[EncodedVideo]", self._encode_windows(video, windows))
         return EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name, video.offset)
 
-    @marked("encode video")
     def encode_segments(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> EncodedVideo:
         """Return the encoding of pooled segments; see `encode`."""
+        self._require_split()
+        return cast(EncodedVideo, self.network.encode(segments, duration, name, offset))
+
+    def _require_split(self) -> None:
         if not self.is_pair:
             raise ModelFileError(
                 "This model is whole and encodes no video by itself; export it with `python -m export.to_onnx --split` "
                 "and give the query part (.query.onnx).",
                 code="query_part_required",
             )
-        features = self._pair.encode(segments.features[None].astype(np.float32, copy=False))[0]
-        return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self._model, offset=offset)
 
     @marked("encode query")
     def encode_query(
@@ -412,23 +403,6 @@ class Grounder:
         features = self.manifest.features
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
 
-    @property
-    def _pair(self) -> PairBackend:
-        return cast(PairBackend, self.backend)
-
-    @property
-    def _model(self) -> str:
-        """SHA-256 of the video part."""
-        return next(iter(self.manifest.video_part.values()), "")
-
-    def _seen(self, video: VideoInput) -> Segments | EncodedVideo:
-        """Return a video as the backend takes it."""
-        if not isinstance(video, Video):
-            return cast(EncodedVideo, self._checked(video))
-        if not self.is_pair:
-            return self.segments(video)
-        return self._encodings.get(video) or self._encodings.put(video, cast(EncodedVideo, self.encode(video)))
-
     def cause_of(
         self, error: ModelFileError, pairs: Sequence[tuple[VideoInput | Segments, np.ndarray]]
     ) -> GroundingError:
@@ -436,7 +410,7 @@ class Grounder:
 
         Args:
             error: of decoding; others are returned as they are.
-            pairs: what was asked: videos, and (L,) word ids.
+            pairs: videos, and (L,) word ids of queries about them.
         """
         if error.code != NON_FINITE:
             return error
@@ -450,10 +424,10 @@ class Grounder:
         largest = max(float(np.abs(segments.features).max()) for segments in results.values())
         if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
             return error
-        zeros = [Segments(np.zeros_like(part.features), part.spans) for part in results.values()][:1]
-        seen = [self.encode_segments(part, 1.0, "zeros") if self.is_pair else part for part in zeros]
+        first = next(iter(results.values()))
+        zeros = self.network.encode(Segments(np.zeros_like(first.features), first.spans), 1.0, "zeros")
         for _, query in pairs:
-            for _, heads in self.run([query], seen):
+            for _, heads in self.run([query], [zeros]):
                 if not all(np.isfinite(values).all() for values in vars(heads).values()):
                     return error
         return FeatureError(
@@ -479,35 +453,7 @@ class Grounder:
                 code="feature_width_mismatch",
             )
 
-    def _checked(self, video: EncodedVideo | EncodedWindows) -> EncodedVideo | EncodedWindows:
-        """Return an encoding that this model can read, or say why it cannot."""
+    def _check_encodings(self, video: EncodedVideo | EncodedWindows) -> None:
+        """Raise FeatureError or ModelFileError unless this model can read the encodings of a video."""
         for part in video.parts if isinstance(video, EncodedWindows) else (video,):
-            self._check_encoding(part)
-        return video
-
-    def _check_encoding(self, video: EncodedVideo) -> None:
-        if not self.is_pair:
-            raise ModelFileError(
-                f"{video.name} is encoded and this model is whole, so it takes features; give the query part "
-                "(.query.onnx) of the model that encoded it.",
-                code="query_part_required",
-            )
-        if video.model != self._model:
-            raise FeatureError(
-                f"{video.name} was encoded by another model (video part "
-                f"{printable_line(video.model[:12]) or 'unknown'}, and {self._model[:12]} is wanted); encode it again "
-                "with this one.",
-                code="encoding_of_another_model",
-            )
-        expected = (self.manifest.features.dim, self.manifest.decoding.num_segments)
-        if video.features.shape != expected:
-            raise FeatureError(
-                f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {expected}; "
-                "encode it again with this one.",
-                code="shape_mismatch",
-            )
-
-
-def moments_of(picks: np.ndarray, video: VideoInput) -> list[Moment]:
-    """Return (K, 3) picks, NaN after the last, as moments of a video, in the time of players."""
-    return to_moments(picks, video.duration, video.offset)
+            self.network.check(part)

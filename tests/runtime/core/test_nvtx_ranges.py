@@ -43,7 +43,7 @@ video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
 for pairs in ([(video, "word1 word2")], [(video, "word1"), (video, "word2")]):
     grounder.ground_batch(pairs)
 seen = sys.modules["nvtx"].seen if "nvtx" in sys.modules else None
-print(json.dumps([seen, hasattr(Grounder._picks, "__wrapped__")]))
+print(json.dumps([seen, hasattr(Grounder._run_rows, "__wrapped__")]))
 """
 
 

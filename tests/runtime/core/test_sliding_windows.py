@@ -237,6 +237,8 @@ def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) 
     encoded = pair.encode(long_video(120))
     with raises(ModelFileError, "query_part_required", "long"):
         Grounder(planted_backend()).ground(encoded, "dog")
+    with raises(ModelFileError, "query_part_required"):
+        Grounder(Finder(planted_backend())).encode(long_video(120))
     with raises(FeatureError, "encoding_of_another_model", "long", "1" * 12, "2" * 12):
         Grounder(PlantedPair(Finder(planted_backend()), "2" * 64)).ground(encoded, "dog")
     with raises(FeatureError, "feature_width_mismatch", "long", "planted", 9, 8):

@@ -1,0 +1,77 @@
+"""Turn heads into moments: score, merge the windows of a video, suppress, convert to seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.artifacts.manifest import Manifest
+from runtime.core.batch import Heads
+from runtime.core.decoding import apply_nms, blocks, score_proposals
+from runtime.core.moments import Moment, to_moments
+from runtime.core.nvtx_ranges import marked
+from runtime.core.sliding_windows import Window, WindowProposals
+from runtime.grounding.requests import VideoInput
+
+
+class MomentDecoder:
+    """Decode the heads of N pairs of a video and a query, each as soon as those of all windows of its video are there.
+
+    Args:
+        videos: N.
+        windows: N times the windows of the video; empty if it is one window.
+        manifest: of the model.
+        top_k: maximum number of moments of each pair.
+        presence: whether a pair whose best score is below the model's threshold gets no moments.
+
+    Attributes:
+        moments: N lists, best first, in seconds of the video file.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[VideoInput],
+        windows: Sequence[Sequence[Window]],
+        manifest: Manifest,
+        top_k: int,
+        *,
+        presence: bool,
+    ) -> None:
+        self.moments: list[list[Moment]] = [[] for _ in videos]
+        self._videos, self._windows, self._top_k = videos, windows, top_k
+        self._decoding = manifest.decoding
+        # Scores are float32, and one that equals the threshold passes it.
+        self._threshold = float(np.float32(manifest.presence.threshold)) if presence and manifest.presence else None
+        self._proposals = WindowProposals(windows)
+
+    @marked("decode")
+    def add(self, pairs: Sequence[int], window_index: Sequence[int], heads: Heads) -> None:
+        """Decode a batch of B rows.
+
+        Args:
+            pairs: index of the pair of each row.
+            window_index: index of the window of each row in its video.
+            heads: of the rows.
+
+        Raises:
+            ModelFileError: a head is not finite; see `score_proposals`.
+        """
+        for rows, block in blocks(heads):
+            scored = score_proposals(block, self._decoding)
+            complete, proposals = self._proposals.add(pairs[rows], window_index[rows], scored)
+            count = min(self._top_k, proposals.scores.shape[1])
+            for pair, detections in zip(complete, apply_nms(proposals, self._decoding, count)):
+                self.moments[pair] = self._moments(pair, detections)
+
+    def _moments(self, pair: int, detections: np.ndarray) -> list[Moment]:
+        """Return the moments of (K, 3) detections, NaN after the last."""
+        video, windows = self._videos[pair], self._windows[pair]
+        moments = to_moments(detections, windows[0].duration if windows else video.duration, video.offset)
+        if self._threshold is not None:
+            return moments if moments and moments[0].score >= self._threshold else []
+        if not moments and self._top_k:
+            # As published: where nothing is likely, the entire video with score 1.
+            start = float(video.offset)
+            return [Moment(start, start + float(video.duration), 1.0)]
+        return moments

@@ -1,0 +1,107 @@
+"""Test `runtime.grounding.moment_decoder`: one rule of decoding for videos of one window and of several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.core.batch import Heads
+from runtime.core.decoding import BLOCK, decode
+from runtime.core.moments import Moment, to_moments
+from runtime.core.presence import Presence
+from runtime.core.sliding_windows import Window
+from runtime.grounding.moment_decoder import MomentDecoder
+from tests.runtime.grounding.test_grounder import QUARTER
+
+WINDOWS = tuple(Window(9 * i, 9 * i + 9, 100, 10.0 * i, 20.0) for i in range(5))
+
+
+def heads(rows: int, seed: int = 0) -> Heads:
+    generator = np.random.default_rng(seed)
+    return Heads(
+        generator.normal(-1, 2, (rows, 56)).astype(np.float32),
+        generator.uniform(0, 8, (rows, 56, 2)).astype(np.float32),
+        generator.normal(0, 2, (rows, 56)).astype(np.float32),
+    )
+
+
+def part(whole: Heads, rows: Sequence[int]) -> Heads:
+    return Heads(*(values[list(rows)] for values in vars(whole).values()))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, BLOCK + 5])
+def test_videos_of_one_window_are_decoded_as_published(planted_backend: Any, rows: int) -> None:
+    manifest, batch = planted_backend().manifest, heads(rows)
+    decoder = MomentDecoder([QUARTER] * rows, [()] * rows, manifest, 5, presence=True)
+    # Rows come in any order of the pairs.
+    order = np.random.default_rng(1).permutation(rows).tolist()
+    decoder.add(order, [0] * rows, batch)
+    expected = [to_moments(detections, QUARTER.duration) for detections in decode(batch, manifest.decoding, 5)]
+    assert [decoder.moments[pair] for pair in order] == expected
+
+
+@given(st.permutations(range(10)), st.integers(1, 10))
+def test_moments_do_not_depend_on_the_order_of_windows(planted_backend: Any, order: list[int], size: int) -> None:
+    manifest, batch = planted_backend().manifest, heads(10)
+    # Many proposals have equal scores, and NMS takes the first of them.
+    np.round(batch.matching_logits, out=batch.matching_logits)
+    batch.iou_logits[:] = 2
+
+    def decoded(rows: list[int], size: int) -> list[list[Moment]]:
+        decoder = MomentDecoder([QUARTER] * 2, [WINDOWS] * 2, manifest, 5, presence=True)
+        for start in range(0, 10, size):
+            chosen = rows[start : start + size]
+            # A pair has moments once all its windows are there, and not before.
+            assert all(bool(moments) == (set(range(5 * i, 5 * i + 5)) <= set(rows[:start]))
+                       for i, moments in enumerate(decoder.moments))  # fmt: skip
+            decoder.add([row // 5 for row in chosen], [row % 5 for row in chosen], part(batch, chosen))
+        return decoder.moments
+
+    assert decoded(order, size) == decoded(list(range(10)), 10)
+
+
+@pytest.mark.parametrize("windows", [(), WINDOWS[:1], WINDOWS])
+@pytest.mark.parametrize("top_k", [0, 1, 5])
+def test_unlikely_query_gets_entire_video_unless_presence_is_known(
+    planted_backend: Any, windows: Sequence[Window], top_k: int
+) -> None:
+    manifest = planted_backend().manifest
+    video = dataclasses.replace(QUARTER, offset=4.0)
+    rows = max(1, len(windows))
+    nothing = Heads(np.full((rows, 56), -9, np.float32), np.ones((rows, 56, 2), np.float32), np.zeros((rows, 56)))
+
+    def decoded(manifest: Any, presence: bool) -> list[Moment]:
+        decoder = MomentDecoder([video], [windows], manifest, top_k, presence=presence)
+        decoder.add([0] * rows, list(range(rows)), nothing)
+        return decoder.moments[0]
+
+    entire = [Moment(4.0, 64.0, 1.0)][:top_k]
+    assert decoded(manifest, True) == entire
+    aware = dataclasses.replace(manifest, presence=Presence(0.3, 0.9, 0.9, 9, 9))
+    assert decoded(aware, True) == []
+    assert decoded(aware, False) == entire
+
+
+@pytest.mark.parametrize("windows", [(), WINDOWS])
+def test_score_equal_to_threshold_passes_in_float32(planted_backend: Any, windows: Sequence[Window]) -> None:
+    manifest = planted_backend().manifest
+    rows, batch = max(1, len(windows)), heads(5)
+
+    def best(threshold: float | None) -> list[Moment]:
+        presence = None if threshold is None else Presence(threshold, 0.9, 0.9, 9, 9)
+        decoder = MomentDecoder(
+            [QUARTER], [windows], dataclasses.replace(manifest, presence=presence), 1, presence=True
+        )
+        decoder.add([0] * rows, list(range(rows)), part(batch, range(rows)))
+        return decoder.moments[0]
+
+    (moment,) = best(None)
+    # The decimal of a float32 lies beside it as a double.
+    assert best(moment.score + 1e-12) == [moment]
+    assert best(moment.score + 1e-3) == []
