@@ -1,4 +1,4 @@
-"""What a narrowed graph costs, in task units: recall and seconds, on training videos held out from calibration."""
+"""Measure the accuracy of quantized graphs: recall and boundary shift on held-out training videos."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyDelta:
-    """What one graph loses against the FP32 graph on the same N queries; drops in points (percent), gains negative.
+    """The loss of one graph compared with the FP32 graph on the same N queries; drops in points (percent), gains
+    negative.
 
     Attributes:
         drop_50, drop_70: of R@1 at IoU 0.5 and 0.7.
@@ -59,7 +60,7 @@ class AccuracyDelta:
 
     @property
     def worst_drop(self) -> float:
-        """What a budget is compared with: the larger drop of R@1 IoU=0.7 and mIoU."""
+        """Return the value to compare with a budget: the larger drop of R@1 IoU=0.7 and mIoU."""
         return max(self.drop_70, self.drop_miou)
 
     def to_dict(self) -> dict[str, Any]:

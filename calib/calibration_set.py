@@ -1,4 +1,4 @@
-"""Which sentences a network is calibrated on: training videos only, spread over what sentences and videos are like."""
+"""Select the queries to calibrate on: training videos only, stratified by properties of sentences and videos."""
 
 from __future__ import annotations
 

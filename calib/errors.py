@@ -1,4 +1,4 @@
-"""What can go wrong while numbers are narrowed."""
+"""Define the errors of calibration and quantization."""
 
 from __future__ import annotations
 

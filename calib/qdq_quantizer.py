@@ -37,7 +37,7 @@ FP8_OPSET = 19
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPolicy:
-    """What becomes INT8.
+    """The layers to quantize to INT8.
 
     Names are modules of the graph and mean all below them: `fpn` is every convolution of the pyramid. The defaults
     take 95 % of the multiply-adds. What is in neither list stays as it is: the LSTM and the attention, whose errors add

@@ -24,7 +24,7 @@ _AGAIN = "search again with `python -m calib.restore`."
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """What `calib.restore` found.
+    """The modules to keep in higher precision, as measured by `calib.restore`.
 
     Attributes:
         keep: modules that are not narrowed.

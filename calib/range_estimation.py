@@ -1,4 +1,4 @@
-"""How far the numbers of each tensor reach, by four methods, from one pass over the calibration set."""
+"""Estimate the value range of each tensor by four methods, in one pass over the calibration set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = 127
 
 @dataclasses.dataclass(frozen=True)
 class ValueRange:
-    """What quantisation must represent of a tensor; what lies outside is clipped."""
+    """The range of a tensor to quantize; values outside are clipped."""
 
     low: float
     high: float

@@ -145,7 +145,7 @@ class ServeOptions:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the service."""
+        """Return whether the service is reachable from this machine only."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     def validate(self) -> None:

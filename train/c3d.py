@@ -105,7 +105,7 @@ class C3D(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class C3DCheckpoint:
-    """What a `c3d.pt` holds: the weights, for frames in RGB, and the mean that is taken off them first."""
+    """The content of a `c3d.pt`: the weights, for RGB frames, and the mean to subtract from the frames."""
 
     config: C3DConfig
     mean: tuple[float, float, float]
@@ -176,7 +176,7 @@ def _number(value: Any) -> float:
 
 
 def is_c3d_file(path: Path) -> bool:
-    """Whether a torch file says that it is a `c3d.pt`; no tensor is read. False for files that cannot be opened."""
+    """Return whether a torch file is a `c3d.pt`, without reading tensors; False for files that cannot be opened."""
     try:
         torch_reader.check(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

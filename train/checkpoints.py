@@ -48,7 +48,7 @@ BLOCK_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a `drn.pt` holds.
+    """The content of a `drn.pt`.
 
     Attributes:
         config: the shape of the network.

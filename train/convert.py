@@ -276,7 +276,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
         return Counter(length for length in lengths if length > 0).most_common(1)[0][0] if lengths else default
 
     def count(pattern: str) -> int:
-        """How many of a numbered series of tensors there are, from 0 on without a gap, and at least one."""
+        """Return the number of tensors in a series numbered from 0 without gaps; at least one."""
         number = 0
         while pattern.format(number) in weights:
             number += 1

@@ -37,7 +37,7 @@ NO_SENSE, NO_WORD, NO_FEATURES = (
 
 @dataclasses.dataclass(frozen=True)
 class FilteredSplit:
-    """What is left of one split.
+    """The rows of one split after filtering.
 
     Attributes:
         annotations: the sentences, with the moments that make sense.

@@ -26,7 +26,7 @@ MIN_SHARES = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionStats:
-    """How much of a graph is computed in which data type, for one query of `query_length` tokens.
+    """The share of a graph's computation by data type, for one query of `query_length` tokens.
 
     Attributes:
         macs: DRN module -> data type -> multiply-adds.

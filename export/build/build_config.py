@@ -1,4 +1,4 @@
-"""What one build is to do: its files, its target, and what can be known to be wrong before any work."""
+"""Define the configuration of one build: its files and target, and the errors that are known before any work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class BuildConfig:
 
     @property
     def output(self) -> Path:
-        """What runs: of a pair its query part."""
+        """Return the file to run: for a split model the query part."""
         if self.given_output:
             return self.given_output
         suffix = "onnx" if self.target == "onnxruntime" else "engine"
@@ -224,7 +224,7 @@ class BuildConfig:
 
     @property
     def is_exported(self) -> bool:
-        """Whether the FP32 graph beside a checkpoint was exported from that very file."""
+        """Return whether the FP32 graph next to a checkpoint was exported from that file."""
         for read in (read_source, read_extractor):
             with contextlib.suppress(GroundingError):
                 return sha256(self.checkpoint) in read(self.source)[1].sources.values()

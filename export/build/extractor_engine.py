@@ -46,7 +46,7 @@ FEATURES = "features"
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTolerance:
-    """How near features are to those of FP32, over every clip of `synthetic_clips`.
+    """The tolerance of features compared with FP32, over every clip of `synthetic_clips`.
 
     Attributes:
         cosine: least, of the two vectors of a clip.

@@ -1,4 +1,4 @@
-"""Does what was built answer as the FP32 graph? Twins are judged on the CPU, engines where a GPU runs them."""
+"""Check the accuracy of built models against the FP32 graph: converted graphs on the CPU, engines on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class ParityChecker:
-    """What a twin and an engine are held against: the FP32 graph's answers to a split.
+    """Compares converted graphs and engines with the FP32 graph on the queries of a split.
 
     Attributes:
         job: the build, where it is written until it is proven.

@@ -52,7 +52,7 @@ BOUNDARY_P99 = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class ConversionOptions:
-    """How a twin is to be made.
+    """The options of a conversion to another precision.
 
     Attributes:
         keep: DRN modules that stay in higher precision.

@@ -37,7 +37,7 @@ SUPPORTED_MAJORS = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What an engine build is to do. The defaults are TensorRT's own.
+    """The options of an engine build. The defaults are those of TensorRT.
 
     Attributes:
         target: which library builds.

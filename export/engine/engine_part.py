@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EnginePart:
-    """What one engine is built of: the whole model, or one of the two parts that it was cut in.
+    """The source of one engine: the full model, or one of the two parts of a split model.
 
     Attributes:
         graph: in the precision requested.

@@ -38,7 +38,7 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass
 class BuildState:
-    """What the plans of one build share, so that none measures again what another has measured.
+    """The state that the engines of one build share, so that kernels are timed once.
 
     Attributes:
         timing_cache: measured kernel times, in TensorRT's own format; None before the first plan.

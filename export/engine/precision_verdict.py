@@ -39,7 +39,7 @@ _LARGEST_PLAN = {"fp32": 1.6, "fp16": 0.8, "bf16": 0.8, "int8": 0.6, "fp8": 0.6}
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether an engine has a precision.
+    """The verdict on the precision of an engine.
 
     Attributes:
         name: of `runtime.artifacts.engine_layers.VERDICTS`.
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """What an engine is held to.
+    """The precision that an engine must have.
 
     Attributes:
         precision: in its name.

@@ -1,4 +1,4 @@
-"""Where do two ONNX models part? Every tensor that both compute, compared and told by DRN module.
+"""Compare every tensor that two ONNX models share, and name the first DRN module that differs.
 
 Polygraphy's runners and comparator do the work: the same that compare TensorRT engines, should one need a closer look.
 """
@@ -28,7 +28,7 @@ by its whole range."""
 
 @dataclasses.dataclass(frozen=True)
 class TensorDeviation:
-    """How far one tensor is off.
+    """The deviation of one tensor.
 
     Attributes:
         tensor: its name, in both models.
@@ -53,7 +53,7 @@ class ModuleDeviation:
 
 @dataclasses.dataclass(frozen=True)
 class LayerComparison:
-    """What was found, modules in the order in which the reference computes them.
+    """The result of comparing all tensors, by module in the order of the reference's computation.
 
     Attributes:
         modules: by DRN module.

@@ -15,7 +15,7 @@ from runtime.core.cpu_info import cpu
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """What the answers of two models to the queries of a split come to.
+    """The comparison of two models on the queries of a split, with its verdict.
 
     Attributes:
         parity: what was found between the two.

@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class OutputDeviation:
-    """How far one output of the network is off, over all queries and locations.
+    """The deviation of one output of the network, over all queries and locations.
 
     Attributes:
         max, p99: absolute error, in the unit of the output.
@@ -40,7 +40,7 @@ class OutputDeviation:
 
 @dataclasses.dataclass(frozen=True)
 class BoundaryShift:
-    """How far starts and ends move, in seconds."""
+    """The shift of starts and ends, in seconds."""
 
     p50: float
     p99: float
@@ -116,7 +116,7 @@ class Disagreement:
 
 @dataclasses.dataclass(frozen=True)
 class ParityResult:
-    """What was found between two models on N queries.
+    """The results of comparing two models on N queries.
 
     Attributes:
         queries: N.
@@ -239,7 +239,7 @@ def format_points(fraction: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PlanCheck:
-    """How one plan of an engine answers.
+    """The accuracy of one of an engine's plans.
 
     Attributes:
         name: file name of the plan.

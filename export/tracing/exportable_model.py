@@ -31,7 +31,7 @@ MASKED_LOGIT = -1e4
 
 
 class ExportableDRN(nn.Module):
-    """What is exported. Copies what it needs from `model`, which stays as it is.
+    """The module to export. It copies what it needs from `model`, which is not changed.
 
     Integer inputs are int32. T is fixed at `model.config.num_segments`; B and L are free.
     """
@@ -229,7 +229,7 @@ class ExportableLSTM(nn.Module):
 
 
 class SpanProjection(ExportableConv):
-    """What the spans, (B, T, 2), add to the first convolution of the backbone: (B, 256, 1, T)."""
+    """The contribution of the spans, (B, T, 2), to the first convolution of the backbone: (B, 256, 1, T)."""
 
     def __init__(self, model: DRN) -> None:
         conv, norm, _ = model.backbone_net.layers[0]

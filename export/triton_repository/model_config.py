@@ -1,4 +1,4 @@
-"""What Triton is told of each model that it serves, as values that tests read without Triton.
+"""Build the Triton configuration of each model, as values that tests read without Triton.
 
 Fields are those of `ModelConfig` in model_config.proto of triton-inference-server/common.
 """
@@ -41,7 +41,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
-    """How a model is to be served.
+    """The options of serving a model.
 
     Attributes:
         name: of the front; networks are called after it.

@@ -30,7 +30,8 @@ Read = TypeVar("Read")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
-    """What a model's video part makes of a video; `Grounder.encode` returns one, `Grounder.ground` takes it.
+    """The encoding of a video by the video part of a split model; `Grounder.encode` returns it, `Grounder.ground` takes
+    it.
 
     Attributes:
         features: (D, T), as the query part takes them: float32, or float16 in half precision.
@@ -98,7 +99,7 @@ class EncodedVideo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedWindows:
-    """What a model's video part makes of a long video, window by window: at full size 0.5 MB for each.
+    """The encodings of the windows of a long video; at full size 0.5 MB per window.
 
     Attributes:
         parts: an encoding for each window.

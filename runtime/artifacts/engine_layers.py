@@ -32,7 +32,7 @@ VERDICTS = (PROVEN, NOT_PROVEN, CONTRADICTED)
 
 @dataclasses.dataclass(frozen=True)
 class ProfileView:
-    """What the inspector wrote with a context bound to one optimization profile at its opt shapes.
+    """The inspector's report of one optimization profile, with a context bound at its opt shapes.
 
     Attributes:
         name: of the profile.

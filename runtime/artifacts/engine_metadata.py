@@ -23,7 +23,7 @@ class ModelMetadata(Protocol):
 
     @property
     def part(self) -> str:
-        """Which inputs and outputs it has: a key of `runtime.backends.batch_shapes.AXES`."""
+        """Return the kind of inputs and outputs: a key of `runtime.backends.batch_shapes.AXES`."""
 
     @property
     def precision(self) -> str:
@@ -31,7 +31,7 @@ class ModelMetadata(Protocol):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """What it was made of: name to SHA-256."""
+        """Return the files that the model was built from: name to SHA-256."""
 
 
 class EngineMetadata(Protocol):
@@ -48,7 +48,7 @@ class EngineMetadata(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What a plan's sidecar says.
+    """The content of a TensorRT engine's metadata file.
 
     Attributes:
         manifest: of the model.

@@ -25,7 +25,7 @@ METADATA_KEY = "drn.extractor"
 
 @dataclasses.dataclass(frozen=True)
 class ExtractorManifest:
-    """What an extractor says of itself, under the metadata key "drn.extractor" or in NAME.onnx.json beside it.
+    """The manifest of an extractor: metadata key "drn.extractor", or NAME.onnx.json next to the file.
 
     Attributes:
         kind: its name, for people: C3D, CLIP.
@@ -82,7 +82,7 @@ class ExtractorManifest:
 
     @property
     def part(self) -> str:
-        """What goes into a plan of it; see `runtime.backends.batch_shapes.AXES`."""
+        """Return the kind of inputs of its engine; see `runtime.backends.batch_shapes.AXES`."""
         return "clips"
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class ExtractorManifest:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractorSidecar:
-    """What the sidecar of an extractor's plan says: its manifest, and everything else."""
+    """The content of an extractor engine's metadata file: the extractor's manifest and the data of the build."""
 
     manifest: ExtractorManifest
     content: Mapping[str, Any]
@@ -139,7 +139,7 @@ def no_model(path: Path) -> ModelFileError:
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCrop:
-    """How a frame becomes the network's picture: resized, then cut out of the middle.
+    """The preprocessing of a frame: resize, then center crop.
 
     Attributes:
         resize: height and width, whatever the shape of the frame; or one number, the shorter side.

@@ -1,4 +1,4 @@
-"""What a model file says of itself: all that grounding needs besides the weights."""
+"""Define the manifest of a model file: all that grounding needs besides the weights."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def check_model_path(path: Path) -> None:
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether this is the address of a model behind Triton, `triton://host:port/model`, and not a file."""
+    """Return whether a path is the address of a model served by Triton, `triton://host:port/model`, and not a file."""
     check_path(path, ModelFileError)
     return os.fspath(path).startswith(("triton:/", "triton+"))
 

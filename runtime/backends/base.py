@@ -25,7 +25,7 @@ class Backend(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """What the model says of itself."""
+        """Return the manifest of the model."""
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of every query of the batch, in its order."""

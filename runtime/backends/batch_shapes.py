@@ -185,7 +185,7 @@ def referenced_videos(video_index: np.ndarray, videos: int, most_videos: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class TensorSlice:
-    """Where a tensor lies in a buffer."""
+    """The position of a tensor in a buffer."""
 
     offset: int
     shape: Shape

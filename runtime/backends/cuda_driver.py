@@ -131,7 +131,7 @@ class Cuda:
 
     @property
     def usable(self) -> bool:
-        """Whether this is still the process that opened the GPU."""
+        """Return whether the current process is the one that opened the GPU."""
         return os.getpid() == self._process
 
     def memory(self) -> tuple[int, int]:

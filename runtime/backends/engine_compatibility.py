@@ -1,4 +1,6 @@
-"""May a plan run here, and what would build one that may: decided from its sidecar, before TensorRT sees it."""
+"""Decide from its metadata file whether an engine can run on this machine, and which command rebuilds it, before
+TensorRT loads it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _SHORT = re.compile(r"\.(?P<tokens>[0-9]{1,9})(?P<rest>(\.rejected)?\.engine)\Z"
 
 @dataclasses.dataclass(frozen=True)
 class HostInfo:
-    """What is here to run plans.
+    """The GPU, driver and libraries of this machine.
 
     Attributes:
         library: name and version of the library that would run the plan, as "tensorrt 10.16.0"; None without one.

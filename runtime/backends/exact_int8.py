@@ -74,7 +74,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What an ONNX file holds, without the numbers.
+    """The structure of an ONNX file, without the values of its tensors.
 
     Attributes:
         graph: start and end of the field of the graph, and start of its content.

@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What compiled kernels are valid for.
+    """The properties that compiled kernels are valid for.
 
     Attributes:
         plan: SHA-256 of the plan.

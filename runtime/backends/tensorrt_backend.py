@@ -222,7 +222,7 @@ class TensorRTExtractor(TensorRTModel):
 
 
 class _Grounding(TensorRTModel):
-    """What a whole model and a pair share.
+    """Run queries through the engines of a model; base of the whole and the split form.
 
     Args:
         manifest: of the model.

@@ -179,7 +179,7 @@ class TensorRTEngine:
         self._allocate_staging()
 
     def _half_bits(self) -> bool:
-        """Whether encoded features are bfloat16, which goes in and out as its bits."""
+        """Return whether encoded features are bfloat16, which is copied as 16-bit integers."""
         if ENCODED_FEATURES not in self._dtypes:
             return False
         return bool(self._dtypes[ENCODED_FEATURES].kind == "u")
@@ -300,7 +300,7 @@ class TensorRTEngine:
 
     @property
     def timed(self) -> bool:
-        """Whether `gpu_ms` is counted, by events around the network alone, without the copies."""
+        """Return whether `gpu_ms` is measured, by events around the network alone, without the copies."""
         return self._timed
 
     @timed.setter

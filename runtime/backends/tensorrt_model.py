@@ -20,7 +20,7 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What a model holds, in bytes.
+    """The memory that a model uses, in bytes.
 
     Attributes:
         plan: size of the plan, most of which are the weights.
@@ -38,7 +38,7 @@ class MemoryReport:
 
 @dataclasses.dataclass(frozen=True)
 class PlanUse:
-    """What one of the plans of a model has answered.
+    """The number of queries that one of a model's engines answered.
 
     Attributes:
         name: file name of the plan.
@@ -56,7 +56,7 @@ RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
 
 class TensorRTModel:
-    """What all engines share."""
+    """The engines of a model, their encoding cache and their lifetime."""
 
     def __init__(self, *networks: TensorRTEngine) -> None:
         self._networks = networks

@@ -33,7 +33,8 @@ class Call(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FrontConfig:
-    """What the front and its clients know of the networks. Written beside the front, and into its configuration.
+    """The properties of the networks that the front model and its clients need; stored next to the front model and in
+    its configuration.
 
     Attributes:
         manifest: of the model; its longest query is the longest that the network takes.

@@ -33,7 +33,7 @@ ADDRESS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a model is served.
+    """The address of a served model.
 
     Attributes:
         protocol: `grpc` or `http`.

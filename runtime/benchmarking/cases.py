@@ -40,7 +40,7 @@ class TimedCase:
 
 @dataclasses.dataclass(frozen=True)
 class CaseInputs:
-    """What the builders of cases read.
+    """The inputs from which benchmark cases are built.
 
     Attributes:
         models: in the order they were named.

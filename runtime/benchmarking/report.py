@@ -54,7 +54,7 @@ class BenchmarkCase:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long a case takes with a model.
+    """The latency of a case with one model.
 
     Attributes:
         case: what was measured.
@@ -74,7 +74,7 @@ class Timing:
 
     @property
     def settled(self) -> bool:
-        """Whether it was warm when its samples were taken."""
+        """Return whether the warm-up had converged before samples were taken."""
         return self.warm_up is None or self.warm_up.settled
 
     @property
@@ -90,7 +90,8 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Where the time of a call goes that answers `queries` at once, each about a video never seen before.
+    """The time of each phase of a call that answers `queries` at once, each about another video that was not encoded
+    before.
 
     Attributes:
         model: its label.
@@ -121,7 +122,7 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a model takes, in bytes; None where it is unknown.
+    """The memory of a model, in bytes; None if it is unknown.
 
     Attributes:
         files: of all its files.
@@ -167,7 +168,7 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far the best moments of a model are from those of the first.
+    """The deviation of a model's best moments from those of the first model.
 
     Attributes:
         model: its label.

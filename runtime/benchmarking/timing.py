@@ -50,7 +50,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """How long calls took, in milliseconds, outliers and all.
+    """The latencies of calls in milliseconds, outliers included.
 
     A percentile is None where there are too few samples for it to be another than the maximum.
     """
@@ -82,7 +82,7 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class WarmUp:
-    """What went before the samples.
+    """The calls before the samples.
 
     Attributes:
         calls: how many there were.
@@ -97,7 +97,7 @@ class WarmUp:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times faster than another: the median over rounds, and an interval for it."""
+    """The speed relative to another model: the median over rounds, with an interval."""
 
     median: float
     low: float

@@ -196,7 +196,7 @@ class BenchmarkedModel:
 
     @property
     def reports_gpu_time(self) -> bool:
-        """Whether its backend can measure how long the GPU took."""
+        """Return whether the backend can measure the time on the GPU."""
         return hasattr(self.grounder.backend, "time_gpu")
 
     @property

@@ -40,7 +40,7 @@ NON_FINITE = "non_finite_output"
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How heads become moments. Travels in the manifest of every model.
+    """The parameters of decoding heads into moments; stored in the manifest of every model.
 
     Attributes:
         num_segments: T, which also scales spans to [0, 1].

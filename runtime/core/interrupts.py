@@ -40,7 +40,7 @@ def interrupted_by(error: KeyboardInterrupt) -> Interrupted:
 
 
 class _State:
-    """What the handler has seen so far; only the main thread reads and writes it."""
+    """The signals that the handler has received; only the main thread accesses it."""
 
     deferred = 0
     pending: int | None = None

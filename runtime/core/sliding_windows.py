@@ -18,7 +18,7 @@ QUANTILE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How long videos are cut, in seconds. Travels in the manifest of a model.
+    """The length and overlap of the windows of long videos, in seconds; stored in the manifest of a model.
 
     Attributes:
         longest: a video up to this is grounded whole: the longest of the training videos.
@@ -83,7 +83,7 @@ class Window:
 
     @property
     def end(self) -> float:
-        """Where it ends in the video, in seconds."""
+        """Return the end of the window in the video, in seconds."""
         return self.start + self.duration
 
 

@@ -49,7 +49,7 @@ MAPPED_BYTES = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class ClipTiming:
-    """Which frames a clip feature saw: `window` frames, one clip every `stride` frames (C3D: 16 and 8)."""
+    """The frames behind a clip feature: `window` frames, one clip every `stride` frames (C3D: 16 and 8)."""
 
     window: int = 16
     stride: int = 8
@@ -74,19 +74,19 @@ class ClipTiming:
         return (num_clips - 1) * self.stride + self.window
 
     def fits(self, num_frames: int, num_clips: int) -> bool:
-        """Whether a video of so many frames has about so many clips."""
+        """Return whether a video of `num_frames` frames has about `num_clips` clips."""
         expected = self.num_clips(num_frames)
         return abs(expected - num_clips) <= max(1, CLOCK_SLACK * expected)
 
     def contradicts(self, num_frames: int, num_clips: int) -> bool:
-        """Whether features of so many clips must have another timing, or belong to another video."""
+        """Return whether features of `num_clips` clips must have another timing or belong to another video."""
         low, high = sorted((self.num_clips(num_frames), num_clips))
         return high > MAX_CLIP_RATIO * low and high - low > MAX_CLIP_DIFFERENCE
 
 
 @dataclasses.dataclass(eq=False)
 class Origin:
-    """Where videos come from: all videos of a data set share one.
+    """The origin of videos; all videos of a data set share one.
 
     Attributes:
         advice: what to do when the clips of a video do not fit its frames, as sentences.
@@ -148,7 +148,7 @@ def check_frame_rate(name: str, num_frames: float, duration: float, error: type[
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """What the network sees of a video.
+    """The network's input for one video.
 
     Attributes:
         features: (T, D), the element-wise maximum of the clips of each segment, as stored: float32 from

@@ -1,4 +1,4 @@
-"""Where the clip features of a corpus are: a data set, a directory of feature files, or Parquet."""
+"""Read the clip features of a corpus: a data set, a directory of feature files, or Parquet."""
 
 from __future__ import annotations
 

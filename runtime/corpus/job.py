@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run of a corpus did.
+    """The outcome of a corpus run.
 
     Attributes:
         output: the directory.

@@ -1,4 +1,4 @@
-"""What a corpus is asked: a JSON row for each sentence, of one video or of all."""
+"""Read the queries of a corpus: one JSON row per query, about one video or all videos."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class Actor:
-    """What Ray Data keeps one of in each process: a worker, and its model with it."""
+    """The object that Ray Data creates once per process: a worker and its model."""
 
     def __init__(self, job: CorpusJob) -> None:
         self._worker = Worker(job)

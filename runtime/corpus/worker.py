@@ -53,7 +53,7 @@ MAX_WARNINGS = 5
 
 @dataclasses.dataclass(frozen=True)
 class CorpusJob:
-    """What every process receives once.
+    """The values that every worker process receives once.
 
     Attributes:
         model, features, output: absolute paths.
@@ -78,7 +78,7 @@ class CorpusJob:
 
 @dataclasses.dataclass(frozen=True)
 class ShardResult:
-    """What became of a shard.
+    """The outcome of one shard.
 
     Attributes:
         number: which.

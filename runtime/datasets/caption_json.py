@@ -1,4 +1,6 @@
-"""What ActivityNet Captions and TACoS have in common: a JSON file a split, in which each video has its sentences."""
+"""Read the JSON format that ActivityNet Captions and TACoS share: one file per split, with the sentences of each
+video.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class DataSet:
 
     @property
     def preset(self) -> Preset:
-        """What is usual for this data set."""
+        """Return the default options of this data set."""
         return self._layout.preset
 
     @property
@@ -108,7 +108,7 @@ class DataSet:
 
     @functools.cached_property
     def simulated(self) -> bool:
-        """Whether the features are simulated, so that recall on them says nothing of published numbers."""
+        """Return whether the features are simulated; recall on them is not comparable with published numbers."""
         return self._layout.simulated or (self.root / "simulated.json").is_file()
 
     def annotations_path(self, split: str) -> Path:
@@ -240,7 +240,7 @@ class DataSet:
 
     @functools.cached_property
     def store(self) -> FeatureStore:
-        """Where the features are."""
+        """Return the store of the clip features."""
         return open_store(self.root, self._layout.feature_place())
 
     def feature_path(self, video: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where the clip features of a data set are: a file for each video, or one HDF5 file."""
+"""Read the clip features of a data set: one file per video, or one HDF5 file."""
 
 from __future__ import annotations
 

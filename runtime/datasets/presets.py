@@ -1,4 +1,4 @@
-"""What is usual for each data set: segments, clip features, metrics, query lengths."""
+"""Define the defaults of each data set: segments, clip features, metrics, query lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.core.errors import AnnotationError
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a command takes for a data set where nothing else is asked for.
+    """The defaults of a data set for the options of commands.
 
     Attributes:
         title: the data set, as papers call it.

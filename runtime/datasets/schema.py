@@ -35,7 +35,7 @@ class Annotation:
 
     @property
     def name(self) -> int | str:
-        """What predictions call it."""
+        """Return the id of the query in prediction files."""
         return self.line if self.qid is None else self.qid
 
     @property

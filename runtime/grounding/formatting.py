@@ -22,7 +22,7 @@ INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was found for one query.
+    """The moments of one query.
 
     Attributes:
         query: as asked.

@@ -86,7 +86,7 @@ class Grounder:
 
     @property
     def is_pair(self) -> bool:
-        """Whether the model was split, so that videos can be encoded once."""
+        """Return whether the model is split, so that videos can be encoded once."""
         return self.manifest.part == "query"
 
     def ground(self, video: VideoInput, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:

@@ -1,4 +1,4 @@
-"""Which of many videos shows what a sentence says: scores of pairs that match and of pairs that do not."""
+"""Score the videos of a split for each query, pairs that match and pairs that do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKS = (1, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Where N sentences place their own video among K.
+    """The ranks of N queries' own videos among K videos.
 
     Attributes:
         ranks: (N,) from 1, the best, to K; equal scores share the mean of their places.

@@ -1,4 +1,4 @@
-"""Which video is asked about: a feature file, a video of a data set, or a video file."""
+"""Open the video that the options name: a feature file, a video of a data set, or a video file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAME_SHARE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class VideoArguments:
-    """How a user named a video; what goes together is checked by `check`.
+    """The options that name a video; `check` rejects combinations that exclude each other.
 
     Attributes:
         features, duration, num_frames: a feature file, and what it does not contain.

@@ -37,7 +37,7 @@ BATCHES_AHEAD = 2
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """What was extracted of a video, without the features.
+    """The record of one video's extraction, without the features.
 
     Attributes:
         video: SHA-256 of the file.
@@ -66,7 +66,7 @@ class Extracted:
         return self.length or self.num_frames / self.frame_rate
 
     def serves(self, video: str, extractor: str, partial: bool) -> bool:
-        """Whether these features are what extracting again would give."""
+        """Return whether these features equal those of a new extraction."""
         return (self.video, self.extractor) == (video, extractor) and (self.whole or partial) and self.features != ""
 
     def to_dict(self) -> dict[str, Any]:

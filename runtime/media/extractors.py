@@ -34,7 +34,7 @@ class Extractor(Protocol):
 
     @property
     def manifest(self) -> ExtractorManifest:
-        """What the extractor says of itself."""
+        """Return the manifest of the extractor."""
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
         """Return (N, D) float32 features of (N, window, height, width, 3) uint8 clips in RGB, of the size of `crop`."""

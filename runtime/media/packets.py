@@ -17,7 +17,7 @@ TS_DISCONT = 0x0200
 
 @dataclasses.dataclass
 class Packets:
-    """What the packets of a file hold, read without decoding them.
+    """The data of a file's packets, read without decoding.
 
     Attributes:
         stamps: of the packets of the pictures, in the order of the file.

@@ -44,7 +44,7 @@ LONG_STILL = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class VideoFile:
-    """What a video file holds, by its packets, without decoding them.
+    """The properties of a video file, read from its packets without decoding.
 
     Frames lie on a grid: number k is what is seen k / `frame_rate` seconds after the first. In a video of constant
     rate these are the frames of the file. Where the rate varies or frames are missing, the one before stays on, and
@@ -84,7 +84,7 @@ class VideoFile:
 
     @property
     def is_continued(self) -> bool:
-        """Whether the time stamps of the file restart or jump, so that no time can be sought in it."""
+        """Return whether the time stamps of the file restart or jump, so that seeking by time is not possible."""
         return len(self.parts) > 1
 
     @property
@@ -399,7 +399,7 @@ def _truncation(container: Any, stream: Any, packets: Packets, parts: Sequence[P
 
 
 def _restarts(container: Any, start: int) -> bool:
-    """Whether another file of the same format begins in this one, from byte `start` on."""
+    """Return whether another file of the same format begins in this one at byte `start`."""
     head = HEADS.get(container.format.name)
     if head is None or start >= os.path.getsize(container.name):
         return False

@@ -157,7 +157,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
-        """Whether the service takes requests: 503 while it ends."""
+        """Return whether the service accepts requests; 503 while it shuts down."""
         draining = service.draining
         about = {"status": "draining" if draining else "ready", "model": service.model, "digest": service.digest}
         return json_response(about, 503 if draining else 200)

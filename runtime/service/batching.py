@@ -29,7 +29,7 @@ RATE_SHARE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
-    """How questions wait for each other.
+    """The options of batching queries.
 
     Attributes:
         batch_size: most (video, sentence) pairs at a time.

@@ -1,4 +1,4 @@
-"""What a request is answered that cannot be served: one shape of JSON, whatever went wrong and wherever."""
+"""Answer requests that fail: one JSON format for all errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: who asks, how much, how slowly; and every answer on its way out."""
+"""Check every request before its route: key, host, size and speed; add headers to every response."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class GateOptions:
-    """Who may ask, and how much.
+    """The limits and keys of requests.
 
     Attributes:
         api_key: what clients must show; None lets all in.
@@ -67,7 +67,7 @@ class GateOptions:
 
 
 class ApiKeys:
-    """Who may ask: all where there is no key, else who shows it, or a ticket that was made with it."""
+    """Check the keys of requests: everybody without a key, else the key itself or a ticket derived from it."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key

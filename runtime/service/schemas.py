@@ -35,7 +35,7 @@ class Problem(BaseModel):
 
 
 class Failure(BaseModel):
-    """How every request is answered that cannot be served."""
+    """The JSON body of every failed request."""
 
     error: Problem
 

@@ -37,7 +37,7 @@ MAX_HEADER_BYTES = 2048
 
 @dataclasses.dataclass(frozen=True)
 class ServiceOptions:
-    """What one request may ask, and how long it may take.
+    """The limits of one request.
 
     Attributes:
         timeout_s: seconds until a request is given up.

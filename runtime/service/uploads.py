@@ -1,4 +1,4 @@
-"""What clients send: clip features and video files, in one directory, bounded, and gone after a while.
+"""Store uploaded clip features and video files in one directory, with limits and an expiry time.
 
 Nothing of it names a file, nothing of it is unpickled, and a video is decoded in a process of its own.
 """
@@ -48,7 +48,7 @@ NAME_LENGTH = 100
 
 @dataclasses.dataclass(frozen=True)
 class UploadOptions:
-    """How much clients may leave here, and for how long.
+    """The limits of uploads and their expiry time.
 
     Attributes:
         directory: where; this service's own is made in it.

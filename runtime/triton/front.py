@@ -1,4 +1,4 @@
-"""What answers requests inside Triton: sentences and clip features become moments by the flow that files go through.
+"""Answer requests inside Triton: ground sentences in clip features by the code that grounds files.
 
 A request holds B videos of equally many clips, as rows, and Q sentences about each of them.
 

@@ -10,7 +10,7 @@ from runtime.triton.front import Front
 
 
 class TritonPythonModel:
-    """What Triton's Python backend looks for in a model.py."""
+    """The class that Triton's Python backend loads from model.py."""
 
     def initialize(self, args):  # type: ignore[no-untyped-def]
         self.front = Front(pb_utils, args, Path(__file__).parent)

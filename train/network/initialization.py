@@ -1,4 +1,4 @@
-"""Where a network starts from: the authors' initialisation, and GloVe vectors for its words."""
+"""Initialize a network: the authors' initialization, and GloVe vectors for its words."""
 
 from __future__ import annotations
 

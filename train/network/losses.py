@@ -1,4 +1,4 @@
-"""What DRN is trained on: which locations lie in the moment, how far its boundaries are, and how good the proposal is.
+"""Compute the losses of DRN: matching of locations, boundary regression, IoU regression.
 
 Every loss is a sum over locations and a count to divide it by, so that processes can add up both before dividing:
 the result does not depend on how a batch is spread over them.
@@ -28,7 +28,7 @@ IOU_TARGET_THRESHOLD = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """Where the published rules can be left.
+    """The deviations from the published loss rules.
 
     Attributes:
         iou_target: which locations train the IoU head: `near` those whose proposal overlaps the moment by more than

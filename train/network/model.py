@@ -77,7 +77,9 @@ class NetworkHeads(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """What becomes of each pair before the first batch norm: nothing of it depends on the other pairs of a batch."""
+    """The layers before the first batch norm, whose output for a pair does not depend on the other pairs of the
+    batch.
+    """
 
     first: Tensor  # (B, 256, T): the output of the first convolution
     second_gate: Tensor  # (B, 256): of the input of the second

@@ -21,7 +21,7 @@ NOISE_SECONDS = 1.0  # the time constant of the noise: after it, 63 % of a devia
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How much hides the actions. An action adds a vector of length 1 to the latent of a clip.
+    """The difficulty of recognizing actions. An action adds a vector of length 1 to the latent of a clip.
 
     `identity` and `noise` are standard deviations per latent dimension: what one video adds to all its clips, and what
     varies in time. `jitter` is that of an action's start and of its end, in seconds. `drop` and `confuse` are the

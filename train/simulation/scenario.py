@@ -19,7 +19,9 @@ REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichev
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens in one video: all that its features may depend on. `actions` holds (action, start, end), seconds."""
+    """The events of one video, from which its features are computed. `actions` holds (action, start, end), in
+    seconds.
+    """
 
     name: str
     num_frames: int

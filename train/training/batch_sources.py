@@ -1,4 +1,4 @@
-"""Where a step gets its batches: from the host's memory, from the device's, or half computed already.
+"""Deliver the batches of a training step from host memory, device memory, or cached stem outputs.
 
 A source yields the inputs of its network and the moments, (B, 2), for every batch of an epoch, on the device.
 Mismatched pairs follow those that match, and have no moments.
@@ -98,7 +98,7 @@ class DeviceSource:
 
 
 class CachedStemSource:
-    """What a frozen network makes of each pair before its first batch norm, computed once for all epochs of a stage.
+    """The output of a frozen stem for each pair, computed once for all epochs of a stage.
 
     Not further: batch norm takes the statistics of its batch in every stage, as published, so that all behind it
     depends on who is in a batch, and moves its running statistics at every step.

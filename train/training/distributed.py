@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from train.training.options import TrainingOptions, TrainingSettings
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """What a run learns from, and what its checkpoints contain besides the weights.
+    """The data and options of a run that its checkpoints contain besides the weights.
 
     Attributes:
         data_set: where features and moments come from.

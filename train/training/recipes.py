@@ -37,17 +37,19 @@ class Stage:
 
     @property
     def freezes_stem(self) -> bool:
-        """Whether nothing before the first batch norm learns, so that each pair gets there the same in every epoch."""
+        """Return whether no layer before the first batch norm is trained, so that its output for a pair is the same in
+        every epoch.
+        """
         return self.number == 2
 
     @property
     def learns_from_mismatched(self) -> bool:
-        """Whether a video that does not show what the sentence says has something to teach: no overlap to judge."""
+        """Return whether mismatched pairs contribute to the loss; without an overlap, the IoU loss has no target."""
         return self.number != 2
 
     @property
     def use_iou_scores(self) -> bool:
-        """Whether the IoU probability joins the score: a head that was never trained must not."""
+        """Return whether the IoU probability is part of the score; an untrained head must not be."""
         return self.number > 1
 
     def learning_rate_at(self, epoch: int) -> float:
