@@ -38,7 +38,7 @@ def best_moments(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stored_model_gives_the_recorded_answers(stored: Path, tmp_path: Path, name: str) -> None:
+def test_stored_model_gives_recorded_moments(stored: Path, tmp_path: Path, name: str) -> None:
     evaluate(stored / name, stored / "data", predictions=tmp_path / "p.jsonl", device="cpu", threads=1)
     difference = np.abs(best_moments(tmp_path / "p.jsonl") - best_moments(stored / "predictions.jsonl")).max(axis=1)
     # Several moments of these made-up weights score alike, and rounding decides which of two comes first.
@@ -56,7 +56,7 @@ def test_stored_file_can_be_described(stored: Path, name: str) -> None:
     assert describe(stored / name)
 
 
-def test_stored_encodings_give_the_answers_of_their_video(stored: Path) -> None:
+def test_stored_encodings_give_recorded_moments(stored: Path) -> None:
     grounder = Grounder.load(stored / "drn.query.onnx", "cpu", threads=1)
     query = json.loads((stored / "predictions.jsonl").read_text().splitlines()[0])
     encoded = EncodedVideo.load(stored / "encoding.npz")
@@ -68,14 +68,14 @@ def test_stored_encodings_give_the_answers_of_their_video(stored: Path) -> None:
     assert grounder.ground(windows, query["query"])
 
 
-def test_stored_calibration_table_and_plan_fit_their_graph(stored: Path, tmp_path: Path) -> None:
+def test_stored_calibration_table_and_plan_match_their_graph(stored: Path, tmp_path: Path) -> None:
     from calib.quantize import quantize
 
     table, plan = stored / "drn.int8.calibration.json", stored / "drn.int8.plan.json"
     assert quantize(stored / "drn.onnx", table, tmp_path / "drn.int8.onnx", plan=plan).is_file()
 
 
-def test_stored_corpus_is_resumed_or_refused(stored: Path) -> None:
+def test_stored_corpus_is_resumed_or_rejected_unchanged(stored: Path) -> None:
     shards = {path: path.read_bytes() for path in (stored / "corpus").glob("shard-*")}
     assert len(shards) == 2
     arguments = stored / "drn.query.onnx", stored / "data", stored / "queries.jsonl", stored / "corpus"
@@ -85,7 +85,7 @@ def test_stored_corpus_is_resumed_or_refused(stored: Path) -> None:
     assert {path: path.read_bytes() for path in shards} == shards
 
 
-def test_stored_features_are_those_of_extracting_again(stored: Path) -> None:
+def test_stored_features_equal_new_extraction(stored: Path) -> None:
     pytest.importorskip("av", reason="PyAV decodes the video")
     directory = stored / "extracted" / "C3D_unit16_overlap0.5_merged"
     before = np.load(directory / "clip.npy")
@@ -93,5 +93,5 @@ def test_stored_features_are_those_of_extracting_again(stored: Path) -> None:
     np.testing.assert_allclose(np.load(directory / "clip.npy"), before, rtol=1e-4, atol=1e-4)
 
 
-def test_stored_checkpoint_is_the_source_of_its_graph(stored: Path) -> None:
+def test_stored_checkpoint_verifies_against_its_graph(stored: Path) -> None:
     verify(stored / "drn.pt", stored / "drn.onnx", stored / "data", device="cpu", threads=1)

@@ -29,7 +29,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2]]))
 
 
 @pytest.mark.parametrize("directory", NEEDED, ids=lambda directory: directory.name)
-def test_without_an_extra_its_tests_skip_and_say_so(directory: Path) -> None:
+def test_tests_of_missing_extra_are_skipped_with_reason(directory: Path) -> None:
     names, reason = NEEDED[directory]
     words = [sys.executable, "-c", WITHOUT, names[0], str(directory)]
     done = subprocess.run(

@@ -70,7 +70,7 @@ def missing(expected: Any, actual: Any, path: str = "") -> list[str]:
     return [] if expected == actual else [f"{path}: {actual!r} in place of {expected!r}"]
 
 
-def test_commands_take_the_recorded_options(recorded: dict[str, Any]) -> None:
+def test_commands_accept_the_recorded_options(recorded: dict[str, Any]) -> None:
     actual = recorder.commands()
     assert missing(recorded["commands"], actual) == []
     for command, options in actual.items():

@@ -18,13 +18,13 @@ HEAVY = ("torch", "onnx", "tensorrt", "tensorrt_rtx", "onnxruntime", "matplotlib
 
 
 @pytest.mark.parametrize("statement", ["import runtime", "import calib"])
-def test_import_loads_nothing_heavy(statement: str) -> None:
+def test_import_loads_no_heavy_modules(statement: str) -> None:
     code = f"import sys; {statement}; print(*[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.split() == []
 
 
-def test_engine_code_calls_nothing_newer_than_python_39() -> None:
+def test_engine_code_is_compatible_with_python_39() -> None:
     # TensorRT 8.6 is not for newer ones than 3.10, and torch, which needs one, is not for these.
     of_torch = {"exportable_model.py", "on_torch.py", "rivals.py", "prepare.py"}
     paths = [path for package in ("runtime", "calib", "export") for path in (ROOT / package).rglob("*.py")]

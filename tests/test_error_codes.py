@@ -50,7 +50,7 @@ def test_error_codes_reads_every_form(tmp_path: Path) -> None:
         (DeviceError, 503, "unavailable"),
     ],
 )
-def test_http_codes_depend_on_the_class_alone(error: type[GroundingError], status: int, code: str) -> None:
+def test_http_codes_depend_only_on_the_error_class(error: type[GroundingError], status: int, code: str) -> None:
     from runtime.service.http_errors import to_http_error
 
     for problem in (error("x"), error("x", code="anything_else")):

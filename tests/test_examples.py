@@ -52,7 +52,7 @@ def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: 
     assert listed == {annotation.video for annotation in DataSet(planted).annotations("test")}
 
 
-def test_the_film_is_a_film(tmp_path: Path) -> None:
+def test_example_writes_a_valid_video(tmp_path: Path) -> None:
     video_file = pytest.importorskip("runtime.media.video_file")
     pytest.importorskip("av", reason="PyAV writes the film")
     film = load("film")
@@ -64,7 +64,7 @@ def test_the_film_is_a_film(tmp_path: Path) -> None:
     assert dawn.mean() < noon.mean() > night.mean()
 
 
-def test_the_demo_types_commands_that_exist(planted: Path) -> None:
+def test_demo_uses_existing_commands(planted: Path) -> None:
     demo = load("demo")
     video, sentences = demo.longest_story(planted)
     told = {annotation.sentence for annotation in DataSet(planted).annotations("test") if annotation.video == video}
@@ -76,7 +76,7 @@ def test_the_demo_types_commands_that_exist(planted: Path) -> None:
         assert result.returncode == 0
 
 
-def test_the_benchmark_runs_and_finds_the_baseline_equal(model: Path, tmp_path: Path) -> None:
+def test_cpu_benchmark_runs_and_writes_report(model: Path, tmp_path: Path) -> None:
     from benchmarks.cpu import benchmark
 
     output = tmp_path / "cpu.json"
@@ -87,7 +87,7 @@ def test_the_benchmark_runs_and_finds_the_baseline_equal(model: Path, tmp_path: 
     assert all(0 < share < 1 for name, share in report["the limit"].items() if name.endswith("of the limit"))
 
 
-def test_the_multiply_adds_are_those_of_the_published_network() -> None:
+def test_multiply_adds_match_the_published_network() -> None:
     from benchmarks.cpu import multiply_adds
 
     work = multiply_adds(DRNConfig(), 8)
@@ -96,7 +96,7 @@ def test_the_multiply_adds_are_those_of_the_published_network() -> None:
     assert (work["video"] + work["first"] + work["rest"]) / 1e6 == pytest.approx(893 - 6.3, abs=1)
 
 
-def test_rewritings_are_timed_once_they_answer_alike(model: Path, tmp_path: Path) -> None:
+def test_rewritings_benchmark_writes_time_ratios(model: Path, tmp_path: Path) -> None:
     from benchmarks.studies.graph_optimization_ablation import rewritings
 
     output = tmp_path / "rewritings.json"

@@ -59,7 +59,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_fault_is_one_sentence_at_once(tmp_path: Path, name: str) -> None:
+def test_faulty_file_gives_quick_one_line_error(tmp_path: Path, name: str) -> None:
     fault, read = READERS[name]
     source = FAULTS / fault
     path = tmp_path / fault

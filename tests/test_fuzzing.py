@@ -71,7 +71,7 @@ def _raise(error: Exception) -> None:
         (lambda: np.ones(100 << 20, np.uint8), "grew"),
     ],
 )
-def test_fuzz_finds_what_may_not_happen(monkeypatch: pytest.MonkeyPatch, harm: object, what: str) -> None:
+def test_fuzz_reports_forbidden_outcomes(monkeypatch: pytest.MonkeyPatch, harm: object, what: str) -> None:
     limits = {"no end after 1 s": {"TIMEOUT_S": 1.0}, "grew": {"MAX_GROWTH_BYTES": 50 << 20}}
     for name, value in limits.get(what, {"CPU_S": 0.5}).items():
         monkeypatch.setattr(fuzzing, name, value)
@@ -88,12 +88,12 @@ def test_killed_worker_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_fuzz_passes_sentences_and_values() -> None:
+def test_fuzz_accepts_one_line_errors_and_values() -> None:
     assert _findings(lambda: _raise(FeatureError("one sentence"))) == []
     assert _findings(lambda: None) == []
 
 
-def test_fuzz_refuses_a_reader_that_refuses_whole_files() -> None:
+def test_fuzz_reports_reader_that_rejects_valid_files() -> None:
     def read(directory: Path, path: Path) -> None:
         raise FeatureError("always")
 
@@ -101,7 +101,7 @@ def test_fuzz_refuses_a_reader_that_refuses_whole_files() -> None:
     assert "whole" in finding.what
 
 
-def test_one_seed_is_one_case() -> None:
+def test_fuzz_mutation_is_deterministic_per_seed() -> None:
     import random
 
     content = bytes(range(256))

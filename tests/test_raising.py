@@ -66,7 +66,7 @@ def test_quotes_finds_whole_words(text: str, value: object, found: bool) -> None
     assert quotes(text, value) is found
 
 
-def test_records_are_those_of_one_level_that_quote_the_values(caplog: pytest.LogCaptureFixture) -> None:
+def test_records_returns_matching_records_of_one_level(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("drn")
     log.warning("left out %d lines", 3)
     log.error("left out %d lines", 4)

@@ -27,7 +27,7 @@ def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words[1:]], cwd=directory, env=environment, capture_output=True, text=True)
 
 
-def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:
+def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
     block = README.split("tests/test_readme.py runs this block")[1].split("```")[1]
     lines = [line for line in block.splitlines() if line.startswith("python")]
     assert len(lines) == 6
@@ -48,7 +48,7 @@ def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", commands(README))
-def test_every_command_of_the_readme_parses(line: str, tmp_path: Path) -> None:
+def test_readme_commands_parse(line: str, tmp_path: Path) -> None:
     # On files that are not there a command must end with our sentence, not with a usage error or a traceback.
     words = shlex.split(line, comments=True)
     if words[2] == "train.simulate":

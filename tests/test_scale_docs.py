@@ -16,7 +16,7 @@ import pytest
 from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
 from tests.export.conftest import TINY, lively, manifest
-from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
+from tests.test_readme import test_readme_commands_parse as check_parses
 from tests.tolerances import DETECTIONS
 
 onnx = pytest.importorskip("onnx")
@@ -30,7 +30,7 @@ LINES, OTHERS = (
 )
 
 
-def test_the_walk_through_runs_as_it_stands(tmp_path: Path, golden: Path) -> None:
+def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -64,5 +64,5 @@ def test_the_walk_through_runs_as_it_stands(tmp_path: Path, golden: Path) -> Non
 
 
 @pytest.mark.parametrize("line", OTHERS)
-def test_every_other_command_parses(line: str, tmp_path: Path) -> None:
+def test_other_commands_parse(line: str, tmp_path: Path) -> None:
     check_parses(line, tmp_path)

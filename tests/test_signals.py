@@ -152,9 +152,7 @@ def end_half_way(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_sigterm_while_writing_leaves_nothing_half_written(
-    name: str, commands: dict[str, Words], tmp_path: Path
-) -> None:
+def test_sigterm_while_writing_leaves_no_partial_files(name: str, commands: dict[str, Words], tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     end_half_way(start(name.split()[0], tmp_path, commands[name](tmp_path)))
     left = files(tmp_path)
@@ -189,14 +187,16 @@ def test_sigterm_during_a_long_call_leaves_no_files(
 
 
 @pytest.mark.parametrize("call", ["subprocess:Popen.__enter__", "runtime.grounding.grounder:Grounder.ground"])
-def test_sigterm_while_measuring_keeps_a_whole_report(call: str, commands: dict[str, Words], tmp_path: Path) -> None:
+def test_sigterm_while_benchmarking_writes_complete_report(
+    call: str, commands: dict[str, Words], tmp_path: Path
+) -> None:
     words = commands["runtime.benchmark"](tmp_path)
     end_half_way(start("runtime.benchmark", tmp_path, words, ["-c", REPEATING, call, "runtime.benchmark"]))
     assert files(tmp_path).keys() == {"new.json"}
     assert json.loads((tmp_path / "new.json").read_text())["interrupted"] is True
 
 
-def test_sigterm_at_the_start_of_a_service_removes_its_directory(commands: dict[str, Words], tmp_path: Path) -> None:
+def test_sigterm_at_service_start_removes_its_directory(commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands["runtime.serve"](tmp_path)
     end_half_way(start("runtime.serve", tmp_path, words, ["-c", CREATED, "runtime.serve"]))
     assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
@@ -212,7 +212,7 @@ def test_sigterm_while_warming_ends_the_command(module: str, commands: dict[str,
 @pytest.mark.parametrize(
     "module", ["train.simulate", "export.build_engine", "runtime.extract", "runtime.ground_corpus"]
 )
-def test_next_run_removes_what_sigkill_left(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
+def test_next_run_removes_files_left_by_sigkill(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands[module](tmp_path)
     process = start(module, tmp_path, words)
     half_way(process)
@@ -225,7 +225,7 @@ def test_next_run_removes_what_sigkill_left(module: str, commands: dict[str, Wor
     assert not list(tmp_path.rglob(".drn-*"))
 
 
-def test_second_training_of_one_directory_is_refused_at_once(commands: dict[str, Words], tmp_path: Path) -> None:
+def test_second_training_of_one_directory_is_rejected(commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands["train"](tmp_path)
     first = start("train", tmp_path, words)
     try:

@@ -59,7 +59,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_page_has_the_commands_that_are_tested_here() -> None:
+def test_tools_page_lists_the_tested_commands() -> None:
     assert [line.removeprefix(RTX).split()[1] for line in POLYGRAPHY] == [
         "inspect",
         "run",
@@ -120,7 +120,7 @@ def test_polygraphy_cuts_and_folds_our_graphs(directory: Path) -> None:
     assert not folded.metadata_props
 
 
-def test_the_query_for_trtexec_is_one_of_twelve_words(directory: Path) -> None:
+def test_trtexec_query_files_contain_twelve_tokens(directory: Path) -> None:
     (line,) = QUERY
     assert run(line, directory).returncode == 0
     assert np.fromfile(directory / "tokens.bin", np.int32).tolist() == [2] * 12

@@ -24,7 +24,7 @@ from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
-from tests.test_readme import test_every_command_of_the_readme_parses as check_parses
+from tests.test_readme import test_readme_commands_parse as check_parses
 from train.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_walk_through_runs_as_it_stands(directory: Path) -> None:
+def test_walkthrough_commands_run_unchanged(directory: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DRN_CACHE": str(directory / "kept")}
     said = []
     for line in LINES:
@@ -89,7 +89,7 @@ def told_of(real_data: Path, video: str) -> tuple[float, list[tuple[float, float
 
 
 @pytest.mark.parametrize("name", ["v_GGSY1Qvo990", "v_ZNVhz7ctTq0", "univtg_charades"])
-def test_a_new_user_walks_through_a_real_video(
+def test_walkthrough_on_real_video_gives_moments_and_clips(
     directory: Path, tmp_path: Path, real_data: Path, real_videos: Path, name: str
 ) -> None:
     """From the film to features, answers beside the truth, a picture and clips; the moments are of made-up weights."""
@@ -130,18 +130,18 @@ def test_a_new_user_walks_through_a_real_video(
         assert np.abs(found.astype(int) - wanted).mean() < 4
 
 
-def test_the_description_on_the_page_is_one() -> None:
+def test_documented_extractor_metadata_is_valid() -> None:
     (text,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     found = ExtractorManifest.from_dict(json.loads(text), "the page")
     assert (found.dim, found.resize, found.crop, found.white) == (512, 224, (224, 224), 1.0)
     assert json.loads(text)["format"] == FORMAT
 
 
-def test_the_means_on_the_page_are_those_of_the_code() -> None:
+def test_documented_means_match_the_code() -> None:
     for mean in MEANS.values():
         assert ", ".join(f"{value:g}" for value in mean) in PAGE
 
 
 @pytest.mark.parametrize("line", OTHERS)
-def test_the_other_commands_parse(line: str, tmp_path: Path) -> None:
+def test_other_commands_parse(line: str, tmp_path: Path) -> None:
     check_parses(line, tmp_path)

@@ -11,7 +11,7 @@ from benchmarks.corpus import c3d_multiply_adds, clips_an_hour, corpus  # noqa: 
 from train.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
 
 
-def test_the_multiply_adds_of_a_clip_are_those_of_the_layers() -> None:
+def test_c3d_multiply_adds_equal_sum_over_layers() -> None:
     config = C3DConfig((2, 3, 4, 5, 6, 7, 8, 9), 10)
     counted = []
 
@@ -28,7 +28,7 @@ def test_the_multiply_adds_of_a_clip_are_those_of_the_layers() -> None:
     assert clips_an_hour() == 13499
 
 
-def test_every_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpus_report_times_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     # Processes of Ray are timed by the command alone; that they work is shown beside `runtime.corpus.ray_runner`.
     monkeypatch.setattr("benchmarks.corpus._rates", lambda *_: {"1": 1.0, "2": 2.0})
     report = corpus(videos=5, sentences=4, rounds=1, feature_dim=32, fpn_dim=8)

@@ -11,7 +11,7 @@ from benchmarks.cpu import Gemm, _product
 from tests import tolerances
 
 
-def test_the_packed_product_is_a_matrix_product() -> None:
+def test_packed_product_equals_matrix_product() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.random((5, 24), np.float32), rng.random((24, 7), np.float32)
     session = _product(right, 1)
@@ -20,7 +20,7 @@ def test_the_packed_product_is_a_matrix_product() -> None:
     assert session.get_session_options().intra_op_num_threads == 1
 
 
-def test_rates_are_multiply_adds_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_multiply_adds_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gemm, "SIZES", (4, 6, 5))
     monkeypatch.setattr(Gemm, "READ", 1 << 12)
     gemm = Gemm(1)

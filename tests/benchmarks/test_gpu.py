@@ -54,7 +54,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=output.parent), output
 
 
-def test_a_rehearsal_keeps_its_promises(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_cpu_rehearsal_passes_and_skips_gpu_steps(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     result, output = rehearsed
     assert result.returncode == 0, result.stderr
     found = outcomes(output / "torch.json")
@@ -64,14 +64,14 @@ def test_a_rehearsal_keeps_its_promises(rehearsed: tuple[subprocess.CompletedPro
     assert found["fault: fork"] == found["fault: out of memory"] == found["speed, torch.compile"] == "skipped"
 
 
-def test_every_skip_has_a_reason(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_skipped_steps_record_a_reason(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     steps = read_leg(rehearsed[1] / "torch.json")["steps"]
     reasons = [step["told"] for step in steps if step["outcome"] == "skipped"]
     assert reasons
     assert all(reason.endswith(".") and len(reason) > 15 for reason in reasons)
 
 
-def test_a_rehearsal_is_never_taken_for_a_gpu(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_cpu_rehearsal_report_is_marked_as_rehearsal(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     (report,) = rehearsed[1].glob("gpu-*-rehearsal-cpu.md")
     text = report.read_text()
     assert "**A rehearsal:" in text
@@ -81,7 +81,7 @@ def test_a_rehearsal_is_never_taken_for_a_gpu(rehearsed: tuple[subprocess.Comple
     assert [leg["leg"] for leg in whole["legs"]] == ["prepare", "torch"]
 
 
-def test_a_step_that_fails_is_no_obstacle_and_no_success(tmp_path: Path) -> None:
+def test_failed_step_fails_the_leg_and_later_steps_run(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
     assert leg.step("good", lambda: Found("all is well."))
     for name, error in {"broken": CheckFailed("it moved."), "bug": ZeroDivisionError("division")}.items():
@@ -97,7 +97,7 @@ def test_a_step_that_fails_is_no_obstacle_and_no_success(tmp_path: Path) -> None
     assert "ZeroDivisionError: division" in read_leg(tmp_path / "torch.json")["steps"][2]["told"]
 
 
-def test_skips_alone_are_no_pass(tmp_path: Path) -> None:
+def test_leg_with_only_skipped_steps_does_not_pass(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
     leg.step("first", raising(Skip("It is not here.")))
     leg.end("finished")
@@ -107,7 +107,7 @@ def test_skips_alone_are_no_pass(tmp_path: Path) -> None:
     assert verdict(leg.content) == "skipped: No GPU."
 
 
-def test_a_leg_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_leg_resumes_and_keeps_finished_steps(tmp_path: Path) -> None:
     path, calls = tmp_path / "torch.json", []
 
     def counted() -> Found:
@@ -129,7 +129,7 @@ def test_a_leg_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(calls) == 3
 
 
-def test_a_process_that_dies_costs_its_step_alone(tmp_path: Path) -> None:
+def test_crashed_process_fails_only_the_running_step(tmp_path: Path) -> None:
     path = tmp_path / "torch.json"
     leg = Leg(path, "torch", SETTINGS)
     leg.step("first", lambda: Found("done."))
@@ -143,7 +143,7 @@ def test_a_process_that_dies_costs_its_step_alone(tmp_path: Path) -> None:
     assert not record_crash(path, -11)
 
 
-def test_what_is_no_number_is_still_written(tmp_path: Path) -> None:
+def test_step_values_nan_and_inf_are_written_as_text(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
     values = {"loss": float("nan"), "count": np.int64(3), "rates": (np.float32(0.5), float("inf"))}
     leg.step("losses", lambda: Found("they diverged.", values, ["they are no numbers"]))
@@ -187,7 +187,7 @@ def absent(leg: Leg) -> None:
         ({"torch": absent, "ort-cuda": absent, "tensorrt": absent}, 2),
     ],
 )
-def test_the_exit_code_is_that_of_the_legs_that_ran(
+def test_exit_code_is_decided_by_legs_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]], code: int
 ) -> None:
     pretend(monkeypatch, legs)
@@ -197,7 +197,7 @@ def test_the_exit_code_is_that_of_the_legs_that_ran(
     assert ("NOT KEPT" in report.read_text()) == (code == 1)
 
 
-def test_results_of_earlier_legs_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_includes_results_of_earlier_legs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {"torch": bad, "ort-cuda": good})
     assert gpu.main(["torch", "--output", str(tmp_path), "--device", "cpu", "--small"]) == 1
     assert gpu.main(["ort-cuda", "--output", str(tmp_path), "--device", "cpu", "--small"]) == 0
@@ -205,7 +205,7 @@ def test_results_of_earlier_legs_are_in_the_report(tmp_path: Path, monkeypatch: 
     assert [leg["leg"] for leg in json.loads(report.read_text())["legs"]] == ["torch", "ort-cuda"]
 
 
-def test_without_inputs_no_leg_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leg_is_skipped_when_inputs_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(leg: Leg) -> None:
         leg.step("network", raising(ModelFileError("The training diverged.")))
 
@@ -215,7 +215,7 @@ def test_without_inputs_no_leg_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_leg(tmp_path / "torch.json")["state"] == "skipped"
 
 
-def test_chosen_steps_never_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_steps_run_without_preparing_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def take(leg: Leg) -> None:
@@ -234,7 +234,7 @@ def test_chosen_steps_never_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert gpu.main(["cuda", "tensorrt", *words[1:], "builder"]) == 2
 
 
-def test_chosen_steps_are_taken_once_and_the_rest_later(tmp_path: Path) -> None:
+def test_chosen_steps_run_once_and_others_on_next_run(tmp_path: Path) -> None:
     path, calls = tmp_path / "torch.json", []
 
     def counted() -> Found:
@@ -254,7 +254,7 @@ def test_chosen_steps_are_taken_once_and_the_rest_later(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
-def test_what_cannot_be_imported_is_named_before_anything_runs(
+def test_missing_package_is_named_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "NEEDED", ("numpy", "no_such_package"))
@@ -263,7 +263,7 @@ def test_what_cannot_be_imported_is_named_before_anything_runs(
     assert not (tmp_path / "found").exists()
 
 
-def test_without_a_gpu_nothing_is_made(
+def test_missing_gpu_exits_2_without_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "cuda_devices", lambda: 0)
@@ -272,12 +272,12 @@ def test_without_a_gpu_nothing_is_made(
     assert not (tmp_path / "found").exists()
 
 
-def test_an_unknown_leg_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_leg_is_rejected_with_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["onnx", "--output", str(tmp_path)]) == 2
     assert quotes(capsys.readouterr().err, "onnx", "prepare, cuda, torch, ort-cuda, tensorrt")
 
 
-def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkout_without_install_registers_torch_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.importlib.metadata, "distributions", lambda: ())
     environment = gpu._environment(Job(tmp_path, "cpu", small=True))
     code = "import importlib.metadata as m; print(*[e.value for e in m.entry_points(group='drn.backends')])"
@@ -293,7 +293,7 @@ def test_a_plain_checkout_opens_checkpoints(tmp_path: Path, monkeypatch: pytest.
     assert told.stdout.split() == ["train.backend:open_checkpoint"]
 
 
-def test_bars_in_times_are_for_their_class_of_gpu() -> None:
+def test_latency_targets_apply_only_to_their_gpu_class() -> None:
     slow = {targets.P50: 0.5, targets.P99: 0.9, targets.GPU_PART: 0.3, targets.RATE: 10_000.0}
     ratios = {targets.EAGER: 25.0, targets.GRAPHS: 1.5}
     on_another = targets.held("Tesla T4", slow | ratios)
@@ -308,7 +308,7 @@ def test_bars_in_times_are_for_their_class_of_gpu() -> None:
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
-def test_what_was_not_measured_meets_no_bar(value: float | None, tmp_path: Path) -> None:
+def test_unmeasured_value_misses_the_target(value: float | None, tmp_path: Path) -> None:
     entries = targets.held("NVIDIA H200", dict.fromkeys(targets.BARS, value))
     assert {entry["verdict"] for entry in entries} == {"MISSED"}
     assert len(targets.missed(entries)) == len(targets.BARS)
@@ -339,9 +339,7 @@ def in_front() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_front")
-def test_what_began_too_late_is_tried_again_and_not_called_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_out_of_time_is_retried_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, job = tmp_path / "torch.json", Job(tmp_path, "cuda", small=True)
     faults = tmp_path / "benchmarks" / "acceptance" / "fault_injection.py"
     faults.parent.mkdir(parents=True)
@@ -365,7 +363,7 @@ def test_what_began_too_late_is_tried_again_and_not_called_wrong(
     assert "kept" in acceptance.run_module(job, leg, "slow", most=6, ok=(0, 130))
 
 
-def test_a_leg_in_the_background_ends_its_commands_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -383,7 +381,7 @@ def test_a_leg_in_the_background_ends_its_commands_in_time(tmp_path: Path, monke
     assert told[0].splitlines()[-1] == "kept"
 
 
-def test_a_step_that_is_cut_off_twice_is_not_tried_again(tmp_path: Path) -> None:
+def test_step_interrupted_twice_fails_without_retry(tmp_path: Path) -> None:
     path = tmp_path / "torch.json"
     for _ in range(2):
         leg = Leg(path, "torch", SETTINGS)
@@ -397,7 +395,7 @@ def test_a_step_that_is_cut_off_twice_is_not_tried_again(tmp_path: Path) -> None
     assert read_leg(path)["steps"][0]["told"]
 
 
-def test_the_report_holds_every_table(tmp_path: Path) -> None:
+def test_markdown_report_contains_every_table(tmp_path: Path) -> None:
     leg = Leg(tmp_path / "torch.json", "torch", {**SETTINGS, "command": "benchmarks/gpu.sh torch"})
     table = (("case", "p50 ms"), [["a | b", "0.1"]])
     leg.step("speed", lambda: Found("fast.", judged=False, tables={"speed": table}))

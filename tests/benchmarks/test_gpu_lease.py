@@ -69,7 +69,7 @@ def call(packages: Path | None, output: Path, *words: str) -> int:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_wrong_packages_are_refused_and_nothing_is_written(
+def test_invalid_packages_are_rejected_without_output(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], started: dict[str, Any]
 ) -> None:
     packages = write_packages(tmp_path / "packages", chunks=3)
@@ -93,7 +93,7 @@ def test_wrong_packages_are_refused_and_nothing_is_written(
         ("--device", "cuda"),
     ],
 )
-def test_wrong_options_are_refused(
+def test_invalid_options_are_rejected(
     words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_lease, "cuda_devices", lambda: 0)
@@ -102,7 +102,7 @@ def test_wrong_options_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_chunk_leaves_an_earlier_call_as_it_was(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_damaged_chunk_leaves_lease_state_unchanged(tmp_path: Path, started: dict[str, Any]) -> None:
     packages = write_packages(tmp_path / "packages", chunks=3)
     later = packages / TENSORRT / "chunk_002.bin"
     content = later.read_bytes()
@@ -117,7 +117,7 @@ def test_a_damaged_chunk_leaves_an_earlier_call_as_it_was(tmp_path: Path, starte
     assert state(tmp_path / "out")["libraries"][TENSORRT]["verified"]
 
 
-def test_calls_bring_one_chunk_each_and_go_on(
+def test_each_call_adds_chunks_and_later_tasks_start(
     tmp_path: Path, started: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     packages, store = write_packages(tmp_path / "packages", chunks=3), tmp_path / "store"
@@ -150,7 +150,7 @@ def test_calls_bring_one_chunk_each_and_go_on(
     assert len(started["tasks"]) == len(set(started["tasks"]))
 
 
-def test_the_background_task_may_end_between_calls(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_background_task_finished_between_calls_is_done(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=2), tmp_path / "out"
     last = packages / TENSORRT / "chunk_001.bin"
     content = last.read_bytes()
@@ -168,7 +168,7 @@ def test_the_background_task_may_end_between_calls(tmp_path: Path, started: dict
     assert entry["seconds"] == pytest.approx((output / "prepare.json").stat().st_mtime - entry["began"], abs=0.1)
 
 
-def test_a_killed_call_is_continued(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_killed_call_resumes_unfinished_tasks(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=1), tmp_path / "out"
     assert call(packages, output) == 0
     content = state(output)
@@ -183,7 +183,7 @@ def test_a_killed_call_is_continued(tmp_path: Path, started: dict[str, Any]) -> 
     assert state(output)["tasks"]["int8"]["tries"] == 2
 
 
-def test_an_unusable_tensorrt_gives_plan_b(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_failed_tensorrt_builder_selects_plan_b(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=1), tmp_path / "out"
     started["outcomes"]["builder"] = "failed"
     # A step failed, which is the exit code's business, and the rest goes on.
@@ -193,7 +193,7 @@ def test_an_unusable_tensorrt_gives_plan_b(tmp_path: Path, started: dict[str, An
     assert "engine" not in started["tasks"]
 
 
-def test_a_library_that_is_not_whole_gives_plan_b(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_corrupt_library_selects_plan_b(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=2), tmp_path / "out"
     manifest = packages / TENSORRT / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -211,14 +211,14 @@ def test_without_chunks_plan_b_runs_from_the_start(tmp_path: Path, started: dict
     assert "torch speed" in started["tasks"]
 
 
-def test_wheels_of_another_python_are_not_forgotten(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_missing_wheels_of_bundled_python_select_plan_b(tmp_path: Path, started: dict[str, Any]) -> None:
     packages = write_packages(tmp_path / "packages")
     write_chunks(packages / TENSORRT, 1, "export PYTHONHOME={dest}  # then {dest}/bin/python3.9")
     assert call(packages, tmp_path / "out") == 0
     assert "wheels for Python 3.9" in state(tmp_path / "out")["plan_b"]
 
 
-def test_a_broken_engine_is_still_judged_and_timed(tmp_path: Path, started: dict[str, Any]) -> None:
+def test_broken_engine_task_still_runs_answers_and_int8(tmp_path: Path, started: dict[str, Any]) -> None:
     packages, output = write_packages(tmp_path / "packages", chunks=1), tmp_path / "out"
     started["outcomes"]["engine"] = "broken"
     assert call(packages, output) == 1
@@ -226,7 +226,9 @@ def test_a_broken_engine_is_still_judged_and_timed(tmp_path: Path, started: dict
     assert "int8" in started["tasks"]
 
 
-def test_a_task_that_hangs_is_ended(tmp_path: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_task_is_stopped_and_fails(
+    tmp_path: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = dataclasses.replace(lease.CUDA, expected_s=0.5, max_s=1.0)
     monkeypatch.setitem(lease.TASKS, "B", (lease.WHEELS, short))
     started["seconds"]["cuda"] = 60.0
@@ -236,7 +238,7 @@ def test_a_task_that_hangs_is_ended(tmp_path: Path, started: dict[str, Any], mon
     assert state(tmp_path / "out")["tasks"]["cuda"]["outcome"] == "failed"
 
 
-def test_a_lease_of_other_options_is_refused(
+def test_lease_with_other_options_or_bad_json_is_rejected(
     tmp_path: Path, started: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     packages = write_packages(tmp_path / "packages")
@@ -249,7 +251,7 @@ def test_a_lease_of_other_options_is_refused(
     assert before["settings"]["small"]
 
 
-def test_archives_hold_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_archive_drops_oldest_files_over_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_run, "MAX_ARCHIVE_BYTES", 1000)
     (tmp_path / "logs").mkdir()
     for number, size in enumerate((600, 600, 300)):
@@ -263,7 +265,7 @@ def test_archives_hold_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "none.zip").exists()
 
 
-def test_the_check_and_the_schedule_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_dry_run_print_packages_and_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packages = write_packages(tmp_path / "packages", chunks=9)
     assert gpu_lease.main(["--packages", str(packages), "--check"]) == 0
     assert TENSORRT in capsys.readouterr().out
@@ -272,7 +274,7 @@ def test_the_check_and_the_schedule_are_printed(tmp_path: Path, capsys: pytest.C
     assert any(line.endswith("int8") for line in lines)
 
 
-def test_the_driver_leg_runs_with_numpy_alone(tmp_path: Path) -> None:
+def test_cuda_leg_runs_with_numpy_as_only_package(tmp_path: Path) -> None:
     blocked = ("nltk", "tyro", "tqdm", "torch", "onnx", "onnxruntime", "matplotlib", "tensorrt", "regex")
     blocker = (
         "import importlib.machinery as machinery\nfind = machinery.PathFinder.find_spec\n"
@@ -293,7 +295,7 @@ def test_the_driver_leg_runs_with_numpy_alone(tmp_path: Path) -> None:
     assert "DeviceError" in steps["fork"]["told"]
 
 
-def test_a_lease_of_seconds_runs_the_driver_and_reports(tmp_path: Path) -> None:
+def test_short_lease_runs_cuda_task_and_writes_report(tmp_path: Path) -> None:
     packages, results = write_packages(tmp_path / "packages"), tmp_path / "results"
     environment = {**os.environ, "PYTHON": sys.executable}
     line = [ROOT / "benchmarks" / "gpu_lease.sh", "--packages", packages, "--output", tmp_path / "out"]

@@ -50,6 +50,6 @@ def test_timed_call_equals_graph_without_touching_the_gpu(pair: Path, planted: P
     assert len(runs) == computed
 
 
-def test_a_whole_model_is_refused(models: Path, planted: Path) -> None:
+def test_unsplit_model_is_rejected(models: Path, planted: Path) -> None:
     with raises(ModelFileError, "query_part_required", models / "drn.onnx", "--split"):
         host.host(models / "drn.onnx", planted)

@@ -13,14 +13,14 @@ from runtime.core.errors import GroundingError, ModelFileError
 
 
 @pytest.mark.parametrize("name", ["drn.onnx", "drn.pt"])
-def test_both_are_timed_and_the_check_is_back_afterwards(models: Path, name: str) -> None:
+def test_loading_times_both_modes_and_restores_digest_check(models: Path, name: str) -> None:
     found = loading(models / name, repeats=1)
     assert found["checked_s"] > 0
     assert found["unchecked_s"] > 0
     assert onnxruntime_backend.DigestCheck is DigestCheck
 
 
-def test_what_cannot_be_timed_is_refused(models: Path) -> None:
+def test_loading_rejects_zero_repeats_and_engine_files(models: Path) -> None:
     with pytest.raises(GroundingError):
         loading(models / "drn.onnx", repeats=0)
     with pytest.raises(ModelFileError):

@@ -25,7 +25,7 @@ def load(planted: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return lambda **more: serving.serving(models / "drn.onnx", planted, **{**options, **more})
 
 
-def test_report_says_all_that_it_promises(load: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_load_report_has_all_fields_and_no_errors(load: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     report = load(concurrent=(1, 3), output=tmp_path / "load.json")
     assert json.loads((tmp_path / "load.json").read_text()) == report
     assert [level["concurrent"] for level in report["levels"]] == [1, 3]
@@ -38,7 +38,7 @@ def test_report_says_all_that_it_promises(load: Callable[..., dict[str, Any]], t
         assert min(level["rss MiB"]) > 10
 
 
-def test_answers_to_other_questions_are_seen(
+def test_answers_to_other_queries_are_counted_wrong(
     load: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = serving._questions
@@ -52,6 +52,6 @@ def test_answers_to_other_questions_are_seen(
         load(concurrent=(2,), seconds=0.4)
 
 
-def test_turns_longer_than_the_whole_are_refused(load: Callable[..., dict[str, Any]]) -> None:
+def test_turn_longer_than_total_is_rejected(load: Callable[..., dict[str, Any]]) -> None:
     with raises(GroundingError, "invalid_option", "--turn"):
         load(turn=5)

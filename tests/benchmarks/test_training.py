@@ -20,7 +20,7 @@ def threads() -> None:
     torch.set_num_threads(before)
 
 
-def test_report_says_all_that_it_promises(planted: Path, models: Path, tmp_path: Path) -> None:
+def test_training_report_has_all_fields(planted: Path, models: Path, tmp_path: Path) -> None:
     report = training.benchmark(
         data=planted, checkpoint=models / "drn.pt", queries=64, steps=2, batch_size=8, output=tmp_path / "speed.json"
     )
@@ -36,12 +36,12 @@ def test_report_says_all_that_it_promises(planted: Path, models: Path, tmp_path:
     assert len(report["queries delivered a second"]) == 3
 
 
-def test_steps_that_learn_otherwise_are_not_timed(planted: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baseline_with_other_losses_is_not_timed(planted: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.training_baseline.FOCAL_ALPHA", 0.3)
     with raises(GroundingError, "models_differ", 1):
         training.benchmark(data=planted, checkpoint=models / "drn.pt", queries=32, steps=1, batch_size=8)
 
 
-def test_too_few_queries_are_refused(planted: Path, models: Path) -> None:
+def test_too_few_queries_are_rejected(planted: Path, models: Path) -> None:
     with raises(GroundingError, "too_few_queries", 4, "--batch-size"):
         training.benchmark(data=planted, checkpoint=models / "drn.pt", queries=4, batch_size=8)

@@ -56,7 +56,7 @@ def samples_of(inputs: list[torch.Tensor], truth: torch.Tensor) -> list[Sample]:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_losses_gradients_and_statistics_are_ours(
+def test_baseline_losses_and_gradients_match_trainer(
     model: DRN, inputs: list[torch.Tensor], truth: torch.Tensor, number: int
 ) -> None:
     stage = RECIPES["mmaction2"].stages[number - 1]
@@ -84,7 +84,7 @@ def test_losses_gradients_and_statistics_are_ours(
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_step_moves_what_the_stage_learns(
+def test_step_changes_only_parameters_of_the_stage(
     model: DRN, inputs: list[torch.Tensor], truth: torch.Tensor, number: int
 ) -> None:
     stage, before = RECIPES["mmaction2"].stages[number - 1], copy.deepcopy(model.state_dict())

@@ -48,12 +48,12 @@ def test_split_graph_answers_as_the_whole_one(
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
-def test_the_graph_itself_costs_nothing(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
+def test_reference_graph_has_zero_cost(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     cost = judge.cost(model, "itself")
     assert cost == AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
 
 
-def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
+def test_evaluator_keeps_encodings_per_graph(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(altered(model))
     tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
@@ -64,7 +64,7 @@ def test_encodings_of_one_graph_are_not_taken_for_anothers(judge: AccuracyEvalua
     assert judge.cost(other, "other") == first
 
 
-def test_costs_are_what_they_are_by_hand(judge: AccuracyEvaluator) -> None:
+def test_cost_matches_hand_computed_values(judge: AccuracyEvaluator) -> None:
     wanted = judge.reference
     moved = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
     truth = wanted.truth.copy()
@@ -94,13 +94,13 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float((shared / (a[:, 1] - a[:, 0] + b[:, 1] - b[:, 0] - shared)).sum())
 
 
-def test_test_sentences_are_refused(model: onnx.ModelProto, data_set: DataSet) -> None:
+def test_evaluator_rejects_test_sentences(model: onnx.ModelProto, data_set: DataSet) -> None:
     leaked = data_set.annotations("test")[:4]
     with raises(CalibrationError, "test_videos_used", leaked[0].video):
         AccuracyEvaluator(model, data_set, leaked)
 
 
-def test_the_method_chosen_is_the_one_that_agrees_most(
+def test_choose_method_selects_highest_agreement(
     model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet, judge: AccuracyEvaluator
 ) -> None:
     best, costs = choose_method(model, histograms, drawn, judge)
@@ -118,7 +118,7 @@ def test_the_method_chosen_is_the_one_that_agrees_most(
     assert costs["minmax"].agreement < costs["percentile"].agreement - 0.05
 
 
-def test_modules_are_ranked_by_what_they_change(
+def test_sensitivity_ranks_modules_by_agreement(
     model: onnx.ModelProto, table: CalibrationTable, judge: AccuracyEvaluator
 ) -> None:
     # Ranges of one module's input are made far too tight: it must come out first.
@@ -147,7 +147,7 @@ class Scripted:
         return AccuracyDelta(drop, drop, drop, 0, 0, 0, 0, 0, 0, 1 - drop / 10, 1000)
 
 
-def test_nothing_is_restored_when_the_budget_holds(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_no_module_is_restored_within_budget(model: onnx.ModelProto, table: CalibrationTable) -> None:
     judge = Scripted()
     plan, steps = find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
     assert plan.keep == ()
@@ -155,7 +155,7 @@ def test_nothing_is_restored_when_the_budget_holds(model: onnx.ModelProto, table
 
 
 @pytest.mark.parametrize("order", [None, ["fpn.layer_blocks.1", "qInput.0", "fcos.head.towers.0", "prop_fc"]])
-def test_the_fewest_modules_are_restored(
+def test_smallest_module_set_is_restored(
     model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None
 ) -> None:
     judge = Scripted("fpn.layer_blocks.1", "fcos.head.towers.0")
@@ -200,13 +200,13 @@ def test_minimal_keep_set_prefers_one_sufficient_module() -> None:
     assert len(sets.asked) == 6
 
 
-def test_the_last_ranked_module_may_be_the_only_one_kept() -> None:
+def test_last_ranked_module_alone_can_be_restored() -> None:
     assert Sets(lambda keep: "E" in keep).fewest() == ["E"]
     assert Sets(lambda keep: "E" in keep or {"A", "B", "C"} <= keep).fewest() == ["E"]
     assert Sets(lambda keep: "B" in keep, ranked="AB").fewest() == ["B"]
 
 
-def test_the_last_two_may_be_what_is_kept() -> None:
+def test_last_two_ranked_modules_can_be_restored() -> None:
     assert Sets(lambda keep: {"D", "E"} <= keep).fewest() == ["D", "E"]
 
 
@@ -219,7 +219,7 @@ def test_first_sufficient_set_needs_no_further_evaluation() -> None:
     assert len(sets.asked) == 1
 
 
-def test_no_module_is_left_narrow_for_nothing() -> None:
+def test_search_without_solution_returns_none() -> None:
     sets = Sets(lambda keep: False)
     assert sets.fewest() is None
     assert len(sets.asked) == 9
@@ -228,13 +228,13 @@ def test_no_module_is_left_narrow_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("needed", [set(some) for n in (1, 2, 3, 4) for some in itertools.combinations("ABCDE", n)])
-def test_what_must_be_kept_is_what_is_kept(needed: set[str]) -> None:
+def test_search_returns_exactly_the_needed_modules(needed: set[str]) -> None:
     found = Sets(lambda keep: needed <= keep).fewest()
     assert found is not None
     assert set(found) == needed
 
 
-def test_a_loss_of_miou_alone_is_a_loss(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_miou_drop_counts_against_the_budget(model: onnx.ModelProto, table: CalibrationTable) -> None:
     class OfMiou(Scripted):
         def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
             return dataclasses.replace(super().cost(model, label), drop_50=0.0, drop_70=0.0)
@@ -245,15 +245,13 @@ def test_a_loss_of_miou_alone_is_a_loss(model: onnx.ModelProto, table: Calibrati
     assert dataclasses.replace(NOTHING_LOST, drop_70=2.0).worst_drop == 2.0
 
 
-def test_a_budget_that_no_narrow_graph_holds_is_a_broken_promise(
-    model: onnx.ModelProto, table: CalibrationTable
-) -> None:
+def test_unreachable_budget_raises_check_failed(model: onnx.ModelProto, table: CalibrationTable) -> None:
     judge = Scripted(*modules(model, QuantizationPolicy()))
     with raises(CheckFailed, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):
         find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
 
 
-def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: CalibrationTable, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_plan_of_another_graph_or_table_is_rejected(model: onnx.ModelProto, table: CalibrationTable, tmp_path) -> None:  # type: ignore[no-untyped-def]
     plan, _ = find_layers_to_restore(model, table, Scripted("prop_fc"), 0.2)  # type: ignore[arg-type]
     plan.save(tmp_path / "plan.json")
     again = QuantizationPlan.load(tmp_path / "plan.json")
@@ -299,7 +297,7 @@ def test_a_plan_is_for_one_graph_and_table(model: onnx.ModelProto, table: Calibr
         ({"measured": {"max_drop": float("nan")}}, "invalid_json", ()),
     ],
 )
-def test_an_edited_plan_is_refused(tmp_path: Path, fields: dict[str, Any], code: str, values: tuple[str, ...]) -> None:
+def test_edited_plan_is_rejected(tmp_path: Path, fields: dict[str, Any], code: str, values: tuple[str, ...]) -> None:
     path = tmp_path / "plan.json"
     plan = QuantizationPlan(
         ("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2, "steps": [{"step": "all narrow"}]}
@@ -314,7 +312,7 @@ def test_an_edited_plan_is_refused(tmp_path: Path, fields: dict[str, Any], code:
 
 
 @pytest.mark.parametrize("field", ["keep", "kind", "table", "key", "measured", "digest"])
-def test_a_plan_that_lacks_something_is_refused(tmp_path: Path, field: str) -> None:
+def test_plan_with_missing_field_is_rejected(tmp_path: Path, field: str) -> None:
     path = tmp_path / "plan.json"
     QuantizationPlan(("prop_fc",), "int8", "1" * 64, {}, {}).save(path)
     value = json.loads(path.read_text())

@@ -52,7 +52,7 @@ def test_samples_exclude_sentences_of_held_out_videos(drawn: CalibrationSet, dat
     assert not videos(data_set.annotations("test")) & (videos(drawn.annotations) | videos(drawn.held_out))
 
 
-def test_a_seed_decides_the_draw(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
+def test_same_seed_draws_same_samples(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
     again = sample_calibration_set(data_set, manifest, samples=64, seed=0, held_out=48)
     assert again.annotations == drawn.annotations
     assert again.digest == drawn.digest
@@ -62,7 +62,7 @@ def test_a_seed_decides_the_draw(drawn: CalibrationSet, data_set: DataSet, manif
     assert videos(other.held_out) != videos(drawn.held_out)
 
 
-def test_the_digest_covers_features_and_sentences(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
+def test_digest_covers_features_and_sentences(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
     data_set = DataSet(copy)
     same = dataclasses.replace(drawn, data_set=data_set)
     assert same.digest == drawn.digest
@@ -76,7 +76,7 @@ def test_the_digest_covers_features_and_sentences(copy: Path, manifest: Manifest
     assert dataclasses.replace(drawn, data_set=DataSet(copy)).digest != drawn.digest
 
 
-def test_a_video_comes_twice_only_after_all_others(
+def test_videos_repeat_only_after_all_were_sampled(
     drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
 ) -> None:
     few = sample_calibration_set(data_set, manifest, samples=40)
@@ -85,7 +85,7 @@ def test_a_video_comes_twice_only_after_all_others(
     assert max(counts.values()) == 2
 
 
-def test_every_stratum_gets_its_share(data_set: DataSet, manifest: Manifest) -> None:
+def test_samples_are_spread_over_all_strata(data_set: DataSet, manifest: Manifest) -> None:
     coverage = sample_calibration_set(data_set, manifest, samples=50).coverage
     for axis, strata in coverage["axes"].items():
         samples = [entry["samples"] for entry in strata]
@@ -93,7 +93,7 @@ def test_every_stratum_gets_its_share(data_set: DataSet, manifest: Manifest) -> 
         assert min(samples) >= 0.6 * 50 / len(strata), (axis, samples)
 
 
-def test_rare_words_are_looked_for(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
+def test_sampling_includes_rare_words(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
     lines = data_set.annotations_path("train").read_text().splitlines()
     apart = videos(sample_held_out(data_set, manifest))
     # One sentence of another vocabulary, in a video that is calibrated on.
@@ -106,7 +106,7 @@ def test_rare_words_are_looked_for(data_set: DataSet, manifest: Manifest, copy: 
     assert any("laughs" in entry.sentence for entry in drawn.annotations)
 
 
-def test_training_videos_that_are_test_videos_are_refused(copy: Path, manifest: Manifest) -> None:
+def test_training_videos_in_test_split_are_rejected(copy: Path, manifest: Manifest) -> None:
     data_set = DataSet(copy)
     leaked = data_set.annotations("test")[0]
     lines = data_set.annotations_path("train").read_text().splitlines()
@@ -117,7 +117,7 @@ def test_training_videos_that_are_test_videos_are_refused(copy: Path, manifest: 
         sample_held_out(spoilt, manifest)
 
 
-def test_test_sentences_handed_over_as_samples_are_refused(drawn: CalibrationSet, data_set: DataSet) -> None:
+def test_calibration_set_rejects_test_sentences(drawn: CalibrationSet, data_set: DataSet) -> None:
     names = sorted(videos(data_set.annotations("test")))
     with raises(CalibrationError, "test_videos_used", len(names), names[0]):
         CalibrationSet(data_set, data_set.annotations("test"), [], drawn.coverage)
@@ -137,14 +137,14 @@ def test_too_few_samples_are_rejected_with_minimum_and_reason(
         sample_calibration_set(data_set, manifest, samples=samples)
 
 
-def test_too_small_a_data_set_is_refused(copy: Path, manifest: Manifest) -> None:
+def test_too_small_data_set_is_rejected(copy: Path, manifest: Manifest) -> None:
     path = DataSet(copy).annotations_path("train")
     lines = path.read_text().splitlines()
     with raises(CalibrationError, "too_few_samples", path, LEAST_SAMPLES):
         sample_calibration_set(rewrite_training(copy, lines[:20]), manifest)
 
 
-def test_a_data_set_smaller_than_asked_gives_all_and_says_so(
+def test_small_data_set_returns_all_samples_with_warning(
     data_set: DataSet, manifest: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     drawn = sample_calibration_set(data_set, manifest, samples=10_000)
@@ -153,7 +153,7 @@ def test_a_data_set_smaller_than_asked_gives_all_and_says_so(
     assert records(caplog, logging.WARNING, 10000, len(drawn.annotations))
 
 
-def test_excluded_videos_are_left_alone(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
+def test_excluded_videos_are_not_sampled(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
     again = sample_calibration_set(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
     assert not videos(again.annotations) & set(drawn.videos[:5])
     assert again.held_out == drawn.held_out
@@ -172,7 +172,7 @@ def test_held_out_and_calibration_sets_of_a_seed_are_disjoint(
         sample_held_out(data_set, manifest, 7)
 
 
-def test_batches_hold_every_sample_once(drawn: CalibrationSet, manifest: Manifest) -> None:
+def test_batches_contain_each_sample_once(drawn: CalibrationSet, manifest: Manifest) -> None:
     batches = list(drawn.batches(manifest, 20))
     assert [len(batch) for batch in batches] == [20, 20, 20, 4]
     lengths = np.concatenate([batch.query_length for batch in batches])
@@ -181,14 +181,14 @@ def test_batches_hold_every_sample_once(drawn: CalibrationSet, manifest: Manifes
     assert all(batch.query_tokens.shape[1] == batch.query_length.max() for batch in batches)
 
 
-def test_a_video_without_features_is_an_error(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
+def test_video_without_features_raises_error(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
     data_set = DataSet(copy)
     data_set.feature_path(drawn.videos[3]).unlink()
     with raises(FeatureError, "missing_features", drawn.videos[3]):
         list(dataclasses.replace(drawn, data_set=data_set).batches(manifest))
 
 
-def test_coverage_reads_as_text(drawn: CalibrationSet) -> None:
+def test_coverage_table_lists_all_axes(drawn: CalibrationSet) -> None:
     text = coverage_table(drawn.coverage)
     assert text.startswith(f"64 sentences of {len(drawn.videos)} training videos")
     assert all(axis in text for axis in ("query tokens", "video seconds", "moment centre", "moment share"))
@@ -196,7 +196,7 @@ def test_coverage_reads_as_text(drawn: CalibrationSet) -> None:
     assert drawn.coverage["words"]["covered"] == len(words)
 
 
-def test_real_annotations_are_covered(real_data: Path) -> None:
+def test_samples_cover_words_and_axes_of_real_annotations(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
     drawn = sample_calibration_set(data_set, Manifest(data_set.vocabulary, None, None))  # type: ignore[arg-type]
     assert drawn.coverage["sentences"] == len(videos(drawn.annotations)) == 512

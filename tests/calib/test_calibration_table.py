@@ -23,14 +23,14 @@ from tests.calib.conftest import altered
 from tests.raising import raises
 
 
-def test_a_table_survives_the_file(table: CalibrationTable, tmp_path: Path) -> None:
+def test_table_survives_save_and_load(table: CalibrationTable, tmp_path: Path) -> None:
     table.save(tmp_path / "drn.calibration.json")
     again = CalibrationTable.load(tmp_path / "drn.calibration.json")
     assert again == table
     assert again.digest == table.digest
 
 
-def test_a_table_is_readable(table: CalibrationTable, tmp_path: Path, model: onnx.ModelProto) -> None:
+def test_saved_table_has_one_line_per_tensor(table: CalibrationTable, tmp_path: Path, model: onnx.ModelProto) -> None:
     table.save(tmp_path / "t.json")
     text = (tmp_path / "t.json").read_text()
     for tensor in tensors_to_calibrate(model):
@@ -51,7 +51,7 @@ def test_table_of_another_network_is_rejected_naming_both(table: CalibrationTabl
         table.check(other, "other.onnx")
 
 
-def test_the_table_of_another_graph_is_refused(table: CalibrationTable, model: onnx.ModelProto) -> None:
+def test_table_of_another_graph_is_rejected(table: CalibrationTable, model: onnx.ModelProto) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(model)
     conv = next(node for node in other.graph.node if node.op_type == "Conv")
@@ -60,14 +60,14 @@ def test_the_table_of_another_graph_is_refused(table: CalibrationTable, model: o
         table.check(other)
 
 
-def test_words_about_a_model_are_no_part_of_it(table: CalibrationTable, model: onnx.ModelProto) -> None:
+def test_doc_string_does_not_affect_table_check(table: CalibrationTable, model: onnx.ModelProto) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(model)
     other.doc_string = "another"
     table.check(other)
 
 
-def test_a_table_of_test_videos_is_refused(table: CalibrationTable, data_set: DataSet, tmp_path: Path) -> None:
+def test_table_of_test_videos_is_rejected(table: CalibrationTable, data_set: DataSet, tmp_path: Path) -> None:
     table.check_videos(data_set)
     test = tuple(sorted({entry.video for entry in data_set.annotations("test")}))
     with raises(CalibrationError, "test_videos_used", len(test), test[0]):
@@ -77,7 +77,7 @@ def test_a_table_of_test_videos_is_refused(table: CalibrationTable, data_set: Da
         CalibrationTable.load(tmp_path / "t.json")
 
 
-def test_the_digest_tells_tables_apart(table: CalibrationTable) -> None:
+def test_digest_depends_on_ranges_and_key(table: CalibrationTable) -> None:
     name, found = next(iter(table.ranges.items()))
     wider = {**table.ranges, name: dataclasses.replace(found, high=found.high * 2)}
     assert dataclasses.replace(table, ranges=wider).digest != table.digest
@@ -112,7 +112,7 @@ def edited(value: dict, *path_and_new) -> dict:  # type: ignore[no-untyped-def, 
         (lambda value: [value], "unknown_format", (None,)),
     ],
 )
-def test_what_is_no_table_any_more_is_refused(
+def test_table_with_edited_content_is_rejected(
     table: CalibrationTable, tmp_path: Path, spoil, code: str, values
 ) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "t.json"
@@ -137,7 +137,7 @@ NOT_NUMBERS = [None, True, "1", [1.0], {}, 10**400, -(10**400)]
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, math.nan, math.inf, -math.inf], ids=repr)
 @pytest.mark.parametrize("end", [0, 1])
-def test_range_that_is_no_finite_number_is_refused(
+def test_range_that_is_not_finite_number_is_rejected(
     table: CalibrationTable, tmp_path: Path, end: int, value: object
 ) -> None:
     ends = [0.0, 1.0]
@@ -167,7 +167,7 @@ def test_range_that_is_no_finite_number_is_refused(
     ],
     ids=repr,
 )
-def test_damaged_table_is_refused(table: CalibrationTable, tmp_path: Path, change: tuple[object, ...]) -> None:
+def test_damaged_table_is_rejected(table: CalibrationTable, tmp_path: Path, change: tuple[object, ...]) -> None:
     code = "unknown_format" if change[0] == "format" else code_for(change[-1])
     assert_refused(table, tmp_path, code, *change)
 
@@ -200,7 +200,7 @@ def digest_of(value: dict[str, object], *names: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=separators).encode()).hexdigest()
 
 
-def test_deep_table_is_refused(tmp_path: Path) -> None:
+def test_deeply_nested_table_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text('{"format": "drn-calibration/1", "ranges": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with raises(CalibrationError, "nested_too_deeply", path, 64):
@@ -219,7 +219,7 @@ def test_damaged_table_ends_the_command_with_2(table: CalibrationTable, onnx_fil
 
 
 @pytest.mark.parametrize("ends", [(0.0, 1e9), (-1e300, 0.0)])
-def test_range_whose_scale_is_not_finite_is_named(
+def test_range_with_non_finite_scale_names_the_tensor(
     table: CalibrationTable, model: onnx.ModelProto, ends: tuple[float, float]
 ) -> None:
     tensor = tensors_to_calibrate(model)[0]
@@ -228,13 +228,13 @@ def test_range_whose_scale_is_not_finite_is_named(
         insert_qdq(model, wide)
 
 
-def test_gains_of_another_number_of_channels_are_refused(table: CalibrationTable, model: onnx.ModelProto) -> None:
+def test_gains_of_wrong_channel_count_are_rejected(table: CalibrationTable, model: onnx.ModelProto) -> None:
     name, row = next(iter(table.gains.items()))
     for other in (row[:-1], row[:1], (), (*row, 0)):
         with raises(CalibrationError, "equalization_mismatch", name, len(other), len(row)):
             insert_qdq(model, dataclasses.replace(table, gains={**table.gains, name: other}))
 
 
-def test_a_missing_table_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_table_raises_missing_file(tmp_path: Path) -> None:
     with raises(CalibrationError, "missing_file", tmp_path / "absent.json"):
         CalibrationTable.load(tmp_path / "absent.json")

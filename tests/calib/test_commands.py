@@ -29,7 +29,7 @@ from tests.raising import quotes, raises, records
 ROOT = Path(__file__).parents[2]
 
 
-def test_no_module_of_the_room_needs_torch() -> None:
+def test_calib_modules_import_without_torch() -> None:
     names = [f"calib.{path.stem}" for path in (ROOT / "calib").glob("*.py") if path.stem != "__init__"]
     code = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -43,7 +43,7 @@ def table_file(onnx_file: Path, data_set: DataSet, tmp_path_factory: pytest.Temp
     return path
 
 
-def test_calibrating_chooses_a_method_and_writes_why(table_file: Path) -> None:
+def test_calibrate_chooses_method_and_records_comparison(table_file: Path) -> None:
     table = CalibrationTable.load(table_file)
     assert set(table.choice["costs"]) == {"minmax", "percentile", "entropy", "mse"}
     costs = {name: cost["agreement with FP32, mean IoU"] for name, cost in table.choice["costs"].items()}
@@ -52,7 +52,7 @@ def test_calibrating_chooses_a_method_and_writes_why(table_file: Path) -> None:
     assert [entry.name for entry in table_file.parent.iterdir()] == [table_file.name]
 
 
-def test_a_named_method_is_taken_as_it_is(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+def test_calibrate_uses_requested_method(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
     table = calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
     assert table.key["method"] == "minmax"
     assert table.choice == {}
@@ -106,7 +106,7 @@ def test_from_graph_to_int8_file_and_back_within_budget(
         )
 
 
-def test_what_comes_next_replaces_no_twin_that_was_proved(
+def test_suggested_commands_write_unproven_graph_path(
     onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     unproven = onnx_file.with_name("drn.int8-unproven.onnx")
@@ -124,7 +124,7 @@ def test_what_comes_next_replaces_no_twin_that_was_proved(
         assert records(caplog, logging.INFO, command)
 
 
-def test_a_table_of_test_videos_is_refused_wherever_one_is_given(
+def test_commands_reject_table_of_test_videos(
     onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
 ) -> None:
     leaked = data_set.annotations("test")[0].video
@@ -137,7 +137,7 @@ def test_a_table_of_test_videos_is_refused_wherever_one_is_given(
         restore(onnx_file, data_set.root, table, tmp_path / "plan.json", threads=1)
 
 
-def test_a_plan_of_another_table_is_refused(
+def test_quantize_rejects_plan_of_another_table(
     onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
 ) -> None:
     given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
@@ -167,7 +167,9 @@ def refused(function, *arguments, error, output: Path, **options) -> None:  # ty
     assert sorted(output.parent.iterdir()) == beside
 
 
-def test_calibrate_refuses(onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+def test_calibrate_rejects_invalid_arguments(
+    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
+) -> None:
     output = tmp_path / "t.json"
     root = data_set.root
     few = (CalibrationError, "too_few_samples", 5, 32)
@@ -193,7 +195,7 @@ def test_calibrate_refuses(onnx_file: Path, table_file: Path, data_set: DataSet,
         calibrate(onnx_file, root, onnx_file)
 
 
-def test_calibration_data_without_features_is_refused(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+def test_calibration_data_without_features_is_rejected(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in data_set.root.glob("Charades_*"):
@@ -202,7 +204,9 @@ def test_calibration_data_without_features_is_refused(onnx_file: Path, data_set:
     refused(calibrate, onnx_file, bare, output, error=(FeatureError, "missing_file", bare, "'SIM00007'"), output=output)
 
 
-def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_quantize_rejects_invalid_arguments(
+    onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path
+) -> None:
     from tests.calib.conftest import altered
 
     output = tmp_path / "drn.int8.onnx"
@@ -224,7 +228,7 @@ def test_quantize_refuses(onnx_file: Path, table_file: Path, model: onnx.ModelPr
         quantize(onnx_file, table_file, table_file)
 
 
-def test_a_command_says_one_sentence_and_exits_with_2(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+def test_calibrate_error_is_one_line_with_exit_code_2(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
     arguments = ["--onnx", onnx_file, "--data", data_set.root, "--output", tmp_path / "t.json", "--samples", "8"]
     result = subprocess.run(
         [sys.executable, "-m", "calib.calibrate", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT

@@ -80,7 +80,7 @@ def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dic
     st.sampled_from([None, 0, 1]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_dequantised_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None) -> None:
+def test_dequantized_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None) -> None:
     numbers, scale = quantize_weight(weight, "int8", axis)
     shape = [1, 1]
     if axis is not None:
@@ -94,13 +94,13 @@ def test_a_dequantised_weight_is_within_half_a_step(weight: np.ndarray, axis: in
 
 
 @given(st.floats(1e-12, 6e4))
-def test_a_scale_is_one_of_fp16_and_never_too_small(wanted: float) -> None:
+def test_scale_is_fp16_value_not_below_the_input(wanted: float) -> None:
     scale = half_precision_scale(np.array(wanted))
     assert scale == np.float16(scale)
     assert wanted <= scale <= max(wanted * (1 + 2**-10), 2**-24 + wanted)
 
 
-def test_every_output_channel_uses_its_whole_scale(int8: onnx.ModelProto) -> None:
+def test_output_channels_use_full_int8_range(int8: onnx.ModelProto) -> None:
     constants = weights(int8)
     for module in COMPUTED:
         numbers = constants[f"{module}.weight"]
@@ -137,7 +137,7 @@ def test_weight_only_modules_keep_their_inputs(int8: onnx.ModelProto, model: onn
         assert gemm.input[2] == before[gemm.name].input[2]
 
 
-def test_lstm_attention_and_last_layers_are_as_they_were(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
+def test_insert_qdq_keeps_lstm_attention_and_last_layers(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
     before = {node.name: node for node in model.graph.node}
     kept = [node for node in int8.graph.node if node.op_type in ("LSTM", "MatMul", "Softmax", "Exp", "Mul")]
     kept += [
@@ -152,14 +152,14 @@ def test_lstm_attention_and_last_layers_are_as_they_were(int8: onnx.ModelProto, 
         assert node == before[node.name]
 
 
-def test_the_quantised_tensors_are_the_observed_ones_each_once(
+def test_calibrated_tensors_are_each_quantized_once(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     tensors = [measured(node) for node in nodes(int8, "QuantizeLinear")]
     assert sorted(tensors) == sorted(tensors_to_calibrate(model)) == sorted(table.ranges)
 
 
-def test_a_tensor_with_two_readers_is_quantised_once(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_tensor_with_two_readers_is_quantized_once(model: onnx.ModelProto, table: CalibrationTable) -> None:
     policy = QuantizationPolicy()
     wider = dataclasses.replace(policy, computed=(*policy.computed, "fcos.head.predictions"))
     assert tensors_to_calibrate(model, wider) == tensors_to_calibrate(model)
@@ -173,7 +173,7 @@ def test_a_tensor_with_two_readers_is_quantised_once(model: onnx.ModelProto, tab
     assert sum(table_of_words.output[0] in node.input for node in nodes(found, "Gather")) == 2
 
 
-def test_scales_are_those_of_the_table(int8: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_scales_match_the_calibration_table(int8: onnx.ModelProto, table: CalibrationTable) -> None:
     constants = weights(int8)
     for node in nodes(int8, "QuantizeLinear"):
         assert constants[node.input[1]] == half_precision_scale(table.ranges[measured(node)].magnitude / 127)
@@ -181,7 +181,7 @@ def test_scales_are_those_of_the_table(int8: onnx.ModelProto, table: Calibration
         assert constants[node.input[2]].dtype == np.int8
 
 
-def test_names_are_module_and_operator_and_unique(int8: onnx.ModelProto) -> None:
+def test_qdq_node_names_are_unique_and_name_the_module(int8: onnx.ModelProto) -> None:
     names = [node.name for node in int8.graph.node]
     assert len(set(names)) == len(names)
     for op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -200,7 +200,7 @@ def test_names_are_module_and_operator_and_unique(int8: onnx.ModelProto) -> None
         (("qInput.1",), {"qInput.1"}),
     ],
 )
-def test_modules_to_keep_are_kept(
+def test_excluded_modules_stay_fp32(
     model: onnx.ModelProto, table: CalibrationTable, keep: tuple[str, ...], left: set[str]
 ) -> None:
     policy = QuantizationPolicy(keep=keep)
@@ -216,21 +216,21 @@ def test_modules_to_keep_are_kept(
         assert module.startswith("qInput") or not factor.any()
 
 
-def test_unknown_kept_module_is_rejected_with_known_names(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_unknown_excluded_module_is_rejected_with_known_names(model: onnx.ModelProto, table: CalibrationTable) -> None:
     with raises(CalibrationError, "unknown_module", "'fpm'", "fpn.layer_blocks.0"):
         insert_qdq(model, table, QuantizationPolicy(keep=("fpm",)))
     with raises(CalibrationError, "nothing_to_quantize"):
         insert_qdq(model, table, QuantizationPolicy(keep=tuple(modules(model, QuantizationPolicy()))))
 
 
-def test_one_module_alone_can_be_narrowed(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_policy_only_quantizes_a_single_module(model: onnx.ModelProto, table: CalibrationTable) -> None:
     for module in ("fpn.layer_blocks.1", "qInput.0"):
         found = insert_qdq(model, table, QuantizationPolicy().only(module))
         assert {module_of(node) for node in nodes(found, "DequantizeLinear")} == {module}
         assert bool(nodes(found, "QuantizeLinear")) == (module in COMPUTED)
 
 
-def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
+def test_most_multiply_adds_are_int8(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
     assert audit_graph(int8).share("int8") >= MIN_SHARES["int8"]
     assert audit_graph(model).share("int8") == 0
     counts = {name: operator.count for name, operator in count_macs(model).items()}
@@ -241,19 +241,19 @@ def test_most_multiply_adds_are_narrow(int8: onnx.ModelProto, model: onnx.ModelP
     assert counts["qInput.0/Gemm"] == 24 * 16
 
 
-def test_the_share_counts_only_what_both_factors_are_narrow_of(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_mac_share_requires_both_factors_quantized(model: onnx.ModelProto, table: CalibrationTable) -> None:
     assert audit_graph(insert_qdq(model, table, QuantizationPolicy().only("qInput"))).share("int8") == 0
     alone = audit_graph(insert_qdq(model, table, QuantizationPolicy().only("prop_fc"))).share("int8")
     counts = {name: operator.count for name, operator in count_macs(model).items()}
     assert alone == counts["prop_fc/Conv"] / sum(counts.values())
 
 
-def test_the_answers_stay_close(int8: onnx.ModelProto, model: onnx.ModelProto, batch: Batch) -> None:
+def test_int8_heads_are_close_to_fp32(int8: onnx.ModelProto, model: onnx.ModelProto, batch: Batch) -> None:
     found = errors(int8, model, batch)
     assert all(0 < error < 0.15 for error in found.values()), found
 
 
-def test_narrowing_less_changes_less(
+def test_weight_only_quantization_has_smaller_error(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch
 ) -> None:
     stored = errors(insert_qdq(model, table, QuantizationPolicy().only(*STORED)), model, batch)
@@ -261,7 +261,7 @@ def test_narrowing_less_changes_less(
     assert all(stored[name] < 0.7 * everything[name] for name in HEAD_NAMES)
 
 
-def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
+def test_clipped_ranges_increase_the_error(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
     ranges = table.ranges.items()
     tight = {name: dataclasses.replace(found, low=found.low / 8, high=found.high / 8) for name, found in ranges}
     clipped = errors(insert_qdq(model, dataclasses.replace(table, ranges=tight)), model, batch)
@@ -269,7 +269,7 @@ def test_the_ranges_matter(model: onnx.ModelProto, table: CalibrationTable, batc
     assert all(clipped[name] > 3 * well[name] for name in HEAD_NAMES)
 
 
-def test_the_manifest_says_what_the_graph_is_and_came_from(
+def test_quantized_manifest_has_precision_and_sources(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     before, after = read_manifest(model), read_manifest(int8)
@@ -282,13 +282,13 @@ def test_the_manifest_says_what_the_graph_is_and_came_from(
     assert dataclasses.replace(after, precision="fp32", sources=before.sources) == before
 
 
-def test_the_model_given_stays_as_it_is(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_insert_qdq_keeps_input_model_unchanged(model: onnx.ModelProto, table: CalibrationTable) -> None:
     before = model.SerializeToString(deterministic=True)
     insert_qdq(model, table)
     assert model.SerializeToString(deterministic=True) == before
 
 
-def test_the_table_of_another_network_is_refused(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_table_of_another_network_is_rejected(model: onnx.ModelProto, table: CalibrationTable) -> None:
     with raises(CalibrationError, "table_of_another_model"):
         insert_qdq(altered(model), table)
     few = dict(list(table.ranges.items())[1:])
@@ -297,7 +297,7 @@ def test_the_table_of_another_network_is_refused(model: onnx.ModelProto, table: 
 
 
 @pytest.mark.parametrize("opset", [18, 19, 21, 23])
-def test_a_newer_opset_answers_the_same(
+def test_newer_opset_keeps_outputs_bit_identical(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable, batch: Batch, opset: int
 ) -> None:
     newer = insert_qdq(model, table, opset=opset)
@@ -307,7 +307,7 @@ def test_a_newer_opset_answers_the_same(
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_an_opset_is_not_raised_over_what_may_read_differently(model: onnx.ModelProto) -> None:
+def test_set_opset_rejects_unsupported_ops_and_versions(model: onnx.ModelProto) -> None:
     strange = copy.deepcopy(model)
     strange.graph.node[-1].op_type = "ReduceMean"
     with raises(CalibrationError, "unsupported_opset", 19, "ReduceMean"):
@@ -317,7 +317,7 @@ def test_an_opset_is_not_raised_over_what_may_read_differently(model: onnx.Model
             with_opset(copy.deepcopy(model), opset)
 
 
-def test_fp8_is_e4m3_in_a_graph_that_can_say_so(
+def test_fp8_weights_are_e4m3_in_opset_19(
     model: onnx.ModelProto, table: CalibrationTable, batch: Batch, int8: onnx.ModelProto
 ) -> None:
     found = insert_qdq(model, table, kind="fp8")

@@ -60,7 +60,7 @@ def test_min_max_contains_every_value_and_no_method_is_wider(chunks: list[np.nda
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
 @settings(max_examples=15, deadline=None)
-def test_every_value_is_counted_once_however_the_range_grows(chunks: list[np.ndarray]) -> None:
+def test_histogram_counts_each_value_once_while_growing(chunks: list[np.ndarray]) -> None:
     seen = histogram(*chunks, bins=64)
     values = np.abs(np.concatenate(chunks)).astype(np.float64)
     assert seen.counts.sum() + seen.zeros == len(values)
@@ -76,19 +76,19 @@ def test_every_value_is_counted_once_however_the_range_grows(chunks: list[np.nda
 
 @given(VALUES, VALUES)
 @settings(max_examples=15, deadline=None)
-def test_the_percentile_contains_its_share(first: np.ndarray, second: np.ndarray) -> None:
+def test_percentile_range_contains_its_share(first: np.ndarray, second: np.ndarray) -> None:
     found = histogram(first, second).range("percentile")
     values = np.abs(np.concatenate((first, second)))
     assert (values <= found.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
 
 
 @pytest.mark.parametrize(("outliers", "limit"), [(5, 1), (20, 10)])
-def test_the_percentile_leaves_out_one_value_in_ten_thousand(outliers: int, limit: float) -> None:
+def test_percentile_excludes_one_value_in_ten_thousand(outliers: int, limit: float) -> None:
     found = histogram(np.ones(100_000 - outliers), np.full(outliers, 10)).range("percentile")
     assert found.magnitude == pytest.approx(limit, rel=1e-3)
 
 
-def test_a_lone_outlier_moves_min_max_alone() -> None:
+def test_outlier_changes_only_the_min_max_range() -> None:
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     spoilt = values.copy()
     spoilt[0] = 100
@@ -99,7 +99,7 @@ def test_a_lone_outlier_moves_min_max_alone() -> None:
         assert squared_error(values, after.range(method).magnitude) < 0.1 * squared_error(values, 100), method
 
 
-def test_the_mse_limit_is_the_best_limit() -> None:
+def test_mse_range_minimizes_squared_error() -> None:
     values = np.random.default_rng(1).laplace(size=100_000).astype(np.float32)
     found = squared_error(values, histogram(values).range("mse").magnitude)
     best = min(squared_error(values, limit) for limit in np.linspace(0.05, 1, 300) * np.abs(values).max())
@@ -113,18 +113,18 @@ def test_values_that_fill_their_range_are_not_clipped() -> None:
         assert histogram(values).range(method).magnitude > 0.98, method
 
 
-def test_zeros_do_not_decide_the_entropy() -> None:
+def test_zeros_do_not_affect_entropy_range() -> None:
     values = np.abs(np.random.default_rng(2).standard_normal(50_000))
     with_zeros = histogram(values, np.zeros(1_000_000))
     assert with_zeros.range("entropy") == ValueRange(0.0, histogram(values).range("entropy").high)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tensor_of_zeros_has_an_empty_range(method: str) -> None:
+def test_tensor_of_zeros_has_empty_range(method: str) -> None:
     assert histogram(np.zeros(10)).range(method) == ValueRange(0, 0)  # type: ignore[arg-type]
 
 
-def test_values_that_are_not_finite_are_named_with_their_tensor(model: onnx.ModelProto, batch: Batch) -> None:
+def test_non_finite_values_name_their_tensor(model: onnx.ModelProto, batch: Batch) -> None:
     spoilt = Batch(
         batch.query_tokens, batch.query_length, np.full_like(batch.segment_features, np.nan), batch.segment_spans
     )
@@ -137,9 +137,7 @@ def test_values_that_are_not_finite_are_named_with_their_tensor(model: onnx.Mode
         estimate_ranges(model, ["nowhere"], [batch], "minmax")
 
 
-def test_batches_of_any_size_give_the_same_ranges(
-    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
-) -> None:
+def test_ranges_do_not_depend_on_batch_size(model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest) -> None:
     tensors = tensors_to_calibrate(model)[:4]
     whole = estimate_ranges(model, tensors, drawn.batches(manifest, 64), "minmax", threads=1)
     apart = estimate_ranges(model, tensors, drawn.batches(manifest, 7), "minmax", threads=1)
@@ -147,7 +145,7 @@ def test_batches_of_any_size_give_the_same_ranges(
         assert apart[tensor].magnitude == pytest.approx(whole[tensor].magnitude, rel=1e-5)
 
 
-def test_the_histograms_agree_with_onnx_runtimes_calibrators(
+def test_histograms_agree_with_onnx_runtime_calibrators(
     model: onnx.ModelProto,
     drawn: CalibrationSet,
     manifest: Manifest,

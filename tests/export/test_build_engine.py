@@ -96,7 +96,9 @@ def _measure(model: Path, planted: Path, path: Path) -> Path:
     return path
 
 
-def test_fp16_writes_a_twin_that_answers_alike(model: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp16_build_writes_graph_with_manifest_and_presence(
+    model: Path, planted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12))
     assert output == model.with_name("drn.fp16.onnx")
     told = capsys.readouterr().out
@@ -112,7 +114,7 @@ def test_fp16_writes_a_twin_that_answers_alike(model: Path, planted: Path, capsy
     assert Grounder.load(output).ground(data_set.video(subject.video), subject.sentence) == []
 
 
-def test_a_build_leaves_its_report_and_its_passport(model: Path, planted: Path) -> None:
+def test_build_writes_parity_and_html_reports(model: Path, planted: Path) -> None:
     output = build_engine(model, precision="fp16", data=planted, query_length=(1, 8, 12), threads=1)
     report = json.loads(model.with_name("drn.fp16.parity.json").read_text())
     assert report["broken"] == []
@@ -126,9 +128,7 @@ def test_a_build_leaves_its_report_and_its_passport(model: Path, planted: Path) 
 
 @pytest.mark.rtx
 @pytest.mark.parametrize(("precision", "capability"), [("bf16", "8.6"), ("int8", "8.6")])
-def test_other_precisions_are_in_the_graph_and_in_its_manifest(
-    precision: Any, capability: str, model: Path, planted: Path
-) -> None:
+def test_graph_and_manifest_record_the_precision(precision: Any, capability: str, model: Path, planted: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     build_engine(
         model, precision=precision, target="tensorrt-rtx", compute_capability=(capability,), data=planted,
@@ -142,7 +142,7 @@ def test_other_precisions_are_in_the_graph_and_in_its_manifest(
     assert describe(model.with_name(f"drn.{precision}.onnx"))["precision"] == precision
 
 
-def test_what_onnx_runtime_could_not_open_is_not_built_for_it(model: Path) -> None:
+def test_bf16_for_onnx_runtime_is_rejected(model: Path) -> None:
     with raises(DeviceError, "precision_unsupported", "bf16", "--target"):
         build_engine(model, precision="bf16", target="onnxruntime")
 
@@ -161,14 +161,14 @@ def test_engine_is_built_ahead_of_time_with_its_metadata(model: Path) -> None:
     assert set(sidecar.content["sha256"]) == {"drn.fp16.engine", "drn.fp16.onnx"}
 
 
-def test_a_dry_run_says_what_would_be_built_and_writes_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_outputs_and_writes_no_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_engine(model, precision="fp16", dry_run=True, query_length=(1, 8, 12))
     told = capsys.readouterr().out
     assert quotes(told, model.with_name("drn.fp16.onnx"), "several queries")
     assert [path.name for path in model.parent.iterdir()] == ["drn.onnx"]
 
 
-def test_a_precision_that_was_not_reached_is_not_called_so(model: Path, planted: Path) -> None:
+def test_graph_below_int8_share_is_saved_as_rejected(model: Path, planted: Path) -> None:
     with raises(CheckFailed, "precision_not_reached", "int8", "85 %", "drn.int8.rejected.onnx"):
         build_engine(
             model, precision="int8", data=planted, keep=("prop_fc", "fpn", "backbone_net"), calib_samples=64,
@@ -222,7 +222,7 @@ def test_html_report_command_names_short_query_engines() -> None:
     assert "--unroll" not in _reproduction_command({**given, "model": Path("drn.onnx")})
 
 
-def test_the_command_in_a_passport_builds_the_same_again(model: Path, planted: Path, tmp_path: Path) -> None:
+def test_reported_command_rebuilds_identical_file(model: Path, planted: Path, tmp_path: Path) -> None:
     table = _measure(model, planted, tmp_path / "t.json")
     output = build_engine(
         model, precision="int8", data=planted, table=table, keep=("fcos.head.mix_fc",), max_drop=LOOSE, limit=9,
@@ -239,7 +239,7 @@ def test_the_command_in_a_passport_builds_the_same_again(model: Path, planted: P
 
 
 @pytest.mark.rtx
-def test_an_engine_that_cannot_be_built_leaves_the_earlier_twin(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_engine_build_keeps_previous_graph(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
 
@@ -285,7 +285,7 @@ def test_full_disk_preserves_the_previous_engine(place: str, model: Path, monkey
     assert read_sidecar(output).manifest.precision == "fp32"
 
 
-def test_what_does_not_go_together_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+def test_conflicting_options_are_rejected_before_the_build(model: Path, tmp_path: Path) -> None:
     with raises(GroundingError, "missing_option", "int8", "--data", "--table"):
         build_engine(model, precision="int8")
     with raises(GroundingError, "inapplicable_option", "--table", "fp16"):
@@ -302,7 +302,7 @@ def test_what_does_not_go_together_is_refused_before_any_work(model: Path, tmp_p
         build_engine(model, batch=(4, 2, 1), dry_run=True)
 
 
-def test_a_split_build_makes_a_pair_that_answers_as_the_whole(model: Path, planted: Path) -> None:
+def test_split_build_pair_equals_unsplit_model(model: Path, planted: Path) -> None:
     output = build_engine(model, precision="fp16", data=planted, split=True, query_length=(1, 8, 12), threads=1)
     assert output == model.with_name("drn.fp16.query.onnx")
     whole, pair = Grounder.load(model.with_name("drn.fp16.onnx")), Grounder.load(output)
@@ -315,14 +315,14 @@ def test_a_split_build_makes_a_pair_that_answers_as_the_whole(model: Path, plant
         assert [moment.start for moment in found] == pytest.approx([moment.start for moment in wanted], abs=0.05)
 
 
-def test_a_part_in_the_place_of_the_whole_is_told_as_that(model: Path, planted: Path) -> None:
+def test_build_rejects_model_part_as_input(model: Path, planted: Path) -> None:
     write_split_model(*split_graph(onnx.load(model)), model)
     with raises(ModelFileError, "model_part", model.with_name("drn.query.onnx"), "(query)"):
         build_engine(model.with_name("drn.query.onnx"), precision="fp16", data=planted)
 
 
 @pytest.mark.rtx
-def test_a_split_build_makes_two_engines_each_vouched_for(model: Path, planted: Path, tmp_path: Path) -> None:
+def test_split_build_writes_two_engines_with_metadata(model: Path, planted: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     output = build_engine(
         model, precision="int8", target="tensorrt-rtx", compute_capability=("8.6",), query_length=(1, 8, 12),
@@ -395,7 +395,7 @@ def test_lstm_that_cannot_be_unrolled_is_rejected_first(model: Path, monkeypatch
         build_engine(model, target="tensorrt", query_length=(1, 8, 12), unroll=(6,))
 
 
-def test_flags_of_engines_are_not_ignored_in_silence(model: Path) -> None:
+def test_engine_options_for_other_targets_are_rejected(model: Path) -> None:
     with raises(GroundingError, "inapplicable_option", "--workspace", "onnxruntime"):
         build_engine(model, target="onnxruntime", workspace=1.0)
     with raises(GroundingError, "inapplicable_option", "--compute-capability", "onnxruntime"):
@@ -419,7 +419,7 @@ def test_unsupported_precision_is_rejected_before_the_build(model: Path, tmp_pat
         build_engine(model, compute_capability=("8.6",), workspace=0.0, **rtx)
 
 
-def test_calibration_data_that_does_not_serve_is_refused(model: Path, planted: Path, tmp_path: Path) -> None:
+def test_unusable_calibration_data_is_rejected(model: Path, planted: Path, tmp_path: Path) -> None:
     wanted: dict[str, Any] = {"precision": "int8", "query_length": (1, 8, 12), "threads": 1}
     for dry_run in (False, True):
         with raises(GroundingError, "too_few_samples", "--calib-samples", 8, 32):
@@ -445,13 +445,13 @@ def test_calibration_data_that_does_not_serve_is_refused(model: Path, planted: P
     assert sorted(path.name for path in model.parent.glob("drn.*")) == ["drn.onnx"]
 
 
-def test_a_graph_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+def test_invalid_graph_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes(b"not a graph")
     with raises(ModelFileError, "not_onnx", tmp_path / "other.onnx"):
         build_engine(tmp_path / "other.onnx")
 
 
-def test_the_target_is_chosen_with_a_reason() -> None:
+def test_auto_target_without_gpu_is_onnxruntime_with_reason() -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
     chosen, why = choose_target("auto")
@@ -462,7 +462,7 @@ def test_the_target_is_chosen_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize(("target", "optimised"), [("onnxruntime", True), ("tensorrt-rtx", False)])
-def test_eight_bits_are_judged_as_what_will_answer_computes_them(
+def test_int8_parity_check_uses_graph_form_of_the_target(
     target: Any, optimised: bool, model: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if target == "tensorrt-rtx":
@@ -493,7 +493,7 @@ def _narrow_operators(graph: onnx.ModelProto) -> set[str]:
     return {node.op_type for node in graph.graph.node if set(node.input[:2]) <= turned and len(node.input) > 1}
 
 
-def test_a_rejected_engine_keeps_its_sidecar_under_its_new_name(tmp_path: Path, model: Path) -> None:
+def test_rejected_engine_is_renamed_with_its_metadata(tmp_path: Path, model: Path) -> None:
     engine = tmp_path / "drn.fp16.engine"
     content = {
         "format": "drn-engine/1", "manifest": Grounder.load(model).manifest.to_dict(), "library": "tensorrt 11.4.0",
@@ -538,7 +538,7 @@ def built_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return built
 
 
-def test_tensorrt_engines_get_plans_for_the_usual_query_lengths(
+def test_tensorrt_build_adds_usual_query_length_engines(
     model: Path, planted: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "limit": 9}
@@ -591,7 +591,7 @@ def test_query_part_gets_engines_for_usual_query_lengths(
     assert output.with_name("drn.fp16.query.4.engine").is_file()
 
 
-def test_a_dry_run_names_the_plans_for_the_usual_query_lengths(
+def test_dry_run_names_usual_query_length_engines(
     model: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_quantiles(model, [4, 6])
@@ -613,7 +613,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], model: Path, **asked: Any) -> tu
     return [Path(line.split()[1]).name for line in lines if line.startswith("unrolled")], reason
 
 
-def test_dry_run_lists_only_plans_that_are_built(
+def test_dry_run_lists_only_engines_that_are_built(
     model: Path, models: Path, built_tokens: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_quantiles(model, [4, 12])
@@ -655,7 +655,7 @@ def test_dry_run_names_query_lengths_and_their_source(
     assert str(planted) in reason
 
 
-def test_a_default_that_cannot_be_written_out_leaves_the_loop(
+def test_lstm_that_cannot_be_unrolled_keeps_the_loop(
     model: Path, built_tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     record_quantiles(model, [4, 6])
@@ -693,7 +693,7 @@ def test_interrupted_build_leaves_no_short_query_engine(
 @pytest.mark.parametrize("error", [BuildFailed("No."), PlanNotLoaded("No."), DeviceError("No.")])
 @pytest.mark.parametrize("failing", [(4,), (6,), (4, 6)])
 @pytest.mark.parametrize("split", [False, True])
-def test_default_plan_that_does_not_build_is_left_out(
+def test_default_engine_that_fails_to_build_is_skipped(
     model: Path,
     planted: Path,
     built_tokens: list[int],
@@ -732,7 +732,7 @@ def test_default_plan_that_does_not_build_is_left_out(
             build_engine(model, unroll=(4, 6), **asked)
 
 
-def test_plans_of_one_build_share_kernel_times_and_profiles(
+def test_engines_of_one_build_share_timing_cache_and_profiles(
     model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[bytes | None] = []
@@ -800,7 +800,7 @@ def test_one_failed_engine_leaves_all_engines_unchanged(
     assert [path.name for path, _ in short_query_plans(output, read_sidecar(output))] == ["drn.fp16.6.engine"]
 
 
-def test_engines_that_answer_otherwise_lose_their_names_together(
+def test_engines_failing_parity_are_renamed_together(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclasses.dataclass(frozen=True)
@@ -837,14 +837,14 @@ def test_engines_that_answer_otherwise_lose_their_names_together(
     assert layers_path(found[0]).read_bytes() == b"layers"
 
 
-def test_the_table_of_an_earlier_build_is_taken_where_it_lies(model: Path, planted: Path) -> None:
+def test_table_at_its_output_path_is_used_unchanged(model: Path, planted: Path) -> None:
     table = _measure(model, planted, model.with_name("drn.int8.calibration.json"))
     before = table.read_bytes()
     build_engine(model, precision="int8", data=planted, table=table, dry_run=True, query_length=(1, 8, 12))
     assert table.read_bytes() == before
 
 
-def test_a_plan_needs_the_table_it_was_found_with(model: Path, planted: Path, tmp_path: Path) -> None:
+def test_plan_without_table_is_rejected(model: Path, planted: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with raises(GroundingError, "missing_option", "--plan", "--table"):
         build_engine(model, precision="int8", data=planted, plan=tmp_path / "plan.json")
@@ -877,7 +877,7 @@ def test_engine_that_was_not_opened_is_not_proven(
         ("8.6.1", "wide", CONTRADICTED), ("10.16.1", "wide", CONTRADICTED), ("11.4.0", "wide", CONTRADICTED),
     ],
 )  # fmt: skip
-def test_a_build_ends_by_the_verdict_of_the_inspector(
+def test_build_result_follows_inspector_verdict(
     version: str,
     scenario: str,
     verdict: str,
@@ -961,7 +961,7 @@ def test_two_profile_engine_that_fails_to_load_gets_one_profile(
     assert [len(options.profiles) for options in tensorrt] == [1]
 
 
-def test_a_plan_with_one_profile_that_does_not_load_is_an_error(
+def test_one_profile_engine_that_fails_to_load_raises_error(
     model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*_: Any) -> BuiltEngine:
@@ -974,7 +974,7 @@ def test_a_plan_with_one_profile_that_does_not_load_is_an_error(
     assert [path.name for path in model.parent.iterdir()] == ["drn.onnx"]
 
 
-def test_int8_that_does_not_build_is_built_with_wide_scales(
+def test_int8_build_failure_is_retried_with_fp32_scales(
     model: Path,
     planted: Path,
     tmp_path: Path,
@@ -1007,7 +1007,7 @@ def test_int8_that_does_not_build_is_built_with_wide_scales(
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_is_recorded_where_it_is_allowed(
+def test_tf32_option_is_recorded_in_metadata(
     tf32: bool, model: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(graph: bytes, options: BuildOptions, *_: Any) -> BuiltEngine:
@@ -1024,12 +1024,12 @@ def test_tf32_is_recorded_where_it_is_allowed(
     assert _cuda_options(model.with_name("drn.fp32.onnx"))["use_tf32"] == str(int(tf32))
 
 
-def test_flags_of_engines_are_refused_for_onnx_runtime(model: Path) -> None:
+def test_engine_options_for_onnx_runtime_are_rejected(model: Path) -> None:
     with raises(GroundingError, "inapplicable_option", "--profiles", "onnxruntime"):
         build_engine(model, target="onnxruntime", profiles=1)
 
 
-def test_reports_contain_the_verdict_of_the_engine(
+def test_reports_contain_the_engine_verdict(
     model: Path, planted: Path, tensorrt: list[BuildOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -82,11 +82,11 @@ WEAKLY_TYPED = ROOT / "export" / "engine" / "weakly_typed.py"
 
 @pytest.mark.parametrize("path", [path for path in sources() if path != WEAKLY_TYPED], ids=lambda path: path.name)
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_name_we_use_exists(path: Path, library: str) -> None:
+def test_used_api_names_exist_in_each_version(path: Path, library: str) -> None:
     check_names(path, library)
 
 
-def test_every_name_of_a_weakly_typed_build_exists() -> None:
+def test_weakly_typed_build_uses_existing_names() -> None:
     # It also changes graphs, and ONNX's names are among TensorRT's.
     read = reading(WEAKLY_TYPED, "8.6")
     assert not read.problems(), lines_of(read.problems())
@@ -110,7 +110,7 @@ def test_sources_are_all_files_that_use_tensorrt() -> None:
 
 
 @pytest.mark.parametrize("path", MIN_USES)
-def test_reading_sees_the_uses_of_every_file(path: str) -> None:
+def test_analysis_covers_api_uses_of_every_file(path: str) -> None:
     assert len(reading(ROOT / path, "8.6").uses) >= MIN_USES[path]
 
 
@@ -127,7 +127,7 @@ def test_reading_sees_the_uses_of_every_file(path: str) -> None:
         ("runtime/backends/tensorrt_engine.py", "context"),
     ],
 )
-def test_renamed_variable_is_followed_or_noticed(path: str, old: str, tmp_path: Path) -> None:
+def test_renamed_variable_is_followed_or_reported(path: str, old: str, tmp_path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     renamed = tmp_path / "renamed.py"
     renamed.write_text(re.sub(rf"\b{old}\b", "renamed", text), encoding="utf-8")
@@ -138,11 +138,11 @@ def test_renamed_variable_is_followed_or_noticed(path: str, old: str, tmp_path: 
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_bindings_are_of_the_version_asked_for(library: str) -> None:
+def test_bindings_have_the_requested_version(library: str) -> None:
     assert surface_of(library)["version"].startswith("1." if library == "rtx" else library + ".")
 
 
-def test_the_builder_is_read_through_and_through() -> None:
+def test_analysis_covers_api_uses_of_builder() -> None:
     seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "engine" / "builder.py", "8.6").uses.values()}
     ends_of_chains = {
         ("ParserError", "desc"),
@@ -155,7 +155,7 @@ def test_the_builder_is_read_through_and_through() -> None:
     assert len(seen) >= 30
 
 
-def test_the_inspection_is_read_through_and_through() -> None:
+def test_analysis_covers_api_uses_of_inspector() -> None:
     seen = {(use.owner, use.name) for use in reading(ROOT / "export" / "engine" / "inspector.py", "8.6").uses.values()}
     assert seen >= {
         ("EngineInspector", "execution_context"),
@@ -166,7 +166,7 @@ def test_the_inspection_is_read_through_and_through() -> None:
     }
 
 
-def test_the_runtime_is_read_through_and_through() -> None:
+def test_analysis_covers_api_uses_of_runtime() -> None:
     paths = [path for path in sources() if path.is_relative_to(ROOT / "runtime")]
     uses = [use for path in paths for use in reading(path, "8.6").uses.values()]
     ends_of_chains = {
@@ -182,7 +182,7 @@ def test_the_runtime_is_read_through_and_through() -> None:
 
 
 @pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
-def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
+def test_runtime_data_types_exist_in_each_version(library: str) -> None:
     from runtime.backends.tensorrt_engine import _DTYPES
 
     assert set(_DTYPES) <= set(surface_of(library)["names"]["DataType"]["members"])
@@ -205,20 +205,20 @@ def test_the_types_that_the_runtime_reads_exist(library: str) -> None:
         ("parser.num_errors", "len(parser.errors)", "OnnxParser.errors: does not exist"),
     ],
 )
-def test_a_name_that_does_not_exist_is_noticed(old: str, new: str, told: str, tmp_path: Path) -> None:
+def test_unknown_api_name_is_reported(old: str, new: str, told: str, tmp_path: Path) -> None:
     text = (ROOT / "export" / "engine" / "builder.py").read_text(encoding="utf-8")
     assert old in text, "builder.py no longer says so; mutate what it says now"
     (tmp_path / "builder.py").write_text(text.replace(old, new), encoding="utf-8")
     assert told in lines_of(reading(tmp_path / "builder.py", "8.6").problems())
 
 
-def test_what_cannot_be_followed_is_noticed(tmp_path: Path) -> None:
+def test_untracked_object_is_reported(tmp_path: Path) -> None:
     (tmp_path / "lost.py").write_text("def run(thing):\n    thing.execute_async_v3(0)\n")
     assert reading(tmp_path / "lost.py", "8.6").untracked == {(2, "execute_async_v3")}
 
 
 @pytest.mark.parametrize("library", ["10.16", "11.4", "rtx"])
-def test_precision_is_left_to_the_graph_where_the_library_can(library: str) -> None:
+def test_precision_flags_are_unused_if_strongly_typed(library: str) -> None:
     used = {
         use.name
         for use in reading(ROOT / "export" / "engine" / "builder.py", library).uses.values()
@@ -235,7 +235,7 @@ def test_tensorrt_11_has_no_precision_flags_left() -> None:
     assert gone < set(surface_of("10.16")["names"]["BuilderFlag"]["members"])
 
 
-def test_the_flags_of_a_weakly_typed_build_exist() -> None:
+def test_precision_flags_exist_in_tensorrt_86() -> None:
     surface = surface_of("8.6")["names"]
     flags = {name for precision in ("fp32", "fp16", "int8") for name in precision_flags(precision)}
     assert flags == {"FP16", "INT8"}
@@ -273,7 +273,7 @@ def low_memory() -> None:
 
 
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
-def test_every_call_of_a_build_is_taken_by_the_real_bindings(version: str) -> None:
+def test_real_bindings_accept_every_build_call(version: str) -> None:
     low_memory()
     assert run_with(folder_of(version), _BUILD).split() == ["True", "True", "True", "''", "['',", "'']", "''"]
 
@@ -299,13 +299,13 @@ for call in (
 
 
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
-def test_fake_libraries_do_not_loosen_the_real_bindings(version: str) -> None:
+def test_fake_libraries_keep_strictness_of_bindings(version: str) -> None:
     low_memory()
     assert run_with(folder_of(version), _REFUSED) == ""
 
 
 @pytest.mark.parametrize("version", ["10.16", "11.4"])
-def test_a_network_is_strongly_typed_by_name(version: str) -> None:
+def test_network_is_strongly_typed_by_flag_name(version: str) -> None:
     code = (
         "import json, tensorrt_bindings as trt; from export.engine.builder import _network_flags, is_strongly_typed; "
         "flag = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED); "
@@ -326,7 +326,7 @@ def test_tensorrt_86_is_weakly_typed() -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_stand_in_offers_nothing_that_the_library_lacks(library: str) -> None:
+def test_fake_library_offers_only_existing_names(library: str) -> None:
     """What `test_builder.py` proves calls on is like the real thing, also in what it lacks."""
     names = surface_of(library)["names"]
     version = STAND_INS[library]

@@ -57,11 +57,11 @@ def heads(path: Path, batch: Batch | None = None) -> Callable[[], bytes]:
     return answer
 
 
-def test_whole_graph(graph: Path) -> None:
+def test_damaged_unsplit_graph_is_rejected(graph: Path) -> None:
     assert count_refused(graph, heads(graph), ModelFileError) == 40
 
 
-def test_manifest(graph: Path) -> None:
+def test_damaged_manifest_is_rejected_or_harmless(graph: Path) -> None:
     """Vocabulary, thresholds and the digest itself: whatever is not refused answers the same."""
     whole, answer = graph.read_bytes(), heads(graph)
     wanted, refused = answer(), 0
@@ -76,7 +76,7 @@ def test_manifest(graph: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["video", "query"])
-def test_parts(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) -> None:
+def test_damaged_model_parts_are_rejected(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) -> None:
     path = tmp_path / "drn.onnx"
     write_split_model(*split_graph(exported["tiny"]), path)
     video, query = pair_paths(path)
@@ -94,7 +94,7 @@ def test_parts(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: str) 
 
 
 @pytest.mark.parametrize("name", ["drn.onnx", "weights.data"])
-def test_external_data(graph: Path, tmp_path: Path, name: str) -> None:
+def test_damaged_external_data_is_rejected(graph: Path, tmp_path: Path, name: str) -> None:
     model = onnx.load(graph)
     path = tmp_path / "outside" / "drn.onnx"
     path.parent.mkdir()
@@ -108,7 +108,7 @@ def test_external_data(graph: Path, tmp_path: Path, name: str) -> None:
     assert count_refused(path.parent / name, heads(path), ModelFileError) == 40
 
 
-def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_damaged_int8_and_fp16_graphs_are_rejected(models: Path, planted: Path, tmp_path: Path) -> None:
     source = load_fp32_graph(models / "drn.onnx")
     table = measure_table(
         source, sample_calibration_set(DataSet(planted), read_manifest(source), 64), "minmax", threads=1
@@ -125,7 +125,7 @@ def test_narrow_graphs(models: Path, planted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [load_onnx, load_fp32_graph, manifest_in, check, describe])
-def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
+def test_every_graph_reader_rejects_damage(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
     refused = 0
     for _ in damaged(graph, random_bits(graph.read_bytes(), 10)):
@@ -136,7 +136,7 @@ def test_every_reader_refuses(graph: Path, read: Callable[[Path], Any]) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_triton_repositories_are_not_made_of_damaged_graphs(
+def test_triton_repository_rejects_damaged_graphs(
     exported: dict[str, onnx.ModelProto], tmp_path: Path, part: int
 ) -> None:
     files = write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
@@ -150,7 +150,7 @@ def features(path: Path, clips: np.ndarray) -> Callable[[], bytes]:
     return lambda: open_extractor(path, "cpu", 1).extract(clips).tobytes()
 
 
-def test_extractor_of_clips(tmp_path: Path) -> None:
+def test_damaged_extractor_is_rejected(tmp_path: Path) -> None:
     path = write_clips(tmp_path / "c3d.onnx")
     path.write_bytes(with_digest(path.read_bytes()))
     clips = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 24, 3), np.uint8)
@@ -158,7 +158,7 @@ def test_extractor_of_clips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "encoder.onnx.json"])
-def test_image_encoder_with_its_description(tmp_path: Path, name: str) -> None:
+def test_damaged_image_encoder_or_metadata_is_rejected(tmp_path: Path, name: str) -> None:
     path = write_images(tmp_path / "encoder.onnx")
     assert seal_model(path) == tmp_path / "encoder.onnx.json"
     clips = np.random.default_rng(0).integers(0, 256, (2, 1, 24, 24, 3), np.uint8)
@@ -166,7 +166,7 @@ def test_image_encoder_with_its_description(tmp_path: Path, name: str) -> None:
     assert count_refused(tmp_path / name, features(path, clips), ModelFileError) >= 36
 
 
-def test_files_of_before_have_no_digest_and_load(
+def test_files_without_digest_load(
     exported: dict[str, onnx.ModelProto], graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "old.onnx"
@@ -179,7 +179,7 @@ def test_files_of_before_have_no_digest_and_load(
     assert len(set(shown)) == 2
 
 
-def test_what_is_written_is_sealed_once(checkpoint: Path, tmp_path: Path) -> None:
+def test_exported_files_contain_exactly_one_digest(checkpoint: Path, tmp_path: Path) -> None:
     output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
     files = (output, *pair_paths(output))
     for path in files:

@@ -108,7 +108,7 @@ def test_unrolled_int8_graph_keeps_mac_count_and_builds(
 
 
 @pytest.mark.parametrize("form", ["int8", "int8, modules kept"])
-def test_int8_with_wide_scales_builds_and_answers_alike(
+def test_int8_with_fp32_scales_builds_and_agrees(
     form: str, exported: dict[str, onnx.ModelProto], tables: Tables
 ) -> None:
     half = FORMS[form][0](exported["tiny"], tables["tiny"])
@@ -141,7 +141,7 @@ def _exact(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
 
 
-def test_states_of_an_lstm_have_the_type_of_its_weights(exported: dict[str, onnx.ModelProto]) -> None:
+def test_lstm_states_have_the_type_of_the_weights(exported: dict[str, onnx.ModelProto]) -> None:
     for kind, half in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)):
         model = convert_to_half(raise_opset(exported["deep"], OPSETS[kind]), kind)  # type: ignore[arg-type]
         types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -158,14 +158,14 @@ def test_states_of_an_lstm_have_the_type_of_its_weights(exported: dict[str, onnx
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_both_quantised_parts_of_a_pair_build(form: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+def test_quantized_parts_of_a_pair_build(form: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     make, capability, _ = FORMS[form]
     for part in split_graph(make(exported["tiny"], tables["tiny"])):
         assert build_with_rtx(part, capability=capability)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_an_extractor_of_clips_builds(precision: str) -> None:
+def test_clip_extractor_builds(precision: str) -> None:
     # Clips go in as bytes, which TensorRT takes into a cast alone.
     model = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -175,7 +175,7 @@ def test_an_extractor_of_clips_builds(precision: str) -> None:
     assert len(build_with_rtx(model)) > 10_000
 
 
-def test_int8_without_balanced_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:
+def test_int8_without_equalized_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:
     table = table_for(exported["tiny"], CONFIGS["tiny"], balance=False)
     plain = insert_qdq(exported["tiny"], table, opset=19)
     assert "prop_fc.gain" not in {tensor.name for tensor in plain.graph.initializer}
@@ -190,7 +190,7 @@ def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelPr
     assert build_with_rtx(convert_to_half(narrow) if opset >= QDQ_OPSET else narrow)
 
 
-def test_fp8_is_refused_for_hardware_without_it(exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+def test_fp8_build_fails_for_hardware_without_fp8(exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     # E4M3 came with 8.9. All else was accepted by then.
     with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
         build_with_rtx(insert_qdq(exported["tiny"], tables["tiny"], kind="fp8"), capability="8.6")

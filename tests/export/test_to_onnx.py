@@ -58,7 +58,7 @@ def assert_parity(session: onnxruntime.InferenceSession, model: DRN, inputs: Inp
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_query_length_answers_as_torch(
+def test_graph_equals_torch_for_every_query_length(
     sessions: dict[str, onnxruntime.InferenceSession], networks: dict[str, DRN], name: str
 ) -> None:
     for length in range(1, 40):
@@ -67,7 +67,7 @@ def test_every_query_length_answers_as_torch(
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 17])
-def test_ragged_batches_answer_as_torch_in_either_order(
+def test_graph_equals_torch_for_mixed_length_batches(
     sessions: dict[str, onnxruntime.InferenceSession], networks: dict[str, DRN], name: str, size: int
 ) -> None:
     lengths = [index % 11 + 1 for index in range(size)]
@@ -75,7 +75,7 @@ def test_ragged_batches_answer_as_torch_in_either_order(
     assert_parity(sessions[name], networks[name], random_inputs(CONFIGS[name], lengths[::-1], longest=15))
 
 
-def test_sizes_are_free_and_integers_are_int32(exported: dict[str, onnx.ModelProto]) -> None:
+def test_batch_and_length_are_dynamic_and_integers_int32(exported: dict[str, onnx.ModelProto]) -> None:
     signature = {
         value.name: (
             value.type.tensor_type.elem_type,
@@ -96,7 +96,7 @@ def test_sizes_are_free_and_integers_are_int32(exported: dict[str, onnx.ModelPro
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_only_computed_int64_is_the_query_length(exported: dict[str, onnx.ModelProto], name: str) -> None:
+def test_query_length_is_the_only_computed_int64(exported: dict[str, onnx.ModelProto], name: str) -> None:
     graph = onnx.shape_inference.infer_shapes(exported[name], strict_mode=True).graph
     int64 = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64} - {
         tensor.name for tensor in graph.initializer
@@ -106,7 +106,7 @@ def test_the_only_computed_int64_is_the_query_length(exported: dict[str, onnx.Mo
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_graph_is_tidy(exported: dict[str, onnx.ModelProto], name: str) -> None:
+def test_graph_has_no_unused_nodes_or_weights(exported: dict[str, onnx.ModelProto], name: str) -> None:
     model = exported[name]
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
     assert model.producer_name == "drn-deploy"
@@ -120,7 +120,7 @@ def test_the_graph_is_tidy(exported: dict[str, onnx.ModelProto], name: str) -> N
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_are_read_as_they_are(exported: dict[str, onnx.ModelProto], name: str) -> None:
+def test_nodes_read_weights_from_initializers(exported: dict[str, onnx.ModelProto], name: str) -> None:
     graph = exported[name].graph
     weights = {tensor.name for tensor in graph.initializer}
     assert {"prop_fc.weight", "qInput.0.weight", "fpn.inner_blocks.2.bias", "fcos.head.mix_fc.weight"} <= weights
@@ -129,7 +129,7 @@ def test_weights_are_read_as_they_are(exported: dict[str, onnx.ModelProto], name
         assert all(node.input[place] in weights for place in places.get(node.op_type, ())), node.name
 
 
-def test_a_nodes_name_tells_its_modules(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
+def test_node_names_identify_their_modules(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
     modules = {name for name, _ in networks["deep"].named_modules()}
     told: set[str] = set()
     for node in exported["deep"].graph.node:
@@ -152,12 +152,12 @@ def test_a_nodes_name_tells_its_modules(exported: dict[str, onnx.ModelProto], ne
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_tensor_is_called_after_its_node(exported: dict[str, onnx.ModelProto], name: str) -> None:
+def test_tensors_are_named_after_their_node(exported: dict[str, onnx.ModelProto], name: str) -> None:
     for node in exported[name].graph.node:
         assert set(node.output) <= set(HEAD_NAMES) or {output.split(":")[0] for output in node.output} == {node.name}
 
 
-def test_the_file_says_nothing_of_the_machine(exported: dict[str, onnx.ModelProto]) -> None:
+def test_graph_contains_no_paths_or_user_name(exported: dict[str, onnx.ModelProto]) -> None:
     content = exported["tiny"].SerializeToString()
     for trace in (str(ROOT), str(Path.home()), sys.prefix, "site-packages", ".py", "stack_trace", 'File "'):
         assert trace.encode() not in content, trace
@@ -165,14 +165,14 @@ def test_the_file_says_nothing_of_the_machine(exported: dict[str, onnx.ModelProt
         assert getpass.getuser().encode() not in content
 
 
-def test_the_manifest_comes_back(exported: dict[str, onnx.ModelProto]) -> None:
+def test_manifest_survives_export(exported: dict[str, onnx.ModelProto]) -> None:
     properties = {entry.key: entry.value for entry in exported["tiny"].metadata_props}
     assert list(properties) == [METADATA_KEY]
     assert Manifest.from_json(properties[METADATA_KEY]) == manifest(CONFIGS["tiny"])
 
 
 @pytest.mark.rtx
-def test_the_rtx_gate_refuses_an_operator_that_it_lacks(exported: dict[str, onnx.ModelProto]) -> None:
+def test_rtx_build_fails_for_unknown_operator(exported: dict[str, onnx.ModelProto]) -> None:
     broken = copy.deepcopy(exported["tiny"])
     next(node for node in broken.graph.node if node.op_type == "Softmax").op_type = "Hardmax3"
     with pytest.raises(AssertionError, match=r"does not parse.*Plugin not found"):
@@ -194,7 +194,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_writes_one_file_that_the_runtime_runs(
+def test_command_writes_one_graph_that_the_runtime_runs(
     drn_onnx: tuple[Path, subprocess.CompletedProcess[str]], checkpoint: Path
 ) -> None:
     path, result = drn_onnx
@@ -229,7 +229,7 @@ def test_check_covers_lengths_and_batch_sizes_realistically() -> None:
         assert np.all(batch.segment_spans[..., 0] < batch.segment_spans[..., 1])
 
 
-def test_a_graph_that_differs_is_not_kept(
+def test_graph_failing_torch_parity_is_not_saved(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: dict[str, onnx.ModelProto]
 ) -> None:
     spoilt = copy.deepcopy(exported["tiny"])
@@ -244,7 +244,7 @@ def test_a_graph_that_differs_is_not_kept(
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_the_check_sees_a_direction_that_is_not_reversed(
+def test_torch_check_detects_unreversed_lstm_direction(
     exported: dict[str, onnx.ModelProto], networks: dict[str, DRN], tmp_path: Path
 ) -> None:
     spoilt = copy.deepcopy(exported["tiny"])
@@ -256,7 +256,7 @@ def test_the_check_sees_a_direction_that_is_not_reversed(
         check_against_torch(tmp_path / "spoilt.onnx", networks["tiny"], MAX_QUERY_LENGTH)
 
 
-def test_the_check_sees_a_frozen_query_length(
+def test_torch_check_detects_frozen_query_length(
     exported: dict[str, onnx.ModelProto], networks: dict[str, DRN], tmp_path: Path
 ) -> None:
     spoilt = copy.deepcopy(exported["tiny"])
@@ -277,7 +277,7 @@ def test_check_preserves_training_mode(
     assert model.training
 
 
-def test_a_nan_is_a_broken_promise(
+def test_nan_output_raises_check_failed(
     networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path
 ) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
@@ -288,7 +288,7 @@ def test_a_nan_is_a_broken_promise(
         check_against_torch(tmp_path / "drn.onnx", model, 2)
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_invalid_checkpoint_is_rejected_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "drn.pt").write_text("not a checkpoint")
     result = command("--checkpoint", tmp_path / "drn.pt", "--output", tmp_path / "drn.onnx")
     assert result.returncode == 2
@@ -341,14 +341,14 @@ def test_unwritable_output_is_rejected_before_tracing(
         ({"max_query_length": 0}, "invalid_option", "--max-query-length"),
     ],
 )
-def test_options_out_of_range_are_refused(
+def test_options_out_of_range_are_rejected(
     checkpoint: Path, tmp_path: Path, options: dict[str, int], code: str, option: str
 ) -> None:
     with raises(ShapeError, code, option, *options.values()):
         to_onnx(checkpoint, tmp_path / "drn.onnx", **options)
 
 
-def test_a_network_in_training_mode_exports_the_same(
+def test_network_in_training_mode_exports_identically(
     networks: dict[str, DRN], exported: dict[str, onnx.ModelProto]
 ) -> None:
     model = copy.deepcopy(networks["tiny"]).train()
@@ -358,7 +358,7 @@ def test_a_network_in_training_mode_exports_the_same(
 
 
 @pytest.mark.rtx
-def test_a_newer_opset_can_be_asked_for(networks: dict[str, DRN], tmp_path: Path) -> None:
+def test_newest_opset_exports_and_builds(networks: dict[str, DRN], tmp_path: Path) -> None:
     model = networks["tiny"]
     newer = export_model(model, manifest(model.config), opset=MAX_OPSET)
     assert newer.opset_import[0].version == MAX_OPSET

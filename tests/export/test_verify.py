@@ -88,7 +88,7 @@ def judged(models: Path, wrong: Path, planted: Path) -> ParityReport:
 # The command
 
 
-def test_a_model_that_answers_alike_passes_and_is_documented(
+def test_equal_model_passes_and_writes_reports(
     models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference, model = models / "drn.pt", models / "drn.onnx"
@@ -120,7 +120,7 @@ def test_a_model_that_answers_alike_passes_and_is_documented(
     assert "--split train --max-drop 0.2" in text
 
 
-def test_the_written_command_finds_the_same_again(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_recorded_command_reproduces_the_report(models: Path, planted: Path, tmp_path: Path) -> None:
     arguments = ("--reference", models / "drn.onnx", "--model", models / "drn.onnx", "--data", planted, "--limit", 3)
     first = command(*arguments, "--protocol", "drn", "--boundary-p99", 0.5, "--output", tmp_path / "a.json")
     assert first.returncode == 0, first.stderr
@@ -144,13 +144,13 @@ def test_model_over_budget_fails_but_gets_a_report(models: Path, wrong: Path, pl
     assert 'class="verdict broken"' in page.read_text()
 
 
-def test_a_larger_budget_lets_it_pass(models: Path, wrong: Path, planted: Path) -> None:
+def test_larger_budget_accepts_the_model(models: Path, wrong: Path, planted: Path) -> None:
     with raises(CheckFailed, "parity_failed", "wrong.onnx", "drn.onnx", "mIoU"):
         verify(models / "drn.onnx", wrong, planted, boundary_p99=100, threads=1)
     verify(models / "drn.onnx", wrong, planted, boundary_p99=100, max_drop=100, threads=1)
 
 
-def test_what_cannot_be_judged_is_refused_in_one_sentence(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_compared_are_rejected(models: Path, planted: Path, tmp_path: Path) -> None:
     good = models / "drn.onnx"
     truncated, foreign, narrow = (tmp_path / name for name in ("truncated.onnx", "foreign.onnx", "narrow.onnx"))
     truncated.write_bytes(good.read_bytes()[:5000])
@@ -194,7 +194,7 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(models: Path, planted:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
-def test_a_twin_of_any_precision_is_judged_on_a_cpu(
+def test_converted_graph_of_any_precision_is_compared_on_cpu(
     models: Path, planted: Path, tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     from calib.calibrate import measure_table
@@ -225,7 +225,7 @@ def test_a_twin_of_any_precision_is_judged_on_a_cpu(
         assert records(caplog, logging.INFO, code="without_fusions")
 
 
-def test_torch_is_left_alone_where_no_checkpoint_is_judged(models: Path, planted: Path) -> None:
+def test_verify_of_graphs_does_not_import_torch(models: Path, planted: Path) -> None:
     code = (
         "import sys; from export.verify import verify; "
         "verify(sys.argv[1], sys.argv[1], sys.argv[2], limit=2); print('torch' in sys.modules)"
@@ -259,7 +259,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_asks_for_nothing_outside_itself(judged: ParityReport) -> None:
+def test_html_report_has_no_external_resources(judged: ParityReport) -> None:
     text = render_html_report(judged, commands=("python -m export.verify",))
     page = Page(text)
     assert page.open == []
@@ -272,7 +272,7 @@ def test_the_page_asks_for_nothing_outside_itself(judged: ParityReport) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_time_lines_stand_where_the_moments_are(judged: ParityReport) -> None:
+def test_html_report_timelines_match_the_moments(judged: ParityReport) -> None:
     row = Disagreement(
         7, "VID", "person opens", 20.0, (5.0, 10.0), Moment(4, 9, 0.9), None, overlap=0.0, reference_iou=2 / 3,
         other_iou=0.0, shift=20.0,
@@ -288,7 +288,7 @@ def test_time_lines_stand_where_the_moments_are(judged: ParityReport) -> None:
     assert labels == ["truth: 5.0–10.0 s of 20.0 s", "drn.onnx: 4.0–9.0 s of 20.0 s", "wrong.onnx: no moment of 20.0 s"]
 
 
-def test_what_a_query_holds_is_text_and_nothing_else(judged: ParityReport) -> None:
+def test_html_report_escapes_query_text(judged: ParityReport) -> None:
     hostile = "<script>alert('\"&')</script>"
     worst = tuple(dataclasses.replace(row, query=hostile, video=hostile) for row in judged.parity.worst)
     assert worst
@@ -302,7 +302,7 @@ def test_what_a_query_holds_is_text_and_nothing_else(judged: ParityReport) -> No
     assert "&lt;script&gt;" in text
 
 
-def test_latency_and_census_stand_there_when_measured(judged: ParityReport) -> None:
+def test_html_report_includes_latency_and_layer_stats(judged: ParityReport) -> None:
     without = render_html_report(judged)
     note = "Of its multiply-adds 95.0 % in int8."
     precision = Table("Precision", ("module", "int8"), [("prop_fc", "536.87")], [note], folded=True)
@@ -335,7 +335,7 @@ def latency_report(path: Path, model: Path) -> Path:
     return path
 
 
-def test_a_measured_latency_comes_into_the_passport(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_html_report_includes_measured_latency(models: Path, planted: Path, tmp_path: Path) -> None:
     model, page = models / "drn.onnx", tmp_path / "p.html"
     report = latency_report(tmp_path / "speed.json", model)
     verify(model, model, planted, limit=2, html=page, latency=report, threads=1)
@@ -343,7 +343,7 @@ def test_a_measured_latency_comes_into_the_passport(models: Path, planted: Path,
     assert quotes(text, "A CPU, 2 cores, 1 thread, numpy 2, 2026-11-23", "end to end: known video", "4.00", "250.0")
 
 
-def test_a_latency_of_another_model_is_refused_before_the_work(
+def test_latency_of_another_model_is_rejected_first(
     models: Path, wrong: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
@@ -364,7 +364,7 @@ def test_a_latency_of_another_model_is_refused_before_the_work(
     assert not page.exists()
 
 
-def test_lineage_goes_by_hashes(judged: ParityReport) -> None:
+def test_provenance_is_decided_by_hashes(judged: ParityReport) -> None:
     reference, other = judged.reference, judged.model
     known, said = provenance(reference, other)
     assert known
@@ -391,7 +391,7 @@ def asked(models: Path, planted: Path) -> list[Any]:
     return [batch for _, batch in batches_of(grounder, data_set, data_set.annotations("test")[:4], 2)]
 
 
-def test_a_model_has_no_layer_that_differs_from_itself(models: Path, asked: list[Any]) -> None:
+def test_compare_layers_with_itself_finds_no_difference(models: Path, asked: list[Any]) -> None:
     found = compare_layers(models / "drn.onnx", models / "drn.onnx", asked)
     assert {module.worst.relative for module in found.modules} == {0}
     assert (found.first_wrong, found.unmatched, found.queries) == (None, 0, 4)
@@ -426,7 +426,7 @@ def test_int8_graph_is_compared_without_channel_scales(
         ("fcos.head.mix_fc.weight", "fcos.head.mix_fc", ["fpn.layer_blocks.0"]),
     ],
 )
-def test_the_module_that_goes_wrong_first_is_named(
+def test_compare_layers_names_first_wrong_module(
     models: Path, asked: list[Any], tmp_path: Path, weight: str, module: str, untouched: list[str]
 ) -> None:
     other = changed(models / "drn.onnx", tmp_path / "other.onnx", lambda values: values * 1.01, weight)
@@ -441,7 +441,7 @@ def test_the_module_that_goes_wrong_first_is_named(
     assert found.to_dict()["first_wrong"] == module
 
 
-def test_what_is_right_depends_on_the_precision_unless_said(models: Path, asked: list[Any], tmp_path: Path) -> None:
+def test_layer_tolerance_depends_on_precision_or_option(models: Path, asked: list[Any], tmp_path: Path) -> None:
     other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * 1.01, "fcos.head.mix_fc.weight")
     model = onnx.load(other)
     about = Manifest.from_json(model.metadata_props[0].value)
@@ -451,7 +451,7 @@ def test_what_is_right_depends_on_the_precision_unless_said(models: Path, asked:
     assert compare_layers(models / "drn.onnx", other, asked[:1], tolerance=1e-3).first_wrong is not None
 
 
-def test_an_overflow_is_wrong_whatever_the_tolerance(models: Path, asked: list[Any], tmp_path: Path) -> None:
+def test_overflow_is_wrong_at_any_tolerance(models: Path, asked: list[Any], tmp_path: Path) -> None:
     other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * np.inf, "prop_fc.bias")
     found = compare_layers(models / "drn.onnx", other, asked, tolerance=100)
     assert found.first_wrong is not None
@@ -459,7 +459,7 @@ def test_an_overflow_is_wrong_whatever_the_tolerance(models: Path, asked: list[A
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_tensors_that_the_other_model_lacks_are_counted(models: Path, asked: list[Any], tmp_path: Path) -> None:
+def test_tensors_missing_in_other_model_are_counted(models: Path, asked: list[Any], tmp_path: Path) -> None:
     model = onnx.load(models / "drn.onnx")
     renamed = next(node for node in model.graph.node if node.name == "fpn.inner_blocks.0/Conv")
     for node in model.graph.node:
@@ -470,7 +470,7 @@ def test_tensors_that_the_other_model_lacks_are_counted(models: Path, asked: lis
     assert (found.unmatched, found.first_wrong) == (1, None)
 
 
-def test_the_command_names_the_module(
+def test_verify_layers_names_wrong_module_in_reports(
     models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[Any]
 ) -> None:
     other = changed(models / "drn.onnx", tmp_path / "o.onnx", lambda values: values * 1.5, "fpn.layer_blocks.1.weight")
@@ -482,7 +482,7 @@ def test_the_command_names_the_module(
     assert quotes(page.read_text(), "fpn.layer_blocks.1")
 
 
-def test_without_polygraphy_layers_are_refused_before_the_work(
+def test_layers_option_without_polygraphy_is_rejected_first(
     models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "polygraphy", None)

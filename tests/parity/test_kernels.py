@@ -30,7 +30,7 @@ def need_gpu() -> None:
 @pytest.mark.trt
 @pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 7)], ids=["one and several", "several alone"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_engine_answers_as_its_twin(
+def test_engine_on_gpu_agrees_with_converted_graph(
     models: Path, planted: Path, tmp_path: Path, precision: str, batch: SizeRange
 ) -> None:
     need_gpu()

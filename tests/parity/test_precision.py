@@ -58,46 +58,46 @@ def quantised(models: Path, int8: Path, planted: Path) -> ParityResult:
 
 
 @needs_half
-def test_fp16_stays_within_its_rounding(halved: ParityResult) -> None:
+def test_fp16_heads_stay_within_tolerance(halved: ParityResult) -> None:
     for name, error in halved.heads.items():
         assert error.not_finite == 0
         assert error.max <= tolerances.HALF * error.largest, name
 
 
 @needs_half
-def test_fp16_moves_no_boundary_by_a_tenth_of_a_second(halved: ParityResult) -> None:
+def test_fp16_boundaries_shift_less_than_a_tenth_second(halved: ParityResult) -> None:
     assert halved.locations.max < 0.1
     assert violations(halved, AccuracyBudget.of("fp16", max_drop=1.1)) == []
 
 
 @needs_half
-def test_fp16_really_rounds(halved: ParityResult) -> None:
+def test_fp16_heads_differ_from_fp32(halved: ParityResult) -> None:
     # Else the twin would be FP32 under another name.
     assert all(error.max > 1e-4 for error in halved.heads.values())
 
 
 @needs_calib
-def test_int8_stays_within_its_rounding(quantised: ParityResult) -> None:
+def test_int8_heads_stay_within_tolerance(quantised: ParityResult) -> None:
     for name, error in quantised.heads.items():
         assert error.not_finite == 0
         assert error.p99 <= tolerances.INT8 * error.largest, name
 
 
 @needs_calib
-def test_int8_answers_as_fp32_on_the_whole(quantised: ParityResult) -> None:
+def test_int8_moments_mostly_agree_with_fp32(quantised: ParityResult) -> None:
     assert quantised.overlap.mean > 0.9
     assert abs(quantised.differences["mIoU"].mean) < 0.02
     assert all(len(flips.lost) <= 4 for flips in quantised.flips.values())
 
 
 @needs_calib
-def test_int8_rounds_more_than_fp16(quantised: ParityResult, halved: ParityResult) -> None:
+def test_int8_error_exceeds_fp16_error(quantised: ParityResult, halved: ParityResult) -> None:
     for name, error in quantised.heads.items():
         assert error.p99 > halved.heads[name].p99, name
 
 
 @needs_calib
-def test_int8_on_ranges_that_are_too_small_breaks_the_promise(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_int8_with_too_small_ranges_violates_the_budget(models: Path, planted: Path, tmp_path: Path) -> None:
     from calib.calibrate import measure_table
     from calib.calibration_set import sample_calibration_set
     from calib.qdq_quantizer import insert_qdq

@@ -33,7 +33,7 @@ def trained(request: pytest.FixtureRequest, planted: Path, tmp_path_factory: pyt
     return directory
 
 
-def test_graph_and_parts_answer_as_the_checkpoint(trained: Path, planted: Path) -> None:
+def test_graph_and_split_pair_equal_the_checkpoint(trained: Path, planted: Path) -> None:
     config = load_checkpoint(trained / "drn.pt").config
     for name in ("drn.onnx", "drn.query.onnx"):
         found = parity(trained / "drn.pt", trained / name, planted)
@@ -46,7 +46,7 @@ def test_graph_and_parts_answer_as_the_checkpoint(trained: Path, planted: Path) 
     assert heads.matching_logits.shape[1] == grounder.manifest.decoding.num_locations == config.num_segments * 7 // 4
 
 
-def test_moments_are_seconds_of_the_video_whatever_t(trained: Path, planted: Path) -> None:
+def test_moments_are_in_video_seconds_for_any_segment_count(trained: Path, planted: Path) -> None:
     grounder, data_set = Grounder.load(trained / "drn.onnx"), DataSet(planted)
     annotation = data_set.annotations("test")[0]
     video = data_set.video(annotation.video)
@@ -58,7 +58,7 @@ def test_moments_are_seconds_of_the_video_whatever_t(trained: Path, planted: Pat
 
 
 @pytest.mark.rtx
-def test_eight_bits_are_calibrated_and_build_an_engine(trained: Path, planted: Path) -> None:
+def test_int8_calibrates_and_builds_for_other_segment_counts(trained: Path, planted: Path) -> None:
     output = build_engine(
         trained / "drn.onnx", precision="int8", target="onnxruntime", data=planted, max_drop=60.0, calib_samples=64,
         calib_method="minmax", query_length=(1, 8, 12), threads=1,

@@ -15,7 +15,7 @@ from tests.parity.models import parity
 
 @pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_graph_answers_as_the_checkpoint(models: Path, planted: Path, split: str, protocol: str) -> None:
+def test_graph_equals_the_checkpoint(models: Path, planted: Path, split: str, protocol: str) -> None:
     found = parity(models / "drn.pt", models / "drn.onnx", planted, split, protocol=protocol)
     for name, error in found.heads.items():
         assert error.max <= tolerances.EXPORTED * max(error.largest, 1), name
@@ -27,7 +27,7 @@ def test_the_graph_answers_as_the_checkpoint(models: Path, planted: Path, split:
     assert violations(found, AccuracyBudget(max_drop=0, boundary_p99=tolerances.EXPORTED_SECONDS)) == []
 
 
-def test_this_network_answers_some_queries_and_not_others(models: Path, planted: Path) -> None:
+def test_test_network_recall_is_neither_zero_nor_full(models: Path, planted: Path) -> None:
     # Else nothing could be lost, and the test above would hold for any two.
     found = parity(models / "drn.pt", models / "drn.onnx", planted, "train")
     assert 0.1 < found.reference.values["R@1 IoU=0.5"] < 0.9
@@ -35,7 +35,7 @@ def test_this_network_answers_some_queries_and_not_others(models: Path, planted:
 
 
 @pytest.mark.parametrize("weight", ["fpn.inner_blocks.1.weight", "fcos.head.iou_scores.1.weight"])
-def test_one_wrong_weight_is_seen(models: Path, planted: Path, tmp_path: Path, weight: str) -> None:
+def test_one_changed_weight_breaks_parity(models: Path, planted: Path, tmp_path: Path, weight: str) -> None:
     model = onnx.load(models / "drn.onnx")
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == weight)
     values = onnx.numpy_helper.to_array(tensor).copy()

@@ -77,7 +77,7 @@ WHOLE = {
 # The whole command
 
 
-def test_a_file_is_measured_and_the_report_is_complete(
+def test_benchmark_of_one_model_writes_complete_report(
     tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     output, plot = tmp_path / "r.json", tmp_path / "r.png"
@@ -118,7 +118,7 @@ def test_a_file_is_measured_and_the_report_is_complete(
     assert len(latency_table(read_report(output), sha256(tiny_model))[1]) == len(report["timings"])
 
 
-def test_the_written_command_does_the_same_again(
+def test_recorded_command_repeats_the_benchmark(
     opened: Callable[..., list[Path]], planted_backend: Any, run_command: Callable[..., Any], tmp_path: Path
 ) -> None:
     a, b = opened(a=planted_backend(), b=planted_backend())
@@ -131,7 +131,7 @@ def test_the_written_command_does_the_same_again(
     assert json.loads((tmp_path / "r.json").read_text())["command"] == first.command
 
 
-def test_a_pair_encodes_apart(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
     (path,) = opened(pair=PlantedPair(planted_backend()))
     report = benchmark(path, samples=4, batch=3).to_dict()
     encode = {("one query", "host", "encode a video"): [1]}
@@ -140,7 +140,7 @@ def test_a_pair_encodes_apart(opened: Callable[..., list[Path]], planted_backend
     assert report["models"][0]["kind"] == "pair"
 
 
-def test_real_inputs_are_asked(tiny_model: Path, mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_uses_queries_of_data_set(tiny_model: Path, mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = benchmark(tiny_model, data=mini, samples=2, batch=1, threads=1)
     assert report.inputs["made_up"] is False
     assert str(mini) in capsys.readouterr().out
@@ -160,7 +160,7 @@ class Slower:
         return self.inner.run(batch)
 
 
-def test_models_take_turns_and_are_compared_with_the_first(
+def test_models_are_interleaved_and_compared_with_the_first(
     opened: Callable[..., list[Path]], planted_backend: Any
 ) -> None:
     log: list[str] = []
@@ -179,7 +179,7 @@ def test_models_take_turns_and_are_compared_with_the_first(
     assert "times as fast" in report.text()
 
 
-def test_two_files_are_compared_and_different_answers_are_said(
+def test_benchmark_reports_models_with_different_answers(
     tiny_model: Path,
     tiny_manifest: Manifest,
     write_graph: Callable[..., Path],
@@ -203,7 +203,7 @@ def test_two_files_are_compared_and_different_answers_are_said(
     assert report.models[0].sha256 != report.models[1].sha256
 
 
-def test_what_cannot_be_asked_the_same_is_refused(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
     a, b = opened(a=planted_backend(), b=planted_backend(dim=16))
     with raises(ModelFileError, "models_differ", "a.onnx", 8, "b.onnx", 16):
         benchmark(a, compare=(b,), samples=1)
@@ -237,7 +237,7 @@ class OnGpu(Slower):
         return SimpleNamespace(plan=10, device=20, pinned=30, free=1, total=2)
 
 
-def test_the_gpu_is_timed_by_its_own_events(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
     backend = OnGpu(planted_backend())
     (path,) = opened(gpu=backend)
     report = benchmark(path, samples=3, batch=2)
@@ -275,7 +275,7 @@ def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Pa
 
 
 @pytest.mark.parametrize("fails_after", [2, 6])
-def test_memory_that_is_full_later_costs_its_case_alone(
+def test_out_of_memory_skips_only_its_case(
     opened: Callable[..., list[Path]], planted_backend: Any, fails_after: int
 ) -> None:
     class Full(Slower):
@@ -315,7 +315,7 @@ def stopping(backend: Any, after: int) -> Any:
 
 
 @pytest.mark.parametrize("after", [0, 5, 150, 400])
-def test_ctrl_c_keeps_what_was_measured(
+def test_ctrl_c_keeps_measured_timings(
     opened: Callable[..., list[Path]],
     planted_backend: Any,
     tmp_path: Path,
@@ -339,7 +339,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert report["phases"] == []
 
 
-def test_a_real_ctrl_c_ends_with_130_and_a_whole_report(tiny_model: Path, tmp_path: Path) -> None:
+def test_sigint_exits_130_with_complete_report(tiny_model: Path, tmp_path: Path) -> None:
     # The signal comes from the process itself once it measures, so that nothing depends on the machine's speed.
     code = """
 import os, signal
@@ -380,7 +380,7 @@ command(benchmark)
 # What goes in
 
 
-def test_bad_input_is_refused_before_any_work(
+def test_invalid_input_is_rejected_before_loading_the_model(
     tiny_model: Path,
     mini: Path,
     tmp_path: Path,
@@ -413,7 +413,7 @@ def test_bad_input_is_refused_before_any_work(
     assert tiny_model.read_bytes() == kept
 
 
-def test_without_matplotlib_a_plot_is_refused_before_the_work(
+def test_plot_without_matplotlib_is_rejected_before_loading(
     tiny_model: Path, tmp_path: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -33,7 +33,7 @@ def findings() -> dict[str, module.Finding]:
     return {finding.subject: finding for finding in doctor()}
 
 
-def test_what_is_missing_is_named_with_the_line_to_type(
+def test_doctor_names_missing_packages_and_commands(
     installed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = findings()
@@ -57,7 +57,9 @@ def test_what_is_missing_is_named_with_the_line_to_type(
     assert [line[:3] for line in out.splitlines() if "->" not in line].count("no ") == len(remedies) + 1
 
 
-def test_what_is_installed_works(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_installed_packages_as_working(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed.update(
         {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
     )
@@ -71,7 +73,7 @@ def test_what_is_installed_works(installed: dict[str, str], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+def test_tensorrt_works_only_with_a_gpu(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     def cuda() -> Any:
         if not gpu:
             raise DeviceError("There is no CUDA driver here; install it.")
@@ -90,7 +92,7 @@ def test_engines_run_where_a_gpu_is(installed: dict[str, str], monkeypatch: pyte
     ("features", "shown"),
     [(("avx2",), "uint8 weights"), (("avx2", "avx512_vnni"), "int8 weights"), (None, "features unknown")],
 )
-def test_cpu_is_shown_with_what_decides_on_int8(
+def test_cpu_finding_shows_int8_weight_form(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, shown: str
 ) -> None:
     monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: features)
@@ -101,7 +103,7 @@ def test_cpu_is_shown_with_what_decides_on_int8(
     assert shown in finding.seen
 
 
-def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) -> None:
+def test_two_onnxruntime_packages_are_reported(installed: dict[str, str]) -> None:
     installed.update({"onnxruntime": "1", "onnxruntime-gpu": "1"})
     finding = findings()["run .onnx models"]
     assert not finding.works
@@ -109,9 +111,7 @@ def test_two_onnx_runtimes_in_one_folder_are_found(installed: dict[str, str]) ->
     assert finding.remedy.startswith("pip uninstall")
 
 
-def test_a_torch_that_does_not_start_shows_its_last_line(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_torch_import_shows_its_last_line(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     installed["torch"] = "2.13.0"
     answer = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: libcudart.so\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
@@ -128,7 +128,7 @@ def test_a_torch_that_does_not_start_shows_its_last_line(
         (9, "", "", False, "no output"),
     ],
 )
-def test_what_nvidia_smi_says_is_shown(
+def test_nvidia_smi_output_is_shown(
     installed: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     code: int,
@@ -146,7 +146,7 @@ def test_what_nvidia_smi_says_is_shown(
     assert seen in found[0].seen
 
 
-def test_a_tool_that_hangs_is_given_up(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_nvidia_smi_times_out(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*_: Any, **__: Any) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
 
@@ -156,5 +156,5 @@ def test_a_tool_that_hangs_is_given_up(installed: dict[str, str], monkeypatch: p
     assert quotes(findings()["NVIDIA GPU"].seen, "nvidia-smi", 20)
 
 
-def test_the_command_ends_well_whatever_is_missing(installed: dict[str, str], run_command: Callable[..., Any]) -> None:
+def test_doctor_exits_with_0(installed: dict[str, str], run_command: Callable[..., Any]) -> None:
     assert run_command(doctor).code == 0

@@ -23,7 +23,7 @@ def words(tiny_model: Path, mini: Path, tmp_path: Path) -> list[object]:
     return ["--model", tiny_model, "--features", mini, "--queries", queries, "--output", output]
 
 
-def test_it_writes_shards_and_says_how_many_pairs_there_were(
+def test_ground_corpus_writes_shards_and_prints_pair_count(
     run_command: Callable[..., Any], words: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcome = run_command(ground_corpus, *words, "--actors", 0, "--shard-pairs", 4)
@@ -38,13 +38,13 @@ def test_it_writes_shards_and_says_how_many_pairs_there_were(
     ("option", "value"),
     [("--actors", -1), ("--threads", 0), ("--shard-pairs", 0), ("--top-k", 0), ("--batch-size", 0)],
 )
-def test_an_option_that_cannot_be_is_named(
+def test_invalid_option_is_named(
     refused: Callable[..., GroundingError], words: list[object], option: str, value: int
 ) -> None:
     check_error(refused(ground_corpus, *words, option, value), "invalid_option", option, value)
 
 
-def test_without_ray_it_says_what_to_install(
+def test_missing_ray_error_names_the_extra(
     refused: Callable[..., GroundingError], words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

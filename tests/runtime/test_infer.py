@@ -42,7 +42,7 @@ def of_clip(tiny_model: Path, clip: Path) -> tuple[Any, ...]:
     return ("--model", tiny_model, "--features", clip, "--duration", 20)
 
 
-def test_json_on_stdout_is_what_the_grounder_answers(
+def test_json_output_equals_grounder_moments(
     of_clip: tuple[Any, ...], tiny_model: Path, golden: Path, run_command: Callable[..., Any]
 ) -> None:
     data = ("--data", golden / "mini", "--video", "AAAA1")
@@ -62,7 +62,7 @@ def test_json_on_stdout_is_what_the_grounder_answers(
         assert all(0 <= moment["start"] <= moment["end"] <= 30 for moment in expected)
 
 
-def test_a_feature_file_and_its_duration_are_enough(of_clip: tuple[Any, ...], run_command: Callable[..., Any]) -> None:
+def test_infer_accepts_feature_file_with_duration(of_clip: tuple[Any, ...], run_command: Callable[..., Any]) -> None:
     outcome = run_command(infer, *of_clip, "--query", "person opens the door")
     assert outcome.code == 0
     assert "hall (0:20.0)" in outcome.out
@@ -91,13 +91,13 @@ def test_all_moments_are_shown_for_any_query_spacing(
     ]  # fmt: skip
 
 
-def test_a_plot_is_written_whole(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any]) -> None:
+def test_infer_writes_a_png_plot(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any]) -> None:
     pytest.importorskip("matplotlib")
     assert run_command(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png").code == 0
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_film_beside_features_must_be_as_long_as_they_say(
+def test_video_file_of_other_length_than_features_is_rejected(
     of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., GroundingError]
 ) -> None:
     films = pytest.importorskip("tests.films")
@@ -135,7 +135,7 @@ def test_plot_name_must_be_png_before_opening_model(
     assert not (tmp_path / name).exists()
 
 
-def test_an_unknown_word_is_named_and_the_rest_is_answered(
+def test_unknown_word_is_warned_of_and_query_answered(
     of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     outcome = run_command(infer, *of_clip, "--query", "person zorbs the door", "--format", "json")
@@ -144,7 +144,7 @@ def test_an_unknown_word_is_named_and_the_rest_is_answered(
     assert records(caplog, logging.WARNING, "'zorbs'")
 
 
-def test_a_pt_feature_file_gives_the_same_answer_as_npy(
+def test_pt_and_npy_features_give_same_answer(
     tiny_model: Path, golden: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     source = golden / "mini" / FEATURES / "BBBB2.pt"
@@ -208,7 +208,7 @@ def test_bad_feature_file_is_one_error_without_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_frames_are_counted_by_the_clip_clock_of_the_model(
+def test_frame_count_is_derived_by_clip_timing_of_model(
     write_graph: Callable[..., Path],
     tiny_manifest: Manifest,
     clip: Path,
@@ -223,7 +223,7 @@ def test_frames_are_counted_by_the_clip_clock_of_the_model(
     assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 248).out
 
 
-def test_a_frame_count_of_another_video_is_told(
+def test_unusual_frame_count_gives_warning(
     of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = (*of_clip, "--query", "dog sits", "--num-frames")
@@ -233,7 +233,7 @@ def test_a_frame_count_of_another_video_is_told(
     assert len(records(caplog, logging.WARNING, "--num-frames")) == 1
 
 
-def test_infer_frame_count_of_another_video_is_refused(
+def test_infer_frame_count_of_another_video_is_rejected(
     of_clip: tuple[Any, ...], refused: Callable[..., GroundingError]
 ) -> None:
     error = refused(infer, *of_clip, "--query", "dog sits", "--num-frames", 100)
@@ -251,13 +251,13 @@ def test_infer_frame_count_of_another_video_is_refused(
         ("dog " * 14, "query_too_long", [14, 1, 13]),
     ],
 )
-def test_a_query_that_cannot_be_asked_is_one_sentence(
+def test_infer_rejects_invalid_query(
     of_clip: tuple[Any, ...], refused: Callable[..., GroundingError], query: str, code: str, values: list[object]
 ) -> None:
     check_error(refused(infer, *of_clip, "--query", "dog sits", query), code, *values)
 
 
-def test_infer_sentence_without_quotes_is_quoted_in_a_warning(
+def test_infer_unquoted_query_gives_warning_with_quotes(
     of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     run_command(infer, *of_clip, "--query", "person", "opens", "the", "door")
@@ -268,13 +268,13 @@ def test_infer_sentence_without_quotes_is_quoted_in_a_warning(
     assert "--query" not in "".join(record.message for record in caplog.records if record.levelname == "WARNING")
 
 
-def test_infer_unknown_content_words_are_refused(
+def test_infer_unknown_content_words_are_rejected(
     of_clip: tuple[Any, ...], refused: Callable[..., GroundingError]
 ) -> None:
     check_error(refused(infer, *of_clip, "--query", "the doar"), "unknown_content_words", "'doar'", "'door'")
 
 
-def test_missing_or_contradicting_options_are_one_sentence(
+def test_missing_or_conflicting_options_are_rejected(
     tiny_model: Path, clip: Path, golden: Path, refused: Callable[..., GroundingError]
 ) -> None:
     model, query, mini = ("--model", tiny_model), ("--query", "dog sits"), golden / "mini"
@@ -295,7 +295,7 @@ def test_missing_or_contradicting_options_are_one_sentence(
         check_error(refused(infer, *model, *query, *arguments), code, *values)
 
 
-def test_a_file_that_is_no_model_of_ours_is_one_sentence(
+def test_infer_rejects_files_that_are_not_models(
     write_graph: Callable[..., Path],
     tiny_manifest: Manifest,
     clip: Path,
@@ -321,7 +321,7 @@ def test_a_file_that_is_no_model_of_ours_is_one_sentence(
         check_error(error, code, path.name)
 
 
-def test_graph_width_unlike_manifest_is_one_error(
+def test_graph_width_unlike_manifest_is_rejected(
     write_graph: Callable[..., Path],
     tiny_manifest: Manifest,
     clip: Path,
@@ -333,9 +333,7 @@ def test_graph_width_unlike_manifest_is_one_error(
     check_error(refused(infer, "--model", model, *arguments), "shape_mismatch")
 
 
-def test_a_gpu_that_is_not_there_is_one_sentence(
-    of_clip: tuple[Any, ...], refused: Callable[..., GroundingError]
-) -> None:
+def test_infer_on_missing_gpu_is_rejected(of_clip: tuple[Any, ...], refused: Callable[..., GroundingError]) -> None:
     ort = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has a GPU")
@@ -343,7 +341,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(
     check_error(error, "gpu_unavailable", "--device cpu")
 
 
-def test_an_engine_without_a_sidecar_is_refused(
+def test_engine_without_metadata_file_is_rejected(
     clip: Path, tmp_path: Path, refused: Callable[..., GroundingError]
 ) -> None:
     (tmp_path / "drn.engine").write_bytes(b"plan")
@@ -352,7 +350,7 @@ def test_an_engine_without_a_sidecar_is_refused(
     check_error(error, "missing_file", tmp_path / "drn.engine.json")
 
 
-def test_a_plot_on_a_full_disk_is_refused_and_leaves_nothing(
+def test_plot_on_full_disk_fails_without_file(
     of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -375,7 +373,7 @@ def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def test_from_a_shell_stdout_holds_results_alone(of_clip: tuple[Any, ...]) -> None:
+def test_shell_stdout_contains_only_results(of_clip: tuple[Any, ...]) -> None:
     result = shell(*of_clip, "--query", "person zorbs", "--format", "json")
     assert result.returncode == 0
     assert len(json.loads(result.stdout)[0]["moments"]) == 5
@@ -383,7 +381,7 @@ def test_from_a_shell_stdout_holds_results_alone(of_clip: tuple[Any, ...]) -> No
     assert "Next:  python -m runtime.evaluate" in result.stderr
 
 
-def test_from_a_shell_bad_features_are_one_line_and_exit_code_2(tiny_model: Path, tmp_path: Path) -> None:
+def test_shell_invalid_features_give_one_line_and_exit_code_2(tiny_model: Path, tmp_path: Path) -> None:
     path = bad_features(tmp_path)["attack.pt"][0]
     result = shell("--model", tiny_model, "--features", path, "--duration", 20, "--query", "dog sits")
     assert (result.returncode, result.stdout) == (2, "")
@@ -394,7 +392,7 @@ def test_from_a_shell_bad_features_are_one_line_and_exit_code_2(tiny_model: Path
     assert not (tmp_path / "ran").exists()
 
 
-def test_from_a_shell_an_unknown_option_is_exit_code_2(of_clip: tuple[Any, ...]) -> None:
+def test_shell_unknown_option_gives_exit_code_2(of_clip: tuple[Any, ...]) -> None:
     result = shell(*of_clip, "--query", "dog sits", "--fast")
     assert result.returncode == 2
     assert result.stdout == ""
@@ -429,7 +427,7 @@ def test_long_video_uses_and_reports_requested_windows(
         (("--window", -1), "invalid_setting", ["-1"]),
     ],
 )
-def test_windows_that_make_no_sense_are_refused(
+def test_invalid_window_options_are_rejected(
     of_clip: tuple[Any, ...],
     flags: tuple[Any, ...],
     code: str,

@@ -99,7 +99,7 @@ def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathF
     }
 
 
-def test_wrong_types_are_refused_in_one_sentence(
+def test_wrong_types_raise_only_grounding_errors(
     calls: dict[str, Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A path such as "x" is one that may be written.
@@ -137,14 +137,14 @@ def test_wrong_types_are_refused_in_one_sentence(
         ("temporal_iou", "a"),
     ],
 )
-def test_the_argument_is_named(calls: dict[str, Call], name: str, argument: str) -> None:
+def test_invalid_argument_error_names_the_argument(calls: dict[str, Call], name: str, argument: str) -> None:
     function, arguments = calls[name]
     with pytest.raises(GroundingError) as caught:
         function(**{**arguments, argument: object()})
     check_error(caught.value, "invalid_argument", argument)
 
 
-def test_arguments_of_right_types_are_taken(calls: dict[str, Call]) -> None:
+def test_arguments_of_right_types_are_accepted(calls: dict[str, Call]) -> None:
     for name, (function, arguments) in calls.items():
         if name != "EncodedWindows.load":
             function(**arguments)

@@ -19,7 +19,7 @@ from tests.raising import check_error, records
 pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 
 
-def test_without_its_packages_it_says_what_to_install(
+def test_missing_packages_error_names_the_extra(
     refused: Callable[..., GroundingError], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = importlib.util.find_spec
@@ -28,7 +28,7 @@ def test_without_its_packages_it_says_what_to_install(
     check_error(error, "missing_library", "uvicorn", "pip install '.[serve]'")
 
 
-def test_beyond_this_machine_it_wants_a_key(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
+def test_public_host_requires_api_key(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
     error = refused(serve, "--model", tiny_model, "--host", "0.0.0.0")
     check_error(error, "missing_option", "0.0.0.0", "--api-key")
 
@@ -37,13 +37,13 @@ def test_beyond_this_machine_it_wants_a_key(refused: Callable[..., GroundingErro
     ("option", "value"),
     [("--port", 70000), ("--batch-size", 0), ("--wait-ms", -1), ("--queue-size", 8), ("--timeout", 0), ("--grace", -1)],
 )
-def test_an_option_that_cannot_be_is_named(
+def test_invalid_option_is_named(
     refused: Callable[..., GroundingError], tiny_model: Path, option: str, value: Any
 ) -> None:
     check_error(refused(serve, "--model", tiny_model, option, value), "invalid_option", option, value)
 
 
-def test_a_port_that_is_taken_is_named(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
+def test_port_in_use_is_named(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -43,7 +43,7 @@ def as_batch(reference: Any, name: str) -> Batch:
     return Batch(tokens.astype(np.int32), length.astype(np.int32), features, spans.astype(np.float32))
 
 
-def test_of_no_query_there_are_no_answers(reference: Any, published: Path) -> None:
+def test_empty_batch_returns_empty_heads(reference: Any, published: Path) -> None:
     backend, batch = open_backend(published, device="cpu"), as_batch(reference, "a")
     none = Batch(*(values[:0] for values in vars(batch).values()))
     for found, some in zip(vars(backend.run(none)).values(), vars(backend.run(batch)).values(), strict=True):
@@ -52,7 +52,7 @@ def test_of_no_query_there_are_no_answers(reference: Any, published: Path) -> No
 
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
-def test_opened_by_the_runtime_it_answers_as_the_published_code(reference: Any, published: Path, batch: str) -> None:
+def test_backend_heads_match_published_code(reference: Any, published: Path, batch: str) -> None:
     heads = open_backend(published, device="cpu").run(as_batch(reference, batch))
     wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
     assert isinstance(heads, Heads)
@@ -62,7 +62,7 @@ def test_opened_by_the_runtime_it_answers_as_the_published_code(reference: Any, 
         np.testing.assert_allclose(found, expected, rtol=0, atol=HEADS * np.abs(expected).max())
 
 
-def test_opened_by_the_runtime_it_is_the_network(short_run: Path, planted: Path) -> None:
+def test_backend_equals_the_trained_network(short_run: Path, planted: Path) -> None:
     checkpoint = load_checkpoint(short_run / "drn.pt")
     backend = runtime.open_backend(short_run / "drn.pt", device="cpu")
     data_set = DataSet(planted)
@@ -78,7 +78,7 @@ def test_opened_by_the_runtime_it_is_the_network(short_run: Path, planted: Path)
     assert backend.manifest.decoding.num_segments == checkpoint.config.num_segments == 16
 
 
-def test_running_restores_the_training_mode_and_changes_nothing(reference: Any, published: Path) -> None:
+def test_run_restores_training_mode_and_keeps_weights(reference: Any, published: Path) -> None:
     checkpoint = load_checkpoint(published)
     model = checkpoint.model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -92,7 +92,7 @@ def test_running_restores_the_training_mode_and_changes_nothing(reference: Any, 
     np.testing.assert_array_equal(first.iou_logits, second.iou_logits)
 
 
-def test_threads_are_set(published: Path) -> None:
+def test_open_checkpoint_sets_thread_count(published: Path) -> None:
     before = torch.get_num_threads()
     try:
         open_checkpoint(published, "cpu", threads=1)
@@ -101,26 +101,26 @@ def test_threads_are_set(published: Path) -> None:
         torch.set_num_threads(before)
 
 
-def test_what_is_no_checkpoint_is_refused_by_the_runtime(tmp_path: Path) -> None:
+def test_open_backend_rejects_file_that_is_not_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"no")
     with raises(CheckpointError, "not_a_torch_file", tmp_path / "x.pt"):
         open_backend(tmp_path / "x.pt")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_absent_gpu_is_an_error_never_a_fall_back(published: Path) -> None:
+def test_missing_gpu_raises_error_without_fallback(published: Path) -> None:
     with raises(DeviceError, "gpu_unavailable", "cuda", torch.__version__):
         open_backend(published, device="cuda")
     assert torch_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu:0", "", "mps"])
-def test_device_that_is_none_is_refused(name: str) -> None:
+def test_unknown_device_is_rejected(name: str) -> None:
     with raises(DeviceError, "unknown_device", repr(name)):
         torch_device(name)
 
 
-def test_decoding_after_stage_1_leaves_iou_scores_out(short_run: Path) -> None:
+def test_decoding_after_stage_1_ignores_iou_scores(short_run: Path) -> None:
     stages = [load_checkpoint(short_run / f"stage{number}" / "best.pt") for number in (1, 2, 3)]
     assert [stage.decoding.use_iou_scores for stage in stages] == [False, True, True]
     assert [stage.manifest().stage for stage in stages] == [1, 2, 3]
@@ -136,7 +136,7 @@ def test_decoding_after_stage_1_leaves_iou_scores_out(short_run: Path) -> None:
     ],
     ids=["torch", "driver", "cuBLAS"],
 )
-def test_a_gpu_without_memory_for_a_batch_is_said_so(
+def test_out_of_memory_raises_device_memory_error(
     error: Exception, reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = open_checkpoint(published, device="cpu")
@@ -150,7 +150,9 @@ def test_a_gpu_without_memory_for_a_batch_is_said_so(
     assert not backend.model.training
 
 
-def test_other_errors_of_torch_pass_unchanged(reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_torch_errors_are_raised_unchanged(
+    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = open_checkpoint(published, device="cpu")
 
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -164,9 +166,7 @@ def test_other_errors_of_torch_pass_unchanged(reference: Any, published: Path, m
     assert caught.value is error
 
 
-def test_fp32_convolutions_are_not_computed_in_tf32(
-    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp32_convolutions_do_not_use_tf32(reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = open_checkpoint(published, device="cpu")
     forward, seen = backend.model.forward, []
 

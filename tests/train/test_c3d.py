@@ -57,7 +57,7 @@ LAYOUTS: dict[str, Callable[[C3D, Path], None]] = {
 }
 
 
-def test_every_layer_has_the_published_shape() -> None:
+def test_c3d_layers_have_published_shapes() -> None:
     # Source: Tran et al. 2015, figure 3 and section 3.3, and the padding of Caffe's pool5.
     with torch.device("meta"):
         model = C3D(C3DConfig(), (0.0, 0.0, 0.0))
@@ -86,7 +86,7 @@ def test_every_layer_has_the_published_shape() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 27_655_936 + 33_558_528
 
 
-def test_the_network_is_its_layers_in_numpy(tiny: C3D) -> None:
+def test_c3d_equals_numpy_reference(tiny: C3D) -> None:
     """The forward pass once more, from the published description, in NumPy."""
     rng = np.random.default_rng(0)
     tiny.mean = torch.tensor([100.0, 90.0, 80.0]).reshape(3, 1, 1, 1)
@@ -124,7 +124,7 @@ def test_the_network_is_its_layers_in_numpy(tiny: C3D) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_published_layouts_become_one_checkpoint(
+def test_published_layouts_convert_to_one_checkpoint_format(
     tmp_path: Path, tiny: C3D, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     LAYOUTS[name](tiny, tmp_path / name)
@@ -142,7 +142,7 @@ def test_published_layouts_become_one_checkpoint(
     assert (manifest.resize, manifest.crop) == ((128, 171), (112, 112))
 
 
-def test_frames_in_rgb_meet_what_bgr_frames_met(tmp_path: Path, tiny: C3D) -> None:
+def test_converted_weights_swap_bgr_to_rgb(tmp_path: Path, tiny: C3D) -> None:
     LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
     model = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt").model()
     clip = torch.randint(0, 256, (1, 16, 112, 112, 3), dtype=torch.uint8)
@@ -168,7 +168,7 @@ def test_frames_in_rgb_meet_what_bgr_frames_met(tmp_path: Path, tiny: C3D) -> No
         ),
     ],
 )
-def test_what_is_no_whole_c3d_is_refused(
+def test_incomplete_c3d_state_dict_is_rejected(
     tmp_path: Path, tiny: C3D, change: Callable[[State], Any], code: str, name: str
 ) -> None:
     state = plain(tiny)
@@ -179,13 +179,13 @@ def test_what_is_no_whole_c3d_is_refused(
     assert os.listdir(tmp_path) == ["c3d.pickle"]
 
 
-def test_a_c3d_has_neither_words_nor_stages(tmp_path: Path, tiny: C3D) -> None:
+def test_stage_option_for_c3d_is_rejected(tmp_path: Path, tiny: C3D) -> None:
     LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
     with raises(CheckpointError, "inapplicable_option", tmp_path / "c3d.pickle", "--stage"):
         convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt", stage=1)
 
 
-def test_nothing_in_a_pickle_is_run(tmp_path: Path, tiny: C3D) -> None:
+def test_pickled_code_is_rejected_without_running(tmp_path: Path, tiny: C3D) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "trapped"),)
@@ -196,7 +196,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, tiny: C3D) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_a_damaged_c3d_pt_is_refused(tmp_path: Path, tiny: C3D) -> None:
+def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path, tiny: C3D) -> None:
     LAYOUTS["c3d.pickle"](tiny, tmp_path / "c3d.pickle")
     checkpoint = convert(tmp_path / "c3d.pickle", tmp_path / "c3d.pt")
     content = torch.load(tmp_path / "c3d.pt", weights_only=True)

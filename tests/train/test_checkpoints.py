@@ -48,7 +48,7 @@ def rewritten(path: Path, change: Any) -> Path:
     return path
 
 
-def test_what_is_saved_is_loaded(checkpoint: Checkpoint, saved: Path) -> None:
+def test_checkpoint_survives_save_and_load(checkpoint: Checkpoint, saved: Path) -> None:
     loaded = load_checkpoint(saved)
     for name in ("config", "features", "vocabulary", "decoding", "training"):
         assert getattr(loaded, name) == getattr(checkpoint, name), name
@@ -56,7 +56,7 @@ def test_what_is_saved_is_loaded(checkpoint: Checkpoint, saved: Path) -> None:
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in checkpoint.weights.items())
 
 
-def test_windows_are_kept_and_reach_the_manifest(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_windows_are_saved_and_reach_the_manifest(checkpoint: Checkpoint, tmp_path: Path) -> None:
     windows = Windows(194.42, 43.0, 14.5)
     save_checkpoint(tmp_path / "drn.pt", dataclasses.replace(checkpoint, windows=windows))
     loaded = load_checkpoint(tmp_path / "drn.pt")
@@ -64,14 +64,14 @@ def test_windows_are_kept_and_reach_the_manifest(checkpoint: Checkpoint, tmp_pat
     assert checkpoint.manifest().windows is None
 
 
-def test_file_is_as_the_contract_says(saved: Path) -> None:
+def test_checkpoint_file_has_documented_keys(saved: Path) -> None:
     content = torch.load(saved, weights_only=True)
     assert list(content) == ["format", "config", "vocabulary", "decoding", "weights", "training", "digest"]
     assert content["format"] == "drn-checkpoint/1"
     assert content["config"]["feature_dim"] == content["config"]["features"]["dim"] == 32
 
 
-def test_manifest_says_what_the_checkpoint_holds(checkpoint: Checkpoint) -> None:
+def test_manifest_matches_the_checkpoint(checkpoint: Checkpoint) -> None:
     manifest = checkpoint.manifest(sources={"a": "b"})
     assert (manifest.stage, manifest.decoding, manifest.features) == (1, checkpoint.decoding, checkpoint.features)
     assert manifest.vocabulary == checkpoint.vocabulary
@@ -87,7 +87,7 @@ def test_loaded_network_equals_the_saved_one(
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_network_has_weights_of_its_own_unless_they_are_shared(saved: Path) -> None:
+def test_model_copies_weights_unless_shared(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     before = checkpoint.weights["prop_fc.bias"].clone()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_network_of_half_precision_weights_computes_in_float32(saved: Path) -> N
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_making_a_network_draws_no_random_numbers(saved: Path) -> None:
+def test_model_creation_draws_no_random_numbers(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     before = torch.get_rng_state()
     checkpoint.model()
@@ -129,7 +129,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         (b"\x80\x02K\x01.", "not_a_torch_file"),
     ],
 )
-def test_file_of_something_else_is_refused(tmp_path: Path, content: bytes, code: str) -> None:
+def test_file_with_other_content_is_rejected(tmp_path: Path, content: bytes, code: str) -> None:
     path = tmp_path / "drn.pt"
     path.write_bytes(content)
     with raises(CheckpointError, code, path):
@@ -137,7 +137,7 @@ def test_file_of_something_else_is_refused(tmp_path: Path, content: bytes, code:
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
-def test_truncated_file_is_refused(saved: Path, kept: float) -> None:
+def test_truncated_file_is_rejected(saved: Path, kept: float) -> None:
     whole = saved.read_bytes()
     saved.write_bytes(whole[: int(kept * len(whole))])
     with raises(CheckpointError, "damaged_file", saved):
@@ -155,7 +155,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, legacy: bool) -> None:
+def test_code_in_a_checkpoint_is_rejected_without_running(tmp_path: Path, legacy: bool) -> None:
     path, sprung = tmp_path / "drn.pt", tmp_path / "sprung"
     content = {"format": "drn-checkpoint/1", "weights": Trap(sprung)}
     if legacy:
@@ -168,14 +168,14 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, legacy: bool) -> None
 
 
 @pytest.mark.parametrize("format_", ["drn-checkpoint/2", None])
-def test_other_version_is_refused_with_both_named(saved: Path, format_: str | None) -> None:
+def test_other_format_version_is_rejected_naming_both(saved: Path, format_: str | None) -> None:
     named = [] if format_ is None else [f"'{format_}'"]
     with raises(CheckpointError, "unknown_format", saved, "'drn-checkpoint/1'", *named):
         load_checkpoint(rewritten(saved, lambda content: content.update(format=format_)))
 
 
 @pytest.mark.parametrize("content", [{}, [], torch.zeros(3), {"state_dict": {}}])
-def test_torch_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, content: Any) -> None:
+def test_foreign_torch_file_is_rejected(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pt")
     with raises(CheckpointError, "unknown_format", tmp_path / "x.pt", "train.convert"):
         load_checkpoint(tmp_path / "x.pt")
@@ -192,7 +192,7 @@ PARTS = ("config", "vocabulary", "decoding", "weights", "training")
         *((part, value) for part in PARTS[:4] for value in ({"stage": []}, {}) if (part, value) != ("decoding", {})),
     ],
 )
-def test_damaged_part_is_no_crash(saved: Path, part: str, value: Any) -> None:
+def test_damaged_part_is_rejected(saved: Path, part: str, value: Any) -> None:
     def change(content: dict[str, Any]) -> None:
         content.pop(part)
         if value != "absent":
@@ -214,7 +214,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(saved: Path) -> None:
         load_checkpoint(rewritten(saved, change))
 
 
-def test_weight_that_is_no_tensor_is_refused(saved: Path) -> None:
+def test_weight_that_is_not_a_tensor_is_rejected(saved: Path) -> None:
     with raises(CheckpointError, "damaged_file", saved):
         load_checkpoint(rewritten(saved, lambda content: content["weights"].update({"prop_fc.bias": 3})))
 
@@ -247,7 +247,7 @@ def test_resume_state_is_not_read_as_published_checkpoint(short_run: Path) -> No
         load_checkpoint(path)
 
 
-def test_interrupted_saving_leaves_what_was_there(
+def test_interrupted_save_keeps_previous_file(
     checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = saved.read_bytes()
@@ -270,7 +270,7 @@ def test_interrupted_saving_leaves_what_was_there(
         (OSError(28, "No space left"), "disk_full"),
     ],
 )
-def test_full_disk_is_an_output_error(
+def test_full_disk_raises_output_error(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
 ) -> None:
     def full(content: Any, path: Path) -> None:

@@ -145,7 +145,9 @@ def test_charades_windows_require_published_vocabulary(tmp_path: Path, state: St
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_weights_and_outputs_are_those_of_the_source(tmp_path: Path, state: State, word_table: Path, name: str) -> None:
+def test_converted_weights_and_outputs_equal_the_source(
+    tmp_path: Path, state: State, word_table: Path, name: str
+) -> None:
     source = FILES[name](state, tmp_path / name)
     convert(source, tmp_path / "drn.pt", vocabulary=word_table)
     checkpoint = load_checkpoint(tmp_path / "drn.pt")
@@ -172,7 +174,7 @@ def test_weights_and_outputs_are_those_of_the_source(tmp_path: Path, state: Stat
     ("name", "convention", "stage"),
     [("published.pth", "mmaction2", 3), ("epoch_3.pth", "mmaction2", 1), ("model_best.pth.tar", "drn", 3)],
 )
-def test_pooling_and_protocol_are_the_sources_own(
+def test_convert_detects_pooling_protocol_and_stage(
     tmp_path: Path, state: State, word_table: Path, name: str, convention: str, stage: int
 ) -> None:
     convert(FILES[name](state, tmp_path / name), tmp_path / "drn.pt", vocabulary=word_table)
@@ -185,7 +187,7 @@ def test_pooling_and_protocol_are_the_sources_own(
     assert checkpoint.vocabulary.words["word1301"] == 1301
 
 
-def test_the_stage_may_be_said(tmp_path: Path, state: State) -> None:
+def test_stage_option_overrides_detected_stage(tmp_path: Path, state: State) -> None:
     source = published(state, tmp_path / "f.pth")
     assert not convert(source, tmp_path / "drn.pt", stage=1).decoding.use_iou_scores
     second = published(state, tmp_path / "g.pth", cfg="is_first_stage=False, is_second_stage=True")
@@ -193,7 +195,7 @@ def test_the_stage_may_be_said(tmp_path: Path, state: State) -> None:
     assert convert(second, tmp_path / "drn.pt", stage=3).training["stage"] == 3
 
 
-def test_the_unused_parts_are_dropped_by_name_and_reported(
+def test_unused_modules_are_dropped_and_reported(
     tmp_path: Path, state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(authors(state, tmp_path / "f.pth.tar"), tmp_path / "drn.pt")
@@ -209,13 +211,13 @@ def test_the_unused_parts_are_dropped_by_name_and_reported(
     ],
 )
 @pytest.mark.parametrize("layout", ["published.pth", "model_best.pth.tar"])
-def test_every_size_is_read_off_the_tensors(tmp_path: Path, config: DRNConfig, layout: str) -> None:
+def test_network_sizes_are_inferred_from_tensor_shapes(tmp_path: Path, config: DRNConfig, layout: str) -> None:
     source = FILES[layout](DRN(config).state_dict(), tmp_path / layout)
     assert convert(source, tmp_path / "drn.pt").config == config
     assert load_checkpoint(tmp_path / "drn.pt").config == config
 
 
-def test_the_published_size_is_recognised(tmp_path: Path, recipe: types.ModuleType, golden: Path) -> None:
+def test_published_size_is_recognized(tmp_path: Path, recipe: types.ModuleType, golden: Path) -> None:
     # Shapes alone matter here, so every tensor of the file shows one zero over and over.
     shapes = recipe.load_shapes(golden / "state_dict_full.json")
     state = OrderedDict(
@@ -230,20 +232,20 @@ def test_the_published_size_is_recognised(tmp_path: Path, recipe: types.ModuleTy
     assert quotes(printed, "39,214,288", 120, "4,096")
 
 
-def test_half_precision_becomes_float32(tmp_path: Path, state: State) -> None:
+def test_half_precision_weights_become_float32(tmp_path: Path, state: State) -> None:
     half = OrderedDict((name, t.half() if t.is_floating_point() else t) for name, t in state.items())
     checkpoint = convert(published(half, tmp_path / "f.pth"), tmp_path / "drn.pt")
     assert {t.dtype for t in checkpoint.weights.values()} == {torch.float32, torch.int64}
     assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"].half().float())
 
 
-def test_a_bare_state_dict_and_legacy_files_are_read(tmp_path: Path, state: State) -> None:
+def test_bare_state_dict_and_legacy_files_are_read(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "f.pth", _use_new_zipfile_serialization=False)
     checkpoint = convert(tmp_path / "f.pth", tmp_path / "drn.pt")
     assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"])
 
 
-def test_without_words_it_says_that_sentences_cannot_be_asked(
+def test_missing_vocabulary_gives_warning_and_next_command(
     tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="drn"):
@@ -265,7 +267,7 @@ def refuse(source: Path, code: str, *values: object, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(tmp_path: Path, state: State, name: str) -> None:
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path, state: State, name: str) -> None:
     del state["fcos.head.mix_fc.0.bias"]
     state["fcos.head.novelty.weight"] = torch.ones(2)
     state["prop_fc.weight"] = torch.ones(64, 63)
@@ -322,7 +324,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
     ],
     ids=["nan", "integers", "overflow", "list", "twice"],
 )
-def test_weights_that_are_no_weights_are_named(
+def test_invalid_weights_are_named(
     tmp_path: Path, state: State, change: State, code: str, values: tuple[object, ...]
 ) -> None:
     refuse(published(OrderedDict(state, **change), tmp_path / "f.pth"), code, tmp_path / "f.pth", *values)
@@ -340,18 +342,18 @@ def test_weights_that_are_no_weights_are_named(
         ({"epoch": 3, "lr": 0.1}, "not_a_state_dict", "'epoch'"),
     ],
 )
-def test_other_torch_files_are_called_what_they_are(tmp_path: Path, content: Any, code: str, named: str) -> None:
+def test_other_torch_files_raise_specific_codes(tmp_path: Path, content: Any, code: str, named: str) -> None:
     torch.save(content, tmp_path / "f.pth")
     refuse(tmp_path / "f.pth", code, tmp_path / "f.pth", named)
 
 
-def test_a_missing_file_and_a_text_file_are_named(tmp_path: Path) -> None:
+def test_missing_file_and_text_file_are_named(tmp_path: Path) -> None:
     refuse(tmp_path / "absent.pth", "missing_file", tmp_path / "absent.pth")
     (tmp_path / "f.pth").write_text("weights")
     refuse(tmp_path / "f.pth", "not_a_torch_file", tmp_path / "f.pth", b"weights")
 
 
-def test_drn_pt_is_not_converted_nor_overwritten(tmp_path: Path, state: State) -> None:
+def test_converted_file_as_input_or_output_is_rejected(tmp_path: Path, state: State) -> None:
     source = published(state, tmp_path / "f.pth")
     convert(source, tmp_path / "drn.pt")
     refuse(tmp_path / "drn.pt", "already_converted", tmp_path / "drn.pt")
@@ -388,7 +390,7 @@ def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, position: s
         ("{", "invalid_json", ()),
     ],
 )
-def test_a_word_table_that_does_not_fit_is_refused(
+def test_mismatched_word_table_is_rejected(
     tmp_path: Path, state: State, table: Any, code: str, values: tuple[object, ...]
 ) -> None:
     path = tmp_path / "words.json"
@@ -396,7 +398,7 @@ def test_a_word_table_that_does_not_fit_is_refused(
     refuse(published(state, tmp_path / "f.pth"), code, path, *values, vocabulary=path)
 
 
-def test_the_command_line_converts_and_refuses_in_one_line(tmp_path: Path, state: State, word_table: Path) -> None:
+def test_convert_command_succeeds_or_fails_with_one_line(tmp_path: Path, state: State, word_table: Path) -> None:
     source = published(state, tmp_path / "f.pth")
 
     def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:

@@ -27,12 +27,12 @@ def run(short_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["drn.pt", "stage1/best.pt", "stage2/last.pt"])
-def test_checkpoints_of_a_run(run: Path, name: str) -> None:
+def test_damaged_run_checkpoints_are_rejected(run: Path, name: str) -> None:
     path = run / name
     assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError) == 40
 
 
-def test_checkpoint_of_c3d(tmp_path: Path) -> None:
+def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "c3d.pt"
     torch.manual_seed(0)
     model = C3D(C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8), (0.0, 0.0, 0.0))
@@ -41,7 +41,7 @@ def test_checkpoint_of_c3d(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["digits", "length", "directory"])
-def test_flips_at_the_end_of_a_file(run: Path, part: str) -> None:
+def test_flipped_bit_at_end_of_file_is_rejected(run: Path, part: str) -> None:
     whole = (run / "drn.pt").read_bytes()
     position = {"digits": len(whole) - 1, "length": len(whole) - 77, "directory": whole.rindex(b"PK\1\2") + 16}[part]
     (run / "drn.pt").write_bytes(flip(whole, 8 * position))
@@ -49,7 +49,7 @@ def test_flips_at_the_end_of_a_file(run: Path, part: str) -> None:
         load_checkpoint(run / "drn.pt")
 
 
-def test_a_checkpoint_is_hashed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_hashed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SHA-256 that the manifest records is the one that is compared."""
     sources = source_hash(run / "drn.pt")
     for name in ("content_digest", "check_records", "source_hash"):
@@ -59,12 +59,12 @@ def test_a_checkpoint_is_hashed_once(run: Path, monkeypatch: pytest.MonkeyPatch)
     load(run / "stage1" / "last.pt")
 
 
-def test_files_that_are_not_needed_yet_are_only_hashed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_hashes_checkpoint_without_reading_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "read", pytest.fail)
     checkpoints.check(run / "stage2" / "last.pt")
 
 
-def test_weights_that_another_tool_changed(run: Path) -> None:
+def test_weights_edited_by_another_tool_are_rejected(run: Path) -> None:
     content = torch.load(run / "drn.pt", weights_only=True)
     torch.save(content, run / "copied.pt")
     load_checkpoint(run / "copied.pt")
@@ -76,7 +76,7 @@ def test_weights_that_another_tool_changed(run: Path) -> None:
         assert caught.value.code == "digest_mismatch"
 
 
-def test_damage_is_named_before_what_it_does_to_numbers(run: Path) -> None:
+def test_digest_mismatch_is_reported_before_nan_weights(run: Path) -> None:
     whole = (run / "drn.pt").read_bytes()
     weights = torch.load(run / "drn.pt", weights_only=True)["weights"]["prop_fc.weight"].numpy()
     begin = whole.index(weights.tobytes())
@@ -86,7 +86,7 @@ def test_damage_is_named_before_what_it_does_to_numbers(run: Path) -> None:
     assert caught.value.code == "digest_mismatch"
 
 
-def test_weights_in_a_file_without_crcs(run: Path) -> None:
+def test_damage_in_file_without_crcs_is_rejected(run: Path) -> None:
     """Where torch was told to write no CRCs, the digest of the content is left."""
     content = torch.load(run / "drn.pt", weights_only=True)
     torch.serialization.set_crc32_options(False)
@@ -102,7 +102,7 @@ def test_weights_in_a_file_without_crcs(run: Path) -> None:
         load_checkpoint(run / "bare.pt")
 
 
-def test_files_of_before_have_no_digest_and_load(run: Path) -> None:
+def test_files_without_digest_load(run: Path) -> None:
     content = torch.load(run / "drn.pt", weights_only=True)
     assert len(content.pop("digest")) == 64
     torch.save(content, run / "old.pt")
@@ -110,7 +110,7 @@ def test_files_of_before_have_no_digest_and_load(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["stage1/best.pt", "stage2/last.pt", "stage3/last.pt", "stage3/best.pt"])
-def test_a_damaged_run_is_not_resumed_and_stays_as_it_is(
+def test_damaged_run_is_not_resumed_and_unchanged(
     run: Path, planted: Path, tiny_sizes: dict[str, Any], name: str
 ) -> None:
     content = (run / name).read_bytes()
@@ -123,14 +123,14 @@ def test_a_damaged_run_is_not_resumed_and_stays_as_it_is(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_history_is_refused(run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
+def test_damaged_history_is_rejected(run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
     path = run / "history.jsonl"
     path.write_bytes(b"\xff" + path.read_bytes())
     with raises(CheckpointError, "not_utf8", path, "line 1", "0xff"):
         train(planted, run, resume=True, **tiny_sizes)
 
 
-def test_digest_sees_names_shapes_types_and_values() -> None:
+def test_digest_depends_on_names_shapes_dtypes_and_values() -> None:
     content = {"a": torch.arange(6.0), "b": [1, 2.5, None]}
     others = [
         {"c": content["a"], "b": content["b"]},

@@ -44,7 +44,7 @@ def fitted(trained: Path, planted: Path, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-def test_shares_are_of_the_videos_held_out_from_training(fitted: Path, planted: Path) -> None:
+def test_presence_shares_are_measured_on_held_out_videos(fitted: Path, planted: Path) -> None:
     loaded, data_set = load_checkpoint(fitted), DataSet(planted)
     assert loaded.training["held_out"] == 0.1
     _, held_out = split_by_video(data_set.annotations("train", invalid="drop"), 0.1, loaded.training["seed"])
@@ -66,7 +66,7 @@ def test_shares_are_of_the_videos_held_out_from_training(fitted: Path, planted: 
     assert presence.refused == pytest.approx((mismatched < presence.threshold).mean())
 
 
-def test_nothing_but_the_threshold_changes(fitted: Path, trained: Path) -> None:
+def test_fit_presence_changes_only_the_threshold(fitted: Path, trained: Path) -> None:
     before, after = load_checkpoint(trained), load_checkpoint(fitted)
     assert before.presence is None
     for name in ("config", "features", "vocabulary", "decoding", "training", "windows"):
@@ -74,7 +74,7 @@ def test_nothing_but_the_threshold_changes(fitted: Path, trained: Path) -> None:
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
 
 
-def test_an_exported_model_carries_it(fitted: Path) -> None:
+def test_exported_manifest_contains_presence_and_windows(fitted: Path) -> None:
     loaded = load_checkpoint(fitted)
     exported = export_model(loaded.model(), loaded.manifest(8), opset=18)
     (carried,) = (entry.value for entry in exported.metadata_props if entry.key == METADATA_KEY)
@@ -84,7 +84,7 @@ def test_an_exported_model_carries_it(fitted: Path) -> None:
     assert manifest.windows is not None
 
 
-def test_at_least_the_share_asked_for_is_kept(trained: Path, planted: Path, tmp_path: Path) -> None:
+def test_fit_presence_keeps_at_least_requested_share(trained: Path, planted: Path, tmp_path: Path) -> None:
     found = fit_presence(trained, planted, tmp_path / "drn.pt", keep=0.95, mismatched=1, device="cpu")
     assert found.kept >= 0.95
     assert found.rule == "at least 95 % kept"
@@ -119,7 +119,7 @@ def test_threshold_is_fitted_on_val_split_by_default(
     assert records(caplog, logging.INFO, asked.matching)
 
 
-def test_other_data_than_the_training_had_is_refused(trained: Path, planted: Path, tmp_path: Path) -> None:
+def test_data_set_other_than_training_data_is_rejected(trained: Path, planted: Path, tmp_path: Path) -> None:
     shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     path = DataSet(tmp_path / "data").annotations_path("train")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -145,7 +145,7 @@ def test_impossible_argument_is_named(
     assert not (tmp_path / "drn.pt").exists()
 
 
-def test_the_command_says_what_the_threshold_does(
+def test_fit_presence_prints_threshold_and_shares(
     trained: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     fake: Callable[..., Any] = lambda *scores: module.Presence(0.25, 0.9, 0.75, 40, 80)  # noqa: E731

@@ -105,16 +105,14 @@ def test_batch_larger_than_the_data_set_is_named(outcome: Any, planted: Path, tm
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_gpu_that_is_not_there_is_an_error(outcome: Any, planted: Path, tmp_path: Path) -> None:
+def test_missing_gpu_is_an_error(outcome: Any, planted: Path, tmp_path: Path) -> None:
     refused(outcome, tmp_path / "run", "gpu_unavailable", ("cuda",), "--data", planted, "--device", "cuda")
 
 
 @pytest.mark.parametrize(
     "arguments", [["--recipe", "other"], ["--stage", "4"], ["--epochs", "one"], ["--no-such-flag"]]
 )
-def test_argument_the_command_line_does_not_know_exits_2(
-    outcome: Any, planted: Path, tmp_path: Path, arguments: list[str]
-) -> None:
+def test_unknown_argument_exits_2(outcome: Any, planted: Path, tmp_path: Path, arguments: list[str]) -> None:
     code, *_ = outcome("--data", planted, "--output", tmp_path / "run", *arguments)
     assert code == 2
     assert not (tmp_path / "run").exists()
@@ -148,7 +146,7 @@ def test_query_of_unknown_words_only_is_named(outcome: Any, data: Path, tmp_path
     refused(outcome, tmp_path / "run", "unknown_content_words", (number, video), "--data", data)
 
 
-def test_broken_moments_are_left_out_unless_they_are_wanted(
+def test_invalid_moments_are_dropped_unless_faithful(
     data: Path, tmp_path: Path, tiny_sizes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     video = (data / "Charades_sta_train.txt").read_text().split()[0]
@@ -223,11 +221,11 @@ def test_missing_or_malformed_table_is_named(
     refused(outcome, tmp_path / "run", code, (name,), "--data", data)
 
 
-def test_missing_data_directory_says_how_to_make_one(outcome: Any, tmp_path: Path) -> None:
+def test_missing_data_directory_names_simulate_command(outcome: Any, tmp_path: Path) -> None:
     refused(outcome, tmp_path / "run", "missing_file", ("train.simulate",), "--data", tmp_path / "absent")
 
 
-def test_output_that_is_a_file_is_refused(outcome: Any, planted: Path, tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_rejected(outcome: Any, planted: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     exit_code, _, error = outcome("--data", planted, "--output", tmp_path / "run", "--epochs", "1")
     assert exit_code == 2
@@ -235,7 +233,7 @@ def test_output_that_is_a_file_is_refused(outcome: Any, planted: Path, tmp_path:
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_checkpoint_of_another_feature_width_is_refused(
+def test_checkpoint_of_another_feature_width_is_rejected(
     outcome: Any, short_run: Path, data: Path, tmp_path: Path
 ) -> None:
     for path in (data / FEATURES).iterdir():
@@ -244,17 +242,13 @@ def test_checkpoint_of_another_feature_width_is_refused(
     refused(outcome, tmp_path / "run", "feature_width_mismatch", ("--load", 32, 31), *arguments)
 
 
-def test_vectors_beside_a_trained_network_are_refused(
-    outcome: Any, short_run: Path, planted: Path, tmp_path: Path
-) -> None:
+def test_glove_with_load_option_is_rejected(outcome: Any, short_run: Path, planted: Path, tmp_path: Path) -> None:
     (tmp_path / "glove.txt").write_text("door 1 2\n")
     arguments = ["--data", planted, "--load", short_run / "drn.pt", "--glove", tmp_path / "glove.txt"]
     refused(outcome, tmp_path / "run", "conflicting_options", ("--glove", "--load"), *arguments)
 
 
-def test_vectors_from_a_file_are_what_a_run_starts_from(
-    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_glove_file_initializes_word_vectors(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
     words = json.loads((planted / "Charades_word2id.json").read_text())
     (tmp_path / "glove.txt").write_text("".join(f"{word} {' '.join(['9'] * 8)}\n" for word in words))
     options = {**tiny_sizes, "epochs": (1,), "lr": (1e-5,), "validate_on": "none"}
@@ -264,7 +258,7 @@ def test_vectors_from_a_file_are_what_a_run_starts_from(
     assert not table[0].any()
 
 
-def test_defaults_are_the_published_recipe(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_match_the_published_recipe(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def stop(run: Any, *_: Any) -> None:
@@ -286,13 +280,13 @@ def test_stage_without_a_checkpoint_names_the_one_to_load(planted: Path, tmp_pat
         train(planted, tmp_path / "run", stage="2")
 
 
-def test_every_complaint_is_one_sentence(planted: Path, tmp_path: Path) -> None:
+def test_invalid_option_error_is_one_line(planted: Path, tmp_path: Path) -> None:
     with raises(GroundingError, "invalid_option", "--batch-size", -4) as caught:
         train(planted, tmp_path / "run", batch_size=-4)
     assert "\n" not in str(caught.value)
 
 
-def test_ctrl_c_ends_with_a_sentence_and_130(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_with_message(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
     arguments: list[str] = []
     for name, value in {**tiny_sizes, "epochs": (50,)}.items():
         arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]

@@ -32,7 +32,7 @@ def rewrite(path: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_common_form_says_what_the_published_one_did(tmp_path: Path, name: str) -> None:
+def test_prepared_data_set_equals_the_published_one(tmp_path: Path, name: str) -> None:
     before = DataSet(WRITERS[name](tmp_path / "data"))
     after = DataSet(prepare(before.root, tmp_path / "common"))
     assert (after.preset.title, after.splits) == (before.preset.title, before.splits)
@@ -47,7 +47,7 @@ def test_the_common_form_says_what_the_published_one_did(tmp_path: Path, name: s
     assert (again / "train.jsonl").read_bytes() == (after.root / "train.jsonl").read_bytes()
 
 
-def test_charades_keeps_its_words_frames_and_features(planted: Path, tmp_path: Path) -> None:
+def test_prepare_charades_keeps_words_frames_and_features(planted: Path, tmp_path: Path) -> None:
     before, after = DataSet(planted), DataSet(prepare(planted, tmp_path / "common"))
     assert dict(after.words) == dict(before.words)
     annotations = before.annotations("test")
@@ -60,7 +60,7 @@ def test_charades_keeps_its_words_frames_and_features(planted: Path, tmp_path: P
     assert after.simulated
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_annotations_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_activitynet(tmp_path / "data")
 
     def spoil(entries: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     assert (common.preset.features.dim, "waves" in common.words) == (4, True)
 
 
-def test_rare_words_are_left_out_of_the_vocabulary(tmp_path: Path) -> None:
+def test_rare_words_are_excluded_from_the_vocabulary(tmp_path: Path) -> None:
     data = write_activitynet(tmp_path / "data")
 
     def add(entries: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_rare_words_are_left_out_of_the_vocabulary(tmp_path: Path) -> None:
     assert sorted(words.values()) == list(range(1, len(words) + 1))
 
 
-def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_words_of_other_splits_are_added_with_vectors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "drn")
     data = write_activitynet(tmp_path / "data")
     rewrite(data / "test.json", lambda entries: entries["v_31"].update(sentences=["A zebra naps.", "b", "c"]))
@@ -123,7 +123,7 @@ def test_words_of_other_splits_join_with_their_vectors(tmp_path: Path, caplog: p
     assert set(glove_vectors(common / "word_vectors.txt", words, 3)) == {words["person"], words["zebra"]}
 
 
-def test_features_are_found_where_they_were_or_are_said_to_be(tmp_path: Path) -> None:
+def test_prepared_data_set_finds_original_or_given_features(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     wanted = DataSet(data).store.load("train0_0.0_150.0")
     np.testing.assert_array_equal(DataSet(prepare(data, tmp_path / "a")).store.load("train0_0.0_150.0"), wanted)
@@ -136,7 +136,7 @@ def test_features_are_found_where_they_were_or_are_said_to_be(tmp_path: Path) ->
     np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
 
 
-def test_features_of_another_clock_are_told_of(tmp_path: Path) -> None:
+def test_clock_option_sets_clip_timing_and_frames(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     usual, told = prepare(data, tmp_path / "usual"), prepare(data, tmp_path / "told", clock=(16, 8))
     clocks = [DataSet(common).features().clock for common in (usual, told)]
@@ -144,15 +144,13 @@ def test_features_of_another_clock_are_told_of(tmp_path: Path) -> None:
     assert [DataSet(common).frames("train0_0.0_150.0") for common in (usual, told)] == [75 * 60, 74 * 8 + 16]
 
 
-def test_every_moment_of_a_query_comes_along(tmp_path: Path) -> None:
+def test_prepare_keeps_every_moment_of_a_query(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     common = DataSet(prepare(data, tmp_path / "common"))
     assert len(one_per_moment(common.annotations("train"))) == 36
 
 
-def test_a_data_set_without_a_training_split_has_no_vocabulary(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_data_set_without_training_split_has_no_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_qvhighlights(tmp_path / "data")
     (data / "highlight_train_release.jsonl").unlink()
     caplog.set_level("INFO", "drn")
@@ -174,7 +172,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str, tuple[object, ...
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+def test_prepare_invalid_input_is_rejected_without_output(tmp_path: Path, case: str) -> None:
     options, error, code, values = REFUSED[case]
     data = write_activitynet(tmp_path / "data")
     with raises(error, code, *values) as caught:
@@ -183,7 +181,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path, case: str) 
     assert not (tmp_path / "common").exists()
 
 
-def test_hdf5_without_any_of_the_videos_leaves_nothing(tmp_path: Path) -> None:
+def test_hdf5_without_any_video_fails_without_output(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
     data = write_activitynet(tmp_path / "data")
     with h5py.File(tmp_path / "other.h5", "w") as file:
@@ -194,7 +192,7 @@ def test_hdf5_without_any_of_the_videos_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("broken", "code"), [("file", "unreadable_file"), ("video", "wrong_array")])
-def test_features_that_cannot_be_used_are_not_called_missing(tmp_path: Path, broken: str, code: str) -> None:
+def test_unusable_features_are_not_reported_missing(tmp_path: Path, broken: str, code: str) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
     data, features = write_activitynet(tmp_path / "data"), tmp_path / "features.h5"
     if broken == "file":
@@ -207,7 +205,7 @@ def test_features_that_cannot_be_used_are_not_called_missing(tmp_path: Path, bro
     assert not (tmp_path / "common").exists()
 
 
-def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_nonempty_output_is_rejected_unchanged(tmp_path: Path) -> None:
     data = write_activitynet(tmp_path / "data")
     common = prepare(data, tmp_path / "common")
     before = contents(common)
@@ -218,7 +216,7 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     assert contents(common) == before
 
 
-def test_prepare_clips_that_contradict_frames_need_their_clock(tmp_path: Path, planted: Path) -> None:
+def test_prepare_contradictory_clips_require_clock_option(tmp_path: Path, planted: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(planted, data)
     for path in (data / "C3D_unit16_overlap0.5_merged").iterdir():
@@ -231,7 +229,7 @@ def test_prepare_clips_that_contradict_frames_need_their_clock(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("factor", [1000, 1 / 1000])
-def test_prepare_durations_in_another_unit_are_refused(tmp_path: Path, planted: Path, factor: float) -> None:
+def test_prepare_durations_in_another_unit_are_rejected(tmp_path: Path, planted: Path, factor: float) -> None:
     data = tmp_path / "data"
     shutil.copytree(planted, data)
     rewrite(data / "Charades_duration.json", lambda table: table.update({k: v * factor for k, v in table.items()}))

@@ -72,7 +72,7 @@ def features(directory: Path) -> dict[str, np.ndarray]:
 # The layout.
 
 
-def test_a_made_up_data_set_is_whole_and_consistent(tmp_path: Path) -> None:
+def test_simulated_data_set_is_complete_and_consistent(tmp_path: Path) -> None:
     data = DataSet(simulate(tmp_path / "data", feature_dim=16, videos=20, seed=3))
     names = {split: {one.video for one in data.annotations(split)} for split in ("train", "test")}
     assert len(names["train"]) == 16
@@ -93,7 +93,7 @@ def test_a_made_up_data_set_is_whole_and_consistent(tmp_path: Path) -> None:
     assert json.loads((data.root / "simulated.json").read_text())["statement"] == STATEMENT
 
 
-def test_word_ids_follow_their_first_appearance_in_train(tmp_path: Path) -> None:
+def test_word_ids_follow_first_occurrence_in_train(tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", feature_dim=4, videos=10)
     words = json.loads((directory / "Charades_word2id.json").read_text())
     text = (directory / "Charades_sta_train.txt").read_text()
@@ -101,7 +101,7 @@ def test_word_ids_follow_their_first_appearance_in_train(tmp_path: Path) -> None
     assert list(words)[: len(seen)] == list(seen)
 
 
-def test_real_annotation_files_arrive_byte_for_byte(annotated: Path, tmp_path: Path) -> None:
+def test_annotation_files_are_copied_unchanged(annotated: Path, tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
     for path in directory.glob("Charades_*"):
         assert path.read_bytes() == (annotated / path.name).read_bytes()
@@ -117,7 +117,7 @@ def test_real_annotation_files_arrive_byte_for_byte(annotated: Path, tmp_path: P
     }
 
 
-def test_pt_files_hold_what_npy_files_hold(tmp_path: Path) -> None:
+def test_pt_files_equal_npy_files(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     npy = simulate(tmp_path / "npy", feature_dim=8, videos=2)
     pt = simulate(tmp_path / "pt", feature_dim=8, videos=2, file_format="pt")
@@ -129,20 +129,20 @@ def test_pt_files_hold_what_npy_files_hold(tmp_path: Path) -> None:
 # Determinism.
 
 
-def test_the_same_arguments_write_the_same_bytes(annotated: Path, tmp_path: Path) -> None:
+def test_same_arguments_write_identical_files(annotated: Path, tmp_path: Path) -> None:
     for source in (None, annotated):
         first = simulate(tmp_path / f"first{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
         second = simulate(tmp_path / f"second{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
         assert contents(first) == contents(second)
 
 
-def test_another_seed_gives_other_features(tmp_path: Path) -> None:
+def test_other_seed_gives_other_features(tmp_path: Path) -> None:
     directories = [simulate(tmp_path / str(seed), feature_dim=8, videos=2, seed=seed) for seed in (0, 1)]
     first, second = (features(directory)["SIM00000"] for directory in directories)
     assert first.shape != second.shape or not np.array_equal(first, second)
 
 
-def test_a_video_keeps_its_features_in_a_subset(annotated: Path, tmp_path: Path) -> None:
+def test_subset_keeps_features_of_its_videos(annotated: Path, tmp_path: Path) -> None:
     for source, few, many in ((None, 3, 9), (annotated, 1, None)):
         name = "made up" if source is None else "annotated"
         small = features(simulate(tmp_path / f"{name} few", annotations=source, feature_dim=8, videos=few))
@@ -152,7 +152,7 @@ def test_a_video_keeps_its_features_in_a_subset(annotated: Path, tmp_path: Path)
             np.testing.assert_array_equal(rows, large[video])
 
 
-def test_a_subset_keeps_the_lines_of_its_videos_alone(annotated: Path, tmp_path: Path) -> None:
+def test_subset_keeps_only_annotations_of_its_videos(annotated: Path, tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", annotations=annotated, feature_dim=8, videos=1)
     for split in ("train", "test"):
         lines = (directory / f"Charades_sta_{split}.txt").read_text().splitlines()
@@ -162,7 +162,7 @@ def test_a_subset_keeps_the_lines_of_its_videos_alone(annotated: Path, tmp_path:
         assert videos <= set(features(directory))
 
 
-def test_the_text_never_touches_the_features(annotated: Path, tmp_path: Path) -> None:
+def test_annotation_text_does_not_change_features(annotated: Path, tmp_path: Path) -> None:
     before = features(simulate(tmp_path / "before", annotations=annotated, feature_dim=8))
     for split in ("train", "test"):
         path = annotated / f"Charades_sta_{split}.txt"
@@ -177,7 +177,7 @@ def test_the_text_never_touches_the_features(annotated: Path, tmp_path: Path) ->
 # What the features are.
 
 
-def test_four_in_five_values_are_zero_and_the_tail_is_heavy(tmp_path: Path) -> None:
+def test_features_are_80_percent_zero_and_heavy_tailed(tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", feature_dim=512, videos=80)
     values = np.concatenate(list(features(directory).values())).astype(np.float32)
     assert (values == 0).mean() == pytest.approx(0.8, abs=0.02)
@@ -190,9 +190,7 @@ def test_four_in_five_values_are_zero_and_the_tail_is_heavy(tmp_path: Path) -> N
 # Interruption and the directory.
 
 
-def test_an_interrupted_run_does_not_look_whole_and_is_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_simulation_is_incomplete_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = simulate(tmp_path / "whole", feature_dim=8, videos=6)
     made = Simulator.features
     asked: list[str] = []
@@ -221,7 +219,7 @@ def test_an_interrupted_run_does_not_look_whole_and_is_continued(
     assert contents(cut) == contents(whole)
 
 
-def test_a_second_run_writes_no_feature_again(tmp_path: Path) -> None:
+def test_second_simulation_rewrites_no_features(tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
     times = {path: path.stat().st_mtime_ns for path in (directory / FEATURE_DIRECTORY).iterdir()}
     simulate(directory, feature_dim=8, videos=3)
@@ -237,14 +235,14 @@ def test_simulation_of_other_parameters_is_rejected_unchanged(tmp_path: Path, ch
     assert contents(directory) == before
 
 
-def test_a_directory_of_something_else_is_refused_and_left_alone(annotated: Path) -> None:
+def test_foreign_output_directory_is_rejected_unchanged(annotated: Path) -> None:
     before = contents(annotated)
     with raises(OutputError, "output_not_empty", annotated):
         simulate(annotated, annotations=annotated, feature_dim=8)
     assert contents(annotated) == before
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with raises(OutputError, "output_is_file", tmp_path / "file", "--output"):
         simulate(tmp_path / "file", feature_dim=8, videos=2)
@@ -252,9 +250,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
         simulate(tmp_path / "file" / "below", feature_dim=8, videos=2)
 
 
-def test_too_small_a_disk_is_noticed_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_insufficient_disk_space_is_rejected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
     with raises(OutputError, "disk_full", tmp_path / "data", "--videos", "--feature-dim"):
         simulate(tmp_path / "data", feature_dim=8, videos=2)
@@ -268,7 +264,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
     "arguments",
     [{"feature_dim": 0}, {"videos": 0}, {"videos": 1}, {"seed": -1}, {"difficulty": "nightmare"}, {"dtype": "int8"}],
 )
-def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[str, int]) -> None:
+def test_invalid_simulation_options_are_rejected(tmp_path: Path, arguments: dict[str, int]) -> None:
     ((name, value),) = arguments.items()
     named = () if name == "dtype" else (f"--{name.replace('_', '-')}",)
     with raises(FeatureError, "invalid_option", *named, value):
@@ -277,7 +273,7 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[st
 
 
 @pytest.mark.parametrize("name", SOURCE_FILES)
-def test_a_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
+def test_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
     (annotated / name).unlink()
     with raises(AnnotationError, "missing_file", annotated, name):
         simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
@@ -314,7 +310,7 @@ def test_malformed_annotations_are_named(
     assert not (tmp_path / "data").exists()
 
 
-def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path: Path) -> None:
+def test_simulate_error_exits_2_without_traceback(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "train.simulate", "--output", str(tmp_path / "data"), "--feature-dim"]
     root = Path(__file__).parents[2]
     failed = subprocess.run([*run, "0"], capture_output=True, text=True, cwd=root)

@@ -146,7 +146,7 @@ class Machine:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.floats(2, 15), st.floats(1, 10), st.none() | st.integers(1, 9))
-def test_no_task_starts_that_cannot_end(
+def test_task_starts_only_if_it_fits_the_remaining_time(
     draw: st.DataObject, minutes: float, call_minutes: float, chunks: int | None
 ) -> None:
     limits = Limits(60 * minutes, 60 * call_minutes)
@@ -166,7 +166,7 @@ def test_no_task_starts_that_cannot_end(
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.none() | st.integers(1, 9))
-def test_tasks_start_once_in_order_after_what_they_need(draw: st.DataObject, chunks: int | None) -> None:
+def test_tasks_start_once_after_their_dependencies(draw: st.DataObject, chunks: int | None) -> None:
     machine = Machine(draw, LIMITS, chunks)
     done: list[str] = []
     for event in machine.run():
@@ -184,7 +184,7 @@ def test_tasks_start_once_in_order_after_what_they_need(draw: st.DataObject, chu
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.none() | st.integers(1, 9))
-def test_plan_b_is_never_given_up(draw: st.DataObject, chunks: int | None) -> None:
+def test_plan_b_is_never_reverted(draw: st.DataObject, chunks: int | None) -> None:
     machine = Machine(draw, LIMITS, chunks)
     events = machine.run()
     assert machine.plans == sorted(machine.plans)
@@ -224,20 +224,20 @@ def test_slow_transfers_choose_plan_b(transfers: tuple[float, ...], expected: st
         ({"used_s": 12 * 60.0}, "A"),
     ],
 )
-def test_plan_b_is_chosen_for_a_reason(change: dict[str, Any], expected: str) -> None:
+def test_plan_b_decision_has_a_reason(change: dict[str, Any], expected: str) -> None:
     seen = Situation(used_s=150.0, outcomes=DONE, chunks={TENSORRT: Chunks(verified=True)})
     decision = decide(dataclasses.replace(seen, **change), LIMITS)
     assert decision.plan == expected
     assert bool(decision.plan_b) == (expected == "B")
 
 
-def test_missing_chunks_end_a_call_at_once() -> None:
+def test_missing_chunks_stop_the_call_immediately() -> None:
     seen = Situation(150.0, 30.0, DONE, chunks={TENSORRT: Chunks(missing=NAMES[1:3])}, more=True)
     action = decide(seen, LIMITS).action
     assert action == Stop("more chunks are to come", (f"{TENSORRT}/{NAMES[1]}", f"{TENSORRT}/{NAMES[2]}"), again=True)
 
 
-def test_the_next_call_goes_on_where_the_last_was_killed() -> None:
+def test_killed_task_is_retried_up_to_max_tries() -> None:
     outcomes = {**DONE, BUILDER.name: "done", ENGINE.name: "cut off"}
     seen = Situation(300.0, 0.0, outcomes, {ENGINE.name: 1}, chunks={TENSORRT: Chunks(verified=True)})
     action = decide(seen, LIMITS).action
@@ -248,7 +248,7 @@ def test_the_next_call_goes_on_where_the_last_was_killed() -> None:
     assert again.task is not ENGINE
 
 
-def test_a_call_that_is_too_short_asks_for_another() -> None:
+def test_short_call_stops_and_requests_another() -> None:
     seen = Situation(
         300.0, LIMITS.call_s - 60.0, {**DONE, BUILDER.name: "done"}, chunks={TENSORRT: Chunks(verified=True)}
     )
@@ -262,7 +262,7 @@ def test_a_call_that_is_too_short_asks_for_another() -> None:
 
 
 @pytest.mark.parametrize("library", [Chunks(waiting=NAMES[:1]), Chunks()])
-def test_unpacking_ends_with_the_call(library: Chunks) -> None:
+def test_unpacking_is_limited_to_the_remaining_call_time(library: Chunks) -> None:
     seen = Situation(150.0, LIMITS.call_s - CLOSING_S - VERIFY_S - 1.0, DONE, chunks={TENSORRT: library})
     action = decide(seen, LIMITS).action
     assert isinstance(action, (Unpack, Verify))
@@ -271,14 +271,14 @@ def test_unpacking_ends_with_the_call(library: Chunks) -> None:
     assert decide(over, LIMITS).action == Stop("this call is over", again=True)
 
 
-def test_without_inputs_only_the_driver_is_tried() -> None:
+def test_failed_preparation_leaves_no_task_to_start() -> None:
     outcomes = {WHEELS.name: "done", PREPARE.name: "failed", CUDA.name: "done"}
     seen = Situation(200.0, 0.0, outcomes, plan_b="no TensorRT")
     assert decide(seen, LIMITS).action == Stop("no task is left that can end in time")
 
 
 @pytest.mark.parametrize("transfer_s", [10.0, 20.0, 30.0])
-def test_the_lease_holds_everything_up_to_int8(transfer_s: float) -> None:
+def test_schedule_fits_all_tasks_to_int8_in_lease(transfer_s: float) -> None:
     lines, plan_b = schedule(LIMITS, NAMES, transfer_s)
     names = [line.what for line in lines]
     assert not plan_b
@@ -287,7 +287,7 @@ def test_the_lease_holds_everything_up_to_int8(transfer_s: float) -> None:
     assert max(line.end_s for line in lines) <= LIMITS.lease_s
 
 
-def test_onnxruntime_gpu_is_carried_last_and_under_plan_b() -> None:
+def test_onnxruntime_gpu_is_uploaded_last_and_under_plan_b() -> None:
     library = {ORT_GPU: Chunks(missing=NAMES[:4])}
     waiting = Situation(200.0, 0.0, {WHEELS.name: "done", CUDA.name: "done"}, running=frozenset({PREPARE.name}),
                         chunks=library, more=True, plan_b="no TensorRT")  # fmt: skip
@@ -303,7 +303,7 @@ def test_onnxruntime_gpu_is_carried_last_and_under_plan_b() -> None:
     assert alone.task.name == "torch.compile"
 
 
-def test_every_expected_time_is_within_its_limit() -> None:
+def test_expected_task_times_are_within_their_limits() -> None:
     for task in {*TASKS["A"], *TASKS["B"]}:
         assert 0 < task.expected_s <= task.max_s
     assert CUDA.max_s > leg_cuda.CHILD_SECONDS

@@ -52,7 +52,7 @@ def told(job: Job, name: str) -> dict[str, Any]:
     return step
 
 
-def test_every_step_of_the_leg_runs(ran: Job) -> None:
+def test_tensorrt_leg_runs_all_steps_in_order(ran: Job) -> None:
     steps = {step["name"]: step for step in read_leg(ran.results("tensorrt"))["steps"]}
     bad = {name: step["told"] for name, step in steps.items() if step["outcome"] in ("failed", "broken")}
     assert bad == {}
@@ -66,7 +66,7 @@ def test_every_step_of_the_leg_runs(ran: Job) -> None:
     assert "99.1.0.1" in steps["fault: an engine of another version"]["told"]
 
 
-def test_every_bar_is_in_the_report(ran: Job) -> None:
+def test_report_lists_every_target_with_verdict(ran: Job) -> None:
     _, report = gather(ran.output, ("tensorrt",), {}, "stand-in")
     text = report.read_text()
     rows = [line.strip("| ").split(" | ") for line in text.partition("## The bar")[2].splitlines() if " | " in line]
@@ -137,7 +137,7 @@ def test_baseline_of_a_target_is_the_fastest_full_network() -> None:
     assert targets.fastest(ratios) == {targets.EAGER: 25.0, targets.GRAPHS: 3.0, targets.COMPILED: 5.0}
 
 
-def test_torch_of_another_leg_is_held_against_of_two_runs() -> None:
+def test_baseline_from_another_run_is_marked() -> None:
     def leg(*steps: Mapping[str, Any]) -> dict[str, Any]:
         return {"steps": [{"values": values} for values in steps]}
 
@@ -160,7 +160,7 @@ def test_torch_of_another_leg_is_held_against_of_two_runs() -> None:
     assert targets.of_two_runs([torch]) == targets.of_two_runs([engine]) == {}
 
 
-def test_what_is_held_against_the_bar_was_timed(ran: Job) -> None:
+def test_target_values_come_from_recorded_timings(ran: Job) -> None:
     values = told(ran, "the bar")["values"]
     timings = {entry["case"]: entry for entry in values["timings"] if "times as fast" in entry}
     assert {"CUDA graphs, FP32", "CUDA graphs, FP32, encoded videos"} < timings.keys()
@@ -198,7 +198,7 @@ def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: 
     assert engines.layers_step(job, "tensorrt", "fp16").broken
 
 
-def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_builds_engines_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sequence[Any]] = []
     rejecting = CheckFailed("The engine is not fp16.")
 
@@ -221,7 +221,7 @@ def test_a_lease_builds_without_a_data_set(ran: Job, monkeypatch: pytest.MonkeyP
     assert "--data" not in seen[2]
 
 
-def test_the_files_of_gpu_tests_are_all_that_have_any() -> None:
+def test_gpu_tests_lists_every_file_with_gpu_marks() -> None:
     tests = Path(__file__).parents[2]
     marks = tuple(f"@pytest.mark.{mark}\n" for mark in ("gpu", "trt"))
     marked = {path for path in tests.rglob("test_*.py") if any(mark in path.read_text("utf-8") for mark in marks)}

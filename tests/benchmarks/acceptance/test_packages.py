@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_check_whole_names_what_is_wrong(name: str, tmp_path: Path) -> None:
+def test_check_whole_raises_one_line_error_per_fault(name: str, tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages", chunks=3)
     assert [library.name for library in check_whole(packages, PYTHON)] == [TENSORRT]
     break_it, code = FAULTS[name]
@@ -122,7 +122,9 @@ def test_check_whole_names_what_is_wrong(name: str, tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(index=st.integers(0, 10_000), flip=st.integers(1, 255))
-def test_every_changed_byte_of_a_chunk_is_seen(index: int, flip: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_changed_byte_of_a_chunk_is_detected(
+    index: int, flip: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     packages = write_packages(tmp_path_factory.mktemp("changed") / "packages", chunks=1)
     path = packages / TENSORRT / "chunk_000.bin"
     content = bytearray(path.read_bytes())
@@ -133,7 +135,7 @@ def test_every_changed_byte_of_a_chunk_is_seen(index: int, flip: int, tmp_path_f
     assert error.value.code == "damaged_chunk"
 
 
-def test_chunks_are_told_apart(tmp_path: Path) -> None:
+def test_chunks_are_split_into_waiting_and_missing(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages", chunks=3)
     (packages / TENSORRT / "chunk_002.bin").unlink()
     (library,) = libraries(packages)
@@ -142,7 +144,7 @@ def test_chunks_are_told_apart(tmp_path: Path) -> None:
     assert chunks.missing == ("chunk_002.bin",)
 
 
-def test_a_library_is_unpacked_chunk_by_chunk(tmp_path: Path) -> None:
+def test_library_unpacks_per_chunk_and_verifies(tmp_path: Path) -> None:
     (library,) = libraries(write_packages(tmp_path / "packages", chunks=3))
     for name in reversed(list(library.sha256)):
         assert unpack(library, "verify", tmp_path / "to") != ""
@@ -182,7 +184,7 @@ def test_chunks_of_the_real_packer_are_unpacked(tmp_path: Path, monkeypatch: pyt
     assert told.stdout == "2\n"
 
 
-def test_a_library_may_bring_its_own_python(tmp_path: Path) -> None:
+def test_library_environment_uses_bundled_python(tmp_path: Path) -> None:
     use = (
         "export PYTHONHOME={dest}/py39/usr PYTHONPATH={dest}/site LD_LIBRARY_PATH={dest}/a:{dest}/b"
         "  # then {dest}/py39/usr/bin/python3.9"
@@ -194,7 +196,7 @@ def test_a_library_may_bring_its_own_python(tmp_path: Path) -> None:
     assert variables == {"PYTHONHOME": "/to/py39/usr", "PYTHONPATH": "/to/site", "LD_LIBRARY_PATH": "/to/a:/to/b"}
 
 
-def test_its_own_python_needs_wheels_too(tmp_path: Path) -> None:
+def test_bundled_python_without_wheels_is_rejected(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages")
     write_chunks(packages / TENSORRT, 2, "export PYTHONHOME={dest}  # then {dest}/bin/python3.9")
     with pytest.raises(GroundingError) as error:
@@ -204,7 +206,7 @@ def test_its_own_python_needs_wheels_too(tmp_path: Path) -> None:
     assert check_whole(packages, PYTHON)
 
 
-def test_wheels_are_unpacked_where_they_are_absent(tmp_path: Path) -> None:
+def test_install_unpacks_only_absent_wheels(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages")
     write_wheel(packages / f"wheels-{PYTHON}", "Other_Wheel", {"other_wheel.py": "", "o.data/scripts/other": "no"})
     site = tmp_path / "site"
@@ -237,7 +239,7 @@ def test_upload_plan_sends_each_file_once_smallest_chunk_first(tmp_path: Path) -
     assert all(total_bytes(group) <= 14_000 for group in groups)
 
 
-def test_collected_wheels_are_those_that_are_needed_and_absent(tmp_path: Path) -> None:
+def test_collect_fetches_only_needed_and_absent_wheels(tmp_path: Path) -> None:
     needs = {
         "first": ("second>=2", "numpy", "third; python_version < '3.10'", "fourth; extra == 'more'"),
         "second": ("First", "fifth; sys_platform == 'win32'"),
@@ -257,12 +259,12 @@ def test_collected_wheels_are_those_that_are_needed_and_absent(tmp_path: Path) -
     assert asked == ["first", "second>=2", "third"]
 
 
-def test_pins_are_those_of_the_environment() -> None:
+def test_pins_match_installed_versions() -> None:
     assert gpu_packages.pinned("docstring-parser>=0.16").startswith("docstring_parser==")
     assert gpu_packages.pinned("no-such-package>=1") == "no-such-package>=1"
 
 
-def test_packages_that_cannot_be_had_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_leaves_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(requirement: str) -> Path:
         raise GroundingError("It could not be downloaded.", code="download_failed")
 

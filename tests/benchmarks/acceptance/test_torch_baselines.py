@@ -19,7 +19,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, 21, (len(LENGTHS), 7), generator=torch.Generator().manual_seed(0))
 
 
-def test_words_without_packing_are_those_of_the_packed_lstm(tokens: torch.Tensor) -> None:
+def test_unpacked_lstm_equals_packed_lstm(tokens: torch.Tensor) -> None:
     model = lively(CONFIG).eval()
     with torch.inference_mode():
         wanted = model.query_encoder.words(tokens, LENGTHS)
@@ -29,7 +29,7 @@ def test_words_without_packing_are_those_of_the_packed_lstm(tokens: torch.Tensor
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_a_rival_answers_as_the_network(tokens: torch.Tensor, encoded: bool) -> None:
+def test_unpacked_baseline_equals_network_heads(tokens: torch.Tensor, encoded: bool) -> None:
     model = lively(CONFIG).eval()
     features = torch.randn(len(LENGTHS), CONFIG.num_segments, 16, generator=torch.Generator().manual_seed(1)).relu()
     edges = torch.arange(CONFIG.num_segments + 1) / CONFIG.num_segments

@@ -11,7 +11,7 @@ from benchmarks.studies.joined_videos import join_videos, joined_videos
 from runtime.core.video import ClipTiming, Video
 
 
-def test_videos_stand_where_they_are_said_to() -> None:
+def test_join_videos_places_match_frame_positions() -> None:
     clock = ClipTiming()
     clips = [np.full((count, 4), count, np.float32) for count in (10, 30)]
     videos = [Video(c, clock.num_frames(len(c)) + 3, 5.0 * len(c), str(len(c))) for c in clips]
@@ -24,7 +24,7 @@ def test_videos_stand_where_they_are_said_to() -> None:
     assert joined.places["10"][0] == 0
 
 
-def test_the_ways_are_told_apart(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_listed_per_video_layout(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = joined_videos(models / "drn.onnx", planted, join=3, limit=1)
     assert list(found) == ["single videos", "joined, whole", "joined, in windows"]
     assert found["single videos"].queries > 3

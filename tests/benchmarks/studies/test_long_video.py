@@ -11,14 +11,14 @@ from runtime.core.errors import ModelFileError
 from tests.raising import raises
 
 
-def test_a_long_video_is_asked_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_video_is_grounded_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = long_video(models / "drn.onnx", hours=0.2, queries=3)
     assert found["windows"] > 10
     assert found["moments"] > 0
     assert "0.2 h in " in capsys.readouterr().out
 
 
-def test_a_model_without_windows_is_refused(tiny: Path) -> None:
+def test_model_without_windows_is_rejected(tiny: Path) -> None:
     with raises(ModelFileError, "missing_field", tiny):
         long_video(tiny)
 

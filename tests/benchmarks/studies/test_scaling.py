@@ -32,6 +32,6 @@ def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_segments_that_the_levels_cannot_divide_are_refused() -> None:
+def test_segments_not_divisible_by_levels_are_rejected() -> None:
     with raises(GroundingError, "invalid_option", "--segments", (32, 30)):
         scaling.growth(segments=(32, 30))

@@ -28,7 +28,7 @@ from tests.calib.conftest import weights
 from tests.raising import raises
 
 
-def test_the_gated_products_and_the_features_are_balanced(model: onnx.ModelProto) -> None:
+def test_equalizable_tensors_are_gates_and_features(model: onnx.ModelProto) -> None:
     assert equalizable_tensors(model) == {
         "prop_fc/Unsqueeze": ("prop_fc/Conv", None),
         **{
@@ -38,7 +38,7 @@ def test_the_gated_products_and_the_features_are_balanced(model: onnx.ModelProto
     }
 
 
-def test_a_balanced_graph_answers_the_same_to_the_bit(model: onnx.ModelProto, batch: Batch) -> None:
+def test_channel_scales_keep_outputs_bit_identical(model: onnx.ModelProto, batch: Batch) -> None:
     rng = np.random.default_rng(0)
     constants = weights(model)
     other = onnx.ModelProto()
@@ -81,7 +81,7 @@ def test_small_weight_absorbs_more_of_the_scale_than_large_one() -> None:
     assert light < heavy
 
 
-def test_three_quarters_of_the_unevenness_go_into_the_weights(
+def test_default_equalization_share_is_three_quarters(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
 ) -> None:
     assert exponents(np.array([16.0, 1.0]), np.ones(2)).tolist() == [0, 3]
@@ -92,7 +92,7 @@ def test_three_quarters_of_the_unevenness_go_into_the_weights(
     assert gains != measure_channel_scales(model, batches, 1, share=0)
 
 
-def test_balancing_lowers_the_error_of_uneven_channels(
+def test_equalization_lowers_error_of_uneven_channels(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, batch: Batch
 ) -> None:
     # Every other channel of the features is 30 times quieter, and its weights louder: FP32 answers as before.
@@ -127,7 +127,7 @@ def test_balancing_lowers_the_error_of_uneven_channels(
     assert found["balanced"] < 0.4 * found["plain"]
 
 
-def test_only_what_becomes_narrow_is_balanced(model: onnx.ModelProto, table: CalibrationTable) -> None:
+def test_equalization_skips_modules_not_quantized(model: onnx.ModelProto, table: CalibrationTable) -> None:
     assert set(table.gains) == set(equalizable_tensors(model))
     found = insert_qdq(model, table, QuantizationPolicy().only("fpn"))
     before = weights(model)
@@ -136,7 +136,7 @@ def test_only_what_becomes_narrow_is_balanced(model: onnx.ModelProto, table: Cal
     assert "prop_fc/Mul" not in {node.name for node in found.graph.node}
 
 
-def test_gains_of_another_graph_are_refused(
+def test_gains_of_another_graph_are_rejected(
     model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet
 ) -> None:
     table = table_of(model, histograms, drawn, "minmax", {"fpn/Add": [1] * 16})

@@ -27,14 +27,14 @@ def padding(model: onnx.ModelProto) -> dict[str, list[int]]:
     return found
 
 
-def test_padding_apart_answers_as_before_to_the_bit(model: onnx.ModelProto, batch: Batch) -> None:
+def test_extract_padding_keeps_outputs_bit_identical(model: onnx.ModelProto, batch: Batch) -> None:
     wanted = open_session(model, threads=1).run(OUTPUTS, vars(batch))
     found = open_session(extract_padding(model), threads=1).run(OUTPUTS, vars(batch))
     for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
-def test_convolutions_of_many_channels_no_longer_pad(model: onnx.ModelProto) -> None:
+def test_extract_padding_affects_wide_convolutions_only(model: onnx.ModelProto) -> None:
     apart = extract_padding(model)
     # The tiny network's head has 16 channels; its backbone is of full width.
     assert set(padding(model)) - set(padding(apart)) == {f"backbone_net.layers.{level}/Conv" for level in (1, 2)}
@@ -43,14 +43,14 @@ def test_convolutions_of_many_channels_no_longer_pad(model: onnx.ModelProto) -> 
     ]
 
 
-def test_padding_inside_undoes_it_wholly(model: onnx.ModelProto) -> None:
+def test_inline_padding_reverts_extract_padding(model: onnx.ModelProto) -> None:
     again = inline_padding(extract_padding(model))
     assert graph_hash(again) == graph_hash(model)
     assert weights_hash(again) == weights_hash(model)
     assert graph_hash(extract_padding(model)) != graph_hash(model)
 
 
-def test_ends_that_differ_keep_their_sides() -> None:
+def test_asymmetric_padding_keeps_its_sides() -> None:
     weight = numpy_helper.from_array(np.random.default_rng(0).random((4, 64, 1, 3), np.float32), "w")
     node = helper.make_node("Conv", ["x", "w"], ["y"], "a/Conv", kernel_shape=[1, 3], pads=[0, 2, 0, 1])
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "y"]
@@ -68,7 +68,7 @@ def test_ends_that_differ_keep_their_sides() -> None:
     assert padding(inline_padding(apart)) == {"a/Conv": [0, 2, 0, 1]}
 
 
-def test_a_graph_is_read_with_its_padding_inside(model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_load_fp32_graph_inlines_padding(model: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(extract_padding(model), tmp_path / "drn.onnx")
     assert graph_hash(load_fp32_graph(tmp_path / "drn.onnx")) == graph_hash(model)
 
@@ -91,7 +91,7 @@ def test_pad_of_channels_or_with_two_readers_is_not_inlined(pads: list[int]) -> 
     assert [node.op_type for node in inline_padding(model).graph.node] == [node.op_type for node in chosen]
 
 
-def test_onnx_runtime_leaves_the_padding_apart_where_it_is_told(model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_onnx_runtime_option_keeps_padding_separate(model: onnx.ModelProto, tmp_path: Path) -> None:
     """A newer ONNX Runtime that calls its step by another name would put the padding back without a word."""
     kept: dict[bool, int] = {}
     for told in (False, True):

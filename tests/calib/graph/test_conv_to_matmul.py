@@ -92,7 +92,7 @@ def convolution(
         (8, 2, 5, 1, (2, 0)),
     ],
 )
-def test_a_product_of_rows_is_the_convolution(
+def test_convs_to_matmul_equals_convolution(
     channels: int, outputs: int, taps: int, stride: int, pads: tuple[int, int], rank: int
 ) -> None:
     model = convolution(channels, outputs, taps, stride, pads, rank)
@@ -105,7 +105,7 @@ def test_a_product_of_rows_is_the_convolution(
 
 
 @pytest.mark.parametrize("optimised", [False, True])
-def test_heads_are_those_of_the_convolutions(
+def test_convs_to_matmul_keeps_heads(
     rows: onnx.ModelProto, narrowed: onnx.ModelProto, batch: Batch, optimised: bool
 ) -> None:
     found = open_session(rows, 1, optimised).run(OUTPUTS, vars(batch))
@@ -117,7 +117,7 @@ def test_heads_are_those_of_the_convolutions(
         assert errors.max() <= tolerances.INT8, name
 
 
-def test_attainable_share_is_that_of_the_whole_policy(model: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
+def test_attainable_share_equals_share_of_full_policy(model: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
     assert attainable_share(model) == pytest.approx(audit_graph(narrowed).share("int8"), abs=1e-9)
     assert 0 < attainable_share(model) < 1
 
@@ -168,7 +168,7 @@ def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> N
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
-def test_what_is_judged_in_memory_is_what_runs(rows: onnx.ModelProto, batch: Batch, tmp_path: Path) -> None:
+def test_in_memory_backend_equals_saved_graph(rows: onnx.ModelProto, batch: Batch, tmp_path: Path) -> None:
     path = tmp_path / "drn.int8.onnx"
     onnx.save(rows, path)
     judged, runs = InMemoryBackend(rows, 1, optimised=True).run(batch), open_graph(path, "cpu", 1).run(batch)
@@ -177,7 +177,7 @@ def test_what_is_judged_in_memory_is_what_runs(rows: onnx.ModelProto, batch: Bat
         np.testing.assert_allclose(getattr(judged, name), getattr(runs, name), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_onnx_runtime_multiplies_every_product_in_eight_bits(
+def test_onnx_runtime_computes_every_product_in_int8(
     rows: onnx.ModelProto, narrowed: onnx.ModelProto, tmp_path: Path
 ) -> None:
     options = onnxruntime.SessionOptions()
@@ -192,14 +192,14 @@ def test_onnx_runtime_multiplies_every_product_in_eight_bits(
     assert counts["DequantizeLinear"] == 0
 
 
-def test_as_much_is_counted_in_eight_bits_as_before(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
+def test_convs_to_matmul_keeps_quantized_mac_share(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
     assert audit_graph(rows).share("int8") == pytest.approx(audit_graph(narrowed).share("int8"), abs=1e-9)
     found, wanted = audit_graph(rows), audit_graph(narrowed)
     assert found.macs == wanted.macs
     assert found.weight_bytes["int8"] <= wanted.weight_bytes["int8"] * 1.01
 
 
-def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
+def test_convs_to_matmul_graph_can_be_split(rows: onnx.ModelProto, batch: Batch) -> None:
     video, query = split_graph(rows)
     assert dict.fromkeys(node.op_type for node in video.graph.node).keys() >= {"MatMul", "QuantizeLinear"}
     whole = InMemoryBackend(rows, 1).run(batch)
@@ -215,12 +215,12 @@ def test_it_can_be_cut_in_two(rows: onnx.ModelProto, batch: Batch) -> None:
         )
 
 
-def test_what_has_no_form_of_rows_is_named() -> None:
+def test_dilated_convolution_is_rejected_by_name() -> None:
     model = convolution(6, 6, 3, 1, (1, 1), 4)
     model.graph.node[-1].attribute.append(helper.make_attribute("dilations", [1, 2]))
     with raises(ModelFileError, "unsupported_convolution", "module/Conv"):
         convs_to_matmul(model)
 
 
-def test_a_graph_that_was_not_quantised_stays_as_it_is(model: onnx.ModelProto) -> None:
+def test_convs_to_matmul_keeps_unquantized_graph(model: onnx.ModelProto) -> None:
     assert [node.name for node in convs_to_matmul(model).graph.node] == [node.name for node in model.graph.node]

@@ -46,7 +46,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProto]) -> None:
+def test_fp16_heads_are_close_to_fp32(name: str, exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported[name])
     onnx.checker.check_model(half, full_check=True)
     given = batch(name)
@@ -57,13 +57,13 @@ def test_fp16_answers_as_fp32_does(name: str, exported: dict[str, onnx.ModelProt
         assert not np.array_equal(found[output], wanted[output])
 
 
-def test_the_source_graph_stays_as_it_is(exported: dict[str, onnx.ModelProto]) -> None:
+def test_convert_to_half_keeps_source_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
     before = exported["tiny"].SerializeToString(deterministic=True)
     convert_to_half(exported["tiny"])
     assert exported["tiny"].SerializeToString(deterministic=True) == before
 
 
-def test_graph_borders_stay_fp32_and_weights_halve_in_size(exported: dict[str, onnx.ModelProto]) -> None:
+def test_graph_io_stays_fp32_and_weights_halve_in_size(exported: dict[str, onnx.ModelProto]) -> None:
     model, half = exported["tiny"], convert_to_half(exported["tiny"])
     assert [value.SerializeToString() for value in half.graph.input] == [
         value.SerializeToString() for value in model.graph.input
@@ -72,7 +72,7 @@ def test_graph_borders_stay_fp32_and_weights_halve_in_size(exported: dict[str, o
     assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 64]
 
 
-def test_every_product_is_half_except_in_what_is_kept(exported: dict[str, onnx.ModelProto]) -> None:
+def test_products_are_fp16_except_in_excluded_modules(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"], keep=["prop_fc", "fcos.head.mix_fc"])
     kinds = types(half)
     for node in half.graph.node:
@@ -81,20 +81,20 @@ def test_every_product_is_half_except_in_what_is_kept(exported: dict[str, onnx.M
             assert kinds[node.output[0]] == (TensorProto.FLOAT if kept else TensorProto.FLOAT16), node.name
 
 
-def test_exp_and_the_scale_before_it_stay_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
+def test_exp_and_its_input_stay_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"])
     kinds = types(half)
     (exp,) = [node for node in half.graph.node if node.op_type == "Exp"]
     assert kinds[exp.input[0]] == kinds[exp.output[0]] == TensorProto.FLOAT
 
 
-def test_a_tensor_is_cast_once_whoever_reads_it(exported: dict[str, onnx.ModelProto]) -> None:
+def test_shared_tensor_is_cast_once(exported: dict[str, onnx.ModelProto]) -> None:
     casts = [n for n in convert_to_half(exported["deep"], keep=["fpn"]).graph.node if n.op_type == "Cast"]
     assert len({(cast.input[0], onnx.helper.get_node_attr_value(cast, "to")) for cast in casts}) == len(casts)
     assert len({cast.name for cast in casts}) == len(casts)
 
 
-def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.ModelProto]) -> None:
+def test_bf16_emulation_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -> None:
     model = raise_opset(exported["tiny"], 22)
     assert opset_of(model) == 22
     assert run(model, batch("tiny")).keys() == set(HEAD_NAMES)
@@ -108,27 +108,27 @@ def test_bf16_rounds_as_an_emulation_in_fp32_does(exported: dict[str, onnx.Model
         assert not np.array_equal(found[output], wanted[output])
 
 
-def test_a_graph_without_bf16_is_not_emulated(exported: dict[str, onnx.ModelProto]) -> None:
+def test_emulate_bf16_returns_fp16_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"])
     assert emulate_bf16(half) is half
 
 
 @given(st.floats(-(2.0**126), 2.0**126, width=32))
-def test_bf16_weights_are_rounded_to_the_nearest(value: float) -> None:
+def test_bf16_weights_are_rounded_to_nearest(value: float) -> None:
     tensor = _half_tensor(np.array([value], np.float32), "w", TensorProto.BFLOAT16)
     stored = (np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16).view(np.float32)[0]
     step = 2.0 ** (np.floor(np.log2(max(abs(value), 2.0**-126))) - 7)
     assert abs(float(stored) - value) <= step / 2
 
 
-def test_an_unknown_module_and_too_low_an_opset_are_refused(exported: dict[str, onnx.ModelProto]) -> None:
+def test_unknown_module_and_low_opset_are_rejected(exported: dict[str, onnx.ModelProto]) -> None:
     with raises(ShapeError, "unknown_module", "prop_fcc"):
         convert_to_half(exported["tiny"], keep=["prop_fcc"])
     with raises(ShapeError, "unsupported_opset", "bf16", 22, 17):
         convert_to_half(exported["tiny"], "bf16")
 
 
-def test_the_scan_finds_the_largest_magnitude_of_each_module(exported: dict[str, onnx.ModelProto]) -> None:
+def test_measure_magnitudes_returns_maximum_per_module(exported: dict[str, onnx.ModelProto]) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(exported["tiny"])
     (weight,) = [t for t in model.graph.initializer if t.name == "fpn.layer_blocks.1.weight"]
@@ -173,7 +173,7 @@ def test_model_not_finite_in_fp32_is_rejected_naming_the_module(
         measure_magnitudes(model, [batch("tiny"), given])
 
 
-def test_a_later_batch_of_smaller_numbers_lowers_nothing(exported: dict[str, onnx.ModelProto]) -> None:
+def test_measure_magnitudes_keeps_maximum_over_batches(exported: dict[str, onnx.ModelProto]) -> None:
     loud, quiet = batch("tiny"), batch("tiny")
     loud.segment_features[:] *= 50
     alone = measure_magnitudes(exported["tiny"], [loud])
@@ -181,9 +181,9 @@ def test_a_later_batch_of_smaller_numbers_lowers_nothing(exported: dict[str, onn
     assert measure_magnitudes(exported["tiny"], [loud, quiet])["prop_fc"] == alone["prop_fc"]
 
 
-def test_a_fresh_export_needs_no_module_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
+def test_new_export_has_no_overflow_prone_modules(exported: dict[str, onnx.ModelProto]) -> None:
     assert overflow_prone_modules(measure_magnitudes(exported["tiny"], [batch("tiny")])) == ()
 
 
-def test_inputs_are_what_the_runtime_gives() -> None:
+def test_graph_inputs_match_batch_fields() -> None:
     assert tuple(INPUT_NAMES) == tuple(Batch.__dataclass_fields__)

@@ -12,7 +12,7 @@ from tests.export.conftest import TINY
 from tests.raising import raises
 
 
-def test_multiply_adds_by_hand(exported: dict[str, onnx.ModelProto]) -> None:
+def test_audit_counts_expected_multiply_adds(exported: dict[str, onnx.ModelProto]) -> None:
     counted = audit_graph(exported["tiny"], query_length=8)
     segments, width, channels = TINY.num_segments, TINY.fpn_dim, TINY.feature_dim
     assert counted.macs["prop_fc"] == {"fp32": segments * channels * channels}
@@ -26,7 +26,7 @@ def test_multiply_adds_by_hand(exported: dict[str, onnx.ModelProto]) -> None:
     assert counted.precision() == "fp32"
 
 
-def test_weights_are_counted_by_type(exported: dict[str, onnx.ModelProto]) -> None:
+def test_audit_counts_weight_bytes_by_type(exported: dict[str, onnx.ModelProto]) -> None:
     whole, half = (
         audit_graph(exported["tiny"]).weight_bytes,
         audit_graph(convert_to_half(exported["tiny"])).weight_bytes,
@@ -35,7 +35,7 @@ def test_weights_are_counted_by_type(exported: dict[str, onnx.ModelProto]) -> No
     assert half["fp16"] == pytest.approx(whole["fp32"] / 2, rel=0.01)
 
 
-def test_a_graph_is_held_to_its_name(exported: dict[str, onnx.ModelProto]) -> None:
+def test_require_precision_checks_requested_type(exported: dict[str, onnx.ModelProto]) -> None:
     half = audit_graph(convert_to_half(exported["tiny"]))
     require_precision(half, "fp16")
     require_precision(audit_graph(exported["tiny"]), "fp32")
@@ -49,7 +49,7 @@ def test_a_graph_is_held_to_its_name(exported: dict[str, onnx.ModelProto]) -> No
         require_precision(half, "int8")
 
 
-def test_narrow_network_is_held_to_what_it_can_reach() -> None:
+def test_require_precision_uses_attainable_share() -> None:
     counted = PrecisionStats({"a": {"int8": 51}, "b": {"fp32": 49}}, {})
     with raises(CheckFailed, "precision_not_reached", "51.0 %", "85 %"):
         require_precision(counted, "int8")
@@ -61,7 +61,7 @@ def test_narrow_network_is_held_to_what_it_can_reach() -> None:
         require_precision(PrecisionStats({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)
 
 
-def test_shares_add_up() -> None:
+def test_precision_stats_total_and_shares_are_correct() -> None:
     counted = PrecisionStats({"a": {"fp16": 3, "int8": 5}, "b": {"int8": 2}}, {})
     assert counted.total() == {"fp16": 3, "int8": 7}
     assert counted.share("int8") == 0.7

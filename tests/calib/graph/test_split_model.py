@@ -49,7 +49,7 @@ def signature(values: object) -> dict[str, tuple[int, list[object]]]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("videos", [[0], [0, 0, 0], [2, 0, 2, 1], [4, 3, 2, 1, 0]])
-def test_the_pair_answers_as_the_whole(
+def test_split_pair_equals_unsplit_graph(
     exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, videos: list[int]
 ) -> None:
     path = written(exported[name], tmp_path)
@@ -67,7 +67,7 @@ def test_the_pair_answers_as_the_whole(
         assert relative_difference(getattr(pair.run(batch), field), theirs) <= SAME, field
 
 
-def test_the_parts_take_and_give_what_the_contract_says(exported: dict[str, onnx.ModelProto]) -> None:
+def test_split_parts_have_contract_inputs_and_outputs(exported: dict[str, onnx.ModelProto]) -> None:
     video, query = split_graph(exported["tiny"])
     int32, float32 = onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
     encoded = (float32, ["video", 16, 16])
@@ -83,7 +83,7 @@ def test_the_parts_take_and_give_what_the_contract_says(exported: dict[str, onnx
     assert signature(query.graph.output) == signature(exported["tiny"].graph.output)
 
 
-def test_every_weight_is_in_one_part_only(exported: dict[str, onnx.ModelProto]) -> None:
+def test_each_weight_is_in_exactly_one_part(exported: dict[str, onnx.ModelProto]) -> None:
     parts = [{tensor.name for tensor in part.graph.initializer} for part in split_graph(exported["deep"])]
     assert {name for name in parts[0] if "." in name} == {"prop_fc.weight", "prop_fc.bias"}
     assert not any(name.startswith("prop_fc") for name in parts[1])
@@ -91,7 +91,7 @@ def test_every_weight_is_in_one_part_only(exported: dict[str, onnx.ModelProto]) 
     assert whole <= parts[0] | parts[1]
 
 
-def test_the_query_part_names_the_video_part_by_its_hash(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
+def test_query_part_records_hash_of_video_part(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     path = written(exported["tiny"], tmp_path)
     video, query = pair_paths(path)
     assert (video.name, query.name) == ("drn.video.onnx", "drn.query.onnx")
@@ -104,7 +104,7 @@ def test_the_query_part_names_the_video_part_by_its_hash(exported: dict[str, onn
     assert manifests[1].video_part == {"drn.video.onnx": sha256(video)}
 
 
-def test_half_precision_twins_are_cut_without_a_cast(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
+def test_fp16_graph_splits_without_extra_casts(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     half = convert_to_half(exported["tiny"])
     video, query = split_graph(half)
     float16 = onnx.TensorProto.FLOAT16
@@ -127,13 +127,13 @@ def test_both_parts_parse_and_build_in_tensorrt_rtx(exported: dict[str, onnx.Mod
         build_with_rtx(part, video=(1, 2, 8))
 
 
-def test_a_part_is_not_split_again(exported: dict[str, onnx.ModelProto]) -> None:
+def test_splitting_a_part_is_rejected(exported: dict[str, onnx.ModelProto]) -> None:
     for part in split_graph(exported["tiny"]):
         with raises(ModelFileError, "model_part"):
             split_graph(part)
 
 
-def test_a_graph_without_a_place_to_cut_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+def test_graph_without_unique_split_point_is_rejected(exported: dict[str, onnx.ModelProto]) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(exported["tiny"])
     for node in other.graph.node:
@@ -146,7 +146,7 @@ def test_a_graph_without_a_place_to_cut_is_refused(exported: dict[str, onnx.Mode
         split_graph(_twice(other))
 
 
-def test_an_encoding_that_would_hold_the_spans_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+def test_split_with_spans_in_encoding_is_rejected(exported: dict[str, onnx.ModelProto]) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(exported["tiny"])
     nodes = list(other.graph.node)
@@ -174,7 +174,7 @@ def _twice(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def test_the_command_writes_all_three(checkpoint: Path, tmp_path: Path) -> None:
+def test_to_onnx_with_split_writes_all_parts(checkpoint: Path, tmp_path: Path) -> None:
     output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
     names = ["drn.onnx", "drn.query.onnx", "drn.video.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -184,7 +184,7 @@ def test_the_command_writes_all_three(checkpoint: Path, tmp_path: Path) -> None:
         assert "backbone_net.layers.1/Pad" in [node.name for node in onnx.load(path).graph.node]
 
 
-def test_a_pair_that_differs_from_torch_is_not_kept(
+def test_split_pair_failing_torch_parity_is_deleted(
     checkpoint: Path, networks: dict[str, DRN], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -213,7 +213,7 @@ def test_unwritable_part_is_rejected_before_splitting(
         to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
 
 
-def test_the_check_tells_a_wrong_pair(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
+def test_pair_check_fails_for_other_weights(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
     video, query = split_graph(exported["tiny"])
     assert max(check_pair_against_torch(video, query, networks["tiny"], 3).values()) <= SAME
     other = DRN(TINY).eval()

@@ -44,7 +44,7 @@ def assert_same(found: Heads, wanted: Heads, relative: float) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5, LONGEST])
 @pytest.mark.parametrize("network", ["tiny", "deep"])
-def test_it_answers_as_the_lstm_does(network: str, steps: int, exported: dict[str, onnx.ModelProto]) -> None:
+def test_unrolled_lstm_equals_lstm(network: str, steps: int, exported: dict[str, onnx.ModelProto]) -> None:
     model = unroll_lstm(exported[network], steps)
     onnx.checker.check_model(model, full_check=True)
     assert not [node for node in model.graph.node if node.op_type in ("LSTM", "Loop", "Scan", "If")]
@@ -55,7 +55,9 @@ def test_it_answers_as_the_lstm_does(network: str, steps: int, exported: dict[st
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=5), st.integers(0, 100))
-def test_padding_changes_no_answer(exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int) -> None:
+def test_unrolled_lstm_ignores_padding_tokens(
+    exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int
+) -> None:
     model = unroll_lstm(exported["tiny"], LONGEST)
     found = heads(model, "tiny", lengths, LONGEST, seed)
     # The LSTM sees no more than the longest of them.
@@ -63,7 +65,7 @@ def test_padding_changes_no_answer(exported: dict[str, onnx.ModelProto], lengths
     assert_same(found, wanted, tolerances.HEADS)
 
 
-def test_half_precision_stays_as_near(exported: dict[str, onnx.ModelProto]) -> None:
+def test_unrolled_fp16_lstm_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"])
     wanted = heads(exported["tiny"], "tiny", [7, 3, 12], LONGEST)
     for model in (half, unroll_lstm(half, LONGEST)):
@@ -82,7 +84,7 @@ def test_unroll_keeps_the_input_graph_and_stores_weights_once(exported: dict[str
     assert size < sum(tensor.ByteSize() for tensor in exported["tiny"].graph.initializer) + 1000
 
 
-def test_only_the_number_of_tokens_is_fixed(exported: dict[str, onnx.ModelProto]) -> None:
+def test_unroll_fixes_only_the_query_length(exported: dict[str, onnx.ModelProto]) -> None:
     _, query = split_graph(exported["tiny"])
     shapes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
@@ -93,7 +95,7 @@ def test_only_the_number_of_tokens_is_fixed(exported: dict[str, onnx.ModelProto]
     assert shapes["encoded_features"][0] == "video"
 
 
-def test_a_graph_without_such_lstms_is_refused(exported: dict[str, onnx.ModelProto]) -> None:
+def test_graph_without_supported_lstm_is_rejected(exported: dict[str, onnx.ModelProto]) -> None:
     video, _ = split_graph(exported["tiny"])
     with raises(ModelFileError, "unsupported_lstm"):
         unroll_lstm(video, 8)
@@ -103,7 +105,9 @@ def test_a_graph_without_such_lstms_is_refused(exported: dict[str, onnx.ModelPro
 
 @pytest.mark.parametrize("network", ["tiny", "deep"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_it_builds(precision: str, network: str, exported: dict[str, onnx.ModelProto]) -> None:
+def test_unrolled_graph_builds_in_tensorrt_rtx(
+    precision: str, network: str, exported: dict[str, onnx.ModelProto]
+) -> None:
     model = exported[network]
     if precision != "fp32":
         model = convert_to_half(raise_opset(model, 22 if precision == "bf16" else 17), precision)  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def clips(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (count, 16, 112, 112, 3), dtype=np.uint8)
 
 
-def test_half_precision_gives_the_features_of_fp32(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp16_extractor_features_are_close_to_fp32(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = build_engine(model, precision="fp16", target="onnxruntime")
     assert output == model.with_name("c3d.fp16.onnx")
     assert sorted(path.name for path in model.parent.iterdir()) == [
@@ -79,7 +79,7 @@ def test_half_precision_gives_the_features_of_fp32(model: Path, capsys: pytest.C
     ]
 
 
-def test_a_checkpoint_is_exported_first_and_once(model: Path) -> None:
+def test_checkpoint_is_exported_once_before_the_build(model: Path) -> None:
     checkpoint, before = model.with_suffix(".pt"), model.stat().st_mtime_ns
     build_engine(checkpoint, precision="fp16", target="onnxruntime")
     assert model.stat().st_mtime_ns == before
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_exported_first_and_once(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["c3d.pickle", "pretrain.pth"])
-def test_a_published_checkpoint_is_converted_first(name: str, tmp_path: Path) -> None:
+def test_published_checkpoint_is_converted_first(name: str, tmp_path: Path) -> None:
     model = lively()
     LAYOUTS[name](model, tmp_path / name)
     output = build_engine(tmp_path / name, precision="fp16", target="onnxruntime")
@@ -108,7 +108,7 @@ def test_a_published_checkpoint_is_converted_first(name: str, tmp_path: Path) ->
         (tmp_path / there).unlink()
 
 
-def test_layers_can_be_kept_in_fp32(model: Path) -> None:
+def test_keep_option_leaves_layers_in_fp32(model: Path) -> None:
     graph = onnx.load(build_engine(model, precision="fp16", target="onnxruntime", keep=("conv3a", "fc6")))
     kinds = {module: set(counts) for module, counts in audit_graph(graph).macs.items()}
     assert kinds["conv3a"] == kinds["fc6"] == {"fp32"}
@@ -137,7 +137,7 @@ def test_engine_is_built_ahead_of_time_with_its_metadata(model: Path, capsys: py
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_engine_answers_as_its_twin_for_any_number_of_clips(model: Path, tmp_path: Path, version: str) -> None:
+def test_engine_features_equal_graph_for_any_clip_count(model: Path, tmp_path: Path, version: str) -> None:
     wide = open_extractor(model, "cpu", 1)
     shapes = {"clips": [[size, 16, 112, 112, 3] for size in (1, 2, 3)]}
     profile = {"name": "clips", "batch": (1, 2, 3), "query_length": (1, 1, 1), "shapes": shapes}
@@ -154,7 +154,7 @@ def test_an_engine_answers_as_its_twin_for_any_number_of_clips(model: Path, tmp_
     extractor.close()
 
 
-def test_an_engine_without_a_gpu_names_its_twin(model: Path, tmp_path: Path) -> None:
+def test_engine_without_gpu_names_the_converted_graph(model: Path, tmp_path: Path) -> None:
     wide = open_extractor(model, "cpu", 1)
     shapes = {"clips": [[1, 16, 112, 112, 3]] * 3}
     profile = {"name": "clips", "batch": (1, 1, 1), "query_length": (1, 1, 1), "shapes": shapes}
@@ -169,14 +169,14 @@ def test_an_engine_without_a_gpu_names_its_twin(model: Path, tmp_path: Path) -> 
         open_extractor_engine(other)
 
 
-def test_features_that_are_too_far_are_kept_as_rejected_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_over_tolerance_are_saved_as_rejected_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(extractor_engine.FEATURE_TOLERANCES, "fp16", FeatureTolerance(1.0, 1e-9))
     with raises(CheckFailed, "parity_failed", "1.0e-09", "c3d.fp16.rejected.onnx"):
         build_engine(model, precision="fp16", target="onnxruntime")
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.fp16.rejected.onnx", "c3d.onnx", "c3d.pt"]
 
 
-def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_overflow_prone_layer_stays_in_fp32(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     graph = onnx.load(model)
     for tensor in graph.graph.initializer:
         # What the fourth layer makes too large, the next makes small again.
@@ -192,7 +192,7 @@ def test_what_would_overflow_half_precision_stays_in_fp32(model: Path, caplog: p
     assert kinds["conv3b"] == kinds["conv5a"] == {"fp16"}
 
 
-def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof on a GPU, with what is built and what runs it stood in for."""
     built = BuiltEngine(b"plan", "tensorrt_rtx 1.7", True, None, None)
     monkeypatch.setattr(engine_writer, "build", lambda *_: built)
@@ -234,7 +234,7 @@ def test_an_engine_that_answers_otherwise_on_the_gpu_is_rejected(model: Path, mo
         ({"precision": "bf16", "target": "onnxruntime"}, "precision_unsupported", ("bf16", "--target")),
     ],
 )
-def test_what_an_extractor_has_no_use_for_is_refused(
+def test_options_not_for_extractors_are_rejected(
     model: Path, options: dict[str, Any], code: str, values: tuple[object, ...]
 ) -> None:
     with raises(GroundingError, code, *values):
@@ -242,13 +242,13 @@ def test_what_an_extractor_has_no_use_for_is_refused(
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt"]
 
 
-def test_a_dry_run_says_what_would_be_built(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_names_output_without_building(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_engine(model, dry_run=True, target="onnxruntime")
     assert quotes(capsys.readouterr().out, model.with_name("c3d.fp16.onnx"))
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt"]
 
 
-def test_a_twin_is_no_source_and_no_model(model: Path, tmp_path: Path, tiny_features: Path) -> None:
+def test_converted_extractor_is_rejected_as_source_and_model(model: Path, tmp_path: Path, tiny_features: Path) -> None:
     twin = build_engine(model, precision="fp16", target="onnxruntime")
     with raises(ModelFileError, "not_fp32", twin, "fp16"):
         build_engine(twin, precision="bf16", target="tensorrt-rtx", compute_capability=("8.6",), dry_run=False)
@@ -262,7 +262,7 @@ def tiny_features(tmp_path: Path) -> Path:
     return tmp_path / "hall.npy"
 
 
-def test_made_up_clips_are_the_same_every_time(model: Path) -> None:
+def test_synthetic_clips_are_deterministic(model: Path) -> None:
     manifest = open_extractor(model, "cpu", 1).manifest
     first, second = (np.concatenate(list(synthetic_clips(manifest))) for _ in range(2))
     assert (first == second).all()
@@ -274,7 +274,7 @@ def test_made_up_clips_are_the_same_every_time(model: Path) -> None:
     assert steps < np.abs(np.diff(first[3].astype(int), axis=2)).mean() / 4
 
 
-def test_features_that_are_all_zero_in_both_are_equal() -> None:
+def test_all_zero_features_of_both_models_are_equal() -> None:
     dead = SimpleNamespace(extract=lambda clips: np.zeros((1, 4), np.float32))
     alive = SimpleNamespace(extract=lambda clips: np.ones((1, 4), np.float32))
     manifest: Any = SimpleNamespace(window=2, crop=(8, 8))

@@ -54,7 +54,7 @@ def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
     return copy
 
 
-def test_what_would_overflow_stays_in_fp32_and_is_named(source: onnx.ModelProto, data_set: DataSet) -> None:
+def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProto, data_set: DataSet) -> None:
     # The product of the two factors is as before; in between numbers are beyond FP16.
     loud = scaled(
         source,
@@ -71,7 +71,7 @@ def test_what_would_overflow_stays_in_fp32_and_is_named(source: onnx.ModelProto,
     assert "prop_fc" not in untouched.facts["restored to FP32"]
 
 
-def test_what_loses_accuracy_in_half_precision_is_restored(source: onnx.ModelProto, data_set: DataSet) -> None:
+def test_module_losing_accuracy_in_fp16_is_restored(source: onnx.ModelProto, data_set: DataSet) -> None:
     # Weights so small that FP16 has next to no digits left for them: nothing overflows, and answers are lost.
     faint = scaled(
         source,
@@ -114,7 +114,7 @@ def test_fewest_modules_are_restored_and_the_plan_repeats_it(
     assert again.graph.SerializeToString() == twin.graph.SerializeToString()
 
 
-def test_a_budget_that_no_precision_holds_is_said_so(
+def test_unreachable_budget_raises_budget_exceeded(
     source: onnx.ModelProto, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build.reduced_precision.BOUNDARY_P99", -1.0)

@@ -10,7 +10,7 @@ Rules and their sources:
   on an H200, 2026-11-29: `recorded/inspector-8.6.0-*.layers.json.gz`).
 - 8.6 separates the nodes in "Metadata" by the control character 0x1E, which it does not escape (the same engines).
 - 11 and TensorRT-RTX write "Format": "Format not available due to dynamic shapes" beside "Datatype": both strings are
-  in libtensorrt_rtx.so of 1.7.1 (`test_the_rtx_library_contains_the_words_of_the_double`).
+  in libtensorrt_rtx.so of 1.7.1 (`test_rtx_library_contains_messages_of_the_fake`).
 - 8.6 lists the layers of each profile, from 10 on those of one (Polygraphy, backend/trt/util.py: "In TRT 10, layer
   information is not specified per profile").
 - A Myelin ForeignNode shows its border tensors alone (NVIDIA/TensorRT#2577).

@@ -227,7 +227,7 @@ def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) 
 
 
 @pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8", "FP16"])])
-def test_a_weakly_typed_version_gets_the_flags_of_the_precision(precision: str, flags: list[str]) -> None:
+def test_weakly_typed_version_sets_precision_flags(precision: str, flags: list[str]) -> None:
     library, calls = stand_in("8.6.1")
     plan = build(EMPTY, options(precision), library=library)
     assert not plan.strongly_typed
@@ -235,7 +235,7 @@ def test_a_weakly_typed_version_gets_the_flags_of_the_precision(precision: str, 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_precision_that_the_version_lacks_is_refused(precision: str) -> None:
+def test_precision_unsupported_by_version_is_rejected(precision: str) -> None:
     library, calls = stand_in("8.6.1")
     with raises(DeviceError, "precision_unsupported", "8.6.1", precision):
         build(b"graph", options(precision), library=library)
@@ -244,7 +244,7 @@ def test_a_precision_that_the_version_lacks_is_refused(precision: str) -> None:
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.16.1", "11.4.0", "1.7.1"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_fp32_is_fp32_unless_tf32_is_allowed(version: str, precision: str) -> None:
+def test_fp32_disables_tf32_unless_allowed(version: str, precision: str) -> None:
     rtx: dict[str, Any] = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if version[0:2] == "1." else {}
     for allowed in (False, True):
         library, calls = stand_in(version)
@@ -253,14 +253,14 @@ def test_fp32_is_fp32_unless_tf32_is_allowed(version: str, precision: str) -> No
 
 
 @pytest.mark.parametrize(("version", "refused"), [("10.5.0", True), ("10.6.0", False), ("11.4.0", False)])
-def test_bf16_needs_a_parser_of_opset_22(version: str, refused: bool) -> None:
+def test_bf16_requires_parser_of_opset_22(version: str, refused: bool) -> None:
     library, _ = stand_in("11.4.0" if version.startswith("11") else "10.16.1")
     library.__version__ = version
     with raises(DeviceError, "precision_unsupported", "bf16", "10.6") if refused else contextlib.nullcontext():
         check_options(options("bf16"), library)
 
 
-def test_fp8_is_refused_where_it_cannot_exist() -> None:
+def test_fp8_is_rejected_for_unsupported_hardware() -> None:
     library, _ = stand_in("1.7.1")
     with raises(DeviceError, "unsupported_compute_capability", "8.9"):
         check_options(options("fp8", "tensorrt-rtx", compute_capabilities=("8.9",)), library)
@@ -270,7 +270,7 @@ def test_fp8_is_refused_where_it_cannot_exist() -> None:
     check_options(options("fp8"), library)
 
 
-def test_every_profile_is_set_for_every_input() -> None:
+def test_each_profile_sets_shapes_of_all_inputs() -> None:
     library, calls = stand_in("11.4.0")
     build(b"graph", options(), library=library)
     assert len(named(calls, "add_optimization_profile")) == 2
@@ -279,14 +279,14 @@ def test_every_profile_is_set_for_every_input() -> None:
     assert len(named(calls, "set_shape")) == 8
 
 
-def test_compatibility_is_asked_for_by_name() -> None:
+def test_compatibility_options_set_named_flags() -> None:
     library, calls = stand_in("10.16.1")
     build(b"graph", options(version_compatible=True, hardware_compatible=True), library=library)
     assert named(calls, "set_flag") == [("VERSION_COMPATIBLE",)]
     assert named(calls, "hardware_compatibility_level") == [("ampere",)]
 
 
-def test_rtx_is_told_which_gpus_to_build_for() -> None:
+def test_rtx_build_sets_compute_capabilities() -> None:
     library, calls = stand_in("1.7.1")
     given = options(target="tensorrt-rtx", compute_capabilities=("8.6", "12.0"))
     assert build(b"graph", given, library=library).inspection is None
@@ -296,7 +296,7 @@ def test_rtx_is_told_which_gpus_to_build_for() -> None:
         build(b"graph", options(target="tensorrt-rtx", compute_capabilities=("9.0",)), library=library)
 
 
-def test_without_a_gpu_rtx_must_be_told() -> None:
+def test_rtx_without_gpu_requires_compute_capability() -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
     library, _ = stand_in("1.7.1")
@@ -324,7 +324,7 @@ def test_engine_is_inspected_with_a_context_per_profile(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", INSPECTED)
-def test_a_context_that_cannot_be_created_leaves_the_engine(version: str) -> None:
+def test_failed_context_keeps_unbound_inspection(version: str) -> None:
     library, _ = stand_in(version, context=lambda: None)
     driver = Driver()
     inspection = build(EMPTY, options(), library=library, cuda=Cuda(driver)).inspection
@@ -336,7 +336,7 @@ def test_a_context_that_cannot_be_created_leaves_the_engine(version: str) -> Non
 
 
 @pytest.mark.parametrize("version", INSPECTED)
-def test_a_version_compatible_plan_is_inspected(version: str) -> None:
+def test_version_compatible_engine_is_inspected(version: str) -> None:
     library, calls = stand_in(version)
     plan = build(EMPTY, options(version_compatible=True), library=library, cuda=gpu())
     assert plan.inspection is not None
@@ -347,7 +347,7 @@ def test_a_version_compatible_plan_is_inspected(version: str) -> None:
     assert named(calls, "engine_host_code_allowed") == []
 
 
-def test_a_plan_that_cannot_be_loaded_is_an_error() -> None:
+def test_unloadable_engine_raises_error() -> None:
     library, _ = stand_in("11.4.0")
     runtime = library.Runtime
     library.Runtime = lambda logger: Recorder(Calls(), "Runtime", deserialize_cuda_engine=lambda plan: None)
@@ -360,7 +360,7 @@ def test_a_plan_that_cannot_be_loaded_is_an_error() -> None:
     ("here", "capabilities", "inspected"),
     [((8, 6), ("8.6", "12.0"), True), ((8, 6), (), True), ((9, 0), ("8.6", "12.0"), False), (None, ("8.6",), False)],
 )
-def test_an_rtx_plan_is_opened_only_on_a_gpu_that_it_is_for(
+def test_rtx_engine_is_inspected_only_on_matching_gpu(
     here: Any, capabilities: Any, inspected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library, calls = stand_in("1.7.1")
@@ -376,7 +376,7 @@ def test_an_rtx_plan_is_opened_only_on_a_gpu_that_it_is_for(
 
 
 @pytest.mark.rtx
-def test_the_rtx_library_contains_the_words_of_the_double() -> None:
+def test_rtx_library_contains_messages_of_the_fake() -> None:
     libraries = pytest.importorskip("tensorrt_rtx_libs", reason="TensorRT-RTX is not installed")
     path = next(Path(libraries.__file__).parent.glob("libtensorrt_rtx.so.*"))
     content = path.read_bytes()
@@ -384,7 +384,7 @@ def test_the_rtx_library_contains_the_words_of_the_double() -> None:
         assert words.encode() in content
 
 
-def test_a_timing_cache_of_another_gpu_is_refused() -> None:
+def test_timing_cache_of_another_gpu_is_rejected() -> None:
     library, _ = stand_in("11.4.0")
     builder = library.Builder(None)
     config = builder.create_builder_config()
@@ -393,7 +393,7 @@ def test_a_timing_cache_of_another_gpu_is_refused() -> None:
         build(b"graph", options(), b"old", library)
 
 
-def test_what_does_not_parse_or_build_is_one_sentence() -> None:
+def test_parse_and_build_failures_raise_model_file_error() -> None:
     broken = Recorder(Calls(), "ParserError", desc=lambda: "node 7 is odd")
     answers = {"parser": {"parse": lambda graph: False, "num_errors": 1, "get_error": lambda index: broken}}
     library, _ = stand_in("11.4.0", **answers)
@@ -404,7 +404,7 @@ def test_what_does_not_parse_or_build_is_one_sentence() -> None:
         build(b"graph", options(), library=library)
 
 
-def test_a_library_that_is_not_there_is_named_with_the_way_out() -> None:
+def test_missing_library_is_named_with_install_command() -> None:
     try:
         import tensorrt  # noqa: F401
     except ImportError:
@@ -416,7 +416,7 @@ def test_a_library_that_is_not_there_is_named_with_the_way_out() -> None:
 
 
 @pytest.mark.rtx
-def test_every_name_we_use_exists_in_tensorrt_rtx(exported: dict[str, onnx.ModelProto]) -> None:
+def test_used_api_names_exist_in_tensorrt_rtx(exported: dict[str, onnx.ModelProto]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     library = load_library("tensorrt-rtx")
     assert is_strongly_typed(library)

@@ -55,13 +55,13 @@ def inspection(version: str, scenario: str, context: bool = True, hides: bool = 
 
 @pytest.mark.parametrize("row", TABLE)
 @pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
-def test_census_and_verdict_of_each_version(row: str, column: int) -> None:
+def test_layer_stats_and_verdict_match_table_per_version(row: str, column: int) -> None:
     scenario, promise, context, cells = TABLE[row]
     counted, verdict = engine_verdict(inspection(VERSIONS[column], scenario, context), promise, 0)
     assert (str(counted), verdict.name) == cells[column]
 
 
-def test_the_documented_table_is_what_is_computed() -> None:
+def test_documentation_table_matches_computed_verdicts() -> None:
     text = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
     for row, (_, _, _, cells) in TABLE.items():
         shown = " | ".join(f"{counted}: **{verdict}**" for counted, verdict in cells)
@@ -69,7 +69,7 @@ def test_the_documented_table_is_what_is_computed() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_hidden_types_leave_weights_and_kernel_names(version: str) -> None:
+def test_hidden_types_are_inferred_from_weights_and_kernels(version: str) -> None:
     hidden = inspection(version, "convolutions", hides=True)
     counted, verdict = engine_verdict(hidden, FP16, 0)
     assert verdict.name == PROVEN
@@ -88,7 +88,7 @@ RECORDED = Path(__file__).parents[1] / "recorded"
         ("query.10", "15 in fp16, 2 ForeignNodes that show nothing", NOT_PROVEN),
     ],
 )
-def test_what_tensorrt_86_wrote_about_engines_on_an_h200(part: str, expected: str, verdict: str) -> None:
+def test_recorded_tensorrt_86_layers_give_expected_verdict(part: str, expected: str, verdict: str) -> None:
     """Engines of the full-size network, built on 2026-11-29 (benchmarks/results/gpu-2026-11-29-nvidia-h200.md)."""
     content = read_layers_file(RECORDED / f"inspector-8.6.0-fp16-{part}.layers.json.gz")
     views = [ProfileView(view["name"], view["shapes"], json.dumps(view["bound"])) for view in content["profiles"]]
@@ -100,7 +100,7 @@ def test_what_tensorrt_86_wrote_about_engines_on_an_h200(part: str, expected: st
     assert part == "video" or any("]\x1e[" in layer["Metadata"] for layer in content["profiles"][0]["bound"]["Layers"])
 
 
-def test_control_characters_in_the_json_of_86_are_read() -> None:
+def test_control_characters_in_inspector_json_are_read() -> None:
     text = document("8.6", "convolutions", bound=True)
     assert "\x1e" in text
     with pytest.raises(json.JSONDecodeError):
@@ -120,7 +120,7 @@ def test_types_without_evidence_are_not_proven_not_rejected() -> None:
         assert quotes(verdict.reason, "no GPU")  # the reason given above
 
 
-def test_an_inspector_that_writes_something_else_is_not_proven() -> None:
+def test_unreadable_inspector_output_is_not_proven() -> None:
     for text in ("", "{}", "[]", '{"Layers": 3}', "[" * 100_000):
         counted, verdict = engine_verdict(Inspection(text), FP16, 0)
         assert counted is None
@@ -135,24 +135,24 @@ def test_contradicted_is_exit_code_1() -> None:
     require(Verdict(NOT_PROVEN, ""), "fp16")
 
 
-def test_a_copy_of_the_right_type_proves_nothing() -> None:
+def test_copy_layers_alone_are_not_proven() -> None:
     only_copies = {"Layers": json.loads(document("10.16", "wide", bound=True))["Layers"][-1:]}
     _, verdict = engine_verdict(Inspection(json.dumps(only_copies)), FP16, 0)
     assert verdict.name == NOT_PROVEN
 
 
-def test_one_profile_that_contradicts_is_enough() -> None:
+def test_one_contradicting_profile_contradicts_the_engine() -> None:
     good = ProfileView("one query", {}, document("11.4", "convolutions", bound=True))
     bad = ProfileView("several queries", {}, document("11.4", "wide", bound=True))
     assert engine_verdict(Inspection("", (good, bad)), FP16, 0)[1].name == CONTRADICTED
     assert engine_verdict(Inspection("", (good, good)), FP16, 0)[1].name == PROVEN
 
 
-def test_tensorrt_8_counts_each_profile_by_itself() -> None:
+def test_tensorrt_8_layers_are_counted_for_one_profile() -> None:
     assert engine_layer_stats(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
 
 
-def test_modules_wide_in_the_graph_do_not_contradict_the_engine() -> None:
+def test_fp32_modules_of_the_graph_do_not_contradict() -> None:
     kept = PrecisionStats(
         {"backbone_net.layers.0": {"fp32": 1}, "backbone_net.layers.1": {"fp16": 1}, "prop_fc": {"fp16": 9}}, {}
     )
@@ -194,14 +194,14 @@ def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(True, PROVEN), (False, CONTRADICTED)])
-def test_tf32_is_fp32_only_where_it_is_allowed(allowed: bool, expected: str) -> None:
+def test_tf32_kernels_are_fp32_only_if_allowed(allowed: bool, expected: str) -> None:
     text = document("10.16", "wide", bound=True).replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
     assert engine_verdict(Inspection(text), Promise("fp32", tf32=allowed), 0)[1].name == expected
     # To FP16 it is wider all the same.
     assert engine_verdict(Inspection(text), Promise("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
 
 
-def test_size_warns_and_never_contradicts() -> None:
+def test_engine_size_over_expectation_is_only_a_warning() -> None:
     weights = 200_000_000
     promise = Promise("fp16", FP16.graph, weights)
     found = inspection("11.4", "convolutions")
@@ -218,7 +218,7 @@ def test_size_warns_and_never_contradicts() -> None:
     assert not check_size(105_000_000 + 105_000_000, Promise("fp16", None, weights, version_compatible=True), 1)
 
 
-def test_both_dialects_of_the_inspector_are_read() -> None:
+def test_both_inspector_formats_are_read() -> None:
     together = engine_layer_stats(document("10.16", "int8", bound=True), 7)
     apart = engine_layer_stats(document("11.4", "int8", bound=True), 7)
     assert (
@@ -237,7 +237,7 @@ def test_both_dialects_of_the_inspector_are_read() -> None:
         ("cutlass3x_sm90_tensorop_s64x128x32gemm_e4m3_e4m3_f32_bf16_bf16_64x128x128", "fp8"),
     ],
 )  # fmt: skip
-def test_names_of_cutlass_kernels_show_the_factors(kernel: str, kind: str) -> None:
+def test_cutlass_kernel_names_reveal_input_types(kernel: str, kind: str) -> None:
     """The first two begin as names in libtensorrt_rtx.so of 1.7.1: INT8 products, written as FP16 and BF16."""
     layer = {
         "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},

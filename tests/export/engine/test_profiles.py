@@ -14,7 +14,7 @@ from tests.raising import raises
 ABOUT = manifest(TINY)
 
 
-def test_one_query_and_several_get_a_profile_each() -> None:
+def test_single_and_batched_queries_get_separate_profiles() -> None:
     one, several = profiles((1, 8, 32), (1, 8, 12), ABOUT)
     assert one.shapes["query_tokens"] == ((1, 1), (1, 8), (1, 12))
     assert one.shapes["segment_features"] == ((1, 16, 16),) * 3
@@ -24,17 +24,17 @@ def test_one_query_and_several_get_a_profile_each() -> None:
 
 
 @pytest.mark.parametrize("batch", [(1, 1, 1), (4, 8, 8)])
-def test_a_domain_of_one_kind_gets_one_profile(batch: tuple[int, int, int]) -> None:
+def test_range_of_one_kind_gets_one_profile(batch: tuple[int, int, int]) -> None:
     (only,) = profiles(batch, (1, 8, 12), ABOUT)
     assert only.shapes["query_length"] == tuple((size,) for size in batch)
 
 
-def test_the_best_of_several_is_several() -> None:
+def test_batch_profile_optimum_is_at_least_two() -> None:
     assert profiles((1, 1, 4), (1, 8, 12), ABOUT)[1].batch == (2, 2, 4)
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, 2), (4, 2, 8), (1, 9, 8), (8, 8, 1)])
-def test_a_range_that_does_not_rise_is_refused(wrong: tuple[int, int, int]) -> None:
+def test_range_that_does_not_increase_is_rejected(wrong: tuple[int, int, int]) -> None:
     with raises(ShapeError, "invalid_option", "--batch", *wrong):
         profiles(wrong, (1, 8, 12), ABOUT)
     with raises(ShapeError, "invalid_option", "--query-length", *wrong):
@@ -69,13 +69,13 @@ def test_tensorrt_unrolls_lstm_for_usual_query_lengths() -> None:
         assert lengths(32, target, (6, 10)).steps == (6, 10)
 
 
-def test_lengths_of_an_unknown_data_set_are_not_guessed() -> None:
+def test_unknown_data_set_gets_no_default_lengths() -> None:
     chosen = lengths(32, data_set="Mine")
     assert chosen.steps == ()
     assert "Mine" in chosen.reason
 
 
-def test_requested_lengths_replace_the_usual_ones() -> None:
+def test_requested_lengths_replace_the_defaults() -> None:
     assert lengths(32, requested=(0,)) == Unrolling((), "--unroll 0")
     assert lengths(32, requested=(32,)).steps == (32,)
     for wrong in ((-1,), (33,)):

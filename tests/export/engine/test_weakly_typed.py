@@ -46,7 +46,7 @@ def answers(model: onnx.ModelProto, lengths: list[int]) -> list[np.ndarray]:
     return list(session.run(None, dict(zip((value.name for value in session.get_inputs()), arrays, strict=True))))
 
 
-def test_an_fp16_graph_loses_its_types_and_keeps_its_numbers(exported: dict[str, onnx.ModelProto]) -> None:
+def test_without_types_removes_fp16_and_keeps_outputs(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"], keep=KEPT)
     plain = without_types(half)
     onnx.checker.check_model(plain, full_check=True)
@@ -76,7 +76,7 @@ def test_int8_graph_keeps_qdq_without_quantized_weights(int8: onnx.ModelProto) -
         assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
 
 
-def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto) -> None:
+def test_without_types_handles_parts_and_unrolled_graphs(int8: onnx.ModelProto) -> None:
     video, query = split_graph(int8)
     for part in (video, query, unroll_lstm(query, 6)):
         plain = without_types(part)
@@ -86,7 +86,7 @@ def test_parts_and_written_out_graphs_lose_their_types_too(int8: onnx.ModelProto
             assert value.type.tensor_type.elem_type not in FLOATS
 
 
-def test_no_shape_is_cut_by_attributes_that_86_ignores(exported: dict[str, onnx.ModelProto]) -> None:
+def test_sliced_shape_ops_are_replaced_for_tensorrt_86(exported: dict[str, onnx.ModelProto]) -> None:
     _, query = split_graph(exported["tiny"])
     for graph in (exported["tiny"], query, unroll_lstm(query, 6)):
         assert cuts_shapes(graph.SerializeToString()), "then nothing is shown here"
@@ -96,7 +96,7 @@ def test_no_shape_is_cut_by_attributes_that_86_ignores(exported: dict[str, onnx.
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 2), (1, None), (-2, -1), (-1, None), (1, 9)])
-def test_a_cut_shape_has_the_same_sizes(start: int, end: int | None) -> None:
+def test_replaced_shape_slice_returns_same_sizes(start: int, end: int | None) -> None:
     bounds = {"start": start} | ({} if end is None else {"end": end})
     shape = onnx.helper.make_node("Shape", ["x"], ["y"], "shape", **bounds)
     x = onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", "c"])
@@ -112,7 +112,7 @@ def test_a_cut_shape_has_the_same_sizes(start: int, end: int | None) -> None:
 
 
 @pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])
-def test_modules_of_fp32_are_read_from_the_graph(kept: tuple[str, ...], exported: dict[str, onnx.ModelProto]) -> None:
+def test_fp32_modules_are_read_from_the_graph(kept: tuple[str, ...], exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"], keep=kept)
     named = {node.name: node for node in half.graph.node}
     held = {named[name].op_type: named[name] for name in fp32_nodes(half)}
@@ -169,7 +169,7 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
 
 
 @pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
-def test_exp_and_scale_are_fp32_without_kept_modules(
+def test_only_exp_and_scale_are_fp32_by_default(
     part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
 ) -> None:
     half = convert_to_half(exported["tiny"])
@@ -199,7 +199,7 @@ def test_node_without_layer_is_a_warning(
     assert not caplog.records
 
 
-def test_layers_are_found_by_the_longest_name_of_a_node() -> None:
+def test_layer_maps_to_node_with_longest_matching_name() -> None:
     nodes = {"fcos.head/Mul", "fcos.head/Mul_4", "prop_fc.conv/Conv"}
     for layer_name, node in {
         "fcos.head/Mul_4": "fcos.head/Mul_4", "fcos.head/Mul_41": "fcos.head/Mul",
@@ -209,7 +209,7 @@ def test_layers_are_found_by_the_longest_name_of_a_node() -> None:
         assert node_of(layer_name, nodes) == node
 
 
-def test_types_of_later_versions_come_from_the_graph(exported: dict[str, onnx.ModelProto]) -> None:
+def test_later_versions_parse_the_typed_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
     library, calls = stand_in("11.4.0")
     graph = convert_to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
     build(graph, options(), library=library)
@@ -217,21 +217,21 @@ def test_types_of_later_versions_come_from_the_graph(exported: dict[str, onnx.Mo
     assert named(calls, "set_flag") == []
 
 
-def test_what_is_no_graph_is_one_error() -> None:
+def test_invalid_graph_raises_not_onnx() -> None:
     library, _ = stand_in("8.6.1")
     with raises(ModelFileError, "not_onnx"):
         build(b"graph", options(), library=library)
 
 
 @pytest.mark.parametrize("member", [True, False])
-def test_profiles_are_shared_where_the_member_exists(member: bool, exported: dict[str, onnx.ModelProto]) -> None:
+def test_profiles_are_shared_if_the_api_supports_it(member: bool, exported: dict[str, onnx.ModelProto]) -> None:
     library, calls = stand_in("8.6.1")
     library.PreviewFeature = type("PreviewFeature", (), {"PROFILE_SHARING_0806": 0} if member else {})
     build(exported["tiny"].SerializeToString(), options("fp32"), library=library)
     assert len(named(calls, "set_preview_feature")) == member
 
 
-def test_an_engine_needs_neither_cublas_nor_cudnn() -> None:
+def test_tactic_sources_exclude_cublas_and_cudnn() -> None:
     library, calls = stand_in("8.6.1")
     build(EMPTY, options("fp16"), library=library)
     ((chosen,),) = named(calls, "set_tactic_sources")
@@ -239,7 +239,7 @@ def test_an_engine_needs_neither_cublas_nor_cudnn() -> None:
     assert chosen == 1 << sources.EDGE_MASK_CONVOLUTIONS | 1 << sources.JIT_CONVOLUTIONS
 
 
-def test_nothing_else_mentions_weak_graphs() -> None:
+def test_no_other_module_mentions_weak_typing() -> None:
     root = Path(__file__).parents[3]
     paths = [path for package in ("export", "calib", "train") for path in (root / package).rglob("*.py")]
     assert len(paths) > 50
@@ -249,7 +249,7 @@ def test_nothing_else_mentions_weak_graphs() -> None:
             assert "weak" not in text.lower(), path
 
 
-def test_bfloat16_weights_keep_their_numbers(exported: dict[str, onnx.ModelProto]) -> None:
+def test_bfloat16_weights_keep_their_values(exported: dict[str, onnx.ModelProto]) -> None:
     brain = convert_to_half(raise_opset(exported["tiny"], 22), "bf16")
     plain = {tensor.name: tensor for tensor in without_types(brain).graph.initializer}
     for tensor in brain.graph.initializer:
@@ -258,7 +258,7 @@ def test_bfloat16_weights_keep_their_numbers(exported: dict[str, onnx.ModelProto
             np.testing.assert_array_equal(onnx.numpy_helper.to_array(plain[tensor.name]).ravel(), bits.view(np.float32))
 
 
-def test_quantised_modules_that_are_kept_are_not_constrained(
+def test_fp16_modules_of_int8_graph_are_not_constrained(
     exported: dict[str, onnx.ModelProto], table: CalibrationTable
 ) -> None:
     # Kept out of 8 bits they are FP16, which is the type around them.

@@ -87,7 +87,7 @@ def parity(data_set: DataSet, reference: Sequence[Spans], other: Sequence[Spans]
     return compare(*sides, data_set, data_set.annotations("test"), **options)
 
 
-def test_a_model_equals_itself(data_set: DataSet) -> None:
+def test_compare_model_with_itself_finds_no_difference(data_set: DataSet) -> None:
     found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
     assert found.queries == 4
     assert {(error.max, error.p99, error.not_finite) for error in found.heads.values()} == {(0, 0, 0)}
@@ -100,7 +100,7 @@ def test_a_model_equals_itself(data_set: DataSet) -> None:
     assert violations(found, AccuracyBudget(0, 0)) == []
 
 
-def test_agreement_on_nothing_is_counted_and_told(data_set: DataSet) -> None:
+def test_agreement_on_no_moment_is_counted_and_reported(data_set: DataSet) -> None:
     found = parity(data_set, [[], [], *alone(*TRUTHS[2:])], [[], *alone(*TRUTHS[1:])])
     assert found.whole == found.to_dict()["answered_whole"] == 1
     # One line more says so.
@@ -117,7 +117,7 @@ def test_agreement_on_nothing_is_counted_and_told(data_set: DataSet) -> None:
     assert len(lines) == len(without) + 1
 
 
-def test_boundaries_are_told_in_seconds_of_their_video(data_set: DataSet) -> None:
+def test_boundary_errors_are_in_seconds_of_the_video(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.25, 0.75), (0.45, 1.0)]
     found = parity(data_set, alone(*TRUTHS), alone(*moved))
     # The second moves its end by a tenth of 10 s, the last its start by a twentieth of 40 s; six borders stay.
@@ -129,7 +129,7 @@ def test_boundaries_are_told_in_seconds_of_their_video(data_set: DataSet) -> Non
     assert found.overlap.min == pytest.approx(5 / 6)
 
 
-def test_errors_of_the_heads_by_hand(data_set: DataSet) -> None:
+def test_head_errors_match_hand_computed_values(data_set: DataSet) -> None:
     class Off(Scripted):
         def run(self, batch: Batch) -> Heads:
             heads = super().run(batch)
@@ -144,7 +144,7 @@ def test_errors_of_the_heads_by_hand(data_set: DataSet) -> None:
     assert iou.p99 == pytest.approx(np.quantile(np.tile(np.arange(56) / 100, 4), 0.99), rel=1e-5)
 
 
-def test_gained_and_lost_are_lines_of_the_file(data_set: DataSet) -> None:
+def test_gained_and_lost_are_annotation_line_numbers(data_set: DataSet) -> None:
     # IoU with the truth: reference 1, 0.6, 0.2, 1; other 1, 1, 0.6, 0.4.
     reference = [(0.2, 0.6), (0.0, 0.3), (0.65, 0.75), (0.5, 1.0)]
     other = [(0.2, 0.6), (0.0, 0.5), (0.45, 0.75), (0.5, 0.7)]
@@ -159,7 +159,7 @@ def test_gained_and_lost_are_lines_of_the_file(data_set: DataSet) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["mmaction2", "drn", None])
-def test_recall_is_what_evaluate_says_of_each_model(data_set: DataSet, protocol: str | None) -> None:
+def test_recall_equals_evaluate_for_each_model(data_set: DataSet, protocol: str | None) -> None:
     rng = np.random.default_rng(0)
     answers = [[[tuple(np.sort(rng.random(2))) for _ in range(6)] for _ in QUERIES] for _ in range(2)]
     found = parity(data_set, *answers, protocol=protocol)
@@ -170,7 +170,7 @@ def test_recall_is_what_evaluate_says_of_each_model(data_set: DataSet, protocol:
         assert difference.mean == pytest.approx(found.other.values[name] - found.reference.values[name])
 
 
-def test_the_protocol_asked_for_decodes_both(data_set: DataSet) -> None:
+def test_requested_protocol_decodes_both_models(data_set: DataSet) -> None:
     # The second overlaps the first by a half: the authors' NMS drops it, mmaction2's does not.
     pair, first = [(0.0, 0.3), (0.1, 0.4)], [(0.0, 0.3)]
     for sides in ((pair, first), (first, pair)):
@@ -179,7 +179,7 @@ def test_the_protocol_asked_for_decodes_both(data_set: DataSet) -> None:
         assert parity(data_set, *answers, protocol="drn").order.five == 1
 
 
-def test_a_changed_order_below_the_first_is_told_apart(data_set: DataSet) -> None:
+def test_order_change_below_rank_one_is_counted_separately(data_set: DataSet) -> None:
     spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5), (0.6, 0.7), (0.8, 0.9)]
     swapped = [spans[0], spans[2], spans[1], *spans[3:]]
     found = parity(data_set, [spans] * 4, [spans, swapped, spans, spans])
@@ -189,19 +189,19 @@ def test_a_changed_order_below_the_first_is_told_apart(data_set: DataSet) -> Non
     assert (found.order.first, found.order.five) == (0.5, 0.5)
 
 
-def test_a_moment_fewer_is_another_order(data_set: DataSet) -> None:
+def test_missing_moment_counts_as_order_change(data_set: DataSet) -> None:
     spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5)]
     found = parity(data_set, [spans] * 4, [spans[:2], *[spans] * 3])
     assert (found.order.first, found.order.five) == (1, 0.75)
 
 
-def test_moments_that_coincide_have_no_order_to_change(data_set: DataSet) -> None:
+def test_identical_moments_do_not_count_as_order_change(data_set: DataSet) -> None:
     spans = [(0.0, 1.0), (0.0, 1.0), (0.3, 0.3)]
     found = parity(data_set, [spans] * 4, [spans] * 4)
     assert found.order.five == 1
 
 
-def test_both_models_see_the_same_batches_once(data_set: DataSet) -> None:
+def test_both_models_get_identical_batches_once(data_set: DataSet) -> None:
     sides = [Scripted(alone(*TRUTHS)) for _ in range(2)]
     seen: list[int] = []
     annotations = data_set.annotations("test")
@@ -226,7 +226,7 @@ def test_concurrent_models_agree_and_read_each_video_once(data_set: DataSet, mon
     assert sorted(read) == sorted(2 * [*{entry.video for entry in annotations}]), "once a comparison"
 
 
-def test_what_is_known_of_the_reference_is_not_asked_again(data_set: DataSet) -> None:
+def test_known_reference_outputs_are_not_recomputed(data_set: DataSet) -> None:
     sides = [Scripted(alone(*TRUTHS)), Scripted(alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)))]
     annotations = data_set.annotations("test")
     whole = compare(*map(Grounder, sides), data_set, annotations)
@@ -236,13 +236,13 @@ def test_what_is_known_of_the_reference_is_not_asked_again(data_set: DataSet) ->
     assert silent.batches == []
 
 
-def test_the_batch_changes_nothing(data_set: DataSet) -> None:
+def test_result_does_not_depend_on_batch_size(data_set: DataSet) -> None:
     other = [(0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)]
     whole = parity(data_set, alone(*TRUTHS), alone(*other))
     assert parity(data_set, alone(*TRUTHS), alone(*other), batch_size=1) == whole
 
 
-def test_the_prior_is_fitted_on_the_training_split(data_set: DataSet) -> None:
+def test_prior_is_fitted_on_training_split(data_set: DataSet) -> None:
     found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
     # The training moments are the first half of their videos, which answers the second query alone.
     assert found.prior.values["R@1 IoU=0.7"] == 0.25
@@ -286,7 +286,7 @@ def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: st
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_a_model_that_is_nothing_but_nan_loses_everything(data_set: DataSet) -> None:
+def test_model_returning_only_nan_has_zero_miou(data_set: DataSet) -> None:
     class Nan(Scripted):
         def run(self, batch: Batch) -> Heads:
             heads = super().run(batch)
@@ -312,7 +312,7 @@ def test_compare_reference_not_finite_names_features(data_set: DataSet) -> None:
         compare(*sides, data_set, data_set.annotations("test"))
 
 
-def test_what_cannot_be_asked_the_same_question_is_refused(data_set: DataSet) -> None:
+def test_models_with_different_queries_are_rejected(data_set: DataSet) -> None:
     fewer = Vocabulary({"word1": 1, "word2": 2, "word3": 4, "word4": 3})
     others = {
         ("4 words", 4, 2): {"vocabulary": fewer},
@@ -329,7 +329,7 @@ def test_what_cannot_be_asked_the_same_question_is_refused(data_set: DataSet) ->
         assert reference.batches == []
 
 
-def test_no_queries_and_queries_too_long_for_one_are_refused(data_set: DataSet) -> None:
+def test_empty_set_and_too_long_queries_are_rejected(data_set: DataSet) -> None:
     annotations = data_set.annotations("test")
     sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS)))
     with raises(AnnotationError, "too_few_queries", "--limit"):
@@ -340,7 +340,7 @@ def test_no_queries_and_queries_too_long_for_one_are_refused(data_set: DataSet) 
         compare(*sides, data_set, longer)
 
 
-def test_the_protocol_of_the_reference_counts_for_both(data_set: DataSet) -> None:
+def test_reference_protocol_is_used_for_both_models(data_set: DataSet) -> None:
     authors = Scripted(alone(*TRUTHS), decoding=Decoding(protocol="drn"))
     annotations = data_set.annotations("test")
     published = Scripted(alone(*TRUTHS))
@@ -348,7 +348,7 @@ def test_the_protocol_of_the_reference_counts_for_both(data_set: DataSet) -> Non
     assert compare(Grounder(published), Grounder(authors), data_set, annotations).other.protocol == "mmaction2"
 
 
-def test_a_budget_is_kept_up_to_its_last_query(data_set: DataSet) -> None:
+def test_budget_allows_a_drop_equal_to_its_limit(data_set: DataSet) -> None:
     lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
     found = parity(data_set, alone(*TRUTHS), alone(*lost))
     assert violations(found, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
@@ -373,23 +373,23 @@ def test_fp32_boundaries_must_agree_within_a_tenth_of_a_second(data_set: DataSet
 @pytest.mark.parametrize(
     ("gained", "lost", "p"), [(0, 0, 1), (0, 5, 2 / 32), (1, 9, 22 / 1024), (4, 4, 1), (3, 1, 10 / 16)]
 )
-def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
+def test_mcnemar_matches_hand_computed_values(gained: int, lost: int, p: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12)
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_mcnemar_is_a_probability_and_takes_no_side(gained: int, lost: int) -> None:
+def test_mcnemar_is_symmetric_binomial_probability(gained: int, lost: int) -> None:
     flips = gained + lost
     tail = sum(math.comb(flips, k) for k in range(min(gained, lost) + 1))
     assert mcnemar(gained, lost) == mcnemar(lost, gained) == min(1, 2 * tail / 2**flips)
 
 
-def test_mcnemar_takes_as_many_flips_as_there_are_queries() -> None:
+def test_mcnemar_supports_thousands_of_flips() -> None:
     assert mcnemar(0, 3720) == 0
     assert 0.05 < mcnemar(1800, 1920) < 0.06
 
 
-def test_the_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
+def test_bootstrap_interval_has_theoretical_width() -> None:
     rng = np.random.default_rng(3)
     values = np.stack((rng.choice([-1.0, 0, 1], 3720, p=[0.02, 0.95, 0.03]), rng.normal(1, 2, 3720)), axis=1)
     low, high = bootstrap(values)
@@ -398,7 +398,7 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
     np.testing.assert_allclose((high + low) / 2, values.mean(axis=0), atol=0.1 * half_width.max())
 
 
-def test_the_interval_is_the_same_for_the_same_seed_only() -> None:
+def test_bootstrap_interval_depends_on_the_seed() -> None:
     values = np.random.default_rng(0).normal(size=(50, 1))
     assert bootstrap(values) == bootstrap(values)
     assert bootstrap(values) != bootstrap(values, seed=1)

@@ -104,7 +104,7 @@ def case(models: Path, planted: Path, tmp_path: Path) -> Case:
     return Case(models / "drn.onnx", tmp_path, data_set, data_set.annotations("test"))
 
 
-def test_plans_that_answer_alike_are_proven(case: Case) -> None:
+def test_engines_with_equal_answers_are_proven(case: Case) -> None:
     lengths = sorted(case.lengths())
     usual, longest = lengths[len(lengths) // 2], lengths[-1]
     proof = case.proof(case.engine((usual, longest)))
@@ -130,7 +130,7 @@ def test_plans_that_answer_alike_are_proven(case: Case) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["loop", "short"])
-def test_wrong_plan_breaks_parity_also_without_routed_queries(case: Case, wrong: str) -> None:
+def test_wrong_engine_breaks_parity_without_own_queries(case: Case, wrong: str) -> None:
     longest = max(case.lengths())
     engine = case.engine((longest,), wrong=(0,) if wrong == "loop" else (longest,))
     proof = case.proof(engine)
@@ -141,7 +141,7 @@ def test_wrong_plan_breaks_parity_also_without_routed_queries(case: Case, wrong:
     assert set(verdicts.values()) == {PROVEN}
 
 
-def test_plan_without_queries_is_not_proven(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_without_queries_is_not_proven(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     shortest = min(case.lengths())
     assert shortest > 1
     proof = case.proof(case.engine((1,), wrong=(1,)))
@@ -154,18 +154,18 @@ def test_plan_without_queries_is_not_proven(case: Case, caplog: pytest.LogCaptur
     assert NOT_PROVEN in proof.text()
 
 
-def test_single_plan_is_checked_once(case: Case) -> None:
+def test_single_engine_is_checked_once(case: Case) -> None:
     (check,) = case.proof(case.engine(())).to_dict()["plans"]
     assert check["answered"] == check["checked"] == len(case.annotations)
     assert check["verdict"] == PROVEN
 
 
-def test_models_without_plans_list_none(case: Case) -> None:
+def test_graph_models_list_no_engines(case: Case) -> None:
     sides = [Grounder.load(case.model, "cpu", 1) for _ in range(2)]
     assert compare(*sides, case.data_set, case.annotations[:2]).to_dict()["plans"] == []
 
 
-def test_plan_losses_count_as_share_of_all_queries(case: Case) -> None:
+def test_engine_losses_count_as_share_of_all_queries(case: Case) -> None:
     lengths = sorted(case.lengths())
     short = lengths[0]
     proof = case.proof(case.engine((short,), wrong=(short,)))
@@ -178,7 +178,7 @@ def test_plan_losses_count_as_share_of_all_queries(case: Case) -> None:
     assert check.verdict(len(lengths), loose)[0] == PROVEN
 
 
-def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_rejects_engine_with_wrong_loop_engine(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(case.lengths())
     engine = case.engine((longest,), wrong=(0,))
     monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
@@ -194,7 +194,7 @@ def test_build_rejects_engine_whose_loop_plan_is_wrong(case: Case, monkeypatch: 
     assert not short.exists()
 
 
-def test_only_limits_queries_to_one_plan(case: Case) -> None:
+def test_only_limits_queries_to_one_engine(case: Case) -> None:
     short, longest = min(case.lengths()), max(case.lengths())
     model = case.open(case.engine((short,)))
     backend: Any = model.backend

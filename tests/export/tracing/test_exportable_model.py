@@ -30,7 +30,7 @@ def assert_same(found: NetworkHeads, wanted: NetworkHeads) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [[1], [7], [5, 5], [7, 1, 3, 7, 2], list(range(1, 13)), list(range(12, 0, -1))])
-def test_the_graph_answers_as_the_network(
+def test_exportable_model_equals_network(
     networks: dict[str, DRN], graphs: dict[str, ExportableDRN], name: str, lengths: list[int]
 ) -> None:
     inputs = random_inputs(CONFIGS[name], lengths)
@@ -38,7 +38,7 @@ def test_the_graph_answers_as_the_network(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_test_network_lets_every_input_tell(networks: dict[str, DRN], name: str) -> None:
+def test_test_network_outputs_depend_on_every_input(networks: dict[str, DRN], name: str) -> None:
     inputs = random_inputs(CONFIGS[name], [4, 6])
     wanted = answers(networks[name], inputs)
     assert all(output.std() > 0.05 for output in wanted)
@@ -48,7 +48,7 @@ def test_the_test_network_lets_every_input_tell(networks: dict[str, DRN], name: 
         assert all((ours - theirs).abs().max() > 0.01 for ours, theirs in zip(changed, wanted, strict=True)), index
 
 
-def test_a_batch_answers_as_its_queries_alone(graphs: dict[str, ExportableDRN]) -> None:
+def test_batch_equals_single_queries(graphs: dict[str, ExportableDRN]) -> None:
     lengths = [3, 9, 1, 5]
     inputs = random_inputs(CONFIGS["tiny"], lengths)
     together = answers(graphs["tiny"], inputs)
@@ -58,7 +58,7 @@ def test_a_batch_answers_as_its_queries_alone(graphs: dict[str, ExportableDRN]) 
         assert_same(alone, NetworkHeads(*(output[row : row + 1] for output in together)))
 
 
-def test_the_order_of_a_batch_does_not_matter(graphs: dict[str, ExportableDRN]) -> None:
+def test_batch_order_does_not_change_outputs(graphs: dict[str, ExportableDRN]) -> None:
     inputs = random_inputs(CONFIGS["tiny"], [3, 9, 1, 5, 5])
     order = torch.tensor([4, 2, 0, 3, 1])
     shuffled = answers(graphs["tiny"], tuple(values[order] for values in inputs))
@@ -66,7 +66,7 @@ def test_the_order_of_a_batch_does_not_matter(graphs: dict[str, ExportableDRN]) 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_stands_past_a_query_is_never_looked_at(graphs: dict[str, ExportableDRN], name: str) -> None:
+def test_padding_tokens_do_not_change_outputs(graphs: dict[str, ExportableDRN], name: str) -> None:
     lengths = [3, 6, 1]
     tokens, *others = random_inputs(CONFIGS[name], lengths, longest=9)
     wanted = answers(graphs[name], (tokens, *others))
@@ -85,7 +85,7 @@ def test_padding_tokens_get_no_attention_weight() -> None:
     assert_same(answers(ExportableDRN(model), inputs), answers(model, inputs))
 
 
-def test_wrapping_leaves_the_network_as_it_was(networks: dict[str, DRN]) -> None:
+def test_wrapping_keeps_the_network_unchanged(networks: dict[str, DRN]) -> None:
     model = networks["tiny"]
     before = {name: values.clone() for name, values in model.state_dict().items()}
     graph = ExportableDRN(model)

@@ -39,7 +39,7 @@ def exported(checkpoint: Path) -> Path:
     return to_onnx(checkpoint, checkpoint.with_name("c3d.onnx"))
 
 
-def test_onnx_answers_as_torch_for_any_number_of_clips(checkpoint: Path, exported: Path) -> None:
+def test_onnx_extractor_equals_torch_for_any_clip_count(checkpoint: Path, exported: Path) -> None:
     extractor = open_extractor(exported, "cpu", 1)
     assert isinstance(extractor, ClipExtractor)
     model = lively()
@@ -52,7 +52,7 @@ def test_onnx_answers_as_torch_for_any_number_of_clips(checkpoint: Path, exporte
         assert relative_difference(extractor.extract(batch), wanted) <= tolerances.EXPORTED
 
 
-def test_the_file_says_what_it_takes(checkpoint: Path, exported: Path) -> None:
+def test_extractor_graph_records_inputs_and_sources(checkpoint: Path, exported: Path) -> None:
     manifest = open_extractor(exported, "cpu", 1).manifest
     assert (manifest.kind, manifest.dim, manifest.window, manifest.stride) == ("C3D", 32, 16, 8)
     assert manifest.mean == MEANS["plain"]
@@ -63,14 +63,14 @@ def test_the_file_says_what_it_takes(checkpoint: Path, exported: Path) -> None:
     assert onnx.load(exported).opset_import[0].version == 17
 
 
-def test_clips_of_a_video_go_through(tmp_path: Path, exported: Path) -> None:
+def test_extractor_runs_on_clips_of_a_video(tmp_path: Path, exported: Path) -> None:
     extractor = open_extractor(exported, "cpu", 1)
     footage = probe(film(tmp_path / "hall.mp4", 33))
     found = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
     assert [features.shape for features in found] == [(1, 32)] * 3
 
 
-def test_a_graph_that_differs_from_torch_is_not_kept(
+def test_graph_failing_torch_parity_is_not_saved(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: C3D, *arguments: object, **options: object) -> onnx.ModelProto:
@@ -84,11 +84,11 @@ def test_a_graph_that_differs_from_torch_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_extractor_is_not_split(tmp_path: Path, checkpoint: Path) -> None:
+def test_splitting_an_extractor_is_rejected(tmp_path: Path, checkpoint: Path) -> None:
     with raises(ShapeError, "inapplicable_option", checkpoint, "--split"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)
 
 
-def test_a_c3d_pt_given_as_a_model_is_told_what_it_is_for(checkpoint: Path) -> None:
+def test_c3d_checkpoint_as_model_is_rejected_with_command(checkpoint: Path) -> None:
     with raises(CheckpointError, "wrong_model_kind", f"export.to_onnx --checkpoint {checkpoint}"):
         load_checkpoint(checkpoint)

@@ -80,7 +80,7 @@ def shapes(values: Any) -> dict[str, list[int]]:
     return {value.name: list(value.dims) for value in values}
 
 
-def test_an_onnx_network_is_told_as_the_graph_is(graph: Path) -> None:
+def test_onnx_model_config_matches_graph_shapes(graph: Path) -> None:
     network = told(graph)["drn_network"]
     assert (network.platform, network.backend) == ("onnxruntime_onnx", "onnxruntime")
     assert network.max_batch_size == 32
@@ -101,7 +101,7 @@ def test_an_onnx_network_is_told_as_the_graph_is(graph: Path) -> None:
     assert [value.name for value in known.output] == [value.name for value in network.output]
 
 
-def test_what_is_asked_for_is_told(graph: Path) -> None:
+def test_serving_options_appear_in_model_config(graph: Path) -> None:
     serving = ServingOptions("charades", "cuda", batch=4, instances=3, wait_ms=2.5, threads=6)
     parts = told(graph, serving)
     assert list(parts) == ["charades_network", "charades"]
@@ -114,7 +114,7 @@ def test_what_is_asked_for_is_told(graph: Path) -> None:
     assert front.dynamic_batching.max_queue_delay_microseconds == 2500
 
 
-def test_an_engine_is_told_with_all_its_profiles_and_graphs(tmp_path: Path) -> None:
+def test_engine_config_lists_profiles_and_cuda_graphs(tmp_path: Path) -> None:
     network = told(whole_engine(tmp_path), ServingOptions(device="auto"))["drn_network"]
     assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
     assert network.max_batch_size == 16
@@ -135,7 +135,7 @@ def test_an_engine_is_told_with_all_its_profiles_and_graphs(tmp_path: Path) -> N
     assert about["manifest"]["max_query_length"] == 10
 
 
-def test_a_pair_is_told_in_its_parts(graph: Path) -> None:
+def test_split_pair_gets_one_config_per_part(graph: Path) -> None:
     parts = told(graph.with_name("drn.query.onnx"))
     assert list(parts) == ["drn_video", "drn_query", "drn"]
     assert shapes(parts["drn_video"].output) == {"encoded_features": [16, 16]}
@@ -152,7 +152,7 @@ def test_a_pair_is_told_in_its_parts(graph: Path) -> None:
     }
 
 
-def test_a_pair_of_engines_is_told_with_its_own_limits(graph: Path) -> None:
+def test_engine_pair_config_uses_engine_limits(graph: Path) -> None:
     parts = told(pair_engine(graph))
     about = json.loads(parts["drn"].parameters["drn.front"].string_value)
     assert (about["batch"], about["videos"], about["encoded_together"]) == (16, 20, 8)
@@ -164,7 +164,7 @@ def test_a_pair_of_engines_is_told_with_its_own_limits(graph: Path) -> None:
     assert {tuple(spec.input["encoded_features"].dim) for spec in specs} == {(1, 16, 16)}
 
 
-def test_encodings_are_of_the_type_that_the_engine_was_given(graph: Path) -> None:
+def test_encoding_type_matches_the_video_part(graph: Path) -> None:
     from calib.graph.half_precision import convert_to_half
 
     video = graph.with_name("drn.video.onnx")
@@ -182,13 +182,13 @@ def test_encodings_are_of_the_type_that_the_engine_was_given(graph: Path) -> Non
     assert names[next(v for v in weak.input if v.name == "encoded_features").data_type].name == "TYPE_FP32"
 
 
-def test_every_length_up_to_the_longest_is_padded_to_one_of_few() -> None:
+def test_query_lengths_are_padded_to_few_sizes() -> None:
     assert padded_lengths(64) == [4, 6, 8, 12, 16, 24, 32, 48, 64]
     assert padded_lengths(10) == [4, 6, 8, 10]
     assert padded_lengths(3) == [3]
 
 
-def test_the_front_joins_requests_of_different_shapes(graph: Path) -> None:
+def test_front_model_allows_ragged_batches(graph: Path) -> None:
     front = told(graph)["drn"]
     assert front.backend == "python"
     assert front.HasField("dynamic_batching")
@@ -196,7 +196,7 @@ def test_the_front_joins_requests_of_different_shapes(graph: Path) -> None:
     assert [value.name for value in front.input if not value.optional] == ["QUERY", "FEATURES", "DURATION"]
 
 
-def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) -> None:
+def test_models_that_triton_cannot_run_are_rejected(graph: Path, tmp_path: Path) -> None:
     def refuse(path: Path, code: str, *values: object) -> None:
         with raises(ModelFileError, code, path.name, *values):
             read_model(path, ServingOptions())
@@ -215,13 +215,13 @@ def test_models_that_triton_cannot_run_are_refused(graph: Path, tmp_path: Path) 
     refuse(plan, "digest_mismatch")
 
 
-def test_an_engine_asked_to_run_on_a_cpu_is_refused(tmp_path: Path) -> None:
+def test_engine_on_cpu_device_is_rejected(tmp_path: Path) -> None:
     plan = whole_engine(tmp_path)
     with raises(DeviceError, "gpu_required", plan.name):
         read_model(plan, ServingOptions(device="cpu"))
 
 
-def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:
+def test_bfloat16_between_two_parts_is_rejected(graph: Path) -> None:
     video = graph.with_name("drn.video.onnx")
     path = pair_engine(graph)
     model = onnx.load(video)
@@ -238,14 +238,14 @@ def test_bfloat16_between_two_parts_is_refused(graph: Path) -> None:
     "values",
     [{"name": "a/b"}, {"name": ""}, {"batch": 0}, {"instances": 0}, {"threads": 0}, {"wait_ms": -1}, {"wait_ms": 5000}],
 )
-def test_senseless_options_are_refused(values: dict[str, Any]) -> None:
+def test_invalid_serving_options_are_rejected(values: dict[str, Any]) -> None:
     ((option, value),) = values.items()
     named = repr(value) if option == "name" else value
     with raises(GroundingError, "invalid_option", f"--{option.replace('_', '-')}", named):
         ServingOptions(**values)
 
 
-def test_a_field_that_triton_does_not_know_cannot_get_in() -> None:
+def test_unknown_model_config_field_raises_error() -> None:
     from google.protobuf.json_format import ParseError
 
     with pytest.raises(ParseError):

@@ -95,7 +95,7 @@ def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Pa
     assert served.read_bytes() == path.read_bytes() if device == "cuda" else check(served).recorded is not None
 
 
-def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> None:
+def test_repository_contains_the_files_triton_reads(graph: Path, place: Path) -> None:
     triton(graph, place)
     assert set(files(place)) == {
         "drn/config.pbtxt",
@@ -111,13 +111,13 @@ def test_a_repository_holds_what_triton_looks_for(graph: Path, place: Path) -> N
     assert [entry.name for entry in place.parent.iterdir()] == ["repository"]
 
 
-def test_the_front_imports_nothing_but_the_runtime(graph: Path, place: Path) -> None:
+def test_front_model_imports_only_the_runtime(graph: Path, place: Path) -> None:
     triton(graph, place)
     names = imported(place / "drn" / "1" / "model.py")
     assert names == {"__future__", "pathlib", "triton_python_backend_utils", "runtime"}
 
 
-def test_everyone_may_read_what_is_written(graph: Path, place: Path) -> None:
+def test_repository_files_are_world_readable(graph: Path, place: Path) -> None:
     # A server in a container runs as another user.
     mask = os.umask(0o022)
     try:
@@ -135,7 +135,7 @@ def test_config_starts_with_comment_and_ends_with_programs(graph: Path, place: P
     assert next(index for index, line in enumerate(lines) if "drn.front" in line) > len(lines) - 6
 
 
-def test_the_command_says_what_it_wrote_and_what_to_type(
+def test_command_prints_written_files_and_next_command(
     graph: Path, place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
@@ -147,7 +147,7 @@ def test_the_command_says_what_it_wrote_and_what_to_type(
     assert str(place) in caplog.text
 
 
-def test_new_version_uses_its_own_network_beside_the_old(graph: Path, place: Path) -> None:
+def test_new_version_uses_its_own_network(graph: Path, place: Path) -> None:
     triton(graph, place)
     before = files(place)
     first = Server(place).infer("drn", request())
@@ -174,7 +174,7 @@ def test_new_version_uses_its_own_network_beside_the_old(graph: Path, place: Pat
     assert sorted(Server(place).models["drn"]) == [2, 3]
 
 
-def test_what_people_changed_in_a_configuration_stays(graph: Path, place: Path) -> None:
+def test_edited_model_configs_are_preserved(graph: Path, place: Path) -> None:
     triton(graph, place)
     network, front = place / "drn_network" / "config.pbtxt", place / "drn" / "config.pbtxt"
     network.write_text(network.read_text() + "# ours\n")
@@ -184,7 +184,7 @@ def test_what_people_changed_in_a_configuration_stays(graph: Path, place: Path) 
     assert read_config(front).instance_group[0].count == 7
 
 
-def test_other_models_in_the_repository_are_left_alone(graph: Path, place: Path) -> None:
+def test_other_models_in_the_repository_are_unchanged(graph: Path, place: Path) -> None:
     triton(graph, place)
     before = files(place)
     triton(graph, place, name="second")
@@ -196,7 +196,7 @@ def test_other_models_in_the_repository_are_left_alone(graph: Path, place: Path)
     ("values", "named"),
     [({"max_query_length": 9}, (12, 9)), ({}, ("max_batch_size",))],
 )
-def test_versions_that_cannot_share_a_configuration_are_refused(
+def test_incompatible_model_versions_are_rejected(
     graph: Path, place: Path, values: dict[str, Any], named: tuple[object, ...]
 ) -> None:
     triton(graph, place)
@@ -207,7 +207,7 @@ def test_versions_that_cannot_share_a_configuration_are_refused(
     assert files(place) == before
 
 
-def test_what_is_not_ours_is_not_touched(graph: Path, place: Path) -> None:
+def test_foreign_repository_models_are_not_overwritten(graph: Path, place: Path) -> None:
     for name in ("drn", "drn_network"):
         (place / name / "1").mkdir(parents=True)
         (place / name / "config.pbtxt").write_text(f'name: "{name}"\nbackend: "onnxruntime"\n')
@@ -224,14 +224,14 @@ def test_what_is_not_ours_is_not_touched(graph: Path, place: Path) -> None:
     assert before.keys() >= files(place).keys()
 
 
-def test_a_whole_model_is_no_new_version_of_a_pair(graph: Path, place: Path) -> None:
+def test_unsplit_model_as_new_version_of_pair_is_rejected(graph: Path, place: Path) -> None:
     triton(graph.with_name("drn.query.onnx"), place)
     with raises(OutputError, "version_mismatch", place, "drn", "drn_network"):
         triton(graph, place)
 
 
 @pytest.mark.parametrize("versions", [0, 1])
-def test_a_disk_that_fills_up_leaves_the_repository_as_it_was(
+def test_full_disk_leaves_the_repository_unchanged(
     graph: Path, place: Path, versions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(versions):
@@ -251,7 +251,7 @@ def test_a_disk_that_fills_up_leaves_the_repository_as_it_was(
     assert (files(place.parent) if place.parent.exists() else None) == before
 
 
-def test_a_file_is_no_repository(graph: Path, tmp_path: Path) -> None:
+def test_file_as_repository_is_rejected(graph: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with raises(OutputError, "output_is_file", tmp_path / "file"):
         triton(graph, tmp_path / "file")
@@ -259,7 +259,7 @@ def test_a_file_is_no_repository(graph: Path, tmp_path: Path) -> None:
         triton(graph, tmp_path / "file" / "below")
 
 
-def test_triton_not_installed_is_said(graph: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_client_is_reported(graph: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from runtime.core.errors import DeviceError

@@ -65,7 +65,7 @@ def grounder(pair: PlantedPair) -> Grounder:
     return Grounder(pair)
 
 
-def test_an_encoded_video_is_answered_as_the_video(grounder: Grounder, planted_backend: Any) -> None:
+def test_encoded_video_gives_same_moments_as_video(grounder: Grounder, planted_backend: Any) -> None:
     wanted = Grounder(planted_backend()).ground_batch(PAIRS)
     assert grounder.ground_batch(PAIRS) == wanted
     encoded = [(grounder.encode(video), query) for video, query in PAIRS]
@@ -101,7 +101,7 @@ def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_bac
     assert EncodedWindows.load(tmp_path / "windows.npz").offset == 4.0
 
 
-def test_each_video_is_encoded_once_and_stands_in_a_batch_once(grounder: Grounder, pair: PlantedPair) -> None:
+def test_each_video_is_encoded_and_batched_once(grounder: Grounder, pair: PlantedPair) -> None:
     subject = video(10.0, cat=(0, 3))
     grounder.ground_batch([(subject, "cat"), (QUARTER, "dog"), (subject, "dog"), (subject, "cat")])
     assert pair.encoded == 2
@@ -110,7 +110,7 @@ def test_each_video_is_encoded_once_and_stands_in_a_batch_once(grounder: Grounde
     assert pair.encoded == 2
 
 
-def test_each_sentence_is_read_once(grounder: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sentence_is_tokenized_once(grounder: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     vocabulary = type(grounder.manifest.vocabulary)
     original = vocabulary.encode
@@ -142,7 +142,7 @@ def test_encoding_cache_is_bounded_and_drops_removed_videos(grounder: Grounder, 
     assert grounder.ground(stranger, "dog")[0].end == pytest.approx(99 / 8)
 
 
-def test_an_encoding_comes_back_from_a_file_as_it_was(grounder: Grounder, tmp_path: Path) -> None:
+def test_encoding_survives_save_and_load(grounder: Grounder, tmp_path: Path) -> None:
     encoded = grounder.encode(QUARTER)
     encoded.save(tmp_path / "deep" / "video.npz")
     back = EncodedVideo.load(tmp_path / "deep" / "video.npz")
@@ -152,7 +152,7 @@ def test_an_encoding_comes_back_from_a_file_as_it_was(grounder: Grounder, tmp_pa
     assert grounder.ground(back, "dog") == grounder.ground(QUARTER, "dog")
 
 
-def test_the_key_tells_videos_and_models_apart(planted_backend: Any) -> None:
+def test_encoding_key_depends_on_video_and_model(planted_backend: Any) -> None:
     one, other = (Grounder(PlantedPair(planted_backend(), digit * 64)) for digit in "12")
     keys = [
         one.encode(QUARTER).key,
@@ -166,7 +166,7 @@ def test_the_key_tells_videos_and_models_apart(planted_backend: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "text", "pickle", "empty", "another", "shapes"])
-def test_a_damaged_encoding_is_refused_in_one_sentence(grounder: Grounder, tmp_path: Path, damage: str) -> None:
+def test_damaged_encoding_is_rejected_with_one_line(grounder: Grounder, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "video.npz"
     code = {"changed": "digest_mismatch", "shapes": "wrong_array"}.get(damage, "damaged_file")
     encoded = grounder.encode(QUARTER)
@@ -199,7 +199,7 @@ def test_a_damaged_encoding_is_refused_in_one_sentence(grounder: Grounder, tmp_p
                {"name": "another"}],
 )  # fmt: skip
 @pytest.mark.parametrize("has_digest", [True, False])
-def test_changed_facts_of_an_encoding_are_refused(
+def test_edited_encoding_metadata_is_rejected(
     grounder: Grounder, tmp_path: Path, change: dict[str, Any], has_digest: bool
 ) -> None:
     path = tmp_path / "video.npz"
@@ -218,14 +218,14 @@ def test_changed_facts_of_an_encoding_are_refused(
         EncodedVideo.load(path)
 
 
-def test_an_encoding_of_another_model_is_refused(planted_backend: Any, pair: PlantedPair) -> None:
+def test_encoding_of_another_model_is_rejected(planted_backend: Any, pair: PlantedPair) -> None:
     encoded = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
     with raises(FeatureError, "encoding_of_another_model", "dog", "2" * 12, "1" * 12):
         Grounder(pair).ground(encoded, "dog")
     assert pair.asked == []
 
 
-def test_an_encoding_of_another_width_is_refused(grounder: Grounder) -> None:
+def test_encoding_of_another_width_is_rejected(grounder: Grounder) -> None:
     encoded = grounder.encode(QUARTER)
     narrow = dataclasses.replace(encoded, features=encoded.features[:5], key="")
     with raises(FeatureError, "shape_mismatch", "dog", (5, 32), (8, 32)):
@@ -234,7 +234,7 @@ def test_an_encoding_of_another_width_is_refused(grounder: Grounder) -> None:
         grounder.encode(video(10.0, dim=9, dog=(0, 3)))
 
 
-def test_a_whole_model_encodes_nothing_and_says_how_to_split_it(planted_backend: Any, grounder: Grounder) -> None:
+def test_unsplit_model_cannot_encode_and_names_split_option(planted_backend: Any, grounder: Grounder) -> None:
     whole = Grounder(planted_backend())
     with raises(ModelFileError, "query_part_required", "python -m export.to_onnx --split"):
         whole.encode(QUARTER)
@@ -258,7 +258,7 @@ def copied(pair_files: Path, tmp_path: Path) -> Path:
     return tmp_path / pair_files.name
 
 
-def test_the_query_part_opens_both(pair_files: Path, tiny_model: Path, mini: Path) -> None:
+def test_query_part_opens_the_split_pair(pair_files: Path, tiny_model: Path, mini: Path) -> None:
     subject = DataSet(mini).video("AAAA1")
     wanted = Grounder.load(tiny_model, "cpu").ground(subject, "person opens the door")
     split = Grounder.load(pair_files, "cpu")
@@ -267,12 +267,12 @@ def test_the_query_part_opens_both(pair_files: Path, tiny_model: Path, mini: Pat
     assert split.ground(split.encode(subject), "person opens the door") == wanted
 
 
-def test_the_video_part_alone_is_refused(pair_files: Path) -> None:
+def test_video_part_alone_is_rejected(pair_files: Path) -> None:
     with raises(ModelFileError, "model_part", pair_files.with_name("tiny.video.onnx"), ".query.onnx"):
         open_backend(pair_files.with_name("tiny.video.onnx"), "cpu")
 
 
-def test_a_video_part_that_is_missing_or_another_is_refused(copied: Path) -> None:
+def test_missing_or_changed_video_part_is_rejected(copied: Path) -> None:
     part = copied.with_name("tiny.video.onnx")
     content = part.read_bytes()
     part.write_bytes(content + b"\0")
@@ -283,7 +283,7 @@ def test_a_video_part_that_is_missing_or_another_is_refused(copied: Path) -> Non
         open_backend(copied, "cpu")
 
 
-def test_a_query_part_that_names_no_video_part_is_refused(copied: Path) -> None:
+def test_query_part_without_video_part_name_is_rejected(copied: Path) -> None:
     model = onnx.load(copied)
     manifest = Manifest.from_json(model.metadata_props[0].value)
     onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest, video_part={}).to_json()})
@@ -308,7 +308,7 @@ def test_split_evaluation_equals_full_and_encodes_once(
     assert sum(encoded) == len({annotation.video for annotation in annotations})
 
 
-def test_the_commands_take_the_query_part(pair_files: Path, mini: Path, run_command: Callable[..., Any]) -> None:
+def test_commands_accept_the_query_part(pair_files: Path, mini: Path, run_command: Callable[..., Any]) -> None:
     words = ("--model", pair_files, "--data", mini, "--device", "cpu")
     outcome = run_command(infer, *words, "--video", "AAAA1", "--query", "person opens the door")
     assert outcome.code == 0, outcome.err
@@ -318,7 +318,7 @@ def test_the_commands_take_the_query_part(pair_files: Path, mini: Path, run_comm
         assert outcome.code == 0, outcome.err
 
 
-def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
+def test_bound_tensors_equal_arrays_and_stay_on_device(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does, on a CPU: tensors are bound, and of encodings the last few are kept."""
@@ -349,7 +349,7 @@ def test_bound_tensors_answer_as_arrays_and_stay_where_they_are(
             split.ground(*pair)
 
 
-def test_nothing_an_encoding_is_told_goes_unchecked() -> None:
+def test_encoded_video_rejects_invalid_arrays() -> None:
     features, spans = np.zeros((8, 4), np.float32), np.zeros((4, 2), np.float32)
     for wrong in ((features, spans[1:], 1.0), (features[0], spans, 1.0), (features.astype(int), spans, 1.0)):
         with raises(FeatureError, "wrong_array", wrong[0].shape, wrong[1].shape):

@@ -42,17 +42,17 @@ def change(plan: Path, **fields: Any) -> None:
     metadata_path(plan).write_text(json.dumps(with_digest({**content, **fields})))
 
 
-def test_a_whole_pair_is_read(plan: Path, tiny_manifest: Manifest) -> None:
+def test_engine_with_metadata_is_read(plan: Path, tiny_manifest: Manifest) -> None:
     assert read_sidecar(plan).manifest.vocabulary == tiny_manifest.vocabulary
 
 
-def test_a_changed_plan_is_refused(plan: Path) -> None:
+def test_changed_engine_is_rejected(plan: Path) -> None:
     plan.write_bytes(b"plaN")
     with raises(ModelFileError, "digest_mismatch", plan):
         read_sidecar(plan)
 
 
-def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
+def test_renamed_engine_is_rejected(plan: Path) -> None:
     other = plan.with_name("other.engine")
     other.write_bytes(plan.read_bytes())
     metadata_path(other).write_text(metadata_path(plan).read_text())
@@ -71,7 +71,7 @@ def test_a_plan_under_another_name_is_refused(plan: Path) -> None:
         {"digest": None},
     ],
 )
-def test_an_edited_sidecar_is_refused(plan: Path, field: dict[str, Any]) -> None:
+def test_edited_metadata_file_is_rejected(plan: Path, field: dict[str, Any]) -> None:
     content = json.loads(metadata_path(plan).read_text())
     if "precision" in field:
         content["manifest"] |= field
@@ -82,7 +82,7 @@ def test_an_edited_sidecar_is_refused(plan: Path, field: dict[str, Any]) -> None
         read_sidecar(plan)
 
 
-def test_a_sidecar_without_digest_is_refused(plan: Path) -> None:
+def test_metadata_file_without_digest_is_rejected(plan: Path) -> None:
     content = json.loads(metadata_path(plan).read_text())
     del content["digest"]
     metadata_path(plan).write_text(json.dumps(content))
@@ -90,7 +90,7 @@ def test_a_sidecar_without_digest_is_refused(plan: Path) -> None:
         read_sidecar(plan)
 
 
-def test_a_seal_holds_however_the_file_is_laid_out(plan: Path) -> None:
+def test_metadata_digest_ignores_json_formatting(plan: Path) -> None:
     content = json.loads(metadata_path(plan).read_text())
     assert with_digest(content) == content
     assert (
@@ -130,7 +130,7 @@ PROFILE = {"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16]}
         ("census", {"engine": {"layers": 7}}),
     ],
 )
-def test_a_field_of_another_shape_is_one_sentence(
+def test_malformed_metadata_field_is_named_in_error(
     plan: Path, field: str, value: Any, refused: Callable[..., GroundingError]
 ) -> None:
     change(plan, **{field: value})
@@ -138,7 +138,7 @@ def test_a_field_of_another_shape_is_one_sentence(
 
 
 @pytest.mark.parametrize("field", ["manifest", "sha256", "library", "profiles"])
-def test_a_field_that_is_missing_is_one_sentence(
+def test_missing_metadata_field_is_named_in_error(
     plan: Path, field: str, refused: Callable[..., GroundingError]
 ) -> None:
     content = json.loads(metadata_path(plan).read_text())
@@ -147,7 +147,7 @@ def test_a_field_that_is_missing_is_one_sentence(
     check_error(refused(describe, plan), "damaged_file", metadata_path(plan), repr(field))
 
 
-def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
+def test_precision_audit_of_the_graph_alone_is_valid(plan: Path) -> None:
     change(plan, census={"twin": {"shares": {"fp16": 1}}, "engine": None}, gpu=None)
     read_sidecar(plan)
 
@@ -160,19 +160,19 @@ def test_a_census_of_the_twin_alone_is_well_formed(plan: Path) -> None:
         ({"sha256": {}}, "digest_mismatch"),
     ],
 )
-def test_a_sidecar_of_another_kind_is_refused(plan: Path, fields: dict[str, Any], code: str) -> None:
+def test_metadata_file_of_another_kind_is_rejected(plan: Path, fields: dict[str, Any], code: str) -> None:
     change(plan, **fields)
     with raises(ModelFileError, code, plan):
         read_sidecar(plan)
 
 
-def test_a_plan_without_sidecar_is_refused(plan: Path) -> None:
+def test_engine_without_metadata_file_is_rejected(plan: Path) -> None:
     metadata_path(plan).unlink()
     with raises(ModelFileError, "missing_file", metadata_path(plan), plan.name, "python -m export.build_engine"):
         read_sidecar(plan)
 
 
-def test_describe_tells_of_an_engine(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_prints_engine_facts(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(plan)
     told = capsys.readouterr().out
     assert "tensorrt 11.4.0, for 9.0" in told
@@ -194,7 +194,7 @@ def test_without_gpu_the_onnx_graph_in_metadata_is_suggested(
     assert f"runtime.infer --model {plan.with_name(runs)} " in caplog.text
 
 
-def test_a_hash_of_several_lines_is_refused_in_one(plan: Path) -> None:
+def test_multi_line_hash_gives_one_line_error(plan: Path) -> None:
     change(plan, sha256={plan.name: "\n" + "0" * 63})
     with pytest.raises(ModelFileError) as caught:
         read_sidecar(plan)

@@ -33,13 +33,13 @@ def full() -> Manifest:
     )
 
 
-def test_a_manifest_survives_json() -> None:
+def test_manifest_survives_json() -> None:
     assert Manifest.from_json(full().to_json()) == full()
     minimal = Manifest(Vocabulary({"a": 1}), Decoding(), Features())
     assert Manifest.from_json(minimal.to_json()) == minimal
 
 
-def test_files_of_before_there_were_windows_are_read() -> None:
+def test_manifest_without_windows_is_read() -> None:
     value = full().to_dict()
     del value["windows"]
     assert Manifest.from_dict(value) == dataclasses.replace(full(), windows=None)
@@ -56,7 +56,7 @@ def test_json_names_the_format_first_and_every_field() -> None:
     assert (value["stage"], value["precision"], value["max_query_length"]) == (1, "int8", 20)
 
 
-def test_features_know_their_clip_clock() -> None:
+def test_features_return_their_clip_timing() -> None:
     assert Features(window=32, stride=4).clock == ClipTiming(32, 4)
 
 
@@ -67,25 +67,25 @@ def test_manifest_of_another_version_is_rejected_naming_both(other: Any) -> None
         Manifest.from_json(json.dumps(value), "door.onnx")
 
 
-def test_a_file_without_a_manifest_is_named() -> None:
+def test_file_without_manifest_is_named_in_error() -> None:
     with raises(ModelFileError, "missing_manifest", "door.onnx", "'drn.manifest'", "python -m export.to_onnx"):
         Manifest.from_json(None, "door.onnx")
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json"])
-def test_a_manifest_that_is_no_json_is_named(text: str) -> None:
+def test_manifest_that_is_not_json_is_rejected(text: str) -> None:
     with raises(ModelFileError, "invalid_json", "door.onnx"):
         Manifest.from_json(text, "door.onnx")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "{}"])
-def test_json_that_is_no_manifest_is_named(text: str) -> None:
+def test_json_that_is_not_a_manifest_is_rejected(text: str) -> None:
     with raises(ModelFileError, "unknown_format", "door.onnx"):
         Manifest.from_json(text, "door.onnx")
 
 
 @pytest.mark.parametrize("field", [name for name in full().to_dict() if name not in ("format", "windows")])
-def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
+def test_manifest_with_missing_field_is_rejected(field: str) -> None:
     value = full().to_dict()
     del value[field]
     with raises(ModelFileError, "damaged_file", repr(field)):
@@ -110,18 +110,18 @@ def test_a_missing_field_is_a_damaged_manifest(field: str) -> None:
         ("sources", 3),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_a_model_file_error(field: str, content: Any) -> None:
+def test_manifest_field_of_wrong_type_is_rejected(field: str, content: Any) -> None:
     with pytest.raises(ModelFileError):
         Manifest.from_dict({**full().to_dict(), field: content}, "door.onnx")
 
 
-def test_a_file_of_before_there_were_parts_is_whole(tiny_manifest: Manifest) -> None:
+def test_manifest_without_part_is_read_as_unsplit(tiny_manifest: Manifest) -> None:
     content = tiny_manifest.to_dict()
     assert not {"part", "video_part", "prepared_parts"} & set(content)
     assert Manifest.from_dict(content).part == "whole"
 
 
-def test_a_part_says_which_and_names_the_others(tiny_manifest: Manifest) -> None:
+def test_manifest_of_a_part_names_the_other_parts(tiny_manifest: Manifest) -> None:
     import dataclasses
 
     parts = {"drn.prepare.onnx": "2" * 64, "drn.prepared.onnx": "3" * 64}

@@ -13,12 +13,12 @@ from runtime.core.errors import ModelFileError
 from tests.raising import raises
 
 
-def test_metadata_is_what_was_written(write_graph: Callable[..., Path], tmp_path: Path) -> None:
+def test_read_metadata_returns_written_properties(write_graph: Callable[..., Path], tmp_path: Path) -> None:
     written = {METADATA_KEY: "{}" * 5000, "other": "\u00fcber"}
     assert read_metadata(write_graph(tmp_path / "m.onnx", written)) == written
 
 
-def test_what_is_no_onnx_file_is_refused(write_graph: Callable[..., Path], tmp_path: Path) -> None:
+def test_read_metadata_rejects_files_that_are_not_onnx(write_graph: Callable[..., Path], tmp_path: Path) -> None:
     whole = write_graph(tmp_path / "m.onnx", {METADATA_KEY: "{}" * 5000}).read_bytes()
     for name, content in (("cut", whole[:-40]), ("text", b"not a graph at all"), ("odd", b"\xff" * 64)):
         path = tmp_path / name

@@ -93,7 +93,7 @@ def as_data(data: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_form_for_each_kind_of_cpu_is_exact(cpu: str) -> None:
+def test_int8_form_chosen_per_cpu_is_exact(cpu: str) -> None:
     data, weights = numbers(8)
     is_signed = not saturates(*CPUS[cpu])
     shift = 128 * weights.astype(np.int64).sum(0)
@@ -115,7 +115,7 @@ def test_unknown_x86_cpu_gets_the_exact_int8_form() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_kernels_of_this_machine_saturate_as_its_features_say(rows: int) -> None:
+def test_kernels_saturate_as_cpu_features_predict(rows: int) -> None:
     if cpu_info.cpu_features() is None:
         pytest.skip("the system does not list the features of this CPU")
     data, weights = numbers(rows)
@@ -126,7 +126,7 @@ def test_kernels_of_this_machine_saturate_as_its_features_say(rows: int) -> None
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_what_this_machine_opens_is_exact(rows: int, tmp_path: Path) -> None:
+def test_int8_model_on_this_machine_is_exact(rows: int, tmp_path: Path) -> None:
     data, weights = numbers(rows)
     path = tmp_path / "m.onnx"
     onnx.save(product(weights), path)
@@ -137,7 +137,7 @@ def test_what_this_machine_opens_is_exact(rows: int, tmp_path: Path) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), raw=st.booleans())
-def test_uint8_form_is_exact_here(seed: int, raw: bool) -> None:
+def test_uint8_form_is_exact_on_this_machine(seed: int, raw: bool) -> None:
     data, weights = numbers(5, seed)
     zero_points = np.random.default_rng(seed).integers(-3, 4, 24).astype(np.int8)
     model = product(weights, zero_points)
@@ -153,7 +153,7 @@ def test_uint8_form_is_exact_here(seed: int, raw: bool) -> None:
     assert (computed(content, data) == exact(data, weights.astype(np.int64) - zero_points)).all()
 
 
-def test_all_but_the_numbers_stays() -> None:
+def test_uint8_form_changes_only_the_weights() -> None:
     model = product(numbers(1)[1])
     helper.set_model_props(model, {"drn.manifest": "{}", "other": "über"})
     content = unsigned(model.SerializeToString())
@@ -228,7 +228,7 @@ def test_graph_that_cannot_be_shifted_is_opened_with_a_warning(
     assert not caplog.text
 
 
-def test_numbers_in_another_file_are_opened_with_a_warning(
+def test_external_weights_open_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "m.onnx"
@@ -238,7 +238,7 @@ def test_numbers_in_another_file_are_opened_with_a_warning(
     assert path.name in caplog.text
 
 
-def test_cpu_with_vnni_opens_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_with_vnni_opens_the_original_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(product(numbers(1)[1]), path)
     monkeypatch.setattr(exact_int8, "saturates", lambda: False)
@@ -248,7 +248,7 @@ def test_cpu_with_vnni_opens_the_file_itself(tmp_path: Path, monkeypatch: pytest
     assert source_for_cpu(path) == unsigned(path.read_bytes())
 
 
-def test_damaged_file_is_left_to_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_file_is_passed_to_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_int8, "saturates", lambda: True)
     content = product(numbers(1)[1]).SerializeToString()
     for damaged in (b"", content[:-30], content[:300], os.urandom(500), b"not a graph"):
@@ -257,7 +257,7 @@ def test_damaged_file_is_left_to_onnx_runtime(tmp_path: Path, monkeypatch: pytes
         assert source_for_cpu(path) == str(path)
 
 
-def test_contents_are_counted_without_the_numbers() -> None:
+def test_read_contents_lists_nodes_and_weight_types() -> None:
     contents = read_contents(product(numbers(1)[1]).SerializeToString())
     assert contents.weight_types() == {"int8": 64 * 24}
     assert [node.op_type for node in contents.nodes] == [

@@ -19,12 +19,12 @@ from tests.raising import raises
 
 
 @pytest.mark.parametrize("threads", [0, -3, 1_000_000])
-def test_a_senseless_number_of_threads_is_refused(tiny_model: Path, threads: int) -> None:
+def test_invalid_thread_count_is_rejected(tiny_model: Path, threads: int) -> None:
     with raises(DeviceError, "invalid_option", "--threads", threads):
         open_backend(tiny_model, "cpu", threads)
 
 
-def test_a_gpu_asked_for_and_absent_is_an_error(tiny_model: Path) -> None:
+def test_requested_gpu_without_cuda_raises_error(tiny_model: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
@@ -73,7 +73,7 @@ def test_cuda_libraries_are_loaded_from_any_nvidia_package(tmp_path: Path, monke
     "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA error: out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
 ])  # fmt: skip
-def test_out_of_memory_is_recognized_in_every_librarys_words(words: str) -> None:
+def test_out_of_memory_messages_are_recognized(words: str) -> None:
     assert is_out_of_memory(words)
     assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory("CUDA failure 700: an illegal memory access was encountered")
@@ -81,7 +81,7 @@ def test_out_of_memory_is_recognized_in_every_librarys_words(words: str) -> None
 
 
 @pytest.mark.parametrize(("told", "tf32"), [(None, "0"), ({}, "0"), ({"precision": {"tf32": True}}, "1")])
-def test_fp32_on_a_gpu_is_fp32_unless_the_graph_allows_tf32(
+def test_fp32_on_gpu_disables_tf32_unless_graph_allows_it(
     told: dict[str, Any] | None, tf32: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
@@ -106,7 +106,7 @@ def test_fp32_on_a_gpu_is_fp32_unless_the_graph_allows_tf32(
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])
-def test_padding_stays_a_step_of_its_own_on_a_cpu_alone(
+def test_pad_fusion_is_disabled_on_cpu_only(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: Device, kept: list[str] | None
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -125,9 +125,7 @@ def test_padding_stays_a_step_of_its_own_on_a_cpu_alone(
     assert given == [kept]
 
 
-def test_a_full_device_is_told_from_a_batch_that_does_not_fit(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_device_differs_from_invalid_batch_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is asked again in halves, which the second must not be."""
     backend: Any = open_backend(tiny_model, "cpu", 1)
     batch = Batch(np.zeros((1, 1), np.int32), np.ones(1, np.int32), *(np.zeros((1, 2, n), np.float32) for n in (3, 2)))
@@ -143,7 +141,7 @@ def test_a_full_device_is_told_from_a_batch_that_does_not_fit(
         backend.run(batch)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_unknown_suffix_and_missing_file_are_rejected(tmp_path: Path) -> None:
     with raises(ModelFileError, "wrong_suffix", "'model.h5'"):
         open_backend(tmp_path / "model.h5")
     with raises(ModelFileError, "missing_file", tmp_path / "model.onnx"):

@@ -45,7 +45,7 @@ def used(bench: Bench, plan: Path) -> int:
     return count
 
 
-def test_a_second_process_compiles_nothing(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_second_process_reuses_the_kernel_cache(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench.whole().close()
     plan = tmp_path / "drn.fp32.engine"
     assert used(bench, plan) == 2
@@ -56,14 +56,14 @@ def test_a_second_process_compiles_nothing(bench: Bench, tmp_path: Path, caplog:
     assert {path.name for path in tmp_path.iterdir() if "cache" in path.name} == {"drn.fp32.engine.cache"}
 
 
-def test_all_contexts_of_a_plan_share_their_kernels(bench: Bench) -> None:
+def test_contexts_of_an_engine_share_their_kernels(bench: Bench) -> None:
     backend = bench.whole()
     backend.run(batch_of([3]))
     backend._network.forget_programs()
     assert compiled(bench, lambda: backend.run(batch_of([3]))) == 0
 
 
-def test_each_plan_of_a_pair_has_kernels_of_its_own(bench: Bench, tmp_path: Path) -> None:
+def test_each_engine_of_a_pair_has_its_own_kernel_cache(bench: Bench, tmp_path: Path) -> None:
     pair = bench.pair(unroll=(6,))
     Grounder(pair).warm((1, 2), (3, 8))
     # Written when the model is warm, so that a process that is killed leaves them.
@@ -115,7 +115,7 @@ def test_damaged_or_foreign_kernel_cache_is_replaced(
     assert used(bench, plan) == 0
 
 
-def test_kernels_that_the_library_refuses_are_replaced(
+def test_kernel_cache_rejected_by_library_is_replaced(
     bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.whole().close()
@@ -150,7 +150,7 @@ def test_unwritable_cache_directory_leaves_a_working_model(
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.16.1.11", "11.4.0.106"])
-def test_plans_of_tensorrt_hold_their_kernels(tmp_path: Path, graphs: Graphs, version: str) -> None:
+def test_tensorrt_engines_write_no_kernel_cache(tmp_path: Path, graphs: Graphs, version: str) -> None:
     bench = Bench(tmp_path, graphs, version)
     backend = bench.whole()
     Grounder(backend).warm((1,), (3,))
@@ -158,7 +158,7 @@ def test_plans_of_tensorrt_hold_their_kernels(tmp_path: Path, graphs: Graphs, ve
     assert not list(tmp_path.glob("*.cache"))
 
 
-def test_the_double_has_the_names_of_the_library() -> None:
+def test_fake_runtime_cache_has_only_real_names() -> None:
     library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from benchmarks.fake_tensorrt import RuntimeCache, RuntimeConfig
 

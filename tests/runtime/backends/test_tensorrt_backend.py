@@ -228,7 +228,7 @@ def assert_same(found: Heads, expected: Heads, **close: float) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_engine_gives_the_moments_of_its_graph(tmp_path: Path, graphs: Graphs, version: str) -> None:
+def test_engine_gives_same_moments_as_graph(tmp_path: Path, graphs: Graphs, version: str) -> None:
     backend = Bench(tmp_path, graphs, version).whole()
     model = open_backend(graphs.whole, "cpu", 1)
     from runtime.core.decoding import decode
@@ -244,7 +244,7 @@ def test_an_engine_gives_the_moments_of_its_graph(tmp_path: Path, graphs: Graphs
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_pair_answers_as_the_whole(tmp_path: Path, graphs: Graphs, version: str) -> None:
+def test_engine_pair_equals_unsplit_graph(tmp_path: Path, graphs: Graphs, version: str) -> None:
     pair = Bench(tmp_path, graphs, version).pair()
     for seed in range(3):
         batch = batch_of([5, 2, 9, 1, 12, 3, 3, 8, 7, 4], seed)
@@ -258,14 +258,14 @@ def test_a_pair_answers_as_the_whole(tmp_path: Path, graphs: Graphs, version: st
         assert_same(pair.ask(batch.query_tokens, batch.query_length, videos, index), reference(graphs, asked))
 
 
-def test_no_video_of_a_batch_is_taken_for_one_of_another(bench: Bench, graphs: Graphs) -> None:
+def test_batches_do_not_reuse_videos_of_earlier_batches(bench: Bench, graphs: Graphs) -> None:
     pair = bench.pair(videos=3)
     for seed in range(3):
         batch = batch_of([5, 2], seed)
         assert_same(pair.run(batch), reference(graphs, batch))
 
 
-def test_a_grounder_takes_an_engine(bench: Bench, graphs: Graphs) -> None:
+def test_grounder_with_engine_equals_graph(bench: Bench, graphs: Graphs) -> None:
     from runtime import Video
 
     video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
@@ -275,7 +275,7 @@ def test_a_grounder_takes_an_engine(bench: Bench, graphs: Graphs) -> None:
             assert (ours.start, ours.end) == pytest.approx((theirs.start, theirs.end), abs=1e-3)
 
 
-def test_a_grounder_takes_a_pair_of_engines_and_encoded_videos(bench: Bench, graphs: Graphs) -> None:
+def test_grounder_with_engine_pair_equals_graph(bench: Bench, graphs: Graphs) -> None:
     from runtime import Video
 
     rng = np.random.default_rng(0)
@@ -308,7 +308,7 @@ def test_short_queries_use_the_short_query_engine(tmp_path: Path, graphs: Graphs
             assert bench.library.runs[-1]["query_tokens"][1] == tokens
 
 
-def test_each_plan_keeps_the_encodings_that_it_was_asked_about(bench: Bench, graphs: Graphs) -> None:
+def test_each_engine_caches_its_own_encodings(bench: Bench, graphs: Graphs) -> None:
     pair = bench.pair(unroll=(4,))
     batch = batch_of([3, 9, 2, 7])
     videos = known(pair, batch)
@@ -322,7 +322,7 @@ def test_each_plan_keeps_the_encodings_that_it_was_asked_about(bench: Bench, gra
             assert_same(found, reference(graphs, asked_of))
 
 
-def test_a_part_of_another_kind_answers_no_short_queries(bench: Bench, tmp_path: Path) -> None:
+def test_video_part_as_short_query_engine_is_rejected(bench: Bench, tmp_path: Path) -> None:
     bench.pair().close()
     plan, (video,) = tmp_path / "drn.query.engine", tmp_path.glob("*.video.engine")
     content = json.loads(metadata_path(plan).read_text())
@@ -356,7 +356,7 @@ def test_short_query_engine_must_exist_and_match_the_build(bench: Bench, tmp_pat
 
 @pytest.mark.parametrize("part", ["whole", "pair"])
 @pytest.mark.parametrize("missing", ["plan", "sidecar"])
-def test_missing_plan_for_short_queries_is_a_warning(
+def test_missing_short_query_engine_is_a_warning(
     bench: Bench, graphs: Graphs, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str, missing: str
 ) -> None:
     backend = getattr(bench, part)(unroll=(3, 6))
@@ -378,7 +378,7 @@ def test_missing_plan_for_short_queries_is_a_warning(
 
 
 @pytest.mark.parametrize("part", ["whole", "pair"])
-def test_plan_for_short_queries_beyond_the_memory_is_a_warning(
+def test_short_query_engine_over_memory_is_a_warning(
     bench: Bench, graphs: Graphs, caplog: pytest.LogCaptureFixture, part: str
 ) -> None:
     backend = getattr(bench, part)()
@@ -437,7 +437,7 @@ def test_rejected_short_query_engines_keep_length_in_name() -> None:
     assert engine_compatibility.unrolled_steps({}) == []
 
 
-def test_time_and_memory_count_the_plans_for_short_queries(bench: Bench) -> None:
+def test_time_and_memory_include_short_query_engines(bench: Bench) -> None:
     alone = bench.whole().memory_report()
     backend = bench.whole(unroll=(6,))
     both = backend.memory_report()
@@ -449,7 +449,7 @@ def test_time_and_memory_count_the_plans_for_short_queries(bench: Bench) -> None
         assert backend.gpu_ms == bench.library.network_ms
 
 
-def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs) -> None:
+def test_padding_of_earlier_batches_does_not_change_output(bench: Bench, graphs: Graphs) -> None:
     backend = bench.whole([profile((3, 4, 8))])
     backend.run(batch_of([12] * 4, 1))
     for batch in (batch_of([9, 10, 11, 12], 2), batch_of([9], 3), batch_of([2, 1], 4, width=12)):
@@ -460,7 +460,7 @@ def test_padding_of_an_earlier_batch_does_not_tell(bench: Bench, graphs: Graphs)
     assert bench.library.fed["query_length"].tolist() == [2, 1, 1]
 
 
-def test_encodings_in_half_precision_stay_in_it(tmp_path: Path, graphs: Graphs) -> None:
+def test_fp16_encodings_stay_fp16(tmp_path: Path, graphs: Graphs) -> None:
     import onnx
 
     from calib.graph.half_precision import convert_to_half
@@ -477,7 +477,7 @@ def test_encodings_in_half_precision_stay_in_it(tmp_path: Path, graphs: Graphs) 
         assert_same(pair.run(batch), graph.run(batch), rtol=HALF, atol=HALF)
 
 
-def test_bfloat16_encodings_go_in_and_out_as_float32(tmp_path: Path, graphs: Graphs) -> None:
+def test_bfloat16_encodings_are_exchanged_as_float32(tmp_path: Path, graphs: Graphs) -> None:
     pair = Bench(tmp_path, graphs).pair(types={"encoded_features": "BF16"})
     batch = batch_of([5, 2])
     encoded = pair.encode(batch.segment_features)
@@ -487,7 +487,7 @@ def test_bfloat16_encodings_go_in_and_out_as_float32(tmp_path: Path, graphs: Gra
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**126), max_value=2.0**126))
-def test_bfloat16_is_the_nearest(value: float) -> None:
+def test_to_bfloat16_rounds_to_nearest(value: float) -> None:
     numbers = np.array([value], np.float32)
     bits = to_bfloat16(numbers)
     near = [from_bfloat16((bits.astype(np.int64) + step).astype(np.uint16))[0] for step in (-1, 0, 1)]
@@ -510,12 +510,12 @@ def test_run_allocates_nothing_and_synchronizes_once(bench: Bench) -> None:
     assert counted(bench.driver.calls)["cuMemAlloc_v2"] == 3
 
 
-def test_sizes_of_a_service_are_all_kept() -> None:
+def test_service_batch_sizes_fit_the_execution_states() -> None:
     batches, lengths = ({bucket(size) for size in range(1, most + 1)} for most in (32, 16))
     assert len(batches) * len({max(length, MIN_PADDED_LENGTH) for length in lengths}) <= MAX_EXECUTION_STATES
 
 
-def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_similar_sizes_share_cuda_graph_up_to_limit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 16)
     backend = bench.whole([profile((1, 4, 64))])
     before = bench.library.contexts
@@ -531,7 +531,7 @@ def test_like_sizes_share_a_graph_and_few_are_kept(bench: Bench, monkeypatch: py
     assert bench.driver.held()["graphs"] == 16
 
 
-def test_contexts_share_a_profile_where_the_version_lets_them(tmp_path: Path, graphs: Graphs) -> None:
+def test_contexts_share_a_profile_if_version_allows(tmp_path: Path, graphs: Graphs) -> None:
     for version, kept in (("8.6.1", 1), ("10.16.1.11", 2)):
         bench = Bench(tmp_path, graphs, version)
         backend = bench.whole([profile((1, 4, 8))])
@@ -542,7 +542,7 @@ def test_contexts_share_a_profile_where_the_version_lets_them(tmp_path: Path, gr
         assert len(backend._network._programs) == kept
 
 
-def test_rtx_captures_by_itself(tmp_path: Path, graphs: Graphs) -> None:
+def test_rtx_engine_skips_explicit_graph_capture(tmp_path: Path, graphs: Graphs) -> None:
     bench = Bench(tmp_path, graphs, "1.7.1.116")
     backend = bench.whole()
     for _ in range(3):
@@ -550,7 +550,7 @@ def test_rtx_captures_by_itself(tmp_path: Path, graphs: Graphs) -> None:
     assert "cuStreamBeginCapture_v2" not in bench.driver.calls
 
 
-def test_batches_go_through_the_profile_made_for_them(bench: Bench) -> None:
+def test_batches_use_the_matching_profile(bench: Bench) -> None:
     backend = bench.whole()
     for size, expected in ((1, [1]), (2, [2]), (5, [6]), (8, [8]), (19, [8, 8, 3])):
         bench.library.runs.clear()
@@ -558,7 +558,7 @@ def test_batches_go_through_the_profile_made_for_them(bench: Bench) -> None:
         assert [run["query_length"][0] for run in bench.library.runs] == expected
 
 
-def test_only_encodings_that_are_not_on_the_gpu_are_copied(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_encodings_not_on_gpu_are_copied(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = bench.pair(videos=3)
     batch = batch_of([3] * 5)
     videos = known(pair, batch)
@@ -579,7 +579,7 @@ def test_only_encodings_that_are_not_on_the_gpu_are_copied(bench: Bench, monkeyp
     assert copies(0, 1, 2, 3, 4) >= 2
 
 
-def test_the_gpu_is_timed_without_the_copies(bench: Bench) -> None:
+def test_gpu_time_excludes_copies(bench: Bench) -> None:
     backend = bench.whole()
     batch = batch_of([4] * 19)
     backend.run(batch)
@@ -594,7 +594,7 @@ def test_the_gpu_is_timed_without_the_copies(bench: Bench) -> None:
     assert backend.gpu_ms == 0
 
 
-def test_memory_is_told_and_given_back(bench: Bench) -> None:
+def test_memory_is_reported_and_freed_on_close(bench: Bench) -> None:
     for open_one in (bench.whole, bench.pair):
         backend = open_one()
         for _ in range(2):
@@ -609,14 +609,14 @@ def test_memory_is_told_and_given_back(bench: Bench) -> None:
         backend.close()
 
 
-def test_what_is_open_at_the_end_of_the_process_is_closed(bench: Bench) -> None:
+def test_close_all_frees_open_models(bench: Bench) -> None:
     backend = bench.whole()
     backend.run(batch_of([4]))
     close_all()
     assert bench.driver.held() == {}
 
 
-def test_what_is_asked_while_the_process_ends_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_all_waits_for_running_calls(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of([4, 4])
     queries, both = (batch.query_tokens, batch.query_length), np.arange(2, dtype=np.int32)
     for is_pair in (False, True):
@@ -654,7 +654,7 @@ def test_what_is_asked_while_the_process_ends_is_waited_for(bench: Bench, monkey
         monkeypatch.undo()
 
 
-def test_what_is_no_longer_used_is_freed(bench: Bench) -> None:
+def test_deleted_model_frees_its_memory(bench: Bench) -> None:
     backend = bench.whole()
     backend.run(batch_of([4]))
     del backend
@@ -669,7 +669,7 @@ def test_query_beyond_the_engine_names_range_and_command(bench: Bench) -> None:
     assert len(backend.run(batch_of([4], width=30))) == 1
 
 
-def test_features_of_another_width_are_refused(bench: Bench) -> None:
+def test_features_of_another_width_are_rejected(bench: Bench) -> None:
     backend = bench.whole()
     batch = batch_of([4])
     for features in (batch.segment_features[:, :, :1], batch.segment_features[:, :8]):
@@ -678,7 +678,7 @@ def test_features_of_another_width_are_refused(bench: Bench) -> None:
     assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
-def test_an_encoding_of_another_model_is_refused_and_not_kept(bench: Bench) -> None:
+def test_encoding_of_another_shape_is_rejected_uncached(bench: Bench) -> None:
     pair = bench.pair()
     batch = batch_of([4])
     odd = EncodedVideo(np.zeros((8, 16), np.float32), batch.segment_spans[0], 1.0)
@@ -711,7 +711,7 @@ def test_failed_capture_keeps_results_and_warns_once(bench: Bench, caplog: pytes
 
 
 @pytest.mark.parametrize("kept_errors", [0, 1])
-def test_a_failed_capture_leaves_a_working_model(bench: Bench, kept_errors: int) -> None:
+def test_failed_capture_leaves_a_working_model(bench: Bench, kept_errors: int) -> None:
     backend = bench.whole()
     bench.library.failing["capture"] = NOT_CAPTURABLE
     first, second = batch_of([5]), batch_of([2, 3])
@@ -723,7 +723,7 @@ def test_a_failed_capture_leaves_a_working_model(bench: Bench, kept_errors: int)
         assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
-def test_errors_without_a_failed_capture_are_not_hidden(bench: Bench) -> None:
+def test_pending_errors_without_failed_capture_are_raised(bench: Bench) -> None:
     backend = bench.whole()
     backend.run(batch_of([5]))
     bench.library.kept_errors = 1
@@ -738,7 +738,7 @@ def test_errors_without_a_failed_capture_are_not_hidden(bench: Bench) -> None:
         backend.run(batch_of([5]))
 
 
-def test_tensorrt_8_captures_written_out_lstms_only(
+def test_tensorrt_8_captures_only_unrolled_lstms(
     tmp_path: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench(tmp_path, graphs, "8.6.1")
@@ -757,7 +757,7 @@ def test_tensorrt_8_captures_written_out_lstms_only(
     assert "cuGraphLaunch" in bench.driver.calls
 
 
-def test_a_version_compatible_plan_is_loaded(bench: Bench) -> None:
+def test_version_compatible_engine_is_loaded(bench: Bench) -> None:
     options = {"version_compatible": True, "hardware_compatible": False}
     batch = batch_of([5])
     assert_same(bench.whole(options=options).run(batch), reference(bench.graphs, batch))
@@ -778,7 +778,7 @@ def test_failed_hardware_compatible_engine_names_the_remedy(bench: Bench) -> Non
     assert "export.build_engine" not in str(caught.value)
 
 
-def test_a_plan_for_another_gpu_is_one_error(tmp_path: Path, graphs: Graphs) -> None:
+def test_engine_for_another_gpu_raises_device_error(tmp_path: Path, graphs: Graphs) -> None:
     bench = Bench(tmp_path, graphs, "1.7.1.116")
     with pytest.raises(DeviceError):
         bench.whole(compute_capabilities=["8.6"])
@@ -797,7 +797,7 @@ def test_failed_context_creation_frees_all_memory(bench: Bench) -> None:
     assert bench.driver.held() == {}
 
 
-def test_a_machine_with_less_memory_than_the_plan_is_one_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_larger_than_host_memory_raises_one_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = bench.whole()
     path, read = backend._network.path, Path.read_bytes
 
@@ -812,7 +812,7 @@ def test_a_machine_with_less_memory_than_the_plan_is_one_error(bench: Bench, mon
 
 
 @pytest.mark.parametrize("call", ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
-def test_a_driver_that_cannot_capture_is_no_obstacle(bench: Bench, call: str) -> None:
+def test_driver_without_graph_capture_still_runs(bench: Bench, call: str) -> None:
     backend = bench.whole()
     bench.driver.failing[call] = 801
     for seed in range(3):
@@ -820,7 +820,7 @@ def test_a_driver_that_cannot_capture_is_no_obstacle(bench: Bench, call: str) ->
         assert_same(backend.run(batch), reference(bench.graphs, batch))
 
 
-def test_ctrl_c_leaves_no_stream_that_captures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_capture_leaves_a_working_model(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, batch, begin = bench.whole(), batch_of([5, 2]), bench.cuda.begin_capture
 
     def interrupted(stream: int) -> None:
@@ -837,7 +837,7 @@ def test_ctrl_c_leaves_no_stream_that_captures(bench: Bench, monkeypatch: pytest
 
 
 @unrolled_or_not
-def test_when_memory_is_full_halves_are_tried(bench: Bench, unroll: Sequence[int]) -> None:
+def test_full_memory_frees_caches_and_halves_the_batch(bench: Bench, unroll: Sequence[int]) -> None:
     backend = bench.whole(unroll=unroll)
     network = backend.network_for(4)
     for lengths in ([4], [4], [9, 9]):
@@ -863,7 +863,7 @@ def test_when_memory_is_full_halves_are_tried(bench: Bench, unroll: Sequence[int
 
 
 @unrolled_or_not
-def test_memory_that_stays_full_is_an_error_and_the_model_lives(bench: Bench, unroll: Sequence[int]) -> None:
+def test_persistent_full_memory_raises_and_model_survives(bench: Bench, unroll: Sequence[int]) -> None:
     backend = bench.whole(unroll=unroll)
     batch = batch_of([4] * 4)
     bench.library.failing["execute_async_v3"] = "Requested amount of GPU memory: CUDA out of memory"
@@ -880,7 +880,7 @@ def test_engine_too_large_for_gpu_frees_all_memory(bench: Bench) -> None:
     assert bench.driver.held() == {}
 
 
-def test_what_tensorrt_says_is_in_the_error(bench: Bench) -> None:
+def test_gpu_call_error_contains_tensorrt_message(bench: Bench) -> None:
     backend = bench.whole()
     bench.library.failing["execute_async_v3"] = "shape mismatch in layer 7"
     with raises(DeviceError, "gpu_call_failed", "tensorrt 10.16.1.11", "shape mismatch in layer 7"):
@@ -888,7 +888,7 @@ def test_what_tensorrt_says_is_in_the_error(bench: Bench) -> None:
 
 
 @unrolled_or_not
-def test_threads_share_an_engine(bench: Bench, unroll: Sequence[int]) -> None:
+def test_threads_can_share_an_engine(bench: Bench, unroll: Sequence[int]) -> None:
     backend = bench.whole(unroll=unroll)
     batches = [batch_of([3 + seed, 5], seed) for seed in range(4)]
     expected = [reference(bench.graphs, batch) for batch in batches]
@@ -927,7 +927,7 @@ def test_threads_that_share_a_pair_get_their_own_videos(bench: Bench, monkeypatc
         assert_same(found[index], reference(bench.graphs, batch))
 
 
-def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
+def test_closed_model_raises_without_driver_calls(bench: Bench) -> None:
     batch = batch_of([4, 4])
     for open_one in (bench.whole, bench.pair):
         backend: Any = open_one()
@@ -940,7 +940,7 @@ def test_a_closed_model_says_so_and_touches_nothing(bench: Bench) -> None:
         assert set(bench.driver.calls[calls:]) <= {"cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"}
 
 
-def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forked_process_raises_and_makes_no_driver_calls(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = bench.whole()
     here = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: here + 1)
@@ -958,7 +958,7 @@ def test_a_forked_process_is_told_to_load_anew(bench: Bench, monkeypatch: pytest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @unrolled_or_not
 @pytest.mark.parametrize("what", ["whole", "pair"])
-def test_a_forked_process_destroys_nothing_of_tensorrts(bench: Bench, what: str, unroll: Sequence[int]) -> None:
+def test_forked_process_destroys_no_tensorrt_objects(bench: Bench, what: str, unroll: Sequence[int]) -> None:
     backend = getattr(bench, what)(unroll=unroll)
     backend.run(batch_of([4]))
     network = backend.network_for(4)
@@ -978,7 +978,7 @@ def test_a_forked_process_destroys_nothing_of_tensorrts(bench: Bench, what: str,
     assert [thing() for thing in things] == [None, None]
 
 
-def test_the_device_of_the_caller_is_current_again(bench: Bench) -> None:
+def test_cuda_context_of_the_caller_is_restored(bench: Bench) -> None:
     theirs = 9
     bench.driver.stack().append(theirs)
     batch = batch_of([4, 4])
@@ -1002,7 +1002,7 @@ def test_the_device_of_the_caller_is_current_again(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_of_no_query_there_are_no_answers(tmp_path: Path, graphs: Graphs, version: str) -> None:
+def test_empty_batch_returns_empty_heads(tmp_path: Path, graphs: Graphs, version: str) -> None:
     bench, some = Bench(tmp_path, graphs, version), batch_of([4, 4])
     none = Batch(*(values[:0] for values in vars(some).values()))
     for backend in (
@@ -1022,7 +1022,7 @@ def test_of_no_query_there_are_no_answers(tmp_path: Path, graphs: Graphs, versio
                 assert heads.boundary_distances.shape == (0, locations, 2)
 
 
-def test_banks_of_different_sizes_do_not_mix_when_memory_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_caches_stay_separate_when_memory_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that finds no memory is asked again in halves through another profile, whose bank is another."""
     pair = bench.pair(profiles=[profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))])
     batch = batch_of([4, 4])
@@ -1043,7 +1043,7 @@ def test_banks_of_different_sizes_do_not_mix_when_memory_is_full(bench: Bench, m
 
 
 @unrolled_or_not
-def test_a_pair_is_opened_whole_or_not_at_all(bench: Bench, unroll: Sequence[int]) -> None:
+def test_failed_pair_opening_frees_all_memory(bench: Bench, unroll: Sequence[int]) -> None:
     profiles = [profile((1, 1, 1), "query", (1, 1, 1)), profile((2, 4, 8), "query", (1, 2, 3))]
     allocations = ("cuMemAlloc_v2", "cuMemAllocHost_v2")
     bench.pair(profiles=profiles).close()
@@ -1067,7 +1067,7 @@ def test_a_pair_is_opened_whole_or_not_at_all(bench: Bench, unroll: Sequence[int
     )
 
 
-def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
+def test_changed_engine_is_not_loaded(bench: Bench) -> None:
     bench.whole().close()
     plan = bench.directory / "drn.fp32.engine"
     plan.write_bytes(plan.read_bytes() + b" ")
@@ -1077,13 +1077,13 @@ def test_a_plan_that_was_changed_is_not_loaded(bench: Bench) -> None:
     assert bench.library.calls == []
 
 
-def test_a_plan_that_does_not_fit_is_not_loaded(bench: Bench) -> None:
+def test_incompatible_engine_is_not_loaded(bench: Bench) -> None:
     with raises(DeviceError, "incompatible_engine", "tensorrt 10.16.1.11", "NVIDIA T4"):
         bench.whole(gpu="NVIDIA T4, 1, 1 MiB, 7.5")
     assert bench.library.calls == []
 
 
-def test_a_plan_that_tensorrt_refuses_is_an_error_with_its_words(bench: Bench) -> None:
+def test_engine_rejected_by_tensorrt_reports_its_message(bench: Bench) -> None:
     bench.library.failing["deserialize_cuda_engine"] = "serialization version 239 does not match 240"
     with raises(DeviceError, "gpu_call_failed", 239, 240, "python -m export.build_engine"):
         bench.whole()
@@ -1097,13 +1097,13 @@ def test_old_driver_error_names_driver_and_required_version(bench: Bench) -> Non
     assert bench.driver.held() == {}
 
 
-def test_host_code_is_allowed_only_where_the_sidecar_says_so(bench: Bench) -> None:
+def test_host_code_is_allowed_only_by_metadata(bench: Bench) -> None:
     bench.whole()
     bench.whole(options={"version_compatible": True})
     assert bench.library.calls == [("deserialize_cuda_engine", False), ("deserialize_cuda_engine", True)]
 
 
-def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> None:
+def test_engine_with_other_tensors_is_rejected(bench: Bench, graphs: Graphs) -> None:
     plan = bench.directory / "odd.engine"
     write_plan(plan, graphs.video, [profile((1, 1, 1), "video")], graphs.manifest, bench.version)
     with raises(ModelFileError, "unexpected_tensors", plan, "query_tokens"):
@@ -1111,7 +1111,7 @@ def test_a_plan_with_other_tensors_is_refused(bench: Bench, graphs: Graphs) -> N
     assert bench.driver.held() == {}
 
 
-def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
+def test_pair_with_missing_or_foreign_video_part_is_rejected(bench: Bench) -> None:
     bench.pair().close()
     query, video = bench.directory / "drn.query.engine", bench.directory / "drn.video.engine"
     with raises(ModelFileError, "model_part", video, ".query.engine"):
@@ -1126,13 +1126,13 @@ def test_a_pair_needs_its_own_video_part(bench: Bench) -> None:
         bench.open(query)
 
 
-def test_the_cpu_is_refused(bench: Bench) -> None:
+def test_engine_on_cpu_is_rejected(bench: Bench) -> None:
     bench.whole()
     with raises(DeviceError, "gpu_required", "drn.fp32.engine"):
         open_backend(bench.directory / "drn.fp32.engine", "cpu")
 
 
-def test_an_engine_is_opened_by_its_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_suffix_opens_tensorrt_backend(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.whole()
     monkeypatch.setattr("runtime.backends.tensorrt_backend.Cuda", lambda: bench.cuda)
     monkeypatch.setattr(
@@ -1143,7 +1143,7 @@ def test_an_engine_is_opened_by_its_name(bench: Bench, monkeypatch: pytest.Monke
     assert grounder.backend.device == "cuda"
 
 
-def test_without_a_gpu_tensorrt_is_not_touched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_is_not_imported_without_gpu(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.whole()
 
     def absent() -> Cuda:
@@ -1208,7 +1208,7 @@ RTX = {"target": "tensorrt-rtx", "library": "tensorrt_rtx 1.7.1", "gpu": None, "
         ({"gpu": None}, {"gpu": "anything", "capability": "8.0"}, None),
     ],
 )
-def test_both_sides_are_named_where_a_plan_does_not_fit(
+def test_incompatibility_names_engine_and_machine(
     content: dict[str, Any], changed: dict[str, Any], values: list[str] | None
 ) -> None:
     machine = dataclasses.replace(H100, **changed)
@@ -1220,7 +1220,7 @@ def test_both_sides_are_named_where_a_plan_does_not_fit(
         assert quotes(str(reason), "python -m export.build_engine") or quotes(str(reason), "models/drn.int8.onnx")
 
 
-def test_the_command_that_rebuilds_is_whole_and_its_flags_exist() -> None:
+def test_rebuild_command_is_complete_with_existing_flags() -> None:
     pytest.importorskip("onnx")
     from export.build_engine import build_engine
 
@@ -1250,7 +1250,7 @@ def test_rebuild_command_of_a_part_builds_the_split_model(part: Any) -> None:
     assert command.endswith("--split --output models/drn.int8.query.engine")
 
 
-def test_a_lean_runtime_is_looked_for_only_where_it_will_do() -> None:
+def test_lean_runtime_is_used_only_for_compatible_engines() -> None:
     assert engine_compatibility.libraries({"target": "tensorrt"}) == ("tensorrt",)
     assert engine_compatibility.libraries({"target": "tensorrt", **COMPATIBLE}) == ("tensorrt", "tensorrt_lean")
     assert engine_compatibility.libraries(RTX) == ("tensorrt_rtx",)
@@ -1258,14 +1258,14 @@ def test_a_lean_runtime_is_looked_for_only_where_it_will_do() -> None:
 
 
 @given(st.integers(1, 5000))
-def test_padding_is_at_most_a_third(size: int) -> None:
+def test_bucket_pads_by_at_most_a_third(size: int) -> None:
     padded = bucket(size)
     assert size <= padded
     assert padded - size <= padded / 3
     assert bucket(padded) == padded
 
 
-def test_few_sizes_are_left() -> None:
+def test_bucket_returns_few_sizes() -> None:
     assert sorted({bucket(size) for size in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
@@ -1281,21 +1281,19 @@ def domains(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
     ("batch", "length", "index", "padded"),
     [(1, 1, 0, (1, 4)), (2, 5, 1, (2, 6)), (5, 9, 1, (6, 12)), (7, 12, 1, (8, 12)), (10, 11, 2, (12, 12))],
 )
-def test_the_profile_with_the_least_padding_is_taken(
-    batch: int, length: int, index: int, padded: tuple[int, int]
-) -> None:
+def test_profile_with_least_padding_is_chosen(batch: int, length: int, index: int, padded: tuple[int, int]) -> None:
     chosen, sizes = choose(domains((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length})
     assert chosen.index == index
     assert (sizes["batch"], sizes["query_length"]) == padded
 
 
-def test_a_request_beyond_every_profile_names_the_ranges() -> None:
+def test_request_beyond_all_profiles_names_their_ranges() -> None:
     with raises(ShapeError, "shape_mismatch", "batch 1 to 1, query_length 2 to 12", "batch 2 to 8", "batch 9"):
         choose(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4))
-def test_pieces_hold_every_row_once_and_few_videos(which: list[int], largest: int, most: int) -> None:
+def test_slices_contain_each_row_once_and_limit_videos(which: list[int], largest: int, most: int) -> None:
     index, videos = np.array(which, np.int32), max(which) + 1
     parts = list(row_slices_by_video(index, largest, most, videos))
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(which)))
@@ -1309,7 +1307,7 @@ def test_pieces_hold_every_row_once_and_few_videos(which: list[int], largest: in
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["f4", "f2", "i4"])), min_size=1, max_size=6))
-def test_tensors_lie_side_by_side_aligned_and_apart(tensors: list[tuple[int, str]]) -> None:
+def test_packed_tensors_are_aligned_and_do_not_overlap(tensors: list[tuple[int, str]]) -> None:
     shapes = {str(number): (size, 3) for number, (size, _) in enumerate(tensors)}
     dtypes = {str(number): np.dtype(kind) for number, (_, kind) in enumerate(tensors)}
     regions, size = pack_tensors(shapes, dtypes)
@@ -1337,7 +1335,7 @@ def test_encoding_slots_hold_the_last_used_keys(slots: int, asked: list[list[str
         assert set(recent[-slots:]) == set(content.values())
 
 
-def test_a_failed_call_is_named_with_the_drivers_words() -> None:
+def test_failed_cuda_call_is_named_with_driver_message() -> None:
     driver = Driver()
     cuda = Cuda(driver)
     assert (cuda.name, cuda.capability, cuda.driver) == ("NVIDIA H100", "9.0", "13.0")
@@ -1351,7 +1349,7 @@ def test_a_failed_call_is_named_with_the_drivers_words() -> None:
             cuda.allocate(200)
 
 
-def test_a_driver_without_gpus_or_too_old_is_an_error() -> None:
+def test_driver_without_gpus_or_too_old_raises_error() -> None:
     with raises(DeviceError, "gpu_unavailable", "CUDA_VISIBLE_DEVICES"):
         Cuda(Driver(devices=0))
     driver = Driver()
@@ -1360,7 +1358,7 @@ def test_a_driver_without_gpus_or_too_old_is_an_error() -> None:
         Cuda(type("Old", (), {name: staticmethod(call) for name, call in names.items()}))
 
 
-def test_a_machine_without_a_driver_says_so() -> None:
+def test_missing_cuda_driver_raises_gpu_unavailable() -> None:
     if ctypes.util.find_library("cuda"):
         pytest.skip("this machine has a CUDA driver")
     with raises(DeviceError, "gpu_unavailable", "libcuda.so.1"):
@@ -1370,8 +1368,8 @@ def test_a_machine_without_a_driver_says_so() -> None:
 @pytest.mark.gpu
 @pytest.mark.trt
 @pytest.mark.parametrize("split", [False, True])
-def test_a_real_engine_answers_as_its_graph(tmp_path: Path, graphs: Graphs, split: bool) -> None:
-    """As `test_an_engine_gives_the_moments_of_its_graph`, with TensorRT's own kernels and CUDA's own graphs."""
+def test_real_engine_equals_its_graph(tmp_path: Path, graphs: Graphs, split: bool) -> None:
+    """As `test_engine_gives_same_moments_as_graph`, with TensorRT's own kernels and CUDA's own graphs."""
     if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
         pytest.skip("neither TensorRT nor TensorRT-RTX is installed")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.benchmarking.cases import doubling_sizes
 
 
-def test_sizes_double_up_to_the_largest() -> None:
+def test_doubling_sizes_end_at_the_maximum() -> None:
     assert [doubling_sizes(maximum) for maximum in (1, 2, 3, 32, 33)] == [
         [1],
         [1, 2],

@@ -12,12 +12,12 @@ from runtime.core.errors import GroundingError
 from tests.raising import raises
 
 
-def test_models_of_one_name_are_told_apart() -> None:
+def test_models_with_same_name_get_distinct_labels() -> None:
     paths = [Path(name) for name in ("a/x.onnx", "b/x.onnx", "y.onnx", "y.onnx")]
     assert model_labels(paths) == ["a/x.onnx", "b/x.onnx", "y.onnx (1)", "y.onnx (2)"]
 
 
-def test_all_model_files_a_model_count(tmp_path: Path, planted_backend: Any) -> None:
+def test_model_files_include_all_parts(tmp_path: Path, planted_backend: Any) -> None:
     manifest = dataclasses.replace(planted_backend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
     for suffix in ("onnx", "engine"):
         query, video = tmp_path / f"m.query.{suffix}", tmp_path / f"m.video.{suffix}"
@@ -32,7 +32,7 @@ def test_all_model_files_a_model_count(tmp_path: Path, planted_backend: Any) -> 
     assert model_files(query, manifest) == [query, video, shorter]
 
 
-def test_a_cold_start_is_of_a_fresh_process(tiny_model: Path, tmp_path: Path) -> None:
+def test_cold_start_is_timed_in_a_new_process(tiny_model: Path, tmp_path: Path) -> None:
     assert cold_start(tiny_model, "cpu", 1) > 0
     broken = tmp_path / "broken.onnx"
     broken.write_text("no model")

@@ -13,7 +13,7 @@ from tests.runtime.artifacts.test_encoded_video import PlantedPair
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_walking_through_the_phases_answers_as_the_grounder(planted_backend: Any, split: bool) -> None:
+def test_time_phases_returns_same_moments_as_grounder(planted_backend: Any, split: bool) -> None:
     backend = planted_backend()
     grounder = Grounder(PlantedPair(backend) if split else backend)
     pairs = synthetic_workload([backend.manifest]).pairs[:12]

@@ -32,12 +32,12 @@ def test_overhead_share_counts_video_encoding_once() -> None:
     assert phases.overhead_share(known=True) == pytest.approx(1 / 10)
 
 
-def test_throughput_counts_the_slowest_calls_too() -> None:
+def test_throughput_includes_the_slowest_calls() -> None:
     case = BenchmarkCase(BATCH_SIZE, "network", "host", 8, 8)
     assert Timing(case, "a", Latency.from_samples([0.001] * 9 + [0.091])).queries_per_s == pytest.approx(800)
 
 
-def test_the_table_says_ratios_failures_and_what_never_settled(report: Report) -> None:
+def test_table_lists_ratios_failures_and_unsettled_cases(report: Report) -> None:
     text = report.text()
     assert "2.50 (2.40 to 2.60)" in text
     assert "not measured: It takes 1." in text
@@ -49,18 +49,18 @@ def test_the_table_says_ratios_failures_and_what_never_settled(report: Report) -
     assert "1 thread, numpy 2.4, 2026-11-23" in text
 
 
-def test_what_agrees_is_said_to_agree() -> None:
+def test_agreement_sentence_reports_equal_models() -> None:
     same = Agreement("b", 3, 1.0, 0.999, 0.001, 0, 0.05)
     assert same.sentence("a").startswith("b answers as a (3 queries")
 
 
-def test_the_gpu_is_named_where_one_was_used(report: Report) -> None:
+def test_environment_line_names_gpu_only_if_used(report: Report) -> None:
     assert "H100" not in environment_line(report.to_dict())
     used = dataclasses.replace(report, models=[model_info("slow.onnx", SLOW, "cuda")])
     assert environment_line(used.to_dict()).startswith("H100, EPYC, 2 cores")
 
 
-def test_a_passport_gets_the_rows_of_its_model_alone(report: Report, tmp_path: Path) -> None:
+def test_latency_table_lists_only_rows_of_its_model(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps(report.to_dict(), allow_nan=False))
     header, rows = latency_table(read_report(path), FAST)
@@ -72,7 +72,7 @@ def test_a_passport_gets_the_rows_of_its_model_alone(report: Report, tmp_path: P
     assert [row[0] for row in rows] == ["host: network", "host: network, batch size 2"]
 
 
-def test_a_passport_of_another_model_is_refused(report: Report) -> None:
+def test_latency_table_of_another_model_is_rejected(report: Report) -> None:
     with raises(ModelFileError, "report_of_another_model", "slow.onnx", "fast.onnx"):
         latency_table(report.to_dict(), "0" * 64)
     nothing = dataclasses.replace(report, timings=[])
@@ -90,7 +90,7 @@ def test_a_passport_of_another_model_is_refused(report: Report) -> None:
         (None, "missing_file"),
     ],
 )
-def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, code: str) -> None:
+def test_invalid_report_file_is_rejected(tmp_path: Path, text: str | None, code: str) -> None:
     path = tmp_path / "r.json"
     if text is not None:
         path.write_text(text)
@@ -98,7 +98,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, code: st
         read_report(path)
 
 
-def test_a_timing_that_is_damaged_is_refused(report: Report, tmp_path: Path) -> None:
+def test_report_with_damaged_timing_is_rejected(report: Report, tmp_path: Path) -> None:
     content = report.to_dict()
     del content["timings"][0]["latency"]["p50_ms"]
     (tmp_path / "r.json").write_text(json.dumps(content))
@@ -106,7 +106,7 @@ def test_a_timing_that_is_damaged_is_refused(report: Report, tmp_path: Path) -> 
         read_report(tmp_path / "r.json")
 
 
-def test_agreement_is_of_best_moments() -> None:
+def test_agreement_compares_best_moments_only() -> None:
     def moment(start: float, end: float) -> list[Moment]:
         return [Moment(start, end, 0.9), Moment(0, 100, 0.5)]
 

@@ -21,27 +21,27 @@ from runtime.core import cpu_info
 LINE = "NVIDIA H100 80GB HBM3, 575.57, 1980, 1980, 31, 113.27, 1024, 81559, 0x0000000000000044"
 
 
-def test_a_line_of_nvidia_smi_is_read() -> None:
+def test_nvidia_smi_line_is_parsed() -> None:
     found = parse_gpu(LINE)
     assert found == system_info.Gpu(
         "NVIDIA H100 80GB HBM3", "575.57", 1980, 1980, 31, 113.27, 1024, 81559, ("power limit", "heat (hardware)")
     )
 
 
-def test_what_a_gpu_does_not_tell_is_none() -> None:
+def test_unavailable_gpu_values_are_none() -> None:
     found = parse_gpu("Tesla, 1.0, [N/A], [Not Supported], 31, [N/A], 1, 2, [N/A]")
     assert found is not None
     assert (found.sm_mhz, found.max_sm_mhz, found.power_w, found.throttled_by) == (None, None, None, ())
     assert parse_gpu("No devices were found") is None
 
 
-def test_idling_is_no_throttling() -> None:
+def test_idle_gpu_is_not_throttled() -> None:
     assert throttle_reasons("0x0000000000000001") == ()
     assert throttle_reasons("0x0000000000000028") == ("hardware slowdown", "heat (software)")
     assert throttle_reasons("0x0000000000001000") == ("0x1000",)
 
 
-def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_driver_is_queried_with_old_field_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -69,14 +69,14 @@ def test_an_old_driver_is_asked_by_the_old_name(monkeypatch: pytest.MonkeyPatch)
         ([], None),
     ],
 )
-def test_cpu_features_are_those_linux_lists(
+def test_cpu_features_are_read_from_cpuinfo(
     lines: list[str], features: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_info, "_lines", lambda path: lines)
     assert cpu_info.cpu_features() == features
 
 
-def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_state_without_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_info.shutil, "which", lambda _: None)
     found = conditions("before")
     assert isinstance(found, SystemState)
@@ -95,13 +95,13 @@ def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None, 2, 1, False),
     ],
 )
-def test_a_machine_is_busy_where_others_leave_too_little(
+def test_busy_machine_gives_background_load_warning(
     before: float | None, after: float | None, cores: int, threads: int, busy: bool
 ) -> None:
     assert (background_load_warning(before, after, cores, threads) is not None) is busy
 
 
-def test_this_process_has_memory_and_versions() -> None:
+def test_system_info_reports_memory_versions_and_cpu() -> None:
     assert system_info.peak_rss_bytes() > 10 * 2**20
     assert {"python", "numpy", "drn-deploy"} <= set(system_info.versions())
     assert cpu_info.cores() >= 1

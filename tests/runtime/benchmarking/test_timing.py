@@ -51,7 +51,7 @@ def clock() -> FakeClock:
 # Percentiles
 
 
-def test_percentiles_are_samples_counted_by_hand() -> None:
+def test_percentiles_match_hand_computed_values() -> None:
     found = Latency.from_samples([ms / 1e3 for ms in range(1, 101)])
     assert found.samples == 100
     values = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
@@ -59,7 +59,7 @@ def test_percentiles_are_samples_counted_by_hand() -> None:
     assert found.mean_ms == pytest.approx(50.5)
 
 
-def test_outliers_are_kept() -> None:
+def test_outliers_are_included_in_latency() -> None:
     found = Latency.from_samples([0.001] * 999 + [5.0])
     assert found.max_ms == 5000
     assert found.mean_ms == pytest.approx(5.999)
@@ -67,18 +67,18 @@ def test_outliers_are_kept() -> None:
 
 
 @pytest.mark.parametrize(("q", "fewest"), [(50, 2), (90, 10), (95, 20), (99, 100)])
-def test_a_percentile_needs_samples_beyond_it(q: int, fewest: int) -> None:
+def test_percentile_needs_enough_samples(q: int, fewest: int) -> None:
     assert percentile(range(fewest - 1), q) is None
     assert percentile(range(fewest), q) == fewest - 1 - fewest * (100 - q) // 100
 
 
-def test_one_sample_is_its_own_median() -> None:
+def test_single_sample_has_only_median_and_maximum() -> None:
     found = Latency.from_samples([0.002])
     assert (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms) == (2, None, None, 2)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=100, max_size=300), st.sampled_from([50, 90, 95, 99]))
-def test_a_percentile_is_a_sample_that_so_many_do_not_exceed(values: list[float], q: int) -> None:
+def test_percentile_is_a_sample_of_the_right_rank(values: list[float], q: int) -> None:
     found = percentile(values, q)
     assert found in values
     assert sum(value <= found for value in values) * 100 >= q * len(values)
@@ -104,11 +104,11 @@ def test_windows_agree_within_three_percent(medians: list[float], wanted: bool) 
     assert is_stable(medians) is wanted
 
 
-def test_a_window_fills_its_time_within_bounds() -> None:
+def test_window_size_stays_within_bounds() -> None:
     assert [window_size(seconds) for seconds in (0.0, 1e-6, 0.02, 10.0)] == [100, 100, 10, 3]
 
 
-def test_warming_up_ends_when_the_slow_start_is_over(clock: FakeClock) -> None:
+def test_warm_up_ends_after_the_slow_start(clock: FakeClock) -> None:
     call = clock.call("a", lambda number: 0.02 if number > 25 else 0.05 - 0.001 * number)
     (found,) = warm_up([call], clock)
     assert found.settled
@@ -118,7 +118,7 @@ def test_warming_up_ends_when_the_slow_start_is_over(clock: FakeClock) -> None:
     assert found.windows_ms[-4] > 20.6
 
 
-def test_warming_up_is_bounded_and_says_when_it_never_settles(clock: FakeClock) -> None:
+def test_unsettled_warm_up_stops_and_is_reported(clock: FakeClock) -> None:
     (found,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, max_seconds=1e9)
     assert not found.settled
     assert len(found.windows_ms) == timing.MAX_WINDOWS
@@ -128,7 +128,7 @@ def test_warming_up_is_bounded_and_says_when_it_never_settles(clock: FakeClock) 
     assert len(found.windows_ms) == timing.WINDOWS
 
 
-def test_all_are_warm_before_any_counts(clock: FakeClock) -> None:
+def test_warm_up_continues_until_all_models_settle(clock: FakeClock) -> None:
     steady = clock.call("a", lambda number: 0.02)
     late = clock.call("b", lambda number: 0.02 if number > 60 else 0.1 / (1 + number))
     first, second = warm_up([steady, late], clock)
@@ -140,11 +140,11 @@ def test_all_are_warm_before_any_counts(clock: FakeClock) -> None:
 # Turns
 
 
-def test_each_is_called_once_a_round_and_another_first() -> None:
+def test_rotation_changes_first_model_each_round() -> None:
     assert [list(rotation(number, 3)) for number in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
 
 
-def test_models_are_interleaved_call_by_call(clock: FakeClock) -> None:
+def test_models_are_interleaved_per_call(clock: FakeClock) -> None:
     samples: list[list[float]] = [[], []]
     rounds: list[int] = []
     calls = [clock.call("a", lambda number: 1 + number), clock.call("b", lambda number: 10 + number)]
@@ -163,14 +163,14 @@ def test_setup_is_not_timed_and_device_time_is_used(clock: FakeClock) -> None:
     assert clock.call("a", lambda number: 2.0, device_seconds=lambda: 0.5).seconds(0, clock) == 0.5
 
 
-def test_a_limit_of_time_leaves_the_fewest_calls(clock: FakeClock) -> None:
+def test_time_limit_keeps_the_minimum_rounds(clock: FakeClock) -> None:
     for most, fewest, wanted in ((3.5, 1, 4), (0.5, 3, 3), (1e9, 1, 50)):
         samples: list[list[float]] = [[]]
         run_interleaved([clock.call("a", lambda _: 1.0)], 50, samples, max_seconds=most, min_rounds=fewest, clock=clock)
         assert len(samples[0]) == wanted
 
 
-def test_an_interruption_loses_no_sample(clock: FakeClock) -> None:
+def test_interruption_keeps_all_samples(clock: FakeClock) -> None:
     def seconds(number: int) -> float:
         if number == 3:
             raise KeyboardInterrupt
@@ -186,14 +186,14 @@ def test_an_interruption_loses_no_sample(clock: FakeClock) -> None:
 # Ratios
 
 
-def test_a_ratio_is_of_the_same_round() -> None:
+def test_speed_ratio_compares_samples_of_one_round() -> None:
     # The machine slows down tenfold half-way; the ratio of every round is 2 all the same.
     ours, theirs = [1.0] * 50 + [10.0] * 50, [2.0] * 50 + [20.0] * 50
     found = speed_ratio(ours, theirs)
     assert (found.median, found.low, found.high, found.rounds) == (2, 2, 2, 100)
 
 
-def test_the_interval_holds_the_median_and_shrinks_with_rounds() -> None:
+def test_ratio_interval_shrinks_with_more_rounds() -> None:
     def spread(rounds: int) -> float:
         ours = [1 + 0.1 * ((7 * index) % 11) for index in range(rounds)]
         found = speed_ratio(ours, [1.0] * rounds)
@@ -204,10 +204,10 @@ def test_the_interval_holds_the_median_and_shrinks_with_rounds() -> None:
     assert spread(600) < spread(20)
 
 
-def test_a_round_that_was_cut_off_is_left_out() -> None:
+def test_incomplete_round_is_excluded_from_ratio() -> None:
     assert speed_ratio([1.0, 1.0, 1.0], [3.0, 3.0]).rounds == 2
 
 
-def test_of_equal_times_the_ratio_is_one() -> None:
+def test_equal_times_have_ratio_one() -> None:
     values = [0.001, 0.002, 0.003]
     assert speed_ratio(values, values) == timing.Ratio(1, 1, 1, 3)

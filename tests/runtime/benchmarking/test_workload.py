@@ -14,7 +14,7 @@ from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 
 
-def test_made_up_inputs_are_of_the_models_own_sizes_and_words(planted_backend: Any) -> None:
+def test_synthetic_workload_matches_model_sizes_and_words(planted_backend: Any) -> None:
     manifest = planted_backend().manifest
     workload = synthetic_workload([manifest], 70)
     assert len(workload.pairs) == 70
@@ -28,7 +28,7 @@ def test_made_up_inputs_are_of_the_models_own_sizes_and_words(planted_backend: A
     assert np.array_equal(again.pairs[0][0].features, workload.pairs[0][0].features)
 
 
-def test_workload_of_a_data_set(mini: Path) -> None:
+def test_dataset_workload_returns_videos_and_queries(mini: Path) -> None:
     lines = [line.split("##") for line in (mini / "Charades_sta_test.txt").read_text().splitlines()]
     result = dataset_workload(mini, None, ())
     assert [(video.name, query) for video, query in result.pairs] == [(head.split()[0], query) for head, query in lines]
@@ -42,7 +42,7 @@ def test_workload_of_a_data_set(mini: Path) -> None:
         dataset_workload(mini, "none", ())
 
 
-def test_a_new_video_was_never_seen_and_a_known_one_is_ready(planted_backend: Any) -> None:
+def test_cached_pairs_reuse_and_unseen_pairs_need_encodings(planted_backend: Any) -> None:
     pair = PlantedPair(planted_backend())
     grounder = Grounder(pair)
     model = BenchmarkedModel.from_grounder("pair", grounder, synthetic_workload([pair.manifest]).pairs)

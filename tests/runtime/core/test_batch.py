@@ -14,7 +14,7 @@ def segments(value: float, dtype: type = np.float32) -> Segments:
     return Segments(np.full((4, 3), value, dtype), np.full((4, 2), value / 100))
 
 
-def test_short_queries_are_padded_with_zeros_by_hand() -> None:
+def test_short_queries_are_padded_with_zeros() -> None:
     batch = collate([np.array([7], np.int32), np.array([3, 4, 5], np.int32)], [segments(1), segments(2)])
     assert batch.query_tokens.tolist() == [[7, 0, 0], [3, 4, 5]]
     assert batch.query_length.tolist() == [1, 3]
@@ -22,7 +22,7 @@ def test_short_queries_are_padded_with_zeros_by_hand() -> None:
     assert batch.segment_spans[:, 0, 0].tolist() == [np.float32(0.01), np.float32(0.02)]
 
 
-def test_types_and_names_are_those_of_the_exported_graph() -> None:
+def test_batch_names_and_dtypes_match_exported_graph() -> None:
     batch = collate([np.array([1], np.int64)], [segments(1, np.float16)])
     assert {name: str(value.dtype) for name, value in vars(batch).items()} == {
         "query_tokens": "int32",
@@ -33,7 +33,7 @@ def test_types_and_names_are_those_of_the_exported_graph() -> None:
 
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=8))
-def test_collating_keeps_order_and_loses_nothing(sentences: list[list[int]]) -> None:
+def test_collate_preserves_order_and_content(sentences: list[list[int]]) -> None:
     queries = [np.array(ids, np.int32) for ids in sentences]
     batch: Batch = collate(queries, [segments(index) for index in range(len(queries))])
     assert len(batch) == len(sentences)

@@ -31,13 +31,13 @@ def add(first: int, *, second: int = 2) -> int:
     return first + second
 
 
-def test_a_signature_is_a_command_line(run_command: Callable[..., Any]) -> None:
+def test_function_signature_becomes_command_line(run_command: Callable[..., Any]) -> None:
     outcome = run_command(add, "--first", 1)
     assert (outcome.code, outcome.out, outcome.err) == (0, "3\n", "")
     assert run_command(add, "--first", 1, "--second", 5).out == "6\n"
 
 
-def test_the_docstring_is_the_help(run_command: Callable[..., Any]) -> None:
+def test_help_shows_the_docstring(run_command: Callable[..., Any]) -> None:
     outcome = run_command(add, "--help")
     assert outcome.code == 0
     assert "Add two numbers." in outcome.out
@@ -45,9 +45,7 @@ def test_the_docstring_is_the_help(run_command: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--first", "one"), ("--first", 1, "--third", 3)])
-def test_a_command_line_that_does_not_fit_exits_with_2(
-    run_command: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def test_invalid_command_line_exits_with_2(run_command: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     outcome = run_command(add, *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
@@ -56,7 +54,7 @@ def test_a_command_line_that_does_not_fit_exits_with_2(
 @pytest.mark.parametrize(
     ("error", "code"), [(GroundingError, 2), (FeatureError, 2), (DeviceError, 2), (CheckFailed, 1)]
 )
-def test_an_error_is_its_sentence_and_its_exit_code(
+def test_error_prints_message_and_sets_exit_code(
     run_command: Callable[..., Any], error: type[Exception], code: int
 ) -> None:
     def fails() -> None:
@@ -67,7 +65,7 @@ def test_an_error_is_its_sentence_and_its_exit_code(
     assert (outcome.code, outcome.out, outcome.err) == (code, "a result\n", "error: What happened; what to do.\n")
 
 
-def test_an_interruption_is_exit_code_130(run_command: Callable[..., Any]) -> None:
+def test_keyboard_interrupt_exits_with_130(run_command: Callable[..., Any]) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -76,7 +74,7 @@ def test_an_interruption_is_exit_code_130(run_command: Callable[..., Any]) -> No
     assert outcome.err.startswith("Interrupted")
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.core.cli import command
 
     def broken() -> None:
@@ -87,7 +85,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
         command(broken)
 
 
-def test_the_next_command_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_next_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "drn"):
         suggest_next_command("runtime.infer", "--query", 'person\'s "door"', "--top-k", 5)
     line = next(line for line in caplog.text.splitlines() if "Next:" in line)
@@ -128,7 +126,7 @@ def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.
     )
 
 
-def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_while_writing_exits_130_without_files(tmp_path: Path) -> None:
     process = start(
         f"with atomic_write({str(tmp_path / 'report.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
@@ -147,7 +145,7 @@ def test_ctrl_c_while_writing_exits_with_130_and_leaves_nothing(tmp_path: Path) 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_results_sent_to_a_full_disk_are_one_sentence(unbuffered: bool) -> None:
+def test_stdout_on_full_disk_gives_one_line_error(unbuffered: bool) -> None:
     with open("/dev/full", "w") as full:
         process = start("print('x' * 10)", stdout=full, unbuffered=unbuffered)
         _, err = process.communicate(timeout=30)
@@ -157,7 +155,7 @@ def test_results_sent_to_a_full_disk_are_one_sentence(unbuffered: bool) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_an_error_is_said_even_when_stdout_is_full() -> None:
+def test_error_is_printed_when_stdout_is_full() -> None:
     with open("/dev/full", "w") as full:
         process = start("print('x')\nraise GroundingError('What happened.')", stdout=full)
         _, err = process.communicate(timeout=30)
@@ -196,7 +194,7 @@ def test_closed_streams_keep_exit_code_without_traceback(redirection: str, body:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_log_that_cannot_be_written_is_no_error() -> None:
+def test_unwritable_log_does_not_fail_the_command() -> None:
     with open("/dev/full", "w") as full:
         process = start("print('x')\nprint('log', file=sys.stderr, flush=True)", stderr=full)
         out, _ = process.communicate(timeout=30)
@@ -205,7 +203,7 @@ def test_a_log_that_cannot_be_written_is_no_error() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX shells close descriptors")
 @pytest.mark.parametrize("redirection", [">&-", "2>&-"])
-def test_files_never_get_the_number_of_a_closed_stream(tmp_path: Path, redirection: str) -> None:
+def test_files_do_not_reuse_descriptors_of_closed_streams(tmp_path: Path, redirection: str) -> None:
     # What a library prints to descriptor 1 or 2 would be written into the file.
     body = (
         f"with open({str(tmp_path / 'report')!r}, 'w') as stream:\n"
@@ -229,7 +227,7 @@ def test_help_into_a_closed_stdout_exits_with_2() -> None:
     assert ended.stderr.startswith("error: ")
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_reader_closing_stdout_early_is_not_an_error() -> None:
     process = start("for number in range(100_000): print(number)")
     assert process.stdout
     process.stdout.readline()
@@ -241,7 +239,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 @pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_termination_while_writing_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_termination_while_writing_leaves_no_files(tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start(
         f"with atomic_write({str(tmp_path / 'report.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
@@ -287,7 +285,7 @@ def test_text_of_any_language_prints_in_every_encoding(encoding: str, monkeypatc
     assert out.endswith("\\udcff\n")
 
 
-def test_a_wrong_argument_is_shown_escaped_and_bounded(run_command: Callable[..., Any]) -> None:
+def test_invalid_argument_is_printed_escaped_and_bounded(run_command: Callable[..., Any]) -> None:
     for word in ("--\x1b[31mred", "one\x1b]0;title\x07", "x" * 100_000):
         outcome = run_command(add, "--first", word)
         assert (outcome.code, outcome.out) == (2, "")
@@ -295,7 +293,7 @@ def test_a_wrong_argument_is_shown_escaped_and_bounded(run_command: Callable[...
         assert len(outcome.err) < 3000
 
 
-def test_a_long_argument_that_fits_reaches_the_command(run_command: Callable[..., Any]) -> None:
+def test_valid_long_argument_reaches_the_command(run_command: Callable[..., Any]) -> None:
     def echo(text: str) -> None:
         """Print the length of a text."""
         print(len(text))
@@ -303,7 +301,7 @@ def test_a_long_argument_that_fits_reaches_the_command(run_command: Callable[...
     assert run_command(echo, "--text", "x\x1b" * 1000).out == "2000\n"
 
 
-def test_a_path_that_is_too_long_is_one_sentence(run_command: Callable[..., Any]) -> None:
+def test_too_long_path_gives_one_line_error(run_command: Callable[..., Any]) -> None:
     def look(path: Path) -> None:
         """Look at a file."""
         path.stat()

@@ -26,7 +26,7 @@ def subclasses(error: type[GroundingError]) -> list[type[GroundingError]]:
     return [error, *(inner for direct in error.__subclasses__() for inner in subclasses(direct))]
 
 
-def test_every_error_class_of_the_module_has_its_own_code() -> None:
+def test_error_classes_have_distinct_codes() -> None:
     ours = [error for error in subclasses(GroundingError) if error.__module__ == "runtime.core.errors"]
     assert len({error.code for error in ours}) == len(ours)
 
@@ -68,7 +68,7 @@ def test_printable_text_is_encodable_without_control_characters(text: str) -> No
     assert not [c for c in escaped if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 or c in "\u202e\u2028"]
 
 
-def test_printable_leaves_sentences_alone() -> None:
+def test_printable_keeps_plain_sentences() -> None:
     assert printable("une fille rit à 5 °C\n\t“日本”") == "une fille rit à 5 °C\n\t“日本”"
 
 
@@ -84,12 +84,12 @@ def test_printable_leaves_sentences_alone() -> None:
         (KeyError(), "damaged_file"),
     ],
 )
-def test_reading_turns_any_exception_into_the_named_error(problem: Exception, code: str) -> None:
+def test_reading_converts_exceptions_to_given_error(problem: Exception, code: str) -> None:
     with raises(FeatureError, code, "f.npy"), reading("f.npy", "an array", FeatureError, "extract it again"):
         raise problem
 
 
-def test_reading_passes_errors_of_the_project_and_interrupts() -> None:
+def test_reading_reraises_project_errors_and_interrupts() -> None:
     with pytest.raises(GroundingError) as raised, reading("f.npy", "an array", FeatureError, "extract it again"):
         raise GroundingError("known")
     assert type(raised.value) is GroundingError
@@ -98,7 +98,7 @@ def test_reading_passes_errors_of_the_project_and_interrupts() -> None:
 
 
 @pytest.mark.parametrize(("key", "missing"), [("shape", True), ("Unable to open object (bad checksum)", False)])
-def test_key_errors_of_sentences_name_no_missing_key(key: str, missing: bool) -> None:
+def test_reading_quotes_missing_keys_but_not_messages(key: str, missing: bool) -> None:
     with pytest.raises(FeatureError) as caught, reading("a.h5", "an HDF5 file", FeatureError, "copy it again"):
         raise KeyError(key)
     check_error(caught.value, "damaged_file", key)

@@ -62,7 +62,7 @@ def recalls(picks: np.ndarray, truth: np.ndarray, threshold: float, protocol: An
 
 @LISTS
 @THRESHOLDS
-def test_recall_is_that_of_the_published_metric(
+def test_recall_matches_the_published_metric(
     name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     expected = recorded["recall"][f"{name}@{threshold}"]
@@ -71,7 +71,7 @@ def test_recall_is_that_of_the_published_metric(
 
 @LISTS
 @THRESHOLDS
-def test_recall_after_hard_nms_is_that_of_the_authors_evaluation(
+def test_recall_after_hard_nms_matches_authors_evaluation(
     name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     picks, truth = padded(lists, name)
@@ -81,7 +81,7 @@ def test_recall_after_hard_nms_is_that_of_the_authors_evaluation(
 
 @LISTS
 @THRESHOLDS
-def test_recall_without_nms_is_that_of_the_authors_evaluation(
+def test_recall_without_nms_matches_authors_evaluation(
     name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     picks, truth = padded(lists, name)
@@ -90,7 +90,7 @@ def test_recall_without_nms_is_that_of_the_authors_evaluation(
     assert recalls(by_score, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=False"]
 
 
-def test_the_recorded_soft_nms_of_200_queries_is_ours(lists: np.lib.npyio.NpzFile) -> None:
+def test_soft_nms_matches_200_recorded_queries(lists: np.lib.npyio.NpzFile) -> None:
     expected, _ = padded(lists, "random_softnms")
     picks = soft_nms(proposals(padded(lists, "random")[0]))
     np.testing.assert_allclose(picks, expected, rtol=0, atol=DETECTIONS)
@@ -101,7 +101,7 @@ def test_the_recorded_soft_nms_of_200_queries_is_ours(lists: np.lib.npyio.NpzFil
 ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
 
 
-def test_odd_predictions_score_as_published_except_two_cases(
+def test_odd_predictions_match_published_except_two_cases(
     lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     differing = []
@@ -141,7 +141,7 @@ def test_mmaction2_compares_float32_and_authors_float64() -> None:
 
 
 @PROTOCOLS
-def test_only_the_first_picks_count_as_given(protocol: Any) -> None:
+def test_is_hit_uses_first_n_picks_in_given_order(protocol: Any) -> None:
     miss, hit = [0.9, 1, 0.1], [0, 0.5, 0.9]
     picks = np.array([[miss, hit, miss, miss, miss, miss], [miss] * 5 + [hit]], np.float32)
     truth = np.array([[0.0, 0.5]] * 2)
@@ -157,7 +157,7 @@ def test_no_picks_are_a_miss(protocol: Any) -> None:
     assert not is_hit(np.full((2, 6, 3), np.nan, np.float32), np.array([[0.0, 1.0]] * 2), 5, 0.5, protocol).any()
 
 
-def test_a_report_by_hand() -> None:
+def test_report_matches_hand_computed_values() -> None:
     nothing = [np.nan] * 3
     picks = np.array(
         [[[0, 1, 0.9], [0, 0.5, 0.8]], [[0, 0.4, 0.9], nothing], [nothing, nothing], [[0.5, 1, 1], nothing]],
@@ -179,26 +179,26 @@ def test_a_report_by_hand() -> None:
     }
 
 
-def test_each_threshold_is_judged_on_its_own_picks() -> None:
+def test_each_threshold_uses_its_own_picks() -> None:
     right, wrong = np.array([[[0, 1, 1]]], np.float32), np.array([[[0, 0.1, 1]]], np.float32)
     values = report({0.3: wrong, 0.5: right, 0.7: wrong}, np.array([[0.0, 1.0]]), "drn").values
     assert [values[f"R@1 IoU={threshold}"] for threshold in (0.3, 0.5, 0.7)] == [0, 1, 0]
 
 
-def test_reports_lead_with_what_carries_information() -> None:
+def test_report_lists_main_metrics_first() -> None:
     assert METRICS[:3] == ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
     picks = np.zeros((1, 1, 3), np.float32)
     values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), np.array([[0.0, 1.0]]), "drn").values
     assert tuple(values) == METRICS
 
 
-def test_metrics_of_other_thresholds_keep_that_order() -> None:
+def test_metric_order_holds_for_other_thresholds() -> None:
     names = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU", "R@1 IoU=0.3", "R@1 IoU=0.1")
     assert metric_names((0.1, 0.3, 0.5, 0.7)) == names + tuple(f"R@5 IoU={m:g}" for m in (0.1, 0.3, 0.5, 0.7))
 
 
 @pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
-def test_any_of_several_moments_is_a_hit_and_the_best_counts(protocol: Any) -> None:
+def test_several_moments_any_hit_and_best_iou_count(protocol: Any) -> None:
     picks = np.array([[[0, 0.2, 1]], [[0.5, 1, 1]], [[0.5, 1, 1]]], np.float32)
     nothing = [np.nan, np.nan]
     truth = np.array([[[0.5, 0.9], [0, 0.2]], [[0, 0.1], nothing], [[0.6, 1], nothing]])
@@ -226,7 +226,7 @@ def test_recall_rises_with_rank_and_falls_with_the_threshold(protocol: Any, quer
 
 
 @given(st.lists(st.tuples(SPAN, SPAN), min_size=1, max_size=6))
-def test_the_best_overlap_is_that_of_a_loop(pairs: list) -> None:
+def test_best_iou_equals_naive_loop(pairs: list) -> None:
     truth, picks = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
     for got, (a, b), (c, d) in zip(best_iou(picks[:, None], truth, 1), truth, picks, strict=True):
         proper = a < b and c < d
@@ -237,17 +237,17 @@ def test_the_best_overlap_is_that_of_a_loop(pairs: list) -> None:
 # The prior
 
 
-def test_constant_moments_by_hand() -> None:
+def test_best_constant_moments_match_hand_computed_values() -> None:
     truth = np.array([[0, 0.5]] * 5 + [[0.5, 1]] * 3 + [[0.2, 0.3]])
     moments = best_constant_moments(truth, 3, 0.95)
     np.testing.assert_allclose(moments, [[0, 0.5], [0.5, 1], [0.2, 0.3]], atol=0.03)
 
 
-def test_one_constant_moment_for_the_mean_lies_in_the_middle() -> None:
+def test_best_constant_moment_for_mean_iou_equals_the_truth() -> None:
     np.testing.assert_allclose(best_constant_moments(np.array([[0.2, 0.6]]), 1, None), [[0.2, 0.6]], atol=1e-6)
 
 
-def test_the_prior_is_fitted_on_the_training_truth_alone() -> None:
+def test_prior_is_fitted_on_training_truth_only() -> None:
     training, truth = np.array([[0.0, 0.5]] * 4), np.array([[0.0, 0.5], [0.9, 1.0]])
     found = prior_report(training, truth, "mmaction2")
     assert found.values["R@1 IoU=0.7"] == 0.5
@@ -257,7 +257,7 @@ def test_the_prior_is_fitted_on_the_training_truth_alone() -> None:
     assert tuple(found.values) == METRICS
 
 
-def test_the_prior_on_the_real_annotations_is_the_recorded_floor(real_data: Path) -> None:
+def test_prior_on_real_annotations_matches_recorded_values(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
     training = data_set.spans(data_set.annotations("train", invalid="drop"))
     values = prior_report(training, data_set.spans(data_set.annotations("test")), "mmaction2").values
@@ -266,7 +266,7 @@ def test_the_prior_on_the_real_annotations_is_the_recorded_floor(real_data: Path
     assert {name: values[name] for name in floor} == pytest.approx(floor, abs=0.01)
 
 
-def test_a_table_has_a_row_for_each_report_in_percent() -> None:
+def test_format_table_has_percent_row_per_report() -> None:
     rows = [
         ("model", Report({"R@1 IoU=0.5": 0.4704, "mIoU": 1}, 10, "drn")),
         ("prior", Report({"R@1 IoU=0.5": 0.3056, "mIoU": 0}, 10, "drn")),

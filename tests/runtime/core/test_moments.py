@@ -29,7 +29,7 @@ def iou(a: tuple[float, float], b: tuple[float, float]) -> float:
         ((3, 4), (3, 4), 1),
     ],
 )
-def test_overlap_over_union_by_hand(a: tuple[float, float], b: tuple[float, float], expected: float) -> None:
+def test_iou_matches_hand_computed_values(a: tuple[float, float], b: tuple[float, float], expected: float) -> None:
     assert iou(a, b) == np.float32(expected)
 
 
@@ -37,22 +37,22 @@ def test_touching_moments_do_not_overlap() -> None:
     assert iou((0, 1), (1, 2)) == 0
 
 
-def test_moments_apart_score_zero_and_not_less() -> None:
+def test_disjoint_moments_have_zero_iou() -> None:
     assert iou((0, 1), (5, 6)) == 0
 
 
-def test_a_reversed_moment_overlaps_nothing_not_even_itself() -> None:
+def test_reversed_moment_has_zero_iou() -> None:
     assert iou((0.6, 0.2), (0.6, 0.2)) == 0
     assert iou((0.6, 0.2), (0, 1)) == 0
 
 
-def test_an_empty_moment_overlaps_nothing_without_a_warning() -> None:
+def test_empty_moment_has_zero_iou_without_warning() -> None:
     with np.errstate(all="raise"):
         assert iou((0.4, 0.4), (0.4, 0.4)) == 0
         assert iou((0.4, 0.4), (0, 1)) == 0
 
 
-def test_nan_overlaps_nothing() -> None:
+def test_nan_moment_has_zero_iou() -> None:
     assert iou((np.nan, 0.5), (0.2, 0.6)) == 0
     assert iou((0.2, 0.6), (0.2, np.nan)) == 0
 
@@ -72,19 +72,19 @@ def test_temporal_iou_is_between_zero_and_one(a: list, b: list) -> None:
 
 
 @given(SPANS)
-def test_a_moment_overlaps_itself_entirely(span: tuple[float, float]) -> None:
+def test_iou_of_a_moment_with_itself_is_one(span: tuple[float, float]) -> None:
     assert iou(span, span) == (1 if span[0] < span[1] else 0)
 
 
 @given(SPANS, SPANS, st.integers(-6, 6))
-def test_the_unit_of_time_does_not_matter(a: tuple[float, float], b: tuple[float, float], power: int) -> None:
+def test_iou_does_not_depend_on_time_unit(a: tuple[float, float], b: tuple[float, float], power: int) -> None:
     # Powers of two only: they scale without rounding (away from the subnormal numbers).
     grid = [tuple(round(time * 64) / 64 for time in span) for span in (a, b)]
     scaled = [tuple(time * 2.0**power for time in span) for span in grid]
     assert iou(*scaled) == iou(*grid)
 
 
-def test_leading_dimensions_are_batches() -> None:
+def test_temporal_iou_broadcasts_leading_dimensions() -> None:
     a = np.random.default_rng(0).random((3, 4, 2))
     b = np.random.default_rng(1).random((3, 5, 2))
     whole = temporal_iou(a, b)
@@ -94,11 +94,11 @@ def test_leading_dimensions_are_batches() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_arithmetic_is_in_the_dtype_of_the_arguments(dtype: type) -> None:
+def test_temporal_iou_keeps_the_argument_dtype(dtype: type) -> None:
     assert temporal_iou(np.zeros((1, 2), dtype), np.ones((1, 2), dtype)).dtype == dtype
 
 
-def test_a_moment_cannot_be_changed() -> None:
+def test_moment_is_immutable() -> None:
     moment = Moment(1.0, 2.0, 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         moment.start = 0.0  # type: ignore[misc]

@@ -67,7 +67,7 @@ def installed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", ["whole", "query"])
-def test_each_step_of_a_query_is_a_range(graphs: Graphs, installed: Path, part: str) -> None:
+def test_each_query_step_is_an_nvtx_range(graphs: Graphs, installed: Path, part: str) -> None:
     seen, _ = ranges(getattr(graphs, part), installed)
     assert isinstance(seen, list)
     assert {domain for _, domain, _ in seen} == {"drn"}
@@ -85,7 +85,7 @@ def test_each_step_of_a_query_is_a_range(graphs: Graphs, installed: Path, part: 
     assert names == ["encode query", *once, "network", "decode", "encode query", "encode query", "network", "decode"]
 
 
-def test_nothing_is_wrapped_where_ranges_are_off(graphs: Graphs, installed: Path) -> None:
+def test_disabled_nvtx_wraps_no_function(graphs: Graphs, installed: Path) -> None:
     assert ranges(graphs.whole, installed, NVTX_DISABLE="1") == [None, False]
     (installed / "nvtx.py").write_text("raise ImportError")
     assert ranges(graphs.whole, installed) == [None, False]

@@ -30,12 +30,12 @@ HALF = Presence(0.5, 0.9, 0.8, 100, 500)
 SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1, max_size=30)
 
 
-def test_scores_that_can_be_told_apart_are() -> None:
+def test_fit_threshold_separates_separable_scores() -> None:
     found = fit_threshold(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
     assert found == Presence(0.5, 1.0, 1.0, 3, 4, "balanced accuracy")
 
 
-def test_a_threshold_by_hand() -> None:
+def test_fit_threshold_matches_hand_computed_values() -> None:
     matching, mismatched = np.array([0.9, 0.8, 0.3, -np.inf]), np.array([0.7, 0.35, 0.2, 0.1])
     # Of 0.9, 0.8 and 0.3 the second has the best mean: 1/2 and 4/4.
     found = fit_threshold(matching, mismatched)
@@ -59,7 +59,7 @@ def test_keep_hint_appears_only_when_a_lower_value_suffices() -> None:
 
 @given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
 @settings(max_examples=200)
-def test_shares_are_what_the_threshold_does_and_none_is_better(
+def test_fit_threshold_is_optimal_and_reports_its_shares(
     matching: list[float], mismatched: list[float], keep: float | None
 ) -> None:
     own, other = np.array(matching), np.array(mismatched)
@@ -83,13 +83,13 @@ def test_shares_are_what_the_threshold_does_and_none_is_better(
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(keep: float) -> None:
+def test_invalid_keep_share_is_rejected(keep: float) -> None:
     with raises(GroundingError, "invalid_option", "--keep"):
         fit_threshold(np.array([0.5]), np.array([0.4]), keep)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan"), "0.5"])
-def test_a_threshold_that_is_no_score_is_refused(threshold: Any) -> None:
+def test_invalid_presence_threshold_is_rejected(threshold: Any) -> None:
     with raises(ModelFileError, "invalid_setting", repr(threshold)):
         Presence(threshold, 0.9, 0.8, 100, 500)
 
@@ -101,7 +101,7 @@ def carrying(backend: Any, threshold: float) -> Any:
     return backend
 
 
-def test_below_the_threshold_no_moment_is_found_unless_asked_for(planted_backend: Any) -> None:
+def test_presence_threshold_removes_moments_unless_disabled(planted_backend: Any) -> None:
     grounder = Grounder(carrying(planted_backend(), 0.9))
     without = Grounder(planted_backend()).ground_batch(PAIRS)
     answers = grounder.ground_batch(PAIRS)
@@ -112,7 +112,7 @@ def test_below_the_threshold_no_moment_is_found_unless_asked_for(planted_backend
     assert grounder.ground_batch(PAIRS, presence=False) == without
 
 
-def test_full_video_fallback_is_no_match(planted_backend: Any) -> None:
+def test_full_video_fallback_is_not_a_match(planted_backend: Any) -> None:
     strict = Grounder(carrying(planted_backend(Decoding(score_threshold=0.9)), 0.01))
     nothing = (video(60.0), "person runs dog opens door cat")
     assert strict.ground(*nothing) == []
@@ -133,7 +133,9 @@ def test_long_video_without_window_above_threshold_has_no_match(planted_backend:
     assert Grounder(carrying(whole, 0.9)).ground(subject, "dog")
 
 
-def test_evaluation_always_answers(tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path) -> None:
+def test_evaluation_ignores_the_presence_threshold(
+    tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path
+) -> None:
     reports = []
     for name, presence in (("plain", None), ("strict", dataclasses.replace(HALF, threshold=1.0))):
         manifest = dataclasses.replace(tiny_manifest, presence=presence)
@@ -143,7 +145,7 @@ def test_evaluation_always_answers(tiny_manifest: Manifest, write_graph: Any, mi
     assert reports[0] == reports[1]
 
 
-def test_infer_says_that_nothing_was_found(
+def test_infer_prints_no_moment_found(
     tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     strict = dataclasses.replace(tiny_manifest, presence=dataclasses.replace(HALF, threshold=1.0))
@@ -160,7 +162,7 @@ def test_tables_and_subtitles_are_empty_without_a_match() -> None:
     assert format_answers(answers, "srt") == ""
 
 
-def test_a_model_tells_of_its_threshold_and_its_windows(tiny_manifest: Manifest) -> None:
+def test_manifest_keeps_presence_threshold_and_windows(tiny_manifest: Manifest) -> None:
     full = dataclasses.replace(tiny_manifest, presence=HALF, windows=Windows(194.42, 43.0, 14.5))
     assert Manifest.from_json(full.to_json()) == full
     assert str(HALF) == (

@@ -93,7 +93,7 @@ def test_windows_have_equal_length_cover_and_overlap(
     assert all(window.num_frames >= 2 for window in cuts)
 
 
-def test_a_file_that_lacks_clips_is_cut_as_far_as_it_goes() -> None:
+def test_windows_end_at_the_last_available_clip() -> None:
     cuts = split_into_windows(300, CLOCK.num_frames(600), CLOCK.num_frames(600) / RATE, WINDOWS, CLOCK)
     assert cuts[-1].last == 299
     assert cuts[-1].end == pytest.approx(CLOCK.num_frames(300) / RATE)
@@ -102,9 +102,7 @@ def test_a_file_that_lacks_clips_is_cut_as_far_as_it_goes() -> None:
 
 @given(st.floats(0, 570), st.floats(3 * SEGMENT, 14))
 @settings(max_examples=60)
-def test_a_moment_is_found_wherever_it_lies_as_in_the_short_clip(
-    planted_backend: Any, start: float, length: float
-) -> None:
+def test_moment_in_long_video_equals_short_clip_result(planted_backend: Any, start: float, length: float) -> None:
     grounder = Grounder(Finder(planted_backend()))
     video = long_video(600, dog=(start, start + length))
     assert len(grounder.cut(video)) > 20
@@ -122,7 +120,7 @@ def test_a_moment_is_found_wherever_it_lies_as_in_the_short_clip(
     assert best.end == pytest.approx(alone.end + first * CLIP, abs=2 * tolerance)
 
 
-def test_one_window_answers_as_no_windows(finder: Finder) -> None:
+def test_single_window_equals_grounding_without_windows(finder: Finder) -> None:
     # Clips of 43 s, and a few frames more than those.
     video = dataclasses.replace(long_video(43, dog=(10, 20)), num_frames=43 * RATE + 4, duration=43 + 4 / RATE)
     grounder = Grounder(finder)
@@ -133,7 +131,7 @@ def test_one_window_answers_as_no_windows(finder: Finder) -> None:
     assert in_window == grounder.ground(video, "dog")
 
 
-def test_a_moment_that_two_windows_see_is_answered_once(finder: Finder) -> None:
+def test_moment_in_two_windows_is_returned_once(finder: Finder) -> None:
     # The first window ends at 43 s.
     grounder = Grounder(finder)
     video = long_video(80, dog=(31, 40))
@@ -175,7 +173,7 @@ def test_merged_windows_respect_the_nms_threshold(planted_backend: Any) -> None:
     assert overlap.max() > 0.3
 
 
-def test_windows_without_a_likely_location_win_nothing(finder: Finder) -> None:
+def test_windows_fall_back_to_full_video_only_once(finder: Finder) -> None:
     grounder = Grounder(finder)
     video = long_video(300, dog=(200, 210))
     found, nothing = grounder.ground_batch([(video, "dog"), (video, "cat")])
@@ -184,7 +182,7 @@ def test_windows_without_a_likely_location_win_nothing(finder: Finder) -> None:
     assert nothing == [Moment(0.0, 300.0, 1.0)]
 
 
-def test_short_videos_are_answered_as_ever_beside_long_ones(planted_backend: Any) -> None:
+def test_short_videos_are_unaffected_by_long_ones_in_batch(planted_backend: Any) -> None:
     grounder = Grounder(Finder(planted_backend()))
     grounder.windows = Windows(100.0, 43.0, 14.5)
     before = Grounder(Finder(planted_backend(), None))
@@ -214,7 +212,7 @@ def test_split_model_encodes_each_window_once(planted_backend: Any, batch_size: 
     assert grounder.encode(encoded) is encoded
 
 
-def test_encoded_windows_come_back_from_a_file_as_they_were(planted_backend: Any, tmp_path: Path) -> None:
+def test_encoded_windows_survive_save_and_load(planted_backend: Any, tmp_path: Path) -> None:
     grounder = Grounder(PlantedPair(Finder(planted_backend())))
     video = long_video(120, dog=(100, 110))
     encoded = grounder.encode(video)
@@ -232,7 +230,7 @@ def test_encoded_windows_come_back_from_a_file_as_they_were(planted_backend: Any
         EncodedWindows.load(tmp_path / "long.npz")
 
 
-def test_windows_are_refused_where_one_encoding_is_wanted(planted_backend: Any) -> None:
+def test_encoded_windows_are_rejected_for_single_encoding(planted_backend: Any) -> None:
     pair = Grounder(PlantedPair(Finder(planted_backend())))
     encoded = pair.encode(long_video(120))
     with raises(ModelFileError, "query_part_required", "long"):
@@ -276,12 +274,12 @@ class Nothing(list[Any]):
 
 
 @pytest.mark.parametrize("sizes", [(50, 43, 22), (40, 43, 10), (50, 0, 0), (50, 43, -1), (1e9, 43, 10), ("50", 43, 10)])
-def test_windows_that_cannot_be_cut_are_refused(sizes: tuple[Any, ...]) -> None:
+def test_invalid_window_sizes_are_rejected(sizes: tuple[Any, ...]) -> None:
     with raises(ModelFileError, "invalid_setting"):
         Windows(*sizes)
 
 
-def test_windows_follow_from_the_durations_of_the_training_data() -> None:
+def test_window_sizes_derive_from_training_durations() -> None:
     found = Windows.of([10.0 * n for n in range(1, 22)], [float(n) for n in range(1, 22)])
     assert found == Windows(longest=210.0, length=200.0, overlap=20.0)
     # Moments that fill their videos: neighbours share half.

@@ -26,20 +26,20 @@ def controls(text: str) -> list[str]:
 
 
 @given(st.text())
-def test_results_hold_no_control_characters(text: str) -> None:
+def test_escape_results_removes_control_characters(text: str) -> None:
     assert not controls(escape_results(text))
 
 
 @given(st.recursive(st.text() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-def test_json_results_stay_the_same_value(value: object) -> None:
+def test_escaped_json_results_parse_to_same_value(value: object) -> None:
     assert json.loads(escape_results(json.dumps(value))) == value
 
 
-def test_del_in_json_results_stays_json() -> None:
+def test_escaped_del_in_json_results_is_valid_json() -> None:
     assert json.loads(escape_results(json.dumps("a\x7fb"))) == "a\x7fb"
 
 
-def test_drawing_passes_progress_bars_but_no_other_sequences() -> None:
+def test_escape_drawing_keeps_only_progress_bar_sequences() -> None:
     bar = "\rgrounding:  50%\x1b[A\x1b[36m|\x1b[0m"
     assert escape_drawing(bar) == bar
     assert escape_drawing("\x1b]0;title\x07\x1b[2J\x9b") == "\\x1b]0;title\\x07\\x1b[2J\\x9b"
@@ -81,7 +81,7 @@ def test_escaped_shell_word_reads_back(value: str) -> None:
     assert read.stdout == os.fsencode(value)
 
 
-def test_plain_shell_words_are_quoted_as_usual() -> None:
+def test_plain_shell_words_are_quoted_like_shlex() -> None:
     assert shlex.split(shell_words(["runtime.infer", "a 'b'", "c"])) == ["runtime.infer", "a 'b'", "c"]
 
 

@@ -36,7 +36,7 @@ WORDS = {"person": 1, "opens": 2, "the": 3, "door": 4, "'s": 5, ",": 6, "then": 
         (" \t\n", []),
     ],
 )
-def test_tokens_by_hand(sentence: str, tokens: list[str]) -> None:
+def test_tokenize_matches_expected_tokens(sentence: str, tokens: list[str]) -> None:
     assert tokenize(sentence) == tokens
 
 
@@ -70,7 +70,7 @@ def test_unknown_words_follow_the_policy_with_a_warning(
     assert len(caplog.records) == len(records(caplog, logging.WARNING, "'zorbs', 'frimly'")) == 1
 
 
-def test_an_unknown_word_is_named_once_however_often_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_unknown_word_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     Vocabulary(WORDS).encode("zorbs the zorbs")
     (record,) = records(caplog, logging.WARNING, "'zorbs'", "'zorbs the zorbs'")
     assert record.getMessage().count("'zorbs'") == 1
@@ -81,7 +81,7 @@ def test_known_words_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_an_unknown_word_is_refused_under_error() -> None:
+def test_unknown_word_is_rejected_under_error_policy() -> None:
     with raises(QueryError, "unknown_words", "'zorbs'"):
         Vocabulary(WORDS, "error").encode("person zorbs")
 
@@ -112,7 +112,7 @@ def test_encode_known_content_or_none_is_accepted(sentence: str) -> None:
     assert ids == vocabulary.encode(sentence).tolist()
 
 
-def test_encode_unknown_content_words_of_data_sets_are_accepted() -> None:
+def test_encode_counts_unknown_content_words_of_data_sets() -> None:
     unheard: Counter[str] = Counter()
     assert Vocabulary(WORDS).encode("the dirigible", unheard).tolist() == [3]
     assert unheard == {"dirigible": 1}
@@ -125,7 +125,7 @@ def test_encode_message_stays_bounded() -> None:
     assert len(str(raised.value)) < 4001
 
 
-def test_real_sentences_are_accepted_as_before(real_data: Path) -> None:
+def test_content_check_accepts_all_real_sentences(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
     for annotation in data_set.annotations("test"):
         encoded = data_set.vocabulary.encode(annotation.sentence, Counter(), check_content=True)
@@ -133,39 +133,39 @@ def test_real_sentences_are_accepted_as_before(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "...", "\n"])
-def test_a_query_without_a_word_is_refused(sentence: str) -> None:
+def test_query_without_words_is_rejected(sentence: str) -> None:
     with raises(QueryError, "no_words", repr(sentence)):
         Vocabulary(WORDS).encode(sentence)
 
 
-def test_a_word_is_looked_up_as_written_before_lower_case() -> None:
+def test_word_lookup_prefers_original_case() -> None:
     words = {"Door": 1, "door": 2, "person": 3}
     assert Vocabulary(words).encode("Person DOOR Door door").tolist() == [3, 2, 1, 2]
 
 
-def test_a_capital_that_only_lower_case_knows_is_no_unknown_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_capitalized_known_word_is_not_unknown(caplog: pytest.LogCaptureFixture) -> None:
     Vocabulary(WORDS, "error").encode("Person Opens THE door")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("words", [{"a": 0}, {"a": 1, "b": 3}, {"a": 1, "b": 1}, {"a": 2}])
-def test_ids_other_than_one_to_n_are_refused(words: dict[str, int]) -> None:
+def test_word_ids_other_than_one_to_n_are_rejected(words: dict[str, int]) -> None:
     with raises(ModelFileError, "word_numbers_not_consecutive", len(words)):
         Vocabulary(words)
 
 
-def test_another_policy_is_refused_by_name() -> None:
+def test_unknown_policy_is_rejected_by_name() -> None:
     with raises(ModelFileError, "invalid_setting", "'guess'"):
         Vocabulary(WORDS, "guess")  # type: ignore[arg-type]
 
 
-def test_a_model_without_a_word_table_says_how_to_get_one() -> None:
+def test_missing_word_table_error_names_the_option() -> None:
     with raises(QueryError, "missing_word_table", "--vocabulary"):
         Vocabulary({}).encode("person")
 
 
 @pytest.mark.parametrize("policy", ["skip", "zero", "error"])
-def test_a_vocabulary_survives_its_dictionary(policy: str) -> None:
+def test_vocabulary_survives_dict_conversion(policy: str) -> None:
     vocabulary = Vocabulary(WORDS, policy)
     assert Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
     assert vocabulary != Vocabulary({**WORDS, "new": 8}, policy)
@@ -213,11 +213,11 @@ def test_counted_unknown_words_are_named_once(caplog: pytest.LogCaptureFixture) 
 @given(
     st.lists(st.sampled_from([*sorted(CONTRACTIONS), "person", "Opens", "a", "3", "Cannot", "canNot", "gonnas", "x9"]))
 )
-def test_plain_sentences_are_read_as_by_the_tokenizer(words: list[str]) -> None:
+def test_plain_sentences_match_reference_tokenizer(words: list[str]) -> None:
     for text in (" ".join(words), "  ".join(words) + " ", " " + ".".join(words)):
         assert tokenize(text) == _tokenizer().tokenize(text.replace(".", ""))
 
 
 @given(st.text(string.ascii_letters + string.digits + " ", max_size=40))
-def test_letters_and_digits_are_read_as_by_the_tokenizer(text: str) -> None:
+def test_letters_and_digits_match_reference_tokenizer(text: str) -> None:
     assert tokenize(text) == _tokenizer().tokenize(text)

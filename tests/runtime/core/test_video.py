@@ -56,7 +56,7 @@ def naive_pooling(features: np.ndarray, rows: list[list[int]]) -> list[list[floa
     pooling=st.sampled_from(["mmaction2", "drn"]),
     seed=st.integers(0, 9),
 )
-def test_pooling_equals_a_naive_loop_over_the_published_rule(
+def test_pooling_equals_naive_loop_over_published_rule(
     num_frames: int, num_clips: int, num_segments: int, pooling: str, seed: int
 ) -> None:
     features = np.random.default_rng(seed).normal(size=(num_clips, 3)).astype(np.float32)
@@ -77,7 +77,7 @@ def test_segment_clips_equal_published_for_every_length(pooling: str) -> None:
 
 
 @given(st.integers(2, 5000), st.integers(1, 100))
-def test_segments_of_any_number_cover_the_video_without_gaps(num_frames: int, num_segments: int) -> None:
+def test_segments_of_any_count_cover_video_without_gaps(num_frames: int, num_segments: int) -> None:
     for pooling, first, last in (("mmaction2", 0, num_frames - 1), ("drn", 1, num_frames)):
         start, stop, spans = segment_rows(num_frames, num_segments, pooling, ClipTiming())  # type: ignore[arg-type]
         assert len(start) == len(stop) == len(spans) == num_segments
@@ -104,7 +104,7 @@ def test_authors_rule_keeps_one_clip_per_segment() -> None:
     assert Video(video.features, 37, 1.0).segments(2, "drn").spans[-1, 1] == 1
 
 
-def test_the_two_rules_differ() -> None:
+def test_pooling_rules_give_different_segments() -> None:
     video = Video(np.random.default_rng(0).normal(size=(112, 4)), 905, 30.0)
     assert (video.segments(32).features != video.segments(32, "drn").features).any()
     assert (video.segments(32).spans != video.segments(32, "drn").spans).all()
@@ -116,49 +116,49 @@ def test_one_clip_fills_every_segment(pooling: str) -> None:
     assert segments.features.tolist() == [[3.0, -1.0]] * 32
 
 
-def test_another_clip_clock_reaches_other_rows() -> None:
+def test_pooling_depends_on_clip_timing() -> None:
     features = np.arange(40, dtype=np.float32)[:, None]
     assert pool_segments(features, 33, 2, "mmaction2", ClipTiming(1, 1)).features.tolist() == [[16], [32]]
     assert pool_segments(features, 33, 2, "mmaction2", ClipTiming()).features.tolist() == [[2], [4]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_segments_are_float32_whatever_is_stored(dtype: type) -> None:
+def test_segments_are_float32_for_any_stored_dtype(dtype: type) -> None:
     # Cast once for a video, not once for each of its queries.
     assert Video(np.arange(18).reshape(9, 2).astype(dtype), 100, 3.0).segments(32).features.dtype == np.float32
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 1 << 40}, {"duration": 1e300}, {"duration": np.inf}])
-def test_lengths_beyond_reason_are_refused(wrong: dict[str, Any]) -> None:
+def test_implausible_video_lengths_are_rejected(wrong: dict[str, Any]) -> None:
     with raises(FeatureError, "invalid_frame_count", *wrong.values()):
         Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, **wrong})
 
 
-def test_features_beyond_reason_are_refused() -> None:
+def test_too_large_feature_values_are_rejected() -> None:
     with raises(FeatureError, "features_too_large", "1.0e+38"):
         Video(np.full((9, 2), 1e38, np.float32), 100, 3.0)
 
 
-def test_an_npz_called_npy_is_refused(tmp_path: Path) -> None:
+def test_npz_content_in_npy_file_is_rejected(tmp_path: Path) -> None:
     with open(tmp_path / "a.npy", "wb") as stream:
         np.savez(stream, features=np.ones((9, 2)))
     with raises(FeatureError, "ambiguous_features", tmp_path / "a.npy"):
         load_features(tmp_path / "a.npy")
 
 
-def test_a_video_is_pooled_once_for_all_its_queries() -> None:
+def test_segments_are_cached_per_segment_count() -> None:
     video = Video(np.arange(18.0).reshape(9, 2), 100, 3.0)
     assert video.segments(32) is video.segments(32)
     assert video.segments(32) is not video.segments(16)
 
 
-def test_another_rule_is_refused_by_name() -> None:
+def test_unknown_pooling_rule_is_rejected_by_name() -> None:
     with raises(FeatureError, "invalid_setting", "'mean'"):
         Video(np.arange(18.0).reshape(9, 2), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("num_frames", "num_clips"), [(1, 1), (16, 1), (23, 1), (24, 2), (900, 111)])
-def test_clips_of_a_video_by_hand(num_frames: int, num_clips: int) -> None:
+def test_num_clips_matches_hand_computed_values(num_frames: int, num_clips: int) -> None:
     assert ClipTiming().num_clips(num_frames) == num_clips
 
 
@@ -171,7 +171,7 @@ def test_frames_and_clips_are_inverse_to_within_one_stride(num_clips: int, windo
     assert clock.num_clips(frames + stride) == num_clips + 1
 
 
-def test_frames_are_counted_from_the_clips_when_not_given(tmp_path: Path) -> None:
+def test_missing_frame_count_is_derived_from_clips(tmp_path: Path) -> None:
     np.save(tmp_path / "door.npy", np.ones((115, 4), np.float32))
     video = Video.load(tmp_path / "door.npy", duration=30.96)
     assert (video.num_frames, video.duration, video.name) == (928, 30.96, "door")
@@ -180,7 +180,7 @@ def test_frames_are_counted_from_the_clips_when_not_given(tmp_path: Path) -> Non
     assert Video.load(tmp_path / "door.npy", 30.96, clock=ClipTiming(4, 4)).num_frames == 460
 
 
-def test_npy_and_pt_files_hold_the_same_features(golden: Path, tmp_path: Path) -> None:
+def test_npy_and_pt_files_load_same_features(golden: Path, tmp_path: Path) -> None:
     source = golden / "mini" / "C3D_unit16_overlap0.5_merged" / "AAAA1.pt"
     features = load_features(source)
     assert features.dtype == np.float32
@@ -189,20 +189,20 @@ def test_npy_and_pt_files_hold_the_same_features(golden: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf])
-def test_a_duration_that_is_no_length_is_refused(duration: float) -> None:
+def test_invalid_duration_is_rejected(duration: float) -> None:
     with raises(FeatureError, "invalid_frame_count", "kitchen", duration):
         Video(np.ones((9, 2)), 100, duration, "kitchen")
 
 
 @pytest.mark.parametrize("num_frames", [1, 0, -5])
-def test_a_video_that_cannot_be_divided_is_refused(num_frames: int) -> None:
+def test_invalid_frame_count_is_rejected(num_frames: int) -> None:
     with raises(FeatureError, "invalid_frame_count", "kitchen", num_frames):
         Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
 
 
 @pytest.mark.parametrize("field", ["duration", "num_frames", "offset"])
 @pytest.mark.parametrize("value", ["21", None, True, [21], 3j, b"21", np.full(3, 21.0), np.array("21"), object()])
-def test_video_field_of_another_type_is_refused(field: str, value: Any) -> None:
+def test_video_field_of_wrong_type_is_rejected(field: str, value: Any) -> None:
     with raises(FeatureError, "invalid_argument", field):
         Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 4.0, "offset": 0.0, field: value})
 
@@ -229,7 +229,7 @@ CONSTANT = {
 
 
 @pytest.mark.parametrize("kind", CONSTANT)
-def test_video_constant_features_are_refused(kind: str) -> None:
+def test_video_constant_features_are_rejected(kind: str) -> None:
     video = Video(CONSTANT[kind], ClipTiming().num_frames(len(CONSTANT[kind])), 1.0 + len(CONSTANT[kind]) / 4)
     with pytest.raises(FeatureError) as raised:
         video.segments(4)
@@ -252,7 +252,7 @@ def test_video_single_clip_is_accepted() -> None:
     # Four times as many clips, a quarter, a little beyond the bound; short videos too.
     [(928, 460), (928, 28), (928, 173), (928, 76), (32, 12), (48, 20), (80, 1), (16, 4)],
 )
-def test_video_clips_that_contradict_frames_are_refused(num_frames: int, num_clips: int) -> None:
+def test_video_clips_contradicting_frames_are_rejected(num_frames: int, num_clips: int) -> None:
     video = Video(np.arange(num_clips + 1.0)[:num_clips, None], num_frames, num_frames / 30)
     with pytest.raises(FeatureError) as raised:
         video.segments(4)
@@ -284,7 +284,7 @@ def test_video_clips_near_frames_are_accepted(
 @pytest.mark.parametrize(
     ("num_frames", "duration"), [(1014, 3380.0), (928, 30960.0), (928, 3.5), (90, 90.1), (241, 1.0), (2, 1e-6)]
 )
-def test_video_frame_rate_out_of_range_is_refused(num_frames: int, duration: float) -> None:
+def test_video_frame_rate_out_of_range_is_rejected(num_frames: int, duration: float) -> None:
     with pytest.raises(FeatureError) as raised:
         Video(np.ones((9, 2)), num_frames, duration)
     check_error(raised.value, "frame_rate_out_of_range", num_frames, f"{duration:g}")
@@ -309,19 +309,17 @@ def test_video_frame_rate_at_bounds_is_accepted(num_frames: int, duration: float
         (np.array([[1.0], [np.inf]], np.float16), "non_finite_features", [1, "clip 1"]),
     ],
 )
-def test_features_that_cannot_be_used_are_refused_and_named(
-    features: np.ndarray, code: str, values: list[object]
-) -> None:
+def test_unusable_features_are_rejected_naming_the_video(features: np.ndarray, code: str, values: list[object]) -> None:
     with raises(FeatureError, code, "kitchen", *values):
         Video(features, 100, 1.0, "kitchen")
 
 
-def test_infinities_of_both_signs_are_found_without_a_warning() -> None:
+def test_infinities_of_both_signs_are_rejected_silently() -> None:
     with raises(FeatureError, "non_finite_features", 2), np.errstate(all="raise"):
         Video(np.array([[np.inf], [-np.inf]]), 100, 1.0)
 
 
-def test_large_finite_values_are_not_mistaken_for_infinity() -> None:
+def test_large_finite_feature_values_are_accepted() -> None:
     with np.errstate(all="raise"):
         Video(np.full((400, 400), 6e4, np.float16), 100, 1.0)
         Video(np.full((20, 20), 1.7e308), 100, 1.0)
@@ -357,7 +355,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_holds_no_features_is_refused_and_named(name: str, tmp_path: Path) -> None:
+def test_file_without_features_is_rejected_by_name(name: str, tmp_path: Path) -> None:
     content, code = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with raises(FeatureError, code, tmp_path / name) as caught:
@@ -365,12 +363,12 @@ def test_a_file_that_holds_no_features_is_refused_and_named(name: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_feature_file_is_named(tmp_path: Path) -> None:
     with raises(FeatureError, "missing_file", tmp_path / "gone.npy"):
         Video.load(tmp_path / "gone.npy", 1.0)
 
 
-def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+def test_npz_renamed_to_npy_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "many.npz", a=np.ones((2, 2)))
     (tmp_path / "many.npz").rename(tmp_path / "many.npy")
     with raises(FeatureError, "ambiguous_features", tmp_path / "many.npy"):
@@ -393,7 +391,7 @@ def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_with_several_tensors_is_no_feature_file(tmp_path: Path) -> None:
+def test_file_with_several_tensors_is_rejected(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="torch writes the file")
     torch.save({"features": torch.ones(3, 4)}, tmp_path / "many.pt")
     with raises(FeatureError, "wrong_array", tmp_path / "many.pt", "dict"):
@@ -436,7 +434,7 @@ def test_pooled_segments_and_spans_equal_published_loader(golden: Path) -> None:
         assert segments.features.dtype == reference[f"mini_{index}_pooled"].dtype
 
 
-def test_maxima_of_halves_are_exact_whatever_their_signs() -> None:
+def test_max_over_rows_is_exact_for_float16() -> None:
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]
     features = np.random.default_rng(0).permutation(finite)[:63360].reshape(40, -1)

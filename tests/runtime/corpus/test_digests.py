@@ -36,7 +36,7 @@ def replace(features: Path, video: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_damaged_shard_is_made_again(here: Here, corpus: Corpus, tmp_path: Path, form: str) -> None:
+def test_damaged_shard_is_rebuilt(here: Here, corpus: Corpus, tmp_path: Path, form: str) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries, form=form, shard_pairs=4).output
     whole = content(output)
@@ -48,7 +48,7 @@ def test_a_damaged_shard_is_made_again(here: Here, corpus: Corpus, tmp_path: Pat
         assert content(output) == whole
 
 
-def test_a_damaged_digest_makes_its_shard_again(here: Here, corpus: Corpus) -> None:
+def test_damaged_digest_file_rebuilds_its_shard(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries).output
     whole = content(output)
@@ -77,7 +77,7 @@ def test_changed_features_are_rejected_until_shard_is_removed(here: Here, corpus
     assert content(output).keys() == whole.keys()
 
 
-def test_changed_archive_is_named_and_no_video_blamed(here: Here, corpus: Corpus) -> None:
+def test_changed_archive_is_named_instead_of_a_video(here: Here, corpus: Corpus) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
     features, queries = corpus(ROWS)
     directory = features / "C3D_unit16_overlap0.5_merged"
@@ -110,7 +110,7 @@ def test_changed_archive_is_named_and_no_video_blamed(here: Here, corpus: Corpus
     assert caught.value.code == "features_changed"
 
 
-def test_features_that_come_later_change_their_shard(here: Here, corpus: Corpus) -> None:
+def test_added_features_are_reported_as_changed(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     path = FeatureFiles(features / "C3D_unit16_overlap0.5_merged").path("BBBB2")
     away = path.rename(features / "away")
@@ -122,7 +122,7 @@ def test_features_that_come_later_change_their_shard(here: Here, corpus: Corpus)
     assert caught.value.code == "features_changed"
 
 
-def test_a_shard_without_digests_is_refused(here: Here, corpus: Corpus) -> None:
+def test_shard_without_digests_is_rejected(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries).output
     whole = content(output)
@@ -134,7 +134,7 @@ def test_a_shard_without_digests_is_refused(here: Here, corpus: Corpus) -> None:
     assert content(output) == whole
 
 
-def test_features_in_hdf5_are_sampled(tmp_path: Path) -> None:
+def test_hdf5_stamp_changes_with_feature_content(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="HDF5 needs drn-deploy[hdf5]")
     from runtime.datasets.feature_stores import FeatureArchive
 

@@ -53,7 +53,7 @@ def write_parquet(path: Path, features: Any, row_group_size: int = 2, **columns:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_a_directory_of_files_and_their_lengths(tmp_path: Path, suffix: str) -> None:
+def test_directory_with_durations_loads_videos(tmp_path: Path, suffix: str) -> None:
     for name, features in FEATURES.items():
         (np.save if suffix == ".npy" else np.savez)(tmp_path / f"{name}{suffix}", features)
     (tmp_path / "durations.json").write_text(json.dumps(LENGTHS))
@@ -70,7 +70,7 @@ def test_a_directory_of_files_and_their_lengths(tmp_path: Path, suffix: str) -> 
 
 
 @pytest.mark.parametrize("names", [("v0", "v0.avi"), ("v0.mp4", "v0.avi"), ("v0.MKV", "v0.webm")])
-def test_directory_refuses_names_of_one_feature_file(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_directory_rejects_names_sharing_a_feature_file(tmp_path: Path, names: tuple[str, str]) -> None:
     np.save(tmp_path / "v0.npy", FEATURES["v0"])
     (tmp_path / "durations.json").write_text(json.dumps(dict.fromkeys(names, 3.0)))
     with pytest.raises(AnnotationError) as refusal:
@@ -96,7 +96,9 @@ def test_directory_refuses_names_of_one_feature_file(tmp_path: Path, names: tupl
     ],
     ids=["lists", "fixed lists", "numbers and shape", "bytes", "bytes of another type", "Ray Data's tensors"],
 )
-def test_parquet_holds_features_as(tmp_path: Path, kind: Any, cell: Cell, columns: tuple[str, ...]) -> None:
+def test_parquet_loads_features_of_each_column_type(
+    tmp_path: Path, kind: Any, cell: Cell, columns: tuple[str, ...]
+) -> None:
     about = {"shape": [list(f.shape) for f in FEATURES.values()], "dtype": ["float64"] * len(FEATURES)}
     cells = pa.array([cell(features) for features in FEATURES.values()], kind)
     path = write_parquet(tmp_path / "features.parquet", cells, **{name: about[name] for name in columns})
@@ -104,7 +106,7 @@ def test_parquet_holds_features_as(tmp_path: Path, kind: Any, cell: Cell, column
     check(loaded(tmp_path))
 
 
-def test_parquet_holds_tensors_of_one_shape(tmp_path: Path) -> None:
+def test_parquet_loads_fixed_shape_tensors(tmp_path: Path) -> None:
     values = RNG.random((5, 3, 4)).astype(np.float32)
     write_parquet(tmp_path / "tensors.parquet", pa.FixedShapeTensorArray.from_numpy_ndarray(values))
     for video, wanted in zip(loaded(tmp_path).values(), values, strict=True):
@@ -126,7 +128,7 @@ def test_rows_across_files_and_groups_keep_their_order(tmp_path: Path) -> None:
     assert next(source.load(listing, CLOCK)).num_frames == 40
 
 
-def test_what_is_wrong_with_a_row_of_parquet_is_told_of_it_alone(tmp_path: Path) -> None:
+def test_invalid_parquet_row_fails_only_that_row(tmp_path: Path) -> None:
     good, ragged, hollow, infinite = [[1.0, 2.0]] * 3, [[1.0], [1.0, 2.0], [3.0]], [[1.0, None]], [[1.0, np.inf]]
     cells = pa.array([good, ragged, None, hollow, infinite], pa.list_(pa.list_(pa.float32())))
     found = [*loaded(write_parquet(tmp_path / "features.parquet", cells)).values()]
@@ -147,7 +149,7 @@ def test_what_is_wrong_with_a_row_of_parquet_is_told_of_it_alone(tmp_path: Path)
     assert quotes(str(loaded(half)["v0"]), "'v0'")
 
 
-def test_a_damaged_part_of_parquet_is_told_of_its_videos_alone(tmp_path: Path) -> None:
+def test_damaged_row_group_fails_only_its_videos(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "f.parquet", [features.tolist() for features in FEATURES.values()])
     group = parquet.ParquetFile(path).metadata.row_group(1)
     column = next(
@@ -173,7 +175,7 @@ def test_a_damaged_part_of_parquet_is_told_of_its_videos_alone(tmp_path: Path) -
         ({"video": pa.array([], pa.string()), "duration": [], "features": []}, "empty_file", []),
     ],
 )
-def test_parquet_that_is_no_corpus_is_refused(
+def test_parquet_with_wrong_columns_is_rejected(
     tmp_path: Path, columns: dict[str, Any], code: str, values: list[str]
 ) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "features.parquet")
@@ -181,7 +183,7 @@ def test_parquet_that_is_no_corpus_is_refused(
         open_source(tmp_path).listing()
 
 
-def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_feature_source_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises(GroundingError, "missing_file", tmp_path / "none"):
         open_source(tmp_path / "none")
     (tmp_path / "features.parquet").write_text("no Parquet")
@@ -197,7 +199,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         open_source(other)
 
 
-def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_not_reported_per_video(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(*_: object) -> None:
         raise DeviceError("no h5py")
 
@@ -207,7 +209,7 @@ def test_what_the_machine_lacks_is_no_fault_of_the_video(mini: Path, monkeypatch
         next(source.load([VideoRef("AAAA1")], CLOCK))
 
 
-def test_the_digest_follows_names_and_lengths(mini: Path, tmp_path: Path) -> None:
+def test_digest_depends_on_names_and_durations(mini: Path, tmp_path: Path) -> None:
     before = open_source(mini).digest()
     assert open_source(mini).digest() == before
     table = json.loads((mini / "Charades_duration.json").read_text())
@@ -215,7 +217,7 @@ def test_the_digest_follows_names_and_lengths(mini: Path, tmp_path: Path) -> Non
     assert open_source(mini).digest() != before
 
 
-def test_the_digest_follows_offsets_and_clip_timing(mini: Path) -> None:
+def test_digest_depends_on_offsets(mini: Path) -> None:
     before = open_source(mini).digest()
     (mini / NOTES).write_text(json.dumps({"videos": {"AAAA1": {"offset": 4.0}}}))
     late = open_source(mini).digest()

@@ -56,7 +56,7 @@ def test_resumed_job_produces_identical_shards(
     assert quotes(str(result), 4)
 
 
-def test_nothing_is_made_twice(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_not_rebuilt(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     features, queries = corpus(ROWS)
     here(features, queries)
     monkeypatch.setattr(Worker, "__call__", lambda *_: pytest.fail("a finished shard was begun"))
@@ -72,7 +72,7 @@ def test_nothing_is_made_twice(here: Here, corpus: Corpus, monkeypatch: pytest.M
         ("settings", ["settings top_k", 5, 4]),
     ],
 )
-def test_other_inputs_are_refused_and_named(
+def test_changed_inputs_are_rejected_by_name(
     here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path, change: str, values: list[object]
 ) -> None:
     features, queries = corpus(ROWS)
@@ -92,7 +92,7 @@ def test_other_inputs_are_refused_and_named(
     assert content(result.output) == before
 
 
-def test_two_jobs_do_not_write_one_corpus(here: Here, corpus: Corpus, tmp_path: Path) -> None:
+def test_job_on_locked_corpus_is_rejected(here: Here, corpus: Corpus, tmp_path: Path) -> None:
     features, queries = corpus(ROWS)
     output = tmp_path / "corpus"
     output.mkdir()
@@ -124,7 +124,7 @@ def test_job_finished_before_lock_is_not_overwritten(
     assert sorted(content(output)) == ["shard-00001-of-00002.jsonl", "shard-00002-of-00002.jsonl"]
 
 
-def test_one_of_two_jobs_that_begin_at_once_is_told_of_the_other(
+def test_simultaneous_job_fails_with_output_locked(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)
@@ -158,7 +158,7 @@ def test_missing_inputs_are_rejected_before_writing(here: Here, mini: Path, tmp_
     assert not (tmp_path / "corpus").exists()
 
 
-def test_corpus_reports_common_queries_and_no_answers(
+def test_corpus_logs_common_queries_and_missing_answers(
     here: Here, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
@@ -171,7 +171,7 @@ def test_corpus_reports_common_queries_and_no_answers(
     assert records(caplog, logging.WARNING, code="no_answers")
 
 
-def test_progress_is_told_where_no_bar_can_be_drawn(
+def test_progress_is_logged_without_a_progress_bar(
     here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.corpus.job.SECONDS_BETWEEN_LINES", 0)

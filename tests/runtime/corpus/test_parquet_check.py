@@ -23,15 +23,13 @@ def written(path: Path) -> Path:
     return path
 
 
-def test_whole_files_and_files_that_python_refuses_pass(tmp_path: Path) -> None:
+def test_check_metadata_passes_valid_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no Parquet")
     check_metadata([written(tmp_path / "ä b.parquet"), tmp_path / "text.parquet", tmp_path / "missing.parquet"])
 
 
 @pytest.mark.parametrize("stdout", [b"0\n1\n", b""])
-def test_process_that_aborts_is_an_error_of_the_file_it_was_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: bytes
-) -> None:
+def test_aborted_check_names_the_current_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: bytes) -> None:
     files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-6, stdout=stdout))
     with pytest.raises(FeatureError) as raised:
@@ -40,7 +38,7 @@ def test_process_that_aborts_is_an_error_of_the_file_it_was_at(
     assert files[1 if stdout else 0].name in str(raised.value)
 
 
-def test_process_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_check_process_raises_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_check, "START_TIMEOUT_S", 0.0)
     monkeypatch.setattr(parquet_check, "FILE_TIMEOUT_S", 0.01)
     with pytest.raises(FeatureError):
@@ -48,7 +46,7 @@ def test_process_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("reader", "seed"), [("parquet-flat", 1044), ("parquet-lists", 10072)])
-def test_metadata_that_aborts_pyarrow_26_is_refused(reader: str, seed: int) -> None:
+def test_metadata_aborting_pyarrow_26_is_rejected(reader: str, seed: int) -> None:
     words = [sys.executable, "-m", "tests.fuzzing", "--reader", reader, "--seed", str(seed)]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-500:]

@@ -39,7 +39,7 @@ def answers(path: Path) -> list[Any]:
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_the_pages_of_whole_files_are_counted(tmp_path: Path, version: str, compression: str, dictionary: bool) -> None:
+def test_unfolded_bytes_covers_valid_files(tmp_path: Path, version: str, compression: str, dictionary: bool) -> None:
     features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(30)]
     options = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary}
     path = rows(tmp_path / "a.parquet", features, data_page_size=1000, **options)
@@ -57,13 +57,13 @@ def bomb(path: Path) -> Path:
     return rows(path, features, compression="zstd")
 
 
-def test_a_row_that_unfolds_without_measure_is_refused(tmp_path: Path) -> None:
+def test_decompression_bomb_row_is_rejected(tmp_path: Path) -> None:
     (problem,) = answers(bomb(tmp_path / "bomb.parquet"))
     assert quotes(problem, 80_000_000 * 4)
     assert "\n" not in problem
 
 
-def test_a_directory_that_lies_about_its_pages_is_refused(tmp_path: Path) -> None:
+def test_false_value_count_in_metadata_is_rejected(tmp_path: Path) -> None:
     path = bomb(tmp_path / "bomb.parquet")
     content = bytearray(path.read_bytes())
     start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -82,7 +82,7 @@ def _zigzag(number: int, length: int) -> bytes:
     return bytes([*parts[:-1], parts[-1] & 127])
 
 
-def test_a_damaged_page_spoils_its_rows_alone(tmp_path: Path) -> None:
+def test_damaged_page_fails_only_its_rows(tmp_path: Path) -> None:
     features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(4)]
     path = rows(tmp_path / "a.parquet", features, row_group_size=2, compression="zstd", use_dictionary=False)
     content = bytearray(path.read_bytes())
@@ -95,7 +95,7 @@ def test_a_damaged_page_spoils_its_rows_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 60 + b"\x20\0\0\0PAR1"])
-def test_what_is_no_parquet_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
+def test_invalid_parquet_raises_one_line_error(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(damage)
     with pytest.raises(FeatureError) as caught:

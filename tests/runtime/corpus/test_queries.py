@@ -11,7 +11,7 @@ from runtime.corpus.queries import Question, check_one_kind, read_questions
 from tests.raising import raises
 
 
-def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
+def test_query_row_requires_only_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(
         '\ufeff{"query": "a\u2028b"}\n{"query": "c", "vid": "V", "qid": "x", "relevant_windows": [[0, 1]]}\n'
@@ -36,14 +36,14 @@ def test_a_row_needs_a_sentence_alone(tmp_path: Path) -> None:
         ("[" * 100_000, "nested_too_deeply", [1]),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path: Path, text: str, code: str, values: list[object]) -> None:
+def test_malformed_query_row_is_named(tmp_path: Path, text: str, code: str, values: list[object]) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(text)
     with raises(GroundingError, code, path, *values):
         read_questions(path)
 
 
-def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) -> None:
+def test_missing_and_non_utf8_query_files_are_named(tmp_path: Path) -> None:
     with raises(GroundingError, "missing_file", tmp_path / "none.jsonl"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "caf\xe9"}\n')
@@ -51,7 +51,7 @@ def test_a_missing_file_and_one_in_another_encoding_are_named(tmp_path: Path) ->
         read_questions(tmp_path / "latin.jsonl")
 
 
-def test_qids_of_two_kinds_fit_no_column() -> None:
+def test_query_ids_of_mixed_types_are_rejected() -> None:
     check_one_kind([Question(1, 1, "a"), Question(2, 2, "b")])
     check_one_kind([Question(1, "a", "a"), Question(2, "b", "b")])
     with raises(GroundingError, "unsupported_query_ids", "--format jsonl"):

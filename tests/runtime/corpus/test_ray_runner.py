@@ -185,7 +185,7 @@ def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: di
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_leaves_whole_shards_and_nothing_else(
+def test_interruption_leaves_only_complete_shards(
     inputs: Inputs, cluster: dict[str, str], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     output = tmp_path / "corpus"
@@ -200,7 +200,7 @@ def test_interruption_leaves_whole_shards_and_nothing_else(
     assert made.items() <= inputs.wanted.items()
 
 
-def test_a_job_that_is_killed_whole_goes_on_where_it_stopped(
+def test_killed_ray_job_resumes_from_finished_shards(
     inputs: Inputs, environment: dict[str, str], place: Path, tmp_path: Path
 ) -> None:
     output, own = tmp_path / "corpus", place / "own"
@@ -229,7 +229,7 @@ def test_a_job_that_is_killed_whole_goes_on_where_it_stopped(
         assert all("127.0.0.1" in line for line in ours), ours
 
 
-def test_no_cluster_at_an_address_is_said(inputs: Inputs, environment: dict[str, str], tmp_path: Path) -> None:
+def test_missing_ray_cluster_is_reported(inputs: Inputs, environment: dict[str, str], tmp_path: Path) -> None:
     job = subprocess.run(
         inputs.words(tmp_path / "corpus", "--address", "nowhere"), env=environment, capture_output=True, text=True
     )
@@ -240,7 +240,7 @@ def test_no_cluster_at_an_address_is_said(inputs: Inputs, environment: dict[str,
     assert quotes(error, "--address nowhere")
 
 
-def test_tensors_that_ray_data_wrote_are_read(tmp_path: Path) -> None:
+def test_tensors_written_by_ray_data_are_read(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
     from ray.data.extensions import ArrowTensorArray

@@ -24,9 +24,7 @@ VIDEOS = ("a", "b", "c", "d")
     about=st.lists(st.sampled_from((None, *VIDEOS))),
     size=st.integers(1, 7),
 )
-def test_every_pair_stands_in_one_shard_and_none_is_too_large(
-    listed: list[str], about: list[str | None], size: int
-) -> None:
+def test_shards_contain_each_pair_once_within_size(listed: list[str], about: list[str | None], size: int) -> None:
     questions = [Question(line, line, f"sentence {line}", video) for line, video in enumerate(about, 1)]
     common, shards = plan([VideoRef(name) for name in listed], questions, size)
     found = [
@@ -51,7 +49,7 @@ def test_every_pair_stands_in_one_shard_and_none_is_too_large(
     assert plan([VideoRef(name) for name in listed], questions, size) == (common, shards)
 
 
-def test_the_name_of_a_shard_tells_how_many_there_are() -> None:
+def test_shard_name_contains_number_and_count() -> None:
     assert shard_name(17, 240, "parquet") == "shard-00017-of-00240.parquet"
 
 
@@ -71,7 +69,7 @@ def test_directory_of_other_inputs_is_rejected_naming_them(tmp_path: Path) -> No
         check_same(tmp_path, told(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_directory_with_foreign_content_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
         require_corpus_dir(tmp_path)

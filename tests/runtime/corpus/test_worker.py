@@ -27,7 +27,7 @@ Corpus = Callable[..., tuple[Path, Path]]
 DOOR, DOG, UNKNOWN = "a person opens the door.", "dog sits.", "xyzzy"
 
 
-def test_rows_are_predictions_of_what_the_grounder_says(here: Here, corpus: Corpus, tiny_model: Path) -> None:
+def test_corpus_rows_equal_grounder_predictions(here: Here, corpus: Corpus, tiny_model: Path) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG, "vid": "CCCC3", "qid": "dog"}])
     result = here(features, queries, shard_pairs=3, top_k=2)
     rows = read_rows(result.output)
@@ -43,7 +43,7 @@ def test_rows_are_predictions_of_what_the_grounder_says(here: Here, corpus: Corp
         assert row["error"] is None
 
 
-def test_what_is_wrong_with_a_video_or_a_sentence_is_a_row(here: Here, damaged: Path, tmp_path: Path) -> None:
+def test_invalid_video_or_sentence_becomes_error_row(here: Here, damaged: Path, tmp_path: Path) -> None:
     rows = [{"query": DOOR}, {"query": UNKNOWN}, {"query": ""}, {"query": DOG, "vid": "ZZZZ9"}]
     result = here(damaged, write_rows(tmp_path / "queries.jsonl", rows))
     found = {(row["vid"], row["query"]): row for row in read_rows(result.output)}
@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_video_or_a_sentence_is_a_row(here: Here, damaged: 
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
-def test_corpus_video_whose_numbers_contradict_is_a_row(
+def test_contradictory_video_becomes_error_row(
     here: Here, pair_files: Path, tiny_model: Path, tmp_path: Path, split: bool
 ) -> None:
     features = tmp_path / "features"
@@ -124,7 +124,7 @@ def test_each_video_is_read_and_encoded_once(
     assert encoded == (read if split else {})
 
 
-def test_a_split_model_answers_as_the_whole_one(
+def test_split_model_writes_same_corpus_as_unsplit(
     here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG}])
@@ -143,7 +143,7 @@ def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_mo
     assert row["pred_relevant_windows"] != [[moment.start, moment.end, moment.score] for moment in whole]
 
 
-def test_parquet_holds_what_jsonl_holds(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_parquet_rows_equal_jsonl_rows(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra [corpus]")
     monkeypatch.setattr("runtime.corpus.worker.ROWS_OF_GROUP", 4)
     queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": UNKNOWN}])
@@ -172,7 +172,7 @@ def test_rows_do_not_depend_on_read_batch_size(
         assert row == other
 
 
-def test_like_warnings_are_said_a_few_times(
+def test_similar_warnings_are_logged_up_to_limit(
     here: Here, corpus: Corpus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.corpus.worker.MAX_WARNINGS", 2)
@@ -215,7 +215,7 @@ def test_shard_that_repeatedly_crashes_is_abandoned(
         here(features, queries)
 
 
-def test_a_directory_that_this_machine_does_not_see_is_named(
+def test_output_directory_missing_on_worker_is_named(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus([{"query": DOOR}])

@@ -79,7 +79,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("line", MALFORMED)
 @pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
-def test_a_malformed_line_is_named_by_its_number(directory: Path, line: str, invalid: str) -> None:
+def test_malformed_line_is_named_by_number(directory: Path, line: str, invalid: str) -> None:
     data_set = write(directory, "AAAAA 1 2##door.", line, "AAAAA 1 2##door.")
     code = "unlisted_video" if line.startswith("CCCCC") else "malformed_row"
     with raises(AnnotationError, code, directory / "Charades_sta_test.txt", 2) as caught:
@@ -114,19 +114,19 @@ def test_invalid_moment_follows_the_policy(directory: Path, line: str, caplog: p
     assert [annotation.line for annotation in data_set.annotations("test", "keep")] == [1, 2]
 
 
-def test_a_split_without_a_usable_line_is_refused(directory: Path) -> None:
+def test_split_without_usable_lines_is_rejected(directory: Path) -> None:
     with raises(AnnotationError, "empty_split", directory / "Charades_sta_test.txt"):
         write(directory, "AAAAA 5 4##door.").annotations("test", "drop")
     with raises(AnnotationError, "empty_file", directory / "Charades_sta_test.txt"):
         write(directory).annotations("test")
 
 
-def test_a_missing_split_is_named(directory: Path) -> None:
+def test_missing_split_is_named(directory: Path) -> None:
     with raises(AnnotationError, "missing_split", directory / "Charades_sta_val.txt", "'val'"):
         DataSet(directory).annotations("val")
 
 
-def test_a_split_that_is_no_text_is_refused(directory: Path) -> None:
+def test_split_file_that_is_not_text_is_rejected(directory: Path) -> None:
     (directory / "Charades_sta_test.txt").write_bytes(b"\xff\xfe\x00")
     with raises(AnnotationError, "not_utf8", directory / "Charades_sta_test.txt"):
         DataSet(directory).annotations("test")
@@ -135,7 +135,7 @@ def test_a_split_that_is_no_text_is_refused(directory: Path) -> None:
         DataSet(directory).annotations("train")
 
 
-def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
+def test_missing_directory_names_simulate_command(tmp_path: Path) -> None:
     with raises(AnnotationError, "missing_file", tmp_path / "gone", "python -m train.simulate"):
         DataSet(tmp_path / "gone")
 
@@ -154,7 +154,7 @@ def test_incomplete_data_set_names_first_missing_table(directory: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"AAAAA": "30"}', '{"AAAAA": -1}', '{"AAAAA": NaN}'])
 @pytest.mark.parametrize("name", ["Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"])
-def test_a_damaged_table_is_named(directory: Path, name: str, content: str) -> None:
+def test_damaged_table_is_named(directory: Path, name: str, content: str) -> None:
     (directory / name).write_text(content)
     is_json = content and content != "{" and "NaN" not in content
     code = "unexpected_structure" if is_json else "invalid_json"
@@ -163,7 +163,7 @@ def test_a_damaged_table_is_named(directory: Path, name: str, content: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_no_feature_file_could_have_is_refused(directory: Path) -> None:
+def test_video_name_with_path_separator_is_rejected(directory: Path) -> None:
     (directory / "Charades_duration.json").write_text('{"AAAAA": 30.0, "day/BBBBB": 10}')
     with raises(AnnotationError, "invalid_video_name", directory / "Charades_duration.json", "'day/BBBBB'"):
         DataSet(directory)
@@ -175,7 +175,7 @@ def test_word_ids_with_a_gap_name_the_word_table(directory: Path) -> None:
         _ = DataSet(directory).vocabulary
 
 
-def test_pt_features_go_before_npy(directory: Path) -> None:
+def test_pt_features_take_precedence_over_npy(directory: Path) -> None:
     (directory / FEATURES).mkdir()
     data_set = DataSet(directory)
     with raises(FeatureError, "missing_features", "'AAAAA'", directory / FEATURES / "AAAAA.pt"):
@@ -188,16 +188,16 @@ def test_pt_features_go_before_npy(directory: Path) -> None:
     assert data_set.feature_path("AAAAA").suffix == ".pt"
 
 
-def test_a_video_that_the_tables_do_not_know_is_named(directory: Path) -> None:
+def test_unlisted_video_is_named(directory: Path) -> None:
     with raises(AnnotationError, "unlisted_video", "'CCCCC'"):
         DataSet(directory).video("CCCCC")
 
 
-def test_the_width_of_the_features_is_read_off_them(golden: Path) -> None:
+def test_feature_width_is_read_from_the_file(golden: Path) -> None:
     assert DataSet(golden / "mini").features().dim == 16
 
 
-def test_clips_of_another_clock_are_warned_of(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_different_clip_timing_gives_warning(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_set = DataSet(golden / "mini")
     data_set.check_clock(ClipTiming(16, 8))
     assert not caplog.messages
@@ -206,7 +206,7 @@ def test_clips_of_another_clock_are_warned_of(golden: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("command", [evaluate, rank])
-def test_commands_compare_the_clocks_of_model_and_data(
+def test_commands_check_clip_timing_of_model_and_data(
     command: Any, models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[ClipTiming] = []
@@ -215,7 +215,7 @@ def test_commands_compare_the_clocks_of_model_and_data(
     assert asked == [ClipTiming(16, 8)]
 
 
-def test_simulated_features_are_told_apart(directory: Path) -> None:
+def test_simulated_features_are_detected(directory: Path) -> None:
     assert not DataSet(directory).simulated
     (directory / "simulated.json").write_text("{}")
     assert DataSet(directory).simulated
@@ -235,7 +235,7 @@ def test_tokens_and_ground_truth_equal_published_loader(golden: Path) -> None:
         np.testing.assert_array_equal(spans[index], reference[f"mini_{index}_gt_bbox"])
 
 
-def test_four_broken_lines_of_the_real_training_file_are_found(
+def test_four_invalid_lines_of_real_training_file_are_dropped(
     real_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data_set = DataSet(real_data / "charades_sta")
@@ -273,7 +273,7 @@ def scaled(data_set: DataSet, path: Path, key: str, factor: float) -> DataSet:
     ],
 )
 @pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
-def test_annotations_in_another_unit_are_refused(
+def test_annotations_in_another_unit_are_rejected(
     write: Any, key: str, factor: float, invalid: Any, tmp_path: Path
 ) -> None:
     data_set = scaled(DataSet(write(tmp_path / "data")), tmp_path / "data", key, factor)
@@ -295,7 +295,7 @@ def test_published_annotations_are_in_plausible_units(
         check_frame_rate(video, data_set.num_frames[video], data_set.durations[video])
 
 
-def test_unknown_videos_name_one_that_differs_in_form(directory: Path) -> None:
+def test_unknown_video_error_names_similar_video(directory: Path) -> None:
     table = json.loads((directory / "Charades_duration.json").read_text())
     known = next(iter(table))
     with raises(AnnotationError, "unlisted_video", repr(known)):

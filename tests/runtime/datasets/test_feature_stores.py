@@ -41,7 +41,7 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "features.hdf5"
 
 
-def test_groups_and_datasets_are_found_by_the_video(published: Path) -> None:
+def test_hdf5_groups_and_datasets_load_by_video_name(published: Path) -> None:
     store = FeatureArchive(published)
     np.testing.assert_array_equal(store.load("v_a"), CLIPS)
     np.testing.assert_array_equal(store.load("s1-d1.avi"), CLIPS + 2)
@@ -60,13 +60,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("video", REFUSED)
-def test_what_is_not_there_or_not_features_is_named(published: Path, video: str) -> None:
+def test_missing_or_invalid_hdf5_entry_is_named(published: Path, video: str) -> None:
     code, values = REFUSED[video]
     with raises(FeatureError, code, *values):
         FeatureArchive(published).load(video)
 
 
-def test_links_out_of_the_file_are_not_followed(tmp_path: Path, published: Path) -> None:
+def test_external_hdf5_links_are_not_followed(tmp_path: Path, published: Path) -> None:
     with h5py.File(tmp_path / "links.h5", "w") as file:
         file["v_out"] = h5py.ExternalLink(str(published), "/s1-d1")
         file["v_soft"] = h5py.SoftLink("/v_out")
@@ -113,7 +113,7 @@ def test_soft_links_within_the_file_are_followed(tmp_path: Path) -> None:
         assert refused.value.code == "broken_link"
 
 
-def test_a_file_that_is_no_hdf5_or_is_cut_short_is_named(tmp_path: Path, published: Path) -> None:
+def test_invalid_or_truncated_hdf5_file_is_named(tmp_path: Path, published: Path) -> None:
     (tmp_path / "text.h5").write_text("no features")
     (tmp_path / "short.h5").write_bytes(published.read_bytes()[:700])
     for name in ("text.h5", "short.h5"):
@@ -124,13 +124,13 @@ def test_a_file_that_is_no_hdf5_or_is_cut_short_is_named(tmp_path: Path, publish
         FeatureArchive(tmp_path / "gone.h5").load("v_a")
 
 
-def test_without_h5py_the_install_command_is_told(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_h5py_error_names_install_command(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     with raises(DeviceError, "missing_library", "pip install '.[hdf5]'"):
         FeatureArchive(published).load("v_a")
 
 
-def test_replaced_archive_is_read_anew(published: Path, tmp_path: Path) -> None:
+def test_replaced_archive_is_reloaded(published: Path, tmp_path: Path) -> None:
     import h5py
 
     path = tmp_path / "features.h5"
@@ -149,7 +149,7 @@ def test_replaced_archive_is_read_anew(published: Path, tmp_path: Path) -> None:
         store.load("v_a")
 
 
-def test_a_stamp_changes_with_the_file_and_from_video_to_video(published: Path) -> None:
+def test_stamp_depends_on_file_and_video(published: Path) -> None:
     before = FeatureArchive(published)
     stamps = [before.stamp(video) for video in ("v_a", "s1-d1")]
     assert stamps[0] != stamps[1]
@@ -159,7 +159,7 @@ def test_a_stamp_changes_with_the_file_and_from_video_to_video(published: Path) 
     assert FeatureArchive(published).stamp("v_a") != stamps[0]
 
 
-def test_content_is_that_of_the_video_alone(published: Path) -> None:
+def test_content_digest_depends_on_the_video_only(published: Path) -> None:
     store = FeatureArchive(published)
     assert store.content("v_a") == FeatureArchive(published).content("v_a")
     assert store.content("v_a") != store.content("s1-d1")
@@ -176,7 +176,7 @@ def test_feature_files_match_with_or_without_video_suffix(tmp_path: Path) -> Non
         store.load("../x")
 
 
-def test_features_in_two_places_are_refused(tmp_path: Path, published: Path) -> None:
+def test_features_in_two_places_are_rejected(tmp_path: Path, published: Path) -> None:
     assert isinstance(open_store(tmp_path, None), FeatureArchive)
     (tmp_path / "features").mkdir()
     with raises(FeatureError, "ambiguous_features", tmp_path, "features.hdf5", "features/"):
@@ -188,7 +188,7 @@ def test_features_in_two_places_are_refused(tmp_path: Path, published: Path) -> 
         open_store(tmp_path, None)
 
 
-def test_archive_must_hold_exactly_one_array(tmp_path: Path) -> None:
+def test_npz_must_contain_exactly_one_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", CLIPS)
     np.testing.assert_array_equal(load_features(tmp_path / "one.npz"), CLIPS)
     np.savez(tmp_path / "two.npz", a=CLIPS, b=CLIPS)
@@ -221,7 +221,9 @@ def bomb(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])
-def test_a_bomb_is_refused_before_it_unfolds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_decompression_bomb_is_rejected_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     path = tmp_path / f"bomb{suffix}"
     bomb(path, monkeypatch)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unfolded"))
@@ -244,7 +246,7 @@ def test_frame_count_is_derived_from_clips_when_missing(tmp_path: Path) -> None:
     assert data_set.video("v.avi").num_frames == data_set.frames("v.avi") == ClipTiming().num_frames(100)
 
 
-def test_matching_frame_counts_are_used_others_split_equally(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mismatched_frame_count_splits_clips_with_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "fits").mkdir()
     (tmp_path / "other").mkdir()
     told = {"fps": 30.0, "num_frames": 1000}
@@ -262,7 +264,7 @@ def test_matching_frame_counts_are_used_others_split_equally(tmp_path: Path, cap
     np.testing.assert_array_equal(segments.features[-1], video.features[45:].max(axis=0))
 
 
-def test_a_crash_of_the_library_is_one_error(published: Path) -> None:
+def test_crash_of_hdf5_reader_raises_one_error(published: Path) -> None:
     store = FeatureArchive(published)
     expected = store.load("v_a")
     process = store._reader._process
@@ -275,7 +277,7 @@ def test_a_crash_of_the_library_is_one_error(published: Path) -> None:
     np.testing.assert_array_equal(store.load("v_a"), expected)
 
 
-def test_an_answer_that_never_comes_is_one_error(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_hdf5_reader_raises_one_error(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureArchive(published)
     store.path("v_a")
     assert store._reader._process is not None
@@ -285,7 +287,7 @@ def test_an_answer_that_never_comes_is_one_error(published: Path, monkeypatch: p
         store.load("v_a")
 
 
-def test_an_archive_is_read_by_threads_and_forked_processes(published: Path) -> None:
+def test_archive_is_read_by_threads_and_forked_processes(published: Path) -> None:
     store = FeatureArchive(published)
     expected = store.load("v_a")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -301,7 +303,7 @@ def test_an_archive_is_read_by_threads_and_forked_processes(published: Path) -> 
     ("stored", "asked"), [("Vid\u00e9o1", "Vide\u0301o1"), ("Vide\u0301o1", "Vid\u00e9o1.mp4"), ("v_ABC", "v_abc")]
 )
 @pytest.mark.parametrize("archive", [False, True])
-def test_missing_features_name_one_that_differs_in_form(tmp_path: Path, stored: str, asked: str, archive: bool) -> None:
+def test_missing_features_error_names_similar_video(tmp_path: Path, stored: str, asked: str, archive: bool) -> None:
     store: FeatureFiles | FeatureArchive
     if archive:
         with h5py.File(tmp_path / "features.h5", "w") as file:

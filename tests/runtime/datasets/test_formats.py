@@ -46,7 +46,7 @@ def write_rows(directory: Path, name: str, rows: list[dict[str, Any]] = ROWS) ->
     return directory
 
 
-def test_activitynet_is_read_in_seconds_and_counts_its_sentences(tmp_path: Path) -> None:
+def test_activitynet_rows_have_seconds_and_sentence_numbers(tmp_path: Path) -> None:
     data_set = DataSet(write_json(tmp_path, train=ACTIVITYNET, val={"v_b": ACTIVITYNET["v_b"]}))
     first, second, third = data_set.annotations("train")
     assert (first.video, first.start, first.end, first.sentence, first.line) == ("v_a", 0, 5.5, "A man sits.", 1)
@@ -93,7 +93,7 @@ def test_qvhighlights_query_keeps_id_and_all_moments(tmp_path: Path, name: str) 
     assert data_set.truths([one]).shape == (1, 2)
 
 
-def test_of_several_moments_only_the_impossible_are_dropped(tmp_path: Path) -> None:
+def test_only_impossible_moments_of_a_query_are_dropped(tmp_path: Path) -> None:
     rows = [{**ROWS[0], "relevant_windows": [[5, 4], [20, 30], [151, 160]]}, {**ROWS[1], "relevant_windows": [[9, 9]]}]
     data_set = DataSet(write_rows(tmp_path, "train.jsonl", rows))
     (kept,) = data_set.annotations("train", "drop")
@@ -152,7 +152,7 @@ def test_mixed_rows_in_one_file_are_rejected_naming_the_video(tmp_path: Path) ->
         DataSet(tmp_path)
 
 
-def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
+def test_two_files_of_one_split_are_rejected(tmp_path: Path) -> None:
     write_rows(tmp_path, "val.jsonl")
     write_rows(tmp_path, "highlight_val_release.jsonl")
     with raises(AnnotationError, "duplicate_split", tmp_path, "val.jsonl", "highlight_val_release.jsonl"):
@@ -185,7 +185,7 @@ TWO_OF_ONE_NAME = {
 
 
 @pytest.mark.parametrize("case", TWO_OF_ONE_NAME)
-def test_two_videos_of_one_name_are_refused(tmp_path: Path, case: str) -> None:
+def test_two_videos_of_one_name_are_rejected(tmp_path: Path, case: str) -> None:
     write, code, values = TWO_OF_ONE_NAME[case]
     write(tmp_path)
     with raises(AnnotationError, code, *values) as caught:
@@ -198,7 +198,7 @@ ALIASES = [("a", "a.avi"), ("a.mp4", "a.avi"), ("a.MP4", "a.webm"), ("a", "a.mkv
 
 @pytest.mark.parametrize("names", ALIASES)
 @pytest.mark.parametrize("layout", ["activitynet", "tacos", "qvhighlights", "charades"])
-def test_names_of_one_feature_file_are_refused(tmp_path: Path, layout: str, names: tuple[str, str]) -> None:
+def test_video_names_sharing_a_feature_file_are_rejected(tmp_path: Path, layout: str, names: tuple[str, str]) -> None:
     if layout == "charades":
         for table in (DURATIONS, FRAMES):
             (tmp_path / table).write_text(json.dumps(dict.fromkeys(names, 48)))
@@ -214,12 +214,12 @@ def test_names_of_one_feature_file_are_refused(tmp_path: Path, layout: str, name
     assert refusal.value.code == "ambiguous_video_name"
 
 
-def test_one_video_in_two_splits_is_one_video(tmp_path: Path) -> None:
+def test_video_in_two_splits_is_listed_once(tmp_path: Path) -> None:
     assert set(DataSet(write_json(tmp_path, val=ACTIVITYNET, test=ACTIVITYNET)).durations) == {"v_a", "v_b"}
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", " ", "a\nb"])
-def test_a_name_that_leaves_the_feature_directory_is_refused(tmp_path: Path, name: str) -> None:
+def test_video_name_outside_feature_directory_is_rejected(tmp_path: Path, name: str) -> None:
     with raises(AnnotationError, "invalid_video_name", repr(name)):
         DataSet(write_json(tmp_path, train={name: ACTIVITYNET["v_a"]}))
 
@@ -239,7 +239,7 @@ BROKEN_ENTRIES = [
 
 
 @pytest.mark.parametrize(("change", "code", "values"), BROKEN_ENTRIES)
-def test_a_broken_entry_is_named_by_video_and_sentence(
+def test_invalid_entry_is_named_by_video_and_sentence(
     tmp_path: Path, change: dict[str, Any], code: str, values: list[object]
 ) -> None:
     write_json(tmp_path, train={**ACTIVITYNET, "v_a": {**ACTIVITYNET["v_a"], **change}})
@@ -262,7 +262,7 @@ BROKEN_ROWS = [
 
 
 @pytest.mark.parametrize(("line", "code", "values"), BROKEN_ROWS)
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path, line: str, code: str, values: list[object]) -> None:
+def test_invalid_row_is_named_by_line(tmp_path: Path, line: str, code: str, values: list[object]) -> None:
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}\n")
     with raises(AnnotationError, code, tmp_path / "train.jsonl", 2, *values) as caught:
         DataSet(tmp_path)
@@ -281,7 +281,7 @@ def test_split_with_hidden_moments_is_not_scored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"format": "drn-dataset/0"}, {"preset": None}, {"num_frames": {"x": 0}}])
-def test_a_damaged_description_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_damaged_dataset_json_is_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
     code = "unknown_format" if "format" in change else "damaged_file"
     about = {"format": FORMAT, "preset": PRESETS["tacos"].to_dict()}
     (write_rows(tmp_path, "train.jsonl") / "dataset.json").write_text(json.dumps({**about, **change}))
@@ -289,14 +289,14 @@ def test_a_damaged_description_is_refused(tmp_path: Path, change: dict[str, Any]
         DataSet(tmp_path)
 
 
-def test_a_file_of_neither_kind_names_what_was_expected(tmp_path: Path) -> None:
+def test_unknown_annotation_format_names_expected_fields(tmp_path: Path) -> None:
     with raises(AnnotationError, "unknown_format", tmp_path / "train.json", "duration", "fps", "num_frames"):
         DataSet(write_json(tmp_path, train={"v": {"sentences": []}}))
     with raises(AnnotationError, "unexpected_structure", tmp_path / "train.json"):
         DataSet(write_json(tmp_path, train=[1]))
 
 
-def test_real_annotations_are_counted_as_published(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_annotation_counts_match_published(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     activitynet, tacos = DataSet(real_data / "activitynet"), DataSet(real_data / "tacos")
     highlights = DataSet(real_data / "qvhighlights")
     counts = {split: len(activitynet.annotations(split, "keep", quiet=True)) for split in activitynet.splits}
@@ -320,7 +320,7 @@ ODD = "a person\u2028opens\u0085the door."
 NORMAL = " ".join(ODD.split())
 
 
-def test_rows_of_other_programs_are_read(tmp_path: Path) -> None:
+def test_rows_written_by_other_programs_are_read(tmp_path: Path) -> None:
     write_rows(tmp_path, "train.jsonl", [{**ROWS[0], "query": ODD}, *ROWS[1:]])
     (tmp_path / "vocabulary.json").write_text('{"a": 1}')
     for name in ("train.jsonl", "vocabulary.json"):
@@ -332,7 +332,7 @@ def test_rows_of_other_programs_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entries", [ACTIVITYNET, TACOS])
-def test_captions_of_other_programs_are_read(tmp_path: Path, entries: dict[str, Any]) -> None:
+def test_captions_written_by_other_programs_are_read(tmp_path: Path, entries: dict[str, Any]) -> None:
     name = next(iter(entries))
     sentences = [ODD] * len(entries[name]["sentences"])
     write_json(tmp_path, train={**entries, name: {**entries[name], "sentences": sentences}})
@@ -343,7 +343,7 @@ def test_captions_of_other_programs_are_read(tmp_path: Path, entries: dict[str, 
 @pytest.mark.parametrize("number", [10**400, 10**299, -(10**299), True, [1], {}, "1", None])
 @pytest.mark.parametrize("key", ["duration", "fps", "num_frames", "timestamps", "sentences"])
 @pytest.mark.parametrize("entries", [ACTIVITYNET, TACOS])
-def test_captions_with_a_value_of_another_kind_are_refused(
+def test_captions_with_value_of_wrong_type_are_rejected(
     tmp_path: Path, entries: dict[str, Any], key: str, number: Any
 ) -> None:
     name = next(iter(entries))
@@ -357,7 +357,7 @@ def test_captions_with_a_value_of_another_kind_are_refused(
         assert len(str(caught.value)) < 1500
 
 
-def test_a_video_name_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
+def test_too_long_video_name_is_rejected(tmp_path: Path) -> None:
     write_rows(tmp_path, "train.jsonl", [{**ROWS[0], "vid": "é" * 126}])
     with raises(AnnotationError, "invalid_video_name", tmp_path / "train.jsonl", 1):
         DataSet(tmp_path)

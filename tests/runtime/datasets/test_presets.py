@@ -25,13 +25,13 @@ from runtime.datasets.presets import (
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_its_json_and_can_be_decoded(name: str) -> None:
+def test_preset_survives_json_and_gives_valid_decoding(name: str) -> None:
     preset = PRESETS[name]
     assert Preset.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
     assert Decoding(num_segments=preset.num_segments).num_locations == preset.num_segments * 7 // 4
 
 
-def test_charades_is_the_published_model() -> None:
+def test_charades_preset_matches_published_model() -> None:
     preset = PRESETS["charades-sta"]
     assert (preset.num_segments, preset.features, preset.iou_thresholds) == (32, Features(), (0.3, 0.5, 0.7))
 
@@ -48,7 +48,7 @@ def test_charades_is_the_published_model() -> None:
         {"query_length": (0, 8, 12)},
     ],
 )
-def test_a_preset_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+def test_invalid_preset_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(AnnotationError):
         Preset("Mine", **change)
 
@@ -81,7 +81,7 @@ def test_length_quantiles_come_from_model_or_data_set() -> None:
 
 
 @pytest.mark.parametrize(("directory", "title"), [("charades_sta", "Charades-STA"), ("tacos", "TACoS")])
-def test_published_quantiles_are_those_of_the_files(directory: str, title: str) -> None:
+def test_published_quantiles_match_annotation_files(directory: str, title: str) -> None:
     if "DRN_REAL_DATA" not in os.environ:
         pytest.skip("DRN_REAL_DATA does not name the published annotations")
     data_set = DataSet(Path(os.environ["DRN_REAL_DATA"]) / directory)

@@ -63,7 +63,7 @@ def grounder(planted_backend: Any) -> Grounder:
 
 
 @pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
-def test_the_report_by_hand(grounder: Grounder, data_set: DataSet, protocol: Any) -> None:
+def test_evaluate_matches_hand_computed_report(grounder: Grounder, data_set: DataSet, protocol: Any) -> None:
     annotations = data_set.annotations("test")
     evaluation = evaluate(grounder, data_set, annotations, protocol=protocol)
     values = evaluation.report.to_dict()
@@ -87,7 +87,9 @@ def test_detections_keep_annotation_order_for_any_batch_size(
     assert max(seen) <= batch_size
 
 
-def test_small_chunks_change_nothing(grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_does_not_depend_on_chunk_size(
+    grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     annotations = data_set.annotations("test")
     whole = evaluate(grounder, data_set, annotations)
     monkeypatch.setattr("runtime.grounding.evaluation.CHUNK", 2)
@@ -96,7 +98,9 @@ def test_small_chunks_change_nothing(grounder: Grounder, data_set: DataSet, monk
     assert chunked.report == whole.report
 
 
-def test_each_video_is_read_once(grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_reads_each_video_once(
+    grounder: Grounder, data_set: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     original = DataSet.video
     monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
@@ -104,21 +108,21 @@ def test_each_video_is_read_once(grounder: Grounder, data_set: DataSet, monkeypa
     assert sorted(read) == ["AAAAA", "BBBBB", "CCCCC"]
 
 
-def test_segments_of_the_caller_are_used(grounder: Grounder, data_set: DataSet) -> None:
+def test_evaluate_uses_segments_given_by_caller(grounder: Grounder, data_set: DataSet) -> None:
     dog = grounder.segments(data_set.video("BBBBB"))
     evaluation = evaluate(grounder, data_set, data_set.annotations("test"), segments_of=lambda name: dog)
     # Only the dog is in it now.
     assert evaluation.picks[0.5][:, 0, 0].tolist() == [0.25, 0.5, 0.5, 0.5]
 
 
-def test_the_protocol_is_the_models_own_unless_named(planted_backend: Any, data_set: DataSet) -> None:
+def test_protocol_defaults_to_the_model(planted_backend: Any, data_set: DataSet) -> None:
     annotations = data_set.annotations("test")
     authors = Grounder(planted_backend(Decoding(protocol="drn")))
     assert evaluate(authors, data_set, annotations).report.protocol == "drn"
     assert evaluate(authors, data_set, annotations, protocol="mmaction2").report.protocol == "mmaction2"
 
 
-def test_the_authors_suppress_anew_for_each_threshold(planted_backend: Any, data_set: DataSet) -> None:
+def test_drn_protocol_applies_nms_per_threshold(planted_backend: Any, data_set: DataSet) -> None:
     backend = planted_backend()
 
     class Doubled:
@@ -143,7 +147,7 @@ def test_the_authors_suppress_anew_for_each_threshold(planted_backend: Any, data
     assert {int((~np.isnan(rows[0, :, 0])).sum()) for rows in published.values()} == {2}
 
 
-def test_predictions_are_in_the_qvhighlights_form_in_seconds(grounder: Grounder, data_set: DataSet) -> None:
+def test_predictions_are_in_qvhighlights_format_in_seconds(grounder: Grounder, data_set: DataSet) -> None:
     annotations = data_set.annotations("test")
     rows = list(predictions(evaluate(grounder, data_set, annotations), annotations, data_set))
     assert [set(row) for row in rows] == [{"qid", "query", "vid", "pred_relevant_windows"}] * 4
@@ -190,7 +194,7 @@ def test_predictions_follow_public_qvhighlights_format(tmp_path: Path, planted_b
     assert evaluation.report.values["mIoU"] == pytest.approx(sum(best) / len(best), abs=1e-6)
 
 
-def test_the_report_has_the_metrics_of_the_data_set(tmp_path: Path, planted_backend: Any) -> None:
+def test_report_uses_thresholds_of_the_data_set(tmp_path: Path, planted_backend: Any) -> None:
     data_set = DataSet(write_tacos(tmp_path / "data"))
     (tmp_path / "data" / "features").mkdir()
     for name in data_set.durations:
@@ -202,7 +206,7 @@ def test_the_report_has_the_metrics_of_the_data_set(tmp_path: Path, planted_back
         assert tuple(evaluation.report.values) == metric_names((0.1, 0.3, 0.5, 0.7))
 
 
-def test_unknown_words_of_a_whole_split_are_named_once(
+def test_unknown_words_of_a_split_are_warned_of_once(
     grounder: Grounder, data_set: DataSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = data_set.annotations_path("test").read_text().replace("person", "zebra")
@@ -279,7 +283,7 @@ def test_evaluate_counts_fallback_answers(
     assert f"{whole} of them have no likely location and are answered by the whole video." in outcome.out
 
 
-def test_the_command_answers_the_same_whatever_the_batch(
+def test_evaluate_output_does_not_depend_on_batch_size(
     tiny_model: Path, mini: Path, run_command: Callable[..., Any]
 ) -> None:
     arguments = ("--model", tiny_model, "--data", mini)
@@ -288,7 +292,7 @@ def test_the_command_answers_the_same_whatever_the_batch(
     assert run_command(evaluate_command, *arguments, "--batch-size", 2).out == whole.out
 
 
-def test_the_command_says_that_features_are_simulated(
+def test_evaluate_reports_simulated_features(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     (mini / "simulated.json").write_text("{}")
@@ -333,7 +337,7 @@ def test_evaluate_sentence_of_unknown_words_is_a_miss_and_named(
     assert json.loads((tmp_path / "report.json").read_text())["queries"] == len(lines) + 1
 
 
-def test_ablations_take_the_video_away(
+def test_ablations_remove_or_shuffle_the_video(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     windows = {}
@@ -356,7 +360,7 @@ def test_ablations_take_the_video_away(
         assert windows["shuffled"][index] != windows["none"][index] != windows["blind"][index]
 
 
-def test_broken_lines_of_the_split_are_refused_by_number(
+def test_invalid_annotation_line_is_rejected_by_number(
     tiny_model: Path, golden: Path, tmp_path: Path, refused: Callable[..., GroundingError]
 ) -> None:
     error = refused(evaluate_command, "--model", tiny_model, "--data", golden / "mini", "--output", tmp_path / "r.json")
@@ -364,7 +368,7 @@ def test_broken_lines_of_the_split_are_refused_by_number(
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_input_is_one_sentence(
+def test_evaluate_invalid_input_is_rejected(
     tiny_model: Path, mini: Path, tmp_path: Path, refused: Callable[..., GroundingError]
 ) -> None:
     arguments, gone = ("--model", tiny_model, "--data", mini), tmp_path / "gone"
@@ -375,7 +379,7 @@ def test_bad_input_is_one_sentence(
         check_error(refused(evaluate_command, *arguments, option, number), "invalid_option", option, number)
 
 
-def test_an_unwritable_report_is_refused(
+def test_unwritable_report_is_rejected(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     (tmp_path / "file").write_text("a file")
@@ -404,7 +408,7 @@ def test_evaluation_files_are_written_before_printing(
 
 
 @pytest.mark.parametrize("option", ["output", "predictions"])
-def test_reports_replace_no_file_that_is_read(
+def test_reports_do_not_overwrite_input_files(
     option: str, data_set: DataSet, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = [*data_set.files, data_set.feature_path("BBBBB"), tiny_model]

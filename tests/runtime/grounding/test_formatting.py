@@ -39,16 +39,16 @@ ANSWERS = [
         (3723, "1:02:03.0"),
     ],
 )
-def test_times_are_written_as_people_read_them(seconds: float, text: str) -> None:
+def test_format_timestamp_uses_clock_notation(seconds: float, text: str) -> None:
     assert format_timestamp(seconds) == text
 
 
-def test_times_without_decimals_round() -> None:
+def test_timestamps_without_decimals_are_rounded() -> None:
     assert format_timestamp(59.6, 0) == "1:00"
 
 
 @given(st.floats(0, 1e6))
-def test_a_written_time_is_right_to_half_a_tenth(seconds: float) -> None:
+def test_format_timestamp_is_accurate_to_half_a_tenth(seconds: float) -> None:
     parts = [float(part) for part in format_timestamp(seconds).split(":")]
     value = sum(part * 60**power for power, part in enumerate(reversed(parts)))
     assert value == pytest.approx(seconds, abs=0.0501)
@@ -59,7 +59,7 @@ def bars(text: str) -> list[str]:
     return [line.split()[-1] for line in text.splitlines() if set(line.split()[-1]) <= set("·█▒")]
 
 
-def test_bars_mark_the_cells_of_the_moment() -> None:
+def test_text_bars_mark_the_cells_of_the_moment() -> None:
     (bar,) = bars(format_answers([Answer("q", "v", 20.0, [Moment(5, 10, 1)])], "text", width=20))
     assert bar == "·" * 5 + "█" * 5 + "·" * 10
     found = bars(format_answers(ANSWERS[:1], "text", width=20))
@@ -71,7 +71,7 @@ def test_bars_mark_the_cells_of_the_moment() -> None:
 
 
 @given(st.floats(0, 50), st.floats(0, 50), st.integers(20, 200))
-def test_every_bar_is_as_long_as_the_others_and_marks_something(a: float, b: float, width: int) -> None:
+def test_text_bars_have_equal_length_and_mark_a_cell(a: float, b: float, width: int) -> None:
     moments = [Moment(min(a, b), max(a, b), 0.5), Moment(0, 50, 0.4)]
     first, whole = bars(format_answers([Answer("q", "v", 50.0, moments)], "text", width))
     assert len(first) == len(whole) >= 20
@@ -88,7 +88,7 @@ def test_text_fits_the_terminal_and_names_times_scores_and_truth() -> None:
     assert "0:20.0 - 0:40.0  truth" in text
 
 
-def test_json_is_exactly_the_shape_that_is_promised() -> None:
+def test_json_output_has_the_documented_structure() -> None:
     assert json.loads(format_answers(ANSWERS, "json")) == [
         {
             "query": 'person says "hi", then\nleaves',
@@ -104,7 +104,7 @@ def test_json_is_exactly_the_shape_that_is_promised() -> None:
     ]
 
 
-def test_jsonl_has_the_same_answers_a_line_each() -> None:
+def test_jsonl_has_one_json_answer_per_line() -> None:
     lines = format_answers(ANSWERS, "jsonl").split("\n")
     assert [json.loads(line) for line in lines] == json.loads(format_answers(ANSWERS, "json"))
 
@@ -133,7 +133,7 @@ def test_srt_times_have_three_digits_after_a_comma(seconds: float) -> None:
     assert hours * 3600 + minutes * 60 + whole + thousandths / 1000 == pytest.approx(seconds, abs=0.000501)
 
 
-def test_no_answers_are_still_a_document() -> None:
+def test_empty_answers_give_valid_output() -> None:
     assert json.loads(format_answers([], "json")) == []
     assert format_answers([], "csv") == "video,query,rank,start,end,score"
     assert format_answers(ANSWERS[2:], "srt") == ""
@@ -150,7 +150,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
     st.sampled_from(["=", "+", "-", "@", "＝", "＋", "－", "＠", "﹣", "\t", "\r", "'", " =", "\ufeff="]) | st.just(""),
     texts,
 )
-def test_csv_texts_are_no_formulas_and_read_back(start: str, text: str) -> None:
+def test_csv_escapes_formulas_and_reads_back(start: str, text: str) -> None:
     written = io.StringIO(format_answers(one_answer(start + text, start + text), "csv"), newline="")
     row = list(csv.reader(written))[1]
     for cell in row[:2]:
@@ -159,12 +159,12 @@ def test_csv_texts_are_no_formulas_and_read_back(start: str, text: str) -> None:
         assert cell.removeprefix("'") == start + text
 
 
-def test_csv_leaves_ordinary_texts_and_numbers_alone() -> None:
+def test_csv_keeps_ordinary_text_and_numbers() -> None:
     row = list(csv.reader(io.StringIO(format_answers(one_answer("person x=1 - @home"), "csv"))))[1]
     assert row == ["v", "person x=1 - @home", "1", "-0.5", "30.5", "0.75"]
 
 
-def test_text_of_a_query_cannot_add_lines() -> None:
+def test_query_text_cannot_add_output_lines() -> None:
     text = format_answers(one_answer("a\n  0:00.0 - 0:01.0  1.000\x1b[2J\tb", "v\nw"), "text")
     assert len(text.splitlines()) == 2
     assert "\x1b" not in text

@@ -46,7 +46,7 @@ def grounder(planted_backend: Any) -> Grounder:
 QUARTER = video(60.0, dog=(8, 15))
 
 
-def test_a_planted_moment_is_found_in_seconds_by_hand(grounder: Grounder) -> None:
+def test_ground_returns_planted_moment_in_seconds(grounder: Grounder) -> None:
     best, second = grounder.ground(QUARTER, "person dog")
     assert (best.start, best.end) == (15.0, 30.0)
     assert best.score == pytest.approx(0.982, abs=1e-3)
@@ -62,7 +62,7 @@ def test_moments_scale_with_the_duration(planted_backend: Any, duration: float) 
     assert (best.start, best.end) == (0.25 * duration, 0.5 * duration)
 
 
-def test_at_most_top_k_moments_come_back_best_first(grounder: Grounder) -> None:
+def test_ground_returns_top_k_moments_best_first(grounder: Grounder) -> None:
     everything = grounder.ground(QUARTER, "dog", top_k=5)
     assert len(everything) == 2
     assert everything[0].score > everything[1].score
@@ -70,7 +70,7 @@ def test_at_most_top_k_moments_come_back_best_first(grounder: Grounder) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "found"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
-def test_top_k_may_pass_the_published_six(planted_backend: Any, top_k: int, found: int) -> None:
+def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, found: int) -> None:
     backend = planted_backend()
 
     class Everywhere:
@@ -85,7 +85,7 @@ def test_top_k_may_pass_the_published_six(planted_backend: Any, top_k: int, foun
     assert len(moments) == found
 
 
-def test_a_query_that_finds_nothing_likely_gets_the_whole_video(grounder: Grounder) -> None:
+def test_query_without_proposals_returns_full_video(grounder: Grounder) -> None:
     # Six words bring the second half below the threshold of the planted model.
     strict = Grounder(type(grounder.backend)(Decoding(score_threshold=0.9)))
     (whole,) = strict.ground(video(60.0), "person runs dog opens door cat")
@@ -109,7 +109,7 @@ def test_mixed_query_lengths_and_videos_keep_their_order(grounder: Grounder) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 6, 100])
-def test_the_batch_size_changes_nothing(planted_backend: Any, batch_size: int) -> None:
+def test_batch_size_does_not_change_moments(planted_backend: Any, batch_size: int) -> None:
     backend = planted_backend()
     answers = Grounder(backend).ground_batch(PAIRS, batch_size=batch_size)
     assert answers == [Grounder(backend).ground(*pair) for pair in PAIRS]
@@ -120,7 +120,7 @@ def test_the_batch_size_changes_nothing(planted_backend: Any, batch_size: int) -
 
 @given(st.permutations(range(len(PAIRS))), st.integers(1, 7))
 @settings(max_examples=25)
-def test_the_order_of_pairs_never_matters(planted_backend: Any, order: list[int], batch_size: int) -> None:
+def test_pair_order_does_not_change_moments(planted_backend: Any, order: list[int], batch_size: int) -> None:
     grounder = Grounder(planted_backend())
     whole = grounder.ground_batch(PAIRS)
     assert grounder.ground_batch([PAIRS[index] for index in order], batch_size=batch_size) == [
@@ -128,18 +128,18 @@ def test_the_order_of_pairs_never_matters(planted_backend: Any, order: list[int]
     ]
 
 
-def test_queries_of_like_length_share_a_batch(planted_backend: Any) -> None:
+def test_queries_of_similar_length_share_a_batch(planted_backend: Any) -> None:
     backend = planted_backend()
     Grounder(backend).ground_batch(PAIRS, batch_size=3)
     # Three queries of one token need no padding.
     assert [batch.query_tokens.shape for batch in backend.batches] == [(3, 1), (3, 4)]
 
 
-def test_no_pairs_give_no_answers(grounder: Grounder) -> None:
+def test_ground_batch_of_no_pairs_is_empty(grounder: Grounder) -> None:
     assert grounder.ground_batch([]) == []
 
 
-def test_features_of_another_width_are_refused_with_both_widths(grounder: Grounder) -> None:
+def test_features_of_wrong_width_are_rejected_naming_both(grounder: Grounder) -> None:
     with raises(FeatureError, "feature_width_mismatch", "dog", "planted", 9, 8):
         grounder.ground(video(10.0, dim=9, dog=(0, 3)), "dog")
 
@@ -153,7 +153,7 @@ def test_features_of_another_width_are_refused_with_both_widths(grounder: Ground
         ("dog " * 7, "query_too_long", [7, 1, 6]),
     ],
 )
-def test_a_query_that_cannot_be_asked_is_refused(
+def test_invalid_query_is_rejected_before_running(
     grounder: Grounder, query: str, code: str, values: list[object]
 ) -> None:
     with raises(QueryError, code, *values):
@@ -186,7 +186,7 @@ def test_a_query_that_cannot_be_asked_is_refused(
         ({"pairs": [(QUARTER, "dog", 5)]}, GroundingError, "invalid_argument"),
     ],
 )
-def test_arguments_of_another_type_are_refused(
+def test_arguments_of_wrong_type_are_rejected(
     grounder: Grounder, arguments: dict[str, Any], kind: type[GroundingError], code: str, windows: Windows | None
 ) -> None:
     arguments, grounder.windows = dict(arguments), windows
@@ -203,7 +203,7 @@ def test_arguments_of_another_type_are_refused(
 
 
 @pytest.mark.parametrize("video", [None, "dog.npy", np.ones((9, 8), np.float32)])
-def test_encode_refuses_what_is_no_video(grounder: Grounder, video: Any) -> None:
+def test_encode_rejects_values_that_are_not_videos(grounder: Grounder, video: Any) -> None:
     with pytest.raises(FeatureError) as refused:
         grounder.encode(video)
     assert refused.value.code == "invalid_argument"
@@ -214,11 +214,11 @@ def test_top_k_of_zero_and_of_numpy_are_accepted(grounder: Grounder) -> None:
     assert len(grounder.ground(QUARTER, "dog", np.int64(1))) == 1  # type: ignore[arg-type]
 
 
-def test_the_longest_query_that_fits_is_answered(grounder: Grounder) -> None:
+def test_query_of_maximum_length_is_grounded(grounder: Grounder) -> None:
     assert grounder.ground(QUARTER, "dog " * 6)[0].start == 15
 
 
-def test_the_models_own_pooling_and_segments_are_used(planted_backend: Any) -> None:
+def test_grounder_uses_pooling_and_segments_of_model(planted_backend: Any) -> None:
     import dataclasses
 
     backend = planted_backend(Decoding(num_segments=64))
@@ -231,7 +231,7 @@ def test_the_models_own_pooling_and_segments_are_used(planted_backend: Any) -> N
     assert backend.batches[1].segment_spans[0, 0, 0] > 0
 
 
-def test_rows_after_the_last_pick_are_no_moments() -> None:
+def test_empty_pick_rows_are_not_returned() -> None:
     picks = np.array([[0.25, 0.5, 0.9], [np.nan] * 3], np.float32)
     assert to_moments(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]
 
@@ -261,7 +261,7 @@ def test_batch_out_of_memory_is_retried_in_halves(room: int, asked: list[int], g
     assert small.asked == asked
 
 
-def test_what_does_not_fit_in_halves_either_is_said_so(grounder: Grounder) -> None:
+def test_out_of_memory_for_single_query_is_raised(grounder: Grounder) -> None:
     with raises(DeviceMemoryError, "out_of_memory"):
         Grounder(Small(grounder.backend, 1)).ground_batch([(QUARTER, query) for query in FIVE])
     # One query has no halves.
@@ -294,7 +294,7 @@ def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -
 
 
 @pytest.mark.parametrize(("batch_size", "apart"), [(2, True), (3, False)])
-def test_one_batch_alone_is_asked_without_a_thread(planted_backend: Any, batch_size: int, apart: bool) -> None:
+def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: int, apart: bool) -> None:
     class Watched(planted_backend):
         device = "cuda"
 

@@ -23,7 +23,7 @@ from runtime.rank import rank as rank_command
 from tests.raising import check_error, raises
 
 
-def test_ranks_by_hand() -> None:
+def test_rank_matches_hand_computed_values() -> None:
     scores = np.array([[0.9, 0.1, 0.2, 0.3], [0.2, 0.1, 0.3, 0.4], [0.2, 0.2, 0.1, 0.5], [-np.inf] * 4], np.float32)
     found = rank(scores)
     # The second is third; of equal scores each gets the mean of their places.
@@ -40,7 +40,7 @@ def test_random_scores_rank_as_chance() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
-def test_every_sentence_asks_its_own_video_and_others_once(own: list[int], count: int, seed: int) -> None:
+def test_draw_videos_returns_own_video_and_distinct_others(own: list[int], count: int, seed: int) -> None:
     asked = draw_videos(np.array(own), 10, count, seed)
     assert asked.shape == (len(own), count + 1)
     assert asked[:, 0].tolist() == own
@@ -48,7 +48,7 @@ def test_every_sentence_asks_its_own_video_and_others_once(own: list[int], count
     np.testing.assert_array_equal(asked, draw_videos(np.array(own), 10, count, seed))
 
 
-def test_more_videos_than_there_are_are_refused() -> None:
+def test_too_many_videos_are_rejected() -> None:
     with raises(GroundingError, "too_few_videos", 10, 9):
         draw_videos(np.array([0]), 10, 10, 0)
 
@@ -77,7 +77,7 @@ def test_retrieval_scores_equal_single_pairs_reading_once(
             assert scores[row, column] == pytest.approx(alone, abs=1e-6)
 
 
-def test_the_command_reports_beside_chance(
+def test_rank_command_reports_chance_values(
     tiny_model: Path,
     mini: Path,
     tmp_path: Path,

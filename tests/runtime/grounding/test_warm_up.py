@@ -62,7 +62,7 @@ def known_of_one(pair: Any, batch: Any) -> Any:
     return [EncodedVideo(features, batch.segment_spans[0], 1.0)]
 
 
-def test_warm_changes_no_answer(bench: Bench) -> None:
+def test_warm_up_does_not_change_moments(bench: Bench) -> None:
     video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
     queries = ["word1 word2", "word3 word7 word1 word5 word9", "word4"]
     for backend in (bench.whole(), bench.pair()):
@@ -73,7 +73,7 @@ def test_warm_changes_no_answer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("batches", "lengths"), [((9,), (2,)), ((1,), (LONGEST + 1,)), ((0,), (2,)), ((1,), (0, 2))])
-def test_sizes_beyond_the_engine_are_refused_before_any_run(
+def test_sizes_beyond_engine_are_rejected_before_running(
     bench: Bench, batches: tuple[int, ...], lengths: tuple[int, ...]
 ) -> None:
     for backend in (bench.whole(), bench.pair()):
@@ -84,7 +84,7 @@ def test_sizes_beyond_the_engine_are_refused_before_any_run(
         assert len(bench.library.runs) == runs
 
 
-def test_progress_counts_every_shape_once(bench: Bench) -> None:
+def test_warm_up_progress_counts_each_shape_once(bench: Bench) -> None:
     seen: list[tuple[int, int]] = []
     count = Grounder(bench.whole()).warm((1, 3, 4), (1, 2, 3, 4, 5), progress=lambda *step: seen.append(step))
     # Tokens are padded to 4 and 6.
@@ -93,9 +93,7 @@ def test_progress_counts_every_shape_once(bench: Bench) -> None:
     assert Grounder(bench.whole()).warm((), (2,)) == Grounder(bench.whole()).warm((1,), ()) == 0
 
 
-def test_contexts_of_single_queries_stay_if_there_are_too_many(
-    tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_query_contexts_are_not_evicted(tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 3)
     assert MAX_EXECUTION_STATES > 3
     bench = Bench(tmp_path, graphs)
@@ -126,9 +124,7 @@ def test_warm_up_out_of_memory_is_error_or_warning_by_size(
     assert any(record.levelname == "WARNING" for record in caplog.records)
 
 
-def test_usual_sizes_are_those_that_a_program_asks(
-    bench: Bench, graphs: Graphs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_usual_sizes_cover_typical_batches(bench: Bench, graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "drn")
     grounder = Grounder(bench.whole())
     # The engine takes 8 queries, and Charades-STA's have 10 tokens at most.
@@ -144,7 +140,7 @@ def test_usual_sizes_are_those_that_a_program_asks(
 
 @pytest.mark.parametrize("part", ["whole", "pair"])
 @pytest.mark.parametrize("unroll", [(10,), (4, 11), (11,)])
-def test_usual_sizes_include_every_plan(bench: Bench, part: str, unroll: tuple[int, ...]) -> None:
+def test_usual_sizes_reach_every_engine(bench: Bench, part: str, unroll: tuple[int, ...]) -> None:
     backend: Any = getattr(bench, part)(unroll=unroll)
     grounder = Grounder(backend)
     batches, lengths = usual_sizes(grounder, 4)
@@ -164,11 +160,11 @@ def test_usual_sizes_include_every_plan(bench: Bench, part: str, unroll: tuple[i
         assert bench.library.contexts == contexts
 
 
-def test_plans_beyond_the_longest_query_are_not_warmed(bench: Bench) -> None:
+def test_engines_beyond_longest_query_are_not_warmed(bench: Bench) -> None:
     assert usual_sizes(Grounder(bench.whole(unroll=(LONGEST,))), 4)[1] == list(range(1, 11))
 
 
-def test_a_model_on_a_cpu_is_not_run(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_on_cpu_runs_nothing(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (graphs.whole, graphs.query):
         grounder = Grounder.load(path, "cpu", 1)
         monkeypatch.setattr(type(grounder.backend), "run", lambda *_: pytest.fail("it was run"))
@@ -178,7 +174,7 @@ def test_a_model_on_a_cpu_is_not_run(graphs: Graphs, monkeypatch: pytest.MonkeyP
             grounder.warm((1,), (LONGEST + 1,))
 
 
-def test_another_backend_on_a_gpu_runs_each_size_once(graphs: Graphs) -> None:
+def test_warm_up_of_other_gpu_backend_runs_each_size_once(graphs: Graphs) -> None:
     class Recorded:
         device = "cuda"
 
@@ -204,7 +200,7 @@ def test_another_backend_on_a_gpu_runs_each_size_once(graphs: Graphs) -> None:
         assert sorted(backend.seen) == [(1, 2), (1, 5), (3, 2), (3, 5)]
 
 
-def test_a_corpus_warms_its_model_with_its_batch_size(
+def test_corpus_worker_warms_model_with_its_batch_size(
     graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from types import SimpleNamespace

@@ -64,7 +64,7 @@ def length(path: Path) -> float:
 
 @pytest.mark.parametrize("rate", [25, Fraction(30000, 1001), 10])
 @pytest.mark.parametrize("name", ["hall.mkv", "hall.mp4", "hall.ts", "hall.avi"])
-def test_a_clip_has_the_frames_of_the_moment_and_no_others(tmp_path: Path, name: str, rate: Any) -> None:
+def test_clip_contains_exactly_the_frames_of_the_moment(tmp_path: Path, name: str, rate: Any) -> None:
     source = film(tmp_path / name, numbered(120), rate=rate)
     step = 1 / float(rate)
     for first, last in ((0, 119), (0, 0), (31, 74), (100, 119)):
@@ -78,7 +78,7 @@ def test_a_clip_has_the_frames_of_the_moment_and_no_others(tmp_path: Path, name:
             assert length(tmp_path / "clip.mp4") == pytest.approx((last - first + 0.34) * step, abs=2e-3)
 
 
-def test_a_rate_that_varies_keeps_its_times(tmp_path: Path) -> None:
+def test_clip_of_variable_rate_keeps_timestamps(tmp_path: Path) -> None:
     times = [5000, 5040, 5080, 5500, 6500, 7000, 7040]
     footage = probe(film(tmp_path / "odd.mkv", numbered(7), times=times))
     write_clips(footage, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
@@ -99,7 +99,7 @@ def test_clip_of_variable_rate_lasts_as_long_as_its_moment(
     assert length(tmp_path / "clip.mp4") == pytest.approx(6, abs=1e-3)
 
 
-def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
+def test_moment_shorter_than_a_frame_is_cut_as_one_frame(tmp_path: Path) -> None:
     footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
     write_clips(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
     assert shown(tmp_path / "a.mp4")[0] == (0, 25)
@@ -108,7 +108,7 @@ def test_a_moment_shorter_than_a_frame_is_one_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", [90, 180, -90])
-def test_a_turned_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
+def test_rotated_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(30)
     footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
     write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
@@ -121,7 +121,7 @@ def test_a_turned_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
     assert np.abs(picture - wanted).mean() < 12
 
 
-def test_frames_of_odd_sizes_are_cut_too(tmp_path: Path) -> None:
+def test_clip_of_odd_frame_size_is_cropped_to_even(tmp_path: Path) -> None:
     footage = probe(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
     write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
     made = probe(tmp_path / "clip.mp4")
@@ -153,7 +153,7 @@ def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["talk.mkv", "talk.mp4"])
-def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) -> None:
+def test_clip_sound_is_synchronized_with_frames(tmp_path: Path, name: str) -> None:
     footage = probe(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
     write_clips(footage, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
@@ -165,7 +165,7 @@ def test_sound_is_kept_and_stays_with_the_pictures(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
-def test_sound_stays_with_the_pictures_of_joined_files(tmp_path: Path, suffix: str) -> None:
+def test_clip_sound_is_synchronized_in_joined_files(tmp_path: Path, suffix: str) -> None:
     first = beeping(tmp_path / f"first.{suffix}", 4, [1.0])
     second = beeping(tmp_path / f"second.{suffix}", 3, [2.0])
     footage = probe(joined(tmp_path / f"whole.{suffix}", first, second))
@@ -177,7 +177,7 @@ def test_sound_stays_with_the_pictures_of_joined_files(tmp_path: Path, suffix: s
     assert length(tmp_path / "clip.mp4") == pytest.approx(1, abs=0.01)
 
 
-def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:
+def test_sound_ending_before_the_moment_is_accepted(tmp_path: Path) -> None:
     footage = probe(film(tmp_path / "talk.mkv", 100, sound=1))
     write_clips(footage, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
     samples, rate = heard(tmp_path / "some.mp4")
@@ -185,7 +185,7 @@ def test_sound_that_ends_before_the_moment_is_no_error(tmp_path: Path) -> None:
     assert length(tmp_path / "none.mp4") == pytest.approx(1.0, abs=1e-3)
 
 
-def test_colours_are_those_of_the_source(tmp_path: Path) -> None:
+def test_clip_colors_match_the_source(tmp_path: Path) -> None:
     stored = scene(20)
     write_clips(probe(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
     _, first = next(frames_from(probe(tmp_path / "clip.mp4"), 0))
@@ -196,14 +196,14 @@ def test_colours_are_those_of_the_source(tmp_path: Path) -> None:
             assert np.abs(found[row, column] - stored[5, row, column]).max() <= 12
 
 
-def test_what_can_be_decoded_of_a_damaged_film_is_cut(tmp_path: Path) -> None:
+def test_decodable_part_of_damaged_video_is_cut(tmp_path: Path) -> None:
     whole = film(tmp_path / "whole.mp4", numbered(100), options={"movflags": "faststart"})
     footage = probe(truncated(whole, tmp_path / "cut.mp4"))
     write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
 
 
-def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_cutting_writes_no_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_text("before")
@@ -225,7 +225,7 @@ def test_all_clips_are_written_or_none(tmp_path: Path, monkeypatch: pytest.Monke
         write_clips(footage, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
 
 
-def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_encoder_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_encoder() in clip_writer.ENCODERS
     monkeypatch.setattr(av.codec, "codecs_available", {"aac", "vp9"})
     with raises(DeviceError, "missing_codec", *clip_writer.ENCODERS, "pip install '.[video]'"):
@@ -235,7 +235,7 @@ def test_without_an_encoder_it_says_where_one_is(monkeypatch: pytest.MonkeyPatch
         check_encoder()
 
 
-def test_without_h264_clips_are_mpeg4_and_the_log_says_so(
+def test_missing_h264_falls_back_to_mpeg4_with_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(av.codec, "codecs_available", {"aac", "mpeg4"})
@@ -244,7 +244,7 @@ def test_without_h264_clips_are_mpeg4_and_the_log_says_so(
     assert records(caplog, logging.WARNING, "mpeg4")
 
 
-def test_names_tell_video_number_and_words() -> None:
+def test_clip_names_contain_video_number_and_query_words() -> None:
     assert clip_names("hall", ["Person opens the door.", "it's a/b \\ c: d?", "男は庭で車を洗う", "…", "w " * 99]) == [
         "hall-1-person-opens-the-door.mp4",
         "hall-2-its-a-b-c-d.mp4",
@@ -300,7 +300,7 @@ def test_infer_cuts_the_best_moment_of_each_query(
         assert abs(numbers[-1] - (best.end * 25 - 0.5)) <= 1
 
 
-def test_a_cut_that_cannot_be_made_is_one_sentence(
+def test_infer_cut_with_invalid_options_is_rejected(
     tmp_path: Path, tiny_model: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))

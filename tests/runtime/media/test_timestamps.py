@@ -43,7 +43,7 @@ def rising(start: int, steps: list[int]) -> list[int]:
 
 
 @given(st.integers(-(10**6), 10**9), st.lists(st.integers(1, 9000), min_size=1, max_size=40), REORDERED, st.booleans())
-def test_times_that_rise_stay_as_they_are(start: int, steps: list[int], reordered: int, broadcast: bool) -> None:
+def test_increasing_timestamps_are_unchanged(start: int, steps: list[int], reordered: int, broadcast: bool) -> None:
     times = rising(start, steps)
     found, parts = laid_out(coded(times, reordered), broadcast=broadcast)
     assert found.tolist() == times
@@ -56,7 +56,7 @@ def test_times_that_rise_stay_as_they_are(start: int, steps: list[int], reordere
     st.booleans(),
     st.booleans(),
 )
-def test_parts_that_restart_or_jump_follow_each_other(
+def test_restarting_or_jumping_parts_are_concatenated(
     recordings: list[tuple[int, list[int]]], reordered: int, broadcast: bool, estimated: bool
 ) -> None:
     whole, stamps, joints = [], [], 0
@@ -92,14 +92,14 @@ def _positions(stamps: list[Stamp], parts: tuple[Part, ...], found: np.ndarray) 
     return [int(np.searchsorted(found, time)) for time in corrected]
 
 
-def test_a_recording_joined_to_itself_doubles() -> None:
+def test_recording_joined_to_itself_doubles_in_length() -> None:
     once = coded(rising(500, [STEP] * 125), 2)
     found, parts = laid_out(once + once, broadcast=True)
     assert found.tolist() == rising(500, [STEP] * 250)
     assert [part.shift for part in parts] == [0, 5000]
 
 
-def test_a_jump_of_ten_hours_is_none_in_any_container() -> None:
+def test_jump_of_ten_hours_is_removed() -> None:
     stamps = coded([*rising(0, [STEP] * 50), *rising(36_000_000, [STEP] * 50)], 0)
     for broadcast in (True, False):
         found, _ = laid_out(stamps, broadcast=broadcast)
@@ -126,7 +126,7 @@ def test_one_wrong_time_of_showing_does_not_lengthen_the_video(number: int, wron
 
 
 @pytest.mark.parametrize(("seconds", "broadcast", "stays"), [(8, True, True), (30, True, False), (3600, False, True)])
-def test_a_picture_that_stays_on_is_told_from_a_jump(seconds: int, broadcast: bool, stays: bool) -> None:
+def test_long_still_frame_is_distinguished_from_jump(seconds: int, broadcast: bool, stays: bool) -> None:
     times = [*rising(0, [STEP] * 50), *rising(2000 + 1000 * seconds, [STEP] * 50)]
     found, _ = laid_out(coded(times, 0), broadcast=broadcast)
     assert (found.tolist() == times) is stays
@@ -139,13 +139,13 @@ def test_a_picture_that_stays_on_is_told_from_a_jump(seconds: int, broadcast: bo
     assert (found.tolist() == times) is stays
 
 
-def test_slides_of_half_a_minute_each_are_no_jumps() -> None:
+def test_slides_of_30_seconds_are_not_jumps() -> None:
     times = rising(0, [30_000] * 10)
     found, _ = laid_out(coded(times, 0, gop=1), broadcast=True)
     assert found.tolist() == times
 
 
-def test_frames_that_an_edit_list_hides_are_left_out() -> None:
+def test_frames_hidden_by_edit_list_are_excluded() -> None:
     stamps = coded(rising(0, [STEP] * 40), 2)
     stamps = [stamp._replace(is_shown=number >= 13) for number, stamp in enumerate(stamps)]
     found, parts = laid_out(stamps)
@@ -163,7 +163,7 @@ def test_frame_packets_without_timestamp_are_counted() -> None:
     assert laid_out(stamps)[0].tolist() == rising(0, [STEP] * 40)
 
 
-def test_sound_gets_the_correction_of_its_pictures() -> None:
+def test_sound_shift_matches_its_video_part() -> None:
     parts = [Part(0, 0, 0, 5000), Part(125, 5040, 0, 5000), Part(250, -25_000, 36_000, 41_000)]
     shift = SoundShift(parts, UNIT)
     # Sound of each part in turn, that of the second begins before the last of the first is read.

@@ -52,7 +52,7 @@ def with_spare_byte(frame: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (15, 20), (90, 31)])
-def test_a_picture_is_the_middle_of_the_resized_frame(height: int, width: int) -> None:
+def test_frame_resizer_crops_center_of_resized_frame(height: int, width: int) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     wanted = bilinear(frame, 30, 41)[3:27, 8:32]
     found = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).of(with_spare_byte(frame))
@@ -60,13 +60,13 @@ def test_a_picture_is_the_middle_of_the_resized_frame(height: int, width: int) -
     assert np.abs(found - wanted).max() <= 1
 
 
-def test_white_stays_white_and_black_black() -> None:
+def test_resizing_keeps_white_and_black() -> None:
     for value in (0, 255):
         frame = np.full((37, 53, 4), value, np.uint8)
         assert (FrameResizer(37, 53, ResizeCrop()).of(frame) == value).all()
 
 
-def test_c3d_crops_where_caffe_does() -> None:
+def test_c3d_crop_matches_caffe() -> None:
     # Of 128 x 171, rows 8 to 119 and columns 29 to 140: halves are rounded down.
     frame = np.zeros((128, 171, 4), np.uint8)
     frame[8:120, 29:141] = 255
@@ -77,7 +77,7 @@ def test_c3d_crops_where_caffe_does() -> None:
     assert (found[0, 0, 0], found[-1, -1, 0]) == (1, 2)
 
 
-def test_a_shorter_side_keeps_the_shape_of_the_frame() -> None:
+def test_resize_of_shorter_side_keeps_aspect_ratio() -> None:
     assert ResizeCrop(224, (224, 224)).resized(360, 480) == (224, 299)
     assert ResizeCrop(224, (224, 224)).resized(480, 360) == (299, 224)
     with raises(VideoFileError, "invalid_setting", (100, 171), (112, 112)):
@@ -85,7 +85,7 @@ def test_a_shorter_side_keeps_the_shape_of_the_frame() -> None:
 
 
 @pytest.mark.parametrize("name", ["steady.mkv", "steady.mp4", "steady.avi"])
-def test_a_steady_video_gives_its_own_frames(tmp_path: Path, name: str) -> None:
+def test_constant_rate_video_returns_its_frames(tmp_path: Path, name: str) -> None:
     frames = scene(40)
     footage = probe(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
     # Matroska keeps whole milliseconds.
@@ -101,7 +101,7 @@ def test_a_steady_video_gives_its_own_frames(tmp_path: Path, name: str) -> None:
         assert np.abs(found.astype(int) - frames).mean() < 12
 
 
-def test_matroska_does_not_count_its_frames_and_is_counted(tmp_path: Path) -> None:
+def test_matroska_without_frame_count_is_counted(tmp_path: Path) -> None:
     import av
 
     path = film(tmp_path / "uncounted.mkv", 21)
@@ -111,7 +111,7 @@ def test_matroska_does_not_count_its_frames_and_is_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("turned", [0, 90, 180, -90])
-def test_frames_stand_upright(tmp_path: Path, turned: int) -> None:
+def test_read_frames_rotates_frames_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
     footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
     upright = np.rot90(stored, turned // 90, axes=(1, 2))
@@ -147,7 +147,7 @@ def as_shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_every_orientation_is_shown_upright(tmp_path: Path, matrix: tuple[int, ...]) -> None:
+def test_every_orientation_is_read_upright(tmp_path: Path, matrix: tuple[int, ...]) -> None:
     stored = scene(3)
     footage = probe(oriented(tmp_path / "clip.mp4", matrix, stored))
     wanted = as_shown(stored[1], matrix).astype(int)
@@ -164,7 +164,7 @@ def test_every_orientation_is_shown_upright(tmp_path: Path, matrix: tuple[int, .
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 0, 0, 0), 0), ((0.6, 0.8, -0.8, 0.6), 3)])
-def test_an_orientation_that_is_no_quarter_turn_is_said(
+def test_orientation_that_is_not_quarter_turn_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, matrix: tuple[float, ...], turns: int
 ) -> None:
     footage = probe(oriented(tmp_path / "clip.mp4", matrix, 3))
@@ -172,7 +172,7 @@ def test_an_orientation_that_is_no_quarter_turn_is_said(
     assert "clip.mp4" in caplog.text
 
 
-def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
+def test_variable_rate_is_resampled_to_constant_rate(tmp_path: Path) -> None:
     # Ten frames in 0.4 s, then ten in 2 s: on the grid those of the first part are thinned, and the others stay on.
     times = [40 * number for number in range(10)] + [400 + 200 * number for number in range(10)]
     frames = scene(20)
@@ -188,7 +188,7 @@ def test_a_rate_that_varies_is_laid_on_a_steady_grid(tmp_path: Path) -> None:
         assert after / 1000 >= (place - 0.5) / footage.frame_rate
 
 
-def test_a_gap_in_a_steady_video_is_filled_with_the_frame_before(tmp_path: Path) -> None:
+def test_gap_in_video_repeats_the_previous_frame(tmp_path: Path) -> None:
     kept = [number for number in range(60) if not 20 <= number < 23]
     frames = scene(60)
     footage = probe(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
@@ -199,7 +199,7 @@ def test_a_gap_in_a_steady_video_is_filled_with_the_frame_before(tmp_path: Path)
     assert (found == wanted).all()
 
 
-def test_a_late_first_frame_is_the_start(tmp_path: Path) -> None:
+def test_late_first_frame_is_the_start(tmp_path: Path) -> None:
     frames = scene(20)
     footage = probe(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
     assert footage.num_frames == 20
@@ -208,7 +208,7 @@ def test_a_late_first_frame_is_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["late.mkv", "late.mp4"])
-def test_pictures_that_begin_after_the_sound_have_an_offset(tmp_path: Path, name: str) -> None:
+def test_frames_starting_after_sound_have_an_offset(tmp_path: Path, name: str) -> None:
     times = [4000 + 40 * number for number in range(50)]
     path = film(tmp_path / name, 50, times=times, sound=6)
     footage = probe(path)
@@ -219,12 +219,12 @@ def test_pictures_that_begin_after_the_sound_have_an_offset(tmp_path: Path, name
     assert probe(film(tmp_path / f"alone-{name}", 50, times=times)).offset == 0
 
 
-def test_the_real_file_whose_pictures_begin_late_has_an_offset(faults: Path) -> None:
+def test_real_file_with_late_frames_has_an_offset(faults: Path) -> None:
     footage = probe(faults / "late.mp4")
     assert (footage.offset, footage.duration) == (pytest.approx(4), pytest.approx(5))
 
 
-def test_the_last_frame_ends_with_the_file(tmp_path: Path) -> None:
+def test_duration_ends_with_the_last_frame(tmp_path: Path) -> None:
     # On average 0.49 s apart, and the last is on for as long as the one before it, 0.04 s.
     times = [0, 2000, *range(2040, 2200, 40)]
     footage = probe(film(tmp_path / "odd.mp4", len(times), times=times))
@@ -233,7 +233,7 @@ def test_the_last_frame_ends_with_the_file(tmp_path: Path) -> None:
     assert last < footage.duration <= last + 0.05
 
 
-def test_every_fourth_picture_is_that_of_all(tmp_path: Path) -> None:
+def test_read_frames_every_returns_subset_of_frames(tmp_path: Path) -> None:
     times = sorted(np.random.default_rng(0).choice(3000, 50, replace=False).tolist())
     footage = probe(film(tmp_path / "odd.mkv", 50, times=times))
     every = list(read_frames(footage, AS_IT_IS))
@@ -256,7 +256,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["long.mkv", "long.mp4", "long.ts", "long.avi"])
-def test_stills_are_what_is_seen_then_and_little_else_is_decoded(
+def test_frames_at_returns_frames_and_decodes_few_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     frames = scene(200)
@@ -280,7 +280,7 @@ def test_frames_at_handles_variable_rate_and_late_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", [90, 180])
-def test_stills_stand_upright_and_are_no_larger_than_asked(tmp_path: Path, turned: int) -> None:
+def test_frames_at_returns_upright_frames_of_given_height(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
     footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
     (picture,) = frames_at(footage, [0.0], 24)
@@ -300,7 +300,7 @@ def test_last_frame_fills_missing_frames_of_damaged_file(tmp_path: Path) -> None
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20))
-def test_clips_are_whole_windows_of_consecutive_frames(count: int, window: int, stride: int) -> None:
+def test_clips_are_complete_windows_of_consecutive_frames(count: int, window: int, stride: int) -> None:
     frames = np.arange(count)[:, None, None, None]
     found = list(clips(iter(frames), window, stride))
     starts = range(0, count - window + 1, stride)
@@ -309,7 +309,7 @@ def test_clips_are_whole_windows_of_consecutive_frames(count: int, window: int, 
         assert len(found) == ClipTiming(window, stride).num_clips(count)
 
 
-def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_video_length(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         footage = probe(film(tmp_path / f"{count}.mp4", count))
         tracemalloc.start()
@@ -337,7 +337,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
         (lambda path: film(path, 1), None),
     ],
 )
-def test_what_is_no_video_is_said_in_one_sentence(tmp_path: Path, make: object, code: str | None) -> None:
+def test_invalid_video_file_is_rejected(tmp_path: Path, make: object, code: str | None) -> None:
     path = tmp_path / "clip.mp4"
     make(path)  # type: ignore[operator]
     if code is None:
@@ -348,7 +348,7 @@ def test_what_is_no_video_is_said_in_one_sentence(tmp_path: Path, make: object, 
 
 
 @pytest.mark.parametrize(("name", "options"), [("cut.mp4", {"movflags": "faststart"}), ("cut.mkv", {})])
-def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, options: dict[str, str]) -> None:
+def test_truncated_file_is_read_only_with_partial(tmp_path: Path, name: str, options: dict[str, str]) -> None:
     whole = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
     footage = probe(truncated(whole, tmp_path / name))
     assert "cut" in footage.damage
@@ -360,14 +360,14 @@ def test_a_truncated_file_is_used_only_when_asked(tmp_path: Path, name: str, opt
     assert all((ours == theirs).all() for ours, theirs in zip(found, every, strict=False))
 
 
-def test_sound_longer_than_the_pictures_is_no_damage(tmp_path: Path) -> None:
+def test_sound_longer_than_video_is_not_damage(tmp_path: Path) -> None:
     footage = probe(film(tmp_path / "talk.mkv", 20, sound=4))
     assert (footage.num_frames, footage.damage) == (20, "")
 
 
 @pytest.mark.parametrize("name", ["hole.mp4", "hole.avi"])
 @pytest.mark.parametrize("number", [12, 30])
-def test_frames_the_decoder_reports_as_damaged_are_refused(tmp_path: Path, name: str, number: int) -> None:
+def test_frames_reported_damaged_are_rejected(tmp_path: Path, name: str, number: int) -> None:
     whole = film(tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8))
     footage = probe(holed(whole, tmp_path / name, number))
     with pytest.raises(VideoFileError) as raised:
@@ -379,14 +379,14 @@ def test_frames_the_decoder_reports_as_damaged_are_refused(tmp_path: Path, name:
     assert len(frames_at(footage, [0.0, 1.5], 48)) == 2
 
 
-def test_an_h264_file_with_a_hole_is_refused(faults: Path) -> None:
+def test_h264_file_with_a_hole_is_rejected(faults: Path) -> None:
     footage = probe(faults / "hole_h264.mp4")
     with pytest.raises(VideoFileError):
         list(read_frames(footage, AS_IT_IS))
     assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 120
 
 
-def test_a_damaged_film_is_neither_drawn_nor_cut_unless_asked(
+def test_damaged_video_is_plotted_and_cut_only_with_partial(
     tmp_path: Path, tiny_model: Path, refused: Callable[..., GroundingError], run_command: Callable[..., Any]
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
@@ -404,7 +404,7 @@ def test_a_damaged_film_is_neither_drawn_nor_cut_unless_asked(
 
 
 @pytest.mark.parametrize("name", ["begin.ts", "begin.mpg"])
-def test_a_recording_that_begins_between_key_frames_is_whole(tmp_path: Path, name: str) -> None:
+def test_recording_starting_between_key_frames_is_undamaged(tmp_path: Path, name: str) -> None:
     whole = film(tmp_path / f"whole{Path(name).suffix}", 100)
     content, block = whole.read_bytes(), 188 if name.endswith("ts") else 2048
     (tmp_path / name).write_bytes(content[len(content) * 2 // 5 // block * block :])
@@ -416,7 +416,7 @@ def test_a_recording_that_begins_between_key_frames_is_whole(tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("suffix", "parts"), [("ts", 3), ("mpg", 3), ("vob", 3), ("ts", 2), ("mpg", 2), ("vob", 2), ("webm", 2), ("mkv", 2)]
 )
-def test_files_joined_byte_by_byte_have_all_their_frames(
+def test_concatenated_files_return_all_frames(
     tmp_path: Path, suffix: str, parts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     frames = scene(110)
@@ -441,9 +441,7 @@ def test_files_joined_byte_by_byte_have_all_their_frames(
 @pytest.mark.parametrize(
     ("suffix", "parts", "frames"), [("flv", 2, 60), ("mp4", 2, 60), ("mkv", 3, 120), ("webm", 3, 120)]
 )
-def test_joined_files_of_which_the_last_is_not_read_are_refused(
-    tmp_path: Path, suffix: str, parts: int, frames: int
-) -> None:
+def test_concatenated_files_with_unread_part_are_rejected(tmp_path: Path, suffix: str, parts: int, frames: int) -> None:
     first = film(tmp_path / f"first.{suffix}", 60)
     assert probe(first).damage == ""
     footage = probe(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
@@ -453,7 +451,7 @@ def test_joined_files_of_which_the_last_is_not_read_are_refused(
 
 
 @pytest.mark.parametrize("name", ["jump.mkv", "jump.mp4", "jump.ts"])
-def test_a_jump_of_ten_hours_is_not_waited_for(tmp_path: Path, name: str) -> None:
+def test_timestamp_jump_of_ten_hours_is_skipped(tmp_path: Path, name: str) -> None:
     frames = scene(100)
     times = [40 * number + (36_000_000 if number >= 50 else 0) for number in range(100)]
     footage = probe(film(tmp_path / name, frames, times=times))
@@ -468,7 +466,7 @@ def test_mpeg_ts_whose_clock_starts_again_is_whole(tmp_path: Path) -> None:
     assert (found.num_frames, found.damage, found.offset) == (150, "", 0)
 
 
-def test_a_picture_that_stays_on_for_half_a_minute_stays(tmp_path: Path) -> None:
+def test_still_frame_of_30_seconds_keeps_its_duration(tmp_path: Path) -> None:
     times = [*range(0, 1000, 40), *range(31_000, 32_000, 40)]
     for name in ("still.mkv", "still.mp4"):
         footage = probe(film(tmp_path / name, 50, times=times))
@@ -476,13 +474,13 @@ def test_a_picture_that_stays_on_for_half_a_minute_stays(tmp_path: Path) -> None
         assert not footage.is_continued
 
 
-def test_the_joined_file_of_ten_seconds_has_ten(faults: Path) -> None:
+def test_recorded_joined_file_has_ten_seconds(faults: Path) -> None:
     footage = probe(faults / "joined.mpg")
     assert footage.duration == pytest.approx(10)
     assert len(list(read_frames(footage, AS_IT_IS))) == 300
 
 
-def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None:
+def test_trimmed_file_returns_frames_shown_by_players(tmp_path: Path) -> None:
     frames = scene(100)
     footage = probe(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
     assert (footage.num_frames, footage.damage) == (70, "")
@@ -492,7 +490,7 @@ def test_a_trimmed_file_has_the_frames_that_players_show(tmp_path: Path) -> None
     assert np.abs(still.astype(int) - frames[80]).mean() < 12
 
 
-def test_a_trimmed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+def test_truncated_trimmed_file_is_rejected(tmp_path: Path) -> None:
     path = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2)
     footage = probe(truncated(path, tmp_path / "cut.mp4"))
     with pytest.raises(VideoFileError):
@@ -500,7 +498,7 @@ def test_a_trimmed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     assert 10 < len(list(read_frames(footage, AS_IT_IS, partial=True))) < 60
 
 
-def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
+def test_metadata_in_another_encoding_is_accepted(tmp_path: Path) -> None:
     import av
 
     path = film(tmp_path / "title.avi", 20)
@@ -518,7 +516,7 @@ def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
     assert probe(tmp_path / "latin.avi").num_frames == 20
 
 
-def test_a_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_name_with_colon_is_not_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "clip.mp4", 20).rename(tmp_path / "concat:clip.mp4")
     assert probe(Path("concat:clip.mp4")).num_frames == 20
@@ -560,13 +558,13 @@ REFERRING = ["v.ffconcat", "disguised.mp4", "v.m3u8", "network.m3u8", "v.sdp", "
 
 @pytest.mark.parametrize("name", REFERRING)
 @pytest.mark.parametrize("read", [probe, offset_of, check_one_file])
-def test_file_that_refers_to_others_is_refused(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+def test_file_referring_to_other_files_is_rejected(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
     with pytest.raises(VideoFileError) as refusal:
         read(referring(tmp_path, name))
     assert refusal.value.code == "refers_to_files"
 
 
-def test_referring_formats_are_those_of_ffmpeg() -> None:
+def test_referring_formats_exist_in_ffmpeg() -> None:
     import av
 
     # The names change with no version; a typing error would let one pass.
@@ -604,17 +602,17 @@ def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_a_cover_picture_is_not_the_video(tmp_path: Path, marked: bool) -> None:
+def test_cover_picture_is_not_read_as_video(tmp_path: Path, marked: bool) -> None:
     footage = probe(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
     assert (footage.num_frames, footage.width) == (30, 64)
 
 
-def test_sound_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+def test_sound_with_cover_picture_is_rejected(tmp_path: Path) -> None:
     with raises(VideoFileError, "no_video_stream", tmp_path / "cover.mp4"):
         probe(with_cover(tmp_path / "cover.mp4", pictures_too=False, marked=True))
 
 
-def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyav_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "clip.mp4", 20)
     monkeypatch.setitem(sys.modules, "av", None)
     with raises(DeviceError, "missing_library", "pip install '.[video]'"):
@@ -625,7 +623,7 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     ("name", "num_frames", "duration"),
     [("univtg_charades", 460, 30.697), ("v_GGSY1Qvo990", 355, 18.094), ("v_ZNVhz7ctTq0", 420, 14.0)],
 )
-def test_real_videos_have_the_frames_and_seconds_that_they_tell(
+def test_real_videos_have_expected_frames_and_durations(
     real_videos: Path, name: str, num_frames: int, duration: float
 ) -> None:
     footage = probe(real_videos / f"{name}.mp4")
@@ -642,7 +640,7 @@ def test_unsupported_frame_rate_is_rejected_before_decoding(tmp_path: Path, rate
     assert caught.value.code == "frame_rate_out_of_range"
 
 
-def test_a_gap_among_steady_frames_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gap_in_constant_rate_video_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = [40 * number for number in range(40)]
     probe(film(tmp_path / "whole.mkv", 40, times=whole))
     # Of a recording whose frames come as they like, no step is a gap.

@@ -35,7 +35,7 @@ def alike(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def test_an_answer_is_what_infer_prints(service: Running, model: Path, planted: Path) -> None:
+def test_service_answer_equals_infer_output(service: Running, model: Path, planted: Path) -> None:
     name = DataSet(planted).annotations("test")[0].video
     sentences = ("person opens the door", "person closes the door")
     printed = io.StringIO()
@@ -47,14 +47,14 @@ def test_an_answer_is_what_infer_prints(service: Running, model: Path, planted: 
     assert [len(answer["moments"]) for answer in reply.json] == [3, 3]
 
 
-def test_one_sentence_needs_no_list(service: Running) -> None:
+def test_single_query_may_be_a_string(service: Running) -> None:
     one = service.ask({"video": "SIM00001", "query": "person opens the door"})
     many = service.ask({"video": "SIM00001", "query": ["person opens the door"]})
     assert one.status == many.status == 200
     assert one.body == many.body
 
 
-def test_many_at_once_get_their_own_answers(service: Running, planted: Path, offline: Grounder) -> None:
+def test_concurrent_clients_get_their_own_answers(service: Running, planted: Path, offline: Grounder) -> None:
     data = DataSet(planted)
     asked = [(annotation.video, annotation.sentence) for annotation in data.annotations("train")[:80]]
     videos = {name: data.video(name) for name, _ in asked}
@@ -66,7 +66,7 @@ def test_many_at_once_get_their_own_answers(service: Running, planted: Path, off
         assert alike(reply.json, [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}])
 
 
-def test_a_long_video_is_answered_in_windows(
+def test_long_video_is_grounded_in_windows(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, offline: Grounder
 ) -> None:
     words = ("--model", model, "--data", planted, "--uploads", tmp_path, "--window", 6, "--overlap", 2)
@@ -86,20 +86,20 @@ def test_a_long_video_is_answered_in_windows(
     ).refused(422, "windows")
 
 
-def test_health_tells_of_the_model(service: Running, model: Path) -> None:
+def test_healthz_reports_model_and_digest(service: Running, model: Path) -> None:
     reply = service.get("/healthz")
     assert reply.status == 200
     assert reply.json == {"status": "ready", "model": "drn.onnx", "digest": sha256(model)}
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/page/style.css", "/healthz"])
-def test_a_head_is_told_without_its_body(service: Running, path: str) -> None:
+def test_head_request_returns_headers_without_body(service: Running, path: str) -> None:
     whole, head = service.get(path), service.request("HEAD", path)
     assert (head.status, head.body) == (whole.status, b"")
     assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
 
 
-def test_videos_are_listed_in_pages(service: Running, planted: Path) -> None:
+def test_video_list_is_paginated(service: Running, planted: Path) -> None:
     names = sorted(DataSet(planted).durations)
     found, offset = [], 0
     while page := service.get(f"/v1/videos?offset={offset}&limit=10").json["videos"]:
@@ -113,7 +113,7 @@ def test_videos_are_listed_in_pages(service: Running, planted: Path) -> None:
     assert len(some["videos"]) == 3
 
 
-def test_metrics_count_what_was_asked(service: Running) -> None:
+def test_metrics_count_requests_and_pairs(service: Running) -> None:
     def count(name: str) -> float:
         lines = service.get("/metrics").body.decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
@@ -163,7 +163,7 @@ QUESTION = {"video": "SIM00001", "query": "person opens the door"}
         ({**QUESTION, "query": "person \ud800"}, 422, "invalid", []),
     ],
 )
-def test_a_malformed_question_is_told_what_is_wrong(
+def test_malformed_request_is_rejected_with_reason(
     service: Running, body: Any, status: int, code: str, values: list[object]
 ) -> None:
     service.ask(body).refused(status, *values, code=code)
@@ -185,11 +185,11 @@ def test_a_malformed_question_is_told_what_is_wrong(
         ("GET", "/v1/videos?offset=-1", 422),
     ],
 )
-def test_a_wrong_address_is_answered_in_json(service: Running, method: str, path: str, status: int) -> None:
+def test_unknown_route_returns_json_error(service: Running, method: str, path: str, status: int) -> None:
     service.request(method, path).refused(status)
 
 
-def test_every_answer_carries_the_headers_that_keep_a_page_safe(service: Running) -> None:
+def test_responses_have_security_headers(service: Running) -> None:
     for reply in (service.get("/"), service.get("/nowhere"), service.ask(QUESTION), service.get("/metrics")):
         assert "default-src 'self'" in reply.headers["content-security-policy"]
         assert reply.headers["x-content-type-options"] == "nosniff"
@@ -209,7 +209,7 @@ def test_unknown_words_header_is_bounded_and_counts_the_rest(word: str) -> None:
     assert unknown_words(["x" * 5000]) == (quote("[]"), 1)
 
 
-def test_many_unknown_words_are_answered_within_the_header_bound(service: Running) -> None:
+def test_many_unknown_words_stay_within_header_bound(service: Running) -> None:
     words = [f"zork{number}" for number in range(400)]
     queries = ["person " + " ".join(words[start : start + 10]) for start in range(0, 400, 10)]
     reply = service.ask({"video": "SIM00001", "query": queries})

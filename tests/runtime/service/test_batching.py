@@ -62,7 +62,7 @@ def close_to(found: Sequence[Moment], expected: Sequence[Moment]) -> bool:
     )
 
 
-def test_everyone_gets_the_answers_to_their_own_question(held: Held, pairs: list[Any]) -> None:
+def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) -> None:
     # Groups of one to four sentences, asked all at once; no two answers are alike, so that a mix-up shows.
     groups = [pairs[start : start + 1 + start % 4] for start in range(0, len(pairs), 3)]
     expected = [[held.ground(*pair) for pair in group] for group in groups]
@@ -88,7 +88,7 @@ def test_everyone_gets_the_answers_to_their_own_question(held: Held, pairs: list
     assert max(map(len, held.asked)) == 8
 
 
-def test_askers_of_few_and_of_many_moments_share_a_batch(held: Held, pairs: list[Any]) -> None:
+def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any]) -> None:
     expected = [held.ground(*pairs[0], top_k=count) for count in (1, 3, 50)]
 
     async def ask() -> list[Any]:
@@ -111,7 +111,7 @@ def test_askers_of_few_and_of_many_moments_share_a_batch(held: Held, pairs: list
     assert held.asked == [[pairs[0][1]] * 3]
 
 
-def test_a_pair_that_fails_does_not_fail_its_neighbours(offline: Grounder, pairs: list[Any]) -> None:
+def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs: list[Any]) -> None:
     held = Held(offline, fails_on=pairs[1][1])
     held.let.clear()
 
@@ -133,7 +133,7 @@ def test_a_pair_that_fails_does_not_fail_its_neighbours(offline: Grounder, pairs
             assert close_to(answer[0], offline.ground(*pair))
 
 
-def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> None:
+def test_full_queue_returns_429_with_retry_after(held: Held, pairs: list[Any]) -> None:
     async def ask() -> HttpError:
         batcher = Batcher(held, BatchOptions(batch_size=2, queue_size=4))
         await batcher.ask(pairs[:1], 5)
@@ -157,7 +157,7 @@ def test_a_full_queue_says_when_to_come_back(held: Held, pairs: list[Any]) -> No
     assert int(refusal.headers["retry-after"]) >= 1
 
 
-def test_what_is_given_up_is_never_asked(held: Held, pairs: list[Any]) -> None:
+def test_canceled_request_is_not_run(held: Held, pairs: list[Any]) -> None:
     async def ask() -> None:
         held.let.clear()
         batcher = Batcher(held, BatchOptions())
@@ -176,7 +176,7 @@ def test_what_is_given_up_is_never_asked(held: Held, pairs: list[Any]) -> None:
     assert held.asked == [[pairs[0][1]]]
 
 
-def test_closing_answers_what_was_taken_and_takes_no_more(held: Held, pairs: list[Any]) -> None:
+def test_closed_batcher_finishes_accepted_requests_only(held: Held, pairs: list[Any]) -> None:
     async def ask() -> None:
         held.let.clear()
         batcher = Batcher(held, BatchOptions(batch_size=2))
@@ -192,7 +192,7 @@ def test_closing_answers_what_was_taken_and_takes_no_more(held: Held, pairs: lis
     asyncio.run(ask())
 
 
-def test_who_asks_alone_does_not_wait_for_others(held: Held, pairs: list[Any]) -> None:
+def test_single_requests_do_not_wait_for_a_batch(held: Held, pairs: list[Any]) -> None:
     # Forty waits of a second would not fit.
     async def ask() -> None:
         batcher = Batcher(held, BatchOptions(wait_ms=1000))
@@ -203,7 +203,7 @@ def test_who_asks_alone_does_not_wait_for_others(held: Held, pairs: list[Any]) -
     asyncio.run(asyncio.wait_for(ask(), 20))
 
 
-def test_those_who_asked_together_wait_for_each_other(held: Held, pairs: list[Any]) -> None:
+def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) -> None:
     async def ask() -> None:
         batcher = Batcher(held, BatchOptions(wait_ms=1000))
         held.let.clear()
@@ -223,7 +223,7 @@ def test_those_who_asked_together_wait_for_each_other(held: Held, pairs: list[An
     assert len(held.asked[0]) >= 2
 
 
-def test_a_job_runs_in_the_thread_that_owns_the_model(held: Held) -> None:
+def test_batcher_do_runs_in_the_model_thread(held: Held) -> None:
     async def ask() -> tuple[str, BaseException]:
         batcher = Batcher(held, BatchOptions())
         name = await batcher.do(lambda: threading.current_thread().name)
@@ -236,6 +236,6 @@ def test_a_job_runs_in_the_thread_that_owns_the_model(held: Held) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"wait_ms": -1.0}, {"batch_size": 9, "queue_size": 8}])
-def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_batch_options_are_rejected(wrong: dict[str, Any]) -> None:
     with raises(GroundingError, "invalid_option", "--batch-size", *(f"{value:g}" for value in wrong.values())):
         BatchOptions(**wrong)

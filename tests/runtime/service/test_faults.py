@@ -88,7 +88,7 @@ def test_service_killed_under_load_restarts_correctly(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_it_finishes_what_it_took(
+def test_service_finishes_accepted_requests_on_signal(
     start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     from tests.films import film
@@ -113,7 +113,7 @@ def test_told_to_end_it_finishes_what_it_took(
         socket.create_connection(("127.0.0.1", ending.port))
 
 
-def test_the_model_file_replaced_while_serving_changes_nothing(
+def test_replacing_model_file_does_not_affect_service(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
 ) -> None:
     copied = tmp_path / "drn.onnx"
@@ -127,7 +127,7 @@ def test_the_model_file_replaced_while_serving_changes_nothing(
         assert serving.get("/healthz").json["digest"] == digest == sha256(model)
 
 
-def test_features_that_vanish_are_told_without_their_path(
+def test_deleted_features_are_reported_without_path(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
 ) -> None:
     data = tmp_path / "data"
@@ -139,7 +139,7 @@ def test_features_that_vanish_are_told_without_their_path(
 
 
 @pytest.mark.parametrize("how", ["rename", "in place", "rename, same time", "in place, same time", "another kind"])
-def test_replaced_features_are_read_again(
+def test_replaced_features_are_reloaded(
     start: Callable[..., Running], model: Path, planted: Path, offline: Grounder, tmp_path: Path, how: str
 ) -> None:
     data = tmp_path / "data"
@@ -178,7 +178,7 @@ def test_replaced_features_are_read_again(
     serving.ask(asked).refused(404)
 
 
-def test_replaced_extractor_is_refused(
+def test_replaced_extractor_is_rejected(
     start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path
 ) -> None:
     from tests.films import film
@@ -208,7 +208,7 @@ def test_replaced_extractor_is_refused(
     assert alike(send().json, before.json)
 
 
-def test_clients_that_leave_at_any_point_harm_nobody(service: Running, questions: list[Any]) -> None:
+def test_disconnecting_clients_do_not_affect_others(service: Running, questions: list[Any]) -> None:
     body = json.dumps(questions[0][0]).encode()
     whole = (
         b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

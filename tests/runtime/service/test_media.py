@@ -42,7 +42,7 @@ def test_special_files_are_not_opened(tmp_path: Path) -> None:
             open_inside(tmp_path / name, tmp_path)
 
 
-def test_link_that_is_swapped_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_swapped_for_link_while_opening_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_bytes(SECRET)
     media = tmp_path / "media"
     media.mkdir()
@@ -59,7 +59,7 @@ def test_link_that_is_swapped_while_it_is_opened_is_refused(tmp_path: Path, monk
         open_inside(media / "a.mp4", media)
 
 
-def test_service_neither_lists_nor_serves_what_lies_outside(
+def test_service_does_not_serve_files_outside_media_dir(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "secret.mp4").write_bytes(SECRET)
@@ -89,7 +89,7 @@ def test_service_neither_lists_nor_serves_what_lies_outside(
     assert not [link for link in links if str(media) in link]
 
 
-def test_messages_are_bounded_whatever_a_client_sends(
+def test_error_messages_are_bounded_for_any_request(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
 ) -> None:
     service = start("--model", model, "--data", planted, "--uploads", tmp_path / "uploads")

@@ -89,7 +89,7 @@ def asking(body: bytes, length: int | None = None) -> bytes:
     )
 
 
-def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_response_is_sent_with_tcp_nodelay(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made, at_once = h11_protocol.Connection.connection_made, []
 
     def noted(self: h11_protocol.Connection, transport: Any) -> None:
@@ -102,7 +102,7 @@ def test_no_answer_waits_for_its_head_to_be_acknowledged(hurried: int, monkeypat
     assert sent_at_once
 
 
-def test_writes_of_one_loop_turn_are_sent_together() -> None:
+def test_writes_of_one_event_loop_turn_are_merged() -> None:
     class Noting:
         def __init__(self) -> None:
             self.seen: list[Any] = []
@@ -133,12 +133,12 @@ def test_writes_of_one_loop_turn_are_sent_together() -> None:
     assert asyncio.run(write()) == [b"head body", b"more", "eof", b"late", "closed"]
 
 
-def test_a_head_that_does_not_end_is_given_up(hurried: int) -> None:
+def test_incomplete_request_head_times_out(hurried: int) -> None:
     reply(said(hurried, b"GET / HTTP/1.1\r\n", b"Host: local", pause=0.1)).refused(408, code="request_timeout")
     reply(said(hurried)).refused(408, code="request_timeout")
 
 
-def test_the_second_head_on_a_connection_has_no_longer(hurried: int) -> None:
+def test_second_request_head_has_the_same_timeout(hurried: int) -> None:
     with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
         for _ in range(2):
             stream.sendall(asking(json.dumps(QUESTION).encode()))
@@ -147,11 +147,11 @@ def test_the_second_head_on_a_connection_has_no_longer(hurried: int) -> None:
         reply(received(stream)).refused(408, code="request_timeout")
 
 
-def test_half_a_body_is_given_up(hurried: int) -> None:
+def test_incomplete_request_body_times_out(hurried: int) -> None:
     reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "10 bytes", code="request_timeout")
 
 
-def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
+def test_slowly_sent_request_body_times_out(hurried: int) -> None:
     # Whole at its end, without a pause that would be too long by itself.
     whole = asking(json.dumps(QUESTION).encode())
     head = whole.index(b"\r\n\r\n") + 4
@@ -160,7 +160,7 @@ def test_a_body_that_trickles_is_given_up(hurried: int) -> None:
     reply(said(hurried, *pieces, pause=0.1)).refused(408, code="request_timeout")
 
 
-def test_a_slow_but_steady_client_is_served(hurried: int) -> None:
+def test_slow_but_steady_client_is_served(hurried: int) -> None:
     whole = asking(json.dumps(QUESTION).encode())
     middle = len(whole) - 20
     assert reply(said(hurried, whole[:40], whole[40:middle], whole[middle:], pause=0.1)).status == 200
@@ -178,7 +178,7 @@ def test_body_over_limit_is_rejected_keeping_the_connection(hurried: int, told: 
         assert reply(received(stream)).status == 200
 
 
-def test_too_many_connections_are_told_to_come_back(hurried: int) -> None:
+def test_too_many_connections_get_503_with_retry_after(hurried: int) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(socket.create_connection(("127.0.0.1", hurried)))
@@ -201,14 +201,14 @@ def test_too_many_connections_are_told_to_come_back(hurried: int) -> None:
         b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_in_json(service: Running, raw: bytes) -> None:
+def test_invalid_http_returns_json_error(service: Running, raw: bytes) -> None:
     found = reply(said(service.port, raw))
     assert 400 <= found.status < 500 or found.status == 501
     found.refused(found.status)
     assert service.ask(QUESTION).status == 200
 
 
-def test_a_web_page_elsewhere_cannot_ask(service: Running) -> None:
+def test_foreign_host_and_origin_are_rejected(service: Running) -> None:
     port = service.port
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
         service.request("GET", "/healthz", headers={"Host": host}).refused(403, code="wrong_host")
@@ -231,12 +231,12 @@ def locked(
     return start(*words, "--api-key", KEY)
 
 
-def test_an_origin_that_is_no_address_is_refused(service: Running) -> None:
+def test_malformed_origin_is_rejected(service: Running) -> None:
     for origin in ("http://[", "http://[x]", "null", ""):
         service.ask(QUESTION, Origin=origin).refused(403, code="wrong_origin")
 
 
-def test_without_the_key_nothing_is_answered(locked: Running) -> None:
+def test_requests_without_api_key_are_rejected(locked: Running) -> None:
     for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
         for path in ("/v1/videos", "/v1/videos/SIM00001/media", "/metrics"):
             locked.get(path, **shown).refused(401, "Authorization: Bearer")
@@ -247,7 +247,7 @@ def test_without_the_key_nothing_is_answered(locked: Running) -> None:
     assert locked.get("/healthz", Host="films.example").status == 200
 
 
-def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_ticket_is_valid_for_one_video_and_time(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     place = locked.get("/v1/videos/SIM00001", Authorization=f"Bearer {KEY}").json["media"]
     assert locked.get(place).body == b"film"
     path, _, ticket = place.partition("?ticket=")
@@ -264,13 +264,13 @@ def test_a_ticket_opens_one_film_for_a_while(locked: Running, monkeypatch: pytes
     assert not keys.let_in(scope, "")
 
 
-def test_a_ticket_is_for_the_path_as_it_arrives_decoded() -> None:
+def test_media_ticket_matches_the_decoded_path() -> None:
     keys = middleware.ApiKeys(KEY)
     path, _, query = keys.ticket(f"/v1/videos/{quote('50% of é', safe='')}/media").partition("?")
     assert keys.let_in({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 
 
-def test_a_client_that_leaves_takes_its_work_along(hurried: int, offline: Grounder) -> None:
+def test_disconnected_clients_free_their_connections(hurried: int, offline: Grounder) -> None:
     body, kind = form(query="person opens the door")
     with socket.create_connection(("127.0.0.1", hurried)) as stream:
         stream.sendall(asking(json.dumps(QUESTION).encode()))

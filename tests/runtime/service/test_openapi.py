@@ -30,7 +30,7 @@ def document(service: Running) -> Any:
     return schemathesis.openapi.from_url(f"{service.url}openapi.json")
 
 
-def test_every_operation_is_fuzzed(document: Any) -> None:
+def test_all_openapi_operations_are_fuzzed(document: Any) -> None:
     found = {(found.ok().method.upper(), found.ok().path) for found in document.get_all_operations()}
     assert found == set(OPERATIONS)
 
@@ -42,7 +42,7 @@ MODES = [(*operation, schemathesis.GenerationMode.POSITIVE) for operation in OPE
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), MODES)
-def test_no_generated_request_breaks_the_service(document: Any, method: str, path: str, mode: Any) -> None:
+def test_generated_requests_do_not_break_the_service(document: Any, method: str, path: str, mode: Any) -> None:
     operation = document[path][method]
 
     @settings(

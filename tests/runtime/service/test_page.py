@@ -135,7 +135,7 @@ def moments(page: Page, row: int = 0) -> list[list[float]]:
     ]
 
 
-def test_a_moment_that_is_pressed_is_played_from_start_to_end(seen: Seen, shown: Running) -> None:
+def test_clicked_moment_plays_from_start_to_end(seen: Seen, shown: Running) -> None:
     page = seen.open()
     seen.choose(SHOWN)
     seen.ask("person opens the door")
@@ -154,7 +154,7 @@ def test_a_moment_that_is_pressed_is_played_from_start_to_end(seen: Seen, shown:
     assert left == pytest.approx(100 * answer[shortest]["start"] / shown.get(f"/v1/videos/{SHOWN}").json["duration"])
 
 
-def test_the_time_line_seeks_where_it_is_pressed(seen: Seen, shown: Running) -> None:
+def test_click_on_timeline_seeks_the_player(seen: Seen, shown: Running) -> None:
     page = seen.open()
     seen.choose(SHOWN)
     box = page.locator("#timeline").bounding_box()
@@ -164,7 +164,7 @@ def test_the_time_line_seeks_where_it_is_pressed(seen: Seen, shown: Running) -> 
     assert time(page) == pytest.approx(shown.get(f"/v1/videos/{SHOWN}").json["duration"] / 4, abs=0.2)
 
 
-def test_the_keyboard_alone_does_it_all(seen: Seen) -> None:
+def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
     page = seen.open()
     keys = page.keyboard
     until(page, "document.querySelector('#model').textContent !== ''")
@@ -204,7 +204,7 @@ def test_the_keyboard_alone_does_it_all(seen: Seen) -> None:
     assert page.evaluate(focused) == "moment-0-0"
 
 
-def test_space_plays_and_pauses_where_it_means_nothing_else(seen: Seen) -> None:
+def test_space_key_toggles_playback_outside_inputs(seen: Seen) -> None:
     page = seen.open(f"#video={SHOWN}")
     until(page, "document.querySelector('#player').readyState >= 2")
     page.evaluate("document.activeElement.blur()")
@@ -251,7 +251,7 @@ def test_page_fits_the_screen_with_touchable_controls(seen: Seen) -> None:
     assert box["x"] + box["width"] <= page.viewport_size["width"]  # type: ignore[index]
 
 
-def test_sentences_are_compared_in_rows_of_their_own_colour(seen: Seen) -> None:
+def test_queries_are_shown_in_rows_of_distinct_color(seen: Seen) -> None:
     page = seen.open()
     seen.choose(SHOWN)
     page.get_by_label("Moments").select_option("1")
@@ -277,7 +277,7 @@ def test_sentences_are_compared_in_rows_of_their_own_colour(seen: Seen) -> None:
     expect(page.locator(".track")).to_have_count(0)
 
 
-def test_without_a_film_the_time_line_stands_alone(seen: Seen, tmp_path: Path) -> None:
+def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> None:
     page = seen.open()
     expect(page.locator("#blank-text")).to_have_text("Choose a video to begin.")
     seen.choose(UNSHOWN)
@@ -297,7 +297,7 @@ def test_without_a_film_the_time_line_stands_alone(seen: Seen, tmp_path: Path) -
     assert [url for url in seen.asked[asked:] if not url.startswith("blob:")] == []
 
 
-def test_what_is_shown_comes_back_from_its_address(seen: Seen) -> None:
+def test_page_state_is_restored_from_the_url(seen: Seen) -> None:
     page = seen.open()
     seen.choose(UNSHOWN)
     seen.ask("person opens the door")
@@ -308,7 +308,7 @@ def test_what_is_shown_comes_back_from_its_address(seen: Seen) -> None:
     assert page.locator("#answers").inner_text() == shown
 
 
-def test_what_goes_wrong_is_said_where_it_is_seen(seen: Seen) -> None:
+def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
     page = seen.open()
     page.get_by_label("What happens?").fill("person opens the door")
     page.keyboard.press("Enter")
@@ -336,14 +336,14 @@ def test_what_goes_wrong_is_said_where_it_is_seen(seen: Seen) -> None:
     expect(page.get_by_role("alert")).to_contain_text("no video 'nobody'")
 
 
-def test_what_others_wrote_is_text_and_never_a_page(seen: Seen) -> None:
+def test_page_escapes_html_in_queries(seen: Seen) -> None:
     sentence = "person opens the <img src=x onerror=alert(1)> door"
     page = seen.open("?" + "#" + f"video={UNSHOWN}&q={sentence.replace('<', '%3C').replace(' ', '+')}")
     expect(page.locator(".sentence span").first).to_have_text(sentence)
     assert page.locator("#answers img").count() == 0
 
 
-def test_features_are_sent_and_asked(seen: Seen, tmp_path: Path) -> None:
+def test_uploaded_features_can_be_queried_on_the_page(seen: Seen, tmp_path: Path) -> None:
     (tmp_path / "kitchen.npy").write_bytes(npy(np.random.default_rng(0).random((40, 32), np.float32)))
     page = seen.open()
     page.get_by_role("button", name="Send a video").click()
@@ -358,7 +358,7 @@ def test_features_are_sent_and_asked(seen: Seen, tmp_path: Path) -> None:
     assert page.locator("#axis span").last.inner_text() == "0:12.5"
 
 
-def test_a_video_is_sent_played_and_asked(seen: Seen, tmp_path: Path) -> None:
+def test_uploaded_video_can_be_played_and_queried(seen: Seen, tmp_path: Path) -> None:
     page = seen.open()
     page.get_by_role("button", name="Send a video").click()
     page.get_by_label("File").set_input_files(film(tmp_path / "mine.webm", scene(40), rate=10))
@@ -376,7 +376,7 @@ def test_a_video_is_sent_played_and_asked(seen: Seen, tmp_path: Path) -> None:
     page.get_by_role("button", name="Cancel").click()
 
 
-def test_damaged_video_is_answered_where_partial_is_checked(seen: Seen, tmp_path: Path) -> None:
+def test_damaged_video_is_grounded_with_partial_checked(seen: Seen, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     damaged = holed(film(tmp_path / "whole.mp4", noise), tmp_path / "hole.mp4", 30)
     page = seen.open()
@@ -398,7 +398,7 @@ def test_damaged_video_is_answered_where_partial_is_checked(seen: Seen, tmp_path
     seen.ask("person opens the door")
 
 
-def test_a_key_is_asked_for_and_kept(
+def test_page_requests_and_remembers_the_api_key(
     browser: Browser, start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
 ) -> None:
     media = tmp_path / "media"
@@ -422,7 +422,7 @@ def test_a_key_is_asked_for_and_kept(
     page.close()
 
 
-def test_the_api_is_told_of_in_full(seen: Seen) -> None:
+def test_docs_page_describes_all_routes(seen: Seen) -> None:
     page = seen.open("docs")
     expect(page.locator("article").first).to_contain_text("POST")
     text = page.locator("main").inner_text()
@@ -430,7 +430,7 @@ def test_the_api_is_told_of_in_full(seen: Seen) -> None:
         assert words in text
 
 
-def test_parts_of_the_page_are_fetched_once(shown: Running) -> None:
+def test_page_files_are_cached_by_etag(shown: Running) -> None:
     for path in ("/", "/page/main.js", "/page/style.css", "/page/icon.svg"):
         first = shown.get(path)
         assert first.status == 200
@@ -438,7 +438,7 @@ def test_parts_of_the_page_are_fetched_once(shown: Running) -> None:
         assert (again.status, again.body) == (304, b"")
 
 
-def test_the_wheel_holds_the_page(tmp_path: Path) -> None:
+def test_wheel_contains_the_page_files(tmp_path: Path) -> None:
     import subprocess
     import sys
 

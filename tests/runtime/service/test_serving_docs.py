@@ -35,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("line", LINES)
-def test_every_line_is_answered(service: Running, directory: Path, line: str) -> None:
+def test_documented_curl_commands_succeed(service: Running, directory: Path, line: str) -> None:
     here = line.replace("http://127.0.0.1:8000/", service.url)
     result = subprocess.run(["sh", "-c", here], cwd=directory, capture_output=True, text=True, check=True)
     if line.endswith("/metrics"):
@@ -47,7 +47,7 @@ def test_every_line_is_answered(service: Running, directory: Path, line: str) ->
         assert all(one["moments"] for one in answer)
 
 
-def test_every_metric_that_is_named_is_there(service: Running) -> None:
+def test_documented_metrics_exist(service: Running) -> None:
     text = service.get("/metrics").body.decode()
     named = re.findall(r"`(drn_[a-z_]+)", PAGE)
     assert len(named) >= 10
@@ -55,7 +55,7 @@ def test_every_metric_that_is_named_is_there(service: Running) -> None:
         assert f"# TYPE {name} " in text, name
 
 
-def test_every_limit_on_the_page_is_that_of_the_code() -> None:
+def test_documented_limits_match_the_code() -> None:
     options = ServiceOptions()
     for value in (
         f"| {options.most_queries}, {options.longest_query} |",

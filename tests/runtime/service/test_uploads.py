@@ -76,7 +76,7 @@ def read(content: bytes, path: Path, most: int = MIB) -> np.ndarray:
         npz(features=FEATURES, spans=FEATURES[:, :2]),
     ],
 )
-def test_one_array_is_read_however_numpy_wrote_it(content: bytes, tmp_path: Path) -> None:
+def test_uploaded_array_is_read_in_any_numpy_format(content: bytes, tmp_path: Path) -> None:
     found = read(content, tmp_path / "f")
     assert np.array_equal(found, FEATURES)
     assert found.dtype.isnative
@@ -130,7 +130,7 @@ OBJECTS = np.array([[Bomb()] * 32], object)
         (b"PK\x03\x04" + bytes(100), 422, []),
     ],
 )
-def test_what_is_no_array_is_refused_and_never_run(
+def test_invalid_feature_upload_is_rejected_without_running(
     content: bytes, status: int, values: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -145,14 +145,18 @@ def test_what_is_no_array_is_refused_and_never_run(
     st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", npz(features=FEATURES)[:80]])
 )
 @settings(max_examples=150)
-def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, tail: bytes, start: bytes) -> None:
+def test_arbitrary_upload_bytes_are_read_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, tail: bytes, start: bytes
+) -> None:
     with pytest.raises(HttpError):
         read(start + tail, tmp_path_factory.getbasetemp() / "bytes")
 
 
 @given(st.integers(0, 4000), st.integers(1, 255))
 @settings(max_examples=150)
-def test_a_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, place: int, change: int) -> None:
+def test_changed_upload_byte_is_read_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, place: int, change: int
+) -> None:
     content = bytearray(npz(features=FEATURES))
     content[place % len(content)] ^= change
     try:
@@ -171,7 +175,7 @@ def test_a_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
     ],
     ids=["announced", "hidden"],
 )
-def test_a_decompression_bomb_takes_no_memory(content: bytes, tmp_path: Path) -> None:
+def test_decompression_bomb_is_rejected_without_memory(content: bytes, tmp_path: Path) -> None:
     assert len(content) < MIB
     tracemalloc.start()
     try:
@@ -182,7 +186,7 @@ def test_a_decompression_bomb_takes_no_memory(content: bytes, tmp_path: Path) ->
         tracemalloc.stop()
 
 
-def test_a_directory_of_very_many_entries_is_not_read(tmp_path: Path) -> None:
+def test_archive_with_too_many_entries_is_rejected(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for number in range(100):
@@ -217,7 +221,7 @@ def test_zip64_directory_over_limit_is_not_read(tmp_path: Path) -> None:
         (b"RIFF\0\0\0\0AVI LIST", ".avi"),
     ],
 )
-def test_videos_are_told_by_their_first_bytes(start: bytes, suffix: str, tmp_path: Path) -> None:
+def test_sniff_container_detects_format_by_first_bytes(start: bytes, suffix: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(start)
     assert sniff_container(tmp_path / "f") == suffix
 
@@ -225,7 +229,7 @@ def test_videos_are_told_by_their_first_bytes(start: bytes, suffix: str, tmp_pat
 @pytest.mark.parametrize(
     "start", [b"", b"#EXTM3U\nfile:///etc/passwd", b"ffconcat version 1.0\nfile /etc/passwd", b"x" * 99]
 )
-def test_play_lists_and_the_like_are_no_videos(start: bytes, tmp_path: Path) -> None:
+def test_sniff_container_rejects_playlists(start: bytes, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(start)
     with raises(HttpError, "unsupported_media_type", "mp4"):
         sniff_container(tmp_path / "f")
@@ -235,7 +239,7 @@ def test_play_lists_and_the_like_are_no_videos(start: bytes, tmp_path: Path) -> 
     ("given_name", "shown"),
     [("a.b", "a.b"), ("../../x", "x"), ("C:\\films\\x", "x"), ("a\nb\0", "a b"), ("", "video"), ("é" * 300, "é" * 100)],
 )
-def test_a_clients_name_is_one_short_line(given_name: str, shown: str) -> None:
+def test_shown_name_is_one_short_line(given_name: str, shown: str) -> None:
     assert shown_name(given_name) == shown
 
 
@@ -249,7 +253,7 @@ def parse(body: bytes, kind: str, tmp_path: Path, step: int = 7) -> Any:
 
 @given(st.lists(st.text(max_size=20), max_size=5), st.binary(max_size=300), st.integers(1, 50))
 @settings(max_examples=60)
-def test_a_form_is_read_whole_however_it_comes_in_pieces(
+def test_form_is_parsed_from_chunks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], content: bytes, step: int
 ) -> None:
     place = tmp_path_factory.mktemp("form")
@@ -280,7 +284,7 @@ def test_a_form_is_read_whole_however_it_comes_in_pieces(
         (b"", "multipart/form-data; boundary=" + "x" * 300, "bad_request", []),
     ],
 )
-def test_a_malformed_form_is_refused(body: bytes, kind: str, code: str, values: list[object], tmp_path: Path) -> None:
+def test_malformed_form_is_rejected(body: bytes, kind: str, code: str, values: list[object], tmp_path: Path) -> None:
     with raises(HttpError, code, *values):
         parse(body, kind, tmp_path)
 
@@ -299,7 +303,7 @@ def fill(kept: Uploads, size: int, age: float = 0) -> Any:
     return upload
 
 
-def test_the_oldest_uploads_make_room(kept: Uploads) -> None:
+def test_oldest_uploads_are_evicted(kept: Uploads) -> None:
     first, second = fill(kept, 400, age=5), fill(kept, 400, age=9)
     third = fill(kept, 500)
     assert kept.get(second.id) is None
@@ -313,7 +317,7 @@ def test_the_oldest_uploads_make_room(kept: Uploads) -> None:
     assert (first.directory.exists(), third.directory.exists()) == (True, False)
 
 
-def test_what_does_not_fit_alone_is_refused_and_leaves_nothing(kept: Uploads, tmp_path: Path) -> None:
+def test_upload_over_total_limit_is_rejected_without_files(kept: Uploads, tmp_path: Path) -> None:
     fill(kept, 100)
     with raises(HttpError, "no_room"):
         fill(kept, 1001)
@@ -322,7 +326,7 @@ def test_what_does_not_fit_alone_is_refused_and_leaves_nothing(kept: Uploads, tm
     assert [path.name for path in own.iterdir()] == [LOCK]
 
 
-def test_what_nobody_asks_goes_after_a_while(kept: Uploads) -> None:
+def test_unused_uploads_expire(kept: Uploads) -> None:
     old, new = fill(kept, 10, age=61), fill(kept, 10, age=59)
     kept.sweep()
     assert (kept.get(old.id), kept.get(new.id)) == (None, new)
@@ -342,7 +346,7 @@ def test_upload_removed_while_reading_is_unknown_video(kept: Uploads, tmp_path: 
     assert str(tmp_path) not in refused.value.message
 
 
-def test_the_next_service_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_service_start_removes_uploads_of_killed_service(tmp_path: Path) -> None:
     options = UploadOptions(tmp_path)
     running = Uploads(options, ClipTiming())
     fill(running, 10)
@@ -379,13 +383,13 @@ def test_storing_full_disk_is_refused_and_timeout_passes() -> None:
         raise TimeoutError
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_upload_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises(OutputError, "unwritable_output", tmp_path / "file", "--uploads"):
         Uploads(UploadOptions(tmp_path / "file"), ClipTiming())
 
 
-def test_sent_features_are_answered_like_those_of_a_file(service: Running, offline: Grounder, uploads: Path) -> None:
+def test_uploaded_features_give_same_moments_as_file(service: Running, offline: Grounder, uploads: Path) -> None:
     before = sorted(uploads.glob("service-*/upload-*"))
     video = Video(FEATURES, 330, 12.5, "mine")
     queries = ["person opens the door", "person closes the door"]
@@ -401,7 +405,7 @@ def test_sent_features_are_answered_like_those_of_a_file(service: Running, offli
     assert sorted(uploads.glob("service-*/upload-*")) == before
 
 
-def test_an_upload_is_asked_by_its_id_until_it_is_removed(service: Running, offline: Grounder) -> None:
+def test_upload_can_be_queried_by_id_until_deleted(service: Running, offline: Grounder) -> None:
     sent = service.send(features=("x.npz", npz(features=FEATURES)), duration=12.5, name="the kitchen")
     assert sent.status == 201, sent.body
     assert sent.json == {
@@ -461,7 +465,7 @@ WRONG = np.where(np.arange(1280).reshape(40, 32) == 70, np.nan, FEATURES)
         ({"video": ("x.mp4", b"\0\0\0\x20ftypisom"), "duration": 5}, 422, ["duration"]),
     ],
 )
-def test_an_upload_that_cannot_be_used_is_told_why(
+def test_unusable_upload_is_rejected_with_reason(
     service: Running, uploads: Path, parts: dict[str, Any], status: int, values: list[object]
 ) -> None:
     # Tests share a service, and some leave an upload.
@@ -470,7 +474,7 @@ def test_an_upload_that_cannot_be_used_is_told_why(
     assert sorted(uploads.glob("service-*/upload-*")) == before
 
 
-def test_a_body_above_the_limit_is_cut_off(start: Callable[..., Running], model: Path, tmp_path: Path) -> None:
+def test_body_above_the_limit_is_rejected(start: Callable[..., Running], model: Path, tmp_path: Path) -> None:
     small = start("--model", model, "--uploads", tmp_path, "--upload-mib", 1, "--uploads-mib", 1)
     many = np.zeros((9000, 32), np.float32)
     small.send(features=("x", npy(many)), duration=5).refused(413, 1048576, code="too_large")
@@ -483,7 +487,7 @@ def test_a_body_above_the_limit_is_cut_off(start: Callable[..., Running], model:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sent_video_is_extracted_played_and_asked(service: Running, tmp_path: Path) -> None:
+def test_uploaded_video_is_extracted_served_and_grounded(service: Running, tmp_path: Path) -> None:
     from tests.films import film
 
     path = film(tmp_path / "my film.mp4", 80)
@@ -508,7 +512,7 @@ def test_a_sent_video_is_extracted_played_and_asked(service: Running, tmp_path: 
     assert alike(once.json[0]["moments"], found.json[0]["moments"])
 
 
-def test_times_of_a_sent_video_are_those_of_players(service: Running, tmp_path: Path) -> None:
+def test_uploaded_late_start_video_gives_times_of_players(service: Running, tmp_path: Path) -> None:
     from tests.films import film
 
     times = [40 * number for number in range(80)]
@@ -528,7 +532,7 @@ def test_times_of_a_sent_video_are_those_of_players(service: Running, tmp_path: 
 
 
 @pytest.mark.parametrize("joined_twice", [False, True])
-def test_joined_and_trimmed_videos_are_taken(service: Running, tmp_path: Path, joined_twice: bool) -> None:
+def test_joined_and_trimmed_videos_are_accepted(service: Running, tmp_path: Path, joined_twice: bool) -> None:
     from tests.films import film, joined, trimmed
 
     if joined_twice:
@@ -541,7 +545,7 @@ def test_joined_and_trimmed_videos_are_taken(service: Running, tmp_path: Path, j
     assert service.get(f"/v1/videos/{identity}").json["num_frames"] == frames
 
 
-def test_a_damaged_video_is_taken_where_part_of_it_is_enough(service: Running, tmp_path: Path) -> None:
+def test_damaged_video_is_accepted_with_partial(service: Running, tmp_path: Path) -> None:
     from tests.films import film, holed
 
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
@@ -576,7 +580,7 @@ def test_late_start_video_shifts_feature_moments(
         assert [moment["end"] for moment in found] == pytest.approx([m["end"] for m in expected], abs=0.03)
 
 
-def test_who_waits_for_a_video_that_is_removed_is_told(service: Running, tmp_path: Path) -> None:
+def test_query_waiting_for_deleted_upload_gets_404(service: Running, tmp_path: Path) -> None:
     from tests.films import film
 
     path = film(tmp_path / "film.mp4", 80)
@@ -588,7 +592,7 @@ def test_who_waits_for_a_video_that_is_removed_is_told(service: Running, tmp_pat
         waiting.result().refused(404, identity)
 
 
-def test_a_broken_video_is_told_without_names_of_this_machine(service: Running, tmp_path: Path) -> None:
+def test_failed_upload_error_contains_no_server_paths(service: Running, tmp_path: Path) -> None:
     from tests.films import film, truncated
 
     broken = truncated(film(tmp_path / "a.mkv", 80), tmp_path / "b.mkv")
@@ -603,7 +607,7 @@ def test_a_broken_video_is_told_without_names_of_this_machine(service: Running, 
     service.ask({"video": sent.json["id"], "query": "person opens the door"}).refused(422, about["problem"])
 
 
-def test_a_data_sets_own_film_is_played(
+def test_data_set_media_file_is_served_with_ranges(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
 ) -> None:
     name = sorted(DataSet(planted).durations)[0]

@@ -31,7 +31,7 @@ def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True)
 
 
-def test_the_page_from_a_graph_to_a_served_answer(tiny_model: Path, mini: Path, tmp_path: Path) -> None:
+def test_documented_commands_serve_and_query_a_model(tiny_model: Path, mini: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model, tmp_path / "drn.onnx")
     shutil.copytree(mini, tmp_path / "charades")
     np.save(tmp_path / "3MSZA.npy", DataSet(mini).video("AAAA1").features)
@@ -49,7 +49,7 @@ def test_the_page_from_a_graph_to_a_served_answer(tiny_model: Path, mini: Path, 
             assert served.stdout.split() == file.stdout.replace("drn.onnx", "drn").split()
 
 
-def test_the_page_lists_the_front_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+def test_documented_inputs_match_the_front_model_config(tiny_model: Path, tmp_path: Path) -> None:
     from export.triton import triton
 
     config = read_config(triton(tiny_model, tmp_path / "repository") / "drn" / "config.pbtxt")
@@ -64,7 +64,7 @@ def test_the_page_lists_the_front_as_it_is(tiny_model: Path, tmp_path: Path) -> 
     assert [name for name, *_, optional in listed if optional] == [v.name for v in config.input if v.optional]
 
 
-def test_the_request_in_json_is_one(tiny_model: Path) -> None:
+def test_documented_json_request_is_valid(tiny_model: Path) -> None:
     asked = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
     assert [value["name"] for value in asked["inputs"]] == ["QUERY", "FEATURES", "DURATION"]
     for value in asked["inputs"]:

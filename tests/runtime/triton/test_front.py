@@ -54,7 +54,7 @@ def files_of(repository: Path) -> list[Path]:
     return sorted((*repository.rglob("model.onnx"), *repository.rglob("about.json")))
 
 
-def test_a_front_beside_damaged_files_does_not_start(repository: Path) -> None:
+def test_front_model_with_damaged_files_does_not_start(repository: Path) -> None:
     files = files_of(repository)
     assert len(files) >= 2
     for path in files:
@@ -64,7 +64,7 @@ def test_a_front_beside_damaged_files_does_not_start(repository: Path) -> None:
     front.Front(None, {"model_version": "1"}, repository / "drn" / "1")
 
 
-def test_a_request_is_answered_as_the_model_file_answers(server: Server, direct: Grounder) -> None:
+def test_front_model_answer_equals_model_file(server: Server, direct: Grounder) -> None:
     subject = video(40)
     wanted = direct.ground_batch([(subject, query) for query in QUERIES])
     assert_alike(moments(server.infer("drn", asked(subject))), wanted)
@@ -80,7 +80,7 @@ def test_concurrent_requests_are_batched_and_separated(server: Server, direct: G
     assert [len(inputs["query_tokens"]) for inputs in asked_of_network] == [6]
 
 
-def test_rows_of_a_request_are_videos(server: Server, direct: Grounder) -> None:
+def test_request_rows_are_separate_videos(server: Server, direct: Grounder) -> None:
     first, second = (
         asked(video(30, seed, 20.0), QUERIES[seed : seed + 2], TOP_K=np.array([seed + 1], np.int32)) for seed in (0, 1)
     )
@@ -100,7 +100,7 @@ def test_missing_frame_count_is_derived_from_clips(server: Server, direct: Groun
     assert_alike(moments(server.infer("drn", request)), [direct.ground(counted, query) for query in QUERIES])
 
 
-def test_a_long_video_is_cut_as_the_model_tells_or_as_is_asked(server: Server, direct: Grounder) -> None:
+def test_long_video_windows_come_from_model_or_request(server: Server, direct: Grounder) -> None:
     long = video(300)
     whole = Grounder(direct.backend)
     whole.windows = None
@@ -111,7 +111,7 @@ def test_a_long_video_is_cut_as_the_model_tells_or_as_is_asked(server: Server, d
     assert moments(cut) != moments(uncut)
 
 
-def test_a_video_that_comes_again_is_encoded_once(split_repository: Path) -> None:
+def test_repeated_video_is_encoded_once(split_repository: Path) -> None:
     server = Server(split_repository)
     for _ in range(3):
         server.execute("drn", [asked(video(40)), asked(video(40), ["word8"])])
@@ -119,7 +119,7 @@ def test_a_video_that_comes_again_is_encoded_once(split_repository: Path) -> Non
     assert [name for name, _, _ in server.calls].count("drn_video") == 2
 
 
-def test_a_long_video_is_encoded_once_for_each_way_to_cut_it(split_repository: Path, direct: Grounder) -> None:
+def test_long_video_is_encoded_once_per_window_setting(split_repository: Path, direct: Grounder) -> None:
     server = Server(split_repository)
 
     def encoded(**more: Any) -> int:
@@ -135,7 +135,7 @@ def test_a_long_video_is_encoded_once_for_each_way_to_cut_it(split_repository: P
     assert (encoded(WINDOWS=shorter), encoded()) == (0, 0)
 
 
-def test_features_that_differ_in_one_value_are_another_video(server: Server) -> None:
+def test_video_cache_distinguishes_single_feature_value(server: Server) -> None:
     first, other = video(40), video(40)
     other.features[-1, -1] += 1
     server.infer("drn", asked(first))
@@ -145,7 +145,7 @@ def test_features_that_differ_in_one_value_are_another_video(server: Server) -> 
     assert kept.video(first.features, 300, 9.0, "a") is not kept.video(first.features, 301, 9.0, "a")
 
 
-def test_kept_videos_take_no_more_memory_than_allowed() -> None:
+def test_video_cache_is_bounded_and_keeps_recent_videos() -> None:
     kept = front._VideoCache(3 * video(40).features.nbytes)
     first = kept.video(video(40).features, 300, 9.0, "first")
     for seed in (1, 2):
@@ -173,7 +173,7 @@ def test_kept_videos_take_no_more_memory_than_allowed() -> None:
         ({"WINDOWS": np.array([[10.0, 40.0, 5.0]])}, ["10.0", "40.0", "5.0"]),
     ],
 )
-def test_a_request_that_cannot_be_answered_fails_alone(
+def test_invalid_request_fails_without_affecting_others(
     server: Server, direct: Grounder, wrong: dict[str, np.ndarray], values: list[object]
 ) -> None:
     subject = video(40)
@@ -184,7 +184,7 @@ def test_a_request_that_cannot_be_answered_fails_alone(
     assert quotes(str(refused), *values)
 
 
-def test_what_fails_in_the_network_fails_alone(
+def test_network_failure_affects_only_its_request(
     server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request makes the network's heads infinite; joined with it, another is answered all the same."""
@@ -204,7 +204,7 @@ def test_what_fails_in_the_network_fails_alone(
     assert quotes(str(refused), "matching_logits")
 
 
-def test_a_network_that_does_not_answer_is_named(server: Server) -> None:
+def test_failing_network_returns_internal_error(server: Server) -> None:
     server.broken = "CUDA error:\n out of memory."
     with pytest.raises(Refused) as refused:
         server.infer("drn", asked(video(40)))
@@ -238,5 +238,5 @@ def test_wait_for_missing_network_times_out(server: Server, monkeypatch: pytest.
     assert quotes(str(refused.value), 1, "it is not ready")
 
 
-def test_text_may_be_str_as_in_some_servers() -> None:
+def test_text_may_be_str_or_bytes() -> None:
     assert front._text("word") == front._text(b"word") == "word"

@@ -132,7 +132,7 @@ def flat(answers: Any) -> np.ndarray:
     return np.array([(moment.start, moment.end, moment.score) for one in answers for moment in one])
 
 
-def test_both_protocols_answer_as_the_file(repository: Path, backends: Path, direct: Grounder) -> None:
+def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path, direct: Grounder) -> None:
     pairs = [(video(30 + 7 * seed, seed), query) for query in QUERIES for seed in range(3)]
     pairs += [(video(300), query) for query in QUERIES]
     wanted = direct.ground_batch(pairs)
@@ -164,7 +164,7 @@ def test_both_protocols_answer_as_the_file(repository: Path, backends: Path, dir
         np.testing.assert_allclose(found, flat(wanted[:1]), atol=tolerances.BATCHED_SECONDS)
 
 
-def test_mixed_shapes_are_joined_and_one_bad_request_fails_alone(
+def test_mixed_shapes_are_batched_and_bad_request_fails(
     graph: Path, backends: Path, tmp_path: Path, direct: Grounder
 ) -> None:
     # Long enough for all to come before the first is answered.
@@ -198,7 +198,7 @@ def test_mixed_shapes_are_joined_and_one_bad_request_fails_alone(
     assert front.execution_count < 6
 
 
-def test_a_new_version_comes_in_without_a_request_lost(
+def test_new_model_version_loads_without_lost_requests(
     graph: Path, backends: Path, tmp_path: Path, direct: Grounder
 ) -> None:
     repository = triton(graph, tmp_path / "repository", instances=1, wait_ms=0)

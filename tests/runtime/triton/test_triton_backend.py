@@ -21,7 +21,7 @@ from tests.runtime.triton.conftest import QUERIES, video
 ABOUT = FrontConfig(manifest(TINY), "drn_network", batch=4)
 
 
-def test_what_is_told_is_read_as_it_was() -> None:
+def test_front_config_survives_json() -> None:
     for about in (ABOUT, dataclasses.replace(ABOUT, video_network="drn_video", videos=7, encoded_together=3)):
         assert FrontConfig.from_json(about.to_json(), "here") == about
 
@@ -37,12 +37,12 @@ def test_what_is_told_is_read_as_it_was() -> None:
         (json.dumps({**json.loads(ABOUT.to_json()), "surprise": 1}), "digest_mismatch"),
     ],
 )
-def test_what_is_damaged_or_of_another_version_is_refused(text: str, code: str) -> None:
+def test_damaged_or_other_front_config_is_rejected(text: str, code: str) -> None:
     with raises(ModelFileError, code, "about.json"):
         FrontConfig.from_json(text, "about.json")
 
 
-def test_lengths_are_few_and_never_shorter() -> None:
+def test_padded_length_rounds_up_to_few_sizes() -> None:
     assert [padded_length(n, 64) for n in (1, 4, 5, 7, 9, 13, 17, 33, 64)] == [4, 4, 6, 8, 12, 16, 24, 48, 64]
     assert padded_length(9, 10) == 10
     assert padded_length(2, 3) == 3
@@ -62,7 +62,7 @@ class Network:
         return self.backend._session.run(outputs, flat)
 
 
-def test_padding_is_exact_and_large_batches_go_in_pieces(direct: Grounder) -> None:
+def test_padded_and_split_batches_equal_direct_results(direct: Grounder) -> None:
     network = Network(direct)
     served = Grounder(TritonBackend(ABOUT, network))
     pairs = [(video(20 + seed, seed), query) for seed in range(3) for query in QUERIES]
@@ -73,7 +73,7 @@ def test_padding_is_exact_and_large_batches_go_in_pieces(direct: Grounder) -> No
 
 
 @pytest.mark.parametrize("length", [1, 3, 5, 7, 9])
-def test_a_padded_query_has_the_heads_of_the_query_itself(direct: Grounder, length: int) -> None:
+def test_padded_query_has_same_heads(direct: Grounder, length: int) -> None:
     from runtime.core.batch import Batch
 
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [length, max(1, length - 2)])))
@@ -84,7 +84,7 @@ def test_a_padded_query_has_the_heads_of_the_query_itself(direct: Grounder, leng
         np.testing.assert_allclose(getattr(padded, name), wanted, atol=1e-6)
 
 
-def test_a_query_beyond_the_network_is_refused(direct: Grounder) -> None:
+def test_too_long_query_is_rejected(direct: Grounder) -> None:
     from runtime.core.batch import Batch
 
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [13])))

@@ -59,7 +59,7 @@ def flat(answers: Any) -> list[list[float]]:
     return [[moment.start, moment.end, moment.score] for one in answers for moment in one]
 
 
-def test_a_served_model_answers_as_its_file(address: str, wire: Wire, direct: Grounder) -> None:
+def test_served_model_equals_model_file(address: str, wire: Wire, direct: Grounder) -> None:
     served = Grounder.load(address)
     assert served.manifest.vocabulary == direct.manifest.vocabulary
     pairs = [(video(30 + seed, seed), query) for query in QUERIES for seed in range(2)]
@@ -70,7 +70,7 @@ def test_a_served_model_answers_as_its_file(address: str, wire: Wire, direct: Gr
     assert [name for name, _ in wire.asked] == ["drn"] * len(pairs)
 
 
-def test_queries_of_one_video_are_one_request(here: str, wire: Wire) -> None:
+def test_queries_of_one_video_are_sent_in_one_request(here: str, wire: Wire) -> None:
     subject = video(30)
     Grounder.load(here).ground_batch([(subject, query) for query in QUERIES])
     ((_, inputs),) = wire.asked
@@ -87,7 +87,7 @@ def test_offset_video_moments_are_in_player_time(here: str, direct: Grounder) ->
         np.testing.assert_allclose(flat(found), expected, atol=tolerances.BATCHED_SECONDS)
 
 
-def test_windows_are_as_they_are_asked_for(here: str, direct: Grounder) -> None:
+def test_served_model_uses_requested_windows(here: str, direct: Grounder) -> None:
     long = video(300)
     served, file = Grounder.load(here), Grounder(direct.backend)
     for windows in (served.windows, None, Windows(50.0, 20.0, 5.0)):
@@ -96,7 +96,7 @@ def test_windows_are_as_they_are_asked_for(here: str, direct: Grounder) -> None:
         np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
 
 
-def test_the_networks_behind_a_front_are_a_backend(address: str, wire: Wire, direct: Grounder) -> None:
+def test_open_backend_uses_networks_behind_the_front(address: str, wire: Wire, direct: Grounder) -> None:
     subject = video(30)
     served = Grounder(open_backend(address))
     found, wanted = (one.ground_batch([(subject, query) for query in QUERIES]) for one in (served, direct))
@@ -110,7 +110,7 @@ def test_the_networks_behind_a_front_are_a_backend(address: str, wire: Wire, dir
         assert "drn" not in {name for name, _ in wire.asked}
 
 
-def test_what_cannot_be_asked_is_refused_before_it_is_sent(here: str, wire: Wire, caplog: Any) -> None:
+def test_invalid_query_is_rejected_before_sending(here: str, wire: Wire, caplog: Any) -> None:
     served = Grounder.load(here)
     with raises(QueryError, "unknown_content_words", "'zorbs'"):
         served.ground(video(9), "zorbs")
@@ -122,7 +122,7 @@ def test_what_cannot_be_asked_is_refused_before_it_is_sent(here: str, wire: Wire
     assert records(caplog, logging.WARNING, "'zorbs'")
 
 
-def test_what_the_server_says_is_passed_on(address: str, wire: Wire) -> None:
+def test_server_error_message_is_passed_on(address: str, wire: Wire) -> None:
     served = Grounder.load(address)
     wire.server.broken = "no memory"
     with raises(ServerError, "server_error", "drn", 1, "no memory"):
@@ -136,36 +136,36 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_server_that_is_not_there_is_named_with_what_to_check(protocol: str) -> None:
+def test_unreachable_server_is_named_with_default_port(protocol: str) -> None:
     port = free_port()
     with raises(ServerError, "server_unreachable", protocol, f"127.0.0.1:{port}", 8001):
         Grounder.load(f"{PREFIXES[protocol]}127.0.0.1:{port}/drn")
 
 
 @pytest.mark.parametrize(("serving", "asking"), [(over_http, "triton://"), (over_grpc, "triton+http://")])
-def test_the_other_protocols_port_is_told_from_a_server(serving: Any, asking: str, wire: Wire) -> None:
+def test_port_of_other_protocol_is_unreachable(serving: Any, asking: str, wire: Wire) -> None:
     with serving(wire) as port, raises(ServerError, "server_unreachable", f"127.0.0.1:{port}"):
         Grounder.load(f"{asking}127.0.0.1:{port}/drn")
 
 
-def test_a_model_that_is_not_there_is_told_with_those_that_are(address: str) -> None:
+def test_missing_model_error_lists_served_models(address: str) -> None:
     with raises(ServerError, "missing_model", "'gone'", "drn"):
         Grounder.load(address.replace("/drn", "/gone"))
 
 
-def test_a_model_that_is_not_loaded_is_told_with_the_reason(address: str, wire: Wire) -> None:
+def test_unloaded_model_error_contains_the_reason(address: str, wire: Wire) -> None:
     wire.unready = "Internal: ModuleNotFoundError:\n No module named 'runtime'"
     with raises(ServerError, "model_not_loaded", "drn", "UNAVAILABLE", "No module named 'runtime'"):
         Grounder.load(address)
 
 
-def test_another_model_is_no_front(address: str, wire: Wire) -> None:
+def test_network_address_is_rejected_as_front_model(address: str, wire: Wire) -> None:
     network = next(name for name in wire.server.models if name != "drn")
     with raises(ModelFileError, "wrong_model_kind", network, "python -m export.triton"):
         Grounder.load(address.replace("/drn", f"/{network}"))
 
 
-def test_a_server_that_takes_too_long_is_given_up(address: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_server_times_out(address: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_client, "TIMEOUT_SECONDS", 1.0)
     served = Grounder.load(address)
     wire.delay_s = 1.5
@@ -186,25 +186,25 @@ def test_a_server_that_takes_too_long_is_given_up(address: str, wire: Wire, monk
         (Path("triton://localhost:9001/drn"), Address("grpc", False, "localhost", 9001, "drn")),
     ],
 )
-def test_addresses(text: str | Path, address: Address) -> None:
+def test_address_parses_protocol_host_port_and_model(text: str | Path, address: Address) -> None:
     assert Address.parse(text) == address
 
 
 @pytest.mark.parametrize(
     "text", ["triton://", "triton://host", "triton://host:x/drn", "triton+ftp://h/drn", "triton:/"]
 )
-def test_what_is_no_address_is_refused_with_the_form_of_one(text: str) -> None:
+def test_invalid_address_is_rejected_with_expected_form(text: str) -> None:
     with raises(ModelFileError, "invalid_address", text, "triton://HOST:PORT/MODEL"):
         open_backend(text)
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda"}, {"threads": 2}])
-def test_devices_are_the_servers_to_choose(options: dict[str, Any]) -> None:
+def test_device_and_thread_options_are_rejected(options: dict[str, Any]) -> None:
     with raises(DeviceError, "inapplicable_option", "--device", "--threads"):
         Grounder.load("triton://localhost/drn", **options)
 
 
-def test_tritonclient_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tritonclient_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
@@ -212,7 +212,7 @@ def test_tritonclient_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         Grounder.load("triton://localhost/drn")
 
 
-def test_infer_prints_for_an_address_what_it_prints_for_the_file(
+def test_infer_output_for_address_equals_model_file(
     here: str, graph: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
@@ -225,7 +225,7 @@ def test_infer_prints_for_an_address_what_it_prints_for_the_file(
     assert f"--model {here}" in caplog.text
 
 
-def test_infer_says_what_is_wrong_in_one_sentence(refused: Callable[..., GroundingError], tmp_path: Path) -> None:
+def test_infer_reports_unreachable_server(refused: Callable[..., GroundingError], tmp_path: Path) -> None:
     np.save(tmp_path / "clip.npy", video(9).features)
     line = ("--features", tmp_path / "clip.npy", "--duration", 3, "--query", "word1")
     port = free_port()
@@ -233,7 +233,7 @@ def test_infer_says_what_is_wrong_in_one_sentence(refused: Callable[..., Groundi
     check_error(error, "server_unreachable", f"127.0.0.1:{port}")
 
 
-def test_evaluate_judges_what_is_served(
+def test_evaluate_of_served_model_equals_model_file(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
     from export.triton import triton
@@ -275,5 +275,5 @@ def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grou
             assert (0 in [len(one) for one in found]) == wanted
 
 
-def test_servers_errors_are_of_the_family_that_commands_show() -> None:
+def test_server_error_is_a_grounding_error() -> None:
     assert issubclass(ServerError, GroundingError)

@@ -24,7 +24,7 @@ WORDS = {f"w{i}": i for i in range(1, 21)}
 WIDE = DRNConfig(vocab_size=300, embed_dim=32, feature_dim=64, hidden_dim=64, fpn_dim=64)
 
 
-def test_same_seed_same_network_and_nothing_else_is_disturbed(tiny: DRNConfig) -> None:
+def test_fresh_model_is_seeded_without_global_rng_changes(tiny: DRNConfig) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -34,7 +34,7 @@ def test_same_seed_same_network_and_nothing_else_is_disturbed(tiny: DRNConfig) -
     assert not torch.equal(one["prop_fc.weight"], third["prop_fc.weight"])
 
 
-def test_fresh_head_is_the_published_one() -> None:
+def test_fresh_head_matches_the_published_one() -> None:
     model = fresh_model(WIDE, 0)
     head = model.fcos.head
     assert (
@@ -55,12 +55,12 @@ def test_fresh_head_is_the_published_one() -> None:
 
 
 @torch.no_grad()
-def test_fresh_network_matches_nothing(made_up_inputs: Any) -> None:
+def test_fresh_network_has_low_matching_scores(made_up_inputs: Any) -> None:
     scores = fresh_model(WIDE, 0).eval()(*made_up_inputs(WIDE, [4, 2])).matching_logits.sigmoid()
     assert 0.005 < float(scores.min()) <= float(scores.max()) < 0.02
 
 
-def test_authors_initialisation_touches_what_theirs_does() -> None:
+def test_authors_initialization_changes_the_same_weights() -> None:
     published, ours = fresh_model(WIDE, 0), fresh_model(WIDE, 0, initialise_as_authors)
     plain = published.state_dict()
     changed = {name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, plain[name])}
@@ -93,7 +93,9 @@ def line(word: str, value: float, width: int = 8) -> str:
     return " ".join([word, *[str(value)] * width])
 
 
-def test_text_vectors_land_on_their_words(model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_load_glove_text_sets_vectors_of_known_words(
+    model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = model.query_encoder.embedding.weight.detach().clone()
     path = write(tmp_path / "glove.txt", [line("w3", 0.5), line("elsewhere", 1), line(". . .", 2), line("w20", -1)])
     with caplog.at_level(logging.INFO, "drn"):
@@ -107,7 +109,7 @@ def test_text_vectors_land_on_their_words(model: DRN, tmp_path: Path, caplog: py
     assert table.requires_grad
 
 
-def test_matrix_of_vectors_is_taken_by_row(model: DRN, tmp_path: Path) -> None:
+def test_load_glove_matrix_sets_vectors_by_row(model: DRN, tmp_path: Path) -> None:
     matrix = torch.randn(21, 8)
     torch.save(matrix, tmp_path / "glove_weights")
     assert load_glove(model, tmp_path / "glove_weights", WORDS) == 20
@@ -124,7 +126,7 @@ def test_matrix_of_vectors_is_taken_by_row(model: DRN, tmp_path: Path) -> None:
         ((21,), "invalid_word_vectors", ("ndarray",)),
     ],
 )
-def test_matrix_of_another_size_is_refused(
+def test_load_glove_matrix_of_another_size_is_rejected(
     model: DRN, tmp_path: Path, shape: tuple[int, ...], code: str, values: tuple[object, ...]
 ) -> None:
     torch.save(torch.zeros(shape), tmp_path / "glove_weights")
@@ -133,14 +135,14 @@ def test_matrix_of_another_size_is_refused(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e39"])
-def test_load_glove_value_not_finite_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+def test_load_glove_value_not_finite_is_rejected(model: DRN, tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "glove.txt", [line("w3", 1), line("w1", 1).replace("1 1", f"1 {value}", 1)])
     with raises(CheckpointError, "word_vector_not_finite", path, "line 2", "'w1'", f"'{value}'"):
         load_glove(model, path, WORDS)
 
 
 @pytest.mark.parametrize("value", ["1e38", "-1e38", "10001", "-2e4"])
-def test_load_glove_value_beyond_word_vectors_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+def test_load_glove_value_out_of_range_is_rejected(model: DRN, tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "glove.txt", [line("w3", 1), line("w1", 1).replace("1 1", f"1 {value}", 1)])
     with raises(CheckpointError, "word_vector_out_of_range", path, "line 2", "'w1'", f"'{value}'"):
         load_glove(model, path, WORDS)
@@ -150,7 +152,7 @@ def test_load_glove_value_beyond_word_vectors_is_refused(model: DRN, tmp_path: P
 
 
 @pytest.mark.parametrize("value", ["0", "0.0", "-0.0", "1e-60"])
-def test_load_glove_vector_of_zeros_is_refused(model: DRN, tmp_path: Path, value: str) -> None:
+def test_load_glove_vector_of_zeros_is_rejected(model: DRN, tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "glove.txt", [line("w3", 1), " ".join(["w1", *[value] * 8])])
     with raises(CheckpointError, "word_vector_zero", path, "line 2", "'w1'", f"'{value}'"):
         load_glove(model, path, WORDS)
@@ -164,7 +166,7 @@ def test_load_glove_vector_of_zeros_is_refused(model: DRN, tmp_path: Path, value
         (lambda matrix: matrix.zero_(), "word_vector_zero", (21,)),
     ],
 )
-def test_load_glove_matrix_beyond_word_vectors_is_refused(
+def test_load_glove_matrix_out_of_range_is_rejected(
     model: DRN, tmp_path: Path, change: Callable[[torch.Tensor], Any], code: str, values: tuple[object, ...]
 ) -> None:
     matrix = torch.ones(model.query_encoder.embedding.weight.shape)
@@ -178,7 +180,7 @@ def test_load_glove_matrix_beyond_word_vectors_is_refused(
         load_glove(model, tmp_path / "glove_weights", WORDS)
 
 
-def test_load_glove_matrix_not_finite_is_refused(model: DRN, tmp_path: Path) -> None:
+def test_load_glove_matrix_not_finite_is_rejected(model: DRN, tmp_path: Path) -> None:
     matrix = torch.zeros(model.query_encoder.embedding.weight.shape)
     matrix[3, 0] = torch.nan
     torch.save(matrix, tmp_path / "glove_weights")
@@ -195,7 +197,7 @@ def test_load_glove_matrix_not_finite_is_refused(model: DRN, tmp_path: Path) -> 
         ([], "word_vectors_missing", (20,)),
     ],
 )
-def test_text_that_does_not_fit_is_refused(
+def test_load_glove_malformed_text_is_rejected(
     model: DRN, tmp_path: Path, lines: list[str], code: str, values: tuple[object, ...]
 ) -> None:
     before = model.state_dict()["query_encoder.embedding.weight"].clone()
@@ -204,7 +206,7 @@ def test_text_that_does_not_fit_is_refused(
     assert torch.equal(model.state_dict()["query_encoder.embedding.weight"], before)
 
 
-def test_missing_and_binary_files_are_refused(model: DRN, tmp_path: Path) -> None:
+def test_load_glove_missing_and_binary_files_are_rejected(model: DRN, tmp_path: Path) -> None:
     with raises(CheckpointError, "unreadable_file", tmp_path / "absent.txt"):
         load_glove(model, tmp_path / "absent.txt", WORDS)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01" * 9)
@@ -212,7 +214,7 @@ def test_missing_and_binary_files_are_refused(model: DRN, tmp_path: Path) -> Non
         load_glove(model, tmp_path / "binary", WORDS)
 
 
-def test_authors_vectors_fit_the_published_word_table(real_data: Path) -> None:
+def test_authors_vectors_match_the_published_word_table(real_data: Path) -> None:
     words = json.loads((real_data / "charades_sta" / "Charades_word2id.json").read_text())
     model = fresh_model(DRNConfig(embed_dim=300, feature_dim=8, hidden_dim=8, fpn_dim=8), 0)
     assert load_glove(model, real_data / "charades_sta" / "glove_weights", words) == 1301

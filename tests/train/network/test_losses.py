@@ -196,7 +196,7 @@ def test_reversed_moment_has_no_positive_location() -> None:
     assert not positive.any()
 
 
-def test_focal_loss_by_hand() -> None:
+def test_focal_loss_matches_hand_computed_values() -> None:
     logits = torch.tensor([0.0, 0.0, 2.0])
     found = focal_loss(logits, torch.tensor([True, False, False]))
     p = 1 / (1 + np.exp(-2))
@@ -204,7 +204,7 @@ def test_focal_loss_by_hand() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_focal_loss_is_finite_at_the_ends() -> None:
+def test_focal_loss_is_finite_for_extreme_logits() -> None:
     logits = torch.tensor([-100.0, 100.0], requires_grad=True)
     loss = focal_loss(logits, torch.tensor([True, False])).sum()
     loss.backward()
@@ -212,13 +212,13 @@ def test_focal_loss_is_finite_at_the_ends() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-def test_boundary_loss_by_hand() -> None:
+def test_boundary_loss_matches_hand_computed_values() -> None:
     predicted, wanted = torch.tensor([[2.0, 2.0], [5.0, 5.0]]), torch.tensor([[1.0, 3.0], [-4.0, 9.0]])
     found = distance_loss(predicted, wanted, torch.tensor([True, False]))
     np.testing.assert_allclose(found, [np.log(5 / 3), 0], rtol=1e-6)
 
 
-def test_authors_rule_clips_the_first_location_only() -> None:
+def test_authors_iou_clip_applies_to_first_location_only() -> None:
     distances = torch.full((1, 56, 2), 4.0)
     truth = torch.tensor([[0.0, 4.5 / 32]])
     everywhere = proposal_overlap(distances, truth, PUBLISHED, LossOptions())
@@ -231,7 +231,7 @@ def test_authors_rule_clips_the_first_location_only() -> None:
 # Laws.
 
 
-def test_losses_over_nothing_are_zeros_with_a_gradient() -> None:
+def test_losses_without_positives_are_zero_with_gradient() -> None:
     heads = NetworkHeads(*(torch.zeros(shape, requires_grad=True) for shape in ((2, 56), (2, 56, 2), (2, 56))))
     losses = divide(loss_sums(heads, torch.tensor([[0.7, 0.5], [0.3, 0.3]]), PUBLISHED, True))
     assert float(losses.boundary.detach()) == 0
@@ -277,7 +277,7 @@ def test_iou_head_can_be_trained_on_every_location() -> None:
     np.testing.assert_allclose(float(divide(everywhere).iou), float(wanted), rtol=1e-5)
 
 
-def test_only_overlaps_above_nine_tenths_train_the_iou_head() -> None:
+def test_only_overlaps_above_0_9_train_the_iou_head() -> None:
     centre = locations(PUBLISHED)
     distances = torch.full((1, 56, 2), 1e-3)
     truth = torch.tensor([[8 / 32, 18 / 32]])
@@ -289,7 +289,7 @@ def test_only_overlaps_above_nine_tenths_train_the_iou_head() -> None:
     np.testing.assert_allclose(float(divide(sums).iou), 0.25 * (0.45**2 + 0.41**2), rtol=1e-3)
 
 
-def test_stage_3_moves_boundaries_through_the_iou_target() -> None:
+def test_iou_loss_has_gradient_for_boundaries_in_stage_3() -> None:
     distances = torch.full((1, 56, 2), 3.0, requires_grad=True)
     heads = NetworkHeads(torch.zeros(1, 56), distances, torch.full((1, 56), -2.0))
     divide(loss_sums(heads, torch.tensor([[7.55 / 32, 13.5 / 32]]), PUBLISHED, True)).iou.backward()
@@ -298,7 +298,7 @@ def test_stage_3_moves_boundaries_through_the_iou_target() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6), st.integers(0, 2**16), st.data())
 @settings(max_examples=40, deadline=None)
-def test_sums_of_the_parts_of_a_batch_are_the_sums_of_the_batch(moments: Any, seed: int, data: Any) -> None:
+def test_loss_sums_add_up_over_parts_of_a_batch(moments: Any, seed: int, data: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     count = len(moments)
     heads = NetworkHeads(
@@ -352,7 +352,7 @@ def test_level_ranges_grow_with_the_number_of_segments(num_segments: int) -> Non
 
 
 @pytest.mark.parametrize("iou_target", ["near", "all"])
-def test_mismatched_pairs_teach_that_nothing_matches_and_no_more(iou_target: Any) -> None:
+def test_mismatched_pairs_train_only_the_matching_head(iou_target: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     heads = NetworkHeads(
         torch.randn(5, 56, generator=generator, requires_grad=True),

@@ -23,7 +23,7 @@ def assert_close(found: Any, wanted: Any, tolerance: float = HEADS) -> None:
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
-def test_state_dict_is_the_published_one(golden: Path, size: str) -> None:
+def test_state_dict_matches_the_published_one(golden: Path, size: str) -> None:
     listed = json.loads((golden / f"state_dict_{size}.json").read_text())
     sizes = {**listed["config"], **listed["changed"]}
     config = DRNConfig(
@@ -87,7 +87,7 @@ def test_heads_in_training_mode_match_the_published_ones(reference: Any, as_arra
 
 
 @torch.no_grad()
-def test_order_of_a_batch_never_matters(reference: Any, as_arrays: Any) -> None:
+def test_batch_order_does_not_change_heads(reference: Any, as_arrays: Any) -> None:
     model, inputs = reference.model(), reference.inputs("a")
     order = torch.tensor([2, 0, 3, 1])
     straight = as_arrays(model(*inputs))
@@ -97,7 +97,7 @@ def test_order_of_a_batch_never_matters(reference: Any, as_arrays: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_query_alone_gets_the_answer_it_gets_in_company(reference: Any, as_arrays: Any) -> None:
+def test_single_query_equals_query_in_batch(reference: Any, as_arrays: Any) -> None:
     model, inputs = reference.model(), reference.inputs("a")
     together = as_arrays(model(*inputs))
     for row, length in enumerate(inputs[1].tolist()):
@@ -108,7 +108,7 @@ def test_a_query_alone_gets_the_answer_it_gets_in_company(reference: Any, as_arr
 
 
 @torch.no_grad()
-def test_padding_never_reaches_an_answer(reference: Any, as_arrays: Any) -> None:
+def test_padding_tokens_do_not_change_heads(reference: Any, as_arrays: Any) -> None:
     model, (tokens, length, features, spans) = reference.model(), reference.inputs("a")
     wanted = as_arrays(model(tokens, length, features, spans))
     # Words where padding should be, and more of them.
@@ -120,7 +120,7 @@ def test_padding_never_reaches_an_answer(reference: Any, as_arrays: Any) -> None
 
 
 @torch.no_grad()
-def test_only_level_0_sees_positions_and_no_gate_touches_them(reference: Any) -> None:
+def test_positions_reach_only_level_0_and_bypass_gates(reference: Any) -> None:
     model = reference.model()
     gates = [torch.zeros(1, n) for n in (reference.config.feature_dim, *BACKBONE_CHANNELS[:-1])]
     nothing = torch.zeros(1, reference.config.feature_dim, 32)
@@ -142,7 +142,7 @@ def test_any_multiple_of_four_segments_runs(tiny: DRNConfig, made_up_inputs: Any
     DRN(config).load_state_dict(DRN(tiny).state_dict())
 
 
-def test_locations_are_the_published_ones(golden: Path) -> None:
+def test_locations_match_the_published_ones(golden: Path) -> None:
     points = np.load(golden / "unit.npz")["points"]
     np.testing.assert_array_equal(locations(DRNConfig()), points)
     np.testing.assert_array_equal(points[[0, 1, 31, 32, 33, 48, 55]], [0.5, 1.5, 31.5, 1, 3, 2, 30])
@@ -161,7 +161,7 @@ def test_locations_are_the_published_ones(golden: Path) -> None:
         {"fpn_dim": 15},
     ],
 )
-def test_sizes_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_network_sizes_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
         DRNConfig(**wrong)
     assert quotes(str(caught.value), *wrong.values())

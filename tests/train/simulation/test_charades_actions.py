@@ -7,7 +7,7 @@ from pathlib import Path
 from train.simulation.charades_actions import _confusable_classes, charades_plan
 
 
-def test_confusable_classes_are_neighbors_in_the_numbering() -> None:
+def test_confusable_classes_have_adjacent_numbers() -> None:
     classes = ["c001", "c002", "c003", "c005", "c100"]
     assert _confusable_classes(classes, "c003") == ["c001", "c002", "c005"]
     assert _confusable_classes(classes, "c100") == []

@@ -13,7 +13,7 @@ from train.simulation.synthetic_videos import SCENES, synthetic_plan
 
 
 @given(st.integers(1, 5000), st.floats(1, 300))
-def test_features_are_finite_whatever_the_clock(num_frames: int, duration: float) -> None:
+def test_features_are_finite_for_any_frame_rate(num_frames: int, duration: float) -> None:
     scenario = Scenario("V", num_frames, duration, "kitchen", ("door",), (("open door", 0.0, duration / 2),))
     rows = SIMULATOR.features(scenario)
     assert rows.shape == (scenario.num_clips, 8)
@@ -31,7 +31,7 @@ SIMULATOR = Simulator(synthetic_plan(2, 0), DIFFICULTIES["medium"], 8, 0)
 SCENARIO = Scenario("V", 480, 16.0, "kitchen", (), (("open door", 4.0, 8.0),))
 
 
-def test_an_action_counts_by_its_share_of_the_clip() -> None:
+def test_action_is_weighted_by_its_share_of_the_clip() -> None:
     quiet = simulator()
     latents = quiet.latents(SCENARIO) - quiet.embedding("scene", "kitchen")
     action = quiet.embedding("action", "open door")
@@ -42,12 +42,12 @@ def test_an_action_counts_by_its_share_of_the_clip() -> None:
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
-def test_a_dropped_action_leaves_no_trace() -> None:
+def test_dropped_action_does_not_change_features() -> None:
     latents = simulator(drop=1.0).latents(SCENARIO)
     np.testing.assert_allclose(latents, np.broadcast_to(latents[0], latents.shape), atol=1e-6)
 
 
-def test_a_confused_action_leaves_the_trace_of_a_sibling() -> None:
+def test_confused_action_has_embedding_of_similar_action() -> None:
     confused = simulator(confuse=1.0)
     plan = synthetic_plan(2, 0)
     trace = confused.latents(SCENARIO)[20] - confused.embedding("scene", "kitchen")
@@ -58,7 +58,7 @@ def test_a_confused_action_leaves_the_trace_of_a_sibling() -> None:
     assert any(np.allclose(trace, confused.embedding("action", name), atol=1e-5) for name in confusable)
 
 
-def test_jitter_moves_boundaries_by_its_number_of_seconds() -> None:
+def test_jitter_shifts_boundaries_by_given_seconds() -> None:
     jittered = simulator(jitter=0.9)
     action = jittered.embedding("action", "open door")
     onsets = []
@@ -69,7 +69,7 @@ def test_jitter_moves_boundaries_by_its_number_of_seconds() -> None:
     assert np.std(onsets) == pytest.approx(0.9, rel=0.15)
 
 
-def test_noise_is_remembered_for_about_a_second() -> None:
+def test_noise_is_correlated_over_about_a_second() -> None:
     noisy = Simulator(synthetic_plan(2, 0), Difficulty(0.0, 1.0, 0.0, 0.0, 0.0), 256, 0)
     # 8 frames a second, so that neighbouring clips lie one second apart.
     scenario = Scenario("V", 8 * 2000, 2000.0, "kitchen", (), ())

@@ -50,7 +50,7 @@ def test_annotations_are_copied_and_every_video_has_features(simulated: tuple[st
     assert record["contents"]["moments"] == {"train": 72, "val": 18, "test": 18}
 
 
-def test_features_follow_content_words_and_nothing_else(tmp_path: Path) -> None:
+def test_features_depend_only_on_content_words(tmp_path: Path) -> None:
     annotations = write_activitynet(tmp_path / "annotations")
     first = simulate(tmp_path / "first", annotations=annotations, **EASY)
     train_file = annotations / "train.json"
@@ -67,12 +67,12 @@ def test_features_follow_content_words_and_nothing_else(tmp_path: Path) -> None:
     assert (third.store.load(name) != DataSet(first).store.load(name)).any()
 
 
-def test_content_words_name_what_is_seen() -> None:
+def test_content_words_drops_function_words_and_sorts() -> None:
     assert content_words("The Man then opens up a DOOR, and opens it again.") == "door man opens"
     assert content_words("And then she does it.") == ""
 
 
-def test_fewer_videos_are_a_seeded_choice_of_each_split(tmp_path: Path) -> None:
+def test_fewer_videos_are_seeded_sample_of_each_split(tmp_path: Path) -> None:
     annotations = write_tacos(tmp_path / "annotations")
     data_set = DataSet(simulate(tmp_path / "data", annotations=annotations, videos=2, **EASY))
     assert [len(data_set.videos(split)) for split in data_set.splits] == [2, 2, 2]
@@ -81,7 +81,7 @@ def test_fewer_videos_are_a_seeded_choice_of_each_split(tmp_path: Path) -> None:
         np.testing.assert_array_equal(data_set.store.load(name), whole.store.load(name))
 
 
-def test_a_layout_without_a_way_to_simulate_it_is_refused(tmp_path: Path) -> None:
+def test_unsupported_annotation_layout_is_rejected(tmp_path: Path) -> None:
     directory = write_qvhighlights(tmp_path / "annotations")
     (directory / "train.json").write_text(json.dumps({}))
     with raises(AnnotationError, "unexpected_structure", directory / "train.json"):
@@ -89,7 +89,7 @@ def test_a_layout_without_a_way_to_simulate_it_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "data").exists()
 
 
-def test_training_takes_the_preset_of_the_data_set(simulated: tuple[str, DataSet], tmp_path: Path) -> None:
+def test_training_uses_preset_of_the_data_set(simulated: tuple[str, DataSet], tmp_path: Path) -> None:
     title, data_set = simulated
     sizes: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 8, "batch_size": 32}
     checkpoint = load_checkpoint(train(data_set.root, tmp_path / "run", epochs=(1, 1, 1), iou_target="all", **sizes))
@@ -110,7 +110,7 @@ def test_training_takes_the_preset_of_the_data_set(simulated: tuple[str, DataSet
     assert report.queries == 18
 
 
-def test_a_query_with_several_moments_trains_once_for_each(tmp_path: Path) -> None:
+def test_query_with_several_moments_trains_once_per_moment(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
     sizes: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 8, "batch_size": 16, "epochs": (1, 1, 1)}
     checkpoint = load_checkpoint(train(data, tmp_path / "run", iou_target="all", **sizes))

@@ -76,7 +76,7 @@ def test_all_sources_yield_the_same_batches(training: TrainingData, negatives: b
         np.testing.assert_array_equal(found.numpy(), wanted)
 
 
-def test_stems_are_those_of_each_batch(training: TrainingData, model: DRN) -> None:
+def test_cached_stems_equal_the_stems_of_each_batch(training: TrainingData, model: DRN) -> None:
     epoch = training.epoch(7, (3,))
     stems = CachedStemSource(training, model, CPU, None)
     for ((tokens, lengths, features, spans), truth), (stem, same) in zip(
@@ -106,7 +106,7 @@ def test_each_video_is_projected_once_for_its_queries(
     assert sum(projected) < len(set(training.video_rows.tolist())) + chunks < len(training)
 
 
-def test_stems_that_do_not_fit_are_left_and_that_is_said(
+def test_stems_beyond_memory_limit_are_not_cached_and_logged(
     training: TrainingData, model: DRN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="drn")
@@ -117,7 +117,7 @@ def test_stems_that_do_not_fit_are_left_and_that_is_said(
     assert records(caplog, logging.INFO, "Stage 2", len(training))
 
 
-def test_stage_2_alone_freezes_the_stem(model: DRN) -> None:
+def test_only_stage_2_freezes_the_stem(model: DRN) -> None:
     assert [stage.freezes_stem for stage in RECIPES["mmaction2"].stages] == [False, True, False]
     Stage(2, 1e-5, 1).freeze(model)
     stem = ("query_encoder.", "qInput.", "prop_fc.", "position_transform.", "backbone_net.layers.0.0.")
@@ -129,7 +129,7 @@ def test_stage_2_alone_freezes_the_stem(model: DRN) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stage_2_ends_where_it_ends_without_stems(
+def test_stage_2_with_cached_stems_gives_same_result(
     short_run: Path,
     planted: Path,
     tiny_sizes: dict[str, Any],
@@ -166,7 +166,7 @@ def test_stage_2_ends_where_it_ends_without_stems(
         assert float(apart.median()) < (PROCESS_WEIGHTS if precision == "fp32" else 0.02), name
 
 
-def test_resumed_stage_2_ends_as_an_uninterrupted_one(
+def test_resumed_stage_2_equals_uninterrupted_run(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**tiny_sizes, "epochs": (3,), "lr": (1e-3,), "load": short_run / "stage1" / "best.pt", "stage": "2"}
@@ -191,7 +191,7 @@ def test_resumed_stage_2_ends_as_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, DeviceSource), (1 << 10, HostSource)])
-def test_a_gpu_holds_the_features_itself_if_it_can(
+def test_features_are_kept_on_gpu_if_memory_allows(
     training: TrainingData, monkeypatch: pytest.MonkeyPatch, free: int, kind: type, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="drn")

@@ -49,7 +49,7 @@ def fill(data_set: DataSet, videos: list[str], cache: Path, num_segments: int = 
 
 @pytest.mark.parametrize("num_segments", [16, 32])
 @pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
-def test_cache_holds_what_pooling_each_video_gives(
+def test_cache_equals_pooling_of_each_video(
     data_set: DataSet, videos: list[str], tmp_path: Path, pooling: Any, num_segments: int
 ) -> None:
     features = dataclasses.replace(data_set.features(), pooling=pooling)
@@ -76,14 +76,14 @@ def test_published_layout_equals_published_loader(golden: Path, tmp_path: Path) 
         np.testing.assert_array_equal(batch.truth[0], wanted[f"mini_{index}_gt_bbox"])
 
 
-def test_a_damaged_cache_is_made_anew(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_truncated_cache_is_rebuilt(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     whole = fill(data_set, videos, tmp_path / "cache").features.copy()
     (cached,) = (tmp_path / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-100])
     np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
 
 
-def test_a_flipped_bit_in_the_cache_is_noticed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_flipped_bit_in_cache_rebuilds_it(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     whole = fill(data_set, videos, tmp_path / "cache").features.copy()
     (cached,) = (tmp_path / "cache").iterdir()
     content = cached.read_bytes()
@@ -103,7 +103,7 @@ def test_cache_is_rebuilt_on_content_change_of_same_size(data_set: DataSet, vide
     assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
 
 
-def test_what_a_killed_process_left_is_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_temporary_files_of_killed_process_are_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     fill(data_set, videos, tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
     left = cached.rename(cached.with_name(f".drn-01234567-abcdefgh-{cached.name}"))
@@ -112,7 +112,7 @@ def test_what_a_killed_process_left_is_removed(data_set: DataSet, videos: list[s
     assert list((tmp_path / "cache").iterdir()) == [cached]
 
 
-def test_cache_is_used_again(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_cache_is_reused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     fill(data_set, videos, tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
     before = cached.stat()
@@ -122,7 +122,7 @@ def test_cache_is_used_again(data_set: DataSet, videos: list[str], tmp_path: Pat
     assert isinstance(pooled.features, np.memmap)
 
 
-def test_cache_is_made_anew_when_a_feature_file_changes(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_cache_is_rebuilt_when_a_feature_file_changes(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
     replace_features(data_set, videos[3], np.load(data_set.feature_path(videos[3])) + 1)
     assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
@@ -138,7 +138,7 @@ def test_cache_is_rebuilt_for_other_inputs(data_set: DataSet, videos: list[str],
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FeatureError])
-def test_interrupted_pooling_leaves_nothing(
+def test_interrupted_pooling_leaves_no_cache(
     data_set: DataSet, videos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     real, calls = FeatureFiles.load, []
@@ -164,7 +164,7 @@ def test_interrupted_pooling_leaves_nothing(
         (np.empty((0, 32), np.float16), "no_clips", ((0, 32),)),
     ],
 )
-def test_unusable_features_are_named_and_nothing_is_kept(
+def test_unusable_features_are_named_without_cache(
     data_set: DataSet, videos: list[str], tmp_path: Path, features: np.ndarray, code: str, values: tuple[object, ...]
 ) -> None:
     replace_features(data_set, videos[2], features)
@@ -192,7 +192,7 @@ def training(data_set: DataSet, videos: list[str], tmp_path: Path) -> TrainingDa
     return TrainingData(data_set, annotations, fill(data_set, videos, tmp_path / "cache"), data_set.vocabulary)
 
 
-def test_batch_holds_its_queries_in_order(training: TrainingData, data_set: DataSet) -> None:
+def test_batch_contains_its_queries_in_order(training: TrainingData, data_set: DataSet) -> None:
     chosen = np.array([5, 0, 9])
     batch = training.batch(chosen)
     for row, index in enumerate(chosen):
@@ -208,7 +208,7 @@ def test_batch_holds_its_queries_in_order(training: TrainingData, data_set: Data
     assert dtypes == [np.int32] * 2 + [np.float32] * 3
 
 
-def test_blind_training_sees_zeros_and_all_else(training: TrainingData, data_set: DataSet) -> None:
+def test_blind_training_zeros_only_the_features(training: TrainingData, data_set: DataSet) -> None:
     blind = TrainingData(data_set, training.annotations, training.pooled, data_set.vocabulary, blind=True)
     seeing, unseeing = training.batch(np.arange(3)).inputs, blind.batch(np.arange(3)).inputs
     assert seeing.segment_features.any()
@@ -226,7 +226,7 @@ class Counted(TrainingData):
 
 @given(st.integers(0, 90), st.integers(1, 12), st.integers(1, 4), st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
-def test_processes_divide_an_epoch_among_them(count: int, batch_size: int, processes: int, seed: int) -> None:
+def test_epoch_is_divided_among_processes(count: int, batch_size: int, processes: int, seed: int) -> None:
     data = Counted(count)
     shares = [data.epoch(batch_size, (seed,), rank, processes) for rank in range(processes)]
     steps = count // (batch_size * processes)
@@ -268,13 +268,13 @@ def test_mismatched_pairs_do_not_depend_on_process_count(
         np.testing.assert_array_equal(np.concatenate([share[step] for share in pairs], axis=1), whole)
 
 
-def test_mismatched_videos_are_those_of_all_other_queries_alike() -> None:
+def test_mismatched_videos_are_drawn_by_query_count() -> None:
     data = Placed([0, 0, 1, 2, 2, 2])
     asked = data.mismatched([np.array([0])], 3000, (0,))[0][1]
     np.testing.assert_allclose(np.bincount(asked, minlength=6) / 3000, [0, 0, 0.25, 0.25, 0.25, 0.25], atol=0.03)
 
 
-def test_mismatched_pairs_stand_behind_the_others(training: TrainingData) -> None:
+def test_mismatched_pairs_follow_the_matching_pairs(training: TrainingData) -> None:
     chosen = np.array([5, 0])
     pairs = np.array([[0, 5, 5], [9, 20, 12]])
     batch, alone = training.batch(chosen, pairs), training.batch(chosen)
@@ -284,7 +284,7 @@ def test_mismatched_pairs_stand_behind_the_others(training: TrainingData) -> Non
         np.testing.assert_array_equal(row, training.segments(training.annotations[index].video).features)
 
 
-def test_epochs_differ_and_depend_on_the_seed_alone() -> None:
+def test_epochs_differ_and_are_seeded() -> None:
     data = Counted(64)
     first, again, next_epoch = (np.concatenate(data.epoch(8, seed)) for seed in ((0, 1), (0, 1), (0, 2)))
     np.testing.assert_array_equal(first, again)
@@ -303,7 +303,7 @@ def test_held_out_videos_are_never_trained_on(num_videos: int, fraction: float, 
     assert split_by_video(annotations[::-1], fraction, seed)[1] == validation[::-1]
 
 
-def test_windows_follow_from_the_videos_and_moments_learnt_from(data_set: DataSet) -> None:
+def test_windows_derive_from_training_videos_and_moments(data_set: DataSet) -> None:
     data_set.durations.update(short=20.0, long=90.0)
     moments = [("short", 5.0, 15.0), ("short", 15.0, 30.0), ("long", 0.0, 40.0), ("short", 9.0, 8.0)]
     found = windows_of(data_set, [Annotation(*moment, "a", 1) for moment in moments])
@@ -312,7 +312,7 @@ def test_windows_follow_from_the_videos_and_moments_learnt_from(data_set: DataSe
     assert found.longest == 90
 
 
-def test_charades_sta_has_the_windows_of_the_published_networks(real_data: Path) -> None:
+def test_charades_sta_windows_match_published_networks(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
     found = windows_of(data_set, data_set.annotations("train", invalid="drop"))
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(CHARADES_STA), abs=0.05)
@@ -328,7 +328,7 @@ def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], 
 
 
 @pytest.mark.parametrize("factor", [4, 0.25])
-def test_pool_clips_that_contradict_frames_are_refused(
+def test_pool_clips_contradicting_frames_are_rejected(
     data_set: DataSet, videos: list[str], tmp_path: Path, factor: float
 ) -> None:
     clips = data_set.store.load(videos[1])
@@ -339,7 +339,7 @@ def test_pool_clips_that_contradict_frames_are_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_pool_clips_short_of_frames_are_warned_of_in_every_run(
+def test_pool_too_few_clips_give_warning_in_every_run(
     data_set: DataSet, videos: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for video in videos:
@@ -350,13 +350,13 @@ def test_pool_clips_short_of_frames_are_warned_of_in_every_run(
         assert len(records(caplog, logging.WARNING, "--clock")) == run
 
 
-def test_pool_constant_features_are_refused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_pool_constant_features_are_rejected(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     replace_features(data_set, videos[1], np.zeros_like(data_set.store.load(videos[1])))
     with raises(FeatureError, "constant_features", videos[1]):
         fill(data_set, videos, tmp_path / "cache")
 
 
-def test_pool_duration_in_milliseconds_is_refused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
+def test_pool_duration_in_milliseconds_is_rejected(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
     data_set.durations[videos[1]] *= 1000
     with raises(AnnotationError, "frame_rate_out_of_range", videos[1]):
         fill(data_set, videos, tmp_path / "cache")

@@ -62,7 +62,7 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("negatives", [0, 0.5])
-def test_two_processes_train_as_one_with_the_whole_batch(
+def test_two_processes_equal_one_with_full_batch(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, negatives: float
 ) -> None:
     # As many epochs of stage 2 as processes, so that each computes its frozen part once.
@@ -105,7 +105,7 @@ def test_published_distributed_and_authors_recipes_run(
     assert first[0] != pytest.approx(first[1], rel=PROCESSES)
 
 
-def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_distributed_without_torchrun_is_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with init_distributed(torch.device("cpu")) as processes:
         assert processes == Processes(0, 1, 0)
@@ -126,7 +126,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce:FutureWarning")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_synchronised_batch_norm_is_batch_norm(precision: torch.dtype) -> None:
+def test_synchronized_batch_norm_equals_batch_norm(precision: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = nn.BatchNorm1d(6)
     nn.init.normal_(plain.weight)

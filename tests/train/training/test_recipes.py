@@ -22,7 +22,7 @@ IOU_HEAD = {
 
 
 @pytest.mark.parametrize(("number", "count"), [(1, 71), (2, 10), (3, 81)])
-def test_stage_learns_the_published_parameters(tiny: DRNConfig, number: int, count: int) -> None:
+def test_stage_trains_the_published_parameters(tiny: DRNConfig, number: int, count: int) -> None:
     model = DRN(tiny)
     names = {name for name, _ in model.named_parameters()}
     # Whatever was frozen before.
@@ -34,7 +34,7 @@ def test_stage_learns_the_published_parameters(tiny: DRNConfig, number: int, cou
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_learning_rates_are_the_published_ones(golden: Path, number: int) -> None:
+def test_learning_rates_match_the_published_ones(golden: Path, number: int) -> None:
     wanted = np.load(golden / "unit.npz")[f"lr_s{number}"]
     stage = RECIPES["mmaction2"].stages[number - 1]
     assert stage.epochs == len(wanted)
@@ -48,7 +48,7 @@ def test_authors_rates_have_no_warm_up() -> None:
     assert recipe.initialisation == "drn"
 
 
-def test_published_recipe_is_mmaction2s() -> None:
+def test_published_recipe_matches_mmaction2() -> None:
     recipe = RECIPES["mmaction2"]
     assert (recipe.batch_size, recipe.clip_norm, recipe.pooling, recipe.protocol) == (16, 5.0, "mmaction2", "mmaction2")
     assert recipe.initialisation == "torch"
@@ -56,11 +56,11 @@ def test_published_recipe_is_mmaction2s() -> None:
     assert [stage.number for stage in recipe.stages] == [1, 2, 3]
 
 
-def test_iou_scores_count_once_their_head_was_trained() -> None:
+def test_iou_scores_are_used_from_stage_2_on() -> None:
     assert [Stage(number, 1e-3, 1).use_iou_scores for number in (1, 2, 3)] == [False, True, True]
 
 
-def test_warm_up_of_one_epoch_is_none() -> None:
+def test_warm_up_of_one_epoch_keeps_full_learning_rate() -> None:
     assert Stage(1, 1e-3, 3, warmup_epochs=1).learning_rate_at(0) == 1e-3
     assert dataclasses.replace(Stage(1, 1e-3, 3), warmup_epochs=2).learning_rate_at(0) == pytest.approx(1e-4)
 

@@ -163,7 +163,7 @@ def test_statistics_after_a_step_match_the_published_ones(reference: Any, tmp_pa
             np.testing.assert_allclose(tensor, wanted, rtol=0, atol=HEADS * np.abs(wanted).max(), err_msg=name)
 
 
-def test_steps_that_overflow_in_fp16_are_left_out_and_counted(
+def test_overflowing_fp16_steps_are_skipped_and_counted(
     reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The scaler of fp16 around arithmetic in float32, where such a scale overflows too.
@@ -186,7 +186,7 @@ def test_steps_that_overflow_in_fp16_are_left_out_and_counted(
 # What a run leaves behind.
 
 
-def test_run_writes_all_that_it_promises(short_run: Path, tiny_sizes: dict[str, Any]) -> None:
+def test_run_writes_all_documented_files(short_run: Path, tiny_sizes: dict[str, Any]) -> None:
     found = {str(path.relative_to(short_run)) for path in short_run.rglob("*") if path.is_file()}
     kept = {f"stage{number}/{name}.pt" for number in (1, 2, 3) for name in ("best", "last")}
     assert found == {"run.json", "history.jsonl", "curves.png", "drn.pt", *kept}
@@ -202,7 +202,7 @@ def test_run_writes_all_that_it_promises(short_run: Path, tiny_sizes: dict[str, 
     assert [record["loss_iou"] > 0 for record in records] == [False, False, True, True]
 
 
-def test_drn_pt_is_the_best_of_the_last_stage_and_holds_no_code(short_run: Path) -> None:
+def test_drn_pt_is_best_checkpoint_of_last_stage(short_run: Path) -> None:
     content = torch.load(short_run / "drn.pt", weights_only=True)
     assert content["format"] == "drn-checkpoint/1"
     assert content["training"]["stage"] == 3
@@ -210,7 +210,7 @@ def test_drn_pt_is_the_best_of_the_last_stage_and_holds_no_code(short_run: Path)
     assert (short_run / "drn.pt").read_bytes() == (short_run / "stage3" / "best.pt").read_bytes()
 
 
-def test_same_seed_same_run_and_another_seed_another(
+def test_same_seed_repeats_the_run_and_other_differs(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     run_training(planted, tmp_path / "again", **tiny_sizes)
@@ -262,7 +262,7 @@ def test_history_equals_runtime_evaluation(
     assert {name: record[name] for name in report.values} == pytest.approx(report.values, abs=1e-6)
 
 
-def test_one_process_is_faithful_without_being_asked(
+def test_faithful_option_changes_nothing_for_one_process(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     # What mmaction2 does otherwise concerns several processes, and broken lines, of which there are none here.
@@ -270,7 +270,9 @@ def test_one_process_is_faithful_without_being_asked(
     assert_same_run(short_run, tmp_path / "run")
 
 
-def test_without_validation_the_last_epoch_is_kept(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_training_without_validation_saves_last_epoch(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+) -> None:
     run_training(planted, tmp_path, stage="1", validate_on="none", **{**tiny_sizes, "epochs": (2,), "lr": None})
     last = torch.load(tmp_path / "stage1" / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(last[name], tensor) for name, tensor in weights(tmp_path / "drn.pt").items())
@@ -286,9 +288,7 @@ def test_bf16_trains_and_keeps_float32_weights(planted: Path, tiny_sizes: dict[s
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
-def test_authors_recipe_keeps_its_slips_only_when_asked(
-    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_faithful_drn_recipe_accumulates_gradients(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
     options = {**tiny_sizes, "epochs": (1,), "validate_on": "none"}
     for name, faithful in (("plain", False), ("faithful", True)):
         run_training(planted, tmp_path / name, recipe="drn", faithful=faithful, **options)
@@ -301,12 +301,12 @@ def test_authors_recipe_keeps_its_slips_only_when_asked(
     assert norms["faithful"] > 2 * norms["plain"]
 
 
-def test_data_set_smaller_than_a_step_is_refused(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_data_set_smaller_than_a_step_is_rejected(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
     with raises(GroundingError, "too_few_queries", 5000, "--batch-size"):
         run_training(planted, tmp_path, **{**tiny_sizes, "batch_size": 5000})
 
 
-def test_stage_alone_starts_from_the_checkpoint_it_is_given(
+def test_single_stage_starts_from_given_checkpoint(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {**tiny_sizes, "epochs": (1,), "lr": (1e-3,)}
@@ -341,7 +341,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
         pytest.param("draw", 1, id="at the very end"),
     ],
 )
-def test_interrupted_run_ends_as_an_uninterrupted_one(
+def test_resumed_run_equals_uninterrupted_run(
     short_run: Path,
     planted: Path,
     tiny_sizes: dict[str, Any],
@@ -386,7 +386,7 @@ def test_run_with_negatives_resumes_bit_exactly(
     assert load_checkpoint(tmp_path / "whole" / "drn.pt").training["negatives"] == 0.5
 
 
-def test_killed_run_goes_on_to_the_same_end(
+def test_killed_run_resumes_to_same_result(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -418,7 +418,7 @@ def test_killed_run_goes_on_to_the_same_end(
     assert_same_run(short_run, run)
 
 
-def test_resuming_a_finished_run_changes_nothing(
+def test_resuming_a_finished_run_changes_no_files(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     shutil.copytree(short_run, tmp_path / "run")
@@ -431,7 +431,7 @@ def files(directory: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_second_run_into_a_directory_is_refused(short_run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
+def test_second_run_into_a_directory_is_rejected(short_run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
     before = files(short_run)
     with raises(OutputError, "output_holds_run", short_run, "--resume"):
         run_training(planted, short_run, **tiny_sizes)
@@ -457,7 +457,7 @@ def test_second_run_into_a_directory_is_refused(short_run: Path, planted: Path, 
         ("recipe", "drn"),
     ],
 )
-def test_resuming_under_another_setting_is_refused_naming_it(
+def test_resume_with_other_setting_is_rejected_by_name(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], name: str, value: Any
 ) -> None:
     before = files(short_run)
@@ -513,7 +513,7 @@ def test_validation_query_of_unknown_words_counts_as_miss(
     assert values[0] == pytest.approx(values[1] * len(lines) / (len(lines) + 1))
 
 
-def test_damaged_state_of_a_run_is_named(
+def test_damaged_training_state_is_named(
     short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     shutil.copytree(short_run, tmp_path / "run")
@@ -601,7 +601,7 @@ def test_tiny_network_learns_synthetic_data_in_three_stages(tmp_path: Path) -> N
         ("\ufffd\ud800", "not_utf8"),
     ],
 )
-def test_a_damaged_history_is_refused_with_its_line(tmp_path: Path, damage: str, code: str) -> None:
+def test_damaged_history_is_rejected_with_line_number(tmp_path: Path, damage: str, code: str) -> None:
     losses = {f"loss_{name}": 0.5 for name in ("matching", "boundary", "iou")}
     path = tmp_path / "history.jsonl"
     whole = json.dumps({"stage": 1, "epoch": 1, **losses})

@@ -72,7 +72,7 @@ def test_read_array_returns_what_numpy_wrote(array: np.ndarray, version: tuple[i
         npy(np.ones(3))[:-1],
     ],
 )
-def test_read_array_refuses_what_is_not_there(content: bytes, tmp_path: Path) -> None:
+def test_read_array_rejects_truncated_and_oversized_content(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(FeatureError) as caught:
         load_features(tmp_path / "a.npy")
@@ -81,7 +81,7 @@ def test_read_array_refuses_what_is_not_there(content: bytes, tmp_path: Path) ->
         read_array(io.BytesIO(content), len(content))
 
 
-def test_a_header_of_gigabytes_is_not_unfolded(tmp_path: Path) -> None:
+def test_huge_array_header_is_rejected_without_reading(tmp_path: Path) -> None:
     class Counting(io.BytesIO):
         taken = 0
 
@@ -99,14 +99,14 @@ def test_a_header_of_gigabytes_is_not_unfolded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_without_a_bound_are_refused(tmp_path: Path, compression: int) -> None:
+def test_archive_with_bzip2_or_lzma_is_rejected(tmp_path: Path, compression: int) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
         archive.writestr("features.npy", npy(np.ones((2, 2))))
     with pytest.raises(FeatureError):
         load_features(tmp_path / "a.npz")
 
 
-def test_a_directory_that_lies_about_sizes_is_refused(tmp_path: Path) -> None:
+def test_archive_with_false_member_size_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, features=np.zeros((1000, 1000), np.float32))
     content = bytearray(path.read_bytes())
@@ -117,7 +117,7 @@ def test_a_directory_that_lies_about_sizes_is_refused(tmp_path: Path) -> None:
         load_features(path)
 
 
-def test_a_damaged_member_is_refused_by_its_checksum(tmp_path: Path) -> None:
+def test_archive_member_with_bad_checksum_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, features=np.ones((10, 10), np.float32))
     content = bytearray(path.read_bytes())
@@ -137,7 +137,7 @@ def test_read_archive_returns_arrays_by_name(tmp_path: Path) -> None:
     assert quotes(str(caught.value), 2, 1)
 
 
-def test_open_archive_refuses_large_directories() -> None:
+def test_open_archive_rejects_large_directories() -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("a", b"1")

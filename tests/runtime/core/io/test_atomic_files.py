@@ -53,7 +53,7 @@ def content(directory: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in directory.iterdir()}
 
 
-def test_the_file_takes_its_place_only_when_the_block_ends(tmp_path: Path) -> None:
+def test_atomic_write_replaces_file_when_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
     with atomic_write(path) as temporary:
@@ -65,7 +65,7 @@ def test_the_file_takes_its_place_only_when_the_block_ends(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_after_any_interruption_all_is_as_before(error: type[BaseException], tmp_path: Path) -> None:
+def test_interrupted_atomic_write_keeps_previous_file(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
 
@@ -79,7 +79,7 @@ def test_after_any_interruption_all_is_as_before(error: type[BaseException], tmp
     assert content(tmp_path) == {"report.json": "old"}
 
 
-def test_directories_are_made(tmp_path: Path) -> None:
+def test_write_text_creates_missing_directories(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b" / "report.txt", "text")
     assert content(tmp_path / "a" / "b") == {"report.txt": "text"}
 
@@ -101,7 +101,7 @@ def failing(number: int) -> Any:
 
 
 @pytest.mark.parametrize("place", ["os.replace", "pathlib.Path.write_text", "tempfile.mkstemp"])
-def test_a_full_disk_is_said_so_and_leaves_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_raises_and_keeps_previous_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.json").write_text("old")
     with monkeypatch.context() as patched:
         patched.setattr(place, failing(errno.ENOSPC))
@@ -110,7 +110,7 @@ def test_a_full_disk_is_said_so_and_leaves_nothing(place: str, tmp_path: Path, m
     assert content(tmp_path) == {"report.json": "old"}
 
 
-def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path: Path) -> None:
+def test_disk_filling_during_write_leaves_no_file(tmp_path: Path) -> None:
     # The limit on file sizes stands for the disk's end; both stop a write half-way.
     code = (
         f"from runtime.core.io.atomic_files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
@@ -126,33 +126,33 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_other_failures_are_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_failure_names_the_system_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", failing(errno.EROFS))
     with raises(OutputError, "unwritable_output", tmp_path / "report.json", os.strerror(errno.EROFS)):
         write_text(tmp_path / "report.json", "text")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_where_a_directory_should_be_is_refused(tmp_path: Path) -> None:
+def test_output_directory_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with raises(OutputError, "unwritable_output", tmp_path / "runs" / "report.json", tmp_path / "runs"):
         write_text(tmp_path / "runs" / "report.json", "text")
     assert content(tmp_path) == {"runs": "a file"}
 
 
-def test_a_directory_where_the_file_should_be_is_refused(tmp_path: Path) -> None:
+def test_output_file_that_is_a_directory_is_rejected(tmp_path: Path) -> None:
     with raises(OutputError, "output_is_directory", tmp_path):
         write_text(tmp_path, "text")
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+def test_output_directory_without_permission_is_rejected(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with raises(OutputError, "unwritable_output", tmp_path / "report.json", os.strerror(errno.EACCES)):
         write_text(tmp_path / "report.json", "text")
 
 
-def test_not_a_number_never_gets_into_a_json_file(tmp_path: Path) -> None:
+def test_write_json_rejects_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         write_json(tmp_path / "report.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
@@ -165,7 +165,7 @@ def test_json_survives_writing_and_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{"])
-def test_a_file_that_is_no_json_is_named_with_its_purpose(tmp_path: Path, text: str) -> None:
+def test_invalid_json_file_is_named_with_its_purpose(tmp_path: Path, text: str) -> None:
     (tmp_path / "table.json").write_text(text)
     with raises(AnnotationError, "invalid_json", tmp_path / "table.json", "video to seconds"):
         read_json(tmp_path / "table.json", "video to seconds")
@@ -181,7 +181,7 @@ def test_unreadable_json_raises_the_requested_class(tmp_path: Path) -> None:
         read_json(tmp_path / "bytes.json", "ranges")
 
 
-def test_a_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
+def test_sha256_covers_the_full_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 8192 + b"end"
     (tmp_path / "plan").write_bytes(data)
     assert sha256(tmp_path / "plan") == hashlib.sha256(data).hexdigest()
@@ -199,7 +199,7 @@ def test_check_writable_changes_nothing_and_names_the_path(tmp_path: Path) -> No
         check_writable(path / "below a file.json")
 
 
-def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+def test_write_text_does_not_replace_pipes_or_directories(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for refused in (pipe, tmp_path):
@@ -208,7 +208,7 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+def test_write_through_link_replaces_its_target(tmp_path: Path) -> None:
     link, target = tmp_path / "link.txt", tmp_path / "target.txt"
     target.write_text("old")
     link.symlink_to(target)
@@ -217,7 +217,7 @@ def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path: Path) -> N
     assert target.read_text() == "new"
 
 
-def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+def test_output_that_is_an_input_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("weights")
     (tmp_path / "same.onnx").symlink_to(tmp_path / "model.onnx")
     check_writable(tmp_path / "report.json", tmp_path / "model.onnx", None)
@@ -245,7 +245,7 @@ def test_staged_files_are_committed_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_was_staged_before_an_interruption_is_gone(error: type[BaseException], tmp_path: Path) -> None:
+def test_interrupted_staging_leaves_previous_files(error: type[BaseException], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
 
     def interrupted() -> NoReturn:
@@ -258,12 +258,12 @@ def test_what_was_staged_before_an_interruption_is_gone(error: type[BaseExceptio
     assert content(tmp_path) == {"a.txt": "old"}
 
 
-def test_nothing_is_staged_for_a_directory(tmp_path: Path) -> None:
+def test_staging_rejects_a_directory_path(tmp_path: Path) -> None:
     with Staging() as staging, raises(OutputError, "output_is_directory", tmp_path):
         staging.path(tmp_path)
 
 
-def test_what_cannot_be_staged_is_called_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_error_names_the_final_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Staging() as staging:
         waiting = staging.path(tmp_path / "a.txt")
         monkeypatch.setattr(Path, "write_text", failing(errno.ENOSPC))
@@ -396,7 +396,7 @@ def writer() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("body", [half, staged])
-def test_next_write_removes_what_a_killed_process_left(
+def test_next_write_removes_files_of_killed_process(
     body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "report.json"
@@ -409,7 +409,7 @@ def test_next_write_removes_what_a_killed_process_left(
 
 
 @pytest.mark.parametrize("body", [half, staged])
-def test_next_staging_removes_what_a_killed_process_left(
+def test_next_staging_removes_files_of_killed_process(
     body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
 ) -> None:
     process = writer(body(tmp_path / "report.json"))
@@ -436,7 +436,7 @@ def test_live_writers_of_one_file_keep_their_temporary_files(
     assert content(tmp_path) == {"report.json": "half"}
 
 
-def test_sigterm_ends_a_writer_without_a_trace(writer: Callable[[str], Any], tmp_path: Path) -> None:
+def test_sigterm_during_staging_leaves_no_files(writer: Callable[[str], Any], tmp_path: Path) -> None:
     process = writer(f"from runtime.core.interrupts import install; install()\n{staged(tmp_path / 'report.json')}")
     process.terminate()
     process.wait(timeout=30)
@@ -453,7 +453,7 @@ def test_sigterm_ends_a_writer_without_a_trace(writer: Callable[[str], Any], tmp
         ".drn-lock",
     ],
 )
-def test_files_of_other_names_are_never_removed(name: str, tmp_path: Path) -> None:
+def test_files_with_other_names_are_not_removed(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     os.utime(tmp_path / name, (0, 0))
     write_text(tmp_path / "report.json", "text")
@@ -474,7 +474,7 @@ def test_foreign_temporary_files_are_removed_after_a_day(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_only_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.core.io.atomic_files.fcntl.flock", failing(errno.ENOLCK))
     with atomic_write(tmp_path / "report.json") as temporary:
         temporary.write_text("half")
@@ -486,7 +486,7 @@ def test_without_file_locks_only_old_strays_are_removed(tmp_path: Path, monkeypa
         temporary.write_text("whole")
 
 
-def test_a_link_named_like_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+def test_link_named_like_temporary_file_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "file").write_text("mine")
@@ -503,19 +503,19 @@ def test_long_file_names_can_be_written(name: str, tmp_path: Path) -> None:
     assert content(tmp_path) == {name: "text"}
 
 
-def test_a_name_that_is_too_long_is_an_output_error(tmp_path: Path) -> None:
+def test_too_long_file_name_raises_output_error(tmp_path: Path) -> None:
     for name in ("x" * 300, "y/" * 3000 + "z"):
         with pytest.raises(OutputError):
             write_text(tmp_path / name, "text")
 
 
-def test_a_link_to_itself_is_an_output_error(tmp_path: Path) -> None:
+def test_link_to_itself_raises_output_error(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OutputError):
         write_text(tmp_path / "loop", "text")
 
 
-def test_settled_files_belong_together_despite_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
     def interrupted(*paths: Any) -> None:
@@ -548,7 +548,7 @@ def hold(directory: Path) -> str:
     return f"with locked({str(directory)!r}):\n    WAIT\n"
 
 
-def test_a_second_process_cannot_lock_a_directory(writer: Callable[[str], Any], tmp_path: Path) -> None:
+def test_second_process_cannot_lock_a_directory(writer: Callable[[str], Any], tmp_path: Path) -> None:
     process = writer(hold(tmp_path / "run"))
     with raises(OutputError, "output_locked", tmp_path / "run"):
         locked(tmp_path / "run").__enter__()
@@ -558,7 +558,7 @@ def test_a_second_process_cannot_lock_a_directory(writer: Callable[[str], Any], 
         pass
 
 
-def test_a_lock_ends_with_its_process(writer: Callable[[str], Any], tmp_path: Path) -> None:
+def test_lock_is_released_when_process_is_killed(writer: Callable[[str], Any], tmp_path: Path) -> None:
     process = writer(hold(tmp_path))
     process.kill()
     process.wait()
@@ -567,7 +567,7 @@ def test_a_lock_ends_with_its_process(writer: Callable[[str], Any], tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_does_not_live_on_in_forked_children(writer: Callable[[str], Any], tmp_path: Path) -> None:
+def test_lock_is_not_inherited_by_forked_children(writer: Callable[[str], Any], tmp_path: Path) -> None:
     body = (
         "import os, signal\n"
         f"with locked({str(tmp_path)!r}):\n"
@@ -592,7 +592,7 @@ def test_a_lock_does_not_live_on_in_forked_children(writer: Callable[[str], Any]
         process.communicate()
 
 
-def test_waiting_for_a_lock_gets_it_in_turn(writer: Callable[[str], Any], tmp_path: Path) -> None:
+def test_waiting_lock_is_acquired_after_release(writer: Callable[[str], Any], tmp_path: Path) -> None:
     process = writer(hold(tmp_path))
     got = threading.Event()
 
@@ -608,7 +608,7 @@ def test_waiting_for_a_lock_gets_it_in_turn(writer: Callable[[str], Any], tmp_pa
     thread.join()
 
 
-def test_files_of_one_directory_are_locked_apart(tmp_path: Path) -> None:
+def test_files_of_one_directory_are_locked_separately(tmp_path: Path) -> None:
     again = locked(tmp_path, "a.engine")
     with (
         locked(tmp_path, "a.engine"),

@@ -13,7 +13,7 @@ from runtime.core.io.protobuf import BYTES, FIXED32, VARINT, bytes_field, fields
 
 
 @given(st.integers(1, 1 << 28), st.binary(max_size=300), st.integers(0, (1 << 64) - 1))
-def test_fields_returns_what_was_written(number: int, text: bytes, value: int) -> None:
+def test_fields_returns_written_fields(number: int, text: bytes, value: int) -> None:
     content = b"\x00" + bytes_field(number, text[:5], text[5:]) + number_field(number, value)
     first, second = fields(content, 1, len(content))
     assert first[:3] == (number, BYTES, 1)
@@ -23,7 +23,7 @@ def test_fields_returns_what_was_written(number: int, text: bytes, value: int) -
     assert varint(content, second[3]) == (value, len(content))
 
 
-def test_fields_of_a_tensor_are_those_of_the_protobuf_package() -> None:
+def test_fields_of_a_tensor_match_protobuf_package() -> None:
     tensor = onnx.helper.make_tensor("name", onnx.TensorProto.FLOAT, [300, 1], [0.5] * 300)
     content = tensor.SerializeToString()
     rows = {number: (kind, first, last) for number, kind, _, first, last in fields(content, 0, len(content))}

@@ -31,7 +31,7 @@ def test_read_text_names_the_line_of_a_wrong_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
-def test_read_text_of_utf16_is_refused(tmp_path: Path, encoding: str) -> None:
+def test_read_text_of_utf16_is_rejected(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "wide.txt").write_bytes("\ufeffperson".encode(encoding))
     with raises(AnnotationError, "not_utf8", tmp_path / "wide.txt"):
         read_text(tmp_path / "wide.txt", "text")
@@ -55,7 +55,7 @@ def test_read_text_of_utf16_is_refused(tmp_path: Path, encoding: str) -> None:
         (r'["\ud83d\ude00", "\ud83d"]', "invalid_json"),
     ],
 )
-def test_parse_json_refuses_hostile_values(text: str, code: str) -> None:
+def test_parse_json_rejects_hostile_values(text: str, code: str) -> None:
     with raises(AnnotationError, code, "f") as caught:
         parse_json(text, "f")
     assert "\n" not in str(caught.value)
@@ -72,17 +72,17 @@ def test_parse_json_refuses_hostile_values(text: str, code: str) -> None:
         json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH),
     ],
 )
-def test_parse_json_returns_what_was_written(value: Any) -> None:
+def test_parse_json_returns_dumped_value(value: Any) -> None:
     assert parse_json(json.dumps(value), "f") == value
     assert parse_json(json.dumps(value, ensure_ascii=False), "f") == value
 
 
-def test_parse_json_names_the_line_of_half_a_character() -> None:
+def test_parse_json_names_line_of_lone_surrogate() -> None:
     with raises(AnnotationError, "invalid_json", "f", 3):
         parse_json('{"a": "\\ud83d\\ude00",\n"b": 1,\n"c": "\\udbff"}', "f")
 
 
-def test_parse_json_refuses_a_name_that_occurs_twice() -> None:
+def test_parse_json_rejects_duplicate_names() -> None:
     for text in ('{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', '{"a": 1, "\\u0061": 2}'):
         with raises(AnnotationError, "invalid_json", "f", "'a'"):
             parse_json(text, "f")

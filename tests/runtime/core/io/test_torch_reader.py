@@ -102,7 +102,7 @@ def sentinel(tmp_path: Path) -> Path:
 
 
 @FORMS
-def test_containers_come_back_with_arrays_in_place_of_tensors(tmp_path: Path, zipped: bool) -> None:
+def test_containers_load_with_arrays_for_tensors(tmp_path: Path, zipped: bool) -> None:
     value = {
         "weights": collections.OrderedDict(a=torch.arange(6.0).reshape(2, 3), b=torch.nn.Parameter(torch.ones(2))),
         "list": [1, 2.5, None, True, "text", (torch.tensor(7), "x"), 1 << 62],
@@ -119,7 +119,7 @@ def test_containers_come_back_with_arrays_in_place_of_tensors(tmp_path: Path, zi
 
 
 @FORMS
-def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped: bool) -> None:
+def test_training_checkpoint_with_optimizer_is_read(tmp_path: Path, zipped: bool) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.randn(4, 3)).square().sum().backward()
@@ -138,7 +138,7 @@ def test_a_training_checkpoint_with_its_optimizer_is_read(tmp_path: Path, zipped
     "dtype",
     ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8"],
 )
-def test_number_types_are_kept(tmp_path: Path, zipped: bool, dtype: str) -> None:
+def test_tensor_dtypes_are_preserved(tmp_path: Path, zipped: bool, dtype: str) -> None:
     wanted = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
     found = torch_reader.load(save(wanted, tmp_path / "f.pt", zipped))
     assert found.dtype == wanted.numpy().dtype
@@ -157,7 +157,7 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path, zipped: bool) -> None:
 @FORMS
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) -> None:
+def test_tensor_views_are_loaded(zipped: bool, data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     dtype = data.draw(st.sampled_from([np.float32, np.float16, np.int64, np.uint8]))
     base = torch.from_numpy(data.draw(hnp.arrays(dtype, shape)))
@@ -176,7 +176,7 @@ def test_any_view_of_any_tensor_comes_back(zipped: bool, data: st.DataObject) ->
 
 
 @FORMS
-def test_arrays_are_writable_and_share_what_the_tensors_shared(tmp_path: Path, zipped: bool) -> None:
+def test_arrays_are_writable_and_share_storage(tmp_path: Path, zipped: bool) -> None:
     base = torch.zeros(4, 3)
     first, second, other = torch_reader.load(save([base, base[:, 1], torch.zeros(2)], tmp_path / "f.pt", zipped))
     first[2, 1] = 5
@@ -185,7 +185,7 @@ def test_arrays_are_writable_and_share_what_the_tensors_shared(tmp_path: Path, z
     assert first.sum() == 5
 
 
-def test_an_expanded_tensor_comes_back(tmp_path: Path) -> None:
+def test_expanded_tensor_is_loaded(tmp_path: Path) -> None:
     found = torch_reader.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
     np.testing.assert_array_equal(found, [[1, 2]] * 3)
 
@@ -196,12 +196,12 @@ def test_big_endian_records_are_refused(tmp_path: Path) -> None:
         torch_reader.load(zip_file(tmp_path / "f.pt", tensor(), records))
 
 
-def test_the_archive_may_have_any_name(tmp_path: Path) -> None:
+def test_archive_with_any_file_name_is_read(tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / "odd name v1.2.pth.tar")
     assert torch_reader.load(tmp_path / "odd name v1.2.pth.tar").tolist() == [1, 1]
 
 
-def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
+def test_file_without_checksums_is_read(tmp_path: Path) -> None:
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always writes checksums")
     torch.serialization.set_crc32_options(False)
@@ -212,7 +212,7 @@ def test_a_file_saved_without_checksums_is_read(tmp_path: Path) -> None:
     assert torch_reader.load(tmp_path / "f.pt").tolist() == [1, 1]
 
 
-def test_the_published_glove_table_is_read_like_torch_reads_it(real_data: Path) -> None:
+def test_published_glove_table_loads_as_in_torch(real_data: Path) -> None:
     path = real_data / "charades_sta" / "glove_weights"
     np.testing.assert_array_equal(torch_reader.load(path), torch.load(path, weights_only=True).numpy())
 
@@ -241,7 +241,9 @@ def attacks(sentinel: Path) -> dict[str, tuple[Any, str]]:
 
 @FORMS
 @pytest.mark.parametrize("name", list(attacks(Path())))
-def test_no_call_is_made_and_it_is_named(tmp_path: Path, sentinel: Path, name: str, zipped: bool) -> None:
+def test_pickled_call_is_rejected_by_name_without_running(
+    tmp_path: Path, sentinel: Path, name: str, zipped: bool
+) -> None:
     value, asked = attacks(sentinel)[name]
     path = (zip_file if zipped else legacy_file)(tmp_path / "f.pt", value)
     with raises(CheckpointError, "code_in_file", path, asked):
@@ -256,7 +258,7 @@ def test_no_call_is_made_and_it_is_named(tmp_path: Path, sentinel: Path, name: s
 
 
 @pytest.mark.parametrize("opcode", ["reduce", "inst", "obj", "newobj", "dotted", "stack_global"])
-def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: str) -> None:
+def test_no_pickle_opcode_can_call_a_function(tmp_path: Path, sentinel: Path, opcode: str) -> None:
     command = f"touch {sentinel}".encode()
     text = b"X" + len(command).to_bytes(4, "little") + command
     program = {
@@ -296,7 +298,7 @@ def test_no_opcode_gets_at_a_function(tmp_path: Path, sentinel: Path, opcode: st
         b"garbage",
     ],
 )
-def test_a_pickle_that_abuses_its_opcodes_is_refused(tmp_path: Path, program: bytes) -> None:
+def test_pickle_with_misused_opcodes_is_rejected(tmp_path: Path, program: bytes) -> None:
     with pytest.raises(CheckpointError):
         torch_reader.load(zip_file(tmp_path / "f.pt", program))
 
@@ -344,14 +346,14 @@ def test_unknown_objects_are_replaced_and_all_else_is_read(tmp_path: Path, monke
             read(path)
 
 
-def test_a_whole_module_is_refused_by_name(tmp_path: Path) -> None:
+def test_pickled_module_is_rejected_by_name(tmp_path: Path) -> None:
     for zipped in (True, False):
         path = save(torch.nn.Linear(2, 1), tmp_path / "f.pt", zipped)
         with raises(CheckpointError, "code_in_file", path, "torch.nn.modules.linear.Linear"):
             torch_reader.load(path)
 
 
-def test_reading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_imports_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = zip_file(tmp_path / "f.pt", b"\x80\x02cimported_by_a_pickle\nf\n.")
@@ -405,7 +407,7 @@ def load_or_be_refused(path: Path) -> None:
         [storage(), storage(kind=torch.IntStorage)],
     ],
 )
-def test_a_tensor_that_reaches_outside_its_numbers_is_refused(tmp_path: Path, lie: Any) -> None:
+def test_tensor_beyond_its_storage_is_rejected(tmp_path: Path, lie: Any) -> None:
     assert torch_reader.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
     with pytest.raises(CheckpointError):
         torch_reader.load(zip_file(tmp_path / "f.pt", lie, SIX))
@@ -421,7 +423,7 @@ def test_record_larger_than_the_file_is_rejected(tmp_path: Path) -> None:
         torch_reader.load(path)
 
 
-def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
+def test_overlapping_records_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled([tensor(key=str(i), count=1000) for i in range(50)]))
@@ -437,13 +439,13 @@ def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
         torch_reader.load(path)
 
 
-def test_compressed_records_are_refused(tmp_path: Path) -> None:
+def test_compressed_records_are_rejected(tmp_path: Path) -> None:
     path = zip_file(tmp_path / "f.pt", tensor(), SIX, compression=zipfile.ZIP_DEFLATED)
     with raises(CheckpointError, "compressed_record", path, "archive/data.pkl"):
         torch_reader.load(path)
 
 
-def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
+def test_changed_tensor_value_is_detected(tmp_path: Path) -> None:
     path = save(torch.full((100,), 3.0), tmp_path / "f.pt")
     content = path.read_bytes()
     path.write_bytes(content.replace(b"\0\0\x40\x40", b"\0\1\x40\x40", 1))
@@ -452,7 +454,7 @@ def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
 
 
 @FORMS
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
+def test_truncated_file_is_rejected(tmp_path: Path, zipped: bool) -> None:
     whole = save({"a": torch.arange(20.0), "b": torch.ones(3)}, tmp_path / "whole.pt", zipped).read_bytes()
     cut = tmp_path / "cut.pt"
     for length in range(0, len(whole), 7):
@@ -497,7 +499,7 @@ def test_mutated_pickle_is_read_or_rejected(data: st.DataObject) -> None:
         load_or_be_refused(path)
 
 
-def test_containers_nested_without_end_are_refused(tmp_path: Path) -> None:
+def test_deeply_nested_containers_are_rejected(tmp_path: Path) -> None:
     depth = 200_000
     with raises(CheckpointError, "nested_too_deeply", tmp_path / "f.pt"):
         torch_reader.load(zip_file(tmp_path / "f.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."))
@@ -514,26 +516,26 @@ def test_containers_nested_without_end_are_refused(tmp_path: Path) -> None:
         (b"\0" * 257 + b"ustar\x0000", "tar_archive"),
     ],
 )
-def test_other_files_are_called_what_they_are(tmp_path: Path, content: bytes, code: str) -> None:
+def test_other_file_types_raise_specific_codes(tmp_path: Path, content: bytes, code: str) -> None:
     path = tmp_path / "f.pt"
     path.write_bytes(content)
     with raises(CheckpointError, code, path):
         torch_reader.load(path)
 
 
-def test_a_numpy_archive_is_not_taken_for_a_torch_file(tmp_path: Path) -> None:
+def test_numpy_archive_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", a=np.ones(2))
     with raises(CheckpointError, "not_a_torch_file", tmp_path / "f.npz", "data.pkl"):
         torch_reader.load(tmp_path / "f.npz")
 
 
-def test_a_torchscript_archive_is_refused_as_a_program(tmp_path: Path) -> None:
+def test_torchscript_archive_is_rejected(tmp_path: Path) -> None:
     path = zip_file(tmp_path / "f.pt", {"a": 1}, {"constants.pkl": b"\x80\x02).", "code/__torch__.py": b""})
     with raises(CheckpointError, "torchscript_archive", path):
         torch_reader.load(path)
 
 
-def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
     for path, code in ((tmp_path / "absent.pt", "missing_file"), (tmp_path, "unreadable_file")):
         with raises(CheckpointError, code, path):
             torch_reader.load(path)
@@ -567,7 +569,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, name: str) -> None:
+def test_pickle_with_exponential_hash_is_rejected_quickly(tmp_path: Path, name: str) -> None:
     path = _zipped(tmp_path / "bomb.pt", HOSTILE[name])
     started = time.monotonic()
     for read in (torch_reader.load, torch_reader.check):
@@ -576,7 +578,7 @@ def test_a_pickle_that_takes_years_to_hash_is_refused_at_once(tmp_path: Path, na
     assert time.monotonic() - started < 5
 
 
-def test_flat_keys_and_shared_parts_are_read(tmp_path: Path) -> None:
+def test_non_string_keys_and_shared_lists_are_read(tmp_path: Path) -> None:
     part = [1, 2]
     value = {1: part, "a": part, (1, "b"): part, None: (4, 5), 2.5: [part, part]}
     torch.save(value, tmp_path / "a.pt")
