@@ -13,7 +13,7 @@ BINDINGS_10.16 := 10.16.1.11
 BINDINGS_11.4 := 11.4.0.106
 BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
 
-.PHONY: demo test test-portable fuzz lint environment bindings pytriton clean
+.PHONY: demo test test-portable fuzz lint wheel environment bindings pytriton clean
 
 environment: $(VENV)/ready
 	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
@@ -68,6 +68,9 @@ lint: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel: environment
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 demo: environment
 	$(BIN)/python examples/demo.py $(DEMO)

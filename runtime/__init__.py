@@ -70,3 +70,11 @@ __all__ = [
     "open_backend",
     "temporal_iou",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("drn-deploy")
+    raise AttributeError(name)
