@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,12 +29,10 @@ from runtime.core.decoding import Protocol
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file
+from runtime.core.terminal import command_line
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows, batches_of
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("drn")
 
@@ -107,9 +104,13 @@ def verify(
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
     budget = AccuracyBudget.of(files[1].manifest.precision, max_drop, boundary_p99)
-    command_line = _reproduction_command(
-        reference, model, data, split, limit, max_drop, boundary_p99, protocol, layers, exact
-    )
+    reproduce = command_line(
+        "export.verify",
+        {
+            "reference": reference, "model": model, "data": data, "split": split, "max_drop": max_drop, "limit": limit,
+            "boundary_p99": boundary_p99, "protocol": protocol, "layers": layers, "exact": exact,
+        },
+    )  # fmt: skip
     proof = run_parity_check(
         sides,
         files,
@@ -119,7 +120,7 @@ def verify(
         split=split,
         protocol=protocol,
         batch_size=batch_size,
-        again=command_line,
+        again=reproduce,
     )
     if layers:
         proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
@@ -127,7 +128,7 @@ def verify(
         proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
     print(proof.text())
     stats = read_precision_stats(model) if html else None
-    write_reports(proof, output, html, stats, commands=_commands(command_line, model, data, split), latency=measured)
+    write_reports(proof, output, html, stats, commands=_commands(reproduce, model, data, split), latency=measured)
     if html:
         log.info("The passport is in %s.", html)
     if proof.broken:
@@ -208,36 +209,10 @@ def _compare_layers(
         return compare_layers(reference, model, batches, on_progress=bar.update)
 
 
-def _reproduction_command(
-    reference: Path,
-    model: Path,
-    data: Path,
-    split: str,
-    limit: int | None,
-    max_drop: float,
-    boundary_p99: float | None,
-    protocol: Protocol | None,
-    layers: bool,
-    exact: bool,
-) -> str:
-    """Return the command that finds the same again."""
-    parts: list[Any] = ["python", "-m", "export.verify", "--reference", reference, "--model", model, "--data", data]
-    parts += ["--split", split, "--max-drop", max_drop]
-    for option, value in (("--limit", limit), ("--boundary-p99", boundary_p99), ("--protocol", protocol)):
-        if value is not None:
-            parts += [option, value]
-    parts += ["--layers"] if layers else []
-    return shlex.join(map(str, parts + (["--exact"] if exact else [])))
-
-
-def _commands(command_line: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
-    """Return what a passport's reader may type."""
-    evaluate_command = ("python", "-m", "runtime.evaluate", "--model", model, "--data", data, "--split", split)
-    return (
-        command_line,
-        shlex.join(map(str, evaluate_command)),
-        shlex.join(("python", "-m", "runtime.describe", str(model))),
-    )
+def _commands(command: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
+    """Return the commands that reproduce a report and show more of its model."""
+    evaluate = command_line("runtime.evaluate", {"model": model, "data": data, "split": split})
+    return command, evaluate, command_line("runtime.describe", {}, model)
 
 
 def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calib.calibration_set import LEAST_SAMPLES
 from calib.graph.onnx_graph import read_extractor, read_source
@@ -15,7 +15,15 @@ from calib.graph.split_model import pair_paths
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options
 from export.engine.engine_part import short_query_engine_path
-from export.engine.profiles import Profile, SizeRange, Unrolling, check_ranges, profiles
+from export.engine.profiles import (
+    DEFAULT_BATCH,
+    DEFAULT_CACHED_VIDEOS,
+    Profile,
+    SizeRange,
+    Unrolling,
+    check_ranges,
+    profiles,
+)
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
 from runtime.backends.base import MAX_THREADS
@@ -23,6 +31,7 @@ from runtime.core.errors import DeviceError, GroundingError, ModelFileError, Out
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file
+from runtime.core.terminal import command_line
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +41,105 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
+
+
+Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
+# Named in the command that reproduces a build even if they are the defaults, which may change.
+ALWAYS_NAMED = ("precision", "target", "max_drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildRequest:
+    """The options of `python -m export.build_engine`, which documents each."""
+
+    model: Path
+    precision: Precision = "fp16"
+    target: Target = "auto"
+    data: Path | None = None
+    output: Path | None = None
+    vocabulary: Path | None = None
+    batch: tuple[int, int, int] = DEFAULT_BATCH
+    query_length: tuple[int, int, int] | None = None
+    table: Path | None = None
+    plan: Path | None = None
+    keep: tuple[str, ...] = ()
+    calib_samples: int = 512
+    calib_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    max_drop: float = 0.2
+    split: bool = False
+    videos: int = DEFAULT_CACHED_VIDEOS
+    unroll: tuple[int, ...] = ()
+    parity_split: str = "test"
+    limit: int | None = None
+    profiles: Literal[1, 2] = 2
+    optimization_level: int | None = None
+    workspace: float | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    tf32: bool = False
+    compute_capability: tuple[str, ...] = ()
+    threads: int | None = None
+    dry_run: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are not the default, by name."""
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in values if value != field.default}
+
+    def command(self) -> str:
+        """Return the command that builds the same again."""
+        given = self.given()
+        names = [field.name for field in dataclasses.fields(self) if field.name != "dry_run"]
+        named = {name: getattr(self, name) for name in names if name in given or name in ALWAYS_NAMED}
+        return command_line("export.build_engine", named)
+
+    def check(self) -> None:
+        """Raise what can be known to be wrong with the options alone, before any work is done."""
+        quantizes = self.precision in ("int8", "fp8")
+        if quantizes and self.data is None and self.table is None:
+            raise GroundingError(
+                f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.",
+                code="missing_option",
+            )
+        if (self.table or self.plan) and not quantizes:
+            raise GroundingError(
+                f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.",
+                code="inapplicable_option",
+            )
+        for flag, path in (("--table", self.table), ("--plan", self.plan)):
+            if path:
+                check_file(path, f"The file of {flag},", GroundingError)
+        if self.plan and not self.table:
+            raise GroundingError(
+                "--plan is valid for one calibration table only. Give that with --table.", code="missing_option"
+            )
+        if self.precision == "fp32" and self.keep:
+            raise GroundingError(
+                "--keep names modules for a higher precision than fp32, and there is none.", code="inapplicable_option"
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for flag, number in (("--limit", self.limit), ("--videos", self.videos)):
+            if number is not None and number < 1:
+                raise GroundingError(f"{flag} must be at least 1, and {number} was given.", code="invalid_option")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise DeviceError(
+                f"--threads must be 1 to {MAX_THREADS}, and {self.threads} was given.", code="invalid_option"
+            )
+        if self.precision in ("int8", "fp8") and self.table is None and self.calib_samples < LEAST_SAMPLES:
+            raise GroundingError(
+                f"--calib-samples {self.calib_samples} was given and at least {LEAST_SAMPLES} are needed: single "
+                "videos would set the ranges; 512 is a good number.",
+                code="too_few_samples",
+            )
+        # `not >=` also refuses NaN.
+        if not self.max_drop >= 0:
+            raise GroundingError(
+                f"--max-drop is points that may be lost, at least 0, and {self.max_drop} was given.",
+                code="invalid_option",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,32 +209,35 @@ class BuildConfig:
         """Return where what breaks its promise is kept."""
         return self.beside(f"rejected.{suffix}")
 
-    def check(
-        self,
-        table: Path | None,
-        plan: Path | None,
-        limit: int | None,
-        keep: Sequence[str],
-        max_drop: float,
-        samples: int,
-        threads: int | None,
-    ) -> None:
+    def check(self, request: BuildRequest) -> None:
         """Raise what can be known to be wrong before any work is done."""
         check_file(self.model, "The model file", ModelFileError)
+        self._check_names()
+        if self.target == "onnxruntime" and self.precision == "bf16":
+            raise DeviceError(
+                "ONNX Runtime has no bf16 kernels, so it could not open what was built; take --precision fp16, or "
+                "build an engine with --target tensorrt or tensorrt-rtx.",
+                code="precision_unsupported",
+            )
+        request.check()
+        self.check_outputs(request.table, request.plan)
+        self._check_sources()
+
+    def _check_names(self) -> None:
+        """Raise ModelFileError or OutputError if the model or the output has a name that a build cannot use."""
         if not self.model.name.endswith(SUFFIXES):
             raise ModelFileError(
                 f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.", code="wrong_suffix"
             )
-        if self.output.suffix != (".onnx" if self.target == "onnxruntime" else ".engine"):
+        suffix = ".onnx" if self.target == "onnxruntime" else ".engine"
+        if self.output.suffix != suffix:
             raise OutputError(
-                f"--output {self.output} should end in {'.onnx' if self.target == 'onnxruntime' else '.engine'} "
-                f"for the target {self.target}.",
-                code="wrong_suffix",
+                f"--output {self.output} should end in {suffix} for the target {self.target}.", code="wrong_suffix"
             )
-        if self.split and not self.output.name.endswith((".query.onnx", ".query.engine")):
+        if self.split and not self.output.name.endswith(f".query{suffix}"):
             raise OutputError(
                 f"--output {self.output} names the query part of the pair that --split makes, and should end in "
-                f".query{self.output.suffix}.",
+                f".query{suffix}.",
                 code="wrong_suffix",
             )
         if self.model.resolve() in (self.output.resolve(), self.twin.resolve()):
@@ -134,51 +245,6 @@ class BuildConfig:
                 f"{self.model} would be overwritten by its own {self.precision} form; choose another --output.",
                 code="output_is_input",
             )
-        if self.target == "onnxruntime" and self.precision == "bf16":
-            raise DeviceError(
-                "ONNX Runtime has no bf16 kernels, so it could not open what was built; take --precision fp16, or "
-                "build an engine with --target tensorrt or tensorrt-rtx.",
-                code="precision_unsupported",
-            )
-        narrow = self.precision in ("int8", "fp8")
-        if narrow and self.data is None and table is None:
-            raise GroundingError(
-                f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.",
-                code="missing_option",
-            )
-        if (table or plan) and not narrow:
-            raise GroundingError(
-                f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.",
-                code="inapplicable_option",
-            )
-        for flag, given in (("--table", table), ("--plan", plan)):
-            if given:
-                check_file(given, f"The file of {flag},", GroundingError)
-        if plan and not table:
-            raise GroundingError(
-                "--plan was found with one calibration table and holds for it alone; give that with --table.",
-                code="missing_option",
-            )
-        if self.precision == "fp32" and keep:
-            raise GroundingError(
-                "--keep names modules for a higher precision than fp32, and there is none.", code="inapplicable_option"
-            )
-        if limit is not None and limit < 1:
-            raise GroundingError(f"--limit must be at least 1, and {limit} was given.", code="invalid_option")
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise DeviceError(f"--threads must be 1 to {MAX_THREADS}, and {threads} was given.", code="invalid_option")
-        if narrow and table is None and samples < LEAST_SAMPLES:
-            raise GroundingError(
-                f"--calib-samples {samples} was given and at least {LEAST_SAMPLES} are needed: single videos would set "
-                "the ranges; 512 is a good number.",
-                code="too_few_samples",
-            )
-        if not max_drop >= 0:
-            raise GroundingError(
-                f"--max-drop is points that may be lost, at least 0, and {max_drop} was given.", code="invalid_option"
-            )
-        self.check_outputs(table, plan)
-        self._check_sources()
 
     def check_outputs(self, table: Path | None, plan: Path | None, timing_cache: Path | None = None) -> None:
         """Raise OutputError where a file of the build cannot be written, or would replace one that it reads."""

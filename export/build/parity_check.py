@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from calib.graph.onnx_graph import read_manifest
 from export.build.artifacts import ConvertedModel
 from runtime.artifacts import engine_metadata
+from runtime.core.terminal import command_line
 from runtime.datasets.dataset import Annotation, DataSet
 
 if TYPE_CHECKING:
@@ -128,6 +128,6 @@ class ParityChecker:
                 engine = None
         rejected = "rejected." if proof.broken else ""
         subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
-        commands = (self.again, shlex.join(("python", "-m", "runtime.describe", str(subject))))
+        commands = (self.again, command_line("runtime.describe", {}, subject))
         siblings = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
         write_reports(proof, *siblings, stats, engine, commands)

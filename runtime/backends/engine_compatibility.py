@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from runtime.artifacts.engine_metadata import EngineMetadata, read_sidecar, read_verified
 from runtime.backends.batch_shapes import MinOptMax
 from runtime.core.errors import ModelFileError
+from runtime.core.terminal import command_line
 
 # What runs a plan, by the target it was built for. The lean runtime holds no builder and runs compatible plans only.
 LIBRARIES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx",)}
@@ -106,33 +106,30 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
     graphs = [name for name in manifest.sources if name.endswith(".onnx")]
     # The FP32 graph; the twin that parts were cut from follows it.
     source = graphs[0] if graphs else next(iter(manifest.sources), "drn.onnx")
-    parts: list[Any] = ["python", "-m", "export.build_engine", "--model", plan.with_name(source)]
-    parts += ["--precision", manifest.precision, "--target", content.get("target", "tensorrt")]
+    target = content.get("target", "tensorrt")
+    options: dict[str, Any] = {
+        "model": plan.with_name(source), "precision": manifest.precision, "target": target,
+    }  # fmt: skip
     if manifest.precision in ("int8", "fp8"):
         table = source_onnx(plan, content).with_suffix(".calibration.json")
-        parts += ["--table", table] if table.is_file() else ["--data", "DIR"]
-    flags = (("--batch", "batch"), ("--query-length", "query_length"))
-    for flag, name in flags[:1] if manifest.part == "clips" else flags:
+        options |= {"table": table} if table.is_file() else {"data": "DIR"}
+    for name in ("batch",) if manifest.part == "clips" else ("batch", "query_length"):
         sizes = _range(content, name)
         if sizes and name == "query_length":
             sizes = sizes._replace(max=max(sizes.max, query_length))
-        parts += [flag, *sizes] if sizes else []
-    steps = unrolled_steps(content)
-    # Without the flag, data would choose lengths for TensorRT.
-    asks = manifest.part in ("whole", "query") and content.get("target", "tensorrt") == "tensorrt"
-    parts += ["--unroll", *(steps or [0])] if steps or asks else []
-    options = _options(content)
-    parts += ["--version-compatible"] if options.get("version_compatible") else []
-    # A plan that failed on this GPU is built for it alone.
-    parts += ["--hardware-compatible"] if options.get("hardware_compatible") and not here else []
-    parts += ["--tf32"] if options.get("tf32") else []
+        options[name] = sizes
     whole = manifest.part in ("whole", "query")
-    parts += ["--profiles", 1] if whole and options.get("profiles") == 1 and _has_two(content) else []
-    output = plan
-    if manifest.part in ("video", "query"):
-        parts.append("--split")
-        output = plan.with_name(plan.name.replace(f".{manifest.part}.", ".query.", 1))
-    return shlex.join(map(str, [*parts, "--output", output]))
+    # Without the flag, data would choose lengths for TensorRT.
+    options["unroll"] = tuple(unrolled_steps(content)) or ((0,) if whole and target == "tensorrt" else ())
+    built = _options(content)
+    options["version_compatible"] = bool(built.get("version_compatible"))
+    # A plan that failed on this GPU is built for it alone.
+    options["hardware_compatible"] = bool(built.get("hardware_compatible")) and not here
+    options["tf32"] = bool(built.get("tf32"))
+    options["profiles"] = 1 if whole and built.get("profiles") == 1 and _has_two(content) else None
+    options["split"] = manifest.part in ("video", "query")
+    name = plan.name.replace(f".{manifest.part}.", ".query.", 1) if options["split"] else plan.name
+    return command_line("export.build_engine", {**options, "output": plan.with_name(name)})
 
 
 def unrolled_steps(content: Mapping[str, Any]) -> list[int]:

@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +30,7 @@ from runtime.benchmarking.workload import (
 from runtime.core import cpu_info
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
 from runtime.core.io.input_files import check_file
+from runtime.core.terminal import command_line
 
 log = logging.getLogger("drn")
 
@@ -86,13 +85,10 @@ class BenchmarkOptions:
 
     def command(self) -> str:
         """Return the command that runs the same benchmark."""
-        words: list[Any] = ["python", "-m", "runtime.benchmark", "--model", self.models[0]]
-        words += ["--compare", *self.models[1:]] if self.models[1:] else []
-        words += ["--samples", self.samples, "--batch", self.batch, "--device", self.device]
-        for option, value in (("--data", self.data), ("--video", self.video), ("--threads", self.threads)):
-            words += [option, value] if value is not None else []
-        words += ["--query", *self.query] if self.query else []
-        return shlex.join(map(str, words))
+        names = ("samples", "batch", "device", "data", "video", "threads", "query")
+        given = {name: getattr(self, name) for name in names}
+        options = {"model": self.models[0], "compare": tuple(self.models[1:]), **given}
+        return command_line("runtime.benchmark", options)
 
 
 class BenchmarkRun:

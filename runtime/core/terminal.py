@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from runtime.core.errors import OutputError, excerpt, one_line, printable, printable_line
@@ -213,3 +213,24 @@ def _shell_word(word: str) -> str:
         plain = 32 <= byte < 127 and chr(byte) not in "\\'"
         letters.append(chr(byte) if plain else f"\\{byte:03o}")
     return f"$'{''.join(letters)}'"
+
+
+def command_line(module: str, options: Mapping[str, object], *positional: object) -> str:
+    """Return a command as it is typed, quoted for a shell.
+
+    Args:
+        module: the command, as runtime.infer.
+        options: values by the names of parameters. None, False and empty sequences are left out; True is a flag without
+            a value, and a sequence is a flag with several.
+        positional: words before the options.
+    """
+    words: list[object] = ["python", "-m", module, *positional]
+    for name, value in options.items():
+        if value is None or value is False or value == ():
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, (tuple, list)):
+            words += value
+        elif value is not True:
+            words.append(value)
+    return shlex.join(map(str, words))

@@ -31,7 +31,9 @@ from calib.graph.fp32_scales import has_half_scales
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import attainable_share
-from export.build_engine import _proven_engine, _reproduction_command, build_engine, choose_target
+from export.build.build_config import BuildRequest
+from export.build.run_build import _checked_engine, choose_target
+from export.build_engine import build_engine
 from export.engine import engine_writer
 from export.engine.builder import BuildFailed, BuildOptions, BuiltEngine, cuda_devices, unavailable_reason
 from export.engine.engine_writer import _write_engine, mark_rejected
@@ -216,10 +218,15 @@ def test_model_over_budget_is_saved_as_rejected_only(
 
 
 def test_html_report_command_names_short_query_engines() -> None:
-    given = {name: parameter.default for name, parameter in inspect.signature(build_engine).parameters.items()}
-    command = _reproduction_command({**given, "model": Path("drn.onnx"), "unroll": (6, 10), "split": True})
+    command = BuildRequest(Path("drn.onnx"), unroll=(6, 10), split=True).command()
     assert "--split --unroll 6 10" in command
-    assert "--unroll" not in _reproduction_command({**given, "model": Path("drn.onnx")})
+    assert "--unroll" not in BuildRequest(Path("drn.onnx")).command()
+
+
+def test_build_request_has_the_options_of_the_command() -> None:
+    parameters = inspect.signature(build_engine).parameters.values()
+    options = {field.name: field.default for field in dataclasses.fields(BuildRequest) if field.name != "model"}
+    assert options == {parameter.name: parameter.default for parameter in parameters if parameter.name != "model"}
 
 
 def test_reported_command_rebuilds_identical_file(model: Path, planted: Path, tmp_path: Path) -> None:
@@ -365,7 +372,7 @@ def test_short_query_engines_are_built_and_recorded(model: Path, split: bool) ->
 def test_impossible_token_counts_are_rejected_before_the_build(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     engine: dict[str, Any] = {"target": "tensorrt", "query_length": (1, 8, 12), "dry_run": True}
     for wrong in ((-1,), (8, 13)):
@@ -385,9 +392,9 @@ def test_impossible_token_counts_are_rejected_before_the_build(
 
 
 def test_lstm_that_cannot_be_unrolled_is_rejected_first(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.convert_precision", lambda *_: pytest.fail("minutes were spent"))
+    monkeypatch.setattr("export.build.run_build.convert_precision", lambda *_: pytest.fail("minutes were spent"))
     graph = onnx.load(model)
     next(node for node in graph.graph.node if node.op_type == "LSTM").name = "another/LSTM"
     onnx.save(graph, model)
@@ -532,8 +539,8 @@ def built_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     )
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
-    monkeypatch.setattr("export.build_engine.runs_here", lambda options: False)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.runs_here", lambda options: False)
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     return built
 
@@ -774,7 +781,7 @@ def test_one_failed_engine_leaves_all_engines_unchanged(
     )
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda library: True)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
     monkeypatch.setattr(
         "export.engine.engine_writer.build",
         lambda *_: BuiltEngine(bytes(100), "tensorrt 11.4", True, _inspected(next(scenarios)), None),
@@ -827,7 +834,7 @@ def test_engines_failing_parity_are_renamed_together(
         judge_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
     )
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
-        _proven_engine(court, SimpleNamespace(manifest=manifest), [shorter, main])  # type: ignore[arg-type]
+        _checked_engine(court, SimpleNamespace(manifest=manifest), [shorter, main])  # type: ignore[arg-type]
     assert written[0].model.path == tmp_path / "drn.fp16.rejected.engine"
     assert not main.exists()
     assert not shorter.exists()
@@ -887,7 +894,7 @@ def test_build_result_follows_inspector_verdict(
 ) -> None:
     library, _ = stand_in(version, scenario)
     monkeypatch.setattr("export.engine.builder.load_library", lambda target: library)
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.engine.inspector.Cuda", gpu)
     rejected = verdict == CONTRADICTED
     with raises(CheckFailed, "precision_contradicted", "fp16") if rejected else contextlib.nullcontext():
@@ -927,7 +934,7 @@ def test_layers_of_another_build_are_not_described(
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[BuildOptions]:
     """Make this machine build for TensorRT 11.4, by `build` of the test's own; return the options of every build."""
     monkeypatch.setattr("export.engine.builder.load_library", lambda target: stand_in("11.4.0")[0])
-    monkeypatch.setattr("export.build_engine.unavailable_reason", lambda target: None)
+    monkeypatch.setattr("export.build.run_build.unavailable_reason", lambda target: None)
     monkeypatch.setattr("export.build.build_config.check_options", lambda options: None)
     return []
 

@@ -198,7 +198,7 @@ def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch:
     monkeypatch.setattr(engine_writer, "build", lambda *_: built)
     monkeypatch.setattr("export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
     monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda _: True)
-    monkeypatch.setattr("export.build_engine.choose_target", lambda *_: ("tensorrt-rtx", "as asked for."))
+    monkeypatch.setattr("export.build.run_build.choose_target", lambda *_: ("tensorrt-rtx", "as asked for."))
     monkeypatch.setattr("export.build.build_config.check_options", lambda *_: None)
     monkeypatch.setattr(extractor_engine, "runs_here", lambda options: True)
     closed: list[bool] = []

@@ -19,7 +19,7 @@ from benchmarks.fake_tensorrt import Driver, Library, write_plan
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.unroll_lstm import unroll_lstm
 from export.build.parity_check import ParityChecker
-from export.build_engine import _proven_engine
+from export.build.run_build import _checked_engine
 from export.engine.profiles import profiles, with_fixed_query_length
 from export.parity.compare import compare
 from export.parity.model_file import ModelFile
@@ -189,7 +189,7 @@ def test_build_rejects_engine_with_wrong_loop_engine(case: Case, monkeypatch: py
     made: Any = SimpleNamespace(manifest=read_manifest(graph))
     monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
-        _proven_engine(court, made, [short, engine])
+        _checked_engine(court, made, [short, engine])
     assert not engine.exists()
     assert not short.exists()
 
