@@ -43,10 +43,12 @@ class BuildState:
     Attributes:
         timing_cache: measured kernel times, in TensorRT's own format; None before the first plan.
         one_profile: whether a plan with two optimization profiles could not be loaded.
+        fp32_scales: whether a plan with FP16 scales could not be built.
     """
 
     timing_cache: bytes | None = None
     one_profile: bool = False
+    fp32_scales: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +181,23 @@ def mark_rejected(engine: Path) -> Path:
     return rejected
 
 
+ONE_PROFILE = "it has one optimization profile (--profiles 1), because a plan with two could not be loaded"
+FP32_SCALES = "its scales are FP32, because the build with FP16 scales failed"
+
+
 def _build(
     part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState
 ) -> tuple[BuiltEngine, EnginePart, list[str]]:
-    """Build a plan; where the library refuses, once more in the form that avoids a known failure of it.
+    """Build a plan; if the library refuses, again in a form that avoids a known failure of it.
+
+    A form that an earlier plan of the same build needed is taken at once.
 
     Returns:
         The plan, what it was built of, and what is different from the request, a sentence each.
+
+    Raises:
+        PlanNotLoaded: a plan with one profile cannot be loaded either.
+        BuildFailed: the graph does not build; the error of the first form, where there were two.
     """
     from export.engine.builder import load_library
 
@@ -193,48 +205,40 @@ def _build(
     log.info("Building %s with %s %s ...", part.engine.name, library.__name__, library.__version__)
     changes: list[str] = []
     if state.one_profile and len(part.profiles) > 1:
-        part = dataclasses.replace(part, profiles=one_profile(part.profiles))
-        changes.append(ONE_PROFILE)
-    try:
-        built = _build_once(part, options, cache, state)
-    except BuildFailed as error:
-        if not has_half_scales(part.graph):
-            raise
-        # NVIDIA/TensorRT#4832.
-        log.warning("%s Building again with FP32 scales around INT8 ...", error)
-        part = dataclasses.replace(part, graph=with_wide_scales(part.graph))
-        changes.append("its scales are FP32, because the build with FP16 scales failed")
+        part = _with_one_profile(part, changes)
+    if state.fp32_scales and has_half_scales(part.graph):
+        part = _with_fp32_scales(part, changes)
+    first: BuildFailed | None = None
+    while True:
         try:
             built = _build_once(part, options, cache, state)
-        except BuildFailed:
-            raise error from None
-        except PlanNotLoaded as failure:
-            built, part = _with_one_profile(part, options, cache, state, failure)
-            changes.append(ONE_PROFILE)
-    except PlanNotLoaded as failure:
-        built, part = _with_one_profile(part, options, cache, state, failure)
-        changes.append(ONE_PROFILE)
-    return built, part, changes
+        except BuildFailed as error:
+            first = first or error
+            if not has_half_scales(part.graph):
+                raise first from None
+            log.warning("%s Building again with FP32 scales around INT8 ...", error)
+            part = _with_fp32_scales(part, changes)
+        except PlanNotLoaded as error:
+            if len(part.profiles) == 1:
+                raise
+            log.warning("%s Building again with one optimization profile ...", error)
+            part = _with_one_profile(part, changes)
+        else:
+            state.one_profile |= ONE_PROFILE in changes
+            state.fp32_scales |= FP32_SCALES in changes
+            return built, part, changes
 
 
-ONE_PROFILE = "it has one optimization profile (--profiles 1), because a plan with two could not be loaded"
+def _with_one_profile(part: EnginePart, changes: list[str]) -> EnginePart:
+    """Return a part with one profile: a plan of TensorRT 8.6 with two may not load (NVIDIA/TensorRT#2977)."""
+    changes.append(ONE_PROFILE)
+    return dataclasses.replace(part, profiles=one_profile(part.profiles))
 
 
-def _with_one_profile(
-    part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState, failure: PlanNotLoaded
-) -> tuple[BuiltEngine, EnginePart]:
-    """Build with one profile in place of two: such a plan of TensorRT 8.6 may not load (NVIDIA/TensorRT#2977).
-
-    Raises:
-        PlanNotLoaded: there was one already, or that plan cannot be loaded either.
-    """
-    if len(part.profiles) == 1:
-        raise failure
-    log.warning("%s Building again with one optimization profile ...", failure)
-    part = dataclasses.replace(part, profiles=one_profile(part.profiles))
-    built = _build_once(part, options, cache, state)
-    state.one_profile = True
-    return built, part
+def _with_fp32_scales(part: EnginePart, changes: list[str]) -> EnginePart:
+    """Return a part with FP32 scales: Q/DQ with FP16 scales may not build (NVIDIA/TensorRT#4832)."""
+    changes.append(FP32_SCALES)
+    return dataclasses.replace(part, graph=with_wide_scales(part.graph))
 
 
 def _build_once(part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState) -> BuiltEngine:

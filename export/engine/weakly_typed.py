@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,21 +76,48 @@ def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Pre
     if not prepared.fp32_nodes:
         return
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    missing = set(prepared.fp32_nodes)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        node = node_of(str(layer.name), prepared.nodes)
-        if node not in prepared.fp32_nodes:
-            continue
-        missing.discard(node)
-        if _takes_precision(trt, layer):
-            layer.precision = trt.float32
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    nodes = [node_of(str(layer.name), prepared.nodes) for layer in layers]
+    named = {index for index, node in enumerate(nodes) if node in prepared.fp32_nodes}
+    unnamed = {index for index, node in enumerate(nodes) if node is None}
+    for index in sorted(named | _helpers(layers, named, unnamed)):
+        if _takes_precision(trt, layers[index]):
+            layers[index].precision = trt.float32
+    missing = prepared.fp32_nodes - set(nodes)
     if missing:
         log.warning(
             "TensorRT %s may compute %s in a narrower type than FP32: no layer has the name. Check the accuracy with "
             "--data.",
             *(trt.__version__, ", ".join(sorted(missing)[:8])),
         )
+
+
+def _helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> set[int]:
+    """Return the positions of layers without the name of a node whose outputs only layers in FP32 read.
+
+    The parser adds such a layer before an elementwise operator to give both operands one rank (`broadcastTensor` in
+    importerUtils.cpp of onnx-tensorrt). Layers that the builder
+    adds later, such as reformats, are not in the network, and the API gives no access to them.
+
+    Args:
+        layers: of the network, in the order in which the parser added them.
+        fp32: positions of those that must stay in FP32.
+        unnamed: positions of those whose name shows no node.
+    """
+    readers: dict[str, set[int]] = {}
+    for index, layer in enumerate(layers):
+        for number in range(layer.num_inputs):
+            tensor = layer.get_input(number)
+            if tensor is not None:
+                readers.setdefault(str(tensor.name), set()).add(index)
+    helpers: set[int] = set()
+    # A layer is added after those that it reads from.
+    for index in sorted(unnamed, reverse=True):
+        outputs = [layers[index].get_output(number) for number in range(layers[index].num_outputs)]
+        reading = {reader for tensor in outputs if tensor is not None for reader in readers.get(str(tensor.name), ())}
+        if reading and reading <= fp32 | helpers:
+            helpers.add(index)
+    return helpers
 
 
 def node_of(layer: str, nodes: Collection[str]) -> str | None:

@@ -1000,12 +1000,14 @@ def test_int8_build_failure_is_retried_with_fp32_scales(
 
     monkeypatch.setattr("export.engine.engine_writer.build", build)
     wanted: dict[str, Any] = {
-        "precision": "int8", "target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "unroll": (0,),
+        "precision": "int8", "target": "tensorrt", "query_length": (1, 8, 12), "threads": 1, "unroll": (4, 6),
         "table": _measure(model, planted, tmp_path / "t.json"),
     }  # fmt: skip
     output = build_engine(model, **wanted)
-    assert [has_half_scales(graph) for graph in given] == [True, False]
-    assert read_sidecar(output).content["options"]["changes"]
+    # The first plan is built twice, and those that follow at once with FP32 scales.
+    assert [has_half_scales(graph) for graph in given] == [True, False, False, False]
+    for name in ("drn.int8.4.engine", "drn.int8.6.engine", output.name):
+        assert read_sidecar(output.with_name(name)).content["options"]["changes"]
     assert "FP32" in capsys.readouterr().out
     # Where there are no such scales the failure is the library's last word.
     monkeypatch.setattr("export.engine.engine_writer.has_half_scales", lambda graph: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,12 @@ def test_fp32_modules_are_read_from_the_graph(kept: tuple[str, ...], exported: d
 
 
 def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "float32", **more: Any) -> Recorder:
-    tensor = Recorder(calls, "ITensor", is_shape_tensor=more.get("shapes", False), dtype=more.get("dtype", "float32"))
+    about = {"is_shape_tensor": more.get("shapes", False), "dtype": more.get("dtype", "float32")}
+    inputs = [Recorder(calls, "ITensor", name=read, **about) for read in more.get("reads", ("input",))]
+    output = Recorder(calls, "ITensor", name=f"{name}_output", **about)
     return Recorder(
-        calls, "ILayer", name=name, type=f"LayerType.{kind}", precision=precision, num_inputs=1, num_outputs=1,
-        get_input=lambda index: tensor, get_output=lambda index: tensor,
+        calls, "ILayer", name=name, type=f"LayerType.{kind}", precision=precision, num_inputs=len(inputs),
+        num_outputs=1, get_input=lambda index: inputs[index], get_output=lambda index: output,
     )  # fmt: skip
 
 
@@ -168,6 +171,40 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
     assert not FLOATS & {tensor.data_type for tensor in given.graph.initializer}
 
 
+def precisions_of(layers: list[Recorder]) -> dict[str, str]:
+    """Return a dictionary that receives the precision of each layer by its name, once it is set."""
+    written: dict[str, str] = {}
+
+    def record(entry: tuple[str, tuple[str, ...]], name: str) -> None:
+        if entry[0] == "precision":
+            written[name] = entry[1][0]
+
+    for one in layers:
+        one._calls.append = functools.partial(record, name=one.name)  # type: ignore[method-assign]
+    return written
+
+
+def test_unnamed_layers_that_only_fp32_layers_read_stay_fp32(exported: dict[str, onnx.ModelProto]) -> None:
+    half = convert_to_half(exported["tiny"])
+    (exp,) = (node for node in half.graph.node if node.op_type == "Exp")
+    (scale,) = (node for node in half.graph.node if exp.input[0] in node.output)
+    first, second, shared = (f"(Unnamed Layer* {number}) [Shuffle]" for number in (1, 2, 3))
+    library, _ = stand_in("8.6.1")
+    layers = [
+        layer(Calls(), first, "SHUFFLE"),
+        layer(Calls(), second, "SHUFFLE", reads=(f"{first}_output",)),
+        layer(Calls(), shared, "SHUFFLE"),
+        layer(Calls(), scale.name, "ELEMENTWISE", reads=(f"{second}_output", f"{shared}_output")),
+        layer(Calls(), exp.name, "UNARY", reads=(f"{scale.name}_output",)),
+        layer(Calls(), "prop_fc/Conv", reads=(f"{shared}_output",)),
+    ]
+    written = precisions_of(layers)
+    network = library.Builder(None).create_network(1)
+    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
+    build(half.SerializeToString(), options(), library=library)
+    assert written == dict.fromkeys((first, second, scale.name, exp.name), "float32")
+
+
 @pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
 def test_only_exp_and_scale_are_fp32_by_default(
     part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
@@ -176,9 +213,7 @@ def test_only_exp_and_scale_are_fp32_by_default(
     graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unroll_lstm(half, 6), "int8": int8}[part]
     library, calls = stand_in("8.6.1")
     layers = [layer(Calls(), node.name) for node in without_types(graph).graph.node]
-    written: dict[str, str] = {}
-    for one in layers:
-        one._calls.append = lambda entry, name=one.name: written.update({name: entry[1][0]})  # type: ignore[method-assign]
+    written = precisions_of(layers)
     network = library.Builder(None).create_network(1)
     network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
     build(graph.SerializeToString(), options("int8" if part == "int8" else "fp16"), library=library)
