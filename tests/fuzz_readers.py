@@ -10,7 +10,9 @@ import functools
 import gzip
 import importlib.util
 import io
+import itertools
 import json
+import tempfile
 import types
 import zipfile
 from collections.abc import Callable
@@ -749,9 +751,16 @@ def _service() -> list[Reader]:
             for start in range(0, len(content), 100):
                 yield content[start : start + 100]
 
-        sent = directory / "sent"
-        sent.unlink(missing_ok=True)
-        return asyncio.run(read_form("multipart/form-data; boundary=b", chunks(), lambda name: sent, lambda size: None))
+        numbers = itertools.count()
+        with tempfile.TemporaryDirectory(dir=directory) as sent:
+            return asyncio.run(
+                read_form(
+                    "multipart/form-data; boundary=b",
+                    chunks(),
+                    lambda name: Path(sent, str(next(numbers))),
+                    lambda size: None,
+                )
+            )
 
     def ask(kind: str) -> Callable[[Path, Path], object]:
         """Return a reader that sends a file as the body of a request to a service in this process."""

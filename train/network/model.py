@@ -59,6 +59,9 @@ class DRNConfig:
             raise ValueError(
                 f"The number of segments must be a multiple of {self.strides[-1]}, and {self.num_segments} is not."
             )
+        prior = self.prior_probability
+        if isinstance(prior, bool) or not isinstance(prior, (int, float)) or not 0 < prior < 1:
+            raise ValueError(f"Expected a prior_probability between 0 and 1, got {excerpt(prior)}.")
         if self.fpn_dim % 2:
             raise ValueError(f"fpn_dim is halved by the IoU head, and {self.fpn_dim} is odd.")
 

@@ -159,6 +159,8 @@ def test_locations_match_the_published_ones(golden: Path) -> None:
         {"strides": (1, 2)},
         {"strides": (2, 4, 8)},
         {"fpn_dim": 15},
+        {"prior_probability": 1.5},
+        {"prior_probability": {"x": 1}},
     ],
 )
 def test_invalid_network_sizes_are_rejected(wrong: dict[str, Any]) -> None:
