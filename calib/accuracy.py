@@ -19,8 +19,7 @@ from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.range_estimation import METHODS, Histogram, Method, ranges
 from runtime.artifacts.encoded_video import EncodedVideo
-from runtime.core.metrics import is_hit
-from runtime.core.moments import temporal_iou
+from runtime.core.agreement import FLIP_THRESHOLDS, compare_answers
 from runtime.core.video import Segments
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import Evaluation, evaluate
@@ -125,27 +124,17 @@ class AccuracyEvaluator:
 
     def compare(self, result: Evaluation) -> AccuracyDelta:
         """Return what an evaluation of the same queries loses."""
-        expected = self.reference
-        protocol = expected.report.protocol
-        flips = {}
-        for threshold in (0.5, 0.7):
-            before = is_hit(expected.picks[threshold], expected.truth, 1, threshold, protocol)
-            after = is_hit(result.picks[threshold], result.truth, 1, threshold, protocol)
-            flips[threshold] = (int((before & ~after).sum()), int((after & ~before).sum()))
-        ours, theirs = (entry.picks[0.5][:, 0, :2].astype(np.float64) for entry in (result, expected))
-        shifts = np.abs(ours - theirs) * self.durations[:, None]
-        same = temporal_iou(ours[:, None], theirs[:, None])[:, 0, 0]
-        before, after = (entry.report.values["mIoU"] for entry in (expected, result))
-        count = len(self.annotations)
+        expected, count = self.reference, len(self.annotations)
+        paired = compare_answers(expected.picks, result.picks, expected.truth, self.durations, expected.report.protocol)
+        lost, gained = (
+            [int(flips(threshold).sum()) for threshold in FLIP_THRESHOLDS] for flips in (paired.lost, paired.gained)
+        )
         return AccuracyDelta(
-            100 * (flips[0.5][0] - flips[0.5][1]) / count,
-            100 * (flips[0.7][0] - flips[0.7][1]) / count,
-            100 * (before - after),
-            *flips[0.5],
-            *flips[0.7],
-            float(np.quantile(shifts, 0.5)),
-            float(np.quantile(shifts, 0.99)),
-            float(same.mean()),
+            *(100 * (fewer - more) / count for fewer, more in zip(lost, gained)),
+            float(100 * (paired.ious[0] - paired.ious[1]).mean()),
+            *(lost[0], gained[0], lost[1], gained[1]),
+            *(float(np.quantile(paired.shifts, q)) for q in (0.5, 0.99)),
+            float(paired.overlaps.mean()),
             count,
         )
 

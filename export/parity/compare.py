@@ -20,7 +20,6 @@ import numpy as np
 from export.parity.compare_plans import PlanAnswers, plan_checks, plan_uses
 from export.parity.parity_result import (
     CONFIDENCE,
-    FLIP_THRESHOLDS,
     BoundaryShift,
     Disagreement,
     Flips,
@@ -31,10 +30,11 @@ from export.parity.parity_result import (
     RankAgreement,
 )
 from runtime.artifacts.manifest import Manifest
+from runtime.core.agreement import boundary_shifts, compare_answers
 from runtime.core.batch import Heads
 from runtime.core.decoding import Protocol, score_proposals_with_fallback
 from runtime.core.errors import AnnotationError, ModelFileError
-from runtime.core.metrics import best_iou, is_hit, prior_report, recall_name, report
+from runtime.core.metrics import prior_report, recall_name, report
 from runtime.core.moments import Moment, temporal_iou, to_moments
 from runtime.core.prefetch import prefetch
 from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
@@ -253,19 +253,17 @@ def _measure(
     for silenced in (proposals[1].spans, *picks[1].values()):
         silenced[silent] = np.nan
     retained = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
-    by_location = _shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[retained]
+    by_location = boundary_shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[retained]
     lines = np.array([annotation.line for annotation in annotations])
     tops = [result[0.5][:, :RANKED] for result in picks]
-    by_query = _shifts(tops[0][:, 0, :2], tops[1][:, 0, :2], durations)
-    overlap = temporal_iou(tops[0][:, :1, :2], tops[1][:, :1, :2])[:, 0, 0]
+    paired = compare_answers(*picks, truth, durations, protocol)
+    overlap, ious = paired.overlaps, paired.ious
     flips, columns = {}, {}
-    for threshold in FLIP_THRESHOLDS:
-        before, after = (is_hit(result[threshold], truth, 1, threshold, protocol) for result in picks)
-        gained, lost = lines[~before & after], lines[before & ~after]
+    for threshold, (before, after) in paired.hits.items():
+        gained, lost = lines[paired.gained(threshold)], lines[paired.lost(threshold)]
         name = recall_name(1, threshold)
         flips[name] = Flips(tuple(gained.tolist()), tuple(lost.tolist()), mcnemar(len(gained), len(lost)))
         columns[name] = after.astype(np.float64) - before
-    ious = [best_iou(result[thresholds[0]].astype(np.float64), truth, 1) for result in picks]
     columns["mIoU"] = ious[1] - ious[0]
     scored = [report(result, truth, protocol) for result in picks]
     first, five = _same_order(*tops)
@@ -276,7 +274,7 @@ def _measure(
         simulated=data_set.simulated,
         heads=dict(_head_errors(*heads)),
         locations=_shift(by_location),
-        boundaries=_shift(by_query),
+        boundaries=_shift(paired.shifts),
         overlap=MomentIoU(float(overlap.mean()), float(np.quantile(overlap, 0.01)), float(overlap.min())),
         order=RankAgreement(float(first.mean()), float(five.mean())),
         flips=flips,
@@ -288,7 +286,7 @@ def _measure(
         reference=scored[0],
         other=scored[1],
         prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
-        worst=tuple(_worst(annotations, durations, truth, tops, overlap, ious, by_query.max(axis=-1))),
+        worst=tuple(_worst(annotations, durations, truth, tops, overlap, ious, paired.shifts.max(axis=-1))),
     )
 
 
@@ -316,12 +314,6 @@ def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, OutputDe
         yield name, OutputDeviation(float(errors.max()), float(np.quantile(errors, 0.99)), largest, int(bad.sum()))
 
 
-def _shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray) -> np.ndarray:
-    """Return how far starts and ends, (..., 2) fractions, lie apart in seconds; the whole video where one has none."""
-    apart = np.abs(other.astype(np.float64) - reference)
-    return np.where(np.isfinite(apart), apart, 1.0) * durations[..., None]
-
-
 def _shift(seconds: np.ndarray) -> BoundaryShift:
     if not seconds.size:
         return BoundaryShift(0.0, 0.0, 0.0)
@@ -343,7 +335,7 @@ def _worst(
     truth: np.ndarray,
     tops: Sequence[np.ndarray],
     overlap: np.ndarray,
-    ious: Sequence[np.ndarray],
+    ious: np.ndarray,
     shift: np.ndarray,
 ) -> Iterator[Disagreement]:
     """Yield the queries whose best moments overlap least; of those alike, the farther apart in seconds."""

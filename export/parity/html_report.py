@@ -13,7 +13,8 @@ from typing import Any
 from export.parity.model_file import ModelFile, provenance
 from export.parity.parity_report import ParityReport
 from export.parity.parity_result import GATED_METRICS, AccuracyBudget, Disagreement, ParityResult, format_points
-from export.parity.parity_tables import VISIBLE_S, WORST_QUERIES, Table
+from export.parity.parity_tables import WORST_QUERIES, Table
+from runtime.core.agreement import VISIBLE_S
 from runtime.core.moments import Moment
 
 

@@ -12,7 +12,6 @@ from runtime.core.metrics import Report, recall_name
 from runtime.core.moments import Moment
 
 FORMAT = "drn-parity/1"
-FLIP_THRESHOLDS = (0.5, 0.7)
 GATED_METRICS = (recall_name(1, 0.7), "mIoU")
 """What the budget is held against; R@5 IoU=0.5 says next to nothing on Charades-STA."""
 

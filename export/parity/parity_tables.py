@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from export.parity.compare_layers import LayerComparison
 from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult, format_points
+from runtime.core.agreement import VISIBLE_S
 
 if TYPE_CHECKING:
     from calib.graph.precision_audit import PrecisionStats
 
 WORST_QUERIES = "Worst queries"
-VISIBLE_S = 0.05
-"""Seconds by which a boundary must move before a reader of tenths of a second can see it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 
 from runtime.benchmarking.system_info import SystemState
 from runtime.benchmarking.timing import Latency, Ratio, WarmUp
+from runtime.core.agreement import VISIBLE_S, moment_deviation
 from runtime.core.errors import ModelFileError, excerpt, printable_line, reading
 from runtime.core.io.input_files import read_json
-from runtime.core.moments import Moment, temporal_iou
+from runtime.core.moments import Moment
 
 FORMAT = "drn-benchmark/1"
 
@@ -23,8 +24,6 @@ TIMING_SCOPES: dict[str, str] = {
     "host": "host (network with copies)",
     "end to end": "end to end (text in, moments out)",
 }
-# Boundaries that move by less cannot be seen in tenths of a second.
-VISIBLE_S = 0.05
 ONE_QUERY, BATCH_SIZE, PER_VIDEO, LENGTH = "one query", "batch size", "queries per video", "query length"
 
 # In the order of the flow. The first group is done once for a video, the second for every query.
@@ -209,19 +208,16 @@ class Agreement:
         visible_s: float = VISIBLE_S,
     ) -> Agreement:
         """Compare the best moment of each query with that of the first model."""
-        overlaps, shifts, different = [], [], 0
-        for moments, references in zip(actual, expected):
-            if not moments or not references:
-                different += bool(moments) != bool(references)
-                continue
-            spans = np.array([[best.start, best.end] for best in (moments[0], references[0])], np.float64)
-            overlaps.append(float(temporal_iou(spans[:1], spans[1:])[0, 0]))
-            shifts.append(float(np.abs(spans[0] - spans[1]).max()))
-            different += shifts[-1] > visible_s
-        mean = sum(overlaps) / len(overlaps) if overlaps else 1.0
-        return cls(
-            model, len(expected), mean, min(overlaps, default=1.0), max(shifts, default=0.0), different, visible_s
-        )
+        pairs = list(zip(actual, expected))
+        best = [[(side[0].start, side[0].end) for side in pair] for pair in pairs if all(pair)]
+        different = sum(bool(moments) != bool(references) for moments, references in pairs)
+        if not best:
+            return cls(model, len(expected), 1.0, 1.0, 0.0, different, visible_s)
+        spans = np.array(best, np.float64)
+        overlaps, shifts = moment_deviation(spans[:, 0], spans[:, 1])
+        different += int((shifts.max(axis=1) > visible_s).sum())
+        overlap = float(overlaps.mean()), float(overlaps.min())
+        return cls(model, len(expected), *overlap, float(shifts.max()), different, visible_s)
 
 
 @dataclasses.dataclass(frozen=True)
