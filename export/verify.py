@@ -40,6 +40,69 @@ LAYER_QUERIES, LAYER_BATCH = 8, 4
 """Queries whose every tensor is compared by --layers, and how many at a time: a query has some 10 MB of tensors."""
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """The options of `python -m export.verify`, which documents each."""
+
+    reference: Path
+    model: Path
+    data: Path
+    split: str = "test"
+    limit: int | None = None
+    max_drop: float = 0.2
+    boundary_p99: float | None = None
+    protocol: Protocol | None = None
+    batch_size: int = BATCH_SIZE
+    device: Device = "auto"
+    threads: int | None = None
+    output: Path | None = None
+    html: Path | None = None
+    layers: bool = False
+    latency: Path | None = None
+    exact: bool = False
+
+    def check(self) -> None:
+        """Raise what can be known to be wrong before anything is opened."""
+        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
+            raise GroundingError(
+                f"--limit and --batch-size must be at least 1, and {self.limit} and {self.batch_size} were given.",
+                code="invalid_option",
+            )
+        # `not >=` also refuses NaN.
+        if not self.max_drop >= 0 or not (self.boundary_p99 is None or self.boundary_p99 >= 0):
+            raise GroundingError(
+                f"--max-drop and --boundary-p99 cannot be negative; {self.max_drop} and {self.boundary_p99} were "
+                "given.",
+                code="invalid_option",
+            )
+        taken = {path.resolve() for path in (self.reference, self.model)}
+        for path in (self.output, self.html):
+            if path is None:
+                continue
+            if Path(path).resolve() in taken:
+                raise OutputError(
+                    f"{path} is named twice, and would be written over; choose another --output or --html.",
+                    code="output_is_input",
+                )
+            taken.add(Path(path).resolve())
+            if Path(path).is_dir():
+                raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
+        if self.layers:
+            for path in (self.reference, self.model):
+                if path.suffix != ".onnx":
+                    raise ModelFileError(
+                        f"--layers compares .onnx files, and {path.name} is none; give the .onnx file it was made from "
+                        "or into.",
+                        code="wrong_suffix",
+                    )
+            require_polygraphy()
+
+    def command(self) -> str:
+        """Return the command that repeats the check."""
+        names = ("reference", "model", "data", "split", "max_drop", "limit", "boundary_p99", "protocol", "layers")
+        return command_line("export.verify", {name: getattr(self, name) for name in (*names, "exact")})
+
+
 def verify(
     reference: Path,
     model: Path,
@@ -93,110 +156,66 @@ def verify(
         GroundingError: a file cannot be read, or the models do not accept the same inputs.
         CheckFailed: the loss exceeds the budget.
     """
-    reference, model, data = Path(reference), Path(model), Path(data)
-    _check(reference, model, batch_size, limit, max_drop, boundary_p99, output, html, layers)
-    measured = _latency(latency, model, html, output)
-    data_set = DataSet(data)
-    annotations = data_set.annotations(split)[:limit]
-    sides = [load_for_comparison(path, device, threads, exact) for path in (reference, model)]
+    return run(VerifyOptions(**locals()))
+
+
+def run(options: VerifyOptions) -> ParityResult:
+    """Compare two models, print and write the reports; see `verify`."""
+    options = dataclasses.replace(
+        options, reference=Path(options.reference), model=Path(options.model), data=Path(options.data)
+    )
+    options.check()
+    reference, model = options.reference, options.model
+    latency = _latency(options)
+    data_set = DataSet(options.data)
+    annotations = data_set.annotations(options.split)[: options.limit]
+    sides = [load_for_comparison(path, options.device, options.threads, options.exact) for path in (reference, model)]
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
-    budget = AccuracyBudget.of(files[1].manifest.precision, max_drop, boundary_p99)
-    reproduce = command_line(
-        "export.verify",
-        {
-            "reference": reference, "model": model, "data": data, "split": split, "max_drop": max_drop, "limit": limit,
-            "boundary_p99": boundary_p99, "protocol": protocol, "layers": layers, "exact": exact,
-        },
-    )  # fmt: skip
-    proof = run_parity_check(
+    report = run_parity_check(
         sides,
         files,
         data_set,
         annotations,
-        budget,
-        split=split,
-        protocol=protocol,
-        batch_size=batch_size,
-        again=reproduce,
+        AccuracyBudget.of(files[1].manifest.precision, options.max_drop, options.boundary_p99),
+        split=options.split,
+        protocol=options.protocol,
+        batch_size=options.batch_size,
+        again=options.command(),
     )
-    if layers:
-        proof = dataclasses.replace(proof, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
+    if options.layers:
+        report = dataclasses.replace(report, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
     if model.suffix == ".engine":
-        proof = dataclasses.replace(proof, engine_precision=engine_precision(model))
-    print(proof.text())
-    stats = read_precision_stats(model) if html else None
-    write_reports(proof, output, html, stats, commands=_commands(reproduce, model, data, split), latency=measured)
-    if html:
-        log.info("The passport is in %s.", html)
-    if proof.broken:
-        where = "" if layers or {reference.suffix, model.suffix} != {".onnx"} else " Add --layers to see where."
-        raise CheckFailed(f"{proof.sentence()}{where}", code="parity_failed")
-    print(proof.sentence())
-    suggest_next_command(*_next(model, files[1], data, annotations[0]))
-    return proof.parity
+        report = dataclasses.replace(report, engine_precision=engine_precision(model))
+    print(report.text())
+    precision = read_precision_stats(model) if options.html else None
+    write_reports(report, options.output, options.html, precision, commands=_commands(options), latency=latency)
+    if options.html:
+        log.info("The HTML report is in %s.", options.html)
+    if report.broken:
+        both_onnx = {reference.suffix, model.suffix} == {".onnx"}
+        hint = " Add --layers to see where." if both_onnx and not options.layers else ""
+        raise CheckFailed(f"{report.sentence()}{hint}", code="parity_failed")
+    print(report.sentence())
+    suggest_next_command(*_next(model, files[1], options.data, annotations[0]))
+    return report.parity
 
 
-def _check(
-    reference: Path,
-    model: Path,
-    batch_size: int,
-    limit: int | None,
-    max_drop: float,
-    boundary_p99: float | None,
-    output: Path | None,
-    html: Path | None,
-    layers: bool,
-) -> None:
-    """Refuse what cannot work before anything is opened."""
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise GroundingError(
-            f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.",
-            code="invalid_option",
-        )
-    # `not >=` also refuses NaN.
-    if not max_drop >= 0 or not (boundary_p99 is None or boundary_p99 >= 0):
-        raise GroundingError(
-            f"--max-drop and --boundary-p99 cannot be negative; {max_drop} and {boundary_p99} were given.",
-            code="invalid_option",
-        )
-    taken = {path.resolve() for path in (reference, model)}
-    for path in (output, html):
-        if path is None:
-            continue
-        if Path(path).resolve() in taken:
-            raise OutputError(
-                f"{path} is named twice, and would be written over; choose another --output or --html.",
-                code="output_is_input",
-            )
-        taken.add(Path(path).resolve())
-        if Path(path).is_dir():
-            raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
-    if layers:
-        for path in (reference, model):
-            if path.suffix != ".onnx":
-                raise ModelFileError(
-                    f"--layers looks into .onnx files and {path.name} is none; compare with the .onnx file it was made "
-                    "from or into.",
-                    code="wrong_suffix",
-                )
-        require_polygraphy()
-
-
-def _latency(report: Path | None, model: Path, html: Path | None, output: Path | None) -> Table | None:
-    """Return what was measured of the model, for its passport; refuse what was measured of another."""
+def _latency(options: VerifyOptions) -> Table | None:
+    """Return what was measured of the model, for its HTML report; refuse what was measured of another."""
+    report = options.latency
     if report is None:
         return None
-    if html is None:
-        raise GroundingError("--latency goes into the passport; pass --html FILE too.", code="missing_option")
-    if Path(report).resolve() in {Path(path).resolve() for path in (html, output) if path is not None}:
+    if options.html is None:
+        raise GroundingError("--latency goes into the HTML report; pass --html FILE too.", code="missing_option")
+    if Path(report).resolve() in {Path(path).resolve() for path in (options.html, options.output) if path is not None}:
         raise OutputError(
             f"{report} is read, and would be written over; choose another --output or --html.", code="output_is_input"
         )
-    check_file(model, "The model file", ModelFileError)
-    return Table("Latency", *latency_table(read_report(report), sha256(model)))
+    check_file(options.model, "The model file", ModelFileError)
+    return Table("Latency", *latency_table(read_report(report), sha256(options.model)))
 
 
 def _compare_layers(
@@ -209,10 +228,14 @@ def _compare_layers(
         return compare_layers(reference, model, batches, on_progress=bar.update)
 
 
-def _commands(command: str, model: Path, data: Path, split: str) -> tuple[str, ...]:
+def _commands(options: VerifyOptions) -> tuple[str, ...]:
     """Return the commands that reproduce a report and show more of its model."""
-    evaluate = command_line("runtime.evaluate", {"model": model, "data": data, "split": split})
-    return command, evaluate, command_line("runtime.describe", {}, model)
+    evaluate = {name: getattr(options, name) for name in ("model", "data", "split")}
+    return (
+        options.command(),
+        command_line("runtime.evaluate", evaluate),
+        command_line("runtime.describe", {}, options.model),
+    )
 
 
 def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:

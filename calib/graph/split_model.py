@@ -1,16 +1,17 @@
-"""A graph in two: what depends on the video alone, which is 60 % of the arithmetic, and what asks.
+"""Split a graph in two: what depends on the video alone, which is 60 % of the arithmetic, and the rest.
 
     segment_features (V, T, D) -> video part -> encoded_features (V, D, T)
     query_tokens, query_length, video_index (B, ...), encoded_features, segment_spans (V, ...) -> query part -> heads
 
-Any twin can be cut, in any precision: the cut is found by what each tensor depends on, and computes nothing.
+A graph of any precision can be split. The tensor to split at follows from what each tensor depends on, and the split
+computes nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,13 @@ def pair_paths(path: Path) -> tuple[Path, Path]:
 
 
 def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Return the video part and the query part of a whole graph of ours; together they compute what it does.
+    """Return the video part and the query part of a whole graph; together they compute what it does.
 
-    Encoded features are of the type that the graph computes in there: nothing is cast on account of the cut. The
-    parts' manifests say which they are; `write_split_model` lets the second name the first.
+    Encoded features have the type in which the graph computes them: nothing is cast for the split. The manifest of each
+    part names its role; `write_split_model` adds the hash of the video part to that of the query part.
 
     Raises:
-        ModelFileError: the graph is a part already, or has no single tensor to be cut at.
+        ModelFileError: the graph is a part already, or has no single tensor to be split at.
     """
     import onnx
     from onnx import helper
@@ -51,14 +52,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
         )
     graph = model.graph
     depends = _dependence(graph)
-    # What is computed of the video alone and read by something that also sees the query.
-    border = {
-        name: depends[name]
-        for node in graph.node
-        for name in node.input
-        if depends.get(name) and not depends[node.output[0]] <= {FEATURES, SPANS}
-        if depends[name] <= {FEATURES, SPANS}
-    }
+    border = _border(graph, depends)
     cuts = [name for name, seen in border.items() if FEATURES in seen]
     kinds = {value.name: value.type.tensor_type for value in infer_shapes(model).value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
@@ -68,23 +62,48 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
             code="ambiguous_split",
         )
     (cut,) = cuts
-    rows, channels, _, segments = kinds[cut].shape.dim
-    del rows
-    encoded = helper.make_tensor_value_info(
-        ENCODED_FEATURES, kinds[cut].elem_type, ["video", channels.dim_value, segments.dim_value]
-    )
+    _, channels, _, segments = kinds[cut].shape.dim
+    shape = ["video", channels.dim_value, segments.dim_value]
+    encoded = helper.make_tensor_value_info(ENCODED_FEATURES, kinds[cut].elem_type, shape)
     axis = helper.make_tensor("video/axis", onnx.TensorProto.INT64, [1], [2])
 
     nodes = [*graph.node, helper.make_node("Squeeze", [cut, axis.name], [ENCODED_FEATURES], "prop_fc/Squeeze")]
     video = _part(model, nodes, [axis], [_renamed(graph.input, FEATURES, "video")], [encoded], "video")
 
+    inputs = [value for value in graph.input if value.name not in (FEATURES, SPANS)]
+    index = helper.make_tensor_value_info(VIDEO_INDEX, onnx.TensorProto.INT32, ["batch"])
+    inputs += [index, encoded, _renamed(graph.input, SPANS, "video")]
+    nodes = _query_nodes(graph, depends, border, cut, axis.name)
+    return video, _part(model, nodes, [axis], inputs, list(graph.output), "query")
+
+
+def _border(graph: onnx.GraphProto, depends: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Return the tensors that depend on the video alone and are read by a node that also sees the query."""
+    return {
+        name: depends[name]
+        for node in graph.node
+        for name in node.input
+        if depends.get(name) and not depends[node.output[0]] <= {FEATURES, SPANS}
+        if depends[name] <= {FEATURES, SPANS}
+    }
+
+
+def _query_nodes(
+    graph: onnx.GraphProto,
+    depends: Mapping[str, frozenset[str]],
+    border: Collection[str],
+    cut: str,
+    axis: str,
+) -> list[onnx.NodeProto]:
+    """Return the nodes of the query part, which take for each query the row of its video."""
+    import onnx
+    from onnx import helper
+
     gathered = {name: f"{name}/asked" for name in border}
-    # For each query the row of its video: of the encoding, and of what its spans amount to.
-    heads = [
+    nodes = [
         helper.make_node("Gather", [ENCODED_FEATURES, VIDEO_INDEX], ["video/Gather"], "prop_fc/Gather", axis=0),
-        helper.make_node("Unsqueeze", ["video/Gather", axis.name], [gathered[cut]], "prop_fc/Unsqueeze_asked"),
+        helper.make_node("Unsqueeze", ["video/Gather", axis], [gathered[cut]], "prop_fc/Unsqueeze_asked"),
     ]
-    nodes = heads
     for node in graph.node:
         if not depends[node.output[0]] <= {FEATURES, SPANS} or not depends[node.output[0]]:
             copy = onnx.NodeProto()
@@ -98,10 +117,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
                 for name in node.output
                 if name in border
             ]
-    inputs = [value for value in graph.input if value.name not in (FEATURES, SPANS)]
-    index = helper.make_tensor_value_info(VIDEO_INDEX, onnx.TensorProto.INT32, ["batch"])
-    inputs += [index, encoded, _renamed(graph.input, SPANS, "video")]
-    return video, _part(model, nodes, [axis], inputs, list(graph.output), "query")
+    return nodes
 
 
 def write_split_model(video: onnx.ModelProto, query: onnx.ModelProto, path: Path) -> list[Path]:

@@ -190,13 +190,12 @@ def unavailable_reason(target: Target) -> str | None:
 # TensorRT's parser reads opset 22, which has BF16 convolutions, from 10.6 on.
 BF16_VERSION = (10, 6)
 # Compute capability from which tensor cores multiply in a type; below it no engine has it.
-LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
+MIN_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 
 
 def check_options(options: BuildOptions, library: Any = None) -> None:
     """Raise DeviceError where library, GPU, precision and options do not go together; nothing is built."""
     trt = library or load_library(options.target)
-    name = f"{_MODULES[options.target]} {trt.__version__}"
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise DeviceError(
             f"--optimization-level is 0 to 5, and {options.optimization_level} was given.", code="invalid_option"
@@ -206,6 +205,19 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
             f"--workspace is GiB of scratch memory, more than 0, and {options.workspace_gib} was given.",
             code="invalid_option",
         )
+    _check_target(options, trt)
+    _check_precision(options, trt)
+    if options.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+        raise DeviceError(
+            f"{_MODULES[options.target]} {trt.__version__} has no version-compatible plans; leave "
+            "--version-compatible out.",
+            code="inapplicable_option",
+        )
+    _check_capability(options)
+
+
+def _check_target(options: BuildOptions, trt: Any) -> None:
+    """Raise DeviceError for options of the other library."""
     if options.target == "tensorrt-rtx":
         flags = {
             "--version-compatible": options.version_compatible,
@@ -224,12 +236,16 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
             "(--hardware-compatible makes a plan for Ampere and later).",
             code="inapplicable_option",
         )
+
+
+def _check_precision(options: BuildOptions, trt: Any) -> None:
+    """Raise DeviceError for a precision that the library cannot build."""
     if not is_strongly_typed(trt):
         weakly_typed.check_precision(trt, options.precision)
     if options.precision == "bf16" and options.target == "tensorrt" and _version(trt) < BF16_VERSION:
         raise DeviceError(
-            f"{name} cannot read a bf16 graph, whose opset 22 TensorRT's parser reads from "
-            f"{'.'.join(map(str, BF16_VERSION))} on; install that, or use fp16.",
+            f"{_MODULES[options.target]} {trt.__version__} cannot read a bf16 graph, whose opset 22 TensorRT's parser "
+            f"reads from {'.'.join(map(str, BF16_VERSION))} on; install that, or use fp16.",
             code="precision_unsupported",
         )
     if options.precision == "fp8" and options.target == "tensorrt-rtx":
@@ -244,24 +260,22 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
             "--hardware-compatible out.",
             code="conflicting_options",
         )
-    if options.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
-        raise DeviceError(
-            f"{name} has no version-compatible plans; leave --version-compatible out.", code="inapplicable_option"
-        )
-    least = LEAST_CAPABILITY.get(options.precision)
-    if least is None:
+
+
+def _check_capability(options: BuildOptions) -> None:
+    """Raise DeviceError if a GPU that is built for cannot multiply in the precision."""
+    minimum = MIN_CAPABILITY.get(options.precision)
+    if minimum is None:
         return
+    here = compute_capability()
+    built_for = [here] if here else []
     if options.compute_capabilities:
-        built_for = [
-            (int(text.partition(".")[0]), int(text.partition(".")[2])) for text in options.compute_capabilities
-        ]
-    else:
-        here = compute_capability()
-        built_for = [here] if here else []
+        parts = (text.partition(".") for text in options.compute_capabilities)
+        built_for = [(int(major), int(minor)) for major, _, minor in parts]
     for capability in built_for:
-        if capability < least:
+        if capability < minimum:
             raise DeviceError(
-                f"{options.precision} needs a GPU of compute capability {least[0]}.{least[1]} or later, and "
+                f"{options.precision} needs a GPU of compute capability {minimum[0]}.{minimum[1]} or later, and "
                 f"{capability[0]}.{capability[1]} was asked for; use fp16 or int8.",
                 code="precision_unsupported",
             )
