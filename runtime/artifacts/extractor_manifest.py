@@ -22,6 +22,11 @@ from runtime.core.io.text_files import is_number
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"
 
+# A clip of 64 frames of 448 x 448 pixels takes 39 MB; a description of far more is a mistake, or fills the memory.
+MAX_CLIP_BYTES, MAX_SIDE = 1 << 28, 1 << 16
+# Of `mean`, `std` and `white`: beyond, float32 cannot hold scaled pixels.
+SCALES = (1e-6, 1e6)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExtractorManifest:
@@ -57,24 +62,43 @@ class ExtractorManifest:
         if not isinstance(self.resize, int):
             object.__setattr__(self, "resize", tuple(self.resize))
         counts = (self.dim, self.window, self.stride)
-        if not all(isinstance(count, int) and count > 0 for count in counts):
+        if not all(type(count) is int and count > 0 for count in counts):
             raise ModelFileError(
-                f"An extractor's dim, window and stride are 1 or more, and {counts} were given.", code="invalid_setting"
+                f"An extractor's dim, window and stride are 1 or more, and {excerpt(counts)} were given.",
+                code="invalid_setting",
             )
-        if not all(map(is_number, (*self.mean, *self.std, self.white))):
-            raise ModelFileError(
-                "An extractor's mean, std and white are numbers; correct its description.", code="invalid_setting"
+        low, high = SCALES
+        numbers = all(map(is_number, (*self.mean, *self.std, self.white)))
+        if (
+            not numbers
+            or len(self.mean) != 3
+            or len(self.std) != 3
+            or not (
+                all(abs(value) <= high for value in self.mean)
+                and all(low <= value <= high for value in (*self.std, self.white))
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or not (min(self.std) > 0 and self.white > 0):
+        ):
             raise ModelFileError(
-                f"An extractor's mean and std are three numbers each, std and white above 0; {self.mean}, {self.std} "
-                f"and {self.white} were given.",
+                f"An extractor's mean and std are three numbers each, std and white from {low:g} to {high:g}, got "
+                f"{excerpt(self.mean)}, {excerpt(self.std)} and {excerpt(self.white)}. Correct its description.",
+                code="invalid_setting",
+            )
+        texts = (self.kind, self.precision, *self.sources, *self.sources.values())
+        if not all(isinstance(text, str) for text in texts):
+            raise ModelFileError(
+                "An extractor's kind, precision and sources are texts. Correct its description.",
                 code="invalid_setting",
             )
         try:
-            _ = self.framing
+            height, width = self.framing.crop
         except GroundingError as error:
             raise ModelFileError(str(error), code=error.code) from error
+        if 3 * self.window * height * width > MAX_CLIP_BYTES:
+            raise ModelFileError(
+                f"An extractor takes clips of at most {MAX_CLIP_BYTES} bytes, got {excerpt(self.window)} frames of "
+                f"{height} x {width} pixels. Correct its description.",
+                code="invalid_setting",
+            )
 
     @property
     def framing(self) -> ResizeCrop:
@@ -151,10 +175,11 @@ class ResizeCrop:
 
     def __post_init__(self) -> None:
         sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-        if len(sides) != 2 or len(self.crop) != 2 or not all(0 < cut <= side for cut, side in zip(self.crop, sides)):
+        counts = len(sides) == len(self.crop) == 2 and all(type(side) is int for side in (*sides, *self.crop))
+        if not counts or not all(0 < cut <= side <= MAX_SIDE for cut, side in zip(self.crop, sides)):
             raise VideoFileError(
-                f"Frames are resized to a height and width (or to a shorter side) that the crop fits into, and "
-                f"{self.resize} and {self.crop} were given.",
+                f"Frames are resized to a height and width (or to a shorter side) of at most {MAX_SIDE} that the crop "
+                f"fits into, got {excerpt(self.resize)} and {excerpt(self.crop)}. Correct the description.",
                 code="invalid_setting",
             )
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import VideoFileError, excerpt, printable_line, reading
+from runtime.core.decoding import NON_FINITE
+from runtime.core.errors import ModelFileError, VideoFileError, excerpt, printable_line, reading
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import check_file, read_json
@@ -109,6 +110,7 @@ def extract(
 
     Raises:
         VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
+        ModelFileError: the extractor gives features that are not finite.
         OutputError: `output` cannot be written.
     """
     from tqdm import tqdm
@@ -139,7 +141,14 @@ def extract(
     with atomic_write(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
         _write_header(stream, 0, about.dim)
         for batch in batches:
-            stream.write(np.ascontiguousarray(extractor.extract(batch), np.float32).data)
+            features = np.ascontiguousarray(extractor.extract(batch), np.float32)
+            if not np.isfinite(features).all():
+                raise ModelFileError(
+                    f"The extractor gives features of {footage.path} that are not finite, among clips {num_clips} to "
+                    f"{num_clips + len(batch) - 1}. Correct its description, or use one of precision fp32.",
+                    code=NON_FINITE,
+                )
+            stream.write(features.data)
             num_clips += len(batch)
         # Of every second frame, say, the last may stand for one or for two.
         num_frames = seen if every == 1 else min(footage.num_frames, seen * every)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import GroundingError, VideoFileError
+from runtime.core.errors import GroundingError, ModelFileError, VideoFileError
 from runtime.core.video import load_features
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from runtime.extract import extract
@@ -362,6 +362,14 @@ def test_extract_rejects_previously_extracted_playlist(
     with pytest.raises(VideoFileError) as refusal:
         extract((script,), tiny, tmp_path / "data")
     assert refusal.value.code == "refers_to_files"
+
+
+def test_extract_non_finite_features_are_refused(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, output = probe(film(tmp_path / "a.mkv", 40)), tmp_path / "a.npy"
+    monkeypatch.setattr(ClipExtractor, "extract", lambda self, clips: np.full((len(clips), CLIPS.dim), np.nan))
+    with raises(ModelFileError, "non_finite_output", video.path):
+        extraction.extract(video, open_extractor(tiny, "cpu"), output)
+    assert not output.exists()
 
 
 def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ def test_a_manifest_comes_back_as_it_was_written() -> None:
         ({"crop": [25, 24]}, "invalid_setting", [(25, 24)]),
         ({"colour": "blue"}, "damaged_file", ["clip.onnx.json", "'colour'"]),
         ({"mean": 3}, "damaged_file", ["clip.onnx.json"]),
+        ({"dim": True}, "invalid_setting", [True]),
+        ({"crop": [23.5, 24]}, "invalid_setting", [23.5]),
+        ({"crop": [True, True]}, "invalid_setting", []),
+        ({"resize": 10**200}, "invalid_setting", []),
+        ({"resize": 20000, "crop": [20000, 20000]}, "invalid_setting", [20000]),
+        ({"window": 10**9}, "invalid_setting", [10**9]),
+        ({"mean": [1e300, 1, 1]}, "invalid_setting", [1e300]),
+        ({"std": [1e-300, 1, 1]}, "invalid_setting", [1e-300]),
+        ({"white": 1e-300}, "invalid_setting", [1e-300]),
+        ({"kind": ["CLIP"]}, "invalid_setting", []),
+        ({"sources": {"c3d.pt": None}}, "invalid_setting", []),
+        ({"sources": ["c3d.pt"]}, "damaged_file", ["clip.onnx.json"]),
     ],
 )
 def test_a_description_that_is_wrong_is_refused(
