@@ -69,10 +69,10 @@ def describe(
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()) or "-"),
         ("training", json.dumps({key: value for key, value in manifest.training.items() if key != "validation"})),
     ]
-    validation = manifest.training.get("validation") or {}
+    validation = manifest.training.get("validation")
     scores = ", ".join(
         f"{key} {100 * value:.2f}"
-        for key, value in validation.items()
+        for key, value in (validation.items() if isinstance(validation, Mapping) else ())
         if key.startswith(("R@", "mIoU")) and isinstance(value, float)
     )
     if scores:

@@ -71,6 +71,12 @@ class Decoding:
                 f"The score threshold lies in [0, 1), and {excerpt(self.score_threshold)} was given.",
                 code="invalid_setting",
             )
+        if not isinstance(self.use_iou_scores, bool):
+            raise ModelFileError(
+                "Expected true or false for use_iou_scores, got "
+                f"{excerpt(self.use_iou_scores)}. Export the model again.",
+                code="invalid_setting",
+            )
         if any(self.num_segments % stride for stride in self.strides):
             raise ModelFileError(
                 f"{self.num_segments} segments cannot be divided by the strides {self.strides}.", code="invalid_setting"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runtime.artifacts.manifest import Manifest
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.errors import GroundingError
 from runtime.describe import describe
 from tests.raising import check_error
@@ -34,6 +35,14 @@ def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, r
     assert outcome.code == 0
     assert Manifest.from_json(outcome.out) == tiny_manifest
     assert json.loads(outcome.out)["vocabulary"]["words"]["dog"] == 8
+
+
+def test_describe_ignores_a_validation_that_is_no_table(
+    tmp_path: Path, tiny_manifest: Manifest, write_graph: Callable[..., Path], run_command: Callable[..., Any]
+) -> None:
+    manifest = dataclasses.replace(tiny_manifest, training={"validation": "none"})
+    outcome = run_command(describe, write_graph(tmp_path / "a.onnx", {METADATA_KEY: manifest.to_json()}))
+    assert outcome.code == 0
 
 
 def test_an_encoder_is_described_by_what_stands_beside_it(

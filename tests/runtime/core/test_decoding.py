@@ -486,6 +486,8 @@ def test_segments_that_strides_do_not_divide_are_refused() -> None:
 
 
 def test_another_protocol_is_refused_by_name() -> None:
+    with raises(ModelFileError, "invalid_setting", "'no'"):
+        Decoding(use_iou_scores="no")  # type: ignore[arg-type]
     with raises(ModelFileError, "invalid_setting", "'soft'"):
         Decoding(protocol="soft")  # type: ignore[arg-type]
 
