@@ -8,6 +8,7 @@ from typing import Any
 
 from runtime.benchmarking.report import BATCH_SIZE, LENGTH, ONE_QUERY, PER_VIDEO, Report, Timing, environment_line
 from runtime.core.cli import check_plots
+from runtime.core.errors import printable_line
 from runtime.core.io.atomic_files import atomic_write
 
 
@@ -26,7 +27,7 @@ def draw(report: Report, path: Path) -> None:
     _draw_percentiles(panels[0], report.timings)
     for axes, group in zip(panels[1:], (BATCH_SIZE, PER_VIDEO, LENGTH)):
         _draw_sizes(axes, report.timings, group)
-    names = ", ".join(model.label for model in report.models)
+    names = ", ".join(printable_line(model.label) for model in report.models)
     ended = " (ended early)" if report.interrupted else ""
     figure.suptitle(f"{names}{ended}\n{environment_line(report.to_dict())}", fontsize=9, wrap=True, parse_math=False)
     with atomic_write(path) as temporary:
@@ -74,6 +75,7 @@ def _finish(axes: Any) -> None:
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        # A name may hold dollar signs, which are no formula here.
+        # A name may hold dollar signs, which are no formula here, or what no font has.
         for text in axes.legend(handles, labels, fontsize=7).get_texts():
             text.set_parse_math(False)
+            text.set_text(printable_line(text.get_text()))

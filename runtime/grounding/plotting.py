@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.cli import check_plots
+from runtime.core.errors import printable, printable_line
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer, format_timestamp
@@ -93,7 +94,14 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
     axes.spines["bottom"].set(color=PALE, visible=not pictures)
     axes.grid(axis="x", color=TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
-    _write(axes, f"{answers[0].video}   {format_timestamp(duration)}", 0, LINE * 0.5, weight="bold", size=11)
+    _write(
+        axes,
+        f"{printable_line(answers[0].video)}   {format_timestamp(duration)}",
+        0,
+        LINE * 0.5,
+        weight="bold",
+        size=11,
+    )
     location = LINE * 1.4
     for lines, tracks in blocks:
         for line in lines:
@@ -167,9 +175,10 @@ def _height(lines: Sequence[str], tracks: Sequence[_Track]) -> float:
 
 def _wrapped(text: str) -> list[str]:
     """Return a sentence in lines that fit; wide letters, as of Chinese, take two places."""
+    text = printable(" ".join(text.split()))
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     columns = int(COLUMNS / (1 + wide / max(len(text), 1)))
-    return textwrap.wrap(" ".join(text.split()), columns, max_lines=MAX_LINES, placeholder=" …”") or ["“”"]
+    return textwrap.wrap(text, columns, max_lines=MAX_LINES, placeholder=" …”") or ["“”"]
 
 
 def _write(axes: Any, text: str, x: float, y: float, **style: Any) -> Any:

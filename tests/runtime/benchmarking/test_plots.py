@@ -13,6 +13,9 @@ from runtime.benchmarking.report import Report
 
 def test_a_picture_is_drawn_of_whatever_was_measured(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the picture (pip install '.[plot]')")
-    for index, shown in enumerate((report, dataclasses.replace(report, timings=[], models=[], interrupted=True))):
+    (model, *others), timings = report.models, [dataclasses.replace(each, model="a\udce9") for each in report.timings]
+    named = dataclasses.replace(report, models=[dataclasses.replace(model, label="a\udce9"), *others], timings=timings)
+    empty = dataclasses.replace(report, timings=[], models=[], interrupted=True)
+    for index, shown in enumerate((report, named, empty)):
         draw(shown, tmp_path / f"{index}.png")
         assert (tmp_path / f"{index}.png").read_bytes().startswith(b"\x89PNG")

@@ -117,6 +117,7 @@ def test_plot_of_shortest_edge_moment_is_visible_and_inside(drawn: list[Any], tm
         "男は庭で車を洗っている" * 9,
         "a\tb\u0301 \U0001f600",
         "رجل يفتح الباب",
+        "person \udce9 \x1b[31m opens",
     ],
 )
 def test_whatever_is_asked_is_written_within_the_picture(tmp_path: Path, drawn: list[Any], query: str) -> None:
@@ -126,6 +127,11 @@ def test_whatever_is_asked_is_written_within_the_picture(tmp_path: Path, drawn: 
     assert 1 <= len([line for line in said(figure.axes[0]) if line]) <= 5
     for text in figure.axes[0].texts:
         assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
+
+
+def test_plot_of_a_video_whose_name_is_no_utf8_is_written(tmp_path: Path) -> None:
+    draw([Answer("a dog", "caf\udce9\n\x1b", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
+    assert png_size(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("duration", [0.04, 3.0, 18.1, 59.0, 3600.0, 86400.0 * 30, 1e8])
