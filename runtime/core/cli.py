@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from runtime.core.command_help import documented
 from runtime.core.command_list import typed_name
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
-from runtime.core.interrupts import handled, interrupted_by
+from runtime.core.interrupts import handled, interrupted_by, uncovered
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
 log = logging.getLogger("drn")
@@ -37,10 +37,11 @@ def _run(function: Callable[..., Any], no_colors: Callable[[], None]) -> NoRetur
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     try:
-        call = _parsed(function)
-        no_colors()
-        call()
-        sys.stdout.flush()
+        with uncovered():
+            call = _parsed(function)
+            no_colors()
+            call()
+            sys.stdout.flush()
     except GroundingError as error:
         _fail(f"error: {printable_line(str(error))}", 2)
     except CheckFailed as error:

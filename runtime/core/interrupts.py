@@ -39,6 +39,23 @@ def interrupted_by(error: KeyboardInterrupt) -> Interrupted:
     return error if isinstance(error, Interrupted) else Interrupted()
 
 
+@contextlib.contextmanager
+def uncovered() -> Iterator[None]:
+    """Raise an interruption in place of the errors that were raised because of it.
+
+    An extension module that is being imported turns it into an ImportError, which looks like a missing package.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise
+
+
 class _State:
     """The signals that the handler has received; only the main thread accesses it."""
 

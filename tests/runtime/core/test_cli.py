@@ -15,6 +15,7 @@ import pytest
 
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, FeatureError, GroundingError
+from runtime.core.interrupts import Interrupted
 from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[3]
@@ -72,6 +73,19 @@ def test_keyboard_interrupt_exits_with_130(run_command: Callable[..., Any]) -> N
     outcome = run_command(interrupted)
     assert outcome.code == 130
     assert outcome.err.startswith("Interrupted")
+
+
+def test_interrupted_import_is_no_missing_package(run_command: Callable[..., Any]) -> None:
+    def stopped() -> None:
+        try:
+            try:
+                raise Interrupted(signal.SIGTERM)
+            except Interrupted as interruption:
+                raise ImportError("initialization failed") from interruption
+        except ImportError as error:
+            raise DeviceError("ONNX Runtime is not installed.") from error
+
+    assert run_command(stopped).code == 143
 
 
 def test_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
