@@ -26,6 +26,7 @@ BACKBONE_CHANNELS = (256, 512, 1024)
 POSITION_CHANNELS = 256
 # A word table of a million is more than any language has; beyond, a size is damage.
 LARGEST_SIZE = 1 << 20
+MAX_LAYERS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ class DRNConfig:
         object.__setattr__(self, "strides", tuple(self.strides))
         sizes = {name: value for name, value in vars(self).items() if name not in ("strides", "prior_probability")}
         for name, size in sizes.items():
-            if not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
-                raise ValueError(f"{name} is a whole number from 1 to {LARGEST_SIZE}, and {excerpt(size)} is not.")
+            largest = MAX_LAYERS if name in ("head_convs", "lstm_layers") else LARGEST_SIZE
+            if not isinstance(size, int) or not 1 <= size <= largest:
+                raise ValueError(f"Expected {name} to be an integer from 1 to {largest}, got {excerpt(size)}.")
         if len(self.strides) != len(BACKBONE_CHANNELS) or self.strides != (1, 2, 4):
             raise ValueError(f"DRN has three levels of strides 1, 2, 4, and strides={self.strides} was asked for.")
         if self.num_segments < 4 or self.num_segments % self.strides[-1]:

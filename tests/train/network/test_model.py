@@ -160,6 +160,8 @@ def test_locations_match_the_published_ones(golden: Path) -> None:
         {"strides": (2, 4, 8)},
         {"fpn_dim": 15},
         {"prior_probability": 1.5},
+        {"head_convs": 1_000_000},
+        {"lstm_layers": 65},
         {"prior_probability": {"x": 1}},
     ],
 )
