@@ -414,28 +414,30 @@ class Grounder:
         """
         if error.code != NON_FINITE:
             return error
-        results = {
-            id(subject): self.segments(subject) if isinstance(subject, Video) else subject
-            for subject, _ in pairs
-            if isinstance(subject, (Video, Segments))
-        }
-        if not results:
-            return error
-        largest = max(float(np.abs(segments.features).max()) for segments in results.values())
+        subjects = {id(subject): subject for subject, _ in pairs}.values()
+        inputs = [part for subject in subjects for part in self._inputs_of(subject)]
+        largest = max(float(np.abs(part.features).max()) for part in inputs)
         if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
             return error
-        first = next(iter(results.values()))
-        zeros = self.network.encode(Segments(np.zeros_like(first.features), first.spans), 1.0, "zeros")
+        shape = (self.manifest.decoding.num_segments, self.manifest.features.dim)
+        zeros = self.network.encode(Segments(np.zeros(shape, np.float32), inputs[0].spans), 1.0, "zeros")
         for _, query in pairs:
             for _, heads in self.run([query], [zeros]):
                 if not all(np.isfinite(values).all() for values in vars(heads).values()):
                     return error
+        inputs_name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
         return FeatureError(
-            f"The model's output is not finite for features as large as {largest:.3g}, but it is for zeros. So the "
-            "model is not damaged, but the features have another scale than those that it was trained on "
+            f"The model's output is not finite for {inputs_name} as large as {largest:.3g}, but it is for zeros. So "
+            "the model is not damaged, but the features have another scale than those that it was trained on "
             f"({self.manifest.features.kind}); extract them again as for training.",
             code="features_out_of_scale",
         )
+
+    def _inputs_of(self, subject: VideoInput | Segments) -> Sequence[Segments | EncodedVideo]:
+        """Return what the network takes of a video: its segments, or the encodings of its windows."""
+        if isinstance(subject, EncodedWindows):
+            return subject.parts
+        return [self.segments(subject) if isinstance(subject, Video) else subject]
 
     def check_fits(self, video: Video) -> None:
         """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""

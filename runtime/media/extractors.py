@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.artifacts import manifest as drn_manifest
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import DIGEST, MISMATCH, Content, read_content
 from runtime.backends.base import Device
@@ -109,7 +110,14 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
 
 
 def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    metadata = session.get_modelmeta().custom_metadata_map
+    if drn_manifest.METADATA_KEY in metadata:
+        raise ModelFileError(
+            f"{path} grounds sentences and makes no clip features. Give it as --model, and an extractor as "
+            "--extractor.",
+            code="wrong_model_kind",
+        )
+    text = metadata.get(METADATA_KEY)
     if text is not None:
         value = parse_json(text, f"The manifest of {path}", ModelFileError, advice="export it again")
         return ExtractorManifest.from_dict(value, str(path))

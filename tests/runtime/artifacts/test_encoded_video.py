@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import EncodedVideo, Grounder
+from runtime import EncodedVideo, Grounder, Video
 from runtime.artifacts.encoded_video import EncodedWindows
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.core.batch import Batch, Heads
-from runtime.core.decoding import Decoding
+from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
 from runtime.core.sliding_windows import Windows
 from runtime.datasets.dataset import DataSet
@@ -26,7 +26,7 @@ from runtime.grounding.evaluation import evaluate
 from runtime.grounding.scheduling import EncodingCache
 from runtime.infer import infer
 from tests.raising import raises
-from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, video
+from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, Exponential, video
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
 
@@ -99,6 +99,20 @@ def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_bac
     assert isinstance(windows, EncodedWindows)
     windows.save(tmp_path / "windows.npz")
     assert EncodedWindows.load(tmp_path / "windows.npz").offset == 4.0
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("windows", [False, True])
+def test_encoding_of_another_scale_is_no_damage(planted_backend: Any, damaged: bool, windows: bool) -> None:
+    grounder = Grounder(PlantedPair(Exponential(planted_backend(), damaged)))
+    if windows:
+        grounder.windows = Windows(30.0, 30.0, 10.0)
+    encoded = grounder.encode(Video(3000 * QUARTER.features, QUARTER.num_frames, 60.0, "scaled"))
+    expected, code = (ModelFileError, NON_FINITE) if damaged else (FeatureError, "features_out_of_scale")
+    with raises(expected, code):
+        grounder.ground_batch([(encoded, "dog")])
+    with raises(expected, code):
+        grounder.ground(encoded, "dog")
 
 
 def test_each_video_is_encoded_and_batched_once(grounder: Grounder, pair: PlantedPair) -> None:

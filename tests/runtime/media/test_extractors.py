@@ -103,7 +103,7 @@ def test_files_that_are_no_extractors_are_refused(tmp_path: Path, tiny_model: Pa
         open_extractor(tmp_path / "text.onnx", "cpu")
     with raises(ModelFileError, "missing_manifest", tmp_path / "bare.onnx", "bare.onnx.json"):
         open_extractor(write_images(tmp_path / "bare.onnx", beside=False), "cpu")
-    with raises(ModelFileError, "missing_manifest", tiny_model):
+    with raises(ModelFileError, "wrong_model_kind", tiny_model, "--model"):
         open_extractor(tiny_model, "cpu")
 
 
