@@ -100,7 +100,7 @@ def calibrate(
 
 
 def unproven_name(onnx: Path, kind: QuantDtype = "int8") -> Path:
-    """Return what to call a graph of `calib.quantize`: no twin that `export.build_engine` proved is replaced by it."""
+    """Return the file name for a graph of `calib.quantize`; `export.build_engine` gives checked graphs another one."""
     return Path(onnx).with_suffix(f".{kind}-unproven.onnx")
 
 

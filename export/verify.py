@@ -183,7 +183,7 @@ def run(options: VerifyOptions) -> ParityResult:
         split=options.split,
         protocol=options.protocol,
         batch_size=options.batch_size,
-        again=options.command(),
+        command=options.command(),
     )
     if options.layers:
         report = dataclasses.replace(report, layers=_compare_layers(reference, model, sides[0], data_set, annotations))

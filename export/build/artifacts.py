@@ -36,23 +36,23 @@ def format_shares(counted: PrecisionStats) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedModel:
-    """A twin that has the precision it is called by, not yet on disk.
+    """A converted graph whose precision was counted, not yet on disk.
 
     Attributes:
         content: the file's bytes.
         manifest: what it says of itself.
-        census: what was counted in it.
+        precision_stats: what was counted in it.
         fp32_weight_bytes: size of the source's weights.
     """
 
     content: bytes
     manifest: Manifest
-    census: PrecisionStats
+    precision_stats: PrecisionStats
     fp32_weight_bytes: int
 
     @classmethod
     def of(cls, job: BuildConfig, source: Path, graph: onnx.ModelProto, converted: ConvertedGraph) -> ConvertedModel:
-        """Count what the twin of an FP32 graph is computed in, and seal it."""
+        """Count the precision of a converted graph, and serialize it with its manifest and digest."""
         from onnx.helper import set_model_props
 
         from calib.graph.onnx_graph import read_manifest
@@ -89,15 +89,15 @@ def single_engine_part(
     job: BuildConfig, created: ConvertedModel, converted: ConvertedGraph, shapes: Sequence[Profile]
 ) -> EnginePart:
     """Return what the engine of a whole model is built of."""
-    digest = created.file(job.twin).sha256
+    digest = created.file(job.graph_path).sha256
     return EnginePart(
         converted.graph,
         created.manifest,
-        job.twin,
+        job.graph_path,
         digest,
         job.output,
         shapes,
-        created.census,
+        created.precision_stats,
         created.fp32_weight_bytes,
     )
 
@@ -105,16 +105,18 @@ def single_engine_part(
 def cut_parts(
     job: BuildConfig, created: ConvertedModel, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
 ) -> list[EnginePart]:
-    """Write the pair that a proven twin is cut into, and return its parts, the query part last."""
+    """Split a checked graph, write both parts, and return them, the query part last."""
     import onnx
 
     from calib.graph.precision_audit import audit_graph
 
     proven = inline_padding(onnx.load_from_string(created.content))
-    whole = dataclasses.replace(created.manifest, sources={**created.manifest.sources, job.twin.name: sha256(job.twin)})
+    whole = dataclasses.replace(
+        created.manifest, sources={**created.manifest.sources, job.graph_path.name: sha256(job.graph_path)}
+    )
     onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
     pair = split_graph(proven)
-    written = write_split_model(*pair, job.twin)
+    written = write_split_model(*pair, job.graph_path)
     wide = split_graph(source)
     encoded = pair[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
     parts = []
@@ -125,6 +127,6 @@ def cut_parts(
         built_for = part_profiles(manifest.part, shapes, manifest, videos, encoded)
         counted, digest = audit_graph(pair[index]), sha256(path)
         part = EnginePart(pair[index], manifest, path, digest, engine, built_for, counted, weights)
-        print(f"{path.name}: {format_shares(part.census)}.")
+        print(f"{path.name}: {format_shares(part.precision_stats)}.")
         parts.append(part)
     return parts

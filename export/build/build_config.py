@@ -150,7 +150,7 @@ class BuildConfig:
     precision: Precision
     target: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     data: Path | None
-    given_output: Path | None
+    requested_output: Path | None
     split: bool = False
     unroll: tuple[int, ...] = ()
 
@@ -165,14 +165,14 @@ class BuildConfig:
     @property
     def output(self) -> Path:
         """Return the file to run: for a split model the query part."""
-        if self.given_output:
-            return self.given_output
+        if self.requested_output:
+            return self.requested_output
         suffix = "onnx" if self.target == "onnxruntime" else "engine"
         part = "query." if self.split else ""
         return self.stem.with_name(f"{self.stem.name}.{self.precision}.{part}{suffix}")
 
     @property
-    def twin(self) -> Path:
+    def graph_path(self) -> Path:
         """The whole graph in the precision asked for."""
         if self.target == "onnxruntime" and not self.split:
             return self.output
@@ -200,14 +200,14 @@ class BuildConfig:
             return "onnx"
         return "checkpoint" if name.endswith(".pt") else "published"
 
-    def beside(self, ending: str) -> Path:
+    def sibling_path(self, ending: str) -> Path:
         """Return the path of a file that goes with the output, as drn.int8.plan.json."""
-        stem = self.twin.with_suffix("")
+        stem = self.graph_path.with_suffix("")
         return stem.with_name(f"{stem.name}.{ending}")
 
     def rejected(self, suffix: str) -> Path:
         """Return where what breaks its promise is kept."""
-        return self.beside(f"rejected.{suffix}")
+        return self.sibling_path(f"rejected.{suffix}")
 
     def check(self, request: BuildRequest) -> None:
         """Raise what can be known to be wrong before any work is done."""
@@ -240,7 +240,7 @@ class BuildConfig:
                 f".query{suffix}.",
                 code="wrong_suffix",
             )
-        if self.model.resolve() in (self.output.resolve(), self.twin.resolve()):
+        if self.model.resolve() in (self.output.resolve(), self.graph_path.resolve()):
             raise OutputError(
                 f"{self.model} would be overwritten by its own {self.precision} form; choose another --output.",
                 code="output_is_input",
@@ -252,12 +252,12 @@ class BuildConfig:
         endings = ["parity.json", "passport.html"]
         endings += [] if table else ["calibration.json"]
         endings += [] if plan else ["plan.json"]
-        reports = (self.beside(ending) for ending in endings)
-        pair = pair_paths(self.twin) if self.split else ()
+        reports = (self.sibling_path(ending) for ending in endings)
+        pair = pair_paths(self.graph_path) if self.split else ()
         shorter = [path for plan in self.unrolled for path in (plan, engine_metadata.metadata_path(plan))]
         engines = (self.output, *self.unrolled) if self.target != "onnxruntime" else ()
         layers = [layers_path(engine) for engine in engines]
-        written = list(dict.fromkeys((self.output, self.twin, self.sidecar, *pair, *shorter, *layers, *reports)))
+        written = list(dict.fromkeys((self.output, self.graph_path, self.sidecar, *pair, *shorter, *layers, *reports)))
         for path in written:
             check_writable(path, self.model, table, plan, timing_cache, *(other for other in {*written} - {path}))
 
@@ -322,7 +322,7 @@ class BuildConfig:
                 "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out.",
                 code="inapplicable_option",
             )
-        check_writable(timing_cache, self.model, self.output, self.twin, *self.unrolled)
+        check_writable(timing_cache, self.model, self.output, self.graph_path, *self.unrolled)
         check_options(options)
 
     def early_profiles(
@@ -366,9 +366,9 @@ class BuildConfig:
         if self.precision in ("int8", "fp8"):
             message = f"{samples} training queries of {self.data}" if samples else "by the table given"
             lines.append(f"ranges     {message}")
-        lines.append(f"twin       {self.twin}")
+        lines.append(f"twin       {self.graph_path}")
         if self.split:
-            lines.append(f"pair       {', '.join(map(str, pair_paths(self.twin)))}")
+            lines.append(f"pair       {', '.join(map(str, pair_paths(self.graph_path)))}")
         if self.target != "onnxruntime":
             lines += [f"engine     {self.output}", f"sidecar    {self.sidecar}"]
             lines += [f"unrolled   {plan}" for plan in self.unrolled]
@@ -385,7 +385,7 @@ class BuildConfig:
         if self.data:
             lines += [
                 f"proof      parity with FP32 on {self.data}",
-                f"reports    {self.beside('parity.json')}, {self.beside('passport.html')}",
+                f"reports    {self.sibling_path('parity.json')}, {self.sibling_path('passport.html')}",
             ]
         else:
             lines.append(f"proof      {proof}")

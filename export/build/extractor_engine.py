@@ -1,7 +1,6 @@
-"""An extractor of clip features becomes an engine: its graph in half precision, proven on clips, then a plan of it.
+"""Build the engine of a clip feature extractor: convert its graph, compare its features with FP32, build a plan.
 
-C3D is built like DRN: the twin runs in ONNX Runtime on any machine, the precision is counted in it, and its features
-are held against those of the FP32 graph. No torch is needed where a graph is given.
+The converted graph runs in ONNX Runtime on any machine. No torch is needed where a graph is given.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def build_extractor(
     cache: Path | None,
     threads: int | None,
 ) -> Path:
-    """Build the engine of an extractor, or its twin alone; see `export.build_engine.build_engine`.
+    """Build the engine of an extractor, or its converted graph alone; see `export.build_engine.build_engine`.
 
     Raises:
         GroundingError: the precision, or the graph, is none that can be built.
@@ -118,23 +117,23 @@ def build_extractor(
     smallest, best, largest = ((size, *shape) for size in batch)
     profile = Profile("clips", MinOptMax(*batch), MinOptMax(1, 1, 1), {"clips": (smallest, best, largest)})
     with locked(job.output.parent, job.output.name), Staging() as staging:
-        staged = dataclasses.replace(job, given_output=staging.path(job.output))
+        staged = dataclasses.replace(job, requested_output=staging.path(job.output))
         try:
             part, result = _checked_graph(staged, source, graph, manifest, profile, keep, threads)
             report = _report(job, source, part, result)
             if job.target != "onnxruntime":
                 build_part(part, staged.precision, options, cache)
-                judged = read_verified(part.engine)["census"]
-                report["engine_precision"] = {key: judged[key] for key in ("verdict", "reason")}
+                compared = read_verified(part.engine)["census"]
+                report["engine_precision"] = {key: compared[key] for key in ("verdict", "reason")}
                 if runs_here(options):
-                    report["engine"] = dataclasses.asdict(_proven_engine(staged, part, source, threads))
-            write_json(staged.beside("parity.json"), report)
+                    report["engine"] = dataclasses.asdict(_checked_engine(staged, part, source, threads))
+            write_json(staged.sibling_path("parity.json"), report)
         except CheckFailed:
             staging.settle(lambda name: ".rejected." in name)
             raise
         settled = staging.settle()
     print(f"Written: {', '.join(path.name for path in settled)}.")
-    runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.twin
+    runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.graph_path
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)
     return job.output
@@ -179,20 +178,22 @@ def _checked_graph(
     )
     del graph_path.graph.metadata_props[:]
     onnx.helper.set_model_props(graph_path.graph, {METADATA_KEY: about.to_json()})
-    print(f"{job.twin.name}: {format_shares(counted)}.")
-    job.twin.write_bytes(with_digest(graph_path.graph.SerializeToString()))
+    print(f"{job.graph_path.name}: {format_shares(counted)}.")
+    job.graph_path.write_bytes(with_digest(graph_path.graph.SerializeToString()))
     try:
         require_precision(counted, job.precision)
-        runs = job.twin if job.precision != "bf16" else emulate_bf16(graph_path.graph)
+        runs = job.graph_path if job.precision != "bf16" else emulate_bf16(graph_path.graph)
         result = compare(_Graph(source, threads), _Graph(runs, threads), manifest)
-        _keep_promise(job, result, "the twin")
+        _check_features(job, result, "the graph")
     except CheckFailed as error:
         rejected = job.rejected("onnx")
-        job.twin.rename(rejected)
+        job.graph_path.rename(rejected)
         raise CheckFailed(
             f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
         ) from error
-    part = EnginePart(graph_path.graph, about, job.twin, sha256(job.twin), job.output, [profile], counted, weights)
+    part = EnginePart(
+        graph_path.graph, about, job.graph_path, sha256(job.graph_path), job.output, [profile], counted, weights
+    )
     return part, result
 
 
@@ -210,7 +211,7 @@ def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[s
     return held
 
 
-def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
+def _checked_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
     """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
     extractor = open_extractor(part.engine)
     try:
@@ -218,13 +219,13 @@ def _proven_engine(job: BuildConfig, part: EnginePart, source: Path, threads: in
     finally:
         extractor.close()  # type: ignore[attr-defined]
     try:
-        _keep_promise(job, result, "the engine")
+        _check_features(job, result, "the engine")
     except CheckFailed as error:
         raise CheckFailed(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
     return result
 
 
-def _keep_promise(job: BuildConfig, measured: FeatureTolerance, what: str) -> None:
+def _check_features(job: BuildConfig, measured: FeatureTolerance, what: str) -> None:
     promise = FEATURE_TOLERANCES[job.precision]
     print(f"features of {what} against FP32: {measured}; promised: {promise}.")
     if promise.broken_by(measured):
@@ -234,10 +235,10 @@ def _keep_promise(job: BuildConfig, measured: FeatureTolerance, what: str) -> No
 
 
 def _report(job: BuildConfig, source: Path, part: EnginePart, measured: FeatureTolerance) -> dict[str, Any]:
-    counted: PrecisionStats = part.census
+    counted: PrecisionStats = part.precision_stats
     return {
         "reference": {"name": source.name, "sha256": sha256(source)},
-        "model": {"name": part.twin.name, "sha256": part.twin_hash, "precision": job.precision},
+        "model": {"name": part.graph_path.name, "sha256": part.graph_sha256, "precision": job.precision},
         "promised": dataclasses.asdict(FEATURE_TOLERANCES[job.precision]),
         "twin": dataclasses.asdict(measured),
         "census": counted.to_dict(),

@@ -31,28 +31,28 @@ class ParityChecker:
     """Compares converted graphs and engines with the FP32 graph on the queries of a split.
 
     Attributes:
-        job: the build, where it is written until it is proven.
-        final: what it will be called.
+        job: the build, in its staging directory.
+        output_path: final path of what is built.
         source, graph: the FP32 graph, and the file it is from.
         data_set, annotations, split: the queries; None and empty without --data.
         max_drop: points that may be lost.
-        again: the command that builds the same again.
+        command: the command that builds the same again.
         threads: CPU threads.
     """
 
     job: BuildConfig
-    final: Path
+    output_path: Path
     source: Path
     graph: onnx.ModelProto
     data_set: DataSet | None
     annotations: Sequence[Annotation]
     split: str
     max_drop: float
-    again: str
+    command: str
     threads: int | None
 
-    def judge_twin(self, created: ConvertedModel) -> ParityReport:
-        """Hold the twin, as it will be on disk, against the FP32 graph; on the CPU."""
+    def check_graph(self, created: ConvertedModel) -> ParityReport:
+        """Compare the converted graph, as it will be on disk, with the FP32 graph, on the CPU."""
         import onnx
 
         from calib.graph.half_precision import emulate_bf16
@@ -63,29 +63,32 @@ class ParityChecker:
         optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         # One core for each of the two serves better than all cores for one after the other.
         threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
-        at_once = self.threads != 1
-        judged, reference = self._sharing(graph, optimised, threads), self._sharing(self.graph, True, threads)
-        return self._judge(judged, created.file(self.job.twin), reference, at_once)
+        concurrent = self.threads != 1
+        compared, reference = (
+            self._split_in_memory(graph, optimised, threads),
+            self._split_in_memory(self.graph, True, threads),
+        )
+        return self._compare(compared, created.file(self.job.graph_path), reference, concurrent)
 
-    def judge_engine(self, created: ConvertedModel) -> ParityReport:
-        """Hold the engine against the FP32 graph; on the GPU."""
+    def check_engine(self, created: ConvertedModel) -> ParityReport:
+        """Compare the engine with the FP32 graph, on the GPU."""
         from export.parity.model_file import ModelFile
         from runtime.grounding.grounder import Grounder
 
-        judged = Grounder.load(self.job.output, "cuda")
-        reference = self._sharing(self.graph, True, self.threads)
-        return self._judge(judged, ModelFile.of(self.job.output, created.manifest), reference, False)
+        compared = Grounder.load(self.job.output, "cuda")
+        reference = self._split_in_memory(self.graph, True, self.threads)
+        return self._compare(compared, ModelFile.of(self.job.output, created.manifest), reference, False)
 
-    def _sharing(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
-        """Return a graph in memory, cut in two so that the queries of one video share its part: the same numbers, in
-        two thirds of the time."""
+    def _split_in_memory(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
+        """Return a graph in memory, split so that each video is encoded once: the same numbers in two thirds of the
+        time."""
         from calib.graph.onnx_session import InMemorySplitBackend
         from calib.graph.split_model import split_graph
         from runtime.grounding.grounder import Grounder
 
         return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimised))
 
-    def _judge(self, judged: Grounder, file: ModelFile, reference: Grounder, at_once: bool) -> ParityReport:
+    def _compare(self, compared: Grounder, file: ModelFile, reference: Grounder, concurrent: bool) -> ParityReport:
         from export.parity.model_file import ModelFile
         from export.parity.parity_result import AccuracyBudget
         from export.parity.run_parity import run_parity_check
@@ -94,31 +97,31 @@ class ParityChecker:
         log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
         manifest = read_manifest(self.graph, str(self.source))
         return run_parity_check(
-            (reference, judged),
+            (reference, compared),
             (ModelFile.of(self.source, manifest), file),
             self.data_set,
             self.annotations,
             AccuracyBudget.of(self.job.precision, self.max_drop),
             split=self.split,
-            again=self.again,
-            at_once=at_once,
+            command=self.command,
+            concurrent=concurrent,
         )
 
     def write_reports(
         self, proof: ParityReport, created: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
     ) -> None:
-        """Write the JSON report and the passport of what was judged; of what was rejected, under that name.
+        """Write the JSON and the HTML report; of a rejected model, under the name of rejected files.
 
         Args:
-            proof: what was found.
-            created: the twin.
-            engine: what runs; None for the twin alone.
+            proof: the report.
+            created: the converted graph.
+            engine: that was built; None for the graph alone.
             engines: every engine that was built with it.
         """
         from export.parity.parity_tables import engine_precision_table, precision_table
         from export.parity.run_parity import engine_precision, write_reports
 
-        stats = precision_table(created.census)
+        stats = precision_table(created.precision_stats)
         if engine:
             proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
             engine_table = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
@@ -127,7 +130,7 @@ class ParityChecker:
             if proof.model.path == engine.path:
                 engine = None
         rejected = "rejected." if proof.broken else ""
-        subject = self.final.with_name(proof.model.path.name if proof.broken else self.final.name)
-        commands = (self.again, command_line("runtime.describe", {}, subject))
-        siblings = [self.job.beside(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
+        subject = self.output_path.with_name(proof.model.path.name if proof.broken else self.output_path.name)
+        commands = (self.command, command_line("runtime.describe", {}, subject))
+        siblings = [self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
         write_reports(proof, *siblings, stats, engine, commands)

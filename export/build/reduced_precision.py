@@ -1,6 +1,6 @@
 """The graph in the precision asked for: what ranges, a scan and held-out queries decide, in one place.
 
-Every engine has such a twin, which ONNX Runtime runs on a CPU.
+Every engine has such a graph, which ONNX Runtime runs on a CPU.
 """
 
 from __future__ import annotations

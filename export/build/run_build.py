@@ -208,7 +208,7 @@ class _EngineBuild:
         assert self.source is not None
         job = self.job
         with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
-            staged = dataclasses.replace(job, given_output=staging.path(job.output))
+            staged = dataclasses.replace(job, requested_output=staging.path(job.output))
             try:
                 report, has_engine = self._build(staged)
             except CheckFailed:
@@ -218,7 +218,7 @@ class _EngineBuild:
             settled = staging.settle()
         print(f"Written: {', '.join(path.name for path in settled)}.")
         if report:
-            print(f"{report.sentence()} The report is {job.beside('passport.html')}.")
+            print(f"{report.sentence()} The report is {job.sibling_path('passport.html')}.")
         else:
             log.warning("The accuracy was not checked. Pass --data DIR to compare the answers with FP32.")
         self._suggest_next(has_engine)
@@ -241,7 +241,7 @@ class _EngineBuild:
         )  # fmt: skip
         conversion = ConversionOptions(
             request.keep, request.table, request.plan, request.calib_samples, request.calib_method, request.max_drop,
-            request.threads, staged.beside("calibration.json"), staged.beside("plan.json"),
+            request.threads, staged.sibling_path("calibration.json"), staged.sibling_path("plan.json"),
             for_cpu=job.target == "onnxruntime",
         )  # fmt: skip
         converted = convert_precision(self.graph, request.precision, conversion, self.data_set, str(self.source))
@@ -249,9 +249,9 @@ class _EngineBuild:
             converted = dataclasses.replace(converted, facts={**converted.facts, "tf32": True})
         created = ConvertedModel.of(staged, self.source, self.graph, converted)
         size = len(created.content) / self.source.stat().st_size
-        print(f"{job.twin.name}: {format_shares(created.census)}, {size:.2f} of FP32.")
+        print(f"{job.graph_path.name}: {format_shares(created.precision_stats)}, {size:.2f} of FP32.")
         report = _checked_graph(staged, checker, created)
-        created.save(staged.twin)
+        created.save(staged.graph_path)
         parts = [single_engine_part(staged, created, converted, self.profiles)]
         if request.split:
             parts = cut_parts(staged, created, self.graph, self.profiles, request.videos)
@@ -274,8 +274,8 @@ class _EngineBuild:
         engines = [path for part in built for path in part.engines]
         if built[-1].unrolled_steps != self.job.unroll:
             # What was left out does not build the next time either.
-            checker = dataclasses.replace(checker, again=self.command(built[-1].unrolled_steps))
-            report = dataclasses.replace(report, again=checker.again) if report else None
+            checker = dataclasses.replace(checker, command=self.command(built[-1].unrolled_steps))
+            report = dataclasses.replace(report, command=checker.command) if report else None
         if self.data_set and runs_here(self.options):
             report = _checked_engine(checker, created, engines)
         if report:
@@ -291,7 +291,7 @@ class _EngineBuild:
             words = ("--model", output, "--data", self.request.data, "--video", first.video, "--query", first.sentence)
             suggest_next_command("runtime.infer", *words)
         else:
-            words = ("--reference", self.source, "--model", self.job.twin, "--data", "DIR")
+            words = ("--reference", self.source, "--model", self.job.graph_path, "--data", "DIR")
             suggest_next_command("export.verify", *words)
 
 
@@ -323,7 +323,7 @@ def _about_short(short: Unrolling) -> str:
 
 
 def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedModel) -> ParityReport | None:
-    """Return the proof of a twin that has its precision and answers as FP32; None without queries.
+    """Return the report of a graph that has its precision and answers as FP32; None without queries.
 
     Raises:
         CheckFailed: it does not; it is then kept as rejected.
@@ -337,7 +337,7 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
 
         attainable = attainable_share(checker.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
-        name = require_precision(converted.census, job.precision, attainable)
+        name = require_precision(converted.precision_stats, job.precision, attainable)
     except CheckFailed as error:
         converted.save(rejected)
         raise CheckFailed(
@@ -345,7 +345,7 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
             f"{job.precision}, build fp16.",
             code=error.code,
         ) from error
-    if converted.census.share(job.precision) < MIN_SHARES[job.precision]:
+    if converted.precision_stats.share(job.precision) < MIN_SHARES[job.precision]:
         log.warning(
             "%s: the network is so narrow that at most %.1f %% can be; FP16 or FP32 may be as fast, so measure them.",
             name,
@@ -353,7 +353,7 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
         )
     if not checker.data_set:
         return None
-    proof = dataclasses.replace(checker.judge_twin(converted), precision=name)
+    proof = dataclasses.replace(checker.check_graph(converted), precision=name)
     print(proof.text())
     if proof.broken:
         converted.save(rejected)
@@ -372,20 +372,20 @@ def _checked_engine(checker: ParityChecker, converted: ConvertedModel, engines: 
 
     Args:
         checker: holds the engine against the FP32 graph.
-        converted: the twin.
+        converted: the converted graph.
         engines: every plan that was built, what runs last.
 
     Raises:
         CheckFailed: it does not; it is then kept as rejected.
     """
-    proof = checker.judge_engine(converted)
+    proof = checker.check_engine(converted)
     print(proof.text())
     if proof.broken:
         retained = [mark_rejected(engine) for engine in engines]
         proof = dataclasses.replace(proof, model=ModelFile.of(retained[-1], converted.manifest))
         checker.write_reports(proof, converted, None)
         raise CheckFailed(
-            f"{proof.sentence()} Its twin does, so the engine's kernels lose it; build it with another "
+            f"{proof.sentence()} Its graph does, so the loss is in the engine's kernels; build it with another "
             "--optimization-level, or keep modules.",
             code="parity_failed",
         )
@@ -401,7 +401,7 @@ def choose_target(
         DeviceError: a target was asked for that this machine cannot build for.
     """
     if target == "onnxruntime":
-        return target, "the twin is the model, and ONNX Runtime optimises it for the machine that loads it."
+        return target, "the converted graph is the model, and ONNX Runtime optimizes it for the machine that loads it."
     if target != "auto":
         reason = unavailable_reason(target)
         if reason is None and target == "tensorrt-rtx" and not capabilities and not cuda_devices():

@@ -25,23 +25,23 @@ class EnginePart:
     Attributes:
         graph: in the precision requested.
         manifest: what the file says of itself: of an extractor its own kind.
-        twin: the ONNX file.
-        twin_hash: its SHA-256.
+        graph_path: the ONNX file.
+        graph_sha256: its SHA-256.
         engine: where the plan goes.
         profiles: what it is built for.
-        census: of `graph`.
+        precision_stats: of `graph`.
         fp32_weight_bytes: what its weights would be in FP32.
-        unrolled: what is built beside it of the same twin, its LSTM written out, for short queries.
+        unrolled: further engines of the same graph for short queries, with an unrolled LSTM.
         optional: whether the engine that this belongs to may be built without it.
     """
 
     graph: onnx.ModelProto
     manifest: Manifest | ExtractorManifest
-    twin: Path
-    twin_hash: str
+    graph_path: Path
+    graph_sha256: str
     engine: Path
     profiles: Sequence[Profile]
-    census: PrecisionStats
+    precision_stats: PrecisionStats
     fp32_weight_bytes: int
     unrolled: tuple[EnginePart, ...] = ()
     optional: bool = False

@@ -1,4 +1,4 @@
-"""A sealed twin, or a part of one, becomes a plan with its sidecar and layers: built, judged, written as one."""
+"""Build a plan from a converted graph, check its precision, and write it with its metadata and layers."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def build_part(
     changes += [f"it has no plan for queries of at most {_longest_query(other)} tokens" for other in left_out]
     promise = Promise(
         precision,
-        part.census,
+        part.precision_stats,
         part.fp32_weight_bytes,
         tf32=options.tf32,
         strongly_typed=built.strongly_typed,
@@ -117,7 +117,9 @@ def build_part(
         fp32_nodes=fp32_nodes(part.graph),
     )
     counted, verdict = engine_verdict(built.inspection, promise, len(built.plan), built.why_not_inspected)
-    content = _sidecar_content(part, built, options, layer_stats_content(part.census, counted, verdict), cache, changes)
+    content = _sidecar_content(
+        part, built, options, layer_stats_content(part.precision_stats, counted, verdict), cache, changes
+    )
     if shorter:
         content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
     try:
@@ -283,7 +285,7 @@ def _sidecar_content(
         },
         "timing_cache": sha256(cache) if cache and cache.is_file() else None,
         "census": census,
-        "sha256": {part.twin.name: part.twin_hash},
+        "sha256": {part.graph_path.name: part.graph_sha256},
     }
 
 

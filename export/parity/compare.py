@@ -63,7 +63,7 @@ def compare(
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
     known: Heads | None = None,
-    at_once: bool = False,
+    concurrent: bool = False,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> ParityResult:
     """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
@@ -76,7 +76,7 @@ def compare(
         protocol: whose NMS and hit rule, for both; the reference's own when None.
         batch_size: queries that go through the networks together.
         known: what `collect_outputs` gave for the reference, for callers that compare several models with it.
-        at_once: ask both at the same time, in a thread each; for models on the CPU.
+        concurrent: ask both at the same time, in a thread each; for models on the CPU.
         on_progress: called with the number of queries that one of the two has answered since the last call.
 
     Raises:
@@ -96,7 +96,7 @@ def compare(
     before = plan_uses(other)
     # One plan is all that answers, so that its parity is the engine's.
     alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in before if len(before) > 1]
-    result, answered = _answers(models, data_set, annotations, batch_size, at_once, on_progress, alone)
+    result, answered = _answers(models, data_set, annotations, batch_size, concurrent, on_progress, alone)
     heads = result if known is None else [known, *result]
     prior_truth = None
     if "train" in data_set.splits:
@@ -191,7 +191,7 @@ def _answers(
     data_set: DataSet,
     annotations: Sequence[Annotation],
     batch_size: int,
-    at_once: bool,
+    concurrent: bool,
     on_progress: Callable[[int], Any],
     alone: Sequence[PlanAnswers] = (),
 ) -> tuple[list[Heads], dict[str, int]]:
@@ -210,7 +210,7 @@ def _answers(
                 return list(run_chunk(model, chunk, batch_size))
 
             before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
-            every = pool.map(ask, models) if at_once else map(ask, models)
+            every = pool.map(ask, models) if concurrent else map(ask, models)
             for heads, result in zip(gathered, every):
                 for rows, part in result:
                     for name, values in vars(part).items():

@@ -23,7 +23,7 @@ class ParityReport:
         budget: what the second is held to.
         broken: the promises that do not hold, a clause each.
         split: where the queries come from.
-        again: the command that finds the same again.
+        command: the command that finds the same again.
         layers: where the two part, if that was looked at.
         engine_precision: of an engine: `verdict` over its precision, and `reason`.
         precision: name of the check of the model's precision, with the real share, where one was made.
@@ -36,7 +36,7 @@ class ParityReport:
     budget: AccuracyBudget
     broken: Sequence[str]
     split: str
-    again: str
+    command: str
     layers: LayerComparison | None = None
     engine_precision: Mapping[str, str] | None = None
     precision: str = ""
@@ -86,5 +86,5 @@ class ParityReport:
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "precision": self.precision,
             "cpu": dict(self.cpu),
-            "command": self.again,
+            "command": self.command,
         }

@@ -39,10 +39,10 @@ def run_parity_check(
     budget: AccuracyBudget,
     *,
     split: str,
-    again: str,
+    command: str,
     protocol: Protocol | None = None,
     batch_size: int = BATCH_SIZE,
-    at_once: bool = False,
+    concurrent: bool = False,
 ) -> ParityReport:
     """Ask both models every query, with progress, and hold the second to its budget.
 
@@ -51,9 +51,9 @@ def run_parity_check(
         files: what they were opened from.
         data_set, annotations: the queries.
         budget: what may be lost.
-        split, again: for the report.
+        split, command: for the report.
         protocol, batch_size: see `verify`.
-        at_once: see `export.parity.compare.compare`.
+        concurrent: see `export.parity.compare.compare`.
     """
     with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
         parity = compare(
@@ -62,7 +62,7 @@ def run_parity_check(
             annotations,
             protocol=protocol,
             batch_size=batch_size,
-            at_once=at_once,
+            concurrent=concurrent,
             on_progress=bar.update,
         )
     for check in parity.plans:
@@ -72,7 +72,7 @@ def run_parity_check(
                 "%s is %s to answer as %s: %s. Choose more queries of the data set.",
                 *(check.name, result, files[0].path.name, reason),
             )
-    return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, again)
+    return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, command)
 
 
 def write_reports(

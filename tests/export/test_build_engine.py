@@ -483,7 +483,7 @@ def test_int8_parity_check_uses_graph_form_of_the_target(
         seen.append((optimised, _narrow_operators(graph)))
         raise Enough
 
-    monkeypatch.setattr("export.build.parity_check.ParityChecker._sharing", stop)
+    monkeypatch.setattr("export.build.parity_check.ParityChecker._split_in_memory", stop)
     with pytest.raises(Enough):
         build_engine(
             model, precision="int8", target=target, data=planted, table=_measure(model, planted, tmp_path / "t.json"),
@@ -831,7 +831,7 @@ def test_engines_failing_parity_are_renamed_together(
     layers_path(shorter).write_bytes(b"layers")
     written: list[Any] = []
     court: Any = SimpleNamespace(
-        judge_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
+        check_engine=lambda made: Judged(), write_reports=lambda proof, *_: written.append(proof)
     )
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
         _checked_engine(court, SimpleNamespace(manifest=manifest), [shorter, main])  # type: ignore[arg-type]

@@ -219,8 +219,10 @@ def test_concurrent_models_agree_and_read_each_video_once(data_set: DataSet, mon
     other = alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0))
     annotations = data_set.annotations("test")
     found = [
-        compare(Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(other)), data_set, annotations, at_once=at_once)
-        for at_once in (False, True)
+        compare(
+            Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(other)), data_set, annotations, concurrent=concurrent
+        )
+        for concurrent in (False, True)
     ]
     assert found[0] == found[1]
     assert sorted(read) == sorted(2 * [*{entry.video for entry in annotations}]), "once a comparison"

@@ -86,7 +86,7 @@ class Case:
         sides = [Grounder.load(self.model, "cpu", 1), self.open(engine)]
         files = [ModelFile.of(path, side.manifest) for path, side in zip((self.model, engine), sides, strict=True)]
         return run_parity_check(
-            sides, files, self.data_set, self.annotations, AccuracyBudget(), split="test", again="again"
+            sides, files, self.data_set, self.annotations, AccuracyBudget(), split="test", command="command"
         )
 
 
