@@ -17,7 +17,7 @@ from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import apply_channel_scales, balanced_name, equalizable_tensors
 from calib.graph.naming import ALIASES
-from calib.graph.onnx_graph import read_manifest, with_manifest
+from calib.graph.onnx_graph import read_manifest, set_manifest
 from calib.graph.opset import opset_of, with_opset
 from calib.graph.precision_audit import count_macs
 from calib.range_estimation import ValueRange
@@ -181,9 +181,9 @@ def insert_qdq(
     chosen = {site.node: site for site in find_quantizable_ops(model, policy, kind)}
     if not chosen:
         raise CalibrationError("Nothing is left to quantize; keep fewer modules.", code="nothing_to_quantize")
-    quantized = with_opset(_Writer(model, chosen, ranges, policy.per_channel, kind).run(), opset)
+    result = with_opset(_Writer(model, chosen, ranges, policy.per_channel, kind).run(), opset)
     sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}
-    result = with_manifest(quantized, dataclasses.replace(manifest, precision=kind, sources=sources))
+    set_manifest(result, dataclasses.replace(manifest, precision=kind, sources=sources))
     onnx.checker.check_model(result, full_check=True)
     return result
 

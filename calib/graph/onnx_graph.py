@@ -134,10 +134,15 @@ def with_manifest(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto
     """Return a copy of a graph that has a manifest in the place of its own."""
     copy = type(model)()
     copy.CopyFrom(model)
-    for entry in copy.metadata_props:
+    set_manifest(copy, manifest)
+    return copy
+
+
+def set_manifest(model: onnx.ModelProto, manifest: Manifest) -> None:
+    """Replace the manifest of a graph, in place."""
+    for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
             entry.value = manifest.to_json()
-    return copy
 
 
 def _properties(model: onnx.ModelProto) -> dict[str, str]:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.graph.conv_padding import extract_padding
-from calib.graph.onnx_graph import infer_shapes, manifest_of, needed_nodes, read_by, with_manifest
+from calib.graph.onnx_graph import (
+    infer_shapes,
+    manifest_of,
+    needed_nodes,
+    read_by,
+    set_manifest,
+    strip_weights,
+    with_manifest,
+)
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.errors import ModelFileError
@@ -179,8 +187,10 @@ def _part(
     piece.graph.initializer.extend(tensor for tensor in everything if tensor.name in read)
     piece.graph.input.extend(inputs)
     piece.graph.output.extend(outputs)
-    onnx.checker.check_model(piece, full_check=True)
-    return with_manifest(piece, dataclasses.replace(manifest_of(model), part=part))
+    # The checks do not depend on the weights, which would be serialized for them.
+    onnx.checker.check_model(strip_weights(piece), full_check=True)
+    set_manifest(piece, dataclasses.replace(manifest_of(model), part=part))
+    return piece
 
 
 def _renamed(values: Iterable[onnx.ValueInfoProto], name: str, rows: str) -> onnx.ValueInfoProto:
