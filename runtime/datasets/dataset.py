@@ -39,6 +39,8 @@ CHECKED_VIDEOS = 256
 # TACoS and QVHighlights the smallest is 0.07 and the largest 1.12, and each split has one of 1 or more. Seconds in
 # place of milliseconds or frames give at most 0.04, the opposite at least 25.
 MIN_LARGEST_END, MAX_MEDIAN_END = 0.05, 2.0
+# Where no moment of longer videos ends after the first second, moments are fractions of their videos.
+MIN_FRACTION_SECONDS = 10.0
 # Fewer videos may be short excerpts of what is in them.
 MIN_VIDEOS_FOR_UNITS = 3
 # Of `runtime.extract`: what was extracted of each video.
@@ -130,11 +132,10 @@ class DataSet:
             AnnotationError: a row is malformed or names an unknown video, or is invalid under `error`.
         """
         annotations, dropped, clipped = [], [], 0
+        first_problem = ""
         for row, annotation, problems in self.judged(split):
-            if problems and invalid == "error":
-                raise AnnotationError(
-                    f"{row.place}: {problems[0]}; {self._layout.correction}.", code="impossible_moment"
-                )
+            if problems and not first_problem:
+                first_problem = f"{row.place}: {problems[0]}; {self._layout.correction}."
             if problems and invalid == "drop":
                 dropped.append(f"{row.label} ({problems[0]})")
                 if annotation is None:
@@ -143,6 +144,9 @@ class DataSet:
             retained = row.annotation
             clipped += any(end > self.durations[retained.video] for _, end in retained.moments)
             annotations.append(retained)
+        # After all rows: where all moments are in another unit, no single row is wrong.
+        if first_problem and invalid == "error":
+            raise AnnotationError(first_problem, code="impossible_moment")
         path = self.annotations_path(split)
         if dropped:
             more = f"; and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
@@ -188,7 +192,10 @@ class DataSet:
         if not shares:
             return
         last = max(shares, key=lambda video: shares[video])
-        if shares[last] > MIN_LARGEST_END and float(np.median(list(shares.values()))) < MAX_MEDIAN_END:
+        usual_seconds = float(np.median([self.durations[video] for video in ends]))
+        are_fractions = max(ends.values()) <= 1 and usual_seconds > MIN_FRACTION_SECONDS
+        fits = shares[last] > MIN_LARGEST_END and float(np.median(list(shares.values()))) < MAX_MEDIAN_END
+        if fits and not are_fractions:
             return
         message = (
             f"{self.annotations_path(split)}: of {len(shares)} videos, {excerpt(last)} has the moment that ends "

@@ -279,8 +279,19 @@ def test_annotations_in_another_unit_are_rejected(
     data_set = scaled(DataSet(write(tmp_path / "data")), tmp_path / "data", key, factor)
     with pytest.raises(AnnotationError) as raised:
         data_set.annotations("test", invalid)
-    if invalid != "error":
-        assert raised.value.code == "units_mismatch"
+    assert raised.value.code == "units_mismatch"
+
+
+def test_annotations_in_fractions_of_their_videos_are_rejected(tmp_path: Path) -> None:
+    path = write_activitynet(tmp_path / "data")
+    for split in ("train", "val", "test"):
+        entries = json.loads((path / f"{split}.json").read_text())
+        for entry in entries.values():
+            entry["timestamps"] = (np.array(entry["timestamps"]) / entry["duration"]).tolist()
+            entry["duration"] = 15.0
+        (path / f"{split}.json").write_text(json.dumps(entries))
+    with raises(AnnotationError, "units_mismatch", path / "test.json"):
+        DataSet(path).annotations("test")
 
 
 @pytest.mark.parametrize("name", ["charades_sta", "activitynet", "tacos", "qvhighlights"])
