@@ -48,11 +48,12 @@ def uncovered() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
+        causes: list[BaseException] = [error]
+        # An error may be its own cause.
+        while (cause := causes[-1].__cause__) is not None and cause not in causes:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            causes.append(cause)
         raise
 
 

@@ -88,6 +88,14 @@ def test_interrupted_import_is_no_missing_package(run_command: Callable[..., Any
     assert run_command(stopped).code == 143
 
 
+def test_error_that_is_its_own_cause_ends_the_command(run_command: Callable[..., Any]) -> None:
+    def broken() -> None:
+        error = FeatureError("no clips")
+        raise error from error
+
+    assert run_command(broken).code == 2
+
+
 def test_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.core.cli import command
 
