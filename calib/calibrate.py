@@ -24,7 +24,7 @@ from calib.errors import CalibrationError
 from calib.graph.channel_equalization import balanced_name, measure_channel_scales
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.qdq_quantizer import QuantDtype, balanced, tensors_to_calibrate
-from calib.range_estimation import METHODS, Histogram, Method, collect_histograms
+from calib.range_estimation import Histogram, collect_histograms
 from runtime.core.batch import Batch
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
@@ -162,8 +162,6 @@ def _with_bar(drawn: CalibrationSet, model: onnx.ModelProto, batch_size: int, wh
         disable=None,
     )
 
-
-__all__ = ["METHODS", "Method", "calibrate", "measure_table", "observe_set", "unproven_name"]
 
 if __name__ == "__main__":
     command(calibrate)

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from calib.calibration_table import CalibrationTable
-from calib.errors import CalibrationError
 from calib.graph.onnx_graph import load_fp32_graph
 from calib.graph.precision_audit import MIN_SHARES, audit_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, modules
@@ -79,8 +78,6 @@ def quantize(
     suggest_next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
     return Path(output)
 
-
-__all__ = ["CalibrationError", "quantize"]
 
 if __name__ == "__main__":
     command(quantize)

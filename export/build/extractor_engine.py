@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.half_precision import emulate_bf16, measure_magnitudes, overflow_prone_modules
+from calib.graph.half_precision import emulate_bf16, measure_magnitudes
 from calib.graph.onnx_graph import read_extractor
 from calib.graph.onnx_session import open_session
 from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
 from export.build.artifacts import format_shares
 from export.build.build_config import BuildConfig, validate_keep_modules
-from export.build.reduced_precision import ConversionOptions, convert_precision
+from export.build.reduced_precision import ConversionOptions, convert_precision, held_in_fp32
 from export.engine.builder import BuildOptions, runs_here
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import build_part, mark_rejected
@@ -202,13 +202,8 @@ def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[s
 
     Features alone would not tell on a CPU, where ONNX Runtime computes FP16 layers in FP32.
     """
-    scanned = measure_magnitudes(graph, (SimpleNamespace(clips=clip) for clip in synthetic_clips(manifest)))
-    held = overflow_prone_modules(scanned)
-    for module in held:
-        log.warning(
-            "%s reaches %.3g, too near the largest FP16 number (65504), and stays in FP32.", module, scanned[module]
-        )
-    return held
+    batches = (SimpleNamespace(clips=clip) for clip in synthetic_clips(manifest))
+    return held_in_fp32(measure_magnitudes(graph, batches))
 
 
 def _checked_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:

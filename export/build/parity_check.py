@@ -18,7 +18,7 @@ from runtime.datasets.dataset import Annotation, DataSet
 if TYPE_CHECKING:
     import onnx
 
-    from export.build.build_config import BuildConfig
+    from export.build.build_config import BuildConfig, BuildRequest
     from export.parity.model_file import ModelFile
     from export.parity.parity_report import ParityReport
     from runtime.grounding.grounder import Grounder
@@ -31,25 +31,22 @@ class ParityChecker:
     """Compares converted graphs and engines with the FP32 graph on the queries of a split.
 
     Attributes:
-        job: the build, in its staging directory.
+        request: the options of the build.
+        job: its files, in the staging directory.
         output_path: final path of what is built.
-        source, graph: the FP32 graph, and the file it is from.
-        data_set, annotations, split: the queries; None and empty without --data.
-        max_drop: points that may be lost.
-        command: the command that builds the same again.
-        threads: CPU threads.
+        command: that builds the same again.
+        source, graph: the FP32 graph and its file.
+        data_set, annotations: the queries; None and empty without --data.
     """
 
+    request: BuildRequest
     job: BuildConfig
     output_path: Path
+    command: str
     source: Path
     graph: onnx.ModelProto
     data_set: DataSet | None
     annotations: Sequence[Annotation]
-    split: str
-    max_drop: float
-    command: str
-    threads: int | None
 
     def check_graph(self, created: ConvertedModel) -> ParityReport:
         """Compare the converted graph, as it will be on disk, with the FP32 graph, on the CPU."""
@@ -62,8 +59,8 @@ class ParityChecker:
         graph = emulate_bf16(onnx.load_from_string(created.content))
         optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         # One core for each of the two serves better than all cores for one after the other.
-        threads = max((self.threads or os.cpu_count() or 2) // 2, 1)
-        concurrent = self.threads != 1
+        threads = max((self.request.threads or os.cpu_count() or 2) // 2, 1)
+        concurrent = self.request.threads != 1
         compared, reference = (
             self._split_in_memory(graph, optimised, threads),
             self._split_in_memory(self.graph, True, threads),
@@ -76,7 +73,7 @@ class ParityChecker:
         from runtime.grounding.grounder import Grounder
 
         compared = Grounder.load(self.job.output, "cuda")
-        reference = self._split_in_memory(self.graph, True, self.threads)
+        reference = self._split_in_memory(self.graph, True, self.request.threads)
         return self._compare(compared, ModelFile.of(self.job.output, created.manifest), reference, False)
 
     def _split_in_memory(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
@@ -101,8 +98,8 @@ class ParityChecker:
             (ModelFile.of(self.source, manifest), file),
             self.data_set,
             self.annotations,
-            AccuracyBudget.of(self.job.precision, self.max_drop),
-            split=self.split,
+            AccuracyBudget.of(self.job.precision, self.request.max_drop),
+            split=self.request.parity_split,
             command=self.command,
             concurrent=concurrent,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,7 +141,11 @@ def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple
     manifest = read_manifest(graph)
     drawn = sample_calibration_set(data_set, manifest, SCAN_QUERIES, at_most=True)
     log.info("Scanning ranges on %d training queries ...", len(drawn.annotations))
-    scanned = measure_magnitudes(graph, drawn.batches(manifest))
+    return held_in_fp32(measure_magnitudes(graph, drawn.batches(manifest)), kind)
+
+
+def held_in_fp32(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
+    """Return the modules whose magnitudes come too near the largest number of the type, and report them."""
     held = overflow_prone_modules(scanned, kind)
     for module in held:
         log.warning(

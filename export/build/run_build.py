@@ -68,6 +68,7 @@ def run(request: BuildRequest) -> Path:
 
 
 def _run_extractor(build: _EngineBuild) -> Path:
+    """Build the engine of a feature extractor; see `run`."""
     request, job = build.request, build.job
     check_ranges(request.batch, request.query_length)
     if request.dry_run:
@@ -235,10 +236,10 @@ class _EngineBuild:
         assert self.graph is not None
         assert self.profiles is not None
         request, job = self.request, self.job
+        command = self.command(job.unroll)
         checker = ParityChecker(
-            staged, job.output, self.source, self.graph, self.data_set, self.annotations, request.parity_split,
-            request.max_drop, self.command(job.unroll), request.threads,
-        )  # fmt: skip
+            request, staged, job.output, command, self.source, self.graph, self.data_set, self.annotations
+        )
         conversion = ConversionOptions(
             request.keep, request.table, request.plan, request.calib_samples, request.calib_method, request.max_drop,
             request.threads, staged.sibling_path("calibration.json"), staged.sibling_path("plan.json"),

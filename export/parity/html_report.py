@@ -159,10 +159,6 @@ def _list(rows: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{_text(row)}</li>" for row in rows) + "</ul>"
 
 
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>{content}</details>"
-
-
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.header)
     body = []

@@ -18,6 +18,7 @@ import pytest
 from benchmarks.fake_tensorrt import Driver, Library, write_plan
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.unroll_lstm import unroll_lstm
+from export.build.build_config import BuildRequest
 from export.build.parity_check import ParityChecker
 from export.build.run_build import _checked_engine
 from export.engine.profiles import profiles, with_fixed_query_length
@@ -183,13 +184,14 @@ def test_build_rejects_engine_with_wrong_loop_engine(case: Case, monkeypatch: py
     engine = case.engine((longest,), wrong=(0,))
     monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
     graph = onnx.load(case.model)
-    job: Any = SimpleNamespace(output=engine, precision="fp32", beside=lambda name: case.directory / name)
-    court = ParityChecker(job, engine, case.model, graph, case.data_set, case.annotations, "test", 0.2, "again", 1)
+    job: Any = SimpleNamespace(output=engine, precision="fp32", sibling_path=lambda name: case.directory / name)
+    request = BuildRequest(case.model, precision="fp32", threads=1)
+    checker = ParityChecker(request, job, engine, "command", case.model, graph, case.data_set, case.annotations)
     short = engine.with_name(f"drn.fp32.{longest}.engine")
     made: Any = SimpleNamespace(manifest=read_manifest(graph))
     monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
-        _checked_engine(court, made, [short, engine])
+        _checked_engine(checker, made, [short, engine])
     assert not engine.exists()
     assert not short.exists()
 
