@@ -303,7 +303,8 @@ def _within_budget(
     print(format_deltas(steps))
     everything = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
-        print(f"Restored to FP16 for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
+        rest = "FP32" if options.for_cpu else "FP16"
+        print(f"Restored to {rest} for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
         if options.plan_output:
             dataclasses.replace(plan, keep=everything).save(options.plan_output)
             print(f"{options.plan_output.name}: the plan; with --plan and --table it makes the same graph again.")

@@ -133,9 +133,10 @@ class Vocabulary:
         return np.array(ids, np.int32)
 
     def knows_any(self, sentence: str) -> bool:
-        """Return whether a word of a sentence is known. True without any word: `encode` has a message for that."""
-        tokens = tokenize(sentence) if self.words else []
-        return not tokens or any(self.words.get(token) or self.words.get(token.lower()) for token in tokens)
+        """Return whether a word of a sentence is known. True without a word table."""
+        return not self.words or any(
+            self.words.get(token) or self.words.get(token.lower()) for token in tokenize(sentence)
+        )
 
     def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
         words = list(dict.fromkeys(_content(unknown) or unknown))

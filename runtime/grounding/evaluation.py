@@ -72,7 +72,8 @@ def evaluate(
         batch_size: queries that go through the network together. Changes nothing but speed.
         segments_of: pooled segments, or the model's encoding of them, by video name, for callers that have them.
         on_progress: called with the number of queries answered since the last call.
-        warn: whether sentences of which no word is known are named. They get no answer and count as misses.
+        warn: whether unknown words are named, and sentences of which no word is known. The latter get no answer and
+            count as misses.
     """
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
@@ -81,7 +82,7 @@ def evaluate(
     picks = {threshold: np.full((len(annotations), PUBLISHED_COUNT, 3), np.nan, np.float32) for threshold in thresholds}
     askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
     requested = [annotations[row] for row in askable]
-    for rows, heads in run_heads(grounder, data_set, requested, batch_size, segments_of):
+    for rows, heads in run_heads(grounder, data_set, requested, batch_size, segments_of, warn):
         try:
             proposals = score_proposals_with_fallback(heads, decoding)
         except ModelFileError as error:
@@ -149,9 +150,10 @@ def run_heads(
     annotations: Sequence[Annotation],
     batch_size: int = BATCH_SIZE,
     segments_of: Callable[[str], Encoding] | None = None,
+    warn: bool = True,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
     """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
-    for chunk in chunks(grounder, data_set, annotations, segments_of):
+    for chunk in chunks(grounder, data_set, annotations, segments_of, warn):
         yield from run_chunk(grounder, chunk, batch_size)
 
 
@@ -190,9 +192,10 @@ def chunks(
     data_set: DataSet,
     annotations: Sequence[Annotation],
     segments_of: Callable[[str], Encoding] | None = None,
+    warn: bool = True,
 ) -> Iterator[Chunk]:
     """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
-    queries = encode_queries(grounder, annotations)
+    queries = encode_queries(grounder, annotations, warn)
     for rows in _by_video(annotations):
         names = [annotations[i].video for i in rows]
         if segments_of is None:
@@ -216,8 +219,8 @@ def nms_per_threshold(
         yield threshold, result
 
 
-def encode_queries(grounder: Grounder, annotations: Sequence[Annotation]) -> list[np.ndarray]:
-    """Return the word ids of every sentence; one warning names all the words that the model does not know.
+def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: bool = True) -> list[np.ndarray]:
+    """Return the word ids of every sentence; one warning, if any, names all the words that the model does not know.
 
     Raises:
         QueryError: a sentence cannot be asked; it is named by its place and its video.
@@ -230,7 +233,8 @@ def encode_queries(grounder: Grounder, annotations: Sequence[Annotation]) -> lis
         except QueryError as error:
             location = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
             raise QueryError(f"{location}: {error}", code=error.code) from error
-    grounder.manifest.vocabulary.tell(unheard)
+    if warn:
+        grounder.manifest.vocabulary.tell(unheard)
     return queries
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
-from runtime.core.errors import GroundingError
+from runtime.core.errors import AnnotationError, GroundingError
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
@@ -137,7 +137,14 @@ def load_inputs(
     """
     config, vocabulary = network.config, network.vocabulary
     # Before the first epoch, not after it. A sentence without a known word is a miss in validation.
-    encode([split.validation[row] for row in askable_rows(vocabulary, split.validation)], vocabulary)
+    known = [split.validation[row] for row in askable_rows(vocabulary, split.validation)]
+    if split.validation and not known:
+        raise AnnotationError(
+            f"None of the {len(split.validation)} sentences to validate on has a known word, so no epoch can be "
+            "chosen. Correct the split, or pass --validate-on held-out.",
+            code="empty_split",
+        )
+    encode(known, vocabulary)
     videos = sorted({annotation.video for annotation in (*split.training, *split.validation)})
     pooling = (data_set, videos, config.num_segments, network.features, options.cache or Path(options.data) / "cache")
     # The main process writes the cache, and the others read it.

@@ -23,7 +23,7 @@ import torch
 import train.training.trainer as loop
 from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
-from runtime.core.errors import CheckpointError, GroundingError, OutputError
+from runtime.core.errors import AnnotationError, CheckpointError, GroundingError, OutputError
 from runtime.core.metrics import prior_report
 from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import Segments
@@ -491,6 +491,21 @@ def test_train_diverging_names_learning_rate(
     sizes = {**tiny_sizes, "lr": (1e9,), "epochs": (3,)}
     with raises(GroundingError, "training_diverged", "stage 1", "--lr 1e+09"):
         run_training(planted, tmp_path / "run", validate_on=validate_on, **sizes)
+
+
+def test_validation_query_without_words_is_no_error_and_words_are_named_once(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(planted, data)
+    lines = (data / "Charades_sta_test.txt").read_text().splitlines()
+    moment = lines[0].split("##")[0]
+    (data / "Charades_sta_val.txt").write_text("\n".join([f"{moment}##...", f"{moment}##person zorbs", *lines]) + "\n")
+    run_training(data, tmp_path / "run", stage="1", **{**tiny_sizes, "epochs": (2,), "lr": (1e-3,)})
+    assert len([record for record in caplog.records if "zorbs" in record.message]) == 1
+    (data / "Charades_sta_val.txt").write_text(f"{moment}##zorbs frimly\n")
+    with raises(AnnotationError, "empty_split", "--validate-on"):
+        run_training(data, tmp_path / "other", **tiny_sizes)
 
 
 def test_validation_query_of_unknown_words_counts_as_miss(
