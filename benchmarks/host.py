@@ -146,7 +146,7 @@ class Bench:
     def _place(self, number: int) -> int:
         """Put the heads of one query where the GPU would have, and return which it is."""
         query = number % len(self._asked)
-        for program in self._backend._network._programs.values():
+        for _, program in self._backend._network.contexts.states.items():
             for name, view in program.outputs.items():
                 if len(view) == 1:
                     view[...] = getattr(self._heads[query], name)

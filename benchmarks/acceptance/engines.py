@@ -166,23 +166,24 @@ def time_rejected(job: Job, target: str) -> Found:
 def _time_plan(job: Job, network: Any) -> list[float]:
     profile = network.domains[0]
     sizes = dict(profile.largest())
-    shapes = profile.shapes(network._axes, sizes)
+    shapes = profile.shapes(network.tensors.axes, sizes)
     rng = np.random.default_rng(0)
     inputs = {name: np.ones(shape, np.int32) if "query" in name else rng.random(shape, np.float32)
-              for name, shape in shapes.items() if name not in network._resident}  # fmt: skip
+              for name, shape in shapes.items() if name not in network.tensors.encodings}  # fmt: skip
     with network.turn, network.cuda.current():
-        network.timed = True
+        network.contexts.timed = True
 
         def run(_: object) -> Any:
-            network.gpu_ms = 0.0
+            network.contexts.gpu_ms = 0.0
             return network.run(inputs, sizes)
 
-        return take_times(job, {"plan": Call(run, device_seconds=lambda: network.gpu_ms / 1e3)})["plan"]
+        return take_times(job, {"plan": Call(run, device_seconds=lambda: network.contexts.gpu_ms / 1e3)})["plan"]
 
 
 def make_builder(target: Any) -> Found:
     """Import the library and make a builder and a network, which shows that it is whole and accepts this GPU."""
-    from export.engine.builder import load_library, logger_for
+    from export.engine.builder import load_library
+    from runtime.backends.tensorrt_logger import logger_for
 
     library = load_library(target)
     builder = library.Builder(logger_for(library))

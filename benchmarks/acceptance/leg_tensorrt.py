@@ -289,7 +289,7 @@ def _graphs(networks: Sequence[Any]) -> str:
     """Return whether what was asked went into CUDA graphs of ours."""
     if any(hasattr(network._trt, "CudaGraphStrategy") for network in networks):
         return "as TensorRT-RTX decides"
-    programs = [program for network in networks for program in network._programs.values()]
+    programs = [program for network in networks for _, program in network.contexts.states.items()]
     return "yes" if programs and all(program.graph is not None for program in programs) else "no"
 
 
@@ -432,13 +432,13 @@ def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: A
     backend: Any = grounder.backend
     grounder.ground_batch(pairs, batch_size=len(pairs))
     network = backend.network_for(max(len(grounder.encode_query(query)) for _, query in pairs))
-    (program,) = list(network._programs.values())[-1:]
+    _, program = network.contexts.states.items()[-1]
     program.context.profiler = profiler
     with network.cuda.current():
         for _ in range(PROFILED_RUNS):
-            program.context.execute_async_v3(network._stream)
-            network.cuda.synchronize(network._stream)
-    network.forget_programs()
+            program.context.execute_async_v3(network.buffers.stream)
+            network.cuda.synchronize(network.buffers.stream)
+    network.contexts.release()
 
 
 def _other_version(job: Job, pair: Path) -> Found:

@@ -20,7 +20,7 @@ from export.engine.inspector import inspect_plan
 from export.engine.profiles import Profile
 from runtime.artifacts.engine_layers import Inspection
 from runtime.backends.cuda_driver import Cuda
-from runtime.backends.tensorrt_engine import explain_startup_failure, logger_for
+from runtime.backends.tensorrt_logger import explain_startup_failure, logger_for
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
 
 log = logging.getLogger("drn")

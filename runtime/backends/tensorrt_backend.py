@@ -282,7 +282,7 @@ class _Grounding(TensorRTModel):
                     ) from error
         with self._turn():
             for network in self._networks:
-                network.save_kernels()
+                network.contexts.save_kernels()
         progress(len(requests), len(requests))
         return len(requests)
 
@@ -366,7 +366,8 @@ class TensorRTPair(_Grounding):
         self._video = video
         # Each engine stores encodings of its own, by how many its profiles take.
         self._slots = {
-            network: {slots: EncodingSlots(slots) for slots, _ in network.resident} for network in (query, *shorter)
+            network: {slots: EncodingSlots(slots) for slots, _ in network.buffers.encodings}
+            for network in (query, *shorter)
         }
         self._largest = {
             network: max(network.domains, key=lambda profile: profile.ranges["batch"].max).ranges
@@ -452,11 +453,11 @@ class TensorRTPair(_Grounding):
     def _upload(network: TensorRTEngine, video: EncodedVideo, slot: int, most: int) -> None:
         features = to_bfloat16(video.features) if network.half_bits else video.features
         for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
-            staged = network.staged[most, name][slot]
+            staged = network.buffers.staged[most, name][slot]
             if array.shape != staged.shape:
                 raise ShapeError(
                     f"The encoding of {video.name} has {name} of shape {array.shape} and this engine takes "
                     f"{staged.shape}; encode the video with this model."
                 )
             staged[...] = array
-            network.upload(name, most, slot)
+            network.buffers.upload(name, most, slot)

@@ -1,25 +1,20 @@
-"""One TensorRT plan on the GPU: its contexts, its buffers and its CUDA graphs.
+"""Load one TensorRT engine on the GPU and run it.
 
-Everything that a call needs is allocated once: pinned staging, device buffers, one stream. Inputs are put side by side,
-so that one copy takes them to the GPU and one brings all outputs back. For each (profile, shape) there is one execution
-context, since a CUDA graph replays what its context was set to when it was captured; all contexts share their scratch
-memory, which only one uses at a time.
-
-TensorRT 8.6, 10, 11 and TensorRT-RTX go one way; where a name differs, it is looked for.
+TensorRT 8.6, 10, 11 and TensorRT-RTX take one path; where a name differs, the library is inspected for it. The memory
+of an engine is in `device_buffers`, its contexts and CUDA graphs are in `execution_contexts`.
 """
 
 from __future__ import annotations
 
 import atexit
-import collections
 import contextlib
-import dataclasses
+import functools
 import logging
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,94 +22,58 @@ import numpy as np
 
 from runtime.artifacts.engine_metadata import EngineMetadata
 from runtime.backends import engine_compatibility
-from runtime.backends.batch_shapes import (
-    ALIGNMENT,
-    AXES,
-    MinOptMax,
-    OptimizationProfile,
-    TensorSlice,
-    choose,
-    pack_tensors,
-    profile_from_shapes,
-)
+from runtime.backends.batch_shapes import ALIGNMENT, AXES, MinOptMax, OptimizationProfile, choose, profile_from_shapes
 from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory, disable_in_forked_children, leak_forever
+from runtime.backends.device_buffers import DeviceBuffers
+from runtime.backends.execution_contexts import EngineTensors, ExecutionContexts, ExecutionState
 from runtime.backends.rtx_runtime_cache import KernelCache, Key
+from runtime.backends.tensorrt_logger import CallChecker, explain_startup_failure, logger_for
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES
-from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
+from runtime.core.errors import DeviceMemoryError, ModelFileError, ShapeError
 
 log = logging.getLogger("drn")
 
-# What the other kinds of network give.
+# Outputs of the other kinds of network.
 OTHER_OUTPUTS = {"video": (ENCODED_FEATURES,), "clips": ("features",)}
 SPANS = "segment_spans"
-# Contexts, each with its CUDA graph, that are kept; the least used goes first. There is room for all sizes of batches
-# to 32 and of queries to 16 words, which a service meets in any order, so that no context is made twice.
-MAX_EXECUTION_STATES = 64
+# At the end of the process, time for calls in other threads to end. A call takes milliseconds.
+LAST_CALLS_SECONDS = 2.0
 # Runs of a shape after which it is captured.
 RUNS_BEFORE_CAPTURE = 2
-# At the end of the process, what calls in other threads get to end in all. A call takes milliseconds.
-LAST_CALLS_SECONDS = 2.0
 # Sizes whose profile is remembered.
 MAX_CACHED_CHOICES = 4096
 # In the rows that pad a batch: a query of one unknown word, which no mask makes empty.
 _PADDING = {"query_length": 1}
-# bfloat16 is not known to NumPy: its bits are.
+# NumPy has no bfloat16: its bits are stored.
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "BF16": "u2", "INT32": "i4", "INT64": "i8", "UINT8": "u1"}
 
 
-@dataclasses.dataclass
-class _ExecutionState:
-    """One (profile, shape): a context set to it, views of the staging memory, and the CUDA graph once captured."""
-
-    context: Any
-    inputs: Mapping[str, np.ndarray]
-    outputs: Mapping[str, np.ndarray]
-    bytes_in: int
-    bytes_out: int
-    runs: int = 0
-    graph: int | None = None
-
-
 class TensorRTEngine:
-    """One plan on the GPU.
+    """One engine on the GPU.
 
     Attributes:
-        path, sidecar: the plan's.
+        path, sidecar: of the engine file.
         cuda: the GPU.
         domains: its optimization profiles.
-        turn: held by the one thread that uses it; networks of one model share theirs.
-        resident: where the encodings' tensors lie on the device, by how many there are (profiles may differ) and name.
-        staged: page-locked memory of the same shapes, from which they are copied there.
-        closed: whether everything was given back.
-        gpu_ms: milliseconds that the GPU spent on the network since `gpu_ms` was last set to 0; counted only while
-            `timed`.
+        turn: lock for the one thread that uses it; the engines of one model share theirs.
+        tensors: its inputs and outputs.
+        buffers: its memory, with the slots of encodings.
+        contexts: its execution contexts.
+        closed: whether everything was released.
+        rows_answered: number of rows since the engine was opened.
+        answers_above: tokens up to which another engine runs the queries.
     """
 
     def __init__(self, library: Any, cuda: Cuda, path: Path, sidecar: EngineMetadata) -> None:
         self.path, self.sidecar, self.cuda = path, sidecar, cuda
-        self.gpu_ms = 0.0
+        self.buffers = DeviceBuffers(cuda)
         self._trt = library
         self._logger = logger_for(library)
-        self._programs: collections.OrderedDict[tuple[int, ...], _ExecutionState] = collections.OrderedDict()
-        self._device: list[int] = []
-        self._pinned: list[np.ndarray] = []
-        self._device_bytes = 0
-        self._timed = False
-        self._captures = not hasattr(library, "CudaGraphStrategy")
-        # Whether the last capture failed and nothing has run since.
-        self._capture_failed = False
-        # Of TensorRT-RTX: what every context is made with, and the compiled kernels that all of them share.
-        self._config: Any = None
-        self._cache: Any = None
         version = f"{library.__name__} {library.__version__}"
         key = Key(str(sidecar.content["sha256"][path.name]), version, f"{cuda.name} ({cuda.capability})")
         self._kernels = KernelCache(path, key)
         self._choices: dict[tuple[int, ...], tuple[OptimizationProfile, dict[str, int]]] = {}
-        self._streams: list[int] = []
-        self._events: list[int] = []
-        # Rows that were answered since the plan was opened.
         self.rows_answered = 0
-        # Tokens up to which another plan answers in place of this one.
         self.answers_above = 0
         self.closed = False
         self.turn = threading.Lock()
@@ -136,12 +95,9 @@ class TensorRTEngine:
             raise
 
     def _open(self) -> None:
-        cuda = self.cuda
-        self._stream = cuda.stream()
-        self._streams.append(self._stream)
-        self._events += [cuda.event(), cuda.event()]
+        self.buffers.create_stream()
         # The runtime must live as long as its engine.
-        with explain_startup_failure(self._trt, self._logger, cuda.driver):
+        with explain_startup_failure(self._trt, self._logger, self.cuda.driver):
             self._runtime = self._trt.Runtime(self._logger)
         if engine_compatibility.is_version_compatible(self.sidecar.content):
             # Only plans that match the hash in the sidecar are opened.
@@ -155,41 +111,36 @@ class TensorRTEngine:
             ) from error
         self._plan_bytes = len(plan)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
-        self._expect(
+        checker = CallChecker(self._trt, self._logger, self.path.name)
+        checker.require(
             self._engine is not None,
             "load the plan",
             f"; build it again: `{engine_compatibility.rebuild_command(self.path, self.sidecar)}`",
         )
         part = self.sidecar.manifest.part
-        self._axes = AXES[part]
-        self._resident = (ENCODED_FEATURES, SPANS) if part == "query" else ()
-        self._outputs = OTHER_OUTPUTS.get(part, HEAD_NAMES)
-        self._dtypes = self._read_tensors(self._outputs)
-        self.half_bits = self._half_bits()
+        outputs = OTHER_OUTPUTS.get(part, HEAD_NAMES)
+        stored = (ENCODED_FEATURES, SPANS) if part == "query" else ()
+        self.tensors = EngineTensors(AXES[part], stored, outputs, self._read_tensors(AXES[part], outputs))
+        dtype = self.tensors.dtypes.get(ENCODED_FEATURES)
+        # bfloat16 goes in and out as its bits.
+        self.half_bits = dtype is not None and dtype.kind == "u"
         self.domains = [self._domain(index) for index in range(self._engine.num_optimization_profiles)]
         # Neither a video part nor an extractor takes queries.
         ranges = [profile.ranges.get("query_length", MinOptMax(0, 0, 0)) for profile in self.domains]
         self.query_length = MinOptMax.covering(ranges)
-        self._scratch_bytes = int(
-            self._engine.device_memory_size_v2
-            if hasattr(self._engine, "device_memory_size_v2")
-            else self._engine.device_memory_size
+        run_advice = functools.partial(_advice_for_failed_run, self.path, self.sidecar)
+        self.contexts = ExecutionContexts(
+            self._trt, self._engine, self.tensors, self.buffers, self._kernels, checker, run_advice
         )
-        self._scratch = self._allocate(self._scratch_bytes)
+        self.buffers.allocate_scratch(self.contexts.scratch_bytes)
         self._allocate_staging()
 
-    def _half_bits(self) -> bool:
-        """Return whether encoded features are bfloat16, which is copied as 16-bit integers."""
-        if ENCODED_FEATURES not in self._dtypes:
-            return False
-        return bool(self._dtypes[ENCODED_FEATURES].kind == "u")
-
-    def _read_tensors(self, outputs: Sequence[str]) -> dict[str, np.dtype]:
-        """Return the tensors' types, after checking that they are those of such a part."""
+    def _read_tensors(self, expected_inputs: Iterable[str], expected_outputs: Iterable[str]) -> dict[str, np.dtype]:
+        """Return the data types of the tensors; ModelFileError unless they are those of such a part."""
         engine, trt = self._engine, self._trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-        wrong = (inputs ^ set(self._axes)) | ((set(names) - inputs) ^ set(outputs))
+        wrong = (inputs ^ set(expected_inputs)) | ((set(names) - inputs) ^ set(expected_outputs))
         wrong |= {name for name in names if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE}
         kinds = {name: str(engine.get_tensor_dtype(name)).rpartition(".")[2] for name in names}
         wrong |= {name for name, kind in kinds.items() if kind not in _DTYPES}
@@ -202,113 +153,27 @@ class TensorRTEngine:
         return {name: np.dtype(_DTYPES[kind]) for name, kind in kinds.items()}
 
     def _domain(self, index: int) -> OptimizationProfile:
-        shapes = {
-            name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)] for name in self._axes
-        }
-        return profile_from_shapes(index, self._axes, shapes, frozenset(("video",)) if self._resident else frozenset())
+        axes = self.tensors.axes
+        shapes = {name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)] for name in axes}
+        return profile_from_shapes(index, axes, shapes, frozenset(("video",) if self.tensors.encodings else ()))
 
     def _allocate_staging(self) -> None:
-        """Allocate what the largest shape of any profile needs, and the encodings' place on the device and before."""
-        self.resident: dict[tuple[int, str], int] = {}
-        self.staged: dict[tuple[int, str], np.ndarray] = {}
+        """Allocate memory for the largest shape of any profile, and for the encodings that stay on the device."""
+        tensors = self.tensors
         bytes_in = bytes_out = ALIGNMENT
         for profile in self.domains:
-            shapes = profile.shapes(self._axes, profile.largest())
-            for name in self._resident:
-                key = (shapes[name][0], name)
-                if key not in self.resident:
-                    region = TensorSlice(0, shapes[name], self._dtypes[name])
-                    self.resident[key] = self._allocate(region.size)
-                    self.staged[key] = region.view(self._new_pinned(region.size))
-            context = self._context(profile, shapes)
-            bytes_in = max(bytes_in, self._layout_in(shapes)[1])
-            bytes_out = max(bytes_out, self._layout_out(context)[1])
-            self._tails = {name: tuple(context.get_tensor_shape(name))[1:] for name in self._outputs}
-        self._device_in, self._device_out = self._allocate(bytes_in), self._allocate(bytes_out)
-        self._host_in, self._host_out = self._new_pinned(bytes_in), self._new_pinned(bytes_out)
-
-    def _new_pinned(self, size: int) -> np.ndarray:
-        self._pinned.append(self.cuda.pinned(size))
-        return self._pinned[-1]
-
-    def _allocate(self, size: int) -> int:
-        self._device.append(self.cuda.allocate(size))
-        self._device_bytes += size
-        return self._device[-1]
-
-    def _layout_in(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        staged = {name: shape for name, shape in shapes.items() if name not in self._resident}
-        return pack_tensors(staged, self._dtypes)
-
-    def _layout_out(self, context: Any) -> Any:
-        return pack_tensors({name: tuple(context.get_tensor_shape(name)) for name in self._outputs}, self._dtypes)
+            shapes = profile.shapes(tensors.axes, profile.largest())
+            self.buffers.allocate_encodings({name: shapes[name] for name in tensors.encodings}, tensors.dtypes)
+            context = self.contexts.create(profile, shapes)
+            bytes_in = max(bytes_in, tensors.pack_inputs(shapes)[1])
+            outputs, size = tensors.pack_outputs(context)
+            bytes_out = max(bytes_out, size)
+            self._tails = {name: region.shape[1:] for name, region in outputs.items()}
+        self.buffers.allocate_staging(bytes_in, bytes_out)
 
     def nothing(self) -> dict[str, np.ndarray]:
         """Return the outputs of no rows, which no profile takes."""
-        return {name: np.empty((0, *tail), self._dtypes[name]) for name, tail in self._tails.items()}
-
-    def _context(self, profile: OptimizationProfile, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """Return a new context set to a profile and to shapes, on the shared scratch memory."""
-        context = self._bare_context()
-        self._expect(context is not None, "create an execution context")
-        # TensorRT 8.6 takes the address alone.
-        if hasattr(context, "set_device_memory"):
-            context.set_device_memory(self._scratch, self._scratch_bytes)
-        else:
-            context.device_memory = self._scratch
-        if not context.set_optimization_profile_async(profile.index, self._stream):
-            # TensorRT 8 lets one context have a profile, unless the plan was built to share it.
-            self._forget_profile(profile.index)
-            chosen = context.set_optimization_profile_async(profile.index, self._stream)
-            self._expect(chosen, f"choose profile {profile.index}")
-        # A profile is switched on the stream, and shapes must not be set before it has been.
-        self.cuda.synchronize(self._stream)
-        for name, shape in shapes.items():
-            self._expect(context.set_input_shape(name, shape), f"set {name} to {shape}")
-        return context
-
-    def _bare_context(self) -> Any:
-        trt, engine = self._trt, self._engine
-        if not hasattr(trt, "ExecutionContextAllocationStrategy"):
-            return engine.create_execution_context_without_device_memory()
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(trt, "CudaGraphStrategy"):
-            return engine.create_execution_context(strategy)
-        if self._config is None:
-            # TensorRT-RTX compiles kernels while it runs, so it alone knows when to capture; it does so by itself.
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            cache = config.create_runtime_cache()
-            stored = self._kernels.read()
-            if stored is not None and not cache.deserialize(stored):
-                # Of the driver, for one, which the file does not name.
-                self._kernels.ignore("TensorRT-RTX refuses it on this machine")
-            self._logger.lines.clear()
-            self._expect(config.set_runtime_cache(cache), "use a runtime cache")
-            self._config = config
-            self._cache = cache
-        return engine.create_execution_context(self._config)
-
-    def save_kernels(self) -> None:
-        """Write what TensorRT-RTX compiled so far beside the plan; plans of TensorRT hold their kernels."""
-        if not hasattr(self._trt, "CudaGraphStrategy") or self._cache is None:
-            return
-        content = self._cache.serialize()
-        if content is not None:
-            self._kernels.write(bytes(content))
-
-    @property
-    def timed(self) -> bool:
-        """Return whether `gpu_ms` is measured, by events around the network alone, without the copies."""
-        return self._timed
-
-    @timed.setter
-    def timed(self, timed: bool) -> None:
-        if timed != self._timed:
-            # What was captured holds the copies or leaves them out, as it was then.
-            self.forget_programs()
-        self._timed = timed
+        return {name: np.empty((0, *tail), self.tensors.dtypes[name]) for name, tail in self._tails.items()}
 
     def run(self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """Return the outputs, copied, of the rows that were given.
@@ -321,31 +186,16 @@ class TensorRTEngine:
             ShapeError: no profile takes them, or a size that is fixed is another.
             OutOfDeviceMemory: the GPU's memory is full.
         """
-        profile, padded = self.choose(sizes)
-        program = self._program(profile, padded)
-        for name, view in program.inputs.items():
-            _fill(name, view, inputs[name], self._axes[name])
-        try:
-            self._complete(program)
-        except OutOfDeviceMemory:
-            raise
-        except CudaError:
-            if not self._capture_failed:
-                raise
-            # The library may keep the error of a capture, and report it once more. Inputs are still in their places.
-            self.forget_programs()
-            program = self._program(profile, padded)
-            self._complete(program)
-        self._capture_failed = False
-        if self._timed:
-            self.gpu_ms += self.cuda.elapsed_ms(*self._events)
-        program.runs += 1
+        state = self.contexts.state(*self.choose(sizes))
+        for name, view in state.inputs.items():
+            _fill(name, view, inputs[name], self.tensors.axes[name])
+        state = self.contexts.run(state)
         rows = sizes["batch"] if "batch" in sizes else sizes["video"]
         self.rows_answered += rows
-        answers = {name: view[:rows].copy() for name, view in program.outputs.items()}
-        # A shape that comes a second time will come again. The run just done has settled what was deferred.
-        if program.runs >= RUNS_BEFORE_CAPTURE and program.graph is None and self._captures:
-            self._capture(program)
+        answers = {name: view[:rows].copy() for name, view in state.outputs.items()}
+        # A shape that was repeated will come again. The run has settled what was deferred.
+        if state.runs >= RUNS_BEFORE_CAPTURE and state.graph is None and self.contexts.captures:
+            self._capture(state)
         return answers
 
     def key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -364,28 +214,17 @@ class TensorRTEngine:
             sizes: how many there are along each axis.
         """
         profile, _ = self.choose(sizes)
-        shapes = profile.shapes(self._axes, sizes)
+        shapes = profile.shapes(self.tensors.axes, sizes)
         inputs = {
-            name: np.full(shapes[name], _PADDING.get(name, 0), self._dtypes[name])
-            for name in self._axes
-            if name not in self._resident
+            name: np.full(shapes[name], _PADDING.get(name, 0), self.tensors.dtypes[name])
+            for name in self.tensors.axes
+            if name not in self.tensors.encodings
         }
         for _ in range(RUNS_BEFORE_CAPTURE):
             self.run(inputs, sizes)
-        if self.key(sizes) not in self._programs:
+        if self.key(sizes) not in self.contexts.states:
             # A capture that failed gave the context back.
             self.run(inputs, sizes)
-
-    def _complete(self, program: _ExecutionState) -> None:
-        """Run a program and wait for it."""
-        try:
-            self._submit(program)
-            self.cuda.synchronize(self._stream)
-        except BaseException:
-            # What is on its way must not meet the next call in the staging memory.
-            with contextlib.suppress(CudaError):
-                self.cuda.synchronize(self._stream)
-            raise
 
     def choose(self, sizes: Mapping[str, int]) -> tuple[OptimizationProfile, dict[str, int]]:
         """Return the profile for a request and the sizes it is padded to; see `batch_shapes.choose`."""
@@ -396,133 +235,25 @@ class TensorRTEngine:
             self._choices[key] = choose(self.domains, sizes)
         return self._choices[key]
 
-    def upload(self, name: str, slots: int, slot: int) -> None:
-        """Copy one encoding to the device, ahead of the next run, from where it was put in `staged`.
-
-        Each place there is copied to one slot alone, so that nothing has to wait before it is written again.
-        """
-        host = self.staged[slots, name][slot]
-        self.cuda.copy_in(self.resident[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self._stream)
-
-    def _program(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> _ExecutionState:
-        key = (profile.index, *sizes.values())
-        program = self._programs.get(key)
-        if program is None:
-            while len(self._programs) >= MAX_EXECUTION_STATES:
-                self._forget(next(iter(self._programs)))
-            program = self._programs[key] = self._new_program(profile, sizes)
-        self._programs.move_to_end(key)
-        return program
-
-    def _new_program(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> _ExecutionState:
-        shapes = profile.shapes(self._axes, sizes)
-        context = self._context(profile, shapes)
-        inputs, bytes_in = self._layout_in(shapes)
-        outputs, bytes_out = self._layout_out(context)
-        addresses = {name: self.resident[shapes[name][0], name] for name in self._resident}
-        addresses.update((name, self._device_in + region.offset) for name, region in inputs.items())
-        addresses.update((name, self._device_out + region.offset) for name, region in outputs.items())
-        for name, address in addresses.items():
-            self._expect(context.set_tensor_address(name, address), f"place {name}")
-        return _ExecutionState(
-            context,
-            {name: region.view(self._host_in) for name, region in inputs.items()},
-            {name: region.view(self._host_out) for name, region in outputs.items()},
-            bytes_in,
-            bytes_out,
+    def _capture(self, state: ExecutionState) -> None:
+        """Capture a state in a CUDA graph; if that fails, warn once and go on without."""
+        message = self.contexts.capture(state)
+        if message is None:
+            return
+        # An engine for queries of one length has no loop.
+        looping = self.query_length.min < self.query_length.max
+        hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
+        if looping and self.answers_above:
+            hint = f" It answers only queries of more than {self.answers_above} tokens."
+        log.warning(
+            "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
+            *(self.path.name, message, hint),
         )
-
-    def _submit(self, program: _ExecutionState) -> None:
-        """Put a run on the stream: copy in, network, copy out, or the graph of them."""
-        if program.graph is not None and not self._timed:
-            self.cuda.launch(program.graph, self._stream)
-            return
-        self._copy_in(program)
-        if self._timed:
-            self.cuda.record(self._events[0], self._stream)
-        if program.graph is not None:
-            self.cuda.launch(program.graph, self._stream)
-        else:
-            self._enqueue(program)
-        if self._timed:
-            self.cuda.record(self._events[1], self._stream)
-        self._copy_out(program)
-
-    def _copy_in(self, program: _ExecutionState) -> None:
-        self.cuda.copy_in(self._device_in, self._host_in.ctypes.data, program.bytes_in, self._stream)
-
-    def _enqueue(self, program: _ExecutionState) -> None:
-        done = program.context.execute_async_v3(self._stream)
-        way_out = ""
-        if not done and engine_compatibility.is_hardware_compatible(self.sidecar.content):
-            # Kernels chosen for Ampere and later may fail on a GPU that they were not tried on (pytorch/TensorRT#4481).
-            command = engine_compatibility.rebuild_command(self.path, self.sidecar, here=True)
-            way_out = f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{command}`"
-        self._expect(done, "run", way_out)
-
-    def _copy_out(self, program: _ExecutionState) -> None:
-        self.cuda.copy_out(self._host_out.ctypes.data, self._device_out, program.bytes_out, self._stream)
-
-    def _capture(self, program: _ExecutionState) -> None:
-        """Capture a program that has just run; where that cannot be done, go on without, and say so once."""
-        steps: tuple[Callable[[_ExecutionState], None], ...] = (self._copy_in, self._enqueue, self._copy_out)
-        try:
-            try:
-                self.cuda.begin_capture(self._stream)
-                # Events in a graph are not timed, so what is timed is captured alone.
-                for step in (self._enqueue,) if self._timed else steps:
-                    step(program)
-            except BaseException:
-                self.cuda.drop_capture(self._stream)
-                raise
-            program.graph = self.cuda.end_capture(self._stream)
-        except (CudaError, ModelFileError) as error:
-            self._captures = False
-            self._capture_failed = True
-            # A context whose capture failed may fail from then on.
-            self.forget_programs()
-            # A plan for queries of one length has no loop.
-            looping = self.query_length.min < self.query_length.max
-            hint = " Its LSTM is a loop, which `export.build_engine --unroll 6 10` writes out." if looping else ""
-            if looping and self.answers_above:
-                hint = f" It answers only queries of more than {self.answers_above} tokens."
-            log.warning(
-                "%s cannot be captured in a CUDA graph and runs without, which is slower: %s%s",
-                self.path.name,
-                # A log may keep the error itself, and with it the frames that hold the context.
-                str(error),
-                hint,
-            )
-
-    def _expect(self, ok: Any, doing: str, way_out: str = "") -> None:
-        """Raise what TensorRT said unless a call went well."""
-        if ok:
-            self._logger.lines.clear()
-            return
-        message = "; ".join(self._logger.lines)[:500] or "it did not say why"
-        self._logger.lines.clear()
-        sentence = f"{self._trt.__name__} {self._trt.__version__} could not {doing} of {self.path.name}: {message}"
-        kind = OutOfDeviceMemory if is_out_of_memory(message) else CudaError
-        raise kind(f"{sentence.rstrip('.')}{way_out}.")
-
-    def forget_programs(self) -> None:
-        """Give back every context and graph; they are made again when needed."""
-        for key in list(self._programs):
-            self._forget(key)
-
-    def _forget_profile(self, index: int) -> None:
-        for key in [key for key in self._programs if key[0] == index]:
-            self._forget(key)
-
-    def _forget(self, key: tuple[int, ...]) -> None:
-        program = self._programs.pop(key)
-        if program.graph is not None:
-            self.cuda.destroy_graph(program.graph)
 
     @property
     def bytes_held(self) -> tuple[int, int, int]:
         """Bytes of the plan, of buffers on the device, and of page-locked memory."""
-        return self._plan_bytes, self._device_bytes, sum(array.nbytes for array in self._pinned)
+        return self._plan_bytes, self.buffers.device_bytes, self.buffers.pinned_bytes
 
     def close(self) -> None:
         """Free everything; a closed network must not be used any more."""
@@ -535,24 +266,12 @@ class TensorRTEngine:
 
     def _free(self) -> None:
         with contextlib.suppress(CudaError):
-            for stream in self._streams:
-                self.cuda.synchronize(stream)
-        self.save_kernels()
-        with contextlib.suppress(CudaError):
-            self.forget_programs()
-        self._config = self._cache = None
+            self.buffers.synchronize()
+        # Opening may have failed before there were contexts.
+        if hasattr(self, "contexts"):
+            self.contexts.close()
         self._engine = self._runtime = None
-        freed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [
-            (self.cuda.free, self._device),
-            (self.cuda.unpin, self._pinned),
-            (self.cuda.destroy_event, self._events),
-            (self.cuda.destroy_stream, self._streams),
-        ]
-        for free, things in freed:
-            for thing in things:
-                with contextlib.suppress(CudaError):
-                    free(thing)
-        self._device, self._pinned, self._events, self._streams = [], [], [], []
+        self.buffers.free()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the end of the process `close_all` was here before, and modules are gone.
@@ -601,46 +320,10 @@ def _fill(name: str, view: np.ndarray, array: np.ndarray, axes: tuple[str, ...])
     view[inside] = array
 
 
-@contextlib.contextmanager
-def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
-    """Say what it means where TensorRT's own objects cannot be made, which its constructors do not report.
-
-    Args:
-        trt: the library.
-        logger: the one it was given.
-        driver: the newest CUDA that the driver runs.
-
-    Raises:
-        DeviceError: with the library's last words, which are a warning of CUDA's error code.
-    """
-    try:
-        yield
-    except TypeError as error:
-        message = "; ".join(logger.lines) or logger.warned or str(error)
-        raise DeviceError(
-            f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
-            f"{driver or 'of an unknown version'} and older: {message.rstrip('.')}; install a newer driver, or a build "
-            "of the library for that CUDA.",
-            code="driver_too_old",
-        ) from error
-
-
-def logger_for(trt: Any) -> Any:
-    """Return a logger of TensorRT's that keeps errors, and the last warning, for our messages."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-            self.warned = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            # TensorRT breaks lines within a message, also before its last bracket.
-            line = " ".join(message.split())
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.lines.append(line)
-            elif severity == trt.ILogger.WARNING:
-                self.warned = line
-                log.debug("TensorRT: %s", self.warned)
-
-    return Logger()
+def _advice_for_failed_run(path: Path, sidecar: EngineMetadata) -> str:
+    """Return what to do if an engine fails to run, as the end of a sentence."""
+    if not engine_compatibility.is_hardware_compatible(sidecar.content):
+        return ""
+    # Kernels chosen for Ampere and later may fail on a GPU that they were not tried on (pytorch/TensorRT#4481).
+    command = engine_compatibility.rebuild_command(path, sidecar, here=True)
+    return f"; a hardware-compatible plan may fail on another GPU, so rebuild it on this one: `{command}`"

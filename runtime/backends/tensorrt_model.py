@@ -85,12 +85,12 @@ class TensorRTModel:
         """Start or stop measuring what `gpu_ms` returns."""
         with self._turn():
             for network in self._networks:
-                network.timed = on
+                network.contexts.timed = on
 
     @property
     def gpu_ms(self) -> float:
         """Milliseconds that the GPU spent on the network in the last call, without copies, if `time_gpu` is on."""
-        return sum(network.gpu_ms for network in self._networks)
+        return sum(network.contexts.gpu_ms for network in self._networks)
 
     def memory_report(self) -> MemoryReport:
         """Return what the model holds."""
@@ -110,7 +110,7 @@ class TensorRTModel:
 
     def _reset_clock(self) -> None:
         for network in self._networks:
-            network.gpu_ms = 0.0
+            network.contexts.gpu_ms = 0.0
 
     def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[RowOutputs]:
         """Return rows and their outputs; where memory does not do, what is kept is given back and halves are tried.
@@ -123,7 +123,7 @@ class TensorRTModel:
         except OutOfDeviceMemory as error:
             log.info("The GPU's memory is full (%s); trying again in two halves.", error)
         for network in self._networks:
-            network.forget_programs()
+            network.contexts.release()
         answers = []
         for half in np.array_split(rows, 2) if len(rows) > 1 else [rows]:
             try:

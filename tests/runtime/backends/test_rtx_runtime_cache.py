@@ -59,7 +59,7 @@ def test_second_process_reuses_the_kernel_cache(bench: Bench, tmp_path: Path, ca
 def test_contexts_of_an_engine_share_their_kernels(bench: Bench) -> None:
     backend = bench.whole()
     backend.run(batch_of([3]))
-    backend._network.forget_programs()
+    backend._network.contexts.release()
     assert compiled(bench, lambda: backend.run(batch_of([3]))) == 0
 
 

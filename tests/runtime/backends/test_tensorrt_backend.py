@@ -52,8 +52,9 @@ from runtime.backends.batch_shapes import (
 )
 from runtime.backends.cuda_driver import SIGNATURES, Cuda, CudaError, OutOfDeviceMemory
 from runtime.backends.encoding_cache import EncodingSlots
+from runtime.backends.execution_contexts import MAX_EXECUTION_STATES
 from runtime.backends.tensorrt_backend import TensorRTBackend, TensorRTPair, open_engine
-from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, close_all
+from runtime.backends.tensorrt_engine import close_all
 from runtime.core.batch import Batch, Heads
 from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
@@ -516,7 +517,7 @@ def test_service_batch_sizes_fit_the_execution_states() -> None:
 
 
 def test_similar_sizes_share_cuda_graph_up_to_limit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 16)
+    monkeypatch.setattr("runtime.backends.execution_contexts.MAX_EXECUTION_STATES", 16)
     backend = bench.whole([profile((1, 4, 64))])
     before = bench.library.contexts
     for length in (5, 6):
@@ -527,7 +528,7 @@ def test_similar_sizes_share_cuda_graph_up_to_limit(bench: Bench, monkeypatch: p
         for length in (4, 8):
             for _ in range(2):
                 backend.run(batch_of([length] * size))
-    assert len(backend._network._programs) == 16
+    assert len(backend._network.contexts.states) == 16
     assert bench.driver.held()["graphs"] == 16
 
 
@@ -539,7 +540,7 @@ def test_contexts_share_a_profile_if_version_allows(tmp_path: Path, graphs: Grap
             for lengths in ([3, 3], [9, 9, 9]):
                 batch = batch_of(lengths)
                 assert_same(backend.run(batch), reference(graphs, batch))
-        assert len(backend._network._programs) == kept
+        assert len(backend._network.contexts.states) == kept
 
 
 def test_rtx_engine_skips_explicit_graph_capture(tmp_path: Path, graphs: Graphs) -> None:
@@ -564,8 +565,8 @@ def test_only_encodings_not_on_gpu_are_copied(bench: Bench, monkeypatch: pytest.
     videos = known(pair, batch)
 
     copied: list[str] = []
-    upload = pair._network.upload
-    monkeypatch.setattr(pair._network, "upload", lambda *where: copied.append(where[0]) or upload(*where))
+    upload = pair._network.buffers.upload
+    monkeypatch.setattr(pair._network.buffers, "upload", lambda *where: copied.append(where[0]) or upload(*where))
 
     def copies(*asked: int) -> int:
         before, rows = len(copied), slice(0, len(asked))
@@ -859,7 +860,7 @@ def test_full_memory_frees_caches_and_halves_the_batch(bench: Bench, unroll: Seq
         assert_same(backend.run(batch), reference(bench.graphs, batch))
     assert [run["query_length"] for run in bench.library.runs] == [(4,), (4,)]
     # What was kept for other shapes, and by other plans, was given back first.
-    assert sum(len(each._programs) for each in backend._networks) == len(network._programs) == 1
+    assert sum(len(each.contexts.states) for each in backend._networks) == len(network.contexts.states) == 1
 
 
 @unrolled_or_not
@@ -962,7 +963,7 @@ def test_forked_process_destroys_no_tensorrt_objects(bench: Bench, what: str, un
     backend = getattr(bench, what)(unroll=unroll)
     backend.run(batch_of([4]))
     network = backend.network_for(4)
-    (program,) = list(network._programs.values())[:1]
+    (_, program), *_ = network.contexts.states.items()
     things = [weakref.ref(thing) for thing in (program.context, network._engine)]
     del network
     child = os.fork()
@@ -1029,14 +1030,14 @@ def test_encoding_caches_stay_separate_when_memory_is_full(bench: Bench, monkeyp
     # The first half asks for what is second in the bank of the whole.
     videos, both = known(pair, batch)[::-1], np.array([1, 0], np.int32)
     asked_for = batch.query_tokens, batch.query_length, videos
-    create, failing = pair._network._context, iter([True])
+    create, failing = pair._network.contexts.create, iter([True])
 
     def sometimes(*arguments: Any) -> Any:
         if next(failing, False):
             raise OutOfDeviceMemory("CUDA error 2: out of memory.")
         return create(*arguments)
 
-    monkeypatch.setattr(pair._network, "_context", sometimes)
+    monkeypatch.setattr(pair._network.contexts, "create", sometimes)
     assert_same(pair.ask(*asked_for, both), reference(bench.graphs, batch))
     # What was put into the first bank is what it holds.
     assert_same(pair.ask(*asked_for, both), reference(bench.graphs, batch))

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.fake_tensorrt import VERSIONS
 from runtime.backends.cuda_driver import OutOfDeviceMemory
-from runtime.backends.tensorrt_engine import MAX_EXECUTION_STATES, TensorRTEngine
+from runtime.backends.execution_contexts import MAX_EXECUTION_STATES
+from runtime.backends.tensorrt_engine import TensorRTEngine
 from runtime.core.batch import Heads
 from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
@@ -94,7 +95,7 @@ def test_warm_up_progress_counts_each_shape_once(bench: Bench) -> None:
 
 
 def test_single_query_contexts_are_not_evicted(tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.backends.tensorrt_engine.MAX_EXECUTION_STATES", 3)
+    monkeypatch.setattr("runtime.backends.execution_contexts.MAX_EXECUTION_STATES", 3)
     assert MAX_EXECUTION_STATES > 3
     bench = Bench(tmp_path, graphs)
     backend = bench.whole()
