@@ -16,7 +16,7 @@ from runtime.describe import describe
 from tests.raising import check_error
 
 
-def test_a_model_is_described_in_words(tiny_model: Path, run_command: Callable[..., Any]) -> None:
+def test_describe_prints_model_facts(tiny_model: Path, run_command: Callable[..., Any]) -> None:
     outcome = run_command(describe, tiny_model)
     assert outcome.code == 0
     rows = dict(line.split("  ", 1) for line in outcome.out.splitlines())
@@ -30,7 +30,9 @@ def test_a_model_is_described_in_words(tiny_model: Path, run_command: Callable[.
     assert rows["source drn.pt"] == "0" * 64
 
 
-def test_json_is_the_whole_manifest(tiny_model: Path, tiny_manifest: Manifest, run_command: Callable[..., Any]) -> None:
+def test_describe_json_is_the_full_manifest(
+    tiny_model: Path, tiny_manifest: Manifest, run_command: Callable[..., Any]
+) -> None:
     outcome = run_command(describe, tiny_model, "--json")
     assert outcome.code == 0
     assert Manifest.from_json(outcome.out) == tiny_manifest
@@ -45,7 +47,7 @@ def test_describe_ignores_a_validation_that_is_no_table(
     assert outcome.code == 0
 
 
-def test_an_encoder_is_described_by_what_stands_beside_it(
+def test_describe_reads_image_encoder_metadata_file(
     tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., GroundingError]
 ) -> None:
     graphs = pytest.importorskip("tests.runtime.media.extractor_graphs")
@@ -57,7 +59,7 @@ def test_an_encoder_is_described_by_what_stands_beside_it(
     check_error(refused(describe, tmp_path / "clip.onnx"), "invalid_json", tmp_path / "clip.onnx.json")
 
 
-def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path, refused: Callable[..., GroundingError]) -> None:
+def test_describe_rejects_files_that_are_not_models(tmp_path: Path, refused: Callable[..., GroundingError]) -> None:
     (tmp_path / "text.onnx").write_text("a text")
     check_error(refused(describe, tmp_path / "text.onnx"), "not_onnx", tmp_path / "text.onnx")
     check_error(refused(describe, tmp_path / "gone.onnx"), "missing_file", tmp_path / "gone.onnx")

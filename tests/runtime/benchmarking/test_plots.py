@@ -11,7 +11,7 @@ from runtime.benchmarking.plots import draw
 from runtime.benchmarking.report import Report
 
 
-def test_a_picture_is_drawn_of_whatever_was_measured(report: Report, tmp_path: Path) -> None:
+def test_plot_is_drawn_for_partial_reports(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the picture (pip install '.[plot]')")
     (model, *others), timings = report.models, [dataclasses.replace(each, model="a\udce9") for each in report.timings]
     named = dataclasses.replace(report, models=[dataclasses.replace(model, label="a\udce9"), *others], timings=timings)

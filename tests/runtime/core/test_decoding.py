@@ -69,18 +69,18 @@ both = pytest.mark.parametrize("name", SUPPRESSIONS)
 # Locations and probabilities
 
 
-def test_locations_by_hand() -> None:
+def test_locations_match_hand_computed_values() -> None:
     assert locations(4, (1, 2)).tolist() == [0.5, 1.5, 2.5, 3.5, 1, 3]
 
 
-def test_the_published_pyramid_has_56_locations() -> None:
+def test_published_pyramid_has_56_locations() -> None:
     assert Decoding().num_locations == 56
     centres = locations(32, (1, 2, 4))
     assert centres.shape == (56,)
     assert centres[[0, 31, 32, 47, 48, 55]].tolist() == [0.5, 31.5, 1, 31, 2, 30]
 
 
-def test_sigmoid_neither_overflows_nor_loses_its_dtype() -> None:
+def test_sigmoid_does_not_overflow_and_keeps_dtype() -> None:
     with np.errstate(all="raise", under="ignore"):
         values = sigmoid(np.array([-1e4, -1, 0, 1, 1e4], np.float32))
     assert values.dtype == np.float32
@@ -90,7 +90,7 @@ def test_sigmoid_neither_overflows_nor_loses_its_dtype() -> None:
 # Proposals
 
 
-def test_a_location_becomes_a_span_by_hand() -> None:
+def test_score_proposals_matches_hand_computed_span() -> None:
     raw = heads()
     raw.matching_logits[0, 1] = logit(0.81)
     raw.boundary_distances[0, 1] = 0.5, 2
@@ -101,7 +101,7 @@ def test_a_location_becomes_a_span_by_hand() -> None:
     assert np.isneginf(np.delete(proposals.scores[0], 1)).all()
 
 
-def test_the_iou_head_is_ignored_after_stage_one() -> None:
+def test_iou_head_is_ignored_after_stage_one() -> None:
     raw = heads()
     raw.matching_logits[0, 1] = logit(0.81)
     raw.iou_logits[:] = logit(0.64)
@@ -109,13 +109,13 @@ def test_the_iou_head_is_ignored_after_stage_one() -> None:
     assert score_proposals_with_fallback(raw, without).scores[0, 1] == pytest.approx(0.9, abs=1e-6)
 
 
-def test_spans_end_with_the_video() -> None:
+def test_spans_are_clipped_to_the_video() -> None:
     raw = heads(logit=5)
     raw.boundary_distances[:] = 100
     assert score_proposals_with_fallback(raw, SMALL).spans.tolist() == [[[0, 1]] * 6]
 
 
-def test_a_location_exactly_at_the_threshold_does_not_count() -> None:
+def test_location_at_score_threshold_is_excluded() -> None:
     raw = heads()
     raw.matching_logits[0, 2:4] = 0, 1e-3
     half = dataclasses.replace(SMALL, score_threshold=0.5)
@@ -129,7 +129,7 @@ def test_a_location_exactly_at_the_threshold_does_not_count() -> None:
     ]
 
 
-def test_the_threshold_is_on_the_matching_probability_alone() -> None:
+def test_threshold_applies_to_matching_probability_only() -> None:
     raw = heads()
     raw.matching_logits[0, :2] = logit(0.06), logit(0.04)
     raw.iou_logits[0, :2] = logit(0.01), logit(0.99)
@@ -148,7 +148,7 @@ def test_query_without_proposals_falls_back_to_full_video() -> None:
     assert np.isnan(picks[1, 1:]).all()
 
 
-def test_each_level_keeps_its_best_when_they_are_limited() -> None:
+def test_pre_nms_limit_keeps_best_locations_per_level() -> None:
     raw = heads(logit=2)
     raw.iou_logits[0] = 1, 4, 3, 2, 0, 1
     limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
@@ -172,7 +172,7 @@ def test_each_level_keeps_its_best_when_they_are_limited() -> None:
     assert np.isfinite(score_proposals_with_fallback(raw, SMALL).scores).all()
 
 
-def test_a_limit_counts_only_locations_above_the_threshold() -> None:
+def test_pre_nms_limit_counts_only_locations_over_threshold() -> None:
     raw = heads()
     raw.matching_logits[0, :4] = 1, 2, -4, -4
     # The unlikely locations have the higher score by far, and must not push the likely ones out.
@@ -189,7 +189,7 @@ def test_a_limit_counts_only_locations_above_the_threshold() -> None:
 
 
 @pytest.mark.parametrize("logit", [-20, 3])
-def test_heads_are_not_changed(logit: float) -> None:
+def test_decode_does_not_modify_heads(logit: float) -> None:
     raw = heads(rows=2, logit=logit)
     before = [value.copy() for value in vars(raw).values()]
     decode(raw, SMALL)
@@ -211,25 +211,25 @@ def picked(picks: np.ndarray) -> list[list[float]]:
     return picks[0][~np.isnan(picks[0, :, 0])].tolist()
 
 
-def test_soft_nms_decays_by_the_squared_overlap_by_hand() -> None:
+def test_soft_nms_matches_hand_computed_decay() -> None:
     # IoU 0.8 with a pick of duration 0.5: above 0.5 + 0.4 * 0.5 = 0.7, so the factor is exp(-0.64 / 0.4).
     picks = picked(soft_nms(one((0, 0.5, 0.9), (0, 0.4, 0.8), (0.6, 0.7, 0.3))))
     assert [row[2] for row in picks] == pytest.approx([0.9, 0.3, 0.8 * math.exp(-1.6)], abs=1e-6)
 
 
-def test_long_picks_suppress_less_by_hand() -> None:
+def test_soft_nms_long_picks_suppress_less() -> None:
     # IoU 0.8 with a pick of duration 1: below 0.5 + 0.4 = 0.9.
     picks = picked(soft_nms(one((0, 1, 0.9), (0, 0.8, 0.8))))
     assert [row[2] for row in picks] == pytest.approx([0.9, 0.8])
 
 
-def test_an_overlap_exactly_at_the_threshold_does_not_decay() -> None:
+def test_soft_nms_overlap_at_threshold_does_not_decay() -> None:
     # A pick of duration 0.625 asks for more than 0.5 + 0.4 * 0.625 = 0.75, and 0.46875 / 0.625 is 0.75 in float32.
     assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.46875, 0.8))))[1][2] == np.float32(0.8)
     assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.47, 0.8))))[1][2] < 0.3
 
 
-def test_decays_accumulate() -> None:
+def test_soft_nms_decays_accumulate() -> None:
     wide, near = (0.5, 0.7), (0.505, 0.7)
     picks = picked(soft_nms(one((*wide, 0.9), (*wide, 0.89), (*near, 0.88))))
     overlap = (0.7 - 0.505) / (0.7 - 0.5)
@@ -238,14 +238,14 @@ def test_decays_accumulate() -> None:
     assert picks[2] == pytest.approx([*wide, 0.89 * math.exp(-2.5) * factor], rel=1e-4)
 
 
-def test_the_published_loop_returns_six() -> None:
+def test_published_nms_returns_six_picks() -> None:
     spans = [(index / 10, index / 10 + 0.05, 0.9 - index / 100) for index in range(10)]
     assert len(picked(apply_nms(one(*spans), Decoding()))) == 6
     assert len(picked(soft_nms(one(*spans), 8))) == 8
     assert len(picked(soft_nms(one(*spans), 40))) == 10
 
 
-def test_a_score_of_zero_is_a_proposal_and_an_absent_one_is_not() -> None:
+def test_nms_keeps_zero_scores_and_drops_absent_proposals() -> None:
     assert len(picked(soft_nms(one((0, 0.5, 0), (0.6, 0.7, -math.inf))))) == 1
     assert len(picked(hard_nms(one((0, 0.5, 0), (0.6, 0.7, -math.inf)), 6, 0.45))) == 1
 
@@ -253,7 +253,7 @@ def test_a_score_of_zero_is_a_proposal_and_an_absent_one_is_not() -> None:
 # Hard NMS by hand
 
 
-def test_hard_nms_by_hand_drops_overlap_above_threshold() -> None:
+def test_hard_nms_drops_overlap_above_threshold() -> None:
     # IoU with (0, 0.5): 0.8 and 0.4.
     rows = ((0, 0.5, 0.9), (0, 0.4, 0.8), (0, 0.2, 0.7))
     assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.45))] == pytest.approx([0.9, 0.7])
@@ -261,16 +261,16 @@ def test_hard_nms_by_hand_drops_overlap_above_threshold() -> None:
     assert [row[2] for row in picked(hard_nms(one(*rows), 6, 0.85))] == pytest.approx([0.9, 0.8, 0.7])
 
 
-def test_an_overlap_exactly_at_the_hard_threshold_stays() -> None:
+def test_hard_nms_keeps_overlap_at_threshold() -> None:
     assert len(picked(hard_nms(one((0, 1, 0.9), (0, 0.5, 0.8)), 6, 0.5))) == 2
     assert len(picked(hard_nms(one((0, 1, 0.9), (0, 0.515625, 0.8)), 6, 0.5))) == 1
 
 
-def test_empty_proposals_are_not_dropped_and_do_not_repeat() -> None:
+def test_hard_nms_keeps_each_zero_length_proposal_once() -> None:
     assert len(picked(hard_nms(one((0.4, 0.4, 0.9), (0.4, 0.4, 0.8)), 6, 0.45))) == 2
 
 
-def test_equal_scores_soft_nms_first_hard_nms_last() -> None:
+def test_nms_ties_soft_picks_first_hard_picks_last() -> None:
     rows = one((0, 0.1, 0.5), (0.5, 0.6, 0.5))
     assert picked(soft_nms(rows))[0][0] == 0
     assert picked(hard_nms(rows, 6, 0.45))[0][0] == 0.5
@@ -291,7 +291,7 @@ def test_authors_nms_threshold_is_below_metric_threshold() -> None:
 
 @both
 @given(proposal_batches())
-def test_the_first_pick_is_the_best_proposal(name: str, proposals: Proposals) -> None:
+def test_first_pick_is_the_best_proposal(name: str, proposals: Proposals) -> None:
     picks = SUPPRESSIONS[name](proposals)
     best = proposals.scores.max(axis=1)
     present = best > -np.inf
@@ -313,7 +313,7 @@ def test_picks_are_a_subset_of_the_proposals(name: str, proposals: Proposals) ->
 
 @both
 @given(proposal_batches())
-def test_scores_never_rise(name: str, proposals: Proposals) -> None:
+def test_nms_scores_are_non_increasing(name: str, proposals: Proposals) -> None:
     scores = SUPPRESSIONS[name](proposals, 20)[..., 2]
     for row in scores:
         found = row[~np.isnan(row)]
@@ -324,7 +324,7 @@ def test_scores_never_rise(name: str, proposals: Proposals) -> None:
 
 @both
 @given(proposal_batches(most_rows=6), st.randoms(use_true_random=False))
-def test_the_order_of_a_batch_never_matters(name: str, proposals: Proposals, random: object) -> None:
+def test_nms_does_not_depend_on_batch_order(name: str, proposals: Proposals, random: object) -> None:
     order = np.arange(len(proposals.scores))
     random.shuffle(order)  # type: ignore[attr-defined]
     shuffled = Proposals(proposals.spans[order], proposals.scores[order])
@@ -333,7 +333,7 @@ def test_the_order_of_a_batch_never_matters(name: str, proposals: Proposals, ran
 
 @both
 @given(proposal_batches())
-def test_a_row_of_a_batch_is_answered_as_if_alone(name: str, proposals: Proposals) -> None:
+def test_nms_of_a_batch_row_equals_nms_of_single_row(name: str, proposals: Proposals) -> None:
     whole = SUPPRESSIONS[name](proposals)
     for row in range(len(whole)):
         alone = Proposals(proposals.spans[[row]], proposals.scores[[row]])
@@ -342,7 +342,7 @@ def test_a_row_of_a_batch_is_answered_as_if_alone(name: str, proposals: Proposal
 
 @both
 @given(proposal_batches(), st.integers(1, 5), st.booleans())
-def test_absent_proposals_change_nothing(name: str, proposals: Proposals, more: int, before: bool) -> None:
+def test_nms_ignores_absent_proposals(name: str, proposals: Proposals, more: int, before: bool) -> None:
     rows = len(proposals.scores)
     absent = np.full((rows, more), -np.inf, np.float32)
     anything = np.tile(np.float32([0, 1]), (rows, more, 1))
@@ -354,13 +354,13 @@ def test_absent_proposals_change_nothing(name: str, proposals: Proposals, more: 
 
 @both
 @given(proposal_batches(), st.integers(1, 8))
-def test_asking_for_fewer_gives_the_first_of_more(name: str, proposals: Proposals, count: int) -> None:
+def test_nms_smaller_count_returns_prefix(name: str, proposals: Proposals, count: int) -> None:
     np.testing.assert_array_equal(SUPPRESSIONS[name](proposals, count), SUPPRESSIONS[name](proposals, 20)[:, :count])
 
 
 @both
 @given(proposal_batches())
-def test_proposals_are_not_changed(name: str, proposals: Proposals) -> None:
+def test_nms_does_not_modify_proposals(name: str, proposals: Proposals) -> None:
     before = proposals.spans.copy(), proposals.scores.copy()
     SUPPRESSIONS[name](proposals)
     np.testing.assert_array_equal(proposals.spans, before[0])
@@ -401,7 +401,7 @@ def published_picks(rows: list[list[float]]) -> list[list[float]]:
 
 @settings(max_examples=100)
 @given(separate_proposals())
-def test_soft_nms_equals_the_published_loop_written_plainly(rows: list[list[float]]) -> None:
+def test_soft_nms_equals_naive_published_loop(rows: list[list[float]]) -> None:
     np.testing.assert_allclose(picked(soft_nms(one(*map(tuple, rows)))), published_picks(rows), atol=1e-6)
 
 
@@ -442,7 +442,7 @@ def test_decode_of_many_queries_equals_decode_of_each(seed: int, rows: int, prot
 
 @settings(max_examples=100)
 @given(separate_proposals(), st.sampled_from([0.25, 0.45, 0.65]))
-def test_hard_nms_equals_the_plain_loop(rows: list[list[float]], threshold: float) -> None:
+def test_hard_nms_equals_naive_loop(rows: list[list[float]], threshold: float) -> None:
     expected: list[list[float]] = []
     for row in sorted(rows, key=lambda row: -row[2]):
         overlaps = [naive_iou(pick, row) for pick in expected]
@@ -474,18 +474,18 @@ def test_decoding_a_batch_equals_decoding_each_query(seed: int, rows: int, proto
         np.testing.assert_array_equal(decode(alone, decoding)[0], whole[row])
 
 
-def test_a_decoding_survives_its_dictionary() -> None:
+def test_decoding_survives_dict_conversion() -> None:
     decoding = Decoding(64, (1, 2, 4, 8), 0.1, 16, False, "drn")
     assert Decoding.from_dict(decoding.to_dict()) == decoding
     assert decoding.to_dict()["strides"] == [1, 2, 4, 8]
 
 
-def test_segments_that_strides_do_not_divide_are_refused() -> None:
+def test_segments_not_divisible_by_strides_are_rejected() -> None:
     with raises(ModelFileError, "invalid_setting", 30):
         Decoding(num_segments=30)
 
 
-def test_another_protocol_is_refused_by_name() -> None:
+def test_unknown_protocol_is_rejected_by_name() -> None:
     with raises(ModelFileError, "invalid_setting", "'no'"):
         Decoding(use_iou_scores="no")  # type: ignore[arg-type]
     with raises(ModelFileError, "invalid_setting", "'soft'"):
@@ -506,7 +506,7 @@ def recorded_heads(reference: np.lib.npyio.NpzFile, batch: str) -> Heads:
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
 @pytest.mark.parametrize(("tag", "use_iou_scores"), [("", True), ("1", False)])
-def test_proposals_are_those_of_the_published_code(golden: Path, batch: str, tag: str, use_iou_scores: bool) -> None:
+def test_proposals_match_published_code(golden: Path, batch: str, tag: str, use_iou_scores: bool) -> None:
     reference = np.load(golden / "small_seed0.npz")
     proposals = score_proposals_with_fallback(recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores))
     rows, places = np.nonzero(proposals.scores > -np.inf)
@@ -529,19 +529,19 @@ def test_decode_batch_equals_published_code(golden: Path, batch: str, tag: str, 
 
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
-def test_the_longest_query_of_a_batch_is_answered_as_published(golden: Path, batch: str) -> None:
+def test_longest_query_of_a_batch_matches_published_code(golden: Path, batch: str) -> None:
     reference = np.load(golden / "small_seed0.npz")
     picks = decode(recorded_heads(reference, batch), Decoding())
     np.testing.assert_allclose(picks[0], reference[f"{batch}_batch_predict"], rtol=0, atol=DETECTIONS)
 
 
-def test_the_fall_back_is_that_of_the_published_code(golden: Path) -> None:
+def test_fallback_matches_published_code(golden: Path) -> None:
     reference = np.load(golden / "small_seed0.npz")
     picks = decode(heads(decoding=Decoding()), Decoding())
     np.testing.assert_array_equal(picked(picks), reference["none_predict"])
 
 
-def test_soft_nms_is_that_of_the_published_code_on_40_lists(golden: Path) -> None:
+def test_soft_nms_matches_published_code_on_40_lists(golden: Path) -> None:
     reference = np.load(golden / "metric.npz")
     for index in range(40):
         rows = reference[f"snms_in_{index}"]
@@ -551,7 +551,7 @@ def test_soft_nms_is_that_of_the_published_code_on_40_lists(golden: Path) -> Non
 
 @pytest.mark.parametrize("name", ["matching_logits", "boundary_distances", "iou_logits"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
+def test_non_finite_heads_are_rejected(name: str, value: float) -> None:
     arrays = {
         "matching_logits": np.zeros((2, 56), np.float32),
         "boundary_distances": np.ones((2, 56, 2), np.float32),
@@ -566,7 +566,7 @@ def test_heads_that_are_not_finite_are_refused(name: str, value: float) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("name", ["matching_logits", "boundary_distances", "iou_logits"])
-def test_heads_whose_squares_overflow_are_decoded(name: str, rows: int) -> None:
+def test_huge_head_values_are_decoded(name: str, rows: int) -> None:
     raw = heads(rows, logit=1.0)
     getattr(raw, name)[...] = 1e30
     picks = decode(raw, SMALL)
@@ -586,12 +586,12 @@ def test_heads_whose_squares_overflow_are_decoded(name: str, rows: int) -> None:
         {"pre_nms_top_n": 0},
     ],
 )
-def test_a_decoding_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+def test_invalid_decoding_settings_are_rejected(wrong: dict[str, object]) -> None:
     with pytest.raises(ModelFileError):
         Decoding(**wrong)  # type: ignore[arg-type]
 
 
-def test_heads_of_another_number_of_locations_are_refused() -> None:
+def test_heads_with_wrong_location_count_are_rejected() -> None:
     heads = Heads(np.zeros((2, 56), np.float32), np.ones((2, 56, 2), np.float32), np.zeros((2, 56), np.float32))
     with raises(ModelFileError, "output_shape_mismatch", 56, 48):
         score_proposals_with_fallback(heads, Decoding(strides=(1, 2)))

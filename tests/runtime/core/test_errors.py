@@ -77,7 +77,7 @@ def test_printable_keeps_plain_sentences() -> None:
     [
         (ValueError("bad"), "damaged_file"),
         (MemoryError(), "file_too_large"),
-        (RecursionError("deep"), "damaged_file"),
+        (RecursionError("deep"), "nested_too_deeply"),
         (zipfile.BadZipFile("cut"), "damaged_file"),
         (OSError(5, "I/O"), "unreadable_file"),
         (FileNotFoundError(2, "None"), "missing_file"),

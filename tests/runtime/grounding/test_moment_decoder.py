@@ -68,7 +68,7 @@ def test_moments_do_not_depend_on_the_order_of_windows(planted_backend: Any, ord
 
 @pytest.mark.parametrize("windows", [(), WINDOWS[:1], WINDOWS])
 @pytest.mark.parametrize("top_k", [0, 1, 5])
-def test_unlikely_query_gets_entire_video_unless_presence_is_known(
+def test_unlikely_query_gets_full_video_without_presence(
     planted_backend: Any, windows: Sequence[Window], top_k: int
 ) -> None:
     manifest = planted_backend().manifest

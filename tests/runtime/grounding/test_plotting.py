@@ -53,7 +53,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", head[16:24])
 
 
-def test_a_picture_is_a_png_that_grows_with_the_queries(tmp_path: Path) -> None:
+def test_plot_is_png_with_height_by_query_count(tmp_path: Path) -> None:
     draw(ANSWERS, tmp_path / "three.png")
     draw(ANSWERS[1:2], tmp_path / "one.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "three.png"]
@@ -62,7 +62,7 @@ def test_a_picture_is_a_png_that_grows_with_the_queries(tmp_path: Path) -> None:
     assert 100 < low < tall < 1200
 
 
-def test_one_query_has_a_line_for_each_moment_and_for_the_truth(drawn: list[Any], tmp_path: Path) -> None:
+def test_plot_of_one_query_has_rows_for_moments_and_truth(drawn: list[Any], tmp_path: Path) -> None:
     draw(ANSWERS[:1], tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     assert bars(axes) == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
@@ -71,7 +71,7 @@ def test_one_query_has_a_line_for_each_moment_and_for_the_truth(drawn: list[Any]
     assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(said(axes))
 
 
-def test_several_true_moments_share_a_line(drawn: list[Any], tmp_path: Path) -> None:
+def test_plot_draws_several_ground_truths_in_one_row(drawn: list[Any], tmp_path: Path) -> None:
     draw([Answer("a", "v", 40.0, [Moment(1, 2, 0.5)], [(20.0, 22.0), (30.0, 40.0)])], tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     assert rows(axes) == 2
@@ -120,7 +120,7 @@ def test_plot_of_shortest_edge_moment_is_visible_and_inside(drawn: list[Any], tm
         "person \udce9 \x1b[31m opens",
     ],
 )
-def test_whatever_is_asked_is_written_within_the_picture(tmp_path: Path, drawn: list[Any], query: str) -> None:
+def test_plot_keeps_query_text_within_the_figure(tmp_path: Path, drawn: list[Any], query: str) -> None:
     draw([Answer(query, "v", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
     figure = drawn[0]
     renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
@@ -135,7 +135,7 @@ def test_plot_of_a_video_whose_name_is_no_utf8_is_written(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("duration", [0.04, 3.0, 18.1, 59.0, 3600.0, 86400.0 * 30, 1e8])
-def test_ticks_stand_at_whole_steps_of_a_clock(drawn: list[Any], tmp_path: Path, duration: float) -> None:
+def test_plot_ticks_have_distinct_clock_labels(drawn: list[Any], tmp_path: Path, duration: float) -> None:
     draw([Answer("a", "v", duration, [])], tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     ticks = axes.get_xticks()
@@ -151,7 +151,7 @@ def shade(picture: np.ndarray) -> float:
     return float(picture[height // 8 : height * 3 // 8, width * 5 // 8 : width * 7 // 8].mean())
 
 
-def test_frame_strip_shows_the_middle_frame_of_each_part(drawn: list[Any], tmp_path: Path) -> None:
+def test_frame_strip_shows_middle_frame_of_each_part(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
     footage = probe(films.film(tmp_path / "hall.mkv", 36, rate=10))
     draw([Answer("a", "hall", footage.duration, MOMENTS[:0])], tmp_path / "plot.png", footage)
@@ -177,7 +177,7 @@ def test_frame_strip_highlights_the_best_moment(drawn: list[Any], tmp_path: Path
 
 
 @pytest.mark.parametrize(("size", "turned"), [((48, 64), None), ((64, 48), 90), ((16, 320), None), ((320, 16), None)])
-def test_frames_of_any_shape_keep_it_and_fill_the_strip(
+def test_frame_strip_keeps_aspect_ratio(
     drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None
 ) -> None:
     films = pytest.importorskip("tests.films")
@@ -192,13 +192,13 @@ def test_frames_of_any_shape_keep_it_and_fill_the_strip(
     assert figure.get_size_inches()[1] < 5
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with raises(DeviceError, "missing_library", "pip install '.[plot]'"):
         draw(ANSWERS, tmp_path / "plot.png")
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_unwritable_plot_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with raises(OutputError, "unwritable_output", tmp_path / "file" / "plot.png"):
         draw(ANSWERS[1:2], tmp_path / "file" / "plot.png")

@@ -74,7 +74,7 @@ def whole_file(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [16, 23, 24, 95])
-def test_streamed_features_are_those_of_the_whole_file(tmp_path: Path, tiny: Path, count: int) -> None:
+def test_streamed_features_equal_full_file_features(tmp_path: Path, tiny: Path, count: int) -> None:
     path = film(tmp_path / "hall.mkv", count)
     output = extract((path,), tiny, tmp_path / "data", batch_size=3)
     features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
@@ -83,7 +83,7 @@ def test_streamed_features_are_those_of_the_whole_file(tmp_path: Path, tiny: Pat
     assert features == pytest.approx(whole_file(path), rel=1e-4)
 
 
-def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_decoded_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "hall.mkv", 120)
     decoded: list[int] = []
     more = threading.Event()
@@ -105,7 +105,7 @@ def test_frames_are_decoded_while_the_network_is_at_work(tmp_path: Path, monkeyp
     assert extraction.extract(probe(path), network, tmp_path / "hall.npy", batch_size=1) == (14, 120)
 
 
-def test_a_filled_directory_is_a_data_set(tmp_path: Path, tiny: Path) -> None:
+def test_extract_output_opens_as_data_set(tmp_path: Path, tiny: Path) -> None:
     videos = (film(tmp_path / "hall.mkv", 40, rate=20), film(tmp_path / "yard.mp4", 50))
     data = DataSet(extract(videos, tiny, tmp_path / "data"))
     assert data.durations == {"hall": pytest.approx(2), "yard": pytest.approx(2)}
@@ -114,13 +114,13 @@ def test_a_filled_directory_is_a_data_set(tmp_path: Path, tiny: Path) -> None:
     assert data.video("yard").features.shape == (5, 16)
 
 
-def test_others_of_the_directory_stay(tmp_path: Path, tiny: Path, golden: Path, mini: Path) -> None:
+def test_extract_keeps_other_videos_of_the_directory(tmp_path: Path, tiny: Path, golden: Path, mini: Path) -> None:
     before = DataSet(mini).durations
     extract((film(tmp_path / "hall.mkv", 20),), tiny, mini)
     assert DataSet(mini).durations == {**before, "hall": pytest.approx(0.8)}
 
 
-def test_what_is_there_is_not_extracted_again(
+def test_existing_features_are_not_extracted_again(
     tmp_path: Path, tiny: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
@@ -163,7 +163,7 @@ def two(tmp_path: Path, tiny: Path) -> tuple[tuple[Path, Path], Path, Path]:
 
 
 @pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 2)])
-def test_extract_refuses_to_mix_extractors(
+def test_extract_rejects_mixed_extractors(
     tmp_path: Path, two: tuple[tuple[Path, Path], Path, Path], runs: list[int], chosen: tuple[int, ...]
 ) -> None:
     videos, output, other = two
@@ -214,7 +214,7 @@ def test_data_set_of_two_extractors_warns_once(
     assert not records(caplog, logging.WARNING)
 
 
-def test_extractor_that_comes_in_between_is_refused(
+def test_extractor_changed_by_another_process_is_rejected(
     two: tuple[tuple[Path, Path], Path, Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     videos, _, other = two
@@ -246,7 +246,7 @@ BAD_NAMES = {
 
 
 @pytest.mark.parametrize("case", BAD_NAMES)
-def test_extract_refuses_a_name_that_no_data_set_holds(
+def test_extract_rejects_invalid_video_names(
     tmp_path: Path, tiny: Path, runs: list[int], refused: Callable[..., GroundingError], case: str
 ) -> None:
     good = film(tmp_path / "good.mkv", 40)
@@ -266,7 +266,7 @@ def test_extract_refuses_a_name_that_no_data_set_holds(
 
 
 @pytest.mark.parametrize("name", ["ä" * 125, "=1+1", "-x", "sp ace", "dot.", "%s%d{0}", ".hidden"])
-def test_a_name_that_a_data_set_holds_is_extracted(tmp_path: Path, tiny: Path, name: str) -> None:
+def test_extract_accepts_unusual_valid_video_names(tmp_path: Path, tiny: Path, name: str) -> None:
     video = film(tmp_path / "good.mkv", 40).rename(tmp_path / f"{name}.mp4")
     assert DataSet(extract((video,), tiny, tmp_path / "data")).video(name).features.shape == (4, 16)
 
@@ -287,7 +287,7 @@ def test_next_command_of_extract_runs(
 
 
 @pytest.mark.parametrize("names", [("hall", "Hall"), ("vid\u00e9o", "vide\u0301o")])
-def test_names_that_the_file_system_merges_are_refused(
+def test_names_merged_by_the_file_system_are_rejected(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
     first, second = (film(tmp_path / f"{name}.mkv", frames) for name, frames in zip(names, (40, 48), strict=True))
@@ -320,7 +320,7 @@ def test_truncated_video_is_reported_damaged(tmp_path: Path, tiny: Path) -> None
 
 
 @pytest.mark.parametrize("first", ["good.avi.mkv", "good.mkv"])
-def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, runs: list[int], first: str) -> None:
+def test_ambiguous_video_names_are_rejected(tmp_path: Path, tiny: Path, runs: list[int], first: str) -> None:
     videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))
     output = tmp_path / "data"
     for chosen in (videos, videos[::-1], (videos[0], videos[0])):
@@ -337,7 +337,7 @@ def test_names_that_a_data_set_confuses_are_refused(tmp_path: Path, tiny: Path, 
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_extract_and_infer_refuse_a_playlist(
+def test_extract_and_infer_reject_a_playlist(
     tmp_path: Path, tiny: Path, tiny_model: Path, refused: Callable[..., GroundingError], partial: bool
 ) -> None:
     film(tmp_path / "part.mp4", 40)
@@ -372,7 +372,7 @@ def test_extract_non_finite_features_are_refused(tmp_path: Path, tiny: Path, mon
     assert not output.exists()
 
 
-def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:
+def test_image_encoder_uses_every_eighth_frame(tmp_path: Path) -> None:
     path = film(tmp_path / "hall.mkv", 41)
     output = extract((path,), write_images(tmp_path / "clip.onnx"), tmp_path / "data")
     features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
@@ -383,7 +383,9 @@ def test_an_image_encoder_looks_at_every_eighth_frame(tmp_path: Path) -> None:
     assert DataSet(output).num_frames == {"hall": 41}
 
 
-def test_two_videos_of_one_name_are_refused(tmp_path: Path, tiny: Path, refused: Callable[..., GroundingError]) -> None:
+def test_two_videos_of_one_name_are_rejected(
+    tmp_path: Path, tiny: Path, refused: Callable[..., GroundingError]
+) -> None:
     hall = film(tmp_path / "hall.mkv", 20)
     other = film(tmp_path / "hall.mp4", 20)
     line = ("--extractor", tiny, "--output", tmp_path / "data")
@@ -407,7 +409,7 @@ BAD_VIDEOS: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("make", "code"), BAD_VIDEOS)
-def test_a_bad_video_stops_all_before_the_first_is_extracted(
+def test_invalid_video_is_rejected_before_any_extraction(
     tmp_path: Path,
     tiny: Path,
     refused: Callable[..., GroundingError],
@@ -423,7 +425,7 @@ def test_a_bad_video_stops_all_before_the_first_is_extracted(
 
 
 @pytest.mark.parametrize(("make", "code"), BAD_VIDEOS)
-def test_infer_refuses_a_bad_video_and_leaves_nothing(
+def test_infer_rejects_invalid_video_without_output(
     tmp_path: Path,
     tiny: Path,
     tiny_model: Path,
@@ -466,7 +468,7 @@ def test_partial_extraction_is_not_reused_as_complete(tmp_path: Path, tiny: Path
         load_or_extract(path, extractor)
 
 
-def test_a_video_is_known_by_its_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
+def test_feature_cache_is_keyed_by_video_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
     extractor = open_extractor(tiny, "cpu")
     path = film(tmp_path / "hall.mkv", 40)
     first = load_or_extract(path, extractor)
@@ -479,7 +481,7 @@ def test_a_video_is_known_by_its_content(tmp_path: Path, tiny: Path, runs: list[
     assert sum(runs) == 8
 
 
-def test_infer_grounds_in_a_video_file_as_in_its_features(
+def test_infer_on_video_file_equals_its_features(
     tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Callable[..., Any]
 ) -> None:
     path = film(tmp_path / "hall.mkv", 300)
@@ -498,7 +500,7 @@ def late_film(path: Path, count: int = 200, after: int = 4000) -> Path:
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "srt", "text"])
-def test_times_are_those_of_players_where_pictures_begin_late(
+def test_late_start_video_gives_times_of_players(
     tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Callable[..., Any], form: str
 ) -> None:
     on_time, late = late_film(tmp_path / "a" / "hall.mkv", after=0), late_film(tmp_path / "b" / "hall.mkv", after=4000)
@@ -568,7 +570,7 @@ def test_mismatched_extractor_is_rejected_before_decoding(
     check_error(error, "feature_width_mismatch", 24, 16)
 
 
-def test_flags_that_contradict_a_video_file_are_refused(
+def test_options_conflicting_with_video_file_are_rejected(
     tmp_path: Path, tiny: Path, tiny_model: Path, mini: Path, refused: Callable[..., GroundingError]
 ) -> None:
     line = ("--model", tiny_model, "--query", "door", "--extractor", tiny)
@@ -581,13 +583,13 @@ def test_flags_that_contradict_a_video_file_are_refused(
     check_error(refused(infer, *line, *hall), "missing_file", hall[1])
 
 
-def test_real_videos_have_the_clips_that_their_frames_make(tmp_path: Path, tiny: Path, real_videos: Path) -> None:
+def test_real_videos_give_expected_clip_counts(tmp_path: Path, tiny: Path, real_videos: Path) -> None:
     names = ("univtg_charades", "v_GGSY1Qvo990", "v_ZNVhz7ctTq0")
     data = DataSet(extract(tuple(real_videos / f"{name}.mp4" for name in names), tiny, tmp_path / "data"))
     assert [len(data.video(name).features) for name in names] == [56, 43, 51]
 
 
-def test_the_published_preprocessing_is_the_default() -> None:
+def test_default_resize_crop_is_the_published_one() -> None:
     assert (ResizeCrop().resize, ResizeCrop().crop) == ((128, 171), (112, 112))
 
 
@@ -641,9 +643,7 @@ def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cach
 @pytest.mark.parametrize(
     ("name", "code"), [(f"{FEATURE_DIRECTORY}/hall.npy", "damaged_features"), ("extracted.json", "damaged_note")]
 )
-def test_damaged_features_of_a_directory_are_not_answered_from(
-    tmp_path: Path, tiny: Path, name: str, code: str
-) -> None:
+def test_damaged_features_in_directory_are_not_used(tmp_path: Path, tiny: Path, name: str, code: str) -> None:
     data = extract((film(tmp_path / "hall.mkv", 40),), tiny, tmp_path / "data")
     assert DataSet(data).video("hall").num_frames == 40
     damaged = data / name

@@ -24,7 +24,7 @@ def clips() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (3, 16, 24, 24, 3), dtype=np.uint8)
 
 
-def test_clips_go_in_as_they_are(tmp_path: Path, clips: np.ndarray) -> None:
+def test_clip_extractor_gets_unchanged_clips(tmp_path: Path, clips: np.ndarray) -> None:
     extractor = open_extractor(write_clips(tmp_path / "tiny.onnx"), "cpu")
     assert isinstance(extractor, ClipExtractor)
     assert extractor.manifest == CLIPS
@@ -33,7 +33,7 @@ def test_clips_go_in_as_they_are(tmp_path: Path, clips: np.ndarray) -> None:
     assert extractor.extract(clips[:1]) == pytest.approx(wanted[:1], rel=1e-4)
 
 
-def test_images_are_scaled_as_their_description_says(tmp_path: Path, clips: np.ndarray) -> None:
+def test_image_extractor_scales_pixels_as_in_manifest(tmp_path: Path, clips: np.ndarray) -> None:
     extractor = open_extractor(write_images(tmp_path / "clip.onnx"), "cpu")
     assert isinstance(extractor, ImageExtractor)
     frames = clips[:, :1]
@@ -43,7 +43,7 @@ def test_images_are_scaled_as_their_description_says(tmp_path: Path, clips: np.n
     assert found == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
 
 
-def test_a_mean_of_bytes_is_that_of_shares_of_white(tmp_path: Path, clips: np.ndarray) -> None:
+def test_mean_in_bytes_equals_mean_in_unit_range(tmp_path: Path, clips: np.ndarray) -> None:
     red, green, blue = (255 * value for value in IMAGES.mean)
     deviations = tuple(255 * value for value in IMAGES.std)
     in_bytes = dataclasses.replace(IMAGES, mean=(red, green, blue), std=deviations, white=255.0)
@@ -54,7 +54,7 @@ def test_a_mean_of_bytes_is_that_of_shares_of_white(tmp_path: Path, clips: np.nd
     assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
-def test_a_manifest_comes_back_as_it_was_written() -> None:
+def test_extractor_manifest_survives_json() -> None:
     for manifest in (CLIPS, IMAGES, dataclasses.replace(CLIPS, sources={"c3d.pt": "0" * 64})):
         assert ExtractorManifest.from_dict(json.loads(manifest.to_json()), "x") == manifest
 
@@ -83,7 +83,7 @@ def test_a_manifest_comes_back_as_it_was_written() -> None:
         ({"sources": ["c3d.pt"]}, "damaged_file", ["clip.onnx.json"]),
     ],
 )
-def test_a_description_that_is_wrong_is_refused(
+def test_invalid_extractor_metadata_is_rejected(
     tmp_path: Path, change: dict[str, object], code: str, values: list[object]
 ) -> None:
     path = write_images(tmp_path / "clip.onnx")
@@ -93,7 +93,7 @@ def test_a_description_that_is_wrong_is_refused(
         open_extractor(path, "cpu")
 
 
-def test_files_that_are_no_extractors_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+def test_files_that_are_not_extractors_are_rejected(tmp_path: Path, tiny_model: Path) -> None:
     with raises(ModelFileError, "missing_file", tmp_path / "none.onnx"):
         open_extractor(tmp_path / "none.onnx", "cpu")
     with raises(ModelFileError, "wrong_suffix", "'c3d.pt'", "python -m export.to_onnx"):
@@ -117,7 +117,7 @@ def test_manifest_with_wrong_width_or_size_is_rejected(tmp_path: Path, clips: np
         open_extractor(write_clips(tmp_path / "tiny.onnx"), "cpu").extract(clips[:, :, :20])
 
 
-def test_an_extractor_must_fit_the_model() -> None:
+def test_extractor_must_match_the_model() -> None:
     CLIPS.check_fits(Features("tiny", 16))
     with raises(FeatureError, "feature_width_mismatch", 16, 4096):
         CLIPS.check_fits(Features())

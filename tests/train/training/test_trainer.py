@@ -493,7 +493,7 @@ def test_train_diverging_names_learning_rate(
         run_training(planted, tmp_path / "run", validate_on=validate_on, **sizes)
 
 
-def test_validation_query_without_words_is_no_error_and_words_are_named_once(
+def test_validation_query_without_words_is_a_miss_named_once(
     planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
