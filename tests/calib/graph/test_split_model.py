@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from runtime.core.errors import CheckFailed, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
 from tests.export.conftest import CONFIGS, TINY, random_inputs
 from tests.export.rtx import build_with_rtx
-from tests.raising import raises
+from tests.raising import raises, records
 from train.network.model import DRN
 
 SAME = 1e-5
@@ -174,8 +175,13 @@ def _twice(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def test_to_onnx_with_split_writes_all_parts(checkpoint: Path, tmp_path: Path) -> None:
-    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
+@pytest.mark.parametrize("prepare", [False, True])
+def test_to_onnx_with_split_writes_all_parts(
+    checkpoint: Path, tmp_path: Path, prepare: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=prepare, max_query_length=3)
+    # An option of version 0.1 that has no effect any longer.
+    assert len(records(caplog, logging.WARNING, "--prepare")) == prepare
     names = ["drn.onnx", "drn.query.onnx", "drn.video.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
