@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.decoding import Proposals
-from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
+from runtime.core.errors import GroundingError, ModelFileError, check_argument, excerpt, one_line
 from runtime.core.video import LONGEST_SECONDS, ClipTiming
 
 # Of the training videos' and the training moments' durations.
@@ -37,7 +37,8 @@ class Windows:
             0 < self.length <= self.longest <= LONGEST_SECONDS and 0 <= self.overlap <= self.length / 2
         ):
             raise ModelFileError(
-                f"Windows of {self.length} s that share {self.overlap} s, for videos above {self.longest} s, cannot be "
+                f"Windows of {excerpt(self.length)} s that share {excerpt(self.overlap)} s, for videos above "
+                f"{excerpt(self.longest)} s, cannot be "
                 "cut: a window is longer than 0 s, shares at most half of itself, and is no longer than what is cut.",
                 code="invalid_setting",
             )
