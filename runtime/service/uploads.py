@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -17,13 +18,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from runtime.backends.base import Device
 from runtime.core.errors import FeatureError, OutputError, one_line
-from runtime.core.io.array_files import open_archive, read_header
+from runtime.core.io.array_files import ArrayHeader, open_archive, read_array, read_member
 from runtime.core.io.atomic_files import locked
 from runtime.core.io.digests import content_stamp, file_stamp
 from runtime.core.video import ClipTiming, Origin, Video, load_features
@@ -385,15 +385,26 @@ def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
     Raises:
         Refusal: it is another kind of file, or of another shape, or too large.
     """
+    check = functools.partial(_check_header, max_bytes=most_bytes, dim=dim)
     with open(path, "rb") as stream:
         start = stream.read(512)
         stream.seek(0)
-        if start.startswith(b"\x93NUMPY"):
-            return _read_array(stream, most_bytes, dim)
         # torch writes an archive whose first member is this.
         torch = b"/data.pkl" in start
-        if start.startswith(b"PK") and not torch:
-            return _read_archive(stream, most_bytes, dim)
+        try:
+            if start.startswith(b"\x93NUMPY"):
+                return _native(read_array(stream, os.fstat(stream.fileno()).st_size, check))
+            if start.startswith(b"PK") and not torch:
+                with open_archive(stream, ZIP_DIRECTORY_BYTES) as archive:
+                    return _native(read_member(archive, _array_of(archive), "The features", check))
+        except HttpError:
+            raise
+        # On damaged files NumPy, zipfile and zlib raise what their parsers do, without a common base.
+        except Exception as error:
+            reason = one_line(error)[:200] or type(error).__name__
+            raise HttpError(
+                422, f"The features cannot be read: {reason}. Write one array with numpy.save or numpy.savez."
+            ) from error
     if start.startswith(b"\x89HDF"):
         kind = "an HDF5 file"
     elif torch:
@@ -422,14 +433,8 @@ def sniff_container(path: Path) -> str:
     raise HttpError(415, f"The video is of no kind that is taken ({known}); convert it to one of them.")
 
 
-def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
-    try:
-        header = read_header(stream)
-    # On a damaged header NumPy raises what its parser does (TokenError, MemoryError, ...), without a common base.
-    except Exception as error:
-        raise HttpError(
-            422, f"The features should be a NumPy array and cannot be read: {one_line(error)[:200]}."
-        ) from error
+def _check_header(header: ArrayHeader, num_bytes: int, *, max_bytes: int, dim: int) -> None:
+    """Raise HttpError unless an array has the type, shape and size that the model takes."""
     shape, dtype, size = header.shape, header.dtype, header.num_bytes
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
         raise HttpError(
@@ -437,42 +442,25 @@ def _read_array(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
             f"The features should be floats of shape (num_clips, {dim}), and are {dtype!s:.40} of shape "
             f"{str(shape)[:60]}; extract them with the network that the model was trained with.",
         )
-    if size > most_bytes:
+    if size > max_bytes:
+        raise HttpError(413, f"The features have {size} bytes and at most {max_bytes} are taken; send fewer clips.")
+    if size != num_bytes:
         raise HttpError(
-            413, f"The features unpack to {size} bytes and at most {most_bytes} are taken; send fewer clips."
+            422, f"The features should be {size} bytes by their header, and are {num_bytes}; write the file again."
         )
-    content = stream.read(size + 1)
-    if len(content) != size:
-        more = "more" if len(content) > size else f"{len(content)}"
-        raise HttpError(
-            422, f"The features should be {size} bytes by their head and hold {more}; write the file again."
-        )
-    array = np.frombuffer(content, dtype).reshape(shape, order="F" if header.fortran else "C")
-    return np.ascontiguousarray(array, dtype.newbyteorder("="))
 
 
-def _read_archive(stream: IO[bytes], most_bytes: int, dim: int) -> np.ndarray:
-    try:
-        with open_archive(stream, ZIP_DIRECTORY_BYTES) as archive:
-            members = archive.infolist()
-            arrays = [member for member in members if member.filename.endswith(".npy")]
-            named = [member for member in arrays if member.filename == "features.npy"] or arrays
-            if len(named) != 1:
-                raise _odd_archive(f"it holds {len(arrays)} arrays, and one, or one called features, is expected")
-            member = named[0]
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-                raise _odd_archive("its array is packed in another way than deflate, or encrypted")
-            with archive.open(member) as array:
-                return _read_array(array, most_bytes, dim)
-    except HttpError:
-        raise
-    # On damaged archives zipfile and zlib raise what their parsers do, without a common base.
-    except Exception as error:
-        raise _odd_archive(one_line(error)[:200] or type(error).__name__) from error
+def _array_of(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """Return the only array of a `.npz` file, or the one that is called features."""
+    arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+    named = [member for member in arrays if member.filename == "features.npy"] or arrays
+    if len(named) != 1:
+        raise ValueError(f"the .npz file holds {len(arrays)} arrays, and one, or one called features, is expected")
+    return named[0]
 
 
-def _odd_archive(why: str) -> HttpError:
-    return HttpError(422, f"The .npz file cannot be used: {why.rstrip('.')}; write one array with numpy.savez.")
+def _native(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def _cannot_extract(code: int | None, said: str, media: Path) -> HttpError:

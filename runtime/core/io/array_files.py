@@ -10,6 +10,7 @@ import io
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -89,17 +90,23 @@ def read_header(stream: IO[bytes]) -> ArrayHeader:
     return header
 
 
-def read_array(stream: IO[bytes], available: int) -> np.ndarray:
+def read_array(
+    stream: IO[bytes], available: int, check: Callable[[ArrayHeader, int], None] | None = None
+) -> np.ndarray:
     """Return the array of a `.npy` file in memory.
 
     Args:
         stream: the file, at its beginning.
         available: bytes that the whole file has.
+        check: takes the header and the number of bytes after it, and raises an error if the caller does not take
+            them; called before memory is allocated.
 
     Raises:
         ValueError: it is not a plain array, or is cut off.
     """
     header = read_header(stream)
+    if check is not None:
+        check(header, available - stream.tell())
     _check_complete(header, available - stream.tell())
     content = np.empty(header.num_bytes, np.uint8)
     count = 0
@@ -156,12 +163,18 @@ def open_archive(stream: IO[bytes], max_directory_bytes: int = MAX_DIRECTORY_BYT
     return zipfile.ZipFile(stream)
 
 
-def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str) -> np.ndarray:
+def read_member(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    source: str,
+    check: Callable[[ArrayHeader, int], None] | None = None,
+) -> np.ndarray:
     """Return the array of one member of a `.npz` file.
 
     Args:
         archive, member: from `open_archive`.
         source: names the file in messages.
+        check: as of `read_array`.
 
     Raises:
         FeatureError: it would unfold to far more than features do.
@@ -173,7 +186,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str) 
     size = archive.fp.seek(0, os.SEEK_END)
     check_unfolded(source, member.file_size, min(member.compress_size, size))
     with archive.open(member) as stream:
-        array = read_array(stream, member.file_size)
+        array = read_array(stream, member.file_size, check)
         # Only at its end is the checksum of a member compared.
         while stream.read(BLOCK_BYTES):
             pass
