@@ -45,6 +45,28 @@ def describe(
     if json_output:
         print(json.dumps(content, indent=2))
         return content
+    rows = _model_rows(model, manifest)
+    weights = weights_in_file(model) if model.suffix == ".onnx" else {}
+    if weights:
+        rows.append(("weights", weights_text(weights)))
+    if sidecar:
+        rows += _engine_rows(model, sidecar.content)
+    elif model.suffix == ".onnx":
+        recorded = check(model).recorded
+        rows.append(("digest", "of weights, graph and manifest: checked" if recorded else "not recorded"))
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+    # Where no GPU runs an engine, the twin beside it answers alike.
+    runs = model if not sidecar or gpus()[0].works else engine_compatibility.source_onnx(model, sidecar.content)
+    if runs.suffix == ".onnx" and manifest.precision == "bf16":
+        suggest_next_command("runtime.doctor")
+        return content
+    suggest_next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    return content
+
+
+def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return labels and texts of what the manifest of a model records."""
     features, decoding = manifest.features, manifest.decoding
     nms = {"mmaction2": "soft-NMS", "drn": "hard NMS"}[decoding.protocol]
     score = "matching x IoU" if decoding.use_iou_scores else "matching"
@@ -79,23 +101,7 @@ def describe(
         rows.append(
             ("validation", scores + (" (simulated features)" if manifest.training.get("simulated_features") else ""))
         )
-    weights = weights_in_file(model) if model.suffix == ".onnx" else {}
-    if weights:
-        rows.append(("weights", weights_text(weights)))
-    if sidecar:
-        rows += _engine_rows(model, sidecar.content)
-    elif model.suffix == ".onnx":
-        recorded = check(model).recorded
-        rows.append(("digest", "of weights, graph and manifest: checked" if recorded else "not recorded"))
-    width = max(len(label) for label, _ in rows)
-    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    # Where no GPU runs an engine, the twin beside it answers alike.
-    runs = model if not sidecar or gpus()[0].works else engine_compatibility.source_onnx(model, sidecar.content)
-    if runs.suffix == ".onnx" and manifest.precision == "bf16":
-        suggest_next_command("runtime.doctor")
-        return content
-    suggest_next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
-    return content
+    return rows
 
 
 def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +21,10 @@ from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.metrics import Report, format_table, prior_report
 from runtime.core.video import Segments
 from runtime.datasets.dataset import DataSet, Invalid, one_per_moment
+from runtime.datasets.schema import Annotation
+from runtime.grounding.evaluation import Evaluation, used_fallback
 from runtime.grounding.evaluation import evaluate as evaluate_annotations
 from runtime.grounding.evaluation import predictions as predictions_of
-from runtime.grounding.evaluation import used_fallback
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 log = logging.getLogger("drn")
@@ -68,58 +70,113 @@ def evaluate(
         device: auto, cpu or cuda.
         threads: number of CPU threads.
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
+    options = Options(
+        model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads
+    )
+    result = run(options)
+    _print(options, result)
+    first = result.annotations[0]
+    words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
+    suggest_next_command("runtime.infer", *words)
+    return result.evaluation.report
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `evaluate`."""
+
+    model: str | Path
+    data: Path
+    split: str
+    protocol: Protocol | None
+    output: Path | None
+    predictions: Path | None
+    ablation: Ablation
+    invalid: Invalid
+    limit: int | None
+    batch_size: int
+    device: Device
+    threads: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An evaluation with the queries that it is of, and the report of the best constant moments, if there are any."""
+
+    data_set: DataSet
+    annotations: Sequence[Annotation]
+    evaluation: Evaluation
+    prior: Report | None
+
+
+def run(options: Options) -> Result:
+    """Evaluate the model, and write the report and the predictions.
+
+    The caller prints afterwards, because the reader of its output may have closed the pipe.
+    """
+    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         raise GroundingError(
-            f"--limit and --batch-size must be at least 1, and {limit} and {batch_size} were given.",
+            f"--limit and --batch-size must be at least 1, and {options.limit} and {options.batch_size} were given.",
             code="invalid_option",
         )
-    data_set = DataSet(data)
-    check_report(output, model, predictions, *data_set.files)
-    check_report(predictions, model, *data_set.files)
-    annotations = data_set.annotations(split, invalid)[:limit]
-    grounder = Grounder.load(model, device, threads)
+    data_set = DataSet(options.data)
+    check_report(options.output, options.model, options.predictions, *data_set.files)
+    check_report(options.predictions, options.model, *data_set.files)
+    annotations = data_set.annotations(options.split, options.invalid)[: options.limit]
+    grounder = Grounder.load(options.model, options.device, options.threads)
     data_set.check_clock(grounder.manifest.features.clock)
     with tqdm(total=len(annotations), desc="answering", unit="query", leave=False, disable=None) as bar:
         evaluation = evaluate_annotations(
             grounder,
             data_set,
             annotations,
-            protocol=protocol,
-            batch_size=batch_size,
-            segments_of=_ablated(grounder, data_set, [a.video for a in annotations], ablation),
+            protocol=options.protocol,
+            batch_size=options.batch_size,
+            segments_of=_ablated(grounder, data_set, [a.video for a in annotations], options.ablation),
             on_progress=bar.update,
         )
-    scored = evaluation.report
-    name = Path(model).name
-    rows = [(name if ablation == "none" else f"{name}, {ablation}", scored)]
-    prior = None
-    if "train" in data_set.splits:
-        training = data_set.annotations("train", invalid="drop", quiet=True)
-        learnt = data_set.spans(one_per_moment(training))
-        prior = prior_report(learnt, evaluation.truth, scored.protocol, data_set.preset.iou_thresholds)
-        rows.append(("prior (constant moments)", prior))
-    # Files before words: whoever reads these may have closed the pipe.
-    if output:
+    result = Result(data_set, annotations, evaluation, _prior(data_set, evaluation))
+    _write(options, result)
+    return result
+
+
+def _prior(data_set: DataSet, evaluation: Evaluation) -> Report | None:
+    """Return the report of the best constant moments of the training split; None without such a split."""
+    if "train" not in data_set.splits:
+        return None
+    training = data_set.annotations("train", invalid="drop", quiet=True)
+    spans = data_set.spans(one_per_moment(training))
+    return prior_report(spans, evaluation.truth, evaluation.report.protocol, data_set.preset.iou_thresholds)
+
+
+def _write(options: Options, result: Result) -> None:
+    if options.output:
         content = {
-            **scored.to_dict(),
-            "prior": prior.to_dict() if prior else None,
-            "split": split,
-            "ablation": ablation,
+            **result.evaluation.report.to_dict(),
+            "prior": result.prior.to_dict() if result.prior else None,
+            "split": options.split,
+            "ablation": options.ablation,
+            "simulated_features": result.data_set.simulated,
+            "model": Path(options.model).name,
         }
-        write_json(output, {**content, "simulated_features": data_set.simulated, "model": name})
-    if predictions:
-        with atomic_write(predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in predictions_of(evaluation, annotations, data_set))
+        write_json(options.output, content)
+    if options.predictions:
+        rows = predictions_of(result.evaluation, result.annotations, result.data_set)
+        with atomic_write(options.predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _print(options: Options, result: Result) -> None:
+    scored, name = result.evaluation.report, Path(options.model).name
+    rows = [(name if options.ablation == "none" else f"{name}, {options.ablation}", scored)]
+    if result.prior:
+        rows.append(("prior (constant moments)", result.prior))
     print(format_table(rows))
-    print(f"{scored.queries} queries of {split}, protocol {scored.protocol}, percent.")
-    if whole := used_fallback(next(iter(evaluation.picks.values()))).sum():
-        print(f"{whole} of them have no likely location and are answered by the whole video.")
-    if data_set.simulated:
+    print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, percent.")
+    if count := used_fallback(next(iter(result.evaluation.picks.values()))).sum():
+        print(f"{count} of them have no likely location and are answered by the whole video.")
+    if result.data_set.simulated:
         print("Features are simulated: not comparable with published numbers.")
-    first = annotations[0]
-    words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
-    suggest_next_command("runtime.infer", *words)
-    return scored
 
 
 def _ablated(

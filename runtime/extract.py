@@ -31,8 +31,8 @@ from runtime.media.extraction import (
     hash_of,
     read_note,
 )
-from runtime.media.extractors import open_extractor
-from runtime.media.video_file import probe
+from runtime.media.extractors import Extractor, open_extractor
+from runtime.media.video_file import VideoFile, probe
 
 log = logging.getLogger("drn")
 
@@ -81,25 +81,7 @@ def extract(
     check_writable(output / NOTES)
     notes, names = _notes(output), {path.stem for path in videos}
     _check_extractors(output, notes, names, maker)
-    # Every file is looked at before the first is extracted, which may take hours.
-    hashes = {path: hash_of(path) for path in videos}
-    clock = ClipTiming(network.manifest.window, network.manifest.stride)
-    footages = {}
-    for path, content in hashes.items():
-        known = notes.get(path.stem)
-        if known is not None and known.video != content:
-            raise VideoFileError(
-                f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
-                "another --output.",
-                code="ambiguous_video_name",
-            )
-        if known is None or not known.serves(content, maker, partial):
-            footages[path] = video_file = probe(path)
-            # A video that was cut off is short because of that.
-            video_file.check_whole(partial)
-            check_length(video_file, clock)
-        else:
-            check_one_file(path)
+    hashes, footages = _probe_all(videos, output, notes, network, maker, partial)
     for path in videos:
         target = output / FEATURE_DIRECTORY / f"{path.stem}.npy"
         result = extract_if_needed(
@@ -124,6 +106,43 @@ def extract(
     video = (f"--video={first}",) if first.startswith("-") else ("--video", first)
     suggest_next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
     return output
+
+
+def _probe_all(
+    videos: Sequence[Path],
+    output: Path,
+    notes: Mapping[str, Extracted],
+    network: Extractor,
+    maker: str,
+    partial: bool,
+) -> tuple[dict[Path, str], dict[Path, VideoFile]]:
+    """Look at every file before the first is extracted, which may take hours.
+
+    Returns:
+        The hash of each file, and the video files to extract.
+
+    Raises:
+        VideoFileError: a file cannot be decoded, or its name belongs to another video of the directory.
+    """
+    hashes = {path: hash_of(path) for path in videos}
+    clock = ClipTiming(network.manifest.window, network.manifest.stride)
+    footages: dict[Path, VideoFile] = {}
+    for path, content in hashes.items():
+        known = notes.get(path.stem)
+        if known is not None and known.video != content:
+            raise VideoFileError(
+                f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
+                "another --output.",
+                code="ambiguous_video_name",
+            )
+        if known is None or not known.serves(content, maker, partial):
+            footages[path] = video_file = probe(path)
+            # A video that was cut off is short because of that.
+            video_file.check_whole(partial)
+            check_length(video_file, clock)
+        else:
+            check_one_file(path)
+    return hashes, footages
 
 
 def _notes(directory: Path) -> dict[str, Extracted]:

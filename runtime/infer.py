@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections import Counter
@@ -18,7 +19,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer, Format, format_answers
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.plotting import draw
-from runtime.grounding.video_source import VideoArguments, open_video_source
+from runtime.grounding.video_source import VideoArguments, VideoSource, open_video_source
 from runtime.media.clip_writer import check_encoder, clip_names
 from runtime.media.clip_writer import write_clips as write_clips
 
@@ -76,59 +77,101 @@ def infer(
         device: auto, cpu or cuda.
         threads: number of CPU threads.
     """
-    if top_k < 1:
-        raise GroundingError(f"--top-k must be at least 1, and {top_k} was given.", code="invalid_option")
-    if not query:
-        raise QueryError('Nothing was asked; pass --query "a sentence".', code="missing_option")
-    choice = VideoArguments(features, duration, num_frames, data, video, extractor, partial, footage)
-    choice.check()
-    inputs = (model, features, extractor, choice.film, *(DataSet(data).files if data and plot else ()))
-    check_report(plot, *inputs)
-    if plot:
-        check_plots(plot)
-    clips = _clips(choice, cut, query)
-    for clip in clips:
-        check_writable(clip, plot, *inputs)
-    # Where the model is a server's, device and threads are about what makes the features here.
-    here = extractor is not None and is_address(model)
-    grounder = Grounder.load(model) if here else Grounder.load(model, device, threads)
-    grounder.windows = resolve_windows(grounder.windows, window, overlap)
-    _warn_of_single_words(query)
-    # Before features are made, which may take hours; unknown words are reported when the sentences are asked.
-    for sentence in query:
-        grounder.encode_query(sentence, Counter())
-    chosen = open_video_source(choice, grounder.manifest.features, device, threads)
-    requested = chosen.video
-    windows = grounder.cut(requested)
-    if len(windows) > 1:
-        log.info(
-            "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
-            *(requested.name, requested.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
-        )
-    result = grounder.ground_batch([(requested, sentence) for sentence in query], top_k, presence=not always_answer)
-    answers = [
-        Answer(sentence, requested.name, requested.end, moments, chosen.truths_of(sentence))
-        for sentence, moments in zip(query, result)
-    ]
-    # The answers come last: where a frame for the plot or a clip is damaged, the command fails without output.
-    if plot:
-        draw(answers, plot, chosen.footage, partial=partial)
-    best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
-    if best:
-        assert chosen.footage is not None
-        offset = chosen.footage.offset
-        write_clips(
-            chosen.footage,
-            [(max(0.0, moment.start - offset), moment.end - offset) for moment, _ in best],
-            [clip for _, clip in best],
-            threads,
-            partial=partial,
-        )
-        for _, clip in best:
-            log.info("Cut:  %s", clip)
+    source = VideoArguments(features, duration, num_frames, data, video, extractor, partial, footage)
+    options = Options(model, query, source, window, overlap, always_answer, top_k, plot, cut, device, threads)
+    answers = run(options)
     print(format_answers(answers, format, shutil.get_terminal_size((100, 24)).columns))
     suggest_next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `infer` without the output format; `source` are those that name the video."""
+
+    model: str | Path
+    query: tuple[str, ...]
+    source: VideoArguments
+    window: float | None
+    overlap: float | None
+    always_answer: bool
+    top_k: int
+    plot: Path | None
+    cut: Path | None
+    device: Device
+    threads: int | None
+
+
+def run(options: Options) -> list[Answer]:
+    """Ground the queries, and write the plot and the clips.
+
+    The caller prints the answers last: if a frame for the plot or a clip is damaged, the command fails without output.
+    """
+    clips = _check(options)
+    # Where the model is a server's, device and threads are about what extracts the features here.
+    local = options.source.extractor is not None and is_address(options.model)
+    arguments = () if local else (options.device, options.threads)
+    grounder = Grounder.load(options.model, *arguments)
+    grounder.windows = resolve_windows(grounder.windows, options.window, options.overlap)
+    _warn_of_single_words(options.query)
+    # Before features are extracted, which may take hours; unknown words are reported when the queries are grounded.
+    for sentence in options.query:
+        grounder.encode_query(sentence, Counter())
+    source = open_video_source(options.source, grounder.manifest.features, options.device, options.threads)
+    answers = _ground(grounder, source, options)
+    if options.plot:
+        draw(answers, options.plot, source.footage, partial=options.source.partial)
+    _write_best(source, answers, clips, options)
+    return answers
+
+
+def _check(options: Options) -> list[Path]:
+    """Raise GroundingError for arguments that cannot be used, and return the files for the best moments."""
+    if options.top_k < 1:
+        raise GroundingError(f"--top-k must be at least 1, and {options.top_k} was given.", code="invalid_option")
+    if not options.query:
+        raise QueryError('Nothing was asked; pass --query "a sentence".', code="missing_option")
+    source = options.source
+    source.check()
+    data_files = DataSet(source.data).files if source.data and options.plot else ()
+    inputs = (options.model, source.features, source.extractor, source.film, *data_files)
+    check_report(options.plot, *inputs)
+    if options.plot:
+        check_plots(options.plot)
+    clips = _clips(source, options.cut, options.query)
+    for clip in clips:
+        check_writable(clip, options.plot, *inputs)
+    return clips
+
+
+def _ground(grounder: Grounder, source: VideoSource, options: Options) -> list[Answer]:
+    video = source.video
+    windows = grounder.cut(video)
+    if len(windows) > 1:
+        log.info(
+            "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
+            *(video.name, video.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
+        )
+    pairs = [(video, sentence) for sentence in options.query]
+    result = grounder.ground_batch(pairs, options.top_k, presence=not options.always_answer)
+    return [
+        Answer(sentence, video.name, video.end, moments, source.truths_of(sentence))
+        for sentence, moments in zip(options.query, result)
+    ]
+
+
+def _write_best(source: VideoSource, answers: Sequence[Answer], clips: Sequence[Path], options: Options) -> None:
+    """Write the best moment of each query to its file."""
+    best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
+    if not best:
+        return
+    assert source.footage is not None
+    offset = source.footage.offset
+    spans = [(max(0.0, moment.start - offset), moment.end - offset) for moment, _ in best]
+    files = [clip for _, clip in best]
+    write_clips(source.footage, spans, files, options.threads, partial=options.source.partial)
+    for clip in files:
+        log.info("Cut:  %s", clip)
 
 
 def _warn_of_single_words(queries: Sequence[str]) -> None:
