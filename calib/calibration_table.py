@@ -19,6 +19,7 @@ from runtime.core.errors import excerpt, one_line, printable_line
 from runtime.core.io.atomic_files import write_text
 from runtime.core.io.digests import json_digest
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -120,13 +121,7 @@ class CalibrationTable:
         """
         path = Path(path)
         value = read_json(path, "calibration table", CalibrationError)
-        result = value.get("format") if isinstance(value, dict) else None
-        if result != FORMAT:
-            raise CalibrationError(
-                f"{path} has the format {excerpt(result)} and a calibration table has {FORMAT!r}; make one with "
-                "`python -m calib.calibrate`.",
-                code="unknown_format",
-            )
+        check_format(value, FORMAT, f"{path}", CalibrationError, "make a table with `python -m calib.calibrate`")
         try:
             table = cls._from_dict(value)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -14,6 +14,7 @@ from runtime.core.errors import excerpt, printable_line
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import json_digest
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 
 if TYPE_CHECKING:
     import onnx
@@ -70,10 +71,7 @@ class QuantizationPlan:
     def load(cls, path: str | os.PathLike[str]) -> QuantizationPlan:
         """Read a plan; CalibrationError if it is none, or was edited."""
         value = read_json(Path(path), "quantisation plan", CalibrationError)
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CalibrationError(
-                f"{path} is no quantisation plan; make one with `python -m calib.restore`.", code="unknown_format"
-            )
+        check_format(value, FORMAT, f"{path}", CalibrationError, "make a plan with `python -m calib.restore`")
         try:
             keep, key, measured = value["keep"], value["key"], value["measured"]
             kind, table, digest = value["kind"], value["table"], value["digest"]

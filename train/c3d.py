@@ -21,6 +21,7 @@ from torch.nn import functional
 from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
 from runtime.core.errors import CheckpointError, excerpt, one_line
 from runtime.core.io import torch_reader
+from runtime.core.io.text_files import check_format
 from train.checkpoints import load, save
 
 WINDOW, STRIDE = 16, 8
@@ -150,10 +151,14 @@ def save_c3d(path: Path, checkpoint: C3DCheckpoint) -> None:
 def load_c3d(path: Path) -> C3DCheckpoint:
     """Read a `c3d.pt`; CheckpointError if it is none. Nothing in it is run."""
     content = load(path)
-    result = content.get("format") if isinstance(content, dict) else None
-    if result != FORMAT or content.get("kind") != "C3D":
+    check_format(
+        content, FORMAT, f"{path}", CheckpointError, "convert published weights with `python -m train.convert`"
+    )
+    if content.get("kind") != "C3D":
         raise CheckpointError(
-            f"{path} is no c3d.pt; make one of published weights with `python -m train.convert`.", code="unknown_format"
+            f"{path}: expected the kind 'C3D', got {excerpt(content.get('kind'))}. Convert published weights with "
+            "`python -m train.convert`.",
+            code="unknown_format",
         )
     try:
         red, green, blue = map(_number, content["mean"])

@@ -22,11 +22,12 @@ from torch import Tensor
 from runtime.artifacts.extractor_manifest import FORMAT as EXTRACTOR_FORMAT
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
-from runtime.core.errors import CheckpointError, excerpt, one_line, reading
+from runtime.core.errors import CheckpointError, one_line, reading
 from runtime.core.io import torch_reader
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file
+from runtime.core.io.text_files import check_format
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
@@ -139,23 +140,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint in what `read` returned; CheckpointError as of `load_checkpoint`, damage aside."""
     result = content.get("format") if isinstance(content, dict) else None
-    if result != FORMAT:
-        if result == EXTRACTOR_FORMAT:
-            raise CheckpointError(
-                f"{path} makes clip features and grounds no sentence; export it with "
-                f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here.",
-                code="wrong_model_kind",
-            )
-        if result == RESUME_FORMAT:
-            raise CheckpointError(
-                f"{path} is the state for `train --resume`. Give best.pt of the same directory.", code="training_state"
-            )
-        kind = f"format {excerpt(result)}" if result else "an unknown format"
+    if result == EXTRACTOR_FORMAT:
         raise CheckpointError(
-            f"{path} is a torch file of {kind}, and {FORMAT!r} is expected; "
-            "convert published checkpoints with `python -m train.convert`.",
-            code="unknown_format",
+            f"{path} makes clip features and grounds no sentence; export it with "
+            f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here.",
+            code="wrong_model_kind",
         )
+    if result == RESUME_FORMAT:
+        raise CheckpointError(
+            f"{path} is the state for `train --resume`. Give best.pt of the same directory.", code="training_state"
+        )
+    advice = "convert published checkpoints with `python -m train.convert`"
+    check_format(content, FORMAT, f"{path}", CheckpointError, advice)
     try:
         config = dict(content["config"])
         features = Features(**config.pop("features"))

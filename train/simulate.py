@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from runtime.core.cli import command, suggest_next_command
+from runtime.core.differences import differences
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, excerpt
 from runtime.core.io.atomic_files import atomic_write, content_names, locked, remove_strays, write_json, write_text
 from runtime.core.io.digests import sha256
@@ -244,12 +245,10 @@ def _check_output(output: Path, parameters: dict[str, Any], quiet: bool = True) 
     record = read_json(output / marker, "what was simulated here", OutputError)
     recorded = record.get("parameters") if isinstance(record, dict) else None
     if recorded != parameters:
-        differing = [
-            key for key in parameters if not isinstance(recorded, dict) or recorded.get(key) != parameters[key]
-        ]
+        changed = [str(path[0]) for path, _, _ in differences(recorded, parameters) if path]
         raise OutputError(
-            f"{output} holds another simulation (different: {', '.join(differing) or 'parameters'}); "
-            f"choose a new directory, or delete that one.",
+            f"{output} holds another simulation (different: {', '.join(changed) or 'parameters'}). "
+            "Choose a new directory, or delete that one.",
             code="settings_mismatch",
         )
     if not quiet:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import ModelFileError, one_line, reading
+from runtime.core.io.text_files import check_format
 
 FORMAT = "drn-layers/1"
 SUFFIX = ".layers.json.gz"
@@ -355,8 +356,7 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not unpacker.eof:
             raise ModelFileError(f"{path} is truncated, or holds over {MAX_LAYERS_BYTES >> 20} MiB; {advice}.")
         content = json.loads(text)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ModelFileError(f"{path} is not a file of format {FORMAT!r}; {advice}.", code="unknown_format")
+        check_format(content, FORMAT, f"{path}", ModelFileError, advice)
         if not isinstance(content.get("profiles"), list) or not all(
             isinstance(view, dict) for view in content["profiles"]
         ):

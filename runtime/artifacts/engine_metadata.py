@@ -14,6 +14,7 @@ from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import ModelFileError, excerpt, printable_line
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 
 FORMAT = "drn-engine/1"
 
@@ -100,12 +101,7 @@ def read_verified(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
             code="missing_file",
         )
     content = read_json(path, "sidecar of an engine", ModelFileError)
-    result = content.get("format") if isinstance(content, dict) else None
-    if result != FORMAT:
-        raise ModelFileError(
-            f"{path} is of format {excerpt(result)} and this version reads {FORMAT!r}; {_REBUILD}",
-            code="unknown_format",
-        )
+    check_format(content, FORMAT, f"{path}", ModelFileError, _REBUILD.rstrip("."))
     if content.get("digest") != json_digest(_unsealed(content)):
         raise ModelFileError(
             f"{path} does not hash to its own digest, so it was edited or damaged; {_REBUILD}", code="digest_mismatch"

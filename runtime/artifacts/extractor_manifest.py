@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifacts.manifest import Features
-from runtime.core.errors import (
-    FeatureError,
-    GroundingError,
-    ModelFileError,
-    VideoFileError,
-    excerpt,
-    reading,
-)
-from runtime.core.io.text_files import is_number
+from runtime.core.errors import FeatureError, GroundingError, ModelFileError, VideoFileError, excerpt, reading
+from runtime.core.io.text_files import check_format, is_number
 
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"
@@ -118,13 +111,7 @@ class ExtractorManifest:
     @classmethod
     def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
         """Read a manifest; `source` names it in the ModelFileError that says what is wrong with it."""
-        result = value.get("format") if isinstance(value, Mapping) else None
-        if result != FORMAT:
-            raise ModelFileError(
-                f"{source} is of format {excerpt(result)} and extractors of this version are {FORMAT!r}; export it "
-                "again.",
-                code="unknown_format",
-            )
+        check_format(value, FORMAT, f"The extractor manifest of {source}", ModelFileError, "export it again")
         with reading(source, "the description of an extractor", ModelFileError, "see docs/your-own-video.md"):
             # The digest is checked where the file is opened (`runtime.artifacts.onnx_metadata`).
             return cls(**{name: item for name, item in value.items() if name not in ("format", "digest")})

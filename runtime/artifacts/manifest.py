@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from runtime.core.decoding import Decoding
 from runtime.core.errors import ModelFileError, excerpt, reading
-from runtime.core.io.text_files import parse_json
+from runtime.core.io.text_files import check_format, parse_json
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
@@ -140,13 +140,7 @@ class Manifest:
         Raises:
             ModelFileError: it is of another version, or something is missing or of the wrong kind.
         """
-        result = value.get("format") if isinstance(value, Mapping) else None
-        if result != FORMAT:
-            raise ModelFileError(
-                f"{source} has a manifest of format {excerpt(result)} and this version reads {FORMAT!r}; "
-                "export the model again with `python -m export.to_onnx`.",
-                code="unknown_format",
-            )
+        check_format(value, FORMAT, f"The manifest of {source}", ModelFileError, AGAIN)
         with reading(f"The manifest of {source}", "complete", ModelFileError, AGAIN):
             return cls(
                 vocabulary=Vocabulary.from_dict(value["vocabulary"]),

@@ -17,7 +17,7 @@ from runtime.backends.batch_shapes import padded_length, row_slices, row_slices_
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.core.io.digests import json_digest
-from runtime.core.io.text_files import parse_json
+from runtime.core.io.text_files import check_format, parse_json
 
 FORMAT = "drn-triton/1"
 PARAMETER = "drn.front"
@@ -70,12 +70,8 @@ class FrontConfig:
                 raise ModelFileError(
                     f"{source} does not match its own digest, so it was edited or damaged; {command}.", code=MISMATCH
                 )
-            result = value.pop("format")
-            if result != FORMAT:
-                raise ModelFileError(
-                    f"{source} is of format {excerpt(result)} and {FORMAT!r} is read here; {command}.",
-                    code="unknown_format",
-                )
+            check_format(value, FORMAT, source, ModelFileError, command)
+            del value["format"]
             about = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
             sizes = (about.batch, about.videos, about.encoded_together)
             if not all(type(size) is int and size > 0 for size in sizes):

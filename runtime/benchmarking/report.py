@@ -12,8 +12,9 @@ import numpy as np
 from runtime.benchmarking.system_info import SystemState
 from runtime.benchmarking.timing import Latency, Ratio, WarmUp
 from runtime.core.agreement import VISIBLE_S, moment_deviation
-from runtime.core.errors import ModelFileError, excerpt, printable_line, reading
+from runtime.core.errors import ModelFileError, printable_line, reading
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 from runtime.core.moments import Moment
 
 FORMAT = "drn-benchmark/1"
@@ -326,13 +327,7 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a written report; ModelFileError if the file is none."""
     report = read_json(path, "report of runtime.benchmark", ModelFileError)
-    file_format = report.get("format") if isinstance(report, dict) else None
-    if file_format != FORMAT:
-        raise ModelFileError(
-            f"{path} is of format {excerpt(file_format)} and {FORMAT!r} is read here; write it with "
-            "`python -m runtime.benchmark --output`.",
-            code="unknown_format",
-        )
+    check_format(report, FORMAT, f"{path}", ModelFileError, "write it with `python -m runtime.benchmark --output`")
     with reading(path, "a report of runtime.benchmark", ModelFileError, "measure again"):
         # Whatever is read of it later must be there.
         for model in report["models"]:

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from runtime.benchmarking.workload import (
 from runtime.core import cpu_info
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
 from runtime.core.io.input_files import check_file
+from runtime.core.repeat_filter import said_once
 from runtime.core.terminal import command_line
 
 log = logging.getLogger("drn")
@@ -108,7 +109,7 @@ class BenchmarkRun:
 
     def measure(self) -> None:
         """Open the models and measure everything."""
-        with _without_repeated_messages():
+        with said_once():
             self._open_models()
             self._compare_answers()
             inputs = CaseInputs(self._models, self._options.batch, self._note)
@@ -312,28 +313,3 @@ def _check_comparable(labels: Sequence[str], manifests: Sequence[Manifest]) -> N
                 "they cannot be asked the same; compare models of one kind of features.",
                 code="models_differ",
             )
-
-
-class _DeduplicateFilter(logging.Filter):
-    """Pass every message once: a query runs hundreds of times, and so would its warning be repeated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if message in self._seen:
-            return False
-        self._seen.add(message)
-        return True
-
-
-@contextlib.contextmanager
-def _without_repeated_messages() -> Iterator[None]:
-    deduplicate = _DeduplicateFilter()
-    log.addFilter(deduplicate)
-    try:
-        yield
-    finally:
-        log.removeFilter(deduplicate)

@@ -13,10 +13,12 @@ from typing import Any, Literal
 from runtime.artifacts.engine_metadata import metadata_path, read_sidecar
 from runtime.artifacts.onnx_metadata import external_data
 from runtime.backends.base import Device
+from runtime.core.differences import differences
 from runtime.core.errors import ModelFileError, OutputError, excerpt
 from runtime.core.io.atomic_files import LOCK, content_names
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 from runtime.corpus.feature_sources import FeatureSource, VideoRef
 from runtime.corpus.queries import Question
 
@@ -202,15 +204,18 @@ def check_same(output: Path, recorded: dict[str, Any]) -> None:
             raise _not_a_corpus(output)
         return
     result = read_json(path, "what a corpus was made of", OutputError)
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise OutputError(f"{path} is not of format {FORMAT!r}; name another directory.", code="unknown_format")
+    check_format(result, FORMAT, f"{path}", OutputError, "name another directory")
     if not any(output.glob("shard-*")):
         return
     # As it is read from a file: tuples are lists there.
-    differences = list(_differences(result, json.loads(json.dumps(recorded))))
-    if differences:
+    changes = [
+        f"{' '.join(map(str, key))} was {excerpt(before)} and is {excerpt(now)}"
+        for key, before, now in differences(result, json.loads(json.dumps(recorded)))
+        if key[0] in recorded
+    ]
+    if changes:
         raise OutputError(
-            f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(differences)}). "
+            f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(changes)}). "
             "Take those again, or name another directory. Ground added videos from features of their own.",
             code="settings_mismatch",
         )
@@ -220,16 +225,6 @@ def _not_a_corpus(output: Path) -> OutputError:
     return OutputError(
         f"{output} is there and holds no {MANIFEST}; name a new or empty directory.", code="output_not_empty"
     )
-
-
-def _differences(current: dict[str, Any], recorded: dict[str, Any]) -> Iterator[str]:
-    for part in recorded:
-        before, now = current.get(part), recorded[part]
-        if not isinstance(before, dict) or not isinstance(now, dict):
-            before, now = {part: before}, {part: now}
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                yield f"{part} {name} was {excerpt(before.get(name))} and is {excerpt(now.get(name))}"
 
 
 def _versions(model: Path, form: Form) -> dict[str, str]:

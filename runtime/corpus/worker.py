@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -20,6 +19,7 @@ from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import read_json
 from runtime.core.names import by_fold, near_name
+from runtime.core.repeat_filter import RepeatFilter, said_once
 from runtime.core.sliding_windows import resolve_windows
 from runtime.core.video import ClipTiming, Video
 from runtime.corpus.feature_sources import FeatureSource, VideoRef, open_source
@@ -157,7 +157,7 @@ class Worker:
     def __init__(self, job: CorpusJob) -> None:
         self.job = job
         self._problem = functools.lru_cache(KNOWN_SENTENCES)(self._problem_of)
-        self._fewer = _RateLimitFilter()
+        self._repeats = RepeatFilter(MAX_WARNINGS, by_template=True)
 
     def __call__(self, shard: Shard) -> ShardResult:
         """Ground a shard, unless its file is there. What is wrong with it as a whole is returned, not raised."""
@@ -172,7 +172,7 @@ class Worker:
                         f"It was begun {attempts - 1} times, and each time the process ended before it was done "
                         f"(out of memory?), the last of them {_last_line(self._note(shard))}."
                     )
-                with _filtered(self._fewer):
+                with said_once(self._repeats):
                     errors = self._write(shard, path)
                 return ShardResult(shard.number, len(shard), errors, attempts)
         except GroundingError as error:
@@ -335,27 +335,6 @@ def _attempt(note: Path) -> Iterator[int]:
 def _last_line(note: Path) -> str:
     # The line before is the last that ended.
     return note.read_text(encoding="utf-8").splitlines()[-2]
-
-
-class _RateLimitFilter(logging.Filter):
-    """Lets the like of each message pass a few times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: collections.Counter[str] = collections.Counter()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self._said[record.msg] += 1
-        return self._said[record.msg] <= MAX_WARNINGS
-
-
-@contextlib.contextmanager
-def _filtered(few: logging.Filter) -> Iterator[None]:
-    log.addFilter(few)
-    try:
-        yield
-    finally:
-        log.removeFilter(few)
 
 
 Write = Callable[[dict[str, Any]], None]

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt, reading
 from runtime.core.io.input_files import read_json
-from runtime.core.io.text_files import is_number, parse_json, read_lines
+from runtime.core.io.text_files import check_format, is_number, parse_json, read_lines
 from runtime.core.names import by_fold, near_name
 from runtime.core.video import MAX_FRAMES
 from runtime.datasets.presets import PRESETS, Preset
@@ -113,12 +113,7 @@ def _names(split: str) -> tuple[str, str]:
 def _read_about(path: Path) -> dict[str, Any]:
     """Return `dataset.json` with its preset read."""
     value = read_json(path, "what a data set in the common form says of itself")
-    result = value.get("format") if isinstance(value, dict) else None
-    if result != FORMAT:
-        raise AnnotationError(
-            f"{path} is of format {excerpt(result)} and this version reads {FORMAT!r}; prepare it again.",
-            code="unknown_format",
-        )
+    check_format(value, FORMAT, f"{path}", AnnotationError, "prepare it again")
     with reading(path, "a description of a data set", AnnotationError, "prepare the data set again"):
         counts, location = value.get("num_frames", {}), value.get("features")
         if not all(is_number(count) and 2 <= count <= MAX_FRAMES for count in counts.values()):

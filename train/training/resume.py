@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from runtime.core.differences import differences
 
 
 def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
@@ -22,24 +24,13 @@ def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
 
 def first_difference(recorded: Any, requested: Any) -> str:
     """Name the first setting in which two runs differ, other than more epochs, if there is one."""
-    differences = list(_differences(recorded, requested))
-    return next((text for text, longer in differences if not longer), differences[0][0])
-
-
-def _differences(recorded: Any, requested: Any, name: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield each setting in which two runs differ, and whether it is that a stage has more epochs."""
-    if recorded == requested:
-        return
-    lists = isinstance(recorded, list) and isinstance(requested, list) and len(recorded) == len(requested)
-    if lists and all(isinstance(item, dict) for item in (*recorded, *requested)):
-        for old, new in zip(recorded, requested, strict=True):
-            number = new.get("number")
-            for text, longer in _differences(old, new, name):
-                yield (f"stage {number}: {text}" if number else text), longer
-        return
-    if isinstance(recorded, dict) and isinstance(requested, dict):
-        for key in {**recorded, **requested}:
-            yield from _differences(recorded.get(key), requested.get(key), key)
-        return
-    longer = name == "epochs" and isinstance(recorded, int) and isinstance(requested, int) and requested > recorded
-    yield f"{name} was {str(recorded)[:60]}, is now {str(requested)[:60]}", longer
+    changes = list(differences(recorded, requested))
+    extended = [
+        path[-1:] == ("epochs",) and isinstance(before, int) and isinstance(after, int) and after > before
+        for path, before, after in changes
+    ]
+    path, before, after = changes[extended.index(False) if False in extended else 0]
+    stage = ""
+    if len(path) > 2 and path[:2] == ("settings", "stages"):
+        stage = f"stage {requested['settings']['stages'][path[2]].get('number')}: "
+    return f"{stage}{path[-1] if path else 'everything'} was {str(before)[:60]}, is now {str(after)[:60]}"

@@ -20,6 +20,7 @@ from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError, reading
 from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 from runtime.core.metrics import recall_name
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.grounder import Grounder
@@ -333,11 +334,7 @@ class TrainingRun:
         if not path.is_file():
             return 0, None
         state = load(path)
-        if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
-            raise CheckpointError(
-                f"{path} is not the state of a training run of this version; start again with another --output.",
-                code="unknown_format",
-            )
+        check_format(state, RESUME_FORMAT, f"{path}", CheckpointError, "start again with another --output")
         advice = "copy the checkpoints of this run again, or choose another --output"
         with reading(path, f"the state of stage {stage.number}", CheckpointError, advice):
             check_weights(state["model"], model.config, str(path))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,23 @@ def parse_json(
         raise error(
             f"{source}: JSON is expected and cannot be read: {one_line(problem)}; {advice}.", code="invalid_json"
         ) from problem
+
+
+def check_format(value: Any, expected: str, source: str, error: type[GroundingError], advice: str) -> None:
+    """Raise `error` (code `unknown_format`) unless a value is a table whose `format` is `expected`.
+
+    Args:
+        value: what was read from JSON or another file of tables.
+        expected: the identifier with its version, such as "drn-manifest/1".
+        source: names the file in the message.
+        error: the class to raise.
+        advice: what the reader should do, as an imperative without a full stop.
+    """
+    actual = value.get("format") if isinstance(value, Mapping) else None
+    if actual != expected:
+        raise error(
+            f"{source}: expected the format {expected!r}, got {excerpt(actual)}; {advice}.", code="unknown_format"
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from runtime.core.repeat_filter import said_once
+from runtime.core.repeat_filter import RepeatFilter, said_once
 
 log = logging.getLogger("drn")
 
@@ -24,3 +24,14 @@ def test_message_is_logged_once_in_a_block(caplog: pytest.LogCaptureFixture) -> 
         ("INFO", "1 left out"),
         ("WARNING", "1 left out"),
     ]
+
+
+def test_repeat_filter_counts_templates_over_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    repeats = RepeatFilter(2, by_template=True)
+    with caplog.at_level(logging.INFO, "drn"):
+        for count in (1, 2, 3):
+            with said_once(repeats):
+                log.warning("%d left out", count)
+                log.warning("other")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["1 left out", "other", "2 left out", "other"]

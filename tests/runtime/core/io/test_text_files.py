@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runtime.core.errors import AnnotationError
-from runtime.core.io.text_files import MAX_DEPTH, MAX_DIGITS, parse_json, read_lines, read_text
+from runtime.core.io.text_files import MAX_DEPTH, MAX_DIGITS, check_format, parse_json, read_lines, read_text
 from tests.raising import raises
 
 SENTENCE = "a\u2028person\u2029opens\x85the\x0bdoor\x0c\x1c\x1d\x1e"
@@ -87,3 +87,10 @@ def test_parse_json_rejects_duplicate_names() -> None:
         with raises(AnnotationError, "invalid_json", "f", "'a'"):
             parse_json(text, "f")
     assert parse_json('[{"a": 1}, {"a": {"a": 2}}]', "f") == [{"a": 1}, {"a": {"a": 2}}]
+
+
+@pytest.mark.parametrize("value", [None, [], "x/1", {}, {"format": "x/2"}, {"format": ["x/1"]}])
+def test_check_format_rejects_other_formats(value: Any) -> None:
+    with raises(AnnotationError, "unknown_format", "f.json", "'x/1'"):
+        check_format(value, "x/1", "f.json", AnnotationError, "write it again")
+    check_format({"format": "x/1"}, "x/1", "f.json", AnnotationError, "write it again")

@@ -1,0 +1,30 @@
+"""Compare two JSON values, such as recorded settings with those that were requested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Union
+
+Key = Union[str, int]
+
+
+def differences(before: Any, after: Any, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Any, Any]]:
+    """Yield the path and both values wherever two JSON values differ; None stands for a key that is missing.
+
+    Tables, and lists of as many tables, are compared entry by entry, other values as they are.
+    """
+    if before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            yield from differences(before.get(key), after.get(key), (*path, key))
+    elif (
+        isinstance(before, list)
+        and isinstance(after, list)
+        and len(before) == len(after)
+        and all(isinstance(item, dict) for item in (*before, *after))
+    ):
+        for index, (old, new) in enumerate(zip(before, after)):
+            yield from differences(old, new, (*path, index))
+    else:
+        yield path, before, after
