@@ -62,9 +62,7 @@ def restore(
         CheckFailed: no quantized graph meets the budget.
     """
     if not max_drop >= 0:
-        raise CalibrationError(
-            f"--max-drop is points of recall that may be lost, at least 0, and {max_drop} was given."
-        )
+        raise CalibrationError(f"Expected --max-drop of at least 0 points, got {max_drop}. Correct the option.")
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))

@@ -91,8 +91,8 @@ def _memory(cuda: Cuda) -> Found:
     broken = [] if address % 256 == 0 else [f"an allocation at {address:#x} is not aligned to 256 bytes"]
     # Other processes use the GPU too, so only the bounds are certain.
     broken += [] if 0 < held <= total and free <= total else [f"{free}, then {held} of {total} bytes were free"]
-    told = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free."
-    return Found(told, {"free_bytes": free, "total_bytes": total}, broken)
+    summary = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free."
+    return Found(summary, {"free_bytes": free, "total_bytes": total}, broken)
 
 
 def _copies(cuda: Cuda, size: int) -> Found:
@@ -155,14 +155,14 @@ def _out_of_memory(cuda: Cuda) -> Found:
         try:
             address = cuda.allocate(total + (1 << 30))
         except OutOfDeviceMemory as error:
-            told, broken = str(error), []
+            summary, broken = str(error), []
         except CudaError as error:
-            told, broken = str(error), ["the error is not recognized as one of memory"]
+            summary, broken = str(error), ["the error is not recognized as one of memory"]
         else:
             cuda.free(address)
-            told, broken = "", ["more memory was allocated than the GPU has"]
+            summary, broken = "", ["more memory was allocated than the GPU has"]
         cuda.free(cuda.allocate(COPY_BYTES))
-    return Found(told, {"message": told}, broken)
+    return Found(summary, {"message": summary}, broken)
 
 
 def _threads(cuda: Cuda) -> Found:
@@ -197,16 +197,16 @@ def _broken_capture(cuda: Cuda) -> Found:
         try:
             cuda.synchronize(buffers.stream)
         except CudaError as error:
-            told, broken = str(error), []
+            summary, broken = str(error), []
         else:
-            told, broken = "", ["a wait inside a capture was not refused"]
+            summary, broken = "", ["a wait inside a capture was not refused"]
         cuda.drop_capture(buffers.stream)
         buffers.fill(1)
         buffers.there_and_back()
         cuda.synchronize(buffers.stream)
         if not buffers.is_equal:
             broken.append("the stream brings other bytes after a broken capture")
-    return Found(told, {"message": told}, broken)
+    return Found(summary, {"message": summary}, broken)
 
 
 def _torch(job: Job, cuda: Cuda) -> Found:
@@ -253,13 +253,13 @@ def _fork(cuda: Cuda) -> Found:
     process.start()
     theirs.close()
     answered = ours.poll(CHILD_SECONDS)
-    told = ours.recv() if answered else ""
+    summary = ours.recv() if answered else ""
     process.join(CHILD_SECONDS)
     if process.exitcode is None:
         process.kill()
         return Found("", broken=[f"the forked process hung for {CHILD_SECONDS} s"])
     with cuda.current():
         cuda.free(cuda.allocate(COPY_BYTES))
-    broken = [] if told.startswith("DeviceError") else [f"the forked process got {told!r} instead of an error"]
+    broken = [] if summary.startswith("DeviceError") else [f"the forked process got {summary!r} instead of an error"]
     broken += [] if process.exitcode == 0 else [f"the forked process ended with code {process.exitcode}"]
-    return Found(f"The forked process gets: {told}", {"message": told}, broken)
+    return Found(f"The forked process gets: {summary}", {"message": summary}, broken)

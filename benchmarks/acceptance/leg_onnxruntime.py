@@ -92,7 +92,7 @@ def _provider(job: Job, path: Path) -> Found:
             spent[where] = spent.get(where, 0.0) + event["dur"]
             nodes.setdefault(where, set()).add(event["name"])
     counts = {where: len(names) for where, names in nodes.items()}
-    told = ", ".join(f"{count} nodes on {where}" for where, count in counts.items())
+    summary = ", ".join(f"{count} nodes on {where}" for where, count in counts.items())
     broken = []
     if session.get_providers()[0] != wanted:
         broken.append(f"the session runs on {session.get_providers()[0]} where {wanted} was asked for")
@@ -101,7 +101,7 @@ def _provider(job: Job, path: Path) -> Found:
     )
     if elsewhere:
         broken.append(f"{len(elsewhere)} nodes that multiply run elsewhere, as {elsewhere[0]}")
-    return Found(f"{path.name}: {told}.", {"nodes": counts, "microseconds": spent}, broken)
+    return Found(f"{path.name}: {summary}.", {"nodes": counts, "microseconds": spent}, broken)
 
 
 def _provider_of(event: Mapping[str, Any]) -> Any:

@@ -32,8 +32,10 @@ def _make_data(job: Job) -> Found:
 
     simulate(job.data, feature_dim=job.sizes.feature_dim, videos=job.sizes.videos, difficulty="easy", seed=0)
     queries = {split: len(annotations_of(job, split)) for split in ("train", "test")}
-    told = f"{job.sizes.videos} videos of width {job.sizes.feature_dim}, {queries['train']} queries to learn from and "
-    return no_promise(f"{told}{queries['test']} to be asked; features are simulated.", queries)
+    summary = (
+        f"{job.sizes.videos} videos of width {job.sizes.feature_dim}, {queries['train']} queries to learn from and "
+    )
+    return no_promise(f"{summary}{queries['test']} to be asked; features are simulated.", queries)
 
 
 def _make_network(job: Job) -> Found:

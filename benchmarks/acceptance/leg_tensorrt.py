@@ -212,12 +212,12 @@ def _bar(job: Job, pair: Path) -> Found:
         targets.GPU_PART: part,
         targets.RATE: rate,
     }
-    told = (
+    summary = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
         f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
         f"sentences. In CUDA graphs: {_graphs(backend._by_length)}."
     )
-    return _judged(job, backend.gpu_name, told, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
+    return _judged(job, backend.gpu_name, summary, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
 
 
 def _bar_row(job: Job, pair: Path) -> Found:
@@ -230,8 +230,8 @@ def _bar_row(job: Job, pair: Path) -> Found:
     gpu = take_times(job, {ours: dataclasses.replace(one, device_seconds=lambda: backend.gpu_ms / 1e3)})[ours]
     lines = [latency_row(ours, boundary, 1, seconds) for boundary, seconds in (("end to end", alone), ("gpu", gpu))]
     entries, rows = [values for values, _ in lines], [row for _, row in lines]
-    told = f"One query end to end: p50 {ms(entries[0]['p50_ms'])} ms, on the GPU {ms(entries[1]['p50_ms'])} ms."
-    return no_promise(told, {"timings": entries}, {f"the bar: {ours}, {pair.parent.name}": (LATENCY_HEADER, rows)})
+    summary = f"One query end to end: p50 {ms(entries[0]['p50_ms'])} ms, on the GPU {ms(entries[1]['p50_ms'])} ms."
+    return no_promise(summary, {"timings": entries}, {f"the bar: {ours}, {pair.parent.name}": (LATENCY_HEADER, rows)})
 
 
 def _lstm_forms(job: Job, pair: Path) -> Found:
@@ -246,7 +246,7 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
     backends["loop"]._by_length = backends["loop"]._by_length[-1:]
     for backend in backends.values():
         backend.time_gpu(True)
-    entries, rows, told, broken = [], [], [], []
+    entries, rows, summary, broken = [], [], [], []
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
         videos = [video for video, _ in questions(job, size)]
         encoded = {id(video): written.encode(video) for video in {id(video): video for video in videos}.values()}
@@ -277,10 +277,10 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
                 entries.append(values)
                 rows.append(row)
             ratio = speed_ratio(*(times[name] for name in reversed(times))).median
-            told.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
+            summary.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
     captured = {form: _graphs(backend._by_length) for form, backend in backends.items()}
     graphs = ", ".join(f"{form}: {found}" for form, found in captured.items())
-    sentence = f"Written out, the network is {'; '.join(told)}. In CUDA graphs: {graphs}."
+    sentence = f"Written out, the network is {'; '.join(summary)}. In CUDA graphs: {graphs}."
     title = "the LSTM as a loop and written out"
     return Found(sentence, {"timings": entries, "captured": captured}, broken, tables={title: (LATENCY_HEADER, rows)})
 
@@ -303,10 +303,10 @@ def _bar_compiled(job: Job, pair: Path) -> Found:
     need(("torch",), "torch.compile")
     grounder = Grounder.load(pair, "cuda")
     entries, rows, found = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
-    told = f"One query end to end is answered {found[targets.COMPILED]:.1f} times as fast as by torch.compile."
+    summary = f"One query end to end is answered {found[targets.COMPILED]:.1f} times as fast as by torch.compile."
     backend: Any = grounder.backend
     tables = {"the bar: torch.compile": (LATENCY_HEADER, rows)}
-    return _judged(job, backend.gpu_name, told, {targets.COMPILED: found[targets.COMPILED]}, entries, tables)
+    return _judged(job, backend.gpu_name, summary, {targets.COMPILED: found[targets.COMPILED]}, entries, tables)
 
 
 def _one_query(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> tuple[str, Call]:
@@ -344,7 +344,7 @@ def _against(
 def _judged(
     job: Job,
     gpu: str,
-    told: str,
+    summary: str,
     found: Mapping[str, float | None],
     timings: Sequence[Mapping[str, Any]],
     tables: Mapping[str, Table],
@@ -359,7 +359,7 @@ def _judged(
     if any(entry["verdict"] == "not judged" for entry in entries):
         notes.append(f"Bars in absolute times are for {', '.join(targets.CLASS)}, and this is {gpu}.")
     missed = [] if job.rehearsal else targets.missed(entries)
-    return Found(" ".join([told, *notes]), values, missed, not job.rehearsal, tables)
+    return Found(" ".join([summary, *notes]), values, missed, not job.rehearsal, tables)
 
 
 def _phases(job: Job, pair: Path) -> Found:
@@ -381,11 +381,11 @@ def _phases(job: Job, pair: Path) -> Found:
         ]
         for phase in spent[1]
     ]
-    told = "; ".join(
+    summary = "; ".join(
         f"A batch of {size} takes {sums[size]:.3f} ms, {phases['network']:.3f} of them the network with its copies"
         for size, phases in spent.items()
     )
-    return no_promise(f"{told}.", {"ms": spent}, {"phases": (header, rows)})
+    return no_promise(f"{summary}.", {"ms": spent}, {"phases": (header, rows)})
 
 
 def _engine_profile(job: Job, pair: Path) -> Found:
@@ -404,29 +404,29 @@ def _engine_profile(job: Job, pair: Path) -> Found:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             self.spent.setdefault(layer_name, []).append(ms)
 
-    told, values, tables = [], {}, {}
+    summary, values, tables = [], {}, {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
         profiler = Profiler()
         _profile(grounder, questions(job, size), profiler)
         if not profiler.spent:
-            raise Skip(f"{library.__name__} {library.__version__} told the time of no layer.")
+            raise Skip(f"{library.__name__} {library.__version__} summary the time of no layer.")
         medians = {name: sorted(spent)[len(spent) // 2] for name, spent in profiler.spent.items()}
         total = sum(medians.values())
         top = sorted(medians.items(), key=lambda entry: -entry[1])
         rows = [[name[:120], f"{taken:.4f}", f"{100 * taken / total:.1f}"] for name, taken in top[:20]]
         values[f"ms, batch {size}"] = dict(top)
         tables[f"layers, batch {size}"] = (("layer", "ms", "% of all layers"), rows)
-        told.append(
+        summary.append(
             f"{len(medians)} layers take {total:.3f} ms at batch {size} without a CUDA graph; the longest is "
             f"{top[0][0][:80]}."
         )
-    return no_promise(" ".join(told), values, tables)
+    return no_promise(" ".join(summary), values, tables)
 
 
 def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: Any) -> None:
     """Run the network that answers pairs a few times with a profiler.
 
-    What is captured in a graph is not told layer by layer, so the context of that batch is run as it is. It has no
+    What is captured in a graph is not summary layer by layer, so the context of that batch is run as it is. It has no
     graph any more then and is forgotten, by this function too: TensorRT 8 may let one context at a time have a profile.
     """
     backend: Any = grounder.backend
@@ -469,10 +469,10 @@ def _other_version(job: Job, pair: Path) -> Found:
 
 def _tests(job: Job, leg: Leg) -> Found:
     need(("pytest", "hypothesis"), "the test suite")
-    told = run_module(
+    summary = run_module(
         job, leg, "pytest", *GPU_TESTS, "-m", "gpu or trt", "-q", "-p", "no:cacheprovider", most=240, ok=(0, 1, 5)
     )
-    last = [line for line in told.splitlines() if line.strip()][-1].strip("= ")
+    last = [line for line in summary.splitlines() if line.strip()][-1].strip("= ")
     passed, bad = "passed" in last, "failed" in last or "error" in last
     if not passed and not bad:
         raise Skip(f"No test ran: {last}.")
@@ -490,6 +490,6 @@ def _compare_speeds(job: Job, leg: Leg, name: str, engines: Sequence[Path]) -> F
     found = benchmark_step(job, leg, f"tensorrt-{name}", models)
     if name != "fp16":
         return found
-    # Which are timed, whatever they say; one that this GPU cannot run is told by its step.
+    # Which are timed, whatever they say; one that this GPU cannot run is summary by its step.
     entries = targets.held("", {targets.NARROW: float(len(narrow))})
     return dataclasses.replace(found, values={**found.values, "bars": entries})

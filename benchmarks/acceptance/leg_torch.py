@@ -85,8 +85,8 @@ def _torch_machine(job: Job) -> Found:
         return no_promise(f"torch {torch.__version__} on the CPU.")
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     conditions = dataclasses.asdict(system_info.conditions("before"))
-    told = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, compute capability {capability}."
-    return no_promise(told, {"conditions": conditions})
+    summary = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}, compute capability {capability}."
+    return no_promise(summary, {"conditions": conditions})
 
 
 @contextlib.contextmanager
@@ -129,10 +129,10 @@ def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float
     # Not `worst > limit`, which a loss that is no number would pass.
     broken = [] if worst <= limit else [f"a loss differs by {worst:.1e} where {limit:g} is allowed"]
     off = ", TF32 off" if precision == "fp32" else ""
-    told = (
+    summary = (
         f"{LOSS_STEPS} steps of each stage on {job.device} in {precision}{off}: losses are within {worst:.1e} of the "
     )
-    return Found(f"{told}CPU's in fp32 (relative; {limit:g} allowed).", {**values, "worst": worst}, broken)
+    return Found(f"{summary}CPU's in fp32 (relative; {limit:g} allowed).", {**values, "worst": worst}, broken)
 
 
 def _training(job: Job) -> TrainingData:
@@ -279,10 +279,10 @@ def torch_speed(job: Job, kinds: Sequence[str]) -> Found:
         entries.append(values)
         rows.append(row)
     fastest = min((e for e in entries if e["boundary"] == "end to end"), key=lambda e: e["p50_ms"])
-    told = f"One query end to end takes {fastest['p50_ms']:.3f} ms (p50) in torch at its fastest: {fastest['case']}."
+    summary = f"One query end to end takes {fastest['p50_ms']:.3f} ms (p50) in torch at its fastest: {fastest['case']}."
     left_out = "" if job.device == "cuda" else " CUDA graphs were left out, which need a GPU."
     title = f"torch: {', '.join(kinds)}"
-    return Found(told + left_out, {"timings": entries}, broken, tables={title: (LATENCY_HEADER, rows)})
+    return Found(summary + left_out, {"timings": entries}, broken, tables={title: (LATENCY_HEADER, rows)})
 
 
 def _ask(rival: Rival, asked: Asked, placed: Any, _: object) -> Any:
@@ -377,10 +377,10 @@ def _torch_profile(job: Job) -> Found:
     top = [(event.key, getattr(event, key) / 1e3 / len(pairs), event.count / len(pairs)) for event in events[:15]]
     rows = [[name[:100], f"{ms:.4f}", f"{100 * ms / total:.1f}", f"{times:.1f}"] for name, ms, times in top]
     where = "GPU" if on_gpu else "CPU"
-    told = f"A query in eager mode keeps the {where} busy for {total:.3f} ms in {count:.0f} calls."
+    summary = f"A query in eager mode keeps the {where} busy for {total:.3f} ms in {count:.0f} calls."
     values = {"ms": total, "calls": count, "top": [{"name": n, "ms": ms, "calls": c} for n, ms, c in top]}
     header = (f"on the {where}", "ms a query", "% of that", "calls a query")
-    return no_promise(told, values, {"torch in eager mode: where the time goes": (header, rows)})
+    return no_promise(summary, values, {"torch in eager mode: where the time goes": (header, rows)})
 
 
 def _training_speed(job: Job, leg: Leg) -> Found:
@@ -396,10 +396,10 @@ def _training_speed(job: Job, leg: Leg) -> Found:
         found["queries delivered a second"][key] for key in ("from the memory map", "from the device's memory")
     )
     ratio = delivered / consumed
-    told = (
+    summary = (
         f"A step of stage 1 takes {step_ms:.2f} ms; batches are delivered {ratio:.1f} times as fast as it takes them."
     )
     if job.rehearsal:
-        return no_promise(told, found)
+        return no_promise(summary, found)
     entries = targets.held(found["machine"], {targets.DELIVERY: ratio})
-    return Found(told, {**found, "bars": entries}, targets.missed(entries))
+    return Found(summary, {**found, "bars": entries}, targets.missed(entries))

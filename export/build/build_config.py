@@ -137,7 +137,7 @@ class BuildRequest:
         # `not >=` also refuses NaN.
         if not self.max_drop >= 0:
             raise GroundingError(
-                f"--max-drop is points that may be lost, at least 0, and {self.max_drop} was given.",
+                f"Expected --max-drop of at least 0 points, got {self.max_drop}. Correct the option.",
                 code="invalid_option",
             )
 

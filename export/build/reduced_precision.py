@@ -59,7 +59,7 @@ class ConversionOptions:
         table: calibration table measured on this graph, in place of calibrating.
         plan: of `calib.restore`: more modules to keep.
         samples, method: of the calibration.
-        max_drop: points of R@1 IoU=0.7 and of mIoU that may be lost.
+        max_drop: accepted loss of R@1 IoU=0.7 and of mIoU, in points.
         threads: CPU threads.
         table_output, plan_output: where a new table, and a new plan that keeps something, are written.
         for_cpu: INT8 is for ONNX Runtime on a CPU, with FP32 around it, and not to build an engine of.

@@ -209,7 +209,7 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
 
     Args:
         parity: of these answers.
-        budget: what may be lost.
+        budget: the accepted loss.
         share: of all queries, 0 to 1: points are percent of all.
     """
     broken = []
@@ -259,7 +259,7 @@ class PlanCheck:
 
         Args:
             queries: number of all queries, of which points are percent.
-            budget: what may be lost.
+            budget: the accepted loss.
         """
         if self.parity is None:
             return []

@@ -50,7 +50,7 @@ def run_parity_check(
         sides: the reference and the model to judge.
         files: what they were opened from.
         data_set, annotations: the queries.
-        budget: what may be lost.
+        budget: the accepted loss.
         split, command: for the report.
         protocol, batch_size: see `verify`.
         concurrent: see `export.parity.compare.compare`.

@@ -53,9 +53,9 @@ def test_invalid_preset_is_rejected(change: dict[str, Any]) -> None:
         Preset("Mine", **change)
 
 
-@pytest.mark.parametrize("told", [None, [1, 2], [1, 2, "3"], "1 2 3"])
-def test_unusable_query_lengths_fall_back_to_defaults(told: Any) -> None:
-    assert query_length_of({"query_length": told}) == query_length_of({}) == (1, 8, 32)
+@pytest.mark.parametrize("recorded", [None, [1, 2], [1, 2, "3"], "1 2 3"])
+def test_unusable_query_lengths_fall_back_to_defaults(recorded: Any) -> None:
+    assert query_length_of({"query_length": recorded}) == query_length_of({}) == (1, 8, 32)
 
 
 def test_length_quantile_covers_its_share_of_queries() -> None:

@@ -166,13 +166,13 @@ def test_slow_but_steady_client_is_served(hurried: int) -> None:
     assert reply(said(hurried, whole[:40], whole[40:middle], whole[middle:], pause=0.1)).status == 200
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_body_over_limit_is_rejected_keeping_the_connection(hurried: int, told: bool) -> None:
+@pytest.mark.parametrize("has_length", [True, False])
+def test_body_over_limit_is_rejected_keeping_the_connection(hurried: int, has_length: bool) -> None:
     large = b" " * 5000
     chunked = asking(large).replace(b"Content-Length: 5000", b"Transfer-Encoding: chunked")
     chunked = chunked[: -len(large)] + b"1388\r\n" + large + b"\r\n0\r\n\r\n"
     with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
-        stream.sendall(asking(large) if told else chunked)
+        stream.sendall(asking(large) if has_length else chunked)
         reply(received(stream)).refused(413, 1000, code="too_large")
         stream.sendall(asking(json.dumps(QUESTION).encode()))
         assert reply(received(stream)).status == 200
