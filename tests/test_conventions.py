@@ -26,7 +26,7 @@ def test_import_loads_no_heavy_modules(statement: str) -> None:
 
 def test_engine_code_is_compatible_with_python_39() -> None:
     # TensorRT 8.6 is not for newer ones than 3.10, and torch, which needs one, is not for these.
-    of_torch = {"exportable_model.py", "on_torch.py", "rivals.py", "prepare.py"}
+    of_torch = {"exportable_model.py", "leg_torch.py", "torch_baselines.py", "leg_prepare.py"}
     paths = [path for package in ("runtime", "calib", "export") for path in (ROOT / package).rglob("*.py")]
     paths += [ROOT / "benchmarks" / "gpu.py", *(ROOT / "benchmarks" / "acceptance").glob("*.py")]
     for path in paths:

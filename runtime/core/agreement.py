@@ -18,7 +18,7 @@ VISIBLE_S = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class PairedAnswers:
-    """What differs between the answers of a reference and another model to N queries.
+    """The differences between the answers of a reference and another model to N queries.
 
     Attributes:
         hits: by IoU threshold, (2, N) bool: whether the best moment of the reference, and of the other, is right.

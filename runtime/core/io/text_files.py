@@ -116,7 +116,8 @@ def check_format(value: Any, expected: str, source: str, error: type[GroundingEr
     actual = value.get("format") if isinstance(value, Mapping) else None
     if actual != expected:
         raise error(
-            f"{source}: expected the format {expected!r}, got {excerpt(actual)}; {advice}.", code="unknown_format"
+            f"{source}: expected the format {excerpt(expected)}, got {excerpt(actual)}; {advice}.",
+            code="unknown_format",
         )
 
 

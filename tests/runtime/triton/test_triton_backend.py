@@ -31,7 +31,7 @@ def test_front_config_survives_json() -> None:
     [
         ("", "invalid_json"),
         ("[]", "damaged_file"),
-        ("{}", "damaged_file"),
+        ("{}", "unknown_format"),
         (json.dumps({"format": "drn-triton/2"}), "unknown_format"),
         (json.dumps({"format": "drn-triton/1", "manifest": {}}), "unknown_format"),
         (json.dumps({**json.loads(ABOUT.to_json()), "surprise": 1}), "digest_mismatch"),
