@@ -169,7 +169,10 @@ def run(options: VerifyOptions) -> ParityResult:
     latency = _latency(options)
     data_set = DataSet(options.data)
     annotations = data_set.annotations(options.split)[: options.limit]
-    sides = [load_for_comparison(path, options.device, options.threads, options.exact) for path in (reference, model)]
+    sides = (
+        load_for_comparison(reference, options.device, options.threads, options.exact),
+        load_for_comparison(model, options.device, options.threads, options.exact),
+    )
     # Before gigabytes are hashed, and again where it counts.
     check_comparable(sides[0].manifest, sides[1].manifest)
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]

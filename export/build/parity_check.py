@@ -129,5 +129,5 @@ class ParityChecker:
         rejected = "rejected." if proof.broken else ""
         subject = self.output_path.with_name(proof.model.path.name if proof.broken else self.output_path.name)
         commands = (self.command, command_line("runtime.describe", {}, subject))
-        siblings = [self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html")]
-        write_reports(proof, *siblings, stats, engine, commands)
+        output, html = (self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html"))
+        write_reports(proof, output, html, stats, engine, commands)

@@ -123,7 +123,7 @@ def convert_precision(
     # Around INT8 for a CPU there is FP32.
     if data_set and not (precision == "int8" and options.for_cpu):
         held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
-    if precision in ("fp16", "bf16"):
+    if precision == "fp16" or precision == "bf16":
         retained = (*options.keep, *held)
         graph = convert_to_half(raised, precision, retained)
         facts = {"held back in FP32": list(held), "kept by request": list(options.keep)}

@@ -27,6 +27,7 @@ from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import BuildState, build_part, mark_rejected
 from export.engine.profiles import Profile, Unrolling, check_ranges, check_unroll, one_profile, profiles, unrolling
 from export.parity.model_file import ModelFile
+from runtime.artifacts.manifest import Manifest
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.io.atomic_files import Staging, locked
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     import onnx
 
     from export.parity.parity_report import ParityReport
-    from runtime.artifacts.manifest import Manifest
 
 log = logging.getLogger("drn")
 
@@ -186,9 +186,10 @@ class _EngineBuild:
         if build.profiles is None or build.short is None:
             build = build._with_profiles(profiles(request.batch, request.query_length, manifest), manifest)
         assert build.short is not None
-        build = build._with_short(_supported_unrolling(build.short, graph))
+        short = _supported_unrolling(build.short, graph)
+        build = build._with_short(short)
         if build.job.target == "tensorrt":
-            print(_about_short(build.short))
+            print(_about_short(short))
         return dataclasses.replace(
             build, source=source, graph=graph, annotations=[self.annotations[row] for row in rows]
         )
@@ -273,14 +274,17 @@ class _EngineBuild:
             build_part(part, self.request.precision, self.options, self.request.timing_cache, state) for part in parts
         ]
         engines = [path for part in built for path in part.engines]
-        if built[-1].unrolled_steps != self.job.unroll:
+        last = built[-1]
+        steps = tuple(other.max_query_length for other in last.unrolled)
+        if steps != self.job.unroll:
             # What was left out does not build the next time either.
-            checker = dataclasses.replace(checker, command=self.command(built[-1].unrolled_steps))
+            checker = dataclasses.replace(checker, command=self.command(steps))
             report = dataclasses.replace(report, command=checker.command) if report else None
         if self.data_set and runs_here(self.options):
             report = _checked_engine(checker, created, engines)
         if report:
-            checker.write_reports(report, created, built[-1].file, engines)
+            assert isinstance(last.manifest, Manifest)
+            checker.write_reports(report, created, ModelFile.of(last.engine, last.manifest), engines)
         return report
 
     def _suggest_next(self, has_engine: bool) -> None:
@@ -289,11 +293,11 @@ class _EngineBuild:
             suggest_next_command("runtime.describe", output)
         elif self.data_set:
             first = self.annotations[0]
-            words = ("--model", output, "--data", self.request.data, "--video", first.video, "--query", first.sentence)
-            suggest_next_command("runtime.infer", *words)
+            query = ("--video", first.video, "--query", first.sentence)
+            suggest_next_command("runtime.infer", "--model", output, "--data", self.request.data, *query)
         else:
-            words = ("--reference", self.source, "--model", self.job.graph_path, "--data", "DIR")
-            suggest_next_command("export.verify", *words)
+            models = ("--reference", self.source, "--model", self.job.graph_path)
+            suggest_next_command("export.verify", *models, "--data", "DIR")
 
 
 def _supported_unrolling(short: Unrolling, graph: onnx.ModelProto) -> Unrolling:

@@ -46,6 +46,16 @@ class EnginePart:
     unrolled: tuple[EnginePart, ...] = ()
     optional: bool = False
 
+    @property
+    def engines(self) -> list[Path]:
+        """The engines for short queries, and the engine for all queries last."""
+        return [*(other.engine for other in self.unrolled), self.engine]
+
+    @property
+    def max_query_length(self) -> int:
+        """Number of tokens of the longest query."""
+        return max(profile.query_length.max for profile in self.profiles)
+
     def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> EnginePart:
         """Return this part with one more for each number of tokens; itself where it reads no tokens.
 

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
 from export.engine.builder import (
@@ -30,9 +30,6 @@ from runtime.core.errors import CheckFailed, DeviceError, ModelFileError
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import sha256
 
-if TYPE_CHECKING:
-    from export.parity.model_file import ModelFile
-
 log = logging.getLogger("drn")
 
 
@@ -51,36 +48,9 @@ class BuildState:
     fp32_scales: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class BuiltPart:
-    """An engine that was written.
-
-    Attributes:
-        file: the engine.
-        part: what it was built of, with those parts for short queries that were built.
-    """
-
-    file: ModelFile
-    part: EnginePart
-
-    @property
-    def engines(self) -> list[Path]:
-        """The plans for short queries, and the engine last."""
-        return [*(other.engine for other in self.part.unrolled), self.part.engine]
-
-    @property
-    def unrolled_steps(self) -> tuple[int, ...]:
-        """Tokens of the longest query of each plan for short queries."""
-        return tuple(_longest_query(other) for other in self.part.unrolled)
-
-
-def _longest_query(part: EnginePart) -> int:
-    return max(profile.query_length.max for profile in part.profiles)
-
-
 def build_part(
     part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState | None = None
-) -> BuiltPart:
+) -> EnginePart:
     """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
 
     An optional plan for short queries that does not build is left out, with a warning.
@@ -92,21 +62,23 @@ def build_part(
         cache: file of kernel times, read if there and written back.
         state: shared with other parts of the same build.
 
+    Returns:
+        The part as it was built, with the parts for short queries that were built.
+
     Raises:
         ModelFileError, DeviceError: the engine, or a plan that is not optional, does not build.
         CheckFailed: the layers contradict the precision; the engine is then saved as rejected.
     """
     from calib.graph.half_precision import fp32_nodes
     from export.engine.precision_verdict import Promise, engine_verdict, layer_stats_content, require
-    from export.parity.model_file import ModelFile
 
     state = state or BuildState()
     shorter = _build_unrolled(part, precision, options, cache, state)
-    left_out = [other for other in part.unrolled if other.engine not in [plan.part.engine for plan in shorter]]
+    left_out = [other for other in part.unrolled if other.engine not in [plan.engine for plan in shorter]]
     built, part, changes = _build(part, options, cache, state)
     for change in changes:
         log.warning("%s was built in another form: %s.", part.engine.name, change)
-    changes += [f"it has no plan for queries of at most {_longest_query(other)} tokens" for other in left_out]
+    changes += [f"it has no plan for queries of at most {other.max_query_length} tokens" for other in left_out]
     promise = Promise(
         precision,
         part.precision_stats,
@@ -121,7 +93,7 @@ def build_part(
         part, built, options, layer_stats_content(part.precision_stats, counted, verdict), cache, changes
     )
     if shorter:
-        content["unrolled"] = {plan.file.path.name: plan.file.sha256 for plan in shorter}
+        content["unrolled"] = {plan.engine.name: sha256(plan.engine) for plan in shorter}
     try:
         require(verdict, precision)
     except CheckFailed as error:
@@ -137,13 +109,12 @@ def build_part(
     print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{message}.")
     if verdict.name != PROVEN:
         log.warning("%s: %s is %s: %s.", part.engine.name, precision, verdict.name, verdict.reason)
-    part = dataclasses.replace(part, unrolled=tuple(plan.part for plan in shorter))
-    return BuiltPart(ModelFile.of(part.engine, part.manifest), part)
+    return dataclasses.replace(part, unrolled=tuple(shorter))
 
 
 def _build_unrolled(
     part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState
-) -> list[BuiltPart]:
+) -> list[EnginePart]:
     """Build the plans for short queries that belong to a part; see `build_part`."""
     built = []
     for other in part.unrolled:
@@ -157,7 +128,7 @@ def _build_unrolled(
             log.warning(
                 "%s is not built, and queries of at most %d tokens are answered by a plan for longer ones, which takes "
                 "more time: %s --unroll 0 builds no such plans.",
-                *(other.engine.name, _longest_query(other), error),
+                *(other.engine.name, other.max_query_length, error),
             )
     return built
 

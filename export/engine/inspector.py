@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from export.engine.profiles import Profile
@@ -71,7 +71,7 @@ def inspect_plan(
 
 
 def _bound(
-    trt: Any, logger: Any, engine: Any, inspector: Any, cuda: Cuda, index: int, shapes: dict[str, Sequence[int]]
+    trt: Any, logger: Any, engine: Any, inspector: Any, cuda: Cuda, index: int, shapes: Mapping[str, Sequence[int]]
 ) -> str:
     """Return the inspector's JSON with a context set to a profile and to the shapes of all inputs.
 

@@ -117,7 +117,7 @@ def compare(
 
 def check_comparable(reference: Manifest, other: Manifest) -> None:
     """Raise ModelFileError where two models cannot be asked the same question."""
-    kinds = {
+    kinds: dict[str, tuple[Any, Any]] = {
         "words": (reference.vocabulary.words, other.vocabulary.words),
         "rule for unknown words": (reference.vocabulary.unknown, other.vocabulary.unknown),
         "number of segments T": (reference.decoding.num_segments, other.decoding.num_segments),
@@ -256,7 +256,7 @@ def _measure(
     by_location = boundary_shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[retained]
     lines = np.array([annotation.line for annotation in annotations])
     tops = [result[0.5][:, :RANKED] for result in picks]
-    paired = compare_answers(*picks, truth, durations, protocol)
+    paired = compare_answers(picks[0], picks[1], truth, durations, protocol)
     overlap, ious = paired.overlaps, paired.ious
     flips, columns = {}, {}
     for threshold, (before, after) in paired.hits.items():

@@ -42,8 +42,13 @@ class PlanAnswers:
         fits = [index for index, query in enumerate(chunk.queries) if len(query) <= self.plan.max_query_length]
         if not fits:
             return
-        lists = (chunk.queries, chunk.segments, chunk.names, chunk.durations)
-        some = Chunk(chunk.rows[fits], *([values[index] for index in fits] for values in lists))
+        some = Chunk(
+            chunk.rows[fits],
+            [chunk.queries[index] for index in fits],
+            [chunk.segments[index] for index in fits],
+            [chunk.names[index] for index in fits],
+            [chunk.durations[index] for index in fits],
+        )
         with backend.only(self.plan.name):
             for rows, result in run_chunk(self.model, some, batch_size):
                 for name, values in vars(result).items():

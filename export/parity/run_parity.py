@@ -32,7 +32,7 @@ log = logging.getLogger("drn")
 
 
 def run_parity_check(
-    sides: Sequence[Grounder],
+    sides: tuple[Grounder, Grounder],
     files: Sequence[ModelFile],
     data_set: DataSet,
     annotations: Sequence[Annotation],

@@ -209,16 +209,15 @@ class ExportableLSTM(nn.Module):
         """Return (L, B, H) from (L, B, ·)."""
         length, batch, _ = inputs.shape
         if torch.onnx.is_in_onnx_export():
-            outputs = torch.onnx.ops.symbolic(
+            return torch.onnx.ops.symbolic(
                 "LSTM",
                 (inputs, self.W, self.R, self.B),
                 {"hidden_size": self.hidden},
                 dtype=inputs.dtype,
                 shape=(length, 1, batch, self.hidden),
-            )
-            return outputs.squeeze(1)
+            ).squeeze(1)
         state = cell = inputs.new_zeros(batch, self.hidden)
-        outputs = []
+        outputs: list[Tensor] = []
         bias = self.B[0].view(2, -1).sum(0)
         for step in inputs @ self.W[0].T:
             entry, output, forget, candidate = (step + state @ self.R[0].T + bias).chunk(4, dim=1)

@@ -440,7 +440,7 @@ def _warmup_values(source: SourceModel, shapes: Shapes) -> dict[str, np.ndarray]
     that there are not. Features are left out; they may be zeros."""
     segments = source.manifest.decoding.num_segments
     borders = np.arange(segments + 1, dtype=np.float32) / segments
-    values = {
+    values: dict[str, Any] = {
         "query_tokens": np.int32(1),
         "query_length": np.int32(max(shapes.get("query_tokens", (1,))[-1], 1)),
         VIDEO_INDEX: np.int32(0),
