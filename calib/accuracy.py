@@ -112,9 +112,8 @@ class AccuracyEvaluator:
         self.threads = threads
         self._paper = Grounder(ManifestOnlyBackend(read_manifest(model)))
         self._segments: dict[str, Segments] = {}
-        # Encodings of the FP32 graph, and of the last other one.
-        self._first: tuple[tuple[str, ...], dict[str, EncodedVideo]] = ((), {})
-        self._encoding = self._first
+        # Graph and weights of a video part to the encodings of videos: the FP32 part, and the last other one.
+        self._encoded: dict[tuple[str, str], dict[str, EncodedVideo]] = {}
         self.durations = np.array([data_set.durations[entry.video] for entry in annotations])
         self.reference = self._answers(model, "FP32")
 
@@ -130,12 +129,17 @@ class AccuracyEvaluator:
             [int(flips(threshold).sum()) for threshold in FLIP_THRESHOLDS] for flips in (paired.lost, paired.gained)
         )
         return AccuracyDelta(
-            *(100 * (fewer - more) / count for fewer, more in zip(lost, gained)),
-            float(100 * (paired.ious[0] - paired.ious[1]).mean()),
-            *(lost[0], gained[0], lost[1], gained[1]),
-            *(float(np.quantile(paired.shifts, q)) for q in (0.5, 0.99)),
-            float(paired.overlaps.mean()),
-            count,
+            drop_50=100 * (lost[0] - gained[0]) / count,
+            drop_70=100 * (lost[1] - gained[1]) / count,
+            drop_miou=float(100 * (paired.ious[0] - paired.ious[1]).mean()),
+            lost_50=lost[0],
+            gained_50=gained[0],
+            lost_70=lost[1],
+            gained_70=gained[1],
+            shift_median=float(np.quantile(paired.shifts, 0.5)),
+            shift_p99=float(np.quantile(paired.shifts, 0.99)),
+            agreement=float(paired.overlaps.mean()),
+            queries=count,
         )
 
     def _read(self, video: str) -> Segments:
@@ -145,16 +149,15 @@ class AccuracyEvaluator:
         return self._segments[video]
 
     def _encodings(self, video: onnx.ModelProto, grounder: Grounder) -> Callable[[str], EncodedVideo]:
-        """Return a function that gives the encoding of a video, each computed once.
+        """Return a function from the name of a video to its encoding, each computed once.
 
-        Modules after the video part have the one of FP32, so that half of the work is shared.
+        Graphs that quantize only the query part share the encodings of the FP32 graph.
         """
         key = (graph_hash(video), weights_hash(video))
-        if key != self._encoding[0] and key != self._first[0]:
-            self._encoding = (key, {})
-            if not self._first[0]:
-                self._first = self._encoding
-        known = self._first[1] if key == self._first[0] else self._encoding[1]
+        if key not in self._encoded:
+            for other in list(self._encoded)[1:]:
+                del self._encoded[other]
+        known = self._encoded.setdefault(key, {})
 
         def encoding_of(name: str) -> EncodedVideo:
             if name not in known:

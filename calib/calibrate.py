@@ -131,8 +131,10 @@ def measure_table(
     best, costs = choose_method(model, histograms, drawn, judge, gains, kind=kind)
     print(format_deltas([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
     print(f"* chosen: answers most like FP32 on {costs[best].queries} queries of held-out training videos.")
-    choice = {"by": "agreement with FP32 on held-out training videos"}
-    choice |= {"costs": {name: cost.to_dict() for name, cost in costs.items()}}
+    choice = {
+        "by": "agreement with FP32 on held-out training videos",
+        "costs": {name: cost.to_dict() for name, cost in costs.items()},
+    }
     return table_of(model, histograms, drawn, best, gains, choice)
 
 

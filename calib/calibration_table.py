@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import LARGEST_EXPONENT
+from calib.graph.channel_equalization import LARGEST_EXPONENT, ChannelScales
 from calib.graph.onnx_graph import graph_hash, weights_hash
 from calib.range_estimation import METHODS, ValueRange
 from runtime.core.errors import excerpt, one_line, printable_line
@@ -49,7 +49,7 @@ class CalibrationTable:
     videos: tuple[str, ...] = ()
     coverage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choice: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    gains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    gains: ChannelScales = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> str:

@@ -419,7 +419,7 @@ class _Writer:
             name = f"{module}/{op_type}_{number}"
         self._taken.add(name)
         inputs = [tensor, f"{constants}_scale", f"{constants}_zero_point"]
-        options = {} if axis is None else {"axis": axis}
+        options: dict[str, Any] = {} if axis is None else {"axis": axis}
         self._graph.node.append(onnx.helper.make_node(op_type, inputs, [name], name=name, **options))
         described = (value for value in (*self._source.input, *self._source.value_info) if value.name == like)
         for value in itertools.islice(described, 1):

@@ -99,7 +99,7 @@ def _add_initial_states(graph: onnx.GraphProto, half: int) -> None:
             ("Expand", [names["zeros"], f"{node.name}/shape"], "states"),
         )
         for kind, inputs, name in steps:
-            axis = {"axis": 0} if kind == "Concat" else {}
+            axis: dict[str, Any] = {"axis": 0} if kind == "Concat" else {}
             nodes.append(helper.make_node(kind, inputs, [f"{node.name}/{name}"], f"{node.name}/{kind}_{name}", **axis))
         states = f"{node.name}/states"
         inputs = [*node.input, *[""] * (5 - len(node.input))]

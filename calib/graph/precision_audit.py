@@ -134,7 +134,7 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
 
 
 def _dtype(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
-    quantized = []
+    quantized: list[int | None] = []
     for name in node.input[:2]:
         source = producers.get(name)
         # A quantized weight stays one when it is transposed or reshaped.
@@ -142,7 +142,7 @@ def _dtype(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types:
             source = producers.get(source.input[0])
         kind = types.get(source.input[0]) if source is not None and source.op_type == "DequantizeLinear" else None
         quantized.append(kind)
-    if quantized[0] == quantized[1] is not None:
+    if quantized[0] is not None and quantized[0] == quantized[1]:
         return TYPES[quantized[0]]
     return TYPES.get(types.get(node.output[0], 0), "unknown")
 

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from calib.graph.conv_padding import extract_padding
 from calib.graph.onnx_graph import (
@@ -169,7 +169,7 @@ def _part(
     constants: list[onnx.TensorProto],
     inputs: list[onnx.ValueInfoProto],
     outputs: list[onnx.ValueInfoProto],
-    part: str,
+    part: Literal["video", "query"],
 ) -> onnx.ModelProto:
     """Return a model of those of `nodes` that the outputs need."""
     import onnx

@@ -11,7 +11,7 @@ Shape letters: S steps, B batch, E width of a word, H LSTM width. Gates stand in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class _Layer:
         """Yield what makes the (S, 1, B, H) outputs of both LSTMs from their (S, B, E) inputs."""
         from onnx import helper
 
-        def made(kind: str, inputs: Iterable[str], name: str, outputs: int = 1, **more: int) -> onnx.NodeProto:
+        def made(kind: str, inputs: Iterable[str], name: str, outputs: int = 1, **more: Any) -> onnx.NodeProto:
             name = f"{self.scope}/{name}"
             names = [name] if outputs == 1 else [f"{name}:{index}" for index in range(outputs)]
             return helper.make_node(kind, list(inputs), names, name, **more)
