@@ -23,12 +23,12 @@ log = logging.getLogger("drn.service")
 
 KEEP_ALIVE_SECONDS = 15
 SWEEP_SECONDS = 30
-# How long a thread may hold Python before another gets its turn: replies go out while a batch is decoded.
+# A short interval lets the event loop send replies while the model's thread decodes a batch.
 SWITCH_SECONDS = 0.001
 
 
 class _Server(uvicorn.Server):
-    """Ends at SIGTERM and Ctrl-C with what it took answered, and the process goes on."""
+    """Finish the accepted requests at SIGTERM and Ctrl-C, and return instead of raising the signal again."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -36,15 +36,15 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
-        # A second one does not wait.
+        # A second signal ends the server without waiting for requests.
         self.force_exit = self.should_exit
         self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # `nohup` ignores SIGHUP, so that a service outlives its terminal.
-        retained = (signal.SIGINT, signal.SIGTERM)
-        numbers = [n for n in SIGNALS if n in retained or signal.getsignal(n) is not signal.SIG_IGN]
+        # A SIGHUP that `nohup` ignores must stay ignored.
+        always = (signal.SIGINT, signal.SIGTERM)
+        numbers = [n for n in SIGNALS if n in always or signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
@@ -55,7 +55,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _opened(create: Callable[[], Service]) -> Iterator[Service]:
-    """Create a service and close it at the end; signals wait meanwhile, so that its directory does not stay."""
+    """Create a service and close it at the end; signals are deferred meanwhile, so that its directory is removed."""
     service = None
     try:
         with deferred():
@@ -68,7 +68,12 @@ def _opened(create: Callable[[], Service]) -> Iterator[Service]:
 
 
 def configuration(service: Service, grace: int) -> uvicorn.Config:
-    """Return how uvicorn is to serve a service."""
+    """Return uvicorn's configuration for a service.
+
+    Args:
+        service: the service.
+        grace: maximum time to finish accepted requests at the end, in seconds.
+    """
     return uvicorn.Config(
         application(service),
         http=Connection,
@@ -86,28 +91,45 @@ def configuration(service: Service, grace: int) -> uvicorn.Config:
     )
 
 
-def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None:
-    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once requests are accepted.
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; port 0 takes a free port.
 
     Raises:
-        GroundingError: the port cannot be had.
+        GroundingError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with _opened(create) as service, socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise GroundingError(
-                f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port or --host.",
-                code="address_unavailable",
-            ) from error
+    # asyncio sets TCP_NODELAY only if the protocol is explicit. Without it a client waits 40 ms for the body.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise GroundingError(
+            f"The service cannot listen at {host}:{port} ({error.strerror or error}). Choose another --port or --host.",
+            code="address_unavailable",
+        ) from error
+    listener.listen()
+    return listener
+
+
+def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None:
+    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once connections are accepted.
+
+    Args:
+        create: returns the service.
+        host, port: address; see `listen`.
+        grace: maximum time to finish accepted requests at the end, in seconds.
+
+    Raises:
+        GroundingError: the address cannot be used.
+    """
+    with _opened(create) as service, listen(host, port) as listener:
         config = configuration(service, grace)
-        listener.listen(config.backlog)
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
-        print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
+        url_host = f"[{host}]" if ":" in host else host
+        print(f"http://{url_host}:{listener.getsockname()[1]}/", flush=True)
         sys.setswitchinterval(SWITCH_SECONDS)
-        # Errors of requests are sent to the client, and do not fill the log.
+        # The client gets the errors of its requests, so they are not logged.
         logging.getLogger("drn").setLevel(logging.ERROR)
         log.setLevel(logging.INFO)
         _Server(config, service).run([listener])

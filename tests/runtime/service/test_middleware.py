@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -21,7 +20,7 @@ from runtime import Grounder
 from runtime.datasets.dataset import DataSet
 from runtime.service import h11_protocol, middleware
 from runtime.service.middleware import GateOptions
-from runtime.service.server import configuration
+from runtime.service.server import configuration, listen
 from runtime.service.service import Service, ServiceOptions
 from runtime.service.uploads import UploadOptions
 from tests.runtime.service.conftest import Reply, Running, form
@@ -69,9 +68,7 @@ def hurried(offline: Grounder, planted: Path, tmp_path: Path, monkeypatch: pytes
     options = ServiceOptions(uploads=UploadOptions(tmp_path / "uploads"), gate=GateOptions(json_bytes=1000))
     service = Service(offline, DataSet(planted), options=options)
     server = uvicorn.Server(configuration(service, 5))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+    with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:
@@ -89,48 +86,24 @@ def asking(body: bytes, length: int | None = None) -> bytes:
     )
 
 
-def test_response_is_sent_with_tcp_nodelay(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, at_once = h11_protocol.Connection.connection_made, []
+def test_accepted_connection_has_tcp_nodelay(hurried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection_made, options = h11_protocol.Connection.connection_made, []
 
-    def noted(self: h11_protocol.Connection, transport: Any) -> None:
-        made(self, transport)
-        at_once.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    def recorded(self: h11_protocol.Connection, transport: Any) -> None:
+        connection_made(self, transport)
+        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(h11_protocol.Connection, "connection_made", noted)
+    monkeypatch.setattr(h11_protocol.Connection, "connection_made", recorded)
     assert reply(said(hurried, asking(json.dumps(QUESTION).encode()))).status == 200
-    (sent_at_once,) = at_once
-    assert sent_at_once
+    assert options == [1]
 
 
-def test_writes_of_one_event_loop_turn_are_merged() -> None:
-    class Noting:
-        def __init__(self) -> None:
-            self.seen: list[Any] = []
-
-        def write(self, data: bytes) -> None:
-            self.seen.append(data)
-
-        def write_eof(self) -> None:
-            self.seen.append("eof")
-
-        def close(self) -> None:
-            self.seen.append("closed")
-
-    async def write() -> list[Any]:
-        noting = Noting()
-        joined = h11_protocol._Joined(noting, asyncio.get_running_loop())
-        for data in (b"head ", b"body", b""):
-            joined.write(data)
-        assert noting.seen == []
-        await asyncio.sleep(0)
-        joined.write(b"more")
-        joined.write_eof()
-        joined.write(b"late")
-        joined.close()
-        await asyncio.sleep(0)
-        return noting.seen
-
-    assert asyncio.run(write()) == [b"head body", b"more", "eof", b"late", "closed"]
+def test_slow_rest_of_refused_body_ends_the_connection(hurried: int) -> None:
+    with socket.create_connection(("127.0.0.1", hurried), timeout=20) as stream:
+        stream.sendall(asking(b"", 5000))
+        reply(received(stream)).refused(413, code="too_large")
+        stream.sendall(b" ")
+        reply(received(stream)).refused(408, code="request_timeout")
 
 
 def test_incomplete_request_head_times_out(hurried: int) -> None:
