@@ -1,4 +1,4 @@
-"""Define the errors of the project, and how their messages are worded and bounded."""
+"""Define the error classes of the project, and bound and escape the text of messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Longest excerpt of a value, and longest message as a whole, in characters.
+# Maximum length of an excerpt of a value, and of a message, in characters.
 MAX_VALUE_LENGTH = 300
 MAX_MESSAGE_LENGTH = 4000
 
@@ -18,14 +18,11 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 
 
 class _CodedError(Exception):
-    """An error with a stable identifier.
+    """Base class of errors with a stable identifier.
 
     Args:
         message: what happened, with the values, and what to do.
-        code: a stable identifier for programs and tests; the default is that of the class.
-
-    Attributes:
-        code: see above.
+        code: identifier for programs and tests, listed in docs/error-codes.md; default: the code of the class.
     """
 
     code: str
@@ -36,15 +33,12 @@ class _CodedError(Exception):
             self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes send errors back: the keyword argument is part of the state.
+        # Worker processes pickle errors. The keyword argument `code` is part of the state.
         return type(self), self.args, dict(self.__dict__)
 
 
 class GroundingError(_CodedError):
-    """An error that the reader can correct: commands print the message without a traceback and exit with 2.
-
-    The message is bounded.
-    """
+    """An error that the reader can correct: commands print its bounded message without a traceback and exit with 2."""
 
     code = "invalid_input"
 
@@ -53,55 +47,55 @@ class GroundingError(_CodedError):
 
 
 class ShapeError(GroundingError):
-    """An array or a request does not fit the model."""
+    """The shape of an array or a request does not fit the model."""
 
     code = "shape_mismatch"
 
 
 class FeatureError(GroundingError):
-    """Clip features that cannot be read or used."""
+    """Clip features cannot be read or used."""
 
     code = "invalid_features"
 
 
 class MissingFeatures(FeatureError):
-    """A video of which there are no features at all, where those of others may be."""
+    """A feature store has no features of a video."""
 
     code = "missing_features"
 
 
 class VideoFileError(GroundingError):
-    """A video file that cannot be decoded, or not as far as was asked."""
+    """A video file cannot be decoded, or only a part of what was requested."""
 
     code = "invalid_video"
 
 
 class AnnotationError(GroundingError):
-    """A data set whose annotation files are missing, malformed or contradict each other."""
+    """Annotation files of a data set are missing, malformed or contradict each other."""
 
     code = "invalid_annotations"
 
 
 class QueryError(GroundingError):
-    """A sentence that cannot be asked."""
+    """A sentence cannot be used as a query."""
 
     code = "invalid_query"
 
 
 class ModelFileError(GroundingError):
-    """A file that is not a model of this toolkit, or is one that cannot be used here."""
+    """A file is not a model of this toolkit, or cannot be used on this machine."""
 
     code = "invalid_model"
 
 
 class CheckpointError(ModelFileError):
-    """A torch checkpoint that cannot be read, or does not hold the network it should."""
+    """A torch checkpoint cannot be read, or does not contain the expected network."""
 
     code = "invalid_checkpoint"
 
 
 class DeviceError(GroundingError):
-    """A device or library was asked for and is not there."""
+    """A requested device or library is not available."""
 
     code = "device_unavailable"
 
@@ -110,7 +104,7 @@ _OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "allocatememory", "allocfai
 
 
 def is_out_of_memory(message: object) -> bool:
-    """Return whether a library's message means that memory ran out.
+    """Return whether the message of a library means that memory ran out.
 
     CUDA: CUDA_ERROR_OUT_OF_MEMORY, cudaErrorMemoryAllocation. ONNX Runtime: "Failed to allocate memory for requested
     buffer", "CUDA failure 2: out of memory". torch, outside its own allocator: RuntimeError "CUDA error: out of memory"
@@ -121,25 +115,25 @@ def is_out_of_memory(message: object) -> bool:
 
 
 class DeviceMemoryError(DeviceError):
-    """A batch does not fit the memory of its device; a smaller one may."""
+    """A batch does not fit into the memory of its device, but a smaller one may."""
 
     code = "out_of_memory"
 
 
 class ServerError(GroundingError):
-    """A server that cannot be reached, or does not do what it was asked."""
+    """A server cannot be reached, or answers with an error."""
 
     code = "server_error"
 
 
 class OutputError(GroundingError):
-    """A result could not be written."""
+    """A result cannot be written."""
 
     code = "unwritable_output"
 
 
 class CheckFailed(_CodedError):
-    """The command ran, and what it checked does not hold (parity, precision, recall): exit code 1."""
+    """A check of parity, precision or recall failed in a command that ran: exit code 1."""
 
     code = "check_failed"
 
@@ -154,11 +148,11 @@ def check_argument(
     """Raise `error` (code `invalid_argument`) unless an argument of a public function has the right type.
 
     Args:
-        name: of the argument.
-        value: as the caller gave it; a bool is no number.
-        types: of which it may be an instance.
-        expected: what it should be, with its article.
-        error: the class to raise.
+        name: name of the argument.
+        value: the argument; a bool does not count as a number.
+        types: accepted types.
+        expected: description of an accepted value with its article, for the message: "an array".
+        error: class to raise.
     """
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise error(
@@ -168,7 +162,7 @@ def check_argument(
 
 
 def check_path(path: object, error: type[GroundingError] = GroundingError) -> None:
-    """Raise `error` (code `invalid_argument`) unless the argument `path` is a text or an `os.PathLike`."""
+    """Raise `error` (code `invalid_argument`) unless the argument `path` is a string or an `os.PathLike`."""
     check_argument("path", path, (str, os.PathLike), "a path", error)
     if "\0" in str(path):
         raise error(
@@ -179,53 +173,55 @@ def check_path(path: object, error: type[GroundingError] = GroundingError) -> No
 def bounded(message: str) -> str:
     """Return a message of at most 4000 characters, in which no path or number takes more than 300.
 
-    Sentences are bounded by `excerpt` where they are quoted.
+    Texts with spaces are bounded by `excerpt` where they are quoted.
     """
     words = _LONG_WORD.sub(lambda word: _bounded(word.group(), MAX_VALUE_LENGTH), message)
     return _bounded(words, MAX_MESSAGE_LENGTH)
 
 
 def one_line(error: BaseException) -> str:
-    """Return a library's error message as one bounded line without a full stop, for use within a sentence."""
+    """Return the message of an error of a library as one bounded line without a full stop, for use in a sentence."""
     return _bounded(" ".join(str(error).split()).rstrip("."), MAX_VALUE_LENGTH)
 
 
 def excerpt(value: object) -> str:
-    """Return `repr(value)` for use in a message: at most 300 characters, whatever the value is."""
+    """Return `repr(value)` for use in a message, cut to 300 characters."""
     if isinstance(value, (str, bytes, list, tuple)) and len(value) > MAX_VALUE_LENGTH:
-        # The repr of the whole could take as much memory again, and is not needed.
+        # The repr of the complete value could take as much memory again.
         return _bounded(repr(value[:MAX_VALUE_LENGTH])[:-1], MAX_VALUE_LENGTH - 1) + "…"
     try:
         return _bounded(repr(value), MAX_VALUE_LENGTH)
     except (ValueError, RecursionError):
-        # Python refuses to write integers of over 4,300 digits.
+        # Python does not convert integers of over 4,300 digits.
         return f"a {type(value).__name__} that is too large to print"
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters written as escapes, so that printing it cannot steer a terminal.
-
-    Tabs and newlines stay.
-    """
+    """Return `text` with control characters escaped, apart from tabs and newlines, so that no terminal acts on it."""
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def printable_line(text: str) -> str:
-    """Return `text` as `printable` does, and on one line: tabs and newlines are escaped too."""
+    """Return `text` as `printable` does, but with tabs and newlines escaped too."""
     return printable(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def as_sentence(clause: str) -> str:
+    """Return a clause without a full stop, such as "check the path", as a sentence."""
+    return f"{clause[:1].upper()}{clause[1:]}."
 
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str) -> Iterator[None]:
     """Turn every exception of a library that reads a file into one error that names the file.
 
-    A damaged file makes libraries raise whatever their parsers do (ValueError, KeyError, MemoryError,
-    RecursionError, errors of their own), without a common base class. Errors of the project pass unchanged.
+    The parsers of libraries raise many classes of errors for damaged files, without a common base class. Errors of the
+    project pass unchanged.
 
     Args:
         path: the file.
-        description: what the file should be, with its article: "a NumPy array of clip features".
-        error: the class to raise.
+        description: expected content with its article, for the message: "a NumPy array of clip features".
+        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
 
     Raises:
@@ -236,29 +232,29 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
     except GroundingError:
         raise
     except FileNotFoundError as problem:
-        raise error(f"{path} does not exist; check the path.", code="missing_file") from problem
-    except OSError as problem:
-        reason = problem.strerror or one_line(problem)
-        message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
-        raise error(message, code="unreadable_file") from problem
-    except RecursionError as problem:
-        message = f"{path} should be {description} and nests too deeply to be read; {advice}."
-        raise error(message, code="nested_too_deeply") from problem
-    except MemoryError as problem:
-        message = f"{path} should be {description} and asks for more memory than there is; {advice}."
-        raise error(message, code="file_too_large") from problem
+        raise error(f"{path} does not exist. Check the path.", code="missing_file") from problem
     except Exception as problem:
+        code = "damaged_file"
         reason = one_line(problem) or type(problem).__name__
-        if isinstance(problem, KeyError):
-            # h5py raises KeyError with a sentence in place of the key.
-            sentence = isinstance(key := problem.args[0] if problem.args else "", str) and " " in key
-            reason = one_line(Exception(key)) if sentence else f"{reason} is missing"
-        message = f"{path} should be {description} and cannot be read: {reason}; {advice}."
-        raise error(message, code="damaged_file") from problem
+        if isinstance(problem, OSError):
+            code = "unreadable_file"
+            reason = problem.strerror or reason
+        elif isinstance(problem, RecursionError):
+            code = "nested_too_deeply"
+            reason = "it nests too deeply"
+        elif isinstance(problem, MemoryError):
+            code = "file_too_large"
+            reason = "it needs more memory than is available"
+        elif isinstance(problem, KeyError):
+            # The KeyErrors of h5py contain a sentence instead of a key.
+            key = problem.args[0] if problem.args else ""
+            is_message = isinstance(key, str) and " " in key
+            reason = one_line(Exception(key)) if is_message else f"{reason} is missing"
+        raise error(f"{path} cannot be read as {description}: {reason}. {as_sentence(advice)}", code=code) from problem
 
 
 def _bounded(text: str, limit: int) -> str:
-    """Return `text` with its middle left out where it is longer than `limit` characters."""
+    """Return `text`, without its middle if it is longer than `limit` characters."""
     if len(text) <= limit:
         return text
     end = limit // 4

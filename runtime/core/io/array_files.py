@@ -1,6 +1,6 @@
-"""Read NumPy arrays from `.npy` and `.npz` files, with every size checked before memory is allocated.
+"""Read NumPy arrays from `.npy` and `.npz` files, and check every size before memory is allocated.
 
-A header of a few bytes can declare terabytes, and deflate expands a thousand times. NumPy checks neither.
+A header of a few bytes can declare terabytes, and deflate expands data up to a thousand times. NumPy checks neither.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 
 from runtime.core.errors import FeatureError, excerpt
 
-# Limit of NumPy for the text of a header. It reads a length of up to 4 GiB before it checks.
+# NumPy has the same limit, but reads up to 4 GiB of header text before it checks.
 MAX_HEADER_BYTES = 10_000
-# NumPy 1 stops at 32 axes.
+# The limit of NumPy 1.
 MAX_AXES = 32
-# Compressed features: what unfolds to more than this, and to so many times its size, is a mistake or an attack.
+# Compressed data that expands beyond both limits is a mistake or an attack.
 MAX_UNFOLDED_BYTES, MAX_UNFOLDED_RATIO = 1 << 28, 50
-# Of an archive: 46 bytes and a name for each member. `zipfile` makes an object of several hundred bytes of each.
+# The directory of an archive has 46 bytes and a name per member, of which `zipfile` makes several hundred bytes.
 MAX_DIRECTORY_BYTES = 1 << 24
 BLOCK_BYTES = 1 << 20
 
-# Of a zip archive: the end record, the record of larger sizes before it, and what leads to that.
+# Sizes of records of the zip format (APPNOTE.TXT 4.3): end, zip64 locator, zip64 end, comment.
 _END_BYTES, _LOCATOR_BYTES, _LARGE_END_BYTES, _MAX_COMMENT_BYTES = 22, 20, 56, 65535
 
 
@@ -38,7 +38,7 @@ class ArrayHeader:
     Attributes:
         shape: sizes of the axes.
         fortran: whether the first axis changes fastest.
-        dtype: of the elements.
+        dtype: data type of the elements.
     """
 
     shape: tuple[int, ...]
@@ -47,62 +47,61 @@ class ArrayHeader:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the elements in bytes."""
+        """Return the size of all elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def check_unfolded(description: str, unfolded: int, stored: int) -> None:
-    """Raise FeatureError for stored bytes that would unfold to far more than features do.
+    """Raise FeatureError (code `unfolds_too_large`) for compressed data that would expand far more than features do.
 
     Args:
-        description: what is read, for messages.
-        unfolded, stored: sizes in bytes.
+        description: name of the data, for the message.
+        unfolded, stored: sizes in bytes after and before decompression.
     """
     if unfolded > max(MAX_UNFOLDED_BYTES, MAX_UNFOLDED_RATIO * stored):
         raise FeatureError(
-            f"{description} would unfold from {stored} bytes to {unfolded}, as no features do; "
-            "store them uncompressed.",
+            f"{description} expands from {stored} to {unfolded} bytes, more than features do. Store it uncompressed.",
             code="unfolds_too_large",
         )
 
 
 def read_header(stream: IO[bytes]) -> ArrayHeader:
-    """Return the header of a `.npy` file; the stream is then at the first element.
+    """Return the header of a `.npy` file, and leave the stream at the first element.
 
     Raises:
-        ValueError: it is not the header of a plain array. Parsers of NumPy raise others on damaged text.
+        ValueError: it is not the header of a plain array. The parser of NumPy raises others for damaged text.
     """
     start = stream.read(8)
     version = start[6:8]
     if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
-        raise ValueError("its format is not that of a plain NumPy array")
+        raise ValueError("it does not start like a NumPy array of format 1 or 2")
     length_bytes = stream.read(2 if version == b"\1\0" else 4)
     length = int.from_bytes(length_bytes, "little")
     if length > MAX_HEADER_BYTES:
-        raise ValueError(f"its header takes {length} bytes, and at most {MAX_HEADER_BYTES} are read")
+        raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
     text = io.BytesIO(length_bytes + stream.read(length))
     read = np.lib.format.read_array_header_1_0 if version == b"\1\0" else np.lib.format.read_array_header_2_0
     header = ArrayHeader(*read(text))
     if header.dtype.hasobject or not header.dtype.itemsize:
-        raise ValueError(f"its elements are {header.dtype}, which is not read")
+        raise ValueError(f"its elements are {header.dtype}, not numbers or text")
     if len(header.shape) > MAX_AXES or any(size < 0 for size in header.shape):
-        raise ValueError(f"it has an impossible shape of {len(header.shape)} axes")
+        raise ValueError(f"its shape has a negative size, or {len(header.shape)} of at most {MAX_AXES} axes")
     return header
 
 
 def read_array(
     stream: IO[bytes], available: int, check: Callable[[ArrayHeader, int], None] | None = None
 ) -> np.ndarray:
-    """Return the array of a `.npy` file in memory.
+    """Read the array of a `.npy` file into memory.
 
     Args:
-        stream: the file, at its beginning.
-        available: bytes that the whole file has.
-        check: takes the header and the number of bytes after it, and raises an error if the caller does not take
-            them; called before memory is allocated.
+        stream: the file, at its start.
+        available: size of the file in bytes.
+        check: called with the header and the number of bytes after it, before memory is allocated; raises an error for
+            an array that the caller does not accept.
 
     Raises:
-        ValueError: it is not a plain array, or is cut off.
+        ValueError: it is not a plain array, or is truncated.
     """
     header = read_header(stream)
     if check is not None:
@@ -113,17 +112,18 @@ def read_array(
     while count < header.num_bytes:
         block = stream.read(min(BLOCK_BYTES, header.num_bytes - count))
         if not block:
-            raise ValueError(f"its header declares {header.num_bytes} bytes and {count} are there")
+            raise ValueError(f"its header declares {header.num_bytes} bytes, but it has {count}")
         content[count : count + len(block)] = np.frombuffer(block, np.uint8)
         count += len(block)
     return content.view(header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
 
 
 def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarray:
-    """Return the array of a `.npy` file, mapped from the disk if the file has more than `mapped_bytes` bytes.
+    """Return the array of a `.npy` file, memory-mapped if the file has more than `mapped_bytes` bytes.
 
     Raises:
-        ValueError: as of `read_array`. OSError: the file cannot be read.
+        ValueError: see `read_array`.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
         available = os.fstat(stream.fileno()).st_size
@@ -139,10 +139,10 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
 
 
 def open_archive(stream: IO[bytes], max_directory_bytes: int = MAX_DIRECTORY_BYTES) -> zipfile.ZipFile:
-    """Return a zip archive whose directory is not larger than so many bytes.
+    """Open a zip archive whose directory has at most `max_directory_bytes` bytes.
 
     Raises:
-        ValueError: it is cut off, or its directory is larger. `zipfile` raises others on damaged archives.
+        ValueError: it is truncated, or its directory is larger. `zipfile` raises others for damaged archives.
     """
     size = stream.seek(0, os.SEEK_END)
     tail_bytes = min(size, _END_BYTES + _MAX_COMMENT_BYTES + _LOCATOR_BYTES + _LARGE_END_BYTES)
@@ -150,15 +150,15 @@ def open_archive(stream: IO[bytes], max_directory_bytes: int = MAX_DIRECTORY_BYT
     tail = stream.read(tail_bytes)
     end = tail.rfind(b"PK\5\6")
     if end < 0 or len(tail) < end + _END_BYTES:
-        raise ValueError("it is cut off, or not a zip archive")
-    directory_bytes = [int.from_bytes(tail[end + 12 : end + 16], "little")]
+        raise ValueError("it is truncated, or not a zip archive")
+    directory_bytes = int.from_bytes(tail[end + 12 : end + 16], "little")
     locator = tail[max(0, end - _LOCATOR_BYTES) : end]
     if locator.startswith(b"PK\6\7"):
-        # `zipfile` then takes the sizes of the record before.
+        # `zipfile` then uses the sizes in the zip64 end record.
         large = tail[max(0, end - _LOCATOR_BYTES - _LARGE_END_BYTES) : end - _LOCATOR_BYTES]
-        directory_bytes = [int.from_bytes(large[40:48], "little")]
-    if max(directory_bytes) > max_directory_bytes:
-        raise ValueError(f"its directory takes more than {max_directory_bytes} bytes")
+        directory_bytes = int.from_bytes(large[40:48], "little")
+    if directory_bytes > max_directory_bytes:
+        raise ValueError(f"its directory has {directory_bytes} bytes, more than {max_directory_bytes}")
     stream.seek(0)
     return zipfile.ZipFile(stream)
 
@@ -173,21 +173,21 @@ def read_member(
 
     Args:
         archive, member: from `open_archive`.
-        source: names the file in messages.
-        check: as of `read_array`.
+        source: name of the file, for messages.
+        check: see `read_array`.
 
     Raises:
-        FeatureError: it would unfold to far more than features do.
-        ValueError: it is not a plain array. `zipfile` and zlib raise others on damaged archives.
+        FeatureError: see `check_unfolded`.
+        ValueError: it is not a plain array. `zipfile` and zlib raise others for damaged archives.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-        raise ValueError(f"{excerpt(member.filename)} is packed in another way than deflate, or encrypted")
+        raise ValueError(f"{excerpt(member.filename)} is encrypted, or its compression is not deflate")
     assert archive.fp is not None
     size = archive.fp.seek(0, os.SEEK_END)
     check_unfolded(source, member.file_size, min(member.compress_size, size))
     with archive.open(member) as stream:
         array = read_array(stream, member.file_size, check)
-        # Only at its end is the checksum of a member compared.
+        # `zipfile` compares the checksum of a member when its end is read.
         while stream.read(BLOCK_BYTES):
             pass
         return array
@@ -197,12 +197,13 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
     """Return the arrays of a `.npz` file by name.
 
     Raises:
-        FeatureError, ValueError: as of `read_member`, or it has more than `max_members` arrays.
+        FeatureError: see `check_unfolded`.
+        ValueError: it has more than `max_members` arrays, or one that `read_member` does not accept.
     """
     with open(path, "rb") as stream, open_archive(stream) as archive:
         members = archive.infolist()
         if len(members) > max_members:
-            raise ValueError(f"it holds {len(members)} arrays, and at most {max_members} are expected")
+            raise ValueError(f"it contains {len(members)} arrays, more than {max_members}")
         return {
             member.filename.rpartition(".npy")[0] or member.filename: read_member(archive, member, f"{path}")
             for member in members
@@ -211,4 +212,4 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
 
 def _check_complete(header: ArrayHeader, available: int) -> None:
     if header.num_bytes > available:
-        raise ValueError(f"its header declares {header.num_bytes} bytes and {available} are there")
+        raise ValueError(f"its header declares {header.num_bytes} bytes, but it has {available}")

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, remove what killed processes left, and lock what two must not write at once."""
+"""Write files atomically, remove temporary files of killed processes, and lock directories and files."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ except ImportError:  # Windows has no flock.
 log = logging.getLogger("drn")
 
 
-# Every temporary name begins so: .drn-MACHINE-RANDOM, then the name or suffix of the final file.
+# Prefix of temporary names, which are .drn-MACHINE-RANDOM and the name or suffix of the final file.
 TEMPORARY = ".drn-"
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"(?P<machine>[0-9a-f]{8})-[a-z0-9_]{8}([-.].*)?", re.DOTALL)
-# The lock file of a directory.
+# Name of the lock file of a directory.
 LOCK = ".drn-lock"
-# File names have 255 bytes at most, of which the prefix takes 23.
+# File names have at most 255 bytes, of which the prefix takes 23.
 MAX_TAIL_BYTES = 200
-# A temporary file of another machine, or on a file system without locks, is dead once nothing changed it for a day.
+# Age at which a temporary file of another machine, or on a file system without locks, is removed.
 STRAY_SECONDS = 24 * 3600
-# Searching a directory for dead temporary files takes at most one part in so many of the running time.
+# Searching a directory for temporary files of ended processes takes at most 1 / SWEEP_SHARE of the running time.
 SWEEP_SHARE = 100
 WAIT_SECONDS = 0.02
-# How often a directory is created that another process removes at the same time.
+# Number of attempts to create a directory that other processes remove at the same time.
 MAX_ATTEMPTS = 10
 
 Created = TypeVar("Created")
 
-# Descriptors whose locks are held; a forked child must not hold them on after its parent has ended.
+# Descriptors of held locks. A forked child closes them, so that it does not hold the locks longer than its parent.
 _held: set[int] = set()
-# Directories that were searched: when, and for how many seconds.
+# Start and duration of the last search of each directory, in seconds.
 _swept: dict[Path, tuple[float, float]] = {}
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` once the block ends without an error.
+    """Yield a temporary path in the directory of `path`, and rename it to `path` if the block ends without an error.
 
-    The directory is created. After any exception, Ctrl-C and SIGTERM included, the temporary file is gone and `path`
-    is as it was before. What `kill -9` leaves is removed by the next process that writes into the same directory.
+    The directory is created. After any exception, including Ctrl-C and SIGTERM, the temporary file is removed and
+    `path` is unchanged. After `kill -9` the next process that writes into the same directory removes the file.
 
     Raises:
-        OutputError: `path` cannot be written (no permission, disk full, a file where a directory should be).
+        OutputError: `path` cannot be written (no permission, disk full, a file instead of a directory).
     """
     path = _resolved(path)
     created = _missing(path.parent)
@@ -82,7 +82,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _temporary_in(directory: Path, name: str | None = None) -> _Temporary:
-    """Create `directory`, remove what dead processes left in it, and return a temporary path in it."""
+    """Create `directory`, remove temporary files of ended processes in it, and create a new temporary path."""
 
     def create() -> _Temporary:
         _sweep(directory)
@@ -92,10 +92,9 @@ def _temporary_in(directory: Path, name: str | None = None) -> _Temporary:
 
 
 def _create_in(directory: Path, create: Callable[[], Created]) -> Created:
-    """Create `directory`, and return the result of `create`, which makes a file in it.
+    """Create `directory`, and return the result of `create`, which creates a file in it.
 
-    Both are tried again where another process removes the directory in between: one that created it for a file that it
-    did not write in the end.
+    Both are repeated if another process, whose output failed, removes the directory in between.
     """
     for _ in range(MAX_ATTEMPTS - 1):
         with contextlib.suppress(FileNotFoundError):
@@ -106,14 +105,14 @@ def _create_in(directory: Path, create: Callable[[], Created]) -> Created:
 
 
 class Staging:
-    """Files that take their places together: until `settle`, what was there before stays as it was.
+    """A context manager for files that replace their predecessors together, in `settle`.
 
-    Used as a context; afterwards, whatever happened, nothing temporary is left.
+    At the end of the context all temporary files are removed.
     """
 
     def __init__(self) -> None:
         self._staged: dict[Path, _Temporary] = {}
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def __enter__(self) -> Staging:
         return self
@@ -122,16 +121,16 @@ class Staging:
         with deferred():
             for temporary in self._staged.values():
                 temporary.remove()
-            _remove_empty(self._made)
+            _remove_empty(self._created)
 
     def path(self, final: str | os.PathLike[str]) -> Path:
-        """Return where to write what becomes `final`; OutputError if its directory cannot be written."""
+        """Return the temporary path of the file `final`; OutputError if its directory cannot be written."""
         final = Path(final)
         if final.is_dir():
-            raise OutputError(f"{final} is a directory; name the file to write instead.", code="output_is_directory")
+            raise _is_directory(final)
         parent = final.resolve().parent
         if parent not in self._staged:
-            self._made += _missing(parent)
+            self._created += _missing(parent)
             try:
                 with deferred():
                     self._staged[parent] = _temporary_in(parent)
@@ -140,13 +139,13 @@ class Staging:
         return self._staged[parent].path / final.name
 
     def settle(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
-        """Move what was written to its place, file by file in the order of names; return where it is now.
+        """Rename the written files to their final paths, in the order of their names, and return these paths.
 
         Args:
-            expected: whether a file of this name is to be kept; others are dropped.
+            expected: returns whether a file of this name is renamed; others are removed.
         """
         settled = []
-        # A signal between two of the moves would leave one file new and the other old.
+        # A signal between two renames would leave one new and one old file.
         with deferred():
             for parent, temporary in self._staged.items():
                 for file in sorted(temporary.path.iterdir()):
@@ -162,7 +161,7 @@ class Staging:
 
 @contextlib.contextmanager
 def staging_directory(parent: Path) -> Iterator[Path]:
-    """Yield a temporary directory in `parent`, which must exist; afterwards it is gone. Raises OSError."""
+    """Yield a temporary directory in `parent`, which must exist, and remove it at the end. Raises OSError."""
     temporary: _Temporary | None = None
     try:
         with deferred():
@@ -177,13 +176,13 @@ def staging_directory(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: bool = False) -> Iterator[None]:
-    """Hold a directory, which is created, against other processes that lock it too.
+    """Create a directory and hold its lock against other processes that lock it too.
 
-    The system releases the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, even by `kill -9`.
 
     Args:
-        directory: what to lock.
-        file: lock only the writing of this file in it, so that others can be written meanwhile.
+        directory: the directory.
+        file: name of a file in it; only this file is locked, and others can be written meanwhile.
         wait: wait for another process instead of raising.
 
     Raises:
@@ -202,8 +201,8 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
                 raise _unwritable(directory, error) from error
             if handle is None and not wait:
                 raise OutputError(
-                    f"Another process is writing {directory if file is None else directory / file}. Wait until it "
-                    "ends, or choose another --output.",
+                    f"Another process is writing {directory if file is None else directory / file}. Wait for it, or "
+                    "choose another --output.",
                     code="output_locked",
                 )
             if handle is None:
@@ -212,7 +211,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
     finally:
         with deferred():
             if handle is not None:
-                # Removed while the lock is held: whoever opened the file before sees that it is no longer this one.
+                # Removed while the lock is held: `_is_open_as` shows processes that opened it before that it is gone.
                 with contextlib.suppress(OSError):
                     lock.unlink()
                 _close(handle)
@@ -220,7 +219,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
 
 
 def content_names(directory: Path) -> list[str]:
-    """Return the sorted names in a directory, without locks and temporary files; none if it does not exist."""
+    """Return the sorted names in a directory without locks and temporary files; empty if it does not exist."""
     names = os.listdir(directory) if directory.exists() else []
     return sorted(name for name in names if not name.startswith(TEMPORARY))
 
@@ -228,8 +227,8 @@ def content_names(directory: Path) -> list[str]:
 def remove_strays(directory: Path) -> None:
     """Remove temporary files and staging directories in `directory` whose processes have ended.
 
-    A process holds a lock on each of its own. What another machine made, which may not share locks, and what lies on
-    a file system without locks counts as dead after a day without a change.
+    A process holds a lock on each of its files. Files of other machines, which may not share locks, and on file systems
+    without locks are removed a day after their last change.
     """
     try:
         with os.scandir(directory) as entries:
@@ -242,7 +241,7 @@ def remove_strays(directory: Path) -> None:
 
 
 class _Temporary:
-    """A temporary file, or directory where no name is given, locked as long as it is in use."""
+    """A temporary file, or directory if no name is given, that is locked while it is in use."""
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         prefix = f"{TEMPORARY}{_machine()}-"
@@ -261,11 +260,11 @@ class _Temporary:
             _held.add(self._handle)
             if _lock(self._handle) is not False and _is_open_as(self._handle, lock):
                 return
-            # Another process removed it as dead between its creation and the lock.
+            # Another process removed it between its creation and the lock.
             self.remove()
 
     def remove(self) -> None:
-        """Remove it, unless it took its place, and release the lock."""
+        """Remove it, unless it was renamed, and release the lock."""
         if self.path.is_dir():
             shutil.rmtree(self.path, ignore_errors=True)
         else:
@@ -275,7 +274,7 @@ class _Temporary:
 
 
 def _tail(name: str) -> str:
-    """Return how a temporary name ends. The suffix stays, since some writers choose the format by it."""
+    """Return the end of a temporary name, including the suffix, because some writers choose the format by it."""
     for tail in (f"-{name}", Path(name).suffix):
         if len(os.fsencode(tail)) <= MAX_TAIL_BYTES:
             return tail
@@ -283,7 +282,7 @@ def _tail(name: str) -> str:
 
 
 def _acquired(lock: Path) -> int | None:
-    """Return a descriptor that holds a lock file, or None if another process does."""
+    """Return a descriptor that holds the lock of a file, or None if another process holds it."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
         _held.add(handle)
@@ -298,7 +297,7 @@ def _acquired(lock: Path) -> int | None:
 
 
 def _lock(handle: int) -> bool | None:
-    """Return whether a descriptor is locked now; None where the file system has no locks."""
+    """Try to lock a descriptor, and return whether it is locked; None if the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -311,7 +310,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_open_as(handle: int, path: Path) -> bool:
-    """Return whether `path` still names the file of a descriptor."""
+    """Return whether `path` is still the file of a descriptor."""
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
     except FileNotFoundError:
@@ -326,7 +325,7 @@ def _close(handle: int) -> None:
 
 
 def _release_in_child() -> None:
-    # The lock stays with the parent: closing a copy of a descriptor does not release it.
+    # Closing a copy of a descriptor does not release the lock of the parent.
     for handle in list(_held):
         _close(handle)
 
@@ -336,21 +335,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def _sweep(directory: Path) -> None:
-    """Remove strays of a directory, unless it was searched a moment ago."""
-    started = time.monotonic()
-    when, seconds = _swept.get(directory, (-float("inf"), 0.0))
-    if started - when >= SWEEP_SHARE * seconds:
+    """Remove strays of a directory, unless it was searched a short time ago."""
+    start = time.monotonic()
+    last_start, seconds = _swept.get(directory, (-float("inf"), 0.0))
+    if start - last_start >= SWEEP_SHARE * seconds:
         remove_strays(directory)
-        _swept[directory] = (started, time.monotonic() - started)
+        _swept[directory] = (start, time.monotonic() - start)
 
 
-def _remove_if_dead(path: Path, here: bool) -> None:
-    """Remove a temporary file or directory whose process has ended; `here`: this machine made it."""
-    about = os.lstat(path)
-    is_directory = stat.S_ISDIR(about.st_mode)
-    if not is_directory and not stat.S_ISREG(about.st_mode):
+def _remove_if_dead(path: Path, is_local: bool) -> None:
+    """Remove a temporary file or directory whose process has ended; `is_local`: this machine created it."""
+    status = os.lstat(path)
+    is_directory = stat.S_ISDIR(status.st_mode)
+    if not is_directory and not stat.S_ISREG(status.st_mode):
         return
-    changed = [about.st_mtime]
+    changed = [status.st_mtime]
     if is_directory:
         changed += [entry.stat().st_mtime for entry in path.iterdir()]
     old = time.time() - max(changed) > STRAY_SECONDS
@@ -359,13 +358,13 @@ def _remove_if_dead(path: Path, here: bool) -> None:
         # Network file systems require a descriptor that can write.
         handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
-        # Killed before it had its lock, or just being made.
+        # Its process was killed before it created the lock, or is about to create it.
         if old and is_directory:
             shutil.rmtree(path, ignore_errors=True)
         return
     try:
         state = _lock(handle)
-        dead = state is not False and (old or (state is True and here))
+        dead = state is not False and (old or (state is True and is_local))
         if dead and _is_open_as(handle, lock):
             if is_directory:
                 shutil.rmtree(path, ignore_errors=True)
@@ -377,7 +376,7 @@ def _remove_if_dead(path: Path, here: bool) -> None:
 
 @functools.cache
 def _machine() -> str:
-    """Return eight hexadecimal digits that identify the running kernel, whose processes share its locks."""
+    """Return eight hexadecimal digits that identify the running kernel, whose processes share locks."""
     try:
         identity = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
@@ -386,49 +385,57 @@ def _machine() -> str:
 
 
 def _missing(directory: Path) -> list[Path]:
-    """Return which of a directory and its parents do not exist, the innermost first."""
+    """Return those of a directory and its parents that do not exist, innermost first."""
     return [path for path in (directory, *directory.absolute().parents) if not os.path.exists(path)]
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove directories made for files that did not come about; others in use are not empty and stay."""
+    """Remove those of the directories that are empty."""
     for directory in directories:
         with contextlib.suppress(OSError):
             directory.rmdir()
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Return the file to write, behind any link, which stays one; OutputError if it is no regular file."""
+    """Return the target of all links in a path, so that links are preserved; OutputError if it is no regular file."""
     try:
         resolved = Path(path).resolve()
         if resolved.is_dir():
-            raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
+            raise _is_directory(path)
         if resolved.exists() and not resolved.is_file():
-            raise OutputError(f"{path} is a device, and would be replaced by a file; name another file to write.")
+            raise OutputError(f"{path} is a device, which a file would replace. Name another file to write.")
     except OSError as error:
         raise _unwritable(Path(path), error) from error
     except RuntimeError as error:
-        # How Path.resolve reports a link that leads to itself before Python 3.13.
-        raise OutputError(f"{path} is a link that leads to itself; name another file to write.") from error
+        # Path.resolve raises it before Python 3.13 for a link that leads to itself.
+        raise OutputError(f"{path} is a link that leads to itself. Name another file to write.") from error
     return resolved
 
 
-def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError now if `path` could not be written later, before work is done for it; None is no file.
+def _is_directory(path: str | os.PathLike[str]) -> OutputError:
+    return OutputError(f"Expected a file to write, got the directory {path}. Name a file.", code="output_is_directory")
 
-    Neither may it be one of `inputs`: files that are read, or that are written too.
+
+def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
+    """Check before a long computation that an output file can be written.
+
+    Args:
+        path: the output file; nothing is checked if None.
+        inputs: files that the command reads or writes otherwise; None entries are ignored.
+
+    Raises:
+        OutputError: `path` cannot be written, or is one of `inputs` (code `output_exists`).
     """
     if path is not None:
         if Path(path).resolve() in {Path(other).resolve() for other in inputs if other is not None}:
             raise OutputError(
-                f"{path} is named for something else already, and would be written over; name another file.",
-                code="output_exists",
+                f"{path} is given twice, and would be overwritten. Name another output file.", code="output_exists"
             )
         with contextlib.suppress(_Discarded), atomic_write(path):
             raise _Discarded
 
 
-# Files that commands read and that a report never is.
+# Suffixes of models, features and videos, which no report replaces.
 _READ_SUFFIXES = frozenset(
     (".onnx", ".engine", ".pt", ".pth", ".data", ".npy", ".npz", ".h5", ".hdf5", ".parquet", ".mp4", ".mkv", ".avi",
      ".webm", ".mov")
@@ -436,42 +443,43 @@ _READ_SUFFIXES = frozenset(
 
 
 def check_report(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike[str] | None) -> None:
-    """Do as `check_writable` for a report or a picture, which replaces no model, feature or video file either."""
+    """Check the output file of a report or picture as `check_writable` does, and that it replaces no model or data.
+
+    Raises:
+        OutputError: see `check_writable`; or `path` is a model, feature or video file (code `not_a_report`).
+    """
     if path is not None and Path(path).suffix.lower() in _READ_SUFFIXES and Path(path).exists():
-        raise OutputError(
-            f"{path} exists and is no report, and would be written over; name another file.", code="not_a_report"
-        )
+        raise OutputError(f"{path} exists and is not a report. Name another output file.", code="not_a_report")
     check_writable(path, *inputs)
 
 
 class _Discarded(Exception):
-    """Ends a trial write, so that nothing is left of it."""
+    """Ends a trial write, so that its file is removed."""
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
+    """Write a text file as UTF-8, atomically; see `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all. NaN is an error, since JSON has none."""
+    """Write a file of indented JSON atomically; see `atomic_write`. ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     if path.parent.name.startswith(TEMPORARY):
-        # The final path, not the temporary one.
+        # Messages name the final path, not the temporary one.
         path = path.parent.parent / path.name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"No space is left on the disk for {path}; nothing was written. Free some, or choose another place.",
+            f"{path} was not written, because the disk is full. Free some space, or choose another directory.",
             code="disk_full",
         )
-    for parent in path.parents:
-        if os.path.exists(parent) and not os.path.isdir(parent):
-            return OutputError(f"{path} cannot be written, because {parent} is not a directory. Choose another place.")
-    return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another place.")
+    file = next((parent for parent in path.parents if os.path.exists(parent) and not os.path.isdir(parent)), None)
+    reason = f"{file} is not a directory" if file else error.strerror or error
+    return OutputError(f"{path} cannot be written: {reason}. Choose another directory.")
 
 
 def _umask() -> int:

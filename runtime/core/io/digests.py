@@ -1,4 +1,4 @@
-"""Compute digests of files and of JSON values, and stamps that change when a file does."""
+"""Compute SHA-256 digests of files and JSON values, and stamps that change when a file changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import stat
 from typing import Any
 
-# Blocks of a large file that `content_stamp` reads.
+# Number and size of the blocks of a large file that `content_stamp` reads.
 SAMPLES = 8
 SAMPLE_BYTES = 4096
 
@@ -23,28 +23,29 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def content_stamp(path: str | os.PathLike[str]) -> tuple[int, int, str]:
-    """Return what changes when the content of a file does, without reading all of a large one.
+    """Return a stamp that changes when the content of a file changes; of a large file only samples are read.
 
     Returns:
-        Its size in bytes, the time of its last change in ns, and the SHA-256 of blocks spread evenly over it, the first
-        and the last among them.
+        Size in bytes, modification time in ns, and the SHA-256 of evenly spaced blocks, including the first and the
+        last.
     """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as stream:
-        stat = os.fstat(stream.fileno())
-        if stat.st_size <= SAMPLES * SAMPLE_BYTES:
+        status = os.fstat(stream.fileno())
+        if status.st_size <= SAMPLES * SAMPLE_BYTES:
             digest.update(stream.read())
         else:
             for index in range(SAMPLES):
-                stream.seek((stat.st_size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+                stream.seek((status.st_size - SAMPLE_BYTES) * index // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE_BYTES))
-    return stat.st_size, stat.st_mtime_ns, digest.hexdigest()
+    return status.st_size, status.st_mtime_ns, digest.hexdigest()
 
 
 def file_stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
-    """Return what changes when a regular file is written or replaced, without opening it; None where there is none.
+    """Return a stamp that changes when a regular file is written or replaced; None if there is no such file.
 
-    The time of the last status change is part of it, because copies may keep the time of the last write.
+    The file is not opened. The stamp includes the time of the last status change, because copies may preserve the time
+    of the last write.
     """
     try:
         status = os.stat(path)
@@ -56,7 +57,7 @@ def file_stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
 
 
 def json_digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, the same however it is laid out and whatever the order of its keys."""
-    # Once there and back: tuples become lists and number keys text, as they are when they are read from a file.
+    """Return the SHA-256 of a JSON value, which does not depend on layout and order of keys."""
+    # Converts tuples to lists and number keys to strings, as in a value that was read from a file.
     plain = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Read datasets of an HDF5 file in a process of its own, because damaged files crash libhdf5.
+"""Read datasets of an HDF5 file in a separate process, because damaged files crash libhdf5.
 
 Of 12,000 damaged files two ended the process with a segmentation fault (h5py 3.16; tests/fuzzing.py). The process
-starts with the first question, in 0.2 s, and serves all that follow. What crashes it is one error, and the next
-question starts another.
+starts with the first request, in 0.2 s, and serves all later ones. A crash is one error, and the next request starts
+another process.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from runtime.core.io.digests import file_stamp
 from runtime.core.io.input_files import check_file
 from runtime.core.names import by_fold, near_name
 
-# In the group of a video, where ActivityNet's features are published (v_X/c3d_features).
+# The name of a dataset in the group of a video, as in the published features of ActivityNet (v_X/c3d_features).
 DATASET = "c3d_features"
-# Of the process. What a damaged file asks for beyond ends its request alone.
+# A request that needs more memory in the process fails, because the file is damaged.
 MAX_MEMORY_BYTES = 4 << 30
-# An answer that takes longer means that the file is damaged. The features of a video take milliseconds.
+# A request that takes longer fails, because the file is damaged. Reading the features of a video takes milliseconds.
 TIMEOUT_S = 60.0
-# Soft links on the way to a dataset; the library follows as many.
+# Maximum number of soft links on the path to a dataset, as in libhdf5.
 MAX_LINKS = 16
-# Code of features whose values are not in the file itself.
+# Error code of features whose values are not in the file itself.
 OUTSIDE = "features_outside_file"
 ERRORS: dict[str, type[GroundingError]] = {"invalid_features": FeatureError, "missing_features": MissingFeatures}
 
@@ -42,7 +42,7 @@ ERRORS: dict[str, type[GroundingError]] = {"invalid_features": FeatureError, "mi
 class Hdf5Reader:
     """The datasets of one HDF5 file, read in another process.
 
-    Thread-safe; a forked process starts a reader of its own.
+    Thread-safe. A forked process starts its own reader.
 
     Args:
         path: the file.
@@ -56,19 +56,22 @@ class Hdf5Reader:
         self._lock = threading.Lock()
 
     def describe(self, names: list[str]) -> dict[str, Any]:
-        """Return `name`, `dtype` and `shape` of the dataset that one of these names stands for; see `read`."""
-        reply, _ = self._ask({"names": names, "values": False})
+        """Return `name`, `dtype` and `shape` of a dataset; see `read` for arguments and errors."""
+        reply, _ = self._request({"names": names, "values": False})
         return reply
 
     def read(self, names: list[str]) -> np.ndarray:
-        """Return the (num_clips, D) floats of the dataset that one of these names stands for.
+        """Return the (num_clips, D) floats of a dataset.
+
+        Args:
+            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
 
         Raises:
             MissingFeatures: there is neither a dataset nor a group of any of these names.
             FeatureError: the file or the dataset is damaged, or not such an array.
             DeviceError: h5py is not installed.
         """
-        reply, values = self._ask({"names": names, "values": True})
+        reply, values = self._request({"names": names, "values": True})
         assert values is not None
         return values.view(np.dtype(reply["dtype"])).reshape(reply["shape"])
 
@@ -84,7 +87,7 @@ class Hdf5Reader:
                     stream.close()
 
     def __del__(self) -> None:
-        # At the end of the interpreter parts of it may be gone.
+        # Modules may already be cleared when the interpreter exits.
         with contextlib.suppress(Exception):
             self.close()
 
@@ -94,7 +97,8 @@ class Hdf5Reader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hdf5Reader.__init__(self, state["_path"])
 
-    def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    def _request(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Return the reply of the process and the bytes of the values, if requested."""
         with self._lock:
             process = self._running()
             watchdog = threading.Timer(TIMEOUT_S, process.kill)
@@ -116,12 +120,12 @@ class Hdf5Reader:
             except (OSError, EOFError, ValueError, KeyError) as error:
                 self.close()
                 raise FeatureError(
-                    f"{self._path}: reading HDF5 ended without an answer ({one_line(error)}), so the file is damaged; "
-                    "copy or download it again.",
+                    f"{self._path} is damaged: the HDF5 library crashed or timed out ({one_line(error)}). Copy or "
+                    "download it again.",
                     code="damaged_file",
                 ) from error
             except BaseException:
-                # Whatever is still under way would be taken for the answer to the next question.
+                # A reply that arrives later would be read as the reply to the next request.
                 self.close()
                 raise
             finally:
@@ -130,11 +134,11 @@ class Hdf5Reader:
     def _running(self) -> subprocess.Popen[bytes]:
         stamp = file_stamp(self._path)
         is_running = self._process is not None and self._owner == os.getpid() and self._process.poll() is None
-        # The process has the file open, and another file may have replaced it.
+        # A running process still has a file open that was replaced since.
         if self._process is None or not is_running or stamp != self._stamp:
             if importlib.util.find_spec("h5py") is None:
                 raise DeviceError(
-                    "Features in HDF5 need h5py, which is missing; run `pip install '.[hdf5]'`.",
+                    "Features in HDF5 need h5py, which is not installed. Run `pip install '.[hdf5]'`.",
                     code="missing_library",
                 )
             check_file(self._path, "The feature file", FeatureError)
@@ -151,20 +155,20 @@ class Hdf5Reader:
 
 
 def _exactly(stream: IO[bytes], count: int) -> np.ndarray:
-    """Return so many bytes of a pipe; EOFError if it ends before."""
+    """Return `count` bytes of a pipe; EOFError if it ends before."""
     content = np.empty(count, np.uint8)
     if count and stream.readinto(content.data) != count:  # type: ignore[attr-defined]
-        raise EOFError("the process crashed or took too long")
+        raise EOFError("no complete reply")
     return content
 
 
-# What runs in the other process.
+# The following code runs in the other process.
 
 
 def _serve(path: str) -> None:
-    """Answer the questions on standard input, a JSON object a line, until it ends."""
+    """Answer the requests on standard input, a JSON object a line, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Not every system has such limits, and some allow only lower ones.
+    # Some systems have no such limits, or allow only lower ones.
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -187,7 +191,7 @@ def _serve(path: str) -> None:
 
 
 class Hdf5File:
-    """An HDF5 file in this process, which a damaged one may crash."""
+    """An HDF5 file that is read in this process; a damaged file may crash it."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -195,7 +199,7 @@ class Hdf5File:
         self._names: dict[str, str] = {}
 
     def answer(self, names: list[str], values: bool) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Return what is known of a dataset and, if asked for, its values; see `Hdf5Reader`."""
+        """Return the description of a dataset and, if `values`, its content; see `Hdf5Reader.read`."""
         import h5py
 
         with reading(self._path, "an HDF5 file of clip features", FeatureError, "copy or download it again"):
@@ -203,13 +207,14 @@ class Hdf5File:
             try:
                 dataset = _dataset(self._root, self._path, names)
             except MissingFeatures as error:
-                # Listed once: a corpus may lack many videos.
+                # The names are listed once, because a corpus may lack many videos.
                 self._names = self._names or by_fold(self._root)
                 raise MissingFeatures(str(error) + near_name(self._names, *names)) from error
             reply = {"name": dataset.name, "dtype": dataset.dtype.str, "shape": list(dataset.shape)}
             if not values:
                 return reply, None
-            content = _values(dataset, self._path)
+            check_unfolded(f"{self._path}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
+            content = np.ascontiguousarray(dataset[()])
             return {**reply, "bytes": content.nbytes}, content
 
     def close(self) -> None:
@@ -218,35 +223,30 @@ class Hdf5File:
             self._root.close()
 
 
-def _values(dataset: Any, path: str) -> np.ndarray:
-    check_unfolded(f"{path}: {dataset.name}", dataset.nbytes, dataset.id.get_storage_size())
-    return np.ascontiguousarray(dataset[()])
-
-
 def _dataset(root: Any, path: str, names: list[str]) -> Any:
-    """Return the dataset that one of these names stands for, itself or as the one in a group."""
-    members = (_member(root, path, name) for name in names)
-    node = next((member for member in members if member is not None), None)
+    """Return the dataset of one of these names, or the dataset in the group of that name."""
+    nodes = (_member(root, path, name) for name in names)
+    node = next((member for member in nodes if member is not None), None)
     video = names[0]
     if node is None:
         raise MissingFeatures(
-            f"There are no features of {excerpt(video)} in {path}: neither a dataset nor a group has this name."
+            f"{path} has no dataset or group {excerpt(video)}. Check the name of the video, or extract its features."
         )
     if hasattr(node, "keys"):
-        inside = list(node.keys())
-        name = DATASET if DATASET in inside else inside[0] if len(inside) == 1 else None
+        members = list(node.keys())
+        name = DATASET if DATASET in members else members[0] if len(members) == 1 else None
         inner = None if name is None else _member(node, path, name)
         if inner is None:
             raise FeatureError(
-                f"{path}: the group of {excerpt(video)} should hold one dataset, or one called {DATASET!r}, and holds "
-                f"{', '.join(inside[:3]) or 'nothing'}.",
+                f"{path}: expected one dataset, or one named {DATASET!r}, in the group {excerpt(video)}, got "
+                f"{', '.join(members[:3]) or 'none'}. Remove the others.",
                 code="ambiguous_features",
             )
         node = inner
     if getattr(node, "ndim", None) != 2 or node.dtype.kind != "f" or node.dtype.itemsize > 8:
         raise FeatureError(
-            f"{path}: the features of {excerpt(video)} should be floats of shape (num_clips, D), and are "
-            f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}.",
+            f"{path}: expected floats of shape (num_clips, D) for {excerpt(video)}, got "
+            f"{getattr(node, 'dtype', 'no numbers')} of shape {getattr(node, 'shape', None)}. Write them again.",
             code="wrong_array",
         )
     if node.external or node.is_virtual:
@@ -259,7 +259,9 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
 
 
 def _member(group: Any, path: str, name: str) -> Any:
-    """Return a member of a group, or None. Soft links are followed part by part, because any part may leave the file.
+    """Return a member of a group, or None.
+
+    Soft links are resolved component by component, because any component may lead out of the file.
 
     Raises:
         FeatureError: a link leads out of the file, to nothing, or in a circle.
@@ -276,8 +278,8 @@ def _member(group: Any, path: str, name: str) -> Any:
             return None
         if link is None or num_links == MAX_LINKS:
             raise FeatureError(
-                f"{path}: {excerpt(name)} is a link to nothing, or in a circle. Correct the link, or write the "
-                "features in its place.",
+                f"{path}: the link {excerpt(name)} leads nowhere or in a circle. Correct it, or replace it by the "
+                "features.",
                 code="broken_link",
             )
         if isinstance(link, h5py.SoftLink):
@@ -287,8 +289,8 @@ def _member(group: Any, path: str, name: str) -> Any:
             node = node[part]
         else:
             raise FeatureError(
-                f"{path}: {excerpt(name)} is a link out of the file, and such links are not followed. Copy its target "
-                "into this file.",
+                f"{path}: the link {excerpt(name)} leads out of the file and is not followed. Copy its target into "
+                "this file.",
                 code=OUTSIDE,
             )
     return node

@@ -11,86 +11,88 @@ Buffer = Union[bytes, mmap.mmap]
 
 
 def mapped(stream: BinaryIO) -> Buffer:
-    """Return the content of a file for `fields`; pages are read as they are used, and an empty file is empty bytes."""
+    """Return the memory-mapped content of a file; empty bytes for an empty file, which cannot be mapped."""
     if not stream.seek(0, 2):
         return b""
     return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield number, wire type, start of the tag, start and end of the value of each field of a message.
-
-    The value of a `BYTES` field starts behind its length.
+    """Yield the fields of a message.
 
     Args:
-        content: holds the message.
-        start, end: of the message, as offsets into `content`.
+        content: contains the message.
+        start, end: offsets of the message in `content`.
+
+    Yields:
+        Field number, wire type, and three offsets: start of the tag, start and end of the value. The value of a `BYTES`
+        field starts after its length.
 
     Raises:
-        ValueError: it is cut off, or no such message.
+        ValueError: the message is truncated or malformed.
     """
-    at = start
-    while at < end:
-        begin = at
-        tag, at = varint(content, at)
-        number, kind = tag >> 3, tag & 7
+    offset = start
+    while offset < end:
+        tag_start = offset
+        tag, offset = varint(content, offset)
+        number, wire_type = tag >> 3, tag & 7
         if not number:
-            raise ValueError("a field of number 0")
-        if kind == VARINT:
-            first, at = at, varint(content, at)[1]
-        elif kind == BYTES:
-            length, first = varint(content, at)
-            at = first + length
-        elif kind in (FIXED64, FIXED32):
-            first = at
-            at += 8 if kind == FIXED64 else 4
+            raise ValueError("a field has the number 0")
+        if wire_type == VARINT:
+            value_start, offset = offset, varint(content, offset)[1]
+        elif wire_type == BYTES:
+            length, value_start = varint(content, offset)
+            offset = value_start + length
+        elif wire_type in (FIXED64, FIXED32):
+            value_start = offset
+            offset += 8 if wire_type == FIXED64 else 4
         else:
-            raise ValueError(f"field {number} of kind {kind}")
-        if at > end:
-            raise ValueError("it is cut off")
-        yield number, kind, begin, first, at
+            raise ValueError(f"field {number} has the wire type {wire_type}")
+        if offset > end:
+            raise ValueError("it is truncated")
+        yield number, wire_type, tag_start, value_start, offset
 
 
 def varints(content: Buffer, start: int, end: int) -> Iterator[int]:
-    """Yield the numbers of a packed field, or the one of a field that is not packed."""
-    at = start
-    while at < end:
-        value, at = varint(content, at)
+    """Yield the numbers of a varint field, packed or not, between two offsets."""
+    offset = start
+    while offset < end:
+        value, offset = varint(content, offset)
         yield value
 
 
-def varint(content: Buffer, at: int) -> tuple[int, int]:
-    """Return the number at an offset, and the offset behind it; ValueError if it does not end."""
+def varint(content: Buffer, offset: int) -> tuple[int, int]:
+    """Return the varint at an offset, and the offset after it; ValueError if it has more than ten bytes or no end."""
     value = shift = 0
-    while at < len(content) and shift < 70:
-        byte = content[at]
-        at += 1
+    while offset < len(content) and shift < 70:
+        byte = content[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, offset
         shift += 7
-    raise ValueError("a number without end")
+    raise ValueError("a varint has no end")
 
 
 def number_field(number: int, value: int) -> bytes:
-    """Return a field that holds a number."""
+    """Return an encoded varint field."""
     return _encoded(number << 3 | VARINT) + _encoded(value)
 
 
 def bytes_field(number: int, *parts: bytes) -> bytes:
-    """Return a field that holds bytes, which may come in parts."""
+    """Return an encoded field of bytes, whose content is the joined `parts`."""
     return b"".join((header(number, sum(map(len, parts))), *parts))
 
 
 def header(number: int, size: int) -> bytes:
-    """Return what precedes the content of a field that holds `size` bytes."""
+    """Return the tag and length before the content of a field of `size` bytes."""
     return _encoded(number << 3 | BYTES) + _encoded(size)
 
 
 def _encoded(value: int) -> bytes:
-    written = bytearray()
+    encoded = bytearray()
     while value > 0x7F:
-        written.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    written.append(value)
-    return bytes(written)
+    encoded.append(value)
+    return bytes(encoded)

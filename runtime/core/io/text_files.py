@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import json
 import math
 import os
@@ -11,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.core.errors import AnnotationError, GroundingError, excerpt, one_line, reading
+from runtime.core.errors import AnnotationError, GroundingError, as_sentence, excerpt, one_line, reading
 
-# Nesting of our deepest format is 6. Recursive code such as `copy.deepcopy` fails at a few hundred.
+# The deepest format of this toolkit nests 6 levels. Recursive code such as `copy.deepcopy` fails at a few hundred.
 MAX_DEPTH = 64
-# A float holds integers of up to 309 digits. Conversions beyond raise OverflowError.
+# Converting an integer of 310 or more digits to a float raises OverflowError.
 MAX_DIGITS = 300
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,8 +27,8 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
 
     Args:
         path: the file.
-        description: what the file should be, for messages: "a word table".
-        error: the class to raise.
+        description: expected content with its article, for messages: "a word table".
+        error: class to raise.
 
     Raises:
         GroundingError: `error`, if the file is missing, unreadable, or not UTF-8.
@@ -35,14 +36,14 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
     with reading(path, description, error, "check the file"):
         content = Path(path).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise error(f"{path} is UTF-16 text, and UTF-8 is expected; save it as UTF-8.", code="not_utf8")
+            raise error(f"{path}: expected UTF-8 text, got UTF-16. Save the file as UTF-8.", code="not_utf8")
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as problem:
             line = content.count(b"\n", 0, problem.start) + 1
             raise error(
-                f"{path}, line {line}: expected UTF-8 text, got the byte 0x{content[problem.start]:02x}; "
-                "save the file as UTF-8.",
+                f"{path}, line {line}: expected UTF-8 text, got the byte 0x{content[problem.start]:02x}. "
+                "Save the file as UTF-8.",
                 code="not_utf8",
             ) from problem
 
@@ -50,10 +51,10 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
 def read_lines(
     path: str | os.PathLike[str], description: str, error: type[GroundingError] = AnnotationError
 ) -> list[str]:
-    """Return the lines of a UTF-8 text file without line ends; blank lines at the end are dropped.
+    """Return the lines of a UTF-8 text file without line ends and without blank lines at the end.
 
     Only \\n, \\r\\n and \\r end a line. `str.splitlines` also splits at U+2028, U+0085 and others, which are
-    legal within a sentence. Arguments and errors are those of `read_text`.
+    valid within a sentence. Arguments and errors are those of `read_text`.
     """
     text = read_text(path, description, error).replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
@@ -69,14 +70,12 @@ def parse_json(
     *,
     advice: str = "correct it",
 ) -> Any:
-    """Return a JSON value whose numbers are finite, whose text is valid Unicode, and whose nesting is bounded.
-
-    No name may occur twice in one object: JSON readers use the last value without an error.
+    """Return a JSON value with finite numbers, valid Unicode, bounded nesting and no name twice in one object.
 
     Args:
         text: the JSON.
-        source: what messages begin with: the file, and the line where there are several.
-        error: the class to raise.
+        source: start of messages: the file, and the line in files of JSON lines.
+        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
 
     Raises:
@@ -95,28 +94,28 @@ def parse_json(
         return value
     except RecursionError as problem:
         raise error(
-            f"{source}: the JSON nests more than {MAX_DEPTH} levels; {advice}.", code="nested_too_deeply"
+            f"{source}: the JSON nests more than {MAX_DEPTH} levels. {as_sentence(advice)}", code="nested_too_deeply"
         ) from problem
     except (ValueError, MemoryError) as problem:
         raise error(
-            f"{source}: JSON is expected and cannot be read: {one_line(problem)}; {advice}.", code="invalid_json"
+            f"{source}: invalid JSON ({one_line(problem)}). {as_sentence(advice)}", code="invalid_json"
         ) from problem
 
 
 def check_format(value: Any, expected: str, source: str, error: type[GroundingError], advice: str) -> None:
-    """Raise `error` (code `unknown_format`) unless a value is a table whose `format` is `expected`.
+    """Raise `error` (code `unknown_format`) unless a value is a mapping whose `format` is `expected`.
 
     Args:
-        value: what was read from JSON or another file of tables.
-        expected: the identifier with its version, such as "drn-manifest/1".
-        source: names the file in the message.
-        error: the class to raise.
+        value: content of a JSON file or a checkpoint.
+        expected: identifier with its version, such as "drn-manifest/1".
+        source: name of the file, for the message.
+        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
     """
     actual = value.get("format") if isinstance(value, Mapping) else None
     if actual != expected:
         raise error(
-            f"{source}: expected the format {excerpt(expected)}, got {excerpt(actual)}; {advice}.",
+            f"{source}: expected the format {excerpt(expected)}, got {excerpt(actual)}. {as_sentence(advice)}",
             code="unknown_format",
         )
 
@@ -124,17 +123,14 @@ def check_format(value: Any, expected: str, source: str, error: type[GroundingEr
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names: set[str] = set()
-        for name, _ in pairs:
-            if name in names:
-                raise ValueError(f"two entries have the name {excerpt(name)}")
-            names.add(name)
+        name, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"two entries have the name {excerpt(name)}")
     return value
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer has {len(digits)} digits, and at most {MAX_DIGITS} are read")
+        raise ValueError(f"an integer has {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
 
 
@@ -146,7 +142,7 @@ def _finite(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"JSON has no {name}")
 
 
 def _check_depth(value: Any, text: str) -> None:
@@ -167,7 +163,7 @@ def _check_depth(value: Any, text: str) -> None:
 
 
 def _check_unicode(value: Any, text: str) -> None:
-    """Raise ValueError if a string of `value`, parsed from `text`, holds half of a surrogate pair."""
+    """Raise ValueError if a string of `value`, parsed from `text`, contains half of a surrogate pair."""
     escape = _SURROGATE.search(text)
     if escape is None:
         return
@@ -175,10 +171,9 @@ def _check_unicode(value: Any, text: str) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as problem:
         half = problem.object[problem.start]
-        # The first escape that the decoder did not join with its other half.
         match = re.search(re.escape(f"\\u{ord(half):04x}"), text, re.IGNORECASE) or escape
         line = text.count("\n", 0, match.start()) + 1
-        raise ValueError(f"line {line} holds half a character (the lone surrogate \\u{ord(half):04x})") from problem
+        raise ValueError(f"line {line} contains half a character, the surrogate \\u{ord(half):04x}") from problem
 
 
 def is_number(value: Any) -> bool:
@@ -188,5 +183,4 @@ def is_number(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:
-        # An integer beyond all floats.
         return False
