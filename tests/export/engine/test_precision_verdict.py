@@ -27,7 +27,7 @@ VERSIONS = ("8.6", "10.16", "11.4", "1.7")
 FP16 = Promise("fp16", PrecisionStats({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
 INT8 = Promise("int8", PrecisionStats({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
 # Scenario, its promise, and whether a context can be created; then for each version what is counted and the verdict.
-# docs/quantization.md shows this table.
+# docs/engines.md shows this table.
 TABLE: dict[str, tuple[str, Promise, bool, tuple[tuple[str, str], ...]]] = {
     "dynamic shapes": ("convolutions", FP16, True, (("4 in fp16", PROVEN),) * 4),
     "generated kernels": (
@@ -62,7 +62,7 @@ def test_layer_stats_and_verdict_match_table_per_version(row: str, column: int) 
 
 
 def test_documentation_table_matches_computed_verdicts() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "engines.md").read_text(encoding="utf-8")
     for row, (_, _, _, cells) in TABLE.items():
         shown = " | ".join(f"{counted}: **{verdict}**" for counted, verdict in cells)
         assert f"| {row} | {shown} |" in text
