@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 
+Z_95 = 1.96
+"""Standard errors on each side of the mean of a normal distribution that hold 95 %."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AccuracyDelta:
     """The loss of one graph compared with the FP32 graph on the same N queries; drops in points (percent), gains
@@ -43,6 +47,7 @@ class AccuracyDelta:
         shift_median, shift_p99: seconds by which the two ends of the top moment move.
         agreement: mean temporal IoU of the two graphs' top moments, 1 for the same.
         queries: N.
+        miou_error: standard error of drop_miou.
     """
 
     drop_50: float
@@ -56,10 +61,27 @@ class AccuracyDelta:
     shift_p99: float
     agreement: float
     queries: int
+    miou_error: float = 0.0
+
+    def within(self, max_drop: float) -> bool:
+        """Return whether the loss is within the budget.
+
+        One query of N is 100 / N points. If that is more than the budget, a single changed answer would exceed it. Then
+        only a loss beyond chance counts: one whose 95 % interval lies above the budget.
+
+        Args:
+            max_drop: points of R@1 IoU=0.7 and of mIoU. 0 accepts no loss, for any N.
+        """
+        if not 0 < max_drop < 100 / self.queries:
+            return self.worst_drop <= max_drop
+        flips, balance = self.lost_70 + self.gained_70, self.lost_70 - self.gained_70
+        recall_error = 100 * (flips - balance**2 / self.queries) ** 0.5 / self.queries
+        drops = ((self.drop_70, recall_error), (self.drop_miou, self.miou_error))
+        return all(drop - Z_95 * error <= max_drop for drop, error in drops)
 
     @property
     def worst_drop(self) -> float:
-        """Return the value to compare with a budget: the larger drop of R@1 IoU=0.7 and mIoU."""
+        """Return the larger drop of R@1 IoU=0.7 and mIoU."""
         return max(self.drop_70, self.drop_miou)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,10 +150,11 @@ class AccuracyEvaluator:
         lost, gained = (
             [int(flips(threshold).sum()) for threshold in FLIP_THRESHOLDS] for flips in (paired.lost, paired.gained)
         )
+        drops = paired.ious[0] - paired.ious[1]
         return AccuracyDelta(
             drop_50=100 * (lost[0] - gained[0]) / count,
             drop_70=100 * (lost[1] - gained[1]) / count,
-            drop_miou=float(100 * (paired.ious[0] - paired.ious[1]).mean()),
+            drop_miou=float(100 * drops.mean()),
             lost_50=lost[0],
             gained_50=gained[0],
             lost_70=lost[1],
@@ -140,6 +163,7 @@ class AccuracyEvaluator:
             shift_p99=float(np.quantile(paired.shifts, 0.99)),
             agreement=float(paired.overlaps.mean()),
             queries=count,
+            miou_error=float(100 * drops.std() / count**0.5),
         )
 
     def _read(self, video: str) -> Segments:

@@ -117,9 +117,10 @@ def find_layers_to_restore(
         narrow = modules(model, policy, kind)
         return [name for name in names if name in narrow]
 
-    if 100 / len(evaluator.annotations) > max_drop:
+    if 0 < max_drop < 100 / len(evaluator.annotations):
         log.info(
-            "One flip among %d queries is %.2f points, above the budget of %g: no query may be lost on balance.",
+            "One of %d queries is %.2f points, above the budget of %g, so modules are restored only for a loss beyond "
+            "chance (95 %%).",
             len(evaluator.annotations),
             100 / len(evaluator.annotations),
             max_drop,
@@ -127,7 +128,7 @@ def find_layers_to_restore(
     keep, steps = minimal_keep_set(
         ranked,
         lambda keep, label: evaluator.cost(insert_qdq(model, table, policy.keeping(*keep), kind), label),
-        lambda cost: cost.worst_drop <= max_drop,
+        lambda cost: cost.within(max_drop),
     )
     if keep is None:
         least = min(cost.worst_drop for _, cost in steps)
@@ -136,7 +137,7 @@ def find_layers_to_restore(
             f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop.",
             code="budget_exceeded",
         )
-    final = next(cost for label, cost in reversed(steps) if cost.worst_drop <= max_drop)
+    final = next(cost for label, cost in reversed(steps) if cost.within(max_drop))
     measured: dict[str, Any] = {
         "max_drop": max_drop,
         "cost": final.to_dict(),

@@ -153,15 +153,15 @@ def require_precision(stats: PrecisionStats, precision: str, attainable: float =
     Args:
         stats: counts of a graph.
         precision: that the graph must have.
-        attainable: maximum share of this network's multiply-adds in `precision`, 0 to 1. Where it is below the minimum,
-            because the LSTM, the attention and the gates are most of a narrow network, the same part of it is required.
+        attainable: maximum share of this network's multiply-adds in `precision`, 0 to 1. It is below the minimum in a
+            narrow network, which is mostly LSTM, attention and gates. Then half of `attainable` is required.
 
     Raises:
         CheckFailed: the share is below the minimum.
     """
     share, minimum = stats.share(precision), MIN_SHARES[precision]
     if attainable < minimum:
-        minimum *= attainable
+        minimum = attainable / 2
     if share < minimum:
         others = ", ".join(f"{100 * stats.share(kind):.1f} % {kind}" for kind in stats.total())
         raise CheckFailed(

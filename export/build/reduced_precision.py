@@ -279,7 +279,7 @@ def _within_budget(
         source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), options.threads
     )
     first = evaluator.cost(insert_qdq(source, table, policy, kind), "all narrow")
-    if first.worst_drop <= options.max_drop:
+    if first.within(options.max_drop):
         log.info(
             "On %d held-out training queries %s changes recall by %+.2f points at worst; nothing is restored.",
             first.queries,

@@ -8,7 +8,7 @@ from typing import Any
 
 from export.parity.compare_layers import LayerComparison
 from export.parity.model_file import ModelFile, provenance
-from export.parity.parity_result import AccuracyBudget, ParityResult
+from export.parity.parity_result import AccuracyBudget, ParityResult, unresolved_drops
 from export.parity.parity_tables import Table, parity_tables
 from runtime.core.cpu_info import cpu
 
@@ -47,7 +47,14 @@ class ParityReport:
         names = self.model.path.name, self.reference.path.name
         if self.broken:
             return f"{names[0]} does not answer as {names[1]}: {'; '.join(self.broken)}."
+        if self.unresolved:
+            return f"{names[0]} against {names[1]}: accuracy is not proven. {'. '.join(self.unresolved)}."
         return f"{names[0]} answers as {names[1]}: every promise is kept."
+
+    @property
+    def unresolved(self) -> list[str]:
+        """Drops above the budget that the queries are too few to prove, one clause each."""
+        return unresolved_drops(self.parity, self.budget)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -82,6 +89,7 @@ class ParityReport:
             "split": self.split,
             "budget": dataclasses.asdict(self.budget),
             "broken": list(self.broken),
+            "unresolved": self.unresolved,
             "layers": self.layers.to_dict() if self.layers else None,
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "precision": self.precision,

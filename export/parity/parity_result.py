@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -217,10 +218,10 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
         if error.not_finite:
             broken.append(f"{name} holds {error.not_finite} values that are not finite and are in the reference")
     for name in GATED_METRICS:
-        drop = -100 * share * parity.differences[name].mean
+        drop, evidence = _drop(parity, budget, name, share)
         # A budget that is used up to the last query is kept, and float32's rounding is no loss: one query of 3,720 is
         # 0.03 points.
-        if drop > budget.max_drop + FLOAT_TOLERANCE_POINTS:
+        if evidence > budget.max_drop + FLOAT_TOLERANCE_POINTS:
             before, after = (100 * side.values[name] for side in (parity.reference, parity.other))
             broken.append(
                 f"{name} falls by {drop:.2f} points ({before:.2f} to {after:.2f}) where {budget.max_drop:g} may be lost"
@@ -229,6 +230,37 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
     if limit is not None and moved > limit:
         broken.append(f"1 % of the boundaries move by {moved:.3f} s or more where {limit:g} s is allowed")
     return broken
+
+
+def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
+    """Return the drops above the budget that so few queries do not prove, one clause each.
+
+    One query of N is 100 / N points. If that is more than the budget, a single changed answer exceeds it, and
+    `exceeded_limits` rejects only what the 95 % interval of the drop proves.
+    """
+    clauses = []
+    for name in GATED_METRICS:
+        drop, evidence = _drop(parity, budget, name)
+        if evidence <= budget.max_drop + FLOAT_TOLERANCE_POINTS < drop:
+            enough, one = math.ceil(100 / budget.max_drop), 100 / parity.queries
+            clauses.append(
+                f"{name} falls by {drop:.2f} points on {parity.queries} queries. One query is {one:.2f} points, so a "
+                f"budget of {budget.max_drop:g} cannot be judged; use {enough} queries or more, or "
+                f"--max-drop {math.ceil(drop)}"
+            )
+    return clauses
+
+
+def _drop(parity: ParityResult, budget: AccuracyBudget, name: str, share: float = 1.0) -> tuple[float, float]:
+    """Return the drop of a metric in points, and the drop that counts against the budget.
+
+    They differ if one query is more than a budget above 0: then the lower end of the interval counts.
+    """
+    delta, queries = parity.differences[name], parity.queries / share
+    drop = -100 * share * delta.mean
+    if 0 < budget.max_drop < 100 / queries:
+        return drop, -100 * share * delta.high
+    return drop, drop
 
 
 def format_points(fraction: float) -> str:

@@ -245,6 +245,18 @@ def test_miou_drop_counts_against_the_budget(model: onnx.ModelProto, table: Cali
     assert dataclasses.replace(NOTHING_LOST, drop_70=2.0).worst_drop == 2.0
 
 
+def test_budget_below_one_query_counts_only_losses_beyond_chance() -> None:
+    few = dataclasses.replace(NOTHING_LOST, queries=112)
+    two = dataclasses.replace(few, lost_70=2, drop_70=200 / 112)
+    assert two.within(0.2)
+    assert not two.within(0)
+    assert not two.within(0.9)  # one of 112 queries is 0.893 points, so that this budget is resolved
+    assert not dataclasses.replace(few, lost_70=6, drop_70=600 / 112).within(0.2)
+    assert dataclasses.replace(few, drop_miou=0.5, miou_error=0.3).within(0.2)
+    assert not dataclasses.replace(few, drop_miou=0.5, miou_error=0.1).within(0.2)
+    assert not dataclasses.replace(NOTHING_LOST, queries=500, lost_70=2, drop_70=0.4).within(0.2)
+
+
 def test_unreachable_budget_raises_check_failed(model: onnx.ModelProto, table: CalibrationTable) -> None:
     judge = Scripted(*modules(model, QuantizationPolicy()))
     with raises(CheckFailed, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):

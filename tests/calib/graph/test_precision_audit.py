@@ -54,8 +54,10 @@ def test_require_precision_uses_attainable_share() -> None:
     with raises(CheckFailed, "precision_not_reached", "51.0 %", "85 %"):
         require_precision(counted, "int8")
     assert require_precision(counted, "int8", attainable=0.512) == "int8 in 51.0 % of the multiply-adds"
-    with raises(CheckFailed, "precision_not_reached", "51.0 %", "60 %"):
-        require_precision(counted, "int8", attainable=0.71)
+    # Half of what a narrow network can have is required, so that restored modules do not reject it.
+    assert require_precision(counted, "int8", attainable=0.84) == "int8 in 51.0 % of the multiply-adds"
+    with raises(CheckFailed, "precision_not_reached", "20.0 %", "26 %"):
+        require_precision(PrecisionStats({"a": {"int8": 20}, "b": {"fp32": 80}}, {}), "int8", attainable=0.52)
     # A network in which enough can be 8-bit is held to the usual share.
     with raises(CheckFailed, "precision_not_reached", "84.0 %", "85 %"):
         require_precision(PrecisionStats({"a": {"int8": 84}, "b": {"fp32": 16}}, {}), "int8", attainable=0.96)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar
-from export.parity.parity_result import AccuracyBudget, MetricDelta, violations
+from export.parity.parity_result import AccuracyBudget, MetricDelta, unresolved_drops, violations
 from export.parity.parity_tables import parity_tables
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
@@ -354,11 +354,25 @@ def test_budget_allows_a_drop_equal_to_its_limit(data_set: DataSet) -> None:
     lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
     found = parity(data_set, alone(*TRUTHS), alone(*lost))
     assert violations(found, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
-    strict, mean = violations(found, AccuracyBudget(max_drop=24.9, boundary_p99=None))
-    assert strict == "R@1 IoU=0.7 falls by 25.00 points (100.00 to 75.00) where 24.9 may be lost"
+    strict, mean = violations(found, AccuracyBudget(max_drop=0, boundary_p99=None))
+    assert strict == "R@1 IoU=0.7 falls by 25.00 points (100.00 to 75.00) where 0 may be lost"
     assert mean.startswith("mIoU falls by 25.00 points")
     # What is gained is no breach, however much.
     assert violations(parity(data_set, alone(*lost), alone(*TRUTHS)), AccuracyBudget(0, None)) == []
+
+
+def test_budget_below_one_query_rejects_only_drops_beyond_chance(data_set: DataSet) -> None:
+    one_lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
+    found, budget = parity(data_set, alone(*TRUTHS), alone(*one_lost)), AccuracyBudget(24.9, None)
+    assert violations(found, budget) == []
+    recall, mean = unresolved_drops(found, budget)
+    assert quotes(recall, "R@1 IoU=0.7", "25.00", 4, 24.9, "5 queries", "--max-drop 25")
+    assert mean.startswith("mIoU")
+    # Which drop counts is not asked of a budget that the queries resolve, nor of one of 0.
+    assert unresolved_drops(found, AccuracyBudget(25, None)) == unresolved_drops(found, AccuracyBudget(0, None)) == []
+    all_lost = parity(data_set, alone(*TRUTHS), alone(*[(0.9, 0.95)] * 3, (0.0, 0.1)))
+    assert len(violations(all_lost, budget)) == 2
+    assert unresolved_drops(all_lost, budget) == []
 
 
 def test_fp32_boundaries_must_agree_within_a_tenth_of_a_second(data_set: DataSet) -> None:
