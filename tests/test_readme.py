@@ -1,4 +1,4 @@
-"""What the README says to type works as it stands."""
+"""Run the commands of the README as they are written."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[str]:
-    """Return every `python -m` line of the shell blocks of a Markdown text."""
+    """Return every line of the shell blocks of a Markdown text that starts a command of the toolkit."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("python -m")]
+    return [line for block in blocks for line in block.splitlines() if line.startswith(("python -m", "drn "))]
 
 
 def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    words = shlex.split(line, comments=True)
+    program, *words = shlex.split(line, comments=True)
+    if program == "drn":
+        words = ["-c", "from runtime.core.command_list import main; main()", *words]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
-    return subprocess.run([sys.executable, *words[1:]], cwd=directory, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *words], cwd=directory, env=environment, capture_output=True, text=True)
 
 
 def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
     block = README.split("tests/test_readme.py runs this block")[1].split("```")[1]
-    lines = [line for line in block.splitlines() if line.startswith("python")]
-    assert len(lines) == 6
+    lines = [line for line in block.splitlines() if line.startswith("drn ")]
+    assert len(lines) == 7
     for line in lines:
         result = run(line, tmp_path)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
@@ -44,6 +46,7 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
         "the model of the README should have learnt something"
     )
     assert (first / "moments.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((first / "drn.int8.parity.json").read_text())["broken"] == []
     assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -51,10 +54,11 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
 def test_readme_commands_parse(line: str, tmp_path: Path) -> None:
     # On files that are not there a command must end with our sentence, not with a usage error or a traceback.
     words = shlex.split(line, comments=True)
-    if words[2] == "train.simulate":
-        line += " --annotations nowhere"
+    command = words[1] if words[0] == "drn" else words[2]
+    if command in ("simulate", "train.simulate"):
+        line = line.replace("simulate", "simulate --annotations nowhere", 1)
     result = run(line, tmp_path)
-    if words[2] == "runtime.doctor":
+    if command in ("doctor", "runtime.doctor", "--version", "--help"):
         assert result.returncode == 0, result.stderr
         return
     assert result.returncode == 2, result.stderr
