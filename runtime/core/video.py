@@ -43,6 +43,8 @@ MAX_FRAMES = 2**31 - 1
 LARGEST_FEATURE = 1e15
 # Features of C3D, I3D, VGG and CLIP stay far below this, so larger ones may be why an output is not finite.
 LARGE_FEATURE = 1000.0
+# Differences of this size, absolute and as a share, are rounding of float32.
+NEGLIGIBLE = 1e-6
 # A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
 MAPPED_BYTES = 1 << 26
 
@@ -460,18 +462,23 @@ def _check_number(field: str, value: object, name: str) -> None:
 
 
 def check_varies(features: np.ndarray, name: str) -> None:
-    """Raise FeatureError (code `constant_features`) if all clips of a video are equal, or a single one is zero.
+    """Raise FeatureError (code `constant_features`) if clips differ by rounding alone, or a single one is about zero.
 
-    Features of still pictures differ slightly from clip to clip, unless the frames are equal in every bit. No moment of
+    Features of still pictures differ more from clip to clip, unless the frames are equal in every bit. No moment of
     such a video can be distinguished either.
     """
+    dtype = np.promote_types(features.dtype, np.float32)
+    reference = features[:1].astype(dtype) if len(features) > 1 else np.zeros(features.shape, dtype)
     # In nearly all files the first and the last row differ, and no other row is compared.
-    if not np.array_equal(features[0], features[-1]) or (len(features) == 1 and features.any()):
-        return
-    if all((features[start : start + 1024] == features[0]).all() for start in range(0, len(features), 1024)):
-        value = f"the value {features.flat[0]:g}" if (features[0] == features[0, 0]).all() else "the same values"
-        raise FeatureError(
-            f"The features of {name} hold {value} in all {len(features)} clips, so no moment can be distinguished; "
-            "extract them again.",
-            code="constant_features",
-        )
+    for rows in (features[-1:], *(features[start : start + 1024] for start in range(0, len(features), 1024))):
+        if not np.allclose(rows.astype(dtype, copy=False), reference, NEGLIGIBLE, NEGLIGIBLE):
+            return
+    if spread := float(np.ptp(features, axis=0).max()):
+        value = f"values that differ by at most {spread:.1e}"
+    else:
+        value = f"the value {features.flat[0]:g}" if np.ptp(features[0]) == 0 else "the same values"
+    raise FeatureError(
+        f"The features of {name} hold {value} in all {len(features)} clips, so no moment can be distinguished. "
+        "Extract them again.",
+        code="constant_features",
+    )

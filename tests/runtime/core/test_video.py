@@ -225,6 +225,11 @@ CONSTANT = {
     "one": np.ones((9, 3), np.float16),
     "equal_rows": np.tile(np.arange(3.0), (3000, 1)),
     "single_zero": np.zeros((1, 3)),
+    "tiny": 1e-30 * np.random.default_rng(0).normal(size=(9, 3)),
+    "tiny_half": (1e-7 * np.arange(27).reshape(9, 3) / 27).astype(np.float16),
+    "tiny_single": np.full((1, 3), 1e-30),
+    "rounded": (100 + 1e-5 * np.random.default_rng(0).normal(size=(9, 3))).astype(np.float32),
+    "huge": np.full((9, 3), 60000, np.float16),
 }
 
 
@@ -239,8 +244,14 @@ def test_video_constant_features_are_rejected(kind: str) -> None:
 @pytest.mark.parametrize("row", [0, 1, 1500, 2999])
 def test_video_one_different_clip_is_accepted(row: int) -> None:
     features = np.zeros((3000, 3))
-    features[row, 1] = 1e-6
+    features[row, 1] = 1e-4
     assert Video(features, ClipTiming().num_frames(3000), 800.0).segments(4).features.max() > 0
+
+
+def test_video_still_picture_with_noise_is_accepted() -> None:
+    noise = np.random.default_rng(0).normal(size=(9, 3))
+    for features in (100 + 1e-2 * noise, (0.01 + 1e-4 * noise).astype(np.float32), np.float16([[-6e4], [6e4]])):
+        Video(features, ClipTiming().num_frames(len(features)), 3.0).check(ClipTiming())
 
 
 def test_video_single_clip_is_accepted() -> None:
