@@ -35,6 +35,8 @@ MAX_CLIP_RATIO = 1.5
 MAX_CLIP_DIFFERENCE = 2
 # Videos of Charades have 6 to 120 frames per second, those of TACoS 29.4.
 MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 240
+# Those of Charades are 0.2 to 4 times their median.
+MAX_RATE_RATIO = 8
 
 # A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
 LONGEST_SECONDS = 1e8
@@ -136,16 +138,29 @@ class Origin:
             log.warning("%s %s Other videos like this one are not listed.", message, self.advice)
 
 
-def check_frame_rate(name: str, num_frames: float, duration: float, error: type[GroundingError] = FeatureError) -> None:
-    """Raise `error` (code `frame_rate_out_of_range`) unless a video has 1 to 240 frames per second."""
+def check_frame_rate(
+    name: str,
+    num_frames: float,
+    duration: float,
+    error: type[GroundingError] = FeatureError,
+    usual_rate: float | None = None,
+) -> None:
+    """Raise `error` (code `frame_rate_out_of_range`) unless a video has 1 to 240 frames per second.
+
+    A rate far from `usual_rate`, the median of the data set, is a warning.
+    """
     rate = num_frames / duration
+    counted = f"{name} has {num_frames:g} frames in {duration:g} seconds, which is {rate:.3g} frames per second"
+    advice = "Give the duration in seconds, and the frame count of the same video."
     if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
         raise error(
-            f"{name} has {num_frames:g} frames in {duration:g} seconds, which is {rate:.3g} frames per second; "
-            f"{MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. Give the duration in seconds, and the frame count of "
-            "the same video.",
-            code="frame_rate_out_of_range",
+            f"{counted}; {MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. {advice}", code="frame_rate_out_of_range"
         )
+    if usual_rate and not 1 / MAX_RATE_RATIO <= rate / usual_rate <= MAX_RATE_RATIO:
+        log.warning(
+            "%s, but the median of its data set is %.3g. %s", counted, usual_rate, advice,
+            extra={"code": "frame_rate_out_of_range"},
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

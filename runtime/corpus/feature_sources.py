@@ -17,10 +17,10 @@ from runtime.core.io.array_files import MAX_AXES, check_unfolded
 from runtime.core.io.digests import content_stamp, json_digest
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
-from runtime.core.video import ClipTiming, Origin, Video
+from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
 from runtime.corpus.parquet_check import check_metadata
 from runtime.corpus.parquet_pages import unfolded_bytes
-from runtime.datasets.dataset import DataSet
+from runtime.datasets.dataset import COUNTED_VIDEOS, DataSet, median_rate
 from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles
 from runtime.datasets.validation import check_distinct_names
 
@@ -145,6 +145,7 @@ class DirectorySource:
             )
         check_distinct_names(table, str(root / DURATIONS))
         self._table, self._lengths = root / DURATIONS, table
+        self._usual_rate: float | None = None
         self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
 
     def listing(self) -> list[VideoRef]:
@@ -164,8 +165,22 @@ class DirectorySource:
             yield _load_or_error(functools.partial(self._video, video.name, clock))
 
     def _video(self, name: str, clock: ClipTiming) -> Video:
-        duration, num_frames = _length(self._lengths[name], f"{self._table}: {excerpt(name)}")
-        return Video.load(self._store.path(name), duration, num_frames, name, clock, self._origin)
+        duration, num_frames = self._length(name)
+        video = Video.load(self._store.path(name), duration, num_frames, name, clock, self._origin)
+        if self._usual_rate is None:
+            self._usual_rate = median_rate(itertools.islice(self._rates(clock), COUNTED_VIDEOS)) or 0.0
+        check_frame_rate(name, video.num_frames, duration, usual_rate=self._usual_rate)
+        return video
+
+    def _length(self, name: str) -> tuple[float, int | None]:
+        return _length(self._lengths[name], f"{self._table}: {excerpt(name)}")
+
+    def _rates(self, clock: ClipTiming) -> Iterator[float]:
+        """Yield the frames per second of the videos that can be read."""
+        for name in self._lengths:
+            with contextlib.suppress(GroundingError, ZeroDivisionError):
+                duration, num_frames = self._length(name)
+                yield (num_frames or clock.num_frames(self._store.num_clips(name))) / duration
 
 
 class ParquetSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -35,6 +36,8 @@ Invalid = Literal["error", "drop", "keep"]
 
 # Videos whose clips are counted before a long computation.
 CHECKED_VIDEOS = 256
+# And for the usual frame rate of a data set without frame counts, which the first of its videos waits for.
+COUNTED_VIDEOS = 16
 # Ends of moments as shares of their videos, the largest of each video. Over the splits of Charades-STA, ActivityNet,
 # TACoS and QVHighlights the smallest is 0.07 and the largest 1.12, and each split has one of 1 or more. Seconds in
 # place of milliseconds or frames give at most 0.04, the opposite at least 25.
@@ -73,6 +76,7 @@ class DataSet:
         # Frame counts in the annotations; `frames` returns those of every video.
         self.num_frames: dict[str, int] = self._layout.num_frames
         self._told_of_stride = False
+        self._rated: set[str] = set()
         self.origin = Origin(
             "Use features of these videos with this clip timing. A data set with another clip timing is prepared by "
             "`python -m train.prepare --clock WINDOW STRIDE` and needs a model that was trained on it."
@@ -275,14 +279,12 @@ class DataSet:
         """
         num_frames, clock = self.num_frames.get(video), self.preset.features.clock
         if num_frames is not None:
-            check_frame_rate(f"The video {excerpt(video)}", num_frames, self.durations[video], AnnotationError)
+            self._check_rate(video, num_frames, self._usual_rate)
             if not self.preset.spread:
                 return num_frames
         clips = self.store.num_clips(video) if num_clips is None else num_clips
         if num_frames is None:
-            check_frame_rate(
-                f"The video {excerpt(video)}", clock.num_frames(clips), self.durations[video], AnnotationError
-            )
+            self._check_rate(video, clock.num_frames(clips), self._usual_rate)
         else:
             if clock.fits(num_frames, clips):
                 return num_frames
@@ -381,10 +383,10 @@ class DataSet:
     def check_clips(
         self, videos: Sequence[str], clock: ClipTiming | None = None, store: FeatureStore | None = None
     ) -> None:
-        """Compare clips and frames of some of `videos` before a long computation, without reading their features.
+        """Compare frames, durations and clips of `videos` before a long computation, without reading their features.
 
         Args:
-            videos: names; at most `CHECKED_VIDEOS` of them are checked, evenly spaced.
+            videos: names; the clips of at most `CHECKED_VIDEOS` of them are counted, evenly spaced.
             clock: clip timing of the features; that of the preset when not given.
             store: where features are; those of this data set when not given.
 
@@ -393,12 +395,37 @@ class DataSet:
             FeatureError: clips and frames contradict each other; see `Origin.check`.
         """
         clock, store = clock or self.preset.features.clock, store or self.store
-        for video in videos[:: max(1, -(-len(videos) // CHECKED_VIDEOS))]:
+        usual_rate = self._median_rate(clock, store)
+        for video in self.num_frames.keys() & set(videos):
+            self._check_rate(video, self.num_frames[video], usual_rate)
+        for video in _sample(videos, CHECKED_VIDEOS):
             clips, num_frames = store.num_clips(video), self.num_frames.get(video)
             frames = clock.num_frames(clips) if num_frames is None else num_frames
-            check_frame_rate(f"The video {excerpt(video)}", frames, self.durations[video], AnnotationError)
+            self._check_rate(video, frames, usual_rate)
             if not self.preset.spread:
                 self.origin.check(video, clips, frames, clock)
+
+    def _check_rate(self, video: str, num_frames: int, usual_rate: float | None) -> None:
+        """Raise AnnotationError for an impossible frame rate; warn of an unusual one, once for each video."""
+        name = f"The video {excerpt(video)}"
+        usual_rate = None if video in self._rated else usual_rate
+        self._rated.add(video)
+        check_frame_rate(name, num_frames, self.durations[video], AnnotationError, usual_rate)
+
+    @functools.cached_property
+    def _usual_rate(self) -> float | None:
+        return self._median_rate(self.preset.features.clock, self.store)
+
+    def _median_rate(self, clock: ClipTiming, store: FeatureStore) -> float | None:
+        """Return the median of the frames per second; None if too few videos have frame counts or features.
+
+        Without frame counts, the clips of `COUNTED_VIDEOS` videos are counted.
+        """
+        counts = dict(self.num_frames)
+        for video in [] if counts else _sample(sorted(self.durations), COUNTED_VIDEOS):
+            with contextlib.suppress(GroundingError):
+                counts[video] = clock.num_frames(store.num_clips(video))
+        return median_rate(count / self.durations[video] for video, count in counts.items() if video in self.durations)
 
     def check_clock(self, clock: ClipTiming) -> None:
         """Warn if clips of this data set lie on other frames than those that a model learnt from."""
@@ -417,6 +444,17 @@ class DataSet:
         if end <= start:
             return f"the moment ends at {end:g} s, not after its start at {start:g} s"
         return None
+
+
+def median_rate(rates: Iterable[float]) -> float | None:
+    """Return the median of the frames per second of a data set; None for too few videos."""
+    known = list(rates)
+    return float(np.median(known)) if len(known) >= MIN_VIDEOS_FOR_UNITS else None
+
+
+def _sample(videos: Sequence[str], count: int) -> Sequence[str]:
+    """Return at most `count` of `videos`, evenly spaced."""
+    return videos[:: max(1, -(-len(videos) // count))]
 
 
 def one_per_moment(annotations: Iterable[Annotation]) -> list[Annotation]:

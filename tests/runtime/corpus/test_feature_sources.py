@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from runtime.core.video import ClipTiming, Video
 from runtime.corpus.feature_sources import DataSetSource, VideoRef, open_source
 from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights
-from tests.raising import quotes, raises
+from tests.raising import quotes, raises, records
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs the extra [corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -67,6 +68,20 @@ def test_directory_with_durations_loads_videos(tmp_path: Path, suffix: str) -> N
     assert quotes(str(found["none"]), "'none'")
     assert quotes(str(found["../v2"]), "'../v2'")
     assert isinstance(found["v4"], Video)
+
+
+def test_directory_reports_one_duration_in_another_unit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = CLOCK.num_frames(60)
+    lengths = {f"v{index}": frames / 24 for index in range(6)}
+    lengths |= {"ms": 1000 * frames / 24, "frames": frames, "v9": 0}
+    (tmp_path / "durations.json").write_text(json.dumps(lengths))
+    for name in lengths:
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((60, 4)))
+    videos = loaded(tmp_path)
+    assert {name for name, video in videos.items() if isinstance(video, str)} == {"ms", "v9"}
+    assert quotes(str(videos["ms"]), "ms", frames, f"{lengths['ms']:g}")
+    assert len(records(caplog, logging.WARNING, "frames", 1, 24, code="frame_rate_out_of_range")) == 1
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("names", [("v0", "v0.avi"), ("v0.mp4", "v0.avi"), ("v0.MKV", "v0.webm")])

@@ -12,7 +12,7 @@ import pytest
 
 from runtime.core.errors import AnnotationError, FeatureError
 from runtime.core.video import ClipTiming, check_frame_rate
-from runtime.datasets.dataset import Annotation, DataSet
+from runtime.datasets.dataset import CHECKED_VIDEOS, Annotation, DataSet
 from runtime.evaluate import evaluate
 from runtime.rank import rank
 from tests.annotated import write_activitynet, write_tacos
@@ -304,6 +304,62 @@ def test_published_annotations_are_in_plausible_units(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     for video in data_set.num_frames.keys() & data_set.durations.keys():
         check_frame_rate(video, data_set.num_frames[video], data_set.durations[video])
+
+
+@pytest.mark.parametrize("has_frame_counts", [True, False])
+@pytest.mark.parametrize(("factor", "outcome"), [(1000, "error"), (1 / 60, "error"), (24, "warning"), (7.5, "nothing")])
+def test_one_duration_in_another_unit_is_reported(
+    has_frame_counts: bool, factor: float, outcome: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "features").mkdir()
+    clock, frames = ClipTiming(), ClipTiming().num_frames(60)
+    durations = {f"v{index}": frames / 24 * (factor if index == 3 else 1) for index in range(9)}
+    entries = {
+        video: {"duration": seconds, "timestamps": [[0, seconds]], "sentences": ["the person opens the door"]}
+        for video, seconds in durations.items()
+    }
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    for video in entries:
+        np.save(tmp_path / "features" / f"{video}.npy", np.random.default_rng(0).random((60, 4)))
+
+    def opened() -> DataSet:
+        data_set = DataSet(tmp_path)
+        if has_frame_counts:
+            data_set.num_frames.update(dict.fromkeys(entries, frames))
+        return data_set
+
+    opened().video("v2")
+    assert not caplog.records
+    for look in (
+        lambda: opened().video("v3"),
+        lambda: opened().check_clips(sorted(entries)),
+        lambda: opened().check_clips(sorted(entries), clock, opened().store),
+    ):
+        caplog.clear()
+        if outcome == "error":
+            with raises(AnnotationError, "frame_rate_out_of_range", "'v3'", frames, f"{durations['v3']:g}"):
+                look()
+        else:
+            look()
+        warned = records(caplog, logging.WARNING, "'v3'", 1, 24, code="frame_rate_out_of_range")
+        assert len(warned) == len(caplog.records) == (outcome == "warning")
+
+
+def test_check_clips_checks_frame_rates_of_all_videos(tmp_path: Path) -> None:
+    names = [f"v{index:04}" for index in range(3 * CHECKED_VIDEOS)]
+    (tmp_path / "features").mkdir()
+    entries = {
+        name: {"fps": 29.4, "num_frames": 16, "timestamps": [[0, 9]], "sentences": ["the person waits"]}
+        for name in names
+    }
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    for name in names:
+        np.save(tmp_path / "features" / f"{name}.npy", np.ones((1, 4)))
+    for index in range(3):
+        data_set = DataSet(tmp_path)
+        data_set.durations[names[index]] *= 1000
+        with raises(AnnotationError, "frame_rate_out_of_range", repr(names[index])):
+            data_set.check_clips(names)
 
 
 def test_unknown_video_error_names_similar_video(directory: Path) -> None:
