@@ -21,7 +21,7 @@ from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
 from runtime.corpus.parquet_check import check_metadata
 from runtime.corpus.parquet_pages import unfolded_bytes
 from runtime.datasets.dataset import COUNTED_VIDEOS, DataSet, median_rate
-from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles
+from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureArchive, FeatureFiles
 from runtime.datasets.validation import check_distinct_names
 
 DURATIONS = "durations.json"
@@ -88,6 +88,13 @@ def open_source(path: Path) -> FeatureSource:
             code="unknown_feature_store" if path.exists() else "missing_file",
         )
     parquet = sorted(result for suffix in PARQUET_SUFFIXES for result in path.glob(f"*{suffix}"))
+    archives = sorted(result for suffix in HDF5_SUFFIXES for result in path.glob(f"*{suffix}"))
+    if (path / DURATIONS).is_file() and (parquet or archives):
+        raise FeatureError(
+            f"{path} holds features in {(parquet or archives)[0].name} and lengths of feature files in {DURATIONS}. "
+            "Move one of them to a directory of its own.",
+            code="ambiguous_features",
+        )
     if parquet:
         return ParquetSource(parquet)
     if (path / DURATIONS).is_file():
@@ -208,9 +215,17 @@ class ParquetSource:
         self._origin = Origin("Correct the column num_frames, or use features with this clip timing.")
 
     def listing(self) -> list[VideoRef]:
+        import pyarrow as pa
+
         listed, seen = [], set()
         for number, path in enumerate(self._files):
             with self._opened(number) as file:
+                kind = file.schema_arrow.field("video").type
+                if pa.types.is_nested(kind):
+                    raise AnnotationError(
+                        f"{path}: the column video holds values of type {kind}. Write the names of the videos as text.",
+                        code="invalid_video_name",
+                    )
                 for group in range(file.num_row_groups):
                     self._check_group(file, number, group, ("video",))
                     for row, name in enumerate(self._names(number, group)):
@@ -300,7 +315,9 @@ class ParquetSource:
             yield file
 
     def _file(self, number: int, **options: Any) -> Any:
-        return self._parquet.ParquetFile(self._files[number], memory_map=True, pre_buffer=False, **options)
+        return self._parquet.ParquetFile(
+            self._files[number], memory_map=True, pre_buffer=False, page_checksum_verification=True, **options
+        )
 
     def _names(self, number: int, group: int) -> Iterator[Any]:
         """Yield the names in a row group, which stay indices until then: a dictionary repeats long ones for nothing."""
@@ -368,10 +385,16 @@ def _plain(values: Any, key: str) -> Any:
         cell = values[key]
     except KeyError:
         return None
-    items = getattr(cell, "values", None)
+    items = _items(cell)
     if items is not None and len(items) > MAX_AXES:
         raise ValueError(f"{key} holds {len(items)} values")
     return cell.as_py()
+
+
+def _items(cell: Any) -> Any:
+    """Return the array in a list scalar; None for other scalars. `values` of a struct is a method."""
+    items = getattr(cell, "values", None)
+    return None if callable(items) else items
 
 
 def _two(shape: Any) -> tuple[int, int]:
@@ -389,7 +412,7 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
         if kind not in ("float16", "float32", "float64"):
             raise ValueError(f"bytes are of float16, float32 or float64, and {excerpt(kind)} was given")
         return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
-    inner, clips = getattr(cell, "values", None), 0
+    inner, clips = _items(cell), 0
     if inner is not None and hasattr(inner.type, "value_type"):
         lengths = inner.value_lengths().unique()
         if len(lengths) != 1 or lengths.null_count:

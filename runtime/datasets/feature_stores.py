@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from runtime.core.io.input_files import check_directory, check_file
 from runtime.core.names import by_fold, near_name
 from runtime.core.video import load_features
 from runtime.datasets.validation import file_stem, is_file_name
+
+log = logging.getLogger("drn")
 
 SUFFIXES = (".pt", ".npy", ".npz")
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -59,19 +62,24 @@ class FeatureFiles:
 
     def __init__(self, directory: Path) -> None:
         self.place = directory
+        self._warned = False
 
     def path(self, video: str) -> Path:
-        for name in _spellings(video):
-            for suffix in SUFFIXES:
-                path = self.place / f"{name}{suffix}"
-                if path.is_file():
-                    return path
+        paths = [self.place / f"{name}{suffix}" for name in _spellings(video) for suffix in SUFFIXES]
+        files = [path for path in paths if path.is_file()]
+        if len(files) > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s holds %s for one video, and %s is used. Remove the others; further such videos are not listed.",
+                self.place, " and ".join(path.name for path in files), files[0].name,
+                extra={"code": "ambiguous_features"},
+            )  # fmt: skip
+        if files:
+            return files[0]
         check_directory(self.place, f"There are no features of {excerpt(video)}: the directory", MissingFeatures)
-        for name in _spellings(video):
-            for suffix in SUFFIXES:
-                path = self.place / f"{name}{suffix}"
-                if path.exists():
-                    check_file(path, "The feature file", FeatureError)
+        for path in paths:
+            if path.exists():
+                check_file(path, "The feature file", FeatureError)
         raise MissingFeatures(
             f"There are no features of {excerpt(video)}: {self.place / video}{SUFFIXES[0]} (or "
             f"{', '.join(SUFFIXES[1:])}) is missing." + near_name(self._names, *_spellings(video))

@@ -160,6 +160,10 @@ def test_invalid_parquet_row_fails_only_that_row(tmp_path: Path) -> None:
     assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"]), "string")
     integers = pa.array([1, 2, 3, 4, 5])
     assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", integers))["v0"]), "int64")
+    nested = pa.array([{"x": [1.0]}] * 5)
+    assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", nested))["v0"]), "struct<x")
+    rows = write_parquet(tmp_path / "features.parquet", cells, num_frames=[{"x": 1}] * 5)
+    assert quotes(str(loaded(rows)["v0"]), "{'x': 1}")
     half = write_parquet(tmp_path / "features.parquet", pa.array([b"abc"] * 5), shape=[[1, 1]] * 5)
     assert quotes(str(loaded(half)["v0"]), "'v0'")
 
@@ -180,6 +184,35 @@ def test_damaged_row_group_fails_only_its_videos(tmp_path: Path) -> None:
         assert quotes(found[name], repr(name))
 
 
+@pytest.mark.parametrize("options", [{"compression": "none", "use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_parquet_page_checksums_are_compared(tmp_path: Path, options: dict[str, Any]) -> None:
+    rows = pa.array([features.tolist() for features in FEATURES.values()], pa.list_(pa.list_(pa.float32())))
+    table = pa.table({"video": list(FEATURES), "duration": list(LENGTHS.values()), "features": rows})
+    path = tmp_path / "features.parquet"
+    parquet.write_table(table, path, write_page_checksum=True, **options)
+    check(loaded(path))
+    group = parquet.ParquetFile(path).metadata.row_group(0)
+    column = next(
+        group.column(index) for index in range(group.num_columns) if "features" in group.column(index).path_in_schema
+    )
+    content = bytearray(path.read_bytes())
+    # The lowest bits of a value, which make another valid one.
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start + column.total_compressed_size - 4] ^= 1
+    path.write_bytes(content)
+    for name, problem in loaded(path).items():
+        assert isinstance(problem, str), name
+        assert quotes(problem, repr(name), path)
+
+
+@pytest.mark.parametrize("other", ["features.parquet", "features.h5"])
+def test_directory_with_two_kinds_of_features_is_rejected(tmp_path: Path, other: str) -> None:
+    (tmp_path / "durations.json").write_text(json.dumps(LENGTHS))
+    (tmp_path / other).write_bytes(b"")
+    with raises(GroundingError, "ambiguous_features", other, "durations.json"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("columns", "code", "values"),
     [
@@ -188,6 +221,7 @@ def test_damaged_row_group_fails_only_its_videos(tmp_path: Path) -> None:
         ({"video": ["a", "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "ambiguous_video_name", ["'a'"]),
         ({"video": [None, "a"], "duration": [1.0, 1.0], "features": [[[1.0]]] * 2}, "invalid_video_name", ["None"]),
         ({"video": pa.array([], pa.string()), "duration": [], "features": []}, "empty_file", []),
+        ({"video": [["a"]], "duration": [1.0], "features": [[[1.0]]]}, "invalid_video_name", ["list<element: string>"]),
     ],
 )
 def test_parquet_with_wrong_columns_is_rejected(

@@ -66,6 +66,22 @@ def test_missing_or_invalid_hdf5_entry_is_named(published: Path, video: str) -> 
         FeatureArchive(published).load(video)
 
 
+@pytest.mark.parametrize("other", ["v.npz", "v.avi.npy"])
+def test_two_feature_files_of_one_video_are_reported_once(
+    tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "v.npy", CLIPS)
+    np.save(tmp_path / "w.npy", CLIPS)
+    (tmp_path / other).write_bytes((tmp_path / "v.npy").read_bytes())
+    store = FeatureFiles(tmp_path)
+    store.load("w")
+    assert not caplog.records
+    used = store.path("v.avi").name
+    store.load("v.avi")
+    assert used == ("v.npy" if other == "v.npz" else "v.avi.npy")
+    assert len(records(caplog, logging.WARNING, "v.npy", other, code="ambiguous_features")) == len(caplog.records) == 1
+
+
 def test_external_hdf5_links_are_not_followed(tmp_path: Path, published: Path) -> None:
     with h5py.File(tmp_path / "links.h5", "w") as file:
         file["v_out"] = h5py.ExternalLink(str(published), "/s1-d1")
