@@ -1,3 +1,3 @@
-"""Ranges are measured on a calibration set, and an ONNX model becomes INT8. Imports no torch."""
+"""Calibrate FP32 ONNX models of this toolkit and quantize them to INT8 or FP8, without torch."""
 
-import runtime as runtime  # first: it answers Ctrl-C while the rest is imported
+import runtime as runtime  # first: it handles Ctrl-C while the rest is imported

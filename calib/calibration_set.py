@@ -1,4 +1,4 @@
-"""Select the queries to calibrate on: training videos only, stratified by properties of sentences and videos."""
+"""Select calibration queries from the training split, stratified by properties of queries and videos."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ log = logging.getLogger("drn")
 SAMPLES = 512
 HELD_OUT = 512
 
-LEAST_SAMPLES = 32
-"""Each axis has `BINS` strata. With fewer samples some hold no more than a handful, and one odd video sets a range."""
-
-LEAST_HELD_OUT = 8
-BINS = 5
+# With fewer samples some strata hold a handful of queries, and a single video can set a range.
+MIN_SAMPLES = 32
+MIN_HELD_OUT = 8
+# Strata of each property.
+STRATA = 5
+# Share of the training videos that is held out to compare methods; the others are calibrated on.
 HELD_OUT_SHARE = 0.2
-"""Of the training videos, for choosing between methods; the others are calibrated on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationSet:
-    """Sentences of training videos.
+    """Queries of training videos.
 
     Attributes:
-        data_set: where they are from.
-        annotations: what ranges are measured on.
-        held_out: sentences of other training videos, for choosing between methods.
-        coverage: how the sentences are spread, for reports.
+        data_set: the source of the queries.
+        annotations: queries to measure ranges on.
+        held_out: queries of other training videos, to compare calibration methods on.
+        coverage: distribution of the queries, for reports.
+
+    Raises:
+        CalibrationError: a video is in the test split.
     """
 
     data_set: DataSet
@@ -58,12 +61,12 @@ class CalibrationSet:
 
     @property
     def videos(self) -> list[str]:
-        """The videos calibrated on, sorted."""
+        """The videos of `annotations`, sorted."""
         return sorted({annotation.video for annotation in self.annotations})
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the sentences, moments and feature files calibrated on."""
+        """SHA-256 of the queries, moments and feature files of `annotations`."""
         total = hashlib.sha256()
         for annotation in self.annotations:
             row = [annotation.video, annotation.start, annotation.end, annotation.sentence]
@@ -73,10 +76,14 @@ class CalibrationSet:
         return total.hexdigest()
 
     def batches(self, manifest: Manifest, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
-        """Yield what a model of this manifest takes, queries of like length together. Videos are read as they come.
+        """Yield the inputs of a model in batches of queries of similar length; features are read batch by batch.
+
+        Args:
+            manifest: of the model.
+            batch_size: maximum number of queries per batch.
 
         Raises:
-            FeatureError: a video has no features, or of another width.
+            FeatureError: a video has no features, or features of another dimension.
         """
         grounder = Grounder(ManifestOnlyBackend(manifest))
         queries = encode_queries(grounder, self.annotations)
@@ -98,55 +105,49 @@ def sample_calibration_set(
 ) -> CalibrationSet:
     """Draw a calibration set from the training split.
 
-    One sentence at a time is added: the one whose query length, video length, moment position and moment length are
-    rarest in the set so far, and which brings most words that it lacks; a video comes twice only after all others.
+    Queries are added one at a time. The next one has the query length, video length, moment position and moment length
+    that are rarest in the set so far, and the most new words. A second query of a video follows after all other videos.
 
     Args:
-        data_set: its `train` split is drawn from. Videos of its `test` split are refused.
-        manifest: of the model, for its words and longest query.
-        samples: how many sentences to calibrate on. A smaller data set gives all it has, with a warning.
-        seed: of the videos held out, and of the order among equals.
-        exclude: videos to leave alone.
-        held_out: most sentences of videos not calibrated on, for choosing between methods.
-        at_most: `samples` is a default limit, which the user did not set, so that fewer need no warning.
+        data_set: its `train` split is drawn from; videos of its `test` split are rejected.
+        manifest: of the model, for its vocabulary and maximum query length.
+        samples: number of queries to calibrate on. A smaller data set gives all it has, with a warning.
+        seed: random seed of the held-out videos, and of the order of equal queries.
+        exclude: videos not to use.
+        held_out: maximum number of queries of other videos, to compare methods on.
+        at_most: suppress the warning about too few queries, because `samples` is a default limit.
 
     Raises:
-        CalibrationError: fewer than `LEAST_SAMPLES` were asked for or are there, or training videos are test videos.
+        CalibrationError: there are fewer than `MIN_SAMPLES`, or training videos are in the test split.
     """
-    if samples < LEAST_SAMPLES:
-        raise CalibrationError(_too_few(f"{samples} calibration samples were asked for"), code="too_few_samples")
+    if samples < MIN_SAMPLES:
+        raise _too_few_samples(samples, "the option")
     annotations = data_set.annotations("train", invalid="drop")
     forbid_test_videos(data_set, {entry.video for entry in annotations})
     usable, words = _usable(annotations, manifest)
-    rng = np.random.default_rng([seed, 21])
-    apart = _apart(usable, seed)
+    held_out_videos = _held_out_videos(usable, seed)
     traits = _traits(data_set, usable, words)
-    allowed = np.array([entry.video not in set(exclude) for entry in usable], bool)
-    inside = np.array([entry.video not in apart for entry in usable], bool) & allowed
-    if inside.sum() < LEAST_SAMPLES:
-        raise CalibrationError(
-            _too_few(f"{data_set.annotations_path('train')} has {inside.sum()} sentences to calibrate on"),
-            code="too_few_samples",
-        )
-    if inside.sum() < samples and not at_most:
-        log.warning(
-            "%d calibration samples were asked for and %d are there besides what is held out; all are used.",
-            samples,
-            inside.sum(),
-        )
+    excluded = set(exclude)
+    allowed = np.array([entry.video not in excluded for entry in usable], bool)
+    inside = np.array([entry.video not in held_out_videos for entry in usable], bool) & allowed
+    available = int(inside.sum())
+    if available < MIN_SAMPLES:
+        raise _too_few_samples(available, str(data_set.annotations_path("train")))
+    if available < samples and not at_most:
+        log.warning("Expected %d calibration samples, got %d beside the held-out videos.", samples, available)
+    rng = np.random.default_rng([seed, 21])
     chosen = _spread(usable, words, traits, np.flatnonzero(inside), samples, rng)
-    judged = _spread(
-        usable, words, traits, np.flatnonzero(allowed & ~inside), held_out, np.random.default_rng([seed, 22])
-    )
+    rng = np.random.default_rng([seed, 22])
+    reserved = _spread(usable, words, traits, np.flatnonzero(allowed & ~inside), held_out, rng)
     return CalibrationSet(
         data_set,
         [usable[index] for index in chosen],
-        [usable[index] for index in judged],
+        [usable[index] for index in reserved],
         {
             "asked": samples,
             "unusable": len(annotations) - len(usable),
             **_coverage(usable, words, traits, chosen),
-            "held_out": {"sentences": len(judged), "videos": len({usable[index].video for index in judged})},
+            "held_out": {"sentences": len(reserved), "videos": len({usable[index].video for index in reserved})},
         },
     )
 
@@ -154,53 +155,56 @@ def sample_calibration_set(
 def sample_held_out(
     data_set: DataSet, manifest: Manifest, count: int = HELD_OUT, seed: int = 0, exclude: Collection[str] = ()
 ) -> list[Annotation]:
-    """Return up to `count` training sentences to judge by, spread as in `sample_calibration_set`, none of a video in
-    `exclude`.
+    """Draw queries of held-out training videos, stratified as in `sample_calibration_set`.
 
-    With the seed of `sample_calibration_set`, they are from the videos that it held out.
+    Args:
+        data_set: its `train` split is drawn from; videos of its `test` split are rejected.
+        manifest: of the model, for its vocabulary and maximum query length.
+        count: maximum number of queries.
+        seed: random seed; with the seed of `sample_calibration_set` the videos are those that it held out.
+        exclude: videos not to use.
 
     Raises:
-        CalibrationError: fewer than `LEAST_HELD_OUT` were asked for or are left, or training videos are test videos.
+        CalibrationError: there are fewer than `MIN_HELD_OUT`, or training videos are in the test split.
     """
     annotations = data_set.annotations("train", invalid="drop")
     forbid_test_videos(data_set, {entry.video for entry in annotations}, "The training split")
     usable, words = _usable(annotations, manifest)
-    apart = _apart(usable, seed) - set(exclude)
-    among = np.array([index for index, entry in enumerate(usable) if entry.video in apart], int)
-    result = min(count, len(among))
-    check_held_out(result)
-    chosen = _spread(usable, words, _traits(data_set, usable, words), among, count, np.random.default_rng([seed, 22]))
+    videos = _held_out_videos(usable, seed) - set(exclude)
+    candidates = np.array([index for index, entry in enumerate(usable) if entry.video in videos], int)
+    check_held_out(min(count, len(candidates)))
+    rng = np.random.default_rng([seed, 22])
+    chosen = _spread(usable, words, _traits(data_set, usable, words), candidates, count, rng)
     return [usable[index] for index in chosen]
 
 
 def check_held_out(count: int) -> None:
-    """Raise CalibrationError if so many held-out sentences are too few to judge by."""
-    if count < LEAST_HELD_OUT:
+    """Raise CalibrationError if there are fewer than `MIN_HELD_OUT` held-out queries."""
+    if count < MIN_HELD_OUT:
         raise CalibrationError(
-            f"{count} held-out training sentences are there to judge by and at least {LEAST_HELD_OUT} are needed, as "
-            f"of fewer a single flip is over {100 // LEAST_HELD_OUT} points; raise --held-out, take a larger data set, "
-            "or name a --method where one can be named.",
+            f"Expected at least {MIN_HELD_OUT} held-out training queries to compare methods on, got {count}. "
+            "Raise --held-out, use a larger data set, or choose a method with --method.",
             code="too_few_held_out",
         )
 
 
 def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
-    """Raise CalibrationError if one of `videos` is in the test split, because test results then mean nothing."""
+    """Raise CalibrationError if one of `videos` is in the test split; `what` names their source in the message."""
     if "test" not in data_set.splits:
-        log.warning("%s has no test split, so nothing can be held against it.", data_set.root)
+        log.warning("%s has no test split, so overlap with test videos is not checked.", data_set.root)
         return
-    # The names alone: what else is said of them is nothing to be looked at here.
     shared = sorted(set(videos) & data_set.videos("test"))
     if shared:
+        names = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
         raise CalibrationError(
-            f"{what} holds {_videos(shared)} of the test split, and "
-            "recall on test would then say nothing; take training videos that are not in it.",
+            f"{what} contains {len(shared)} of the test videos ({names}). Use training videos that are not in the test "
+            "split.",
             code="test_videos_used",
         )
 
 
 def coverage_table(coverage: dict[str, Any]) -> str:
-    """Return the coverage as text, a line for each axis: samples in each stratum, and the training split beside it."""
+    """Return the coverage as text: totals, and for each property the number of samples per stratum."""
     lines = [
         f"{coverage['sentences']} sentences of {coverage['videos']} training videos; "
         f"{coverage['words']['covered']} of {coverage['words']['of']} words, "
@@ -215,49 +219,46 @@ def coverage_table(coverage: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ManifestOnlyBackend:
-    """A backend that is only asked what it takes."""
+    """A backend that only has a manifest, for a `Grounder` that prepares inputs."""
 
     manifest: Manifest
 
     def run(self, batch: Batch) -> Any:
-        raise AssertionError("this backend runs nothing")
+        raise AssertionError("this backend has no network")
 
 
-def _videos(names: Sequence[str]) -> str:
-    """Return how many videos there are, with the first of their names."""
-    message = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} video{'s' if len(names) > 1 else ''} ({message})"
-
-
-def _too_few(result: str) -> str:
-    return (
-        f"{result} and at least {LEAST_SAMPLES} are needed: with fewer, strata of query length, video length and "
-        f"moment position stay empty and single videos set the ranges; take {SAMPLES}, or a larger data set."
+def _too_few_samples(actual: int, source: str) -> CalibrationError:
+    return CalibrationError(
+        f"Expected at least {MIN_SAMPLES} calibration samples, got {actual} from {source}. Use {SAMPLES} or a larger "
+        "data set, because single videos set the ranges of few samples.",
+        code="too_few_samples",
     )
 
 
 def _usable(annotations: Sequence[Annotation], manifest: Manifest) -> tuple[list[Annotation], list[list[str]]]:
-    """Return the annotations that the model can be asked, and their words as its vocabulary spells them."""
+    """Return the annotations whose query the model accepts, and their words as its vocabulary spells them."""
     known = manifest.vocabulary.words
     usable, words = [], []
     for annotation in annotations:
         tokens = tokenize(annotation.sentence)
-        spelt = [token if token in known else token.lower() for token in tokens]
-        if len(tokens) <= manifest.max_query_length and any(word in known for word in spelt):
+        spelled = [token if token in known else token.lower() for token in tokens]
+        if len(tokens) <= manifest.max_query_length and any(word in known for word in spelled):
             usable.append(annotation)
-            words.append(spelt)
+            words.append(spelled)
     return usable, words
 
 
-def _apart(annotations: Sequence[Annotation], seed: int) -> set[str]:
-    """Return the videos held out: the same for everything that is drawn with one seed."""
+def _held_out_videos(annotations: Sequence[Annotation], seed: int) -> set[str]:
+    """Return the held-out videos, the same for all functions of this module that get the same seed."""
     videos = sorted({entry.video for entry in annotations})
     count = round(HELD_OUT_SHARE * len(videos))
     return set(np.random.default_rng([seed, 20]).permutation(videos)[:count].tolist())
 
 
-def _traits(data_set: DataSet, annotations: Sequence[Annotation], words: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return, for each axis of the spread, one number per annotation."""
+def _traits(
+    data_set: DataSet, annotations: Sequence[Annotation], words: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """Return the properties to stratify by, one number per annotation."""
     spans = data_set.spans(annotations)
     return {
         "query tokens": np.array([len(entry) for entry in words], np.float64),
@@ -268,8 +269,8 @@ def _traits(data_set: DataSet, annotations: Sequence[Annotation], words: Sequenc
 
 
 def _strata(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the borders of up to `BINS` strata of about equal size, and the stratum of each value."""
-    borders = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)))
+    """Return the borders of up to `STRATA` strata of about equal size, and the stratum of each value."""
+    borders = np.unique(np.quantile(values, np.linspace(0, 1, STRATA + 1)))
     return borders, np.clip(np.searchsorted(borders, values, side="right") - 1, 0, max(len(borders) - 2, 0))
 
 
@@ -277,42 +278,41 @@ def _spread(
     annotations: Sequence[Annotation],
     words: Sequence[Sequence[str]],
     traits: dict[str, np.ndarray],
-    among: np.ndarray,
+    candidates: np.ndarray,
     count: int,
     rng: np.random.Generator,
 ) -> list[int]:
-    """Return `count` positions out of `among` (all, if it has fewer), chosen as in `sample_calibration_set`."""
-    if len(among) <= count:
-        return among.tolist()
-    strata = np.stack([_strata(values)[1] for values in traits.values()], axis=1)[among]
-    held = np.zeros((strata.shape[1], BINS))
-    video_names, video = np.unique([annotations[index].video for index in among], return_inverse=True)
-    taken_of_video = np.zeros(len(video_names))
-    vocabulary = sorted({word for index in among for word in words[index]})
-    number = {word: index for index, word in enumerate(vocabulary)}
-    bearers: list[list[int]] = [[] for _ in vocabulary]
-    fresh = np.zeros(len(among))
-    for position, index in enumerate(among):
+    """Return `count` of the candidates (all if there are fewer), chosen as in `sample_calibration_set`."""
+    if len(candidates) <= count:
+        result: list[int] = candidates.tolist()
+        return result
+    strata = np.stack([_strata(values)[1] for values in traits.values()], axis=1)[candidates]
+    stratum_counts = np.zeros((strata.shape[1], STRATA))
+    video_names, video = np.unique([annotations[index].video for index in candidates], return_inverse=True)
+    video_counts = np.zeros(len(video_names))
+    # Candidates that contain each word that no chosen query has yet, and the number of such words in each candidate.
+    new_words: dict[str, list[int]] = {}
+    num_new_words = np.zeros(len(candidates))
+    for position, index in enumerate(candidates):
         for word in set(words[index]):
-            bearers[number[word]].append(position)
-            fresh[position] += 1
-    chance = rng.random(len(among)) * 1e-3
+            new_words.setdefault(word, []).append(position)
+            num_new_words[position] += 1
+    tie_breaker = rng.random(len(candidates)) * 1e-3
     axes = np.arange(strata.shape[1])
     expected = np.array([count / len(np.unique(column)) for column in strata.T])
-    left = np.ones(len(among), bool)
+    remaining = np.ones(len(candidates), bool)
     chosen = []
     for _ in range(count):
-        # An empty stratum counts as much as a new word, a full one nothing; a second sentence of a video comes last.
-        score = (1 - held[axes, strata] / expected).sum(axis=1) + np.minimum(fresh, 2) + chance
-        score -= 100 * taken_of_video[video]
-        best = int(np.where(left, score, -np.inf).argmax())
-        left[best] = False
-        chosen.append(int(among[best]))
-        held[axes, strata[best]] += 1
-        taken_of_video[video[best]] += 1
-        for word in set(words[among[best]]):
-            fresh[bearers[number[word]]] -= 1
-            bearers[number[word]] = []
+        # An empty stratum counts as much as a new word, a full one nothing. A second query of a video is last.
+        score = (1 - stratum_counts[axes, strata] / expected).sum(axis=1) + np.minimum(num_new_words, 2) + tie_breaker
+        score -= 100 * video_counts[video]
+        best = int(np.where(remaining, score, -np.inf).argmax())
+        remaining[best] = False
+        chosen.append(int(candidates[best]))
+        stratum_counts[axes, strata[best]] += 1
+        video_counts[video[best]] += 1
+        for word in set(words[candidates[best]]):
+            num_new_words[new_words.pop(word, [])] -= 1
     return sorted(chosen)
 
 
@@ -322,6 +322,7 @@ def _coverage(
     traits: dict[str, np.ndarray],
     chosen: Sequence[int],
 ) -> dict[str, Any]:
+    """Return the distribution of the chosen queries, as JSON values."""
     tokens = Counter(word for entry in words for word in entry)
     covered = {word for index in chosen for word in words[index]}
     axes = {}

@@ -1,4 +1,4 @@
-"""The calibration table: ranges, and what exactly they were measured on. Never used for anything else."""
+"""Store the calibration table: ranges by tensor, and the graph, weights and samples that they were measured on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.core.errors import excerpt, one_line, printable_line
 from runtime.core.io.atomic_files import write_text
 from runtime.core.io.digests import json_digest
 from runtime.core.io.input_files import read_json
-from runtime.core.io.text_files import check_format
+from runtime.core.io.text_files import check_format, is_number
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ class CalibrationTable:
     """Ranges by tensor name.
 
     Attributes:
-        ranges: tensor to what of it must be represented.
-        key: what they hold for: `graph` and `weights` hashes of the FP32 model, `samples` digest, `method`, `split`.
-        videos: what was calibrated on, sorted.
-        coverage: how the samples were spread.
-        choice: how the method was chosen, where it was.
-        gains: tensor to the power of two of each channel that its range was measured after; see
-            `calib.graph.channel_equalization`.
+        ranges: tensor name to its range; values outside are clipped.
+        key: `graph` and `weights` hashes of the FP32 model, `samples` digest, `method`, `split`.
+        videos: calibration videos, sorted.
+        coverage: distribution of the calibration queries.
+        choice: how `auto` chose the method, with the loss of each candidate; empty for a fixed method.
+        gains: tensor name to the exponent of two of each channel. The range of the tensor is measured after channel
+            equalization (`calib.graph.channel_equalization`).
     """
 
     ranges: Mapping[str, ValueRange]
@@ -53,36 +53,36 @@ class CalibrationTable:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides a quantised graph: the key and the ranges."""
+        """SHA-256 of what a quantized graph depends on: key, ranges and gains."""
         content = {"key": dict(self.key), "ranges": _rows(self.ranges), "gains": _lists(self.gains)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 of the whole table, as a file records it beside `digest`."""
+        """SHA-256 of the complete table."""
         content = {"ranges": _rows(self.ranges), "gains": _lists(self.gains), "videos": self.videos}
         return json_digest({**content, **{name: dict(getattr(self, name)) for name in ("key", "coverage", "choice")}})
 
     def check(self, model: onnx.ModelProto, source: str = "the graph") -> None:
-        """Raise CalibrationError unless the ranges were measured on this very model."""
-        for what, result in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
-            measured = self.key[what]
-            if measured != result:
+        """Raise CalibrationError unless the ranges were measured on this model; `source` names it in the message."""
+        for part, actual in (("graph", graph_hash(model)), ("weights", weights_hash(model))):
+            expected = self.key[part]
+            if expected != actual:
                 raise CalibrationError(
-                    f"This table was measured on another model: its {what} had the hash "
-                    f"{printable_line(str(measured)[:12])}…, the {what} of {source} {result[:12]}…; calibrate anew "
-                    f"with `python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
+                    f"The calibration table is of another model: expected the hash {printable_line(expected[:12])}… of "
+                    f"the {part}, got {actual[:12]}… from {source}. Calibrate with "
+                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
                     code="table_of_another_model",
                 )
 
     def check_videos(self, data_set: DataSet) -> None:
-        """Raise CalibrationError if the table was measured on videos of the data set's test split."""
+        """Raise CalibrationError if the table was measured on videos of the test split of a data set."""
         from calib.calibration_set import forbid_test_videos
 
         forbid_test_videos(data_set, self.videos, "The calibration table")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON that a person can read, a tensor a line."""
+        """Write the table as JSON with one line per tensor."""
         value = {
             "format": FORMAT,
             "key": dict(self.key),
@@ -102,7 +102,7 @@ class CalibrationTable:
 
     @classmethod
     def _from_dict(cls, value: Mapping[str, Any]) -> CalibrationTable:
-        """Read the content of a file; KeyError, TypeError or ValueError where it is damaged."""
+        """Read the content of a file; KeyError, TypeError or ValueError if it is damaged."""
         return cls(
             {name: _range(row) for name, row in value["ranges"].items()},
             {name: _text(value["key"][name]) for name in KEYS},
@@ -117,7 +117,7 @@ class CalibrationTable:
         """Read a table.
 
         Raises:
-            CalibrationError: it is missing, no such table, edited, or not measured on a training split.
+            CalibrationError: the file is missing, not a calibration table, edited, or not of a training split.
         """
         path = Path(path)
         value = read_json(path, "calibration table", CalibrationError)
@@ -126,62 +126,63 @@ class CalibrationTable:
             table = cls._from_dict(value)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CalibrationError(
-                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}); calibrate again.",
+                f"{path} is a damaged calibration table ({type(error).__name__}: {one_line(error)}). Calibrate again.",
                 code="invalid_table",
             ) from error
         ranges, key = table.ranges, table.key
         if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
             raise CalibrationError(
-                f"{path} has no ranges, or one upside down or not finite; calibrate again.", code="invalid_range"
+                f"{path} must contain ranges with finite ends, the lower end first. Calibrate again.",
+                code="invalid_range",
             )
-        # Tables of version 0.1 have no digest of their whole content.
+        # Tables of version 0.1 have no content_digest.
         intact = value.get("content_digest", table.content_digest) == table.content_digest
         if key["method"] not in METHODS or table.digest != value.get("digest") or not intact:
             raise CalibrationError(
-                f"{path} does not hash to its own digest, so it was edited or damaged; calibrate again.",
+                f"The content of {path} does not match its digest, so the file was edited or damaged. Calibrate again.",
                 code="digest_mismatch",
             )
         if key["split"] != "train":
             raise CalibrationError(
-                f"{path} was measured on the split {excerpt(key['split'])}, and recall on what ranges were tuned for "
-                "says nothing; calibrate on the training split with `python -m calib.calibrate`.",
+                f"Expected ranges of the split 'train', got {excerpt(key['split'])} in {path}. Calibrate with "
+                "`python -m calib.calibrate`.",
                 code="test_videos_used",
             )
         return table
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"a number is expected, and {excerpt(value)} is there")
+    if not is_number(value):
+        raise TypeError(f"expected a number, got {excerpt(value)}")
     return float(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"text is expected, and {excerpt(value)} is there")
+        raise TypeError(f"expected text, got {excerpt(value)}")
     return value
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"a list is expected, and {excerpt(value)} is there")
+        raise TypeError(f"expected a list, got {excerpt(value)}")
     return value
 
 
 def _range(value: Any) -> ValueRange:
     if len(_list(value)) != 2:
-        raise ValueError(f"a lower and an upper end are expected, and {excerpt(value)} is there")
+        raise ValueError(f"expected a lower and an upper end, got {excerpt(value)}")
     return ValueRange(_number(value[0]), _number(value[1]))
 
 
 def _exponent(value: Any) -> int:
     if type(value) is not int or abs(value) > LARGEST_EXPONENT:
-        raise ValueError(f"exponents are whole numbers up to {LARGEST_EXPONENT}, and {excerpt(value)} is there")
+        raise ValueError(f"expected an integer of at most {LARGEST_EXPONENT} in magnitude, got {excerpt(value)}")
     return value
 
 
 def calibration_key(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
-    """Return what ranges measured on `model` over training samples of this digest hold for."""
+    """Return the key of a table that is measured on `model`; `samples` is the digest of the calibration set."""
     return {
         "graph": graph_hash(model),
         "weights": weights_hash(model),

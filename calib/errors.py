@@ -1,4 +1,4 @@
-"""Define the errors of calibration and quantization."""
+"""Define the error of calibration and quantization."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from runtime.core.errors import GroundingError
 
 
 class CalibrationError(GroundingError):
-    """A calibration set, table or plan that cannot be used for what was asked."""
+    """A calibration set, calibration table or quantization plan cannot be used."""

@@ -1,4 +1,4 @@
-"""A quantisation plan: which modules stay as they are for the recall budget to hold, and what that was measured on."""
+"""Store the quantization plan: the modules to keep in higher precision, and the table they were measured with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import onnx
 
 FORMAT = "drn-quantization-plan/1"
-_AGAIN = "search again with `python -m calib.restore`."
+KINDS = ("int8", "fp8")
+_ADVICE = "Make a plan with `python -m calib.restore`."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,11 @@ class QuantizationPlan:
     """The modules to keep in higher precision, as measured by `calib.restore`.
 
     Attributes:
-        keep: modules that are not narrowed.
+        keep: modules that are not quantized.
         kind: int8 or fp8.
         table: digest of the calibration table.
-        key: the table's key: graph, weights, samples, method.
-        measured: budget, costs and the steps of the search.
+        key: key of the calibration table: graph, weights, samples, method.
+        measured: budget, accuracy loss and steps of the search.
     """
 
     keep: tuple[str, ...]
@@ -43,23 +44,28 @@ class QuantizationPlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that the plan says."""
+        """SHA-256 of the complete plan."""
         return json_digest(dataclasses.asdict(self))
 
     def checked(
         self, model: onnx.ModelProto, table: CalibrationTable, kind: str, source: str = "the graph"
     ) -> QuantizationPlan:
-        """Return this plan; CalibrationError if it was made for another graph, table or kind."""
+        """Return this plan if it belongs to a graph, a calibration table and a kind.
+
+        Raises:
+            CalibrationError: it belongs to others.
+        """
         dataclasses.replace(table, key={**table.key, **self.key}).check(model, source)
         if self.table != table.digest:
             raise CalibrationError(
-                f"The plan was made with the calibration table {printable_line(self.table[:12])}… and "
-                f"{table.digest[:12]}… is given; use that table, or search again with `python -m calib.restore`.",
+                f"The plan is of another calibration table: expected {printable_line(self.table[:12])}…, got "
+                f"{table.digest[:12]}…. Use that table, or make a plan with `python -m calib.restore`.",
                 code="plan_of_another_table",
             )
         if self.kind != kind:
             raise CalibrationError(
-                f"The plan is for {self.kind} and {kind} is asked for; search again with it.", code="precision_mismatch"
+                f"The plan is of another precision: expected {kind}, got {self.kind}. {_ADVICE}",
+                code="precision_mismatch",
             )
         return self
 
@@ -69,34 +75,31 @@ class QuantizationPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantizationPlan:
-        """Read a plan; CalibrationError if it is none, or was edited."""
-        value = read_json(Path(path), "quantisation plan", CalibrationError)
+        """Read a plan.
+
+        Raises:
+            CalibrationError: the file is missing, not a quantization plan, or edited.
+        """
+        value = read_json(Path(path), "quantization plan", CalibrationError)
         check_format(value, FORMAT, f"{path}", CalibrationError, "make a plan with `python -m calib.restore`")
         try:
             keep, key, measured = value["keep"], value["key"], value["measured"]
             kind, table, digest = value["kind"], value["table"], value["digest"]
         except KeyError as error:
             raise CalibrationError(
-                f"{path} is a damaged quantisation plan without {error}; {_AGAIN}", code="missing_field"
+                f"{path} is a damaged quantization plan without {error}. {_ADVICE}", code="missing_field"
             ) from None
-        if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
+        valid = all(isinstance(field, dict) for field in (key, measured)) and isinstance(keep, list)
+        if not valid or not all(isinstance(text, str) for text in (*keep, table, *key.values())) or kind not in KINDS:
             raise CalibrationError(
-                f"{path} should keep a list of module names, and has {excerpt(keep)}; {_AGAIN}", code="invalid_plan"
-            )
-        if not isinstance(key, dict) or not isinstance(measured, dict):
-            raise CalibrationError(
-                f"{path} is a damaged quantisation plan: 'key' and 'measured' should be tables; {_AGAIN}",
-                code="invalid_plan",
-            )
-        if kind not in ("int8", "fp8") or not all(isinstance(text, str) for text in (table, *key.values())):
-            raise CalibrationError(
-                f"{path} is a damaged quantisation plan: 'kind' should be int8 or fp8, 'table' and what is in 'key' "
-                f"hashes; {_AGAIN}",
+                f"{path} is a damaged quantization plan: expected a list of modules in 'keep', int8 or fp8 in 'kind', "
+                f"hashes in 'table' and 'key', values in 'measured'; got keep = {excerpt(keep)}. {_ADVICE}",
                 code="invalid_plan",
             )
         plan = cls(tuple(keep), kind, table, key, measured)
         if plan.digest != digest:
             raise CalibrationError(
-                f"{path} does not hash to its own digest, so it was edited or damaged; {_AGAIN}", code="digest_mismatch"
+                f"The content of {path} does not match its digest, so the file was edited or damaged. {_ADVICE}",
+                code="digest_mismatch",
             )
         return plan

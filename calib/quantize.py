@@ -1,4 +1,4 @@
-"""`python -m calib.quantize`: an FP32 graph and its calibration table become an INT8 (or FP8) graph."""
+"""`python -m calib.quantize`: write an INT8 or FP8 graph from an FP32 graph and its calibration table."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from calib.calibration_table import CalibrationTable
 from calib.graph.onnx_graph import load_fp32_graph
 from calib.graph.precision_audit import MIN_SHARES, audit_graph
-from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, modules
-from calib.qdq_quantizer import insert_qdq as quantize_model
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import command, suggest_next_command
@@ -49,16 +48,16 @@ def quantize(
     """
     for given in (onnx, table, plan):
         if given is not None and Path(output).resolve() == Path(given).resolve():
-            raise OutputError(f"--output {output} is an input; choose another.", code="output_is_input")
+            raise OutputError(f"--output {output} is also an input. Choose another file name.", code="output_is_input")
     calibration = CalibrationTable.load(table)
     model = load_fp32_graph(onnx)
     calibration.check(model, str(onnx))
     if plan is not None:
         keep = (*keep, *QuantizationPlan.load(plan).checked(model, calibration, kind, str(onnx)).keep)
     policy = QuantizationPolicy(keep=tuple(dict.fromkeys(keep)))
-    log.info("Quantising ...")
+    log.info("Quantizing ...")
     with atomic_write(output) as temporary:
-        result = quantize_model(model, calibration, policy, kind, opset)
+        result = insert_qdq(model, calibration, policy, kind, opset)
         temporary.write_bytes(with_digest(result.SerializeToString()))
         size = temporary.stat().st_size
     share = audit_graph(result).share(kind)
@@ -71,8 +70,7 @@ def quantize(
     )
     if share < MIN_SHARES[kind]:
         log.warning(
-            "Less than %.0f %% of the multiply-adds are in %s, so that FP16 may be faster. Measure both, or keep fewer "
-            "modules.",
+            "Less than %.0f %% of the multiply-adds are in %s, so FP16 may be faster. Measure both, or shorten --keep.",
             *(100 * MIN_SHARES[kind], kind.upper()),
         )
     suggest_next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")

@@ -1,4 +1,4 @@
-"""`python -m calib.rank_layers`: what each DRN module alone costs when it is INT8, in recall, seconds and flips."""
+"""`python -m calib.rank_layers`: rank DRN modules by the accuracy that INT8 costs in each of them alone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.graph.precision_audit import count_macs
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, find_quantizable_ops, insert_qdq, modules
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import excerpt
+from runtime.core.errors import excerpt, one_line
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.input_files import read_json
+from runtime.core.io.text_files import check_format
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ FORMAT = "drn-layer-ranking/1"
 
 @dataclasses.dataclass(frozen=True)
 class LayerSensitivity:
-    """One module: its share of the multiply-adds, and what the graph loses when it alone is narrow."""
+    """The accuracy loss of a graph in which one module alone is quantized.
+
+    Attributes:
+        module: name of the module.
+        share: its share of the multiply-adds, 0 to 1.
+        cost: loss against the FP32 graph.
+    """
 
     module: str
     share: float
@@ -74,7 +81,8 @@ def rank_layers(
     ranking = measure_sensitivity(model, calibration, evaluator, kind=kind)
     print(ranking_table(ranking, everything))
     print(
-        f"Change in points against FP32 on {everything.queries} queries of held-out training videos; costliest first."
+        f"Change in points from FP32 on {everything.queries} queries of held-out training videos, lowest agreement "
+        "first."
     )
     if output:
         write_json(output, ranking_json(ranking, everything, calibration, kind))
@@ -90,7 +98,14 @@ def measure_sensitivity(
     policy: QuantizationPolicy | None = None,
     kind: QuantDtype = "int8",
 ) -> list[LayerSensitivity]:
-    """Return every module that the policy narrows with its cost alone, the one that changes answers most first."""
+    """Quantize each module of a policy alone, and return the modules by agreement with FP32, lowest first.
+
+    Args:
+        model, table: FP32 graph and its calibration table.
+        evaluator: over held-out training queries.
+        policy: modules to quantize; the default policy when None.
+        kind: int8 or fp8.
+    """
     policy = policy or QuantizationPolicy()
     macs = count_macs(model)
     total = sum(operator.count for operator in macs.values())
@@ -105,7 +120,7 @@ def measure_sensitivity(
 
 
 def ranking_table(ranking: list[LayerSensitivity], everything: AccuracyDelta) -> str:
-    """Return a ranking as text, with the share of the multiply-adds beside each module."""
+    """Return a ranking as text, one line per module, then `everything` as the loss of all modules together."""
     rows = [(f"{entry.module} ({100 * entry.share:.1f} %)", entry.cost) for entry in ranking]
     return format_deltas([*rows, ("all of them", everything)])
 
@@ -113,7 +128,7 @@ def ranking_table(ranking: list[LayerSensitivity], everything: AccuracyDelta) ->
 def ranking_json(
     ranking: list[LayerSensitivity], everything: AccuracyDelta, table: CalibrationTable, kind: QuantDtype
 ) -> dict[str, Any]:
-    """Return a ranking as JSON values."""
+    """Return a ranking as JSON values of the format `FORMAT`."""
     return {
         "format": FORMAT,
         "kind": kind,
@@ -127,17 +142,26 @@ def ranking_json(
 
 
 def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[str]:
-    """Return the modules in a ranking file, costliest first; CalibrationError if it is of another table or kind."""
+    """Return the modules in a ranking file, most sensitive first.
+
+    Raises:
+        CalibrationError: the file is not a ranking, or is of another table or kind.
+    """
     value = read_json(path, "layer ranking", CalibrationError)
+    check_format(value, FORMAT, f"{path}", CalibrationError, "make a ranking with `python -m calib.rank_layers`")
     try:
-        result = value["format"], value["kind"], value["table"]
+        actual = value["kind"], value["table"]
         names = [str(entry["module"]) for entry in value["modules"]]
     except (KeyError, TypeError) as error:
-        raise CalibrationError(f"{path} is no layer ranking; make one with `python -m calib.rank_layers`.") from error
-    if result != (FORMAT, kind, table.digest):
         raise CalibrationError(
-            f"{path} ranks {excerpt(result[1])} by the table {excerpt(str(result[2])[:12])}, and {kind} by "
-            f"{table.digest[:12]}… is asked; rank again with `python -m calib.rank_layers --table`.",
+            f"{path} is a damaged layer ranking ({type(error).__name__}: {one_line(error)}). Make one with "
+            "`python -m calib.rank_layers`.",
+            code="damaged_file",
+        ) from error
+    if actual != (kind, table.digest):
+        raise CalibrationError(
+            f"{path} is of another table: expected {kind} and {table.digest[:12]}…, got {excerpt(actual[0])} and "
+            f"{excerpt(str(actual[1])[:12])}. Make one with `python -m calib.rank_layers --table`.",
             code="ranking_of_another_table",
         )
     return names
@@ -146,7 +170,7 @@ def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[
 def given_table(
     model: onnx.ModelProto, data_set: DataSet, table: Path | None, seed: int, threads: int | None, source: str
 ) -> CalibrationTable:
-    """Return the table in a file, checked against graph and test split, or one measured now."""
+    """Read a calibration table and check it against the graph and the test split; calibrate now when it is None."""
     if table is None:
         return measure_table(model, sample_calibration_set(data_set, read_manifest(model), seed=seed), threads=threads)
     calibration = CalibrationTable.load(table)
@@ -163,7 +187,7 @@ def evaluator_for(
     seed: int,
     threads: int | None,
 ) -> AccuracyEvaluator:
-    """Return a judge over training videos that the table was not measured on."""
+    """Return an evaluator over training videos that the table was not measured on."""
     queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=table.videos)
     return AccuracyEvaluator(model, data_set, queries, threads)
 

@@ -1,4 +1,4 @@
-"""`python -m calib.restore`: few modules that must not be INT8 for the recall budget to hold, one if one is enough."""
+"""`python -m calib.restore`: find a small set of modules to keep in higher precision for a recall budget."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def restore(
         CheckFailed: no quantized graph meets the budget.
     """
     if not max_drop >= 0:
-        raise CalibrationError(f"Expected --max-drop of at least 0 points, got {max_drop}. Correct the option.")
+        raise CalibrationError(
+            f"Expected --max-drop of at least 0 points, got {max_drop}. Correct the option.", code="invalid_option"
+        )
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
@@ -77,8 +79,8 @@ def restore(
         f"Restored: {retained}; {len(evaluator.annotations)} queries of held-out training videos, "
         f"budget {max_drop:g} points."
     )
-    words = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
-    suggest_next_command("calib.quantize", *words, *(() if kind == "int8" else ("--kind", kind)))
+    options = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
+    suggest_next_command("calib.quantize", *options, *(() if kind == "int8" else ("--kind", kind)))
     return plan
 
 
@@ -92,21 +94,23 @@ def find_layers_to_restore(
     kind: QuantDtype = "int8",
     ranker: AccuracyEvaluator | None = None,
 ) -> tuple[QuantizationPlan, list[tuple[str, AccuracyDelta]]]:
-    """Return a plan that keeps few modules, one if one is enough, and what each step of the search cost.
-
-    See `minimal_keep_set` for how they are looked for, and for what is promised of them.
+    """Search a small set of modules to keep in higher precision (see `minimal_keep_set`).
 
     Args:
-        model, table: the FP32 graph and its ranges.
+        model, table: FP32 graph and its calibration table.
         evaluator: over held-out training queries.
-        max_drop: points of R@1 IoU=0.7 and of mIoU.
-        order: modules, costliest first; ranked when None and needed.
-        policy: what is narrowed to begin with.
+        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
+        order: modules, most sensitive first; measured when None and needed.
+        policy: modules to quantize at the start; the default policy when None.
         kind: int8 or fp8.
-        ranker: ranks in place of `judge`: agreement with FP32 needs fewer queries than recall.
+        ranker: evaluator that measures the order; agreement with FP32 needs fewer queries than recall. `evaluator`
+            when None.
+
+    Returns:
+        The plan, and the label and accuracy loss of each step of the search.
 
     Raises:
-        CheckFailed: the budget holds for no narrow graph.
+        CheckFailed: no quantized graph is within the budget.
     """
     policy = policy or QuantizationPolicy()
 
@@ -114,8 +118,8 @@ def find_layers_to_restore(
         names = order
         if names is None:
             names = [entry.module for entry in measure_sensitivity(model, table, ranker or evaluator, policy, kind)]
-        narrow = modules(model, policy, kind)
-        return [name for name in names if name in narrow]
+        quantized = modules(model, policy, kind)
+        return [name for name in names if name in quantized]
 
     if 0 < max_drop < 100 / len(evaluator.annotations):
         log.info(
@@ -131,10 +135,10 @@ def find_layers_to_restore(
         lambda cost: cost.within(max_drop),
     )
     if keep is None:
-        least = min(cost.worst_drop for _, cost in steps)
+        min_drop = min(cost.worst_drop for _, cost in steps)
         raise CheckFailed(
-            f"Even with all but one module restored, {kind.upper()} loses at least {least:.2f} points and "
-            f"{max_drop:g} are allowed; build FP16, or allow more with --max-drop.",
+            f"With all but one module restored, {kind.upper()} loses {min_drop:.2f} points, expected at most "
+            f"{max_drop:g}. Build FP16, or raise --max-drop.",
             code="budget_exceeded",
         )
     final = next(cost for label, cost in reversed(steps) if cost.within(max_drop))
@@ -151,29 +155,30 @@ def minimal_keep_set(
     cost_of: Callable[[Sequence[str], str], AccuracyDelta],
     holds: Callable[[AccuracyDelta], bool],
 ) -> tuple[list[str] | None, list[tuple[str, AccuracyDelta]]]:
-    """Return few modules to keep in higher precision for a promise to hold, and what each step cost.
+    """Search a small set of modules to keep in higher precision so that a budget holds.
 
-    Modules are kept, costliest first, until the promise holds; where it does not hold even with all but the last one
-    kept, each other one in turn is left narrow alone. From what then holds each module is dropped that can be. If
-    several remain, each module is tried as the only one.
+    1. Modules are added, most sensitive first, until the budget holds. If it does not hold with all but the last one,
+       each other module in turn is the only quantized one.
+    2. Each module of the set is removed if the budget holds without it.
+    3. If several remain, each module is tried as the only one.
 
-    Promised of what is returned: the promise was seen to hold for it. One module is returned if there is one that is
-    enough; several may be more than the fewest, but none of them could be dropped when it was tried. Of n modules, no
-    more than 4 n sets are judged, one where the promise holds from the start, and none twice.
+    The result was measured to hold. It is a single module if a single one suffices; a larger set may not be minimal,
+    but none of its modules could be removed in step 2. Of n modules at most 4 n sets are measured, each once, and only
+    one if the budget holds for the empty set.
 
     Args:
-        ranked: returns the modules that may be kept, costliest first; asked only when something must be kept.
-        cost_of: returns what the graph that keeps these modules costs; its second argument names the step.
-        holds: whether a cost is within the budget.
+        ranked: returns the modules that may be kept, most sensitive first; called only if the empty set fails.
+        cost_of: returns the loss of the graph that keeps the given modules; its second argument labels the step.
+        holds: whether a loss is within the budget.
 
     Returns:
-        The modules, or None where the promise does not hold even with all modules but one kept, whichever that one
-        is; and (label, cost) of each step. The last step that holds is what the modules returned cost.
+        The modules, or None if the budget fails for every set of all modules but one; and (label, loss) of each step.
+        The last step that holds belongs to the returned set.
     """
     steps: list[tuple[str, AccuracyDelta]] = []
     failed: set[frozenset[str]] = set()
 
-    def good(keep: Sequence[str], label: str) -> bool:
+    def suffices(keep: Sequence[str], label: str) -> bool:
         if frozenset(keep) in failed:
             return False
         cost = cost_of(keep, label)
@@ -183,33 +188,30 @@ def minimal_keep_set(
         failed.add(frozenset(keep))
         return False
 
-    if good([], "all narrow"):
+    if suffices([], "all narrow"):
         return [], steps
     names = list(ranked())
-    keep = _enough(names, good)
+    keep = _sufficient(names, suffices)
     if keep is None:
         return None, steps
     for module in list(keep):
         fewer = [name for name in keep if name != module]
-        if good(fewer, f"- {module}"):
+        if suffices(fewer, f"- {module}"):
             keep = fewer
     if len(keep) > 1:
-        keep = next(([name] for name in names if good([name], f"only {name}")), keep)
+        keep = next(([name] for name in names if suffices([name], f"only {name}")), keep)
     return keep, steps
 
 
-def _enough(names: Sequence[str], good: Callable[[Sequence[str], str], bool]) -> list[str] | None:
-    """Return modules to keep that are enough, though perhaps too many; None if all but one never are.
-
-    Never all of them: a graph without anything narrow is not what was asked for.
-    """
+def _sufficient(names: Sequence[str], suffices: Callable[[Sequence[str], str], bool]) -> list[str] | None:
+    """Return modules that suffice (step 1 of `minimal_keep_set`); None if every set of all but one fails."""
     for count in range(1, len(names)):
-        if good(names[:count], f"+ {names[count - 1]}"):
+        if suffices(names[:count], f"+ {names[count - 1]}"):
             return list(names[:count])
-    # Most likely to hold first: what costs least alone is narrow. The last one was, just now.
-    for narrow in reversed(names[:-1]):
-        others = [name for name in names if name != narrow]
-        if good(others, f"all but {narrow}"):
+    # The least sensitive module first; the last one was quantized alone in the loop above.
+    for quantized in reversed(names[:-1]):
+        others = [name for name in names if name != quantized]
+        if suffices(others, f"all but {quantized}"):
             return others
     return None
 

@@ -1,3 +1,3 @@
-"""Rewrite ONNX graphs without torch: split, convert, unroll, equalize, and count what they compute in."""
+"""Rewrite ONNX graphs without torch: split, convert, unroll and equalize them, and count their multiply-adds."""
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The zeros at the ends of a convolution: an attribute of it, or a step of their own.
+"""Move the padding of convolutions into Pad nodes, and back into the convolutions.
 
-ONNX Runtime's convolution of few columns goes over all weights once more for every end that it pads itself. Behind a
-Pad it does not, which makes one query a tenth faster (docs/performance.md). So an FP32 file of this toolkit contains
-Pads, and `runtime.backends.onnxruntime_backend` keeps ONNX Runtime from putting them back. Whatever else is made of a
-graph, in half precision, in eight bits or as an engine, is made of it with its padding inside, as TensorRT's
-convolutions need it.
+ONNX Runtime's convolution of few columns reads all weights once more for every end that it pads itself. With a Pad node
+before it, one query is 10 % faster (docs/performance.md). So FP32 files contain Pad nodes, which
+`runtime.backends.onnxruntime_backend` prevents ONNX Runtime from fusing. All other forms of a graph are derived from
+one with the padding in the convolutions, which TensorRT requires.
 """
 
 from __future__ import annotations
@@ -13,28 +12,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calib.graph.graph_editing import copied, replace_nodes
+
 if TYPE_CHECKING:
     import onnx
 
-# A convolution of fewer channels has too few weights for its ends to matter.
-LEAST_CHANNELS = 64
+# A convolution of fewer channels has too few weights for a Pad node to pay.
+MIN_CHANNELS = 64
 
 
 def extract_padding(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose convolutions of many channels have their padding in Pad nodes before them.
+    """Return a copy of a graph in which convolutions of `MIN_CHANNELS` or more are padded by a Pad node before them.
 
     A Pad is named after the module of its convolution: `fpn.layer_blocks.0/Pad` before `fpn.layer_blocks.0/Conv`.
     """
     from onnx import helper, numpy_helper
 
-    copy = _copied(model)
+    copy = copied(model)
     shapes = {tensor.name: tensor.dims for tensor in copy.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in copy.graph.node:
         pads = next((entry for entry in node.attribute if entry.name == "pads"), None)
         if node.op_type == "Conv" and pads is not None and any(pads.ints):
             weight = shapes.get(node.input[1], ())
-            if len(weight) > 1 and weight[1] >= LEAST_CHANNELS:
+            if len(weight) > 1 and weight[1] >= MIN_CHANNELS:
                 scope, _, number = node.name.rpartition("/Conv")
                 name = f"{scope}/Pad{number}"
                 half = len(pads.ints) // 2
@@ -44,14 +45,15 @@ def extract_padding(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.input[0] = name
                 pads.ints[:] = [0] * len(pads.ints)
         nodes.append(node)
-    return _with_nodes(copy, nodes)
+    replace_nodes(copy.graph, nodes)
+    return copy
 
 
 def inline_padding(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose convolutions do their padding themselves: `extract_padding` undone."""
+    """Return a copy of a graph in which convolutions pad their own input: the inverse of `extract_padding`."""
     from onnx import numpy_helper
 
-    copy = _copied(model)
+    copy = copied(model)
     constants = {tensor.name: tensor for tensor in copy.graph.initializer}
     pads = {
         node.output[0]: node
@@ -59,7 +61,7 @@ def inline_padding(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Pad" and len(node.input) == 2 and node.input[1] in constants
     }
     readers = [name for node in copy.graph.node for name in node.input]
-    gone: set[str] = set()
+    inlined: set[str] = set()
     for node in copy.graph.node:
         pad = pads.get(node.input[0]) if node.op_type == "Conv" else None
         pads_attribute = next((entry for entry in node.attribute if entry.name == "pads"), None)
@@ -70,24 +72,6 @@ def inline_padding(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         pads_attribute.ints[:] = ends[:, 2:].ravel().tolist()
         node.input[0] = pad.input[0]
-        gone |= {pad.output[0], pad.input[1]}
-    retained = [tensor for tensor in copy.graph.initializer if tensor.name not in gone]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(retained)
-    return _with_nodes(copy, [node for node in copy.graph.node if node.output[0] not in gone])
-
-
-def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = type(model)()
-    copy.CopyFrom(model)
+        inlined.add(pad.output[0])
+    replace_nodes(copy.graph, [node for node in copy.graph.node if node.output[0] not in inlined])
     return copy
-
-
-def _with_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
-    retained = []
-    for node in nodes:
-        retained.append(type(node)())
-        retained[-1].CopyFrom(node)
-    del model.graph.node[:]
-    model.graph.node.extend(retained)
-    return model

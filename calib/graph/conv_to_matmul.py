@@ -1,8 +1,8 @@
 """Write quantized convolutions as matrix products (im2col), which ONNX Runtime multiplies in INT8 on a CPU.
 
-A convolution between Q/DQ it multiplies in FP32, after it has dequantized all weights, every time. Here the inputs of
-each output position become a row, which is quantized then. The results stay the same: zeros, and copies of a number,
-have the same 8 bits wherever they are.
+ONNX Runtime computes a convolution between Q/DQ in FP32 and dequantizes all weights on every call. Here the inputs of
+each output position become a row that is quantized afterwards. The results are equal, because quantization maps equal
+numbers to equal numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.onnx_graph import needed_nodes, replace_nodes
+from calib.graph.graph_editing import copied, needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -22,29 +22,28 @@ END = np.iinfo(np.int64).max
 
 
 def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose convolutions between Q/DQ are matrix products of rows, with the same answers.
+    """Return a copy of a graph in which convolutions between Q/DQ are matrix products of rows, with equal results.
 
     For `fpn.layer_blocks.0/Conv` of (B, C, 1, T) and N channels: `/Transpose.rows` (B, 1, T, C), `/Pad.rows`, a
     `/Slice.rows` for each tap, `/Concat.rows` (B, 1, T, taps x C), `/QuantizeLinear.rows`, `/DequantizeLinear.rows`,
-    `/MatMul.rows` (B, 1, T, N), `/Add.rows` for the bias, and a transpose back, whose output keeps the convolution's
-    name. ONNX Runtime takes out the transposes that meet. Where N is below C the product comes first, of all taps at
-    once, (B, 1, T, taps x N), and `/Pad.rows`, a `/Slice.rows` for each tap and their `/Sum.rows` come after it.
+    `/MatMul.rows` (B, 1, T, N), `/Add.rows` for the bias, and a transpose to the convolution's output name. ONNX
+    Runtime removes pairs of inverse transposes. If N is less than C, the product of all taps at once is first,
+    (B, 1, T, taps x N), then `/Pad.rows`, a `/Slice.rows` for each tap and `/Sum.rows`, which moves less data.
 
     Args:
-        model: of `calib.qdq_quantizer.insert_qdq`, FP32 around; its convolutions pad themselves
+        model: of `calib.qdq_quantizer.insert_qdq`, in FP32 outside Q/DQ, with the padding in its convolutions
             (`calib.graph.conv_padding.inline_padding`).
 
     Raises:
-        ModelFileError: a convolution is grouped, dilated or of two dimensions.
+        ModelFileError: a convolution is grouped, dilated or 2-D.
     """
     writer = _Writer(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        nodes += writer.product(node) if writer.is_narrow(node) else [node]
+        nodes += writer.product(node) if writer.is_quantized(node) else [node]
     needed = needed_nodes(nodes, {value.name for value in model.graph.output})
     created = {name for node in needed for name in node.output}
-    result = type(model)()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(writer.constants.values())
@@ -54,33 +53,32 @@ def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Writer:
-    """Writes the products of one graph, and keeps its constants."""
+    """Writes the products of one graph, and holds its constants."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._taken = {node.name for node in model.graph.node}
-        self._made_by = {name: node for node in model.graph.node for name in node.output}
+        self._producers = {name: node for node in model.graph.node for name in node.output}
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
 
-    def is_narrow(self, node: onnx.NodeProto) -> bool:
-        """Return whether a node is a convolution of eight bits by eight bits."""
-        made_by = [self._made_by.get(name) for name in node.input[:2]]
-        return node.op_type == "Conv" and all(created and created.op_type == "DequantizeLinear" for created in made_by)
+    def is_quantized(self, node: onnx.NodeProto) -> bool:
+        """Return whether a node is a convolution with dequantized data and weights."""
+        producers = [self._producers.get(name) for name in node.input[:2]]
+        return node.op_type == "Conv" and all(made and made.op_type == "DequantizeLinear" for made in producers)
 
     def product(self, conv: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return the nodes that replace a convolution; the last one writes its output."""
         from onnx import helper, numpy_helper
 
-        data, weights = (self._made_by[name] for name in conv.input[:2])
+        data, weights = (self._producers[name] for name in conv.input[:2])
         kernel = numpy_helper.to_array(self.constants[weights.input[0]])
         stride, pads = _stride_and_pads(conv, kernel)
         rows = _Rows(self, conv.name.rpartition("/")[0], data, weights, kernel.ndim, pads)
         outputs, channels, taps = kernel.shape[0], kernel.shape[1], kernel.shape[-1]
-        # (N, C, taps): the dimensions between have one element.
+        # (N, C, taps), without dimensions of one element.
         kernel = kernel.reshape(outputs, channels, taps)
         axes = list(range(rows.rank))
-        result = rows.add("Transpose", self._made_by[data.input[0]].input[0], perm=[0, *axes[2:], 1])
+        result = rows.add("Transpose", self._producers[data.input[0]].input[0], perm=[0, *axes[2:], 1])
         if taps > 1 and stride == 1 and outputs < channels:
-            # First the product of every row with every tap, then the sum of those that meet: this moves less data.
             scales = [self._repeated(name, taps) for name in weights.input[1:]]
             flat = kernel.transpose(1, 2, 0).reshape(channels, -1)
             result = rows.padded(rows.multiplied(result, flat, scales))
@@ -99,6 +97,7 @@ class _Writer:
         return [*rows.nodes, helper.make_node("Transpose", [result], list(conv.output), name, perm=perm)]
 
     def free_name(self, expected: str) -> str:
+        """Return a node name that is not in use, with a number after `expected` if needed."""
         name, number = expected, 0
         while name in self._taken:
             number += 1
@@ -107,17 +106,19 @@ class _Writer:
         return name
 
     def constant(self, name: str, values: np.ndarray) -> str:
+        """Add a constant unless there is one of this name, and return the name."""
         from onnx import numpy_helper
 
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(values, name)
         return name
 
-    def numbers(self, values: Sequence[int]) -> str:
+    def integers(self, values: Sequence[int]) -> str:
+        """Return the name of a constant of int64 values."""
         return self.constant(f"rows.{'.'.join(map(str, values))}", np.array(values, np.int64))
 
     def _repeated(self, name: str, times: int) -> str:
-        """Return a constant for each output channel, once more for each tap."""
+        """Return the name of a constant that repeats another one, of one value per output channel."""
         from onnx import numpy_helper
 
         return self.constant(f"{name}.rows", np.tile(numpy_helper.to_array(self.constants[name]), times))
@@ -127,11 +128,11 @@ class _Rows:
     """The nodes that compute one convolution over rows, (B, 1, T, C).
 
     Args:
-        writer: of the graph.
-        module: after which the nodes are named.
-        data, weights: the DequantizeLinear nodes of the two factors.
-        rank: of the data.
-        pads: zeros before the first and after the last row.
+        writer: writer of the graph.
+        module: module name, the prefix of the node names.
+        data, weights: DequantizeLinear nodes of the two factors.
+        rank: number of dimensions of the data.
+        pads: number of zero rows before the first and after the last row.
     """
 
     def __init__(
@@ -157,21 +158,20 @@ class _Rows:
         return name
 
     def padded(self, tensor: str) -> str:
-        """Return a tensor with the rows of zeros."""
+        """Add the rows of zeros to a tensor."""
         if not self._ends.any():
             return tensor
         return self.add("Pad", tensor, self._writer.constant(f"{self.module}.pads", self._ends.ravel()))
 
     def shifted(self, tensor: str, tap: int, taps: int, stride: int, *columns: tuple[int, int]) -> str:
-        """Return the rows that one tap of the kernel reads, of all columns or of some."""
-        # Up to as many rows before the end as there are taps behind this one.
+        """Return the rows that one tap of the kernel reads, of all columns or of the given ranges of columns."""
         bounds = [(tap, tap + 1 - taps or END, stride), *((*pair, 1) for pair in columns)]
         axes = [self.rank - 2, *[self.rank - 1 for _ in columns]]
         starts, stops, steps = zip(*bounds)
-        return self.add("Slice", tensor, *(self._writer.numbers(values) for values in (starts, stops, axes, steps)))
+        return self.add("Slice", tensor, *(self._writer.integers(values) for values in (starts, stops, axes, steps)))
 
     def multiplied(self, tensor: str, matrix: np.ndarray, scales: Sequence[str]) -> str:
-        """Return the product of quantized rows and a quantized matrix."""
+        """Quantize rows, and return their product with a quantized matrix."""
         for op_type in ("QuantizeLinear", "DequantizeLinear"):
             tensor = self.add(op_type, tensor, *self._data.input[1:])
         constant = self._writer.constant(f"{self._weights.input[0]}.rows", np.ascontiguousarray(matrix))
@@ -179,10 +179,10 @@ class _Rows:
 
 
 def _stride_and_pads(conv: onnx.NodeProto, kernel: np.ndarray) -> tuple[int, tuple[int, int]]:
-    """Return the stride of a convolution of one dimension, and its zeros at both ends.
+    """Return the stride of a 1-D convolution, and its padding at both ends.
 
     Raises:
-        ModelFileError: it is grouped, dilated or of two dimensions.
+        ModelFileError: the convolution is grouped, dilated or 2-D.
     """
     from onnx import helper
 
@@ -193,7 +193,7 @@ def _stride_and_pads(conv: onnx.NodeProto, kernel: np.ndarray) -> tuple[int, tup
         or any(size != 1 for size in kernel.shape[2:-1])
     ):
         raise ModelFileError(
-            f"{conv.name} is grouped, dilated or of two dimensions, which has no form of rows; build fp32 instead.",
+            f"Expected a 1-D convolution without groups and dilation, got {conv.name}. Build fp32 instead.",
             code="unsupported_convolution",
         )
     pads = attributes.get("pads", [0, 0])

@@ -1,9 +1,8 @@
-"""Write the scales of Q/DQ in FP32 where the graph around them is half precision.
+"""Write Q/DQ scales, and the products between Q/DQ, in FP32 inside a half-precision graph.
 
-TensorRT's compiler could not infer the types of Q/DQ with FP16 scales on one GPU ("Could not infer output types for
-operation: dequantize", NVIDIA/TensorRT#4832, TensorRT 10.16 on compute capability 8.7). In this form Q/DQ, and what
-multiplies between them, are FP32, with casts to and from the half precision around: engines fuse them into the same
-INT8 kernels. An FP16 scale is exact in FP32.
+TensorRT 10.16 did not infer the types of Q/DQ with FP16 scales on compute capability 8.7 ("Could not infer output types
+for operation: dequantize", NVIDIA/TensorRT#4832). With FP32 scales and casts around them, engines fuse the same INT8
+kernels. An FP16 scale is exact in FP32.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calib.graph.onnx_graph import replace_nodes
+from calib.graph.graph_editing import copied, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -25,12 +24,10 @@ def has_half_scales(model: onnx.ModelProto) -> bool:
 
 
 def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a graph in which Q/DQ, and the products between them, are FP32."""
-    import onnx
+    """Return a copy of a half-precision graph in which Q/DQ and the products between them are FP32."""
     from onnx import TensorProto, helper
 
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     half = _half()
     halves = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == half}
@@ -39,8 +36,8 @@ def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     }
     products = [node for node in graph.node if node.op_type in _PRODUCTS and quantized.issuperset(node.input[:2])]
     names = {id(node) for node in products}
-    # Who reads the FP16 form of what is dequantized.
-    plain = {name for node in graph.node if id(node) not in names for name in node.input} & quantized
+    # Dequantized tensors that are also read in FP16.
+    read_in_half = {name for node in graph.node if id(node) not in names for name in node.input} & quantized
     weights: dict[str, str] = {}
 
     def wide(name: str) -> str:
@@ -57,12 +54,12 @@ def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         if _is_qdq(node) and node.input[1] in halves:
             node.input[1] = wide(node.input[1])
             if node.op_type == "QuantizeLinear":
-                given, node.input[0] = node.input[0], f"{node.name}/given"
-                nodes += [cast(given, node.input[0], TensorProto.FLOAT), node]
+                source, node.input[0] = node.input[0], f"{node.name}/given"
+                nodes += [cast(source, node.input[0], TensorProto.FLOAT), node]
                 continue
             written, node.output[0] = node.output[0], f"{node.output[0]}/float"
             nodes.append(node)
-            if written in plain:
+            if written in read_in_half:
                 nodes.append(cast(node.output[0], written, half))
         elif id(node) in names:
             node.input[0], node.input[1] = f"{node.input[0]}/float", f"{node.input[1]}/float"

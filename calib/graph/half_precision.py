@@ -1,8 +1,7 @@
-"""Write FP16 or BF16 into a graph: casts, half-precision weights, FP32 inputs and outputs.
+"""Convert a graph to FP16 or BF16 with casts and half-precision weights; inputs and outputs stay FP32.
 
-TensorRT 11 takes the precision from the graph alone, and ONNX Runtime can run such a graph on a CPU. Modules that would
-overflow, or that lose accuracy, stay in FP32: `measure_magnitudes` measures on real data, `overflow_prone_modules`
-decides.
+TensorRT 11 takes the precision from the graph alone, and ONNX Runtime runs such a graph on a CPU. Modules that would
+overflow or lose accuracy stay in FP32: `measure_magnitudes` measures on data, `overflow_prone_modules` selects.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from calib.graph.graph_editing import copied, replace_nodes
 from calib.graph.naming import drn_modules
-from calib.graph.onnx_graph import infer_shapes, replace_nodes, tensor_types
+from calib.graph.onnx_graph import infer_shapes, tensor_types
 from calib.graph.onnx_session import observe
 from calib.graph.opset import opset_of
 from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
@@ -25,42 +25,41 @@ Half = Literal["fp16", "bf16"]
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FLOAT16_MAX = 65504.0
-# A tensor that comes within this factor of the largest FP16 number on a few hundred queries will pass it on others.
+# A tensor within this factor of the largest FP16 number on a few hundred queries is expected to exceed it on others.
 FP16_SAFETY_FACTOR = 4.0
-# Least opset whose operators of ours all take the type; Q/DQ with half-precision scales came with 19.
+# Minimum opset in which all operators of exported graphs accept the type, and in which Q/DQ accepts half scales.
 OPSETS = {"fp16": 13, "bf16": 22}
 QDQ_OPSET = 19
-# exp and the learnt scale before it: an error there moves a boundary, and they are next to none of the arithmetic.
+# exp and the learned scale before it: their errors move boundaries, and their cost is negligible.
 FP32_OPERATORS = ("Exp",)
-# Inputs that are float32 whatever the precision of the rest.
+# Inputs that are float32 in every precision.
 _ALWAYS_FLOAT32 = {"Resize": (1, 2)}
 
 
 def convert_to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collection[str] = ()) -> onnx.ModelProto:
     """Return a copy of `model` that computes in half precision; its inputs and outputs stay FP32.
 
-    Q/DQ pairs are kept, with scales in the half type, so that what is between them and around them is half.
-
     Args:
-        model: an FP32 graph of ours, with or without Q/DQ. It stays as it is.
+        model: an FP32 graph of this toolkit, with or without Q/DQ. Q/DQ gets scales of the half type.
         kind: fp16 or bf16.
         keep: DRN modules (`prop_fc`, `fcos.head.mix_fc`, ...) that stay in FP32.
 
     Raises:
-        ShapeError: a module of `keep` is not in the graph, or its opset is too low for the type.
+        ShapeError: a module of `keep` is not in the graph, or the opset is too low for the type.
     """
     opset = opset_of(model)
     has_qdq = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     needed = max(OPSETS[kind], QDQ_OPSET if has_qdq else 0)
     if opset < needed:
         raise ShapeError(
-            f"{kind}{' around Q/DQ' if has_qdq else ''} needs opset {needed} and this graph has {opset}.",
+            f"Expected opset {needed} or later for {kind}{' with Q/DQ' if has_qdq else ''}, got {opset}. Export the "
+            "model with a later --opset.",
             code="unsupported_opset",
         )
     unknown = set(keep) - modules(model)
     if unknown:
         raise ShapeError(
-            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(model)))}.",
+            f"The graph has no module {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(modules(model)))}.",
             code="unknown_module",
         )
     halved = _Halving(model, TYPES[kind], frozenset(keep)).run()
@@ -69,9 +68,9 @@ def convert_to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collectio
 
 
 def _add_initial_states(graph: onnx.GraphProto, half: int) -> None:
-    """Give every LSTM with half-precision weights its zero states, of shape (directions, B, H), in its own type.
+    """Add zero initial states, (directions, B, H), to every LSTM with half-precision weights, in their type.
 
-    The parser of TensorRT 10.0 and 10.1 makes missing states FLOAT, which a strongly typed network refuses beside HALF
+    The parser of TensorRT 10.0 and 10.1 makes missing states FLOAT, which a strongly typed network rejects
     (`getInitialInputValue` in onnxOpImporters.cpp of onnx-tensorrt, branch 10.1-GA).
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -110,14 +109,14 @@ def _add_initial_states(graph: onnx.GraphProto, half: int) -> None:
 
 
 def modules(model: onnx.ModelProto) -> set[str]:
-    """Return the DRN modules whose computation stands in a graph."""
+    """Return the DRN modules that a graph computes."""
     return {module for node in model.graph.node for module in drn_modules(node.name)}
 
 
 def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
-    """Return the names of the nodes that a half-precision graph computes in FP32; none of an FP32 graph.
+    """Return the names of the nodes that a half-precision graph computes in FP32, without casts and Q/DQ.
 
-    They are `exp`, the scale before it, and the nodes of modules that were kept. Casts and Q/DQ are not computed.
+    They are `exp`, the scale before it, and the nodes of FP32 modules. The result is empty for an FP32 graph.
     """
     types = tensor_types(model)
     result: set[str] = set()
@@ -133,19 +132,19 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
 
 
 class _Halving:
-    """One pass over the nodes in order; every tensor's type is known when a node is reached."""
+    """Converts a graph in one pass over its nodes, which are in topological order."""
 
     def __init__(self, model: onnx.ModelProto, half: int, keep: frozenset[str]) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(model)
+        self.model = copied(model)
         self.graph = self.model.graph
         self.half = half
         self.keep = keep
-        self.initialisers = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.types = tensor_types(model)
-        # What each float tensor is in the new graph, and what its other form is called.
-        self.form: dict[str, int] = {name: kind for name, kind in self.types.items() if kind == TensorProto.FLOAT}
-        self.other: dict[tuple[str, int], str] = {}
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        # Inputs of all exp nodes.
+        self.exponents = {name for node in self.graph.node if node.op_type == "Exp" for name in node.input}
+        # The new type of each float tensor, and (tensor, type) to the name of its cast form.
+        self.form = {name: kind for name, kind in tensor_types(model).items() if kind == TensorProto.FLOAT}
+        self.cast_names: dict[tuple[str, int], str] = {}
         self.nodes: list[onnx.NodeProto] = []
 
     def run(self) -> onnx.ModelProto:
@@ -158,7 +157,7 @@ class _Halving:
                     node.input[index] = self._as(name, expected, node)
             self.nodes.append(node)
             if node.op_type == "Cast" and node.output[0] in self.form:
-                # Of whole numbers: straight to the type that is computed in.
+                # A cast of integers goes to the new type directly.
                 next(entry for entry in node.attribute if entry.name == "to").i = expected
             for index, name in enumerate(node.output):
                 if name not in self.form:
@@ -168,45 +167,38 @@ class _Halving:
                     node.output[index] = f"{name}/half"
                     self.form[node.output[index]] = self.half
                     self.nodes.append(self._cast(node.output[index], name, TensorProto.FLOAT, node))
-                    # Whoever reads the output inside the graph gets the half form.
-                    self.other[name, self.half] = node.output[index]
+                    # Readers of the output inside the graph get the half form.
+                    self.cast_names[name, self.half] = node.output[index]
                     self.form[name] = TensorProto.FLOAT
-        weights = list(self.initialisers.values())
+        weights = list(self.initializers.values())
         del self.graph.initializer[:], self.graph.value_info[:]
         self.graph.initializer.extend(weights)
         replace_nodes(self.graph, self.nodes)
         return self.model
 
     def _is_half(self, node: onnx.NodeProto) -> bool:
-        if node.op_type in FP32_OPERATORS or any(n in self._before_exp() for n in node.output):
+        if node.op_type in FP32_OPERATORS or self.exponents.intersection(node.output):
             return False
         return not self.keep.intersection(drn_modules(node.name))
 
-    def _before_exp(self) -> set[str]:
-        """Names of what goes straight into an exp: the learnt scale belongs to it."""
-        return {name for node in self.model.graph.node if node.op_type == "Exp" for name in node.input}
-
     def _as(self, name: str, expected: int, node: onnx.NodeProto) -> str:
-        """Return the name under which `name` is to be had in the type wanted, casting once for all readers."""
-        if self.form[name] == expected and name not in self.initialisers:
-            return name
-        if name in self.initialisers:
+        """Return the name of a tensor in the expected type; a cast is added once for all readers."""
+        if name in self.initializers:
             return self._weight(name, expected)
-        if (name, expected) not in self.other:
-            self.other[name, expected] = f"{name}/{'half' if expected == self.half else 'float'}"
-            self.nodes.append(self._cast(name, self.other[name, expected], expected, node))
-        return self.other[name, expected]
+        if self.form[name] == expected:
+            return name
+        if (name, expected) not in self.cast_names:
+            self.cast_names[name, expected] = f"{name}/{'half' if expected == self.half else 'float'}"
+            self.nodes.append(self._cast(name, self.cast_names[name, expected], expected, node))
+        return self.cast_names[name, expected]
 
     def _weight(self, name: str, expected: int) -> str:
         if expected == TensorProto.FLOAT:
             return name
-        if (name, expected) not in self.other:
-            values = numpy_helper.to_array(self.initialisers[name])
-            # A weight keeps its name unless an FP32 reader needs it too; unused forms are dropped at the end.
-            half = f"{name}/half"
-            self.initialisers[half] = _half_tensor(values, half, self.half)
-            self.other[name, expected] = half
-        return self.other[name, expected]
+        half = f"{name}/half"
+        if half not in self.initializers:
+            self.initializers[half] = _half_tensor(numpy_helper.to_array(self.initializers[name]), half, self.half)
+        return half
 
     def _cast(self, name: str, output: str, kind: int, node: onnx.NodeProto) -> onnx.NodeProto:
         scope = node.name.rpartition("/")[0]
@@ -221,26 +213,24 @@ def _half_tensor(values: np.ndarray, name: str, kind: int) -> TensorProto:
 
 
 def float32_values(tensor: TensorProto) -> np.ndarray:
-    """Return the numbers of an FP32, FP16 or BF16 tensor as float32; nothing is lost."""
+    """Return the values of an FP32, FP16 or BF16 tensor as float32, exactly."""
     if tensor.data_type != TensorProto.BFLOAT16:
         return np.asarray(numpy_helper.to_array(tensor), np.float32)
     return from_bfloat16(np.frombuffer(tensor.raw_data, np.uint16)).reshape(tensor.dims)
 
 
 def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph that computes in FP32 and rounds every result to BF16, as a BF16 graph of `convert_to_half` stores
-    them.
+    """Return a copy of a BF16 graph that computes in FP32 and rounds every result to BF16.
 
-    ONNX Runtime has no BF16 kernels on a CPU. Graphs without BF16 are returned as they are.
+    ONNX Runtime has no BF16 kernels on a CPU. A graph without BF16 is returned unchanged.
     """
     kind = TensorProto.BFLOAT16
     casts = [n for n in model.graph.node if n.op_type == "Cast" and helper.get_node_attr_value(n, "to") == kind]
     if not casts and all(tensor.data_type != kind for tensor in model.graph.initializer):
         return model
     rounded = {value.name for value in infer_shapes(model).value_info if value.type.tensor_type.elem_type == kind}
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    graph = wide.graph
+    result = copied(model)
+    graph = result.graph
     for tensor in graph.initializer:
         if tensor.data_type == kind:
             tensor.CopyFrom(numpy_helper.from_array(float32_values(tensor), tensor.name))
@@ -259,40 +249,41 @@ def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    return wide
+    return result
 
 
 def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[str, float]:
-    """Return the largest magnitude in each DRN module's weights and in what its nodes compute, over all batches.
+    """Return the largest magnitude of each DRN module's weights and results over all batches.
 
-    Runs the FP32 graph in ONNX Runtime with every float tensor as an output. A batch has an attribute for each input.
+    Args:
+        model: FP32 graph, which ONNX Runtime runs with every float tensor as an output.
+        batches: objects with one attribute per input of the graph.
 
     Raises:
-        ModelFileError: a weight, or what a module computes in FP32, is NaN or infinite.
+        ModelFileError: a weight or result is NaN or infinite.
     """
     types = tensor_types(model)
     owner = {name: node.name for node in model.graph.node for name in node.output}
-    # In the order of the nodes, so that the first module to go wrong is named, not one that it spoils.
+    # In the order of the nodes, so that the error names the first module that is not finite.
     floats = [name for name in owner if types.get(name) == TensorProto.FLOAT]
     results: dict[str, float] = {}
     for tensor in model.graph.initializer:
         readers = [node.name for node in model.graph.node if tensor.name in node.input]
         if tensor.data_type == TensorProto.FLOAT and readers:
-            _raise_to(results, readers[0], numpy_helper.to_array(tensor))
+            _update_max(results, readers[0], numpy_helper.to_array(tensor))
     for values in observe(model, floats, batches):
         for name, computed in values.items():
-            _raise_to(results, owner[name], computed)
+            _update_max(results, owner[name], computed)
     return results
 
 
-def _raise_to(measured: dict[str, float], node: str, values: np.ndarray) -> None:
-    # NaN comes through both maxima.
+def _update_max(measured: dict[str, float], node: str, values: np.ndarray) -> None:
+    """Raise the largest magnitude of a node's modules to that of its values; ModelFileError if it is not finite."""
     largest = float(np.abs(values).max(initial=0))
     if not np.isfinite(largest):
         raise ModelFileError(
-            f"The FP32 model is not finite in {' and '.join(drn_modules(node)) or node}: it holds or computes "
-            f"{largest}, so no precision can be chosen for it; check the checkpoint and the features with "
-            "`python -m runtime.evaluate`.",
+            f"Expected finite values in {' and '.join(drn_modules(node)) or node} of the FP32 model, got {largest}. "
+            "Check the checkpoint and the features with `python -m runtime.evaluate`.",
             code="non_finite_output",
         )
     for module in drn_modules(node):
@@ -300,11 +291,13 @@ def _raise_to(measured: dict[str, float], node: str, values: np.ndarray) -> None
 
 
 def overflow_prone_modules(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
-    """Return the modules that come too near the largest number of the type, largest first; NaN is beyond any.
+    """Return the modules within `FP16_SAFETY_FACTOR` of the largest FP16 number, largest magnitude first.
 
-    BF16 has FP32's range.
+    Args:
+        scanned: largest magnitude of each module, of `measure_magnitudes`.
+        kind: fp16, or bf16, which has the range of FP32, so the result is empty.
     """
     if kind == "bf16":
         return ()
-    beyond = [module for module, largest in scanned.items() if not largest * FP16_SAFETY_FACTOR <= FLOAT16_MAX]
-    return tuple(sorted(beyond, key=lambda module: -np.nan_to_num(scanned[module], nan=np.inf)))
+    prone = [module for module, largest in scanned.items() if not largest * FP16_SAFETY_FACTOR <= FLOAT16_MAX]
+    return tuple(sorted(prone, key=lambda module: -np.nan_to_num(scanned[module], nan=np.inf)))

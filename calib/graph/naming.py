@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# DRN's own names for what the exported graph merged or renumbered.
+# DRN's module names to the names of the modules in the exported graph that contain them.
 ALIASES = {
     "fcos.head.cls_tower": "fcos.head.towers",
     "fcos.head.bbox_tower": "fcos.head.towers",
@@ -23,7 +23,7 @@ def drn_modules(node: str) -> tuple[str, ...]:
             return tuple(name for name, target in ALIASES.items() if target == merged)
     if module.startswith("query_encoder.W2"):
         return "query_encoder.W2", "query_encoder.W1"
-    # Deeper names are parts of one step, as the two directions of the LSTM.
+    # Deeper names are parts of one module, such as the two directions of the LSTM.
     match = re.match(
         r"query_encoder\.\w+|backbone_net\.layers\.\d|fpn\.\w+\.\d|fcos\.head(\.\w+)?|qInput\.\d|\w+", module
     )

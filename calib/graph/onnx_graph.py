@@ -1,4 +1,4 @@
-"""Read ONNX graphs of this toolkit and their manifests, hash them, and change their lists of nodes."""
+"""Read ONNX graphs of this toolkit and their manifests, hash them, and infer their types."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from calib.graph.conv_padding import inline_padding
+from calib.graph.graph_editing import copied
 from runtime.artifacts.extractor_manifest import METADATA_KEY as EXTRACTOR_KEY
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return the graph in an `.onnx` file, whatever it computes.
+    """Return the graph in an `.onnx` file of any kind.
 
     Raises:
-        ModelFileError: it is not there, not ONNX, or damaged.
+        ModelFileError: the file is missing, not ONNX, or damaged.
         DeviceError: onnx is not installed.
     """
     try:
@@ -38,8 +38,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DeviceError(
-            f"Changing a graph needs onnx, which cannot be imported ({error}); "
-            "run `pip install '.[engine]'` in the drn-deploy directory.",
+            f"onnx cannot be imported ({error}). Run `pip install '.[engine]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
     path = Path(path)
@@ -49,13 +48,15 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         model = onnx.load(path)
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelFileError(f"{path} is not a valid ONNX model ({said}); export it again.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelFileError(
+            f"{path} is not a valid ONNX model ({reason}). Export it again.", code="damaged_file"
+        ) from error
     return model
 
 
 def load_fp32_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Return the FP32 graph in an `.onnx` file, its padding inside the convolutions (`calib.graph.conv_padding`).
+    """Return the FP32 graph in an `.onnx` file, with the padding in its convolutions (`calib.graph.conv_padding`).
 
     Raises:
         ModelFileError: the file is missing, not ONNX, not of this toolkit, or not FP32.
@@ -65,7 +66,7 @@ def load_fp32_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def read_source(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Manifest]:
-    """Return the graph of `load_fp32_graph` and its manifest; errors as of that."""
+    """Return the graph of `load_fp32_graph` and its manifest; raises the same errors."""
     model = load_onnx(path)
     manifest = read_manifest(model, str(path))
     if manifest.precision != "fp32":
@@ -74,18 +75,25 @@ def read_source(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Manifest
 
 
 def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
-    """Return the FP32 graph of a feature extractor and its manifest; ModelFileError if it has no manifest."""
+    """Return the FP32 graph of a feature extractor and its manifest.
+
+    Raises:
+        ModelFileError: the file is not an FP32 feature extractor of this toolkit.
+    """
     graph = load_onnx(path)
     manifest_json = _properties(graph).get(EXTRACTOR_KEY)
     names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
     if manifest_json is None or names != ["clips", "features"]:
         raise ModelFileError(
-            f"{path} is not a drn-deploy feature extractor; export C3D with `python -m export.to_onnx`."
+            f"{path} is not a feature extractor of drn-deploy. Export C3D with `python -m export.to_onnx`.",
+            code="wrong_model_kind",
         )
     try:
         manifest = ExtractorManifest.from_dict(json.loads(manifest_json), str(path))
     except ValueError as error:
-        raise ModelFileError(f"The manifest in {path} is not JSON ({error}). Export it again.") from error
+        raise ModelFileError(
+            f"The manifest in {path} is not JSON ({error}). Export it again.", code="invalid_json"
+        ) from error
     if manifest.precision != "fp32":
         raise _not_fp32(path, manifest.precision)
     return graph, manifest
@@ -106,7 +114,7 @@ def manifest_in(path: Path) -> Manifest:
 
 
 def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
-    """Return the manifest of a whole graph or a part of one, with the precision of its weights.
+    """Return the manifest of a graph or of a part of one, with the precision of its weights.
 
     Raises:
         ModelFileError: the graph has no manifest.
@@ -116,24 +124,30 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
 
 
 def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
-    """Return the manifest of a whole DRN graph; ModelFileError if it has none, or the graph is something else."""
+    """Return the manifest of an unsplit DRN graph.
+
+    Raises:
+        ModelFileError: the graph has no manifest, is one part of a split model, or is not a DRN graph.
+    """
     manifest = manifest_of(model, source)
     if manifest.part != "whole":
         raise ModelFileError(
-            f"{source} is one part of a model ({manifest.part}); give the whole graph it was cut from.",
+            f"{source} is the {manifest.part} part of a split model. Give the unsplit graph.",
             code="model_part",
         )
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     missing = {*INPUT_NAMES, *HEAD_NAMES} - names
     if missing:
-        raise ModelFileError(f"{source} lacks {', '.join(sorted(missing))}, so it is no DRN graph; export it again.")
+        raise ModelFileError(
+            f"{source} is not a DRN graph: it has no {', '.join(sorted(missing))}. Export it again.",
+            code="unexpected_tensors",
+        )
     return manifest
 
 
 def with_manifest(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
-    """Return a copy of a graph that has a manifest in the place of its own."""
-    copy = type(model)()
-    copy.CopyFrom(model)
+    """Return a copy of a graph with another manifest."""
+    copy = copied(model)
     set_manifest(copy, manifest)
     return copy
 
@@ -150,7 +164,7 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _weight_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Return how many numbers of weights a graph has in each type."""
+    """Return the number of weight elements of a graph in each type."""
     counts: dict[str, int] = {}
     for tensor in model.graph.initializer:
         size = int(np.prod(tensor.dims))
@@ -160,7 +174,7 @@ def _weight_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def graph_hash(model: onnx.ModelProto) -> str:
-    """Return the SHA-256 of what is computed: operators, attributes, wiring and shapes, without weights or manifest."""
+    """Return the SHA-256 of the operators, attributes, connections and shapes, without weights and manifest."""
     total = hashlib.sha256()
     for opset in model.opset_import:
         total.update(f"{opset.domain} {opset.version}\n".encode())
@@ -172,7 +186,7 @@ def graph_hash(model: onnx.ModelProto) -> str:
 
 
 def weights_hash(model: onnx.ModelProto) -> str:
-    """Return the SHA-256 of the numbers in a graph."""
+    """Return the SHA-256 of the values of all constants in a graph."""
     from onnx import numpy_helper
 
     total = hashlib.sha256()
@@ -183,7 +197,7 @@ def weights_hash(model: onnx.ModelProto) -> str:
 
 
 def strip_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph with its large constants as inputs: all that shapes and types need, a thousandth of the size."""
+    """Return a graph with its large constants as inputs, which is sufficient for shape and type inference."""
     import onnx
 
     light = onnx.ModelProto()
@@ -203,40 +217,16 @@ def strip_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.GraphProto:
-    """Return a graph without its large constants, in which every tensor has a type and, where it is known, a shape."""
+    """Return a graph without its large constants, with the inferred type, and shape if known, of every tensor."""
     import onnx
 
     return onnx.shape_inference.infer_shapes(strip_weights(model)).graph
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the data type of every tensor of a graph by name, as `onnx.TensorProto` numbers them."""
+    """Return the data type of every tensor of a graph by name, as an `onnx.TensorProto` number."""
     inferred = infer_shapes(model)
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     types: dict[str, int] = {value.name: value.type.tensor_type.elem_type for value in values}
     types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
     return types
-
-
-def needed_nodes(nodes: Sequence[onnx.NodeProto], outputs: Collection[str]) -> list[onnx.NodeProto]:
-    """Return the nodes from which outputs are computed, in their order."""
-    needed, read = [], set(outputs)
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            read |= read_by(node)
-            needed.append(node)
-    return needed[::-1]
-
-
-def read_by(node: onnx.NodeProto) -> set[str]:
-    """Return the tensors that a node reads. The body of a loop also reads tensors of the graph around it."""
-    return {*node.input, *(name for entry in node.attribute for inner in entry.g.node for name in inner.input)}
-
-
-def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Replace the nodes of a graph, in place, and drop the constants that none of them reads."""
-    read = {name for node in nodes for name in read_by(node)}
-    constants = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(constants)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.errors import CalibrationError
+from calib.graph.graph_editing import copied
 from calib.graph.onnx_graph import manifest_of, read_manifest
 from runtime.backends.base import run_pair
 from runtime.backends.exact_int8 import for_cpu, source_for_cpu
@@ -21,62 +22,71 @@ if TYPE_CHECKING:
     from runtime.artifacts.encoded_video import EncodedVideo
 
 
-def open_session(model: onnx.ModelProto | Path, threads: int | None = None, optimised: bool = False) -> Any:
+def open_session(model: onnx.ModelProto | Path, threads: int | None = None, optimized: bool = False) -> Any:
     """Return an ONNX Runtime session on the CPU.
 
     Args:
-        model: a graph, or the file of one.
-        threads: CPU threads; ONNX Runtime's choice when None.
-        optimised: whether ONNX Runtime may rewrite the graph, as the runtime lets it (`runtime.backends.exact_int8`).
-            Without it INT8 is computed operator by operator, as engines do: ONNX Runtime's fusions differ from that by
-            up to 2.7e-2.
+        model: a graph, or the path of an ONNX file.
+        threads: number of CPU threads; ONNX Runtime's choice when None.
+        optimized: whether ONNX Runtime may rewrite the graph, as in production (`runtime.backends.exact_int8`).
+            Otherwise INT8 is computed operator by operator, as in engines; ONNX Runtime's fusions differ by up to
+            2.7e-2.
+
+    Raises:
+        DeviceError: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise DeviceError(
-            "ONNX Runtime is not installed; run `pip install '.[cpu]'` in the drn-deploy directory."
+            "ONNX Runtime is not installed. Run `pip install '.[cpu]'` in the drn-deploy directory.",
+            code="missing_library",
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
     level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
     source: str | bytes
     if isinstance(model, Path):
-        source = source_for_cpu(model) if optimised else str(model)
+        source = source_for_cpu(model) if optimized else str(model)
     else:
         content = model.SerializeToString()
-        source = for_cpu(content) if optimised else content
+        source = for_cpu(content) if optimized else content
     return ort.InferenceSession(source, options, ["CPUExecutionProvider"])
 
 
 def observe(
     model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Any], threads: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the values of tensors for each batch; a batch has an attribute for each input of the graph.
+    """Run a graph over batches, and yield the values of tensors by name for each.
+
+    Args:
+        model: the graph.
+        tensors: names of tensors in it.
+        batches: objects with one attribute per input of the graph.
+        threads: number of CPU threads; ONNX Runtime's choice when None.
 
     Raises:
-        CalibrationError: the graph lacks a tensor.
+        CalibrationError: the graph has no tensor of a name.
     """
-    session = open_session(with_extra_outputs(model, tensors), threads, optimised=True)
+    session = open_session(with_extra_outputs(model, tensors), threads, optimized=True)
     for batch in batches:
         yield dict(zip(tensors, session.run(list(tensors), vars(batch))))
 
 
 def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """Return a copy of a graph that also gives out these tensors; CalibrationError if it lacks one."""
+    """Return a copy of a graph with more tensors as outputs; CalibrationError if there is no tensor of a name."""
     import onnx
 
     known = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     missing = sorted(set(tensors) - known)
     if missing:
         raise CalibrationError(
-            f"The graph has no tensor {', '.join(missing)}; export it with this version.", code="unknown_tensor"
+            f"The graph has no tensor {', '.join(missing)}. Export it with this version.", code="unknown_tensor"
         )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     present = {value.name for value in copy.graph.output}
     for name in tensors:
         if name not in present:
@@ -85,11 +95,11 @@ def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.M
 
 
 class InMemoryBackend:
-    """A graph in memory as a `runtime.Backend`, computed operator by operator as it is."""
+    """A graph in memory as a `runtime.Backend`, computed operator by operator unless `optimized`."""
 
-    def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimised: bool = False) -> None:
+    def __init__(self, model: onnx.ModelProto, threads: int | None = None, optimized: bool = False) -> None:
         self.manifest = read_manifest(model)
-        self._session = open_session(model, threads, optimised)
+        self._session = open_session(model, threads, optimized)
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch."""
@@ -97,17 +107,18 @@ class InMemoryBackend:
 
 
 class InMemorySplitBackend:
-    """Run the two parts of a split graph in memory as a `runtime.PairBackend`: videos are encoded once."""
+    """The two parts of a split graph in memory as a `runtime.PairBackend`, which encodes each video once."""
 
     def __init__(
-        self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimised: bool = False
+        self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimized: bool = False
     ) -> None:
         self.manifest = manifest_of(query, "the query part")
-        self._video, self._query = (open_session(part, threads, optimised) for part in (video, query))
+        self._video, self._query = (open_session(part, threads, optimized) for part in (video, query))
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos."""
-        return self._video.run(None, {"segment_features": segment_features})[0]
+        """Return the encodings of V videos, (V, D, T), from (V, T, D) segment features."""
+        encoded: np.ndarray = self._video.run(None, {"segment_features": segment_features})[0]
+        return encoded
 
     def ask(
         self,
@@ -117,14 +128,14 @@ class InMemorySplitBackend:
         video_index: np.ndarray,
     ) -> Heads:
         """Return the heads of B queries."""
-        given = {
+        inputs = {
             "query_tokens": query_tokens,
             "query_length": query_length,
             VIDEO_INDEX: video_index,
             ENCODED_FEATURES: np.stack([video.features for video in videos]),
             "segment_spans": np.stack([video.spans for video in videos]),
         }
-        return Heads(*self._query.run(HEAD_NAMES, given))
+        return Heads(*self._query.run(HEAD_NAMES, inputs))
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch."""

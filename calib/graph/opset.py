@@ -1,17 +1,18 @@
-"""Read the opset of a graph, and write the graph in another one."""
+"""Read the opset of a graph, and convert a graph to another opset."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from calib.errors import CalibrationError
+from calib.graph.graph_editing import copied
 
 if TYPE_CHECKING:
     import onnx
 
 MIN_OPSET, MAX_OPSET = 17, 23
 
-# Operators of exported graphs that mean the same from opset 17 to 23, except for the attributes in `_NEW_ATTRIBUTES`.
+# Operators of exported graphs with equal semantics in opsets 17 to 23, except for the attributes in `_NEW_ATTRIBUTES`.
 # fmt: off
 SAME_IN_ALL_OPSETS = frozenset((
     "Add", "Cast", "Concat", "Conv", "DequantizeLinear", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gemm",
@@ -20,29 +21,28 @@ SAME_IN_ALL_OPSETS = frozenset((
     "Unsqueeze", "Where",
 ))
 # fmt: on
-# Attributes since opset 18 that state what older opsets do anyway: equal parts, no smoothing, scales as given.
+# Attributes since opset 18 whose values here are the behavior of older opsets.
 _NEW_ATTRIBUTES = {"Split": ("num_outputs",), "Resize": ("antialias", "keep_aspect_ratio_policy")}
 _NEW_ATTRIBUTES_SINCE = 18
 
 
 def opset_of(model: onnx.ModelProto) -> int:
     """Return the version of the standard operators that a graph uses."""
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return a graph in `opset` at least; errors as of `with_opset`."""
+    """Return a graph with an opset of at least `opset`; raises the errors of `with_opset`."""
     return with_opset(model, max(opset, opset_of(model)))
 
 
 def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return a graph in another opset; the graph itself if it has that one.
+    """Return a copy of a graph in another opset, or the graph itself if it has that opset.
 
-    No operator is converted, because those of exported graphs mean the same in all opsets from 17 to 23. `Split` states
-    its number of parts since 18.
+    Operators of exported graphs have equal semantics in opsets 17 to 23; only attributes are added or removed.
 
     Raises:
-        CalibrationError: the opset is not from 17 to 23, or an operator may mean something else in it.
+        CalibrationError: the opset is not in 17 to 23, or the semantics of an operator may differ in it.
     """
     import onnx
 
@@ -57,8 +57,7 @@ def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
             "`python -m export.to_onnx --opset`.",
             code="unsupported_opset",
         )
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     for node in result.graph.node:
         new = _NEW_ATTRIBUTES.get(node.op_type, ())
         if opset < _NEW_ATTRIBUTES_SINCE:

@@ -20,7 +20,7 @@ from runtime.core.errors import CheckFailed
 if TYPE_CHECKING:
     import onnx
 
-# Minimum share of the multiply-adds in the precision that a file has in its name.
+# Minimum share of the multiply-adds in the precision that the file name states.
 MIN_SHARES = {"fp32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.85, "fp8": 0.85}
 
 
@@ -79,7 +79,7 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
 
     inferred = onnx.shape_inference.infer_shapes(_sized(model, query_length)).graph
     values = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)}
-    # Shape inference cannot follow the query length through arithmetic on shapes.
+    # Shape inference loses the query length in arithmetic on shapes.
     shapes = {name: [size.dim_value or query_length for size in kind.shape.dim] for name, kind in values.items()}
     types = {name: kind.elem_type for name, kind in values.items()}
     for tensor in model.graph.initializer:
@@ -90,7 +90,7 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
 
 
 def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
-    """Count the multiply-adds of a graph by DRN module and data type (see `count_macs`), and its weights by type."""
+    """Count the multiply-adds of a graph by DRN module and data type (`count_macs`), and its weight bytes by type."""
     import onnx
 
     macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -105,10 +105,10 @@ def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats
 
 
 def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
-    """Return the graph for one query of `query_length` tokens, without weights: shapes are all that is needed."""
+    """Return the graph without weights, with the input shapes of one query of `query_length` tokens."""
     sized = strip_weights(model)
     graph = sized.graph
-    # Noted by the exporter for free sizes.
+    # Described for free dimensions.
     del graph.value_info[:]
     free = {"batch": 1, "query_length": query_length, "video": 1}
     for value in graph.input:
@@ -121,6 +121,7 @@ def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
+    """Return the multiply-adds of a node; 0 for an operator that does not multiply matrices."""
     if node.op_type == "Conv":
         weight, output = shapes[node.input[1]], shapes[node.output[0]]
         return int(np.prod(output)) * int(np.prod(weight[1:]))
@@ -134,10 +135,11 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
 
 
 def _dtype(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str:
+    """Return the data type in which a node multiplies; see `count_macs`."""
     quantized: list[int | None] = []
     for name in node.input[:2]:
         source = producers.get(name)
-        # A quantized weight stays one when it is transposed or reshaped.
+        # A quantized weight may be transposed or reshaped first.
         while source is not None and source.op_type in ("Transpose", "Reshape"):
             source = producers.get(source.input[0])
         kind = types.get(source.input[0]) if source is not None and source.op_type == "DequantizeLinear" else None

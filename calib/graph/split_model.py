@@ -1,10 +1,10 @@
-"""Split a graph in two: what depends on the video alone, which is 60 % of the arithmetic, and the rest.
+"""Split a graph into a video part, which has 60 % of the arithmetic, and a query part.
 
     segment_features (V, T, D) -> video part -> encoded_features (V, D, T)
     query_tokens, query_length, video_index (B, ...), encoded_features, segment_spans (V, ...) -> query part -> heads
 
-A graph of any precision can be split. The tensor to split at follows from what each tensor depends on, and the split
-computes nothing.
+A graph of any precision can be split. The tensor to split at is the one that depends on the video alone and is read
+together with the query; no values are computed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.graph.conv_padding import extract_padding
+from calib.graph.graph_editing import copied, needed_nodes, read_by
 from calib.graph.onnx_graph import (
     infer_shapes,
     manifest_of,
-    needed_nodes,
-    read_by,
     set_manifest,
     strip_weights,
     with_manifest,
@@ -37,18 +36,18 @@ FEATURES, SPANS = "segment_features", "segment_spans"
 
 
 def pair_paths(path: Path) -> tuple[Path, Path]:
-    """Return where the two parts of a model file stand: drn.video.onnx and drn.query.onnx for drn.onnx."""
+    """Return the paths of the two parts of a model file: drn.video.onnx and drn.query.onnx for drn.onnx."""
     return path.with_name(f"{path.stem}.video{path.suffix}"), path.with_name(f"{path.stem}.query{path.suffix}")
 
 
 def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Return the video part and the query part of a whole graph; together they compute what it does.
+    """Return the video part and the query part of a graph, which together compute the same outputs.
 
-    Encoded features have the type in which the graph computes them: nothing is cast for the split. The manifest of each
-    part names its role; `write_split_model` adds the hash of the video part to that of the query part.
+    Encoded features have the type in which the graph computes them. The manifest of each part states its role;
+    `write_split_model` adds the hash of the video part to the manifest of the query part.
 
     Raises:
-        ModelFileError: the graph is a part already, or has no single tensor to be split at.
+        ModelFileError: the graph is a part already, or has no single tensor to split at.
     """
     import onnx
     from onnx import helper
@@ -56,7 +55,8 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     manifest = manifest_of(model)
     if manifest.part != "whole":
         raise ModelFileError(
-            f"This graph is the {manifest.part} part of a pair already; split the whole one.", code="model_part"
+            f"The graph is the {manifest.part} part of a split model already. Give the unsplit graph.",
+            code="model_part",
         )
     graph = model.graph
     depends = _dependence(graph)
@@ -65,8 +65,8 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     kinds = {value.name: value.type.tensor_type for value in infer_shapes(model).value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
-            f"The graph should have one tensor at which what depends on the video alone ends, and has {len(cuts)}; "
-            "export it with this version.",
+            f"Expected one tensor that depends on the video alone and is read with the query, got {len(cuts)}. "
+            "Export the model with this version.",
             code="ambiguous_split",
         )
     (cut,) = cuts
@@ -86,7 +86,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
 
 
 def _border(graph: onnx.GraphProto, depends: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Return the tensors that depend on the video alone and are read by a node that also sees the query."""
+    """Return the tensors that depend on the video alone and are read by a node that depends on the query."""
     return {
         name: depends[name]
         for node in graph.node
@@ -103,8 +103,7 @@ def _query_nodes(
     cut: str,
     axis: str,
 ) -> list[onnx.NodeProto]:
-    """Return the nodes of the query part, which take for each query the row of its video."""
-    import onnx
+    """Return the nodes of the query part, which gather the row of its video for each query."""
     from onnx import helper
 
     gathered = {name: f"{name}/asked" for name in border}
@@ -114,8 +113,7 @@ def _query_nodes(
     ]
     for node in graph.node:
         if not depends[node.output[0]] <= {FEATURES, SPANS} or not depends[node.output[0]]:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
+            copy = copied(node)
             copy.input[:] = [gathered.get(name, name) for name in node.input]
             nodes.append(copy)
         elif FEATURES not in depends[node.output[0]]:
@@ -149,17 +147,17 @@ def write_split_model(video: onnx.ModelProto, query: onnx.ModelProto, path: Path
 
 
 def _written(part: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a part as it is written: in FP32, with its padding where ONNX Runtime is fastest."""
+    """Return a part with Pad nodes if it is FP32, as FP32 files are (`calib.graph.conv_padding`)."""
     return extract_padding(part) if manifest_of(part).precision == "fp32" else part
 
 
 def _dependence(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
-    """Return which of the graph's inputs each tensor depends on; nothing for constants."""
+    """Return the graph inputs that each tensor depends on; none for constants."""
     depends = {value.name: frozenset((value.name,)) for value in graph.input}
     depends.update((tensor.name, frozenset[str]()) for tensor in graph.initializer)
     for node in graph.node:
-        seen = frozenset[str]().union(*(depends.get(name, frozenset()) for name in node.input))
-        depends.update(dict.fromkeys(node.output, seen))
+        inputs = frozenset[str]().union(*(depends.get(name, frozenset()) for name in node.input))
+        depends.update(dict.fromkeys(node.output, inputs))
     return depends
 
 
@@ -171,7 +169,7 @@ def _part(
     outputs: list[onnx.ValueInfoProto],
     part: Literal["video", "query"],
 ) -> onnx.ModelProto:
-    """Return a model of those of `nodes` that the outputs need."""
+    """Return a model with the nodes that the outputs need."""
     import onnx
 
     needed = needed_nodes(nodes, {value.name for value in outputs})
@@ -194,10 +192,7 @@ def _part(
 
 
 def _renamed(values: Iterable[onnx.ValueInfoProto], name: str, rows: str) -> onnx.ValueInfoProto:
-    """Return an input with its first dimension called `rows`."""
-    import onnx
-
-    value = onnx.ValueInfoProto()
-    value.CopyFrom(next(value for value in values if value.name == name))
+    """Return a copy of an input whose first dimension has the name `rows`."""
+    value = copied(next(value for value in values if value.name == name))
     value.type.tensor_type.shape.dim[0].dim_param = rows
     return value

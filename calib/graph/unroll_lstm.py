@@ -1,11 +1,11 @@
-"""The LSTM of an engine written out step by step, for queries of a fixed number of tokens.
+"""Unroll the LSTM of a graph for queries of a fixed number of tokens.
 
-TensorRT makes a loop of an LSTM, one for each direction, and what loops may not go into a CUDA graph. Written out, both
-directions take their steps together, all words meet the input weights in one product before the first step, and nothing
-but the recurrence itself is done one after the other. Each step costs its time also past the end of a query, so engines
-are built for a few numbers of tokens, and the next larger one answers (`runtime.backends.tensorrt_backend`).
+TensorRT runs each direction of an LSTM as a loop, which CUDA graphs cannot capture. Unrolled, both directions take
+their steps together, and one product applies the input weights to all words before the first step. Steps past the end
+of a query cost the same time, so engines are built for a few numbers of tokens, and the runtime takes the smallest one
+that fits (`runtime.backends.tensorrt_backend`).
 
-Shape letters: S steps, B batch, E width of a word, H LSTM width. Gates stand in ONNX's order: i, o, f, c.
+Shape letters: S steps, B batch, E width of a word, H LSTM width. Gates are in ONNX order: i, o, f, c.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.onnx_graph import needed_nodes, replace_nodes
+from calib.graph.graph_editing import copied, needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -25,22 +25,21 @@ TOKENS = "query_tokens"
 
 
 def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
-    """Return a graph of ours that takes exactly `steps` tokens, shorter queries padded as ever, and has no LSTM.
+    """Return a copy of a graph with its LSTMs unrolled.
 
-    Any precision: each LSTM is computed in the type of its own weights. The arithmetic is the LSTM's, in another order.
+    Args:
+        model: a graph of this toolkit, of any precision. Each LSTM is computed in the type of its weights.
+        steps: number of tokens that the copy takes; shorter queries are padded as before.
 
     Raises:
-        ModelFileError: the graph has no two LSTMs side by side for each layer, as graphs of ours have.
+        ModelFileError: the graph does not have two LSTMs per layer.
     """
-    import onnx
-
     layers = lstm_layers(model)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     graph = copy.graph
     (tokens,) = (value for value in graph.input if value.name == TOKENS)
     tokens.type.tensor_type.shape.dim[1].dim_value = steps
-    # What was known of other shapes was known for any number of tokens.
+    # Other shapes are described for any number of tokens.
     del graph.value_info[:]
     nodes = [node for node in graph.node if node.op_type != "LSTM"]
     for scope, pair in layers.items():
@@ -48,13 +47,13 @@ def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
         nodes += layer.nodes()
         graph.initializer.extend(layer.constants)
     known = [value.name for value in (*graph.input, *graph.initializer)]
-    # The initial states of the LSTMs are not needed any longer.
+    # Drops the initial states of the LSTMs.
     replace_nodes(graph, needed_nodes(list(_in_order(nodes, known)), {value.name for value in graph.output}))
     return copy
 
 
 def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Return the two LSTMs of each layer by what their names have in common; raises as `unroll_lstm`."""
+    """Return the two LSTMs of each layer by their common name prefix; raises the errors of `unroll_lstm`."""
     layers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type == "LSTM":
@@ -62,15 +61,15 @@ def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     reads_words = any(value.name == TOKENS for value in model.graph.input)
     if not reads_words or not layers or any(len(pair) != 2 for pair in layers.values()):
         raise ModelFileError(
-            "Only a graph of ours, in which two LSTMs make a layer, can have them written out; export it with this "
-            "version.",
+            f"Expected two LSTM nodes for each layer, got {[len(pair) for pair in layers.values()]}. Export the model "
+            "again with this version.",
             code="unsupported_lstm",
         )
     return layers
 
 
 class _Layer:
-    """Both directions of one layer of a BiLSTM, as the nodes that take their place."""
+    """Both directions of one BiLSTM layer as unrolled nodes."""
 
     def __init__(
         self, scope: str, pair: Sequence[onnx.NodeProto], weights: dict[str, onnx.TensorProto], steps: int
@@ -79,13 +78,13 @@ class _Layer:
 
         self.scope, self.pair, self.steps = scope, pair, steps
         self.constants: list[onnx.TensorProto] = []
-        given = [[numpy_helper.to_array(weights[name]) for name in node.input[1:4]] for node in pair]
-        self.hidden = given[0][1].shape[2]
-        # (2, E, 4H), (2, H, 4H) and (2, 1, 4H): W and R as MatMul takes them, and both biases, which are only added.
-        self.word_weights = self._constant("W", np.concatenate([w.transpose(0, 2, 1) for w, _, _ in given]))
-        self.state_weights = self._constant("R", np.concatenate([r.transpose(0, 2, 1) for _, r, _ in given]))
-        biases = np.concatenate([b.astype(np.float64).reshape(1, 2, -1).sum(axis=1, keepdims=True) for *_, b in given])
-        self.bias = self._constant("B", biases.astype(np.float32).astype(given[0][2].dtype))
+        directions = [[numpy_helper.to_array(weights[name]) for name in node.input[1:4]] for node in pair]
+        self.hidden = directions[0][1].shape[2]
+        # (2, E, 4H), (2, H, 4H) and (2, 1, 4H): W and R transposed for MatMul, and the sum of both biases.
+        self.word_weights = self._constant("W", np.concatenate([w.transpose(0, 2, 1) for w, _, _ in directions]))
+        self.state_weights = self._constant("R", np.concatenate([r.transpose(0, 2, 1) for _, r, _ in directions]))
+        biases = [b.astype(np.float64).reshape(1, 2, -1).sum(axis=1, keepdims=True) for *_, b in directions]
+        self.bias = self._constant("B", np.concatenate(biases).astype(np.float32).astype(directions[0][2].dtype))
 
     def _constant(self, name: str, values: np.ndarray) -> str:
         from onnx import numpy_helper
@@ -98,7 +97,7 @@ class _Layer:
         return self._constant(name, np.array(values, np.int64))
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
-        """Yield what makes the (S, 1, B, H) outputs of both LSTMs from their (S, B, E) inputs."""
+        """Yield the nodes that compute the (S, 1, B, H) outputs of both LSTMs from their (S, B, E) inputs."""
         from onnx import helper
 
         def made(kind: str, inputs: Iterable[str], name: str, outputs: int = 1, **more: Any) -> onnx.NodeProto:
@@ -137,15 +136,15 @@ class _Layer:
             yield made("Mul", [entry, f"{scope}/{step}.candidate"], f"{step}.entered")
             entered = f"{scope}/{step}.entered"
             if cell:
-                yield made("Mul", [forget, cell], f"{step}.kept")
-                yield made("Add", [f"{scope}/{step}.kept", entered], f"{step}.cell")
+                yield made("Mul", [forget, cell], f"{step}.remembered")
+                yield made("Add", [f"{scope}/{step}.remembered", entered], f"{step}.cell")
                 entered = f"{scope}/{step}.cell"
             cell = entered
-            yield made("Tanh", [cell], f"{step}.told")
-            yield made("Mul", [output, f"{scope}/{step}.told"], f"{step}.state")
+            yield made("Tanh", [cell], f"{step}.squashed")
+            yield made("Mul", [output, f"{scope}/{step}.squashed"], f"{step}.state")
             state = f"{scope}/{step}.state"
             yield made("Unsqueeze", [state, first], f"{step}.row")
-        # (S, 2, B, H), and each direction of it under the name that its LSTM's output had.
+        # (S, 2, B, H), split into the outputs of the two LSTMs.
         yield made("Concat", [f"{scope}/{step}.row" for step in range(steps)], "states", axis=0)
         outputs = [node.output[0] for node in self.pair]
         yield helper.make_node(
@@ -154,7 +153,7 @@ class _Layer:
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto], known: Iterable[str]) -> Iterator[onnx.NodeProto]:
-    """Yield nodes so that each stands behind those it reads from, otherwise as they are."""
+    """Yield nodes in topological order, otherwise in the given order."""
     ready, waiting = {"", *known}, list(nodes)
     while waiting:
         later = []
@@ -164,5 +163,5 @@ def _in_order(nodes: Sequence[onnx.NodeProto], known: Iterable[str]) -> Iterator
                 yield node
             else:
                 later.append(node)
-        assert len(later) < len(waiting), "a graph has no circles"
+        assert len(later) < len(waiting), "the graph has a cycle"
         waiting = later

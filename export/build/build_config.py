@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calib.calibration_set import LEAST_SAMPLES
+from calib.calibration_set import MIN_SAMPLES
 from calib.graph.onnx_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
 from export.build.reduced_precision import Precision
@@ -128,9 +128,9 @@ class BuildRequest:
             raise DeviceError(
                 f"--threads must be 1 to {MAX_THREADS}, and {self.threads} was given.", code="invalid_option"
             )
-        if self.precision in ("int8", "fp8") and self.table is None and self.calib_samples < LEAST_SAMPLES:
+        if self.precision in ("int8", "fp8") and self.table is None and self.calib_samples < MIN_SAMPLES:
             raise GroundingError(
-                f"--calib-samples {self.calib_samples} was given and at least {LEAST_SAMPLES} are needed: single "
+                f"--calib-samples {self.calib_samples} was given and at least {MIN_SAMPLES} are needed: single "
                 "videos would set the ranges; 512 is a good number.",
                 code="too_few_samples",
             )

@@ -244,7 +244,7 @@ class _Graph:
     """A graph in ONNX Runtime, on the CPU: what is compared must not depend on where it is compared."""
 
     def __init__(self, source: onnx.ModelProto | Path, threads: int | None) -> None:
-        self._session = open_session(source, threads, optimised=True)
+        self._session = open_session(source, threads, optimized=True)
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
         result: np.ndarray = self._session.run([FEATURES], {"clips": clips})[0]

@@ -57,12 +57,12 @@ class ParityChecker:
         # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
         # they are in only where ONNX Runtime is what will answer.
         graph = emulate_bf16(onnx.load_from_string(created.content))
-        optimised = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
+        optimized = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
         # One core for each of the two serves better than all cores for one after the other.
         threads = max((self.request.threads or os.cpu_count() or 2) // 2, 1)
         concurrent = self.request.threads != 1
         compared, reference = (
-            self._split_in_memory(graph, optimised, threads),
+            self._split_in_memory(graph, optimized, threads),
             self._split_in_memory(self.graph, True, threads),
         )
         return self._compare(compared, created.file(self.job.graph_path), reference, concurrent)
@@ -76,14 +76,14 @@ class ParityChecker:
         reference = self._split_in_memory(self.graph, True, self.request.threads)
         return self._compare(compared, ModelFile.of(self.job.output, created.manifest), reference, False)
 
-    def _split_in_memory(self, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Grounder:
+    def _split_in_memory(self, graph: onnx.ModelProto, optimized: bool, threads: int | None) -> Grounder:
         """Return a graph in memory, split so that each video is encoded once: the same numbers in two thirds of the
         time."""
         from calib.graph.onnx_session import InMemorySplitBackend
         from calib.graph.split_model import split_graph
         from runtime.grounding.grounder import Grounder
 
-        return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimised))
+        return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimized))
 
     def _compare(self, compared: Grounder, file: ModelFile, reference: Grounder, concurrent: bool) -> ParityReport:
         from export.parity.model_file import ModelFile

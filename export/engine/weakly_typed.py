@@ -193,8 +193,9 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    from calib.graph.graph_editing import replace_nodes
     from calib.graph.half_precision import float32_values
-    from calib.graph.onnx_graph import replace_nodes, tensor_types
+    from calib.graph.onnx_graph import tensor_types
     from calib.graph.opset import opset_of, with_opset
 
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)

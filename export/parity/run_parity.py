@@ -139,11 +139,11 @@ def load_for_comparison(path: Path, device: Device, threads: int | None, exact: 
             how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
             code = "rounded_to_bf16" if precision == "bf16" else "without_fusions"
             log.info("%s is %s: computed on the CPU %s.", path, precision, how, extra={"code": code})
-            return _computed(path, graph, threads, optimised=precision == "bf16")
+            return _computed(path, graph, threads, optimized=precision == "bf16")
     return Grounder.load(path, device, threads)
 
 
-def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised: bool) -> Grounder:
+def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimized: bool) -> Grounder:
     from calib.graph.half_precision import emulate_bf16
     from calib.graph.onnx_graph import manifest_in
     from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend
@@ -151,7 +151,7 @@ def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimised
 
     manifest = manifest_in(path)
     if manifest.part != "query":
-        return Grounder(InMemoryBackend(emulate_bf16(graph), threads, optimised))
+        return Grounder(InMemoryBackend(emulate_bf16(graph), threads, optimized))
     ((name, digest),) = manifest.video_part.items()
     video = load_onnx(locate_part(path, name, digest))
-    return Grounder(InMemorySplitBackend(emulate_bf16(video), emulate_bf16(graph), threads, optimised))
+    return Grounder(InMemorySplitBackend(emulate_bf16(video), emulate_bf16(graph), threads, optimized))

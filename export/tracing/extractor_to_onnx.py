@@ -77,7 +77,7 @@ def check_c3d(path: Path, model: C3D) -> float:
     Raises:
         CheckFailed: it is beyond the tolerance.
     """
-    session = open_session(path, optimised=True)
+    session = open_session(path, optimized=True)
     rng = np.random.default_rng(0)
     largest = 0.0
     for size in BATCH_SIZES:

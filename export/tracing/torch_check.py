@@ -31,7 +31,7 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
     Raises:
         CheckFailed: one is beyond `TOLERANCE`, or the graph does not run.
     """
-    session = open_session(path, optimised=True)
+    session = open_session(path, optimized=True)
     questions = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
     return _differences(model, questions, lambda batch, _: session.run(list(HEAD_NAMES), vars(batch)))
 
@@ -43,7 +43,7 @@ def check_pair_against_torch(
 
     The queries of a batch ask fewer videos than there are queries, some several times, in any order.
     """
-    encoder, asker = (open_session(part, optimised=True) for part in (video, query))
+    encoder, asker = (open_session(part, optimized=True) for part in (video, query))
 
     def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
         distinct, index = np.unique(videos, return_inverse=True)

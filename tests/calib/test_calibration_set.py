@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calib.calibration_set import (
-    LEAST_SAMPLES,
+    MIN_SAMPLES,
     CalibrationSet,
     coverage_table,
     forbid_test_videos,
@@ -129,18 +129,18 @@ def test_calibration_set_rejects_test_sentences(drawn: CalibrationSet, data_set:
         forbid_test_videos(data_set, names[:4])
 
 
-@pytest.mark.parametrize("samples", [0, 1, LEAST_SAMPLES - 1])
+@pytest.mark.parametrize("samples", [0, 1, MIN_SAMPLES - 1])
 def test_too_few_samples_are_rejected_with_minimum_and_reason(
     data_set: DataSet, manifest: Manifest, samples: int
 ) -> None:
-    with raises(CalibrationError, "too_few_samples", samples, LEAST_SAMPLES):
+    with raises(CalibrationError, "too_few_samples", samples, MIN_SAMPLES):
         sample_calibration_set(data_set, manifest, samples=samples)
 
 
 def test_too_small_data_set_is_rejected(copy: Path, manifest: Manifest) -> None:
     path = DataSet(copy).annotations_path("train")
     lines = path.read_text().splitlines()
-    with raises(CalibrationError, "too_few_samples", path, LEAST_SAMPLES):
+    with raises(CalibrationError, "too_few_samples", path, MIN_SAMPLES):
         sample_calibration_set(rewrite_training(copy, lines[:20]), manifest)
 
 

@@ -468,9 +468,9 @@ def test_auto_target_without_gpu_is_onnxruntime_with_reason() -> None:
         choose_target("tensorrt")
 
 
-@pytest.mark.parametrize(("target", "optimised"), [("onnxruntime", True), ("tensorrt-rtx", False)])
+@pytest.mark.parametrize(("target", "optimized"), [("onnxruntime", True), ("tensorrt-rtx", False)])
 def test_int8_parity_check_uses_graph_form_of_the_target(
-    target: Any, optimised: bool, model: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Any, optimized: bool, model: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if target == "tensorrt-rtx":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -479,8 +479,8 @@ def test_int8_parity_check_uses_graph_form_of_the_target(
     class Enough(Exception):
         pass
 
-    def stop(_: Any, graph: onnx.ModelProto, optimised: bool, threads: int | None) -> Any:
-        seen.append((optimised, _narrow_operators(graph)))
+    def stop(_: Any, graph: onnx.ModelProto, optimized: bool, threads: int | None) -> Any:
+        seen.append((optimized, _narrow_operators(graph)))
         raise Enough
 
     monkeypatch.setattr("export.build.parity_check.ParityChecker._split_in_memory", stop)
@@ -491,7 +491,7 @@ def test_int8_parity_check_uses_graph_form_of_the_target(
             query_length=(1, 8, 12),
         )  # fmt: skip
     # ONNX Runtime multiplies products in eight bits on a CPU, engines convolutions.
-    assert seen == [(optimised, {"MatMul"} if target == "onnxruntime" else {"Conv"})]
+    assert seen == [(optimized, {"MatMul"} if target == "onnxruntime" else {"Conv"})]
 
 
 def _narrow_operators(graph: onnx.ModelProto) -> set[str]:

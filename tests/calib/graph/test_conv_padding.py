@@ -105,6 +105,6 @@ def test_onnx_runtime_option_keeps_padding_separate(model: onnx.ModelProto, tmp_
             providers=["CPUExecutionProvider"],
             disabled_optimizers=DISABLED_OPTIMIZERS if told else None,
         )
-        optimised = onnx.load(options.optimized_model_filepath)
-        kept[told] = sum(node.op_type == "Pad" for node in optimised.graph.node)
+        optimized = onnx.load(options.optimized_model_filepath)
+        kept[told] = sum(node.op_type == "Pad" for node in optimized.graph.node)
     assert kept == {False: 0, True: 2}

@@ -104,11 +104,11 @@ def test_convs_to_matmul_equals_convolution(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerances.HEADS * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("optimized", [False, True])
 def test_convs_to_matmul_keeps_heads(
-    rows: onnx.ModelProto, narrowed: onnx.ModelProto, batch: Batch, optimised: bool
+    rows: onnx.ModelProto, narrowed: onnx.ModelProto, batch: Batch, optimized: bool
 ) -> None:
-    found = open_session(rows, 1, optimised).run(OUTPUTS, vars(batch))
+    found = open_session(rows, 1, optimized).run(OUTPUTS, vars(batch))
     wanted = open_session(narrowed, 1).run(OUTPUTS, vars(batch))
     for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
         errors = np.abs(ours - theirs) / np.abs(theirs).max()
@@ -171,7 +171,7 @@ def test_uint8_form_has_the_same_heads(rows: onnx.ModelProto, batch: Batch) -> N
 def test_in_memory_backend_equals_saved_graph(rows: onnx.ModelProto, batch: Batch, tmp_path: Path) -> None:
     path = tmp_path / "drn.int8.onnx"
     onnx.save(rows, path)
-    judged, runs = InMemoryBackend(rows, 1, optimised=True).run(batch), open_graph(path, "cpu", 1).run(batch)
+    judged, runs = InMemoryBackend(rows, 1, optimized=True).run(batch), open_graph(path, "cpu", 1).run(batch)
     for name in OUTPUTS:
         # Padding, which the runtime leaves apart, is the one difference; it multiplies nothing.
         np.testing.assert_allclose(getattr(judged, name), getattr(runs, name), rtol=0, atol=1e-6, err_msg=name)
@@ -181,12 +181,12 @@ def test_onnx_runtime_computes_every_product_in_int8(
     rows: onnx.ModelProto, narrowed: onnx.ModelProto, tmp_path: Path
 ) -> None:
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(rows.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    optimised = onnx.load(options.optimized_model_filepath)
+    optimized = onnx.load(options.optimized_model_filepath)
     counts, before, after = (
-        Counter(node.op_type for node in model.graph.node) for model in (optimised, narrowed, rows)
+        Counter(node.op_type for node in model.graph.node) for model in (optimized, narrowed, rows)
     )
     assert counts["MatMulIntegerToFloat"] == before["Conv"] - after["Conv"] == 13
     assert counts["DequantizeLinear"] == 0
