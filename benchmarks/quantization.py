@@ -1,52 +1,68 @@
-"""Measure the accuracy of each precision and calibration method on every query of a split.
+"""Measure the accuracy of each precision and calibration candidate on the queries of a split.
 
-The table of docs/quantization.md. All graphs are computed operator by operator as they stand, as an engine would.
+The tables of docs/quantization.md. Graphs of engines are computed operator by operator. Graphs for a CPU are computed
+as ONNX Runtime optimizes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import onnx
 from tqdm import tqdm
 
 from benchmarks.cpu import _cpu_name
-from calib.accuracy import table_of
-from calib.calibrate import observe_set
-from calib.calibration_set import coverage_table, sample_calibration_set
+from calib.accuracy import Candidate, table_of
+from calib.calibrate import measure_statistics
+from calib.calibration_set import CalibrationSet, coverage_table, sample_calibration_set
+from calib.graph.conv_to_matmul import convs_to_matmul
 from calib.graph.half_precision import convert_to_half, emulate_bf16
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.graph.onnx_session import InMemorySplitBackend
 from calib.graph.opset import raise_opset
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
-from calib.qdq_quantizer import insert_qdq
-from calib.range_estimation import METHODS
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
+from calib.range_estimation import METHODS, ActivationStatistics
 from export.build.reduced_precision import OPSETS
 from export.parity.compare import collect_outputs, compare
 from export.parity.parity_result import ParityResult, format_points
+from runtime.core.batch import HEAD_NAMES, Heads
 from runtime.core.cli import command
 from runtime.core.io.atomic_files import write_json
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 
+# Held-out training queries to measure the SQNR of the heads on.
+SQNR_QUERIES = 128
 ROW = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One graph and what it costs."""
+    """One graph and its accuracy.
+
+    Attributes:
+        precision: precision of the graph.
+        method: label of the calibration candidate.
+        share: share of the multiply-adds in the precision, 0 to 1.
+        size: size as a fraction of FP32.
+        sqnr_db: signal to quantization noise of each head in decibel, on `SQNR_QUERIES` held-out training queries.
+        parity: comparison with FP32.
+    """
 
     precision: str
     method: str
     share: float
     size: float
+    sqnr_db: Mapping[str, float]
     parity: ParityResult
 
 
@@ -59,39 +75,44 @@ def tabulate(
     samples: int = 512,
     threads: int = 1,
     precisions: tuple[str, ...] = ("fp16", "bf16", "int8", "fp8"),
+    cpu: bool = False,
     output: Path | None = None,
 ) -> list[Entry]:
-    """Judge a graph in every precision, and in 8 bits by every method, against FP32.
+    """Compare a graph in each precision, and in 8 bits by each calibration candidate, with FP32.
 
     Args:
-        onnx_file: the FP32 graph.
+        onnx_file: FP32 graph.
         data: directory of a data set (docs/formats.md); calibrated on its training split.
-        split: whose queries judge.
-        limit: only the first so many.
-        samples: calibration samples.
-        threads: CPU threads.
-        precisions: which.
+        split: split of the queries to compare on.
+        limit: maximum number of queries.
+        samples: number of calibration samples.
+        threads: number of CPU threads.
+        precisions: precisions to measure.
+        cpu: write int8 graphs for ONNX Runtime on a CPU, with and without unsigned activations.
         output: JSON file for the table.
     """
     source, data_set = load_fp32_graph(onnx_file), DataSet(data)
     annotations = data_set.annotations(split)[:limit]
-    reference = _grounder(source, threads)
+    reference = _grounder(source, threads, cpu)
     with tqdm(total=len(annotations), desc="fp32", unit="query", leave=False, disable=None) as bar:
         known = collect_outputs(reference, data_set, annotations, on_progress=bar.update)
     drawn = sample_calibration_set(data_set, read_manifest(source), samples)
     started = time.perf_counter()
-    gains, histograms = observe_set(source, drawn, threads=threads)
+    statistics = measure_statistics(source, drawn, threads=threads)
     calibrated_in = time.perf_counter() - started
-    tables = {method: table_of(source, histograms, drawn, method, gains) for method in METHODS}
+    held_out = dataclasses.replace(drawn, annotations=drawn.held_out[:SQNR_QUERIES], held_out=())
+    batches = list(held_out.batches(read_manifest(source)))
+    expected = [reference.backend.run(batch) for batch in batches]
     fp32_bytes = len(source.SerializeToString())
     entries = []
-    for precision, method, graph in _graphs(source, precisions, tables):
+    for precision, method, graph in _graphs(source, precisions, statistics, drawn, cpu):
         counted = audit_graph(graph)
         with tqdm(total=len(annotations), desc=f"{precision} {method}", unit="query", leave=False, disable=None) as bar:
-            judged = _grounder(emulate_bf16(graph), threads)
-            parity = compare(reference, judged, data_set, annotations, known=known, on_progress=bar.update)
+            other = _grounder(emulate_bf16(graph), threads, cpu)
+            parity = compare(reference, other, data_set, annotations, known=known, on_progress=bar.update)
         size = len(graph.SerializeToString()) / fp32_bytes
-        entries.append(Entry(precision, method, counted.share(precision), size, parity))
+        sqnr_db = _sqnr_db(expected, [other.backend.run(batch) for batch in batches])
+        entries.append(Entry(precision, method, counted.share(precision), size, sqnr_db, parity))
         print(_line(entries[-1]), flush=True)
     print(_markdown(entries))
     print(coverage_table(drawn.coverage))
@@ -115,6 +136,7 @@ def tabulate(
                         "method": entry.method,
                         "share of the multiply-adds": entry.share,
                         "size of FP32": entry.size,
+                        "SQNR of held-out training queries, dB": entry.sqnr_db,
                         # The sentences of a data set are not ours to publish.
                         **{name: value for name, value in entry.parity.to_dict().items() if name != "worst"},
                     }
@@ -125,22 +147,42 @@ def tabulate(
     return entries
 
 
-def _graphs(source: onnx.ModelProto, precisions: tuple[str, ...], tables: Any) -> Iterator[tuple[str, str, Any]]:
+def _graphs(
+    source: onnx.ModelProto,
+    precisions: tuple[str, ...],
+    statistics: ActivationStatistics,
+    drawn: CalibrationSet,
+    cpu: bool,
+) -> Iterator[tuple[str, str, onnx.ModelProto]]:
+    """Yield precision, label and graph of all rows."""
+    candidates = [*map(Candidate, METHODS), Candidate("mse", equalize=False), Candidate("output", equalize=False)]
     for precision in precisions:
         if precision in ("fp16", "bf16"):
             yield precision, "", convert_to_half(raise_opset(source, OPSETS[precision]), precision)  # type: ignore[arg-type]
             continue
-        for method, table in tables.items():
-            yield (
-                precision,
-                method,
-                convert_to_half(insert_qdq(source, table, None, precision, OPSETS[precision]), "fp16"),
-            )
+        for unsigned in (False, True) if cpu else (False,):
+            policy = QuantizationPolicy(stored=() if cpu else QuantizationPolicy.stored, unsigned=unsigned)
+            for candidate in candidates:
+                table = table_of(source, statistics, drawn, candidate, policy)
+                graph = insert_qdq(source, table, policy, precision, None if cpu else OPSETS[precision])  # type: ignore[arg-type]
+                label = f"{candidate}{', unsigned' * unsigned}"
+                yield precision, label, convs_to_matmul(graph) if cpu else convert_to_half(graph, "fp16")
 
 
-def _grounder(graph: onnx.ModelProto, threads: int) -> Grounder:
-    # Cut in two, so that the queries of one video share its part: the same numbers in less time.
-    return Grounder(InMemorySplitBackend(*split_graph(graph), threads))
+def _grounder(graph: onnx.ModelProto, threads: int, optimized: bool) -> Grounder:
+    # Split, so that the queries of a video share its part.
+    return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimized))
+
+
+def _sqnr_db(expected: Sequence[Heads], actual: Sequence[Heads]) -> dict[str, float]:
+    """Return the signal to quantization noise ratio of each head over batches, in decibel."""
+    result = {}
+    for name in HEAD_NAMES:
+        pairs = [(getattr(first, name), getattr(second, name)) for first, second in zip(expected, actual, strict=True)]
+        noise = sum(float(np.square(first - second, dtype=np.float64).sum()) for first, second in pairs)
+        signal = sum(float(np.square(first, dtype=np.float64).sum()) for first, _ in pairs)
+        result[name] = 10 * math.log10(signal / noise)
+    return result
 
 
 def _line(entry: Entry) -> str:
@@ -151,7 +193,8 @@ def _line(entry: Entry) -> str:
     return (
         f"| {entry.precision.upper()} | {entry.method} | {recall} | {change} | {len(flips.gained)}, {len(flips.lost)} "
         f"({flips.p_value:.2f}) | {parity.boundaries.p50:.4f}, {parity.boundaries.p99:.3f} | {parity.overlap.mean:.4f} "
-        f"| {100 * entry.share:.1f} % | {entry.size:.2f} |"
+        f"| {', '.join(f'{value:.1f}' for value in entry.sqnr_db.values())} | {100 * entry.share:.1f} % "
+        f"| {entry.size:.2f} |"
     )
 
 
@@ -161,9 +204,10 @@ def _markdown(entries: list[Entry]) -> str:
     return "\n".join(
         [
             "| precision | method | R@1 IoU=0.5 | R@1 IoU=0.7 | mIoU | change of R@1 0.7 | of mIoU | gained, lost at "
-            "0.7 (McNemar p) | boundary shift p50, p99, s | mean IoU with FP32 | multiply-adds in it | size |",
-            "|" + " --- |" * 12,
-            f"| FP32 | | {recall} | | | | | | 100 % | 1 |",
+            "0.7 (McNemar p) | boundary shift p50, p99, s | mean IoU with FP32 | SQNR of matching, boundaries, IoU, dB "
+            "| multiply-adds in it | size |",
+            "|" + " --- |" * 13,
+            f"| FP32 | | {recall} | | | | | | | 100 % | 1 |",
             *map(_line, entries),
         ]
     )

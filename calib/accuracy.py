@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from calib.calibration_set import CalibrationSet, ManifestOnlyBackend, forbid_test_videos
 from calib.calibration_table import CalibrationTable, calibration_key
-from calib.graph.channel_equalization import ChannelScales
 from calib.graph.onnx_graph import graph_hash, read_manifest, weights_hash
 from calib.graph.onnx_session import InMemorySplitBackend
 from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
-from calib.range_estimation import METHODS, Histogram, Method, ranges
+from calib.range_estimation import METHODS, ActivationStatistics, Method
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.core.agreement import FLIP_THRESHOLDS, compare_answers
 from runtime.core.video import Segments
@@ -31,23 +30,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 
+# Standard errors on each side of the mean that contain 95 % of a normal distribution.
 Z_95 = 1.96
-"""Standard errors on each side of the mean of a normal distribution that hold 95 %."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyDelta:
-    """The loss of one graph compared with the FP32 graph on the same N queries; drops in points (percent), gains
-    negative.
+    """The accuracy loss of a graph against the FP32 graph on the same queries.
 
     Attributes:
-        drop_50, drop_70: of R@1 at IoU 0.5 and 0.7.
-        drop_miou: of mIoU.
-        lost_50, gained_50, lost_70, gained_70: queries whose R@1 flips.
-        shift_median, shift_p99: seconds by which the two ends of the top moment move.
-        agreement: mean temporal IoU of the two graphs' top moments, 1 for the same.
-        queries: N.
-        miou_error: standard error of drop_miou.
+        drop_50, drop_70: loss of R@1 at IoU 0.5 and 0.7, in points (percent); negative for a gain.
+        drop_miou: loss of mIoU, in points.
+        lost_50, gained_50, lost_70, gained_70: number of queries whose R@1 flips.
+        shift_median, shift_p99: shift of the ends of the top moment, in seconds.
+        agreement: mean temporal IoU of the top moments of the two graphs; 1 if they are equal.
+        queries: number of queries.
+        miou_error: standard error of drop_miou, in points.
     """
 
     drop_50: float
@@ -99,7 +97,7 @@ class AccuracyDelta:
 
 
 def format_deltas(rows: Sequence[tuple[str, AccuracyDelta]]) -> str:
-    """Return costs as text, a row each."""
+    """Return labeled losses as text, one line each."""
     width = max(len(label) for label, _ in rows)
     lines = [
         f"{'':<{width}}  {'R@1 0.5':>8} {'R@1 0.7':>8} {'mIoU':>7} {'flips 0.5':>10} {'flips 0.7':>10} "
@@ -115,10 +113,16 @@ def format_deltas(rows: Sequence[tuple[str, AccuracyDelta]]) -> str:
 
 
 class AccuracyEvaluator:
-    """Holds the held-out queries, their videos' segments and the FP32 graph's answers.
+    """Measures the accuracy loss of graphs against an FP32 graph on held-out training queries.
+
+    Args:
+        model: FP32 graph.
+        data_set: data set of the queries.
+        annotations: queries of training videos that no table was measured on.
+        threads: number of CPU threads.
 
     Raises:
-        CalibrationError: `annotations` holds test videos.
+        CalibrationError: a video of `annotations` is in the test split.
     """
 
     def __init__(
@@ -128,11 +132,11 @@ class AccuracyEvaluator:
         annotations: Sequence[Annotation],
         threads: int | None = None,
     ) -> None:
-        forbid_test_videos(data_set, {annotation.video for annotation in annotations}, "What methods are judged by")
+        forbid_test_videos(data_set, {annotation.video for annotation in annotations}, "The held-out set")
         self.data_set = data_set
         self.annotations = list(annotations)
         self.threads = threads
-        self._paper = Grounder(ManifestOnlyBackend(read_manifest(model)))
+        self._preparer = Grounder(ManifestOnlyBackend(read_manifest(model)))
         self._segments: dict[str, Segments] = {}
         # Graph and weights of a video part to the encodings of videos: the FP32 part, and the last other one.
         self._encoded: dict[tuple[str, str], dict[str, EncodedVideo]] = {}
@@ -140,11 +144,11 @@ class AccuracyEvaluator:
         self.reference = self._answers(model, "FP32")
 
     def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
-        """Return what `model` loses; `label` precedes the progress bar."""
+        """Return the loss of `model`; `label` is the description of the progress bar."""
         return self.compare(self._answers(model, label))
 
     def compare(self, result: Evaluation) -> AccuracyDelta:
-        """Return what an evaluation of the same queries loses."""
+        """Return the loss of an evaluation of the same queries."""
         expected, count = self.reference, len(self.annotations)
         paired = compare_answers(expected.picks, result.picks, expected.truth, self.durations, expected.report.protocol)
         lost, gained = (
@@ -167,9 +171,9 @@ class AccuracyEvaluator:
         )
 
     def _read(self, video: str) -> Segments:
-        """Return a video's segments, read once."""
+        """Return the segments of a video, which are read once."""
         if video not in self._segments:
-            self._segments[video] = self._paper.segments(self.data_set.video(video))
+            self._segments[video] = self._preparer.segments(self.data_set.video(video))
         return self._segments[video]
 
     def _encodings(self, video: onnx.ModelProto, grounder: Grounder) -> Callable[[str], EncodedVideo]:
@@ -205,42 +209,81 @@ class AccuracyEvaluator:
             )
 
 
-def choose_method(
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A calibration method, with or without channel equalization; `str` gives its label."""
+
+    method: Method
+    equalize: bool = True
+
+    def __str__(self) -> str:
+        return self.method if self.equalize else f"{self.method}, not equalized"
+
+
+def choose_candidate(
     model: onnx.ModelProto,
-    histograms: Mapping[str, Histogram],
+    statistics: ActivationStatistics,
     samples: CalibrationSet,
     evaluator: AccuracyEvaluator,
-    gains: ChannelScales | None = None,
     policy: QuantizationPolicy | None = None,
     kind: QuantDtype = "int8",
     methods: Sequence[Method] = METHODS,
-) -> tuple[Method, dict[Method, AccuracyDelta]]:
-    """Return the method whose graph answers held-out queries most like the FP32 graph, and what each costs.
+) -> tuple[Candidate, dict[Candidate, AccuracyDelta]]:
+    """Return the candidate whose graph agrees best with the FP32 graph on held-out queries, and the loss of each.
 
-    Decided by the mean temporal IoU with FP32's moments. Recall on some hundred queries moves by a whole flip (0.4
-    points for 250) or not at all, so that choosing by it would be choosing by chance.
+    All methods are tried with channel equalization, then the best one and `output` without it. Agreement is the mean
+    temporal IoU with the FP32 moments. Recall on some hundred queries changes in steps of a flip (0.4 points of 250
+    queries), so the method with the best recall would be a random one.
+
+    Args:
+        model: FP32 graph.
+        statistics: histograms of its tensors.
+        samples: calibration set of the statistics.
+        evaluator: over queries of other training videos.
+        policy: layers to quantize; the default policy when None.
+        kind: int8 or fp8.
+        methods: methods to try.
     """
-    costs: dict[Method, AccuracyDelta] = {}
-    for method in methods:
-        table = table_of(model, histograms, samples, method, gains)
-        costs[method] = evaluator.cost(insert_qdq(model, table, policy, kind), method)
-    return max(costs, key=lambda method: costs[method].agreement), costs
+    policy = policy or QuantizationPolicy()
+    costs: dict[Candidate, AccuracyDelta] = {}
+
+    def best_of(candidates: Iterable[Candidate]) -> Candidate:
+        for candidate in candidates:
+            table = table_of(model, statistics, samples, candidate, policy)
+            costs[candidate] = evaluator.cost(insert_qdq(model, table, policy, kind), str(candidate))
+        return max(costs, key=lambda candidate: costs[candidate].agreement)
+
+    best = best_of(Candidate(method) for method in methods)
+    if statistics.gains:
+        best = best_of(Candidate(method, equalize=False) for method in dict.fromkeys((best.method, "output")))
+    return best, costs
 
 
 def table_of(
     model: onnx.ModelProto,
-    histograms: Mapping[str, Histogram],
+    statistics: ActivationStatistics,
     samples: CalibrationSet,
-    method: Method,
-    gains: ChannelScales | None = None,
+    candidate: Candidate,
+    policy: QuantizationPolicy | None = None,
     choice: Mapping[str, Any] | None = None,
 ) -> CalibrationTable:
-    """Return the calibration table of one method."""
+    """Return the calibration table of one candidate.
+
+    Args:
+        model: FP32 graph.
+        statistics: histograms of its tensors.
+        samples: calibration set of the statistics.
+        candidate: method, and whether channels are equalized.
+        policy: its `unsigned` decides how many steps a range has.
+        choice: how the candidate was chosen, as JSON values.
+    """
+    unsigned = policy is not None and policy.unsigned
+    gains = statistics.gains if candidate.equalize else {}
     return CalibrationTable(
-        ranges(histograms, method),
-        calibration_key(model, samples.digest, method),
+        statistics.ranges(candidate.method, candidate.equalize, unsigned),
+        calibration_key(model, samples.digest, candidate.method),
         tuple(samples.videos),
         samples.coverage,
         choice or {},
-        {name: tuple(row) for name, row in (gains or {}).items()},
+        {name: tuple(row) for name, row in gains.items()},
     )

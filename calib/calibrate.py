@@ -1,4 +1,4 @@
-"""`python -m calib.calibrate`: measure the ranges of a graph's tensors on training videos."""
+"""`python -m calib.calibrate`: measure the activation ranges of a graph on training videos."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from calib.accuracy import AccuracyEvaluator, choose_method, format_deltas, table_of
+from calib.accuracy import AccuracyEvaluator, Candidate, choose_candidate, format_deltas, table_of
 from calib.calibration_set import (
     HELD_OUT,
     SAMPLES,
@@ -21,10 +21,10 @@ from calib.calibration_set import (
 )
 from calib.calibration_table import SUFFIX, CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import balanced_name, measure_channel_scales
+from calib.graph.channel_equalization import measure_channel_scales
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
-from calib.qdq_quantizer import QuantDtype, balanced, tensors_to_calibrate
-from calib.range_estimation import Histogram, collect_histograms
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, channel_energies
+from calib.range_estimation import ActivationStatistics, MethodOption, collect_statistics
 from runtime.core.batch import Batch
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drn")
 
+# Queries to measure channel equalization on; ranges are measured on all samples.
 GAIN_SAMPLES = 128
-"""Enough to separate channels of large and small values; ranges are then measured on all samples."""
 
 
 def calibrate(
@@ -46,7 +46,7 @@ def calibrate(
     data: Path,
     output: Path,
     *,
-    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
+    method: MethodOption = "auto",
     samples: int = SAMPLES,
     held_out: int = HELD_OUT,
     seed: int = 0,
@@ -59,8 +59,8 @@ def calibrate(
         onnx: FP32 graph from `python -m export.to_onnx`.
         data: directory of a data set (docs/formats.md). Only its training split is read.
         output: calibration table to write, named `*.calibration.json`.
-        method: how to choose a range; auto takes the method whose INT8 graph agrees best with FP32 on held-out
-            queries.
+        method: how to choose a range; output minimizes the error of the layers that read the tensor. auto takes the
+            method, with or without channel equalization, whose INT8 graph agrees best with FP32 on held-out queries.
         samples: number of queries to calibrate on, at least 32.
         held_out: number of queries of other training videos to choose the method with.
         seed: random seed of both selections.
@@ -76,18 +76,19 @@ def calibrate(
     """
     if batch_size < 1 or held_out < 1:
         raise CalibrationError(
-            f"--batch-size and --held-out must be at least 1, and {batch_size} and {held_out} were given.",
+            f"Expected --batch-size and --held-out of at least 1, got {batch_size} and {held_out}. Correct the option.",
             code="invalid_option",
         )
     if Path(output).resolve() == Path(onnx).resolve():
         raise OutputError(
-            f"--output {output} is the graph itself; choose another, as drn{SUFFIX}.", code="output_is_input"
+            f"--output {output} is also the input. Choose another file name, such as drn{SUFFIX}.",
+            code="output_is_input",
         )
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     log.info("Drawing calibration samples ...")
     drawn = sample_calibration_set(data_set, read_manifest(model), samples, seed, held_out=held_out)
-    # Entered before the work, so that an unwritable output is known at once.
+    # An output that cannot be written is an error before the work.
     with atomic_write(output) as temporary:
         table = measure_table(model, drawn, method, batch_size, threads)
         table.save(temporary)
@@ -100,69 +101,68 @@ def calibrate(
 
 
 def unproven_name(onnx: Path, kind: QuantDtype = "int8") -> Path:
-    """Return the file name for a graph of `calib.quantize`; `export.build_engine` gives checked graphs another one."""
+    """Return the file name for a graph of `calib.quantize`, which differs from that of a checked graph."""
     return Path(onnx).with_suffix(f".{kind}-unproven.onnx")
 
 
 def measure_table(
     model: onnx.ModelProto,
     drawn: CalibrationSet,
-    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto",
+    method: MethodOption = "auto",
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    judge: AccuracyEvaluator | None = None,
+    evaluator: AccuracyEvaluator | None = None,
+    policy: QuantizationPolicy | None = None,
     kind: QuantDtype = "int8",
 ) -> CalibrationTable:
-    """Return the table of a drawn calibration set; with `auto`, print what each method costs on the held-out part.
+    """Measure a calibration table; with `auto`, also print the loss of each method on the held-out queries.
 
     Args:
-        model: the FP32 graph.
-        drawn: what to calibrate on, and what to choose by.
-        method: how a range is found.
-        batch_size, threads: of the passes over the samples.
-        judge: over the held-out part, where the caller has one.
-        kind: what the methods are compared as.
+        model: FP32 graph.
+        drawn: queries to calibrate on, and held-out queries.
+        method: how to choose a range. Methods other than auto apply channel equalization.
+        batch_size: number of queries per batch.
+        threads: number of CPU threads.
+        evaluator: over the held-out queries; created when None and needed.
+        policy: layers to quantize in the comparison of methods; the default policy when None.
+        kind: precision in the comparison of methods.
     """
-    gains, histograms = observe_set(model, drawn, batch_size, threads)
+    statistics = measure_statistics(model, drawn, batch_size, threads)
     if method != "auto":
-        return table_of(model, histograms, drawn, method, gains)
+        return table_of(model, statistics, drawn, Candidate(method), policy)
     check_held_out(len(drawn.held_out))
-    judge = judge or AccuracyEvaluator(model, drawn.data_set, drawn.held_out, threads)
-    best, costs = choose_method(model, histograms, drawn, judge, gains, kind=kind)
-    print(format_deltas([(f"{name}{' *' * (name == best)}", cost) for name, cost in costs.items()]))
-    print(f"* chosen: answers most like FP32 on {costs[best].queries} queries of held-out training videos.")
+    evaluator = evaluator or AccuracyEvaluator(model, drawn.data_set, drawn.held_out, threads)
+    best, costs = choose_candidate(model, statistics, drawn, evaluator, policy, kind)
+    print(format_deltas([(f"{candidate}{' *' * (candidate == best)}", cost) for candidate, cost in costs.items()]))
+    print(f"* best agreement with FP32 on {costs[best].queries} queries of held-out training videos.")
     choice = {
         "by": "agreement with FP32 on held-out training videos",
-        "costs": {name: cost.to_dict() for name, cost in costs.items()},
+        "equalized": best.equalize,
+        "costs": {str(candidate): cost.to_dict() for candidate, cost in costs.items()},
     }
-    return table_of(model, histograms, drawn, best, gains, choice)
+    return table_of(model, statistics, drawn, best, policy, choice)
 
 
-def observe_set(
+def measure_statistics(
     model: onnx.ModelProto, drawn: CalibrationSet, batch_size: int = BATCH_SIZE, threads: int | None = None
-) -> tuple[dict[str, list[int]], dict[str, Histogram]]:
-    """Return how channels are balanced, and what is then seen of the default policy's tensors, with progress.
+) -> ActivationStatistics:
+    """Measure channel equalization and the histograms of the tensors that the default policy quantizes.
 
-    Tensors keep the names that they have in `model`.
+    Args:
+        model: FP32 graph.
+        drawn: queries to measure on.
+        batch_size: number of queries per batch.
+        threads: number of CPU threads.
     """
+
+    def batches(drawn: CalibrationSet, description: str) -> Iterable[Batch]:
+        content = drawn.batches(read_manifest(model), batch_size)
+        total = -(-len(drawn.annotations) // batch_size)
+        return tqdm(content, total=total, desc=description, unit="batch", leave=False, disable=None)
+
     first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
-    gains = measure_channel_scales(model, _with_bar(first, model, batch_size, "balancing channels"), threads)
-    after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
-    names = {balanced_name(model, name) if name in gains else name: name for name in tensors_to_calibrate(model)}
-    histograms = collect_histograms(after, list(names), _with_bar(drawn, model, batch_size, "calibrating"), threads)
-    return gains, {names[name]: histogram for name, histogram in histograms.items()}
-
-
-def _with_bar(drawn: CalibrationSet, model: onnx.ModelProto, batch_size: int, what: str) -> Iterable[Batch]:
-    batches = -(-len(drawn.annotations) // batch_size)
-    return tqdm(
-        drawn.batches(read_manifest(model), batch_size),
-        total=batches,
-        desc=what,
-        unit="batch",
-        leave=False,
-        disable=None,
-    )
+    gains = measure_channel_scales(model, batches(first, "equalizing channels"), threads)
+    return collect_statistics(model, channel_energies(model), batches(drawn, "calibrating"), threads, gains)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Quantize a graph to INT8 or FP8 with explicit QuantizeLinear and DequantizeLinear nodes.
 
-The 8-bit numbers of `fpn.layer_blocks.0` keep the name of its weight, `fpn.layer_blocks.0.weight`.
+The 8-bit values of a weight have the name of the weight, such as `fpn.layer_blocks.0.weight`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.channel_equalization import apply_channel_scales, balanced_name, equalizable_tensors
+from calib.graph.channel_equalization import apply_channel_scales, equalizable_tensors, equalized_name
+from calib.graph.graph_editing import copied
 from calib.graph.naming import ALIASES
 from calib.graph.onnx_graph import read_manifest, set_manifest
 from calib.graph.opset import opset_of, with_opset
 from calib.graph.precision_audit import count_macs
-from calib.range_estimation import ValueRange
+from calib.range_estimation import UNSIGNED_LEVELS, ValueRange
 from runtime.core.errors import excerpt
 
 if TYPE_CHECKING:
@@ -28,29 +29,29 @@ if TYPE_CHECKING:
 
 QuantDtype = Literal["int8", "fp8"]
 
+# The largest number of each kind. INT8 is symmetric, so -128 is not used.
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""The largest number of each kind; INT8 is symmetric, so -128 is left out."""
-
+# The first opset in which Q/DQ accepts E4M3 and FP16 scales.
 FP8_OPSET = 19
-"""Q/DQ reads E4M3, and FP16 scales, from here on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPolicy:
-    """The layers to quantize to INT8.
+    """The layers to quantize.
 
-    Names are modules of the graph and mean all below them: `fpn` is every convolution of the pyramid. The defaults
-    take 95 % of the multiply-adds. What is in neither list stays as it is: the LSTM and the attention, whose errors add
-    up over words; the inputs of the gates, which scale whole channels; the last layers of the heads, whose outputs
-    become scores and, through exp, seconds.
+    A name is a module of the graph with everything below it: `fpn` is every convolution of the pyramid. The defaults
+    contain 95 % of the multiply-adds. They exclude the LSTM and the attention, whose errors accumulate over words; the
+    inputs of the gates, which scale entire channels; and the last layers of the heads, which compute scores and times.
 
     Attributes:
-        computed: inputs and weights are 8 bits, so that engines multiply in 8 bits.
-        stored: weights alone are 8 bits, and are multiplied as they were: half of the file of FP16 for a rounding error
-            beside which nothing is measurable. INT8 only: E4M3 has 3 bits of mantissa.
-        op_types: operators looked at.
-        per_channel: weights have a scale for each output channel, else one.
-        keep: modules of those lists that are left alone after all. DRN's own names are understood too.
+        computed: modules whose inputs and weights are 8-bit, so that engines multiply in 8 bits.
+        stored: modules whose weights alone are 8-bit and are dequantized before use, which halves an FP16 file without
+            a measurable error. INT8 only: E4M3 has 3 bits of mantissa.
+        op_types: operators to quantize.
+        per_channel: whether weights have one scale per output channel, or a single one.
+        keep: modules to exclude, by the names of the graph or of DRN.
+        unsigned: whether inputs without negative values use all 256 steps (INT8 with zero point -128). ONNX Runtime
+            computes this form; TensorRT requires a zero point of 0.
     """
 
     computed: tuple[str, ...] = (
@@ -66,13 +67,14 @@ class QuantizationPolicy:
     op_types: tuple[str, ...] = ("Conv", "Gemm", "MatMul", "Gather")
     per_channel: bool = True
     keep: tuple[str, ...] = ()
+    unsigned: bool = False
 
     def keeping(self, *modules: str) -> QuantizationPolicy:
-        """Return this policy with more modules left alone."""
+        """Return this policy with more modules to exclude."""
         return dataclasses.replace(self, keep=(*self.keep, *modules))
 
     def only(self, *modules: str) -> QuantizationPolicy:
-        """Return a policy under which nothing but these modules becomes INT8."""
+        """Return this policy with only the given modules to quantize."""
         computed = tuple(module for module in modules if _under(module, self.computed))
         return dataclasses.replace(
             self, computed=computed, stored=tuple(module for module in modules if module not in computed), keep=()
@@ -81,14 +83,14 @@ class QuantizationPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedOp:
-    """An operator that becomes INT8.
+    """An operator to quantize.
 
     Attributes:
-        module: whose it is.
-        node: its name.
-        weight: the weight's name.
-        axis: of the weight's output channels.
-        tensor: the input to be quantised; None where weights alone are.
+        module: name of its module.
+        node: name of its node.
+        weight: name of its weight.
+        axis: axis of the output channels in the weight.
+        tensor: name of the input to quantize; None if only the weight is quantized.
     """
 
     module: str
@@ -101,39 +103,46 @@ class QuantizedOp:
 def find_quantizable_ops(
     model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8"
 ) -> list[QuantizedOp]:
-    """Return the operators that become INT8 under a policy, in the order of the graph.
+    """Return the operators to quantize under a policy, in the order of the graph.
 
     Raises:
-        CalibrationError: a module to keep is none of the policy's.
+        CalibrationError: a module of `policy.keep` is not in the policy.
     """
-    result = list(_sites(model, policy, kind))
-    # What only INT8 stores narrowly may be named for FP8 too.
-    nameable = list(dict.fromkeys(site.module for site in _sites(model, policy, "int8")))
+    # Modules that only INT8 stores in 8 bits are accepted in `keep` for FP8 too.
+    known = list(dict.fromkeys(op.module for op in _candidates(model, policy, "int8")))
     keep = tuple(ALIASES.get(name, name) for name in policy.keep)
-    for name, given in zip(keep, policy.keep):
-        if not any(_under(module, (name,)) for module in nameable):
-            known = ", ".join(nameable)
+    for name, option in zip(keep, policy.keep):
+        if not any(_under(module, (name,)) for module in known):
             raise CalibrationError(
-                f"There is no module {excerpt(given)} to keep; those that become INT8 are {known}.",
-                code="unknown_module",
+                f"There is no module {excerpt(option)} to keep. Choose from {', '.join(known)}.", code="unknown_module"
             )
-    return [site for site in result if not _under(site.module, keep)]
+    return [op for op in _candidates(model, policy, kind) if not _under(op.module, keep)]
 
 
 def modules(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8") -> list[str]:
-    """Return the modules that become INT8 under a policy, in the order of the graph."""
-    return list(dict.fromkeys(site.module for site in find_quantizable_ops(model, policy, kind)))
+    """Return the modules to quantize under a policy, in the order of the graph."""
+    return list(dict.fromkeys(op.module for op in find_quantizable_ops(model, policy, kind)))
 
 
-def tensors_to_calibrate(model: onnx.ModelProto, policy: QuantizationPolicy | None = None) -> list[str]:
-    """Return the tensors whose ranges a policy needs, each once."""
-    return list(
-        dict.fromkeys(
-            site.tensor
-            for site in find_quantizable_ops(model, policy or QuantizationPolicy())
-            if site.tensor is not None
-        )
-    )
+def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None = None) -> dict[str, np.ndarray]:
+    """Return the tensors to quantize under a policy, with the energy of the weights that read each channel.
+
+    The energy of channel c is the sum of W[o, c]^2 over the outputs o, and the taps, of all operators that read the
+    tensor: (C, 1, 1) for the input of a convolution, (C,) for that of a matrix product.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    energies: dict[str, np.ndarray] = {}
+    for op in find_quantizable_ops(model, policy or QuantizationPolicy()):
+        if op.tensor is not None:
+            squares = numpy_helper.to_array(constants[op.weight]).astype(np.float64) ** 2
+            is_conv = squares.ndim > 2
+            # The other axis of a matrix, and axis 1 of a kernel, has the input channels.
+            channels = 1 if is_conv else 1 - op.axis
+            energy = squares.sum(axis=tuple(axis for axis in range(squares.ndim) if axis != channels))
+            energies[op.tensor] = energies.get(op.tensor, 0) + (energy[:, None, None] if is_conv else energy)
+    return energies
 
 
 def insert_qdq(
@@ -145,19 +154,18 @@ def insert_qdq(
 ) -> onnx.ModelProto:
     """Return a copy of an FP32 graph with explicit Q/DQ around the operators of a policy.
 
-    Quantization is symmetric: an input has one scale, from the table; a weight has one for each output channel, from
-    its largest value. Biases stay as they are, because TensorRT refuses quantized ones. A tensor that several operators
-    read is quantized once.
+    An input has one scale, from the table. A weight has one scale per output channel, from its largest value. Biases
+    are not quantized, because TensorRT rejects quantized ones. A tensor that several operators read is quantized once.
 
     Args:
-        model: as `python -m export.to_onnx` writes it.
-        table: measured on this very model.
-        policy: what becomes 8 bits; the default policy when None.
-        kind: INT8, or FP8 in the form E4M3.
-        opset: of the result; the model's own when None, but 19 at least for FP8. FP16 around INT8 needs 19 too.
+        model: FP32 graph of `python -m export.to_onnx`.
+        table: calibration table measured on this model.
+        policy: layers to quantize; the default policy when None.
+        kind: int8, or fp8 in the form E4M3.
+        opset: opset of the result. None: that of the model, but at least 19 for FP8. FP16 around INT8 needs 19 too.
 
     Raises:
-        CalibrationError: the table was measured on something else or lacks a tensor, or a module to keep is unknown.
+        CalibrationError: the table is of another model or has no range for a tensor, or a module to keep is unknown.
     """
     import onnx
 
@@ -165,79 +173,78 @@ def insert_qdq(
     opset = opset or max(opset_of(model), FP8_OPSET if kind == "fp8" else 0)
     if kind == "fp8" and opset < FP8_OPSET:
         raise CalibrationError(
-            f"FP8 needs opset {FP8_OPSET} at least, and {opset} was asked for; leave --opset out.",
+            f"Expected --opset of at least {FP8_OPSET} for FP8, got {opset}. Remove the option.",
             code="unsupported_opset",
         )
     manifest = read_manifest(model)
     table.check(model)
-    tensors = {site.tensor for site in find_quantizable_ops(model, policy, kind)}
-    lacking = sorted(name for name in tensors if name is not None and name not in table.ranges)
-    if lacking:
+    tensors = {op.tensor for op in find_quantizable_ops(model, policy, kind) if op.tensor is not None}
+    missing = sorted(tensors - set(table.ranges))
+    if missing:
         raise CalibrationError(
-            f"The table has no range for {', '.join(lacking)}; calibrate again with this policy.", code="missing_range"
+            f"The table has no range for {', '.join(missing)}. Calibrate again with this policy.", code="missing_range"
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
-    model, ranges = balanced(model, table, tensors)
-    chosen = {site.node: site for site in find_quantizable_ops(model, policy, kind)}
-    if not chosen:
-        raise CalibrationError("Nothing is left to quantize; keep fewer modules.", code="nothing_to_quantize")
-    result = with_opset(_Writer(model, chosen, ranges, policy.per_channel, kind).run(), opset)
+    model, ranges = _equalized(model, table, tensors)
+    ops = {op.node: op for op in find_quantizable_ops(model, policy, kind)}
+    if not ops:
+        raise CalibrationError("No module remains to quantize. Keep fewer modules.", code="nothing_to_quantize")
+    result = with_opset(_Writer(model, ops, ranges, policy, kind).run(), opset)
     sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}
     set_manifest(result, dataclasses.replace(manifest, precision=kind, sources=sources))
     onnx.checker.check_model(result, full_check=True)
     return result
 
 
-def balanced(
-    model: onnx.ModelProto, table: CalibrationTable, tensors: Collection[str | None] | None = None
+def _equalized(
+    model: onnx.ModelProto, table: CalibrationTable, tensors: Collection[str]
 ) -> tuple[onnx.ModelProto, dict[str, ValueRange]]:
-    """Return a graph with the table's gains in it, and the ranges under the names that its tensors then have.
-
-    `tensors` are those that will be quantised, all when None: no other is touched.
-    """
-    import onnx
-
-    gains = {name: row for name, row in table.gains.items() if tensors is None or name in tensors}
+    """Return a graph with the gains of the given tensors applied, and the ranges by the new names of the tensors."""
+    gains = {name: row for name, row in table.gains.items() if name in tensors}
     ranges = dict(table.ranges)
     if not gains:
         return model, ranges
-    where = equalizable_tensors(model)
-    strange = sorted(set(gains) - set(where))
-    if strange:
+    equalizable = equalizable_tensors(model)
+    unknown = sorted(set(gains) - set(equalizable))
+    if unknown:
         raise CalibrationError(
-            f"The table balances {', '.join(strange)}, which this graph cannot; calibrate again.",
+            f"The table equalizes {', '.join(unknown)}, which is not possible in this graph. Calibrate again.",
             code="equalization_mismatch",
         )
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     for name, row in gains.items():
-        channels = constants[weights[where[name][0]]].dims[1]
+        channels = constants[weights[equalizable[name][0]]].dims[1]
         if len(row) != channels:
             raise CalibrationError(
-                f"The table has {len(row)} gains for {name}, which has {channels} channels; calibrate again.",
+                f"Expected {channels} gains for {name}, got {len(row)} in the table. Calibrate again.",
                 code="equalization_mismatch",
             )
         if name in ranges:
-            ranges[balanced_name(model, name)] = ranges[name]
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+            ranges[equalized_name(model, name)] = ranges[name]
+    result = copied(model)
     apply_channel_scales(result, gains)
     return result, ranges
 
 
 def quantize_weight(weight: np.ndarray, kind: QuantDtype, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return a weight as 8-bit numbers, and the float32 scales that give it back: one, or one per index of `axis`.
+    """Return a weight as 8-bit numbers of the same shape, and their float32 scales.
 
-    A number times its scale is within half a step of the weight. A channel of zeros has a scale of 1.
+    A number times its scale is within half a step of the weight. A channel of zeros has the scale 1.
+
+    Args:
+        weight: values in FP32.
+        kind: int8 or fp8.
+        axis: axis of the output channels, which have one scale each; None for a single scale.
     """
     weight = weight.astype(np.float64)
     others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
     largest = np.abs(weight).max(axis=others, keepdims=True)
-    # Rounded first, since that is what the number will be multiplied with.
+    # Rounded first, because the rounded scale multiplies the numbers.
     scale = half_precision_scale(np.where(largest > 0, largest / LARGEST[kind], 1))
     scaled = weight / scale.astype(np.float64)
     clipped = np.clip(scaled if kind == "fp8" else np.rint(scaled), -LARGEST[kind], LARGEST[kind])
-    # Through float32: from float64 to E4M3 numbers would be rounded differently.
+    # Through float32, because float64 is rounded to E4M3 differently.
     numbers = clipped.astype(np.float32).astype(number_type(kind))
     return numbers, scale.reshape(()) if axis is None else scale.reshape(-1)
 
@@ -254,16 +261,16 @@ def number_type(kind: QuantDtype) -> Any:
 def _check_finite(values: np.ndarray, what: str) -> None:
     if not np.isfinite(values).all():
         raise CalibrationError(
-            f"{what} is not finite, or too large for FP16; train the network again, or calibrate again.",
+            f"{what} is not finite, or too large for FP16. Train the network again, or calibrate again.",
             code="invalid_scale",
         )
 
 
 def half_precision_scale(scale: np.ndarray) -> np.ndarray:
-    """Return float32 scales that FP16 holds exactly, none below what is asked for and none 0.
+    """Return scales rounded up to the next FP16 number, as float32.
 
-    Around Q/DQ in FP16 the scales are FP16 too: one rounded down to 0 is refused by TensorRT, and one rounded after the
-    numbers were made would multiply them by another factor than they were divided by.
+    In an FP16 graph the scales of Q/DQ are FP16: TensorRT rejects a scale of 0, and a scale that is rounded after
+    quantization would multiply by another factor than it divided by.
     """
     with np.errstate(over="ignore"):
         rounded = np.asarray(scale, np.float64).astype(np.float16)
@@ -272,15 +279,15 @@ def half_precision_scale(scale: np.ndarray) -> np.ndarray:
 
 
 def attainable_share(model: onnx.ModelProto, kind: QuantDtype = "int8") -> float:
-    """Return the share of the multiply-adds of an FP32 graph that becomes 8-bit when no module is kept out, 0 to 1."""
-    computed = {
-        site.node for site in find_quantizable_ops(model, QuantizationPolicy(), kind) if site.tensor is not None
-    }
+    """Return the share of the multiply-adds of an FP32 graph that the default policy computes in 8 bits, 0 to 1."""
     macs = count_macs(model)
-    return sum(macs[name].count for name in computed) / sum(operator.count for operator in macs.values())
+    ops = find_quantizable_ops(model, QuantizationPolicy(), kind)
+    computed = sum(macs[op.node].count for op in ops if op.tensor is not None)
+    return computed / sum(operator.count for operator in macs.values())
 
 
-def _sites(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype) -> Iterator[QuantizedOp]:
+def _candidates(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype) -> Iterator[QuantizedOp]:
+    """Yield the operators to quantize under a policy, those of `policy.keep` included."""
     import onnx
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -309,38 +316,37 @@ def _under(module: str, names: Collection[str]) -> bool:
 
 
 class _Writer:
-    """Writes a graph with Q/DQ. A node that is added for `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`.
+    """Writes a graph with Q/DQ. A new node of `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`.
 
     Args:
-        model: an FP32 graph, which stays as it is.
-        chosen: the operators that become 8-bit, by the name of their node.
-        ranges: of the tensors that they read.
-        per_channel: whether weights have a scale for each output channel.
+        model: FP32 graph, which is not changed.
+        ops: operators to quantize, by the name of their node.
+        ranges: ranges of the tensors that they read.
+        policy: its `per_channel` and `unsigned`.
         kind: int8 or fp8.
     """
 
     def __init__(
         self,
         model: onnx.ModelProto,
-        chosen: Mapping[str, QuantizedOp],
+        ops: Mapping[str, QuantizedOp],
         ranges: Mapping[str, ValueRange],
-        per_channel: bool,
+        policy: QuantizationPolicy,
         kind: QuantDtype,
     ) -> None:
-        self._source, self._chosen, self._ranges = model.graph, chosen, ranges
-        self._per_channel, self._kind = per_channel, kind
+        self._source, self._ops, self._ranges = model.graph, ops, ranges
+        self._policy, self._kind = policy, kind
         self._taken = {node.name for node in model.graph.node}
-        self._model = type(model)()
-        self._model.CopyFrom(model)
+        self._model = copied(model)
         self._graph = self._model.graph
-        # What a tensor is called once it is dequantized.
+        # Tensor name to the name of its dequantized form.
         self._dequantized: dict[str, str] = {}
 
     def run(self) -> onnx.ModelProto:
         """Return the graph with Q/DQ."""
-        weights = {site.weight: site for site in self._chosen.values()}
+        weights = {op.weight: op for op in self._ops.values()}
         del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
-        # The types of weights, which change, are described too.
+        # The types of weights change.
         self._graph.value_info.extend(value for value in self._source.value_info if value.name not in weights)
         for tensor in self._source.initializer:
             if tensor.name in weights:
@@ -348,46 +354,48 @@ class _Writer:
             else:
                 self._graph.initializer.add().CopyFrom(tensor)
         for node in self._source.node:
-            site = self._chosen.get(node.name)
-            if site is not None:
-                self._dequantize(site)
-            copy = self._graph.node.add()
-            copy.CopyFrom(node)
-            if site is not None:
-                names = (site.weight, site.tensor)
-                copy.input[:] = [self._dequantized[name] if name in names else name for name in node.input]
+            op = self._ops.get(node.name)
+            if op is not None:
+                self._dequantize(op)
+            self._graph.node.append(node)
+            if op is not None:
+                names = (op.weight, op.tensor)
+                self._graph.node[-1].input[:] = [
+                    self._dequantized[name] if name in names else name for name in node.input
+                ]
         return self._model
 
-    def _axis(self, site: QuantizedOp) -> int | None:
-        return site.axis if self._per_channel else None
+    def _axis(self, op: QuantizedOp) -> int | None:
+        return op.axis if self._policy.per_channel else None
 
-    def _weight(self, tensor: onnx.TensorProto, site: QuantizedOp) -> None:
-        """Write a weight as 8-bit numbers under its own name, with scale and zero point."""
+    def _weight(self, tensor: onnx.TensorProto, op: QuantizedOp) -> None:
+        """Write a weight as 8-bit numbers of the same name, with scale and zero point."""
         from onnx import numpy_helper
 
         values = numpy_helper.to_array(tensor)
         _check_finite(values, f"The weight {tensor.name}")
-        numbers, scale = quantize_weight(values, self._kind, self._axis(site))
+        numbers, scale = quantize_weight(values, self._kind, self._axis(op))
         _check_finite(scale, f"The scale of {tensor.name}")
         self._constant(tensor.name, numbers)
         self._constant(f"{tensor.name}_scale", scale)
         self._constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, numbers.dtype))
 
-    def _dequantize(self, site: QuantizedOp) -> None:
+    def _dequantize(self, op: QuantizedOp) -> None:
         """Add the Q/DQ of an operator's input and weight, each once for all readers."""
-        if site.tensor is not None and site.tensor not in self._dequantized:
-            magnitude = max(self._ranges[site.tensor].magnitude, LARGEST[self._kind] * 2**-24)
-            scale = half_precision_scale(np.asarray(magnitude / LARGEST[self._kind]))
-            _check_finite(scale, f"The scale for the range of {site.tensor}")
-            name = f"{site.module}.input"
+        if op.tensor is not None and op.tensor not in self._dequantized:
+            unsigned = self._policy.unsigned and self._kind == "int8" and self._ranges[op.tensor].low >= 0
+            levels = UNSIGNED_LEVELS if unsigned else LARGEST[self._kind]
+            scale = half_precision_scale(np.asarray(max(self._ranges[op.tensor].magnitude / levels, 2**-24)))
+            _check_finite(scale, f"The scale for the range of {op.tensor}")
+            name = f"{op.module}.input"
             self._constant(f"{name}_scale", np.array(scale, np.float32))
-            self._constant(f"{name}_zero_point", np.zeros((), number_type(self._kind)))
-            quantized = self._node(site.module, "QuantizeLinear", site.tensor, name, like=site.tensor)
-            dequantized = self._node(site.module, "DequantizeLinear", quantized, name, like=site.tensor)
-            self._dequantized[site.tensor] = dequantized
-        if site.weight not in self._dequantized:
-            self._dequantized[site.weight] = self._node(
-                site.module, "DequantizeLinear", site.weight, site.weight, axis=self._axis(site)
+            self._constant(f"{name}_zero_point", np.array(-128 if unsigned else 0, number_type(self._kind)))
+            quantized = self._node(op.module, "QuantizeLinear", op.tensor, name, like=op.tensor)
+            dequantized = self._node(op.module, "DequantizeLinear", quantized, name, like=op.tensor)
+            self._dequantized[op.tensor] = dequantized
+        if op.weight not in self._dequantized:
+            self._dequantized[op.weight] = self._node(
+                op.module, "DequantizeLinear", op.weight, op.weight, axis=self._axis(op)
             )
 
     def _constant(self, name: str, values: np.ndarray) -> None:
@@ -399,17 +407,17 @@ class _Writer:
     def _node(
         self, module: str, op_type: str, tensor: str, constants: str, axis: int | None = None, like: str | None = None
     ) -> str:
-        """Add a node that reads `constants`_scale and _zero_point.
+        """Add a node that reads `constants`_scale and `constants`_zero_point.
 
         Args:
-            module, op_type: after which it is named.
-            tensor: its input.
-            constants: after which its scale and zero point are named.
-            axis: of the scales; None for one scale.
-            like: a tensor of the same shape, where one is known.
+            module, op_type: prefix and suffix of its name.
+            tensor: name of its input.
+            constants: prefix of the names of scale and zero point.
+            axis: axis of the scales; None for a single scale.
+            like: name of a described tensor of the same shape, if there is one.
 
         Returns:
-            The name of the node, which is also that of its output.
+            The name of the node, which is also the name of its output.
         """
         import onnx
 
@@ -423,10 +431,9 @@ class _Writer:
         self._graph.node.append(onnx.helper.make_node(op_type, inputs, [name], name=name, **options))
         described = (value for value in (*self._source.input, *self._source.value_info) if value.name == like)
         for value in itertools.islice(described, 1):
-            copy = self._graph.value_info.add()
-            copy.CopyFrom(value)
-            copy.name = name
+            self._graph.value_info.append(value)
+            self._graph.value_info[-1].name = name
             if op_type == "QuantizeLinear":
                 element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(number_type(self._kind)))
-                copy.type.tensor_type.elem_type = element
+                self._graph.value_info[-1].type.tensor_type.elem_type = element
         return name

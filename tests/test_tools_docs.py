@@ -15,8 +15,8 @@ import pytest
 
 from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.half_precision import convert_to_half
-from calib.qdq_quantizer import insert_qdq, tensors_to_calibrate
-from calib.range_estimation import estimate_ranges
+from calib.qdq_quantizer import channel_energies, insert_qdq
+from calib.range_estimation import collect_statistics
 from export.tracing.tracer import export_model
 from runtime.core.batch import Batch
 from tests.export.conftest import TINY, lively, manifest, random_inputs
@@ -50,7 +50,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = export_model(lively(TINY), manifest(TINY))
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [4, 9, 1, 12])))]
     table = CalibrationTable(
-        estimate_ranges(model, tensors_to_calibrate(model), batches, "minmax"),
+        collect_statistics(model, channel_energies(model), batches).ranges("minmax"),
         calibration_key(model, "0" * 64, "minmax"),
     )
     onnx.save(model, directory / "drn.onnx")

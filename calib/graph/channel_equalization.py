@@ -1,13 +1,11 @@
-"""Channels made alike before they share a scale: exact in FP32, and worth two bits in INT8.
+"""Equalize the channels of tensors that share one INT8 scale, by powers of two, which are exact in FP32.
 
-One INT8 scale serves all channels of a tensor, and where their reach differs (the clip features, and everything a gate
-multiplied: the median channel reaches a seventh of the loudest) most channels get 4 bits. So a channel is multiplied by
-a power of two on its way in, and the weights that read it are divided by it. Before a gated convolution that costs
-nothing, since the gate's own weights take the factor; before `prop_fc` it is one multiplication of the features.
-Powers of two change no bit of what FP32 computes.
+All channels of a tensor have one scale. The median channel of clip features, or of the output of a gate, reaches a
+seventh of the largest one, so most channels have 4 to 5 bits. Equalization multiplies each channel by a power of two,
+and divides the weights that read it. The weights of a gate absorb the factor; before `prop_fc` it is one multiplication
+of the features.
 
-Source: SmoothQuant (Xiao et al., 2023), which also says where to stop: quiet channels made loud make their weights
-quiet, so weights get a say in it.
+Source: SmoothQuant (Xiao et al., 2023), which divides the unevenness between a tensor and the weights that read it.
 """
 
 from __future__ import annotations
@@ -24,35 +22,35 @@ if TYPE_CHECKING:
     import onnx
 
 ChannelScales = Mapping[str, Sequence[int]]
-"""Tensor to the exponent of two of each channel."""
+"""Tensor name to the exponent of two of each channel."""
 
+# Share of the unevenness of a tensor that moves into the weights that read it.
 MIGRATION_STRENGTH = 0.75
-"""How much of the unevenness of a tensor is moved into the weights that read it; the rest stays."""
 LARGEST_EXPONENT = 8
 
 
 def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | None]]:
-    """Return the tensors whose channels can be balanced: to the convolution that alone reads each, and its gate.
+    """Return the tensors whose channels can be equalized, as name to (convolution, gate).
 
-    The gate is the Gemm whose output multiplies the channels; None for the features, before which nothing can take the
-    factor.
+    The convolution is the only reader of the tensor. The gate is the Gemm whose output multiplies the channels; it is
+    None for the features.
     """
-    makers = {output: node for node in model.graph.node for output in node.output}
+    producers = {output: node for node in model.graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     results: dict[str, tuple[str, str | None]] = {}
     for conv in model.graph.node:
-        if conv.op_type != "Conv" or len(readers[conv.input[0]]) != 1 or conv.input[0] not in makers:
+        if conv.op_type != "Conv" or len(readers[conv.input[0]]) != 1 or conv.input[0] not in producers:
             continue
-        tensor, maker = conv.input[0], makers[conv.input[0]]
-        if conv.name.startswith("prop_fc") and maker.op_type == "Unsqueeze":
+        tensor, producer = conv.input[0], producers[conv.input[0]]
+        if conv.name.startswith("prop_fc") and producer.op_type == "Unsqueeze":
             results[tensor] = (conv.name, None)
-        elif maker.op_type == "Mul" and conv.name.startswith("backbone_net.layers"):
-            gate = makers.get(maker.input[1])
+        elif producer.op_type == "Mul" and conv.name.startswith("backbone_net.layers"):
+            gate = producers.get(producer.input[1])
             while gate is not None and gate.op_type == "Unsqueeze":
-                gate = makers.get(gate.input[0])
+                gate = producers.get(gate.input[0])
             if gate is not None and gate.op_type == "Gemm" and len(gate.input) == 3:
                 results[tensor] = (conv.name, gate.name)
     return results
@@ -61,7 +59,14 @@ def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | No
 def measure_channel_scales(
     model: onnx.ModelProto, batches: Iterable[Batch], threads: int | None = None, share: float = MIGRATION_STRENGTH
 ) -> dict[str, list[int]]:
-    """Return the exponents for each balanced tensor from how far its channels reach over the batches."""
+    """Return the exponents for each equalizable tensor from the largest magnitudes of its channels over the batches.
+
+    Args:
+        model: FP32 graph.
+        batches: calibration inputs.
+        threads: number of CPU threads.
+        share: share of the unevenness to move into the weights, 0 to 1.
+    """
     from onnx import numpy_helper
 
     where = equalizable_tensors(model)
@@ -81,21 +86,29 @@ def measure_channel_scales(
 
 
 def exponents(reach: np.ndarray, weight: np.ndarray, share: float = MIGRATION_STRENGTH) -> np.ndarray:
-    """Return the exponent of two for each of C channels, (C,) integers, from the reach of values and of weights.
+    """Return the exponents of two of C channels, (C,) integers; 0 for channels of zeros.
 
-    Channels that never carry anything, or that nothing reads, are left alone.
+    Args:
+        reach: (C,) largest magnitude of the values.
+        weight: (C,) largest magnitude of the weights that read them.
+        share: share of the unevenness to move into the weights, 0 to 1.
     """
-    alive = (reach > 0) & (weight > 0) & np.isfinite(reach)
-    quiet = np.log2(np.where(alive, reach, 1)) - np.log2(reach[alive].max() if alive.any() else 1)
-    heavy = np.log2(np.where(alive, weight, 1)) - np.log2(weight[alive].max() if alive.any() else 1)
-    expected = np.rint(-share * quiet + (1 - share) * heavy)
-    return np.where(alive, np.clip(expected, -LARGEST_EXPONENT, LARGEST_EXPONENT), 0).astype(int)
+    used = (reach > 0) & (weight > 0) & np.isfinite(reach)
+    value_level = np.log2(np.where(used, reach, 1)) - np.log2(reach[used].max() if used.any() else 1)
+    weight_level = np.log2(np.where(used, weight, 1)) - np.log2(weight[used].max() if used.any() else 1)
+    exact = np.rint(-share * value_level + (1 - share) * weight_level)
+    return np.where(used, np.clip(exact, -LARGEST_EXPONENT, LARGEST_EXPONENT), 0).astype(int)
+
+
+def scale_factors(shifts: Sequence[int]) -> np.ndarray:
+    """Return the factors of C channels as float32, (C, 1, 1), to multiply a tensor (B, C, 1, T)."""
+    return np.exp2(np.array(shifts, np.float32))[:, None, None]
 
 
 def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
     """Multiply channels by their powers of two and divide the weights that read them, in place.
 
-    What the graph computes stays the same to the bit, short of overflow.
+    The outputs of the graph stay bit-identical unless a value overflows.
     """
     import onnx
     from onnx import numpy_helper
@@ -110,19 +123,19 @@ def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
 
     for tensor, shifts in gains.items():
         conv, gate = where[tensor]
-        factors = np.exp2(np.array(shifts, np.float32))
+        factors = scale_factors(shifts)
         reader = by_name[conv]
-        scale(reader.input[1], 1 / factors[None, :, None, None])
+        scale(reader.input[1], 1 / factors)
         if gate is not None:
-            columns = by_name[gate].input
+            _, weight, bias = by_name[gate].input
             transposed = any(entry.name == "transB" and entry.i for entry in by_name[gate].attribute)
-            scale(columns[1], factors[:, None] if transposed else factors)
-            scale(columns[2], factors)
+            scale(weight, factors[:, 0] if transposed else factors[:, 0, 0])
+            scale(bias, factors[:, 0, 0])
             continue
         module = conv.rpartition("/")[0]
         constant, product = f"{module}.gain", f"{module}/Mul"
         assert product not in by_name, product
-        model.graph.initializer.append(numpy_helper.from_array(factors[:, None, None], constant))
+        model.graph.initializer.append(numpy_helper.from_array(factors, constant))
         multiply = onnx.helper.make_node("Mul", [tensor, constant], [product], name=product)
         position = list(model.graph.node).index(reader)
         model.graph.node.insert(position, multiply)
@@ -134,7 +147,7 @@ def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
                 copy.name = product
 
 
-def balanced_name(model: onnx.ModelProto, tensor: str) -> str:
-    """Return what a tensor is called once it is balanced: itself, or the product that was put behind it."""
+def equalized_name(model: onnx.ModelProto, tensor: str) -> str:
+    """Return the name of a tensor after equalization: its own, or that of the product that is inserted after it."""
     conv, gate = equalizable_tensors(model)[tensor]
     return tensor if gate is not None else f"{conv.rpartition('/')[0]}/Mul"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calib.calibration_set import MIN_SAMPLES
 from calib.graph.onnx_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
+from calib.range_estimation import MethodOption
 from export.build.reduced_precision import Precision
 from export.engine.builder import BuildOptions, check_options
 from export.engine.engine_part import short_query_engine_path
@@ -64,7 +65,7 @@ class BuildRequest:
     plan: Path | None = None
     keep: tuple[str, ...] = ()
     calib_samples: int = 512
-    calib_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    calib_method: MethodOption = "auto"
     max_drop: float = 0.2
     split: bool = False
     videos: int = DEFAULT_CACHED_VIDEOS

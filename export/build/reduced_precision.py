@@ -27,6 +27,7 @@ from calib.graph.onnx_graph import read_manifest
 from calib.graph.opset import raise_opset
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.quantization_plan import QuantizationPlan
+from calib.range_estimation import MethodOption
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import CheckFailed
@@ -69,7 +70,7 @@ class ConversionOptions:
     table: Path | None = None
     plan: Path | None = None
     samples: int = 512
-    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    method: MethodOption = "auto"
     max_drop: float = 0.2
     threads: int | None = None
     table_output: Path | None = None
@@ -216,7 +217,7 @@ def _quantised(
     elif data_set:
         keep = _within_budget(source, kind, table, keep, data_set, manifest, evaluator, options)
     log.info("Writing %s into the graph ...", kind.upper())
-    policy = QuantizationPolicy(keep=keep)
+    policy = QuantizationPolicy(keep=keep, unsigned=options.for_cpu)
     facts = {
         "calibration": table.digest,
         "method": table.key["method"],
@@ -256,7 +257,15 @@ def _table(
     drawn = sample_calibration_set(data_set, manifest, options.samples)
     print(coverage_table(drawn.coverage))
     evaluator = AccuracyEvaluator(source, data_set, drawn.held_out, options.threads) if len(drawn.held_out) else None
-    table = measure_table(source, drawn, options.method, threads=options.threads, judge=evaluator, kind=kind)
+    table = measure_table(
+        source,
+        drawn,
+        options.method,
+        threads=options.threads,
+        evaluator=evaluator,
+        policy=QuantizationPolicy(unsigned=options.for_cpu),
+        kind=kind,
+    )
     if options.table_output:
         table.save(options.table_output)
     return table, evaluator
@@ -274,7 +283,7 @@ def _within_budget(
 ) -> tuple[str, ...]:
     """Return the modules to keep for the recall budget to hold on held-out training videos; a plan is written if
     there are more than were asked for."""
-    policy = QuantizationPolicy(keep=keep)
+    policy = QuantizationPolicy(keep=keep, unsigned=options.for_cpu)
     evaluator = evaluator or AccuracyEvaluator(
         source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), options.threads
     )

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.accuracy import table_of
-from calib.calibrate import observe_set
+from calib.accuracy import Candidate, table_of
+from calib.calibrate import measure_statistics
 from calib.calibration_set import CalibrationSet, sample_calibration_set
 from calib.calibration_table import CalibrationTable
-from calib.range_estimation import Histogram
+from calib.range_estimation import ActivationStatistics
 from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch
@@ -53,20 +53,13 @@ def drawn(data_set: DataSet, manifest: Manifest) -> CalibrationSet:
 
 
 @pytest.fixture(scope="session")
-def seen(model: onnx.ModelProto, drawn: CalibrationSet) -> tuple[dict[str, list[int]], dict[str, Histogram]]:
-    return observe_set(model, drawn, batch_size=16, threads=1)
+def statistics(model: onnx.ModelProto, drawn: CalibrationSet) -> ActivationStatistics:
+    return measure_statistics(model, drawn, batch_size=16, threads=1)
 
 
 @pytest.fixture(scope="session")
-def histograms(seen: tuple[dict[str, list[int]], dict[str, Histogram]]) -> dict[str, Histogram]:
-    return seen[1]
-
-
-@pytest.fixture(scope="session")
-def table(
-    model: onnx.ModelProto, seen: tuple[dict[str, list[int]], dict[str, Histogram]], drawn: CalibrationSet
-) -> CalibrationTable:
-    return table_of(model, seen[1], drawn, "mse", seen[0])
+def table(model: onnx.ModelProto, statistics: ActivationStatistics, drawn: CalibrationSet) -> CalibrationTable:
+    return table_of(model, statistics, drawn, Candidate("mse"))
 
 
 @pytest.fixture(scope="session")

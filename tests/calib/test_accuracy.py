@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.accuracy import AccuracyDelta, AccuracyEvaluator, choose_method, format_deltas
+from calib.accuracy import AccuracyDelta, AccuracyEvaluator, Candidate, choose_candidate, format_deltas, table_of
 from calib.calibration_set import CalibrationSet
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
@@ -22,7 +22,7 @@ from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend
 from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
-from calib.range_estimation import METHODS, Histogram
+from calib.range_estimation import METHODS, ActivationStatistics, Histogram
 from calib.rank_layers import measure_sensitivity
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.core.batch import HEAD_NAMES, Batch
@@ -100,22 +100,26 @@ def test_evaluator_rejects_test_sentences(model: onnx.ModelProto, data_set: Data
         AccuracyEvaluator(model, data_set, leaked)
 
 
-def test_choose_method_selects_highest_agreement(
-    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet, judge: AccuracyEvaluator
+def test_choose_candidate_selects_highest_agreement(
+    model: onnx.ModelProto, statistics: ActivationStatistics, drawn: CalibrationSet, judge: AccuracyEvaluator
 ) -> None:
-    best, costs = choose_method(model, histograms, drawn, judge)
-    assert set(costs) == set(METHODS)
+    best, costs = choose_candidate(model, statistics, drawn, judge)
+    assert {candidate.method for candidate in costs if candidate.equalize} == set(METHODS)
+    assert Candidate("output", equalize=False) in costs
     assert all(costs[best].agreement >= cost.agreement for cost in costs.values())
-    assert "agreement" in format_deltas(list(costs.items()))
+    assert "agreement" in format_deltas([(str(candidate), cost) for candidate, cost in costs.items()])
+    assert not table_of(model, statistics, drawn, Candidate("mse", equalize=False)).gains
     # An outlier that is in no held-out video spoils min-max alone.
     spoilt = {}
-    for name, histogram in histograms.items():
+    for name, histogram in statistics.equalized.items():
         spoilt[name] = Histogram()
-        spoilt[name].__dict__.update({**vars(histogram), "counts": histogram.counts.copy()})
+        arrays = {"counts": histogram.counts.copy(), "energies": histogram.energies.copy()}
+        spoilt[name].__dict__.update({**vars(histogram), **arrays})
         spoilt[name].add(np.full(1, 60 * histogram.magnitude, np.float32))
-    best, costs = choose_method(model, spoilt, drawn, judge, methods=("minmax", "percentile"))
-    assert best == "percentile"
-    assert costs["minmax"].agreement < costs["percentile"].agreement - 0.05
+    statistics = ActivationStatistics(spoilt, spoilt, {})
+    best, costs = choose_candidate(model, statistics, drawn, judge, methods=("minmax", "percentile"))
+    assert best == Candidate("percentile")
+    assert costs[Candidate("minmax")].agreement < costs[best].agreement - 0.05
 
 
 def test_sensitivity_ranks_modules_by_agreement(

@@ -16,7 +16,7 @@ import pytest
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.onnx_graph import graph_hash, weights_hash
-from calib.qdq_quantizer import insert_qdq, tensors_to_calibrate
+from calib.qdq_quantizer import channel_energies, insert_qdq
 from calib.range_estimation import ValueRange
 from runtime.datasets.dataset import DataSet
 from tests.calib.conftest import altered
@@ -33,7 +33,7 @@ def test_table_survives_save_and_load(table: CalibrationTable, tmp_path: Path) -
 def test_saved_table_has_one_line_per_tensor(table: CalibrationTable, tmp_path: Path, model: onnx.ModelProto) -> None:
     table.save(tmp_path / "t.json")
     text = (tmp_path / "t.json").read_text()
-    for tensor in tensors_to_calibrate(model):
+    for tensor in channel_energies(model):
         lines = text[text.index('"ranges"') : text.index('"gains"')].splitlines()
         (line,) = [line for line in lines if line.strip().startswith(f'"{tensor}":')]
         low, high = json.loads(line.split(":", 1)[1].rstrip(","))
@@ -222,7 +222,7 @@ def test_damaged_table_ends_the_command_with_2(table: CalibrationTable, onnx_fil
 def test_range_with_non_finite_scale_names_the_tensor(
     table: CalibrationTable, model: onnx.ModelProto, ends: tuple[float, float]
 ) -> None:
-    tensor = tensors_to_calibrate(model)[0]
+    tensor = next(iter(channel_energies(model)))
     wide = dataclasses.replace(table, gains={}, ranges={**table.ranges, tensor: ValueRange(*ends)})
     with raises(CalibrationError, "invalid_scale", tensor):
         insert_qdq(model, wide)

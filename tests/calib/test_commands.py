@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from calib.accuracy import Candidate
 from calib.calibrate import calibrate
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
@@ -45,9 +46,10 @@ def table_file(onnx_file: Path, data_set: DataSet, tmp_path_factory: pytest.Temp
 
 def test_calibrate_chooses_method_and_records_comparison(table_file: Path) -> None:
     table = CalibrationTable.load(table_file)
-    assert set(table.choice["costs"]) == {"minmax", "percentile", "entropy", "mse"}
+    assert {"minmax", "percentile", "entropy", "mse", "output", "output, not equalized"} <= set(table.choice["costs"])
     costs = {name: cost["agreement with FP32, mean IoU"] for name, cost in table.choice["costs"].items()}
-    assert costs[table.key["method"]] == max(costs.values())
+    assert table.choice["equalized"] == bool(table.gains)
+    assert costs[str(Candidate(table.key["method"], bool(table.gains)))] == max(costs.values())  # type: ignore[arg-type]
     assert table.coverage["sentences"] == 40
     assert [entry.name for entry in table_file.parent.iterdir()] == [table_file.name]
 

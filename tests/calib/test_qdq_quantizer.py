@@ -22,11 +22,11 @@ from calib.graph.precision_audit import MIN_SHARES, audit_graph, count_macs
 from calib.qdq_quantizer import (
     LARGEST,
     QuantizationPolicy,
+    channel_energies,
     half_precision_scale,
     insert_qdq,
     modules,
     quantize_weight,
-    tensors_to_calibrate,
 )
 from runtime.core.batch import HEAD_NAMES, Batch
 from tests.calib.conftest import altered, weights
@@ -156,13 +156,13 @@ def test_calibrated_tensors_are_each_quantized_once(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     tensors = [measured(node) for node in nodes(int8, "QuantizeLinear")]
-    assert sorted(tensors) == sorted(tensors_to_calibrate(model)) == sorted(table.ranges)
+    assert sorted(tensors) == sorted(channel_energies(model)) == sorted(table.ranges)
 
 
 def test_tensor_with_two_readers_is_quantized_once(model: onnx.ModelProto, table: CalibrationTable) -> None:
     policy = QuantizationPolicy()
     wider = dataclasses.replace(policy, computed=(*policy.computed, "fcos.head.predictions"))
-    assert tensors_to_calibrate(model, wider) == tensors_to_calibrate(model)
+    assert list(channel_energies(model, wider)) == list(channel_energies(model))
     found = insert_qdq(model, table, wider)
     (quantiser,) = [node for node in nodes(found, "QuantizeLinear") if node.input[0] == "fcos.head/Mul_2"]
     (back,) = [node for node in nodes(found, "DequantizeLinear") if node.input[0] == quantiser.output[0]]
@@ -335,3 +335,26 @@ def test_fp8_weights_are_e4m3_in_opset_19(
     assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
     with raises(CalibrationError, "unsupported_opset", "FP8", 19, 18):
         insert_qdq(model, table, kind="fp8", opset=18)
+
+
+def test_unsigned_policy_uses_256_steps_for_inputs_without_sign(
+    model: onnx.ModelProto, table: CalibrationTable, batch: Batch
+) -> None:
+    signed, policy = insert_qdq(model, table), QuantizationPolicy(unsigned=True)
+    unsigned = insert_qdq(model, table, policy)
+    before, after = weights(signed), weights(unsigned)
+    changed = {name for name, values in after.items() if not np.array_equal(values, before[name])}
+    quantizers = {node.input[2]: measured(node) for node in nodes(unsigned, "QuantizeLinear")}
+    without_sign = {name for name, tensor in quantizers.items() if table.ranges[tensor].low >= 0}
+    assert without_sign
+    assert without_sign < set(quantizers)
+    assert changed == without_sign | {name.replace("zero_point", "scale") for name in without_sign}
+    for name in without_sign:
+        assert after[name] == -128
+        scale = name.replace("zero_point", "scale")
+        assert after[scale] == pytest.approx(before[scale] * 127 / 255, rel=1e-3)
+    heads = [InMemoryBackend(graph, 1).run(batch) for graph in (model, signed, unsigned)]
+    errors = [np.square(graph.matching_logits - heads[0].matching_logits).mean() for graph in heads[1:]]
+    assert errors[1] < 0.8 * errors[0]
+    # FP8 has a sign bit of its own.
+    assert insert_qdq(model, table, policy, "fp8") == insert_qdq(model, table, None, "fp8")

@@ -1,4 +1,4 @@
-"""How ranges are found."""
+"""Range estimation: histograms, and the limit that each method selects."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from hypothesis.extra import numpy as arrays
 
 from calib.calibration_set import CalibrationSet
 from calib.errors import CalibrationError
-from calib.qdq_quantizer import tensors_to_calibrate
+from calib.graph.channel_equalization import apply_channel_scales, equalized_name
+from calib.qdq_quantizer import channel_energies
 from calib.range_estimation import (
     LEVELS,
     METHODS,
     PERCENTILE,
     Histogram,
     ValueRange,
-    collect_histograms,
-    estimate_ranges,
-    ranges,
+    collect_statistics,
 )
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch
@@ -124,24 +123,86 @@ def test_tensor_of_zeros_has_empty_range(method: str) -> None:
     assert histogram(np.zeros(10)).range(method) == ValueRange(0, 0)  # type: ignore[arg-type]
 
 
+def output_error(values: np.ndarray, weight: np.ndarray, limit: float, levels: int = LEVELS) -> float:
+    """Return the mean squared error of `values @ weight` when the values, (N, C), are quantized."""
+    step = limit / levels
+    error = values - np.clip(np.rint(values / step), -levels, levels) * step
+    return float(((error @ weight) ** 2).mean())
+
+
+def test_output_range_minimizes_error_of_the_layer() -> None:
+    rng = np.random.default_rng(3)
+    # A large channel that the layer hardly reads, beside small ones that it reads.
+    values = rng.standard_normal((20_000, 8)).astype(np.float32) * np.array([30, *[1] * 7], np.float32)
+    weight = rng.standard_normal((8, 5)) * np.array([0.01, *[1] * 7])[:, None]
+    seen = Histogram()
+    seen.add(values, (weight**2).sum(axis=1))
+    found = output_error(values, weight, seen.range("output").magnitude)
+    best = min(output_error(values, weight, limit) for limit in np.linspace(0.02, 1, 197) * seen.magnitude)
+    assert found <= 1.05 * best
+    assert found < 0.5 * output_error(values, weight, seen.range("mse").magnitude)
+
+
+def test_energies_equal_counts_without_weights_and_survive_growth() -> None:
+    values = np.random.default_rng(4).laplace(size=(50, 4)).astype(np.float32)
+    plain, weighted = histogram(values, 100 * values, bins=64), Histogram(64)
+    np.testing.assert_array_equal(plain.energies, plain.counts)
+    for chunk in (values, 100 * values):
+        weighted.add(chunk, np.array([1.0, 2.0, 3.0, 4.0]))
+    np.testing.assert_array_equal(weighted.counts, plain.counts)
+    assert weighted.energies.sum() == pytest.approx(10 * 2 * 50)
+
+
+def test_unsigned_range_uses_255_steps_for_values_without_sign() -> None:
+    values = np.abs(np.random.default_rng(5).laplace(size=100_000)).astype(np.float32)
+    seen = histogram(values)
+    for method in ("mse", "output"):
+        # More steps let a wider range pay.
+        assert seen.range(method, unsigned=True).high > 1.05 * seen.range(method).high
+        signed = histogram(values, np.float32([-1]))
+        assert signed.range(method, unsigned=True) == signed.range(method)
+
+
+def test_statistics_scale_channels_of_equalized_tensors(
+    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
+) -> None:
+    name = "prop_fc/Unsqueeze"
+    batches = list(drawn.batches(manifest, 32))
+    gains = {name: [3 * (channel % 2) for channel in range(16)]}
+    energies = channel_energies(model)
+    statistics = collect_statistics(model, energies, batches, 1, gains)
+    after = onnx.ModelProto()
+    after.CopyFrom(model)
+    apply_channel_scales(after, gains)
+    renamed = equalized_name(model, name)
+    expected = collect_statistics(after, {renamed: channel_energies(after)[renamed]}, batches, 1).plain[renamed]
+    actual = statistics.equalized[name]
+    np.testing.assert_array_equal(actual.counts, expected.counts)
+    np.testing.assert_allclose(actual.energies, expected.energies, rtol=1e-9)
+    assert actual.range("minmax") != statistics.plain[name].range("minmax")
+    assert statistics.equalized["fpn/Add"] is statistics.plain["fpn/Add"]
+
+
 def test_non_finite_values_name_their_tensor(model: onnx.ModelProto, batch: Batch) -> None:
     spoilt = Batch(
         batch.query_tokens, batch.query_length, np.full_like(batch.segment_features, np.nan), batch.segment_spans
     )
-    tensor = tensors_to_calibrate(model)[0]
+    tensor = next(iter(channel_energies(model)))
     with raises(CalibrationError, "non_finite_activations", tensor):
-        estimate_ranges(model, [tensor], [spoilt], "minmax")
+        collect_statistics(model, {tensor: np.ones(1)}, [spoilt])
     with raises(CalibrationError, "too_few_samples"):
-        estimate_ranges(model, [tensor], [], "minmax")
+        collect_statistics(model, {tensor: np.ones(1)}, [])
     with raises(CalibrationError, "unknown_tensor", "nowhere"):
-        estimate_ranges(model, ["nowhere"], [batch], "minmax")
+        collect_statistics(model, {"nowhere": np.ones(1)}, [batch])
 
 
 def test_ranges_do_not_depend_on_batch_size(model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest) -> None:
-    tensors = tensors_to_calibrate(model)[:4]
-    whole = estimate_ranges(model, tensors, drawn.batches(manifest, 64), "minmax", threads=1)
-    apart = estimate_ranges(model, tensors, drawn.batches(manifest, 7), "minmax", threads=1)
-    for tensor in tensors:
+    energies = dict(list(channel_energies(model).items())[:4])
+    whole, apart = (
+        collect_statistics(model, energies, drawn.batches(manifest, size), threads=1).ranges("minmax")
+        for size in (64, 7)
+    )
+    for tensor in energies:
         assert apart[tensor].magnitude == pytest.approx(whole[tensor].magnitude, rel=1e-5)
 
 
@@ -164,12 +225,12 @@ def test_histograms_agree_with_onnx_runtime_calibrators(
 
     path = tmp_path / "drn.onnx"
     onnx.save(model, path)
-    histograms = collect_histograms(model, tensors_to_calibrate(model), drawn.batches(manifest, 16), threads=1)
+    statistics = collect_statistics(model, channel_energies(model), drawn.batches(manifest, 16), threads=1)
     for ours, theirs in (("minmax", CalibrationMethod.MinMax), ("percentile", CalibrationMethod.Percentile)):
         options = {"symmetric": ours == "percentile", "num_bins": 4096, "percentile": PERCENTILE}
         calibrator = create_calibrator(path, ["Conv"], str(tmp_path / "tapped.onnx"), theirs, extra_options=options)
         calibrator.collect_data(Reader())
         wanted = calibrator.compute_data()
-        for tensor, found in ranges(histograms, ours).items():  # type: ignore[arg-type]
+        for tensor, found in statistics.ranges(ours).items():  # type: ignore[arg-type]
             low, high = (float(np.max(end)) for end in wanted[tensor].range_value)
             assert found.magnitude == pytest.approx(max(-low, high), rel=2e-2 if ours == "percentile" else 1e-5), tensor

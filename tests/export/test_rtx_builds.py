@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from calib.calibration_table import CalibrationTable, calibration_key
-from calib.graph.channel_equalization import balanced_name, measure_channel_scales
+from calib.graph.channel_equalization import measure_channel_scales
 from calib.graph.conv_padding import extract_padding
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
 from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half
@@ -18,8 +18,8 @@ from calib.graph.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
-from calib.qdq_quantizer import QuantizationPolicy, balanced, insert_qdq, tensors_to_calibrate
-from calib.range_estimation import estimate_ranges
+from calib.qdq_quantizer import QuantizationPolicy, channel_energies, insert_qdq
+from calib.range_estimation import collect_statistics
 from export.tracing.extractor_to_onnx import export_c3d
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core.batch import Batch
@@ -41,10 +41,8 @@ def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> Ca
     """Return ranges of made-up inputs, with or without balanced channels."""
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
     gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
-    after, _ = balanced(model, CalibrationTable({}, {}, gains=gains))
-    names = {balanced_name(model, name) if name in gains else name: name for name in tensors_to_calibrate(model)}
-    ranges = {names[name]: range_ for name, range_ in estimate_ranges(after, list(names), batches, "minmax").items()}
-    return CalibrationTable(ranges, calibration_key(model, "0" * 64, "minmax"), gains=gains)
+    statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
+    return CalibrationTable(statistics.ranges("minmax"), calibration_key(model, "0" * 64, "minmax"), gains=gains)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""Balancing channels changes no answer, and makes 8 bits go further."""
+"""Channel equalization keeps the outputs, and lowers the INT8 error."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import onnx
@@ -8,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from calib.accuracy import table_of
+from calib.accuracy import Candidate, table_of
 from calib.calibration_set import CalibrationSet
 from calib.calibration_table import CalibrationTable, calibration_key
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import (
     apply_channel_scales,
-    balanced_name,
     equalizable_tensors,
+    equalized_name,
     exponents,
     measure_channel_scales,
 )
 from calib.graph.onnx_session import InMemoryBackend
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
-from calib.range_estimation import Histogram, ValueRange, estimate_ranges
+from calib.range_estimation import ActivationStatistics, ValueRange, collect_statistics
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import HEAD_NAMES, Batch
 from tests.calib.conftest import weights
@@ -110,12 +112,12 @@ def test_equalization_lowers_error_of_uneven_channels(
     gains = measure_channel_scales(uneven, batches, 1)
     assert min(gains["prop_fc/Unsqueeze"][0::2]) >= max(gains["prop_fc/Unsqueeze"][1::2]) + 3
     found = {}
-    for label, used in (("plain", {}), ("balanced", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
+    for label, used in (("plain", {}), ("equalized", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
         after = onnx.ModelProto()
         after.CopyFrom(uneven)
         apply_channel_scales(after, used)
-        name = balanced_name(uneven, "prop_fc/Unsqueeze") if used else "prop_fc/Unsqueeze"
-        (reached,) = estimate_ranges(after, [name], batches, "minmax", 1).values()
+        name = equalized_name(uneven, "prop_fc/Unsqueeze") if used else "prop_fc/Unsqueeze"
+        (reached,) = collect_statistics(after, {name: np.ones(1)}, batches, 1).ranges("minmax").values()
         table = CalibrationTable(
             {"prop_fc/Unsqueeze": reached},
             calibration_key(uneven, "-", "minmax"),
@@ -124,7 +126,7 @@ def test_equalization_lowers_error_of_uneven_channels(
         narrowed = insert_qdq(uneven, table, QuantizationPolicy().only("prop_fc"))
         ours, theirs = (InMemoryBackend(entry, 1).run(quieter(batch)) for entry in (narrowed, uneven))
         found[label] = np.abs(ours.matching_logits - theirs.matching_logits).mean()
-    assert found["balanced"] < 0.4 * found["plain"]
+    assert found["equalized"] < 0.4 * found["plain"]
 
 
 def test_equalization_skips_modules_not_quantized(model: onnx.ModelProto, table: CalibrationTable) -> None:
@@ -137,9 +139,10 @@ def test_equalization_skips_modules_not_quantized(model: onnx.ModelProto, table:
 
 
 def test_gains_of_another_graph_are_rejected(
-    model: onnx.ModelProto, histograms: dict[str, Histogram], drawn: CalibrationSet
+    model: onnx.ModelProto, statistics: ActivationStatistics, drawn: CalibrationSet
 ) -> None:
-    table = table_of(model, histograms, drawn, "minmax", {"fpn/Add": [1] * 16})
+    statistics = dataclasses.replace(statistics, gains={"fpn/Add": [1] * 16})
+    table = table_of(model, statistics, drawn, Candidate("minmax"))
     with raises(CalibrationError, "equalization_mismatch", "fpn/Add"):
         insert_qdq(model, table)
     assert isinstance(table.ranges["fpn/Add"], ValueRange)

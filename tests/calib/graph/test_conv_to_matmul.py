@@ -33,9 +33,9 @@ from tests.raising import raises, records
 OUTPUTS = list(Heads.__dataclass_fields__)
 
 
-@pytest.fixture(scope="module")
-def narrowed(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
-    return insert_qdq(model, table, QuantizationPolicy(stored=()))
+@pytest.fixture(scope="module", params=[False, True], ids=["signed", "unsigned"])
+def narrowed(request: pytest.FixtureRequest, model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
+    return insert_qdq(model, table, QuantizationPolicy(stored=(), unsigned=request.param))
 
 
 @pytest.fixture(scope="module")
