@@ -1,4 +1,4 @@
-"""A small data set, a tiny lively network for it, and what calibration sees of the two, made once."""
+"""Share a small data set, a tiny network for it, and their calibration between the tests of `calib`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 def model(data_set: DataSet) -> onnx.ModelProto:
     config = DRNConfig(vocab_size=len(data_set.words), embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16)
     network = lively(config)
-    # So that a good part of the locations counts, and moments have lengths of a few segments.
+    # For moments of a few segments at many locations.
     network.fcos.head.bbox_pred.weight.data *= 0.3
     manifest = Manifest(data_set.vocabulary, Decoding(), Features(dim=16), sources={"drn.pt": "0" * 64})
     return export_model(network, manifest)
@@ -80,7 +80,7 @@ def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def altered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which one number of one weight is another."""
+    """Return a copy in which one number of one weight differs."""
     other = onnx.ModelProto()
     other.CopyFrom(model)
     tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")

@@ -1,4 +1,4 @@
-"""What a narrowed graph costs, and what is decided by it."""
+"""Test `calib.accuracy` and `calib.restore`: loss of quantized graphs, choice of method, modules to restore."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.raising import raises
 
 
 @pytest.fixture(scope="module")
-def judge(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> AccuracyEvaluator:
+def evaluator(model: onnx.ModelProto, data_set: DataSet, drawn: CalibrationSet) -> AccuracyEvaluator:
     return AccuracyEvaluator(model, data_set, drawn.held_out, threads=1)
 
 
@@ -48,40 +48,40 @@ def test_split_graph_answers_as_the_whole_one(
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
-def test_reference_graph_has_zero_cost(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
-    cost = judge.cost(model, "itself")
+def test_reference_graph_has_zero_cost(evaluator: AccuracyEvaluator, model: onnx.ModelProto) -> None:
+    cost = evaluator.cost(model, "itself")
     assert cost == AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
 
 
-def test_evaluator_keeps_encodings_per_graph(judge: AccuracyEvaluator, model: onnx.ModelProto) -> None:
+def test_evaluator_keeps_encodings_per_graph(evaluator: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     other = onnx.ModelProto()
     other.CopyFrom(altered(model))
     tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 3, tensor.name))
-    first = judge.cost(other, "other")
+    first = evaluator.cost(other, "other")
     assert first.agreement < 0.99
-    assert judge.cost(model, "itself").agreement == 1
-    assert judge.cost(other, "other") == first
+    assert evaluator.cost(model, "itself").agreement == 1
+    assert evaluator.cost(other, "other") == first
 
 
-def test_cost_matches_hand_computed_values(judge: AccuracyEvaluator) -> None:
-    wanted = judge.reference
-    moved = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
-    truth = wanted.truth.copy()
-    # Query 0 was right and is wrong by half a video; query 1 was wrong and is right.
+def test_cost_matches_hand_computed_values(evaluator: AccuracyEvaluator) -> None:
+    expected = evaluator.reference
+    moved = {threshold: picks.copy() for threshold, picks in expected.picks.items()}
+    truth = expected.truth.copy()
+    # Query 0 becomes wrong by half a video; query 1 becomes right.
     for picks in moved.values():
         picks[0, 0, :2] = truth[0] + (0.5 if truth[0, 0] < 0.5 else -0.5)
         picks[1, 0, :2] = truth[1]
-    before = {threshold: picks.copy() for threshold, picks in wanted.picks.items()}
+    before = {threshold: picks.copy() for threshold, picks in expected.picks.items()}
     for picks in before.values():
         picks[0, 0, :2] = truth[0]
         picks[1, 0, :2] = (0, 1) if truth[1, 1] - truth[1, 0] < 0.4 else (0, 0.01)
-    kept = judge.reference
-    judge.reference = dataclasses.replace(kept, picks=before)
+    kept = evaluator.reference
+    evaluator.reference = dataclasses.replace(kept, picks=before)
     try:
-        cost = judge.compare(dataclasses.replace(kept, picks=moved))
+        cost = evaluator.compare(dataclasses.replace(kept, picks=moved))
     finally:
-        judge.reference = kept
+        evaluator.reference = kept
     assert (cost.lost_50, cost.gained_50, cost.lost_70, cost.gained_70) == (1, 1, 1, 1)
     assert cost.drop_50 == cost.drop_70 == 0
     assert cost.shift_median == 0
@@ -101,15 +101,15 @@ def test_evaluator_rejects_test_sentences(model: onnx.ModelProto, data_set: Data
 
 
 def test_choose_candidate_selects_highest_agreement(
-    model: onnx.ModelProto, statistics: ActivationStatistics, drawn: CalibrationSet, judge: AccuracyEvaluator
+    model: onnx.ModelProto, statistics: ActivationStatistics, drawn: CalibrationSet, evaluator: AccuracyEvaluator
 ) -> None:
-    best, costs = choose_candidate(model, statistics, drawn, judge)
+    best, costs = choose_candidate(model, statistics, drawn, evaluator)
     assert {candidate.method for candidate in costs if candidate.equalize} == set(METHODS)
     assert Candidate("output", equalize=False) in costs
     assert all(costs[best].agreement >= cost.agreement for cost in costs.values())
     assert "agreement" in format_deltas([(str(candidate), cost) for candidate, cost in costs.items()])
     assert not table_of(model, statistics, drawn, Candidate("mse", equalize=False)).gains
-    # An outlier that is in no held-out video spoils min-max alone.
+    # An outlier that no held-out video contains affects only min-max.
     spoilt = {}
     for name, histogram in statistics.equalized.items():
         spoilt[name] = Histogram()
@@ -117,18 +117,18 @@ def test_choose_candidate_selects_highest_agreement(
         spoilt[name].__dict__.update({**vars(histogram), **arrays})
         spoilt[name].add(np.full(1, 60 * histogram.magnitude, np.float32))
     statistics = ActivationStatistics(spoilt, spoilt, {})
-    best, costs = choose_candidate(model, statistics, drawn, judge, methods=("minmax", "percentile"))
+    best, costs = choose_candidate(model, statistics, drawn, evaluator, methods=("minmax", "percentile"))
     assert best == Candidate("percentile")
     assert costs[Candidate("minmax")].agreement < costs[best].agreement - 0.05
 
 
 def test_sensitivity_ranks_modules_by_agreement(
-    model: onnx.ModelProto, table: CalibrationTable, judge: AccuracyEvaluator
+    model: onnx.ModelProto, table: CalibrationTable, evaluator: AccuracyEvaluator
 ) -> None:
-    # Ranges of one module's input are made far too tight: it must come out first.
+    # The module whose input range is far too narrow must be first.
     tensor = "fpn/Add"
     tight = dataclasses.replace(table.ranges[tensor], low=0.0, high=table.ranges[tensor].high / 30)
-    ranking = measure_sensitivity(model, dataclasses.replace(table, ranges={**table.ranges, tensor: tight}), judge)
+    ranking = measure_sensitivity(model, dataclasses.replace(table, ranges={**table.ranges, tensor: tight}), evaluator)
     assert ranking[0].module == "fpn.layer_blocks.1"
     assert {entry.module for entry in ranking} == set(modules(model, QuantizationPolicy()))
     assert [entry.cost.agreement for entry in ranking] == sorted(entry.cost.agreement for entry in ranking)
@@ -137,7 +137,7 @@ def test_sensitivity_ranks_modules_by_agreement(
 
 
 class Scripted:
-    """A judge for whom a graph loses 1 point for each of these modules that is narrow."""
+    """An evaluator for which a graph loses 1 point for each of these modules that is quantized."""
 
     def __init__(self, *harmful: str) -> None:
         self.harmful = harmful
@@ -152,30 +152,30 @@ class Scripted:
 
 
 def test_no_module_is_restored_within_budget(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    judge = Scripted()
-    plan, steps = find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
+    evaluator = Scripted()
+    plan, steps = find_layers_to_restore(model, table, evaluator, 0.2)  # type: ignore[arg-type]
     assert plan.keep == ()
-    assert judge.asked == len(steps) == 1
+    assert evaluator.asked == len(steps) == 1
 
 
 @pytest.mark.parametrize("order", [None, ["fpn.layer_blocks.1", "qInput.0", "fcos.head.towers.0", "prop_fc"]])
 def test_smallest_module_set_is_restored(
     model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None
 ) -> None:
-    judge = Scripted("fpn.layer_blocks.1", "fcos.head.towers.0")
-    plan, steps = find_layers_to_restore(model, table, judge, 0.2, order)  # type: ignore[arg-type]
+    evaluator = Scripted("fpn.layer_blocks.1", "fcos.head.towers.0")
+    plan, steps = find_layers_to_restore(model, table, evaluator, 0.2, order)  # type: ignore[arg-type]
     assert set(plan.keep) == {"fpn.layer_blocks.1", "fcos.head.towers.0"}
     assert plan.measured["cost"]["drop of mIoU, points"] == 0
     assert len(plan.measured["steps"]) == len(steps)
-    # Each point that may be lost saves a module.
-    assert len(find_layers_to_restore(model, table, judge, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
+    # Each point of the budget saves a module.
+    assert len(find_layers_to_restore(model, table, evaluator, 1.0, order)[0].keep) == 1  # type: ignore[arg-type]
 
 
 NOTHING_LOST = AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1000)
 
 
 class Sets:
-    """What `minimal_keep_set` asks: sets of modules are enough or not, as a test says, and each is asked once."""
+    """The callbacks of `minimal_keep_set`: a test defines which sets suffice; each set is measured once."""
 
     def __init__(self, enough: Callable[[set[str]], bool], ranked: str = "ABCDE") -> None:
         self.enough, self.ranked = enough, ranked
@@ -189,18 +189,18 @@ class Sets:
         return dataclasses.replace(NOTHING_LOST, drop_70=0 if self.enough(set(keep)) else 1)
 
     def fewest(self) -> list[str] | None:
-        found, steps = minimal_keep_set(lambda: list(self.ranked), self.cost, lambda cost: cost.worst_drop <= 0)
+        actual, steps = minimal_keep_set(lambda: list(self.ranked), self.cost, lambda cost: cost.worst_drop <= 0)
         assert len(steps) == len(self.asked) <= 4 * len(self.ranked)
-        if found is not None:
-            # The last step that holds tells the cost of what is returned.
-            assert [asked for asked in self.asked if self.enough(set(asked))][-1] == set(found)
-        return found
+        if actual is not None:
+            # The last step that holds belongs to the result.
+            assert [asked for asked in self.asked if self.enough(set(asked))][-1] == set(actual)
+        return actual
 
 
 def test_minimal_keep_set_prefers_one_sufficient_module() -> None:
     sets = Sets(lambda keep: "D" in keep or {"A", "B"} <= keep)
     assert sets.fewest() == ["D"]
-    # Nothing, A, AB; B (A is known); C and D.
+    # The empty set, A, AB; B (A is known); C and D.
     assert len(sets.asked) == 6
 
 
@@ -233,9 +233,9 @@ def test_search_without_solution_returns_none() -> None:
 
 @pytest.mark.parametrize("needed", [set(some) for n in (1, 2, 3, 4) for some in itertools.combinations("ABCDE", n)])
 def test_search_returns_exactly_the_needed_modules(needed: set[str]) -> None:
-    found = Sets(lambda keep: needed <= keep).fewest()
-    assert found is not None
-    assert set(found) == needed
+    actual = Sets(lambda keep: needed <= keep).fewest()
+    assert actual is not None
+    assert set(actual) == needed
 
 
 def test_miou_drop_counts_against_the_budget(model: onnx.ModelProto, table: CalibrationTable) -> None:
@@ -262,9 +262,9 @@ def test_budget_below_one_query_counts_only_losses_beyond_chance() -> None:
 
 
 def test_unreachable_budget_raises_check_failed(model: onnx.ModelProto, table: CalibrationTable) -> None:
-    judge = Scripted(*modules(model, QuantizationPolicy()))
+    evaluator = Scripted(*modules(model, QuantizationPolicy()))
     with raises(CheckFailed, "budget_exceeded", "INT8", "1.00", 0.2, "--max-drop"):
-        find_layers_to_restore(model, table, judge, 0.2)  # type: ignore[arg-type]
+        find_layers_to_restore(model, table, evaluator, 0.2)  # type: ignore[arg-type]
 
 
 def test_plan_of_another_graph_or_table_is_rejected(model: onnx.ModelProto, table: CalibrationTable, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -279,9 +279,9 @@ def test_plan_of_another_graph_or_table_is_rejected(model: onnx.ModelProto, tabl
         again.checked(model, dataclasses.replace(table, ranges={}), "int8")
     with raises(CalibrationError, "precision_mismatch", "int8", "fp8"):
         again.checked(model, table, "fp8")
-    # The key of a table tells graph and samples, and not how its ranges were narrowed since.
-    name, found = next(iter(table.ranges.items()))
-    tighter = {**table.ranges, name: dataclasses.replace(found, high=found.high / 2)}
+    # The key of a table does not depend on its ranges.
+    name, actual = next(iter(table.ranges.items()))
+    tighter = {**table.ranges, name: dataclasses.replace(actual, high=actual.high / 2)}
     with raises(CalibrationError, "plan_of_another_table", table.digest[:12]):
         again.checked(model, dataclasses.replace(table, ranges=tighter), "int8")
     (tmp_path / "plan.json").write_text("{}")
@@ -321,7 +321,7 @@ def test_edited_plan_is_rejected(tmp_path: Path, fields: dict[str, Any], code: s
     plan.save(path)
     assert QuantizationPlan.load(path) == plan
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    # A plan that cannot be used is made again.
+    # The message names the command that makes a plan.
     advice = () if code == "invalid_json" else ("calib.restore",)
     with raises(CalibrationError, code, path, *values, *advice):
         QuantizationPlan.load(path)

@@ -1,4 +1,4 @@
-"""Which sentences are calibrated on."""
+"""Test `calib.calibration_set`: selection of calibration queries and of held-out queries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def videos(annotations) -> set[str]:  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def copy(data_set: DataSet, tmp_path: Path) -> Path:
-    """The data set's directory, free to be spoilt."""
+    """Return a copy of the data set that a test may change."""
     return Path(shutil.copytree(data_set.root, tmp_path / "data"))
 
 
@@ -96,7 +96,7 @@ def test_samples_are_spread_over_all_strata(data_set: DataSet, manifest: Manifes
 def test_sampling_includes_rare_words(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
     lines = data_set.annotations_path("train").read_text().splitlines()
     apart = videos(sample_held_out(data_set, manifest))
-    # One sentence of another vocabulary, in a video that is calibrated on.
+    # One query of another vocabulary, in a calibration video.
     line = next(index for index, text in enumerate(lines) if text.split()[0] not in apart)
     lines[line] = lines[line].split("##")[0] + "##person laughs."
     assert "laughs" not in {word for entry in data_set.annotations("train") for word in tokenize(entry.sentence)}
@@ -165,7 +165,7 @@ def test_held_out_and_calibration_sets_of_a_seed_are_disjoint(
     judged = sample_held_out(data_set, manifest, 48, seed=0)
     assert judged == drawn.held_out
     assert not videos(judged) & set(drawn.videos)
-    # Another seed would, if the table's videos were not named.
+    # Another seed would draw calibration videos without `exclude`.
     assert videos(sample_held_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)
     assert not videos(sample_held_out(data_set, manifest, 48, seed=3, exclude=drawn.videos)) & set(drawn.videos)
     with raises(CalibrationError, "too_few_held_out", 7, 8):
@@ -176,8 +176,8 @@ def test_batches_contain_each_sample_once(drawn: CalibrationSet, manifest: Manif
     batches = list(drawn.batches(manifest, 20))
     assert [len(batch) for batch in batches] == [20, 20, 20, 4]
     lengths = np.concatenate([batch.query_length for batch in batches])
-    wanted = [len(manifest.vocabulary.encode(entry.sentence)) for entry in drawn.annotations]
-    assert lengths.tolist() == sorted(wanted)
+    expected = [len(manifest.vocabulary.encode(entry.sentence)) for entry in drawn.annotations]
+    assert lengths.tolist() == sorted(expected)
     assert all(batch.query_tokens.shape[1] == batch.query_length.max() for batch in batches)
 
 
@@ -201,7 +201,7 @@ def test_samples_cover_words_and_axes_of_real_annotations(real_data: Path) -> No
     drawn = sample_calibration_set(data_set, Manifest(data_set.vocabulary, None, None))  # type: ignore[arg-type]
     assert drawn.coverage["sentences"] == len(videos(drawn.annotations)) == 512
     assert drawn.coverage["words"]["of_all_tokens"] > 0.95
-    # Without looking at words, a like draw finds about 460 of 1,000.
+    # A draw without regard to words covers about 460 of 1,000.
     assert drawn.coverage["words"]["covered"] > 700
     for strata in drawn.coverage["axes"].values():
         assert min(entry["samples"] for entry in strata) > 40

@@ -1,4 +1,4 @@
-"""The calibration table and what it refuses."""
+"""Test `calib.calibration_table`: contents of the file, and files that are rejected."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_table_of_test_videos_is_rejected(table: CalibrationTable, data_set: Dat
 
 
 def test_digest_depends_on_ranges_and_key(table: CalibrationTable) -> None:
-    name, found = next(iter(table.ranges.items()))
-    wider = {**table.ranges, name: dataclasses.replace(found, high=found.high * 2)}
+    name, actual = next(iter(table.ranges.items()))
+    wider = {**table.ranges, name: dataclasses.replace(actual, high=actual.high * 2)}
     assert dataclasses.replace(table, ranges=wider).digest != table.digest
     assert dataclasses.replace(table, key={**table.key, "samples": "other"}).digest != table.digest
 
@@ -173,14 +173,14 @@ def test_damaged_table_is_rejected(table: CalibrationTable, tmp_path: Path, chan
 
 
 def code_for(value: object) -> str:
-    """Return the code for a table with this value: some are not JSON, or are read as none."""
+    """Return the error code of a table with this value, some of which are not JSON."""
     number = value[0] if isinstance(value, list) and value else value
     too_long = isinstance(number, int) and abs(number) > 10**300
     return "invalid_json" if too_long or number in (math.inf, -math.inf) or number != number else "invalid_table"
 
 
 def assert_refused(table: CalibrationTable, directory: Path, code: str, *change: object) -> None:
-    """Fail unless a table with one change is refused, also where its digests are those of the changed content."""
+    """Assert that a table with one change is rejected, also if its digests match the changed content."""
     path = directory / "t.json"
     table.save(path)
     value = edited(json.loads(path.read_text()), *change)

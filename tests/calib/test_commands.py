@@ -1,4 +1,4 @@
-"""The commands, from a graph to an INT8 file, and what they refuse."""
+"""Test the commands of `calib`: from a graph to an INT8 file, and inputs that are rejected."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_from_graph_to_int8_file_and_back_within_budget(
     onnx.checker.check_model(output, full_check=True)
     backend = open_backend(output, device="cpu")
     assert backend.manifest.precision == "int8"
-    ours, theirs = (found.run(batch) for found in (backend, open_backend(onnx_file, device="cpu")))
+    ours, theirs = (actual.run(batch) for actual in (backend, open_backend(onnx_file, device="cpu")))
     assert np.abs(ours.matching_logits - theirs.matching_logits).max() > 0
     assert np.corrcoef(ours.matching_logits.ravel(), theirs.matching_logits.ravel())[0, 1] > 0.99
 
@@ -145,8 +145,8 @@ def test_quantize_rejects_plan_of_another_table(
     given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
     restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
     loaded = CalibrationTable.load(table_file)
-    name, found = next(iter(loaded.ranges.items()))
-    wider = {**loaded.ranges, name: dataclasses.replace(found, high=found.high * 2)}
+    name, actual = next(iter(loaded.ranges.items()))
+    wider = {**loaded.ranges, name: dataclasses.replace(actual, high=actual.high * 2)}
     dataclasses.replace(loaded, ranges=wider).save(tmp_path / "t.json")
     digests = (loaded.digest[:12], CalibrationTable.load(tmp_path / "t.json").digest[:12])
     with raises(CalibrationError, "plan_of_another_table", *digests):
@@ -162,9 +162,9 @@ def refused(function, *arguments, error, output: Path, **options) -> None:  # ty
     """
     output.write_text("before")
     beside = sorted(output.parent.iterdir())
-    with raises(*error) as found:
+    with raises(*error) as actual:
         function(*arguments, **options)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(actual.value)
     assert output.read_text() == "before"
     assert sorted(output.parent.iterdir()) == beside
 

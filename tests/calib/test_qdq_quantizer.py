@@ -1,4 +1,4 @@
-"""Where Q/DQ stands, and what it changes."""
+"""Test `calib.qdq_quantizer`: positions of Q/DQ, their constants, and the error of the graph."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def module_of(node: onnx.NodeProto) -> str:
 
 
 def measured(quantiser: onnx.NodeProto) -> str:
-    """Return the tensor whose range a QuantizeLinear has: the features are quantised after balancing."""
+    """Return the tensor whose range a QuantizeLinear has; features are quantized after equalization."""
     return "prop_fc/Unsqueeze" if quantiser.input[0] == "prop_fc/Mul" else quantiser.input[0]
 
 
-def errors(found: onnx.ModelProto, wanted: onnx.ModelProto, batch: Batch) -> dict[str, float]:
-    """Return for each output the root mean square error as a share of the output's spread."""
-    ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (found, wanted))
+def errors(actual: onnx.ModelProto, expected: onnx.ModelProto, batch: Batch) -> dict[str, float]:
+    """Return for each output the root mean square error divided by the standard deviation of the output."""
+    ours, theirs = (InMemoryBackend(entry, 1).run(batch) for entry in (actual, expected))
     return {
         name: float(np.sqrt(((getattr(ours, name) - getattr(theirs, name)) ** 2).mean()) / getattr(theirs, name).std())
         for name in HEAD_NAMES
@@ -94,10 +94,10 @@ def test_dequantized_weight_is_within_half_a_step(weight: np.ndarray, axis: int 
 
 
 @given(st.floats(1e-12, 6e4))
-def test_scale_is_fp16_value_not_below_the_input(wanted: float) -> None:
-    scale = half_precision_scale(np.array(wanted))
+def test_scale_is_fp16_value_not_below_the_input(expected: float) -> None:
+    scale = half_precision_scale(np.array(expected))
     assert scale == np.float16(scale)
-    assert wanted <= scale <= max(wanted * (1 + 2**-10), 2**-24 + wanted)
+    assert expected <= scale <= max(expected * (1 + 2**-10), 2**-24 + expected)
 
 
 def test_output_channels_use_full_int8_range(int8: onnx.ModelProto) -> None:
@@ -163,14 +163,14 @@ def test_tensor_with_two_readers_is_quantized_once(model: onnx.ModelProto, table
     policy = QuantizationPolicy()
     wider = dataclasses.replace(policy, computed=(*policy.computed, "fcos.head.predictions"))
     assert list(channel_energies(model, wider)) == list(channel_energies(model))
-    found = insert_qdq(model, table, wider)
-    (quantiser,) = [node for node in nodes(found, "QuantizeLinear") if node.input[0] == "fcos.head/Mul_2"]
-    (back,) = [node for node in nodes(found, "DequantizeLinear") if node.input[0] == quantiser.output[0]]
-    readers = {module_of(node) for node in nodes(found, "Conv") if node.input[0] == back.output[0]}
+    actual = insert_qdq(model, table, wider)
+    (quantiser,) = [node for node in nodes(actual, "QuantizeLinear") if node.input[0] == "fcos.head/Mul_2"]
+    (back,) = [node for node in nodes(actual, "DequantizeLinear") if node.input[0] == quantiser.output[0]]
+    readers = {module_of(node) for node in nodes(actual, "Conv") if node.input[0] == back.output[0]}
     assert readers == {"fcos.head.mix_fc", "fcos.head.predictions"}
-    # The embedding is read twice, and stored and widened once.
-    (table_of_words,) = [node for node in nodes(found, "DequantizeLinear") if "embedding" in node.input[0]]
-    assert sum(table_of_words.output[0] in node.input for node in nodes(found, "Gather")) == 2
+    # The embedding has two readers, one constant and one DequantizeLinear.
+    (table_of_words,) = [node for node in nodes(actual, "DequantizeLinear") if "embedding" in node.input[0]]
+    assert sum(table_of_words.output[0] in node.input for node in nodes(actual, "Gather")) == 2
 
 
 def test_scales_match_the_calibration_table(int8: onnx.ModelProto, table: CalibrationTable) -> None:
@@ -205,12 +205,12 @@ def test_excluded_modules_stay_fp32(
 ) -> None:
     policy = QuantizationPolicy(keep=keep)
     assert set(modules(model, policy)) == {*COMPUTED, *STORED} - left
-    found = insert_qdq(model, table, policy)
-    assert modules_of(found, "Conv") == set(COMPUTED) - left
-    kept = weights(found)
+    actual = insert_qdq(model, table, policy)
+    assert modules_of(actual, "Conv") == set(COMPUTED) - left
+    kept = weights(actual)
     for module in left:
         assert kept[f"{module}.weight"].dtype == np.float32
-        # A gate takes the powers of two of the channels that it multiplies, and nothing else.
+        # The weights of a gate change by the powers of two of its channels.
         factor = np.log2(np.abs(kept[f"{module}.weight"] / weights(model)[f"{module}.weight"]))
         np.testing.assert_array_equal(factor, np.rint(factor))
         assert module.startswith("qInput") or not factor.any()
@@ -225,9 +225,9 @@ def test_unknown_excluded_module_is_rejected_with_known_names(model: onnx.ModelP
 
 def test_policy_only_quantizes_a_single_module(model: onnx.ModelProto, table: CalibrationTable) -> None:
     for module in ("fpn.layer_blocks.1", "qInput.0"):
-        found = insert_qdq(model, table, QuantizationPolicy().only(module))
-        assert {module_of(node) for node in nodes(found, "DequantizeLinear")} == {module}
-        assert bool(nodes(found, "QuantizeLinear")) == (module in COMPUTED)
+        actual = insert_qdq(model, table, QuantizationPolicy().only(module))
+        assert {module_of(node) for node in nodes(actual, "DequantizeLinear")} == {module}
+        assert bool(nodes(actual, "QuantizeLinear")) == (module in COMPUTED)
 
 
 def test_most_multiply_adds_are_int8(int8: onnx.ModelProto, model: onnx.ModelProto) -> None:
@@ -249,8 +249,8 @@ def test_mac_share_requires_both_factors_quantized(model: onnx.ModelProto, table
 
 
 def test_int8_heads_are_close_to_fp32(int8: onnx.ModelProto, model: onnx.ModelProto, batch: Batch) -> None:
-    found = errors(int8, model, batch)
-    assert all(0 < error < 0.15 for error in found.values()), found
+    actual = errors(int8, model, batch)
+    assert all(0 < error < 0.15 for error in actual.values()), actual
 
 
 def test_weight_only_quantization_has_smaller_error(
@@ -263,7 +263,7 @@ def test_weight_only_quantization_has_smaller_error(
 
 def test_clipped_ranges_increase_the_error(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
     ranges = table.ranges.items()
-    tight = {name: dataclasses.replace(found, low=found.low / 8, high=found.high / 8) for name, found in ranges}
+    tight = {name: dataclasses.replace(actual, low=actual.low / 8, high=actual.high / 8) for name, actual in ranges}
     clipped = errors(insert_qdq(model, dataclasses.replace(table, ranges=tight)), model, batch)
     well = errors(insert_qdq(model, table), model, batch)
     assert all(clipped[name] > 3 * well[name] for name in HEAD_NAMES)
@@ -320,19 +320,19 @@ def test_set_opset_rejects_unsupported_ops_and_versions(model: onnx.ModelProto) 
 def test_fp8_weights_are_e4m3_in_opset_19(
     model: onnx.ModelProto, table: CalibrationTable, batch: Batch, int8: onnx.ModelProto
 ) -> None:
-    found = insert_qdq(model, table, kind="fp8")
-    assert found.opset_import[0].version == 19
-    assert read_manifest(found).precision == "fp8"
-    types = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
+    actual = insert_qdq(model, table, kind="fp8")
+    assert actual.opset_import[0].version == 19
+    assert read_manifest(actual).precision == "fp8"
+    types = {tensor.name: tensor.data_type for tensor in actual.graph.initializer}
     for module in COMPUTED:
         assert types[f"{module}.weight"] == onnx.TensorProto.FLOAT8E4M3FN
     assert types["qInput.0.weight"] == onnx.TensorProto.FLOAT
-    constants = weights(found)
-    for node in nodes(found, "QuantizeLinear"):
+    constants = weights(actual)
+    for node in nodes(actual, "QuantizeLinear"):
         magnitude = table.ranges[measured(node)].magnitude
         assert constants[node.input[1]] == half_precision_scale(magnitude / LARGEST["fp8"])
-    assert audit_graph(found).share("fp8") == audit_graph(int8).share("int8")
-    assert all(0 < error < 0.5 for error in errors(found, model, batch).values())
+    assert audit_graph(actual).share("fp8") == audit_graph(int8).share("int8")
+    assert all(0 < error < 0.5 for error in errors(actual, model, batch).values())
     with raises(CalibrationError, "unsupported_opset", "FP8", 19, 18):
         insert_qdq(model, table, kind="fp8", opset=18)
 

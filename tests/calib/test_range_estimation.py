@@ -1,4 +1,4 @@
-"""Range estimation: histograms, and the limit that each method selects."""
+"""Test `calib.range_estimation`: histograms, and the limit that each method selects."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ VALUES = arrays.arrays(
 
 
 def histogram(*chunks: np.ndarray, bins: int = 16384) -> Histogram:
-    found = Histogram(bins)
+    actual = Histogram(bins)
     for chunk in chunks:
-        found.add(np.asarray(chunk, np.float32))
-    return found
+        actual.add(np.asarray(chunk, np.float32))
+    return actual
 
 
 def squared_error(values: np.ndarray, limit: float) -> float:
@@ -52,9 +52,9 @@ def test_min_max_contains_every_value_and_no_method_is_wider(chunks: list[np.nda
     widest = seen.range("minmax")
     assert widest == ValueRange(float(values.min()), float(values.max()))
     for method in METHODS:
-        found = seen.range(method)
-        assert widest.low <= found.low <= found.high <= widest.high
-        assert found.magnitude <= widest.magnitude
+        actual = seen.range(method)
+        assert widest.low <= actual.low <= actual.high <= widest.high
+        assert actual.magnitude <= widest.magnitude
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
@@ -64,8 +64,7 @@ def test_histogram_counts_each_value_once_while_growing(chunks: list[np.ndarray]
     values = np.abs(np.concatenate(chunks)).astype(np.float64)
     assert seen.counts.sum() + seen.zeros == len(values)
     if seen.width:
-        # Bins are merged, never redrawn: what a bin end has below it, it has from the values themselves, but for
-        # those whose float32 quotient rounds across the border.
+        # Merged bins count the values themselves, except those whose float32 quotient rounds across the border.
         for index in (7, 31, 62):
             edge = seen.edges[index]
             near = np.abs(values - edge) <= 1e-5 * edge
@@ -76,15 +75,15 @@ def test_histogram_counts_each_value_once_while_growing(chunks: list[np.ndarray]
 @given(VALUES, VALUES)
 @settings(max_examples=15, deadline=None)
 def test_percentile_range_contains_its_share(first: np.ndarray, second: np.ndarray) -> None:
-    found = histogram(first, second).range("percentile")
+    actual = histogram(first, second).range("percentile")
     values = np.abs(np.concatenate((first, second)))
-    assert (values <= found.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
+    assert (values <= actual.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
 
 
 @pytest.mark.parametrize(("outliers", "limit"), [(5, 1), (20, 10)])
 def test_percentile_excludes_one_value_in_ten_thousand(outliers: int, limit: float) -> None:
-    found = histogram(np.ones(100_000 - outliers), np.full(outliers, 10)).range("percentile")
-    assert found.magnitude == pytest.approx(limit, rel=1e-3)
+    actual = histogram(np.ones(100_000 - outliers), np.full(outliers, 10)).range("percentile")
+    assert actual.magnitude == pytest.approx(limit, rel=1e-3)
 
 
 def test_outlier_changes_only_the_min_max_range() -> None:
@@ -100,10 +99,10 @@ def test_outlier_changes_only_the_min_max_range() -> None:
 
 def test_mse_range_minimizes_squared_error() -> None:
     values = np.random.default_rng(1).laplace(size=100_000).astype(np.float32)
-    found = squared_error(values, histogram(values).range("mse").magnitude)
+    actual = squared_error(values, histogram(values).range("mse").magnitude)
     best = min(squared_error(values, limit) for limit in np.linspace(0.05, 1, 300) * np.abs(values).max())
-    assert found <= 1.02 * best
-    assert found < 0.9 * squared_error(values, float(np.abs(values).max()))
+    assert actual <= 1.02 * best
+    assert actual < 0.9 * squared_error(values, float(np.abs(values).max()))
 
 
 def test_values_that_fill_their_range_are_not_clipped() -> None:
@@ -137,10 +136,10 @@ def test_output_range_minimizes_error_of_the_layer() -> None:
     weight = rng.standard_normal((8, 5)) * np.array([0.01, *[1] * 7])[:, None]
     seen = Histogram()
     seen.add(values, (weight**2).sum(axis=1))
-    found = output_error(values, weight, seen.range("output").magnitude)
+    actual = output_error(values, weight, seen.range("output").magnitude)
     best = min(output_error(values, weight, limit) for limit in np.linspace(0.02, 1, 197) * seen.magnitude)
-    assert found <= 1.05 * best
-    assert found < 0.5 * output_error(values, weight, seen.range("mse").magnitude)
+    assert actual <= 1.05 * best
+    assert actual < 0.5 * output_error(values, weight, seen.range("mse").magnitude)
 
 
 def test_energies_equal_counts_without_weights_and_survive_growth() -> None:
@@ -230,7 +229,9 @@ def test_histograms_agree_with_onnx_runtime_calibrators(
         options = {"symmetric": ours == "percentile", "num_bins": 4096, "percentile": PERCENTILE}
         calibrator = create_calibrator(path, ["Conv"], str(tmp_path / "tapped.onnx"), theirs, extra_options=options)
         calibrator.collect_data(Reader())
-        wanted = calibrator.compute_data()
-        for tensor, found in statistics.ranges(ours).items():  # type: ignore[arg-type]
-            low, high = (float(np.max(end)) for end in wanted[tensor].range_value)
-            assert found.magnitude == pytest.approx(max(-low, high), rel=2e-2 if ours == "percentile" else 1e-5), tensor
+        expected = calibrator.compute_data()
+        for tensor, actual in statistics.ranges(ours).items():  # type: ignore[arg-type]
+            low, high = (float(np.max(end)) for end in expected[tensor].range_value)
+            assert actual.magnitude == pytest.approx(max(-low, high), rel=2e-2 if ours == "percentile" else 1e-5), (
+                tensor
+            )

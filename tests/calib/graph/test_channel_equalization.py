@@ -1,4 +1,4 @@
-"""Channel equalization keeps the outputs, and lowers the INT8 error."""
+"""Test `calib.graph.channel_equalization`: equal outputs in FP32, and a smaller error in INT8."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ REACH = arrays.arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1e3)
 
 @given(REACH, st.floats(0, 1))
 def test_equal_weights_keep_every_channel_below_the_maximum(reach: np.ndarray, share: float) -> None:
-    found = exponents(reach, np.ones(len(reach)), share)
-    assert found[np.argmax(reach)] == 0
-    assert np.all(found >= 0)
-    # Rounding to a power of two passes the loudest by a factor of sqrt(2) at most.
-    assert np.all(reach * np.exp2(found) <= reach.max() * 2**0.5 * (1 + 1e-9))
-    assert np.all(found[reach == 0] == 0)
+    actual = exponents(reach, np.ones(len(reach)), share)
+    assert actual[np.argmax(reach)] == 0
+    assert np.all(actual >= 0)
+    # Rounding to a power of two exceeds the largest channel by a factor of at most sqrt(2).
+    assert np.all(reach * np.exp2(actual) <= reach.max() * 2**0.5 * (1 + 1e-9))
+    assert np.all(actual[reach == 0] == 0)
 
 
 def test_small_weight_absorbs_more_of_the_scale_than_large_one() -> None:
@@ -97,7 +97,7 @@ def test_default_equalization_share_is_three_quarters(
 def test_equalization_lowers_error_of_uneven_channels(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, batch: Batch
 ) -> None:
-    # Every other channel of the features is 30 times quieter, and its weights louder: FP32 answers as before.
+    # Every other channel of the features is 32 times smaller and its weights larger, with equal outputs in FP32.
     uneven = onnx.ModelProto()
     uneven.CopyFrom(model)
     loudness = np.where(np.arange(16) % 2, 1, 1 / 32).astype(np.float32)
@@ -111,7 +111,7 @@ def test_equalization_lowers_error_of_uneven_channels(
     batches = [quieter(entry) for entry in drawn.batches(manifest, 32)]
     gains = measure_channel_scales(uneven, batches, 1)
     assert min(gains["prop_fc/Unsqueeze"][0::2]) >= max(gains["prop_fc/Unsqueeze"][1::2]) + 3
-    found = {}
+    actual = {}
     for label, used in (("plain", {}), ("equalized", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
         after = onnx.ModelProto()
         after.CopyFrom(uneven)
@@ -125,17 +125,17 @@ def test_equalization_lowers_error_of_uneven_channels(
         )
         narrowed = insert_qdq(uneven, table, QuantizationPolicy().only("prop_fc"))
         ours, theirs = (InMemoryBackend(entry, 1).run(quieter(batch)) for entry in (narrowed, uneven))
-        found[label] = np.abs(ours.matching_logits - theirs.matching_logits).mean()
-    assert found["equalized"] < 0.4 * found["plain"]
+        actual[label] = np.abs(ours.matching_logits - theirs.matching_logits).mean()
+    assert actual["equalized"] < 0.4 * actual["plain"]
 
 
 def test_equalization_skips_modules_not_quantized(model: onnx.ModelProto, table: CalibrationTable) -> None:
     assert set(table.gains) == set(equalizable_tensors(model))
-    found = insert_qdq(model, table, QuantizationPolicy().only("fpn"))
+    actual = insert_qdq(model, table, QuantizationPolicy().only("fpn"))
     before = weights(model)
     for name in ("prop_fc.weight", "backbone_net.layers.0.weight", "qInput.0.weight", "qInput.0.bias"):
-        np.testing.assert_array_equal(weights(found)[name], before[name])
-    assert "prop_fc/Mul" not in {node.name for node in found.graph.node}
+        np.testing.assert_array_equal(weights(actual)[name], before[name])
+    assert "prop_fc/Mul" not in {node.name for node in actual.graph.node}
 
 
 def test_gains_of_another_graph_are_rejected(

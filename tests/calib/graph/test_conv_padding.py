@@ -19,18 +19,18 @@ OUTPUTS = list(Heads.__dataclass_fields__)
 
 def padding(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Return the pads of every convolution that has some."""
-    found = {}
+    actual = {}
     for node in model.graph.node:
         for entry in node.attribute:
             if node.op_type == "Conv" and entry.name == "pads" and any(entry.ints):
-                found[node.name] = list(entry.ints)
-    return found
+                actual[node.name] = list(entry.ints)
+    return actual
 
 
 def test_extract_padding_keeps_outputs_bit_identical(model: onnx.ModelProto, batch: Batch) -> None:
-    wanted = open_session(model, threads=1).run(OUTPUTS, vars(batch))
-    found = open_session(extract_padding(model), threads=1).run(OUTPUTS, vars(batch))
-    for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
+    expected = open_session(model, threads=1).run(OUTPUTS, vars(batch))
+    actual = open_session(extract_padding(model), threads=1).run(OUTPUTS, vars(batch))
+    for name, ours, theirs in zip(OUTPUTS, actual, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
@@ -62,8 +62,8 @@ def test_asymmetric_padding_keeps_its_sides() -> None:
     )
     feed = {"x": np.random.default_rng(1).random((1, 64, 1, 8), np.float32)}
     apart = extract_padding(model)
-    (wanted,), (found,) = (open_session(graph, threads=1).run(None, feed) for graph in (model, apart))
-    np.testing.assert_array_equal(found, wanted)
+    (expected,), (actual,) = (open_session(graph, threads=1).run(None, feed) for graph in (model, apart))
+    np.testing.assert_array_equal(actual, expected)
     assert padding(apart) == {}
     assert padding(inline_padding(apart)) == {"a/Conv": [0, 2, 0, 1]}
 
@@ -84,7 +84,7 @@ def test_pad_of_channels_or_with_two_readers_is_not_inlined(pads: list[int]) -> 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "yz"]
     shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64, 1, 8])
     constants = [weight, numpy_helper.from_array(np.array(pads, np.int64), "p")]
-    # The second reader forbids merging of the plain one; the channels that of the other.
+    # The second reader prevents inlining of the first Pad; padded channels that of the other.
     chosen = nodes if pads[1] == 0 else nodes[:2]
     graph = helper.make_graph(chosen, "g", [shape], values[: len(chosen) - 1], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
@@ -92,7 +92,7 @@ def test_pad_of_channels_or_with_two_readers_is_not_inlined(pads: list[int]) -> 
 
 
 def test_onnx_runtime_option_keeps_padding_separate(model: onnx.ModelProto, tmp_path: Path) -> None:
-    """A newer ONNX Runtime that calls its step by another name would put the padding back without a word."""
+    """A newer ONNX Runtime that renames its optimizer would inline the padding silently."""
     kept: dict[bool, int] = {}
     for told in (False, True):
         options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""INT8 for a CPU: the same answers from products that ONNX Runtime multiplies in eight bits."""
+"""Test `calib.graph.conv_to_matmul`: equal results as matrix products, which ONNX Runtime computes in INT8."""
 
 from __future__ import annotations
 
@@ -99,20 +99,20 @@ def test_convs_to_matmul_equals_convolution(
     turned = convs_to_matmul(model)
     assert not any(node.op_type == "Conv" for node in turned.graph.node)
     features = {"x": np.random.default_rng(0).normal(size=[2, channels, *[1] * (rank - 3), 12]).astype(np.float32)}
-    (wanted,), (found,) = (open_session(entry, 1).run(["y"], features) for entry in (model, turned))
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerances.HEADS * np.abs(wanted).max())
+    (expected,), (actual,) = (open_session(entry, 1).run(["y"], features) for entry in (model, turned))
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerances.HEADS * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_convs_to_matmul_keeps_heads(
     rows: onnx.ModelProto, narrowed: onnx.ModelProto, batch: Batch, optimized: bool
 ) -> None:
-    found = open_session(rows, 1, optimized).run(OUTPUTS, vars(batch))
-    wanted = open_session(narrowed, 1).run(OUTPUTS, vars(batch))
-    for name, ours, theirs in zip(OUTPUTS, found, wanted, strict=True):
+    actual = open_session(rows, 1, optimized).run(OUTPUTS, vars(batch))
+    expected = open_session(narrowed, 1).run(OUTPUTS, vars(batch))
+    for name, ours, theirs in zip(OUTPUTS, actual, expected, strict=True):
         errors = np.abs(ours - theirs) / np.abs(theirs).max()
-        # Sums in another order may round a number to the other of two neighbours of eight bits, and some do.
+        # Sums in another order round some numbers to the neighboring 8-bit step.
         assert np.quantile(errors, 0.95) <= tolerances.HEADS, name
         assert errors.max() <= tolerances.INT8, name
 
@@ -173,7 +173,7 @@ def test_in_memory_backend_equals_saved_graph(rows: onnx.ModelProto, batch: Batc
     onnx.save(rows, path)
     judged, runs = InMemoryBackend(rows, 1, optimized=True).run(batch), open_graph(path, "cpu", 1).run(batch)
     for name in OUTPUTS:
-        # Padding, which the runtime leaves apart, is the one difference; it multiplies nothing.
+        # The runtime keeps Pad nodes, which is the only difference.
         np.testing.assert_allclose(getattr(judged, name), getattr(runs, name), rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -194,9 +194,9 @@ def test_onnx_runtime_computes_every_product_in_int8(
 
 def test_convs_to_matmul_keeps_quantized_mac_share(rows: onnx.ModelProto, narrowed: onnx.ModelProto) -> None:
     assert audit_graph(rows).share("int8") == pytest.approx(audit_graph(narrowed).share("int8"), abs=1e-9)
-    found, wanted = audit_graph(rows), audit_graph(narrowed)
-    assert found.macs == wanted.macs
-    assert found.weight_bytes["int8"] <= wanted.weight_bytes["int8"] * 1.01
+    actual, expected = audit_graph(rows), audit_graph(narrowed)
+    assert actual.macs == expected.macs
+    assert actual.weight_bytes["int8"] <= expected.weight_bytes["int8"] * 1.01
 
 
 def test_convs_to_matmul_graph_can_be_split(rows: onnx.ModelProto, batch: Batch) -> None:

@@ -50,11 +50,11 @@ def test_fp16_heads_are_close_to_fp32(name: str, exported: dict[str, onnx.ModelP
     half = convert_to_half(exported[name])
     onnx.checker.check_model(half, full_check=True)
     given = batch(name)
-    found, wanted = run(half, given), run(exported[name], given)
+    actual, expected = run(half, given), run(exported[name], given)
     for output in HEAD_NAMES:
-        assert found[output].dtype == np.float32
-        np.testing.assert_allclose(found[output], wanted[output], atol=HALF * np.abs(wanted[output]).max())
-        assert not np.array_equal(found[output], wanted[output])
+        assert actual[output].dtype == np.float32
+        np.testing.assert_allclose(actual[output], expected[output], atol=HALF * np.abs(expected[output]).max())
+        assert not np.array_equal(actual[output], expected[output])
 
 
 def test_convert_to_half_keeps_source_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
@@ -101,11 +101,11 @@ def test_bf16_emulation_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -
     half = convert_to_half(model, "bf16")
     onnx.checker.check_model(half, full_check=True)
     given = batch("tiny")
-    found, wanted = run(emulate_bf16(half), given), run(model, given)
+    actual, expected = run(emulate_bf16(half), given), run(model, given)
     for output in HEAD_NAMES:
         # Three bits fewer than FP16.
-        np.testing.assert_allclose(found[output], wanted[output], atol=16 * HALF * np.abs(wanted[output]).max())
-        assert not np.array_equal(found[output], wanted[output])
+        np.testing.assert_allclose(actual[output], expected[output], atol=16 * HALF * np.abs(expected[output]).max())
+        assert not np.array_equal(actual[output], expected[output])
 
 
 def test_emulate_bf16_returns_fp16_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:

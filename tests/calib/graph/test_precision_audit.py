@@ -1,4 +1,4 @@
-"""`calib.graph.precision_audit`: precision is counted, and what is called by another name is found out."""
+"""Test `calib.graph.precision_audit`: multiply-adds and bytes by data type, and the required share."""
 
 from __future__ import annotations
 

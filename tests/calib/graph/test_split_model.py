@@ -1,4 +1,4 @@
-"""`calib.graph.split_model`: two graphs that answer as the whole, and know each other."""
+"""Test `calib.graph.split_model`: the two parts compute the outputs of the unsplit graph and name each other."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.raising import raises, records
 from train.network.model import DRN
 
 SAME = 1e-5
-"""Relative: the same operators on the same numbers, but for what ONNX Runtime fuses across the cut."""
+"""Relative error of operators that ONNX Runtime fuses across the cut."""
 
 
 def written(model: onnx.ModelProto, directory: Path) -> Path:
-    """Write a pair, and the whole graph beside it; return the latter's path."""
+    """Write a split model and the unsplit graph, and return the path of the latter."""
     path = directory / "drn.onnx"
     onnx.save(model, path)
     write_split_model(*split_graph(model), path)
@@ -60,11 +60,11 @@ def test_split_pair_equals_unsplit_graph(
     encoded = pair.encode(features)  # type: ignore[attr-defined]
     assert encoded.shape == (len(features), CONFIGS[name].feature_dim, CONFIGS[name].num_segments)
     known = [EncodedVideo(row, span, 1.0) for row, span in zip(encoded, spans, strict=True)]
-    found = pair.ask(tokens, lengths, known, np.array(videos, np.int32))  # type: ignore[attr-defined]
+    actual = pair.ask(tokens, lengths, known, np.array(videos, np.int32))  # type: ignore[attr-defined]
     batch = Batch(tokens, lengths, features[videos], spans[videos])
-    wanted = open_backend(path, "cpu", 1).run(batch)
-    for field, theirs in vars(wanted).items():
-        assert relative_difference(getattr(found, field), theirs) <= SAME, field
+    expected = open_backend(path, "cpu", 1).run(batch)
+    for field, theirs in vars(expected).items():
+        assert relative_difference(getattr(actual, field), theirs) <= SAME, field
         assert relative_difference(getattr(pair.run(batch), field), theirs) <= SAME, field
 
 
@@ -116,9 +116,9 @@ def test_fp16_graph_splits_without_extra_casts(exported: dict[str, onnx.ModelPro
     path = written(half, tmp_path)
     batch = Batch(*(values.numpy() for values in random_inputs(TINY, [3, 7])))
     pair = open_backend(pair_paths(path)[1], "cpu", 1)
-    wanted = open_backend(path, "cpu", 1).run(batch)
+    expected = open_backend(path, "cpu", 1).run(batch)
     for field, theirs in vars(run_pair(pair, batch)).items():  # type: ignore[arg-type]
-        assert relative_difference(theirs, getattr(wanted, field)) <= 2e-3, field
+        assert relative_difference(theirs, getattr(expected, field)) <= 2e-3, field
 
 
 @pytest.mark.rtx
@@ -139,7 +139,7 @@ def test_graph_without_unique_split_point_is_rejected(exported: dict[str, onnx.M
     other.CopyFrom(exported["tiny"])
     for node in other.graph.node:
         if node.name == "prop_fc/Conv":
-            # A second way around the projection.
+            # A second path around the projection.
             node.output[0] = "elsewhere"
         elif node.name == "backbone_net/Mul":
             node.input[0] = "prop_fc/Unsqueeze"
@@ -180,12 +180,12 @@ def test_to_onnx_with_split_writes_all_parts(
     checkpoint: Path, tmp_path: Path, prepare: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=prepare, max_query_length=3)
-    # An option of version 0.1 that has no effect any longer.
+    # An option of version 0.1 without effect.
     assert len(records(caplog, logging.WARNING, "--prepare")) == prepare
     names = ["drn.onnx", "drn.query.onnx", "drn.video.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
-    # With the padding of convolutions apart, as ONNX Runtime is fastest.
+    # FP32 files have Pad nodes.
     for path in (output, pair_paths(output)[1]):
         assert "backbone_net.layers.1/Pad" in [node.name for node in onnx.load(path).graph.node]
 

@@ -23,23 +23,23 @@ from tests.export.rtx import build_with_rtx
 from tests.raising import raises
 
 NAMES = ("query_tokens", "query_length", "segment_features", "segment_spans")
-# At most as many as random_inputs' vocabulary is asked for.
+# Limited by the queries of random_inputs.
 LONGEST = 12
 
 
 def heads(
     model: onnx.ModelProto, network: str, lengths: Sequence[int], longest: int, seed: int = 0, seen: int | None = None
 ) -> Heads:
-    """Heads of random queries padded to `longest` tokens, of which only the first `seen` are given."""
+    """Return the heads of random queries padded to `longest` tokens, with only the first `seen` tokens as input."""
     inputs = random_inputs(CONFIGS[network], list(lengths), longest, seed)
     feed = {name: values.numpy() for name, values in zip(NAMES, inputs, strict=True)}
     feed["query_tokens"] = feed["query_tokens"][:, :seen]
     return Heads(*open_session(model, 1).run(list(Heads.__dataclass_fields__), feed))
 
 
-def assert_same(found: Heads, wanted: Heads, relative: float) -> None:
-    for name, values in vars(wanted).items():
-        np.testing.assert_allclose(getattr(found, name), values, rtol=0, atol=relative * np.abs(values).max())
+def assert_same(actual: Heads, expected: Heads, relative: float) -> None:
+    for name, values in vars(expected).items():
+        np.testing.assert_allclose(getattr(actual, name), values, rtol=0, atol=relative * np.abs(values).max())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, LONGEST])
@@ -49,8 +49,8 @@ def test_unrolled_lstm_equals_lstm(network: str, steps: int, exported: dict[str,
     onnx.checker.check_model(model, full_check=True)
     assert not [node for node in model.graph.node if node.op_type in ("LSTM", "Loop", "Scan", "If")]
     lengths = [steps, 1, max(1, steps // 2), max(1, steps - 1)]
-    found, wanted = (heads(graph, network, lengths, steps) for graph in (model, exported[network]))
-    assert_same(found, wanted, tolerances.HEADS)
+    actual, expected = (heads(graph, network, lengths, steps) for graph in (model, exported[network]))
+    assert_same(actual, expected, tolerances.HEADS)
 
 
 @settings(max_examples=20, deadline=None)
@@ -59,17 +59,17 @@ def test_unrolled_lstm_ignores_padding_tokens(
     exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int
 ) -> None:
     model = unroll_lstm(exported["tiny"], LONGEST)
-    found = heads(model, "tiny", lengths, LONGEST, seed)
-    # The LSTM sees no more than the longest of them.
-    wanted = heads(exported["tiny"], "tiny", lengths, LONGEST, seed, seen=max(lengths))
-    assert_same(found, wanted, tolerances.HEADS)
+    actual = heads(model, "tiny", lengths, LONGEST, seed)
+    # The LSTM gets the tokens of the longest query.
+    expected = heads(exported["tiny"], "tiny", lengths, LONGEST, seed, seen=max(lengths))
+    assert_same(actual, expected, tolerances.HEADS)
 
 
 def test_unrolled_fp16_lstm_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -> None:
     half = convert_to_half(exported["tiny"])
-    wanted = heads(exported["tiny"], "tiny", [7, 3, 12], LONGEST)
+    expected = heads(exported["tiny"], "tiny", [7, 3, 12], LONGEST)
     for model in (half, unroll_lstm(half, LONGEST)):
-        assert_same(heads(model, "tiny", [7, 3, 12], LONGEST), wanted, tolerances.HALF)
+        assert_same(heads(model, "tiny", [7, 3, 12], LONGEST), expected, tolerances.HALF)
 
 
 def test_unroll_keeps_the_input_graph_and_stores_weights_once(exported: dict[str, onnx.ModelProto]) -> None:
