@@ -1,4 +1,4 @@
-"""`python -m train`: three stages, from a data set to drn.pt."""
+"""Train DRN in three stages, from a data set to drn.pt: `python -m train`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import GroundingError, OutputError
+from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_writable, locked
 from runtime.datasets.dataset import DataSet
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint
-from train.network.initialization import initialise_as_authors, load_glove
+from train.network.initialization import initialize_as_authors, load_glove
 from train.network.model import DRN
 from train.training.curves import draw_curves
 from train.training.distributed import init_distributed
@@ -30,7 +30,7 @@ from train.training.inputs import (
     split_annotations,
 )
 from train.training.options import TrainingOptions
-from train.training.trainer import TrainingRun, fresh_model
+from train.training.trainer import TrainingRun, fresh_model, holds_run
 
 log = logging.getLogger("drn")
 
@@ -107,32 +107,7 @@ def train(
     Returns:
         The path of drn.pt.
     """
-    options = TrainingOptions(
-        data=data,
-        output=output,
-        stage=stage,
-        load=load,
-        recipe=recipe,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        device=device,
-        precision=precision,
-        resume=resume,
-        validate_on=validate_on,
-        held_out=held_out,
-        glove=glove,
-        cache=cache,
-        num_segments=num_segments,
-        embed_dim=embed_dim,
-        hidden_dim=hidden_dim,
-        fpn_dim=fpn_dim,
-        iou_target=iou_target,
-        negatives=negatives,
-        faithful=faithful,
-        blind=blind,
-    )
+    options = TrainingOptions(**locals())
     result = run(options)
     if result.is_main:
         print(result.checkpoint)
@@ -142,18 +117,21 @@ def train(
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The path of drn.pt, and whether this process is the one of several that writes and prints."""
+    """The path of drn.pt, and whether this is the main process, which writes files and prints."""
 
     checkpoint: Path
     is_main: bool
 
 
 def run(options: TrainingOptions) -> TrainingResult:
-    """Train as `options` say; see `train`."""
+    """Train with `options`; see `train`.
+
+    Raises:
+        GroundingError: an option, the data set or a checkpoint cannot be used, or the training has diverged.
+    """
     options.validate()
     device = torch_device(options.device)
     _check_precision(options, device)
-    # Before features are pooled, which takes minutes.
     _check_output(options)
     data_set = DataSet(options.data)
     with (
@@ -186,7 +164,7 @@ def run(options: TrainingOptions) -> TrainingResult:
         try:
             checkpoint = training_run.train(model)
         except KeyboardInterrupt:
-            log.warning("\nWhat is done is kept: the same command with --resume goes on from the last whole epoch.")
+            log.warning("\nFinished epochs are saved. Repeat the command with --resume to continue after the last one.")
             raise
         if processes.is_main:
             draw_curves(options.output / "history.jsonl", options.output / "curves.png")
@@ -196,27 +174,25 @@ def run(options: TrainingOptions) -> TrainingResult:
 def _check_precision(options: TrainingOptions, device: torch.device) -> None:
     if options.precision == "fp16" and device.type == "cpu":
         raise GroundingError(
-            "Mixed precision in fp16 needs a CUDA GPU; use --precision bf16 or fp32 on a CPU.",
+            "--precision fp16 needs a CUDA GPU. Pass --precision bf16 or fp32 on a CPU.",
             code="precision_unsupported",
         )
 
 
 def _check_output(options: TrainingOptions) -> None:
-    output = options.output
-    if (output / "run.json").is_file() and not options.resume:
-        raise OutputError(
-            f"{output} holds a training run; pass --resume to go on with it, or choose another --output.",
-            code="output_holds_run",
-        )
-    check_writable(output / "run.json")
+    """Raise OutputError unless the run may be written to --output, before features are pooled, which takes minutes."""
+    path = options.output / "run.json"
+    if path.is_file() and not options.resume:
+        raise holds_run(options.output)
+    check_writable(path)
 
 
 def _initialized_model(options: TrainingOptions, network: NetworkInputs) -> DRN:
-    """Return an untrained network with the weights of the recipe and the word vectors of --glove."""
+    """Return an untrained network, initialized by the recipe, with the word vectors of --glove."""
 
     def initialize(model: DRN) -> None:
-        if options.preset.initialisation == "drn":
-            initialise_as_authors(model)
+        if options.preset.initialization == "drn":
+            initialize_as_authors(model)
         if options.glove:
             load_glove(model, options.glove, network.vocabulary.words)
 
@@ -224,7 +200,7 @@ def _initialized_model(options: TrainingOptions, network: NetworkInputs) -> DRN:
 
 
 if __name__ == "__main__":
-    # One OpenMP team per process is torchrun's default; more would fight over the cores.
+    # The processes share the cores; one thread each is also torchrun's default.
     if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     command(train)

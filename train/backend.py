@@ -1,4 +1,4 @@
-"""The network in torch, behind the same protocol as an exported one."""
+"""Run the torch network through the backend protocol of exported models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.network.model import DRN
 
 
 class TorchBackend:
-    """A network in evaluation mode, on the device its parameters are on."""
+    """Runs a network in evaluation mode, on the device of its parameters."""
 
     def __init__(self, model: DRN, manifest: Manifest) -> None:
         self.model = model
@@ -27,13 +27,13 @@ class TorchBackend:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; the network's training mode is restored afterwards.
+        """Return the heads of a batch, and restore the training mode of the network.
 
         Raises:
-            DeviceMemoryError: the GPU has no memory left for it.
+            DeviceMemoryError: the GPU has no memory left for the batch.
         """
         if not len(batch):
-            # torch packs no empty batch.
+            # torch cannot pack an empty batch of sequences.
             locations = self.manifest.decoding.num_locations
             return Heads(*(np.empty((0, locations, *tail), np.float32) for tail in ((), (2,), ())))
         device = next(self.model.parameters()).device
@@ -43,13 +43,13 @@ class TorchBackend:
             with _without_tf32():
                 heads = self.model(*(torch.from_numpy(array).to(device) for array in vars(batch).values()))
         except RuntimeError as error:
-            # Of torch's allocator it is OutOfMemoryError; of cuBLAS, cuDNN and the driver a plain RuntimeError.
+            # torch's allocator raises OutOfMemoryError; cuBLAS, cuDNN and the driver raise a plain RuntimeError.
             if not is_out_of_memory(error):
                 raise
-            # What torch keeps for later would be missing to a smaller batch now.
+            # Memory that torch caches would not be available to a smaller batch.
             torch.cuda.empty_cache()
             raise DeviceMemoryError(
-                f"{device} has no memory left for a batch of {len(batch)} queries; pass a smaller --batch-size."
+                f"{device} has no memory left for a batch of {len(batch)} queries. Pass a smaller --batch-size."
             ) from error
         finally:
             self.model.train(training)
@@ -58,7 +58,7 @@ class TorchBackend:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Compute FP32 convolutions and LSTMs in FP32: cuDNN takes TF32 by default (torch.backends.cudnn.allow_tf32)."""
+    """Compute FP32 convolutions and LSTMs in FP32; cuDNN uses TF32 by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -68,9 +68,16 @@ def _without_tf32() -> Iterator[None]:
 
 
 def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> TorchBackend:
-    """Open a `drn.pt`. The entry point through which `runtime.open_backend` finds torch.
+    """Open a `drn.pt`; the entry point `pt` of `drn.backends`, through which `runtime.open_backend` loads torch.
 
-    `threads` sets torch's CPU threads, which hold for the whole process.
+    Args:
+        path: the checkpoint.
+        device: auto, cpu or cuda.
+        threads: number of CPU threads of torch in this process. Default: unchanged.
+
+    Raises:
+        CheckpointError: as of `load_checkpoint`.
+        DeviceError: the device is unknown or not available.
     """
     target = torch_device(device)
     if threads is not None:
@@ -83,19 +90,20 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
 
 
 def torch_device(device: str) -> torch.device:
-    """Return a device by name; `auto` is a GPU where there is one. Raises DeviceError for one that is not there."""
+    """Return the device of a name; `auto` is the GPU if there is one.
+
+    Raises:
+        DeviceError: the name is unknown, or there is no GPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    parsed: torch.device | None = None
+    with contextlib.suppress(RuntimeError):
+        parsed = torch.device(device)
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        raise DeviceError(f"Expected --device auto, cpu or cuda, got {excerpt(device)}.", code="unknown_device")
+    if parsed.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            f"The device {device} was asked for and torch {torch.__version__} finds no GPU; pass --device cpu.",
-            code="gpu_unavailable",
+            f"torch {torch.__version__} finds no GPU for --device {device}. Pass --device cpu.", code="gpu_unavailable"
         )
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(
-            f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device"
-        ) from error
+    return parsed

@@ -1,7 +1,7 @@
-"""C3D, the network behind the published clip features: its layers in order, its checkpoints, and published weights.
+"""Define C3D, the network behind the published clip features, and read and write its checkpoints.
 
-Source: Tran et al., Learning Spatiotemporal Features with 3D Convolutional Networks (ICCV 2015). Features are those of
-fc6 after its ReLU.
+Source: Tran et al., Learning Spatiotemporal Features with 3D Convolutional Networks (ICCV 2015). The features are the
+outputs of fc6 after its ReLU.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from train.checkpoints import load, save
 
 WINDOW, STRIDE = 16, 8
 RESIZE, CROP = (128, 171), (112, 112)
-# Tensors of larger networks have sizes that do not fit 64 bits.
+# The tensor sizes of larger networks overflow 64 bits.
 MAX_CHANNELS = 1 << 20
 LAYERS = ("1a", "2a", "3a", "3b", "4a", "4b", "5a", "5b")
 
 Layout = Literal["plain", "mmaction2"]
 
-# What each layout's weights were trained on, in the order red, green, blue.
-# plain: Caffe's Sports-1M weights, which met OpenCV's blue-green-red frames less a mean volume; its mean over the
-# volume is 90.25, 97.66, 101.41 in that order. Source: sport1m_train16_128_mean.binaryproto of facebook/C3D; its means
-# in DavideA/c3d-pytorch, issue 1.
-# mmaction2: RGB frames less 104, 117, 128. Source: configs/recognition/c3d of mmaction2, its data_preprocessor.
+# Means of the frames that each layout was trained on, in the order red, green, blue.
+# plain: Caffe's Sports-1M weights, trained on BGR frames. Source: sport1m_train16_128_mean.binaryproto of facebook/C3D;
+# its means are in issue 1 of DavideA/c3d-pytorch.
+# mmaction2: RGB frames. Source: data_preprocessor in configs/recognition/c3d of mmaction2.
 MEANS: Mapping[Layout, tuple[float, float, float]] = {
     "plain": (101.41, 97.66, 90.25),
     "mmaction2": (104.0, 117.0, 128.0),
@@ -45,11 +44,11 @@ MEANS: Mapping[Layout, tuple[float, float, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class C3DConfig:
-    """The shape of a C3D.
+    """Sizes of a C3D.
 
     Attributes:
-        widths: channels of the eight convolutions.
-        dim: D, of the features.
+        widths: output channels of the eight convolutions.
+        dim: channels D of the features.
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 256, 512, 512, 512, 512)
@@ -62,15 +61,15 @@ class C3DConfig:
             type(size) is int and 1 <= size <= MAX_CHANNELS for size in sizes
         ):
             raise ValueError(
-                f"a C3D has {len(LAYERS)} convolutions and features of 1 to {MAX_CHANNELS} channels each, and "
-                f"{excerpt(sizes)} was given"
+                f"expected {len(LAYERS)} convolutions and features of 1 to {MAX_CHANNELS} channels each, got "
+                f"{excerpt(sizes)}"
             )
 
 
 class C3D(nn.Module):
-    """Eight 3x3x3 convolutions, five poolings, one linear layer.
+    """Eight 3x3x3 convolutions, five max poolings, and one linear layer.
 
-    The first pooling leaves time alone; the last pads one row and column of each side, so that 7 becomes 4.
+    The first pooling keeps the time axis. The last pads height and width by 1 on each side, so that 7 becomes 4.
     """
 
     mean: Tensor
@@ -79,9 +78,8 @@ class C3D(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1, 1), persistent=False)
-        channels = (3, *config.widths)
-        for layer, taken, given in zip(LAYERS, channels, channels[1:], strict=False):
-            setattr(self, f"conv{layer}", nn.Conv3d(taken, given, 3, padding=1))
+        for layer, inputs, outputs in zip(LAYERS, (3, *config.widths[:-1]), config.widths, strict=True):
+            setattr(self, f"conv{layer}", nn.Conv3d(inputs, outputs, 3, padding=1))
         self.pool1 = nn.MaxPool3d((1, 2, 2))
         self.pool2 = nn.MaxPool3d(2)
         self.pool3 = nn.MaxPool3d(2)
@@ -90,8 +88,8 @@ class C3D(nn.Module):
         self.fc6 = nn.Linear(config.widths[-1] * 4 * 4, config.dim)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Return (N, D) features of clips, (N, 16, 112, 112, 3) in RGB from 0 to 255, of any type of number."""
-        # Numbers first: TensorRT takes bytes into a cast and into nothing else.
+        """Return (N, D) features of (N, 16, 112, 112, 3) clips in RGB from 0 to 255, of any number type."""
+        # The cast comes first because TensorRT accepts uint8 inputs only into a cast.
         x = clips.to(self.mean.dtype).permute(0, 4, 1, 2, 3) - self.mean
         x = self.pool1(functional.relu(self.conv1a(x)))
         x = self.pool2(functional.relu(self.conv2a(x)))
@@ -106,7 +104,7 @@ class C3D(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class C3DCheckpoint:
-    """The content of a `c3d.pt`: the weights, for RGB frames, and the mean to subtract from the frames."""
+    """The content of a `c3d.pt`: weights for RGB frames, and the mean (red, green, blue) to subtract from them."""
 
     config: C3DConfig
     mean: tuple[float, float, float]
@@ -120,7 +118,7 @@ class C3DCheckpoint:
         return model.eval()
 
     def manifest(self, sources: Mapping[str, str]) -> ExtractorManifest:
-        """Return what a file made of this checkpoint says of itself."""
+        """Return the manifest of a model file exported from this checkpoint."""
         return ExtractorManifest(
             kind="C3D",
             dim=self.config.dim,
@@ -134,7 +132,7 @@ class C3DCheckpoint:
 
 
 def save_c3d(path: Path, checkpoint: C3DCheckpoint) -> None:
-    """Write a `c3d.pt`, whole or not at all."""
+    """Write a `c3d.pt` atomically."""
     save(
         path,
         {
@@ -149,7 +147,11 @@ def save_c3d(path: Path, checkpoint: C3DCheckpoint) -> None:
 
 
 def load_c3d(path: Path) -> C3DCheckpoint:
-    """Read a `c3d.pt`; CheckpointError if it is none. Nothing in it is run."""
+    """Read a `c3d.pt` without running code in it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a `c3d.pt`.
+    """
     content = load(path)
     check_format(
         content, FORMAT, f"{path}", CheckpointError, "convert published weights with `python -m train.convert`"
@@ -164,10 +166,10 @@ def load_c3d(path: Path) -> C3DCheckpoint:
         red, green, blue = map(_number, content["mean"])
         config = C3DConfig(tuple(content["config"]["widths"]), content["config"]["dim"])
         checkpoint = C3DCheckpoint(config, (red, green, blue), content["weights"], dict(content["sources"]))
-    # The values of a damaged file are of any kind, tensors among them.
+    # A damaged file may contain values of any type.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); convert it again.",
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}). Convert it again.",
             code="damaged_file",
         ) from error
     check_c3d_weights(checkpoint.weights, config, str(path))
@@ -176,23 +178,23 @@ def load_c3d(path: Path) -> C3DCheckpoint:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"the mean should be finite numbers, and {excerpt(value)} is one of them")
+        raise TypeError(f"expected finite numbers in the mean, got {excerpt(value)}")
     return float(value)
 
 
 def is_c3d_file(path: Path) -> bool:
-    """Return whether a torch file is a `c3d.pt`, without reading tensors; False for files that cannot be opened."""
+    """Return whether a file is a `c3d.pt`, without reading tensors; False if it cannot be opened."""
     try:
         torch_reader.check(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # Whoever opens the file in earnest says what is wrong with it.
+    # The reader that loads the file reports the error.
     except Exception:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def published_layout(names: Mapping[str, Any]) -> Layout | None:
-    """Return whose names these are, or None if they are of no C3D."""
+    """Return the code base that uses these tensor names, or None if they are not those of a C3D."""
     if any(re.fullmatch(r"(backbone\.)?conv1a\.conv\.weight", name) for name in names):
         return "mmaction2"
     return "plain" if "conv1.weight" in names and "fc6.weight" in names else None
@@ -201,22 +203,23 @@ def published_layout(names: Mapping[str, Any]) -> Layout | None:
 def from_published(
     arrays: Mapping[str, np.ndarray], layout: Layout, source: str, sources: Mapping[str, str]
 ) -> C3DCheckpoint:
-    """Return the C3D of a published state dict, its first layer turned to RGB where it was trained on BGR.
+    """Convert a published state dict to a C3D for RGB frames, without the layers after fc6.
 
-    Layers after fc6 are left out.
+    Args:
+        arrays: state dict, name to array.
+        layout: code base whose names it has. The plain weights expect BGR frames, so their first layer is flipped.
+        source: name of the file in messages.
+        sources: {file name: SHA-256} to record.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, or holds no finite floats.
+        CheckpointError: a tensor is missing, has the wrong shape, or contains other values than finite floats.
     """
     weights: dict[str, Tensor] = {}
+    plain_names = {"1a": "1", "2a": "2"}
     for layer in LAYERS:
-        theirs = (
-            f"conv{layer}.conv"
-            if layout == "mmaction2"
-            else f"conv{'1' if layer == '1a' else '2' if layer == '2a' else layer}"
-        )
+        published = f"conv{layer}.conv" if layout == "mmaction2" else f"conv{plain_names.get(layer, layer)}"
         for kind in ("weight", "bias"):
-            weights[f"conv{layer}.{kind}"] = _tensor(arrays, f"{theirs}.{kind}", source)
+            weights[f"conv{layer}.{kind}"] = _tensor(arrays, f"{published}.{kind}", source)
     for kind in ("weight", "bias"):
         weights[f"fc6.{kind}"] = _tensor(arrays, f"fc6.{kind}", source)
     if layout == "plain":
@@ -230,29 +233,29 @@ def from_published(
 def _tensor(arrays: Mapping[str, np.ndarray], name: str, source: str) -> Tensor:
     array = arrays.get(name, arrays.get(f"backbone.{name}"))
     if array is None:
-        raise CheckpointError(
-            f"{source} looks like a C3D and lacks {name}; give the whole checkpoint.", code="missing_tensor"
-        )
+        raise CheckpointError(f"{source} is a C3D without {name}. Pass the complete checkpoint.", code="missing_tensor")
     if array.dtype.kind != "f" or not array.size or not np.isfinite(array).all():
         raise CheckpointError(
-            f"{source} should hold finite floating-point weights, and does not in {name}.", code="impossible_weights"
+            f"{source}: expected finite floating-point weights, got other values in {name}. Pass an undamaged "
+            "checkpoint.",
+            code="impossible_weights",
         )
     return torch.from_numpy(np.array(array, np.float32, order="C"))
 
 
 def check_c3d_weights(weights: Any, config: C3DConfig, source: str) -> None:
-    """Raise CheckpointError, naming a tensor, unless `weights` has just the tensors of such a network."""
+    """Raise CheckpointError unless the names and shapes of `weights` are those of a C3D of these sizes."""
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(
-            f"{source} is damaged: its weights are not named tensors; convert it again.", code="damaged_file"
+            f"{source} is damaged: its weights are not named tensors. Convert it again.", code="damaged_file"
         )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in C3D(config, (0.0, 0.0, 0.0)).state_dict().items()}
     for name in {**expected, **weights}:
-        result = tuple(weights[name].shape) if name in weights else None
-        if result != expected.get(name):
+        actual = tuple(weights[name].shape) if name in weights else None
+        if actual != expected.get(name):
             raise CheckpointError(
-                f"The tensors of {source} are not those of a C3D of its size: {name} is {result or 'missing'} and "
-                f"should be {expected.get(name) or 'left out'}.",
+                f"{source}: expected {expected.get(name) or 'no tensor'} for {name} of a C3D, got "
+                f"{actual or 'no tensor'}. Convert it again.",
                 code="tensor_mismatch",
             )

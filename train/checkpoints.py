@@ -1,4 +1,4 @@
-"""`drn.pt`: a network and all that is needed to use it. Loading one never runs code."""
+"""Read and write `drn.pt`: a network and all that is needed to use it. Loading a file never runs code in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from train.network.model import DRN, DRNConfig
 
 FORMAT = "drn-checkpoint/1"
 RESUME_FORMAT = "drn-training/1"
-# Tokens that an exported checkpoint takes, unless its data set has longer queries or more are asked for.
+# Maximum query length of exported models, in tokens, unless the data set has longer queries.
 LONGEST_QUERY = 64
 # Files that record a digest of their content.
 FORMATS = (FORMAT, RESUME_FORMAT, EXTRACTOR_FORMAT)
@@ -52,14 +52,14 @@ class Checkpoint:
     """The content of a `drn.pt`.
 
     Attributes:
-        config: the shape of the network.
-        features: the clip features it was trained on.
-        vocabulary: its words; empty when the source had none.
-        decoding: how its heads become moments.
-        weights: its state dict, on the CPU.
-        training: how it came to be: at least `stage`.
-        windows: how videos longer than the training videos are cut; None if it is not known how long those were.
-        presence: the score below which no moment is found; None where none was fitted.
+        config: sizes of the network.
+        features: clip features that it was trained on.
+        vocabulary: words that it knows; empty if a converted file had no word table.
+        decoding: how heads become moments.
+        weights: state dict, on the CPU.
+        training: record of the training; contains at least `stage`.
+        windows: how longer videos are split; None if the lengths of the training videos are unknown.
+        presence: no-match threshold; None if none was fitted.
     """
 
     config: DRNConfig
@@ -75,9 +75,9 @@ class Checkpoint:
         """Return the network in evaluation mode, on the CPU.
 
         Args:
-            copy: whether it has weights of its own. Without, training the network changes `weights`.
+            copy: whether to copy the weights. Otherwise, training the network changes `weights`.
         """
-        # On `meta` no weights are drawn at random, which takes longer than all else.
+        # The `meta` device skips the random initialization, which would take longer than all else.
         with torch.device("meta"):
             model = DRN(self.config)
         state = {
@@ -89,11 +89,11 @@ class Checkpoint:
 
     @property
     def longest_query(self) -> int:
-        """Tokens of the longest query that a graph is made for: of the data set it learnt from, and at least 64."""
+        """Maximum query length of exported graphs, in tokens: that of the data set it was trained on, at least 64."""
         return max(LONGEST_QUERY, *query_length_of(self.training))
 
     def manifest(self, max_query_length: int | None = None, **fields: Any) -> Manifest:
-        """Return what a model file made of this checkpoint says of itself; `fields` go to `Manifest`."""
+        """Return the manifest of a model file exported from this checkpoint; `fields` are passed to `Manifest`."""
         return Manifest(
             vocabulary=self.vocabulary,
             decoding=self.decoding,
@@ -108,7 +108,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint atomically."""
     config = dataclasses.asdict(checkpoint.config)
     content = {
         "format": FORMAT,
@@ -131,22 +131,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, not a torch file, holds code, is damaged, or is no such checkpoint.
+        CheckpointError: the file is missing, not a torch file, contains code, is damaged, or is not a DRN checkpoint.
     """
     with opened(path) as (content, _):
         return checkpoint_of(content, path)
 
 
 def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint in what `read` returned; CheckpointError as of `load_checkpoint`, damage aside."""
-    result = content.get("format") if isinstance(content, dict) else None
-    if result == EXTRACTOR_FORMAT:
+    """Return the checkpoint in the content that `read` returned.
+
+    Raises:
+        CheckpointError: the content is not that of a DRN checkpoint.
+    """
+    actual_format = content.get("format") if isinstance(content, dict) else None
+    if actual_format == EXTRACTOR_FORMAT:
         raise CheckpointError(
-            f"{path} makes clip features and grounds no sentence; export it with "
-            f"`python -m export.to_onnx --checkpoint {path}`, and give a DRN here.",
+            f"{path} is a feature extractor, not a DRN. Pass drn.pt here, and export the extractor with "
+            f"`python -m export.to_onnx --checkpoint {path}`.",
             code="wrong_model_kind",
         )
-    if result == RESUME_FORMAT:
+    if actual_format == RESUME_FORMAT:
         raise CheckpointError(
             f"{path} is the state for `train --resume`. Give best.pt of the same directory.", code="training_state"
         )
@@ -165,70 +169,74 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
             windows=Windows.from_dict(content["windows"]) if "windows" in content else None,
             presence=Presence.from_dict(content["presence"]) if "presence" in content else None,
         )
-    # The values of a damaged file are of any kind, tensors among them. Errors of the parts do not name the file.
+    # A damaged file may contain values of any type, and errors of the parts do not name the file.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {one_line(error)}); train or convert again.",
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}). Train or convert again.",
             code="damaged_file",
         ) from error
-    words, details = len(checkpoint.vocabulary), checkpoint.config
-    if words not in (0, details.vocab_size):
+    words, decoding, network = len(checkpoint.vocabulary), checkpoint.decoding, checkpoint.config
+    if words not in (0, network.vocab_size):
         raise CheckpointError(
-            f"{path} has {words} words and its network takes {details.vocab_size}; convert it again.",
+            f"{path}: expected a vocabulary of {network.vocab_size} words, got {words}. Convert the file again.",
             code="vocabulary_mismatch",
         )
-    if (checkpoint.decoding.num_segments, checkpoint.decoding.strides) != (details.num_segments, details.strides):
+    if (decoding.num_segments, decoding.strides) != (network.num_segments, network.strides):
         raise CheckpointError(
-            f"{path} decodes {checkpoint.decoding.num_segments} segments and its network has {details.num_segments}; "
-            "train or convert again.",
+            f"{path}: expected decoding for {network.num_segments} segments, got {decoding.num_segments}. Train or "
+            "convert again.",
             code="segment_count_mismatch",
         )
-    check_weights(checkpoint.weights, checkpoint.config, str(path))
+    check_weights(checkpoint.weights, network, str(path))
     return checkpoint
 
 
 def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
-    """Raise CheckpointError, naming the tensors, unless `weights` has just the tensors of such a network."""
+    """Check the names, shapes and values of the tensors of a network.
+
+    Args:
+        weights: name to torch tensor or NumPy array.
+        config: sizes of the network.
+        source: name of the file in messages.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape, or contains impossible values.
+    """
     if not isinstance(weights, Mapping) or not all(hasattr(tensor, "shape") for tensor in weights.values()):
         raise CheckpointError(
-            f"{source} is damaged: its weights are not named tensors; train or convert again.", code="damaged_file"
+            f"{source} is damaged: its weights are not named tensors. Train or convert again.", code="damaged_file"
         )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     misshapen = [
-        f"{name} is {tuple(weights[name].shape)} and should be {shape}"
+        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
     problems = [
         f"{kind} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        for kind, names in (("missing:", missing), ("not DRN's:", extra), ("misshapen:", misshapen))
+        for kind, names in (("missing:", missing), ("unexpected:", extra), ("wrong shape:", misshapen))
         if names
     ]
     if problems:
         raise CheckpointError(
-            f"The tensors of {source} are not those of a DRN of its size ({'; '.join(problems)}).",
+            f"The tensors of {source} do not fit a DRN of its size ({'; '.join(problems)}). Train or convert again.",
             code="tensor_mismatch",
         )
     _check_values(weights, source)
 
 
 def _check_values(weights: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError, naming the tensors, if a number is not finite or a variance of a batch norm negative.
-
-    Args:
-        weights: name to torch tensor or NumPy array.
-        source: names the file in the message.
-    """
+    """Raise CheckpointError if a value is not finite, or if a variance of a batch norm is negative."""
     problems = []
     for name, value in weights.items():
-        # A copy, because torch warns of arrays that cannot be written.
+        # A copy, because torch warns about read-only arrays.
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # The extremes are NaN where any number is, and take a tenth of the time of looking at each.
+        # Extremes propagate NaN, and take a tenth of the time of `isfinite`.
         low, high = (float(extreme) for extreme in tensor.aminmax())
         if math.isfinite(low) and math.isfinite(high) and not (name.endswith(".running_var") and low < 0):
             continue
@@ -236,40 +244,42 @@ def _check_values(weights: Mapping[str, Any], source: str) -> None:
         kind = "not finite"
         if name.endswith(".running_var"):
             bad |= tensor < 0
-            kind = "negative or not finite, and are variances of a batch norm"
-        count = int(bad.sum())
-        if count:
-            problems.append(f"{count} of {tensor.numel()} numbers of {name} are {kind}")
+            kind = "negative or not finite, but are variances"
+        problems.append(f"{int(bad.sum())} of {tensor.numel()} values of {name} are {kind}")
     if problems:
-        more = f"; and {len(problems) - 3} tensors more" if len(problems) > 3 else ""
+        more = f"; and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{source} holds numbers that no training gives: {'; '.join(problems[:3])}{more}. Train or convert again.",
+            f"{source} contains impossible weights: {'; '.join(problems[:3])}{more}. Train or convert again.",
             code="impossible_weights",
         )
 
 
 def source_hash(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return {file name: SHA-256}, as for a manifest's `sources`."""
+    """Return {file name: SHA-256}, as `sources` of a manifest records it."""
     return {Path(path).name: sha256(path)}
 
 
 def save(path: str | os.PathLike[str], content: Any) -> None:
-    """Write tensors and plain containers with torch, whole or not at all; with a digest in files of a known format."""
+    """Write tensors and plain containers with torch atomically, with a digest if `content` has a known format.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     if isinstance(content, Mapping) and content.get("format") in FORMATS:
         content = {**content, DIGEST: content_digest(content)}
-    # RuntimeError is how torch's zip writer reports a full disk.
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
             if isinstance(content, Mapping) and DIGEST in content:
                 _seal(temporary)
+        # torch's zip writer reports a full disk as a RuntimeError.
         except RuntimeError as error:
             full = shutil.disk_usage(temporary.parent).free < _bytes(content)
-            raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write it") from error
+            raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write the file") from error
 
 
 def _bytes(content: Any) -> int:
-    """Return how much room the tensors in plain containers take."""
+    """Return the size of all tensors in plain containers, in bytes."""
     if isinstance(content, Tensor):
         return content.nbytes
     if isinstance(content, Mapping):
@@ -278,7 +288,7 @@ def _bytes(content: Any) -> int:
 
 
 def content_digest(content: Any) -> str:
-    """Return the SHA-256 of tensors and plain containers: of every name, value, shape and number, in order."""
+    """Return the SHA-256 of tensors and plain containers, over all names, values and shapes in order."""
     digest = hashlib.sha256()
     _digest(content, digest)
     return digest.hexdigest()
@@ -302,29 +312,29 @@ def _digest(content: Any, digest: hashlib._Hash) -> None:
 
 
 def check_records(path: Path) -> None:
-    """Raise CheckpointError unless every record of a torch file matches its CRC, which torch itself does not compare.
+    """Raise CheckpointError if a record of a torch file does not match its CRC, which torch does not check.
 
-    Files of before torch 1.6, which are not zip archives, have none.
+    Files written by torch before 1.6 are not zip archives and have no CRC.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
-                # `torch.serialization.set_crc32_options(False)` leaves zeros.
+                # The CRC is 0 after `torch.serialization.set_crc32_options(False)`.
                 if record.CRC:
                     with archive.open(record) as stream:
                         while stream.read(BLOCK_BYTES):
                             pass
-    # On damaged archives zipfile and its decompressors raise what they do, without a common base.
+    # zipfile and its decompressors raise exceptions without a common base class.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged: {one_line(error)}. Copy it again, or take another checkpoint.", code="digest_mismatch"
+            f"{path} is damaged: {one_line(error)}. Copy it again, or use another checkpoint.", code="digest_mismatch"
         ) from error
 
 
 def _seal(path: Path) -> None:
-    """Write the SHA-256 of a zip archive into its comment, at the end of the file."""
+    """Write the SHA-256 of a zip archive to its comment, at the end of the file."""
     with path.open("r+b") as stream:
         # The end of a zip archive is the length of its comment, in two bytes.
         stream.seek(-2, os.SEEK_END)
@@ -335,10 +345,10 @@ def _seal(path: Path) -> None:
 
 
 def sha256_and_seal(path: str | os.PathLike[str]) -> tuple[str, bool | None]:
-    """Hash a file once.
+    """Hash a file in one pass.
 
     Returns:
-        Its SHA-256 as 64 hexadecimal digits, and whether it matches the seal that `save` wrote; None without a seal.
+        Its SHA-256 as 64 hexadecimal digits, and whether the digest that `save` appended matches; None without one.
     """
     digest = hashlib.sha256()
     with reading(path, "the checkpoint", CheckpointError, "copy it again"), open(path, "rb", buffering=0) as stream:
@@ -358,7 +368,7 @@ def sha256_and_seal(path: str | os.PathLike[str]) -> tuple[str, bool | None]:
 
 
 class UnreadObject:
-    """Stands for an object of a class or function that torch does not know; holds nothing."""
+    """Replaces an object of a class that torch does not know; contains nothing."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -368,14 +378,14 @@ class UnreadObject:
 
 
 def load(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
-    """Read tensors and plain containers with torch, running no code; compare them with the digest or the CRCs.
+    """Read tensors and plain containers with torch without running code, and check the digest or the CRCs.
 
     Args:
         path: the file.
-        unknown_objects: replace objects of unknown classes by an `UnreadObject`, instead of refusing the file.
+        unknown_objects: replace objects of unknown classes by an `UnreadObject` instead of rejecting the file.
 
     Raises:
-        CheckpointError: the file is missing, holds anything else, or is damaged.
+        CheckpointError: the file is missing, contains anything else, or is damaged.
     """
     with opened(path, unknown_objects=unknown_objects) as (content, _):
         return content
@@ -383,17 +393,17 @@ def load(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Read a torch file, and compare it with its digest while the body of the `with` statement runs.
+    """Read a torch file, and check its digest while the body of the `with` statement runs.
 
     Yields:
-        What `read` returns, and a function that waits for the SHA-256 of the file and returns it.
+        The content that `read` returns, and a function that waits for the SHA-256 of the file and returns it.
 
     Raises:
-        CheckpointError: as of `load`. For a damaged file it also replaces the CheckpointError that the body raises.
+        CheckpointError: as of `load`. If the file is damaged, this replaces a CheckpointError of the body.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
-    with ThreadPoolExecutor(1) as siblings:
-        hashing = siblings.submit(sha256_and_seal, path)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(sha256_and_seal, path)
         try:
             content = read(path, unknown_objects=unknown_objects)
             yield content, lambda: hashing.result()[0]
@@ -409,14 +419,14 @@ def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> It
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError, as of `load`, unless a torch file is as it was written."""
+    """Raise CheckpointError, as of `load`, if a torch file is damaged."""
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     if not sha256_and_seal(path)[1]:
         load(path)
 
 
 def _check_unsealed(path: str | os.PathLike[str], content: Any) -> None:
-    """Raise CheckpointError unless a file without a seal matches the digest in its content, or the archive's CRCs."""
+    """Raise CheckpointError if a file without an appended digest does not match that in its content, or its CRCs."""
     if not (isinstance(content, dict) and DIGEST in content and content.get("format") in FORMATS):
         check_records(Path(path))
     elif content[DIGEST] != content_digest({name: value for name, value in content.items() if name != DIGEST}):
@@ -425,28 +435,28 @@ def _check_unsealed(path: str | os.PathLike[str], content: Any) -> None:
 
 def _damaged(path: str | os.PathLike[str]) -> CheckpointError:
     return CheckpointError(
-        f"{path} does not match the digest that it records: it is damaged, or another tool changed it. Copy it "
-        "again, or train or convert again.",
+        f"{path} does not match its recorded digest: it is damaged, or another tool changed it. Copy it again, or "
+        "train or convert again.",
         code="digest_mismatch",
     )
 
 
 def read(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
-    """Return the content of a torch file before it is compared with its digest; arguments and errors as of `load`."""
+    """Return the content of a torch file without checking its digest; arguments and errors as of `load`."""
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     names = torch_reader.check(path)
     replaced: list[Any] = [(UnreadObject, name) for name in names] if unknown_objects else []
     with reading(path, "a torch checkpoint", CheckpointError, "copy it again"):
         try:
-            # What torch knows it takes as it is; the names of modules that it blocks it refuses in any case.
+            # torch still rejects classes of the modules that it blocks.
             with torch.serialization.safe_globals(replaced):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # torch.serialization.get_unsafe_globals_in_checkpoint reads neither legacy files nor protocol 4.
+            # torch.serialization.get_unsafe_globals_in_checkpoint supports neither legacy files nor protocol 4.
             unknown = sorted(name for name in names if not name.startswith("torch._utils."))
             raise CheckpointError(
-                f"{path} contains more than tensors and plain values ({', '.join(unknown[:3])}). Nothing was run. "
-                "If it is a published DRN checkpoint, convert it with `python -m train.convert`.",
+                f"{path} contains more than tensors and plain values ({', '.join(unknown[:3])}); no code was run. "
+                "Convert published DRN checkpoints with `python -m train.convert`.",
                 code="code_in_file",
             ) from error

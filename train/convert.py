@@ -30,7 +30,7 @@ log = logging.getLogger("drn")
 
 Layout = Literal["mmaction2", "drn"]
 
-# The authors' names -> mmaction2's, which this toolkit uses. Source: both code bases, checked on equal outputs.
+# The authors' names to mmaction2's, which this toolkit uses. Source: both code bases; the outputs are equal.
 _RENAMES = (
     (re.compile(r"query_encoder\.qInput\."), lambda match: "query_encoder.W3."),
     (re.compile(r"query_encoder\.qInput(\d+)\."), lambda match: f"query_encoder.W2.{match[1]}."),
@@ -40,9 +40,9 @@ _RENAMES = (
     (re.compile(r"fpn\.fpn_layer(\d+)\."), lambda match: f"fpn.layer_blocks.{int(match[1]) - 1}."),
     (re.compile(r"qInput(\d+)\."), lambda match: f"qInput.{match[1]}."),
 )
-# Of Charades-STA's training videos and moments (`windows_of`), which the published networks learnt from.
+# Those of Charades-STA's training videos and moments (`windows_of`), which the published networks were trained on.
 CHARADES_STA = Windows(longest=194.42, length=43.0, overlap=14.5)
-# Parts that the authors' network owns and never uses.
+# Modules of the authors' network that its forward pass never uses.
 _UNUSED = ("query_encoder.textualAttention.", "fcos.head.centerness.")
 
 
@@ -51,11 +51,11 @@ class PublishedCheckpoint:
     """The content of a published checkpoint, under the names of mmaction2.
 
     Attributes:
-        weights: name -> array, as stored.
-        layout: whose names it had.
-        unused: names that were left out, as they stood in the file.
-        stage: the training stage in its configuration, if there is one.
-        epoch: the epochs it was trained for, if they are recorded.
+        weights: name to array, as stored.
+        layout: code base whose names the file has.
+        unused: names in the file of the tensors that were removed.
+        stage: training stage, if its configuration records one.
+        epoch: number of epochs trained, if recorded.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -95,14 +95,14 @@ def convert(
     for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
         if path.resolve() == checkpoint.resolve():
             raise CheckpointError(
-                f"--output {path} is the checkpoint itself; choose another name.", code="output_is_input"
+                f"--output {path} is the checkpoint to convert. Choose another --output.", code="output_is_input"
             )
     table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
     published = read(checkpoint)
     if published_layout(published.weights):
         if table is not None or stage is not None:
             raise CheckpointError(
-                f"{checkpoint} is a C3D, which has neither words nor stages; leave --vocabulary and --stage out.",
+                f"{checkpoint} is a C3D, which has no words and no stages. Remove --vocabulary and --stage.",
                 code="inapplicable_option",
             )
         return _convert_c3d(published.weights, checkpoint, output or Path("c3d.pt"))
@@ -117,7 +117,7 @@ def _convert_drn(
     vocabulary: Path | None,
     stage: Literal[1, 2, 3] | None,
 ) -> Checkpoint:
-    """Write a DRN checkpoint; see `convert`. `table` is the content of the file `vocabulary`."""
+    """Convert and write a DRN checkpoint; `table` is the content of the file `vocabulary`."""
     config = read_config(published.weights, checkpoint)
     check_weights(published.weights, config, str(checkpoint))
     words = Vocabulary({}) if table is None else load_vocabulary(table, config, vocabulary)
@@ -143,19 +143,18 @@ def _convert_drn(
         ),
         weights=tensors(published.weights, checkpoint),
         training=training,
-        # The published networks of other data sets have other words, and do not record how long their videos were.
+        # Networks of other data sets have other vocabularies, and do not record the lengths of their videos.
         windows=CHARADES_STA if config.vocab_size == DRNConfig().vocab_size else None,
     )
     save_checkpoint(output, converted)
     print(report(converted, published, output))
     if table is None:
         log.warning(
-            "%s has no words, so sentences cannot be asked of it: convert again with --vocabulary and a table of %d "
-            "words (Charades_word2id.json for the published checkpoints).",
+            "%s has no vocabulary and accepts no sentences. Convert again with --vocabulary and a table of %d words "
+            "(Charades_word2id.json for the published checkpoints).",
             output,
             config.vocab_size,
         )
-    if table is None:
         suggest_next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
     else:
         suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
@@ -163,6 +162,7 @@ def _convert_drn(
 
 
 def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Path) -> C3DCheckpoint:
+    """Convert and write a C3D checkpoint."""
     layout = published_layout(weights)
     assert layout is not None
     converted = from_published(weights, layout, str(checkpoint), {checkpoint.name: sha256(checkpoint)})
@@ -174,27 +174,27 @@ def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Pa
         f"  parameters   {sum(tensor.numel() for tensor in converted.weights.values()):,}\n"
         f"  convolutions {', '.join(map(str, converted.config.widths))}\n"
         f"  features     {converted.config.dim:,} channels, of {WINDOW} frames every {STRIDE}\n"
-        f"  pictures     {CROP[0]} x {CROP[1]}, less a mean of red {red:g}, green {green:g}, blue {blue:g}"
+        f"  frames       {CROP[0]} x {CROP[1]}, minus the mean red {red:g}, green {green:g}, blue {blue:g}"
     )
     suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 
 def read(path: Path) -> PublishedCheckpoint:
-    """Return what a published checkpoint holds, with all names as in `train.network.model`.
+    """Return the content of a published checkpoint, with the tensor names of `train.network.model`.
 
     Raises:
-        CheckpointError: the file cannot be read or holds no state dict.
+        CheckpointError: the file cannot be read or contains no state dict.
     """
     content = load(path, unknown_objects=True)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise CheckpointError(
-            f"{path} is a drn.pt already; export it with `python -m export.to_onnx`.", code="already_converted"
+            f"{path} is already converted. Export it with `python -m export.to_onnx`.", code="already_converted"
         )
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not (isinstance(state, dict) and state and all(isinstance(name, str) for name in state)):
         raise CheckpointError(
-            f"{path} holds no state_dict; give mmaction2's .pth or the authors' .pth.tar, as they were saved.",
+            f"{path} contains no state_dict. Pass mmaction2's .pth or the authors' .pth.tar, as they were saved.",
             code="not_a_state_dict",
         )
     # NumPy has no bfloat16.
@@ -203,10 +203,11 @@ def read(path: Path) -> PublishedCheckpoint:
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
     }
-    others = [f"{excerpt(name)}" for name in state if name not in arrays]
+    others = [excerpt(name) for name in state if name not in arrays]
     if others:
         raise CheckpointError(
-            f"{path} should map names to tensors, and {_few(others)} is none; is it a DRN?", code="not_a_state_dict"
+            f"{path}: expected names with tensors, got other values for {_few(others)}. Pass a DRN checkpoint.",
+            code="not_a_state_dict",
         )
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
@@ -223,7 +224,7 @@ def read(path: Path) -> PublishedCheckpoint:
 def _to_mmaction2_names(
     arrays: Mapping[str, np.ndarray], path: Path
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...], Layout]:
-    """Rename the authors' tensors; leave mmaction2's alone."""
+    """Return the tensors under mmaction2's names, the authors' names of unused tensors, and the layout of the file."""
     if not any(pattern.match(name) for name in arrays for pattern, _ in _RENAMES):
         return dict(arrays), (), "mmaction2"
     weights: dict[str, np.ndarray] = {}
@@ -232,22 +233,22 @@ def _to_mmaction2_names(
         if name.startswith(_UNUSED):
             unused.append(name)
             continue
-        ours = name
+        new_name = name
         for pattern, renamed in _RENAMES:
-            match = pattern.match(name)
-            if match:
-                ours = renamed(match) + name[match.end() :]
-        if ours in weights:
+            if match := pattern.match(name):
+                new_name = renamed(match) + name[match.end() :]
+        if new_name in weights:
             raise CheckpointError(
-                f"{path} holds {excerpt(ours)} twice, under the authors' and under mmaction2's name.",
+                f"{path} contains {excerpt(new_name)} twice, under the authors' and under mmaction2's name. Pass the "
+                "checkpoint as it was saved.",
                 code="duplicate_tensor",
             )
-        weights[ours] = array
+        weights[new_name] = array
     return weights, tuple(unused), "drn"
 
 
 def _recorded_stage(configuration: Any) -> int | None:
-    """Return the stage in mmaction2's configuration text: two flags, and neither set means stage 3."""
+    """Return the stage in mmaction2's configuration text; stage 3 if neither of its two flags is set."""
     if not isinstance(configuration, str) or "is_first_stage" not in configuration:
         return None
     flags = dict(re.findall(r"is_(first|second)_stage\s*=\s*(True|False)", configuration))
@@ -259,24 +260,24 @@ def _recorded_stage(configuration: Any) -> int | None:
 def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
     """Return the configuration of the network that has these tensors.
 
-    Where tensors disagree, the majority decides, so that the odd one can be named.
+    If tensors disagree, the majority decides, so that `check_weights` names the one that differs.
 
     Raises:
-        CheckpointError: the tensors are of no DRN that the configuration can describe.
+        CheckpointError: no DRN has these tensors.
     """
     published = DRNConfig()
 
-    def most(default: int, *places: tuple[str, int, int]) -> int:
-        """The commonest length of `places`: name, axis, what to add."""
-        lengths = [
-            weights[name].shape[axis] + add
-            for name, axis, add in places
-            if name in weights and weights[name].ndim > axis
-        ]
-        return Counter(length for length in lengths if length > 0).most_common(1)[0][0] if lengths else default
+    def majority(default: int, *axes: tuple[str, int, int]) -> int:
+        """Return the most frequent size; `axes` are triples of a tensor name, its axis, and a number to add."""
+        sizes = Counter(
+            weights[name].shape[axis] + offset
+            for name, axis, offset in axes
+            if name in weights and weights[name].ndim > axis and weights[name].shape[axis] + offset > 0
+        )
+        return sizes.most_common(1)[0][0] if sizes else default
 
     def count(pattern: str) -> int:
-        """Return the number of tensors in a series numbered from 0 without gaps; at least one."""
+        """Return the number of tensors in a series numbered from 0 without gaps, at least 1."""
         number = 0
         while pattern.format(number) in weights:
             number += 1
@@ -292,14 +293,14 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
     layers = "query_encoder.biLSTM.weight_ih_l{}"
     try:
         return DRNConfig(
-            vocab_size=most(published.vocab_size, ("query_encoder.embedding.weight", 0, -1)),
-            embed_dim=most(
+            vocab_size=majority(published.vocab_size, ("query_encoder.embedding.weight", 0, -1)),
+            embed_dim=majority(
                 published.embed_dim,
                 ("query_encoder.embedding.weight", 1, 0),
                 (layers.format(0), 1, 0),
                 (layers.format("0_reverse"), 1, 0),
             ),
-            feature_dim=most(
+            feature_dim=majority(
                 published.feature_dim,
                 ("prop_fc.weight", 0, 0),
                 ("prop_fc.weight", 1, 0),
@@ -308,23 +309,23 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
                 ("qInput.0.bias", 0, 0),
                 ("backbone_net.layers.0.0.weight", 1, -POSITION_CHANNELS),
             ),
-            hidden_dim=most(
+            hidden_dim=majority(
                 published.hidden_dim,
                 ("query_encoder.biLSTM.weight_hh_l0", 1, 0),
                 ("query_encoder.biLSTM.weight_hh_l0_reverse", 1, 0),
                 ("query_encoder.W3.bias", 0, 0),
                 ("query_encoder.W2.0.weight", 1, 0),
             ),
-            fpn_dim=most(published.fpn_dim, *((name, 1, 0) for name in names), *blocks),
+            fpn_dim=majority(published.fpn_dim, *((name, 1, 0) for name in names), *blocks),
             head_convs=_head_convs(weights),
             lstm_layers=count(layers),
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} is no DRN of a known shape: {error}", code="unknown_network_shape") from error
+        raise CheckpointError(f"{path} is not a DRN: {error}", code="unknown_network_shape") from error
 
 
 def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
-    """Return how many convolutions a tower has: modules 0, 3, 6, ..., a batch norm and a ReLU after each."""
+    """Return the number of convolutions per tower: modules 0, 3, 6, ..., each followed by a batch norm and a ReLU."""
     number = 0
     while any(f"fcos.head.{tower}_tower.{3 * number}.weight" in weights for tower in ("cls", "bbox")):
         number += 1
@@ -332,26 +333,27 @@ def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
 
 
 def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights as float32 tensors, counters as int64.
+    """Return the weights as float32 tensors, and counters as int64.
 
     Raises:
-        CheckpointError: a tensor holds numbers of another kind, or infinite ones.
+        CheckpointError: a tensor has another data type, or a value is not finite.
     """
-    converted, odd = {}, []
+    converted, invalid = {}, []
     for name, array in weights.items():
         counter = name.endswith("num_batches_tracked")
         if array.dtype.kind not in ("iu" if counter else "f"):
-            odd.append(f"{name} ({array.dtype})")
+            invalid.append(f"{name} ({array.dtype})")
             continue
         with np.errstate(over="ignore"):
-            # A copy: the file's tensors may share their numbers, and those of a drn.pt do not.
+            # A copy, because tensors of the file may share memory.
             copy = np.array(array, np.int64 if counter else np.float32, order="C")
         if not np.isfinite(copy).all():
-            odd.append(f"{name} (not finite)")
+            invalid.append(f"{name} (not finite)")
         converted[name] = torch.from_numpy(copy)
-    if odd:
+    if invalid:
         raise CheckpointError(
-            f"{path} should hold finite floating-point weights, and does not in {_few(odd)}.", code="impossible_weights"
+            f"{path}: expected finite floating-point weights, got {_few(invalid)}. Pass an undamaged checkpoint.",
+            code="impossible_weights",
         )
     return converted
 
@@ -360,25 +362,25 @@ def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabul
     """Return the vocabulary of a word table.
 
     Raises:
-        CheckpointError: it is not a table of exactly the network's words.
+        CheckpointError: it does not number exactly as many words as the network has.
     """
     if not (
         isinstance(table, dict)
         and all(isinstance(number, int) and not isinstance(number, bool) for number in table.values())
     ):
         raise CheckpointError(
-            f"{path} should map words to numbers, as Charades_word2id.json does, and does not.",
+            f"{path} does not map words to integers. Pass a word table such as Charades_word2id.json.",
             code="invalid_word_table",
         )
     if len(table) != config.vocab_size:
         raise CheckpointError(
-            f"{path} has {len(table):,} words and the network was trained with {config.vocab_size:,}; give the word "
-            f"table it was trained with.",
+            f"{path}: expected {config.vocab_size:,} words, got {len(table):,}. Pass the word table that the network "
+            "was trained with.",
             code="vocabulary_mismatch",
         )
     if sorted(table.values()) != list(range(1, len(table) + 1)):
         raise CheckpointError(
-            f"{path} should number its words 1 to {len(table)}, each number once, and does not.",
+            f"{path} does not number its words from 1 to {len(table)}, each number once. Pass the original word table.",
             code="word_numbers_not_consecutive",
         )
     return Vocabulary(table)
@@ -395,24 +397,24 @@ def report(checkpoint: Checkpoint, published: PublishedCheckpoint, output: Path)
     epoch = "" if published.epoch is None else f", epoch {published.epoch}"
     levels = ", ".join(map(str, BACKBONE_CHANNELS))
     windows = checkpoint.windows
-    cuts = f"{windows}; Charades-STA's" if windows else "grounded whole: it is not known what the network learnt from"
+    splitting = f"{windows}; Charades-STA's" if windows else "not split: the training videos are unknown"
     lines = [
         f"{output}: a DRN from a checkpoint in {owner} layout, stage {checkpoint.training['stage']}{epoch}",
         f"  parameters   {parameters:,} in {len(checkpoint.weights)} tensors",
         f"  query        {words} x {config.embed_dim}, BiLSTM {config.hidden_dim} x {config.lstm_layers}",
         f"  features     {config.feature_dim:,} channels, {config.num_segments} segments, {owner} pooling",
-        f"  pyramid      backbone {levels}; width {config.fpn_dim}; {config.head_convs} convolution(s) a tower",
-        f"  long videos  {cuts}",
+        f"  pyramid      backbone {levels}; width {config.fpn_dim}; {config.head_convs} convolution(s) per tower",
+        f"  long videos  {splitting}",
         f"  decoding     protocol {checkpoint.decoding.protocol}, IoU scores {used}",
     ]
     if published.unused:
         parts = sorted({part.rstrip(".") for part in _UNUSED if any(part in name for name in published.unused)})
-        lines.append(f"  left out     {len(published.unused)} tensors that are never used: {', '.join(parts)}")
+        lines.append(f"  removed      {len(published.unused)} unused tensors: {', '.join(parts)}")
     return "\n".join(lines)
 
 
-def _few(things: list[str]) -> str:
-    return ", ".join(things[:4]) + (f" and {len(things) - 4} more" if len(things) > 4 else "")
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 if __name__ == "__main__":

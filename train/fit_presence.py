@@ -1,4 +1,4 @@
-"""`python -m train.fit_presence`: from which score on is a moment there at all?"""
+"""Fit the score below which no moment is reported: `python -m train.fit_presence`."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def fit_presence(
     """
     if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
         raise GroundingError(
-            f"--mismatched and --batch-size are at least 1 and --seed is 0 or more, and {mismatched}, {batch_size} and "
-            f"{seed} were given.",
+            f"Expected --mismatched and --batch-size of at least 1 and --seed of at least 0, got {mismatched}, "
+            f"{batch_size} and {seed}.",
             code="invalid_option",
         )
     data_set = DataSet(data)
@@ -76,10 +76,9 @@ def fit_presence(
         annotations = _held_out(loaded, data_set, held_out, seed, str(checkpoint))
         source = "held out of the training videos"
     annotations = [annotations[row] for row in askable_rows(loaded.vocabulary, annotations)]
-    names = sorted({annotation.video for annotation in annotations})
-    number = {name: index for index, name in enumerate(names)}
+    videos, own = np.unique([annotation.video for annotation in annotations], return_inverse=True)
+    names = videos.tolist()
     log.info("Fitting on %d sentences and %d videos %s.", len(annotations), len(names), source)
-    own = np.array([number[annotation.video] for annotation in annotations])
     requested = draw_videos(own, len(names), mismatched, seed)
     grounder = Grounder(open_checkpoint(checkpoint, device, threads))
     sentences = [annotation.sentence for annotation in annotations]
@@ -91,7 +90,7 @@ def fit_presence(
     save_checkpoint(output, dataclasses.replace(loaded, presence=presence))
     print(f"{output}: no moment is found {presence}.")
     if data_set.simulated:
-        print("Features are simulated: these shares say nothing of real ones.")
+        print("The features are simulated: these shares do not apply to real videos.")
     suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
     return presence
 
@@ -105,23 +104,21 @@ def _held_out(
         fraction = training.get("held_out")
         if fraction is None:
             raise CheckpointError(
-                f"{source} does not record videos that its training held out; pass --held-out 0.1 to fit on a tenth "
-                "of the training videos, though the network may have learnt from them.",
+                f"{source} does not record which videos its training held out. Pass --held-out 0.1 to fit on a tenth "
+                "of the training videos, although the network may have been trained on them.",
                 code="unknown_held_out",
             )
         if training.get("annotations") != data_set.digest("train"):
             raise CheckpointError(
-                f"{data_set.root} is not the data that {source} was trained on, so that it is not known which of its "
-                "videos were held out; pass that directory, or --held-out 0.1 for a tenth of this one's.",
+                f"{source} was trained on other data than {data_set.root}, so its held-out videos are unknown. Pass "
+                "that data set, or --held-out 0.1 for a tenth of the videos of this one.",
                 code="data_mismatch",
             )
     elif not 0 < fraction < 1:
-        raise GroundingError(
-            f"--held-out is a fraction of the videos, between 0 and 1, and {fraction} is not.", code="invalid_option"
-        )
+        raise GroundingError(f"Expected --held-out between 0 and 1, got {fraction}.", code="invalid_option")
     elif fraction != training.get("held_out"):
         log.warning(
-            "The network may have learnt from the videos fitted on, and be surer of them than of others.",
+            "The network may have been trained on the videos that the threshold is fitted on; their scores are higher.",
             extra={"code": "unknown_held_out"},
         )
     annotations = data_set.annotations("train", invalid="keep" if training.get("faithful") else "drop", quiet=True)

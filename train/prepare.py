@@ -1,4 +1,4 @@
-"""`python -m train.prepare`: any published data set in the common form, with its vocabulary, and what was left out."""
+"""Convert a published data set to the common format, with its vocabulary: `python -m train.prepare`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from train.network.glove import glove_vectors
 log = logging.getLogger("drn")
 
 VECTORS = "word_vectors.txt"
-# Of everything left out, so many are named; `dataset.json` has all counts.
+# Maximum number of excluded rows that the summary names per reason.
 NAMED = 3
+# Reasons, as `dataset.json` records them.
 NO_SENSE, NO_WORD, NO_FEATURES = (
     "the moment makes no sense",
     "no word of the sentence is known",
@@ -40,9 +41,9 @@ class FilteredSplit:
     """The rows of one split after filtering.
 
     Attributes:
-        annotations: the sentences, with the moments that make sense.
-        dropped: reason to the sentences left out for it, as the file calls them.
-        cut_off: how many moments end after their video and are cut off there.
+        annotations: the sentences, with their valid moments.
+        dropped: reason to the labels of the rows that were excluded.
+        cut_off: number of moments that ended after their video and were cut there.
     """
 
     annotations: list[Annotation]
@@ -87,7 +88,7 @@ def prepare(
     """
     if min_count < 1 or embed_dim < 1:
         raise GroundingError(
-            f"--min-count and --embed-dim are at least 1, and {min_count} and {embed_dim} were given.",
+            f"Expected --min-count and --embed-dim of at least 1, got {min_count} and {embed_dim}.",
             code="invalid_option",
         )
     clip_timing = None if clock is None else ClipTiming(*clock)
@@ -101,28 +102,28 @@ def prepare(
     empty = [split for split, filtered in splits.items() if not filtered.annotations]
     if empty or not splits:
         raise AnnotationError(
-            f"Nothing is left of the {'/'.join(empty) or 'annotations'} split of {data}: "
-            f"{_reasons(splits[empty[0]].dropped) if empty else 'there is none'}.",
+            f"{data} has no usable row in the split {'/'.join(empty)}: {_reasons(splits[empty[0]].dropped)}. Correct "
+            "these rows."
+            if empty
+            else f"{data} has no split. Check --data.",
             code="empty_split",
         )
     if store is not None:
-        data_set.check_clips(
-            sorted({a.video for filtered in splits.values() for a in filtered.annotations}), clip_timing, store
-        )
+        data_set.check_clips(sorted(_videos(splits)), clip_timing, store)
     texts = {f"{split}.jsonl": _rows(data_set, filtered.annotations) for split, filtered in splits.items()}
     if words:
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
-    texts[ABOUT] = json.dumps(_about(data_set, splits, location, store, clip_timing), indent=2) + "\n"
+    texts[ABOUT] = json.dumps(_description(data_set, splits, location, store, clip_timing), indent=2) + "\n"
     if words and vectors:
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
     _write(output, texts)
     _print_summary(data_set, splits, vocabulary, vectors if glove else None)
     if "train" not in splits:
         log.warning(
-            "There is no training split: this can be evaluated on, and not trained on.", extra={"code": "empty_split"}
+            "The data set has no training split; it can be used for evaluation only.", extra={"code": "empty_split"}
         )
     if store is None:
-        log.warning("No features were found; put them into %s, or prepare again with --features.", output / "features")
+        log.warning("%s has no features. Add them to %s, or repeat with --features.", data, output / "features")
     if "train" in splits:
         vector_words = ("--glove", output / VECTORS, "--embed-dim", embed_dim) if glove else ()
         suggest_next_command("train", "--data", output, "--output", "runs/first", *vector_words)
@@ -134,7 +135,7 @@ def prepare(
 def _word_table(
     data_set: DataSet, splits: Mapping[str, FilteredSplit], min_count: int, glove: Path | None, embed_dim: int
 ) -> tuple[Mapping[str, int] | None, dict[int, np.ndarray]]:
-    """Return the words and their numbers, None if there are none, and the vectors of --glove by number."""
+    """Return the word table, None if there is none, and the vectors of --glove by word id."""
     published = data_set.published_words
     words = published
     if words is None and "train" in splits:
@@ -144,8 +145,12 @@ def _word_table(
     return _with_vectors(words or {}, splits, glove, embed_dim, grow=published is None)
 
 
+def _videos(splits: Mapping[str, FilteredSplit]) -> set[str]:
+    return {annotation.video for filtered in splits.values() for annotation in filtered.annotations}
+
+
 def _write(output: Path, texts: Mapping[str, str]) -> None:
-    """Write all files or none."""
+    """Write all files atomically."""
     with locked(output), Staging() as staging:
         _check_empty(output)
         for name, text in texts.items():
@@ -154,27 +159,31 @@ def _write(output: Path, texts: Mapping[str, str]) -> None:
 
 
 def _check_empty(output: Path) -> None:
-    """Raise OutputError if `output` holds anything but features."""
+    """Raise OutputError if `output` contains anything but features."""
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file and --output names a directory; choose another.", code="output_is_file")
+        raise OutputError(f"--output {output} is a file. Choose a directory.", code="output_is_file")
     others = [name for name in content_names(output) if name != "features" and not name.endswith(HDF5_SUFFIXES)]
     if others:
         raise OutputError(
-            f"{output} holds {others[0]} already; choose a new directory, or delete that one.", code="output_not_empty"
+            f"{output} already contains {others[0]}. Choose a new --output, or delete the directory.",
+            code="output_not_empty",
         )
 
 
 def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str | None, FeatureStore | None]:
-    """Return where features are, as `dataset.json` says it, and the store; None twice where there are none yet."""
+    """Return the location of the features as `dataset.json` records it, and the store; None twice without features.
+
+    The location is None for features in the output directory.
+    """
     if given is not None:
         if not given.exists():
             raise FeatureError(
-                f"The features {given} do not exist; check the path, or leave --features out.", code="missing_file"
+                f"The features {given} do not exist. Check the path, or remove --features.", code="missing_file"
             )
         if given.is_file() and given.suffix not in HDF5_SUFFIXES:
             raise FeatureError(
-                f"--features is a directory with a file for each video, or one HDF5 file ({', '.join(HDF5_SUFFIXES)}), "
-                f"and {given} is neither.",
+                f"Expected --features to be a directory or an HDF5 file ({', '.join(HDF5_SUFFIXES)}), got {given}. "
+                "Pass one of these.",
                 code="unknown_feature_store",
             )
         return str(given.resolve()), open_store(given.parent, given)
@@ -186,7 +195,7 @@ def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str 
 
 
 def _with_features(data_set: DataSet, split: str, store: FeatureStore | None) -> FilteredSplit:
-    """Return the sentences of a split whose moments make sense and whose videos have features."""
+    """Return the rows of a split that have a valid moment, and features of their video."""
     annotations: list[Annotation] = []
     dropped: dict[str, list[str]] = {}
     has_features: dict[str, bool] = {}
@@ -215,28 +224,31 @@ def _has(store: FeatureStore, video: str) -> bool:
 
 
 def _with_known_words(filtered: FilteredSplit, vocabulary: Vocabulary | None) -> FilteredSplit:
-    """Return what is left without the sentences of which no word is known, or which hold none."""
-    known, mute = [], []
+    """Exclude the sentences without a known word."""
+    known, unknown = [], []
     for annotation in filtered.annotations:
         tokens = tokenize(annotation.sentence)
         if any(vocabulary is None or {token, token.lower()} & vocabulary.words.keys() for token in tokens):
             known.append(annotation)
         else:
-            mute.append(f"{annotation.line}: {excerpt(annotation.sentence)}")
-    dropped = {**filtered.dropped, NO_WORD: mute} if mute else filtered.dropped
+            unknown.append(f"{annotation.line}: {excerpt(annotation.sentence)}")
+    dropped = {**filtered.dropped, NO_WORD: unknown} if unknown else filtered.dropped
     return dataclasses.replace(filtered, annotations=known, dropped=dropped)
 
 
 def _with_vectors(
     words: Mapping[str, int], splits: Mapping[str, FilteredSplit], glove: Path, width: int, *, grow: bool
 ) -> tuple[Mapping[str, int], dict[int, np.ndarray]]:
-    """Return the word table, with the words of other splits that have a vector where it may grow, and the vectors."""
-    everything = word_table(a.sentence for filtered in splits.values() for a in filtered.annotations)
-    new = [word for word in everything if word not in words] if grow else []
+    """Return the word table and the vectors by word id.
+
+    If `grow`, the words of other splits that have a vector are appended to the table.
+    """
+    all_words = word_table(a.sentence for filtered in splits.values() for a in filtered.annotations)
+    new = [word for word in all_words if word not in words] if grow else []
     candidates = {**words, **{word: len(words) + index for index, word in enumerate(new, 1)}}
     vectors = glove_vectors(glove, candidates, width)
-    joining = [word for word in new if candidates[word] in vectors]
-    table = {**words, **{word: len(words) + index for index, word in enumerate(joining, 1)}}
+    appended = [word for word in new if candidates[word] in vectors]
+    table = {**words, **{word: len(words) + index for index, word in enumerate(appended, 1)}}
     return table, {table[word]: vectors[candidates[word]] for word in table if candidates[word] in vectors}
 
 
@@ -260,13 +272,14 @@ def _rows(data_set: DataSet, annotations: Sequence[Annotation]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _about(
+def _description(
     data_set: DataSet,
     splits: Mapping[str, FilteredSplit],
     location: str | None,
     store: FeatureStore | None,
     clock: ClipTiming | None,
 ) -> dict[str, Any]:
+    """Return the content of `dataset.json`."""
     features = data_set.preset.features
     if store is not None:
         first = next(iter(splits.values())).annotations[0].video
@@ -274,7 +287,7 @@ def _about(
     if clock is not None:
         features = dataclasses.replace(features, window=clock.window, stride=clock.stride)
     preset = dataclasses.replace(data_set.preset, features=features)
-    videos = {annotation.video for filtered in splits.values() for annotation in filtered.annotations}
+    videos = _videos(splits)
     return {
         "format": FORMAT,
         "preset": preset.to_dict(),
@@ -305,18 +318,18 @@ def _print_summary(
             known = sum(count for word, count in tokens.items() if word in vocabulary.words)
             print(f"  {100 * known / tokens.total():.1f} % of the words are in the vocabulary")
         if filtered.cut_off:
-            print(f"  {filtered.cut_off} moments end after their video and are cut off there")
+            print(f"  {filtered.cut_off} moments end after their video and are cut there")
         if filtered.dropped:
-            print(f"  left out: {_reasons(filtered.dropped)}")
+            print(f"  excluded: {_reasons(filtered.dropped)}")
     if vocabulary is not None:
         with_vector = "" if vectors is None else f", {len(vectors)} of them with a vector"
         print(f"vocabulary: {len(vocabulary)} words{with_vector}")
 
 
 def _reasons(dropped: Mapping[str, Sequence[str]]) -> str:
-    """Return how many were left out for which reason, the first few by name."""
+    """Return the number of excluded rows per reason, with the first few labels."""
     reasons = (
-        f"{len(names)} as {reason} ({'; '.join(names[:NAMED])}{'; …' if len(names) > NAMED else ''})"
+        f"{len(names)} because {reason} ({'; '.join(names[:NAMED])}{'; …' if len(names) > NAMED else ''})"
         for reason, names in dropped.items()
     )
     return ", ".join(reasons)

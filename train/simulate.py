@@ -1,9 +1,4 @@
-"""Simulate the clip features of a data set: synthetic videos, or real annotations.
-
-`train.simulation.feature_simulator` describes the features. On Charades-STA they do not depend on the sentences; on
-ActivityNet Captions and TACoS, which have no action labels, see `train.simulation.from_captions`. Recall on such
-features shows whether training and deployment work; it cannot be compared with published numbers.
-"""
+"""Simulate the clip features of a data set, of synthetic videos or real annotations: `python -m train.simulate`."""
 
 from __future__ import annotations
 
@@ -41,7 +36,7 @@ log = logging.getLogger("drn.simulate")
 
 DONE_MARKER, IN_PROGRESS_MARKER = "simulated.json", ".simulating.json"
 SYNTHETIC_VIDEOS = 300
-# Increased when the same parameters give other features, so that a resumed run never mixes two versions.
+# Increased when the same parameters produce other features, so that a resumed run never mixes two versions.
 RECIPE = 1
 
 
@@ -87,29 +82,19 @@ def simulate(
         FeatureError: the requested size is not possible.
         OutputError: the directory contains other files, or cannot be written.
     """
-    options = SimulationOptions(
-        Path(output),
-        None if annotations is None else Path(annotations),
-        feature_dim,
-        videos,
-        difficulty,
-        seed,
-        dtype,
-        file_format,
-    )
-    summary = run(options)
+    summary = run(SimulationOptions(**locals()))
     contents = summary["contents"]
     print(f"{output}: {contents['videos']} videos, {contents['clips']} clips of {feature_dim} channels ({difficulty}).")
     for split, count in contents["moments"].items():
         print(f"{split}: {count} moments")
     print(summary["statement"])
     suggest_next_command("train", "--data", output, "--output", "runs/simulated")
-    return options.output
+    return output
 
 
 @dataclass(frozen=True)
 class SimulationOptions:
-    """The options of one simulation; see `simulate`."""
+    """The options of a simulation; see `simulate`."""
 
     output: Path
     annotations: Path | None
@@ -127,30 +112,32 @@ class SimulationOptions:
             FeatureError: an option is out of range.
             AnnotationError: the directory of annotations does not exist.
         """
-        if self.feature_dim < 1:
-            raise FeatureError(
-                f"--feature-dim is {self.feature_dim} and should be at least 1 (C3D has 4096).", code="invalid_option"
-            )
         min_videos = 1 if self.annotations else 2
-        if self.videos is not None and self.videos < min_videos:
-            raise FeatureError(f"--videos is {self.videos} and should be at least {min_videos}.", code="invalid_option")
-        if self.seed < 0:
-            raise FeatureError(f"--seed is {self.seed} and should be 0 or more.", code="invalid_option")
-        if self.difficulty not in DIFFICULTIES:
-            raise FeatureError(
-                f"--difficulty is {excerpt(self.difficulty)} and should be one of {', '.join(DIFFICULTIES)}.",
-                code="invalid_option",
-            )
-        if self.dtype not in ("float16", "float32") or self.file_format not in ("npy", "pt"):
-            raise FeatureError(
-                f"Features are stored as float16 or float32, in npy or pt, not {self.dtype} in {self.file_format}.",
-                code="invalid_option",
-            )
+        for flag, value, minimum in (
+            ("--feature-dim", self.feature_dim, 1),
+            ("--videos", self.videos, min_videos),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < minimum:
+                raise FeatureError(f"Expected {flag} of at least {minimum}, got {value}.", code="invalid_option")
+        for flag, name, names in (
+            ("--difficulty", self.difficulty, tuple(DIFFICULTIES)),
+            ("--dtype", self.dtype, ("float16", "float32")),
+            ("--file-format", self.file_format, ("npy", "pt")),
+        ):
+            if name not in names:
+                raise FeatureError(
+                    f"Expected {flag} to be {' or '.join(names)}, got {excerpt(name)}.", code="invalid_option"
+                )
         if self.annotations is not None:
             check_directory(self.annotations, "The directory of annotations", AnnotationError)
 
     def plan(self) -> SimulationPlan:
-        """Return the data set that the options describe; AnnotationError if its annotations are invalid."""
+        """Return the data set to simulate.
+
+        Raises:
+            AnnotationError: its annotations are missing or invalid.
+        """
         if self.annotations is None:
             return synthetic_plan(self.videos or SYNTHETIC_VIDEOS, self.seed)
         if any((self.annotations / f"{split}.json").exists() for split in ("train", "val", "test")):
@@ -158,7 +145,11 @@ class SimulationOptions:
         return charades_plan(self.annotations, self.videos, self.seed)
 
     def parameters(self, sources: Sequence[str]) -> dict[str, Any]:
-        """Return all that decides the contents, as `simulated.json` records it; `sources` are annotation files."""
+        """Return the parameters that determine the files, as `simulated.json` records them.
+
+        Args:
+            sources: names of the annotation files.
+        """
         annotations = self.annotations
         return {
             "recipe": RECIPE,
@@ -173,10 +164,10 @@ class SimulationOptions:
 
 
 def run(options: SimulationOptions) -> dict[str, Any]:
-    """Write the data set, or the rest of an interrupted one; see `simulate`.
+    """Write the data set, or complete an interrupted one; see `simulate`.
 
     Returns:
-        What `simulated.json` records.
+        The content of `simulated.json`.
     """
     options.validate()
     plan = options.plan()
@@ -186,7 +177,7 @@ def run(options: SimulationOptions) -> dict[str, Any]:
     with locked(output):
         _check_output(output, parameters, quiet=False)
         folder = output / plan.directory
-        missing = [one for one in plan.scenarios if not _feature_path(folder, one.name, options.file_format).exists()]
+        missing = [s for s in plan.scenarios if not _feature_path(folder, s.name, options.file_format).exists()]
         _check_space(output, missing, options.feature_dim * np.dtype(options.dtype).itemsize)
         _mark_in_progress(output, folder, parameters, plan.statement)
         if missing:
@@ -225,34 +216,34 @@ def _record(options: SimulationOptions, plan: SimulationPlan, parameters: dict[s
 
 
 def _check_output(output: Path, parameters: dict[str, Any], quiet: bool = True) -> None:
-    """Raise OutputError unless `output` is new, empty, or left by the same command; changes nothing."""
+    """Raise OutputError unless `output` is new, empty, or was written by the same command."""
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file and --output names a directory; choose another.", code="output_is_file")
+        raise OutputError(f"--output {output} is a file. Choose a directory.", code="output_is_file")
     try:
         names = content_names(output)
     except OSError as error:
         raise OutputError(
-            f"{output} cannot be read: {error.strerror}. Choose another place.", code="unreadable_file"
+            f"{output} cannot be read: {error.strerror}. Choose another --output.", code="unreadable_file"
         ) from error
     if not names:
         return
     marker = next((name for name in (DONE_MARKER, IN_PROGRESS_MARKER) if name in names), None)
     if marker is None:
         raise OutputError(
-            f"{output} is not empty ({names[0]}) and was not made by train.simulate; choose a new directory.",
+            f"{output} contains {names[0]}, which train.simulate did not write. Choose a new --output.",
             code="output_not_empty",
         )
-    record = read_json(output / marker, "what was simulated here", OutputError)
+    record = read_json(output / marker, "the record of a simulation", OutputError)
     recorded = record.get("parameters") if isinstance(record, dict) else None
     if recorded != parameters:
         changed = [str(path[0]) for path, _, _ in differences(recorded, parameters) if path]
         raise OutputError(
-            f"{output} holds another simulation (different: {', '.join(changed) or 'parameters'}). "
-            "Choose a new directory, or delete that one.",
+            f"{output} contains another simulation (different: {', '.join(changed) or 'parameters'}). "
+            "Choose a new --output, or delete the directory.",
             code="settings_mismatch",
         )
     if not quiet:
-        log.info("%s was begun by the same command: the features that are there are kept.", output)
+        log.info("%s was started by the same command; its existing features are used.", output)
 
 
 def _mark_in_progress(output: Path, folder: Path, parameters: dict[str, Any], statement: str) -> None:
@@ -263,7 +254,7 @@ def _mark_in_progress(output: Path, folder: Path, parameters: dict[str, Any], st
         folder.mkdir(exist_ok=True)
         remove_strays(folder)
     except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another place.") from error
+        raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
 
 
 def _feature_path(folder: Path, video: str, file_format: str) -> Path:
@@ -271,13 +262,14 @@ def _feature_path(folder: Path, video: str, file_format: str) -> Path:
 
 
 def _check_space(output: Path, scenarios: Sequence[Scenario], bytes_per_clip: int) -> None:
+    """Raise OutputError if the features do not fit on the disk."""
     needed = sum(scenario.num_clips for scenario in scenarios) * bytes_per_clip
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OutputError(
-            f"The features need {needed / 1e6:,.0f} MB and the disk of {output} has {free / 1e6:,.0f} MB left; "
-            f"free some, or ask for fewer --videos or a smaller --feature-dim.",
+            f"The features need {needed / 1e6:,.0f} MB, but the disk of {output} has {free / 1e6:,.0f} MB free. "
+            "Free some space, or pass fewer --videos or a smaller --feature-dim.",
             code="disk_full",
         )
 
@@ -298,7 +290,7 @@ def _write_features(
 
 
 def _write_npy(stream: BinaryIO, features: np.ndarray) -> None:
-    # np.save would hide a full disk: its own writer raises an OSError without the error number.
+    # np.save raises an OSError without an error number if the disk is full.
     np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(features))
     stream.write(features.data)
 
@@ -310,7 +302,7 @@ def _write_pt(stream: BinaryIO, features: np.ndarray) -> None:
         torch.save(torch.from_numpy(features), stream)
     except RuntimeError as error:
         full = shutil.disk_usage(Path(stream.name).parent).free < features.nbytes
-        raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write it") from error
+        raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write the file") from error
 
 
 if __name__ == "__main__":

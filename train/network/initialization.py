@@ -1,4 +1,4 @@
-"""Initialize a network: the authors' initialization, and GloVe vectors for its words."""
+"""Initialize a network: the authors' initial weights, and word vectors from a file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from train.network.model import DRN
 log = logging.getLogger("drn")
 
 
-def initialise_as_authors(model: DRN) -> None:
-    """Kaiming-uniform (a = 1) convolutions outside the head, Glorot-uniform language layers with zero biases.
+def initialize_as_authors(model: DRN) -> None:
+    """Initialize the weights as the authors do: Kaiming-uniform (a = 1) backbone and pyramid, Glorot-uniform language.
+
+    Biases of language layers are 0.
 
     Source: FPN.py, backbone.py and language modules in the authors' code.
     """
@@ -38,17 +40,18 @@ def initialise_as_authors(model: DRN) -> None:
 
 
 def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int]) -> int:
-    """Set the embedding from word vectors, and return how many words got one; the others keep what they had.
+    """Set the rows of the embedding to word vectors. Words without a vector are not changed.
 
     Args:
-        model: whose embedding is set; row 0, padding, stays zero.
-        path: a torch file of one matrix with a row for every id (the authors' `glove_weights`), or the usual text
-            file of GloVe: a word and its vector a line.
+        model: the network; row 0 of its embedding, padding, stays zero.
+        path: a torch file of one (ids, embed_dim) matrix (the authors' `glove_weights`), or a GloVe text file.
         words: word to id.
 
+    Returns:
+        The number of words that have a vector.
+
     Raises:
-        CheckpointError: the file is neither, its vectors do not fit the embedding, or they hold values that can be
-            none of word vectors.
+        CheckpointError: the file is neither, its vectors do not fit the embedding, or a value is impossible.
     """
     path = Path(path)
     table = model.query_encoder.embedding.weight
@@ -56,13 +59,13 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
     if isinstance(rows, np.ndarray):
         if rows.shape != tuple(table.shape):
             raise CheckpointError(
-                f"{path} holds vectors of shape {rows.shape} and the embedding is {tuple(table.shape)}; "
-                "use the file made for this word table.",
+                f"{path}: expected a matrix of {tuple(table.shape)}, got {rows.shape}. Use the file of this word "
+                "table.",
                 code="word_vector_shape_mismatch",
             )
         for index in np.flatnonzero(~(np.abs(rows) <= MAX_MAGNITUDE).all(axis=1))[:1]:
-            check_vector(rows[index], f"{path}: row {index} of the word vectors")
-        # Single rows of zeros are words without a vector.
+            check_vector(rows[index], f"{path}, row {index} of the word vectors")
+        # A single row of zeros is a word without a vector.
         if not rows.any():
             raise CheckpointError(
                 f"{path}: all {len(rows)} word vectors are zero. Use another file of word vectors.",
@@ -73,20 +76,20 @@ def load_glove(model: DRN, path: str | os.PathLike[str], words: Mapping[str, int
         for identity, vector in rows.items():
             table[identity] = torch.from_numpy(np.asarray(vector, np.float32))
         table[0] = 0
-    result = sum(1 for identity in rows if identity > 0)
-    log.info("%s: vectors for %d of %d words.", path.name, result, len(words))
-    return result
+    count = sum(1 for identity in rows if identity > 0)
+    log.info("%s: vectors for %d of %d words.", path.name, count, len(words))
+    return count
 
 
 def _is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as a zip archive or as a pickle of protocol 2; text begins with neither."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(4)
     except OSError as error:
         raise CheckpointError(
-            f"The word vectors {path} cannot be read: {error.strerror}; check --glove.", code="unreadable_file"
+            f"--glove {path} cannot be read: {error.strerror}. Check the file.", code="unreadable_file"
         ) from error
-    # A zip archive, or a pickle of protocol 2: text begins with neither.
     return head.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
@@ -94,7 +97,7 @@ def _matrix(path: Path) -> np.ndarray:
     rows = torch_reader.load(path)
     if not isinstance(rows, np.ndarray) or rows.ndim != 2:
         raise CheckpointError(
-            f"{path} should hold one matrix of word vectors, and holds a {type(rows).__name__}.",
+            f"{path}: expected one matrix of word vectors, got a {type(rows).__name__}. Pass one, or GloVe text.",
             code="invalid_word_vectors",
         )
     return rows

@@ -1,8 +1,8 @@
-"""DRN, the Dense Regression Network for video grounding, in the order the data takes.
+"""Define DRN, the Dense Regression Network for video grounding, in the order of the data flow.
 
 Source: Zeng et al., "Dense Regression Network for Video Grounding", CVPR 2020. Parameter names are those of
-mmaction2's published checkpoint, so that its state dict loads as it is. The network is plain torch and knows
-nothing of ONNX; `export/tracing/exportable_model.py` wraps it for tracing.
+mmaction2's published checkpoint, so that its state dict loads unchanged. `export/tracing/exportable_model.py` wraps
+the network for tracing.
 
 Shape letters: B batch, L query length, T segments, D feature channels, C channels, P locations.
 """
@@ -20,61 +20,67 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from runtime.core.errors import excerpt
 
-# Channels of the three backbone levels; the gate of level t multiplies the input of level t. Fixed in both
-# published codes: there, other values crash.
+# Channels of the three backbone levels. Both published code bases fail with other values.
 BACKBONE_CHANNELS = (256, 512, 1024)
 POSITION_CHANNELS = 256
-# A word table of a million is more than any language has; beyond, a size is damage.
-LARGEST_SIZE = 1 << 20
+# Larger sizes occur only in damaged files; a vocabulary of this size exceeds that of any language.
+MAX_SIZE = 1 << 20
 MAX_LAYERS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class DRNConfig:
-    """Everything that decides the shape of the network. The defaults are the published Charades-STA C3D model."""
+    """Sizes of the network. The defaults are those of the published Charades-STA C3D model.
+
+    Attributes:
+        vocab_size: number of words; the embedding has one more row, row 0, for padding.
+        embed_dim: dimension of the word vectors.
+        feature_dim: channels D of the clip features.
+        hidden_dim: LSTM hidden size H per direction.
+        fpn_dim: channels of the feature pyramid and the heads; even.
+        num_segments: number of segments T, a multiple of 4. The weights do not depend on it.
+        strides: segments per location, for each level.
+        head_convs: convolutions per tower of the head.
+        lstm_layers: layers of the BiLSTM.
+        prior_probability: initial matching score; a low one keeps the focal loss of a new network small.
+    """
 
     vocab_size: int = 1301
-    """Words in the table; the embedding has one more row, row 0, for padding."""
     embed_dim: int = 300
     feature_dim: int = 4096
     hidden_dim: int = 512
-    """LSTM width per direction."""
     fpn_dim: int = 512
     num_segments: int = 32
-    """T. A multiple of the coarsest stride. The weights do not depend on it."""
     strides: tuple[int, ...] = (1, 2, 4)
     head_convs: int = 1
     lstm_layers: int = 1
     prior_probability: float = 0.01
-    """What a fresh network's matching scores are near, so that the focal loss starts quiet."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
         sizes = {name: value for name, value in vars(self).items() if name not in ("strides", "prior_probability")}
         for name, size in sizes.items():
-            largest = MAX_LAYERS if name in ("head_convs", "lstm_layers") else LARGEST_SIZE
-            if not isinstance(size, int) or not 1 <= size <= largest:
-                raise ValueError(f"Expected {name} to be an integer from 1 to {largest}, got {excerpt(size)}.")
-        if len(self.strides) != len(BACKBONE_CHANNELS) or self.strides != (1, 2, 4):
-            raise ValueError(f"DRN has three levels of strides 1, 2, 4, and strides={self.strides} was asked for.")
-        if self.num_segments < 4 or self.num_segments % self.strides[-1]:
-            raise ValueError(
-                f"The number of segments must be a multiple of {self.strides[-1]}, and {self.num_segments} is not."
-            )
+            maximum = MAX_LAYERS if name in ("head_convs", "lstm_layers") else MAX_SIZE
+            if not isinstance(size, int) or not 1 <= size <= maximum:
+                raise ValueError(f"Expected {name} to be an integer from 1 to {maximum}, got {excerpt(size)}.")
+        if self.strides != (1, 2, 4):
+            raise ValueError(f"Expected the strides (1, 2, 4), got {excerpt(self.strides)}.")
+        if self.num_segments % self.strides[-1]:
+            raise ValueError(f"Expected num_segments to be a multiple of {self.strides[-1]}, got {self.num_segments}.")
         prior = self.prior_probability
         if isinstance(prior, bool) or not isinstance(prior, (int, float)) or not 0 < prior < 1:
             raise ValueError(f"Expected a prior_probability between 0 and 1, got {excerpt(prior)}.")
         if self.fpn_dim % 2:
-            raise ValueError(f"fpn_dim is halved by the IoU head, and {self.fpn_dim} is odd.")
+            raise ValueError(f"Expected an even fpn_dim, got {self.fpn_dim}.")
 
     @property
     def num_locations(self) -> int:
-        """P: 56 for 32 segments."""
+        """Number of locations P: 56 for 32 segments."""
         return sum(self.num_segments // stride for stride in self.strides)
 
 
 class NetworkHeads(NamedTuple):
-    """Raw outputs, levels finest first; see `runtime.core.batch.Heads` for the same in NumPy."""
+    """Raw outputs, levels finest first; `runtime.core.batch.Heads` in torch."""
 
     matching_logits: Tensor  # (B, P)
     boundary_distances: Tensor  # (B, P, 2): from the location to the start and to the end, in segments
@@ -82,17 +88,15 @@ class NetworkHeads(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """The layers before the first batch norm, whose output for a pair does not depend on the other pairs of the
-    batch.
-    """
+    """Outputs of the layers before the first batch norm, which do not depend on the other pairs of the batch."""
 
-    first: Tensor  # (B, 256, T): the output of the first convolution
-    second_gate: Tensor  # (B, 256): of the input of the second
-    third_gate: Tensor  # (B, 512): of the input of the third
+    first: Tensor  # (B, 256, T): output of the first convolution
+    second_gate: Tensor  # (B, 256): gate of the input of the second convolution
+    third_gate: Tensor  # (B, 512): gate of the input of the third
 
 
 class QueryEncoder(nn.Module):
-    """A sentence becomes three features, one for each level: words weighted by three attentions over a BiLSTM."""
+    """Encode a query as one feature per level, by three attentions over the outputs of a BiLSTM."""
 
     def __init__(self, config: DRNConfig) -> None:
         super().__init__()
@@ -108,7 +112,7 @@ class QueryEncoder(nn.Module):
     def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
         """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1.
 
-        Lengths may stay on the CPU, where packing needs them: fetched from a GPU, they would wait for all it has to do.
+        Packing needs the lengths on the CPU, so pass them there: fetching them from a GPU would synchronize with it.
         """
         words = self.words(query_tokens, query_length)
         return self.attend(words, query_length.to(words.device, non_blocking=True))
@@ -123,7 +127,7 @@ class QueryEncoder(nn.Module):
     def attend(self, words: Tensor, query_length: Tensor) -> list[Tensor]:
         """Return one (B, 2H) feature for each level from the (B, L, 2H) word features."""
         rows = torch.arange(len(words), device=words.device)
-        # The whole 2H-wide outputs at both ends, not the final hidden states.
+        # The outputs of both directions at the first and the last word, not the final hidden states.
         sentence = torch.cat((words[:, 0], words[rows, query_length.long() - 1]), dim=1)
         shared = functional.relu(self.W3(sentence))
         steps = torch.arange(words.shape[1], device=words.device)
@@ -137,7 +141,7 @@ class QueryEncoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Three temporal convolutions, each behind a gate made of the query."""
+    """Three temporal convolutions; a gate computed from the query multiplies the input of each."""
 
     def __init__(self, config: DRNConfig) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class Backbone(nn.Module):
 
     def first(self, features: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
         """Return the first convolution's (B, 256, T), before its batch norm."""
-        # Positions are appended after the gate: they are not gated.
+        # Positions are not gated.
         return self.layers[0][0](torch.cat((features * gate[:, :, None], positions), dim=1))
 
     def onward(self, first: Tensor, gates: list[Tensor]) -> list[Tensor]:
@@ -170,7 +174,7 @@ class Backbone(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Coarse levels are added to finer ones. Unlike in most pyramids, ReLU also follows the lateral convolutions."""
+    """Add coarse levels to finer ones. Unlike in most pyramids, a ReLU also follows the lateral convolutions."""
 
     def __init__(self, config: DRNConfig) -> None:
         super().__init__()
@@ -199,7 +203,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Scale(nn.Module):
-    """One learnt factor for the distances of one level."""
+    """Multiply the distances of one level by a learned factor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +214,7 @@ class Scale(nn.Module):
 
 
 class Head(nn.Module):
-    """From a pyramid level to matching logits, boundary distances and IoU logits; weights shared by the levels."""
+    """Compute matching logits, boundary distances and IoU logits; all levels share the weights."""
 
     def __init__(self, config: DRNConfig) -> None:
         super().__init__()
@@ -241,22 +245,22 @@ class Head(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - config.prior_probability) / config.prior_probability))
 
     def forward(self, levels: list[Tensor]) -> NetworkHeads:
-        """Return the heads of all levels side by side, finest first, from three (B, fpn_dim, T_i)."""
-        # One level after the other, not joined: batch norm takes its statistics per level.
-        matching, distances, overlap = [], [], []
+        """Return the heads of all levels, concatenated finest first, from three (B, fpn_dim, T_i)."""
+        # One level after the other, because batch norm uses the statistics of each level.
+        matching, distances, iou = [], [], []
         for features, scale in zip(levels, self.scales, strict=True):
-            towards_match = self.cls_tower(features)
-            towards_boundary = self.bbox_tower(features)
-            matching.append(self.cls_logits(towards_match).squeeze(1))
-            # exp and what multiplies it overflow in half precision long before they lose a decimal.
-            distances.append(torch.exp(scale(self.bbox_pred(towards_boundary).float())).transpose(1, 2))
-            mixed = torch.cat((towards_match, towards_boundary), dim=1)
-            overlap.append(self.iou_scores(self.mix_fc(mixed)).squeeze(1))
-        return NetworkHeads(torch.cat(matching, 1), torch.cat(distances, 1), torch.cat(overlap, 1))
+            matching_features = self.cls_tower(features)
+            boundary_features = self.bbox_tower(features)
+            matching.append(self.cls_logits(matching_features).squeeze(1))
+            # In float32, because exp overflows in half precision.
+            distances.append(torch.exp(scale(self.bbox_pred(boundary_features).float())).transpose(1, 2))
+            mixed = torch.cat((matching_features, boundary_features), dim=1)
+            iou.append(self.iou_scores(self.mix_fc(mixed)).squeeze(1))
+        return NetworkHeads(torch.cat(matching, 1), torch.cat(distances, 1), torch.cat(iou, 1))
 
 
 class FCOS(nn.Module):
-    """Holds the head under the name that the published checkpoint gives it."""
+    """Contain the head under its name in the published checkpoint."""
 
     def __init__(self, config: DRNConfig) -> None:
         super().__init__()
@@ -267,9 +271,9 @@ class FCOS(nn.Module):
 
 
 class DRN(nn.Module):
-    """The whole network: a query and the segments of a video to heads at every location.
+    """Compute the heads at every location from a query and the segments of a video.
 
-    Sequences of any length may be in one batch in any order; padding never reaches an answer.
+    A batch may contain queries of any length in any order; padding does not affect the heads.
     """
 
     def __init__(self, config: DRNConfig | None = None) -> None:
@@ -288,7 +292,7 @@ class DRN(nn.Module):
     def forward(
         self, query_tokens: Tensor, query_length: Tensor, segment_features: Tensor, segment_spans: Tensor
     ) -> NetworkHeads:
-        """Score every location.
+        """Compute the heads at every location.
 
         Args:
             query_tokens: (B, L) word ids, 0 past each length.
@@ -302,24 +306,24 @@ class DRN(nn.Module):
         return self.score(self.stem(query_tokens, query_length, self.prop_fc(segment_features), segment_spans))
 
     def stem(self, query_tokens: Tensor, query_length: Tensor, projected: Tensor, segment_spans: Tensor) -> Stem:
-        """Return all that comes before the first batch norm; `projected` are the (B, T, D) outputs of `prop_fc`."""
+        """Return the outputs before the first batch norm; `projected` are the (B, T, D) outputs of `prop_fc`."""
         queries = self.query_encoder(query_tokens, query_length)
         gate, *other_gates = (gate(query) for gate, query in zip(self.qInput, queries, strict=True))
         positions = self.position_transform(with_duration(segment_spans)).transpose(1, 2)
         return Stem(self.backbone_net.first(projected.transpose(1, 2), positions, gate), *other_gates)
 
     def score(self, stem: Stem) -> NetworkHeads:
-        """Return the heads of what `stem` left."""
+        """Return the heads from the outputs of `stem`."""
         return self.fcos(self.fpn(self.backbone_net.onward(stem.first, list(stem[1:]))))
 
 
 def with_duration(spans: Tensor) -> Tensor:
-    """Return (B, T, 3) float32: start, end and duration of (B, T, 2) spans, the difference in their own dtype."""
+    """Return start, end and duration, (B, T, 3) float32, of (B, T, 2) spans; the difference is in their own dtype."""
     return torch.cat((spans, spans[..., 1:] - spans[..., :1]), dim=-1).float()
 
 
 def locations(config: DRNConfig, device: torch.device | None = None) -> Tensor:
-    """Return the centre of each location in segments, (P,), finest level first: stride * k + stride / 2."""
+    """Return the center of each location in segments, (P,) float32, finest level first: stride * k + stride / 2."""
     return torch.cat(
         [
             torch.arange(0, config.num_segments, stride, dtype=torch.float32, device=device) + stride / 2

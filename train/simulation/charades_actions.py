@@ -27,7 +27,7 @@ SAME_TIME_S = 0.051
 
 
 class VideoLabels(NamedTuple):
-    """The labels of one video; `actions` holds (action class, start, end), seconds."""
+    """The labels of one video; `actions` are (action class, start, end), in seconds."""
 
     scene: str
     objects: tuple[str, ...]
@@ -48,17 +48,17 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
 
     Args:
         annotations: directory of all `SOURCE_FILES`.
-        videos: at most so many of each split, a seeded choice; None takes all.
-        seed: of the choice.
+        videos: maximum number of videos per split, chosen by the seed; None for all.
+        seed: random seed of the choice.
 
     Raises:
-        AnnotationError: a file is missing or malformed (the row is named), or lacks a video.
+        AnnotationError: a file is missing, a row is malformed, or a table lacks a video.
     """
     for name in SOURCE_FILES:
         if not (annotations / name).is_file():
             raise AnnotationError(
-                f"{annotations} lacks {name}; --annotations takes train.json of ActivityNet Captions or TACoS and its "
-                f"other splits, or of Charades-STA {', '.join(SOURCE_FILES)}, in one directory.",
+                f"{annotations} does not contain {name}. Pass --annotations with {', '.join(SOURCE_FILES)} of "
+                "Charades-STA, or with train.json, val.json and test.json of ActivityNet Captions or TACoS.",
                 code="missing_file",
             )
     durations = read_json(annotations / "Charades_duration.json", "durations")
@@ -99,57 +99,58 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
 def _scenario(
     name: str, labels: Mapping[str, VideoLabels], num_frames: Mapping[str, Any], durations: Mapping[str, Any]
 ) -> Scenario:
-    """Return what happens in an annotated video.
+    """Return the scenario of an annotated video.
 
     Raises:
-        AnnotationError: a table or the labels lack the video, or its size is impossible.
+        AnnotationError: a table or the labels lack the video, or its length is impossible.
     """
     if name not in labels:
         raise AnnotationError(
-            f"Video {name} is annotated but has no row in the Charades_v1 csv files; add its row.",
+            f"Video {name} is annotated but has no row in the Charades_v1 csv files. Add its row.",
             code="unlisted_video",
         )
     try:
         frames, duration = int(num_frames[name]), float(durations[name])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise AnnotationError(
-            f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json.",
+            f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json. Add "
+            "it.",
             code="unlisted_video",
         ) from None
     if frames < 1 or not 0 < duration < float("inf"):
         raise AnnotationError(
-            f"Video {name} has {frames} frames in {duration} s; both should be above 0.",
+            f"Expected a positive number of frames and seconds for video {name}, got {frames} and {duration}. Correct "
+            "the tables.",
             code="invalid_frame_count",
         )
     return Scenario(name, frames, duration, *labels[name])
 
 
 def _read_moments(path: Path) -> list[AnnotationLine]:
-    """Return the lines of an annotation file; checks its form and not its times."""
+    """Return the lines of an annotation file; times are not checked."""
     lines = []
     for number, line in enumerate(read_lines(path, "lines of VIDEO START END##SENTENCE"), start=1):
-        head, mark, _ = line.partition("##")
+        head, separator, _ = line.partition("##")
         try:
             video, start, end = head.split()
+            # The name of a video becomes a file name.
+            if not separator or not re.fullmatch(r"[\w-]+", video):
+                raise ValueError(line)
             lines.append(AnnotationLine(line, video, float(start), float(end)))
-            # The name becomes that of a file.
-            mark = mark if re.fullmatch(r"[\w-]+", video) else ""
         except ValueError:
-            mark = ""
-        if not mark:
             raise AnnotationError(
-                f'{path}, line {number}: expected "VIDEO START END##sentence.", found {line[:80]!r}.',
+                f'{path}, line {number}: expected "VIDEO START END##sentence.", got {line[:80]!r}. Correct the line.',
                 code="malformed_row",
-            )
+            ) from None
     if not lines:
-        raise AnnotationError(f"{path} has no annotations.", code="empty_file")
+        raise AnnotationError(f"{path} has no annotations. Copy the file again.", code="empty_file")
     return lines
 
 
 def _read_labels(path: Path) -> dict[str, VideoLabels]:
     """Return the labels of every video of a Charades_v1 csv file.
 
-    Intervals that end before they start (the real files have a few) are left out.
+    Intervals that end before they start are excluded; the published files contain a few.
     """
     reader = csv.DictReader(io.StringIO(read_text(path, "a table of labels"), newline=""), strict=True)
     labels = {}
@@ -157,19 +158,25 @@ def _read_labels(path: Path) -> dict[str, VideoLabels]:
         missing = {"id", "scene", "objects", "actions"} - set(reader.fieldnames or ())
         if missing:
             raise AnnotationError(
-                f"{path}, line 1: the columns lack {', '.join(sorted(missing))}.", code="missing_columns"
+                f"{path}, line 1: the columns {', '.join(sorted(missing))} are missing. Copy the file again.",
+                code="missing_columns",
             )
         for row in reader:
             labels[row["id"]] = _parse_row(row, len(reader.fieldnames or ()), f"{path}, line {reader.line_num}")
     except csv.Error as error:
-        raise AnnotationError(f"{path}, line {reader.line_num}: not csv ({error}).", code="malformed_row") from None
+        raise AnnotationError(
+            f"{path}, line {reader.line_num}: expected CSV, got an invalid line ({error}). Correct the line.",
+            code="malformed_row",
+        ) from None
     return labels
 
 
 def _parse_row(row: dict[str, str | None], num_columns: int, location: str) -> VideoLabels:
-    """Return the labels of one csv row; `location` names it when it is malformed."""
+    """Return the labels of one csv row; `location` is the file and line for messages."""
     if not row["id"] or row["actions"] is None or None in row.values():
-        raise AnnotationError(f"{location}: expected {num_columns} columns, found fewer.", code="malformed_row")
+        raise AnnotationError(
+            f"{location}: expected {num_columns} columns, got fewer. Correct the line.", code="malformed_row"
+        )
     actions = []
     for entry in filter(None, row["actions"].split(";")):
         try:
@@ -178,7 +185,7 @@ def _parse_row(row: dict[str, str | None], num_columns: int, location: str) -> V
             action = (name, float(start), float(end))
         except ValueError:
             raise AnnotationError(
-                f'{location}: actions should read "c077 12.10 18.00;...", found {entry[:60]!r}.',
+                f'{location}: expected actions such as "c077 12.10 18.00;...", got {entry[:60]!r}. Correct the line.',
                 code="malformed_row",
             ) from None
         if action[1] < action[2]:
@@ -193,16 +200,16 @@ def _class_number(name: str) -> int:
     return int(name[1:])
 
 
-# The strings in these parts seed the embeddings: other strings give other features.
+# The strings in these parts seed the embeddings, so that changing them changes all simulated features.
 def _class_parts(name: str) -> list[tuple[str, float]]:
-    """Return the parts of an action class: itself, and what it shares with its neighbors in the numbering."""
+    """Return the parts of an action class: itself, and parts that it shares with the adjacent class numbers."""
     number = _class_number(name)
     shared = [(f"class family {neighbor}", 0.4 / 3) for neighbor in (number - 1, number, number + 1)]
     return [(f"class {number}", 0.6), *shared]
 
 
 def _confusable_classes(classes: Sequence[str], name: str) -> list[str]:
-    """Return the classes numbered next to `name`: Charades numbers the actions with one object in a row."""
+    """Return the classes with numbers close to `name`: Charades numbers the actions with an object consecutively."""
     number = _class_number(name)
     return [other for other in classes if 0 < abs(_class_number(other) - number) <= 2]
 

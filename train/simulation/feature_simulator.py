@@ -1,8 +1,8 @@
-"""Simulate clip features with the statistics of C3D fc6 from what happens in a video.
+"""Simulate clip features with the statistics of C3D fc6 from the events of a video.
 
-A clip's features are a random but fixed function of what happens in it: a latent vector (scene, objects, the video
-itself, the actions under way, noise) is projected at random, cut at each channel's 80 % quantile, raised to the power
-1.3 and scaled per channel. The result looks like C3D fc6: about 80 % zeros, heavy tails.
+The features of a clip are a fixed function, random by seed, of a latent vector: the sum of embeddings of the scene, the
+objects, the video and the current actions, and noise. The function is a projection, a threshold at the 80 % quantile of
+each channel, the power 1.3, and a gain per channel. As in C3D fc6, about 80 % of the values are zeros.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from train.simulation.scenario import CLIP_TIMING, Scenario, SimulationPlan, see
 
 LATENT_DIM = 128
 ZERO_FRACTION, POWER, GAIN_SPREAD = 0.8, 1.3, 0.5
-NOISE_SECONDS = 1.0  # the time constant of the noise: after it, 63 % of a deviation has decayed
+NOISE_SECONDS = 1.0  # time constant of the noise
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """The difficulty of recognizing actions. An action adds a vector of length 1 to the latent of a clip.
+    """The difficulty of recognizing actions; an action adds a vector of length 1 to the latent vector of a clip.
 
-    `identity` and `noise` are standard deviations per latent dimension: what one video adds to all its clips, and what
-    varies in time. `jitter` is that of an action's start and of its end, in seconds. `drop` and `confuse` are the
-    shares of actions that leave no trace, or that of a sibling: an action with the same object or verb.
+    Attributes:
+        identity: standard deviation per latent dimension of a vector that is constant in a video.
+        noise: standard deviation per latent dimension of the noise in time.
+        jitter: standard deviation of the start and of the end of an action, in seconds.
+        drop: fraction of the actions that are not visible.
+        confuse: fraction of the actions that look like a confusable one, with the same object or verb.
     """
 
     identity: float
@@ -35,8 +38,8 @@ class Difficulty:
     confuse: float
 
 
-# Chosen on Charades-STA so that the action of a moment can be found in unseen videos' features well, moderately and
-# barely better than by the best constant moment.
+# Chosen on Charades-STA: in features of test videos, actions are localized far, moderately and slightly better than by
+# the best constant moment.
 DIFFICULTIES = {
     "easy": Difficulty(identity=0.10, noise=0.15, jitter=0.5, drop=0.03, confuse=0.03),
     "medium": Difficulty(identity=0.20, noise=0.30, jitter=0.9, drop=0.10, confuse=0.10),
@@ -45,12 +48,12 @@ DIFFICULTIES = {
 
 
 def latent_dim(feature_dim: int) -> int:
-    """Return the width of the latent vector: few channels cannot represent many dimensions."""
+    """Return the dimension of the latent vectors, lower for features of few channels."""
     return min(LATENT_DIM, max(8, feature_dim // 2))
 
 
 class Simulator:
-    """Compute features from scenarios by a fixed function: embeddings, projection, thresholds and gains of one seed."""
+    """Computes features of scenarios with the embeddings, projection, thresholds and gains of one seed."""
 
     def __init__(self, plan: SimulationPlan, difficulty: Difficulty, feature_dim: int, seed: int) -> None:
         self.difficulty, self.seed, self.width = difficulty, seed, latent_dim(feature_dim)
@@ -63,24 +66,24 @@ class Simulator:
             [self.latents(scenario)[:: 1 + scenario.num_clips // 32] for scenario in plan.reference]
         )
         thresholds, spreads = _channel_statistics(latents, projection)
-        # gain * max((u - threshold) / spread, 0) ** POWER, with all that is constant folded into the projection;
-        # 2 brings the active channels to about 1, as in C3D.
+        # gain * max((u - threshold) / spread, 0) ** POWER, with the constants folded into the projection. The factor 2
+        # scales active channels to about 1, as in C3D.
         scales = (2 * gains) ** (1 / POWER) / spreads
         self.projection, self.thresholds = projection * scales, thresholds * scales
 
     def features(self, scenario: Scenario) -> np.ndarray:
-        """Return the scenario's clip features, (num_clips, feature_dim) float32, all at least 0."""
+        """Return the clip features of a scenario, (num_clips, feature_dim) float32, all at least 0."""
         features = self.latents(scenario) @ self.projection
         features -= self.thresholds
         np.maximum(features, 0, out=features)
-        # x ** POWER, several times faster than np.power; log(0) = -inf comes back as exactly 0.
+        # x ** POWER, several times faster than np.power; exp(log(0)) is exactly 0.
         with np.errstate(divide="ignore"):
             np.log(features, out=features)
         features *= np.float32(POWER)
         return np.exp(features, out=features)
 
     def latents(self, scenario: Scenario) -> np.ndarray:
-        """Return the latent vectors of the scenario's clips, (num_clips, K) float32."""
+        """Return the latent vectors of the clips of a scenario, (num_clips, K) float32."""
         rng = seeded_generator(self.seed, "video", scenario.name)
         clip_seconds = CLIP_TIMING.stride * scenario.duration / scenario.num_frames
         constant = self.embedding("scene", scenario.scene).copy()
@@ -91,20 +94,20 @@ class Simulator:
         latents += constant
         if scenario.actions:
             starts = np.arange(scenario.num_clips) * clip_seconds
-            traces, weights = zip(
-                *(self._trace(rng, action, starts, clip_seconds) for action in scenario.actions), strict=True
+            vectors, weights = zip(
+                *(self._action(rng, action, starts, clip_seconds) for action in scenario.actions), strict=True
             )
-            latents += np.stack(weights, axis=1).astype(np.float32) @ np.stack(traces)
+            latents += np.stack(weights, axis=1).astype(np.float32) @ np.stack(vectors)
         return latents
 
-    def _trace(
+    def _action(
         self,
         rng: np.random.Generator,
         action: tuple[str, float, float],
         clip_starts: np.ndarray,
         clip_seconds: float,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the vector an action leaves (K,), and how much of it is in each clip (num_clips,), 0 to 1."""
+        """Return the vector of an action, (K,), and its weight in each clip, (num_clips,), from 0 to 1."""
         name, start, end = action
         chance, choice, jitter = rng.random(), rng.random(), rng.standard_normal(2) * self.difficulty.jitter
         start, end = start + jitter[0], max(end + jitter[1], start + jitter[0])
@@ -114,21 +117,21 @@ class Simulator:
         if chance < self.difficulty.drop:
             weights = np.zeros_like(weights)
         elif chance < self.difficulty.drop + self.difficulty.confuse:
-            siblings = self.confusable_actions(name)
-            name = siblings[int(choice * len(siblings))] if siblings else name
+            confusable = self.confusable_actions(name)
+            name = confusable[int(choice * len(confusable))] if confusable else name
         return self.embedding("action", name), weights
 
     def _noise(self, rng: np.random.Generator, num_clips: int, clip_seconds: float) -> np.ndarray:
-        """Return AR(1) noise, (num_clips, K), stationary from the first clip on."""
+        """Return stationary AR(1) noise, (num_clips, K) float32."""
         white = rng.standard_normal((num_clips, self.width), dtype=np.float32) * np.float32(self.difficulty.noise)
         retained = np.float32(np.exp(-clip_seconds / NOISE_SECONDS))
-        fresh = np.sqrt(1 - retained**2)
-        for now in range(1, num_clips):
-            white[now] = retained * white[now - 1] + fresh * white[now]
+        new = np.sqrt(1 - retained**2)
+        for clip in range(1, num_clips):
+            white[clip] = retained * white[clip - 1] + new * white[clip]
         return white
 
     def _embedding(self, kind: str, name: str) -> np.ndarray:
-        """Return the vector of a scene, an object or an action, (K,), of length about 1."""
+        """Return the vector of a scene, an object or an action, (K,) float32, of length about 1."""
         parts = self.action_parts(name) if kind == "action" else [(f"{kind} {name}", 1.0)]
         vectors = [
             np.float32(share**0.5)
@@ -139,7 +142,7 @@ class Simulator:
 
 
 def _channel_statistics(latents: np.ndarray, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return every channel's ZERO_FRACTION quantile and standard deviation over `latents`; 256 channels at a time."""
+    """Return the ZERO_FRACTION quantile and the standard deviation of each channel; 256 channels at a time."""
     thresholds, spreads = [], []
     rank = int(ZERO_FRACTION * len(latents))
     for first in range(0, projection.shape[1], 256):

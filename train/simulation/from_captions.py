@@ -1,8 +1,7 @@
-"""Describe videos without action labels by the content words of their own sentences.
+"""Derive the events of videos without action labels from the content words of their sentences.
 
-ActivityNet Captions and TACoS have no human action labels, so the features that are simulated for them follow the
-content words of the queries themselves. Recall on such features shows that training, decoding and metrics work together
-on these annotations; it shows less than recall on simulated Charades-STA, where the features do not depend on the text.
+ActivityNet Captions and TACoS have no human action labels, so that their simulated features depend on the queries.
+Recall on them only shows that training, decoding and metrics work together.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from runtime.datasets.dataset import Annotation, DataSet
 from train.simulation.scenario import CLIP_TIMING, REFERENCE_VIDEOS, Scenario, SimulationPlan, seeded_order
 
 STATEMENT = (
-    "The features are simulated from the words of the sentences themselves: recall on this data set says that the "
-    "machinery works, and no more."
+    "The features are simulated from the words of the sentences: recall on this data set only shows that the pipeline "
+    "works."
 )
-# Where the annotations have no frame count: a clip a second.
+# Used if the annotations have no frame counts: one clip per second.
 FRAMES_PER_SECOND = CLIP_TIMING.stride
 
 
@@ -35,8 +34,8 @@ def captions_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
     paths = {split: data_set.annotations_path(split) for split in data_set.splits}
     if any(path.suffix != ".json" for path in paths.values()):
         raise AnnotationError(
-            f"{annotations} is {data_set.preset.title}; features are simulated for Charades-STA, ActivityNet Captions "
-            "and TACoS, and for made-up videos without --annotations.",
+            f"Expected --annotations of Charades-STA, ActivityNet Captions or TACoS, got {data_set.preset.title} in "
+            f"{annotations}. Remove --annotations for synthetic videos.",
             code="unsupported_layout",
         )
     by_video: dict[str, list[Annotation]] = {}
@@ -76,7 +75,7 @@ def _scenario(data_set: DataSet, name: str, annotations: list[Annotation] | tupl
 
 
 def content_words(sentence: str) -> str:
-    """Return the words of a sentence that name something to be seen, each once, in alphabetic order."""
+    """Return the distinct words of a sentence other than stop words, in alphabetical order."""
     words = {token.lower() for token in tokenize(sentence) if token.isalpha()}
     return " ".join(sorted(words - STOP_WORDS))
 

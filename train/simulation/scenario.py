@@ -1,4 +1,4 @@
-"""Describe what happens in the videos whose features are simulated, synthetic or read from annotations."""
+"""Define the events of the videos whose features are simulated."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from runtime.datasets.dataset import FEATURE_DIRECTORY
 
 STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."
 CLIP_TIMING = ClipTiming()
-REFERENCE_VIDEOS = 256  # the videos that fix every channel's threshold, whichever are then written
+REFERENCE_VIDEOS = 256  # number of videos that determine the thresholds of the channels
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The events of one video, from which its features are computed. `actions` holds (action, start, end), in
-    seconds.
-    """
+    """The events of one video; `actions` are (action, start, end), in seconds."""
 
     name: str
     num_frames: int
@@ -32,7 +30,7 @@ class Scenario:
 
     @property
     def num_clips(self) -> int:
-        """One clip of 16 frames every 8; a video shorter than 16 frames still has one."""
+        """Number of clips of 16 frames, one every 8 frames, at least 1."""
         return CLIP_TIMING.num_clips(self.num_frames)
 
 
@@ -41,15 +39,15 @@ class SimulationPlan:
     """The contents of a data set before its features are simulated.
 
     Attributes:
-        scenarios: what to simulate, one a video.
-        reference: the videos that fix every channel's threshold.
-        texts: the annotation files to write: name to content.
+        scenarios: videos to simulate.
+        reference: videos that determine the thresholds of the channels.
+        texts: annotation files to write, name to content.
         sources: names of the annotation files that were read; none if the data set is synthetic.
-        action_parts: function from an action to its (part, share) pairs, from which its embedding is made.
-        confusable_actions: function from an action to those that may replace its trace.
-        contents: what `simulated.json` records of the contents.
-        statement: what recall on the data set is worth.
-        directory: where its features go.
+        action_parts: function from an action to the (part, share) pairs of its embedding.
+        confusable_actions: function from an action to those that it may look like.
+        contents: summary that `simulated.json` records.
+        statement: note on the meaning of recall on the data set.
+        directory: name of the directory of features.
     """
 
     scenarios: list[Scenario]
@@ -64,11 +62,11 @@ class SimulationPlan:
 
 
 def seeded_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return the names shuffled by seed, so that the first N of them are among the first N + 1."""
+    """Return the names in a random order; adding a name does not change the order of the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0order\0{name}".encode()).digest())
 
 
 def seeded_generator(*key: object) -> np.random.Generator:
-    """Return the random numbers that belong to `key`, the same on every machine and in any order of calls."""
+    """Return a generator seeded by the strings of `key`, equal on every machine."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))

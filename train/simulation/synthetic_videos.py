@@ -39,7 +39,7 @@ FRAME_RATES = ("30", "29.97", "25", "24")
 
 
 def synthetic_plan(videos: int, seed: int) -> SimulationPlan:
-    """Generate `videos` videos, the second of every five for testing; see `train.simulate.simulate`."""
+    """Return a plan of synthetic videos, of which the second of every five is for testing; see `train.simulate`."""
     scenarios, lines = [], {split: list[str]() for split in SPLITS}
     rates: dict[str, str] = {}
     for index in range(max(videos, REFERENCE_VIDEOS)):
@@ -79,7 +79,7 @@ def _word_ids(sentences: Iterable[str]) -> dict[str, int]:
 
 
 def _synthesize(index: int, seed: int) -> tuple[Scenario, str, list[str]]:
-    """Return video number `index`: its scenario, frame rate and annotation lines."""
+    """Return the scenario, frame rate and annotation lines of video number `index`."""
     rng = seeded_generator(seed, "story", index)
     name = f"SIM{index:05d}"
     rate = FRAME_RATES[int(rng.integers(len(FRAME_RATES)))]
@@ -88,7 +88,7 @@ def _synthesize(index: int, seed: int) -> tuple[Scenario, str, list[str]]:
     scene = SCENES[int(rng.integers(len(SCENES)))]
     all_actions = [f"{verb} {item}" for item, verbs in ACTIONS.items() for verb in verbs]
     actions, sentences = [], []
-    # Each action at most once in a video, so that every sentence has one moment.
+    # An action occurs at most once in a video, so that every sentence has one moment.
     for action in rng.permutation(all_actions)[: int(rng.integers(2, 5))].tolist():
         verb, item = action.split()
         length = max(float(rng.uniform(0.12, 0.45)) * duration, 2.0)
@@ -103,7 +103,7 @@ def _synthesize(index: int, seed: int) -> tuple[Scenario, str, list[str]]:
     return Scenario(name, num_frames, duration, scene, objects, tuple(actions)), rate, sentences
 
 
-# The strings in these parts seed the embeddings: other strings give other features.
+# The strings in these parts seed the embeddings, so that changing them changes all simulated features.
 def _action_parts(action: str) -> list[tuple[str, float]]:
     """Return the parts of a synthetic action: itself, its verb and its object."""
     verb, item = action.split()

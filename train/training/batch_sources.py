@@ -1,8 +1,4 @@
-"""Deliver the batches of a training step from host memory, device memory, or cached stem outputs.
-
-A source yields the inputs of its network and the moments, (B, 2), for every batch of an epoch, on the device.
-Mismatched pairs follow those that match, and have no moments.
-"""
+"""Load the batches of training steps from host memory, device memory, or cached stem outputs."""
 
 from __future__ import annotations
 
@@ -15,38 +11,48 @@ import torch
 from torch import Tensor, nn
 
 from runtime.core.batch import pad_queries
-from train.network.model import DRN, NetworkHeads, Stem
-from train.training.dataset import TrainingData, append_mismatched
+from train.network.model import BACKBONE_CHANNELS, DRN, NetworkHeads, Stem
+from train.training.dataset import TrainingData, query_video_pairs
 
 log = logging.getLogger("drn")
 
 Step = tuple[tuple[Tensor, ...], Tensor]
-# What a host may spend on the stems of a data set, as it does on nothing else: Charades-STA takes 0.4.
+# Maximum size of cached stem outputs on a host. Those of Charades-STA take 0.4 GiB.
 STEM_GIB = 4
-# Pairs whose stems are computed together. Fixed, so that a run that is resumed computes the same bits.
+# Batch size of the stem. Fixed, so that a resumed run computes the same bits.
 STEM_PAIRS = 64
 
 
 class Source(Protocol):
+    """Yields the batches of an epoch."""
+
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        """Yield inputs and moments of every batch of `epoch`, given by the indices of its queries, with the batch's
-        pairs of `mismatched` (`TrainingData.mismatched`)."""
+        """Yield the inputs of the network and the (B, 2) moments of every batch, on the device.
+
+        Args:
+            epoch: for each batch (B,) indices of its queries.
+            mismatched: for each batch its mismatched pairs, as of `TrainingData.mismatched`. They follow the matching
+                pairs in the inputs, and have no moments.
+        """
         ...
 
 
 def open_source(data: TrainingData, device: torch.device) -> Source:
-    """Return where batches for `device` come from: its own memory, if it is a GPU that holds all features twice."""
+    """Return a `DeviceSource` if `device` is a GPU with free memory for all features twice, else a `HostSource`."""
     if device.type == "cpu":
         return HostSource(data, device)
     needed, free = data.pooled.features.nbytes, torch.cuda.mem_get_info(device)[0]
     if 2 * needed <= free:
         return DeviceSource(data, device)
-    log.info("The features (%.1f GiB) stay on the host: %s has %.1f GiB free.", needed / 2**30, device, free / 2**30)
+    log.info(
+        "The features (%.1f GiB) stay in host memory, because %s has %.1f GiB free.",
+        needed / 2**30, device, free / 2**30,
+    )  # fmt: skip
     return HostSource(data, device, workers=2)
 
 
 class HostSource:
-    """Batches are put together from the memory-mapped features; by other processes, ahead, where there are any."""
+    """Collates batches from the memory-mapped features, ahead of time if there are worker processes."""
 
     def __init__(self, data: TrainingData, device: torch.device, workers: int = 0) -> None:
         self.data, self.device, self.workers = data, device, workers
@@ -58,17 +64,17 @@ class HostSource:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             multiprocessing_context="fork" if self.workers else None,
-            # Copies from pinned memory alone run beside the arithmetic.
+            # Only copies from pinned memory run concurrently with kernels.
             pin_memory=self.device.type == "cuda",
         )
         for (tokens, lengths, *rest), truth in loader:
             tokens, *rest, truth = (t.to(self.device, non_blocking=True) for t in (tokens, *rest, truth))
-            # Lengths stay on the CPU: see `QueryEncoder.forward`.
+            # Lengths stay on the CPU; see `QueryEncoder.forward`.
             yield (tokens, lengths, *rest), truth
 
 
 class DeviceSource:
-    """All features and sentences lie in the device's memory, and a batch is a few look-ups there."""
+    """Indexes batches from the features and queries of all pairs in device memory."""
 
     def __init__(self, data: TrainingData, device: torch.device) -> None:
         tokens, lengths = pad_queries(data.queries)
@@ -80,28 +86,26 @@ class DeviceSource:
             features = np.zeros(features.shape, features.dtype)
         self.features = torch.empty(features.shape, dtype=getattr(torch, features.dtype.name), device=device)
         for row, segments in enumerate(features):
-            # A copy of one video, since torch takes no read-only memory map.
+            # A copy, because torch does not accept a read-only memory map.
             self.features[row] = torch.from_numpy(np.array(segments))
         self.spans = torch.from_numpy(data.pooled.spans.astype(np.float32)).to(device)
         self.truth = torch.from_numpy(data.truth).to(device)
         self.device = device
 
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        requested = (
-            np.stack((epoch, epoch), 1) if mismatched is None else list(map(append_mismatched, epoch, mismatched))
-        )
-        for (chosen, _), (queries, videos) in _on_both(requested, self.device):
-            lengths, rows = self.lengths[chosen], self.rows[videos]
+        pairs = [query_video_pairs(*batch) for batch in zip(epoch, mismatched or [None] * len(epoch), strict=True)]
+        for (host_queries, _), (queries, videos) in _on_both(pairs, self.device):
+            lengths, rows = self.lengths[host_queries], self.rows[videos]
             tokens = self.tokens[queries, : int(lengths.max())]
             truth = self.truth[queries[: len(epoch[0])]]
             yield (tokens, lengths, self.features[rows].float(), self.spans[rows]), truth
 
 
 class CachedStemSource:
-    """The output of a frozen stem for each pair, computed once for all epochs of a stage.
+    """Indexes batches from the outputs of a frozen stem, computed once for all epochs of a stage.
 
-    Not further: batch norm takes the statistics of its batch in every stage, as published, so that all behind it
-    depends on who is in a batch, and moves its running statistics at every step.
+    Later layers cannot be cached: as published, batch norm uses the statistics of the batch in every stage, and updates
+    its running statistics at every step.
     """
 
     def __init__(self, data: TrainingData, model: DRN, device: torch.device, autocast: torch.dtype | None) -> None:
@@ -110,13 +114,13 @@ class CachedStemSource:
         self.stem = _stems(data, model, device, autocast)
 
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        assert mismatched is None, "stems are those of matching pairs"
-        for _, here in _on_both(epoch, self.device):
-            yield tuple(part[here] for part in self.stem), self.truth[here]
+        assert mismatched is None, "the cache has the stem outputs of matching pairs only"
+        for _, indices in _on_both(epoch, self.device):
+            yield tuple(output[indices] for output in self.stem), self.truth[indices]
 
 
 class StemContinuation(nn.Module):
-    """The rest of a network, for what a CachedStemSource yields."""
+    """The layers after the stem, for the inputs that a `CachedStemSource` yields."""
 
     def __init__(self, model: DRN) -> None:
         super().__init__()
@@ -127,49 +131,48 @@ class StemContinuation(nn.Module):
 
 
 def stems_fit(data: TrainingData, model: DRN, device: torch.device) -> bool:
-    """Return whether the stems of all pairs fit into half of a GPU's free memory, or 4 GiB of the host's."""
-    # Before the first gradient a float32 is the most that a number takes.
-    channels = [layer[0].out_channels for layer in model.backbone_net.layers]
-    needed = 4 * len(data) * (channels[0] * model.config.num_segments + channels[0] + channels[1])
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else STEM_GIB * 2**30
-    if needed > room:
+    """Return whether the stem outputs of all pairs fit into half of the free memory of a GPU, or 4 GiB of the host."""
+    first, second, _ = BACKBONE_CHANNELS
+    needed = 4 * len(data) * (first * model.config.num_segments + first + second)
+    available = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else STEM_GIB * 2**30
+    if needed > available:
         log.info(
-            "Stage 2 computes its frozen part at every step: kept for all %d queries, it would take %.1f GiB, and %.1f "
-            "can be had.", len(data), needed / 2**30, room / 2**30,
+            "Stage 2 computes its frozen layers at every step: a cache for %d queries would take %.1f GiB of %.1f GiB.",
+            len(data), needed / 2**30, available / 2**30,
         )  # fmt: skip
-    return needed <= room
+    return needed <= available
 
 
 @torch.no_grad()
 def _stems(data: TrainingData, model: DRN, device: torch.device, autocast: torch.dtype | None) -> Stem:
-    """Return the stems of all pairs in the order of the data set; each video is projected once for its queries."""
+    """Return the stem outputs of all pairs in the order of the data set; each video is projected once per batch."""
     tables: Stem | None = None
     by_video = np.argsort(data.video_rows, kind="stable")
     for start in range(0, len(by_video), STEM_PAIRS):
-        chosen = by_video[start : start + STEM_PAIRS]
-        rows, location = np.unique(data.video_rows[chosen], return_inverse=True)
-        tokens, lengths = (torch.from_numpy(array) for array in pad_queries([data.queries[index] for index in chosen]))
+        pairs = by_video[start : start + STEM_PAIRS]
+        rows, inverse = np.unique(data.video_rows[pairs], return_inverse=True)
+        tokens, lengths = (torch.from_numpy(array) for array in pad_queries([data.queries[index] for index in pairs]))
         features = torch.from_numpy(data.features(rows)).to(device)
-        spans = torch.from_numpy(data.pooled.spans[rows[location]].astype(np.float32)).to(device)
+        spans = torch.from_numpy(data.pooled.spans[rows[inverse]].astype(np.float32)).to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            projected = model.prop_fc(features)[torch.from_numpy(location).to(device)]
+            projected = model.prop_fc(features)[torch.from_numpy(inverse).to(device)]
             stem = model.stem(tokens.to(device), lengths, projected, spans)
         if tables is None:
-            tables = Stem(*(part.new_empty(len(data), *part.shape[1:]) for part in stem))
-        for table, part in zip(tables, stem, strict=True):
-            table[torch.from_numpy(chosen).to(device)] = part
+            tables = Stem(*(output.new_empty(len(data), *output.shape[1:]) for output in stem))
+        for table, output in zip(tables, stem, strict=True):
+            table[torch.from_numpy(pairs).to(device)] = output
     assert tables is not None
     return tables
 
 
 def _on_both(epoch: Sequence[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the indices of every batch on the host and on the device, where they are copied once per epoch."""
+    """Yield the indices of every batch on the host and on the device, copied there once per epoch."""
     host = torch.from_numpy(np.stack(epoch))
     yield from zip(host, host.to(device), strict=True)
 
 
-class _Batches(torch.utils.data.Dataset):
-    """The batches of one epoch by number, for torch's loader."""
+class _Batches(torch.utils.data.Dataset[Step]):
+    """The batches of an epoch, for torch's `DataLoader`."""
 
     def __init__(
         self, data: TrainingData, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None

@@ -1,4 +1,4 @@
-"""The training history as a picture."""
+"""Plot the training history."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from train.history import read_history
 
 
 def draw_curves(history: Path, output: Path) -> None:
-    """Draw losses and validation scores over all epochs of `history` (a `history.jsonl`) into the PNG `output`."""
+    """Plot losses and validation scores of all epochs.
+
+    Args:
+        history: a `history.jsonl`.
+        output: PNG file to write.
+    """
     from matplotlib.figure import Figure
 
     records = read_history(history)
     epochs = range(1, len(records) + 1)
     figure = Figure(figsize=(9, 6), layout="constrained")
     losses, scores = figure.subplots(2, sharex=True)
-    for name, label in (
-        ("matching", "matching (focal)"),
-        ("boundary", "boundary (IoU)"),
-        ("iou", "IoU head"),
-    ):
+    for name, label in (("matching", "matching (focal)"), ("boundary", "boundary (IoU)"), ("iou", "IoU head")):
         values = [record[f"loss_{name}"] for record in records]
         losses.plot(epochs, values, marker="o", markersize=3, label=label)
     losses.set_ylabel("training loss")
@@ -36,13 +37,8 @@ def draw_curves(history: Path, output: Path) -> None:
         if record["stage"] != previous:
             for axes in (losses, scores):
                 axes.axvline(epoch - 0.5, color="0.7", linewidth=0.8)
-            losses.text(
-                epoch - 0.4,
-                1.01,
-                f"stage {record['stage']}",
-                transform=losses.get_xaxis_transform(),
-                fontsize=8,
-            )
+            label = f"stage {record['stage']}"
+            losses.text(epoch - 0.4, 1.01, label, transform=losses.get_xaxis_transform(), fontsize=8)
             previous = record["stage"]
     for axes in (losses, scores):
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Training batches: features pooled once into a memory-mapped file, sentences encoded once, epochs shuffled by seed."""
+"""Pool the features of all videos into a memory-mapped file, and collate training batches from it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class PooledFeatures:
-    """The segments of many videos.
+    """The segments of V videos.
 
     Attributes:
-        rows: video name to its row.
+        rows: video name to row.
         features: (V, T, D) memory map, in the dtype of the feature files.
-        spans: (V, T, 2) float64 fractions of the video.
-        key: hash of all that they depend on.
+        spans: (V, T, 2) float64, start and end as fractions of the video.
+        key: hash of everything that the values depend on.
     """
 
     rows: dict[str, int]
@@ -45,6 +45,7 @@ class PooledFeatures:
     key: str
 
     def segments(self, video: str) -> Segments:
+        """Return the segments of a video."""
         row = self.rows[video]
         return Segments(self.features[row], self.spans[row])
 
@@ -52,21 +53,21 @@ class PooledFeatures:
 def pool(
     data_set: DataSet, videos: Sequence[str], num_segments: int, features: Features, cache: Path
 ) -> PooledFeatures:
-    """Return the segments of `videos`, from the cache where it still holds for their files.
+    """Return the segments of `videos`, from the cache if it was written from the same files.
 
-    The cache is keyed by everything that its content depends on: the names, sizes and times of the feature files,
-    samples of their content, places in an HDF5 file, frame counts, T, the clock and the pooling rule. It is written
-    whole or not at all, and ends with its SHA-256, which is compared here.
+    The name of a cache file is a hash of everything that its content depends on: names, sizes, times and samples of the
+    feature files, locations in an HDF5 file, frame counts, T, the clip timing and the pooling rule. The file ends with
+    its SHA-256, which is checked here.
 
     Args:
-        data_set: where features and frame counts come from.
-        videos: names, each once.
-        num_segments: T.
-        features: their width, clock and pooling rule.
+        data_set: source of features and frame counts.
+        videos: distinct names.
+        num_segments: number of segments T.
+        features: width, clip timing and pooling rule.
         cache: directory of the cache.
 
     Raises:
-        FeatureError: a file is missing or unusable, or of another width.
+        FeatureError: a feature file is missing, cannot be used, or has another width.
         OutputError: the cache cannot be written.
     """
     store = data_set.store
@@ -80,36 +81,36 @@ def pool(
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = cache / f"pooled-{key}.npy"
-    places = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
+    segments = [segment_rows(count, num_segments, features.pooling, features.clock) for count in num_frames]
     if _is_complete(path, (len(videos), num_segments, features.dim)):
-        # The file may have been written by another run, which gave the warning, or by a version that did not check.
+        # The warning is given per run, but the file may come from another one.
         data_set.check_clips(videos, features.clock)
     else:
         try:
-            _write(path, data_set, videos, places, num_frames, num_segments, features)
+            _write(path, data_set, videos, segments, num_frames, num_segments, features)
         except OutputError as error:
             raise OutputError(
-                f"{error} The pooled features go to --cache, which is {cache}.", code=error.code
+                f"{error} Pass another --cache than {cache} for the pooled features.", code=error.code
             ) from error
     mapped = load_array(path)
-    spans = np.stack([spans for _, _, spans in places])
+    spans = np.stack([spans for _, _, spans in segments])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
 
 
 def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
-    """Return whether a cache file is there and holds what its name says; a damaged one is written anew."""
+    """Return whether a cache file exists and is undamaged."""
     if not path.is_file():
         return False
-    # On a damaged header NumPy raises what its parser does, without a common base.
+    # NumPy raises exceptions without a common base class for a damaged header.
     with contextlib.suppress(Exception):
         if load_array(path).shape == shape and _ends_with_digest(path):
             return True
-    log.warning("%s is damaged; pooling again.", path)
+    log.warning("%s is damaged and is written again.", path)
     return False
 
 
 def _ends_with_digest(path: Path) -> bool:
-    """Return whether the last 32 bytes of a file, behind the array, are the SHA-256 of all before."""
+    """Return whether the last 32 bytes of a file, after the array, are the SHA-256 of all others."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         left = path.stat().st_size - digest.digest_size
@@ -126,44 +127,39 @@ def _write(
     path: Path,
     data_set: DataSet,
     videos: Sequence[str],
-    places: Sequence[tuple],
+    segments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     num_frames: Sequence[int],
     num_segments: int,
     features: Features,
 ) -> None:
+    """Write the cache file: an npy array of all segments, and its SHA-256."""
     store, dim = data_set.store, features.dim
     dtype = store.load(videos[0]).dtype
     with atomic_write(path) as temporary, open(temporary, "wb") as stream:
-        # Plain writes, since a memory map that outgrows the disk kills the process instead of raising.
+        # No memory map, because one that outgrows the disk kills the process instead of raising an error.
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": False,
             "shape": (len(videos), num_segments, dim),
         }
-        head = io.BytesIO()
-        np.lib.format.write_array_header_2_0(head, header)
-        stream.write(head.getvalue())
-        digest = hashlib.sha256(head.getvalue())
-        progress = tqdm(
-            zip(videos, places, num_frames, strict=True),
-            "pooling features",
-            len(videos),
-            unit="video",
-            leave=False,
-            disable=None,
-        )
+        encoded_header = io.BytesIO()
+        np.lib.format.write_array_header_2_0(encoded_header, header)
+        stream.write(encoded_header.getvalue())
+        digest = hashlib.sha256(encoded_header.getvalue())
+        items = zip(videos, segments, num_frames, strict=True)
+        progress = tqdm(items, "pooling features", len(videos), unit="video", leave=False, disable=None)
         for video, (first, last, _), frames in progress:
             clips = store.load(video)
             check_features(clips, video)
-            location = f"The features of {video} in {store.path(video)} are"
+            source = f"{store.path(video)}, features of {video}"
             if clips.shape[1] != dim:
                 raise FeatureError(
-                    f"{location} {clips.shape[1]} wide where the first video's are {dim} wide; extract them again.",
+                    f"{source}: expected the width {dim} of the first video, got {clips.shape[1]}. Extract them again.",
                     code="feature_width_mismatch",
                 )
             if clips.dtype != dtype:
                 raise FeatureError(
-                    f"{location} {clips.dtype} where the first video's are {dtype}; store all features alike.",
+                    f"{source}: expected {dtype} as for the first video, got {clips.dtype}. Store all in one type.",
                     code="feature_type_mismatch",
                 )
             data_set.origin.check(video, len(clips), frames, features.clock)
@@ -176,21 +172,26 @@ def _write(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """Inputs of B matching pairs, then of mismatched ones; and the moments, (B, 2) float32 fractions of the video."""
+    """A batch of pairs of a query and a video.
+
+    Attributes:
+        inputs: B matching pairs, then mismatched ones.
+        truth: (B, 2) float32 moments of the matching pairs, start and end as fractions of the video.
+    """
 
     inputs: Batch
     truth: np.ndarray
 
 
 class TrainingData:
-    """The queries of a split, ready to be batched.
+    """Encoded queries of a split, and the segments of their videos.
 
     Args:
-        data_set: where moments come from.
+        data_set: source of the moments.
         annotations: the queries.
-        pooled: segments of every video among them.
+        pooled: segments of all their videos.
         vocabulary: encodes the sentences.
-        blind: whether features are replaced by zeros, to measure what can be learnt without looking.
+        blind: whether to replace the features by zeros, to measure the recall without visual input.
     """
 
     def __init__(
@@ -212,27 +213,26 @@ class TrainingData:
         return len(self.annotations)
 
     def segments(self, video: str) -> Segments:
-        """Return what the network sees of a video, validation included."""
+        """Return the segments of a video, for training and validation."""
         segments = self.pooled.segments(video)
         return Segments(np.zeros_like(segments.features), segments.spans) if self.blind else segments
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return the features of the videos at `rows` of the pooled ones, (n, T, D) float32."""
-        chosen = self.pooled.features[rows]
-        return np.zeros(chosen.shape, np.float32) if self.blind else chosen.astype(np.float32)
+        """Return the features at `rows` of the pooled videos, (len(rows), T, D) float32."""
+        features = self.pooled.features[rows]
+        return np.zeros(features.shape, np.float32) if self.blind else features.astype(np.float32)
 
     def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
-        """Return the queries at `indices`, in that order, and after them the pairs of `mismatched`; see there."""
-        requested = np.stack((indices, indices)) if mismatched is None else append_mismatched(indices, mismatched)
-        segments = [self.segments(self.annotations[index].video) for index in requested[1]]
-        inputs = collate([self.queries[index] for index in requested[0]], segments)
-        return TrainingBatch(inputs, self.truth[indices])
+        """Return the batch of the queries at (B,) `indices`, followed by the (2, M) pairs of `mismatched`."""
+        queries, videos = query_video_pairs(indices, mismatched)
+        segments = [self.segments(self.annotations[index].video) for index in videos]
+        return TrainingBatch(collate([self.queries[index] for index in queries], segments), self.truth[indices])
 
     def epoch(self, batch_size: int, seed: Sequence[int], rank: int = 0, processes: int = 1) -> list[np.ndarray]:
-        """Return the indices of every batch of one epoch of one process.
+        """Return the (batch_size,) indices of every batch of one epoch of process `rank`.
 
-        The order depends on `seed` alone. A step takes `batch_size` times `processes` queries, of which process `rank`
-        gets its part; what is left over at the end is dropped, as published.
+        The order depends on `seed` only. A step takes `batch_size` times `processes` queries. As published, the
+        remaining queries of an epoch are dropped.
         """
         order = np.random.default_rng(list(seed)).permutation(len(self))
         step = batch_size * processes
@@ -242,13 +242,19 @@ class TrainingData:
     def mismatched(
         self, epoch: Sequence[np.ndarray], count: int, seed: Sequence[int], rank: int = 0, processes: int = 1
     ) -> list[np.ndarray]:
-        """Return for every batch of an epoch `count` pairs of a sentence of the batch and a video that is not its own.
+        """Draw mismatched pairs for every batch of an epoch: a query of the batch, and the video of another query.
 
-        Sentences take turns. A video is that of a query drawn from all of the data set, and the draw depends on `seed`
-        alone: processes together ask the pairs that one process with all of their batches would.
+        The draw depends on `seed` only, and all processes together use the pairs that a single one would.
+
+        Args:
+            epoch: the batches, as `epoch` returns them.
+            count: pairs per batch, spread evenly over its queries.
+            seed: random seed of the epoch.
+            rank: this process.
+            processes: number of processes.
 
         Returns:
-            For each batch (2, count) indices: of the query, and of the query whose video it asks.
+            For each batch (2, count) indices: of the query, and of a query of the other video.
         """
         steps = len(epoch)
         drawn = np.random.default_rng([*seed, 1]).random((steps, processes, count))[:, rank]
@@ -258,35 +264,44 @@ class TrainingData:
         for batch, draw in zip(epoch, drawn, strict=True):
             queries = batch[np.arange(count) * len(batch) // count]
             first, end = (np.searchsorted(rows, self.video_rows[queries], side) for side in ("left", "right"))
-            # Among all but the video's own queries, which are adjacent.
-            location = (draw * (len(rows) - (end - first))).astype(np.int64)
-            pairs.append(np.stack((queries, by_video[np.where(location < first, location, location + end - first)])))
+            # Skips the queries of the same video, which are adjacent.
+            index = (draw * (len(rows) - (end - first))).astype(np.int64)
+            pairs.append(np.stack((queries, by_video[np.where(index < first, index, index + end - first)])))
         return pairs
 
 
-def append_mismatched(indices: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
-    """Return (2, B + M) indices: of the queries, and of the queries whose videos they ask, B matching pairs first."""
-    return np.concatenate((np.stack((indices, indices)), mismatched), axis=1)
+def query_video_pairs(indices: np.ndarray, mismatched: np.ndarray | None = None) -> np.ndarray:
+    """Return (2, B + M) indices of queries, and of queries of their videos: B matching pairs, then M `mismatched`."""
+    matching = np.stack((indices, indices))
+    return matching if mismatched is None else np.concatenate((matching, mismatched), axis=1)
 
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Return the word ids of every sentence; AnnotationError, naming place and video, for one without a known word."""
-    unheard: Counter[str] = Counter()
+    """Return the word ids of every sentence, and warn about unknown words.
+
+    Raises:
+        AnnotationError: a sentence has no known word.
+    """
+    unknown: Counter[str] = Counter()
     queries = []
     for annotation in annotations:
         try:
-            queries.append(vocabulary.encode(annotation.sentence, unheard))
+            queries.append(vocabulary.encode(annotation.sentence, unknown))
         except QueryError as error:
-            location = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
-            raise AnnotationError(f"{location}, cannot be used: {error}", code=error.code) from error
-    vocabulary.tell(unheard)
+            source = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
+            raise AnnotationError(f"{source}, cannot be used: {error}", code=error.code) from error
+    vocabulary.tell(unknown)
     return queries
 
 
 def split_by_video(
     annotations: Sequence[Annotation], fraction: float, seed: int
 ) -> tuple[list[Annotation], list[Annotation]]:
-    """Return annotations to train on, and those of `fraction` of the videos to validate on; no video is in both."""
+    """Split annotations by video, randomly by `seed`.
+
+    Returns:
+        The annotations to train on, and those of `fraction` of the videos, at least one, to validate on.
+    """
     videos = sorted({annotation.video for annotation in annotations})
     count = max(1, round(fraction * len(videos)))
     held_out = {videos[index] for index in np.random.default_rng([seed, 1]).permutation(len(videos))[:count]}
@@ -295,7 +310,7 @@ def split_by_video(
 
 
 def windows_of(data_set: DataSet, annotations: Sequence[Annotation]) -> Windows:
-    """Return how a model that learns from these annotations cuts videos that are longer than theirs."""
+    """Return how a model trained on these annotations splits videos that are longer than theirs."""
     durations = [data_set.durations[video] for video in sorted({annotation.video for annotation in annotations})]
     moments = [
         min(annotation.end, data_set.durations[annotation.video]) - annotation.start

@@ -1,7 +1,4 @@
-"""More than one training process: batch norm and losses over the whole batch, whatever share each process has.
-
-Started by torchrun, which sets the environment that torch.distributed reads.
-"""
+"""Train in several processes started by torchrun, with batch norm and losses over the batches of all processes."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from runtime.core.errors import DeviceError
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """The rank of this process, the number of processes, and the rank on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -28,7 +25,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process writes files and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -39,14 +36,18 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Return once every process is here."""
+        """Wait until all processes have called this method."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def init_distributed(device: torch.device) -> Iterator[Processes]:
-    """Join the other processes, if torchrun started more than one; NCCL on GPUs, gloo on CPUs."""
+    """Join the process group, if torchrun started several processes; NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        DeviceError: there are more processes than GPUs.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()
@@ -55,7 +56,7 @@ def init_distributed(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(
-                f"torchrun started process {local_rank} and this machine has {torch.cuda.device_count()} GPUs; "
+                f"torchrun started process {local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Pass a "
                 "lower --nproc-per-node.",
                 code="too_few_gpus",
             )
@@ -68,32 +69,38 @@ def init_distributed(device: torch.device) -> Iterator[Processes]:
 
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm whose training statistics are those of all processes' batches together.
+    """Batch norm with the training statistics of the batches of all processes.
 
-    torch's own takes GPU tensors only; this one also serves gloo, where it can be tested.
+    torch.nn.SyncBatchNorm accepts GPU tensors only; this class also works with gloo.
     """
+
+    # torch declares these as optional, for batch norms without running statistics.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training:
             return super().forward(values)
-        # In float32 whatever the precision of the values, as batch norm on one device is.
+        # In float32, as batch norm on one device computes for all precisions.
         dtype, values = values.dtype, values.float()
         count = all_reduce(values.new_full((), values.shape[0] * values.shape[2]))
         mean = all_reduce(values.sum(dim=(0, 2))) / count
-        centred = values - mean[:, None]
-        # Two passes: the difference of two large sums would lose the variance.
-        variance = all_reduce((centred * centred).sum(dim=(0, 2))) / count
+        centered = values - mean[:, None]
+        # Two passes, because the difference of two large sums is inaccurate.
+        variance = all_reduce((centered * centered).sum(dim=(0, 2))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = variance * (count / (count - 1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None] + self.bias[:, None]).to(dtype)
+        return (centered * scale[:, None] + self.bias[:, None]).to(dtype)
 
 
-def synchronise_batch_norm(model: nn.Module) -> None:
-    """Let every batch norm of `model` take its statistics over all processes. Names and weights stay."""
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Replace the class of every batch norm of `model` by `SyncedBatchNorm1d`; names and weights do not change."""
     for module in model.modules():
         if type(module) is nn.BatchNorm1d:
             module.__class__ = SyncedBatchNorm1d

@@ -1,4 +1,4 @@
-"""Load the inputs of a training run: queries, pooled features, vocabulary, and the shape of the network."""
+"""Load the inputs of a training run: queries, pooled features, vocabulary, and network configuration."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from train.training.options import TrainingOptions, TrainingSettings
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """The data and options of a run that its checkpoints contain besides the weights.
+    """The data of a run, and the parts of its checkpoints besides the weights.
 
     Attributes:
-        data_set: where features and moments come from.
-        training: the queries to learn from.
-        validation: the queries to validate on; none if nothing is validated.
+        data_set: source of features and moments.
+        training: queries to train on.
+        validation: queries to validate on; may be empty.
         vocabulary: encodes the sentences.
-        features: width, clip timing and pooling.
-        decoding: how validation decodes.
-        windows: how a model that learns from these queries splits longer videos.
-        record: what else the checkpoints record of the training.
+        features: width, clip timing and pooling rule.
+        decoding: how validation decodes heads.
+        windows: how the model splits videos that are longer than the training videos.
+        record: other entries of the training record of checkpoints.
     """
 
     data_set: DataSet
@@ -53,9 +53,9 @@ class AnnotationSplit:
 
     Attributes:
         validate_on: held-out, val, test or none.
-        training: to learn from, one for each moment.
-        validation: to validate on.
-        record: what checkpoints record, so that `train.fit_presence` can use the same videos.
+        training: queries to train on, one per moment.
+        validation: queries to validate on.
+        record: entries for the training record of checkpoints, by which `train.fit_presence` selects the same videos.
     """
 
     validate_on: str
@@ -66,7 +66,7 @@ class AnnotationSplit:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkInputs:
-    """The shape of a network, and the features and word ids that it takes."""
+    """The configuration of a network, and the features and vocabulary of its inputs."""
 
     config: DRNConfig
     features: Features
@@ -88,36 +88,36 @@ def split_annotations(options: TrainingOptions, data_set: DataSet) -> Annotation
     else:
         training = annotations
         validation = [] if validate_on == "none" else data_set.annotations(validate_on, invalid="drop")
-    # A sentence with several moments is one query, and learns from each.
+    # Training uses each moment of a query with several moments.
     return AnnotationSplit(validate_on, one_per_moment(training), validation, record)
 
 
 def network_inputs(options: TrainingOptions, data_set: DataSet, loaded: Checkpoint | None) -> NetworkInputs:
-    """Return the shape of the network: that of the loaded checkpoint, or a new one.
+    """Return the network configuration of the loaded checkpoint, or of a new network.
 
     Raises:
-        GroundingError: the options or the features contradict the loaded checkpoint.
+        GroundingError: the options or the features conflict with the loaded checkpoint.
     """
     vocabulary = loaded.vocabulary if loaded and len(loaded.vocabulary) else data_set.vocabulary
-    # A network keeps the pooling that it was trained with.
+    # A loaded network is trained with its own pooling rule.
     pooling = loaded.features.pooling if loaded else options.preset.pooling
     features = dataclasses.replace(data_set.features(), pooling=pooling)
     if loaded is None:
-        sizes = {"num_segments": data_set.preset.num_segments, **options.sizes}
+        sizes: dict[str, Any] = {"num_segments": data_set.preset.num_segments, **options.sizes}
         return NetworkInputs(
             DRNConfig(vocab_size=len(vocabulary), feature_dim=features.dim, **sizes), features, vocabulary
         )
     for name, size in options.sizes.items():
         if getattr(loaded.config, name) != size:
             raise GroundingError(
-                f"--{name.replace('_', '-')} {size} was given and the network of --load has "
-                f"{getattr(loaded.config, name)}; leave the flag out.",
+                f"--{name.replace('_', '-')} {size} conflicts with --load, whose network has "
+                f"{getattr(loaded.config, name)}. Remove the flag.",
                 code="conflicting_options",
             )
     if loaded.config.feature_dim != features.dim:
         raise GroundingError(
-            f"The network of --load takes features of width {loaded.config.feature_dim} and {options.data} holds "
-            f"features of width {features.dim}; use the features it was trained on.",
+            f"Expected features of width {loaded.config.feature_dim} for the network of --load, got {features.dim} in "
+            f"{options.data}. Use the features that it was trained on.",
             code="feature_width_mismatch",
         )
     return NetworkInputs(loaded.config, features, vocabulary)
@@ -136,18 +136,18 @@ def load_inputs(
         GroundingError: a feature file or a sentence cannot be used.
     """
     config, vocabulary = network.config, network.vocabulary
-    # Before the first epoch, not after it. A sentence without a known word is a miss in validation.
+    # Checked before the first epoch. In validation, a sentence without a known word counts as a miss.
     known = [split.validation[row] for row in askable_rows(vocabulary, split.validation)]
     if split.validation and not known:
         raise AnnotationError(
-            f"None of the {len(split.validation)} sentences to validate on has a known word, so no epoch can be "
-            "chosen. Correct the split, or pass --validate-on held-out.",
+            f"None of the {len(split.validation)} sentences to validate on has a known word. Correct the split, or "
+            "pass --validate-on held-out.",
             code="empty_split",
         )
     encode(known, vocabulary)
     videos = sorted({annotation.video for annotation in (*split.training, *split.validation)})
     pooling = (data_set, videos, config.num_segments, network.features, options.cache or Path(options.data) / "cache")
-    # The main process writes the cache, and the others read it.
+    # The main process writes the cache, then the others read it.
     pooled = pool(*pooling) if processes.is_main else None
     processes.wait()
     if pooled is None:
@@ -162,7 +162,7 @@ def load_inputs(
         decoding=Decoding(
             num_segments=config.num_segments,
             strides=config.strides,
-            # As published for 32 segments: no level drops a proposal before NMS.
+            # As published for 32 segments, no level drops a proposal before NMS.
             pre_nms_top_n=max(Decoding.pre_nms_top_n, config.num_segments),
             protocol=options.preset.protocol,
         ),
@@ -172,23 +172,24 @@ def load_inputs(
 
 
 def check_enough_queries(inputs: TrainingInputs, settings: TrainingSettings) -> None:
-    """Raise GroundingError if there are too few videos for --negatives, or too few queries for one step."""
+    """Raise GroundingError if there is one video only for --negatives, or too few queries for one step."""
     annotations = inputs.training.annotations
     if settings.negatives and len({annotation.video for annotation in annotations}) < 2:
         raise GroundingError(
-            "--negatives asks other videos, and there is only one; leave it out.", code="too_few_videos"
+            "--negatives needs at least 2 videos, but there is one. Remove the flag.", code="too_few_videos"
         )
     step = settings.batch_size * settings.processes
     if len(annotations) < step:
         raise GroundingError(
-            f"{len(annotations)} queries do not fill one step of {step}; lower --batch-size.", code="too_few_queries"
+            f"Expected at least {step} queries for one step, got {len(annotations)}. Pass a smaller --batch-size.",
+            code="too_few_queries",
         )
 
 
 def run_identity(
     options: TrainingOptions, split: AnnotationSplit, network: NetworkInputs, inputs: TrainingInputs
 ) -> dict[str, Any]:
-    """Return what decides the weights besides the settings, as `run.json` records it under `inputs`."""
+    """Return what determines the weights besides the settings, as `run.json` records it under `inputs`."""
     validate_on = split.validate_on
     splits = ("train", *((validate_on,) if validate_on in ("val", "test") else ()))
     return {

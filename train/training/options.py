@@ -1,4 +1,4 @@
-"""Check the options of a training run, and derive from them the settings that decide its weights."""
+"""Check the options of a training run, and derive the settings that determine its weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ MAX_SIZE = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """All that decides the weights a run ends with, besides the data. A run resumes only under its own.
+    """Everything that determines the weights of a run besides the data. A run resumes only with equal settings.
 
     Attributes:
-        recipe: name of the preset.
-        stages: what to train, in order.
+        recipe: name of the recipe.
+        stages: stages to train, in order.
         batch_size: queries per process and step.
-        clip_norm: largest total gradient norm.
-        losses: where losses follow which rule.
-        precision: of the arithmetic: fp32, or automatic mixed precision in bf16 or fp16.
-        seed: of the initial weights, the order of queries and the videos held out.
-        faithful: whether slips of the published code are kept; see `train.__main__`.
-        processes: how many train together.
-        synchronised: whether processes act as one with the whole batch, or each with statistics and divisors of its
-            own, as published.
-        negatives: mismatched pairs for each matching one, in the stages that learn from them.
+        clip_norm: maximum total gradient norm.
+        losses: deviations from the published loss rules.
+        precision: fp32, or automatic mixed precision in bf16 or fp16.
+        seed: random seed of the initial weights, the order of the queries and the held-out videos.
+        faithful: whether mistakes of the published code are reproduced; see `train.__main__`.
+        processes: number of training processes.
+        synchronised: whether batch norm and losses cover the batches of all processes, or each its own, as published.
+        negatives: mismatched pairs per matching pair, in the stages that learn from them.
     """
 
     recipe: str
@@ -83,6 +82,7 @@ class TrainingOptions:
 
     @property
     def preset(self) -> Recipe:
+        """The settings of --recipe."""
         return RECIPES[self.recipe]
 
     @property
@@ -92,13 +92,17 @@ class TrainingOptions:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the network that were given; the others are those of --load, or the published ones."""
+        """The network sizes that were given; the others are those of --load, or the published ones."""
         names = ("num_segments", "embed_dim", "hidden_dim", "fpn_dim")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages to train; GroundingError if --epochs or --lr do not fit them."""
+        """The stages to train.
+
+        Raises:
+            GroundingError: --epochs or --lr do not fit the number of stages.
+        """
         stages: tuple[Stage, ...] = self.preset.stages
         if self.stage != "all":
             stages = (stages[int(self.stage) - 1],)
@@ -106,20 +110,19 @@ class TrainingOptions:
             fits = values is None or (len(values) in (1, len(stages)) and all(0 < v < math.inf for v in values))
             if not fits:
                 raise GroundingError(
-                    f"{flag} takes one positive number, or one for each of the {len(stages)} stages, "
-                    f"and {values} was given.",
+                    f"Expected {flag} to be one positive number, or one for each of the {len(stages)} stages, got "
+                    f"{values}.",
                     code="invalid_option",
                 )
-        if self.epochs:
-            counts = self.epochs * len(stages) if len(self.epochs) == 1 else self.epochs
-            stages = tuple(dataclasses.replace(s, epochs=count) for s, count in zip(stages, counts, strict=True))
-        if self.lr:
-            rates = self.lr * len(stages) if len(self.lr) == 1 else self.lr
-            stages = tuple(dataclasses.replace(s, learning_rate=rate) for s, rate in zip(stages, rates, strict=True))
-        return stages
+        changes = []
+        for index, stage in enumerate(stages):
+            epochs = self.epochs[index % len(self.epochs)] if self.epochs else stage.epochs
+            rate = self.lr[index % len(self.lr)] if self.lr else stage.learning_rate
+            changes.append(dataclasses.replace(stage, epochs=epochs, learning_rate=rate))
+        return tuple(changes)
 
     def settings(self, processes: int) -> TrainingSettings:
-        """Return the settings of a run of this many processes."""
+        """Return the settings of a run with this number of processes."""
         clip: Literal["all", "first"] = "first" if self.faithful and self.recipe == "drn" else "all"
         return TrainingSettings(
             recipe=self.recipe,
@@ -136,56 +139,40 @@ class TrainingOptions:
         )
 
     def validate(self) -> None:
-        """Check what can be checked before any file is read.
+        """Check the options before any file is read.
 
         Raises:
-            GroundingError: an option is out of range, or contradicts another.
-            CheckpointError: stage 2 or 3 has no network to start from.
+            GroundingError: an option is out of range, or conflicts with another.
+            CheckpointError: --load is missing for stage 2 or 3.
         """
         first = self.stages[0].number
         if first > 1 and self.load is None:
             raise CheckpointError(
-                f"Stage {first} starts from a trained network; pass --load {self.output}/stage{first - 1}/best.pt "
-                "(or another checkpoint), or train --stage all.",
+                f"Stage {first} starts from a trained network. Pass --load {self.output}/stage{first - 1}/best.pt "
+                "or another checkpoint, or --stage all.",
                 code="missing_option",
             )
-        self._validate_numbers()
-        self._validate_sizes()
         if self.glove and self.load:
             raise GroundingError(
-                "--glove sets the words of a fresh network and --load brings its own; leave one out.",
+                "--glove conflicts with --load, whose network has its own word vectors. Remove one of them.",
                 code="conflicting_options",
             )
-        batch_size, negatives = self.queries_per_step, self.negatives
-        if not 0 <= negatives <= MAX_NEGATIVES or (negatives and not round(negatives * batch_size)):
-            raise GroundingError(
-                f"--negatives is 0 to {MAX_NEGATIVES} mismatched pairs for each matching one, and, if any, one or more "
-                f"in a step of {batch_size}; {negatives:g} was given.",
-                code="invalid_option",
-            )
+        self._validate_numbers()
 
     def _validate_numbers(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise GroundingError(
-                f"--held-out is the fraction of videos to validate on, between 0 and 1, and {self.held_out} is not.",
-                code="invalid_option",
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise GroundingError(
-                f"--batch-size must be at least 1, and {self.batch_size} was given.", code="invalid_option"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise GroundingError(
-                f"--seed must be 0 or more and below 2**63, and {self.seed} was given.", code="invalid_option"
-            )
-
-    def _validate_sizes(self) -> None:
-        multiples = {"num_segments": 4, "fpn_dim": 2}
+        batch_size, negatives = self.queries_per_step, self.negatives
+        fits = 0 <= negatives <= MAX_NEGATIVES and (not negatives or round(negatives * batch_size) > 0)
+        checks: list[tuple[str, object, bool, str]] = [
+            ("--held-out", self.held_out, 0 < self.held_out < 1, "a fraction between 0 and 1"),
+            ("--batch-size", batch_size, self.batch_size is None or self.batch_size > 0, "at least 1"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("--negatives", f"{negatives:g}", fits, f"0 to {MAX_NEGATIVES}, and no less than 1 / {batch_size}"),
+        ]
         for name, size in self.sizes.items():
-            multiple = multiples.get(name, 1)
-            if not 1 <= size <= MAX_SIZE or size % multiple:
-                expected = "" if multiple == 1 else f"a multiple of {multiple}, and "
-                raise GroundingError(
-                    f"--{name.replace('_', '-')} must be {expected}from 1 to {MAX_SIZE}, and {size} was given.",
-                    code="invalid_option",
-                )
+            multiple = {"num_segments": 4, "fpn_dim": 2}.get(name, 1)
+            in_range = 1 <= size <= MAX_SIZE and size % multiple == 0
+            expected = f"a multiple of {multiple} " if multiple > 1 else ""
+            checks.append((f"--{name.replace('_', '-')}", size, in_range, f"{expected}from 1 to {MAX_SIZE}"))
+        for flag, value, valid, expected in checks:
+            if not valid:
+                raise GroundingError(f"Expected {flag} to be {expected}, got {value}.", code="invalid_option")

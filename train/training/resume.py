@@ -10,7 +10,7 @@ from runtime.core.differences import differences
 
 
 def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
-    """Return the first stage that gets more epochs, if two runs differ in nothing else; None if they do."""
+    """Return the number of the first stage that gets more epochs, or None if the runs differ in anything else."""
     try:
         before = json.loads(json.dumps(recorded))
         pairs = list(zip(before["settings"]["stages"], requested["settings"]["stages"], strict=True))
@@ -23,7 +23,7 @@ def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
 
 
 def first_difference(recorded: Any, requested: Any) -> str:
-    """Name the first setting in which two runs differ, other than more epochs, if there is one."""
+    """Describe the first setting in which two runs differ, if possible one other than more epochs."""
     changes = list(differences(recorded, requested))
     extended = [
         path[-1:] == ("epochs",) and isinstance(before, int) and isinstance(after, int) and after > before

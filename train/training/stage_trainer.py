@@ -1,4 +1,4 @@
-"""Train one stage step by step: mixed precision, clipping, and the gradients of several processes."""
+"""Take the optimizer steps of a stage, with mixed precision, gradient clipping, and several processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StageTrainer:
-    """Take the optimizer steps of one stage."""
+    """Takes the optimizer steps of one stage.
+
+    Args:
+        stage: the stage; its parameters require gradients from here on.
+        settings: precision, clipping, losses.
+        processes: the training processes.
+        model: the network, on its device.
+    """
 
     def __init__(self, stage: Stage, settings: TrainingSettings, processes: Processes, model: DRN) -> None:
         self.stage, self.settings, self.processes, self.model = stage, settings, processes, model
         self.network: nn.Module = model
         self.autocast = _AMP.get(settings.precision)
-        # The authors' stage 2 computes every gradient, steps with the IoU head's and never resets the others, so that
-        # those accumulate in the norm that clips it.
+        # The authors' stage 2 computes all gradients and resets only those of the IoU head, so that the others
+        # accumulate in the norm for clipping.
         self.accumulates_stale_gradients = settings.faithful and settings.recipe == "drn" and stage.number == 2
         stage.freeze(model)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -37,10 +44,10 @@ class StageTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
 
     def set_network(self, network: nn.Module) -> None:
-        """Step with `network`, a part of the model or all of it, from here on."""
+        """Use `network`, the model or a part of it, in the following steps."""
         self.network = network
         if self.processes.count > 1:
-            # Without the other losses, the matching logits get no gradient.
+            # With the IoU loss only, the matching logits get no gradient.
             self.network = DistributedDataParallel(
                 network,
                 broadcast_buffers=not self.settings.synchronised,
@@ -48,28 +55,32 @@ class StageTrainer:
             )
 
     def step(self, inputs: Sequence[Tensor], truth: Tensor) -> Tensor:
-        """Learn from one batch.
+        """Take one optimizer step.
+
+        Args:
+            inputs: inputs of the network.
+            truth: (B, 2) moments as fractions of the video.
 
         Returns:
-            (5,) on the device, this process's share of each: the three losses, the gradient's norm, and 1; these last
-            two are 0 for a step that was left out because its gradients overflowed in fp16.
+            (5,) on the device, the share of this process in: the three losses, the gradient norm, and 1. The last two
+            are 0 for a step that was skipped because its gradients overflowed in fp16.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             heads = self.network(*inputs)
         sums = loss_sums(heads, truth, self.model.config, self.stage.trains_iou_head, self.settings.losses)
         if self.settings.synchronised:
             losses = divide(sums, self.processes.sum(sums.counts))
-            # The wrapper averages gradients over processes, and these losses are parts of a sum.
+            # DistributedDataParallel averages gradients, but these losses are parts of a sum.
             share = self.processes.count
         else:
             losses, share = divide(sums), 1
-        minimised = losses.iou if self.accumulates_stale_gradients else losses.total()
+        loss = losses.iou if self.accumulates_stale_gradients else losses.total()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(minimised * share).backward()
+        self.scaler.scale(loss * share).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.clipped, self.settings.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         taken = norm.isfinite() | (not self.scaler.is_enabled())
         norm = torch.where(taken, norm, 0.0)
-        return torch.stack((*(loss.detach() for loss in losses), norm / share, taken / share))
+        return torch.stack((*(each.detach() for each in losses), norm / share, taken / share))

@@ -1,4 +1,4 @@
-"""Train in three stages: epochs, validation, checkpoints, and the resumption of an interrupted run."""
+"""Train a network in stages, with validation and a checkpoint after every epoch, and resume interrupted runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from train.checkpoints import (
 from train.history import read_history
 from train.network.model import DRN, DRNConfig
 from train.training.batch_sources import CachedStemSource, Source, StemContinuation, open_source, stems_fit
-from train.training.distributed import Processes, synchronise_batch_norm
+from train.training.distributed import Processes, synchronize_batch_norm
 from train.training.inputs import TrainingInputs
 from train.training.options import TrainingSettings
 from train.training.recipes import Stage
@@ -48,15 +48,22 @@ from train.training.stage_trainer import StageTrainer
 log = logging.getLogger("drn")
 
 SELECTION = recall_name(1, 0.5)
-# A graph is exported for queries up to some length; torch takes any.
+# Unlike exported graphs, the torch network has no maximum query length.
 ANY_LENGTH = 1 << 20
 
 
 class TrainingRun:
     """A training run in its directory: `stageK/best.pt`, `stageK/last.pt`, `history.jsonl`, `run.json`, `drn.pt`.
 
-    Every file is whole at any moment. After each epoch `stageK/last.pt` holds what is needed to go on exactly as if
-    nothing had happened.
+    All files are written atomically. A run that resumes from `stageK/last.pt` ends with the same weights as one that
+    was not interrupted.
+
+    Args:
+        output: directory of the run.
+        settings: everything that determines the weights besides the data.
+        inputs: the data.
+        device: device to train on.
+        processes: the training processes.
     """
 
     def __init__(
@@ -72,98 +79,97 @@ class TrainingRun:
         self.inputs = inputs
         self.device = device
         self.processes = processes
-        self._whole: Source | None = None
+        self._pair_source: Source | None = None
 
     def open(self, resume: bool, identity: dict[str, Any]) -> None:
-        """Claim the directory, or check that it holds this very run.
+        """Create `run.json`, or check that it records this run.
 
         Args:
-            resume: whether to go on with what is there.
-            identity: what else decides the weights: data, held-out videos, checkpoint loaded.
+            resume: whether to continue a run that exists.
+            identity: what determines the weights besides the settings, as of `run_identity`.
 
         Raises:
-            OutputError: there is a run already, or it was made with other settings.
+            OutputError: the directory contains a run that is not resumed, or one with other settings.
+            CheckpointError: a file of the run is damaged.
         """
         description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": identity}))
         path = self.output / "run.json"
-        begun = path.is_file()
-        # All have looked before the first of them writes.
+        exists = path.is_file()
+        # All processes look before the main process writes.
         self.processes.wait()
-        if begun:
+        if exists:
             if not resume:
-                raise OutputError(
-                    f"{self.output} holds a training run; pass --resume to go on with it, or choose another --output.",
-                    code="output_holds_run",
-                )
-            recorded = read_json(path, "settings of a run", OutputError)
-            if recorded != description:
-                extended = extended_stage(recorded, description)
-                if extended is None:
-                    raise OutputError(
-                        f"{self.output} was trained with other settings ({first_difference(recorded, description)}); "
-                        "give the same ones to resume. Only the epochs of a stage may become more.",
-                        code="settings_mismatch",
-                    )
-                self._check_whole()
-                self.processes.wait()
-                if self.processes.is_main:
-                    self._extend(extended)
-                    write_json(path, description)
-            else:
-                self._check_whole()
+                raise holds_run(self.output)
+            self._check_resumable(path, description)
         elif checkpoints := sorted(self.output.glob("stage*/*.pt")):
             raise OutputError(
-                f"{self.output} holds {checkpoints[0].relative_to(self.output)} and no run.json, which records with "
-                "which settings it was trained. Restore run.json, or choose another --output.",
+                f"{self.output} contains {checkpoints[0].relative_to(self.output)} but not run.json, which records its "
+                "settings. Restore run.json, or choose another --output.",
                 code="output_holds_run",
             )
         elif self.processes.is_main:
             if resume:
-                log.warning("%s holds no run yet; starting one.", self.output)
+                log.warning("%s contains no run; starting one.", self.output)
             write_json(path, description)
         self.processes.wait()
 
-    def _check_whole(self) -> None:
-        """Raise CheckpointError if a checkpoint of this run is damaged, before anything is written beside it."""
+    def _check_resumable(self, path: Path, description: dict[str, Any]) -> None:
+        """Raise an error unless the run with this `run.json` can resume, and prepare for more epochs."""
+        recorded = read_json(path, "settings of a run", OutputError)
+        extended = extended_stage(recorded, description)
+        if recorded != description and extended is None:
+            raise OutputError(
+                f"{self.output} was trained with other settings ({first_difference(recorded, description)}). Resume "
+                "with the same settings; only --epochs may increase.",
+                code="settings_mismatch",
+            )
         for stage in self.settings.stages:
-            for name in ("best.pt", "last.pt"):
-                path = self._directory(stage) / name
-                if path.is_file():
-                    check(path)
-        # Before an epoch is computed that could not be added to it.
+            for checkpoint in (self._directory(stage) / name for name in ("best.pt", "last.pt")):
+                if checkpoint.is_file():
+                    check(checkpoint)
+        # Read only to check it, before an epoch is computed.
         self._history()
+        self.processes.wait()
+        if extended is not None and self.processes.is_main:
+            self._extend(extended)
+            write_json(path, description)
 
     def _history(self) -> list[dict[str, Any]]:
+        """Return the records of all epochs so far."""
         path = self.output / "history.jsonl"
         return read_history(path) if path.is_file() else []
 
     def _extend(self, number: int) -> None:
-        """Prepare for more epochs of a stage: later stages, which start from its best checkpoint, start again.
+        """Prepare for more epochs of a stage: delete later stages, which start from its best checkpoint.
 
-        No learning rate depends on the number of epochs, so the run ends as if it had been started with this one.
+        No learning rate depends on the number of epochs, so that the run ends with the same weights as one that was
+        started with the new number.
         """
         later = [stage for stage in self.settings.stages if stage.number > number]
-        begun = [stage for stage in later if (self._directory(stage) / "last.pt").is_file()]
-        if begun:
+        repeated = [stage for stage in later if (self._directory(stage) / "last.pt").is_file()]
+        if repeated:
             log.warning(
-                "Stage %d gets more epochs, so what was trained of stage %s is repeated from its best checkpoint.",
-                number, " and ".join(str(stage.number) for stage in begun),
+                "Stage %d gets more epochs, so stage %s is trained again from its best checkpoint.",
+                number, " and ".join(str(stage.number) for stage in repeated),
             )  # fmt: skip
         for stage in later:
             for name in ("last.pt", "best.pt"):
                 (self._directory(stage) / name).unlink(missing_ok=True)
         if history := self._history():
-            lines = [json.dumps(record) for record in history if record["stage"] <= number]
-            write_text(self.output / "history.jsonl", "".join(f"{line}\n" for line in lines))
+            self._write_history([record for record in history if record["stage"] <= number])
 
     def train(self, model: DRN) -> Path:
-        """Train every stage and return the path of `drn.pt`, the best of the last one.
+        """Train every stage, each from the best checkpoint of the previous one, as published.
 
-        Each stage starts from the best checkpoint of the one before, as published.
+        Returns:
+            The path of `drn.pt`, the best checkpoint of the last stage.
+
+        Raises:
+            GroundingError: the training has diverged.
         """
         model = model.to(self.device)
         if self.processes.count > 1 and self.settings.synchronised:
-            synchronise_batch_norm(model)
+            synchronize_batch_norm(model)
         for index, stage in enumerate(self.settings.stages):
             if index > 0:
                 self._load_best(self.settings.stages[index - 1], model)
@@ -187,11 +193,10 @@ class TrainingRun:
                 group["lr"] = rate
             record = {"stage": stage.number, "epoch": epoch + 1, "learning_rate": rate}
             record |= self._train_epoch(stage, epoch, source, trainer)
-            # Without validation, the last step of an epoch may go unnoticed.
+            # Without validation, nothing else would notice the last step of an epoch.
             if not torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all():
                 raise self._diverged("The weights are not finite", stage, epoch)
             record |= self._validate(stage, epoch, model)
-            # Every process sees the leader's figure, so that all agree on the best.
             score = record.get(SELECTION, float(epoch))
             improved = best is None or score > best
             best = score if improved else best
@@ -208,28 +213,25 @@ class TrainingRun:
                     "optimizer": trainer.optimizer.state_dict(),
                     "scaler": trainer.scaler.state_dict(),
                 }
-                # Last, so that a run killed before this line repeats the epoch to the same end.
+                # Written last, so that a run killed before this line repeats the epoch.
                 save(directory / "last.pt", state)
                 self._log(record, improved)
             self.processes.wait()
 
     def _source(self, trainer: StageTrainer) -> tuple[Source, nn.Module]:
-        """Return where the batches of a stage come from, and the part of the network that takes them."""
+        """Return the source of the batches of a stage, and the part of the network that they are inputs of."""
         data, stage, model = self.inputs.training, trainer.stage, trainer.model
-        # Every process computes the stems of all pairs, which pays when it would otherwise come by that many.
-        pays = stage.epochs >= self.processes.count
-        if (
-            stage.freezes_stem
-            and not trainer.accumulates_stale_gradients
-            and pays
-            and stems_fit(data, model, self.device)
-        ):
+        # Every process computes the stems of all pairs, as many as its share of that number of epochs.
+        saves_time = stage.epochs >= self.processes.count
+        frozen = stage.freezes_stem and not trainer.accumulates_stale_gradients
+        if frozen and saves_time and stems_fit(data, model, self.device):
             return CachedStemSource(data, model, self.device, trainer.autocast), StemContinuation(model)
-        if self._whole is None:
-            self._whole = open_source(data, self.device)
-        return self._whole, model
+        if self._pair_source is None:
+            self._pair_source = open_source(data, self.device)
+        return self._pair_source, model
 
     def _train_epoch(self, stage: Stage, epoch: int, source: Source, trainer: StageTrainer) -> dict[str, Any]:
+        """Train one epoch, and return its record: mean losses and gradient norm, steps, and seconds."""
         settings, processes, data = self.settings, self.processes, self.inputs.training
         trainer.model.train()
         epoch_seed = (settings.seed, 2, stage.number, epoch)
@@ -237,7 +239,7 @@ class TrainingRun:
         mismatched = None
         if settings.mismatched and stage.learns_from_mismatched:
             mismatched = data.mismatched(order, settings.mismatched, epoch_seed, processes.rank, processes.count)
-        seen = torch.zeros(5, device=self.device)
+        totals = torch.zeros(5, device=self.device)
         started = time.perf_counter()
         progress = tqdm(
             source.batches(order, mismatched),
@@ -248,14 +250,14 @@ class TrainingRun:
             disable=None if processes.is_main else True,
         )
         for step, (batch, truth) in enumerate(progress):
-            taken = trainer.step(batch, truth)
-            seen += taken
+            values = trainer.step(batch, truth)
+            totals += values
+            # Not at every step, because reading a value synchronizes with the GPU.
             if step % 20 == 0 and not progress.disable:
-                # A figure fetched at every step would let a GPU wait.
-                progress.set_postfix(loss=f"{float(taken[:3].sum()):.3f}", refresh=False)
+                progress.set_postfix(loss=f"{float(values[:3].sum()):.3f}", refresh=False)
         if not settings.synchronised:
-            seen /= processes.count
-        *sums, norms, steps = processes.sum(seen).tolist()
+            totals /= processes.count
+        *sums, norms, steps = processes.sum(totals).tolist()
         means = [*(loss / len(order) for loss in sums), norms / steps if steps else math.nan]
         if not all(map(math.isfinite, means)):
             raise self._diverged("The loss is not a number", stage, epoch)
@@ -265,10 +267,11 @@ class TrainingRun:
         return record | ({"steps_left_out": len(order) - round(steps)} if trainer.scaler.is_enabled() else {})
 
     def _validate(self, stage: Stage, epoch: int, model: DRN) -> dict[str, float]:
+        """Return the metrics on the validation queries, none if there are no queries."""
         annotations = self.inputs.validation
         if not annotations:
             return {}
-        # Every process validates the whole set, so that no figure is sent about; only the leader's is kept.
+        # Every process validates on all queries, which avoids communication.
         checkpoint = self.checkpoint(stage, model, {})
         grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
         quiet = None if self.processes.is_main else True
@@ -280,7 +283,7 @@ class TrainingRun:
                     annotations,
                     segments_of=self.inputs.training.segments,
                     on_progress=bar.update,
-                    # Said once, before the first epoch.
+                    # `load_inputs` has already warned.
                     warn=False,
                 )
             except ModelFileError as error:
@@ -290,17 +293,17 @@ class TrainingRun:
                 raise self._diverged("The network's output is not finite", stage, epoch) from error
         return dict(evaluation.report.values)
 
-    def _diverged(self, what: str, stage: Stage, epoch: int) -> GroundingError:
-        """Return the error of a training whose numbers are not finite."""
+    def _diverged(self, reason: str, stage: Stage, epoch: int) -> GroundingError:
+        """Return the error of a training with values that are not finite."""
         advice = "" if self.settings.precision == "fp32" else ", or with --precision fp32"
         return GroundingError(
-            f"{what} in stage {stage.number}, epoch {epoch + 1}, with --lr {stage.learning_rate:g}: the training has "
-            f"diverged. Start again with a lower --lr{advice}.",
+            f"{reason} in stage {stage.number}, epoch {epoch + 1}, with --lr {stage.learning_rate:g}. Start again with "
+            f"a lower --lr{advice}.",
             code="training_diverged",
         )
 
     def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
-        """Return the network with all that it needs, and how it came to be."""
+        """Return the checkpoint of the network; `record` is that of the last epoch."""
         inputs = self.inputs
         return Checkpoint(
             config=model.config,
@@ -329,7 +332,7 @@ class TrainingRun:
         model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
 
     def _restore(self, stage: Stage, model: DRN, trainer: StageTrainer) -> tuple[int, float | None]:
-        """Return how many epochs of `stage` are done and the best score so far; the state is put back."""
+        """Load `last.pt` of a stage, if it exists; return the number of finished epochs and the best score."""
         path = self._directory(stage) / "last.pt"
         if not path.is_file():
             return 0, None
@@ -342,14 +345,16 @@ class TrainingRun:
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scaler.load_state_dict(state["scaler"])
         if self.processes.is_main:
-            log.info("Stage %d: going on after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
+            log.info("Stage %d: continuing after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
         return state["epoch"], state["best"]
 
     def _append_history(self, record: dict[str, Any]) -> None:
-        # An epoch that is repeated after a kill replaces its line.
-        same = ("stage", "epoch")
-        records = [known for known in self._history() if any(known[key] != record[key] for key in same)]
-        write_text(self.output / "history.jsonl", "".join(json.dumps(each) + "\n" for each in (*records, record)))
+        """Add a record to the history, or replace that of an epoch that was repeated after the process was killed."""
+        epoch = (record["stage"], record["epoch"])
+        self._write_history([*(each for each in self._history() if (each["stage"], each["epoch"]) != epoch), record])
+
+    def _write_history(self, records: list[dict[str, Any]]) -> None:
+        write_text(self.output / "history.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
 
     def _log(self, record: dict[str, Any], improved: bool) -> None:
         losses = " + ".join(f"{record[f'loss_{name}']:.3f}" for name in ("matching", "boundary", "iou"))
@@ -367,10 +372,24 @@ class TrainingRun:
         )
 
 
-def fresh_model(config: DRNConfig, seed: int, initialise: Callable[[DRN], Any] = lambda model: None) -> DRN:
-    """Return an untrained network; the same seed gives the same weights."""
+def fresh_model(config: DRNConfig, seed: int, initialize: Callable[[DRN], Any] = lambda model: None) -> DRN:
+    """Return an untrained network, whose weights depend on `seed` only.
+
+    Args:
+        config: sizes of the network.
+        seed: random seed.
+        initialize: changes the initial weights, with the random state of the seed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DRN(config)
-        initialise(model)
+        initialize(model)
     return model
+
+
+def holds_run(output: Path) -> OutputError:
+    """Return the error of an output directory whose run is not resumed."""
+    return OutputError(
+        f"{output} contains a training run. Pass --resume to continue it, or choose another --output.",
+        code="output_holds_run",
+    )

@@ -16,7 +16,7 @@ from torch import nn
 
 from runtime.core.errors import CheckpointError, GroundingError
 from tests.raising import raises, records
-from train.network.initialization import initialise_as_authors, load_glove
+from train.network.initialization import initialize_as_authors, load_glove
 from train.network.model import DRN, DRNConfig
 from train.training.trainer import fresh_model
 
@@ -61,7 +61,7 @@ def test_fresh_network_has_low_matching_scores(made_up_inputs: Any) -> None:
 
 
 def test_authors_initialization_changes_the_same_weights() -> None:
-    published, ours = fresh_model(WIDE, 0), fresh_model(WIDE, 0, initialise_as_authors)
+    published, ours = fresh_model(WIDE, 0), fresh_model(WIDE, 0, initialize_as_authors)
     plain = published.state_dict()
     changed = {name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, plain[name])}
     language = {name for name in plain if name.startswith("query_encoder.") and "embedding" not in name}

@@ -25,7 +25,7 @@ from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.network.losses import LossOptions
-from train.training.distributed import Processes, SyncedBatchNorm1d, init_distributed, synchronise_batch_norm
+from train.training.distributed import Processes, SyncedBatchNorm1d, init_distributed, synchronize_batch_norm
 from train.training.inputs import TrainingInputs
 from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES
@@ -131,7 +131,7 @@ def test_synchronized_batch_norm_equals_batch_norm(precision: torch.dtype) -> No
     plain = nn.BatchNorm1d(6)
     nn.init.normal_(plain.weight)
     synced = nn.Sequential(copy.deepcopy(plain))
-    synchronise_batch_norm(synced)
+    synchronize_batch_norm(synced)
     assert type(synced[0]) is SyncedBatchNorm1d
     # A mean far from zero, where sums in half precision lose everything.
     values = (torch.randn(5, 6, 3) + 20).to(precision)
