@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -93,7 +94,7 @@ class DeviceSource:
         self.device = device
 
     def batches(self, epoch: Sequence[np.ndarray], mismatched: Sequence[np.ndarray] | None = None) -> Iterator[Step]:
-        pairs = [query_video_pairs(*batch) for batch in zip(epoch, mismatched or [None] * len(epoch), strict=True)]
+        pairs = [query_video_pairs(*batch) for batch in itertools.zip_longest(epoch, mismatched or ())]
         for (host_queries, _), (queries, videos) in _on_both(pairs, self.device):
             lengths, rows = self.lengths[host_queries], self.rows[videos]
             tokens = self.tokens[queries, : int(lengths.max())]
