@@ -164,7 +164,7 @@ class TrainingOptions:
         fits = 0 <= negatives <= MAX_NEGATIVES and (not negatives or round(negatives * batch_size) > 0)
         checks: list[tuple[str, object, bool, str]] = [
             ("--held-out", self.held_out, 0 < self.held_out < 1, "a fraction between 0 and 1"),
-            ("--batch-size", batch_size, self.batch_size is None or self.batch_size > 0, "at least 1"),
+            ("--batch-size", self.batch_size, self.batch_size is None or self.batch_size > 0, "at least 1"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             ("--negatives", f"{negatives:g}", fits, f"0 to {MAX_NEGATIVES}, and no less than 1 / {batch_size}"),
         ]
