@@ -65,7 +65,7 @@ def available() -> list[Reader]:
         _plain: (),
         _hdf5: ("h5py",),
         _parquet: ("pyarrow",),
-        _torch: ("torch",),
+        _torch: ("torch", "yaml"),
         _calib: ("onnx", "onnxruntime"),
         _service: ("fastapi", "python_multipart"),
     }
@@ -541,6 +541,7 @@ def _torch() -> list[Reader]:
     from train.network.model import DRN, DRNConfig
     from train.simulation.charades_actions import charades_plan
     from train.simulation.from_captions import captions_plan
+    from train.training.run_config import with_config
 
     config = DRNConfig(6, 4, 8, 4, 4)
 
@@ -630,6 +631,10 @@ def _torch() -> list[Reader]:
         (directory / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [directory / "history.jsonl"]
 
+    def run_config(directory: Path) -> list[Path]:
+        (directory / "run.yaml").write_text('data: "charades"\nepochs: [3, 2, 1]\nlr: 1.0e-3\nblind: true\n')
+        return [directory / "run.yaml"]
+
     def words(directory: Path) -> list[Path]:
         (directory / "word2id.json").write_text(json.dumps(TABLE))
         return [directory / "word2id.json"]
@@ -655,6 +660,7 @@ def _torch() -> list[Reader]:
         ),
         Reader("glove-matrix", matrix, read_matrix, _zip_again),
         Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
+        Reader("run-config", run_config, lambda directory, path: with_config(["--config", str(path)])),
         Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),
         Reader(
             "captions-plan",

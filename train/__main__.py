@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,9 @@ from train.training.inputs import (
     run_identity,
     split_annotations,
 )
+from train.training.metric_loggers import import_library, metric_logger
 from train.training.options import TrainingOptions
+from train.training.run_config import with_config, write_run_config
 from train.training.trainer import TrainingRun, fresh_model, holds_run
 
 log = logging.getLogger("drn")
@@ -49,6 +51,9 @@ def train(
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     resume: bool = False,
+    patience: int | None = None,
+    config: Path | None = None,
+    logger: Literal["tensorboard", "csv", "wandb"] | None = None,
     validate_on: Literal["held-out", "val", "test", "none"] | None = None,
     held_out: float = 0.1,
     glove: Path | None = None,
@@ -73,7 +78,7 @@ def train(
 
     Args:
         data: directory of a data set. docs/formats.md lists the formats.
-        output: directory of the run: stage1/best.pt ..., history.jsonl, curves.png, drn.pt.
+        output: directory of the run: stage1/best.pt ..., history.jsonl, curves.png, run.yaml, drn.pt.
         stage: stage to train, or all; 2 and 3 alone need --load.
         load: checkpoint to start from.
         recipe: published settings to use: mmaction2's, or the authors' (drn).
@@ -85,6 +90,11 @@ def train(
         precision: fp32, or automatic mixed precision in fp16 or bf16.
         resume: continue an interrupted run, or extend one with more --epochs. The result equals that of an
             uninterrupted run with the same arguments.
+        patience: stop a stage after this number of epochs without a higher validation score. Default: train all
+            epochs.
+        config: YAML file of options, such as the run.yaml that every run writes to OUTPUT. Flags override it.
+        logger: also log the metrics of every epoch: csv to OUTPUT/metrics.csv, tensorboard to OUTPUT/tensorboard,
+            wandb to Weights & Biases. Install tensorboard or wandb for these.
         validate_on: queries to select the best epoch with: held-out training videos, the val split, the test split
             (as the published runs do), or none, which takes the last epoch. Default: val, or held-out videos if
             there is no val.
@@ -115,7 +125,7 @@ def train(
     return result.checkpoint
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainingResult:
     """The path of drn.pt, and whether this is the main process, which writes files and prints."""
 
@@ -132,6 +142,7 @@ def run(options: TrainingOptions) -> TrainingResult:
     options.validate()
     device = torch_device(options.device)
     _check_precision(options, device)
+    import_library(options.logger)
     _check_output(options)
     data_set = DataSet(options.data)
     with (
@@ -156,13 +167,17 @@ def run(options: TrainingOptions) -> TrainingResult:
         check_enough_queries(inputs, settings)
         training_run = TrainingRun(options.output, settings, inputs, device, processes)
         training_run.open(options.resume, run_identity(options, split, network, inputs))
+        if processes.is_main:
+            write_run_config(options)
         log.info(
             "Training on %d queries, validating on %d; %d process%s, %s, %s.",
             len(split.training), len(split.validation), processes.count, "" if processes.count == 1 else "es",
             device, options.precision,
         )  # fmt: skip
+        logged = options.logger if processes.is_main else None
         try:
-            checkpoint = training_run.train(model)
+            with metric_logger(logged, options.output, dataclasses.asdict(settings)) as training_run.log_metrics:
+                checkpoint = training_run.train(model)
         except KeyboardInterrupt:
             log.warning("\nFinished epochs are saved. Repeat the command with --resume to continue after the last one.")
             raise
@@ -203,4 +218,4 @@ if __name__ == "__main__":
     # The processes share the cores; one thread each is also torchrun's default.
     if "WORLD_SIZE" in os.environ and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    command(train)
+    command(train, with_config)

@@ -8,7 +8,7 @@ import functools
 import io
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,24 +21,28 @@ from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output
 log = logging.getLogger("drn")
 
 
-def command(function: Callable[..., Any]) -> NoReturn:
+def command(function: Callable[..., Any], expand: Callable[[Sequence[str]], list[str]] = list) -> NoReturn:
     """Run `function` with the arguments of the command line, and exit.
 
     Results go to stdout, the log and progress to stderr. Exit codes: 0 done, 1 a check failed, 2 the input is wrong,
     128 + N ended by signal N: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        function: the command.
+        expand: function from the arguments typed to those to parse, for options that insert others.
     """
     with handled(), protected_streams() as no_colors:
-        _run(function, no_colors)
+        _run(functools.partial(_parsed, function, expand), no_colors)
 
 
-def _run(function: Callable[..., Any], no_colors: Callable[[], None]) -> NoReturn:
+def _run(parse: Callable[[], Callable[[], Any]], no_colors: Callable[[], None]) -> NoReturn:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     try:
         with uncovered():
-            call = _parsed(function)
+            call = parse()
             no_colors()
             call()
             sys.stdout.flush()
@@ -63,7 +67,7 @@ def _run(function: Callable[..., Any], no_colors: Callable[[], None]) -> NoRetur
     sys.exit(0)
 
 
-def _parsed(function: Callable[..., Any]) -> Callable[[], Any]:
+def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list[str]]) -> Callable[[], Any]:
     """Return the call that the command line asks for; exits after --help and on arguments that do not fit."""
     import tyro
 
@@ -73,7 +77,7 @@ def _parsed(function: Callable[..., Any]) -> Callable[[], Any]:
     documented_call, description = documented(function)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     parse = functools.partial(tyro.cli, documented_call, prog=program, description=description, config=config)
-    words = sys.argv[1:]
+    words = expand(sys.argv[1:])
     shown = [argument(word) for word in words]
     if shown == words:
         return parse(args=words)

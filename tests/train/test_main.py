@@ -27,6 +27,7 @@ from train.__main__ import train
 from train.checkpoints import load_checkpoint
 from train.training.dataset import split_by_video
 from train.training.recipes import RECIPES
+from train.training.run_config import with_config
 
 ROOT = Path(__file__).parents[2]
 FEATURES = "C3D_unit16_overlap0.5_merged"
@@ -49,7 +50,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def run(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            command(train)
+            command(train, with_config)
         err = capfd.readouterr().err
         assert "Traceback" not in err
         error = stopped.value.__context__
@@ -90,6 +91,9 @@ def refused(outcome: Any, output: Path, code: str, values: tuple[object, ...], *
         (["--negatives", "-1"], "invalid_option", ("--negatives", -1)),
         (["--negatives", "nan"], "invalid_option", ("--negatives", "nan")),
         (["--negatives", "0.01"], "invalid_option", ("--negatives", 16, 0.01)),
+        (["--patience", "0"], "invalid_option", ("--patience", 0)),
+        (["--patience", "2", "--validate-on", "none"], "conflicting_options", ("--patience", "--validate-on")),
+        (["--config", "absent.yaml"], "missing_file", ("absent.yaml",)),
     ],
 )
 def test_impossible_argument_is_named(

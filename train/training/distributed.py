@@ -35,6 +35,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def of_main(self, value: float, device: torch.device) -> float:
+        """Return the value of the main process."""
+        if self.count == 1:
+            return value
+        return self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64, device=device)).item()
+
     def wait(self) -> None:
         """Wait until all processes have called this method."""
         if self.count > 1:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from runtime.core.errors import CheckpointError, GroundingError
 from train.network.losses import LossOptions
+from train.training.metric_loggers import LoggerKind
 from train.training.recipes import RECIPES, Recipe, Stage
 
 MAX_NEGATIVES = 100
@@ -31,6 +32,7 @@ class TrainingSettings:
         processes: number of training processes.
         synchronised: whether batch norm and losses cover the batches of all processes, or each its own, as published.
         negatives: mismatched pairs per matching pair, in the stages that learn from them.
+        patience: number of epochs without a higher validation score after which a stage stops; None for no limit.
     """
 
     recipe: str
@@ -44,6 +46,7 @@ class TrainingSettings:
     processes: int
     synchronised: bool
     negatives: float = 0.0
+    patience: int | None = None
 
     @property
     def mismatched(self) -> int:
@@ -67,6 +70,9 @@ class TrainingOptions:
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
     resume: bool
+    patience: int | None
+    config: Path | None
+    logger: LoggerKind | None
     validate_on: Literal["held-out", "val", "test", "none"] | None
     held_out: float
     glove: Path | None
@@ -136,6 +142,7 @@ class TrainingOptions:
             processes=processes,
             synchronised=not self.faithful,
             negatives=self.negatives,
+            patience=self.patience,
         )
 
     def validate(self) -> None:
@@ -157,6 +164,16 @@ class TrainingOptions:
                 "--glove conflicts with --load, whose network has its own word vectors. Remove one of them.",
                 code="conflicting_options",
             )
+        if self.patience is not None and self.validate_on == "none":
+            raise GroundingError(
+                "--patience needs validation scores, and conflicts with --validate-on none. Remove one of them.",
+                code="conflicting_options",
+            )
+        if self.config is not None:
+            raise GroundingError(
+                f"--config {self.config} is read by the command only. From Python, pass its options as arguments.",
+                code="inapplicable_option",
+            )
         self._validate_numbers()
 
     def _validate_numbers(self) -> None:
@@ -166,6 +183,7 @@ class TrainingOptions:
             ("--held-out", self.held_out, 0 < self.held_out < 1, "a fraction between 0 and 1"),
             ("--batch-size", self.batch_size, self.batch_size is None or self.batch_size > 0, "at least 1"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("--patience", self.patience, self.patience is None or self.patience > 0, "at least 1"),
             ("--negatives", f"{negatives:g}", fits, f"0 to {MAX_NEGATIVES}, and no less than 1 / {batch_size}"),
         ]
         for name, size in self.sizes.items():

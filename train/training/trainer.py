@@ -40,6 +40,7 @@ from train.network.model import DRN, DRNConfig
 from train.training.batch_sources import CachedStemSource, Source, StemContinuation, open_source, stems_fit
 from train.training.distributed import Processes, synchronize_batch_norm
 from train.training.inputs import TrainingInputs
+from train.training.metric_loggers import MetricLogger
 from train.training.options import TrainingSettings
 from train.training.recipes import Stage
 from train.training.resume import extended_stage, first_difference
@@ -48,8 +49,32 @@ from train.training.stage_trainer import StageTrainer
 log = logging.getLogger("drn")
 
 SELECTION = recall_name(1, 0.5)
+NUM_STAGES = 3
+# Name in `history.jsonl` to name in log lines.
+LOSS_NAMES = {"loss_matching": "matching", "loss_boundary": "boundary", "loss_iou": "IoU"}
 # Unlike exported graphs, the torch network has no maximum query length.
 ANY_LENGTH = 1 << 20
+
+
+@dataclasses.dataclass
+class StageProgress:
+    """The state of a stage: finished epochs, best validation score, and epochs since then."""
+
+    epochs: int = 0
+    best: float | None = None
+    since_best: int = 0
+
+    def add_epoch(self, score: float) -> bool:
+        """Count an epoch, and return whether its score is the best."""
+        self.epochs += 1
+        improved = self.best is None or score > self.best
+        self.best = score if improved else self.best
+        self.since_best = 0 if improved else self.since_best + 1
+        return improved
+
+    def is_complete(self, stage: Stage, patience: int | None) -> bool:
+        """Return whether all epochs are finished, or `patience` of them have not improved the score."""
+        return self.epochs >= stage.epochs or (patience is not None and self.since_best >= patience)
 
 
 class TrainingRun:
@@ -64,6 +89,9 @@ class TrainingRun:
         inputs: the data.
         device: device to train on.
         processes: the training processes.
+
+    Attributes:
+        log_metrics: called after every epoch with the history.
     """
 
     def __init__(
@@ -79,6 +107,7 @@ class TrainingRun:
         self.inputs = inputs
         self.device = device
         self.processes = processes
+        self.log_metrics: MetricLogger = lambda history: None
         self._pair_source: Source | None = None
 
     def open(self, resume: bool, identity: dict[str, Any]) -> None:
@@ -92,7 +121,9 @@ class TrainingRun:
             OutputError: the directory contains a run that is not resumed, or one with other settings.
             CheckpointError: a file of the run is damaged.
         """
-        description = json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "inputs": identity}))
+        # Without settings that are None, because older versions do not record them.
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if value is not None}
+        description = json.loads(json.dumps({"settings": settings, "inputs": identity}))
         path = self.output / "run.json"
         exists = path.is_file()
         # All processes look before the main process writes.
@@ -149,8 +180,8 @@ class TrainingRun:
         repeated = [stage for stage in later if (self._directory(stage) / "last.pt").is_file()]
         if repeated:
             log.warning(
-                "Stage %d gets more epochs, so stage %s is trained again from its best checkpoint.",
-                number, " and ".join(str(stage.number) for stage in repeated),
+                "Stage %d gets more epochs. Later stages (%s) are trained again from its best checkpoint.",
+                number, ", ".join(str(stage.number) for stage in repeated),
             )  # fmt: skip
         for stage in later:
             for name in ("last.pt", "best.pt"):
@@ -181,13 +212,16 @@ class TrainingRun:
         return self.output / "drn.pt"
 
     def _train_stage(self, stage: Stage, model: DRN) -> None:
+        """Train the remaining epochs of a stage."""
         trainer = StageTrainer(stage, self.settings, self.processes, model)
-        done, best = self._restore(stage, model, trainer)
-        if done >= stage.epochs:
+        progress = self._restore(stage, model, trainer)
+        if progress.is_complete(stage, self.settings.patience):
             return
         source, network = self._source(trainer)
         trainer.set_network(network)
-        for epoch in range(done, stage.epochs):
+        first, started = progress.epochs, time.perf_counter()
+        while not progress.is_complete(stage, self.settings.patience):
+            epoch = progress.epochs
             rate = stage.learning_rate_at(epoch)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = rate
@@ -197,26 +231,41 @@ class TrainingRun:
             if not torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all():
                 raise self._diverged("The weights are not finite", stage, epoch)
             record |= self._validate(stage, epoch, model)
-            score = record.get(SELECTION, float(epoch))
-            improved = best is None or score > best
-            best = score if improved else best
+            # Scores of processes could differ in the last digit, but all must stop at the same epoch.
+            improved = progress.add_epoch(self.processes.of_main(record.get(SELECTION, float(epoch)), self.device))
             if self.processes.is_main:
-                directory = self._directory(stage)
-                if improved:
-                    save_checkpoint(directory / "best.pt", self.checkpoint(stage, model, record))
-                self._append_history(record)
-                state = {
-                    "format": RESUME_FORMAT,
-                    "epoch": epoch + 1,
-                    "best": best,
-                    "model": model.state_dict(),
-                    "optimizer": trainer.optimizer.state_dict(),
-                    "scaler": trainer.scaler.state_dict(),
-                }
-                # Written last, so that a run killed before this line repeats the epoch.
-                save(directory / "last.pt", state)
-                self._log(record, improved)
+                self._save_epoch(trainer, progress, record, improved)
+                seconds = (time.perf_counter() - started) / (progress.epochs - first)
+                self._log(stage, record, improved, seconds * self._epochs_left(stage, progress.epochs))
             self.processes.wait()
+        if self.processes.is_main and progress.epochs < stage.epochs:
+            best = progress.epochs - progress.since_best
+            log.info("Stage %d: stopped after epoch %d; the best is epoch %d.", stage.number, progress.epochs, best)
+
+    def _save_epoch(
+        self, trainer: StageTrainer, progress: StageProgress, record: dict[str, Any], improved: bool
+    ) -> None:
+        """Write the checkpoints and the history after an epoch."""
+        stage, model = trainer.stage, trainer.model
+        directory = self._directory(stage)
+        if improved:
+            save_checkpoint(directory / "best.pt", self.checkpoint(stage, model, record))
+        self.log_metrics(self._append_history(record))
+        state = {
+            "format": RESUME_FORMAT,
+            "epoch": progress.epochs,
+            "best": progress.best,
+            "since_best": progress.since_best,
+            "model": model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+        }
+        # Written last, so that a run killed before this line repeats the epoch.
+        save(directory / "last.pt", state)
+
+    def _epochs_left(self, stage: Stage, done: int) -> int:
+        """Return the number of epochs left in all stages, without early stopping."""
+        return stage.epochs - done + sum(later.epochs for later in self.settings.stages if later.number > stage.number)
 
     def _source(self, trainer: StageTrainer) -> tuple[Source, nn.Module]:
         """Return the source of the batches of a stage, and the part of the network that they are inputs of."""
@@ -243,7 +292,7 @@ class TrainingRun:
         started = time.perf_counter()
         progress = tqdm(
             source.batches(order, mismatched),
-            f"stage {stage.number} epoch {epoch + 1}/{stage.epochs}",
+            f"stage {stage.number}/{NUM_STAGES} epoch {epoch + 1}/{stage.epochs}",
             len(order),
             unit="step",
             leave=False,
@@ -254,14 +303,15 @@ class TrainingRun:
             totals += values
             # Not at every step, because reading a value synchronizes with the GPU.
             if step % 20 == 0 and not progress.disable:
-                progress.set_postfix(loss=f"{float(values[:3].sum()):.3f}", refresh=False)
+                losses = zip(LOSS_NAMES.values(), values.tolist(), strict=False)
+                progress.set_postfix({name: f"{value:.3f}" for name, value in losses}, refresh=False)
         if not settings.synchronised:
             totals /= processes.count
         *sums, norms, steps = processes.sum(totals).tolist()
         means = [*(loss / len(order) for loss in sums), norms / steps if steps else math.nan]
         if not all(map(math.isfinite, means)):
             raise self._diverged("The loss is not a number", stage, epoch)
-        names = ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm")
+        names = (*LOSS_NAMES, "gradient_norm")
         seconds = time.perf_counter() - started
         record = {**dict(zip(names, means, strict=True)), "steps": len(order), "seconds": round(seconds, 2)}
         return record | ({"steps_left_out": len(order) - round(steps)} if trainer.scaler.is_enabled() else {})
@@ -331,11 +381,11 @@ class TrainingRun:
     def _load_best(self, stage: Stage, model: DRN) -> None:
         model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
 
-    def _restore(self, stage: Stage, model: DRN, trainer: StageTrainer) -> tuple[int, float | None]:
-        """Load `last.pt` of a stage, if it exists; return the number of finished epochs and the best score."""
+    def _restore(self, stage: Stage, model: DRN, trainer: StageTrainer) -> StageProgress:
+        """Load `last.pt` of a stage, if it exists."""
         path = self._directory(stage) / "last.pt"
         if not path.is_file():
-            return 0, None
+            return StageProgress()
         state = load(path)
         check_format(state, RESUME_FORMAT, f"{path}", CheckpointError, "start again with another --output")
         advice = "copy the checkpoints of this run again, or choose another --output"
@@ -346,30 +396,31 @@ class TrainingRun:
             trainer.scaler.load_state_dict(state["scaler"])
         if self.processes.is_main:
             log.info("Stage %d: continuing after epoch %d of %d.", stage.number, state["epoch"], stage.epochs)
-        return state["epoch"], state["best"]
+        # Older versions do not record `since_best`, and have no --patience.
+        return StageProgress(state["epoch"], state["best"], state.get("since_best", 0))
 
-    def _append_history(self, record: dict[str, Any]) -> None:
+    def _append_history(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """Add a record to the history, or replace that of an epoch that was repeated after the process was killed."""
         epoch = (record["stage"], record["epoch"])
-        self._write_history([*(each for each in self._history() if (each["stage"], each["epoch"]) != epoch), record])
+        history = [*(each for each in self._history() if (each["stage"], each["epoch"]) != epoch), record]
+        self._write_history(history)
+        return history
 
     def _write_history(self, records: list[dict[str, Any]]) -> None:
         write_text(self.output / "history.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
 
-    def _log(self, record: dict[str, Any], improved: bool) -> None:
-        losses = " + ".join(f"{record[f'loss_{name}']:.3f}" for name in ("matching", "boundary", "iou"))
+    def _log(self, stage: Stage, record: dict[str, Any], improved: bool, seconds_left: float) -> None:
+        """Log an epoch: losses, validation scores, and the time left in all stages."""
+        losses = ", ".join(f"{label} {record[name]:.3f}" for name, label in LOSS_NAMES.items())
         scores = ", ".join(
             f"{name} {100 * record[name]:.2f}" for name in (SELECTION, recall_name(1, 0.7), "mIoU") if name in record
         )
         log.info(
-            "Stage %d epoch %d: losses %s; %s; %.0f s%s",
-            record["stage"],
-            record["epoch"],
-            losses,
-            scores or "not validated",
-            record["seconds"],
-            "; best" if improved else "",
-        )
+            "Stage %d of %d, epoch %d of %d: %s; %s%s; %.0f s, %s left%s",
+            stage.number, NUM_STAGES, record["epoch"], stage.epochs, losses, scores or "not validated",
+            " (best)" if improved else "", record["seconds"], tqdm.format_interval(seconds_left),
+            "" if self.settings.patience is None else " at most",
+        )  # fmt: skip
 
 
 def fresh_model(config: DRNConfig, seed: int, initialize: Callable[[DRN], Any] = lambda model: None) -> DRN:

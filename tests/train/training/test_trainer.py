@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +33,7 @@ from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.presets import PRESETS
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.grounder import Grounder
-from tests.raising import raises
+from tests.raising import raises, records
 from tests.tolerances import HEADS, STEP_HEADS, STEPS
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint, save_checkpoint
@@ -189,7 +191,7 @@ def test_overflowing_fp16_steps_are_skipped_and_counted(
 def test_run_writes_all_documented_files(short_run: Path, tiny_sizes: dict[str, Any]) -> None:
     found = {str(path.relative_to(short_run)) for path in short_run.rglob("*") if path.is_file()}
     kept = {f"stage{number}/{name}.pt" for number in (1, 2, 3) for name in ("best", "last")}
-    assert found == {"run.json", "history.jsonl", "curves.png", "drn.pt", *kept}
+    assert found == {"run.json", "run.yaml", "history.jsonl", "curves.png", "drn.pt", *kept}
     assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = history(short_run)
     assert [(record["stage"], record["epoch"]) for record in records] == [(1, 1), (1, 2), (2, 1), (3, 1)]
@@ -238,6 +240,47 @@ def test_stage_starts_from_best_of_previous_stage(
     validated = [load_checkpoint(run / f"stage{n}" / "best.pt").training["validation"] for n in (1, 2)]
     # The first of equals is kept.
     assert [(record["epoch"], record[SELECTION]) for record in validated] == [(2, 0.9), (1, 0.2)]
+
+
+def test_patience_stops_a_stage_and_resumes_to_the_same_epoch(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {(1, 1): 0.5, (1, 2): 0.9, (1, 3): 0.9, (1, 4): 0.2, (1, 5): 1.0, (2, 1): 0.3, (2, 2): 0.4, (3, 1): 0.5}
+    monkeypatch.setattr(
+        loop.TrainingRun, "_validate", lambda run, stage, epoch, model: {SELECTION: scores[stage.number, epoch + 1]}
+    )
+    options = {**tiny_sizes, "epochs": (5, 2, 1), "patience": 2}
+    run_training(planted, tmp_path / "whole", **options)
+    epochs = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1)]
+    assert [(record["stage"], record["epoch"]) for record in history(tmp_path / "whole")] == epochs
+    with monkeypatch.context() as patch:
+        # After the first epoch without a higher score.
+        stop_at(patch, "save", 4)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(planted, tmp_path / "cut", **options)
+    run_training(planted, tmp_path / "cut", resume=True, **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_progress_lines_name_losses_stages_and_time_left(
+    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "drn"):
+        run_training(planted, tmp_path, **tiny_sizes)
+    for record, lines in zip(history(tmp_path), ((1, 1, 2), (1, 2, 2), (2, 1, 1), (3, 1, 1)), strict=True):
+        values = [f"{name} {record[f'loss_{name.lower()}']:.3f}" for name in ("matching", "boundary", "IoU")]
+        stage, epoch, epochs = lines
+        (line,) = records(caplog, logging.INFO, f"Stage {stage} of 3", f"epoch {epoch} of {epochs}", *values)
+        assert re.search(r"\d\d:\d\d left", line.getMessage())
+    assert "00:00 left" in line.getMessage()
+
+
+@pytest.mark.parametrize(("stage", "done", "expected"), [(1, 1, 50), (1, 10, 41), (2, 0, 41), (3, 15, 6)])
+def test_epochs_left_cover_all_stages(reference: Any, tmp_path: Path, stage: int, done: int, expected: int) -> None:
+    stages = (Stage(1, 1e-3, 10), Stage(2, 1e-3, 20), Stage(3, 1e-3, 21))
+    run = golden_run(tmp_path, stages[0], GoldenData(reference.inputs("a"), torch.zeros(4, 2), 1))
+    run.settings = dataclasses.replace(run.settings, stages=stages)
+    assert run._epochs_left(stages[stage - 1], done) == expected
 
 
 @pytest.mark.parametrize("validate_on", ["test", "held-out"])
@@ -452,6 +495,7 @@ def test_second_run_into_a_directory_is_rejected(short_run: Path, planted: Path,
         ("fpn_dim", 32),
         ("num_segments", 32),
         ("negatives", 1.0),
+        ("patience", 3),
         ("faithful", True),
         ("blind", True),
         ("recipe", "drn"),
