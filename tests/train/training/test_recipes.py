@@ -45,13 +45,13 @@ def test_authors_rates_have_no_warm_up() -> None:
     recipe = RECIPES["drn"]
     assert [stage.learning_rate_at(0) for stage in recipe.stages] == [1e-3, 1e-5, 1e-7]
     assert (recipe.batch_size, recipe.clip_norm, recipe.pooling, recipe.protocol) == (32, 0.5, "drn", "drn")
-    assert recipe.initialisation == "drn"
+    assert recipe.initialization == "drn"
 
 
 def test_published_recipe_matches_mmaction2() -> None:
     recipe = RECIPES["mmaction2"]
     assert (recipe.batch_size, recipe.clip_norm, recipe.pooling, recipe.protocol) == (16, 5.0, "mmaction2", "mmaction2")
-    assert recipe.initialisation == "torch"
+    assert recipe.initialization == "torch"
     assert recipe.losses == LossOptions("near", "all")
     assert [stage.number for stage in recipe.stages] == [1, 2, 3]
 
