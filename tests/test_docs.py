@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from runtime.datasets.dataset import DataSet
-from tests.test_readme import ROOT, commands
+from tests.documented import commands
+from tests.test_readme import ROOT
 from tests.test_readme import test_readme_commands_parse as check_parses
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

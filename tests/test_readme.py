@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.documented import arguments, commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands(text: str) -> list[str]:
-    """Return every line of the shell blocks of a Markdown text that starts a command of the toolkit."""
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith(("python -m", "drn "))]
-
-
 def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    program, *words = shlex.split(line, comments=True)
-    if program == "drn":
-        words = ["-c", "from runtime.core.command_list import main; main()", *words]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
-    return subprocess.run([sys.executable, *words], cwd=directory, env=environment, capture_output=True, text=True)
+    return subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
 
 
 def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 
 from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
+from tests.documented import arguments
 from tests.export.conftest import TINY, lively, manifest
 from tests.test_readme import test_readme_commands_parse as check_parses
 from tests.tolerances import DETECTIONS
@@ -47,8 +47,7 @@ def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> Non
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = []
     for line in LINES:
-        words = [sys.executable, *line.split()[1:]]
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        result = subprocess.run(arguments(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         said.append(result.stdout)
     assert len(said) == 3

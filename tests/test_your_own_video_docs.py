@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
+from tests.documented import arguments
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_readme_commands_parse as check_parses
@@ -56,8 +56,7 @@ def test_walkthrough_commands_run_unchanged(directory: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DRN_CACHE": str(directory / "kept")}
     said = []
     for line in LINES:
-        arguments = re.sub(r"^python ", f"{sys.executable} ", line)
-        result = subprocess.run(["sh", "-c", arguments], cwd=directory, env=environment, capture_output=True, text=True)
+        result = subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr
         said.append(result.stdout)

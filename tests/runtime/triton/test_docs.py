@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import numpy as np
 from export.triton_repository.writer import read_config
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
+from tests.documented import arguments
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc
 
@@ -27,8 +26,7 @@ WRITE, INFER, EVALUATE = (
 
 def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
-    words = [sys.executable, *shlex.split(line)[1:]]
-    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True)
+    return subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
 
 
 def test_documented_commands_serve_and_query_a_model(tiny_model: Path, mini: Path, tmp_path: Path) -> None:
@@ -37,7 +35,7 @@ def test_documented_commands_serve_and_query_a_model(tiny_model: Path, mini: Pat
     np.save(tmp_path / "3MSZA.npy", DataSet(mini).video("AAAA1").features)
     written = run(WRITE, tmp_path)
     assert written.returncode == 0, written.stderr
-    assert "Next:  python -m runtime.infer --model triton://localhost:8001/drn" in written.stderr
+    assert "Next:  drn infer --model triton://localhost:8001/drn" in written.stderr
     with over_grpc(Wire(Server(tmp_path / "repository"))) as port:
         for line in (INFER, EVALUATE):
             assert "triton://localhost:8001/drn" in line
