@@ -1,8 +1,8 @@
-"""The whole chain on made-up data: simulate, train three stages, export, ground, evaluate. `make demo` runs it.
+"""Simulate a data set, train, export, answer queries, evaluate, quantize and compare. `make demo` runs it.
 
     python examples/demo.py [DIRECTORY]
 
-Every step is a command that you could type; it is shown before it runs.
+Every step is a command of the toolkit; it is printed before it runs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,20 @@ def main(directory: Path) -> None:
     show("runtime.infer", "--model", model, "--data", data, "--video", video, "--query", *sentences, "--top-k", "3",
          "--plot", directory / "moments.png")  # fmt: skip
     show("runtime.evaluate", "--model", model, "--data", data, "--output", directory / "report.json")
+    smaller = []
+    for precision in ("fp16", "int8"):
+        show(
+            "export.build_engine", "--model", model, "--precision", precision, "--data", data, "--target", "onnxruntime"
+        )
+        smaller.append(model.with_name(f"drn.{precision}.onnx"))
+    show("runtime.benchmarking.compare", model, *smaller, "--data", data, "--samples", "100",
+         "--markdown", directory / "comparison.md", "--plot", directory / "comparison.png")  # fmt: skip
     report = json.loads((directory / "report.json").read_text())
     lead = 100 * (report["R@1 IoU=0.5"] - report["prior"]["R@1 IoU=0.5"])
-    print(f"\nR@1 IoU=0.5 is {lead:+.1f} points from the best constant moment, after a training of minutes.")
-    print(f"Pictures: {directory / 'moments.png'}, {run / 'curves.png'}. {time.perf_counter() - started:.0f} s in all.")
+    print(f"\nR@1 IoU=0.5 is {lead:+.1f} points above the best constant moments, after a training of minutes.")
+    print((directory / "comparison.md").read_text())
+    pictures = (directory / "moments.png", directory / "comparison.png", run / "curves.png")
+    print(f"Pictures: {', '.join(map(str, pictures))}. {time.perf_counter() - started:.0f} s in total.")
 
 
 def longest_story(data: Path) -> tuple[str, list[str]]:

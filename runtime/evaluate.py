@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from runtime.artifacts.published_results import PublishedResult, published_result
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
@@ -101,12 +102,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An evaluation with the queries that it is of, and the report of the best constant moments, if there are any."""
+    """An evaluation with its queries, the report of the best constant moments, and the published result, if known."""
 
     data_set: DataSet
     annotations: Sequence[Annotation]
     evaluation: Evaluation
     prior: Report | None
+    published: PublishedResult | None
 
 
 def run(options: Options) -> Result:
@@ -135,7 +137,8 @@ def run(options: Options) -> Result:
             segments_of=_ablated(grounder, data_set, [a.video for a in annotations], options.ablation),
             on_progress=bar.update,
         )
-    result = Result(data_set, annotations, evaluation, _prior(data_set, evaluation))
+    published = published_result(grounder.manifest.sources) if data_set.preset.title == "Charades-STA" else None
+    result = Result(data_set, annotations, evaluation, _prior(data_set, evaluation), published)
     _write(options, result)
     return result
 
@@ -158,6 +161,7 @@ def _write(options: Options, result: Result) -> None:
             "ablation": options.ablation,
             "simulated_features": result.data_set.simulated,
             "model": Path(options.model).name,
+            "published": dataclasses.asdict(result.published) if result.published else None,
         }
         write_json(options.output, content)
     if options.predictions:
@@ -173,6 +177,8 @@ def _print(options: Options, result: Result) -> None:
         rows.append(("prior (constant moments)", result.prior))
     print(format_table(rows))
     print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, percent.")
+    if result.published:
+        print(result.published.sentence())
     if count := used_fallback(next(iter(result.evaluation.picks.values()))).sum():
         print(f"{count} of them have no likely location and are answered by the whole video.")
     if result.data_set.simulated:

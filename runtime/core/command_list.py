@@ -25,6 +25,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "Measure and inspect": {
         "evaluate": "runtime.evaluate",
         "benchmark": "runtime.benchmark",
+        "compare": "runtime.benchmarking.compare",
         "describe": "runtime.describe",
         "doctor": "runtime.doctor",
     },

@@ -22,7 +22,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate, predictions
 from tests.annotated import write_qvhighlights, write_tacos
-from tests.raising import check_error, raises, records
+from tests.raising import check_error, quotes, raises, records
 
 FEATURES = "C3D_unit16_overlap0.5_merged"
 # Video, duration, word, where it happens in 32nds, and the sentence asked.
@@ -281,6 +281,20 @@ def test_evaluate_counts_fallback_answers(
     whole = sum(found[0][0] == 0 and found[0][2] == 1 for found in windows)
     assert 0 < whole < 5
     assert f"{whole} of them have no likely location and are answered by the whole video." in outcome.out
+
+
+def test_evaluate_shows_published_results_of_the_checkpoint(
+    write_graph: Callable[..., Path],
+    tiny_manifest: Manifest,
+    mini: Path,
+    tmp_path: Path,
+    run_command: Callable[..., Any],
+) -> None:
+    published = dataclasses.replace(tiny_manifest, sources={"renamed.pth": "ec0429a6" + "0" * 56})
+    model = write_graph(tmp_path / "published.onnx", {METADATA_KEY: published.to_json()})
+    outcome = run_command(evaluate_command, "--model", model, "--data", mini, "--output", tmp_path / "r.json")
+    assert quotes(outcome.out, "47.04", "84.57", "3720", "mmaction2")
+    assert json.loads((tmp_path / "r.json").read_text())["published"]["percent"]["R@1 IoU=0.5"] == 47.04
 
 
 def test_evaluate_output_does_not_depend_on_batch_size(

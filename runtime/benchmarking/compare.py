@@ -1,0 +1,334 @@
+"""`drn compare`: compare model files by size, latency, throughput and recall, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from runtime.backends.base import Device
+from runtime.benchmarking import system_info
+from runtime.benchmarking.model_opening import model_files, model_labels
+from runtime.benchmarking.timing import Call, Latency, Ratio, run_interleaved, speed_ratio, warm_up
+from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, pairs_with_known_words
+from runtime.core import cpu_info
+from runtime.core.agreement import compare_answers
+from runtime.core.cli import check_plots, command, suggest_next_command
+from runtime.core.errors import GroundingError, ModelFileError, printable_line
+from runtime.core.io.atomic_files import atomic_write, check_report, write_json
+from runtime.core.io.input_files import check_file
+from runtime.core.terminal import command_line
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.evaluation import Evaluation, evaluate
+from runtime.grounding.grounder import Grounder
+
+FORMAT = "drn-comparison/1"
+# Seconds of timing full batches, per model; at least MIN_ROUNDS rounds.
+BATCH_SECONDS = 5.0
+MIN_ROUNDS = 3
+SHOWN_METRICS = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
+HEADER = (
+    "model",
+    "precision",
+    "MB",
+    "p50 ms",
+    "p99 ms",
+    "queries/s",
+    "speed-up",
+    *SHOWN_METRICS,
+    "lost, gained",
+    "agreement",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedModel:
+    """The measurements of one model.
+
+    Attributes:
+        name: file name, or path where names are equal.
+        precision: of its manifest.
+        size: bytes of all its files.
+        latency: of one query on a known video, from text to moments.
+        queries_per_s: with full batches.
+        speed_up: relative to the first model in the same rounds; None for the first.
+        metrics: recall and mIoU on all queries, as fractions.
+        lost, gained: queries that only the first model, or only this model, answers with IoU 0.7.
+        agreement: mean temporal IoU of its best moments with those of the first model.
+    """
+
+    name: str
+    precision: str
+    size: int
+    latency: Latency
+    queries_per_s: float
+    speed_up: Ratio | None
+    metrics: dict[str, float]
+    lost: int
+    gained: int
+    agreement: float
+
+    def cells(self) -> list[str]:
+        """Return the values in the order of `HEADER`."""
+        p99 = "-" if self.latency.p99_ms is None else f"{self.latency.p99_ms:.3g}"
+        speed_up = "1" if self.speed_up is None else f"{self.speed_up.median:.2f}"
+        return [
+            printable_line(self.name),
+            self.precision,
+            f"{self.size / 1e6:.1f}",
+            f"{self.latency.p50_ms:.3g}",
+            p99,
+            f"{self.queries_per_s:.4g}",
+            speed_up,
+            *(f"{100 * self.metrics[name]:.2f}" if name in self.metrics else "-" for name in SHOWN_METRICS),
+            f"{self.lost}, {self.gained}",
+            f"{self.agreement:.4f}",
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Models that were measured in one run on one data set."""
+
+    models: tuple[ComparedModel, ...]
+    notes: tuple[str, ...]
+    environment: dict[str, Any]
+    command: str
+
+    def text(self) -> str:
+        """Return the table and the notes for a terminal."""
+        rows = [list(HEADER), *(model.cells() for model in self.models)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if not column else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths))
+            )
+            for row in rows
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
+
+    def markdown(self) -> str:
+        """Return the table and the notes as Markdown."""
+        rows = [HEADER, ("---",) * len(HEADER), *(tuple(model.cells()) for model in self.models)]
+        table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+        return "\n".join([*table, "", *(f"- {note}" for note in self.notes), "", f"    {self.command}", ""])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for a JSON file."""
+        return {
+            "format": FORMAT,
+            "models": [dataclasses.asdict(model) for model in self.models],
+            "notes": list(self.notes),
+            **self.environment,
+            "command": self.command,
+        }
+
+
+def compare(
+    models: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    data: Path,
+    split: str = "test",
+    limit: int | None = None,
+    samples: int = 200,
+    batch: int = 32,
+    device: Device = "auto",
+    threads: int | None = None,
+    output: Path | None = None,
+    markdown: Path | None = None,
+    plot: Path | None = None,
+) -> Comparison:
+    """Compare models by size, latency, throughput and recall, in one table.
+
+    The models take turns, call by call, so that speed-ups are ratios from one run. The first model is the
+    reference.
+
+    Example:
+        drn compare drn.onnx drn.fp16.onnx drn.int8.onnx --data charades --markdown comparison.md
+
+    Args:
+        models: .onnx, .engine or .pt files, the reference first. For a split model give the query part.
+        data: directory of a data set. docs/formats.md lists the formats.
+        split: train, val or test.
+        limit: use only the first N queries for recall.
+        samples: number of timed calls per model with one query.
+        batch: number of queries per batch when measuring throughput.
+        device: auto, cpu or cuda.
+        threads: number of CPU threads per network.
+        output: JSON file to write all values to.
+        markdown: Markdown file to write the table to.
+        plot: PNG file to draw latency and recall in.
+
+    Raises:
+        GroundingError: an input is wrong. Inputs are checked before anything is measured.
+    """
+    if len(models) < 2:
+        raise ModelFileError(
+            f"Expected two models or more, got {len(models)}. Name their files.", code="missing_option"
+        )
+    if min(samples, batch, 1 if limit is None else limit) < 1:
+        raise GroundingError(
+            f"Expected --samples, --batch and --limit of at least 1, got {samples}, {batch} and {limit}.",
+            code="invalid_option",
+        )
+    for path in models:
+        check_file(path, "The model file", ModelFileError)
+    data_set = DataSet(data)
+    outputs = (output, markdown, plot)
+    for path in outputs:
+        check_report(path, *models, *data_set.files, *(other for other in outputs if other is not path))
+    if plot:
+        check_plots(plot)
+    grounders = [Grounder.load(path, device, threads) for path in models]
+    evaluations = _evaluate(grounders, models, data_set, split, limit)
+    compared = _measure(models, grounders, evaluations, data_set, samples, batch)
+    scored = evaluations[0].report
+    notes = [f"{scored.queries} queries of {split}, protocol {scored.protocol}; recall in percent."]
+    if data_set.simulated:
+        notes.append("Features are simulated: recall is not comparable with published numbers.")
+    gpu = system_info.conditions("after").gpu
+    on_gpu = any(getattr(grounder.backend, "device", "cpu") == "cuda" for grounder in grounders)
+    environment = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_info.cpu(),
+        "gpu": gpu.name if gpu and on_gpu else None,
+        "versions": system_info.versions(),
+    }
+    versions = (f"{name} {version}" for name, version in environment["versions"].items())
+    count = "default threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
+    machine = environment["gpu"] or cpu_info.cpu_name()
+    notes.append(f"{', '.join([machine, count, *versions, environment['date']])}.")
+    options = {"data": data, "split": split, "limit": limit, "samples": samples, "batch": batch, "threads": threads}
+    comparison = Comparison(
+        compared, tuple(notes), environment, command_line("runtime.benchmarking.compare", options, *models)
+    )
+    if output:
+        write_json(output, comparison.to_dict())
+    if markdown:
+        with atomic_write(markdown) as temporary:
+            Path(temporary).write_text(comparison.markdown(), encoding="utf-8")
+    if plot:
+        draw(comparison, plot)
+    print(comparison.text())
+    suggest_next_command("runtime.serve", "--model", models[0], "--data", data)
+    return comparison
+
+
+def _evaluate(
+    grounders: list[Grounder], models: tuple[Path, ...], data_set: DataSet, split: str, limit: int | None
+) -> list[Evaluation]:
+    """Answer the queries of a split with each model."""
+    annotations = data_set.annotations(split, invalid="drop")[:limit]
+    evaluations = []
+    for grounder, path in zip(grounders, models):
+        data_set.check_clock(grounder.manifest.features.clock)
+        with tqdm(
+            total=len(annotations), desc=f"answering, {path.name}", unit="query", leave=False, disable=None
+        ) as bar:
+            evaluations.append(
+                evaluate(
+                    grounder,
+                    data_set,
+                    annotations,
+                    protocol=grounders[0].manifest.decoding.protocol,
+                    on_progress=bar.update,
+                    warn=grounder is grounders[0],
+                )
+            )
+    return evaluations
+
+
+def _measure(
+    models: tuple[Path, ...],
+    grounders: list[Grounder],
+    evaluations: list[Evaluation],
+    data_set: DataSet,
+    samples: int,
+    batch: int,
+) -> tuple[ComparedModel, ...]:
+    """Time the models in turns, and join times and answers."""
+    labels = model_labels(models)
+    pairs = pairs_with_known_words(dataset_workload(data_set.root, None, ()).pairs, grounders)
+    opened = [BenchmarkedModel.from_grounder(label, grounder, pairs) for label, grounder in zip(labels, grounders)]
+    single = _seconds([_ground_call(model, 1) for model in opened], samples)
+    batched = _seconds([_ground_call(model, batch) for model in opened], samples, BATCH_SECONDS * len(models))
+    reference = evaluations[0]
+    compared = []
+    for index, (path, grounder, evaluation) in enumerate(zip(models, grounders, evaluations)):
+        # Only overlaps and hits are read, which do not depend on the durations.
+        durations = np.ones(len(reference.truth))
+        paired = compare_answers(
+            reference.picks, evaluation.picks, reference.truth, durations, reference.report.protocol
+        )
+        compared.append(
+            ComparedModel(
+                labels[index],
+                grounder.manifest.precision,
+                sum(file.stat().st_size for file in model_files(path, grounder.manifest)),
+                Latency.from_samples(single[index]),
+                batch / float(np.mean(batched[index])),
+                speed_ratio(single[index], single[0]) if index else None,
+                dict(evaluation.report.values),
+                int(paired.lost(0.7).sum()),
+                int(paired.gained(0.7).sum()),
+                float(paired.overlaps.mean()),
+            )
+        )
+    return tuple(compared)
+
+
+def _ground_call(model: BenchmarkedModel, queries: int) -> Call:
+    """Return a call that grounds so many queries on videos that are pooled or encoded."""
+    return Call(
+        lambda pairs: model.grounder.ground_batch(pairs, batch_size=queries),
+        lambda number: model.cached_pairs(number, queries),
+    )
+
+
+def _seconds(calls: list[Call], rounds: int, max_seconds: float | None = None) -> list[list[float]]:
+    """Return the seconds of each call in each round, after a warm-up."""
+    warm_up(calls)
+    seconds: list[list[float]] = [[] for _ in calls]
+    run_interleaved(calls, rounds, seconds, max_seconds=max_seconds, min_rounds=MIN_ROUNDS)
+    return seconds
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Draw the latency of one query and R@1 IoU=0.7 of each model into a PNG file.
+
+    Raises:
+        DeviceError: matplotlib is not installed.
+        OutputError: the file cannot be written, or its name does not end in .png.
+    """
+    check_plots(path)
+    from matplotlib.figure import Figure
+
+    models = comparison.models
+    names = [f"{printable_line(model.name)} ({model.precision})" for model in models]
+    panels = (
+        ("one query, p50, ms", [model.latency.p50_ms for model in models], "{:.3g}"),
+        ("full batches, queries per second", [model.queries_per_s for model in models], "{:.4g}"),
+        ("R@1 IoU=0.7, %", [100 * model.metrics.get("R@1 IoU=0.7", 0.0) for model in models], "{:.2f}"),
+    )
+    figure = Figure(figsize=(12, 1.6 + 0.4 * len(models)), layout="constrained")
+    for axes, (title, values, form) in zip(figure.subplots(1, len(panels), sharey=True), panels):
+        bars = axes.barh(range(len(models)), values, color="#1f5fa8")
+        axes.bar_label(bars, [form.format(value) for value in values], padding=3)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.margins(x=0.2)
+        axes.set_yticks(range(len(models)), names, parse_math=False)
+    figure.axes[0].invert_yaxis()
+    figure.supxlabel(comparison.notes[-1], fontsize=7, parse_math=False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+if __name__ == "__main__":
+    command(compare)
