@@ -182,8 +182,8 @@ def compare(
         check_file(path, "The model file", ModelFileError)
     data_set = DataSet(data)
     outputs = (output, markdown, plot)
-    for path in outputs:
-        check_report(path, *models, *data_set.files, *(other for other in outputs if other is not path))
+    for index, written in enumerate(outputs):
+        check_report(written, *models, *data_set.files, *outputs[:index])
     if plot:
         check_plots(plot)
     grounders = [Grounder.load(path, device, threads) for path in models]
@@ -195,16 +195,12 @@ def compare(
         notes.append("Features are simulated: recall is not comparable with published numbers.")
     gpu = system_info.conditions("after").gpu
     on_gpu = any(getattr(grounder.backend, "device", "cpu") == "cuda" for grounder in grounders)
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_info.cpu(),
-        "gpu": gpu.name if gpu and on_gpu else None,
-        "versions": system_info.versions(),
-    }
-    versions = (f"{name} {version}" for name, version in environment["versions"].items())
+    gpu_name = gpu.name if gpu and on_gpu else None
+    versions, date = system_info.versions(), datetime.date.today().isoformat()
     count = "default threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
-    machine = environment["gpu"] or cpu_info.cpu_name()
-    notes.append(f"{', '.join([machine, count, *versions, environment['date']])}.")
+    listed = (f"{name} {version}" for name, version in versions.items())
+    notes.append(f"{', '.join([gpu_name or cpu_info.cpu_name(), count, *listed, date])}.")
+    environment = {"date": date, "cpu": cpu_info.cpu(), "gpu": gpu_name, "versions": versions}
     options = {"data": data, "split": split, "limit": limit, "samples": samples, "batch": batch, "threads": threads}
     comparison = Comparison(
         compared, tuple(notes), environment, command_line("runtime.benchmarking.compare", options, *models)
