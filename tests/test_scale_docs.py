@@ -14,7 +14,7 @@ import pytest
 
 from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
-from tests.documented import arguments
+from tests.documented import arguments, commands
 from tests.export.conftest import TINY, lively, manifest
 from tests.test_readme import test_readme_commands_parse as check_parses
 from tests.tolerances import DETECTIONS
@@ -24,10 +24,9 @@ pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(<!-- .*? runs .*? -->\n)?```sh\n(.*?)```", PAGE, re.DOTALL)
-LINES, OTHERS = (
-    [line for mark, text in BLOCKS if bool(mark) == run for line in text.splitlines()] for run in (True, False)
-)
+BLOCKS = re.findall(r"<!-- .*? runs .*? -->\n(```sh\n.*?```)", PAGE, re.DOTALL)
+LINES = [line for block in BLOCKS for line in commands(block)]
+OTHERS = [line for line in commands(PAGE) if line not in LINES]
 
 
 def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> None:

@@ -21,7 +21,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
-from tests.documented import arguments
+from tests.documented import arguments, commands
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.test_readme import test_readme_commands_parse as check_parses
@@ -29,10 +29,9 @@ from train.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(<!-- .*? runs .*? -->\n)?```sh\n(.*?)```", PAGE, re.DOTALL)
-LINES, OTHERS = (
-    [line for mark, text in BLOCKS if bool(mark) == run for line in text.splitlines()] for run in (True, False)
-)
+BLOCKS = re.findall(r"<!-- .*? runs .*? -->\n(```sh\n.*?```)", PAGE, re.DOTALL)
+LINES = [line for block in BLOCKS for line in commands(block)]
+OTHERS = [line for line in commands(PAGE) if line not in LINES]
 
 
 @pytest.fixture(scope="module")
